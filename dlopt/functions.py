@@ -8,7 +8,7 @@ samples (1 for functions without data).
 
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,20 +23,28 @@ Loss = Callable[[Tensor], Tensor]
 Digit = Literal[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
-class Function(Protocol):
-    start: Point
-    window: Window
+class Function:
+    """Base of the functions; without noise, unless a function overrides `sample`."""
+
     minima: tuple[Point, ...]
-    least: float
-    axes: tuple[str, str]
-    samples: int
+    least: float = 0.0
+    axes: tuple[str, str] = ("x", "y")
+    samples: int = 1
 
-    def __call__(self, points: Tensor) -> Tensor: ...
+    def __init__(self, *, start: Point, window: Window) -> None:
+        self.start, self.window = start, window
 
-    def sample(self, generator: torch.Generator) -> Loss: ...
+    def __call__(self, points: Tensor) -> Tensor:
+        return self.value(*points.unbind(-1))
+
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sample(self, generator: torch.Generator) -> Loss:
+        return self
 
 
-class Quadratic:
+class Quadratic(Function):
     """(u^2 + condition v^2) / 2, where (u, v) are the coordinates rotated by `angle` degrees.
 
     With `noise`, a sample is the same bowl with its minimum displaced by a normal offset of that standard deviation in
@@ -44,14 +52,12 @@ class Quadratic:
     noise^2 H^2 / batch_size (the noisy quadratic model: Schaul et al. 2013, Zhang et al. 2019).
     """
 
-    minima: tuple[Point, ...] = ((0.0, 0.0),)
-    least = 0.0
-    axes = ("x", "y")
+    minima = ((0.0, 0.0),)
 
     def __init__(
         self, *, condition: Positive, angle: float, noise: NonNegative, batch_size: Count, start: Point, window: Window
     ) -> None:
-        self.start, self.window = start, window
+        super().__init__(start=start, window=window)
         radians = math.radians(angle)
         self._axes = ((math.cos(radians), math.sin(radians)), (-math.sin(radians), math.cos(radians)))
         self._condition, self._std = condition, noise / math.sqrt(batch_size)
@@ -62,8 +68,7 @@ class Quadratic:
         """The smallest and the largest eigenvalue of the Hessian; None with noise."""
         return None if self._std > 0 else (min(1.0, self._condition), max(1.0, self._condition))
 
-    def __call__(self, points: Tensor) -> Tensor:
-        x, y = points.unbind(-1)
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         u, v = (a * x + b * y for a, b in self._axes)
         return (u**2 + self._condition * v**2) / 2
 
@@ -74,84 +79,58 @@ class Quadratic:
         return lambda points: self(points - displacement)
 
 
-class _Deterministic:
-    """Base of functions without noise."""
-
-    start: Point
-    window: Window
-    axes = ("x", "y")
-    samples = 1
-
-    def __init__(self, *, start: Point, window: Window) -> None:
-        self.start, self.window = start, window
-
-    def __call__(self, points: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def sample(self, generator: torch.Generator) -> Loss:
-        return self
-
-
-class Rosenbrock(_Deterministic):
+class Rosenbrock(Function):
     """(1 - x)^2 + 100 (y - x^2)^2: a narrow, bent valley with a nearly flat floor (Rosenbrock 1960)."""
 
-    minima: tuple[Point, ...] = ((1.0, 1.0),)
-    least = 0.0
+    minima = ((1.0, 1.0),)
 
-    def __call__(self, points: Tensor) -> Tensor:
-        x, y = points.unbind(-1)
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         return (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
 
-class Beale(_Deterministic):
+class Beale(Function):
     """(1.5 - x + x y)^2 + (2.25 - x + x y^2)^2 + (2.625 - x + x y^3)^2: plateaus with steep walls (Beale 1958)."""
 
-    minima: tuple[Point, ...] = ((3.0, 0.5),)
-    least = 0.0
+    minima = ((3.0, 0.5),)
 
-    def __call__(self, points: Tensor) -> Tensor:
-        x, y = points.unbind(-1)
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
 
 
-class Himmelblau(_Deterministic):
+class Himmelblau(Function):
     """(x^2 + y - 11)^2 + (x + y^2 - 7)^2: four equal minima (Himmelblau 1972)."""
 
-    minima: tuple[Point, ...] = (
+    minima = (
         (3.0, 2.0),
         (-2.805118086952745, 3.131312518250573),
         (-3.779310253377747, -3.283185991286170),
         (3.584428340330492, -1.848126526964404),
     )
-    least = 0.0
 
-    def __call__(self, points: Tensor) -> Tensor:
-        x, y = points.unbind(-1)
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         return (x**2 + y - 11) ** 2 + (x + y**2 - 7) ** 2
 
 
-class Saddle(_Deterministic):
+class Saddle(Function):
     """(x^2 - y^2) / 2 + y^4 / 4: a saddle point at the origin between the two minima (0, 1) and (0, -1)."""
 
-    minima: tuple[Point, ...] = ((0.0, 1.0), (0.0, -1.0))
+    minima = ((0.0, 1.0), (0.0, -1.0))
     least = -0.25
 
-    def __call__(self, points: Tensor) -> Tensor:
-        x, y = points.unbind(-1)
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         return (x**2 - y**2) / 2 + y**4 / 4
 
 
-class Plateau(_Deterministic):
+class Plateau(Function):
     """1 - exp(-(x^2 + y^2) / 2): a well in a plateau, on which the gradient vanishes."""
 
-    minima: tuple[Point, ...] = ((0.0, 0.0),)
-    least = 0.0
+    minima = ((0.0, 0.0),)
 
     def __call__(self, points: Tensor) -> Tensor:
         return 1 - torch.exp(-points.square().sum(-1) / 2)
 
 
-class DigitPair:
+class DigitPair(Function):
     """Logistic regression of two classes of scikit-learn's digits on two features.
 
     The features are the first two principal components of the images of both classes, divided by the standard
@@ -174,7 +153,7 @@ class DigitPair:
     ) -> None:
         if classes[0] == classes[1]:
             raise UserError(f"function.classes=[{classes[0]},{classes[1]}]: two different digits are required")
-        self.start, self.window = start, window
+        super().__init__(start=start, window=window)
         self._decay = weight_decay
         self._products = _signed_features(classes)  # label * x; the loss depends on nothing else
         count = len(self._products)
@@ -183,7 +162,7 @@ class DigitPair:
         self.samples = count if batch_size == "full" else batch_size
         minimum = self._minimum()
         self.least = float(self(minimum))
-        self.minima: tuple[Point, ...] = ((float(minimum[0]), float(minimum[1])),)
+        self.minima = ((float(minimum[0]), float(minimum[1])),)
 
     def __call__(self, points: Tensor) -> Tensor:
         return self._loss(points, self._products)

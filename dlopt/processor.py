@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -99,6 +100,13 @@ def set_malloc(options: Mapping[int, int]) -> None:
         library = ctypes.CDLL(None)
         for option, value in options.items():
             library.mallopt(option, value)
+
+
+def synchronized_time(device: torch.device) -> float:
+    """Returns the seconds of a clock after the work that is queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def end_with_parent() -> None:

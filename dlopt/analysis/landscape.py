@@ -148,7 +148,6 @@ def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure"
             text = f"update {plane.steps[i]:,}"
             axes.annotate(text, trajectory[i], xytext=(9, 9), textcoords="offset points", fontsize=9, bbox=box)
     axes.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=16)
-    axes.set_xlabel(plane.axes[0])
-    axes.set_ylabel(plane.axes[1])
+    axes.set(xlabel=plane.axes[0], ylabel=plane.axes[1])
     axes.set_title(drawing.title_with_subtitle(title, subtitle), fontsize=10)
     return figure

@@ -6,7 +6,6 @@ FOLDER/rank-N.json.
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -111,13 +110,15 @@ def trial(experiment: Experiment, keys: RangeTest) -> Experiment:
 
 
 def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
-    """Trains with growing rates and restores the model bitwise.
+    """Loads the weights of `init_from`, if set, trains with growing rates, and restores the model bitwise.
 
     Learning rates that do not depend on optimizer.lr, such as optimizer.rest_lr, stay constant. `folder` is a
     placeholder for the run folder and is not written. All ranks must call this; losses are those of the global batch,
     so all ranks return the same result.
     """
     check(keys)
+    if (path := workload.experiment.settings.init_from) is not None:
+        load_weights(workload.module, Path(path), workload.parallel)
     workload = replace(workload, experiment=trial(workload.experiment, keys))
     with restored(workload.module, workload.device):
         trainer = dry_run(workload, folder, checks=False)  # a non-finite loss ends the test, here and on all ranks
@@ -139,8 +140,9 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
                 diverged = True
                 break
     finite = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
-    steepest, valley = suggestions(rates[:finite], smoothed[:finite])
-    return LearningRates(rates[:finite], losses[:finite], smoothed[:finite], steepest, valley, diverged)
+    rates, losses, smoothed = rates[:finite], losses[:finite], smoothed[:finite]
+    steepest, valley = steepest_slope(rates, smoothed), middle_of_descent(rates, smoothed)
+    return LearningRates(rates, losses, smoothed, steepest, valley, diverged)
 
 
 def _independent_rates(workload: Workload) -> dict[int, float]:
@@ -165,13 +167,8 @@ def restored(module: nn.Module, device: torch.device) -> Iterator[None]:
             module.train(was_training)
 
 
-def suggestions(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns the rates (steepest slope, valley) of the smoothed losses; None if they never fall."""
-    return _steepest(rates, smoothed), _valley(rates, smoothed)
-
-
-def _steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """Returns the rate of the steepest central difference before the lowest loss."""
+def steepest_slope(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
+    """Returns the rate of the steepest central difference before the lowest loss; None if the losses never fall."""
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
     slopes = {
         i: (smoothed[i + 1] - smoothed[i - 1]) / math.log(rates[i + 1] / rates[i - 1])
@@ -181,10 +178,10 @@ def _steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float | None
     return None if best is None or slopes[best] >= 0 else rates[best]
 
 
-def _valley(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
+def middle_of_descent(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
     """Returns the middle of the longest decreasing subsequence, as in fastai's `valley` (Howard & Gugger 2020).
 
-    `length[i]`: length of the longest decreasing subsequence that ends at i.
+    None if the losses never fall. `length[i]`: length of the longest decreasing subsequence that ends at i.
     """
     length = [1] * len(smoothed)
     for i, loss in enumerate(smoothed):
@@ -234,8 +231,7 @@ def draw(result: LearningRates, title: str) -> "Figure":
             "diverges", (result.rates[end], high + margin), (-8, -18), textcoords="offset points", ha="right",
             arrowprops={"arrowstyle": "->", "color": COLOURS[0]}, color=COLOURS[0],
         )  # fmt: skip
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss")
+    axes.set(xlabel="learning rate", ylabel="loss")
     axes.set_title(title, fontsize=11, wrap=True)
     drawing.clean_axes(axes, color="0.92")
     axes.legend(frameon=False)
@@ -251,19 +247,11 @@ def write(result: LearningRates, folder: Path, title: str) -> list[Path]:
     return [*drawing.save(draw(result, title), folder, "find_lr"), path]
 
 
-def load_initial_weights(workload: Workload) -> None:
-    """Loads the weights of `init_from`, if set."""
-    path = workload.experiment.settings.init_from
-    if path is not None:
-        load_weights(workload.module, Path(path), workload.parallel)
-
-
 def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
     """Returns the learning rate for `optimizer.lr=auto`: the one at which the loss falls fastest.
 
     Writes find_lr.png, .svg and .json to the run folder. Raises `UserError` if no learning rate reduced the loss.
     """
-    load_initial_weights(workload)
     result = find(workload, RangeTest(), folder)
     rate = result.steepest
     if rate is None:
@@ -277,9 +265,7 @@ def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
 
 def test_range(experiment: Experiment, keys: RangeTest, folder: Path) -> LearningRates:
     """Runs a range test in this process, or as one rank of several. `folder` is not written."""
-    workload = build_workload(experiment, parallel=build_mode(experiment))
-    load_initial_weights(workload)
-    return find(workload, keys, folder)
+    return find(build_workload(experiment, parallel=build_mode(experiment)), keys, folder)
 
 
 def _measure(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:
@@ -293,11 +279,5 @@ def _explain(error: Exception) -> RankOutcome | None:
     return {"error": str(error)}, 2 if isinstance(error, UserError) else 1
 
 
-def _end(code: int) -> None:
-    if rendezvous.current() is None:
-        sys.exit(code)
-    rendezvous.end_process(code)
-
-
 if __name__ == "__main__":
-    _end(run_rank(_measure, _explain))
+    rendezvous.end_process(run_rank(_measure, _explain))

@@ -3,15 +3,18 @@
 `summarize` is for `dlopt summary`; `layers_of` and `timed` are for cost models.
 """
 
-import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
+
+from dlopt.processor import synchronized_time
 
 
 @dataclass(frozen=True)
@@ -45,41 +48,41 @@ def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
     not those of normalization and activations. `module` must be on the meta device.
     """
     module.train()
-    shapes: dict[str, tuple[int, ...]] = {}
-    flops: dict[str, int] = {}
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+    flops: dict[nn.Module, int] = defaultdict(int)
     batch = len(inputs)
-    leaves = {name: leaf for name, leaf in module.named_modules() if not list(leaf.children())}
-    names = {leaf: name for name, leaf in leaves.items()}
+    leaves = {leaf: name for name, leaf in module.named_modules() if not list(leaf.children())}
     counter = FlopCounterMode(display=False)
 
-    def before(leaf: nn.Module, _: Any) -> None:
-        flops[names[leaf]] = flops.get(names[leaf], 0) - counter.get_total_flops()
+    def before(each: nn.Module, _: Any) -> None:
+        flops[each] -= counter.get_total_flops()
 
-    def after(leaf: nn.Module, _: Any, output: Any) -> None:
-        flops[names[leaf]] += counter.get_total_flops()
-        if isinstance(output, Tensor):
-            shapes.setdefault(names[leaf], tuple(output.shape[1:]))
+    def after(each: nn.Module, _: Any, output: Any) -> None:
+        flops[each] += counter.get_total_flops()
+        if each in leaves and isinstance(output, Tensor):
+            shapes.setdefault(each, tuple(output.shape[1:]))
 
-    with ExitStack() as hooks:
-        hooks.callback(module.zero_grad)
-        for leaf in leaves.values():
-            hooks.enter_context(leaf.register_forward_pre_hook(before))
-            hooks.enter_context(leaf.register_forward_hook(after))
-        with counter, kept_for_backward(module) as kept:
-            outputs = module(inputs)
-            forward = counter.get_total_flops()
-            outputs.sum().backward()
-        total = counter.get_total_flops()
+    with (
+        register_module_forward_pre_hook(before),
+        register_module_forward_hook(after),
+        counter,
+        kept_for_backward(module) as kept,
+    ):
+        outputs = module(inputs)
+        forward = counter.get_total_flops()
+        outputs.sum().backward()
+    total = counter.get_total_flops()
+    module.zero_grad()
     layers = [
-        LayerSummary(name, type(leaves[name]).__name__, shape, _count(leaves[name]), flops[name] // 2 // batch)
-        for name, shape in shapes.items()
+        LayerSummary(leaves[leaf], type(leaf).__name__, shape, _count(leaf), flops[leaf] // 2 // batch)
+        for leaf, shape in shapes.items()
     ]
     return ModelSummary(
         layers=layers,
         parameters=_count(module),
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
-        parameter_bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
-        buffer_bytes=sum(b.numel() * b.element_size() for b in module.buffers()),
+        parameter_bytes=sum(p.nbytes for p in module.parameters()),
+        buffer_bytes=sum(b.nbytes for b in module.buffers()),
         forward_macs=forward // 2 // batch,
         update_flops=total // batch,
         activation_bytes=sum(kept.values()),
@@ -149,7 +152,7 @@ def timed(module: nn.Module, inputs: Tensor) -> list[Layer]:
     Times layers of the same kind and sizes once.
     """
     times: dict[str, tuple[float, float]] = {}
-    layers, count = [], len(inputs)
+    layers = []
     with torch.no_grad():
         traced = _traced(module.train(), inputs)
     for layer, leaf, shape in traced:
@@ -157,28 +160,27 @@ def timed(module: nn.Module, inputs: Tensor) -> list[Layer]:
         if key not in times:
             times[key] = _seconds(leaf, shape, inputs)
         forward, backward = times[key]
-        counts = {name: getattr(layer, name) // count for name in ("inputs", "outputs", "halo")}
-        operations = layer.operations / count
-        layers.append(replace(layer, **counts, operations=operations, forward=forward, backward=backward))
+        layers.append(replace(layer, forward=forward, backward=backward))
     return layers
 
 
 def _traced(module: nn.Module, inputs: Tensor) -> list[tuple[Layer, nn.Module, tuple[int, ...]]]:
     traced: list[tuple[Layer, nn.Module, tuple[int, ...]]] = []
 
-    def watch(name: str, block: str | None, role: Any) -> Callable[..., None]:
-        def hook(leaf: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            traced.append((_layer(name, block, role, leaf, args[0], output), leaf, tuple(args[0].shape)))
-
-        return hook
-
     modules = dict(module.named_modules())
     blocks = {name: block for name, block in modules.items() if hasattr(block, "conv1") and hasattr(block, "conv2")}
-    with ExitStack() as hooks:
-        for name, leaf in modules.items():
-            if not list(leaf.children()) and not isinstance(leaf, nn.Identity):
-                block = next((prefix for prefix in blocks if name.startswith(f"{prefix}.")), None)
-                hooks.enter_context(leaf.register_forward_hook(watch(name, block, _role(name, block, blocks))))
+    leaves = {
+        leaf: name for name, leaf in modules.items() if not list(leaf.children()) and not isinstance(leaf, nn.Identity)
+    }
+
+    def record(leaf: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if leaf in leaves:
+            block = next((prefix for prefix in blocks if leaves[leaf].startswith(f"{prefix}.")), None)
+            role = _role(leaves[leaf], block, blocks)
+            layer = _layer(leaves[leaf], block, role, leaf, args[0], output, len(inputs))
+            traced.append((layer, leaf, tuple(args[0].shape)))
+
+    with register_module_forward_hook(record):
         module(inputs)
     return traced
 
@@ -192,7 +194,9 @@ def _role(name: str, block: str | None, blocks: dict[str, nn.Module]) -> str:
     return {convolutions[0]: "first", convolutions[-1]: "last"}.get(short, other)
 
 
-def _layer(name: str, block: str | None, role: Any, leaf: nn.Module, inputs: Tensor, outputs: Tensor) -> Layer:
+def _layer(
+    name: str, block: str | None, role: Any, leaf: nn.Module, inputs: Tensor, outputs: Tensor, batch: int
+) -> Layer:
     kind: Literal["convolution", "linear", "other"] = "other"
     operations, halo, units = float(outputs.numel()), 0, outputs.shape[1]
     if isinstance(leaf, nn.Conv2d):
@@ -210,13 +214,13 @@ def _layer(name: str, block: str | None, role: Any, leaf: nn.Module, inputs: Ten
         block=block,
         role=role,
         kind=kind,
-        operations=operations,
+        operations=operations / batch,
         parameters=_count(leaf),
-        inputs=inputs.numel(),
-        outputs=outputs.numel(),
+        inputs=inputs.numel() // batch,
+        outputs=outputs.numel() // batch,
         units=units,
         rows=outputs.shape[2] if outputs.ndim == 4 else 1,
-        halo=halo * len(inputs),
+        halo=halo * len(inputs) // batch,
     )
 
 
@@ -229,19 +233,13 @@ def _seconds(leaf: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[flo
     differentiable = [inputs, *leaf.parameters()]
     forward, backward = float("inf"), float("inf")
     for _ in range(4):
-        start = _now(inputs.device)
+        start = synchronized_time(inputs.device)
         outputs = leaf(inputs * 1)  # "* 1": an in-place layer must not modify a leaf tensor
-        forward_end = _now(inputs.device)
+        forward_end = synchronized_time(inputs.device)
         torch.autograd.grad(outputs, differentiable, torch.ones_like(outputs), allow_unused=True)
-        end = _now(inputs.device)
+        end = synchronized_time(inputs.device)
         forward, backward = min(forward, forward_end - start), min(backward, end - forward_end)
     return forward, backward
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def parameters(layers: Sequence[Layer]) -> int:

@@ -1,12 +1,12 @@
 """Metrics computed after a run from its checkpoints; each probe returns (progress, value) per checkpoint, in order."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dlopt.analysis import measures
 from dlopt.config.parsing import parse
@@ -16,7 +16,9 @@ from dlopt.training.build import Workload, build_workload, evaluation_batches, t
 from dlopt.training.checkpoint import load
 from dlopt.training.step import frozen_statistics
 
-Probe = Callable[[Path], list[tuple[Mapping[str, Any], float]]]
+Values = list[tuple[Mapping[str, Any], float]]
+"""(progress, value) of each checkpoint."""
+Probe = Callable[[Path], Values]
 
 
 def checkpoints(folder: Path) -> Iterator[Mapping[str, Any]]:
@@ -29,7 +31,7 @@ def checkpoints(folder: Path) -> Iterator[Mapping[str, Any]]:
             yield state
 
 
-def effective_rate(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
+def effective_rate(folder: Path) -> Values:
     """Computes the median over all weights of the effective learning rate, an adaptive method's factor of the gradient.
 
     Adagrad: lr / (sqrt(sum g^2) + eps), with the lr of its decay; RMSprop: lr / (sqrt(E g^2) + eps), centered: with the
@@ -74,7 +76,7 @@ def _models(folder: Path) -> Iterator[tuple[Mapping[str, Any], Workload]]:
         yield state["progress"], workload
 
 
-def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
+def input_drift(folder: Path) -> Values:
     """Computes how far the inputs of hidden layers have drifted since the previous checkpoint.
 
     For each input of a linear layer except the first: the Wasserstein distance sqrt((m - m')^2 + (s - s')^2) between
@@ -83,7 +85,7 @@ def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     statistics.
     """
     inputs: Tensor | None = None
-    values: list[tuple[Mapping[str, Any], float]] = []
+    values: Values = []
     before: list[tuple[Tensor, Tensor]] = []
     for progress, workload in _models(folder):
         if inputs is None:
@@ -100,7 +102,7 @@ def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     return values
 
 
-def gradient_variance(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
+def gradient_variance(folder: Path) -> Values:
     """Computes the variance of mini-batch gradients relative to a random order of the samples (1: random order).
 
     E ||g_b - g||^2 over the batches of ten epochs in the order of the run's sampler, divided by its expectation over
@@ -109,7 +111,7 @@ def gradient_variance(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     first value is for the initial weights.
     """
     workload: Workload | None = None
-    values: list[tuple[Mapping[str, Any], float]] = []
+    values: Values = []
     for state in checkpoints(folder):
         if workload is None:
             workload = _build(state)
@@ -141,13 +143,11 @@ def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Returns mean and standard deviation over the samples for each linear layer's inputs, except the first layer's."""
     moments: list[tuple[Tensor, Tensor]] = []
 
-    def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        moments.append((arguments[0].mean(0), arguments[0].std(0)))
+    def record(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if isinstance(layer, nn.Linear):
+            moments.append((arguments[0].mean(0), arguments[0].std(0)))
 
-    with ExitStack() as hooks, frozen_statistics(module):
-        for layer in module.modules():
-            if isinstance(layer, nn.Linear):
-                hooks.enter_context(layer.register_forward_pre_hook(hook))
+    with register_module_forward_pre_hook(record), frozen_statistics(module):
         module(inputs)
     return moments[1:]
 

@@ -5,8 +5,7 @@ import json
 import os
 import resource
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dlopt.analysis.bench.communication import collective_times
 from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.parallel.mode import EpochBatches
+from dlopt.processor import synchronized_time
 from dlopt.tracking.layout import format_bytes
 from dlopt.training.build import Workload
 from dlopt.training.step import Network, Observer, Step
@@ -65,7 +65,7 @@ class Profiling(Observer):
         self._profiler: profile | None = None
         self._start = 0.0
         self._evaluation: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        self._measures_peaks = False
+        self._measures_peaks = False  # of GPU memory: of forward and backward, and of the rest of the update
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
         """Times the model and the loss as `forward`, and fetching a batch as `data`."""
@@ -99,16 +99,11 @@ class Profiling(Observer):
         if self._profiler is None:
             yield
             return
-        start = self._now()
+        start = synchronized_time(self.workload.device)
         with record_function(_PREFIX + name):
             yield
-            end = self._now()
+            end = synchronized_time(self.workload.device)
         self.seconds[name] += end - start
-
-    def _now(self) -> float:
-        if self.workload.device.type == "cuda":
-            torch.cuda.synchronize(self.workload.device)
-        return time.perf_counter()
 
     def _timed(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -133,12 +128,12 @@ class Profiling(Observer):
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Kineto warns on stderr that there is no GPU
         self._profiler = profile(activities=kinds)
         self._profiler.start()
-        self._start = self._now()
+        self._start = synchronized_time(self.workload.device)
 
     def _finish(self) -> None:
         profiler, result = self._profiler, self.result
         assert profiler is not None
-        elapsed = self._now() - self._start
+        elapsed = synchronized_time(self.workload.device) - self._start
         profiler.stop()
         self._profiler = None
         evaluation, update = self.seconds["forward and backward"], self.seconds["update"]
@@ -158,10 +153,17 @@ class Profiling(Observer):
 
     @contextlib.contextmanager
     def _measuring_memory(self, step: Step, inputs: Tensor, targets: Tensor) -> Iterator[None]:
-        module, optimizer = self.workload.module, step.optimizer
-        with self._peaks(), kept_for_backward(module) as saved:
-            yield
+        module, optimizer, device = self.workload.module, step.optimizer, self.workload.device
+        self._measures_peaks = device.type == "cuda"
+        try:
+            with kept_for_backward(module) as saved:
+                yield
+        finally:
+            self._measures_peaks = False
+        if device.type == "cuda":
+            self.result.peaks["optimizer"] = torch.cuda.max_memory_allocated(device)
         state = [value for state in optimizer.state.values() for value in _tensors(state)]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.result.memory = {
             "weights": _bytes(module.parameters()),
             "buffers": _bytes(module.buffers()),
@@ -169,22 +171,9 @@ class Profiling(Observer):
             "optimizer": _bytes(state),
             "batch": _bytes([inputs, targets]),
             "activations kept for the backward pass": sum(saved.values()),
-            "peak of the process": _process_peak(),
+            "peak of the process": peak * (1 if sys.platform == "darwin" else 1024),
         }
         self._begin()
-
-    @contextlib.contextmanager
-    def _peaks(self) -> Iterator[None]:
-        """Records peak GPU memory: of forward and backward, and of the rest of the update."""
-        if self.workload.device.type != "cuda":
-            yield
-            return
-        self._measures_peaks = True
-        try:
-            yield
-        finally:
-            self._measures_peaks = False
-            self.result.peaks["optimizer"] = torch.cuda.max_memory_allocated(self.workload.device)
 
 
 class TimedBatches:
@@ -223,13 +212,8 @@ def _tensors(state: Any) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _process_peak() -> int:
-    """Returns the peak memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def table(result: Profile, folder: Path) -> list[str]:

@@ -1,7 +1,8 @@
-"""Entry point of the ranks of measuring commands (`dlopt bench`, `dlopt find-lr`)."""
+"""Start and entry point of the ranks of measuring commands (`dlopt bench`, `dlopt find-lr`)."""
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,24 @@ from dlopt.config.resolve import resolve_saved
 from dlopt.parallel import launch, rendezvous
 
 RankOutcome = tuple[Mapping[str, Any], int]  # content of rank-N.json, and the exit code
+
+
+def run_ranks(
+    module: str, folder: Path, config: Mapping[str, Any], processes: int, options: Mapping[str, str]
+) -> list[int]:
+    """Runs `python -m module FOLDER` as ranks with additional environment variables; returns their exit codes.
+
+    A single process belongs to no process group. Raises KeyboardInterrupt after Ctrl-C.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), allow_unicode=True))
+    command = launch.python_module(module, str(folder))
+    if processes == 1:
+        return [subprocess.run(command, env={**os.environ, **options}).returncode]
+    codes, _, stopped = launch.run_processes(command, processes, options)
+    if stopped:
+        raise KeyboardInterrupt
+    return codes
 
 
 def run_rank(

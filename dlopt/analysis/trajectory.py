@@ -221,10 +221,8 @@ def _contours(axes: "Axes", function: Function, window: Window, trajectories: It
     axes.plot(*zip(*function.minima, strict=True), "*", color="white", markeredgecolor="black", markersize=15, zorder=5)
     for start in dict.fromkeys(tuple(trajectory.points[0].tolist()) for trajectory in trajectories):
         axes.plot(*start, "o", markerfacecolor="none", markeredgecolor="black", markersize=11, zorder=5)
-    axes.set_xlim(left, right)
-    axes.set_ylim(bottom, top)
-    axes.set_xlabel(f"{function.axes[0]}   (circle: start, star: minimum)")
-    axes.set_ylabel(function.axes[1])
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    axes.set(xlabel=f"{function.axes[0]}   (circle: start, star: minimum)", ylabel=function.axes[1])
 
 
 def _finish_distances(axes: "Axes", trajectories: Mapping[str, Trajectory], label: str, longest: int) -> None:
@@ -234,9 +232,7 @@ def _finish_distances(axes: "Axes", trajectories: Mapping[str, Trajectory], labe
     if highest > 0:  # else all paths stay at the minimum
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(max(lowest / 2, _FLOOR * start), 2 * highest)
-    axes.set_xlim(0, max(longest, 1))
-    axes.set_xlabel(label)
-    axes.set_ylabel("distance to the minimum")
+    axes.set(xlim=(0, max(longest, 1)), xlabel=label, ylabel="distance to the minimum")
     drawing.clean_axes(axes)
 
 
@@ -337,9 +333,8 @@ def draw_schedules(
         width = 3.0 - 1.6 * i / max(len(curves) - 1, 1)  # a curve below another shows at its sides
         axes.plot(curve.epochs, curve.rates, label=curve.label, drawstyle="steps-post", **style(i, linewidth=width))
     axes.set_title(drawing.title_with_subtitle(title, subtitle), fontsize=11)
-    axes.set_xlabel(f"epoch ({steps_per_epoch:g} update{'' if steps_per_epoch == 1 else 's'} each)")
-    axes.set_ylabel("learning rate")
-    axes.set_xlim(0, max(curve.epochs[-1] for curve in curves))
+    epoch = f"epoch ({steps_per_epoch:g} update{'' if steps_per_epoch == 1 else 's'} each)"
+    axes.set(xlabel=epoch, ylabel="learning rate", xlim=(0, max(curve.epochs[-1] for curve in curves)))
     if log_y:
         axes.set_yscale("log", nonpositive="mask")
         top = max(max(curve.rates) for curve in curves)

@@ -1,5 +1,6 @@
 """Random erasing: boxes filled with a colour or noise."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -24,26 +25,45 @@ from dlopt.ranges import Positive, PositiveFraction, Probability
 @dataclass
 class _Erase(PixelStep):
     mask: Tensor  # [n] bool
-    x: Tensor  # [n] centre, as a fraction of the width
-    y: Tensor  # [n] centre, as a fraction of the height
-    size: float  # side, as a fraction of the short side
-    colour: Tensor  # [C], 0..255
+    fill: Tensor  # [n, C, H, W] or [n, C, 1, 1], 0..255
 
     phase = 2
     keeps_dtype = True
 
-    def shard(self, shard: slice) -> Self:
-        return replace(self, mask=self.mask[shard], x=self.x[shard], y=self.y[shard])
-
     def masked(self, mask: Tensor) -> Self:
         return replace(self, mask=self.mask & mask)
 
+    @abstractmethod
+    def sides(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Returns the rows [n, height] and columns [n, width] of the boxes."""
+
     def apply(self, images: Tensor) -> Tensor:
-        height, width = images.shape[2:]
+        rows, columns = self.sides(*images.shape[2:])
+        box = rows[:, :, None] & columns[:, None, :] & self.mask[:, None, None]
+        fill = self.fill if images.is_floating_point() else self.fill.round()
+        return torch.where(box[:, None], fill.to(images.dtype), images)
+
+
+@dataclass
+class _EraseSquare(_Erase):
+    x: Tensor  # [n] centre, as a fraction of the width
+    y: Tensor  # [n] centre, as a fraction of the height
+    size: float  # side, as a fraction of the short side
+
+    def sides(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         side = round(self.size * min(height, width))
-        box = centred_interval(self.x, side, width)[:, None, :] & centred_interval(self.y, side, height)[:, :, None]
-        colour = (self.colour if images.is_floating_point() else self.colour.round()).to(images.dtype)
-        return torch.where((box & self.mask[:, None, None])[:, None], colour[:, None, None], images)
+        return centred_interval(self.y, side, height), centred_interval(self.x, side, width)
+
+
+@dataclass
+class _EraseBox(_Erase):
+    left: Tensor  # [n] whole pixels
+    top: Tensor  # [n]
+    width: Tensor  # [n]
+    height: Tensor  # [n]
+
+    def sides(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        return _interval(self.top, self.height, height), _interval(self.left, self.width, width)
 
 
 def centred_interval(centre: Tensor, length: Tensor | int, pixels: int) -> Tensor:
@@ -73,30 +93,8 @@ class Erase(Operation):
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         self.colour = self.colour.to(draws.device)  # kept: a copy from the host in every step synchronizes
-        return [_Erase(draws.chance(self.p), draws.position(), draws.position(), self.size, self.colour)]
-
-
-@dataclass
-class _EraseBox(PixelStep):
-    mask: Tensor  # [n] bool
-    left: Tensor  # [n] whole pixels
-    top: Tensor  # [n]
-    width: Tensor  # [n]
-    height: Tensor  # [n]
-    fill: Tensor  # [n, C, H, W] or [n, C, 1, 1], 0..255
-
-    phase = 2
-    keeps_dtype = True
-
-    def masked(self, mask: Tensor) -> Self:
-        return replace(self, mask=self.mask & mask)
-
-    def apply(self, images: Tensor) -> Tensor:
-        rows = _interval(self.top, self.height, images.shape[2])
-        columns = _interval(self.left, self.width, images.shape[3])
-        box = rows[:, :, None] & columns[:, None, :] & self.mask[:, None, None]
-        fill = self.fill if images.is_floating_point() else self.fill.round()
-        return torch.where(box[:, None], fill.to(images.dtype), images)
+        mask, x, y = draws.chance(self.p), draws.position(), draws.position()
+        return [_EraseSquare(mask, self.colour.expand(draws.total, -1, -1, -1), x, y, self.size)]
 
 
 class RandomErase(Operation):
@@ -140,12 +138,12 @@ class RandomErase(Operation):
             fill = torch.rand(noise_shape, generator=draws.generator, device=draws.device) * 255
         else:
             self.colour = self.colour.to(draws.device)
-            fill = self.colour[None, :, None, None].expand(draws.total, -1, -1, -1)
-        return [_EraseBox(mask, left, top, w, h, fill)]
+            fill = self.colour.expand(draws.total, -1, -1, -1)
+        return [_EraseBox(mask, fill, left, top, w, h)]
 
 
 def _colour(fill: Literal["zero", "mean"], train: Samples) -> Tensor:
-    """Returns [C], 0..255."""
-    if fill == "mean":
-        return 255.0 * colour_statistics(train)[0].float()
-    return torch.zeros(image_shape(train.shape)[0])
+    """Returns [1, C, 1, 1], 0..255."""
+    channels = image_shape(train.shape)[0]
+    colour = 255.0 * colour_statistics(train)[0].float() if fill == "mean" else torch.zeros(channels)
+    return colour.view(1, channels, 1, 1)

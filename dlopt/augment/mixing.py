@@ -7,7 +7,7 @@ not mixed; only then does the result depend on the sharding.
 Labels become probabilities [b, classes], which cross-entropy accepts; regression targets are mixed as numbers.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -70,10 +70,10 @@ class Mixup(_MixOperation):
         return [_Mixup(draws.beta(self.alpha), self.classes).masked(draws.chance(self.p))]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _CutMix(_Mix):
-    x: Tensor = field(default_factory=lambda: torch.zeros(0))
-    y: Tensor = field(default_factory=lambda: torch.zeros(0))
+    x: Tensor  # [n] centre, as a fraction of the width
+    y: Tensor
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         height, width = images.shape[2:]

@@ -35,12 +35,7 @@ class Pipeline:
     """
 
     def __init__(
-        self,
-        *,
-        operations: list[Operation],
-        border: Border,
-        input_shape: tuple[int, ...],
-        train: Samples | None = None,
+        self, *, operations: list[Operation], border: Border, input_shape: tuple[int, ...], train: Samples | None = None
     ) -> None:
         in_grey_levels = train is None or white(train) == 255
         for i, operation in enumerate(operations):
@@ -154,20 +149,20 @@ def crop_when_reading(
     Raises `UserError` if the crop is not the first operation.
     """
     images = whole_images(samples)
-    operations = [] if pipeline is None or images is None else pipeline.operations
-    first = next((i for i, operation in enumerate(operations) if isinstance(operation, ResizingCrop)), None)
-    if pipeline is None or images is None or first is None:
+    if pipeline is None or images is None:
         return None, pipeline
-    crop, *others = operations
+    first = next((each for each in pipeline.operations if isinstance(each, ResizingCrop)), None)
+    if first is None:
+        return None, pipeline
+    crop, *others = pipeline.operations
     if not isinstance(crop, ResizingCrop):
         raise UserError(
-            f"augmentation.operations.{first}: {type(operations[first]).__name__} must be the first operation, because "
-            "it crops whole image files while they are read"
+            f"augmentation.operations.{pipeline.operations.index(first)}: {type(first).__name__} must be the first "
+            "operation, because it crops whole image files while they are read"
         )
     shape = image_shape(samples.shape)
-    if not others:
-        return CropReader(images, crop, shape, seed), None
-    rest = Pipeline(operations=others, border=pipeline.border, input_shape=crop.output_shape(shape))
+    after = crop.output_shape(shape)
+    rest = Pipeline(operations=others, border=pipeline.border, input_shape=after) if others else None
     return CropReader(images, crop, shape, seed), rest
 
 

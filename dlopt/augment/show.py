@@ -50,7 +50,7 @@ def operations_picture(
             targets = torch.zeros(len(batch), device=images.device)
             row.append(single.apply(batch, targets, FixedStrengthDraws(draws, strength, sign))[0][0])
         rows.append(_Row(type(operation).__name__, row, [""] * len(row)))
-    return _grid(rows, [title] if title else [], ["original", *COLUMNS], tile, white)
+    return _grid(rows, title, [["original", *COLUMNS]], tile, white)
 
 
 def batch_picture(
@@ -87,19 +87,14 @@ def batch_picture(
         groups += [name, *[""] * (steps - 1)]
         for step in range(steps):
             rng = generator(images.device, seed, step)
+            batch = slice(0, len(images))
             results, mixed = pipeline(
-                images,
-                targets,
-                generator=rng,
-                total=len(images),
-                shard=slice(0, len(images)),
-                indices=indices,
-                epoch=step,
+                images, targets, generator=rng, total=len(images), shard=batch, indices=indices, epoch=step
             )
             for row, result, target in zip(rows, results, mixed, strict=True):
                 row.images.append(result)
                 row.captions.append("" if targets.is_floating_point() else _caption(target, classes))
-    return _grid(rows, [title] if title else [], headers, tile, white, groups if any(groups) else None)
+    return _grid(rows, title, [groups, headers] if any(groups) else [headers], tile, white)
 
 
 def _caption(target: Tensor, classes: Sequence[str]) -> str:
@@ -121,35 +116,27 @@ class _Row:
     captions: list[str]
 
 
-def _grid(
-    rows: Sequence[_Row],
-    titles: Sequence[str],
-    headers: Sequence[str],
-    tile: int,
-    white: float,
-    groups: Sequence[str] | None = None,
-) -> "Image":
-    """Draws titles, headings of groups of columns and of columns, and the rows with their labels and captions."""
+def _grid(rows: Sequence[_Row], title: str, headings: Sequence[Sequence[str]], tile: int, white: float) -> "Image":
+    """Draws the title, lines of headings of the columns, and the rows with their labels and captions."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(max(tile / 9, 11))
     line = round(1.5 * font.getbbox("Ag")[3])
     labels = [font.getlength(row.label) for row in rows]
     left = _GAP + (round(max(labels)) + 2 * _GAP if max(labels) else 0)
-    top = line * (len(titles) + (groups is not None) + 1)
+    top = line * (bool(title) + len(headings))
     captions = [caption for row in rows for caption in row.captions]
-    cell = max(tile, *(math.ceil(font.getlength(text)) for text in [*headers, *captions])) + _GAP
+    cell = max(tile, *(math.ceil(font.getlength(text)) for text in [*headings[-1], *captions])) + _GAP
     height = tile + _GAP + (line if any(any(row.captions) for row in rows) else 0)
-    width = max(left + cell * len(headers), *[round(font.getlength(title)) + 2 * _GAP for title in titles], 0)
+    width = max(left + cell * len(headings[-1]), round(font.getlength(title)) + 2 * _GAP if title else 0)
     picture = Image.new("RGB", (width, top + height * len(rows)), "white")
     pen = ImageDraw.Draw(picture)
 
     def write(text: str, x: int, y: int) -> None:
         pen.text((x, y + line / 6), text, fill="black", font=font)
 
-    for number, title in enumerate(titles):
-        write(title, _GAP, number * line)
-    for number, texts in enumerate([*([groups] if groups is not None else []), headers], len(titles)):
+    write(title, _GAP, 0)
+    for number, texts in enumerate(headings, bool(title)):
         for column, text in enumerate(texts):
             write(text, left + column * cell, number * line)
     for y, row in enumerate(rows):

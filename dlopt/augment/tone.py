@@ -17,90 +17,83 @@ from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step
 from dlopt.ranges import NonNegative, Probability
 
 
+class ToneOperation(Operation):
+    """Base of operations on whole values 0..255."""
+
+    in_grey_levels = True
+
+    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+        mask = torch.ones(draws.total, dtype=torch.bool, device=draws.device)
+        return [_Tone(mask, self.amounts(draws), self)]
+
+    def amounts(self, draws: Draws) -> Tensor:
+        """Draws [n] parameters; none by default."""
+        return torch.zeros(draws.total, device=draws.device)
+
+    @abstractmethod
+    def change(self, images: Tensor, amounts: Tensor) -> Tensor:
+        """Transforms all images [n, C, H, W], float32 with whole values 0..255, by the amounts [n, 1, 1, 1]."""
+
+
 @dataclass
 class _Tone(PixelStep):
     mask: Tensor  # [n] bool: the samples that change
+    amounts: Tensor  # [n]
+    operation: ToneOperation
 
     def masked(self, mask: Tensor) -> Self:
         return replace(self, mask=self.mask & mask)
 
     def apply(self, images: Tensor) -> Tensor:
+        amounts = self.amounts.view(-1, 1, 1, 1)
         if images.device.type == "cpu":  # on a GPU, nonzero() would synchronize; computing all images is faster
             selected = self.mask.nonzero()[:, 0]
-            return images.index_copy(0, selected, self._index(selected).change(images[selected].round()))
-        return torch.where(self.mask.view(-1, 1, 1, 1), self.change(images.round()), images)
-
-    @abstractmethod
-    def change(self, images: Tensor) -> Tensor:
-        """Transforms all images [n, C, H, W], float32 with whole values 0..255."""
+            changed = self.operation.change(images[selected].round(), amounts[selected])
+            return images.index_copy(0, selected, changed)
+        return torch.where(self.mask.view(-1, 1, 1, 1), self.operation.change(images.round(), amounts), images)
 
 
-def _all_samples(draws: Draws) -> Tensor:
-    return torch.ones(draws.total, dtype=torch.bool, device=draws.device)
-
-
-@dataclass
-class _Posterize(_Tone):
-    drop: Tensor  # [n]: how many of the lowest bits to clear
-
-    def change(self, images: Tensor) -> Tensor:
-        step = torch.exp2(self.drop).view(-1, 1, 1, 1)
-        return (images / step).floor() * step
-
-
-class Posterize(Operation):
+class Posterize(ToneOperation):
     """Keeps the 8 - k highest bits of each value, with k from 0 to `bits`."""
-
-    in_grey_levels = True
 
     def __init__(self, *, bits: Annotated[int, Interval(ge=0, le=8)]) -> None:
         self.bits = bits
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_Posterize(_all_samples(draws), (draws.strength() * self.bits).round())]
+    def amounts(self, draws: Draws) -> Tensor:
+        return (draws.strength() * self.bits).round()
+
+    def change(self, images: Tensor, amounts: Tensor) -> Tensor:
+        step = torch.exp2(amounts)
+        return (images / step).floor() * step
 
 
-@dataclass
-class _Solarize(_Tone):
-    threshold: Tensor  # [n]
-
-    def change(self, images: Tensor) -> Tensor:
-        return torch.where(images >= self.threshold.view(-1, 1, 1, 1), 255.0 - images, images)
-
-
-class Solarize(Operation):
+class Solarize(ToneOperation):
     """Inverts all values at or above a threshold between 255 * (1 - limit) and 255."""
-
-    in_grey_levels = True
 
     def __init__(self, *, limit: Probability) -> None:
         self.limit = limit
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_Solarize(_all_samples(draws), 255.0 * (1.0 - self.limit * draws.strength()))]
+    def amounts(self, draws: Draws) -> Tensor:
+        return 255.0 * (1.0 - self.limit * draws.strength())
+
+    def change(self, images: Tensor, amounts: Tensor) -> Tensor:
+        return torch.where(images >= amounts, 255.0 - images, images)
 
 
-@dataclass
-class _AutoContrast(_Tone):
-    def change(self, images: Tensor) -> Tensor:
+class AutoContrast(ToneOperation):
+    """Stretches the values of each channel to 0..255."""
+
+    def change(self, images: Tensor, amounts: Tensor) -> Tensor:
         low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
         flat = high == low
         stretched = (images - torch.where(flat, 0.0, low)) * torch.where(flat, 1.0, 255.0 / (high - low))
         return stretched.clamp_(max=255)
 
 
-class AutoContrast(Operation):
-    """Stretches the values of each channel to 0..255."""
+class Equalize(ToneOperation):
+    """Equalizes the histogram of each channel."""
 
-    in_grey_levels = True
-
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_AutoContrast(_all_samples(draws))]
-
-
-@dataclass
-class _Equalize(_Tone):
-    def change(self, images: Tensor) -> Tensor:
+    def change(self, images: Tensor, amounts: Tensor) -> Tensor:
         values = images.flatten(2).long()
         counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
         counts.scatter_add_(2, values, torch.ones_like(values))
@@ -112,20 +105,13 @@ class _Equalize(_Tone):
         return table.gather(2, values).view(images.shape).float()
 
 
-class Equalize(Operation):
-    """Equalizes the histogram of each channel."""
+class Sharpness(FactorOperation, ToneOperation):
+    """Scales the distance of the inner pixels from their 3x3 smoothing by a factor of 1 - limit .. 1 + limit."""
 
-    in_grey_levels = True
+    def amounts(self, draws: Draws) -> Tensor:
+        return 1.0 + draws.symmetric(self.limit)
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_Equalize(_all_samples(draws))]
-
-
-@dataclass
-class _Sharpness(_Tone):
-    factor: Tensor  # [n]
-
-    def change(self, images: Tensor) -> Tensor:
+    def change(self, images: Tensor, amounts: Tensor) -> Tensor:
         if min(images.shape[2:]) < 3:
             return images
         inner = images[:, :, 1:-1, 1:-1]
@@ -133,15 +119,8 @@ class _Sharpness(_Tone):
         box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
         smooth = ((box + 4.0 * inner) / 13.0).round()
         out = images.clone()
-        out[:, :, 1:-1, 1:-1] += (inner - smooth) * (self.factor - 1.0).view(-1, 1, 1, 1)
+        out[:, :, 1:-1, 1:-1] += (inner - smooth) * (amounts - 1.0)
         return out.clamp_(0, 255)
-
-
-class Sharpness(FactorOperation):
-    """Scales the distance of the inner pixels from their 3x3 smoothing by a factor of 1 - limit .. 1 + limit."""
-
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_Sharpness(_all_samples(draws), 1.0 + draws.symmetric(self.limit))]
 
 
 @dataclass

@@ -85,18 +85,13 @@ def _run(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates | 
 
 def _run_ranks(experiment: "Experiment", range_test: "RangeTest", processes: int) -> "LearningRates":
     """Starts one process per rank and returns the result of rank 0."""
-    import yaml
-
     from dlopt.analysis.lr_range import LearningRates
-    from dlopt.parallel.launch import python_module, run_processes
+    from dlopt.analysis.ranks import run_ranks
 
     scratch = Path(tempfile.mkdtemp(prefix="dlopt-find-lr-"))
     try:
-        (scratch / "config.yaml").write_text(yaml.safe_dump(dict(experiment.config), allow_unicode=True))
         (scratch / "sweep.json").write_text(json.dumps(asdict(range_test)))
-        codes, _, interrupted = run_processes(python_module("dlopt.analysis.lr_range", str(scratch)), processes, {})
-        if interrupted:
-            raise KeyboardInterrupt
+        codes = run_ranks("dlopt.analysis.lr_range", scratch, experiment.config, processes, {})
         results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -52,7 +52,7 @@ class AirBench(nn.Sequential):
                 f"model.whiten_kernel={whiten_kernel}: the images have only {height}x{width} pixels; use at most "
                 f"{min(height, width)}"
             )
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
         inputs = 2 * channels * whiten_kernel**2
         modules: OrderedDict[str, nn.Module] = OrderedDict()
         modules["whiten"] = nn.Conv2d(channels, inputs, whiten_kernel)
@@ -64,12 +64,10 @@ class AirBench(nn.Sequential):
                 size = [length // 2 for length in size]
             modules[f"stage{index + 1}"] = _stage(inputs, outputs, activation, normalize, pool=pool)
             inputs = outputs
-        modules["pool"] = nn.MaxPool2d((size[0], size[1]))
-        modules["flatten"] = nn.Flatten()
-        modules["scale"] = Divide(inputs)
+        modules.update(pool=nn.MaxPool2d((size[0], size[1])), flatten=nn.Flatten(), scale=Divide(inputs))
         modules["head"] = nn.Linear(inputs, classes, bias=False)
         super().__init__(modules)
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])
 
 
 def _stage(inputs: int, outputs: int, name: Activation, norm: Norm, *, pool: bool) -> nn.Sequential:

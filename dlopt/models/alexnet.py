@@ -10,7 +10,14 @@ from dlopt.errors import UserError
 from dlopt.models.layers import Norm, NormKeys, check_instance_norm, image_shape
 from dlopt.ranges import Count, Fraction
 
-Stem = Literal["small", "imagenet"]
+
+class AlexNetKeys(NormKeys):
+    """The keys of both networks."""
+
+    stem: Literal["small", "imagenet"]
+    hidden: Count
+    local_response: bool
+    dropout: Fraction
 
 
 class AlexNet(nn.Sequential):
@@ -23,21 +30,11 @@ class AlexNet(nn.Sequential):
     Errors: UserError for samples that are not images, or too small.
     """
 
-    def __init__(
-        self,
-        *,
-        input_shape: tuple[int, ...],
-        classes: int,
-        stem: Stem,
-        hidden: Count,
-        local_response: bool,
-        dropout: Fraction,
-        **norm: Unpack[NormKeys],
-    ) -> None:
-        normalize = Norm.of(**norm)
-        segments = _segments(input_shape, 1, stem, hidden, local_response, dropout, normalize)
-        super().__init__(OrderedDict([*segments.items(), ("head", nn.Linear(hidden, classes))]))
-        check_instance_norm(self, input_shape, normalize)
+    def __init__(self, *, input_shape: tuple[int, ...], classes: int, **keys: Unpack[AlexNetKeys]) -> None:
+        modules = _segments(input_shape, 1, **keys)
+        modules["head"] = nn.Linear(keys["hidden"], classes)
+        super().__init__(modules)
+        check_instance_norm(self, input_shape, keys["norm"])
 
 
 class TwoColumnAlexNet(nn.Module):
@@ -52,26 +49,14 @@ class TwoColumnAlexNet(nn.Module):
     Errors: UserError for an odd number of hidden features, and for samples that are not images, or too small.
     """
 
-    def __init__(
-        self,
-        *,
-        input_shape: tuple[int, ...],
-        classes: int,
-        stem: Stem,
-        hidden: Count,
-        local_response: bool,
-        dropout: Fraction,
-        **norm: Unpack[NormKeys],
-    ) -> None:
+    def __init__(self, *, input_shape: tuple[int, ...], classes: int, **keys: Unpack[AlexNetKeys]) -> None:
         super().__init__()
+        hidden = keys["hidden"]
         if hidden % 2:
             raise UserError(f"model.hidden={hidden}: the features are split between two columns; use an even number")
-        normalize = Norm.of(**norm)
-        self.columns = nn.ModuleList(
-            nn.Sequential(_segments(input_shape, 2, stem, hidden, local_response, dropout, normalize)) for _ in range(2)
-        )
+        self.columns = nn.ModuleList(nn.Sequential(_segments(input_shape, 2, **keys)) for _ in range(2))
         self.head = nn.Linear(hidden, classes)
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, keys["norm"])
 
     def forward(self, images: Tensor) -> Tensor:
         features = images
@@ -83,13 +68,15 @@ class TwoColumnAlexNet(nn.Module):
 def _segments(
     input_shape: tuple[int, ...],
     columns: int,
-    stem: Stem,
+    *,
+    stem: Literal["small", "imagenet"],
     hidden: int,
     local_response: bool,
     dropout: float,
-    norm: Norm,
+    **norm: Unpack[NormKeys],
 ) -> OrderedDict[str, nn.Module]:
     """Builds the segments of one of `columns` columns."""
+    normalize = Norm(**norm)
     channels, height, width = image_shape(input_shape, "an AlexNet")
     kernel, stride, padding = (11, 4, 2) if stem == "imagenet" else (5, 1, 2)
     pool_padding = 0 if stem == "imagenet" else 1
@@ -109,8 +96,8 @@ def _segments(
 
     def layer(inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding: int) -> list[nn.Module]:
         outputs //= columns
-        convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=norm.bias)
-        return [convolution, norm.maps(outputs), nn.ReLU()]
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=normalize.bias)
+        return [convolution, normalize.maps(outputs), nn.ReLU()]
 
     def response_norm() -> list[nn.Module]:
         # Section 3.3: k=2, n=5, alpha=1e-4, beta=0.75; torch divides alpha by n.

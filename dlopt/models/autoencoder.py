@@ -38,7 +38,7 @@ class Autoencoder(nn.Sequential):
         dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
         modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         inputs = prod(input_shape)
         for index, width in enumerate(widths):

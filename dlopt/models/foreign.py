@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +9,6 @@ from torch import Tensor, nn
 from dlopt.models.resnet import CifarResNet, ZeroPadShortcut
 
 _EPS = 1e-6  # of the layer normalization of torchvision's and timm's vision transformers
-
-
-class Family(NamedTuple):
-    """Names of other packages for one architecture: patterns of name prefixes, and dlopt's prefixes."""
-
-    origin: str
-    rules: Mapping[str, str]
 
 
 # Also of kuangliu's and akamaster's networks for CIFAR, whose last layer is `linear`.
@@ -68,19 +60,20 @@ def _vgg(convolutions: tuple[int, ...], *, norm: bool) -> dict[str, str]:
 
 
 _FAMILIES = (
-    Family("torchvision or timm", _RESNET),
-    Family("torchvision", _VIT_TORCHVISION),
-    Family("timm", _VIT_TIMM),
-    Family("torchvision or timm", _vgg((0, 3, 6, 8, 11, 13, 16, 18), norm=False)),
-    Family("torchvision or timm", _vgg((0, 4, 8, 11, 15, 18, 22, 25), norm=True)),
+    ("torchvision or timm", _RESNET),
+    ("torchvision", _VIT_TORCHVISION),
+    ("timm", _VIT_TIMM),
+    ("torchvision or timm", _vgg((0, 3, 6, 8, 11, 13, 16, 18), norm=False)),
+    ("torchvision or timm", _vgg((0, 4, 8, 11, 15, 18, 22, 25), norm=True)),
 )
+"""(origin, {pattern of a name's prefix: dlopt's prefix}) of each architecture."""
 
 
 def translations(names: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields for each known family (its origin, {name: dlopt's name}); other names are kept."""
     names = list(names)
-    for family in _FAMILIES:
-        yield family.origin, {name: _translated(name, family.rules) for name in names}
+    for origin, rules in _FAMILIES:
+        yield origin, {name: _translated(name, rules) for name in names}
 
 
 def _translated(name: str, rules: Mapping[str, str]) -> str:

@@ -33,33 +33,27 @@ def generate(
         cache: keep the keys and values of a GPT; false: recompute them for each token.
     """
     tokens = prompt[-context:].tolist()
-    reader = _Reader(model, prompt.device, cache=cache)
+    caches: list[KeyValueCache] = []
     for _ in range(length):
         if len(tokens) > context:
-            tokens = tokens[-max(context // 2, 1) :]
-            reader = _Reader(model, prompt.device, cache=cache)
-        tokens.append(draw(reader.logits(tokens), temperature, top_k, generator))
+            tokens, caches = tokens[-max(context // 2, 1) :], []
+        logits = _logits(model, tokens, prompt.device, caches if cache else None)
+        tokens.append(draw(logits, temperature, top_k, generator))
         yield tokens[-1]
 
 
-class _Reader:
-    """Returns the logits after a growing list of tokens."""
+def _logits(model: nn.Module, tokens: list[int], device: torch.device, caches: list[KeyValueCache] | None) -> Tensor:
+    """Returns the logits [V] after the tokens, on the CPU, float64; reads only the tokens that are not in the caches.
 
-    def __init__(self, model: nn.Module, device: torch.device, *, cache: bool) -> None:
-        self._model = model
-        self._device = device
-        self._caches: list[KeyValueCache] | None = None
-        if cache and isinstance(model, GPT):
-            self._caches = [KeyValueCache() for _ in range(model.depth)]
-
-    def logits(self, tokens: list[int]) -> Tensor:
-        """Returns [V] on the CPU, float64."""
-        read = 0 if self._caches is None else len(self._caches[0])
-        batch = torch.tensor([tokens[read:]], device=self._device)
-        if self._caches is not None and isinstance(self._model, GPT):
-            return self._model.next_logits(batch, self._caches)[0].double().cpu()
-        outputs: Tensor = self._model(batch)
+    Fills an empty list of caches with one per block.
+    """
+    if caches is None or not isinstance(model, GPT):
+        outputs: Tensor = model(torch.tensor([tokens], device=device))
         return outputs[0, -1].double().cpu()
+    if not caches:
+        caches += [KeyValueCache() for _ in range(model.depth)]
+    unread = torch.tensor([tokens[len(caches[0]) :]], device=device)
+    return model.next_logits(unread, caches)[0].double().cpu()
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:

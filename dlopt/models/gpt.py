@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.errors import UserError
-from dlopt.models.layers import hidden_features, token_shape
+from dlopt.models.layers import hidden_features
 from dlopt.ranges import Count, Depth, Fraction, Positive
 
 Positions = Literal["learned", "rotary"]
@@ -200,7 +200,11 @@ class GPT(nn.Sequential):
         bias: bool,
         dropout: Fraction,
     ) -> None:
-        context, vocabulary = token_shape(input_shape, vocabulary, "gpt")
+        if vocabulary is None:
+            raise UserError(
+                f"model=gpt: reads text, but the samples have the shape {list(input_shape)}; use data=python_source, "
+                "data=text or data=tokens, or another model"
+            )
         if width % heads:
             raise UserError(f"model.heads={heads}: must divide model.width={width}")
         if positions == "rotary" and width // heads % 2:
@@ -211,7 +215,7 @@ class GPT(nn.Sequential):
             return nn.LayerNorm(width, eps=_EPS, bias=bias) if norm == "layer" else nn.RMSNorm(width, eps=_EPS)
 
         modules: OrderedDict[str, nn.Module] = OrderedDict()
-        learned = context if positions == "learned" else None
+        learned = input_shape[0] if positions == "learned" else None
         modules["embedding"] = embedding = TokenEmbedding(vocabulary, width, learned, dropout)
         for index in range(depth):
             attention = CausalSelfAttention(

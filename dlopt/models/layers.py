@@ -1,6 +1,5 @@
 """Shared by the models: normalization, activations, small layers, and checks of the input's shape."""
 
-from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -80,10 +79,9 @@ class NormKeys(TypedDict):
     norm_groups: Count
     norm_ghost_batch: Count | None
     norm_eps: Positive
-    norm_momentum: PositiveFraction
+    norm_momentum: PositiveFraction  # weight of the newest batch in the running statistics
 
 
-@dataclass(frozen=True, kw_only=True)
 class Norm:
     """Builds the normalization layers of a model from its keys `norm` and `norm_...`.
 
@@ -93,25 +91,13 @@ class Norm:
     Errors: UserError for ghost batches without batch normalization, or a normalization that features do not support.
     """
 
-    kind: NormKind
-    affine: bool
-    groups: int
-    ghost_batch: int | None
-    eps: float
-    momentum: float  # weight of the newest batch in the running statistics
-
-    @classmethod
-    def of(cls, **keys: Unpack[NormKeys]) -> "Norm":
-        return cls(
-            kind=keys["norm"],
-            affine=keys["norm_affine"],
-            groups=keys["norm_groups"],
-            ghost_batch=keys["norm_ghost_batch"],
-            eps=keys["norm_eps"],
-            momentum=keys["norm_momentum"],
-        )
-
-    def __post_init__(self) -> None:
+    def __init__(self, **keys: Unpack[NormKeys]) -> None:
+        self.kind = keys["norm"]
+        self.affine = keys["norm_affine"]
+        self.groups = keys["norm_groups"]
+        self.ghost_batch = keys["norm_ghost_batch"]
+        self.eps = keys["norm_eps"]
+        self.momentum = keys["norm_momentum"]
         if self.ghost_batch is not None and self.kind != "batch":
             raise UserError(
                 f"model.norm_ghost_batch={self.ghost_batch}: virtual batches need model.norm=batch, "
@@ -142,10 +128,9 @@ class Norm:
         match self.kind:
             case "batch":
                 return self._batch_norm(channels, nn.BatchNorm2d, GhostBatchNorm2d)
-            case "layer":
-                return nn.GroupNorm(1, channels, eps=self.eps, affine=self.affine)
-            case "group":
-                return nn.GroupNorm(self.groups_of(channels), channels, eps=self.eps, affine=self.affine)
+            case "layer" | "group":
+                groups = 1 if self.kind == "layer" else self.groups_of(channels)
+                return nn.GroupNorm(groups, channels, eps=self.eps, affine=self.affine)
             case "instance":
                 return nn.InstanceNorm2d(channels, eps=self.eps, affine=self.affine)
         return nn.Identity()
@@ -157,14 +142,12 @@ class Norm:
                 return self._batch_norm(features, nn.BatchNorm1d, GhostBatchNorm1d)
             case "layer":
                 return nn.LayerNorm(features, eps=self.eps, elementwise_affine=self.affine)
-            case "group":
-                return nn.GroupNorm(self.groups_of(features), features, eps=self.eps, affine=self.affine)
             case "instance":
                 raise UserError(
                     "model.norm=instance: requires feature maps, but this model has feature vectors; "
                     "use batch, layer, group or none"
                 )
-        return nn.Identity()
+        return self.maps(features)
 
     def tokens(self, features: int) -> nn.Module:
         """Builds it for tokens [B, T, F]: `layer` normalizes each token, the others treat T as the pixels."""
@@ -195,6 +178,13 @@ def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool)
     return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=bias)
 
 
+def conv_norm_relu(
+    inputs: int, outputs: int, kernel: int, norm: Norm, *, stride: int = 1
+) -> tuple[nn.Conv2d, nn.Module, nn.ReLU]:
+    """Builds a convolution (see `conv`), its normalization, and ReLU."""
+    return conv(inputs, outputs, kernel, stride=stride, bias=norm.bias), norm.maps(outputs), nn.ReLU()
+
+
 def image_shape(input_shape: tuple[int, ...], model: str) -> tuple[int, int, int]:
     """Returns (C, H, W) of the input. Errors: UserError for samples that are not images."""
     if len(input_shape) != 3:
@@ -203,16 +193,6 @@ def image_shape(input_shape: tuple[int, ...], model: str) -> tuple[int, int, int
             f"{list(input_shape)}; use model=mlp or other data"
         )
     return input_shape[0], input_shape[1], input_shape[2]
-
-
-def token_shape(input_shape: tuple[int, ...], vocabulary: int | None, model: str) -> tuple[int, int]:
-    """Returns (tokens, vocabulary) of the input. Errors: UserError for data that is not a text."""
-    if vocabulary is None:
-        raise UserError(
-            f"model={model}: reads text, but the samples have the shape {list(input_shape)}; use data=python_source, "
-            "data=text or data=tokens, or another model"
-        )
-    return input_shape[0], vocabulary
 
 
 def hidden_features(width: int, expansion: float) -> int:
@@ -230,9 +210,9 @@ def example_inputs(model: nn.Module, shape: tuple[int, ...], *, count: int, devi
     return torch.zeros(count, *shape, device=device, dtype=dtype)
 
 
-def check_instance_norm(model: nn.Module, input_shape: tuple[int, ...], norm: Norm) -> None:
+def check_instance_norm(model: nn.Module, input_shape: tuple[int, ...], norm: NormKind) -> None:
     """Raises UserError if instance normalization gets maps of one pixel, by a forward pass on the meta device."""
-    if norm.kind != "instance":
+    if norm != "instance":
         return
     state = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
     images = torch.empty(2, *input_shape, device="meta", dtype=next(model.parameters()).dtype)

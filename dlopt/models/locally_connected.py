@@ -69,15 +69,14 @@ class LocallyConnectedNet(nn.Sequential):
         inputs, height, width = image_shape(input_shape, "a locally connected net")
         if kernel % 2 == 0:
             raise UserError(f"model.kernel={kernel}: must be odd")
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
         extent = (height, width)
         modules: OrderedDict[str, nn.Module] = OrderedDict()
         for index, outputs in enumerate(channels):
             layer = LocallyConnected2d(inputs, outputs, kernel, extent=extent, stride=stride, bias=normalize.bias)
             modules[f"layer{index + 1}"] = nn.Sequential(layer, normalize.maps(outputs), make_activation(activation))
             inputs, extent = outputs, layer.extent
-        modules["flatten"] = nn.Flatten()
-        modules["dropout"] = nn.Dropout(dropout)
-        modules["head"] = nn.Linear(inputs * extent[0] * extent[1], classes)
+        head = nn.Linear(inputs * extent[0] * extent[1], classes)
+        modules.update(flatten=nn.Flatten(), dropout=nn.Dropout(dropout), head=head)
         super().__init__(modules)
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])

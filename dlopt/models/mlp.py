@@ -28,7 +28,7 @@ class MLP(nn.Sequential):
         dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
         modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         inputs = prod(input_shape)
         for index, width in enumerate(widths):
@@ -59,7 +59,7 @@ class ResidualMLP(nn.Sequential):
         dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
         modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         modules["stem"] = layer(prod(input_shape), width, activation, 0.0, normalize)
         for index in range(blocks):
@@ -89,8 +89,8 @@ class ResidualPair(nn.Module):
 
 
 def layer(inputs: int, outputs: int, kind: Activation, dropout: float, norm: Norm) -> nn.Sequential:
-    modules: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(inputs, outputs, bias=norm.bias))
-    modules["norm"] = norm.vectors(outputs)
-    modules["activation"] = activation(kind)
-    modules["dropout"] = nn.Dropout(dropout)
+    linear = nn.Linear(inputs, outputs, bias=norm.bias)
+    modules = OrderedDict(
+        linear=linear, norm=norm.vectors(outputs), activation=activation(kind), dropout=nn.Dropout(dropout)
+    )
     return nn.Sequential(modules)

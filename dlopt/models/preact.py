@@ -25,12 +25,9 @@ class PreActBlock(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, *, projection: bool, dropout: float, norm: Norm) -> None:
         super().__init__()
-        self.norm1 = norm.maps(inputs)
-        self.act1 = nn.ReLU()
+        self.norm1, self.act1 = norm.maps(inputs), nn.ReLU()
         self.conv1 = conv(inputs, width, 3, stride=stride, bias=norm.bias)
-        self.norm2 = norm.maps(width)
-        self.act2 = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
+        self.norm2, self.act2, self.dropout = norm.maps(width), nn.ReLU(), nn.Dropout(dropout)
         self.conv2 = conv(width, width, 3, bias=norm.bias)
         self.shortcut = _shortcut(inputs, width, stride, projection, norm)
 
@@ -51,15 +48,11 @@ class PreActBottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, *, projection: bool, dropout: float, norm: Norm) -> None:
         super().__init__()
-        self.norm1 = norm.maps(inputs)
-        self.act1 = nn.ReLU()
+        self.norm1, self.act1 = norm.maps(inputs), nn.ReLU()
         self.conv1 = conv(inputs, width, 1, bias=norm.bias)
-        self.norm2 = norm.maps(width)
-        self.act2 = nn.ReLU()
+        self.norm2, self.act2 = norm.maps(width), nn.ReLU()
         self.conv2 = conv(width, width, 3, stride=stride, bias=norm.bias)
-        self.norm3 = norm.maps(width)
-        self.act3 = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
+        self.norm3, self.act3, self.dropout = norm.maps(width), nn.ReLU(), nn.Dropout(dropout)
         self.conv3 = conv(width, width * self.expansion, 1, bias=norm.bias)
         self.shortcut = _shortcut(inputs, width * self.expansion, stride, projection, norm)
 
@@ -94,9 +87,7 @@ def _network(
     """Builds a 3x3 convolution to 16 channels, three stages of `count` blocks, a final norm, and the classifier."""
     modules: OrderedDict[str, nn.Module] = OrderedDict(stem=conv(channels, 16, 3, bias=norm.bias))
     outputs = add_stages(modules, block, 16, width, [count] * 3, expansion)
-    modules["norm"] = norm.maps(outputs)
-    modules["activation"] = nn.ReLU()
-    modules["pool"] = GlobalAveragePool()
+    modules.update(norm=norm.maps(outputs), activation=nn.ReLU(), pool=GlobalAveragePool())
     modules["head"] = nn.Linear(outputs, classes)
     return modules
 
@@ -127,14 +118,14 @@ class PreActResNet(nn.Sequential):
                 f"model.depth={depth}: must be {layers}n+2 with model.block={block}, "
                 f"for example {', '.join(str(layers * n + 2) for n in (2, 3, 9, 18, 111))}"
             )
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
         kind = PreActBlock if block == "basic" else PreActBottleneck
 
         def build(inputs: int, width: int, stride: int) -> PreActBlock | PreActBottleneck:
             return kind(inputs, width, stride, projection=block == "bottleneck", dropout=dropout, norm=normalize)
 
         super().__init__(_network(channels, classes, (depth - 2) // layers, 16, build, kind.expansion, normalize))
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])
 
 
 class WideResNet(nn.Sequential):
@@ -159,10 +150,10 @@ class WideResNet(nn.Sequential):
         channels, _, _ = image_shape(input_shape, "a wide ResNet")
         if depth < 10 or depth % 6 != 4:
             raise UserError(f"model.depth={depth}: must be 6n+4, for example 10, 16, 22, 28, 34 or 40")
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
 
         def build(inputs: int, width: int, stride: int) -> PreActBlock:
             return PreActBlock(inputs, width, stride, projection=True, dropout=dropout, norm=normalize)
 
         super().__init__(_network(channels, classes, (depth - 4) // 6, 16 * widen, build, 1, normalize))
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])

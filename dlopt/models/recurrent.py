@@ -1,7 +1,8 @@
 """Recurrent networks that read an image row by row, or a text token by token: tanh RNN and LSTM."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,16 @@ class LSTMLayer(nn.Module):
         return torch.stack(states, 1)
 
 
+class RecurrentKeys(TypedDict):
+    """The keys of both networks."""
+
+    hidden: Count
+    layers: Count
+    dropout: Fraction
+    norm: NormKind
+    norm_affine: bool
+
+
 class RNN(nn.Sequential):
     """`layers` tanh layers of `hidden` units over the rows, and a classifier on the last time step.
 
@@ -92,15 +103,9 @@ class RNN(nn.Sequential):
         input_shape: tuple[int, ...],
         classes: int,
         vocabulary: int | None = None,
-        hidden: Count,
-        layers: Count,
-        dropout: Fraction,
-        norm: NormKind,
-        norm_affine: bool,
+        **keys: Unpack[RecurrentKeys],
     ) -> None:
-        inputs, normalize = _check(input_shape, vocabulary, hidden, norm, norm_affine)
-        stack = [RecurrentLayer(hidden if index else inputs, hidden, normalize) for index in range(layers)]
-        super().__init__(_network(stack, hidden, classes, vocabulary, dropout))
+        super().__init__(_network(RecurrentLayer, input_shape, classes, vocabulary, **keys))
         self.vocabulary = vocabulary
 
 
@@ -118,28 +123,33 @@ class LSTM(nn.Sequential):
         input_shape: tuple[int, ...],
         classes: int,
         vocabulary: int | None = None,
-        hidden: Count,
-        layers: Count,
         forget_bias: float,
-        dropout: Fraction,
-        norm: NormKind,
-        norm_affine: bool,
+        **keys: Unpack[RecurrentKeys],
     ) -> None:
-        inputs, normalize = _check(input_shape, vocabulary, hidden, norm, norm_affine)
-        stack = [LSTMLayer(hidden if index else inputs, hidden, forget_bias, normalize) for index in range(layers)]
-        super().__init__(_network(stack, hidden, classes, vocabulary, dropout))
+        def layer(inputs: int, hidden: int, norm: Norm) -> LSTMLayer:
+            return LSTMLayer(inputs, hidden, forget_bias, norm)
+
+        super().__init__(_network(layer, input_shape, classes, vocabulary, **keys))
         self.vocabulary = vocabulary
 
 
-def _check(
-    input_shape: tuple[int, ...], vocabulary: int | None, hidden: int, norm: NormKind, affine: bool
-) -> tuple[int, Norm]:
-    """Returns the features of a time step and the builder of the normalization."""
+def _network(
+    layer: Callable[[int, int, Norm], nn.Module],
+    input_shape: tuple[int, ...],
+    classes: int,
+    vocabulary: int | None,
+    *,
+    hidden: int,
+    layers: int,
+    dropout: float,
+    norm: NormKind,
+    norm_affine: bool,
+) -> OrderedDict[str, nn.Module]:
+    """Builds the modules; `layer` builds a recurrent layer from (inputs, hidden units, normalization)."""
+    inputs = hidden  # of an embedding
     if vocabulary is None:
         channels, _, width = image_shape(input_shape, "a recurrent net")
         inputs = channels * width
-    else:
-        inputs = hidden  # an embedding
     if norm not in ("layer", "none"):
         reason = {
             "batch": "batch statistics differ between time steps",
@@ -147,19 +157,14 @@ def _check(
             "instance": "a time step has no pixels to average over",
         }[norm]
         raise UserError(f"model.norm={norm}: {reason}; recurrent networks support layer or none")
-    return inputs, Norm(kind=norm, affine=affine, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
-
-
-def _network(
-    stack: Sequence[nn.Module], hidden: int, classes: int, vocabulary: int | None, dropout: float
-) -> OrderedDict[str, nn.Module]:
-    modules: OrderedDict[str, nn.Module] = OrderedDict()
-    if vocabulary is None:
-        modules["rows"] = Rows()
-    else:
-        modules["embedding"] = nn.Embedding(vocabulary, hidden)
-    for index, layer in enumerate(stack):
-        modules[f"layer{index + 1}"] = nn.Sequential(OrderedDict(recurrent=layer, dropout=nn.Dropout(dropout)))
+    normalize = Norm(
+        norm=norm, norm_affine=norm_affine, norm_groups=1, norm_ghost_batch=None, norm_eps=1e-5, norm_momentum=0.1
+    )
+    stack = [layer(hidden if index else inputs, hidden, normalize) for index in range(layers)]
+    first = {"rows": Rows()} if vocabulary is None else {"embedding": nn.Embedding(vocabulary, hidden)}
+    modules: OrderedDict[str, nn.Module] = OrderedDict(first)
+    for index, recurrent in enumerate(stack):
+        modules[f"layer{index + 1}"] = nn.Sequential(OrderedDict(recurrent=recurrent, dropout=nn.Dropout(dropout)))
     if vocabulary is None:
         modules["last"] = LastStep()
     modules["head"] = nn.Linear(hidden, classes)

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
+from dlopt.models.layers import (
+    GlobalAveragePool,
+    Norm,
+    NormKeys,
+    check_instance_norm,
+    conv,
+    conv_norm_relu,
+    image_shape,
+    zero_branch,
+)
 from dlopt.ranges import Count, Depth, Fraction
 
 ShortcutPadding = Literal["end", "both"]
@@ -38,14 +47,12 @@ class ZeroPadShortcut(nn.Module):
 class BasicBlock(nn.Module):
     """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); without shortcut, two layers of a plain network."""
 
+    expansion = 1
+
     def __init__(self, inputs: int, outputs: int, stride: int, *, shortcut: nn.Module | None, norm: Norm) -> None:
         super().__init__()
-        self.conv1 = conv(inputs, outputs, 3, stride=stride, bias=norm.bias)
-        self.norm1 = norm.maps(outputs)
-        self.act1 = nn.ReLU()
-        self.conv2 = conv(outputs, outputs, 3, bias=norm.bias)
-        self.norm2 = norm.maps(outputs)
-        self.act2 = nn.ReLU()
+        self.conv1, self.norm1, self.act1 = conv_norm_relu(inputs, outputs, 3, norm, stride=stride)
+        self.conv2, self.norm2, self.act2 = conv_norm_relu(outputs, outputs, 3, norm)
         self.shortcut = shortcut
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -70,15 +77,9 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, *, shortcut: nn.Module, norm: Norm) -> None:
         super().__init__()
-        self.conv1 = conv(inputs, width, 1, bias=norm.bias)
-        self.norm1 = norm.maps(width)
-        self.act1 = nn.ReLU()
-        self.conv2 = conv(width, width, 3, stride=stride, bias=norm.bias)
-        self.norm2 = norm.maps(width)
-        self.act2 = nn.ReLU()
-        self.conv3 = conv(width, width * self.expansion, 1, bias=norm.bias)
-        self.norm3 = norm.maps(width * self.expansion)
-        self.act3 = nn.ReLU()
+        self.conv1, self.norm1, self.act1 = conv_norm_relu(inputs, width, 1, norm)
+        self.conv2, self.norm2, self.act2 = conv_norm_relu(width, width, 3, norm, stride=stride)
+        self.conv3, self.norm3, self.act3 = conv_norm_relu(width, width * self.expansion, 1, norm)
         self.shortcut = shortcut
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class CifarResNet(nn.Sequential):
             )
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"model.depth={depth}: must be 6n+2, for example 8, 14, 20, 32, 44, 56, 110 or 1202")
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
 
         def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
             shortcut: nn.Module | None = None
@@ -154,13 +155,11 @@ class CifarResNet(nn.Sequential):
             return BasicBlock(inputs, outputs, stride, shortcut=shortcut, norm=normalize)
 
         modules: OrderedDict[str, nn.Module] = OrderedDict()
-        modules["stem"] = nn.Sequential(conv(channels, width, 3, bias=normalize.bias), normalize.maps(width), nn.ReLU())
+        modules["stem"] = nn.Sequential(*conv_norm_relu(channels, width, 3, normalize))
         outputs = add_stages(modules, block, width, width, [(depth - 2) // 6] * 3)
-        modules["pool"] = GlobalAveragePool()
-        modules["dropout"] = nn.Dropout(dropout)
-        modules["head"] = nn.Linear(outputs, classes)
+        modules.update(pool=GlobalAveragePool(), dropout=nn.Dropout(dropout), head=nn.Linear(outputs, classes))
         super().__init__(modules)
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])
 
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -186,33 +185,23 @@ class ResNet(nn.Sequential):
         **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
-        normalize = Norm.of(**norm)
-        expansion = 1 if depth < 50 else Bottleneck.expansion
+        normalize = Norm(**norm)
+        kind = BasicBlock if depth < 50 else Bottleneck
 
         def block(inputs: int, width: int, stride: int) -> nn.Module:
-            outputs = width * expansion
+            outputs = width * kind.expansion
             shortcut: nn.Module = nn.Identity()
             if stride != 1 or inputs != outputs:
                 shortcut = nn.Sequential(
                     conv(inputs, outputs, 1, stride=stride, bias=normalize.bias), normalize.maps(outputs)
                 )
-            if expansion == 1:
-                return BasicBlock(inputs, width, stride, shortcut=shortcut, norm=normalize)
-            return Bottleneck(inputs, width, stride, shortcut=shortcut, norm=normalize)
+            return kind(inputs, width, stride, shortcut=shortcut, norm=normalize)
 
         modules: OrderedDict[str, nn.Module] = OrderedDict()
-        if stem == "imagenet":
-            modules["stem"] = nn.Sequential(
-                conv(channels, 64, 7, stride=2, bias=normalize.bias),
-                normalize.maps(64),
-                nn.ReLU(),
-                nn.MaxPool2d(3, stride=2, padding=1),
-            )
-        else:
-            modules["stem"] = nn.Sequential(conv(channels, 64, 3, bias=normalize.bias), normalize.maps(64), nn.ReLU())
-        outputs = add_stages(modules, block, 64, 64, _BLOCKS[depth], expansion)
-        modules["pool"] = GlobalAveragePool()
-        modules["dropout"] = nn.Dropout(dropout)
-        modules["head"] = nn.Linear(outputs, classes)
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        pool = [nn.MaxPool2d(3, stride=2, padding=1)] if stem == "imagenet" else []
+        modules["stem"] = nn.Sequential(*conv_norm_relu(channels, 64, kernel, normalize, stride=stride), *pool)
+        outputs = add_stages(modules, block, 64, 64, _BLOCKS[depth], kind.expansion)
+        modules.update(pool=GlobalAveragePool(), dropout=nn.Dropout(dropout), head=nn.Linear(outputs, classes))
         super().__init__(modules)
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])

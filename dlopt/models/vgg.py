@@ -5,7 +5,7 @@ from typing import Literal, Unpack
 
 from torch import nn
 
-from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape
+from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv_norm_relu, image_shape
 from dlopt.ranges import Fraction
 
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -31,25 +31,23 @@ class VGG11(nn.Sequential):
         **norm: Unpack[NormKeys],
     ) -> None:
         inputs, height, width = image_shape(input_shape, "a VGG net")
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
         modules: OrderedDict[str, nn.Module] = OrderedDict()
         for index, widths in enumerate(_STAGES):
             layers: list[nn.Module] = []
             for outputs in widths:
-                layers += [conv(inputs, outputs, 3, bias=normalize.bias), normalize.maps(outputs), nn.ReLU()]
+                layers += conv_norm_relu(inputs, outputs, 3, normalize)
                 inputs = outputs
             if min(height, width) > 1:
                 layers.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
             modules[f"stage{index + 1}"] = nn.Sequential(*layers)
         if classifier == "small":
-            modules["pool"] = GlobalAveragePool()
-            modules["dropout"] = nn.Dropout(dropout)
-            modules["head"] = nn.Linear(inputs, classes)
+            modules.update(pool=GlobalAveragePool(), dropout=nn.Dropout(dropout), head=nn.Linear(inputs, classes))
         else:
             modules["pool"] = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())
             modules["hidden1"] = nn.Sequential(nn.Linear(inputs * 49, 4096), nn.ReLU(), nn.Dropout(dropout))
             modules["hidden2"] = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(dropout))
             modules["head"] = nn.Linear(4096, classes)
         super().__init__(modules)
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])

@@ -128,7 +128,7 @@ class ViT(nn.Sequential):
             )
         if width % heads:
             raise UserError(f"model.heads={heads}: must divide model.width={width}")
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
         patches = (image_height // patch) * (image_width // patch)
         modules: OrderedDict[str, nn.Module] = OrderedDict()
         modules["embedding"] = PatchEmbedding(channels, width, patch, patches, dropout)

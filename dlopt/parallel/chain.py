@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.errors import UserError
+from dlopt.processor import synchronized_time
 
 _REPETITIONS = 3
 
@@ -135,16 +135,10 @@ def time_layers(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardCon
 
 def _timed(module: nn.Module, values: Tensor) -> tuple[float, Tensor]:
     inputs = values.detach().requires_grad_(values.is_floating_point())
-    start = _now(inputs)
+    start = synchronized_time(inputs.device)
     outputs: Tensor = module(inputs)
     outputs.sum().backward()
-    return _now(inputs) - start, outputs
-
-
-def _now(tensor: Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
+    return synchronized_time(inputs.device) - start, outputs
 
 
 def balance(seconds: Sequence[float], stages: int) -> list[int]:

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.analysis.lr_range import LearningRates, RangeTest, check, describe_end, draw, find, suggestions, trial, write
+from dlopt.analysis.lr_range import (
+    LearningRates,
+    RangeTest,
+    check,
+    describe_end,
+    draw,
+    find,
+    middle_of_descent,
+    steepest_slope,
+    trial,
+    write,
+)
 from dlopt.errors import UserError
 from dlopt.optim import Muon
 from dlopt.training.build import build_workload, training_batches
@@ -26,16 +37,16 @@ def test_rates_are_logarithmically_spaced() -> None:
 def test_suggestions_for_a_known_curve() -> None:
     rates = [10 ** (-5 + i / 10) for i in range(51)]
     falling = [2 - 1.5 / (1 + math.exp(-(i - 25) / 3)) if i <= 40 else 0.5 + (i - 40) for i in range(51)]
-    steepest, valley = suggestions(rates, falling)
-    assert steepest == pytest.approx(rates[25])
-    assert valley == pytest.approx(rates[20])  # the descent goes from 0 to 40
-    assert suggestions(rates, [1.0 + i for i in range(51)]) == (None, None)
-    assert suggestions([], []) == (None, None)
+    assert steepest_slope(rates, falling) == pytest.approx(rates[25])
+    assert middle_of_descent(rates, falling) == pytest.approx(rates[20])  # the descent goes from 0 to 40
+    for suggestion in (steepest_slope, middle_of_descent):
+        assert suggestion(rates, [1.0 + i for i in range(51)]) is None
+        assert suggestion([], []) is None
 
 
 def test_valley_tolerates_noise() -> None:
     rates = [float(i + 1) for i in range(8)]
-    _, valley = suggestions(rates, [5, 5.5, 4, 4.5, 3, 3.5, 2, 9])  # 5 4 3 2, from the first to the seventh
+    valley = middle_of_descent(rates, [5, 5.5, 4, 4.5, 3, 3.5, 2, 9])  # 5 4 3 2, from the first to the seventh
     assert valley is not None and 2 <= valley <= 6
 
 

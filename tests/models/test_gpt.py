@@ -13,7 +13,6 @@ from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
 from dlopt.init import WidthGrowth, gpt2, mup
 from dlopt.models.gpt import GPT, KeyValueCache
-from dlopt.models.layers import token_shape
 
 VOCABULARY, CONTEXT = 13, 7
 OPTIONS = [
@@ -27,10 +26,10 @@ def gpt(**changed: Any) -> GPT:
     keys: dict[str, Any] = {
         "width": 12, "depth": 2, "heads": 3, "expansion": 4.0, "norm": "layer", "positions": "learned",
         "activation": "gelu", "qk_norm": False, "attention_scale": "sqrt", "tied_embeddings": True, "bias": True,
-        "dropout": 0.0,
+        "dropout": 0.0, "input_shape": (CONTEXT,), "vocabulary": VOCABULARY,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = GPT(input_shape=(CONTEXT,), vocabulary=VOCABULARY, **{**keys, **changed}).double()
+    model = GPT(**{**keys, **changed}).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     return model
@@ -155,7 +154,7 @@ def test_refusals() -> None:
         with pytest.raises(UserError, match=message):
             gpt(**changed)
     with pytest.raises(UserError, match=r"model=gpt: reads text.*use data=python_source"):
-        token_shape((1, 8, 8), None, "gpt")
+        gpt(input_shape=(1, 8, 8), vocabulary=None)
     with pytest.raises(UserError, match=r"init=mup.*tied_embeddings=false"):
         growth = WidthGrowth(12, frozenset(), frozenset())
         mup(gpt(), torch.Generator(), growth=growth, std=0.02, base_width=32, zero_last_gamma=False)

@@ -12,9 +12,8 @@ EPS = 1e-5
 
 
 def norm(kind: str, **changes: object) -> Norm:
-    return Norm(
-        **{"kind": kind, "affine": True, "groups": 4, "ghost_batch": None, "eps": 1e-5, "momentum": 0.1, **changes}
-    )  # type: ignore[arg-type]
+    keys = {"affine": True, "groups": 4, "ghost_batch": None, "eps": 1e-5, "momentum": 0.1, **changes}
+    return Norm(norm=kind, **{f"norm_{name}": value for name, value in keys.items()})  # type: ignore[arg-type]
 
 
 def standardized(maps: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:

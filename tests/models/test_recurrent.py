@@ -12,7 +12,7 @@ Build = Callable[..., nn.Module]
 
 
 def norm(kind: str) -> Norm:
-    return Norm(kind=kind, affine=True, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)  # type: ignore[arg-type]
+    return Norm(norm=kind, norm_affine=True, norm_groups=1, norm_ghost_batch=None, norm_eps=1e-5, norm_momentum=0.1)  # type: ignore[arg-type]
 
 
 def sequence() -> torch.Tensor:

@@ -39,7 +39,7 @@ def test_attention_matches_torch() -> None:
 
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_block_matches_torchs_encoder_layer(pre_norm: bool) -> None:
-    norm = Norm(kind="layer", affine=True, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
+    norm = Norm(norm="layer", norm_affine=True, norm_groups=1, norm_ghost_batch=None, norm_eps=1e-5, norm_momentum=0.1)
     ours = TransformerBlock(12, 3, 2.0, pre_norm=pre_norm, dropout=0.0, norm=norm).double()
     theirs = nn.TransformerEncoderLayer(
         12, 3, 24, dropout=0.0, activation="gelu", batch_first=True, norm_first=pre_norm

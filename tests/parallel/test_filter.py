@@ -41,7 +41,7 @@ LARGE = {
 
 
 def norm(kind: NormKind = "batch") -> Norm:
-    return Norm(kind=kind, affine=True, groups=4, ghost_batch=None, eps=1e-5, momentum=0.1)
+    return Norm(norm=kind, norm_affine=True, norm_groups=4, norm_ghost_batch=None, norm_eps=1e-5, norm_momentum=0.1)
 
 
 def small_blocks() -> dict[str, nn.Module]:

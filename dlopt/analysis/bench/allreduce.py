@@ -3,12 +3,12 @@
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from torch import distributed
 
 from dlopt.errors import RunError
+from dlopt.processor import synchronized_time
 
 _WARMUP = 3  # all-reduces before the timed ones: the first ones open connections
 
@@ -36,7 +36,7 @@ class Bandwidth:
 
 
 def measure(
-    sizes: list[int], repeats: int, device: torch.device, clock: Callable[[], float] = perf_counter
+    sizes: list[int], repeats: int, device: torch.device, clock: Callable[[torch.device], float] = synchronized_time
 ) -> Iterator[Bandwidth]:
     """Yields the bandwidth for each size in bytes. All ranks call this together.
 
@@ -57,17 +57,10 @@ def measure(
             distributed.all_reduce(values)
         seconds = torch.zeros(repeats, dtype=torch.float64)
         for number in range(repeats):
-            _synchronize(device)
             distributed.barrier()
-            start = clock()
+            start = clock(device)
             distributed.all_reduce(values)
-            _synchronize(device)
-            seconds[number] = clock() - start
+            seconds[number] = clock(device) - start
         seconds = seconds.to(device)
         distributed.all_reduce(seconds, distributed.ReduceOp.MAX)
         yield Bandwidth(values.nbytes, ranks, statistics.median(seconds.tolist()))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -3,6 +3,7 @@
 Both cover all collectives: those of DDP and FSDP as well as those of dlopt's own layers.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -84,20 +85,14 @@ def collective_times(events: Iterable[Any], device: torch.device) -> tuple[float
             communicating.append(interval)
         elif on_gpu or event.name.startswith("aten::"):
             computing.append(interval)
-    communication, computation = length(union(communicating)), length(union(computing))
-    return communication * 1e-6, (length(union([*communicating, *computing])) - computation) * 1e-6
+    waiting = covered([*communicating, *computing]) - covered(computing)
+    return covered(communicating) * 1e-6, waiting * 1e-6
 
 
-def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Merges overlapping intervals; returns them sorted."""
-    joined: list[Interval] = []
-    for start, end in sorted(intervals):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(end, joined[-1][1])
-        else:
-            joined.append((start, end))
-    return joined
-
-
-def length(intervals: Iterable[Interval]) -> float:
-    return sum(end - start for start, end in intervals)
+def covered(intervals: Iterable[Interval]) -> float:
+    """Returns the length of the union of intervals."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(intervals):
+        total += max(stop - max(start, end), 0.0)
+        end = max(end, stop)
+    return total

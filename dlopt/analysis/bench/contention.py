@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, distributed
 
 from dlopt.analysis import model_summary
 from dlopt.analysis.bench.rank import updates_of
 from dlopt.analysis.bench.simulation import Link
 from dlopt.analysis.model_summary import Layer
-from dlopt.analysis.ranks import run_rank
+from dlopt.analysis.ranks import run_rank, run_ranks
 from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError
-from dlopt.parallel import launch, rendezvous
+from dlopt.parallel import rendezvous
 from dlopt.parallel.collectives import ModelGroup, all_reduce
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import Group
@@ -53,13 +52,7 @@ class Contention:
 
 def measure(config: Mapping[str, Any], folder: Path, processes: int) -> Contention:
     """Starts `processes` processes that each train on their own; times their updates, layers and all-reduces."""
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
-    codes, _, stopped = launch.run_processes(
-        launch.python_module("dlopt.analysis.bench.contention", str(folder)), processes, {}
-    )
-    if stopped:
-        raise KeyboardInterrupt
+    codes = run_ranks("dlopt.analysis.bench.contention", folder, config, processes, {})
     if any(codes):
         raise RunError(f"benchmark processes failed: exit codes {codes}")
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]

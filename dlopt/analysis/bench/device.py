@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dlopt.analysis import drawing
+from dlopt.processor import synchronized_time
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,9 +65,7 @@ def _seconds(compute: Callable[[], object], device: torch.device, budget: float)
         start = time.perf_counter()
         for _ in range(calls):
             compute()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / calls
+        return (synchronized_time(device) - start) / calls
 
     timed(2)
     calls = max(int(budget / 5 / timed(1)), 1)
@@ -92,8 +91,7 @@ def draw(points: Sequence[Throughput], title: str) -> "Figure":
         top = max((p.flops for p in of_kind), default=1e9)
         axes.set_ylim(top=10 ** (math.ceil(4 * math.log10(top / 1e9) + 0.5) / 4))
         axes.set_title(f"{kind}s", fontsize=10)
-        axes.set_xlabel(label)
-        axes.set_ylabel("GFLOP/s")
+        axes.set(xlabel=label, ylabel="GFLOP/s")
         drawing.clean_axes(axes, which="both")
     axes.legend(frameon=False)
     return figure

@@ -2,22 +2,18 @@
 
 import json
 import math
-import os
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dlopt.analysis import drawing
+from dlopt.analysis.ranks import run_ranks
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import to_plain
 from dlopt.errors import RunError, UserError
-from dlopt.parallel.launch import python_module, run_processes
 from dlopt.tracking.layout import FittedTable, plain_table
 
 if TYPE_CHECKING:
@@ -60,32 +56,15 @@ def measure(
     return ModeResult(label, mode, processes, problem) if problem is not None else summarize(label, mode, ranks)
 
 
-def step_times(
-    config: Mapping[str, Any], folder: Path, mode: str, processes: int, settings: Mapping[str, Any]
-) -> list[float]:
-    """Returns the seconds of each update on its slowest rank. Raises `RunError` if a rank failed."""
-    ranks, problem = _run(config, folder, processes, settings)
-    if problem is not None:
-        raise RunError(f"parallel={mode} on {processes} processes: {problem}")
-    return [max(steps) for steps in zip(*(metrics["steps"] for metrics in ranks), strict=True)]
-
-
 def _run(
     config: Mapping[str, Any], folder: Path, processes: int, settings: Mapping[str, Any]
 ) -> tuple[list[Any], str | None]:
     """Starts `dlopt.analysis.bench.rank` processes; returns the metrics of each rank, and the error of a failed one."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
     (folder / "plan.json").write_text(json.dumps(dict(settings)))
-    command = python_module("dlopt.analysis.bench.rank", str(folder))
     # The limit counts address space: by default, each thread's malloc arena reserves 64 MiB that it does not use.
     environment = _QUIET | ({} if settings["memory_limit_mb"] is None else {"MALLOC_ARENA_MAX": "1"})
-    if processes == 1:
-        codes = [subprocess.run(command, env={**os.environ, **environment}).returncode]
-    else:
-        codes, _, stopped = run_processes(command, processes, environment)
-        if stopped:
-            raise KeyboardInterrupt
+    codes = run_ranks("dlopt.analysis.bench.rank", folder, config, processes, environment)
     files = [folder / f"rank-{rank}.json" for rank in range(processes)]
     ranks = [json.loads(path.read_text()) if path.exists() else None for path in files]
     return ranks, _problem(ranks, codes)
@@ -182,8 +161,7 @@ def draw(rows: Sequence[ModeResult], *, title: str) -> "Figure":
         for i, value in enumerate(values):
             text = _short(rows[i].problem) if math.isnan(value) else f"{value:{form}}"
             axes.text(lengths[i], i, f" {text}", va="center", fontsize=8)
-        axes.set_xlim(0, max(lengths) * 1.22 or 1)
-        axes.set_xlabel(label)
+        axes.set(xlim=(0, max(lengths) * 1.22 or 1), xlabel=label)
     drawing.clean_axes(*panels, axis="x")
     steps, _, speedups, _, _, communication = panels
     for i, row in enumerate(rows):
@@ -260,7 +238,10 @@ def validate(processes: Sequence[int]) -> list[StepTime]:
             }
             for mode, estimate in calculated.items():
                 config = _config(composer, mode, BATCH)
-                steps = step_times(config, folder / f"{mode}-{count}", mode, count, _SETTINGS)
+                ranks, problem = _run(config, folder / f"{mode}-{count}", count, _SETTINGS)
+                if problem is not None:
+                    raise RunError(f"parallel={mode} on {count} processes: {problem}")
+                steps = [max(seconds) for seconds in zip(*(rank["steps"] for rank in ranks), strict=True)]
                 results.append(StepTime(mode, count, estimate.step, statistics.median(steps)))
     return results
 

@@ -8,9 +8,10 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -39,20 +40,6 @@ class BenchSettings:
     memory_limit_mb: float | None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Metrics of one rank; times in seconds per update."""
-
-    threads: int
-    samples: float  # of the global batch
-    steps: list[float]
-    peak_mb: float  # peak memory minus that of the process before it built data and model, MiB
-    sent_mb: float  # by this rank, MiB
-    collectives: float
-    communicating: float  # fraction of the time with a collective in flight
-    waiting: float  # fraction of the time with a collective in flight and no computation
-
-
 def main() -> int:
     settings = BenchSettings(**json.loads((Path(sys.argv[1]) / "plan.json").read_text()))
 
@@ -61,7 +48,7 @@ def main() -> int:
             return {"refused": str(error)}, 2
         return ({"failed": _reason(error, settings)}, 1) if isinstance(error, RuntimeError | MemoryError) else None
 
-    return run_rank(lambda experiment, folder, rank: asdict(measure(experiment, folder, settings, rank)), explain)
+    return run_rank(lambda experiment, folder, rank: measure(experiment, folder, settings, rank), explain)
 
 
 def _reason(error: RuntimeError | MemoryError, settings: BenchSettings) -> str:
@@ -73,8 +60,11 @@ def _reason(error: RuntimeError | MemoryError, settings: BenchSettings) -> str:
     return "another process failed" if rendezvous.caused_by_peer(error) else f"{type(error).__name__}: {text}"
 
 
-def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank: int) -> Measured:
-    """Runs warm-up updates, timed updates, updates with bytes counted, and updates under the profiler."""
+def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank: int) -> Mapping[str, Any]:
+    """Runs warm-up updates, timed updates, updates with bytes counted, and updates under the profiler.
+
+    Returns the metrics that `modes.summarize` reads; times in seconds per update.
+    """
     parallel = build_mode(experiment)
     device = parallel.device
     set_threads(experiment.settings.threads, parallel.local_processes)
@@ -101,16 +91,16 @@ def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank:
     communicating, waiting = _communication(update, settings.profiled, device, parallel)
     [all_ranks_samples] = parallel.sum_over_ranks([float(samples)])
     is_sharded = parallel.batch_shard is not None
-    return Measured(
-        threads=torch.get_num_threads(),
-        samples=(all_ranks_samples if is_sharded else samples) / settings.updates,
-        steps=steps,
-        peak_mb=(peak - baseline) / MIB,
-        sent_mb=traffic.sent / settings.profiled / MIB,
-        collectives=traffic.collectives / settings.profiled,
-        communicating=communicating,
-        waiting=waiting,
-    )
+    return {
+        "threads": torch.get_num_threads(),
+        "samples": (all_ranks_samples if is_sharded else samples) / settings.updates,  # of the global batch
+        "steps": steps,
+        "peak_mb": (peak - baseline) / MIB,  # above the process before it built data and model
+        "sent_mb": traffic.sent / settings.profiled / MIB,  # by this rank
+        "collectives": traffic.collectives / settings.profiled,
+        "communicating": communicating,
+        "waiting": waiting,
+    }
 
 
 def updates_of(trainer: Trainer, device: torch.device) -> Callable[[], int]:

@@ -237,7 +237,7 @@ def _backward_end(
     reduced as soon as it is full.
     """
     # All shards of a server cross between servers at the same time and share the server's bandwidth.
-    per_server, servers = (1, devices) if shards > 1 else _topology(devices, cluster)
+    topology = (1, devices) if shards > 1 else _topology(devices, cluster)
     clock, filled = start, 0.0
     ready, durations = list[float](), list[float]()
     for i in reversed(range(len(layers))):
@@ -245,18 +245,9 @@ def _backward_end(
         filled += layers[i].parameters * GRADIENT / shards
         if filled and (i == 0 or filled >= min(cluster.bucket_mb * 1e6, math.inf if ready else _FIRST_BUCKET)):
             ready.append(clock)
-            durations.append(
-                two_level_all_reduce(filled * shards, per_server, servers, cluster.within, cluster.between)
-            )
+            durations.append(two_level_all_reduce(filled * shards, *topology, cluster.within, cluster.between))
             filled = 0.0
     return max(clock, overlapped(ready, durations)) if devices > 1 else clock
-
-
-def _buffer_synchronization(layers: Sequence[Layer], devices: int, cluster: Cluster) -> float:
-    """Seconds to average BatchNorm's running statistics after the update: as many values as it has parameters."""
-    per_server, servers = _topology(devices, cluster)
-    size = sum(layer.parameters for layer in layers if layer.kind == "other") * GRADIENT
-    return two_level_all_reduce(size, per_server, servers, cluster.within, cluster.between) if size else 0.0
 
 
 @dataclass(frozen=True)
@@ -302,7 +293,9 @@ def ddp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -
     forward, backward = slowdown * sum(f for f, _ in times), [slowdown * b for _, b in times]
     update = _optimizer_step(parameters(layers), cluster)
     step = _backward_end(layers, backward, forward, 1, devices, cluster) + update
-    step += _buffer_synchronization(layers, devices, cluster)
+    # BatchNorm's running statistics, as many values as it has parameters, are averaged after the update.
+    if buffers := sum(layer.parameters for layer in layers if layer.kind == "other") * GRADIENT:
+        step += two_level_all_reduce(buffers, *_topology(devices, cluster), cluster.within, cluster.between)
     memory = _state_bytes(parameters(layers)) + _activations(layers, batch, cluster)
     return _Case("ddp", layers, batch, devices, cluster).estimate(step, forward + sum(backward) + update, memory)
 
@@ -315,12 +308,11 @@ def fsdp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, 
     Zhao et al. 2023, "PyTorch FSDP", section 3.
     """
     slowdown = slowed(devices, cluster.variation)
-    per_server, servers = _topology(shards, cluster)
-    groups = devices // shards
+    topology, groups = _topology(shards, cluster), devices // shards
     times = [seconds(layer, batch, cluster) for layer in layers]
     units = [list(unit) for _, unit in groupby(layers, key=lambda layer: layer.block or layer.name.partition(".")[0])]
     gathers = [
-        two_level_gather(parameters(unit) * GRADIENT, per_server, servers, cluster.within, cluster.between)
+        two_level_gather(parameters(unit) * GRADIENT, *topology, cluster.within, cluster.between)
         for unit in units
         if parameters(unit)
     ]
@@ -473,8 +465,7 @@ def draw(models: Mapping[str, Sequence[Estimate]], cluster: Cluster, *, title: s
         bottom.set_xlabel("devices")
         drawing.powers_of_two(top, sorted({estimate.devices for estimate in estimates}))
         bottom.set_yscale("log")
-    panels[0][0].set_ylim(0, 105)
-    panels[0][0].set_ylabel("efficiency in %")
+    panels[0][0].set(ylim=(0, 105), ylabel="efficiency in %")
     panels[1][0].set_ylabel("memory per device in GB (dotted: capacity)")
     handles = [panels[0][0].plot([], [], marker=marks[mode], **line)[0] for mode, line in lines.items()]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, handlelength=3.5)

@@ -36,18 +36,17 @@ def hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Product:
     Builds the graph of the gradient once and keeps it as long as the returned function lives. Does not change `.grad`.
     """
     parameters = list(parameters)
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    used = [(g, p) for g, p in zip(gradients, parameters, strict=True) if g is not None and g.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    used = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
     sizes = [p.numel() for p in parameters]
 
     def product(vector: Tensor) -> Tensor:
-        slices = dict(zip(map(id, parameters), vector.split(sizes), strict=True))
         if not used:
             return torch.zeros_like(vector)
-        directions = [slices[id(p)].view_as(p) for _, p in used]
-        first = [g for g, _ in used]
-        second = torch.autograd.grad(first, parameters, directions, retain_graph=True, allow_unused=True)
-        return flat([torch.zeros_like(p) if s is None else s for s, p in zip(second, parameters, strict=True)]).detach()
+        slices = vector.split(sizes)
+        first, directions = [gradients[i] for i in used], [slices[i].view_as(parameters[i]) for i in used]
+        second = torch.autograd.grad(first, parameters, directions, retain_graph=True, materialize_grads=True)
+        return flat(second).detach()
 
     return product
 
@@ -78,9 +77,8 @@ def lanczos(product: Product, start: Tensor, iterations: int, count: int) -> Spe
     if not all(map(math.isfinite, diagonal + off)):
         nan = torch.full((1,), math.nan, dtype=torch.float64)
         return Spectrum(nan, nan, start[None])
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    for i, value in enumerate(off[: size - 1]):
-        matrix[i, i + 1] = matrix[i + 1, i] = value
+    main, beside = (torch.tensor(values, dtype=torch.float64) for values in (diagonal, off[: size - 1]))
+    matrix = torch.diag(main) + torch.diag(beside, 1) + torch.diag(beside, -1)
     values, coordinates = torch.linalg.eigh(matrix)
     chosen = torch.arange(size - 1, max(size - 1 - count, -1), -1)
     residuals = (coordinates[-1, chosen] * off[-1]).abs()
@@ -96,12 +94,14 @@ def largest_eigenvalues(
     Starts from a fixed random vector, and does not use torch's global generators.
     """
     parameters = list(parameters)
-    device, dtype = parameters[0].device, parameters[0].dtype
-    generator = torch.Generator().manual_seed(0)
-    size = sum(p.numel() for p in parameters)
-    start = torch.randn(size, generator=generator, dtype=torch.float32).to(device, dtype)
     with torch.enable_grad():
-        return lanczos(hessian_product(loss(), parameters), start, iterations, count)
+        return lanczos(hessian_product(loss(), parameters), random_vector(parameters), iterations, count)
+
+
+def random_vector(parameters: Sequence[Tensor]) -> Tensor:
+    """Returns a fixed random vector [n] on the device and in the type of the parameters."""
+    count = sum(p.numel() for p in parameters)
+    return torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(parameters[0])
 
 
 def curvature_along(product: Product, direction: Tensor) -> float:
@@ -147,14 +147,13 @@ class GradientSpread:
     unbiased, from batches of b samples and their mean over m batches (appendix A.1).
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
+    def __init__(self) -> None:
         self.batches = 0
         self._sums: list[list[Tensor]] = []
         self._norms: list[Tensor] = []
 
     def add(self, gradients: Sequence[Sequence[Tensor]]) -> None:
-        """Adds one mini-batch. `gradients`: one list of tensors per name."""
+        """Adds one mini-batch. `gradients`: one list of tensors per group."""
         self._norms.append(norms(gradients))
         if not self._sums:
             self._sums = [[torch.zeros_like(g) for g in group] for group in gradients]
@@ -163,21 +162,21 @@ class GradientSpread:
         self.batches += 1
 
     def norms(self) -> Tensor:
-        """Returns the 2-norms [batches, names]."""
+        """Returns the 2-norms [batches, groups]."""
         return torch.stack(self._norms).cpu()
 
     def noise_scale(self, batch_size: int) -> tuple[float, list[float]]:
-        """Returns the noise scale of all gradients, and by name, in samples; NaN for fewer than two batches, infinite
+        """Returns the noise scale of all gradients, and by group, in samples; NaN for fewer than two batches, infinite
         if the estimated gradient is zero."""
         if self.batches < 2:
-            return math.nan, [math.nan] * len(self.names)
+            return math.nan, [math.nan] * len(self._sums)
         small = torch.stack(self._norms).double().square().mean(0)
         large = (norms(self._sums) / self.batches).double().square()
-        total, *by_name = (
+        total, *by_group = (
             noise_scale(float(a), float(b), batch_size, self.batches)
             for a, b in zip([small.sum(), *small], [large.sum(), *large], strict=True)
         )
-        return total, by_name
+        return total, by_group
 
 
 def noise_scale(small: float, large: float, batch_size: int, batches: int) -> float:

@@ -6,13 +6,14 @@ such module: linear, norm, tanh is one layer; so is convolution, norm, sum with 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dlopt.parameters import real_views
 
@@ -181,10 +182,12 @@ class LayerProbe:
     """
 
     def __init__(self, module: nn.Module, *, activations: bool = True, gradients: bool = True, keep: int = 0) -> None:
-        self.module = module
         self.with_activations = activations
         self.with_gradients = gradients
-        self._known = {name: LayerStatistics(name, type(layer).__name__, keep) for name, layer in weight_layers(module)}
+        self._known = {
+            layer: LayerStatistics(name, type(layer).__name__, keep) for name, layer in weight_layers(module)
+        }
+        self._activations = {each for each in module.modules() if isinstance(each, _ACTIVATIONS)}
         self.layers: list[LayerStatistics] = []  # called layers, in the order of their first call
         self._latest: LayerStatistics | None = None
 
@@ -192,39 +195,30 @@ class LayerProbe:
     def recording(self) -> Iterator["LayerProbe"]:
         """Records one batch, which may be several calls."""
         self._latest = None
-        with ExitStack() as hooks:
-            for name, layer in weight_layers(self.module):
-                self._known[name].batches += 1
-                hooks.enter_context(layer.register_forward_hook(self._weight_hook(self._known[name])))
-            for module in self.module.modules():
-                if isinstance(module, _ACTIVATIONS):
-                    hooks.enter_context(module.register_forward_pre_hook(self._before_activation))
-                    hooks.enter_context(module.register_forward_hook(self._after_activation))
+        for layer in self._known.values():
+            layer.batches += 1
+        with register_module_forward_pre_hook(self._before), register_module_forward_hook(self._after):
             yield self
 
-    def _weight_hook(self, layer: LayerStatistics) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensor = _first_tensor(output)
-            if not module.training or tensor is None:
-                return
+    def _before(self, module: nn.Module, inputs: Any) -> None:
+        tensor = _first_tensor(inputs)
+        if module in self._activations and module.training and tensor is not None and self._latest is not None:
+            self._latest.start_activation(module)
+            self._record(tensor, self._latest)
+
+    def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        tensor = _first_tensor(output)
+        if not module.training or tensor is None:
+            return
+        if layer := self._known.get(module):
             if not layer.calls:
                 self.layers.append(layer)
             layer.calls += 1
             self._latest = layer
             if layer.activation is None:  # else only the activation's values are recorded
                 self._record(tensor, layer)
-
-        return hook
-
-    def _before_activation(self, module: nn.Module, inputs: Any) -> None:
-        tensor = _first_tensor(inputs)
-        if module.training and tensor is not None and self._latest is not None:
-            self._latest.start_activation(module)
-            self._record(tensor, self._latest)
-
-    def _after_activation(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if module.training and isinstance(output, Tensor) and self._latest is not None and self.with_activations:
-            self._latest.add_activation(module, output)
+        elif module in self._activations and self._latest is not None and self.with_activations:
+            self._latest.add_activation(module, tensor)
 
     def _record(self, tensor: Tensor, layer: LayerStatistics) -> None:
         if self.with_activations:
@@ -262,6 +256,11 @@ def norms(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
     return squares.new_zeros(len(tensors)).index_add_(0, owner, squares).sqrt()
 
 
+def norms_by_layer(layers: Mapping[str, Sequence[nn.Parameter]], values: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """Returns the norm [layers] of the values of each layer's parameters; some may have no value."""
+    return norms([[values[p] for p in group if p in values] for group in layers.values()])
+
+
 def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
@@ -291,48 +290,37 @@ class TimeLagProbe:
     """Records gradients of linear layers that run several times per forward pass, i.e. recurrent ones."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._states: dict[str, list[list[Tensor]]] = defaultdict(list)
-        self._inputs: dict[str, list[Tensor]] = defaultdict(list)
-        self._deltas: dict[str, list[list[Tensor]]] = defaultdict(list)
+        self._names: dict[nn.Module, str] = {
+            layer: name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)
+        }
+        # Of each time step: the input state, the gradients at it, and those at the output.
+        self._steps: dict[str, list[tuple[Tensor, list[Tensor], list[Tensor]]]] = defaultdict(list)
 
     @contextmanager
     def recording(self) -> Iterator["TimeLagProbe"]:
         """Records one forward and one backward pass."""
-        with ExitStack() as hooks:
-            for name, layer in self.module.named_modules():
-                if isinstance(layer, nn.Linear):
-                    hooks.enter_context(layer.register_forward_hook(self._hook(name)))
+        with register_module_forward_hook(self._record):
             yield self
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            state = inputs[0]
-            if not module.training or not output.requires_grad:
-                return
-            gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
-            if state.requires_grad:
-                state.register_hook(gradients[0].append)
-            output.register_hook(gradients[1].append)
-            self._states[name].append(gradients[0])
-            self._inputs[name].append(state.detach())
-            self._deltas[name].append(gradients[1])
-
-        return hook
+    def _record(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if module not in self._names or not module.training or not output.requires_grad:
+            return
+        state, gradients, deltas = inputs[0], list[Tensor](), list[Tensor]()
+        if state.requires_grad:
+            state.register_hook(gradients.append)
+        output.register_hook(deltas.append)
+        self._steps[self._names[module]].append((state.detach(), gradients, deltas))
 
     def lags(self) -> list[TimeLag]:
         """Returns one `TimeLag` per recurrent layer."""
-        return [self._lag(name) for name, inputs in self._inputs.items() if len(inputs) > 1]
-
-    def _lag(self, name: str) -> TimeLag:
-        states = [_norm(gradients) for gradients in self._states[name]]
-        contributions = []
-        for delta, state in zip(self._deltas[name], self._inputs[name], strict=True):
-            step = delta[0].flatten(0, -2).T @ state.flatten(0, -2) if delta else torch.zeros(())
-            contributions.append(float(step.norm()))
-        # The first state is a constant zero without a gradient.
-        return TimeLag(name, states[:0:-1], contributions[::-1])
+        return [_time_lag(name, steps) for name, steps in self._steps.items() if len(steps) > 1]
 
 
-def _norm(gradients: list[Tensor]) -> float:
-    return float(torch.stack(gradients).sum(0).norm()) if gradients else 0.0
+def _time_lag(name: str, steps: Sequence[tuple[Tensor, list[Tensor], list[Tensor]]]) -> TimeLag:
+    states, contributions = [], []
+    for state, gradients, deltas in steps:
+        states.append(float(torch.stack(gradients).sum(0).norm()) if gradients else 0.0)
+        term = deltas[0].flatten(0, -2).T @ state.flatten(0, -2) if deltas else torch.zeros(())
+        contributions.append(float(term.norm()))
+    # The first state is a constant zero without a gradient.
+    return TimeLag(name, states[:0:-1], contributions[::-1])

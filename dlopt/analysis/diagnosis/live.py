@@ -8,8 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dlopt.analysis.diagnosis.curvature import GradientSpread, Spectrum, curvature_along, flat, hessian_product, lanczos
-from dlopt.analysis.diagnosis.layers import LayerProbe, layer_parameters, norms
+from dlopt.analysis.diagnosis.curvature import (
+    GradientSpread,
+    curvature_along,
+    flat,
+    hessian_product,
+    lanczos,
+    random_vector,
+)
+from dlopt.analysis.diagnosis.layers import LayerProbe, layer_parameters, norms, norms_by_layer
 from dlopt.analysis.diagnosis.measuring import loss_of, preserved_state
 from dlopt.errors import UserError
 from dlopt.training.build import Workload
@@ -91,7 +98,8 @@ class Diagnostics(Observer):
             return
         probe = LayerProbe(self.workload.module, activations=with_activations, gradients=with_gradients, keep=_KEPT)
         # The update works in place, so the weights before it must be copied.
-        before = [p.detach().clone() for p in step.parameters] if with_gradients or with_curvature else []
+        copied = step.parameters if with_gradients or with_curvature else []
+        before = {p: p.detach().clone() for p in copied}
         scale = 1.0 if step.scaler is None else float(step.scaler.get_scale())
         with self._hooks:
             if with_activations or with_gradients:
@@ -102,7 +110,7 @@ class Diagnostics(Observer):
             finally:
                 gradient_norms, self._norms = self._norms, None
         metrics |= gradient_norms or {}
-        steps = [p.detach() - start for p, start in zip(step.parameters, before, strict=False)]
+        steps = {p: p.detach() - start for p, start in before.items()}
         for layer in probe.layers:
             if with_activations:
                 metrics[f"activations/mean/{layer.name}"] = layer.outputs.mean
@@ -115,45 +123,34 @@ class Diagnostics(Observer):
                 metrics[f"gradients/backpropagated/{layer.name}"] = layer.gradient_norm / scale
                 histograms[f"gradients/{layer.name}"] = layer.gradients.values / scale
         if with_gradients:
-            metrics |= self._ratios(step.parameters, steps, before)
+            moved, sizes = (norms_by_layer(self._layers, values).tolist() for values in (steps, before))
+            ratios = {name: m / s for name, m, s in zip(self._layers, moved, sizes, strict=True) if s > 0}
+            metrics |= {f"gradients/update_to_weight/{name}": ratio for name, ratio in ratios.items()}
             if self.workload.parallel.processes == 1:
                 metrics["gradients/noise_scale"] = self._noise_scale(step.parameters, inputs, targets)
         if with_curvature:
-            metrics |= self._curvature(step.parameters, inputs, targets, steps)
+            metrics |= self._curvature(step.parameters, inputs, targets, flat(list(steps.values())))
         finite = {tag: value for tag, value in metrics.items() if not math.isnan(value)}
         self.report(number + 1, finite, histograms)
-
-    def _ratios(self, trained: Sequence[Tensor], steps: Sequence[Tensor], before: Sequence[Tensor]) -> dict[str, float]:
-        """Computes ||update|| / ||weights|| of each layer."""
-        indices = {id(p): i for i, p in enumerate(trained)}
-        layers = [[indices[id(p)] for p in group if id(p) in indices] for group in self._layers.values()]
-        moved, sizes = (norms([[values[i] for i in group] for group in layers]).tolist() for values in (steps, before))
-        ratios = {name: m / s for name, m, s in zip(self._layers, moved, sizes, strict=True) if s > 0}
-        return {f"gradients/update_to_weight/{name}": ratio for name, ratio in ratios.items()}
 
     def _noise_scale(self, trained: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> float:
         half = len(targets) // 2
         if half < 1:
             return math.nan
-        spread = GradientSpread(["all"])
+        spread = GradientSpread()
         with preserved_state(self.workload):
             for samples in (slice(0, half), slice(half, 2 * half)):
                 loss = loss_of(self.workload, inputs[samples], targets[samples])
-                gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-                spread.add([[torch.zeros_like(p) if g is None else g for g, p in zip(gradients, trained, strict=True)]])
+                spread.add([torch.autograd.grad(loss, trained, materialize_grads=True)])
         return spread.noise_scale(half)[0]
 
     def _curvature(
-        self, trained: Sequence[Tensor], inputs: Tensor, targets: Tensor, steps: Sequence[Tensor]
+        self, trained: Sequence[Tensor], inputs: Tensor, targets: Tensor, direction: Tensor
     ) -> dict[str, float]:
-        direction = flat(steps)
         with preserved_state(self.workload):
             product = hessian_product(loss_of(self.workload, inputs, targets), trained)
-            start = self._vector
-            if start is None:
-                draws = torch.Generator().manual_seed(0)
-                start = torch.randn(direction.numel(), generator=draws).to(direction)
-            spectrum: Spectrum = lanczos(product, start, _PRODUCTS, 1)
+            start = random_vector(trained) if self._vector is None else self._vector
+            spectrum = lanczos(product, start, _PRODUCTS, 1)
             metrics = {"curvature/largest_eigenvalue": float(spectrum.eigenvalues[0])}
             metrics["curvature/along_update"] = curvature_along(product, direction)
         if spectrum.vectors.isfinite().all():

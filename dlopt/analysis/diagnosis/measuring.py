@@ -23,7 +23,15 @@ from dlopt.analysis.diagnosis.curvature import (
     losses_along,
     restoring,
 )
-from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, TimeLag, TimeLagProbe, layer_parameters, norms
+from dlopt.analysis.diagnosis.layers import (
+    LayerProbe,
+    LayerStatistics,
+    TimeLag,
+    TimeLagProbe,
+    layer_parameters,
+    norms,
+    norms_by_layer,
+)
 from dlopt.errors import RunError, UserError
 from dlopt.training.build import Workload
 from dlopt.training.clipping import gradient_norm
@@ -123,26 +131,26 @@ def snapshot(
     others = [p for p in trained if p not in in_layers]  # of embeddings and normalizations
     groups = layers | ({"": others} if others else {})
     probe, lag, attention = LayerProbe(module, keep=20_000), TimeLagProbe(module), AttentionProbe(module)
-    spread, totals, losses = GradientSpread(list(groups)), [], []
+    spread, totals, losses = GradientSpread(), [], []
     with preserved_state(workload):
         for index, (inputs, targets) in enumerate(batches):
-            with (
-                probe.recording(),
-                attention.recording(),
-                lag.recording() if index == 0 else contextlib.nullcontext(),
-            ):
+            with probe.recording(), attention.recording(), lag.recording() if index == 0 else contextlib.nullcontext():
                 loss = loss_of(workload, inputs, targets)
-                raw = torch.autograd.grad(loss, trained, allow_unused=True)
-            gradients = {p: torch.zeros_like(p) if g is None else g for p, g in zip(trained, raw, strict=True)}
+                values = torch.autograd.grad(loss, trained, materialize_grads=True)
+            gradients = dict(zip(trained, values, strict=True))
             losses.append(float(loss.detach()))
             totals.append(float(norms([list(gradients.values())])[0]))
             if len(targets) == len(batches[0][1]):  # the noise scale requires equal batches
                 spread.add([[gradients[p] for p in group] for group in groups.values()])
-        spectrum = _spectrum(workload, batches[0], trained, eigenvalues, iterations)
+        spectrum = None
+        if eigenvalues:
+            loss_of_batch = partial(loss_of, workload, *batches[0])
+            iterations = max(iterations, eigenvalues)
+            spectrum = largest_eigenvalues(loss_of_batch, trained, count=eigenvalues, iterations=iterations)
     order = [layer.name for layer in probe.layers if layer.name in layers]
-    total, by_name = spread.noise_scale(len(batches[0][1]))
-    columns = dict(zip(spread.names, spread.norms().T.tolist(), strict=True))
-    scales = dict(zip(spread.names, by_name, strict=True))
+    total, by_group = spread.noise_scale(len(batches[0][1]))
+    columns = dict(zip(groups, spread.norms().T.tolist(), strict=True))
+    scales = dict(zip(groups, by_group, strict=True))
     return Snapshot(
         updates=updates,
         loss=sum(losses) / len(losses),
@@ -173,15 +181,6 @@ def preserved_state(workload: Workload) -> Iterator[None]:
         yield
 
 
-def _spectrum(
-    workload: Workload, batch: Batch, parameters: Sequence[Tensor], count: int, iterations: int
-) -> Spectrum | None:
-    if not count:
-        return None
-    iterations = max(iterations, count)
-    return largest_eigenvalues(lambda: loss_of(workload, *batch), parameters, count=count, iterations=iterations)
-
-
 def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_curvature: bool) -> UpdateTrace:
     """Makes the first `updates` of a run (or the next ones after a checkpoint) and records their metrics.
 
@@ -205,9 +204,8 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
             trace.ended = str(error)
             break
         step = {p: p.detach() - start for p, start in before.items()}
-        moved = norms([[step[p] for p in group if p in step] for group in layers.values()])
-        sizes = norms([[before[p] for p in group if p in before] for group in layers.values()])
-        for name, ratio in zip(layers, (moved / sizes).tolist(), strict=True):
+        ratios = norms_by_layer(layers, step) / norms_by_layer(layers, before)
+        for name, ratio in zip(layers, ratios.tolist(), strict=True):
             trace.ratios.setdefault(name, []).append(ratio)
         trace.losses.append(trainer.train_metrics.since_last("")["loss"])
         trace.norms.append(math.nan if training_step.norm is None else float(training_step.norm))

@@ -4,6 +4,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
@@ -51,17 +52,12 @@ def _finish(*panels: tuple["Axes", str, str]) -> None:
     """Labels the axes of each panel (axes, x, y)."""
     for axes, x, y in panels:
         drawing.clean_axes(axes, color="0.92")
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-
-
-def _with_colours(diagnoses: Sequence[Diagnosis]) -> list[tuple[Diagnosis, str]]:
-    return [(diagnosis, COLOURS[number % len(COLOURS)]) for number, diagnosis in enumerate(diagnoses)]
+        axes.set(xlabel=x, ylabel=y)
 
 
 def _snapshots(diagnoses: Sequence[Diagnosis]) -> Iterator[tuple[Snapshot, dict[str, Any]]]:
     """Yields all snapshots with the style of their curves."""
-    for diagnosis, colour in _with_colours(diagnoses):
+    for diagnosis, colour in zip(diagnoses, cycle(COLOURS), strict=False):
         for snapshot in diagnosis.snapshots:
             when = _snapshot_label(snapshot)
             label = when if len(diagnoses) == 1 else f"{diagnosis.label}, {when}"
@@ -187,7 +183,7 @@ def _updates(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
     figure = _figure(11, 3.9, f"Updates: {title}")
     loss, norm, ratio = figure.subplots(1, 3)
     several, clipped = len(diagnoses) > 1, any(map(_was_clipped, diagnoses))
-    for diagnosis, colour in _with_colours(diagnoses):
+    for diagnosis, colour in zip(diagnoses, cycle(COLOURS), strict=False):
         trace = diagnosis.trace
         updates = range(diagnosis.before.updates + 1, diagnosis.before.updates + len(trace.losses) + 1)
         loss.plot(updates, trace.losses, color=colour, label=diagnosis.label if several else None)
@@ -237,7 +233,7 @@ def _curvature(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         if snapshot.spectrum is not None:
             values = snapshot.spectrum.eigenvalues.tolist()
             spectrum.plot(range(1, len(values) + 1), values, **style)
-    for diagnosis, colour in _with_colours(diagnoses):
+    for diagnosis, colour in zip(diagnoses, cycle(COLOURS), strict=False):
         trace, first = diagnosis.trace, diagnosis.before.updates + 1
         along.plot([first + u for u in trace.curvatures], list(trace.curvatures.values()), color=colour, marker="o")
         losses.plot(STEP_FRACTIONS[: len(trace.along)], trace.along, color=colour, marker="o", markersize=3)

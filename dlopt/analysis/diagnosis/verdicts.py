@@ -121,16 +121,27 @@ def advice(results: Sequence[Verdict], facts: Facts) -> list[str]:
     Clipping is the last recommendation, with a norm from the healthy updates: clipping bounds single large updates. A
     threshold from gradients that explode in every update would bound nothing.
     """
+    init = recommended_init(facts.activation)
+    if facts.init.rpartition("_")[0] == init.rpartition("_")[0] or facts.init in ("lsuv", "orthogonal"):
+        initialization = ""
+    else:
+        initialization = f"init={init}"
+    normalization = f"model.norm={'layer' if facts.is_recurrent else 'batch'}" if facts.norm == "none" else ""
+    # An architecture with shorter gradient paths through time steps or layers.
+    if facts.is_recurrent:
+        shorter_paths = "" if facts.is_gated else "model=lstm"
+    else:
+        shorter_paths = "" if facts.has_skips else "skip connections (a ResNet)"
     remedies = {
         "saturated": ["model.activation=relu"],
         "dead": ["a smaller optimizer.lr", "model.activation=leaky_relu"],
-        "vanishing": [_shorter_ways(facts)],
-        "exploding": [_shorter_ways(facts), _clip(facts)],
+        "vanishing": [shorter_paths],
+        "exploding": [shorter_paths, _clip(facts)],
     }
     lines = []
     for label, specific in remedies.items():
         if count := sum(verdict.label == label for verdict in results):
-            applicable = [remedy for remedy in (_init(facts), _norm(facts), *specific) if remedy]
+            applicable = [remedy for remedy in (initialization, normalization, *specific) if remedy]
             advised = ", ".join(applicable or ["a smaller optimizer.lr"])
             lines.append(f"{label} ({count} of {len(results)} layers): try {advised}")
     return lines or ["healthy"]
@@ -141,25 +152,6 @@ def recommended_init(activation: str | None) -> str:
     if activation == "SELU":
         return "fan_in_normal"
     return "xavier_normal" if activation in (None, "Tanh", "Sigmoid", "Softsign", "Identity") else "kaiming_normal"
-
-
-def _init(facts: Facts) -> str:
-    recommended = recommended_init(facts.activation)
-    same = facts.init.rpartition("_")[0] == recommended.rpartition("_")[0] or facts.init in ("lsuv", "orthogonal")
-    return "" if same else f"init={recommended}"
-
-
-def _norm(facts: Facts) -> str:
-    if facts.norm != "none":
-        return ""
-    return "model.norm=layer" if facts.is_recurrent else "model.norm=batch"
-
-
-def _shorter_ways(facts: Facts) -> str:
-    """Recommends an architecture with shorter gradient paths through layers or time steps."""
-    if facts.is_recurrent:
-        return "" if facts.is_gated else "model=lstm"
-    return "" if facts.has_skips else "skip connections (a ResNet)"
 
 
 def _clip(facts: Facts) -> str:

@@ -24,7 +24,7 @@ def rank() -> None:
     with pytest.raises(RunError, match=r"^allreduce: 1\.09951e\+12 MiB cannot be allocated \("):
         next(measure([1 << 60], 1, torch.device("cpu")))
     times = itertools.count(step=mode.rank + 1)
-    [row] = measure([4_000_000], 3, torch.device("cpu"), clock=lambda: float(next(times)))
+    [row] = measure([4_000_000], 3, torch.device("cpu"), clock=lambda device: float(next(times)))
     print(row.size, row.ranks, row.seconds, row.algorithm, row.bus, file=sys.stderr)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from dlopt.analysis.bench.communication import _fraction_sent, collective_times, length, union
+from dlopt.analysis.bench.communication import _fraction_sent, collective_times, covered
 
 
 def event(name: str, start: float, end: float) -> SimpleNamespace:
@@ -14,9 +14,9 @@ def event(name: str, start: float, end: float) -> SimpleNamespace:
 
 
 def test_union_and_length_of_intervals() -> None:
-    joined = union([(4, 6), (0, 2), (1, 3), (6, 7)])
-    assert joined == [(0, 3), (4, 7)] and length(joined) == 6
-    assert union([]) == [] and length([]) == 0
+    assert covered([(4, 6), (0, 2), (1, 3), (6, 7)]) == 6
+    assert covered([(0, 5), (1, 2), (4, 6)]) == 6
+    assert covered([]) == 0
 
 
 def test_waiting_excludes_overlapping_computation() -> None:

@@ -94,7 +94,7 @@ def test_noise_scale_of_gaussian_gradients() -> None:
     """Gradients of b samples are G + N(0, Sigma / b), so tr(Sigma) / |G|^2 is known."""
     torch.manual_seed(0)
     true, variance, batch = torch.full((400,), 0.3), 4.0, 8
-    spread = GradientSpread(["a", "b"])
+    spread = GradientSpread()
     for _ in range(400):
         gradient = true + torch.randn(400) * math.sqrt(variance / batch)
         spread.add([[gradient[:100]], [gradient[100:250], gradient[250:]]])
@@ -107,7 +107,7 @@ def test_noise_scale_of_gaussian_gradients() -> None:
 
 def test_noise_scale_of_equal_and_opposite_gradients() -> None:
     gradient = torch.tensor([3.0, 4.0])
-    spread = GradientSpread(["w"])
+    spread = GradientSpread()
     spread.add([[gradient]])
     assert math.isnan(spread.noise_scale(4)[0])
     spread.add([[gradient]])

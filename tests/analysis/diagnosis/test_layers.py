@@ -84,7 +84,7 @@ def test_unit_active_once_is_not_dead() -> None:
 
 
 def test_relu_after_residual_sum_belongs_to_last_convolution() -> None:
-    norm = Norm(kind="batch", affine=True, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
+    norm = Norm(norm="batch", norm_affine=True, norm_groups=1, norm_ghost_batch=None, norm_eps=1e-5, norm_momentum=0.1)
     block = BasicBlock(3, 3, 1, shortcut=nn.Identity(), norm=norm)
     maps = torch.randn(4, 3, 5, 5)
     seen = []
@@ -96,7 +96,11 @@ def test_relu_after_residual_sum_belongs_to_last_convolution() -> None:
 
 
 def test_merges_calls_of_a_recurrent_layer() -> None:
-    layer = RecurrentLayer(2, 3, Norm(kind="none", affine=False, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1))
+    layer = RecurrentLayer(
+        2,
+        3,
+        Norm(norm="none", norm_affine=False, norm_groups=1, norm_ghost_batch=None, norm_eps=1e-5, norm_momentum=0.1),
+    )
     sequence = torch.randn(4, 6, 2)
     with LayerProbe(layer).recording() as probe:
         states = layer(sequence)
@@ -156,7 +160,7 @@ def test_norms_of_float32_neither_vanish_nor_overflow(scale: float) -> None:
     assert norms([[values, values]]).tolist() == pytest.approx([math.sqrt(50) * scale])
 
 
-NONE = Norm(kind="none", affine=False, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
+NONE = Norm(norm="none", norm_affine=False, norm_groups=1, norm_ghost_batch=None, norm_eps=1e-5, norm_momentum=0.1)
 
 
 def test_gradient_of_linear_recurrence_shrinks_by_the_weight_per_step() -> None:
