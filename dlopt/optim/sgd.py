@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import ForeachOptimizer, buffers, gradients
+from dlopt.optim.common import ForeachOptimizer, buffers, gradients, move
 from dlopt.ranges import Fraction, NonNegative, Positive
 
 
@@ -30,15 +30,12 @@ class SGDW(ForeachOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
         delta = gradients(params)
-        if momentum:
+        if group["momentum"]:
             averages = buffers(self, params, "momentum_buffer")
-            torch._foreach_lerp_(averages, delta, 1 - momentum)
+            torch._foreach_lerp_(averages, delta, 1 - group["momentum"])
             delta = averages
-        if decay:
-            torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_add_(params, delta, alpha=-lr)
+        move(group, params, delta)
 
 
 class LARS(ForeachOptimizer):

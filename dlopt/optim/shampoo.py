@@ -1,5 +1,6 @@
-"""Shampoo."""
+"""Shampoo, and SOAP, which is Adam in the basis of its preconditioners."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -75,3 +76,80 @@ def _inverse_root(sums: Tensor, order: int, eps: float) -> Tensor:
     values, vectors = eigenvectors(sums)
     # rounding may push the smallest eigenvalues below eps
     return (vectors * values.clamp(min=eps).pow(-1 / order)) @ vectors.T
+
+
+class SOAP(RealOptimizer):
+    """Adam in the eigenbasis of Shampoo's preconditioners (Vyas et al. 2024, algorithm 3), with decoupled weight decay.
+
+    For a matrix: G' = QL^T G QR; V averages G'^2; theta <- theta - lr * QL (QL^T M QR / (sqrt(V) + eps)) QR^T, with
+    M, the average of G, and V corrected for their start at zero. L and R average G G^T and G^T G with `shampoo_beta`
+    (null: betas[1]). Every `update_every` updates Q <- QR(L Q), one step of the power iteration (algorithm 4), with
+    columns sorted by eigenvalue as in the authors' code.
+
+    The first gradient only initializes L, R and their eigenvectors, as in the authors' code, so that no gradient is
+    projected on its own eigenbasis. A kernel [out, in, height, width] has a basis for each of its four modes. Vectors,
+    and modes larger than `max_size`, are not rotated: AdamW. (pytorch-optimizer's SOAP orthogonalizes in float32.)
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.003,
+        betas: tuple[Fraction, Fraction] = (0.95, 0.95),
+        shampoo_beta: Fraction | None = None,
+        eps: Positive = 1e-8,
+        weight_decay: NonNegative = 0.01,
+        update_every: Count = 10,
+        max_size: Count = 10_000,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "update_every": update_every, "max_size": max_size})
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, (beta1, beta2), beta3 = float(group["lr"]), group["betas"], group["shampoo_beta"]
+        averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
+        counts = count_steps(self, params)
+        for p, grad, m, v, count in zip(params, gradients(params), averages, squares, counts, strict=True):
+            state, modes = self.state[p], _rotated_modes(p, group["max_size"])
+            if count > 1:
+                t = count - 1  # updates, including this one
+                bases = [state.get(f"basis{mode}") for mode in range(p.ndim)]
+                m.lerp_(grad, 1 - beta1)
+                v.mul_(beta2).add_(multiply_modes(grad, bases, transpose=True).square(), alpha=1 - beta2)
+                denominator = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
+                normalized = multiply_modes(m, bases, transpose=True) / denominator
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(multiply_modes(normalized, bases), alpha=lr / (1 - beta1**t))
+            self._average_grams(p, grad, modes, beta2 if beta3 is None else beta3)
+            if count == 1:
+                for mode in modes:
+                    state[f"basis{mode}"] = eigenvectors(state[f"gram{mode}"])[1].flip(1)  # largest eigenvalue first
+            elif (count - 1) % group["update_every"] == 0:
+                self._refresh_bases(p, modes)
+
+    def _average_grams(self, p: Tensor, grad: Tensor, modes: list[int], beta: float) -> None:
+        state = self.state[p]
+        for mode in modes:
+            new = gram(grad, mode)
+            if f"gram{mode}" not in state:
+                state[f"gram{mode}"] = torch.zeros_like(new)
+            state[f"gram{mode}"].lerp_(new, 1 - beta)
+
+    def _refresh_bases(self, p: Tensor, modes: list[int]) -> None:
+        """Moves the bases one step of the power iteration towards the eigenvectors; V follows their order."""
+        state = self.state[p]
+        for mode in modes:
+            basis = state[f"basis{mode}"]
+            product = state[f"gram{mode}"] @ basis
+            order = (basis * product).sum(0).argsort(descending=True)
+            state["exp_avg_sq"].copy_(state["exp_avg_sq"].index_select(mode, order))
+            product = product[:, order]
+            wide = product if product.dtype == torch.float64 else product.float()
+            state[f"basis{mode}"] = torch.linalg.qr(wide).Q.to(product.dtype)
+
+
+def _rotated_modes(p: Tensor, max_size: int) -> list[int]:
+    return [mode for mode, size in enumerate(p.shape) if size <= max_size] if p.ndim > 1 else []
