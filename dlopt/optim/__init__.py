@@ -14,13 +14,12 @@ The schedule-free optimizers are in `dlopt.optim.schedule_free`, because they ne
 from dlopt.optim.adam import ADOPT, LAMB, MARS, AdaBelief, Adafactor, Adan, AdEMAMix, CautiousAdamW, NAdam, adamw
 from dlopt.optim.bfgs import BFGS, LBFGS
 from dlopt.optim.common import LossClosure
-from dlopt.optim.kron import Kron
+from dlopt.optim.kronecker import SOAP, Kron, Shampoo
 from dlopt.optim.muon import Muon, Scion
 from dlopt.optim.newton import Newton, NewtonCG
 from dlopt.optim.prodigy import Prodigy
 from dlopt.optim.sam import SAM
 from dlopt.optim.sgd import LARS, SGDW
-from dlopt.optim.shampoo import SOAP, Shampoo
 from dlopt.optim.sign import Lion, Rprop, Signum
 from dlopt.optim.sophia import Sophia
 
