@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from dlopt.config.experiment import GROUPS, Experiment, Settings
@@ -32,7 +31,7 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
             )
         if "_target_" not in node:
             raise UserError(f"{name}._target_: missing; the choice must name a callable: _target_: package.module.Name")
-        names = () if group.common is None else tuple(each.name for each in fields(group.common))
+        names = group.common_names
         arguments = {key: value for key, value in node.items() if key not in names}
         if name == "optimizer" and arguments.get("lr") == "auto":
             arguments["lr"] = 1.0  # placeholder for the learning rate that the range test will choose

@@ -1,13 +1,13 @@
 """Drops the keys of a choice when the command line replaces the callable of the choice (`model._target_=...`)."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
 from dlopt.config.experiment import GROUPS
 from dlopt.config.parsing import find_local_packages
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
 from dlopt.errors import UserError
+from dlopt.plain import is_below
 
 _TARGET = "._target_"
 
@@ -22,26 +22,23 @@ def former_keys(config: Mapping[str, Any], overrides: Iterable[str]) -> list[tup
     found = []
     for name in (key.removesuffix(_TARGET) for key in sorted(typed) if key.endswith(_TARGET)):
         node, group = config.get(name), GROUPS.get(name)
-        names = _signature(f"{name}{_TARGET}", node, config) if group is not None else None
-        if names is not None and isinstance(node, Mapping) and group is not None:
-            common = set() if group.common is None else {each.name for each in fields(group.common)}
-            kept = {"_target_", *names, *common}
-            found += [(name, key) for key in node if key not in kept and not _is_typed(f"{name}.{key}", typed)]
+        if group is None or not isinstance(node, Mapping):
+            continue
+        names = _signature(f"{name}{_TARGET}", node.get("_target_"), config.get("allow_packages"))
+        if names is not None:
+            kept = {"_target_", *names, *group.common_names}
+            is_typed = {key for key in node if any(is_below(each, (f"{name}.{key}",)) for each in typed)}
+            found += [(name, key) for key in node if key not in kept | is_typed]
     return found
 
 
-def _is_typed(key: str, typed: Iterable[str]) -> bool:
-    return any(each == key or each.startswith(f"{key}.") for each in typed)
-
-
-def _signature(key: str, node: Any, config: Mapping[str, Any]) -> set[str] | None:
+def _signature(key: str, path: Any, packages: Any) -> set[str] | None:
     """Returns the names of the callable's parameters; None for an invalid callable, which `parse` reports."""
-    packages = config.get("allow_packages")
-    if not isinstance(packages, list) or not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+    if not isinstance(packages, list) or not isinstance(path, str):
         return None
     find_local_packages(packages)
     try:
-        target = resolve_target(key, node["_target_"], (*trusted_packages(), *map(str, packages)))
+        target = resolve_target(key, path, (*trusted_packages(), *map(str, packages)))
     except UserError:
         return None
     return {name for name, each in parameters_of(target).items() if each.kind is not each.VAR_KEYWORD}

@@ -26,6 +26,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from dlopt.analysis.leaderboard import Direction
+from dlopt.config.resuming import describe
 from dlopt.errors import RunError, UserError
 from dlopt.locks import hold, is_held, locked, taken
 from dlopt.sweeps.samplers import Sampler
@@ -318,11 +319,7 @@ def describe_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
             pairs |= {inner: (a.get(inner), b.get(inner)) for inner in {**a, **b}}
         else:
             pairs[key] = (a, b)
-    return "; ".join(f"{key}: saved {_format(a)}, now {_format(b)}" for key, (a, b) in pairs.items() if a != b)
-
-
-def _format(value: Any) -> str:
-    return "nothing" if value is None else str(value)
+    return describe({key: (a, b) for key, (a, b) in pairs.items() if a != b}, none="nothing")
 
 
 @contextmanager
