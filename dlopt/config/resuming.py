@@ -45,6 +45,6 @@ def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], path: st
 
 
 def describe(different: Mapping[str, tuple[Any, Any]], none: str = "null") -> str:
-    """Lists (saved, current) values by key as `key: saved a, now b`; `none` stands for None."""
+    """Lists (saved, current) values by key as `key: saved a, now b`; None is shown as `none`."""
     pairs = {key: [none if value is None else value for value in values] for key, values in different.items()}
     return "; ".join(f"{key}: saved {old}, now {new}" for key, (old, new) in pairs.items())
