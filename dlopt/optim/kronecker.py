@@ -99,17 +99,13 @@ class Shampoo(RealOptimizer):
             added = gram(grad, mode, diagonal=size > group["max_size"])
             name, root = f"sum{mode}", f"root{mode}"
             if name not in state:
-                state[name] = _start(added, group["eps"])
+                identity = torch.ones_like(added) if added.ndim == 1 else torch.eye(size, dtype=added.dtype).to(added)
+                state[name] = group["eps"] * identity
             state[name].add_(added)
             if is_due:
                 state[root] = _inverse_root(state[name], 2 * grad.ndim, group["eps"])
             roots.append(state[root])
         return roots
-
-
-def _start(like: Tensor, eps: float) -> Tensor:
-    """Returns eps * I, or its diagonal."""
-    return torch.full_like(like, eps) if like.ndim == 1 else eps * torch.eye(len(like), dtype=like.dtype).to(like)
 
 
 def _inverse_root(sums: Tensor, order: int, eps: float) -> Tensor:
@@ -152,11 +148,13 @@ class SOAP(RealOptimizer):
         super().__init__(params, {**defaults, "update_every": update_every, "max_size": max_size})
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lr, (beta1, beta2), beta3 = float(group["lr"]), group["betas"], group["shampoo_beta"]
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
         averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
         counts = count_steps(self, params)
         for p, grad, m, v, count in zip(params, gradients(params), averages, squares, counts, strict=True):
-            state, modes = self.state[p], _rotated_modes(p, group["max_size"])
+            state = self.state[p]
+            modes = [mode for mode, size in enumerate(p.shape) if p.ndim > 1 and size <= group["max_size"]]
             if count > 1:
                 t = count - 1  # updates, including this one
                 bases = [state.get(f"basis{mode}") for mode in range(p.ndim)]
@@ -166,20 +164,16 @@ class SOAP(RealOptimizer):
                 normalized = multiply_modes(m, bases, transpose=True) / denominator
                 p.mul_(1 - lr * group["weight_decay"])
                 p.sub_(multiply_modes(normalized, bases), alpha=lr / (1 - beta1**t))
-            self._average_grams(p, grad, modes, beta2 if beta3 is None else beta3)
+            for mode in modes:
+                new = gram(grad, mode)
+                if f"gram{mode}" not in state:
+                    state[f"gram{mode}"] = torch.zeros_like(new)
+                state[f"gram{mode}"].lerp_(new, 1 - shampoo_beta)
             if count == 1:
                 for mode in modes:
                     state[f"basis{mode}"] = eigenvectors(state[f"gram{mode}"])[1].flip(1)  # largest eigenvalue first
             elif (count - 1) % group["update_every"] == 0:
                 self._refresh_bases(p, modes)
-
-    def _average_grams(self, p: Tensor, grad: Tensor, modes: list[int], beta: float) -> None:
-        state = self.state[p]
-        for mode in modes:
-            new = gram(grad, mode)
-            if f"gram{mode}" not in state:
-                state[f"gram{mode}"] = torch.zeros_like(new)
-            state[f"gram{mode}"].lerp_(new, 1 - beta)
 
     def _refresh_bases(self, p: Tensor, modes: list[int]) -> None:
         """Moves the bases one step of the power iteration towards the eigenvectors; V follows their order."""
@@ -192,10 +186,6 @@ class SOAP(RealOptimizer):
             product = product[:, order]
             wide = product if product.dtype == torch.float64 else product.float()
             state[f"basis{mode}"] = torch.linalg.qr(wide).Q.to(product.dtype)
-
-
-def _rotated_modes(p: Tensor, max_size: int) -> list[int]:
-    return [mode for mode, size in enumerate(p.shape) if size <= max_size] if p.ndim > 1 else []
 
 
 class Kron(RealOptimizer):
