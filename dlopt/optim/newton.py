@@ -25,7 +25,6 @@ from dlopt.optim.common import (
     refuse_group_rates,
     trainable,
 )
-from dlopt.optim.line_search import backtracking
 from dlopt.ranges import Count, NonNegative, Positive, PositiveFraction
 
 _ROWS = 64  # rows of the Hessian per batched backward pass
@@ -83,6 +82,20 @@ class _SecondOrder(torch.optim.Optimizer):
             return 0.0
         lr, c1, evaluations = float(group["lr"]), group["c1"], group["max_backtracks"]
         return backtracking(loss_at, loss=loss, slope=slope, t=lr, c1=c1, evaluations=evaluations)
+
+
+def backtracking(
+    loss_at: Callable[[float], float], *, loss: float, slope: float, t: float, c1: float, evaluations: int
+) -> float:
+    """Returns the first of t, t/2, t/4, ... with loss(t) <= loss + c1 t slope; 0 if `evaluations` of them fail.
+
+    A line search along x + t d (Nocedal & Wright, Numerical Optimization, 2nd ed., algorithm 3.1).
+    """
+    for _ in range(evaluations):
+        if loss_at(t) <= loss + c1 * t * slope:  # False for NaN
+            return t
+        t *= 0.5
+    return 0.0
 
 
 class Newton(_SecondOrder):
