@@ -50,7 +50,7 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
         names = show(plain["allow_packages"])
         raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
     if any("._target_=" in line for line in typed):
-        from dlopt.config.retarget import former_keys  # imports torch
+        from dlopt.config.parsing import former_keys  # imports torch
 
         for group, key in former_keys(plain, typed):  # of the callable that the command line replaces
             del plain[group][key], raw[group][key]
