@@ -19,8 +19,7 @@ from dlopt.optim.muon import Muon, Scion
 from dlopt.optim.newton import Newton, NewtonCG
 from dlopt.optim.prodigy import Prodigy
 from dlopt.optim.sam import SAM
-from dlopt.optim.sgd import LARS, SGDW
-from dlopt.optim.sign import Lion, Rprop, Signum
+from dlopt.optim.sgd import LARS, SGDW, Lion, Rprop, Signum
 from dlopt.optim.sophia import Sophia
 
 __all__ = [
