@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError, OptunaError, UpdateFinishedTrialError
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -163,7 +163,13 @@ class Study:
         # The operating system releases this lock when the process dies: so others can tell that its trials are free.
         self._alive_lock = hold(self._workers / f"{self.worker}.lock")
         with locked(self._workers / STUDY_LOCK):
-            self._study = _create(self._storage, spec)
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name=spec.name,
+                directions=list(spec.directions),
+                pruner=spec.pruner,
+                load_if_exists=True,
+            )
             _check_facts(self._study, {**facts, "space": spec.space.describe(), "directions": list(spec.directions)})
             self._add_trials()
 
@@ -286,14 +292,6 @@ class Study:
 def has_live_worker(folder: Path) -> bool:
     """Returns whether a process is working on the search in this folder."""
     return any(is_held(path) for path in (folder / WORKERS).glob("*-*.lock"))
-
-
-def _create(storage: BaseStorage, spec: StudySpec) -> optuna.Study:
-    directions = list(spec.directions)
-    try:
-        return optuna.create_study(storage=storage, study_name=spec.name, directions=directions, pruner=spec.pruner)
-    except DuplicatedStudyError:
-        return optuna.load_study(storage=storage, study_name=spec.name, pruner=spec.pruner)
 
 
 def _check_facts(study: optuna.Study, facts: Mapping[str, Any]) -> None:
