@@ -7,7 +7,7 @@ x receptive field), fan_out the number of units that read an input.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from math import sqrt
 from typing import Any, Literal, NamedTuple
 
@@ -324,7 +324,7 @@ def gpt2(model: nn.Module, generator: torch.Generator, *, std: NonNegative, zero
 
     The last layer of each residual branch gets std / sqrt(number of branches): two branches per block.
     """
-    projections = _residual_projections(model)
+    projections = [layer for module in model.modules() for layer in getattr(module, "residual_projections", ())]
     for weight in _zero_biases(model):
         scale = len(projections) ** -0.5 if weight.layer in projections else 1.0
         nn.init.normal_(weight.tensor, std=std * scale, generator=generator)
@@ -368,10 +368,6 @@ def mup(
         nn.init.normal_(weight.tensor, std=std * scale, generator=generator)
     _normal_embeddings(model, generator, std)
     _finish(model, zero_last_gamma)
-
-
-def _residual_projections(model: nn.Module) -> list[nn.Module]:
-    return [layer for module in model.modules() for layer in getattr(module, "residual_projections", ())]
 
 
 def _normal_embeddings(model: nn.Module, generator: torch.Generator, std: float) -> None:
@@ -430,12 +426,10 @@ def _in_forward_order(model: nn.Module, inputs: Tensor) -> list[Weight]:
     def record(module: nn.Module, arguments: object) -> None:
         order.setdefault(module, len(order))
 
-    handles = [weight.layer.register_forward_pre_hook(record) for weight in all_weights]
-    try:
+    with ExitStack() as hooks:
+        for weight in all_weights:
+            hooks.enter_context(weight.layer.register_forward_pre_hook(record))
         model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return sorted((weight for weight in all_weights if weight.layer in order), key=lambda weight: order[weight.layer])
 
 
@@ -447,10 +441,6 @@ def _output(model: nn.Module, layer: nn.Module, inputs: Tensor) -> object:
         outputs.append(output)
         raise _StopForward
 
-    handle = layer.register_forward_hook(capture)
-    try:
-        with suppress(_StopForward):
-            model(inputs)
-    finally:
-        handle.remove()
+    with layer.register_forward_hook(capture), suppress(_StopForward):
+        model(inputs)
     return outputs[0]

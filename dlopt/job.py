@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dlopt.training.build import Workload
     from dlopt.training.trainer import Run
 
-_STATUS_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
+CODE_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
 
 
 def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> int:
@@ -157,7 +157,7 @@ def _start(run: "Run", processes: int, *, console: bool) -> int:
     with Interruption(run.experiment.settings.max_time) as interruption, watch:
         status = train(run, interruption, console=console and is_main)["status"]
         rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
-    return _STATUS_OF[status]
+    return CODE_OF[status]
 
 
 def train(run: "Run", interruption: "Interruption | None" = None, *, console: bool = True) -> dict[str, Any]:

@@ -24,8 +24,13 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: node}
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flatten(value, join(prefix, str(key)))
     return flat
+
+
+def join(prefix: str, key: str) -> str:
+    """Joins the parts of a dotted key."""
+    return f"{prefix}.{key}" if prefix else key
 
 
 def is_below(key: str, parents: Iterable[str]) -> bool:

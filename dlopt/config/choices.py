@@ -21,6 +21,7 @@ import yaml
 
 import dlopt
 from dlopt.errors import UserError
+from dlopt.plain import join
 
 config_dir: ContextVar[Path | None] = ContextVar("config_dir", default=None)  # --config-dir, read by the Hydra plug-in
 
@@ -185,9 +186,9 @@ class Catalogue:
         if target_package.split(".")[0] == "_global_":
             inner = target_package.partition(".")[2]
         elif target_package:
-            inner = package if target_package == "_here_" else _join(package, target_package)
+            inner = package if target_package == "_here_" else join(package, target_package)
         else:
-            inner = package if group == folder else _join(package, group.removeprefix(f"{folder}/").replace("/", "."))
+            inner = package if group == folder else join(package, group.removeprefix(f"{folder}/").replace("/", "."))
         keys = {}
         if value is not None:
             name = f"{group}@{inner}" if inner != group.replace("/", ".") else group
@@ -221,7 +222,7 @@ def _keys_in_file(path: Path, package: str) -> dict[str, Key]:
         key.name: key
         for key_node, node in pairs
         if key_node.value != "defaults"
-        for key in _flatten(_join(package, key_node.value), node, key_node, lines)
+        for key in _flatten(join(package, key_node.value), node, key_node, lines)
     }
 
 
@@ -268,10 +269,6 @@ def _comment(node: yaml.Node, lines: list[str]) -> str:
     line = lines[node.end_mark.line] if node.end_mark.line < len(lines) else ""
     match = _COMMENT.match(line[node.end_mark.column :].removeprefix(":"))
     return match[1] if match else ""
-
-
-def _join(package: str, name: str) -> str:
-    return f"{package}.{name}" if package else name
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

@@ -41,15 +41,13 @@ from omegaconf.errors import OmegaConfBaseException
 import dlopt
 from dlopt.config.choices import config_dir as searched_config_dir
 from dlopt.config.choices import config_folder
-from dlopt.config.expansion import check_expansion
 from dlopt.config.grammar import explain_grammar, quoted
-from dlopt.config.loader import RememberingLoader
+from dlopt.config.loader import RememberingLoader, YamlFolder
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines, is_typed
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_flag, for_key
-from dlopt.config.trust import check_hydra
-from dlopt.config.yaml_folder import YamlFolder
+from dlopt.config.trust import check_expansion, check_hydra
 from dlopt.errors import USER_ERROR, UserError, shorten, suggest
 from dlopt.folders import SHELL_FOLDER, refuse_url
 from dlopt.plain import check_yaml

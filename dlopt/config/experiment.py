@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from dlopt.config.schema import Component
@@ -104,6 +104,10 @@ class Group:
 
     runtime: tuple[str, ...] = ()
     common: type | None = None
+
+    @property
+    def common_names(self) -> tuple[str, ...]:
+        return () if self.common is None else tuple(each.name for each in fields(self.common))
 
 
 GROUPS: Mapping[str, Group] = {

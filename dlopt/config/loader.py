@@ -4,18 +4,23 @@ Hydra merges some thirty files key by key, which takes 0.1 s. A sweep composes e
 same files: they differ only in values, which this loader sets in a copy.
 
 Apart from `compose.py` the only module that imports Hydra's internals. It extends Hydra's loader, whose public
-interface has no step between merging the files and setting the values.
+interface has no step between merging the files and setting the values. Its folders of YAML files are parsed by libyaml,
+and only when a file has changed.
 """
 
 import functools
 import os
 import pickle
+import re
+import stat
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra.conf
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigNode, ConfigStore
@@ -23,12 +28,117 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf._utils import get_yaml_loader  # no public name: the types of values, and no duplicate keys
 
-from dlopt.config.yaml_folder import Reads, YamlFolder, reads
+reads: ContextVar["Reads | None"] = ContextVar("reads", default=None)
+"""Notes the reads of the composition in progress, if any."""
 
+_HEADER = 512  # characters in which Hydra looks for `# @package`
+_RESOLVER = re.compile(r"\$\{[\w.]+:")  # ${oc.env:NAME}, ${now:...}; ${group} refers to another choice
 _MOST = 200  # remembered configs, of some 30 kB each
+
+
+class Reads:
+    """The files and folders that a config depends on, with their state when they were read."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, Any] = {}
+        self.is_repeatable = True  # False: a defaults list depends on the environment or on the time
+
+    def note(self, path: str) -> None:
+        self._states.setdefault(path, _state(path))
+
+    def are_current(self) -> bool:
+        return all(_state(path) == state for path, state in self._states.items())
+
+
+def _state(path: str) -> Any:
+    """Returns what differs when a file has changed; None if it does not exist."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        return "folder"
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+
+
+class YamlFolder(ConfigSource):
+    """A folder of YAML files. Hydra's source for `file://` parses some thirty files for each config, with PyYAML."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "dlopt"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = self._noted(self._normalize_file_name(config_path))
+        state = _state(path)
+        if state is None:
+            raise ConfigLoadError(f"Config not found : {path}")
+        header, content = _load(path, state)
+        noted = reads.get()
+        if noted is not None and isinstance(content, dict) and _RESOLVER.search(str(content.get("defaults"))):
+            noted.is_repeatable = False
+        config = OmegaConf.create() if content is None else OmegaConf.create(content)
+        package = self._get_header_dict(header)
+        return ConfigResult(config=config, path=self.full_path(), provider=self.provider, header=package)
+
+    def available(self) -> bool:
+        return self.is_group("")
+
+    def is_group(self, config_path: str) -> bool:
+        return os.path.isdir(self._noted(config_path))
+
+    def is_config(self, config_path: str) -> bool:
+        return os.path.isfile(self._noted(self._normalize_file_name(config_path)))
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        names: set[str] = set()
+        with os.scandir(os.path.join(self.path, config_path)) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    if results_filter in (None, ObjectType.GROUP) and entry.name != "__pycache__":
+                        names.add(entry.name)
+                elif entry.name.endswith(".yaml") and results_filter in (None, ObjectType.CONFIG):
+                    names.add(entry.name.removesuffix(".yaml"))
+        return sorted(names)
+
+    def _noted(self, name: str) -> str:
+        path = os.path.join(self.path, name)
+        if (noted := reads.get()) is not None:
+            noted.note(path)
+        return path
+
+
+@functools.lru_cache(maxsize=1000)
+def _load(path: str, state: object) -> tuple[str, Any]:
+    """Returns the first characters of a file and its content, which the caller must not change."""
+    with open(path, encoding="utf-8") as file:
+        header = file.read(_HEADER)
+        file.seek(0)
+        content = yaml.load(file, Loader=_loader())
+    if not isinstance(content, list | dict | str | None):
+        raise OSError(f"Invalid loaded object type: {type(content).__name__}")
+    return header, content
+
+
+@functools.cache
+def _loader() -> Any:
+    """Returns OmegaConf's loader, with libyaml's parser where PyYAML has been built with it."""
+    omegaconf_loader: Any = get_yaml_loader()
+    if not yaml.__with_libyaml__:
+        return omegaconf_loader
+    parser: Any = yaml.CSafeLoader.__bases__[0]  # libyaml's
+
+    def initialize(self: Any, stream: Any) -> None:
+        parser.__init__(self, stream)
+        yaml.constructor.SafeConstructor.__init__(self)
+        yaml.resolver.Resolver.__init__(self)
+
+    return type("Loader", (parser, omegaconf_loader), {"__init__": initialize})
 
 
 @dataclass(frozen=True)

@@ -49,17 +49,12 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     if overrides is not None and plain.get("allow_packages") and not is_typed("allow_packages", overrides):
         names = show(plain["allow_packages"])
         raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
-    _drop_former_keys(plain, raw, typed)
-    return plain, _redact(plain, raw, _environment_values(plain, raw))
+    if any("._target_=" in line for line in typed):
+        from dlopt.config.parsing import former_keys  # imports torch
 
-
-def _drop_former_keys(plain: dict[str, Any], raw: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Removes the keys of a choice whose callable the command line replaces."""
-    if any("._target_=" in line for line in overrides):
-        from dlopt.config.retarget import former_keys  # imports torch
-
-        for group, key in former_keys(plain, overrides):
+        for group, key in former_keys(plain, typed):  # of the callable that the command line replaces
             del plain[group][key], raw[group][key]
+    return plain, _redact(plain, raw, _environment_values(plain, raw))
 
 
 def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,10 +40,11 @@ def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], path: st
     different = differences(old, new)
     if not different:
         return
-    shown = "; ".join(f"{key}: saved {_format(a)}, now {_format(b)}" for key, (a, b) in different.items())
     command = " ".join(["dlopt train", *(line for line in overrides if not line.startswith("resume="))])
-    raise UserError(f"resume: {path} has another config ({shown}); that run was started with: {command}")
+    raise UserError(f"resume: {path} has another config ({describe(different)}); that run was started with: {command}")
 
 
-def _format(value: object) -> str:
-    return "null" if value is None else str(value)
+def describe(different: Mapping[str, tuple[Any, Any]], none: str = "null") -> str:
+    """Lists (saved, current) values by key as `key: saved a, now b`; None is shown as `none`."""
+    pairs = {key: [none if value is None else value for value in values] for key, values in different.items()}
+    return "; ".join(f"{key}: saved {old}, now {new}" for key, (old, new) in pairs.items())

@@ -22,6 +22,7 @@ from pydantic.errors import PydanticUndefinedAnnotation
 from dlopt.config.choices import config_folder, extensions
 from dlopt.config.synonyms import for_key
 from dlopt.errors import UserError, suggest
+from dlopt.plain import is_below, join
 from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
@@ -121,12 +122,12 @@ def component(
 def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[..., Any]:
     """Imports the class or function at a dotted path.
 
-    It must be defined in one of `packages`, at the top level of a module, not merely be importable from it (modules
-    import others, such as `os`). Raises `UserError`.
+    It must be defined in one of `packages` or its submodules (torch.optim's and torch.nn's classes are), at the top
+    level of a module, not merely be importable from it (modules import others, such as `os`). Raises `UserError`.
     """
     packages = tuple(packages)
     package = path.split(".")[0]
-    if not _is_within(path, packages):
+    if not is_below(path, packages):
         hint = f"; to trust another package, set allow_packages=[{package}] on the command line" if package else ""
         raise UserError(f"{key}={path}: only callables of {', '.join(packages)} are allowed{hint}")
     target = _import(key, path)
@@ -134,18 +135,13 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
         hint = "" if importlib.util.find_spec(package) else f" (the package {package} is not installed)"
         raise UserError(f"{key}={path}: unknown callable{hint}")
     module = getattr(target, "__module__", None) or ""
-    if not callable(target) or inspect.ismodule(target) or not _is_within(module, packages):
+    if not callable(target) or inspect.ismodule(target) or not is_below(module, packages):
         raise UserError(f"{key}={path}: must be a class or function defined in {', '.join(packages)}")
-    is_dataset_helper = _is_within(module, ("torchvision.datasets",)) and not inspect.isclass(target)
-    is_internal = _is_within(module, ("dlopt",)) and not _is_within(module, _CONFIGURABLE)
-    if is_internal or is_dataset_helper or _is_within(module, _NOT_CONFIGURABLE):
+    is_dataset_helper = is_below(module, ("torchvision.datasets",)) and not inspect.isclass(target)
+    is_internal = is_below(module, ("dlopt",)) and not is_below(module, _CONFIGURABLE)
+    if is_internal or is_dataset_helper or is_below(module, _NOT_CONFIGURABLE):
         raise UserError(f"{key}={path}: cannot be used in a config")
     return typing.cast(Callable[..., Any], target)
-
-
-def _is_within(path: str, packages: tuple[str, ...]) -> bool:
-    # Submodules count: torch.optim's and torch.nn's classes are defined there, a few in private ones (torch.optim._x).
-    return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
 def _import(key: str, path: str) -> Any:
@@ -183,12 +179,12 @@ def check_arguments(
     allowed = [name for name in named if name not in runtime]
     for name, value in values.items():
         if name not in allowed and not (takes_any_key and name not in runtime):
-            raise UserError(_explain_unknown_key(_join(key, name), str(name), value, (*allowed, *related)))
+            raise UserError(_explain_unknown_key(join(key, name), str(name), value, (*allowed, *related)))
     for name in allowed:
         if name not in values and parameters[name].default is _EMPTY:
-            raise UserError(f"{_join(key, name)}: a value is required ({_describe(parameters[name].annotation)})")
+            raise UserError(f"{join(key, name)}: a value is required ({_describe(parameters[name].annotation)})")
     return {
-        name: _check_value(_join(key, name), value, _annotation(target, name), runtime, packages)
+        name: _check_value(join(key, name), value, _annotation(target, name), runtime, packages)
         for name, value in values.items()
     }
 
@@ -202,10 +198,6 @@ def _annotation(target: Callable[..., Any], name: str) -> Any:
     parameters = parameters_of(target)
     annotation = parameters[name].annotation if name in parameters else _EMPTY
     return annotation if target.__module__.startswith("dlopt") else _RANGES.get(name, annotation)
-
-
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
 
 
 def _explain_unknown_key(key: str, name: str, value: Any, allowed: Iterable[str]) -> str:

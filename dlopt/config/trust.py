@@ -1,12 +1,13 @@
-"""Checks the `hydra` node of a config, through which a config file could run code before dlopt checks anything else:
-callbacks, sweeper, launcher, logging, environment variables.
+"""Checks a composed config before its values are resolved: what its interpolations expand to, and its `hydra` node.
 
-Hydra's own blocklist lets `torch.load` pass, and `logging.config` calls anything under the key `()`. The composed node
-is checked, so it does not matter whether a value comes from the command line, a file or an interpolation.
+Through that node a config file could run code before dlopt checks anything else: callbacks, sweeper, launcher, logging,
+environment variables. Hydra's own blocklist lets `torch.load` pass, and `logging.config` calls anything under the key
+`()`. The composed node is checked, so it does not matter whether a value comes from the command line, a file or an
+interpolation.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +24,8 @@ _SEARCH_COMPONENTS = {  # of hydra/sweeper=dlopt_optuna
 }
 _HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+_MAX_VALUES = 10_000
+_REFERENCE = re.compile(r"\$\{\s*(\.*)([\w./-]+)\s*\}")  # ${a.b}, ${.a}; references inside resolvers count as well
 
 
 def check_hydra(config: DictConfig, typed: Iterable[str]) -> None:
@@ -58,6 +61,35 @@ def _is_block(config: DictConfig, key: str) -> bool:
         return OmegaConf.is_config(OmegaConf.select(config, key))
     except OmegaConfBaseException:
         return False  # resolvable only inside a job (${hydra.job.num}): a scalar
+
+
+def check_expansion(config: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a value whose interpolations expand to very many values.
+
+    `a: ${b}${b}`, `b: ${c}${c}`, ... doubles with every line.
+    """
+    texts = {key: value for key, value in leaves(config) if isinstance(value, str) and "${" in value}
+    sizes: dict[str, int] = {}
+
+    def size(key: str) -> int:
+        """Counts the values that the text of `key`, or the texts below it, expand to."""
+        if key not in sizes:
+            sizes[key] = 1  # met again: a cycle, which OmegaConf reports
+            below = [key] if key in texts else [other for other in texts if other.startswith(f"{key}.")]
+            references = [_referred_key(each, *match) for each in below for match in _REFERENCE.findall(texts[each])]
+            sizes[key] = min(1 + sum(map(size, references)), _MAX_VALUES + 1)
+        return sizes[key]
+
+    for key, text in texts.items():
+        if size(key) > _MAX_VALUES:
+            shown = text if len(text) <= 60 else f"{text[:60]}..."
+            raise UserError(f"{key}={shown}: its interpolations expand to more than {_MAX_VALUES} values")
+
+
+def _referred_key(key: str, dots: str, path: str) -> str:
+    """Returns the absolute key of a reference in `key`: ${.x} is a sibling, ${..x} one level higher."""
+    parents = key.split(".")[: -len(dots)] if dots else []
+    return ".".join([*parents, path])
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

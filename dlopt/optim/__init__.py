@@ -11,25 +11,15 @@ MARS, Shampoo, SOAP, Prodigy, Kron), or count updates per group instead of per p
 The schedule-free optimizers are in `dlopt.optim.schedule_free`, because they need an optional package.
 """
 
-from dlopt.optim.adafactor import Adafactor
-from dlopt.optim.adam import LAMB, AdaBelief, CautiousAdamW, NAdam, adamw
-from dlopt.optim.adan import Adan
-from dlopt.optim.ademamix import AdEMAMix
-from dlopt.optim.adopt import ADOPT
+from dlopt.optim.adam import ADOPT, LAMB, MARS, AdaBelief, Adafactor, Adan, AdEMAMix, CautiousAdamW, NAdam, adamw
 from dlopt.optim.bfgs import BFGS, LBFGS
 from dlopt.optim.common import LossClosure
-from dlopt.optim.kron import Kron
-from dlopt.optim.lion import Lion, Signum
-from dlopt.optim.mars import MARS
-from dlopt.optim.muon import Muon
+from dlopt.optim.kronecker import SOAP, Kron, Shampoo
+from dlopt.optim.muon import Muon, Scion
 from dlopt.optim.newton import Newton, NewtonCG
 from dlopt.optim.prodigy import Prodigy
-from dlopt.optim.rprop import Rprop
 from dlopt.optim.sam import SAM
-from dlopt.optim.scion import Scion
-from dlopt.optim.sgd import LARS, SGDW
-from dlopt.optim.shampoo import Shampoo
-from dlopt.optim.soap import SOAP
+from dlopt.optim.sgd import LARS, SGDW, Lion, Rprop, Signum
 from dlopt.optim.sophia import Sophia
 
 __all__ = [

@@ -1,14 +1,15 @@
 """Variants of Adam."""
 
 import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import RealOptimizer, buffers, count_steps, gradients, make_cautious
-from dlopt.ranges import Fraction, NonNegative, Positive
+from dlopt.optim.common import RealOptimizer, Tensors, buffers, count_steps, gradients, make_cautious, move
+from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive
 
 
 def adamw(
@@ -55,27 +56,33 @@ class CautiousAdamW(RealOptimizer):
         super().__init__(params, defaults)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         grads, counts = gradients(params), count_steps(self, params)
-        averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
-        torch._foreach_lerp_(averages, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        averages, squares = _moments(self, params, grads, group["betas"])
         if group["amsgrad"]:
             maxima = buffers(self, params, "max_exp_avg_sq")
             torch._foreach_maximum_(maxima, squares)
             squares = maxima
-        updates = adam_updates(averages, squares, counts, (beta1, beta2), group["eps"])
+        updates = _adam_updates(averages, squares, counts, group["betas"], group["eps"])
         make_cautious(updates, grads)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, updates, alpha=-lr)
+        move(group, params, updates)
 
 
-def adam_updates(
-    averages: list[Tensor],
+def _moments(
+    optimizer: torch.optim.Optimizer, params: list[Tensor], grads: Tensors, betas: tuple[float, ...]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Updates and returns the averages of the gradients and of their squares, m and v."""
+    averages, squares = buffers(optimizer, params, "exp_avg"), buffers(optimizer, params, "exp_avg_sq")
+    torch._foreach_lerp_(averages, grads, 1 - betas[0])
+    torch._foreach_mul_(squares, betas[1])
+    torch._foreach_addcmul_(squares, grads, grads, 1 - betas[1])
+    return averages, squares
+
+
+def _adam_updates(
+    averages: Tensors,
     squares: list[Tensor],
     counts: list[int],
-    betas: tuple[float, float],
+    betas: tuple[float, ...],
     eps: float,
     *,
     bias_correction: bool = True,
@@ -114,7 +121,7 @@ class AdaBelief(RealOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
+        (beta1, beta2), eps = group["betas"], group["eps"]
         grads, counts = gradients(params), count_steps(self, params)
         averages, variances = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_var")
         torch._foreach_lerp_(averages, grads, 1 - beta1)
@@ -122,9 +129,7 @@ class AdaBelief(RealOptimizer):
         torch._foreach_mul_(variances, beta2)
         torch._foreach_addcmul_(variances, differences, differences, 1 - beta2)
         torch._foreach_add_(variances, eps)
-        updates = adam_updates(averages, variances, counts, (beta1, beta2), eps)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, updates, alpha=-lr)
+        move(group, params, _adam_updates(averages, variances, counts, (beta1, beta2), eps))
 
 
 class LAMB(RealOptimizer):
@@ -152,14 +157,10 @@ class LAMB(RealOptimizer):
         super().__init__(params, {**defaults, "bias_correction": bias_correction, "max_weight_norm": max_weight_norm})
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        grads, counts = gradients(params), count_steps(self, params)
-        averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
-        torch._foreach_lerp_(averages, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        updates = adam_updates(
-            averages, squares, counts, (beta1, beta2), group["eps"], bias_correction=group["bias_correction"]
+        lr, betas, counts = float(group["lr"]), group["betas"], count_steps(self, params)
+        averages, squares = _moments(self, params, gradients(params), betas)
+        updates = _adam_updates(
+            averages, squares, counts, betas, group["eps"], bias_correction=group["bias_correction"]
         )
         torch._foreach_add_(updates, params, alpha=group["weight_decay"])
         weights = torch.stack(torch._foreach_norm(params)).clamp_(max=group["max_weight_norm"] or math.inf)
@@ -201,3 +202,216 @@ class NAdam(torch.optim.NAdam):
             if "mu_product" in state:
                 wide = torch.get_default_dtype() == torch.float64
                 state["mu_product"] = state["mu_product"].to(torch.float64 if wide else torch.float32)
+
+
+class Adan(RealOptimizer):
+    """Adaptive Nesterov momentum (Xie et al. 2022, algorithm 1).
+
+    m, v and n average the gradient g, its change d since the previous update, and (g + beta2 * d)^2;
+    theta <- (theta - lr * (m^ + beta2 * v^) / (sqrt(n^) + eps)) / (1 + lr * weight_decay). The averages start at zero
+    and are corrected for it, as in the authors' code. `betas` are the decays: 1 - beta in the paper's notation. The
+    paper's restarts are not included. (pytorch-optimizer's Adan, AdaBelief and AdEMAMix count the updates of a whole
+    group: the first update of a parameter without an earlier gradient comes out too short.)
+    """
+
+    normalizes_entries: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.001,
+        betas: tuple[Fraction, Fraction, Fraction] = (0.98, 0.92, 0.99),
+        eps: NonNegative = 1e-8,
+        weight_decay: NonNegative = 0.02,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, (beta1, beta2, beta3) = float(group["lr"]), group["betas"]
+        grads, counts = gradients(params), count_steps(self, params)
+        averages, changes = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_diff")
+        squares, previous = buffers(self, params, "exp_avg_sq"), buffers(self, params, "previous_grad")
+        for old, grad, count in zip(previous, grads, counts, strict=True):
+            if count == 1:
+                old.copy_(grad)  # no change at the first gradient
+        difference = torch._foreach_sub(grads, previous)
+        torch._foreach_lerp_(averages, grads, 1 - beta1)
+        torch._foreach_lerp_(changes, difference, 1 - beta2)
+        torch._foreach_mul_(difference, beta2)
+        torch._foreach_add_(difference, grads)
+        torch._foreach_mul_(squares, beta3)
+        torch._foreach_addcmul_(squares, difference, difference, 1 - beta3)
+        for old, grad in zip(previous, grads, strict=True):
+            old.copy_(grad)  # FSDP's tensors have no foreach copy
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, [math.sqrt(1 - beta3**t) for t in counts])
+        torch._foreach_add_(denominators, group["eps"])
+        updates = torch._foreach_div(averages, [1 - beta1**t for t in counts])
+        torch._foreach_add_(updates, torch._foreach_mul(changes, [beta2 / (1 - beta2**t) for t in counts]))
+        torch._foreach_div_(updates, denominators)
+        torch._foreach_add_(params, updates, alpha=-lr)
+        torch._foreach_div_(params, 1 + lr * group["weight_decay"])
+
+
+class AdEMAMix(RealOptimizer):
+    """AdamW with a second, slow average of gradients (Pagliardini et al. 2024, algorithm 1).
+
+    theta <- theta - lr * ((m1^ + alpha * m2) / (sqrt(v^) + eps) + weight_decay * theta), where m2 decays by beta3 and
+    is not corrected for its start at zero. Over the first `warmup` updates alpha grows linearly from 0 and beta3 from
+    beta1, the latter linearly in its half-life (schedulers f_alpha and f_beta3). The paper sets `warmup` to the length
+    of the run.
+    """
+
+    normalizes_entries: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.001,
+        betas: tuple[Fraction, Fraction, OpenFraction] = (0.9, 0.999, 0.9999),
+        alpha: NonNegative = 5.0,
+        warmup: Count | None = None,
+        eps: NonNegative = 1e-8,
+        weight_decay: NonNegative = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "alpha": alpha, "warmup": warmup, "eps": eps}
+        super().__init__(params, {**defaults, "weight_decay": weight_decay})
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        beta1, _, beta3 = group["betas"]
+        grads, counts = gradients(params), count_steps(self, params)
+        fast, squares = _moments(self, params, grads, group["betas"])
+        slow = buffers(self, params, "exp_avg_slow")
+        progress = [min(1.0, t / group["warmup"]) if group["warmup"] else 1.0 for t in counts]
+        for average, grad, fraction in zip(slow, grads, progress, strict=True):
+            average.lerp_(grad, 1 - _slow_decay(beta1, beta3, fraction))
+        # _adam_updates divides all of its first argument by 1 - beta1^t
+        weights = [group["alpha"] * fraction * (1 - beta1**t) for fraction, t in zip(progress, counts, strict=True)]
+        mixed = torch._foreach_mul(slow, weights)
+        torch._foreach_add_(mixed, fast)
+        move(group, params, _adam_updates(mixed, squares, counts, group["betas"], group["eps"]))
+
+
+def _slow_decay(beta1: float, beta3: float, progress: float) -> float:
+    """Returns f_beta3 of the paper: the decay after the fraction `progress` of the warmup, from beta1 to beta3."""
+    start, end = math.log(beta1) if beta1 else -math.inf, math.log(beta3)
+    return min(beta3, math.exp(1 / ((1 - progress) / start + progress / end)))
+
+
+class ADOPT(RealOptimizer):
+    """Adam that converges with any beta2 (Taniguchi et al. 2024, algorithm 2), with decoupled weight decay.
+
+    The gradient is divided by the second moment of the gradients before it, and the momentum averages the result:
+    m <- beta1 * m + (1 - beta1) * clip(g / max(sqrt(v), eps), t^(1/4)); theta <- theta - lr * m;
+    v <- beta2 * v + (1 - beta2) * g^2. The first gradient of a parameter only initializes v = g^2; t counts the
+    updates after it. (pytorch-optimizer's ADOPT clips at (t + 1)^(1/4) and has one count for all parameters.)
+    """
+
+    normalizes_entries: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.001,
+        betas: tuple[Fraction, Fraction] = (0.9, 0.9999),
+        eps: Positive = 1e-6,
+        weight_decay: NonNegative = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        counts = count_steps(self, params)
+        for p, count in zip(params, counts, strict=True):
+            if count == 1:
+                assert p.grad is not None
+                self.state[p]["exp_avg_sq"] = p.grad.square()
+        started = [(p, count - 1) for p, count in zip(params, counts, strict=True) if count > 1]
+        if started:
+            self._update_started(group, [p for p, _ in started], [t**0.25 for _, t in started])
+
+    def _update_started(self, group: dict[str, Any], params: list[Tensor], limits: list[float]) -> None:
+        beta1, beta2 = group["betas"]
+        grads, averages = gradients(params), buffers(self, params, "exp_avg")
+        squares = buffers(self, params, "exp_avg_sq")
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_clamp_min_(roots, group["eps"])
+        normalized = torch._foreach_div(grads, roots)
+        torch._foreach_clamp_max_(normalized, limits)
+        torch._foreach_clamp_min_(normalized, [-limit for limit in limits])
+        torch._foreach_lerp_(averages, normalized, 1 - beta1)
+        move(group, params, averages)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+
+
+class MARS(RealOptimizer):
+    """AdamW on gradients with reduced variance (MARS-AdamW, Yuan et al. 2024, algorithm 2).
+
+    c = g + gamma * beta1 / (1 - beta1) * (g - g_previous), scaled down to norm 1 where it is longer, replaces the
+    gradient in AdamW. This is the approximate version: g_previous is the gradient of the previous batch, not that of
+    the previous weights on this batch. The norm is taken per tensor, as in the authors' code. In contrast to it, MARS
+    also updates kernels and vectors, as in the algorithm, and the first gradient counts as unchanged.
+    """
+
+    elementwise: ClassVar[bool] = False
+    normalizes_entries: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.003,
+        betas: tuple[Fraction, Fraction] = (0.95, 0.99),
+        gamma: NonNegative = 0.025,
+        eps: NonNegative = 1e-8,
+        weight_decay: NonNegative = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "gamma": gamma, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        beta1 = group["betas"][0]
+        grads, counts = gradients(params), count_steps(self, params)
+        previous = buffers(self, params, "previous_grad")
+        for old, grad, count in zip(previous, grads, counts, strict=True):
+            if count == 1:
+                old.copy_(grad)
+        corrected = torch._foreach_sub(grads, previous)
+        torch._foreach_mul_(corrected, group["gamma"] * beta1 / (1 - beta1))
+        torch._foreach_add_(corrected, grads)
+        norms = torch._foreach_norm(corrected)
+        torch._foreach_clamp_min_(norms, 1.0)
+        torch._foreach_div_(corrected, norms)
+        torch._foreach_copy_(previous, grads)
+        averages, squares = _moments(self, params, corrected, group["betas"])
+        move(group, params, _adam_updates(averages, squares, counts, group["betas"], group["eps"]))
+
+
+class Adafactor(torch.optim.Adafactor):
+    """Adam without momentum and with a factored second moment (Shazeer & Stern 2018, algorithm 4): torch's class.
+
+    The second moment of a matrix is the product of the averages of its rows and of its columns over their mean; of a
+    kernel [out, in, height, width] this holds for each [height, width]; a vector has its own (algorithm 5). Its decay
+    is 1 - t^beta2_decay. theta <- theta - max(eps[1], RMS(theta)) * min(lr, 1 / sqrt(t)) * u / max(1, RMS(u) / d):
+    relative steps, which d clips. eps[0]^2 bounds the second moment from below, where the paper adds it to g^2. The
+    weight decay is decoupled. torch's own default for eps[0], machine epsilon, is far from the paper's 1e-15: it also
+    bounds the mean of the averages, and changes the second moment of gradients below 3e-4 in float32.
+    """
+
+    evaluations: ClassVar[str] = "once"
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.01,
+        beta2_decay: Annotated[float, Le(0)] = -0.8,
+        eps: tuple[Positive, NonNegative] = (1e-15, 0.001),
+        d: Annotated[float, Ge(1)] = 1.0,
+        weight_decay: NonNegative = 0.0,
+    ) -> None:
+        super().__init__(params, lr, beta2_decay, eps, d, weight_decay)

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from dlopt.errors import UserError
 
 Closure = Callable[[], Any]
+Tensors = list[Tensor] | tuple[Tensor, ...]
 SampledLoss = Callable[[int], tuple[Tensor, int]]
 _CHUNK = 1 << 18  # elements: a chunk's parameters, gradients and state fit into the cache of a CPU core
 
@@ -157,6 +158,14 @@ def count_steps(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[
         state["step"] = state["step"] + 1 if "step" in state else torch.tensor(1.0)
         counts.append(int(state["step"]))
     return counts
+
+
+def move(group: dict[str, Any], params: list[Tensor], updates: Tensors) -> None:
+    """theta <- (1 - lr * weight_decay) * theta - lr * update: a step with decoupled weight decay."""
+    lr = float(group["lr"])
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    torch._foreach_add_(params, updates, alpha=-lr)
 
 
 def make_cautious(updates: Iterable[Tensor], grads: Iterable[Tensor]) -> None:

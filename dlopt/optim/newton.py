@@ -25,7 +25,6 @@ from dlopt.optim.common import (
     refuse_group_rates,
     trainable,
 )
-from dlopt.optim.line_search import backtracking
 from dlopt.ranges import Count, NonNegative, Positive, PositiveFraction
 
 _ROWS = 64  # rows of the Hessian per batched backward pass
@@ -45,10 +44,7 @@ class _SecondOrder(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """Takes one step along the Newton direction with a backtracking line search, or none if it finds no decrease.
-
-        Returns the loss before the step.
-        """
+        """Takes one step along the Newton direction, or none without a finite one; returns the loss before the step."""
         closure = needs_closure(self, closure)
         loss_of = differentiable_loss(self, closure)
         before = evaluate(closure)
@@ -60,26 +56,46 @@ class _SecondOrder(torch.optim.Optimizer):
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
             gradient = flat_or_zero(grads, params)
         direction = self._direction(group, params, gradient)
-        gradient = gradient.detach()
+        if direction is None:
+            return before
+        start, gradient = flat(params), gradient.detach()
         value, slope = torch.stack([loss.detach().to(gradient.dtype), gradient @ direction]).tolist()
         del grads, loss  # free the graph before the line search builds others
-        if not slope < 0:  # at a stationary point, or not finite
-            return before
-        start = flat(params)
 
         def loss_at(t: float) -> float:
             assign(params, start + t * direction)
             return float(loss_of())
 
-        t = backtracking(
-            loss_at, loss=value, slope=slope, t=float(group["lr"]), c1=group["c1"], evaluations=group["max_backtracks"]
-        )
+        t = self._step_length(group, loss_at, value, slope)
         assign(params, start + t * direction if t else start)
         return before
 
-    def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor:
-        """Returns the direction [n] for the gradient [n], whose graph it may differentiate."""
+    def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor | None:
+        """Returns the direction [n] for the gradient [n], whose graph it may differentiate; None: take no step."""
         raise NotImplementedError
+
+    def _step_length(
+        self, group: dict[str, Any], loss_at: Callable[[float], float], loss: float, slope: float
+    ) -> float:
+        """Returns the step length by a backtracking line search; 0 if it finds no decrease."""
+        if not slope < 0:  # at a stationary point, or not finite
+            return 0.0
+        lr, c1, evaluations = float(group["lr"]), group["c1"], group["max_backtracks"]
+        return backtracking(loss_at, loss=loss, slope=slope, t=lr, c1=c1, evaluations=evaluations)
+
+
+def backtracking(
+    loss_at: Callable[[float], float], *, loss: float, slope: float, t: float, c1: float, evaluations: int
+) -> float:
+    """Returns the first of t, t/2, t/4, ... with loss(t) <= loss + c1 t slope; 0 if `evaluations` of them fail.
+
+    A line search along x + t d (Nocedal & Wright, Numerical Optimization, 2nd ed., algorithm 3.1).
+    """
+    for _ in range(evaluations):
+        if loss_at(t) <= loss + c1 * t * slope:  # False for NaN
+            return t
+        t *= 0.5
+    return 0.0
 
 
 class Newton(_SecondOrder):
@@ -103,12 +119,12 @@ class Newton(_SecondOrder):
         super().__init__(params, "newton", {"lr": lr, "damping": damping, "c1": c1, "max_backtracks": max_backtracks})
         refuse_above("newton", trainable(self), max_parameters, "newton_cg")
 
-    def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor:
+    def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor | None:
         hessian = _hessian(gradient, params)
         gradient = gradient.detach()
         diagonal, increase = hessian.diagonal(), 1e-3 * (float(hessian.norm()) or 1.0)  # 1: of a linear loss
         if not math.isfinite(increase):
-            return torch.zeros_like(gradient)
+            return None
         shift = group["damping"]
         if float(diagonal.min()) + shift <= 0:  # then it is certainly not positive definite
             shift = float(-diagonal.min()) + increase
@@ -125,36 +141,26 @@ class UndampedNewton(_SecondOrder):
     Converges to the nearest stationary point, also to saddle points and maxima, and diverges where the quadratic model
     is wrong (Goodfellow, Bengio & Courville 2016, section 8.6.1). It is for demonstrations: use `Newton` to train. A
     singular Hessian is inverted on its range (pseudo-inverse). Models with more than `max_parameters` are rejected.
+    Takes no step if the Hessian is not finite, or so large that its eigenvalues cannot be computed.
     """
 
     def __init__(self, params: ParamsT, *, lr: Positive = 1.0, max_parameters: Count = 10_000) -> None:
         super().__init__(params, "newton_undamped", {"lr": lr})
         refuse_above("newton_undamped", trainable(self), max_parameters, "newton_cg")
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        """Takes one step and returns the loss before it.
-
-        Takes none if the loss or the Hessian is not finite, or so large that its eigenvalues cannot be computed.
-        """
-        closure = needs_closure(self, closure)
-        loss_of = differentiable_loss(self, closure)
-        before = evaluate(closure)
-        params = trainable(self)
-        if not params or not math.isfinite(float(before)):
-            return before
-        with torch.enable_grad():
-            grads = torch.autograd.grad(loss_of(), params, create_graph=True, allow_unused=True)
-            gradient = flat_or_zero(grads, params)
+    def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor | None:
         hessian = _hessian(gradient, params)
         if not torch.isfinite(hessian).all():
-            return before
+            return None
         try:
-            newton_step = torch.linalg.pinv(hessian, hermitian=True) @ gradient.detach()
+            return -(torch.linalg.pinv(hessian, hermitian=True) @ gradient.detach())
         except torch.linalg.LinAlgError:
-            return before
-        assign(params, flat(params) - self.param_groups[0]["lr"] * newton_step)
-        return before
+            return None
+
+    def _step_length(
+        self, group: dict[str, Any], loss_at: Callable[[float], float], loss: float, slope: float
+    ) -> float:
+        return float(group["lr"])
 
 
 def _hessian(gradient: Tensor, params: list[Tensor]) -> Tensor:

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from dlopt.errors import UserError
-from dlopt.optim.common import Closure, chunks, evaluate, gradients, needs_closure
+from dlopt.optim.common import Closure, Tensors, chunks, evaluate, gradients, needs_closure
 from dlopt.ranges import NonNegative, Positive
-
-Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 class SAM(torch.optim.Optimizer):

@@ -13,6 +13,7 @@ from dlopt.optim.common import (
     differentiable_loss,
     evaluate,
     gradients,
+    move,
     needs_closure,
     sampled_loss,
     trainable,
@@ -104,13 +105,11 @@ class Sophia(RealOptimizer):
         return [None if product is None else u * product for u, product in zip(noise, products, strict=True)]
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lr, grads = float(group["lr"]), gradients(params)
         averages, hessians = buffers(self, params, "exp_avg"), buffers(self, params, "hessian")
-        torch._foreach_lerp_(averages, grads, 1 - group["betas"][0])
+        torch._foreach_lerp_(averages, gradients(params), 1 - group["betas"][0])
         bounds = torch._foreach_mul(hessians, group["gamma"])
         torch._foreach_clamp_min_(bounds, group["eps"])
         updates = torch._foreach_div(averages, bounds)
         torch._foreach_clamp_max_(updates, 1.0)
         torch._foreach_clamp_min_(updates, -1.0)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, updates, alpha=-lr)
+        move(group, params, updates)

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict, Unpack
 
 from annotated_types import Ge, Interval
 
@@ -13,121 +13,99 @@ from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, pro
 AtLeastOne = Annotated[float, Ge(1)]
 
 
-class Cycles:
-    """Cycles of growing length between the warmup and the end of the run.
+class RestartKeys(TypedDict):
+    """The keys that both schedules with warm restarts have, and the horizon, which is known only at run time."""
+
+    T_0_epochs: Positive | None
+    T_0_steps: Count | None
+    cycles: Annotated[int, Interval(ge=1, le=50)]
+    T_mult: Annotated[float, Interval(ge=1, le=10)]
+    eta_min: Probability
+    peak_factor: PositiveFraction
+    eta_min_factor: PositiveFraction
+    horizon: Horizon
+
+
+class Restarts:
+    """A schedule of cycles of growing length between the warmup and the end of the run.
 
     A cycle of length n that starts at t = s has its peak at s and would reach its minimum at s + n, where the next one
-    starts. So the last update of a cycle is one step above the minimum.
+    starts. So the last update of a cycle is one step above the minimum. `factor` is a function of (cycle index, steps
+    since its start, its length).
     """
 
-    def __init__(self, horizon: Horizon, epochs: float | None, steps: int | None, growth: float, cycles: int) -> None:
+    def __init__(self, keys: RestartKeys, factor: Callable[[int, float, float], float]) -> None:
+        horizon, epochs, growth = keys["horizon"], keys["T_0_epochs"], keys["T_mult"]
         rest = horizon.steps - horizon.start
-        length = length_of("T_0", epochs, steps, horizon, rest / sum(growth**i for i in range(cycles)))
+        default = rest / sum(growth**i for i in range(keys["cycles"]))
+        length = length_of("T_0", epochs, keys["T_0_steps"], horizon, default)
         if epochs is not None and length < 1:
             raise UserError(
                 f"schedule.T_0_epochs={epochs:g}: a cycle of {length:.2g} updates; must be at least one update"
             )
-        self.steps = horizon.steps
-        self.starts, self.lengths = [float(horizon.start)], [length]
+        self._steps, self._factor = horizon.steps, factor
+        self._starts, self.lengths = [float(horizon.start)], [length]
         # The tolerance keeps rounding from adding a cycle at t = steps: there the last cycle is at its minimum.
-        while self.starts[-1] + self.lengths[-1] < horizon.steps * (1 - 1e-12):
-            self.starts.append(whole(self.starts[-1] + self.lengths[-1]))
+        while self._starts[-1] + self.lengths[-1] < horizon.steps * (1 - 1e-12):
+            self._starts.append(whole(self._starts[-1] + self.lengths[-1]))
             self.lengths.append(self.lengths[-1] * growth)
-
-    def locate(self, t: float) -> tuple[int, float, float]:
-        """Returns (index of the cycle at t, steps since its start, its length in steps)."""
-        now = min(t, self.steps)
-        i = max(bisect_right(self.starts, now) - 1, 0)
-        return i, max(now - self.starts[i], 0.0), self.lengths[i]
-
-    def ended(self, t: int) -> int | None:
-        """Returns the number, from 1, of the cycle whose last update is t; None if t is not the last of a cycle."""
-        i, elapsed, length = self.locate(t)
-        return i + 1 if t < self.steps and elapsed + 1 >= length * (1 - 1e-12) else None
-
-
-class Restarts:
-    """Factor as a function of (cycle index, steps since its start, its length)."""
-
-    def __init__(self, cycles: Cycles, factor: Callable[[int, float, float], float]) -> None:
-        self.ended_cycle = cycles.ended
-        self.restarts = cycles.starts[1:]  # steps at which another cycle starts
-        self._locate = cycles.locate
-        self._factor = factor
+        self.restarts = self._starts[1:]  # steps at which another cycle starts
 
     def __call__(self, t: float) -> float:
         return self._factor(*self._locate(t))
 
+    def _locate(self, t: float) -> tuple[int, float, float]:
+        """Returns (index of the cycle at t, steps since its start, its length in steps)."""
+        now = min(t, self._steps)
+        i = max(bisect_right(self._starts, now) - 1, 0)
+        return i, max(now - self._starts[i], 0.0), self.lengths[i]
 
-def cosine_restarts(
-    *,
-    T_0_epochs: Positive | None,
-    T_0_steps: Count | None,
-    cycles: Annotated[int, Interval(ge=1, le=50)],
-    T_mult: Annotated[float, Interval(ge=1, le=10)],
-    eta_min: Probability,
-    peak_factor: PositiveFraction,
-    eta_min_factor: PositiveFraction,
-    horizon: Horizon,
-) -> Factor:
+    def ended_cycle(self, t: int) -> int | None:
+        """Returns the number, from 1, of the cycle whose last update is t; None if t is not the last of a cycle."""
+        i, elapsed, length = self._locate(t)
+        return i + 1 if t < self._steps and elapsed + 1 >= length * (1 - 1e-12) else None
+
+
+def cosine_restarts(**keys: Unpack[RestartKeys]) -> Factor:
     """SGDR (Loshchilov & Hutter 2017), annealed every step; torch's CosineAnnealingWarmRestarts.
 
     In cycle i (from 0), of T_0 T_mult^i steps, the factor falls from peak_factor^i to eta_min eta_min_factor^i. Without
     T_0 the run is divided into `cycles` cycles and ends with the last of them.
     """
-    return cosine_warmup_restarts(
-        T_0_epochs=T_0_epochs,
-        T_0_steps=T_0_steps,
-        cycles=cycles,
-        T_mult=T_mult,
-        eta_min=eta_min,
-        peak_factor=peak_factor,
-        eta_min_factor=eta_min_factor,
-        cycle_warmup_epochs=None,
-        cycle_warmup_steps=None,
-        cycle_warmup_fraction=0.0,
-        horizon=horizon,
-    )
+    return cosine_warmup_restarts(cycle_warmup_epochs=None, cycle_warmup_steps=None, cycle_warmup_fraction=0.0, **keys)
 
 
 def cosine_warmup_restarts(
     *,
-    T_0_epochs: Positive | None,
-    T_0_steps: Count | None,
-    cycles: Annotated[int, Interval(ge=1, le=50)],
-    T_mult: Annotated[float, Interval(ge=1, le=10)],
-    eta_min: Probability,
-    peak_factor: PositiveFraction,
-    eta_min_factor: PositiveFraction,
     cycle_warmup_epochs: NonNegative | None,
     cycle_warmup_steps: Natural | None,
     cycle_warmup_fraction: Fraction,
-    horizon: Horizon,
+    **keys: Unpack[RestartKeys],
 ) -> Factor:
     """`cosine_restarts` whose cycles start with a linear warmup from the minimum to the peak, instead of a jump.
 
     The warmup is a fraction of each cycle, or has the same length in all cycles.
     """
-    sgdr_cycles = Cycles(horizon, T_0_epochs, T_0_steps, T_mult, cycles)
     has_fixed_warmup = cycle_warmup_epochs is not None or cycle_warmup_steps is not None
-    fixed_warmup = length_of("cycle_warmup", cycle_warmup_epochs, cycle_warmup_steps, horizon, 0.0)
-    shortest = sgdr_cycles.lengths[0]
-    if has_fixed_warmup and fixed_warmup >= shortest > 0:
-        raise UserError(
-            f"schedule=cosine_warmup_restarts: the cycle warmup of {fixed_warmup:g} steps is not shorter than the "
-            f"first cycle ({shortest:g} steps); reduce schedule.cycle_warmup_* or increase schedule.T_0_*"
-        )
+    fixed_warmup = length_of("cycle_warmup", cycle_warmup_epochs, cycle_warmup_steps, keys["horizon"], 0.0)
 
     def factor(i: int, elapsed: float, length: float) -> float:
-        high = peak_factor**i
-        low = min(eta_min * eta_min_factor**i, high)
+        high = keys["peak_factor"] ** i
+        low = min(keys["eta_min"] * keys["eta_min_factor"] ** i, high)
         warmup = fixed_warmup if has_fixed_warmup else cycle_warmup_fraction * length
         if elapsed < warmup:
             # As in WarmedUp: the first update is one step above the minimum, which may be zero.
             return low + (high - low) * (elapsed + 1) / (warmup + 1)
         return low + (high - low) * half_cosine(progress(elapsed, warmup, length - warmup))
 
-    return Restarts(sgdr_cycles, factor)
+    schedule = Restarts(keys, factor)
+    shortest = schedule.lengths[0]
+    if has_fixed_warmup and fixed_warmup >= shortest > 0:
+        raise UserError(
+            f"schedule=cosine_warmup_restarts: the cycle warmup of {fixed_warmup:g} steps is not shorter than the "
+            f"first cycle ({shortest:g} steps); reduce schedule.cycle_warmup_* or increase schedule.T_0_*"
+        )
+    return schedule
 
 
 class OneCycle:

@@ -7,12 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
+from dlopt.errors import RunError, UserError
 from dlopt.folders import RunFolder
+from dlopt.job import describe
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, Result, compose_or_fail, labels
 from dlopt.sweeps.pool import JobSource, Pool
+from dlopt.tracking.layout import format_count, format_duration
 from dlopt.tracking.overview import Overview
 
 _PROBES = 3  # jobs to run for an estimate
@@ -27,8 +31,6 @@ def launch_jobs(
 
     Returns one of Hydra's `JobReturn` per job, whose value is the job's status.
     """
-    from hydra.core.utils import JobReturn, JobStatus
-
     numbered = enumerate(zip(job_overrides, labels(job_overrides), strict=True), first)
     jobs = (compose_or_fail(loader, config, overrides, number, label) for number, (overrides, label) in numbered)
     statuses = run_jobs(jobs, len(job_overrides), pool)
@@ -72,9 +74,7 @@ def estimate_job_seconds(configs: Sequence[Mapping[str, Any]], choices: Mapping[
 
 def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | None:
     """Trains for a few seconds and extrapolates to all updates; None if the probe fails or times out."""
-    from dlopt.errors import RunError, UserError
-    from dlopt.job import describe
-    from dlopt.training.checkpoint import Checkpoints
+    from dlopt.training.checkpoint import Checkpoints  # imports torch
 
     probe_config = {**config, "max_time": _PROBE_MINUTES, "tracking": [], "resume": None, "dry_run": False}
     probe_config["schedule_epochs"] = None  # the horizon below is then the length of the run
@@ -103,8 +103,6 @@ def estimate_line(seconds: float | None, jobs: int, at_once: int) -> str:
 
     The total is computed from the rounded time of a job, so that the line adds up.
     """
-    from dlopt.tracking.layout import format_count, format_duration
-
     parallel = f", {at_once} at once" if at_once > 1 else ""
     if seconds is None:
         return f"{format_count('jobs', jobs)}{parallel}; the duration could not be estimated"

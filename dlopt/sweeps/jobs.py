@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
+from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import refuse_other_config
 from dlopt.errors import DONE, INTERRUPTED, UserError
 from dlopt.files import write_atomically
 from dlopt.folders import RunFolder
+from dlopt.job import describe
 
 SPACE = "sweep.yaml"  # in a sweep's folder; grid: the overrides of each job; search: its space and config
 OUTPUT = "output.log"  # stdout and stderr of a job
@@ -47,11 +51,7 @@ def compose(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: in
 
     Raises `UserError`.
     """
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from dlopt.config.parsing import parse
-    from dlopt.config.resolve import choices_of, to_plain
+    from dlopt.config.parsing import parse  # imports torch
 
     try:
         config = loader.load_sweep_config(sweep, list(overrides))
@@ -95,8 +95,6 @@ def prepare(job: Job) -> Result | None:
 
     Raises `UserError` if the folder holds a run with another config.
     """
-    from dlopt.job import describe
-
     folder = job.folder
     if folder.has_run():
         refuse_other_config(folder.config() or job.config, job.config, str(folder.path), folder.history())

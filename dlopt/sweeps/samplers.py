@@ -9,7 +9,7 @@ sampler learns from them.
 
 import hashlib
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import optuna
@@ -24,6 +24,7 @@ from dlopt.sweeps.space import Space, grid_values
 
 Sampler = Callable[[int], BaseSampler]
 """Job number -> Optuna sampler of that job."""
+Sequence = Literal["Sobol", "Halton"]
 Factor = Annotated[int, Ge(2)]
 Population = Annotated[int, Ge(3)]
 
@@ -66,30 +67,27 @@ def cmaes(
 
 def sobol(*, space: Space, seed: int, scramble: bool) -> Sampler:
     """Sobol sequence with Owen scrambling: most even when the number of jobs is a power of two."""
-    from scipy.stats import qmc
-
-    return _sequence(qmc.Sobol, space, seed, scramble)
+    return _sequence("Sobol", space, seed, scramble)
 
 
 def halton(*, space: Space, seed: int, scramble: bool) -> Sampler:
     """Halton sequence with Owen scrambling: even for any number of jobs, in few dimensions."""
-    from scipy.stats import qmc
-
-    return _sequence(qmc.Halton, space, seed, scramble)
+    return _sequence("Halton", space, seed, scramble)
 
 
 def halton_point(space: Space, seed: int, number: int) -> dict[str, Any]:
     """Returns the values of point `number` (from 0) of a scrambled Halton sequence."""
+    return _point("Halton", space, seed, True, number)
+
+
+def _sequence(name: Sequence, space: Space, seed: int, scramble: bool) -> Sampler:
+    return lambda number: _FixedSampler(space, lambda: _point(name, space, seed, scramble, number))
+
+
+def _point(name: Sequence, space: Space, seed: int, scramble: bool, number: int) -> dict[str, Any]:
     from scipy.stats import qmc
 
-    return _point(qmc.Halton, space, seed, True, number)
-
-
-def _sequence(engine: Callable[..., Any], space: Space, seed: int, scramble: bool) -> Sampler:
-    return lambda number: _FixedSampler(space, lambda: _point(engine, space, seed, scramble, number))
-
-
-def _point(engine: Callable[..., Any], space: Space, seed: int, scramble: bool, number: int) -> dict[str, Any]:
+    engine = {"Sobol": qmc.Sobol, "Halton": qmc.Halton}[name]
     points = engine(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
     if number > 0:
         points.fast_forward(number)

@@ -206,12 +206,11 @@ class Search(JobSource):
         self._claims: dict[int, Claim] = {}
         self._interrupted = 0
         self._last_empty_claim, self._is_exhausted = float("-inf"), False
-        self._overview: Overview | None = None
+        self._overview = Overview(spec.total, spec.objectives[0], spec.directions[0])
         self._logged: set[str] = set()  # metrics in the lines of metrics.jsonl, if there is a pruner
 
     def run(self, pool: Pool) -> None:
         """Runs until no job is left. On a signal, stops the jobs with checkpoints, then raises KeyboardInterrupt."""
-        self._overview = Overview(self._spec.total, self._spec.objectives[0], self._spec.directions[0])
         pools.run(self, pool, self._overview)
 
     def next(self) -> Job | None:
@@ -219,9 +218,8 @@ class Search(JobSource):
         if now < self._last_empty_claim + _RETRY_SECONDS:  # do not query the storage at every poll of the pool
             return None
         counts = self._study.counts()
-        if self._overview is not None:
-            done = [(number, label, {self._spec.objectives[0]: values[0]}) for number, label, values, _ in self._rows()]
-            self._overview.update_shared({status: counts[state] for status, state in _STATES.items()}, done)
+        done = [(number, label, {self._spec.objectives[0]: values[0]}) for number, label, values, _ in self._rows()]
+        self._overview.update_shared({status: counts[state] for status, state in _STATES.items()}, done)
         claim = self._study.claim()
         if claim is None:
             self._last_empty_claim = now
@@ -285,8 +283,7 @@ class Search(JobSource):
         self._study.fail(claim, reason)
         if is_unknown and not self._study.finished():
             raise RunError(reason)
-        if self._overview is not None:
-            self._overview.message(f"job {claim.number}: {reason}")
+        self._overview.message(f"job {claim.number}: {reason}")
 
     def outcome(self) -> Outcome:
         counts = self._study.counts()

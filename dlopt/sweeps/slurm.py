@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
+from dlopt.errors import FAILED, UserError, install
 from dlopt.folders import RunFolder
+from dlopt.job import CODE_OF
 from dlopt.parallel.launch import RECORD, python_module
 from dlopt.ranges import Count, Natural, Positive
 from dlopt.sweeps.jobs import OUTPUT
@@ -21,7 +22,6 @@ _FOLDER = "slurm"  # in a job's folder: submitit's files and the Slurm job id
 _SIGNAL_SECONDS = 120  # before its time limit a job is signalled, to write a checkpoint
 _QUEUE_SECONDS = 5.0  # between calls of squeue
 _SUMMARY_SECONDS = 15.0  # that a summary may take to become visible here through a network file system
-_CODE_OF = {"interrupted": INTERRUPTED, "finished": DONE, "stopped_early": DONE}
 
 
 def slurm(
@@ -169,7 +169,7 @@ class _SlurmJob:
             self._missing_since = self._missing_since or time.monotonic()
             if time.monotonic() - self._missing_since < _SUMMARY_SECONDS:
                 return None
-        return _CODE_OF.get(status or "", FAILED)
+        return CODE_OF.get(status or "", FAILED)
 
     def stop(self) -> None:
         is_pending = self._queue.states().get(self._job_id) == "PENDING"

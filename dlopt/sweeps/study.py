@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError, OptunaError, UpdateFinishedTrialError
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from dlopt.analysis.leaderboard import Direction
+from dlopt.config.resuming import describe
 from dlopt.errors import RunError, UserError
 from dlopt.locks import hold, is_held, locked, taken
 from dlopt.sweeps.samplers import Sampler
@@ -162,7 +163,13 @@ class Study:
         # The operating system releases this lock when the process dies: so others can tell that its trials are free.
         self._alive_lock = hold(self._workers / f"{self.worker}.lock")
         with locked(self._workers / STUDY_LOCK):
-            self._study = _create(self._storage, spec)
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name=spec.name,
+                directions=list(spec.directions),
+                pruner=spec.pruner,
+                load_if_exists=True,
+            )
             _check_facts(self._study, {**facts, "space": spec.space.describe(), "directions": list(spec.directions)})
             self._add_trials()
 
@@ -287,14 +294,6 @@ def has_live_worker(folder: Path) -> bool:
     return any(is_held(path) for path in (folder / WORKERS).glob("*-*.lock"))
 
 
-def _create(storage: BaseStorage, spec: StudySpec) -> optuna.Study:
-    directions = list(spec.directions)
-    try:
-        return optuna.create_study(storage=storage, study_name=spec.name, directions=directions, pruner=spec.pruner)
-    except DuplicatedStudyError:
-        return optuna.load_study(storage=storage, study_name=spec.name, pruner=spec.pruner)
-
-
 def _check_facts(study: optuna.Study, facts: Mapping[str, Any]) -> None:
     """Stores the facts of a new study; raises `UserError` if an existing one has others."""
     existing = study.user_attrs.get("facts")
@@ -318,11 +317,7 @@ def describe_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
             pairs |= {inner: (a.get(inner), b.get(inner)) for inner in {**a, **b}}
         else:
             pairs[key] = (a, b)
-    return "; ".join(f"{key}: saved {_format(a)}, now {_format(b)}" for key, (a, b) in pairs.items() if a != b)
-
-
-def _format(value: Any) -> str:
-    return "nothing" if value is None else str(value)
+    return describe({key: (a, b) for key, (a, b) in pairs.items() if a != b}, none="nothing")
 
 
 @contextmanager

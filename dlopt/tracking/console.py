@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import IO, Any, TextIO, cast
 
@@ -68,22 +69,22 @@ class _Output:
         return self._stream.fileno()
 
 
+@dataclass
 class _Display:
     """The live display, one line each: epochs, steps of this epoch, training metrics, validation metrics."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, steps: int, step: int, samples_per_step: float) -> None:
-        self._epochs = epochs
-        self._steps_per_epoch = steps_per_epoch
-        self._steps = steps
-        self._samples_per_step = samples_per_step
-        self.step = step
-        self.evaluation: tuple[int, int] | None = None
-        self.train: dict[str, float | None] = {}
-        self.val: dict[str, float | None] = {}
-        # (time, step). The estimate of the time left starts after the first step, which compiles and warms up.
-        self._clock_start: tuple[float, int] | None = None
-        self._recent: tuple[float, int] | None = None  # start of the interval over which throughput is measured
-        self._throughput: float | None = None  # samples per second, exponential moving average
+    epochs: int
+    steps_per_epoch: int
+    steps: int
+    step: int
+    samples_per_step: float
+    evaluation: tuple[int, int] | None = None
+    train: Mapping[str, float | None] = field(default_factory=dict)
+    val: Mapping[str, float | None] = field(default_factory=dict)
+    # (time, step). The estimate of the time left starts after the first step, which compiles and warms up.
+    _clock_start: tuple[float, int] | None = None
+    _recent: tuple[float, int] | None = None  # start of the interval over which throughput is measured
+    _throughput: float | None = None  # samples per second, exponential moving average
 
     def advance(self, step: int, now: float) -> None:
         self.evaluation = None
@@ -93,7 +94,7 @@ class _Display:
             return
         seconds = now - self._recent[0]
         if seconds >= 0.5 and step > self._recent[1]:
-            latest = (step - self._recent[1]) * self._samples_per_step / seconds
+            latest = (step - self._recent[1]) * self.samples_per_step / seconds
             self._throughput = latest if self._throughput is None else 0.7 * self._throughput + 0.3 * latest
             self._recent = (now, step)
 
@@ -106,22 +107,22 @@ class _Display:
         if self._clock_start is None or self.step <= self._clock_start[1]:
             return ""
         seconds = (perf_counter() - self._clock_start[0]) / (self.step - self._clock_start[1])
-        return f"{layout.format_clock(seconds * max(self._steps - self.step, 0))} left"
+        return f"{layout.format_clock(seconds * max(self.steps - self.step, 0))} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        epoch = min((max(self.step, 1) - 1) // self._steps_per_epoch + 1, self._epochs)
-        epoch_start = (epoch - 1) * self._steps_per_epoch
-        epoch_steps = min(self._steps_per_epoch, self._steps - epoch_start)
+        epoch = min((max(self.step, 1) - 1) // self.steps_per_epoch + 1, self.epochs)
+        epoch_start = (epoch - 1) * self.steps_per_epoch
+        epoch_steps = min(self.steps_per_epoch, self.steps - epoch_start)
         throughput = f"{self._throughput:,.0f} samples/s" if self._throughput is not None else ""
         # Columns: name (5), count "12/200", bar (4 to 60 cells), and the rest for the time left or the throughput.
-        count_width = 2 * len(str(max(self._epochs, self._steps_per_epoch))) + 1
+        count_width = 2 * len(str(max(self.epochs, self.steps_per_epoch))) + 1
         bar_width = max(min(options.max_width - 7 - count_width - 2 - 20, 60), 4)
         grid = Table.grid(padding=(0, 2, 0, 0))
         for width in (5, count_width, bar_width, max(options.max_width - 7 - count_width - 2 - bar_width - 3, 1)):
             grid.add_column(width=width, no_wrap=True, overflow="crop")
         grid.columns[0].style, grid.columns[1].justify = "bold", "right"
         # (name, count, of, completed, total, text): the bar of the epochs advances with every step.
-        rows = [("epoch", epoch, self._epochs, self.step, self._steps, self._time_left())]
+        rows = [("epoch", epoch, self.epochs, self.step, self.steps, self._time_left())]
         if self.evaluation is None:
             step = self.step - epoch_start
             rows.append(("step", step, epoch_steps, step, epoch_steps, throughput))
@@ -217,19 +218,18 @@ class ConsoleView(Screen):
         config: Mapping[str, Any],
         choices: Mapping[str, str],
         facts: Mapping[str, Any],
-        epochs: int,
-        steps_per_epoch: int,
-        steps: int,
         first_step: int,
         seconds: float,
     ) -> None:
-        self._epochs, self._start = epochs, (first_step, seconds)
-        self._samples_per_step = (facts.get("train") or 0) / max(steps_per_epoch, 1)
+        """Shows the header and starts the display; `facts`: see `layout.header_rows`."""
+        self._epochs, self._start = facts["epochs"], (first_step, seconds)
+        self._samples_per_step = (facts.get("train") or 0) / max(facts["steps_per_epoch"], 1)
         self._unit = facts.get("unit", "samples")
         self._print_block(layout.header(config, choices, facts), Text(""))
         if not self.terminal:
             return
-        self._display = _Display(epochs, steps_per_epoch, steps, first_step, self._samples_per_step)
+        lengths = self._epochs, facts["steps_per_epoch"], facts["steps"]
+        self._display = _Display(*lengths, first_step, self._samples_per_step)
         self._start_live(lambda: cast(_Display, self._display), redirect=True)
         self._due = perf_counter() + _REDRAW_SECONDS
 

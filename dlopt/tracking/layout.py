@@ -231,7 +231,7 @@ class EpochRows:
     ) -> None:
         self.width = width
         self._epochs, self._samples_per_step = epochs, samples_per_step
-        self._last = (step, seconds)
+        self.last = (step, seconds)  # of the last row
         derived = {"epoch"} | ({"epoch_seconds"} if "seconds" in first else set())
         derived |= {"throughput"} if samples_per_step and "seconds" in first else set()
         titles = {**_TITLES, "throughput": f"{unit}/s"}
@@ -243,20 +243,15 @@ class EpochRows:
             if width is not None and sum(self._widths.values()) + len(self._widths) + 2 > width:
                 self._widths.pop(expendable, None)
 
-    @property
-    def last(self) -> tuple[int, float]:
-        """Step and seconds of the last row."""
-        return self._last
-
     def header(self) -> Text:
         titles = [self._titles[key].rjust(width) for key, width in self._widths.items()]
         return Text(" ".join(titles), "bold", no_wrap=True)
 
     def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
-        steps, seconds = metrics["step"] - self._last[0], metrics.get("seconds", 0.0) - self._last[1]
+        steps, seconds = metrics["step"] - self.last[0], metrics.get("seconds", 0.0) - self.last[1]
         throughput = self._samples_per_step * steps / seconds if seconds > 0 else None
         values = {**metrics, "epoch_seconds": seconds, "throughput": throughput}
-        self._last = (metrics["step"], metrics.get("seconds", 0.0))
+        self.last = (metrics["step"], metrics.get("seconds", 0.0))
         cells = [self._cell(key, values.get(key)).rjust(width) for key, width in self._widths.items()]
         return Text(" ".join(cells) + (" *" if best else ""), "green" if best else "", no_wrap=True)
 

@@ -1,6 +1,8 @@
 """Reads and writes metrics.jsonl (one line per evaluated epoch) and summary.json, the files for other programs."""
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,6 @@ from typing import Any
 from dlopt.errors import RunError
 from dlopt.files import read_json, write_atomically
 from dlopt.plain import without_nan
-from dlopt.tracking.files import AppendFile
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -66,6 +67,56 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
         write_atomically(folder / SUMMARY, to_json(summary, indent=2).encode() + b"\n")
     except OSError as error:
         raise RunError(f"{folder / SUMMARY}: cannot be written ({error.strerror})") from error
+
+
+class AppendFile:
+    """Appends complete records to a file and never raises.
+
+    `write` only buffers; `flush` does the I/O. If the I/O fails (full disk, read-only folder), `warn` receives one
+    message, partly written records are truncated, and the buffer is kept for the next `flush`. So the file is complete
+    again once there is space. A buffer of more than `limit` bytes is dropped.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None], *, limit: int = 4 << 20) -> None:
+        self.path = path
+        self.pending = bytearray()
+        self._warn: Callable[[str], None] | None = warn
+        self._limit = limit
+        self._file: int | None = None
+
+    def write(self, record: bytes) -> None:
+        self.pending += record
+
+    def flush(self) -> None:
+        if not self.pending:
+            return
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            size = os.fstat(self._file).st_size
+            written = 0
+            try:
+                while written < len(self.pending):
+                    written += os.write(self._file, memoryview(self.pending)[written:])
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, size)
+                raise
+            self.pending = bytearray()
+        except OSError as error:
+            if len(self.pending) > self._limit:
+                self.pending = bytearray()
+            warn, self._warn = self._warn, None
+            if warn is not None:
+                warn(f"{self.path}: cannot be written ({error.strerror}); training continues without it")
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+            self._file = None
 
 
 class MetricsFile:

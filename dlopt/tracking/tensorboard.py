@@ -26,8 +26,8 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
-from dlopt.tracking.files import AppendFile
 from dlopt.tracking.layout import short_path
+from dlopt.tracking.metrics import AppendFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image

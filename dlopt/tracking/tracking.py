@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.errors import UserError
 from dlopt.tracking import layout
 from dlopt.tracking.console import ConsoleView
-from dlopt.tracking.files import TrainLog
-from dlopt.tracking.metrics import MetricsFile, write_summary
+from dlopt.tracking.metrics import AppendFile, MetricsFile, write_summary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +22,67 @@ if TYPE_CHECKING:
     from dlopt.tracking.remote import Remote
     from dlopt.tracking.tensorboard import TensorBoard
 
+_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"  # of train.log
+_CONTROL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")  # colours and cursor movements
 SINKS = ("tensorboard", "mlflow", "wandb")
 # TensorBoard's HParams table shows the first five metrics by name: `best/` comes before all the curves.
 _FINAL_TAGS = {
     "test_loss": "test/loss", "test_accuracy": "test/accuracy",
     "best_val_loss": "best/val_loss", "best_val_accuracy": "best/val_accuracy",
 }  # fmt: skip
+
+
+class _PlainTextHandler(logging.Handler):
+    """Passes records on as plain text, without terminal control codes."""
+
+    def __init__(self, write: Callable[[str], None], record_format: str | None, level: int) -> None:
+        super().__init__(level)
+        self.setFormatter(logging.Formatter(record_format))
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._write(_CONTROL_CODES.sub("", self.format(record)))
+        except Exception:
+            self.handleError(record)
+
+
+class TrainLog:
+    """Writes dlopt's own lines and everything that reaches the root logger to `folder`/train.log.
+
+    `show` displays a line on the console: warnings that no other handler shows, and once that the file cannot be
+    written.
+    """
+
+    def __init__(self, folder: Path, show: Callable[[str], None]) -> None:
+        self._file = AppendFile(folder / "train.log", show)
+        file_handler = _PlainTextHandler(self._append, _FORMAT, logging.NOTSET)
+        # Not a child of the root logger: dlopt's own lines are on the console already.
+        self._logger = logging.Logger("dlopt")
+        self._logger.addHandler(file_handler)
+        root = logging.getLogger()
+        self._handlers = [file_handler]
+        if not root.handlers:  # the first handler on the root logger disables `logging.lastResort`: replace it
+            self._handlers.append(_PlainTextHandler(show, None, logging.WARNING))
+        for handler in self._handlers:
+            root.addHandler(handler)
+
+    def _append(self, text: str) -> None:
+        self._file.write(text.encode(errors="backslashreplace") + b"\n")
+        self._file.flush()
+
+    def write(self, text: str) -> None:
+        self._logger.info(text)
+
+    def error(self, text: str, error: BaseException) -> None:
+        """Writes `text` and the traceback of `error`."""
+        self._logger.error(text, exc_info=error)
+
+    def close(self) -> None:
+        for handler in self._handlers:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+        self._file.close()
 
 
 class Tracking:
@@ -108,7 +164,7 @@ class Tracking:
         for sink in self._sinks:
             sink.config(config, layout.hparams(config, choices))
         if self._console is not None:
-            self._console.begin(config, choices, facts, epochs, steps_per_epoch, total, first_step, seconds)
+            self._console.begin(config, choices, facts, first_step, seconds)
             if first_step:
                 self._console.message(f"resumes from step {first_step} of {total}")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.config.expansion import check_expansion
+from dlopt.config.trust import check_expansion
 from dlopt.errors import UserError
 from tests.commands.line import refused
 

@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from dlopt.config import loader, yaml_folder
+from dlopt.config import loader
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
 
@@ -137,7 +137,7 @@ def test_values_and_errors_are_those_of_omegaconf(tmp_path: Path) -> None:
         "a: ${b}\nb: ???\nc: größe\n? d\n: |\n  long\n  text\ne: >-\n  folded\n  text\n",
         "", "# only a comment\n", "- 1\n- [a]\n", "a text\n",
     ]  # fmt: skip
-    source = yaml_folder.YamlFolder("main", f"dlopt://{tmp_path}")
+    source = loader.YamlFolder("main", f"dlopt://{tmp_path}")
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.yaml").write_text(text)
         found = source.load_config(str(number)).config
@@ -156,8 +156,8 @@ def test_values_and_errors_are_those_of_omegaconf(tmp_path: Path) -> None:
 def test_lists_groups_and_choices(tmp_path: Path) -> None:
     for path in ("group/b.yaml", "group/a.yaml", "group/inner/c.yaml", "group/__pycache__/x.pyc", "group/README"):
         write(tmp_path / path, "")
-    source = yaml_folder.YamlFolder("main", f"dlopt://{tmp_path}")
-    assert source.list("group", yaml_folder.ObjectType.CONFIG) == ["a", "b"]
-    assert source.list("group", yaml_folder.ObjectType.GROUP) == ["inner"]
+    source = loader.YamlFolder("main", f"dlopt://{tmp_path}")
+    assert source.list("group", loader.ObjectType.CONFIG) == ["a", "b"]
+    assert source.list("group", loader.ObjectType.GROUP) == ["inner"]
     assert source.list("group", None) == ["a", "b", "inner"]
     assert source.is_group("group") and source.is_config("group/a") and not source.is_config("group/inner")

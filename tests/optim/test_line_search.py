@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dlopt.optim import BFGS, LBFGS, LossClosure, Newton, NewtonCG
-from dlopt.optim.line_search import LinePoint, strong_wolfe
+from dlopt.optim.bfgs import LinePoint, strong_wolfe
 
 ZERO = torch.zeros(1)
 

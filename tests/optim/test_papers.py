@@ -28,7 +28,7 @@ from dlopt.optim import (
     Sophia,
     adamw,
 )
-from dlopt.optim.kron import update_factors
+from dlopt.optim.kronecker import update_factors
 from dlopt.random import generator, stream
 
 Array = np.ndarray[Any, np.dtype[np.float64]]

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.optim import BFGS, LBFGS, LossClosure, Newton, NewtonCG
-from dlopt.optim.bfgs import broyden
-from dlopt.optim.line_search import LinePoint, backtracking, strong_wolfe
-from dlopt.optim.newton import UndampedNewton
+from dlopt.optim.bfgs import LinePoint, broyden, strong_wolfe
+from dlopt.optim.newton import UndampedNewton, backtracking
 
 Loss = Callable[[Tensor], Tensor]
 

@@ -1,5 +1,4 @@
 import functools
-import inspect
 import itertools
 import math
 from functools import partial
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 from torch.optim import lr_scheduler
 
 from dlopt import schedules
+from dlopt.config.schema import parameters_of
 from dlopt.errors import UserError
 from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmup, build
 
@@ -70,7 +70,7 @@ def ours_through_scheduler(factor: Factor, steps: int = STEPS) -> list[float]:
 @pytest.mark.parametrize("name", CHOICES)
 def test_yaml_and_signature_name_the_same_keys(name: str) -> None:
     keys = set(values(name)) - {"_target_"} - set(Warmup.__dataclass_fields__)
-    parameters = inspect.signature(get_method(values(name)["_target_"])).parameters
+    parameters = parameters_of(get_method(values(name)["_target_"]))  # the schema: with the keys of a TypedDict
     assert keys == set(parameters) - {"horizon"}
     assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters.values())
 

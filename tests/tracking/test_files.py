@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.tracking.files import AppendFile
+from dlopt.tracking.metrics import AppendFile
 
 
 def test_full_disk_is_reported_once_and_no_record_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,7 +302,7 @@ def test_stopping_early(tmp_path: Path) -> None:
     overrides = [*SMALL, "stopping=early", "stopping.patience=2", "monitor=val_loss", "schedule=constant"]
     summary = start(tmp_path, *overrides, "optimizer.lr=1e-30", "epochs=50", "model.norm=none")
     assert (summary["status"], summary["epochs"], summary["best_epoch"]) == ("stopped_early", 3, 1)
-    assert job._STATUS_OF[summary["status"]] == 0
+    assert job.CODE_OF[summary["status"]] == 0
 
 
 # -- status

@@ -1,0 +1,317 @@
+"""Kronecker-factored preconditioners: Shampoo; SOAP, which is Adam in the basis of Shampoo's; and Kron of PSGD.
+
+All see a tensor along each of its modes (dimensions), as a matrix [size of the mode, everything else].
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, count_steps, evaluate, gradients
+from dlopt.random import generator
+from dlopt.ranges import Count, Fraction, NonNegative, Positive, PositiveFraction, Seed
+
+_FLAT_UPDATES, _DECAY = 250, 0.001  # of the fraction of updates that also update Kron's preconditioner
+_MAX_RMS = 1.1  # of an update of Kron
+_BALANCE_EVERY = 100  # updates of the preconditioner between two balancings of its factors
+
+
+def multiply_modes(tensor: Tensor, factors: Sequence[Tensor | None], *, transpose: bool = False) -> Tensor:
+    """Multiplies mode i of the tensor [n1, ..., nk] by factors[i]: a matrix [ni, ni], a diagonal [ni], or None.
+
+    For a matrix this is F1 X F2^T; with `transpose`, F1^T X F2.
+    """
+    for factor in factors:
+        if factor is None:
+            tensor = tensor.movedim(0, -1)
+        elif factor.ndim == 1:
+            tensor = tensor.movedim(0, -1) * factor
+        else:
+            tensor = torch.tensordot(tensor, factor, dims=([0], [0 if transpose else 1]))  # the new mode comes last
+    return tensor
+
+
+def gram(tensor: Tensor, mode: int, *, diagonal: bool = False) -> Tensor:
+    """Returns X X^T [n, n] of the tensor unfolded along a mode of size n, or the diagonal [n] of it."""
+    unfolded = tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+    return unfolded.square().sum(1) if diagonal else unfolded @ unfolded.T
+
+
+def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns eigenvalues (ascending) and eigenvectors, computed at least in float32.
+
+    NaN if the products of a large gradient have overflowed: the check of the weights then reports the update.
+    """
+    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
+    try:
+        values, vectors = torch.linalg.eigh(wide)
+    except torch.linalg.LinAlgError:
+        vectors = torch.full_like(wide, torch.nan)
+        values = vectors[0]
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+class Shampoo(RealOptimizer):
+    """Full-matrix preconditioning of each mode of a tensor (Gupta et al. 2018, algorithm 2), with decoupled
+    weight decay.
+
+    H_i <- H_i + X_i X_i^T, from eps * I, where X_i is the gradient unfolded along mode i of k;
+    theta <- theta - lr * m x_1 H_1^(-1/2k) ... x_k H_k^(-1/2k), where m averages gradients. A matrix (k = 2) is
+    preconditioned by L^(-1/4) m R^(-1/4), a kernel [out, in, height, width] along its four modes, a vector by
+    H^(-1/2), which is full-matrix AdaGrad, a scalar as a vector of one entry. Modes larger than `max_size` use the
+    diagonal of H_i (section 4.3 of the paper). The roots are computed at the first update and then every
+    `update_every` ones.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.1,
+        momentum: Fraction = 0.9,
+        eps: Positive = 0.0001,
+        weight_decay: NonNegative = 0.0,
+        update_every: Count = 10,
+        max_size: Count = 1024,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "update_every": update_every, "max_size": max_size})
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, averages = float(group["lr"]), buffers(self, params, "momentum_buffer")
+        counts = count_steps(self, params)
+        for p, grad, average, count in zip(params, gradients(params), averages, counts, strict=True):
+            average.lerp_(grad, 1 - group["momentum"])
+            roots = self._inverse_roots(group, p, grad, is_due=(count - 1) % group["update_every"] == 0)
+            p.mul_(1 - lr * group["weight_decay"])
+            p.sub_(multiply_modes(torch.atleast_1d(average), roots).view(p.shape), alpha=lr)
+
+    def _inverse_roots(self, group: dict[str, Any], p: Tensor, grad: Tensor, *, is_due: bool) -> list[Tensor]:
+        """Adds the gradient to H_1 ... H_k; returns H_i^(-1/2k), which are computed if `is_due`."""
+        state, roots, grad = self.state[p], [], torch.atleast_1d(grad)
+        for mode, size in enumerate(grad.shape):
+            added = gram(grad, mode, diagonal=size > group["max_size"])
+            name, root = f"sum{mode}", f"root{mode}"
+            if name not in state:
+                identity = torch.ones_like(added) if added.ndim == 1 else torch.eye(size, dtype=added.dtype).to(added)
+                state[name] = group["eps"] * identity
+            state[name].add_(added)
+            if is_due:
+                state[root] = _inverse_root(state[name], 2 * grad.ndim, group["eps"])
+            roots.append(state[root])
+        return roots
+
+
+def _inverse_root(sums: Tensor, order: int, eps: float) -> Tensor:
+    """Returns H^(-1/order) of a symmetric H >= eps * I, or of a diagonal."""
+    if sums.ndim == 1:
+        return sums.pow(-1 / order)
+    values, vectors = eigenvectors(sums)
+    # rounding may push the smallest eigenvalues below eps
+    return (vectors * values.clamp(min=eps).pow(-1 / order)) @ vectors.T
+
+
+class SOAP(RealOptimizer):
+    """Adam in the eigenbasis of Shampoo's preconditioners (Vyas et al. 2024, algorithm 3), with decoupled weight decay.
+
+    For a matrix: G' = QL^T G QR; V averages G'^2; theta <- theta - lr * QL (QL^T M QR / (sqrt(V) + eps)) QR^T, with
+    M, the average of G, and V corrected for their start at zero. L and R average G G^T and G^T G with `shampoo_beta`
+    (null: betas[1]). Every `update_every` updates Q <- QR(L Q), one step of the power iteration (algorithm 4), with
+    columns sorted by eigenvalue as in the authors' code.
+
+    The first gradient only initializes L, R and their eigenvectors, as in the authors' code, so that no gradient is
+    projected on its own eigenbasis. A kernel [out, in, height, width] has a basis for each of its four modes. Vectors,
+    and modes larger than `max_size`, are not rotated: AdamW. (pytorch-optimizer's SOAP orthogonalizes in float32.)
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.003,
+        betas: tuple[Fraction, Fraction] = (0.95, 0.95),
+        shampoo_beta: Fraction | None = None,
+        eps: Positive = 1e-8,
+        weight_decay: NonNegative = 0.01,
+        update_every: Count = 10,
+        max_size: Count = 10_000,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "update_every": update_every, "max_size": max_size})
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
+        averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
+        counts = count_steps(self, params)
+        for p, grad, m, v, count in zip(params, gradients(params), averages, squares, counts, strict=True):
+            state = self.state[p]
+            modes = [mode for mode, size in enumerate(p.shape) if p.ndim > 1 and size <= group["max_size"]]
+            if count > 1:
+                t = count - 1  # updates, including this one
+                bases = [state.get(f"basis{mode}") for mode in range(p.ndim)]
+                m.lerp_(grad, 1 - beta1)
+                v.mul_(beta2).add_(multiply_modes(grad, bases, transpose=True).square(), alpha=1 - beta2)
+                denominator = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
+                normalized = multiply_modes(m, bases, transpose=True) / denominator
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(multiply_modes(normalized, bases), alpha=lr / (1 - beta1**t))
+            for mode in modes:
+                new = gram(grad, mode)
+                if f"gram{mode}" not in state:
+                    state[f"gram{mode}"] = torch.zeros_like(new)
+                state[f"gram{mode}"].lerp_(new, 1 - shampoo_beta)
+            if count == 1:
+                for mode in modes:
+                    state[f"basis{mode}"] = eigenvectors(state[f"gram{mode}"])[1].flip(1)  # largest eigenvalue first
+            elif (count - 1) % group["update_every"] == 0:
+                self._refresh_bases(p, modes)
+
+    def _refresh_bases(self, p: Tensor, modes: list[int]) -> None:
+        """Moves the bases one step of the power iteration towards the eigenvectors; V follows their order."""
+        state = self.state[p]
+        for mode in modes:
+            basis = state[f"basis{mode}"]
+            product = state[f"gram{mode}"] @ basis
+            order = (basis * product).sum(0).argsort(descending=True)
+            state["exp_avg_sq"].copy_(state["exp_avg_sq"].index_select(mode, order))
+            product = product[:, order]
+            wide = product if product.dtype == torch.float64 else product.float()
+            state[f"basis{mode}"] = torch.linalg.qr(wide).Q.to(product.dtype)
+
+
+class Kron(RealOptimizer):
+    """PSGD with a Kronecker-factored whitening preconditioner (Li 2018; Pooladzandi & Li 2024), with decoupled weight
+    decay. Follows Kron in the authors' psgd_torch and in kron_torch.
+
+    P = Q^T Q with Q = Q_1 x ... x Q_k, one factor per mode of a tensor: upper triangular, or diagonal for vectors and
+    for modes larger than `max_size`; a kernel [out, in, height, width] has four. P minimizes E[m^T P m + v^T P^-1 v]
+    over momenta m and white noise v by steps on the Lie group: Q_i <- Q_i - precond_lr / |A_i + B_i| *
+    triu(A_i - B_i) Q_i, with A_i and B_i the Gram matrices along mode i of Q m and of Q^-T v.
+    theta <- theta - lr * (P m^, scaled down to an RMS of 1.1 + weight_decay * theta).
+
+    The preconditioner is updated at every update at first, then at a fraction of them that decays from 1 to
+    `min_update_rate` between updates 250 and about 4000. kron_torch draws these updates at random; here they are evenly
+    spaced, and the noise depends on `seed` and on the update only, which makes resumed runs exact. (pytorch-optimizer
+    draws from NumPy's global generator, which a checkpoint does not hold.)
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.001,
+        momentum: Fraction = 0.9,
+        weight_decay: NonNegative = 0.0,
+        precond_lr: PositiveFraction = 0.1,
+        min_update_rate: PositiveFraction = 0.03,
+        max_size: Count = 8192,
+        seed: Seed = 0,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "precond_lr": precond_lr}
+        defaults |= {"min_update_rate": min_update_rate, "max_size": max_size, "seed": seed}
+        super().__init__(params, {**defaults, "step": 0, "due": 0.0, "updated": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        loss = evaluate(closure)
+        for number, group in enumerate(self.param_groups):
+            is_due = _count_update(group)
+            # Also parameters without a gradient count: a pipeline's stage must draw what one process would.
+            numbers = {p: index for index, p in enumerate(group["params"])}
+            for params in chunks(group["params"]):
+                averages, counts = buffers(self, params, "momentum_buffer"), count_steps(self, params)
+                torch._foreach_lerp_(averages, gradients(params), 1 - group["momentum"])
+                means = torch._foreach_div(averages, [1 - group["momentum"] ** t for t in counts])
+                for p, mean in zip(params, means, strict=True):
+                    draw = generator(p.device, group["seed"], group["step"], number, numbers[p]) if is_due else None
+                    self._update_one(group, p, mean, draw)
+        return loss
+
+    def _update_one(self, group: dict[str, Any], p: Tensor, mean: Tensor, draw: torch.Generator | None) -> None:
+        """Updates one parameter with its average gradient; its preconditioner if there is a generator for the noise."""
+        lr = float(group["lr"])
+        factors, mean = self._factors(p, group["max_size"]), torch.atleast_1d(mean)
+        if draw is not None:
+            if p.ndim > 1 and group["updated"] % _BALANCE_EVERY == 0:
+                _balance(factors)
+            noise = torch.randn(mean.shape, generator=draw, dtype=p.dtype, device=p.device)
+            update_factors(factors, mean, noise, group["precond_lr"])
+        update = multiply_modes(multiply_modes(mean, factors), factors, transpose=True)
+        update.div_((update.square().mean().sqrt() / _MAX_RMS).clamp_(min=1.0))
+        p.mul_(1 - lr * group["weight_decay"])
+        p.sub_(update.view(p.shape), alpha=lr)
+
+    def _factors(self, p: Tensor, max_size: int) -> list[Tensor]:
+        """Returns Q_1 ... Q_k, the identity at first; a scalar has one of size 1."""
+        state, factors = self.state[p], []
+        for mode, size in enumerate(p.shape or (1,)):
+            if f"factor{mode}" not in state:
+                ones = torch.ones(size, dtype=p.dtype, device=p.device)
+                state[f"factor{mode}"] = ones if p.ndim < 2 or size > max_size else ones.diag()
+            factors.append(state[f"factor{mode}"])
+        return factors
+
+
+def _count_update(group: dict[str, Any]) -> bool:
+    """Counts an update of the group; returns whether its preconditioners are due."""
+    rate = math.exp(-_DECAY * (group["step"] - _FLAT_UPDATES))
+    group["step"] += 1
+    group["due"] += min(1.0, max(group["min_update_rate"], rate))
+    is_due = bool(group["due"] >= group["updated"] + 1)
+    group["updated"] += is_due
+    return is_due
+
+
+def update_factors(factors: list[Tensor], gradient: Tensor, noise: Tensor, lr: float) -> None:
+    """Takes one step of the factors Q_i, in place, towards the preconditioner that whitens such gradients.
+
+    A gradient of zeros does not change them: the factors would grow by `lr` at every such step, without bound.
+    """
+    rate, wide = lr * gradient.any().to(gradient.dtype), torch.promote_types(gradient.dtype, torch.float32)
+    whitened = multiply_modes(gradient, factors)
+    inverse = noise
+    for factor in factors:  # Q^-T noise; each mode goes to the end, as in multiply_modes
+        if factor.ndim == 1:
+            inverse = inverse.movedim(0, -1) / factor
+        else:
+            unfolded = inverse.movedim(0, -1)
+            rows = unfolded.reshape(-1, len(factor)).to(wide)  # torch solves no systems in bfloat16
+            solved = torch.linalg.solve_triangular(factor.to(wide), rows, upper=True, left=False)
+            inverse = solved.reshape(unfolded.shape).to(gradient.dtype)
+    for mode, factor in enumerate(factors):
+        diagonal = factor.ndim == 1
+        a, b = gram(whitened, mode, diagonal=diagonal), gram(inverse, mode, diagonal=diagonal)
+        tiny = torch.finfo(a.dtype).tiny
+        if diagonal:
+            step = rate / (a + b).max().clamp_(min=tiny)
+            factor.sub_((a - b) * factor * step)
+        else:
+            step = rate / _norm_bound(a + b).clamp_(min=tiny)
+            factor.sub_((a - b).triu_() @ factor * step)
+
+
+def _norm_bound(matrix: Tensor) -> Tensor:
+    """Returns a lower bound of the spectral norm of a symmetric matrix, by one power iteration from a row."""
+    scale = matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny)
+    matrix = matrix / scale
+    start = matrix @ matrix[matrix.square().sum(1).argmax()]
+    return scale * (matrix @ (start / start.norm().clamp(min=torch.finfo(matrix.dtype).tiny))).norm()
+
+
+def _balance(factors: list[Tensor]) -> None:
+    """Gives all factors the same largest entry, which does not change their product."""
+    norms = torch.stack([factor.abs().max() for factor in factors])
+    mean = norms.log().mean().exp()
+    for factor, norm in zip(factors, norms, strict=True):
+        factor.mul_(mean / norm)
