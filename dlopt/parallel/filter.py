@@ -10,6 +10,7 @@ section 3.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -27,7 +28,7 @@ from dlopt.parallel.chain import is_sequential
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import ProcessKeys, check_precision, join
+from dlopt.parallel.process_group import ProcessKeys, check_precision, join_mode
 from dlopt.parallel.split_layers import (
     PROJECTED,
     InputSplitConv2d,
@@ -251,10 +252,8 @@ def split_filters(model: nn.Module, input_shape: tuple[int, ...], model_group: M
 def filters(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("filter", precision)
-    joined = join("filter", device, **keys)
-    if joined is None:
-        return Mode(device, "filter")
-    return ModelParallel("filter", *joined, accumulate=accumulate, split=split_filters)
+    build = partial(ModelParallel, name="filter", accumulate=accumulate, split=split_filters)
+    return join_mode("filter", device, build, **keys)
 
 
 def named_children(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:

@@ -7,6 +7,7 @@ Rajbhandari et al. 2020, "ZeRO" (stage 3); Zhao et al. 2023, "PyTorch FSDP".
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -16,7 +17,7 @@ from dlopt.errors import UserError
 from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import replace_dropout
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, join
+from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, join_mode
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.sync_batchnorm import synchronize
@@ -48,22 +49,18 @@ def fully_sharded(
         raise UserError(
             f"parallel.shards={shards}: must divide the number of processes ({world.size}); null: all processes"
         )
-    joined = join("fsdp", device, **keys)
-    if joined is None:
-        return Mode(device, "fsdp")
-    group, device = joined
-    return FullySharded(
-        group,
-        device,
+    build = partial(
+        FullySharded,
         accumulate=accumulate,
         sync_batchnorm=sync_batchnorm,
-        shards=group.size if shards is None else shards,
+        shards=shards,
         unit_parameters=unit_parameters,
         reshard_after_forward=reshard_after_forward,
         sync_every_micro_batch=sync_every_micro_batch,
         cpu_offload=cpu_offload,
         low_precision=precision == "bf16",
     )
+    return join_mode("fsdp", device, build, **keys)
 
 
 class FullySharded(DataParallel):
@@ -78,23 +75,15 @@ class FullySharded(DataParallel):
         *,
         accumulate: int,
         sync_batchnorm: bool,
-        shards: int,
+        shards: int | None,
         unit_parameters: int,
         reshard_after_forward: bool,
         sync_every_micro_batch: bool,
         cpu_offload: bool,
         low_precision: bool,
     ) -> None:
-        super().__init__(
-            group,
-            device,
-            accumulate=accumulate,
-            sync_batchnorm=sync_batchnorm,
-            compression="none",
-            options={},
-            name="fsdp",
-        )
-        self.shards = shards
+        super().__init__(group, device, accumulate=accumulate, sync_batchnorm=sync_batchnorm, name="fsdp")
+        self.shards = group.size if shards is None else shards
         self.unit_parameters = unit_parameters
         self.reshard_after_forward = reshard_after_forward
         self.sync_every_micro_batch = sync_every_micro_batch

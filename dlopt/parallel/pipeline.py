@@ -18,7 +18,7 @@ from dlopt.parallel import chain as chains
 from dlopt.parallel.batch_shards import ShardedAugment, micro_batch_bounds
 from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
 from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
-from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, check_precision, join
+from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, check_precision, join_mode
 from dlopt.processor import usable_cores
 from dlopt.ranges import Count
 
@@ -51,16 +51,11 @@ def pipeline(
     in_flight = accumulate if micro_batches is None else micro_batches
     if isinstance(batch_size, int) and in_flight > batch_size:
         raise UserError(f"parallel.micro_batches={in_flight}: must be at most data.batch_size={batch_size}")
-    joined = join("pipeline", device, **keys)
-    if joined is None:
-        return Mode(device, "pipeline")
-    group, device = joined
     probe_samples = (
         _PROBE_SAMPLES if isinstance(batch_size, str) else min(max(batch_size // in_flight, 2), _PROBE_SAMPLES)
     )
-    return Pipeline(
-        group,
-        device,
+    build = partial(
+        Pipeline,
         in_flight=in_flight,
         schedule=schedule,
         split=split,
@@ -68,6 +63,7 @@ def pipeline(
         low_precision=precision == "bf16",
         threads=threads,
     )
+    return join_mode("pipeline", device, build, **keys)
 
 
 class Pipeline(GroupMode):
@@ -94,6 +90,7 @@ class Pipeline(GroupMode):
         threads: int | str,
     ) -> None:
         super().__init__(group, device, "pipeline")
+        self.data_rank, self.data_degree = 0, 1
         self.micro_batches_in_flight = in_flight
         self.schedule = schedule
         self.split = split

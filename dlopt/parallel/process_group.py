@@ -1,7 +1,8 @@
 """The process group of a run: collectives, the synchronized stop flag, and the base of modes of several processes."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from itertools import count
 from typing import Annotated, Any, Protocol, TypedDict, TypeVar, Unpack, cast
@@ -12,7 +13,9 @@ from torch import Tensor, distributed, nn
 
 from dlopt.errors import UserError
 from dlopt.parallel import shards
-from dlopt.parallel.mode import EpochBatches, MicroSteps, Mode
+from dlopt.parallel.batch_shards import ShardedAugment, local_index, local_slice, micro_batch_shards
+from dlopt.parallel.dropout import CurrentShard
+from dlopt.parallel.mode import BatchShard, EpochBatches, MetricRecord, MicroSteps, Mode
 from dlopt.parallel.rendezvous import World, current, join_store
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.ranges import Count, Positive
@@ -125,6 +128,14 @@ def join(mode: str, device: torch.device, **keys: Unpack[ProcessKeys]) -> tuple[
     return Group(world, device, minutes=keys["timeout_minutes"], address=address, port=port), device
 
 
+def join_mode(
+    name: str, device: torch.device, build: Callable[[Group, torch.device], Mode], **keys: Unpack[ProcessKeys]
+) -> Mode:
+    """Joins the process group (see `join`) and builds its mode; in a single process, returns that of one process."""
+    joined = join(name, device, **keys)
+    return Mode(device, name) if joined is None else build(*joined)
+
+
 def check_precision(mode: str, precision: str) -> None:
     """Raises `UserError` for fp16: every rank has its own loss scaler, which sees the overflows of its shards only."""
     if precision == "fp16":
@@ -189,18 +200,68 @@ class EvaluationStopFlag:
 
 
 class GroupMode(Mode):
-    """Base of all distributed modes: this process is one rank of a process group."""
+    """Base of all distributed modes: this process is one rank of a process group.
+
+    Batches are sharded over `data_degree` ranks, of which this is `data_rank`: by default over all. Each loss is
+    weighted by its fraction of the samples, because shards of a batch may be unequal or empty.
+    """
 
     is_replica = False  # with `sharding` "layers": another rank holds the same layers, which count once
 
-    def __init__(self, group: Group, device: torch.device, name: str) -> None:
+    def __init__(self, group: Group, device: torch.device, name: str, *, accumulate: int = 1) -> None:
         super().__init__(device, name)
+        self.accumulate = accumulate
         self.group = group
         self.rank, self.processes = group.rank, group.size
+        self.data_rank, self.data_degree = group.rank, group.size
         self.local_processes = group.world.local_size
         self.is_main = group.world.is_main
         self.stop = StopFlag(None)
         self.batch_total = 0  # samples of the global batch that is being trained on
+        self.dropout = CurrentShard()
+
+    # -- sharding a batch
+
+    @property
+    def batch_shard(self) -> BatchShard | None:
+        if self.data_degree == 1:
+            return None
+        return lambda total: local_index(total, self.accumulate, self.data_rank, self.data_degree)
+
+    @property
+    def evaluation_shard(self) -> BatchShard | None:
+        return None if self.data_degree == 1 else lambda total: local_slice(0, total, self.data_rank, self.data_degree)
+
+    def shard_augmentation(self, augment: Any) -> Any:
+        if self.data_degree == 1 or augment is None:
+            return augment
+        return ShardedAugment(augment, self.accumulate, self.data_rank, self.data_degree)
+
+    def run_micro_batches(
+        self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None, scale: int = 1
+    ) -> Tensor:
+        """Runs forward and backward of this rank's shards; returns the sum of their mean losses, weighted.
+
+        The weights are fractions of the global batch, times `scale`. A rank without samples in a micro-batch takes
+        part, too (`empty_micro_batch`): the others wait for it in collectives.
+        """
+        losses, start = [], 0
+        shards = micro_batch_shards(self.batch_total, self.accumulate, self.data_rank, self.data_degree)
+        for number, shard in enumerate(shards, 1):
+            stop = start + shard.samples
+            self.dropout.shard = shard
+            x, y, weight = inputs[start:stop], targets[start:stop], shard.samples * scale / self.batch_total
+            with self.backward_context(is_last=number == len(shards)):
+                losses.append(step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record))
+            start = stop
+        self.dropout.shard = None
+        return torch.stack(losses).sum()
+
+    def backward_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Returns the context of a micro-batch's forward and backward."""
+        return nullcontext()
+
+    # -- collectives
 
     def synchronized_stop(self, stop: T) -> T:
         self.stop = StopFlag(cast(StopRequest, stop))

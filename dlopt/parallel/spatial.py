@@ -8,6 +8,7 @@ sharded by units, as in `dlopt.parallel.filter`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -15,17 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dlopt.errors import UserError
-from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
+from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool, evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.resnet import ZeroPadShortcut
 from dlopt.parallel.chain import is_sequential
-from dlopt.parallel.collectives import ModelGroup, ShardSpec, is_channels_last
+from dlopt.parallel.collectives import ModelGroup, ShardSpec, is_channels_last, with_adjoint
 from dlopt.parallel.filter import Splitter, named_children, replace_by_shard
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import ProcessKeys, check_precision, join
+from dlopt.parallel.process_group import ProcessKeys, check_precision, join_mode
 from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, convert, transform_input
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, moments
 
@@ -108,42 +110,23 @@ def exchange_rows(
 
     Every row is held by one rank, but may be needed by several: their gradients are summed on the rank that holds it.
     """
-    rows: Tensor = _ExchangeRows.apply(strip, held, needed, model_group)
-    return rows
+    return with_adjoint(
+        strip,
+        lambda strip: _redistribute_rows(strip, held, needed, model_group),
+        lambda gradient: _redistribute_rows(gradient, needed, held, model_group),
+    )
 
 
 def gather_rows(strip: Tensor, height: int, model_group: ModelGroup) -> Tensor:
     """Returns the full maps on all ranks. Their gradient must be equal on all ranks: backward only slices it."""
-    full: Tensor = _GatherRows.apply(strip, height, model_group)
-    return full
-
-
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, strip: Tensor, held: Sequence[RowRange], needed: Sequence[RowRange], model_group: ModelGroup
-    ) -> Tensor:
-        ctx.held, ctx.needed, ctx.model_group = held, needed, model_group
-        return _redistribute_rows(strip.detach(), held, needed, model_group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _redistribute_rows(gradient, ctx.needed, ctx.held, ctx.model_group), None, None, None
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, strip: Tensor, height: int, model_group: ModelGroup) -> Tensor:
-        held = row_strips(height, model_group.size)
-        ctx.strip = held[model_group.rank]
-        return _redistribute_rows(strip.detach(), held, [(0, height)] * model_group.size, model_group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        start, stop = ctx.strip
-        return gradient[:, :, start:stop], None, None
+    held = row_strips(height, model_group.size)
+    needed = [(0, height)] * model_group.size
+    start, stop = held[model_group.rank]
+    return with_adjoint(
+        strip,
+        lambda strip: _redistribute_rows(strip, held, needed, model_group),
+        lambda gradient: gradient[:, :, start:stop],
+    )
 
 
 def _redistribute_rows(
@@ -413,16 +396,9 @@ def _input_shapes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Mod
         if inputs[0].ndim == 4:
             shapes[module] = inputs[0].shape
 
-    handles = [module.register_forward_pre_hook(record) for module in model.modules()]
-    modes = {module: module.training for module in model.modules()}
     like = next(model.parameters())
-    try:
-        model.eval()(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(model), register_module_forward_pre_hook(record):
+        model(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
     return shapes
 
 
@@ -444,7 +420,5 @@ def split_rows(model: nn.Module, input_shape: tuple[int, ...], model_group: Mode
 def spatial(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("spatial", precision)
-    joined = join("spatial", device, **keys)
-    if joined is None:
-        return Mode(device, "spatial")
-    return ModelParallel("spatial", *joined, accumulate=accumulate, split=split_rows)
+    build = partial(ModelParallel, name="spatial", accumulate=accumulate, split=split_rows)
+    return join_mode("spatial", device, build, **keys)

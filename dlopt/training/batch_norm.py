@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.data.batches import Batches
 from dlopt.errors import UserError
+from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.batch_shards import local_slice
 from dlopt.parallel.shards import local
 from dlopt.training.build import Workload, evaluation_batches
@@ -44,21 +45,14 @@ def _compute_exact(
     norms: list[_BatchNorm],
 ) -> None:
     pools = [_PooledMoments() for _ in norms]
-    handles = [norm.register_forward_pre_hook(pool) for norm, pool in zip(norms, pools, strict=True)]
-    training = {m: m.training for m in module.modules()}
-    module.eval()
-    for norm in norms:
-        norm.training, norm.track_running_stats = True, False  # use the batch's statistics, update nothing
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluation_mode(module))
+        for norm, pool in zip(norms, pools, strict=True):
+            stack.enter_context(norm.register_forward_pre_hook(pool))
+            norm.training, norm.track_running_stats = True, False  # use the batch's statistics, update nothing
+            stack.callback(setattr, norm, "track_running_stats", True)
         for inputs, _ in batches:
             model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for norm in norms:
-            norm.track_running_stats = True
-        for submodule, was_training in training.items():
-            submodule.training = was_training
     for norm, pool in zip(norms, pools, strict=True):
         if pool.count:
             _set_running_stats(norm, pool.mean, pool.squares / max(pool.count - 1, 1))
@@ -128,26 +122,21 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
     if min(smallest, ghost) > 1:
         return
     # A batch of one has one value per channel in a linear layer, and many in a convolution: find out with one sample.
+    names = {m: name for name, m in workload.module.named_modules() if isinstance(m, _BatchNorm)}
     single_value_layers: list[str] = []
 
-    def make_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0].numel() == inputs[0].shape[1]:
-                single_value_layers.append(name)
+    def record(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            single_value_layers.append(names[norm])
 
-        return hook
-
-    norms = [(n, m) for n, m in workload.module.named_modules() if isinstance(m, _BatchNorm)]
-    handles = [m.register_forward_pre_hook(make_hook(n)) for n, m in norms]
     first = workload.dataset.train.select(torch.tensor([0]))
     inputs, _ = next(iter(evaluation_batches(workload, first, shared=False).epoch(0)))
-    was_training = workload.module.training
-    workload.module.eval()
-    with torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluation_mode(workload.module))
+        stack.enter_context(torch.no_grad())
+        for norm in names:
+            stack.enter_context(norm.register_forward_pre_hook(record))
         workload.model(inputs)
-    workload.module.train(was_training)
-    for handle in handles:
-        handle.remove()
     if layers := workload.parallel.gather_lists(single_value_layers):  # a rank may have only some of the layers
         if smallest > 1:
             raise UserError(

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules.module import register_module_forward_hook
 
 from dlopt.errors import RunError
+from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
 from dlopt.parameters import real_views
@@ -203,35 +204,25 @@ def _locate_on_this_rank(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_
         return None if gradient is None else f"the gradient of {gradient}"
     if not len(inputs) or not is_finite([inputs]):
         return "the inputs" if len(inputs) else None
-    was_training = module.training
-    module.eval()  # in training mode, layers may communicate with other ranks, which might not call them
-    output = first_nonfinite_output(module, lambda: module(inputs))
-    module.train(was_training)
+    with evaluation_mode(module):  # in training mode, layers may communicate with ranks that might not call them
+        output = first_nonfinite_output(module, lambda: module(inputs))
     return None if output is None else f"the output of {output}"
 
 
 @torch.no_grad()
 def first_nonfinite_output(module: nn.Module, forward: Callable[[], object]) -> str | None:
     """Returns the first layer of `module`, in execution order, with a non-finite output; `forward` calls `module`."""
+    names = {layer: describe(name, layer) for name, layer in module.named_modules()}
     nonfinite: list[str] = []
 
-    def make_hook(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            outputs = output if isinstance(output, tuple) else (output,)
-            tensors = [each.detach() for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
-            if not nonfinite and not is_finite(tensors):
-                nonfinite.append(name)
+    def check(layer: nn.Module, inputs: Any, output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        tensors = [each.detach() for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
+        if layer in names and not nonfinite and not is_finite(tensors):
+            nonfinite.append(names[layer])
 
-        return hook
-
-    handles: list[RemovableHandle] = [
-        layer.register_forward_hook(make_hook(describe(name, layer))) for name, layer in module.named_modules()
-    ]
-    try:
+    with register_module_forward_hook(check):
         forward()
-    finally:
-        for handle in handles:
-            handle.remove()
     return nonfinite[0] if nonfinite else None
 
 
