@@ -2,8 +2,6 @@
 
 import contextlib
 import csv
-import gzip
-import importlib.util
 import io
 import math
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlopt.data.digits import read_bundled
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import split
@@ -112,29 +111,20 @@ def wine(*, test_split: Fraction) -> Dataset:
 
 def diabetes(*, standardize_target: bool, test_split: Fraction) -> Dataset:
     """Loads the diabetes data (Efron, Hastie, Johnstone & Tibshirani 2004): 442 x 10, one value, in their own units."""
-    inputs = np.loadtxt(io.StringIO(_bundled("diabetes_data_raw.csv.gz")))
-    values = np.loadtxt(io.StringIO(_bundled("diabetes_target.csv.gz")))
+    inputs = np.loadtxt(_bundled("diabetes_data_raw.csv.gz"))
+    values = np.loadtxt(_bundled("diabetes_target.csv.gz"))
     return _dataset(inputs, values, None, test_split, standardize_target=standardize_target)
 
 
 def _bundled_classes(name: str, test_split: float) -> Dataset:
-    (_, *first), *rows = list(csv.reader(io.StringIO(_bundled(name))))
+    (_, *first), *rows = list(csv.reader(_bundled(name)))
     classes = first[1:]  # the first line: samples, features, names of the classes
     inputs = np.array([row[:-1] for row in rows], dtype=np.float64)
     return _dataset(inputs, [classes[int(row[-1])] for row in rows], None, test_split)
 
 
-def _bundled(name: str) -> str:
-    """Reads a file of scikit-learn directly: importing sklearn.datasets takes 10x as long."""
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        raise UserError(f"data: needs scikit-learn's file {name}; pip install scikit-learn")
-    path = Path(spec.origin).parent / "datasets" / "data" / name
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError) as error:
-        raise UserError(f"data: {path} cannot be read ({error}); reinstall scikit-learn") from error
+def _bundled(name: str) -> io.StringIO:
+    return io.StringIO(read_bundled(name, "data", f"file {name}"))
 
 
 def _dataset(

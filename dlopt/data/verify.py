@@ -10,17 +10,18 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dlopt.data.cache import cache_file, exclusive, load_arrays, save, save_arrays
-from dlopt.data.images import decode
+from dlopt.data.images import decode, size_pair
 from dlopt.data.loading import Loader, worker_count
 from dlopt.data.samples import Files, ImageList
 from dlopt.errors import UserError
+from dlopt.ranges import Natural, PositiveFraction
 
 log = logging.getLogger(__name__)
 
@@ -30,28 +31,32 @@ _PROGRESS = 10.0  # seconds between progress messages
 _VERSION = "1"
 
 
+class ImageKeys(TypedDict):
+    """Config keys of every dataset of image files.
+
+    `on_error`: `skip`: check all images in advance and skip unreadable ones; `fail`: check nothing in advance.
+    `max_skips`: maximum number of skipped images: a count, or a float fraction of all (at least one).
+    """
+
+    on_error: Literal["fail", "skip"]
+    max_skips: Natural | PositiveFraction
+    image_size: int | tuple[int, int] | None
+
+
 def image_files(
-    key: str,
-    splits: Mapping[str, ImageList],
-    *,
-    image_size: tuple[int, int] | None,
-    channels: int,
-    on_error: Literal["fail", "skip"],
-    max_skips: int | float,
+    key: str, splits: Mapping[str, ImageList], *, channels: int, **keys: Unpack[ImageKeys]
 ) -> tuple[dict[str, Files], tuple[str, ...]]:
     """Returns the images of each split as samples, and lines for the user about skipped images.
 
-    Args:
-        key: folder or file of the data, which identifies it in the cache.
-        on_error: `skip`: check all images now and skip unreadable ones; `fail`: check nothing now.
-        max_skips: maximum number of skipped images: a count, or a float fraction of all (at least one).
+    `key`: folder or file of the data, which identifies it in the cache.
 
     Raises:
         UserError: more than `max_skips` images, or all images of a class, cannot be read.
     """
     notes: list[str] = []
-    if on_error == "skip":
-        splits, notes = _readable_splits(os.path.abspath(key), splits, image_size, channels, max_skips)
+    image_size = size_pair(keys["image_size"])
+    if keys["on_error"] == "skip":
+        splits, notes = _readable_splits(os.path.abspath(key), splits, image_size, channels, keys["max_skips"])
     files = {
         split: Files(images.paths, images.targets, image_size, channels, images.folder)
         for split, images in splits.items()

@@ -16,8 +16,7 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.normalization import fit
-from dlopt.data.samplers import LossAwareSampler
-from dlopt.data.samplers.shifted import shifted
+from dlopt.data.samplers import LossAwareSampler, shifted
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.data.task import Task
