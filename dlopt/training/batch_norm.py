@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.data.batches import Batches
+from dlopt.data.normalization import PooledMoments
 from dlopt.errors import UserError
 from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.batch_shards import local_slice
@@ -44,11 +46,11 @@ def _compute_exact(
     batches: Iterable[tuple[Tensor, Tensor]],
     norms: list[_BatchNorm],
 ) -> None:
-    pools = [_PooledMoments() for _ in norms]
+    pools = [PooledMoments() for _ in norms]
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(module))
         for norm, pool in zip(norms, pools, strict=True):
-            stack.enter_context(norm.register_forward_pre_hook(pool))
+            stack.enter_context(norm.register_forward_pre_hook(partial(_pool_inputs, pool)))
             norm.training, norm.track_running_stats = True, False  # use the batch's statistics, update nothing
             stack.callback(setattr, norm, "track_running_stats", True)
         for inputs, _ in batches:
@@ -69,26 +71,17 @@ def _set_running_stats(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None
         running.copy_(value)
 
 
-class _PooledMoments:
-    """Count, mean and sum of squared deviations per channel, merged batch by batch (Chan, Golub & LeVeque 1983)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.zeros(())
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].double() if inputs[0].device.type != "mps" else inputs[0].float()
-        moments: Any = getattr(module, "moments", None)
-        if moments is not None:  # a layer that normalizes over several processes
-            mean, variance, global_count = moments(values)
-            count = round(float(global_count))
-        else:
-            variance, mean = torch.var_mean(values, [0, *range(2, values.ndim)], correction=0)
-            count = values.numel() // values.shape[1]
-        delta, total = mean - self.mean, self.count + count
-        self.squares = self.squares + variance * count + delta.square() * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
+def _pool_inputs(pool: PooledMoments, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Merges the moments per channel of the inputs of `norm`."""
+    values = inputs[0].double() if inputs[0].device.type != "mps" else inputs[0].float()
+    moments: Any = getattr(norm, "moments", None)
+    if moments is not None:  # a layer that normalizes over several processes
+        mean, variance, global_count = moments(values)
+        count = round(float(global_count))
+    else:
+        variance, mean = torch.var_mean(values, [0, *range(2, values.ndim)], correction=0)
+        count = values.numel() // values.shape[1]
+    pool.merge(count, mean, variance * count)
 
 
 SMALL_NORM_BATCH = 8  # samples per device below which batch statistics are too noisy (Wu & He 2018, figure 1)

@@ -108,7 +108,14 @@ class MetricSum:
 
     def sync(self) -> None:
         """Adds all pending steps to the totals: one device-to-host transfer, and one all-reduce with several ranks."""
-        self._sync_local()
+        self._flush()
+        if self._flushed:
+            numbers = iter(torch.cat([tensor for tensor, _ in self._flushed]).tolist())
+            for _, counts in self._flushed:
+                self._local_losses += [next(numbers) * count for count in counts]
+                self._local_correct += round(next(numbers))
+                self._local_count += sum(counts)
+            self._flushed = []
         if not self._local_losses:
             return
         losses, correct, count = self._local_losses, self._local_correct, self._local_count
@@ -140,17 +147,6 @@ class MetricSum:
                 self.on_flush(outputs, _concatenated([targets for _, targets in kept]))
         counts = [0 if targets is None else len(targets) for _, _, targets in pending]
         self._flushed.append((torch.cat([losses, correct]), counts))
-
-    def _sync_local(self) -> None:
-        self._flush()
-        if not self._flushed:
-            return
-        numbers = iter(torch.cat([tensor for tensor, _ in self._flushed]).tolist())
-        for _, counts in self._flushed:
-            self._local_losses += [next(numbers) * count for count in counts]
-            self._local_correct += round(next(numbers))
-            self._local_count += sum(counts)
-        self._flushed = []
 
     def means(self, prefix: str) -> dict[str, float]:
         """Returns {prefix}_loss and, for a classifier, {prefix}_accuracy (a fraction) over all samples so far.

@@ -120,14 +120,9 @@ def ten_crop(images: Tensor, crop: Size) -> Iterator[tuple[float, Tensor]]:
             yield multiplicity / 10, source[:, :, top : top + crop[0], left : left + crop[1]]
 
 
-def scaled_size(image: Size, short_side: int) -> Size:
-    """Returns the size of an image after resizing its shorter side, with the same aspect ratio."""
-    shorter = min(image)
-    return round(image[0] * short_side / shorter), round(image[1] * short_side / shorter)
-
-
 def _multi_scale(crop: Size, image: Size, scales: Sequence[int], key: str) -> TestTransform:
-    sizes = [scaled_size(image, scale) for scale in scales]
+    shorter = min(image)
+    sizes = [(round(image[0] * scale / shorter), round(image[1] * scale / shorter)) for scale in scales]
     for scale, size in zip(scales, sizes, strict=True):
         if size[0] < crop[0] or size[1] < crop[1]:
             raise UserError(
