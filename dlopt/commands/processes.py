@@ -75,7 +75,7 @@ def join_processes(device: "torch.device", keys: "ProcessKeys") -> "Mode":
     from dlopt.parallel.mode import Mode
     from dlopt.parallel.process_group import GroupMode, join_mode
 
-    return Mode(device) if current() is None else join_mode("ddp", device, partial(GroupMode, name="ddp"), **keys)
+    return Mode(device) if current() is None else join_mode("ddp", device, partial(GroupMode, name="ddp"), keys)
 
 
 def _run_rank(world: World, name: str, command: Command, arguments: list[str]) -> NoReturn:

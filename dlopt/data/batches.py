@@ -146,7 +146,9 @@ class Batches:
         if loss_aware is not None:
             loss_aware.begin()
         order = self.sampler.order(epoch)[start * self.batch_size : self.count]
-        totals = [len(batch) for batch in order.split(self.batch_size)] if len(order) else []
+        if not len(order):
+            return
+        totals = [len(batch) for batch in order.split(self.batch_size)]
         shards = [slice(0, total) if self._shard is None else self._shard(total) for total in totals]
         # The whole epoch's indices go to the device in one copy: one copy per batch would synchronize each step.
         all_indices = self._split(order.to(self._device), shards)
@@ -217,7 +219,7 @@ class Batches:
             self._loader.close()
 
     def _split(self, order: Tensor, shards: Sequence[slice | Tensor]) -> list[Tensor]:
-        batches = order.split(self.batch_size) if shards else ()
+        batches = order.split(self.batch_size)
         if self._shard is None:
             return list(batches)
         return [batch[shard] for batch, shard in zip(batches, shards, strict=True)]

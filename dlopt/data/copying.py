@@ -10,13 +10,7 @@ from dlopt.data.samples import Dataset, InMemory, SplitKeys, generated
 from dlopt.ranges import Count, NonNegative
 
 
-def copying(
-    *,
-    length: Count,
-    symbols: Count,
-    noise: NonNegative,
-    **keys: Unpack[SplitKeys],
-) -> Dataset:
+def copying(*, length: Count, symbols: Count, noise: NonNegative, **keys: Unpack[SplitKeys]) -> Dataset:
     """Generates sequences whose first step is one of `symbols` symbols (one-hot) and whose label is that symbol.
 
     The other `length` - 1 steps are noise * N(0, 1), so the network must keep the symbol over them (the latching

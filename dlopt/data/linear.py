@@ -9,12 +9,7 @@ from dlopt.errors import UserError
 from dlopt.ranges import NonNegative
 
 
-def linear(
-    *,
-    intervals: tuple[tuple[float, float], ...],
-    noise: NonNegative,
-    **keys: Unpack[SplitKeys],
-) -> Dataset:
+def linear(*, intervals: tuple[tuple[float, float], ...], noise: NonNegative, **keys: Unpack[SplitKeys]) -> Dataset:
     """Samples y = sum_i u_i + noise * N(0, 1), where u_i in -1..1 is the position of feature x_i in its interval.
 
     Features are uniform and independent; every feature is equally important, whatever its range. Inputs float32 [N, F],

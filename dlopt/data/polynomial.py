@@ -22,11 +22,7 @@ FUNCTIONS: Mapping[Function, Callable[[Tensor], Tensor]] = {
 
 
 def polynomial(
-    *,
-    function: Function,
-    interval: tuple[float, float],
-    noise: NonNegative,
-    **keys: Unpack[SplitKeys],
+    *, function: Function, interval: tuple[float, float], noise: NonNegative, **keys: Unpack[SplitKeys]
 ) -> Dataset:
     """Samples y = f(x) + noise * N(0, 1) for x uniform in `interval`: inputs float32 [N, 1], targets float32 [N].
 

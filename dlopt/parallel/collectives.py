@@ -76,9 +76,7 @@ class ModelGroup:
         """Returns this rank's equal shard of a replicated tensor, without communication."""
         # A copy: a view returned by a custom Function must not be modified in place, as an in-place ReLU would.
         return with_adjoint(
-            full,
-            lambda full: self._equal_shard(full, dim).clone(),
-            lambda gradient: all_gather(gradient, dim, self),
+            full, lambda full: self._equal_shard(full, dim).clone(), lambda gradient: all_gather(gradient, dim, self)
         )
 
     def _equal_shard(self, full: Tensor, dim: int) -> Tensor:

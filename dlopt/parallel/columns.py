@@ -140,4 +140,4 @@ def split_columns(model: nn.Module, input_shape: tuple[int, ...], model_group: M
 def columns(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("columns", precision)
-    return join_mode("columns", device, partial(ColumnParallel, name="columns", accumulate=accumulate), **keys)
+    return join_mode("columns", device, partial(ColumnParallel, name="columns", accumulate=accumulate), keys)

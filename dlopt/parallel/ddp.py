@@ -52,7 +52,7 @@ def data_parallel(
         static_graph=static_graph,
         find_unused_parameters=find_unused_parameters,
     )
-    return join_mode("ddp", device, build, **keys)
+    return join_mode("ddp", device, build, keys)
 
 
 class DataParallel(GroupMode):
@@ -121,9 +121,6 @@ class DataParallel(GroupMode):
     def backward_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
         # Only the last backward averages gradients: it waits for the other ranks, the earlier ones accumulate locally.
         return (self._wait_timer or nullcontext()) if is_last else self._no_sync()
-
-    def maximum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.group.maximum(values)
 
     def step_timing(self) -> StepTiming:
         return StepTiming(self.group, self.device, self._wait_timer)

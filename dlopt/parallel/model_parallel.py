@@ -64,6 +64,7 @@ class ModelParallel(GroupMode):
         self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "model"))
         self.data_degree, self.data_rank = data_degree, self.mesh.get_local_rank("data")
         self.model_group = ModelGroup(self.mesh.get_group("model"))
+        self.counts = self.model_group.rank == 0  # all ranks of a model group have the same losses
         self.sync_batchnorm = sync_batchnorm and data_degree > 1
         self.batch_norm_shards = 1 if sync_batchnorm else data_degree
         self._partial_grads: list[nn.Parameter] = []
@@ -107,11 +108,7 @@ class ModelParallel(GroupMode):
         if self.data_degree > 1:
             gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
             all_reduce_buckets(gradients, self.mesh.get_group("data"))
-        # All ranks of a model group have the same loss: count it once.
-        return self.sum_loss(loss if self.model_group.rank == 0 else torch.zeros_like(loss))
-
-    def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
-        return self.group.sum(values if self.model_group.rank == 0 else [0.0] * len(values))
+        return self.sum_loss(loss if self.counts else torch.zeros_like(loss))
 
 
 @torch.no_grad()

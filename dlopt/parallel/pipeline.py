@@ -63,7 +63,7 @@ def pipeline(
         low_precision=precision == "bf16",
         threads=threads,
     )
-    return join_mode("pipeline", device, build, **keys)
+    return join_mode("pipeline", device, build, keys)
 
 
 class Pipeline(GroupMode):
@@ -97,7 +97,7 @@ class Pipeline(GroupMode):
         self.probe_samples = probe_samples
         self.low_precision = low_precision
         self.threads = threads
-        self.is_last = self.rank == self.processes - 1
+        self.is_last = self.counts = self.rank == self.processes - 1  # it computes the losses
         self._schedules: dict[tuple[int, int], Any] = {}
         self._micro_loss: MicroLoss = lambda outputs, targets: outputs.sum()
 
@@ -204,10 +204,8 @@ class Pipeline(GroupMode):
         losses: list[Tensor] = []
         schedule = self._schedule(size, count)
         arguments = (inputs.contiguous(),) if self.rank == 0 else ()
-        if self.is_last:
-            schedule.step(*arguments, target=targets, losses=losses, return_outputs=False)
-        else:
-            schedule.step(*arguments, return_outputs=False)
+        of_last_rank = {"target": targets, "losses": losses} if self.is_last else {}
+        schedule.step(*arguments, **of_last_rank, return_outputs=False)
         return [loss.detach() for loss in losses]
 
     def _schedule(self, size: int, count: int) -> Any:
@@ -257,9 +255,6 @@ class Pipeline(GroupMode):
             result = torch.cat(outputs) if outputs else self._output.empty(len(inputs), self.device)
             distributed.broadcast(result, self.processes - 1)
         return result
-
-    def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
-        return self.group.sum(values if self.is_last else [0.0] * len(values))
 
 
 class Stage(nn.Module):

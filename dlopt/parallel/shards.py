@@ -49,14 +49,18 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Loads an optimizer's full state: tensors with the shape of their parameter are sharded as the parameter is."""
-    parameters: dict[int, Tensor] = {}
-    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        parameters.update(zip(saved["params"], group["params"], strict=True))
+    parameters = _numbered_parameters(optimizer, state)
     shards = {
         number: {name: _shard_like(value, parameters.get(number)) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": shards})
+
+
+def _numbered_parameters(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Returns the parameters of the optimizer by their numbers in `state`."""
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    return {n: p for saved, group in groups for n, p in zip(saved["params"], group["params"], strict=True)}
 
 
 def _shard_like(value: Any, like: Tensor | None) -> Any:
@@ -141,9 +145,7 @@ def load_stage_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool
 
 def load_stage_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Loads the optimizer's state for this rank's layers."""
-    held: set[int] = set()
-    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        held |= {n for n, p in zip(saved["params"], group["params"], strict=True) if not p.is_meta}
+    held = {number for number, p in _numbered_parameters(optimizer, state).items() if not p.is_meta}
     optimizer.load_state_dict({**state, "state": {n: v for n, v in state["state"].items() if n in held}})
 
 

@@ -88,7 +88,13 @@ class RowWindows:
         if self.replicated_input:
             rows = maps[:, :, start:stop]
         else:
-            rows = exchange_rows(maps, row_strips(self.height, self.model_group.size), needed, self.model_group)
+            held, group = row_strips(self.height, self.model_group.size), self.model_group
+            rows = with_adjoint(
+                maps,
+                lambda strip: _redistribute_rows(strip, held, needed, group),
+                # A row that several ranks need: its gradients are summed on the rank that holds it.
+                lambda gradient: _redistribute_rows(gradient, needed, held, group),
+            )
         above, below = start - first, last - stop
         return F.pad(rows, (0, 0, above, below), value=padding) if above or below else rows
 
@@ -101,32 +107,6 @@ class RowWindows:
         # A window of padding connects the empty output with the input and the parameters: backward must reach the
         # collectives of earlier layers on every rank.
         return layer(F.pad(rows, (0, 0, 0, self.reach), value=padding))[:, :, :0]
-
-
-def exchange_rows(
-    strip: Tensor, held: Sequence[RowRange], needed: Sequence[RowRange], model_group: ModelGroup
-) -> Tensor:
-    """Returns the rows `needed` by this rank. `held`: the strips, by rank. Backward is the reverse exchange.
-
-    Every row is held by one rank, but may be needed by several: their gradients are summed on the rank that holds it.
-    """
-    return with_adjoint(
-        strip,
-        lambda strip: _redistribute_rows(strip, held, needed, model_group),
-        lambda gradient: _redistribute_rows(gradient, needed, held, model_group),
-    )
-
-
-def gather_rows(strip: Tensor, height: int, model_group: ModelGroup) -> Tensor:
-    """Returns the full maps on all ranks. Their gradient must be equal on all ranks: backward only slices it."""
-    held = row_strips(height, model_group.size)
-    needed = [(0, height)] * model_group.size
-    start, stop = held[model_group.rank]
-    return with_adjoint(
-        strip,
-        lambda strip: _redistribute_rows(strip, held, needed, model_group),
-        lambda gradient: gradient[:, :, start:stop],
-    )
 
 
 def _redistribute_rows(
@@ -182,22 +162,18 @@ class RowConv2d(nn.Conv2d):
     windows: RowWindows
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.windows.slide(self._convolve, maps, 0.0)
-
-    def _convolve(self, rows: Tensor) -> Tensor:
         padding = 0, int(self.padding[1])
-        return F.conv2d(rows, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        options = self.stride, padding, self.dilation, self.groups
+        return self.windows.slide(lambda rows: F.conv2d(rows, self.weight, self.bias, *options), maps, 0.0)
 
 
 class RowMaxPool2d(nn.MaxPool2d):
     windows: RowWindows
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.windows.slide(self._pool, maps, float("-inf"))
-
-    def _pool(self, rows: Tensor) -> Tensor:
         padding = 0, self.padding[1] if isinstance(self.padding, tuple) else self.padding
-        return F.max_pool2d(rows, self.kernel_size, self.stride, padding, self.dilation)
+        options = self.kernel_size, self.stride, padding, self.dilation
+        return self.windows.slide(lambda rows: F.max_pool2d(rows, *options), maps, float("-inf"))
 
 
 class RowLocallyConnected2d(LocallyConnected2d):
@@ -346,7 +322,7 @@ class SpatialSplitter:
         """Converts a layer that slides windows over full maps to one that reads a strip with its halo."""
         if isinstance(layer, LocallyConnected2d):
             windows = self._row_windows(layer, layer.kernel, layer.stride, layer.padding, 1, replicated_input)
-            self._shard_positions(name, layer, windows.output_rows[self.model_group.rank])
+            self._shard_positions(name, layer, *windows.output_rows[self.model_group.rank])
             convert(layer, RowLocallyConnected2d, windows=windows)
             return
         assert isinstance(layer, nn.Conv2d | nn.MaxPool2d)
@@ -367,21 +343,29 @@ class SpatialSplitter:
     ) -> RowWindows:
         return RowWindows(self.heights[layer], kernel, stride, padding, dilation, self.model_group, replicated_input)
 
-    def _shard_positions(self, name: str, layer: LocallyConnected2d, rows: RowRange) -> None:
+    def _shard_positions(self, name: str, layer: LocallyConnected2d, start: int, stop: int) -> None:
         height, width = layer.extent
         if height % self.model_group.size:
             raise UserError(
                 f"parallel=spatial: the {height} rows of filters of {name} cannot be divided evenly among "
                 f"{self.model_group.size} processes"
             )
-        (start, stop), shard_specs = rows, self.features.shard_specs
-        weight_spec = ShardSpec(0, slice(start * width, stop * width), height * width)  # positions are in row order
-        replace_by_shard(layer, name, "weight", weight_spec, shard_specs)
-        replace_by_shard(layer, name, "bias", ShardSpec(1, slice(start, stop), height), shard_specs)
+        positions = ShardSpec(0, slice(start * width, stop * width), height * width)  # in row order
+        replace_by_shard(layer, name, "weight", positions, self.features.shard_specs)
+        replace_by_shard(layer, name, "bias", ShardSpec(1, slice(start, stop), height), self.features.shard_specs)
 
     def _gather_before(self, module: nn.Module) -> None:
-        height = self.heights[module]
-        transform_input(module, lambda strip: gather_rows(strip, height, self.model_group))
+        """Gathers the full maps on all ranks. Their gradient is equal on all ranks: backward only slices it."""
+        height, group = self.heights[module], self.model_group
+        held = row_strips(height, group.size)
+        start, stop = held[group.rank]
+
+        def gather_rows(strip: Tensor) -> Tensor:
+            return _redistribute_rows(strip, held, [(0, height)] * group.size, group)
+
+        transform_input(
+            module, lambda strip: with_adjoint(strip, gather_rows, lambda gradient: gradient[:, :, start:stop])
+        )
 
     def _mark_partial_grads(self, name: str, module: nn.Module) -> None:
         self.partial_grads += [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
@@ -421,4 +405,4 @@ def spatial(*, device: torch.device, accumulate: int, precision: str, **keys: Un
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("spatial", precision)
     build = partial(ModelParallel, name="spatial", accumulate=accumulate, split=split_rows)
-    return join_mode("spatial", device, build, **keys)
+    return join_mode("spatial", device, build, keys)

@@ -153,17 +153,12 @@ def norm_statistics(
     if workload.experiment.settings.norm_statistics == "running":
         return contextlib.nullcontext()
     if workload.statistics_batches is None:
-        workload.statistics_batches = _statistics_batches(workload)
+        samples, size = workload.dataset.train, workload.experiment.data_settings.batch_size
+        while size != "full" and size < len(samples) and len(samples) % size == 1:
+            size += 1  # a batch of one sample has no variance in a linear layer
+        workload.statistics_batches = evaluation_batches(workload, samples, shared=False, batch_size=size)
     batches = itertools.takewhile(lambda _: not interruption, workload.statistics_batches.epoch(0))
     return exact_statistics(module, model, batches)
-
-
-def _statistics_batches(workload: Workload) -> Batches:
-    """Returns batches of all training samples, of which none has one sample: it has no variance in a linear layer."""
-    samples, size = workload.dataset.train, workload.experiment.data_settings.batch_size
-    while size != "full" and size < len(samples) and len(samples) % size == 1:
-        size += 1
-    return evaluation_batches(workload, samples, shared=False, batch_size=size)
 
 
 def small_batch_warnings(workload: Workload) -> list[str]:

@@ -292,10 +292,7 @@ def training_batches(workload: Workload) -> Batches:
     experiment, samples, mode = workload.experiment, workload.dataset.train, workload.parallel
     settings, data = experiment.settings, experiment.data_settings
     sampler = experiment.sampler.build(
-        targets=samples.targets,
-        samples=samples,
-        batch_size=data.batch_size,
-        seed=stream(settings.order_seed, ORDER),
+        targets=samples.targets, samples=samples, batch_size=data.batch_size, seed=stream(settings.order_seed, ORDER)
     )
     if isinstance(samples, Windows):
         sampler, samples = shifted(sampler, samples, stream(settings.order_seed, ORDER))

@@ -118,7 +118,11 @@ class Checkpoints:
             self._last_step = state["progress"]["step"]
             if best:
                 link(self.last, self.best)
-            self._remove_oldest()
+            earlier = self._earlier_checkpoints()
+            for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
+                _remove(path)
+            with contextlib.suppress(OSError):
+                sharded.remove_unused(self.folder)
         except (OSError, RuntimeError, RunError) as error:  # torch reports a full disk as a RuntimeError
             if caused_by_peer(error):
                 raise
@@ -206,13 +210,6 @@ class Checkpoints:
         """Returns step-N.pt, oldest first, in numerical order."""
         steps = [(int(m[1]), p) for p in self.folder.glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)", p.stem))]
         return [path for _, path in sorted(steps)]
-
-    def _remove_oldest(self) -> None:
-        earlier = self._earlier_checkpoints()
-        for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
-            _remove(path)
-        with contextlib.suppress(OSError):
-            sharded.remove_unused(self.folder)
 
 
 def _step(path: Path) -> int:

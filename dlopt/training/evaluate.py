@@ -94,12 +94,10 @@ def combine(members: Sequence[Sequence[Batch]], average: Average) -> list[Batch]
     """Averages the outputs of models (an ensemble) on the same samples; returns those of a single model unchanged."""
     if len(members) == 1:
         return list(members[0])
-    combined = []
+    weight, combined = 1 / len(members), []
     for batches in zip(*members, strict=True):
-        mean = OutputMean(average)
-        for outputs, _ in batches:
-            mean.add(outputs, 1 / len(members))
-        combined.append((mean.outputs, batches[0][1]))
+        outputs = mean_outputs([(weight, outputs) for outputs, _ in batches], average)
+        combined.append((outputs, batches[0][1]))
     return combined
 
 
@@ -148,24 +146,17 @@ def _refuse_tta(workload: Workload, key: str, tta: str) -> None:
         raise UserError(f"{key}={tta}: averages predictions of labels, which a {kind} task has not; use {key}=none")
 
 
-class OutputMean:
-    """Weighted mean of logits, or of probabilities: those are accumulated and returned as logarithms, for stability."""
-
-    def __init__(self, average: Average) -> None:
-        self._average = average
-        self._sum: Tensor | None = None
-
-    def add(self, outputs: Tensor, weight: float) -> None:
-        if self._average == "logits":
-            self._sum = outputs * weight if self._sum is None else self._sum.add_(outputs, alpha=weight)
+def mean_outputs(weighted: Iterable[tuple[float, Tensor]], average: Average) -> Tensor:
+    """Returns the mean of (weight, logits), or of their probabilities as logarithms, which are stable."""
+    total: Tensor | None = None
+    for weight, outputs in weighted:
+        if average == "logits":
+            total = outputs * weight if total is None else total.add_(outputs, alpha=weight)
         else:
             term = outputs.log_softmax(1) + math.log(weight)
-            self._sum = term if self._sum is None else torch.logaddexp(self._sum, term)
-
-    @property
-    def outputs(self) -> Tensor:
-        assert self._sum is not None
-        return self._sum
+            total = term if total is None else torch.logaddexp(total, term)
+    assert total is not None
+    return total
 
 
 def check_same_samples(members: Sequence[Mapping[str, Any]]) -> None:
@@ -307,10 +298,8 @@ def predict_test_set(
         transform = _build_transform(workload, choice, samples)
 
         def averaged(images: Tensor) -> Tensor:
-            mean = OutputMean(average)
-            for weight, crops in transform.crops(images):
-                mean.add(_promoted(model(_normalized(workload, crops))), weight)
-            return mean.outputs
+            crops = ((weight, _normalized(workload, crop)) for weight, crop in transform.crops(images))
+            return mean_outputs(((weight, _promoted(model(inputs))) for weight, inputs in crops), average)
 
         with contextlib.closing(_image_batches(workload, samples, transform)) as batches:
             return _outputs(workload, averaged, batches)

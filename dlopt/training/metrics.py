@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -54,10 +55,7 @@ class MetricSum:
     """
 
     def __init__(
-        self,
-        task: Task,
-        on_flush: Callable[[Tensor, Tensor], None] | None = None,
-        reduce: Reduce | None = None,
+        self, task: Task, on_flush: Callable[[Tensor, Tensor], None] | None = None, reduce: Reduce | None = None
     ) -> None:
         self.task = task
         self.on_flush = on_flush
@@ -309,6 +307,7 @@ def _check_classes(monitors: Mapping[str, str], dataset: Dataset) -> None:
             raise UserError(f"{key}={monitor}: the validation set has no sample of this class")
 
 
+@dataclass
 class ClassMetrics:
     """Accumulates metrics of a classifier: top5_accuracy, macro_f1, calibration_error and class_accuracy.
 
@@ -316,11 +315,10 @@ class ClassMetrics:
     `probabilities` maps outputs [N, K] to class probabilities.
     """
 
-    def __init__(self, names: Sequence[str], classes: Sequence[str], probabilities: Callable[[Tensor], Tensor]) -> None:
-        self.names = names
-        self.classes = classes
-        self._probabilities = probabilities
-        self._sums: Tensor | None = None
+    names: Sequence[str]
+    classes: Sequence[str]
+    probabilities: Callable[[Tensor], Tensor]
+    _sums: Tensor | None = field(default=None, init=False)
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Adds outputs [N, K] and targets int64 [N]."""
@@ -333,7 +331,7 @@ class ClassMetrics:
         if "top5_accuracy" in self.names:
             columns.append((outputs.topk(TOP, dim=1).indices == targets.unsqueeze(1)).any(1).sum().view(1))
         if "calibration_error" in self.names:
-            columns.append(calibration_gaps(self._probabilities(outputs), targets))
+            columns.append(calibration_gaps(self.probabilities(outputs), targets))
         sums = torch.cat([column.to(columns[-1].dtype) for column in columns])
         self._sums = sums if self._sums is None else self._sums + sums
 

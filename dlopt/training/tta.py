@@ -103,18 +103,14 @@ class MultiScaleTenCrop:
 CHOICES = {"flip": Flip, "shift_flip": ShiftFlip, "ten_crop": TenCrop, "multi_scale_ten_crop": MultiScaleTenCrop}
 
 
-def crop_positions(image: Size, crop: Size) -> list[tuple[int, int]]:
-    """Returns (top, left) of the four corner crops and the centre crop, rounded as in torchvision's `five_crop`."""
-    bottom, right = image[0] - crop[0], image[1] - crop[1]
-    return [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
-
-
 def ten_crop(images: Tensor, crop: Size) -> Iterator[tuple[float, Tensor]]:
-    """Yields the crops of `images` [B, C, H, W], then of their mirror images, with weight 1/10 each.
+    """Yields the corners and centres of `images` [B, C, H, W], then of their mirror images, with weight 1/10 each.
 
     Equal positions (an image as large as the crop) are yielded once, with their total weight.
     """
-    positions = Counter(crop_positions((images.shape[2], images.shape[3]), crop))
+    bottom, right = images.shape[2] - crop[0], images.shape[3] - crop[1]
+    centre = round(bottom / 2), round(right / 2)  # as in torchvision's `five_crop`
+    positions = Counter([(0, 0), (0, right), (bottom, 0), (bottom, right), centre])
     for source in (images, images.flip(3)):
         for (top, left), multiplicity in positions.items():
             yield multiplicity / 10, source[:, :, top : top + crop[0], left : left + crop[1]]

@@ -1,6 +1,7 @@
 """Samplers: the order of the training samples in an epoch, a function of seed, epoch and sampler state."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -108,6 +109,7 @@ class WithReplacement:
         return torch.randint(self._count, (self._count,), generator=generator("cpu", self._seed, epoch))
 
 
+@dataclass(frozen=True)
 class ShiftedWindows:
     """Orders the windows of a text by a sampler, and shifts all of them by a random number of tokens in each epoch.
 
@@ -115,21 +117,20 @@ class ShiftedWindows:
     for `Windows.at_every_token`. A subset of the windows is not shifted.
     """
 
-    def __init__(self, sampler: Sampler, windows: Windows, seed: int) -> None:
-        self._sampler = sampler
-        self._windows = windows
-        self._seed = seed
+    sampler: Sampler
+    windows: Windows
+    seed: int
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return len(self.sampler)
 
     def order(self, epoch: int) -> Tensor:
-        starts = self._windows.starts(self._sampler.order(epoch))
-        if self._windows.is_subset:
+        starts = self.windows.starts(self.sampler.order(epoch))
+        if self.windows.is_subset:
             return starts
-        length = self._windows.length
-        shift = int(torch.randint(length, (), generator=generator("cpu", self._seed, epoch, length)))
-        return (starts + shift).clamp(max=len(self._windows.tokens) - length - 1)
+        length = self.windows.length
+        shift = int(torch.randint(length, (), generator=generator("cpu", self.seed, epoch, length)))
+        return (starts + shift).clamp(max=len(self.windows.tokens) - length - 1)
 
 
 def shifted(sampler: Sampler, windows: Windows, seed: int) -> tuple[Sampler, Windows]:
