@@ -58,13 +58,7 @@ class FullySharded(DataParallel):
     sharding: Literal["replicated", "tensors", "layers"] = "tensors"
 
     def __init__(
-        self,
-        group: Group,
-        device: torch.device,
-        *,
-        accumulate: int,
-        low_precision: bool,
-        keys: ShardingKeys,
+        self, group: Group, device: torch.device, *, accumulate: int, low_precision: bool, keys: ShardingKeys
     ) -> None:
         super().__init__(group, device, accumulate=accumulate, sync_batchnorm=keys["sync_batchnorm"], name="fsdp")
         self.low_precision = low_precision
