@@ -99,8 +99,7 @@ class ModelGroup:
 
 def with_adjoint(tensor: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns `forward(tensor)`; `backward`, its adjoint, maps the gradient. Neither records a graph."""
-    result: Tensor = _WithAdjoint.apply(tensor, forward, backward)
-    return result
+    return _WithAdjoint.apply(tensor, forward, backward)
 
 
 class _WithAdjoint(torch.autograd.Function):

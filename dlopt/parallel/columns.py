@@ -68,8 +68,7 @@ class ColumnDropout(nn.Module):
             self.dropout(inputs if rank == self.model_group.rank else torch.zeros_like(inputs))
             for rank in range(self.model_group.size)
         ]
-        local: Tensor = outputs[self.model_group.rank]
-        return local
+        return outputs[self.model_group.rank]
 
 
 def gather_to_first(shard: Tensor, model_group: ModelGroup) -> Tensor:

@@ -79,10 +79,8 @@ class FullySharded(DataParallel):
             self._no_sync = lambda: _no_gradient_sync(model)
 
         def call(inputs: Tensor) -> Tensor:
-            outputs: Tensor
             if torch.is_grad_enabled():
-                outputs = model(inputs)
-                return outputs
+                return model(inputs)
             # no_grad instead of inference mode: gathered inference tensors could not be reused in training.
             with torch.inference_mode(False), torch.no_grad():
                 outputs = model(inputs)

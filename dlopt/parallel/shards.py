@@ -26,8 +26,7 @@ def local(tensor: Tensor) -> Tensor:
     """Returns this rank's shard of a DTensor, sharing its memory and detached; a plain tensor as it is."""
     if not is_sharded_tensor(tensor):
         return tensor
-    shard: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return shard
+    return tensor.detach().to_local()  # type: ignore[attr-defined]
 
 
 def map_tensors(function: Callable[[Any], Tensor], state: T) -> T:

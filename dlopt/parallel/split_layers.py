@@ -51,8 +51,7 @@ def distribute(model: nn.Module, mesh: Any, shard_specs: Mapping[str, ShardSpec]
 
 def to_local(tensor: Tensor) -> Tensor:
     """Returns this rank's shard, differentiably (`shards.local` detaches it)."""
-    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return shard
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _swap_in_local(module: nn.Module, inputs: object) -> None:

@@ -200,10 +200,8 @@ def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | 
     """Returns None for an empty pipeline, which would seed a generator in every step."""
     if experiment.augmentation.arguments.get("operations") == []:
         return None
-    pipeline: Pipeline = experiment.augmentation.build(
-        input_shape=dataset.train.shape, classes=dataset.task.classes, train=dataset.train
-    )
-    return pipeline
+    shape, classes = dataset.train.shape, dataset.task.classes
+    return experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
 
 
 def with_task(experiment: Experiment, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
@@ -263,8 +261,7 @@ def _init_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...])
     inputs = samples.fetch(indices).to(device)
     if shape != samples.shape:
         inputs, _ = CentreCrop(shape)(inputs, indices)
-    normalized: Tensor = normalize(inputs)
-    return normalized.float().cpu()
+    return normalize(inputs).float().cpu()
 
 
 def load_weights(module: nn.Module, path: Path, mode: Mode | None = None, *, complete: bool = False) -> list[str]:

@@ -326,8 +326,7 @@ def _promoted(outputs: Tensor) -> Tensor:
 
 
 def _normalized(workload: Workload, images: Tensor) -> Tensor:
-    inputs: Tensor = workload.normalize(images)
-    return inputs.to(dtype=workload.precision.dtype, memory_format=workload.memory_format)
+    return workload.normalize(images).to(dtype=workload.precision.dtype, memory_format=workload.memory_format)
 
 
 @torch.inference_mode()

@@ -172,8 +172,7 @@ def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss:
 def _evaluations(optimizer: torch.optim.Optimizer) -> str:
     """Returns whether the optimizer evaluates the loss `once` or `many` times per update."""
     default = "many" if isinstance(optimizer, torch.optim.LBFGS) else "once"
-    declared: str = getattr(optimizer, "evaluations", default)
-    return declared
+    return getattr(optimizer, "evaluations", default)
 
 
 def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool:
