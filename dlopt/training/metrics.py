@@ -68,8 +68,6 @@ class MetricSum:
         self._max_pending = 0
         self._update_start: int | None = None  # number of pending entries before the current update
         self._flushed: list[tuple[Tensor, list[int]]] = []  # (losses and number correct, samples) of many steps
-        self._local_losses: list[float] = []  # per step: loss times samples, not yet summed over ranks
-        self._local_correct = self._local_count = 0
         self._reported = (0.0, 0, 0)
 
     def fresh(self) -> "MetricSum":
@@ -107,16 +105,16 @@ class MetricSum:
     def sync(self) -> None:
         """Adds all pending steps to the totals: one device-to-host transfer, and one all-reduce with several ranks."""
         self._flush()
-        if self._flushed:
-            numbers = iter(torch.cat([tensor for tensor, _ in self._flushed]).tolist())
-            for _, counts in self._flushed:
-                self._local_losses += [next(numbers) * count for count in counts]
-                self._local_correct += round(next(numbers))
-                self._local_count += sum(counts)
-            self._flushed = []
-        if not self._local_losses:
+        if not self._flushed:
             return
-        losses, correct, count = self._local_losses, self._local_correct, self._local_count
+        flushed, self._flushed = self._flushed, []
+        numbers = iter(torch.cat([tensor for tensor, _ in flushed]).tolist())
+        losses: list[float] = []  # per step: loss times samples
+        correct = count = 0
+        for _, counts in flushed:
+            losses += [next(numbers) * samples for samples in counts]
+            correct += round(next(numbers))
+            count += sum(counts)
         if self.reduce is not None:
             *losses, all_correct, all_count = self.reduce([*losses, correct, count])
             correct, count = round(all_correct), round(all_count)
@@ -124,7 +122,6 @@ class MetricSum:
             self.loss += loss
         self.correct += correct
         self.count += count
-        self._local_losses, self._local_correct, self._local_count = [], 0, 0
 
     def _flush(self) -> None:
         """Reduces the pending tensors on the device, without synchronization."""
