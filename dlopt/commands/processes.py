@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from dlopt.config.choices import config_folder
@@ -50,7 +51,7 @@ def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
     """Removes the keys of the group `parallel` from `values` and returns them, checked and with their defaults."""
     from omegaconf import OmegaConf
 
-    from dlopt.parallel.replicas import replicas
+    from dlopt.parallel.process_group import join
 
     choice = values.pop("parallel", "ddp")
     if choice not in ("ddp", "single"):
@@ -63,7 +64,7 @@ def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
         raise UserError(f"parallel.processes={typed['processes']}: parallel=single has one process; use parallel=ddp")
     defaults = OmegaConf.load(config_folder() / "parallel" / "_process_group.yaml")
     values_of_group = {str(key): value for key, value in defaults.items()} | typed
-    checked = check_arguments("parallel", replicas, values_of_group, frozenset({"device"}))
+    checked = check_arguments("parallel", join, values_of_group, frozenset({"mode", "device"}))
     if choice == "single":
         checked["processes"] = 1
     return cast("ProcessKeys", checked)
@@ -72,9 +73,9 @@ def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
 def join_processes(device: "torch.device", keys: "ProcessKeys") -> "Mode":
     """Returns the mode of this process: one rank of its launcher's, or a single process."""
     from dlopt.parallel.mode import Mode
-    from dlopt.parallel.replicas import replicas
+    from dlopt.parallel.process_group import GroupMode, join_mode
 
-    return Mode(device) if current() is None else replicas(device=device, **keys)
+    return Mode(device) if current() is None else join_mode("ddp", device, partial(GroupMode, name="ddp"), keys)
 
 
 def _run_rank(world: World, name: str, command: Command, arguments: list[str]) -> NoReturn:

@@ -128,9 +128,9 @@ class Batches:
         self._compiled_render: Callable[..., tuple[Tensor, Tensor]] | None = None
         if delivery.compiled and delivery.in_memory and (augment is None or hasattr(augment, "render")):
             self._compiled_render = torch.compile(self._render, dynamic=False)
-        self._graph: _BatchGraph | None = None
+        self._graph: Callable[[Tensor, int, int], tuple[Tensor, Tensor]] | None = None
         if delivery.recorder is not None and delivery.in_memory and shard is None:
-            self._graph = _BatchGraph(self._build, self.batch_size, device, delivery.recorder)
+            self._graph = _graphed(self._build, self.batch_size, device, delivery.recorder)
 
     def __len__(self) -> int:
         """Returns the number of batches in an epoch."""
@@ -146,7 +146,9 @@ class Batches:
         if loss_aware is not None:
             loss_aware.begin()
         order = self.sampler.order(epoch)[start * self.batch_size : self.count]
-        totals = [len(batch) for batch in order.split(self.batch_size)] if len(order) else []
+        if not len(order):
+            return
+        totals = [len(batch) for batch in order.split(self.batch_size)]
         shards = [slice(0, total) if self._shard is None else self._shard(total) for total in totals]
         # The whole epoch's indices go to the device in one copy: one copy per batch would synchronize each step.
         all_indices = self._split(order.to(self._device), shards)
@@ -217,7 +219,7 @@ class Batches:
             self._loader.close()
 
     def _split(self, order: Tensor, shards: Sequence[slice | Tensor]) -> list[Tensor]:
-        batches = order.split(self.batch_size) if shards else ()
+        batches = order.split(self.batch_size)
         if self._shard is None:
             return list(batches)
         return [batch[shard] for batch, shard in zip(batches, shards, strict=True)]
@@ -237,27 +239,26 @@ class Batches:
         return (inputs.to(self._device, non_blocking=True) for inputs in fetched)
 
 
-class _BatchGraph:
-    """CUDA graph that builds a full batch.
+def _graphed(
+    build: Callable[..., tuple[Tensor, Tensor]], size: int, device: torch.device, recorder: Recorder
+) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor]]:
+    """Returns a function of indices, seed and epoch that builds a full batch from a CUDA graph.
 
-    The recorded kernels read fixed memory, so the only inputs that change (indices, epoch, seed) are copied into it
-    before each replay.
+    The recorded kernels read fixed memory, so these inputs, which change, are copied into it before each replay.
     """
+    static_indices = torch.zeros(size, dtype=torch.int64, device=device)
+    static_epoch = torch.zeros((), dtype=torch.int64, device=device)
+    rng = torch.Generator(device)
 
-    def __init__(
-        self, build: Callable[..., tuple[Tensor, Tensor]], size: int, device: torch.device, recorder: Recorder
-    ) -> None:
-        self._indices = torch.zeros(size, dtype=torch.int64, device=device)
-        self._epoch = torch.zeros((), dtype=torch.int64, device=device)
-        self._rng = torch.Generator(device)
+    def work() -> tuple[Tensor, Tensor]:
+        return build(None, static_indices, rng, size, slice(0, size), static_epoch)
 
-        def work() -> tuple[Tensor, Tensor]:
-            return build(None, self._indices, self._rng, size, slice(0, size), self._epoch)
+    replayed = GraphedFunction("the data path", work, recorder, [rng])
 
-        self._replayed = GraphedFunction("the data path", work, recorder, [self._rng])
+    def replay(indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        static_indices.copy_(indices)
+        static_epoch.fill_(epoch)
+        rng.manual_seed(seed)
+        return replayed()
 
-    def __call__(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        self._indices.copy_(indices)
-        self._epoch.fill_(epoch)
-        self._rng.manual_seed(seed)
-        return self._replayed()
+    return replay

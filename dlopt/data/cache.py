@@ -15,15 +15,10 @@ from dlopt.locks import locked
 _DIGEST = 32  # bytes of SHA-256 before the arrays, to detect damaged files
 
 
-def cache_folder() -> Path:
-    """Returns $XDG_CACHE_HOME/dlopt, else ~/.cache/dlopt."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlopt"
-
-
 def cache_file(kind: str, *keys: str) -> Path:
-    """Returns the cache file for `keys` (a folder, the format's version, ...)."""
+    """Returns the file for `keys` (a folder, the format's version, ...) in $XDG_CACHE_HOME/dlopt or ~/.cache/dlopt."""
     name = hashlib.sha256("\0".join((kind, *keys)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return cache_folder() / f"{kind}-{name}.npz"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dlopt", f"{kind}-{name}.npz")
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray] | None:

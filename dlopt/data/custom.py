@@ -9,12 +9,7 @@ from dlopt.ranges import Count
 
 
 def custom(
-    *,
-    train: Any,
-    val: Any,
-    test: Any,
-    classes: Count | list[str] | None,
-    image_size: int | tuple[int, int] | None,
+    *, train: Any, val: Any, test: Any, classes: Count | list[str] | None, image_size: int | tuple[int, int] | None
 ) -> Dataset:
     """Wraps map-style `torch.utils.data.Dataset` objects; see `Wrapped` for the items they may return.
 

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import io
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,24 @@ def digits() -> Dataset:
     Raises:
         UserError: scikit-learn is not installed.
     """
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        raise UserError("data=digits: needs scikit-learn's data file; pip install scikit-learn")
-    # The file is read directly: importing sklearn.datasets takes 10x as long.
-    path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    try:
-        with gzip.open(path) as file:
-            table = np.array([line.split(b",") for line in file.read().split()], dtype=np.uint8)
-    except (OSError, EOFError) as error:
-        raise UserError(f"data=digits: {path} cannot be read ({error}); reinstall scikit-learn") from error
+    table = np.loadtxt(io.StringIO(read_bundled("digits.csv.gz", "data=digits", "data file")), np.uint8, delimiter=",")
     inputs = torch.from_numpy(np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     samples = InMemory(inputs, torch.from_numpy(table[:, -1].astype(np.int64)))
     test, train = stratified(samples.targets, round(_TEST_FRACTION * len(samples)), _TEST_SEED)
     return Dataset(samples.select(train), None, samples.select(test), tuple(str(digit) for digit in range(10)))
+
+
+def read_bundled(name: str, key: str, description: str) -> str:
+    """Reads a file of scikit-learn directly: importing sklearn.datasets takes 10x as long.
+
+    `key` and `description` of the file: for the error message. Raises `UserError`.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise UserError(f"{key}: needs scikit-learn's {description}; pip install scikit-learn")
+    path = Path(spec.origin).parent / "datasets" / "data" / name
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    except (OSError, EOFError) as error:
+        raise UserError(f"{key}: {path} cannot be read ({error}); reinstall scikit-learn") from error

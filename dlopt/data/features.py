@@ -2,8 +2,6 @@
 
 import contextlib
 import csv
-import gzip
-import importlib.util
 import io
 import math
 from collections.abc import Sequence
@@ -12,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from dlopt.data.digits import read_bundled
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import split
@@ -112,29 +110,20 @@ def wine(*, test_split: Fraction) -> Dataset:
 
 def diabetes(*, standardize_target: bool, test_split: Fraction) -> Dataset:
     """Loads the diabetes data (Efron, Hastie, Johnstone & Tibshirani 2004): 442 x 10, one value, in their own units."""
-    inputs = np.loadtxt(io.StringIO(_bundled("diabetes_data_raw.csv.gz")))
-    values = np.loadtxt(io.StringIO(_bundled("diabetes_target.csv.gz")))
+    inputs = np.loadtxt(_bundled("diabetes_data_raw.csv.gz"))
+    values = np.loadtxt(_bundled("diabetes_target.csv.gz"))
     return _dataset(inputs, values, None, test_split, standardize_target=standardize_target)
 
 
 def _bundled_classes(name: str, test_split: float) -> Dataset:
-    (_, *first), *rows = list(csv.reader(io.StringIO(_bundled(name))))
+    (_, *first), *rows = list(csv.reader(_bundled(name)))
     classes = first[1:]  # the first line: samples, features, names of the classes
     inputs = np.array([row[:-1] for row in rows], dtype=np.float64)
     return _dataset(inputs, [classes[int(row[-1])] for row in rows], None, test_split)
 
 
-def _bundled(name: str) -> str:
-    """Reads a file of scikit-learn directly: importing sklearn.datasets takes 10x as long."""
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        raise UserError(f"data: needs scikit-learn's file {name}; pip install scikit-learn")
-    path = Path(spec.origin).parent / "datasets" / "data" / name
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError) as error:
-        raise UserError(f"data: {path} cannot be read ({error}); reinstall scikit-learn") from error
+def _bundled(name: str) -> io.StringIO:
+    return io.StringIO(read_bundled(name, "data", f"file {name}"))
 
 
 def _dataset(
@@ -161,48 +150,28 @@ def _dataset(
         numbers = {name: number for number, name in enumerate(classes)}
         targets = torch.tensor([numbers[name] for name in answers])
     samples = InMemory(torch.from_numpy(inputs).float(), targets)
-    test, rest = _split(samples, parts, test_split)
+    names = np.array(["train"] * len(samples) if parts is None else parts)
+    if parts is None and test_split:
+        count = max(1, round(test_split * len(samples)))
+        names[split(samples, count, _TEST_SEED, keep_one=True)[0].numpy()] = "test"
+    rows = {part: torch.from_numpy(np.flatnonzero(names == part)) for part in _SPLITS}
     if classes is None:
         scale = (0.0, 1.0)
         if standardize_target:
-            known = targets[rest if parts is None else _rows_of("train", parts)]
+            known = targets[rows["train"]]
             mean, deviation = moments(InMemory(known[:, None], known))
             scale = mean.item(), deviation.item()
             notes = (f"targets and outputs: (value - {scale[0]:.6g}) / {scale[1]:.6g} (data.standardize_target)",)
         samples.targets = ((targets - scale[0]) / scale[1]).float()
-    if parts is None:
-        held_out = samples.select(test) if len(test) else None
-        return Dataset(samples.select(rest), None, held_out, classes, notes=notes)
-    train, *others = (samples.select(_rows_of(part, parts)) for part in _SPLITS)
-    val, held_out = (each if len(each) else None for each in others)
-    _check_classes(classes, train, {"val": val, "test": held_out})
-    return Dataset(train, val, held_out, classes, notes=notes)
-
-
-def _split(samples: InMemory, parts: Sequence[str] | None, test_split: float) -> tuple[Tensor, Tensor]:
-    """Returns the rows of the test set, and the others."""
-    if parts is not None:
-        return _rows_of("test", parts), torch.tensor([number for number, part in enumerate(parts) if part != "test"])
-    if not test_split:
-        return torch.arange(0), torch.arange(len(samples))
-    return split(samples, max(1, round(test_split * len(samples))), _TEST_SEED, keep_one=True)
-
-
-def _rows_of(part: str, parts: Sequence[str]) -> Tensor:
-    return torch.tensor([number for number, each in enumerate(parts) if each == part], dtype=torch.int64)
-
-
-def _check_classes(classes: tuple[str, ...] | None, train: InMemory, others: dict[str, InMemory | None]) -> None:
-    """Raises `UserError` for a class without training rows."""
-    if classes is None:
-        return
-    known = set(train.targets.tolist())
-    for part, samples in others.items():
-        unknown = [] if samples is None else sorted(set(samples.targets.tolist()) - known)
-        if unknown:
+    train = samples.select(rows["train"])
+    val, test = (samples.select(rows[part]) if len(rows[part]) else None for part in ("val", "test"))
+    for part, held_out in (("val", val), ("test", test)):
+        unknown = set() if held_out is None else {*held_out.targets.tolist()} - {*train.targets.tolist()}
+        if classes is not None and unknown:
             raise UserError(
-                f"data.split_column: {part} has the class {classes[unknown[0]]!r}, which no training row has"
+                f"data.split_column: {part} has the class {classes[min(unknown)]!r}, which no training row has"
             )
+    return Dataset(train, val, test, classes, notes=notes)
 
 
 def _natural(name: str) -> tuple[float, str]:

@@ -10,17 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
 
 from dlopt.data.cache import cache_file, load_arrays, save_arrays
-from dlopt.data.images import EXTENSIONS, size_pair
-from dlopt.data.samples import Dataset, ImageList
-from dlopt.data.verify import image_files
+from dlopt.data.images import EXTENSIONS
+from dlopt.data.samples import Dataset, Files, ImageList
+from dlopt.data.verify import ImageKeys, image_files
 from dlopt.errors import UserError
-from dlopt.ranges import Natural, PositiveFraction
 
 CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a cache
 # Nanoseconds. A folder that changed just before the scan may change again within the same tick of its time stamp, so
@@ -144,14 +143,7 @@ def _list_folder(
     return images, folders
 
 
-def image_folder(
-    *,
-    root: str,
-    channels: Literal[1, 3],
-    on_error: Literal["fail", "skip"],
-    max_skips: Natural | PositiveFraction,
-    image_size: int | tuple[int, int] | None,
-) -> Dataset:
+def image_folder(*, root: str, channels: Literal[1, 3], **keys: Unpack[ImageKeys]) -> Dataset:
     """Loads images from `root`/train/CLASS/ and, if they exist, `root`/val/CLASS/ and `root`/test/CLASS/.
 
     Class folders directly in `root` (`root`/CLASS/IMAGE) are a training set. Subfolders of a class folder belong to the
@@ -168,15 +160,7 @@ def image_folder(
     else:
         base = data_folder(root, "train/CLASS/IMAGE, or as CLASS/IMAGE without a test set")
         listings = {split: scan(base / split) for split in _SPLITS if (base / split).is_dir()}
-    check_classes(root, listings)
-    splits, notes = image_files(
-        str(base),
-        {split: image_list(listing) for split, listing in listings.items()},
-        image_size=size_pair(image_size),
-        channels=channels,
-        on_error=on_error,
-        max_skips=max_skips,
-    )
+    splits, notes = listed_images(root, base, listings, channels=channels, **keys)
     if train_only:
         notes = (*notes, f"data.root={root}: has no train/, val/ or test/; using all images as the training set")
     return Dataset(splits["train"], splits.get("val"), splits.get("test"), listings["train"].classes, notes=notes)
@@ -210,16 +194,19 @@ def data_folder(root: str, layout: str) -> Path:
     return base
 
 
-def check_classes(root: str, listings: dict[str, Listing]) -> None:
-    """Raises `UserError` unless all splits have the classes of train."""
+def listed_images(
+    root: str, base: Path, listings: dict[str, Listing], *, channels: int, **keys: Unpack[ImageKeys]
+) -> tuple[dict[str, Files], tuple[str, ...]]:
+    """Calls `image_files` on listings. Raises `UserError` unless all splits have the classes of train."""
     classes = listings["train"].classes
     for listing in listings.values():
         for missing in sorted(set(classes) - set(listing.classes)):
             raise UserError(f"data.root={root}: the class folder {listing.folder / missing} is missing; train has it")
         for extra in sorted(set(listing.classes) - set(classes)):
             raise UserError(f"data.root={root}: train has no class folder like {listing.folder / extra}")
-
-
-def image_list(listing: Listing) -> ImageList:
-    targets = torch.arange(len(listing.classes)).repeat_interleave(torch.from_numpy(listing.counts))
-    return ImageList(listing.paths, targets, str(listing.folder))
+    labels = torch.arange(len(classes))
+    lists = {
+        split: ImageList(each.paths, labels.repeat_interleave(torch.from_numpy(each.counts)), str(each.folder))
+        for split, each in listings.items()
+    }
+    return image_files(str(base), lists, channels=channels, **keys)

@@ -16,7 +16,7 @@ from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-_PREFIXES = ("train", "t10k")  # training and test files
+_STEMS = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -64,24 +64,23 @@ def _load(
     key = f"data={name}"
     base = data_root(root)
     candidates = (base, base / "raw", base / folder / "raw", *system_folders)
-    source = next((path for path in candidates if all(_find(path, stem) for stem in _stems(*_PREFIXES))), None)
-    if source is None and download:
+    files = next((found for path in candidates if len(found := _files(path)) == len(_STEMS)), None)
+    if files is None and download:
         import torchvision.datasets
 
         call_torchvision(key, base, download, lambda: getattr(torchvision.datasets, folder)(base, download=True))
-        source = base / folder / "raw"
-    if source is None:
+        files = _files(base / folder / "raw")
+    if files is None:
         raise UserError(
-            f"{key}: no IDX files ({_stems(*_PREFIXES)[0]}[.gz], ...) in {', '.join(map(str, candidates))}; "
+            f"{key}: no IDX files ({_STEMS[0]}[.gz], ...) in {', '.join(map(str, candidates))}; "
             "set data.root to the folder that has them, or data.download=true"
         )
-    train, test = (_load_split(key, source, prefix, len(classes)) for prefix in _PREFIXES)
+    pairs = (files[:2], files[2:])
+    train, test = (_load_split(key, images, labels, len(classes)) for images, labels in pairs)
     return Dataset(train, None, test, classes)
 
 
-def _load_split(key: str, folder: Path, prefix: str, classes: int) -> InMemory:
-    images_path, labels_path = (_find(folder, stem) for stem in _stems(prefix))
-    assert images_path is not None and labels_path is not None
+def _load_split(key: str, images_path: Path, labels_path: Path, classes: int) -> InMemory:
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.dim() != 3 or len(images) == 0:
         raise UserError(f"{key}: {images_path}: has the shape {list(images.shape)}; expected [N, height, width]")
@@ -92,13 +91,11 @@ def _load_split(key: str, folder: Path, prefix: str, classes: int) -> InMemory:
     return InMemory(images.unsqueeze(1), labels.to(torch.int64))
 
 
-def _stems(*prefixes: str) -> list[str]:
-    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
-    return [f"{prefix}-{kind}" for prefix in prefixes for kind in kinds]
-
-
-def _find(folder: Path, stem: str) -> Path | None:
-    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+def _files(folder: Path) -> list[Path]:
+    """Returns those of the four files that exist, plain or gzipped, in the order of `_STEMS`."""
+    pairs = [(folder / stem, folder / f"{stem}.gz") for stem in _STEMS]
+    found = (next((path for path in pair if path.is_file()), None) for pair in pairs)
+    return [path for path in found if path is not None]
 
 
 T = TypeVar("T")

@@ -2,26 +2,17 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Unpack
 
-from dlopt.data.folder import check_classes, data_folder, image_list, scan
-from dlopt.data.images import size_pair
+from dlopt.data.folder import data_folder, listed_images, scan
 from dlopt.data.samples import Dataset
-from dlopt.data.verify import image_files
+from dlopt.data.verify import ImageKeys
 from dlopt.errors import UserError
-from dlopt.ranges import Natural, PositiveFraction
 
 _NAMES = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", a line per class
 
 
-def imagenet(
-    *,
-    root: str,
-    class_names: str | None,
-    on_error: Literal["fail", "skip"],
-    max_skips: Natural | PositiveFraction,
-    image_size: int | tuple[int, int] | None,
-) -> Dataset:
+def imagenet(*, root: str, class_names: str | None, **keys: Unpack[ImageKeys]) -> Dataset:
     """Loads colour images from `root`/train/WNID/ and `root`/val/WNID/ (Russakovsky et al. 2015).
 
     ImageNet's test labels are not public, so papers report results on its validation set. Here that is the test set,
@@ -38,16 +29,8 @@ def imagenet(
     listings = {"train": scan(base / "train")}
     if (base / "val").is_dir():
         listings["test"] = scan(base / "val")
-    check_classes(root, listings)
     classes = _names(root, listings["train"].classes, class_names)
-    splits, notes = image_files(
-        str(base),
-        {split: image_list(listing) for split, listing in listings.items()},
-        image_size=size_pair(image_size),
-        channels=3,
-        on_error=on_error,
-        max_skips=max_skips,
-    )
+    splits, notes = listed_images(root, base, listings, channels=3, **keys)
     return Dataset(splits["train"], None, splits.get("test"), classes, notes=notes)
 
 

@@ -5,6 +5,7 @@ Uses PIL only: importing torchvision takes longer than reading a small dataset.
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,8 @@ def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
     Raises:
         UserError: the file cannot be read as an image, or has numbers of 32 bits that would all become 0.
     """
-    try:
+    with _naming(path):
         return EncodedImage(path).decode(size, channels)
-    except Exception as error:  # on damaged files decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise _unreadable(path, error) from error
 
 
 def decode_boxes(paths: Sequence[str], boxes: Boxes, size: tuple[int, int], channels: int) -> Iterator[Tensor]:
@@ -60,16 +59,12 @@ def decode_boxes(paths: Sequence[str], boxes: Boxes, size: tuple[int, int], chan
     """
     images = []
     for path in paths:
-        try:
+        with _naming(path):
             images.append(EncodedImage(path))
-        except Exception as error:
-            raise _unreadable(path, error) from error
     heights, widths = (torch.tensor([getattr(image, name) for image in images]) for name in ("height", "width"))
     for path, image, box in zip(paths, images, boxes(heights, widths).tolist(), strict=True):
-        try:
+        with _naming(path):
             yield image.decode(size, channels, box)
-        except Exception as error:
-            raise _unreadable(path, error) from error
 
 
 def header_size(path: str) -> tuple[int, int]:
@@ -80,12 +75,9 @@ def header_size(path: str) -> tuple[int, int]:
     """
     from PIL import Image
 
-    try:
-        with Image.open(path, formats=_formats()) as image:
-            width, height = image.size
-            return (width, height) if _orientation(image) >= 5 else (height, width)
-    except Exception as error:
-        raise _unreadable(path, error) from error
+    with _naming(path), Image.open(path, formats=_formats()) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 @cache
@@ -192,12 +184,12 @@ def _orientation(image: "Image") -> int:
     return orientation if orientation in range(1, 9) else 1  # damaged EXIF data may contain anything
 
 
-def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read as an image ({_reason(error)})")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).split("<_io.BytesIO")[0].strip()
-    return text or type(error).__name__
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Turns any exception into a `UserError` that names the file."""
+    try:
+        yield
+    except Exception as error:  # on damaged files decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        reason = error.strerror if isinstance(error, OSError) else None
+        reason = reason or str(error).split("<_io.BytesIO")[0].strip() or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({reason})") from error

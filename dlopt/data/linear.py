@@ -1,22 +1,15 @@
 """Samples of a linear function of features with different ranges: shows why features are scaled."""
 
+from typing import Unpack
+
 import torch
 
-from dlopt.data.samples import Dataset, InMemory, generated
+from dlopt.data.samples import Dataset, InMemory, SplitKeys, generated
 from dlopt.errors import UserError
-from dlopt.random import generator
-from dlopt.ranges import Count, Natural, NonNegative
+from dlopt.ranges import NonNegative
 
 
-def linear(
-    *,
-    intervals: tuple[tuple[float, float], ...],
-    noise: NonNegative,
-    train_size: Count,
-    val_size: Natural,
-    test_size: Natural,
-    seed: int,
-) -> Dataset:
+def linear(*, intervals: tuple[tuple[float, float], ...], noise: NonNegative, **keys: Unpack[SplitKeys]) -> Dataset:
     """Samples y = sum_i u_i + noise * N(0, 1), where u_i in -1..1 is the position of feature x_i in its interval.
 
     Features are uniform and independent; every feature is equally important, whatever its range. Inputs float32 [N, F],
@@ -32,10 +25,9 @@ def linear(
         raise UserError("data.intervals=[]: needs the interval of at least one feature: [[1,2],[100,200]]")
     lows, highs = torch.tensor(intervals, dtype=torch.float64).unbind(1)
 
-    def draw(size: int, split: int) -> InMemory:
-        rng = generator("cpu", seed, split)
+    def draw(size: int, rng: torch.Generator) -> InMemory:
         u = 2 * torch.rand(size, len(intervals), generator=rng, dtype=torch.float64) - 1
         y = u.sum(1) + noise * torch.randn(size, generator=rng, dtype=torch.float64)
         return InMemory((lows + (highs - lows) * (u + 1) / 2).float(), y.float())
 
-    return generated(draw, train_size, val_size, test_size)
+    return generated(draw, **keys)

@@ -9,8 +9,10 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import closing
+from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ def worker_count(workers: int | Literal["auto"], samples: Sized, processes: int 
     return max(1, min(usable_cores() // processes, _MAX_WORKERS))
 
 
+@dataclass
 class Loader:
     """Fetches batches in order, in `workers` processes (0: in this process) that live until `close`.
 
@@ -50,12 +53,12 @@ class Loader:
     to two batches, but at least two chunks per worker, which bounds the memory.
     """
 
-    def __init__(self, reader: Reader, workers: int, pin: bool = False) -> None:
-        self._reader = reader
-        self._workers = workers
-        self._pin = pin
-        self._chunks: list[np.ndarray] = []  # batch sampler of the current run; only the main process iterates it
-        self._loader: DataLoader[Any] | None = None
+    reader: Reader
+    workers: int
+    pin: bool = False
+    # The batch sampler of the current run; only the main process iterates it.
+    _chunks: list[np.ndarray] = field(default_factory=list, init=False)
+    _loader: DataLoader[Any] | None = field(default=None, init=False)
 
     def run(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yields the inputs of each batch, given by the requests to the reader. A new run ends an unfinished one.
@@ -66,7 +69,7 @@ class Loader:
         """
         if not batches:
             return
-        batch_chunks = [batch.split(_FETCH_SIZE) if self._workers else (batch,) for batch in batches]
+        batch_chunks = [batch.split(_FETCH_SIZE) if self.workers else (batch,) for batch in batches]
         self._chunks[:] = [chunk.numpy() for chunks in batch_chunks for chunk in chunks]
         try:
             fetched = self._start(max(map(len, batches)))
@@ -77,7 +80,7 @@ class Loader:
             # exception raised in a worker arrives as "Caught ..." and is re-raised as it is.
             message = str(error) or type(error).__name__
             died = not isinstance(error, RuntimeError) or message.startswith("DataLoader worker (pid")
-            if self._workers > 0 and died and not message.startswith("Caught"):
+            if self.workers > 0 and died and not message.startswith("Caught"):
                 raise RunError(f"a data loader worker died (out of memory?): {message}") from error
             raise
 
@@ -89,10 +92,10 @@ class Loader:
             chunk = next(fetched)
             if isinstance(chunk, UserError | RunError):
                 raise chunk
-            if length == total and not self._pin:
+            if length == total and not self.pin:
                 return chunk
             if batch is None:
-                batch = _empty((total, *chunk.shape[1:]), chunk.dtype, self._pin)
+                batch = _empty((total, *chunk.shape[1:]), chunk.dtype, self.pin)
             batch[filled : filled + length] = chunk
             filled += length
         assert batch is not None
@@ -101,19 +104,19 @@ class Loader:
     def _start(self, batch_size: int) -> Iterator[Any]:
         if self._loader is not None:
             return iter(self._loader)
-        prefetch_factor = max(_PREFETCH, -(-_PREFETCH * batch_size // (_FETCH_SIZE * max(1, self._workers))))
+        prefetch_factor = max(_PREFETCH, -(-_PREFETCH * batch_size // (_FETCH_SIZE * max(1, self.workers))))
         self._loader = DataLoader(
-            _ChunkDataset(self._reader),  # type: ignore[arg-type]
+            _ChunkDataset(self.reader),  # type: ignore[arg-type]
             batch_sampler=self._chunks,  # type: ignore[arg-type]
-            collate_fn=_share if self._workers else _unchanged,
-            num_workers=self._workers,
-            multiprocessing_context=_start_method() if self._workers else None,
-            prefetch_factor=prefetch_factor if self._workers else None,
-            persistent_workers=self._workers > 0,
+            collate_fn=_share if self.workers else lambda chunk: chunk,
+            num_workers=self.workers,
+            multiprocessing_context=_start_method() if self.workers else None,
+            prefetch_factor=prefetch_factor if self.workers else None,
+            persistent_workers=self.workers > 0,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # so that data loading does not advance the global RNG
         )
-        if self._workers == 0:
+        if self.workers == 0:
             return iter(self._loader)
         handler = signal.getsignal(signal.SIGCHLD)
         iterator = iter(self._loader)
@@ -143,11 +146,8 @@ def chunks(samples: Samples, workers: int | Literal["auto"] = "auto") -> Iterato
     if isinstance(samples, InMemory):
         yield from samples.inputs.split(size)
         return
-    loader = Loader(samples, worker_count(workers, samples))
-    try:
+    with closing(Loader(samples, worker_count(workers, samples))) as loader:
         yield from loader.run(torch.arange(len(samples)).split(size))
-    finally:
-        loader.close()
 
 
 def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> InMemory | Windows:
@@ -173,21 +173,17 @@ def on_device(samples: Samples, workers: int | Literal["auto"], device: torch.de
     return loaded.view(device) if isinstance(loaded, Windows) else loaded.inputs.to(device)
 
 
+@dataclass(frozen=True)
 class _ChunkDataset:
     """Dataset whose `__getitems__` fetches a chunk in one call."""
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    reader: Reader
 
     def __getitems__(self, requests: np.ndarray) -> Tensor | UserError:
         try:
-            return self._reader.fetch(torch.from_numpy(requests))
+            return self.reader.fetch(torch.from_numpy(requests))
         except UserError as error:
             return UserError(str(error))  # returned: DataLoader would wrap a raised error in the worker's traceback
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 def _share(batch: Any) -> Any:
@@ -251,26 +247,15 @@ def _close(reference: "weakref.ref[Loader]") -> None:
         loader.close()
 
 
-class TransferStream(Protocol):
-    """Asynchronous copies to a device: `CudaTransferStream`, or a fake in tests."""
-
-    def send(self, batch: Tensor) -> tuple[Tensor, Any]:
-        """Starts copying a batch from page-locked memory; returns (the copy, an event to wait for)."""
-        ...
-
-    def receive(self, batch: Tensor, event: Any) -> Tensor:
-        """Returns the copy; later work on the compute stream waits for the event."""
-        ...
-
-
 class CudaTransferStream:
-    """Copies on a CUDA stream separate from the compute stream."""
+    """Asynchronous copies on a CUDA stream separate from the compute stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
     def send(self, batch: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """Starts copying a batch from page-locked memory; returns (the copy, an event to wait for)."""
         with torch.cuda.stream(self._stream):
             moved = batch.to(self._device, non_blocking=True)
             event = torch.cuda.Event()
@@ -278,6 +263,7 @@ class CudaTransferStream:
         return moved, event
 
     def receive(self, batch: Tensor, event: torch.cuda.Event) -> Tensor:
+        """Returns the copy; later work on the compute stream waits for the event."""
         compute_stream = torch.cuda.current_stream(self._device)
         compute_stream.wait_event(event)
         # The allocator must not give this memory to the next copy while the compute stream still reads it.
@@ -285,9 +271,9 @@ class CudaTransferStream:
         return batch
 
 
-def prefetch(batches: Iterable[Tensor], stream: TransferStream) -> Iterator[Tensor]:
+def prefetch(batches: Iterable[Tensor], stream: CudaTransferStream) -> Iterator[Tensor]:
     """Yields the batches on the device; starts the copy of the next batch before yielding the current one."""
-    in_flight: tuple[Tensor, Any] | None = None
+    in_flight: tuple[Tensor, torch.cuda.Event] | None = None
     for batch in batches:
         sent = stream.send(batch)
         if in_flight is not None:

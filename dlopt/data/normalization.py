@@ -179,20 +179,31 @@ def moments(samples: Samples, *, per_pixel: bool = False) -> tuple[Tensor, Tenso
 
     `per_pixel`: per channel and position of an image, flattened.
     """
-    size = math.prod(samples.shape) if per_pixel else samples.shape[0]
-    count, mean, squares = 0, torch.zeros(size, dtype=torch.float64), torch.tensor(0.0).double()
+    pool = PooledMoments()
     for rows in _rows(samples, per_pixel):
-        # Merges the chunks' sums of squared deviations (Chan, Golub & LeVeque 1983), which avoids cancellation.
-        chunk_mean = rows.mean(0)
-        within = rows.sub_(chunk_mean).square_().sum(0)
-        delta, total = chunk_mean - mean, count + len(rows)
-        squares = squares + within + delta.square() * (count * len(rows) / total)
-        mean = mean + delta * (len(rows) / total)
-        count = total
-    deviation = (squares / count).sqrt()
+        mean = rows.mean(0)
+        pool.merge(len(rows), mean, rows.sub_(mean).square_().sum(0))
+    deviation = (pool.squares / pool.count).sqrt()
     # Rounding leaves a tiny deviation of constants; it does not count as variation.
-    noise = 8 * torch.finfo(torch.float64).eps * math.sqrt(count) * mean.abs()
-    return mean, torch.where(deviation > noise, deviation, 1.0)
+    noise = 8 * torch.finfo(torch.float64).eps * math.sqrt(pool.count) * pool.mean.abs()
+    return pool.mean, torch.where(deviation > noise, deviation, 1.0)
+
+
+class PooledMoments:
+    """Count, mean and sum of squared deviations, merged batch by batch (Chan, Golub & LeVeque 1983).
+
+    The difference of the mean square and the squared mean would suffer from cancellation.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros(())
+
+    def merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        delta, total = mean - self.mean, self.count + count
+        self.squares = self.squares + squares + delta.square() * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
 
 
 def _extremes(samples: Samples) -> tuple[Tensor, Tensor]:

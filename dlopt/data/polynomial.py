@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from dlopt.data.samples import Dataset, InMemory, generated
+from dlopt.data.samples import Dataset, InMemory, SplitKeys, generated
 from dlopt.errors import UserError
-from dlopt.random import generator
-from dlopt.ranges import Count, Natural, NonNegative
+from dlopt.ranges import NonNegative
 
 Function = Literal["sine", "runge", "cubic", "step"]
 
@@ -23,14 +22,7 @@ FUNCTIONS: Mapping[Function, Callable[[Tensor], Tensor]] = {
 
 
 def polynomial(
-    *,
-    function: Function,
-    interval: tuple[float, float],
-    noise: NonNegative,
-    train_size: Count,
-    val_size: Natural,
-    test_size: Natural,
-    seed: int,
+    *, function: Function, interval: tuple[float, float], noise: NonNegative, **keys: Unpack[SplitKeys]
 ) -> Dataset:
     """Samples y = f(x) + noise * N(0, 1) for x uniform in `interval`: inputs float32 [N, 1], targets float32 [N].
 
@@ -43,10 +35,9 @@ def polynomial(
     if low >= high:
         raise UserError(f"data.interval={list(interval)}: is empty; use [low,high] with low < high")
 
-    def draw(size: int, split: int) -> InMemory:
-        rng = generator("cpu", seed, split)
+    def draw(size: int, rng: torch.Generator) -> InMemory:
         x = low + (high - low) * torch.rand(size, generator=rng, dtype=torch.float64)
         y = FUNCTIONS[function](x) + noise * torch.randn(size, generator=rng, dtype=torch.float64)
         return InMemory(x.float().unsqueeze(1), y.float())
 
-    return generated(draw, train_size, val_size, test_size)
+    return generated(draw, **keys)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size
 from dlopt.data.resampling import resize_box
 from dlopt.data.task import Task
 from dlopt.errors import UserError
+from dlopt.random import generator
+from dlopt.ranges import Count, Natural
 
 _HEADERS_CHECKED = 256  # images whose size is checked in advance; the others are checked when decoded
 _LABELS_CHECKED = 64  # items whose labels are compared with the dataset's attribute
@@ -118,19 +120,28 @@ def white(samples: Samples) -> float:
     return 255.0 if images.dtype == torch.uint8 or (images.min() >= 0 and images.max() > 1) else 1.0
 
 
-def generated(
-    draw: "Callable[[int, int], InMemory]",
-    train_size: int,
-    val_size: int,
-    test_size: int,
-    classes: tuple[str, ...] | None = None,
-) -> Dataset:
-    """Builds a dataset of splits drawn by `draw(size, number)`; a size of 0 omits a split.
+class SplitKeys(TypedDict):
+    """Config keys of every generated dataset: the sizes of its splits, of which 0 omits one, and the seed."""
 
-    The numbers are RNG streams: the size of one split does not change the others.
-    """
-    val, test = (draw(size, number) if size else None for number, size in ((1, val_size), (2, test_size)))
-    return Dataset(draw(train_size, 0), val, test, classes)
+    train_size: Count
+    val_size: Natural
+    test_size: Natural
+    seed: int
+
+
+def generated(
+    draw: "Callable[[int, torch.Generator], InMemory]",
+    classes: tuple[str, ...] | None = None,
+    **keys: Unpack[SplitKeys],
+) -> Dataset:
+    """Builds a dataset of splits drawn by `draw(size, generator)`. The size of one does not change the others."""
+    train, val, test = (generator("cpu", keys["seed"], split) for split in range(3))
+    return Dataset(
+        draw(keys["train_size"], train),
+        draw(keys["val_size"], val) if keys["val_size"] else None,
+        draw(keys["test_size"], test) if keys["test_size"] else None,
+        classes,
+    )
 
 
 class InMemory:

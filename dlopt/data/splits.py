@@ -84,15 +84,13 @@ def prepare(
         train = train.relabel(corrupted(train.targets, len(dataset.classes or ()), settings))
     size = size_pair(settings.image_size)
     train = _resized(train, size)
-    val = None if val is None else _resized(val, size)
-    test = None if test is None else _resized(test, size)
+    val, test = (None if samples is None else _resized(samples, size) for samples in (val, test))
     for name, samples in (("validation", val), ("test", test)):
         if samples is not None and samples.shape != train.shape:
             raise UserError(
                 f"data.image_size=null: {name} samples have the shape {list(samples.shape)}, training samples "
                 f"{list(train.shape)}; resize images to one size, for example data.image_size=224"
             )
-    splits = [samples for samples in (train, val, test) if samples is not None]
     if random_crops and whole_images(train) is not None:
         if settings.memory is True:
             raise UserError(
@@ -100,6 +98,7 @@ def prepare(
                 "image; use data.memory=auto"
             )
         return replace(dataset, train=train, val=val, test=test)
+    splits = [samples for samples in (train, val, test) if samples is not None]
     in_memory = _load_into_memory(splits, settings, torch.device(device), processes)
     if in_memory:
         train = materialize(train, worker_count(settings.workers, train, processes))

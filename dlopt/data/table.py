@@ -4,19 +4,17 @@ import csv as csv_module
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal, TextIO, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlopt.data.images import size_pair
 from dlopt.data.samples import Dataset, ImageList
-from dlopt.data.verify import image_files
+from dlopt.data.verify import ImageKeys, image_files
 from dlopt.errors import UserError
-from dlopt.ranges import Natural, PositiveFraction
 
 
 def csv(
@@ -28,9 +26,7 @@ def csv(
     split_column: str | None,
     labels: Literal["class", "value"],
     channels: Literal[1, 3],
-    on_error: Literal["fail", "skip"],
-    max_skips: Natural | PositiveFraction,
-    image_size: int | tuple[int, int] | None,
+    **keys: Unpack[ImageKeys],
 ) -> Dataset:
     """Loads images whose paths and labels are listed in a CSV file with a header line.
 
@@ -53,20 +49,18 @@ def csv(
         if split not in splits:
             raise UserError(f"{line}: {split_column} is {split!r}; train, val or test are allowed")
         image = base / row[path_column].strip()
-        if on_error == "fail" and not os.path.isfile(image):
+        if keys["on_error"] == "fail" and not os.path.isfile(image):
             raise UserError(f"{line}: {image} is missing or not a file")
         splits[split].append((str(image), row[label_column].strip()))
     if not splits["train"]:
         raise UserError(f"data.file={file}: has no training rows")
     classes = tuple(sorted({label for _, label in splits["train"]})) if labels == "class" else None
-    files, notes = image_files(
-        str(path),
-        {split: _images(file, rows, classes) for split, rows in splits.items() if rows},
-        image_size=size_pair(image_size),
-        channels=channels,
-        on_error=on_error,
-        max_skips=max_skips,
-    )
+    lists = {
+        split: ImageList(np.array([os.fsencode(path) for path, _ in rows]), _targets(file, rows, classes))
+        for split, rows in splits.items()
+        if rows
+    }
+    files, notes = image_files(str(path), lists, channels=channels, **keys)
     return Dataset(files["train"], files.get("val"), files.get("test"), classes, notes=notes)
 
 
@@ -103,10 +97,6 @@ def opened_csv(path: Path) -> Iterator[TextIO]:
         raise UserError(f"data.file={path}: is not a CSV file in UTF-8 ({error})") from error
 
 
-def _images(file: str, rows: list[tuple[str, str]], classes: tuple[str, ...] | None) -> ImageList:
-    return ImageList(np.array([os.fsencode(path) for path, _ in rows]), _targets(file, rows, classes))
-
-
 def _targets(file: str, rows: list[tuple[str, str]], classes: tuple[str, ...] | None) -> Tensor:
     if classes is None:
         return torch.tensor([_number(file, path, label) for path, label in rows], dtype=torch.float32)
@@ -118,10 +108,9 @@ def _targets(file: str, rows: list[tuple[str, str]], classes: tuple[str, ...] | 
 
 
 def _number(file: str, path: str, label: str) -> float:
-    try:
+    value = math.nan
+    with suppress(ValueError):
         value = float(label)
-    except ValueError:
-        value = math.nan
     if not math.isfinite(value):
         raise UserError(f"data.file={file}: the label of {path} is {label!r}; data.labels=value needs finite numbers")
     return value

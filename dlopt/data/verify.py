@@ -9,18 +9,21 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dlopt.data.cache import cache_file, exclusive, load_arrays, save, save_arrays
-from dlopt.data.images import decode
+from dlopt.data.images import decode, size_pair
 from dlopt.data.loading import Loader, worker_count
 from dlopt.data.samples import Files, ImageList
 from dlopt.errors import UserError
+from dlopt.ranges import Natural, PositiveFraction
 
 log = logging.getLogger(__name__)
 
@@ -30,28 +33,32 @@ _PROGRESS = 10.0  # seconds between progress messages
 _VERSION = "1"
 
 
+class ImageKeys(TypedDict):
+    """Config keys of every dataset of image files.
+
+    `on_error`: `skip`: check all images in advance and skip unreadable ones; `fail`: check nothing in advance.
+    `max_skips`: maximum number of skipped images: a count, or a float fraction of all (at least one).
+    """
+
+    on_error: Literal["fail", "skip"]
+    max_skips: Natural | PositiveFraction
+    image_size: int | tuple[int, int] | None
+
+
 def image_files(
-    key: str,
-    splits: Mapping[str, ImageList],
-    *,
-    image_size: tuple[int, int] | None,
-    channels: int,
-    on_error: Literal["fail", "skip"],
-    max_skips: int | float,
+    key: str, splits: Mapping[str, ImageList], *, channels: int, **keys: Unpack[ImageKeys]
 ) -> tuple[dict[str, Files], tuple[str, ...]]:
     """Returns the images of each split as samples, and lines for the user about skipped images.
 
-    Args:
-        key: folder or file of the data, which identifies it in the cache.
-        on_error: `skip`: check all images now and skip unreadable ones; `fail`: check nothing now.
-        max_skips: maximum number of skipped images: a count, or a float fraction of all (at least one).
+    `key`: folder or file of the data, which identifies it in the cache.
 
     Raises:
         UserError: more than `max_skips` images, or all images of a class, cannot be read.
     """
     notes: list[str] = []
-    if on_error == "skip":
-        splits, notes = _readable_splits(os.path.abspath(key), splits, image_size, channels, max_skips)
+    image_size = size_pair(keys["image_size"])
+    if keys["on_error"] == "skip":
+        splits, notes = _readable_splits(os.path.abspath(key), splits, image_size, channels, keys["max_skips"])
     files = {
         split: Files(images.paths, images.targets, image_size, channels, images.folder)
         for split, images in splits.items()
@@ -60,18 +67,14 @@ def image_files(
 
 
 def _readable_splits(
-    key: str,
-    splits: Mapping[str, ImageList],
-    image_size: tuple[int, int] | None,
-    channels: int,
-    max_skips: int | float,
+    key: str, splits: Mapping[str, ImageList], image_size: tuple[int, int] | None, channels: int, max_skips: int | float
 ) -> tuple[dict[str, ImageList], list[str]]:
     total = sum(len(images) for images in splits.values())
     cap = max_skips if isinstance(max_skips, int) else max(1, int(max_skips * total))
     readable: dict[str, ImageList] = {}
     bad: list[str] = []
     for split, images in splits.items():
-        good = _readable(f"{key}\0{split}", images, _Checks(images, image_size, channels), cap - len(bad))
+        good = _readable(f"{key}\0{split}", _Checks(images, image_size, channels), cap - len(bad))
         bad += [images.path(index) for index in (~good).nonzero()[0].tolist()]
         if len(bad) > cap:
             raise UserError(
@@ -95,17 +98,16 @@ def _reason(path: str) -> str:
     return f"{path}: could not be read when it was checked"
 
 
-def _readable(key: str, images: ImageList, checks: "_Checks", cap: int) -> np.ndarray:
+def _readable(key: str, checks: "_Checks", cap: int) -> np.ndarray:
     """Returns bool [N]: which images can be read. Stops once more than `cap` cannot."""
     from PIL import __version__ as pillow
 
-    path = cache_file("readable", _VERSION, pillow, key)
+    path, images = cache_file("readable", _VERSION, pillow, key), checks.images
     with exclusive(path):  # the first process checks the images; the others then read its cache
         states = np.array([_state(images.path(index)) for index in range(len(images))]).reshape(-1, 4)
         good, unknown = _cached(path, images, states)
-        loader = Loader(checks, worker_count("auto", unknown))
         done, last_message = 0, time.monotonic()
-        try:
+        with closing(Loader(checks, worker_count("auto", unknown))) as loader:
             for result in loader.run(torch.from_numpy(unknown).split(_BATCH)):
                 good[unknown[done : done + len(result)]] = result.numpy()
                 done += len(result)
@@ -115,30 +117,26 @@ def _readable(key: str, images: ImageList, checks: "_Checks", cap: int) -> np.nd
                     last_message = time.monotonic()
                     # a warning, so that it goes to stderr
                     log.warning(f"data.on_error=skip: checked {done:,} of {len(unknown):,} images")
-        finally:
-            loader.close()
         if len(unknown):
             save_arrays(path, {"paths": images.paths, "states": states, "good": good})
     return good
 
 
+@dataclass(frozen=True)
 class _Checks:
     """A `Reader` of bools: whether an image can be read. This lets a `Loader` check images in workers."""
 
-    def __init__(self, images: ImageList, image_size: tuple[int, int] | None, channels: int) -> None:
-        self._images = images
-        self._image_size = image_size
-        self._channels = channels
+    images: ImageList
+    image_size: tuple[int, int] | None
+    channels: int
 
     def fetch(self, indices: Tensor) -> Tensor:
-        return torch.tensor([self._can_read(self._images.path(index)) for index in indices.tolist()])
-
-    def _can_read(self, path: str) -> bool:
-        try:
-            decode(path, self._image_size, self._channels)
-        except UserError:
-            return False
-        return True
+        readable = torch.zeros(len(indices), dtype=torch.bool)
+        for number, index in enumerate(indices.tolist()):
+            with suppress(UserError):
+                decode(self.images.path(index), self.image_size, self.channels)
+                readable[number] = True
+        return readable
 
 
 def _state(path: str) -> tuple[int, int, int, int]:

@@ -1,5 +1,7 @@
 """Shared by the models: normalization, activations, small layers, and checks of the input's shape."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -244,3 +246,15 @@ def zero_branch(norm: nn.Module, layer: nn.Module) -> None:
             "init.zero_last_gamma=true: the blocks have no gamma with model.norm_affine=false; "
             "set model.norm_affine=true or model.norm=none"
         )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Context in which all layers are in evaluation mode; afterwards each layer has its own mode again."""
+    training = {layer: layer.training for layer in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for layer, was_training in training.items():
+            layer.training = was_training

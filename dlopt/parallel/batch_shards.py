@@ -1,6 +1,7 @@
 """Slices of a global batch for each rank. Micro-batches contain the same samples whatever the number of ranks."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -85,14 +86,14 @@ def micro_batch_shards(total: int, accumulate: int, rank: int, ranks: int) -> li
     ]
 
 
+@dataclass(frozen=True)
 class ShardedAugment:
     """Augments a rank's samples where they are several slices of the global batch, or none."""
 
-    def __init__(self, augment: Augment, accumulate: int, rank: int, ranks: int) -> None:
-        self.augment = augment
-        self.accumulate = accumulate
-        self.rank = rank
-        self.ranks = ranks
+    augment: Augment
+    accumulate: int
+    rank: int
+    ranks: int
 
     def __call__(
         self,

@@ -5,14 +5,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dlopt.errors import UserError
+from dlopt.models.layers import evaluation_mode
 from dlopt.processor import synchronized_time
 
 _REPETITIONS = 3
@@ -94,30 +97,19 @@ def trace(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardContext) 
     The layers run in evaluation mode: batch-norm statistics and random generators stay untouched. Raises `UserError`
     for a layer that does not return a tensor.
     """
-    modes = {module: module.training for layer in chain for module in layer.module.modules()}
-    try:
-        with torch.no_grad(), context():
-            values = inputs
-            for layer in chain:
-                layer.module.eval()
-                handles = [
-                    module.register_forward_pre_hook(_recorder(layer.dropouts))
-                    for module in layer.module.modules()
-                    if isinstance(module, _DropoutNd) and module.p > 0
-                ]
+    with torch.no_grad(), context():
+        values = inputs
+        for layer in chain:
+            with evaluation_mode(layer.module), register_module_forward_pre_hook(partial(_record_dropout, layer)):
                 values = layer.module(values)
-                for handle in handles:
-                    handle.remove()
-                if not isinstance(values, Tensor):
-                    raise UserError(f"parallel=pipeline: layer {layer.name} does not return a single tensor")
-                layer.output = ActivationSpec.of(values)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+            if not isinstance(values, Tensor):
+                raise UserError(f"parallel=pipeline: layer {layer.name} does not return a single tensor")
+            layer.output = ActivationSpec.of(values)
 
 
-def _recorder(dropouts: list[tuple[nn.Module, ActivationSpec]]) -> Callable[..., None]:
-    return lambda module, inputs: dropouts.append((module, ActivationSpec.of(inputs[0])))
+def _record_dropout(layer: ChainLayer, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if isinstance(module, _DropoutNd) and module.p > 0:
+        layer.dropouts.append((module, ActivationSpec.of(inputs[0])))
 
 
 def time_layers(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardContext) -> list[float]:

@@ -9,6 +9,7 @@ conjugate pairs, because backward runs the adjoint of forward:
     scatter forward: this rank's slice                 backward: all-gather
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,26 +55,32 @@ class ModelGroup:
 
     def copy(self, full: Tensor) -> Tensor:
         """Returns a replicated tensor that the ranks use differently: backward sums their gradients."""
-        copied: Tensor = _Copy.apply(full, self)
-        return copied
+        return with_adjoint(full, lambda full: full.view_as(full), lambda gradient: all_reduce(gradient, self))
 
     def reduce(self, partial: Tensor) -> Tensor:
         """Returns the sum over ranks, replicated."""
-        total: Tensor = _Reduce.apply(partial, self)
-        return total
+        return with_adjoint(partial, lambda partial: all_reduce(partial, self), lambda gradient: gradient)
 
     def gather(self, shard: Tensor, dim: int = 1, *, reduce_grad: bool = False) -> Tensor:
         """Concatenates the equal shards of all ranks along `dim`, replicated.
 
         `reduce_grad`: the ranks use the result differently, as if `copy` followed; backward is one reduce-scatter.
         """
-        full: Tensor = _Gather.apply(shard, dim, reduce_grad, self)
-        return full
+
+        def backward(gradient: Tensor) -> Tensor:
+            return reduce_scatter(gradient, dim, self) if reduce_grad else self._equal_shard(gradient, dim)
+
+        return with_adjoint(shard, lambda shard: all_gather(shard, dim, self), backward)
 
     def scatter(self, full: Tensor, dim: int = 1) -> Tensor:
         """Returns this rank's equal shard of a replicated tensor, without communication."""
-        shard: Tensor = _Scatter.apply(full, dim, self)
-        return shard
+        # A copy: a view returned by a custom Function must not be modified in place, as an in-place ReLU would.
+        return with_adjoint(
+            full, lambda full: self._equal_shard(full, dim).clone(), lambda gradient: all_gather(gradient, dim, self)
+        )
+
+    def _equal_shard(self, full: Tensor, dim: int) -> Tensor:
+        return full.tensor_split(self.size, dim)[self.rank]
 
     def local_slice(self, size: int) -> slice:
         """Returns the positions of this rank's equal shard of `size` entries."""
@@ -88,6 +95,25 @@ class ModelGroup:
         """Returns the position of features [B, F, ...] that are sharded over the ranks."""
         size = shard.shape[1] * self.size
         return ShardSpec(1, self.local_slice(size), size)
+
+
+def with_adjoint(tensor: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns `forward(tensor)`; `backward`, its adjoint, maps the gradient. Neither records a graph."""
+    return _WithAdjoint.apply(tensor, forward, backward)
+
+
+class _WithAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.adjoint = backward
+        return forward(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.adjoint(gradient), None, None
 
 
 # Plain collectives. They neither write to their input nor record a graph. Empty tensors are skipped on all ranks alike,
@@ -133,53 +159,3 @@ def _in_memory_order(tensor: Tensor, dim: int) -> tuple[Tensor, int, tuple[int, 
     if is_channels_last(tensor):
         return tensor.permute(0, 2, 3, 1), (0, 3, 1, 2)[dim], (0, 3, 1, 2)
     return tensor.contiguous(), dim, tuple(range(tensor.ndim))
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, full: Tensor, model_group: ModelGroup) -> Tensor:
-        ctx.model_group = model_group
-        return full.view_as(full)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(gradient, ctx.model_group), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, model_group: ModelGroup) -> Tensor:
-        return all_reduce(partial, model_group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, shard: Tensor, dim: int, reduce_grad: bool, model_group: ModelGroup) -> Tensor:
-        ctx.dim, ctx.reduce_grad, ctx.model_group = dim, reduce_grad, model_group
-        return all_gather(shard, dim, model_group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.reduce_grad:
-            return reduce_scatter(gradient, ctx.dim, ctx.model_group), None, None, None
-        return gradient.tensor_split(ctx.model_group.size, ctx.dim)[ctx.model_group.rank], None, None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, full: Tensor, dim: int, model_group: ModelGroup) -> Tensor:
-        ctx.dim, ctx.model_group = dim, model_group
-        # A copy: a view returned by a custom Function must not be modified in place, as an in-place ReLU would.
-        return full.tensor_split(model_group.size, dim)[model_group.rank].clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(gradient, ctx.dim, ctx.model_group), None, None

@@ -5,6 +5,7 @@ the third convolution and before the fully connected layers (Krizhevsky, Sutskev
 holds the classifier.
 """
 
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -13,10 +14,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
-from dlopt.parallel.collectives import ModelGroup
+from dlopt.parallel.collectives import ModelGroup, with_adjoint
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, join
+from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, join_mode
 from dlopt.parallel.split_layers import convert
 
 
@@ -25,8 +26,8 @@ class ColumnParallel(ModelParallel):
 
     sharding: Literal["replicated", "tensors", "layers"] = "layers"
 
-    def __init__(self, name: str, group: Group, device: torch.device, **options: Any) -> None:
-        super().__init__(name, group, device, split=split_columns, **options)
+    def __init__(self, group: Group, device: torch.device, **options: Any) -> None:
+        super().__init__(group, device, split=split_columns, **options)
         self.is_replica = self.data_rank > 0  # the first model group holds the same layers
 
     def distribute_parameters(self, model: nn.Module, plan: ShardingPlan) -> None:
@@ -47,11 +48,9 @@ class OneColumnAlexNet(TwoColumnAlexNet):
             maps = images.detach().requires_grad_()
         for segment in segments[:-1]:
             maps = self.model_group.gather(segment(maps), reduce_grad=True)
-        features: Tensor = _GatherToFirst.apply(segments[-1](maps), self.model_group)
+        features = gather_to_first(segments[-1](maps), self.model_group)
         outputs = self.head(features) if self.model_group.rank == 0 else features
-        shape = (len(images), self.head.out_features)
-        logits: Tensor = _BroadcastFromFirst.apply(outputs, shape, self.model_group)
-        return logits
+        return broadcast_from_first(outputs, (len(images), self.head.out_features), self.model_group)
 
 
 class ColumnDropout(nn.Module):
@@ -69,56 +68,49 @@ class ColumnDropout(nn.Module):
             self.dropout(inputs if rank == self.model_group.rank else torch.zeros_like(inputs))
             for rank in range(self.model_group.size)
         ]
-        local: Tensor = outputs[self.model_group.rank]
-        return local
+        return outputs[self.model_group.rank]
 
 
-class _GatherToFirst(torch.autograd.Function):
+def gather_to_first(shard: Tensor, model_group: ModelGroup) -> Tensor:
     """Concatenates the features [B, F] of all ranks on rank 0; the others get [B, 0], which keeps them in the graph."""
+    others = range(1, model_group.size) if shard.numel() else range(0)
+    shape, group = shard.shape, model_group.process_group
 
-    @staticmethod
-    def forward(ctx: Any, shard: Tensor, model_group: ModelGroup) -> Tensor:
-        ctx.model_group, ctx.shape = model_group, shard.shape
+    def forward(shard: Tensor) -> Tensor:
         shard = shard.detach().contiguous()
         if model_group.rank > 0:
-            if shard.numel():
-                distributed.send(shard, model_group.global_rank(0), group=model_group.process_group)
+            if others:
+                distributed.send(shard, model_group.global_rank(0), group=group)
             return shard[:, :0].clone()
         shards = [shard, *(torch.empty_like(shard) for _ in range(1, model_group.size))]
-        for rank in range(1, model_group.size) if shard.numel() else ():
-            distributed.recv(shards[rank], model_group.global_rank(rank), group=model_group.process_group)
+        for rank in others:
+            distributed.recv(shards[rank], model_group.global_rank(rank), group=group)
         return torch.cat(shards, dim=1)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        model_group = ctx.model_group
+    def backward(gradient: Tensor) -> Tensor:
         if model_group.rank > 0:
-            shard = gradient.new_empty(ctx.shape)
-            if shard.numel():
-                distributed.recv(shard, model_group.global_rank(0), group=model_group.process_group)
-            return shard, None
+            received = gradient.new_empty(shape)
+            if others:
+                distributed.recv(received, model_group.global_rank(0), group=group)
+            return received
         shards = [shard.contiguous() for shard in gradient.tensor_split(model_group.size, dim=1)]
-        for rank in range(1, model_group.size) if gradient.numel() else ():
-            distributed.send(shards[rank], model_group.global_rank(rank), group=model_group.process_group)
-        return shards[0], None
+        for rank in others:
+            distributed.send(shards[rank], model_group.global_rank(rank), group=group)
+        return shards[0]
+
+    return with_adjoint(shard, forward, backward)
 
 
-class _BroadcastFromFirst(torch.autograd.Function):
+def broadcast_from_first(outputs: Tensor, shape: tuple[int, int], model_group: ModelGroup) -> Tensor:
     """Broadcasts rank 0's outputs of the given shape. Backward sends nothing: all ranks compute the same gradient."""
 
-    @staticmethod
-    def forward(ctx: Any, outputs: Tensor, shape: tuple[int, int], model_group: ModelGroup) -> Tensor:
-        ctx.like, ctx.is_first = outputs, model_group.rank == 0
+    def forward(outputs: Tensor) -> Tensor:
         logits = outputs.detach().clone() if model_group.rank == 0 else outputs.new_empty(shape)
         if logits.numel():
             distributed.broadcast(logits, model_group.global_rank(0), group=model_group.process_group)
         return logits
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient if ctx.is_first else torch.zeros_like(ctx.like), None, None
+    return with_adjoint(outputs, forward, lambda grad: grad if model_group.rank == 0 else torch.zeros_like(outputs))
 
 
 def split_columns(model: nn.Module, input_shape: tuple[int, ...], model_group: ModelGroup) -> ShardingPlan:
@@ -147,7 +139,4 @@ def split_columns(model: nn.Module, input_shape: tuple[int, ...], model_group: M
 def columns(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("columns", precision)
-    joined = join("columns", device, **keys)
-    if joined is None:
-        return Mode(device, "columns")
-    return ColumnParallel("columns", *joined, accumulate=accumulate)
+    return join_mode("columns", device, partial(ColumnParallel, name="columns", accumulate=accumulate), keys)

@@ -42,8 +42,7 @@ class GlobalDropout(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         shard = self.current.shard
         if (shard is None and self.feature_spec is None) or not self.training or self.dropout.p == 0:
-            outputs: Tensor = self.dropout(inputs)
-            return outputs
+            return self.dropout(inputs)
         if shard is None:
             shard = MicroBatchShard(len(inputs), slice(0, len(inputs)))
         if len(inputs) != shard.samples:
@@ -65,8 +64,7 @@ class GlobalDropout(nn.Module):
         full = ActivationSpec.of(inputs).restore_order(inputs.new_zeros(shape))
         if spec is None:
             full[shard.local] = inputs
-            kept: Tensor = self.dropout(full)[shard.local]
-            return kept
+            return self.dropout(full)[shard.local]
         full[shard.local] = spec.insert(full[shard.local], inputs)
         return spec.select(self.dropout(full)[shard.local])
 

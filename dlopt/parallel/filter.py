@@ -10,6 +10,8 @@ section 3.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -27,7 +29,7 @@ from dlopt.parallel.chain import is_sequential
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import ProcessKeys, check_precision, join
+from dlopt.parallel.process_group import ProcessKeys, check_precision, join_mode
 from dlopt.parallel.split_layers import (
     PROJECTED,
     InputSplitConv2d,
@@ -45,6 +47,7 @@ _CHANNELWISE = (
 _WEIGHTED = (nn.Conv2d, nn.Linear, LocallyConnected2d)
 
 
+@dataclass
 class Splitter:
     """Splits a model in place, layer by layer, following the layout of the features from layer to layer.
 
@@ -52,12 +55,11 @@ class Splitter:
     dropouts with sharded inputs (`dlopt.parallel.dropout`). Raises `UserError` naming a layer that cannot be split.
     """
 
-    def __init__(self, model_group: ModelGroup, mode: str = "filter") -> None:
-        self.model_group = model_group
-        self.mode = mode
-        self.shard_specs: dict[str, ShardSpec] = {}
-        self.dropouts: dict[nn.Module, Callable[[Tensor], ShardSpec]] = {}
-        self._last: nn.Module | None = None
+    model_group: ModelGroup
+    mode: str = "filter"
+    shard_specs: dict[str, ShardSpec] = field(default_factory=dict)
+    dropouts: dict[nn.Module, Callable[[Tensor], ShardSpec]] = field(default_factory=dict)
+    _last: nn.Module | None = field(default=None, init=False)
 
     def split(self, model: nn.Module) -> None:
         if isinstance(model, TwoColumnAlexNet):
@@ -251,10 +253,8 @@ def split_filters(model: nn.Module, input_shape: tuple[int, ...], model_group: M
 def filters(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("filter", precision)
-    joined = join("filter", device, **keys)
-    if joined is None:
-        return Mode(device, "filter")
-    return ModelParallel("filter", *joined, accumulate=accumulate, split=split_filters)
+    build = partial(ModelParallel, name="filter", accumulate=accumulate, split=split_filters)
+    return join_mode("filter", device, build, keys)
 
 
 def named_children(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:

@@ -7,6 +7,7 @@ Rajbhandari et al. 2020, "ZeRO" (stage 3); Zhao et al. 2023, "PyTorch FSDP".
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -16,7 +17,7 @@ from dlopt.errors import UserError
 from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import replace_dropout
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, join
+from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, join_mode
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.sync_batchnorm import synchronize
@@ -26,44 +27,29 @@ from dlopt.ranges import Count, Natural
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def fully_sharded(
-    *,
-    device: torch.device,
-    accumulate: int,
-    precision: str,
-    shards: Count | None,
-    unit_parameters: Natural,
-    reshard_after_forward: bool,
-    sync_every_micro_batch: bool,
-    cpu_offload: bool,
-    sync_batchnorm: bool,
-    **keys: Unpack[ProcessKeys],
-) -> Mode:
+class ShardingKeys(ProcessKeys):
+    """Config keys of the mode."""
+
+    shards: Count | None
+    unit_parameters: Natural
+    reshard_after_forward: bool
+    sync_every_micro_batch: bool
+    cpu_offload: bool
+    sync_batchnorm: bool
+
+
+def fully_sharded(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ShardingKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("fsdp", precision)
-    if cpu_offload and device.type != "cuda":
+    if keys["cpu_offload"] and device.type != "cuda":
         raise UserError("parallel.cpu_offload=true: requires a GPU; set parallel.cpu_offload=false")
-    world = current()
+    world, shards = current(), keys["shards"]
     if world is not None and shards is not None and world.size % shards:
         raise UserError(
             f"parallel.shards={shards}: must divide the number of processes ({world.size}); null: all processes"
         )
-    joined = join("fsdp", device, **keys)
-    if joined is None:
-        return Mode(device, "fsdp")
-    group, device = joined
-    return FullySharded(
-        group,
-        device,
-        accumulate=accumulate,
-        sync_batchnorm=sync_batchnorm,
-        shards=group.size if shards is None else shards,
-        unit_parameters=unit_parameters,
-        reshard_after_forward=reshard_after_forward,
-        sync_every_micro_batch=sync_every_micro_batch,
-        cpu_offload=cpu_offload,
-        low_precision=precision == "bf16",
-    )
+    build = partial(FullySharded, accumulate=accumulate, low_precision=precision == "bf16", keys=keys)
+    return join_mode("fsdp", device, build, keys)
 
 
 class FullySharded(DataParallel):
@@ -72,58 +58,37 @@ class FullySharded(DataParallel):
     sharding: Literal["replicated", "tensors", "layers"] = "tensors"
 
     def __init__(
-        self,
-        group: Group,
-        device: torch.device,
-        *,
-        accumulate: int,
-        sync_batchnorm: bool,
-        shards: int,
-        unit_parameters: int,
-        reshard_after_forward: bool,
-        sync_every_micro_batch: bool,
-        cpu_offload: bool,
-        low_precision: bool,
+        self, group: Group, device: torch.device, *, accumulate: int, low_precision: bool, keys: ShardingKeys
     ) -> None:
-        super().__init__(
-            group,
-            device,
-            accumulate=accumulate,
-            sync_batchnorm=sync_batchnorm,
-            compression="none",
-            options={},
-            name="fsdp",
-        )
-        self.shards = shards
-        self.unit_parameters = unit_parameters
-        self.reshard_after_forward = reshard_after_forward
-        self.sync_every_micro_batch = sync_every_micro_batch
-        self.cpu_offload = cpu_offload
+        super().__init__(group, device, accumulate=accumulate, sync_batchnorm=keys["sync_batchnorm"], name="fsdp")
         self.low_precision = low_precision
+        self.keys = keys
 
     def checkpoint_writer(self) -> ShardWriter:
         return ShardWriter(self.rank, minutes=self.group.minutes)
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        from torch.distributed.fsdp import FSDPModule
+
         if self.sync_batchnorm:
             synchronize(model, self.device)
         replace_dropout(model, self.dropout)
         model.to(memory_format=torch.contiguous_format)  # FSDP2 requires it; layers follow the format of their inputs
         self._shard(model)
-        if not self.sync_every_micro_batch:
+        if not self.keys["sync_every_micro_batch"]:
             self._no_sync = lambda: _no_gradient_sync(model)
 
         def call(inputs: Tensor) -> Tensor:
-            outputs: Tensor
             if torch.is_grad_enabled():
-                outputs = model(inputs)
-                return outputs
+                return model(inputs)
             # no_grad instead of inference mode: gathered inference tensors could not be reused in training.
             with torch.inference_mode(False), torch.no_grad():
                 outputs = model(inputs)
             # Without a backward, units with reshard_after_forward=false would stay gathered: the next forward would use
             # stale weights if the shards have changed in between.
-            _reshard(model)
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
             return outputs
 
         return call
@@ -132,14 +97,15 @@ class FullySharded(DataParallel):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-        replicas = self.processes // self.shards
+        shards = self.keys["shards"] or self.processes
+        replicas = self.processes // shards
         # With replicas: HSDP. Gradients are reduce-scattered within a shard group and averaged over the replicas.
-        dims = {"shard": self.shards} if replicas == 1 else {"replicate": replicas, "shard": self.shards}
+        dims = {"shard": shards} if replicas == 1 else {"replicate": replicas, "shard": shards}
         mesh = init_device_mesh(self.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
         options: dict[str, Any] = {
             "mesh": mesh,
-            "reshard_after_forward": self.reshard_after_forward,
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "reshard_after_forward": self.keys["reshard_after_forward"],
+            "offload_policy": CPUOffloadPolicy() if self.keys["cpu_offload"] else OffloadPolicy(),
         }
         if self.low_precision:
             # Gather weights in bf16, in which autocast uses them anyway. Norms stay in fp32, as under autocast.
@@ -149,7 +115,7 @@ class FullySharded(DataParallel):
             options["mp_policy"] = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        for unit in fsdp_units(model, self.unit_parameters):
+        for unit in fsdp_units(model, self.keys["unit_parameters"]):
             fully_shard(unit, **options)
         fully_shard(model, **options)
 
@@ -184,11 +150,3 @@ def _no_gradient_sync(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)  # type: ignore[operator]
-
-
-def _reshard(model: nn.Module) -> None:
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -4,7 +4,8 @@ The `model_degree` ranks of a model group hold one model, split by filters or by
 `data_degree` groups, and gradients are summed over them after each backward. Four GPUs form a 2 x 2 mesh.
 """
 
-from typing import Any, Literal, Unpack
+from functools import partial
+from typing import Literal, Unpack
 
 import torch
 
@@ -42,8 +43,5 @@ def hybrid(
         )
     if joined is None:
         return Mode(device, "hybrid")
-    group, device = joined
-    options: dict[str, Any] = {"accumulate": accumulate, "data_degree": groups, "sync_batchnorm": sync_batchnorm}
-    if inside == "columns":
-        return ColumnParallel("hybrid", group, device, **options)
-    return ModelParallel("hybrid", group, device, split=split_filters, **options)
+    build = ColumnParallel if inside == "columns" else partial(ModelParallel, split=split_filters)
+    return build(*joined, name="hybrid", accumulate=accumulate, data_degree=groups, sync_batchnorm=sync_batchnorm)

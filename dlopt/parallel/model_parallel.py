@@ -5,15 +5,14 @@ The ranks of a model group hold one model together and process the same samples;
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
-from dlopt.parallel.batch_shards import ShardedAugment, local_index, local_slice, micro_batch_shards
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
-from dlopt.parallel.dropout import CurrentShard, replace_dropout
-from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps
+from dlopt.parallel.dropout import replace_dropout
+from dlopt.parallel.mode import MetricRecord, MicroSteps
 from dlopt.parallel.process_group import Group, GroupMode
 from dlopt.parallel.shards import local
 from dlopt.parallel.split_layers import distribute
@@ -48,10 +47,10 @@ class ModelParallel(GroupMode):
 
     def __init__(
         self,
-        name: str,
         group: Group,
         device: torch.device,
         *,
+        name: str,
         accumulate: int,
         split: SplitFunction,
         data_degree: int = 1,
@@ -59,37 +58,17 @@ class ModelParallel(GroupMode):
     ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
-        super().__init__(group, device, name)
-        self.accumulate = accumulate
+        super().__init__(group, device, name, accumulate=accumulate)
         self.split = split
         shape = data_degree, group.size // data_degree
         self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "model"))
         self.data_degree, self.data_rank = data_degree, self.mesh.get_local_rank("data")
         self.model_group = ModelGroup(self.mesh.get_group("model"))
+        self.counts = self.model_group.rank == 0  # all ranks of a model group have the same losses
         self.sync_batchnorm = sync_batchnorm and data_degree > 1
         self.batch_norm_shards = 1 if sync_batchnorm else data_degree
-        self.dropout = CurrentShard()
         self._partial_grads: list[nn.Parameter] = []
         self._parameters: list[nn.Parameter] = []
-
-    # -- sharding a batch
-
-    @property
-    def batch_shard(self) -> BatchShard | None:
-        if self.data_degree == 1:
-            return None
-        return lambda total: local_index(total, self.accumulate, self.data_rank, self.data_degree)
-
-    @property
-    def evaluation_shard(self) -> BatchShard | None:
-        return None if self.data_degree == 1 else lambda total: local_slice(0, total, self.data_rank, self.data_degree)
-
-    def shard_augmentation(self, augment: Any) -> Any:
-        if self.data_degree == 1 or augment is None:
-            return augment
-        return ShardedAugment(augment, self.accumulate, self.data_rank, self.data_degree)
-
-    # -- the model
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         plan = self.split(model, input_shape, self.model_group)
@@ -118,33 +97,18 @@ class ModelParallel(GroupMode):
     def buffer_synchronization(self, model: nn.Module) -> Callable[[], None] | None:
         return buffer_averaging(model, self.data_degree, self.mesh.get_group("data"))
 
-    # -- one update
-
     def forward_backward(
         self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None
     ) -> Tensor:
-        # Each loss is weighted by its fraction of the samples: summed over groups and micro-batches, the losses are the
-        # mean over the global batch.
-        losses, start = [], 0
-        for shard in micro_batch_shards(self.batch_total, self.accumulate, self.data_rank, self.data_degree):
-            stop = start + shard.samples
-            self.dropout.shard = shard
-            x, y, weight = inputs[start:stop], targets[start:stop], shard.samples / self.batch_total
-            losses.append(step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record))
-            start = stop
-        self.dropout.shard = None
+        # Summed over groups and micro-batches, the weighted losses are the mean over the global batch.
+        loss = self.run_micro_batches(step, inputs, targets, record)
         # Within the model group first: the sum over groups below then adds complete gradients, on every rank.
         partial = [local(p.grad) for p in self._partial_grads if p.grad is not None]
         all_reduce_buckets(partial, self.model_group.process_group)
         if self.data_degree > 1:
             gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
             all_reduce_buckets(gradients, self.mesh.get_group("data"))
-        loss = torch.stack(losses).sum()
-        # All ranks of a model group have the same loss: count it once.
-        return self.sum_loss(loss if self.model_group.rank == 0 else torch.zeros_like(loss))
-
-    def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
-        return self.group.sum(values if self.model_group.rank == 0 else [0.0] * len(values))
+        return self.sum_loss(loss if self.counts else torch.zeros_like(loss))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from dlopt.parallel import chain as chains
 from dlopt.parallel.batch_shards import ShardedAugment, micro_batch_bounds
 from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
 from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
-from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, check_precision, join
+from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, check_precision, join_mode
 from dlopt.processor import usable_cores
 from dlopt.ranges import Count
 
@@ -51,16 +51,11 @@ def pipeline(
     in_flight = accumulate if micro_batches is None else micro_batches
     if isinstance(batch_size, int) and in_flight > batch_size:
         raise UserError(f"parallel.micro_batches={in_flight}: must be at most data.batch_size={batch_size}")
-    joined = join("pipeline", device, **keys)
-    if joined is None:
-        return Mode(device, "pipeline")
-    group, device = joined
     probe_samples = (
         _PROBE_SAMPLES if isinstance(batch_size, str) else min(max(batch_size // in_flight, 2), _PROBE_SAMPLES)
     )
-    return Pipeline(
-        group,
-        device,
+    build = partial(
+        Pipeline,
         in_flight=in_flight,
         schedule=schedule,
         split=split,
@@ -68,6 +63,7 @@ def pipeline(
         low_precision=precision == "bf16",
         threads=threads,
     )
+    return join_mode("pipeline", device, build, keys)
 
 
 class Pipeline(GroupMode):
@@ -94,13 +90,14 @@ class Pipeline(GroupMode):
         threads: int | str,
     ) -> None:
         super().__init__(group, device, "pipeline")
+        self.data_rank, self.data_degree = 0, 1
         self.micro_batches_in_flight = in_flight
         self.schedule = schedule
         self.split = split
         self.probe_samples = probe_samples
         self.low_precision = low_precision
         self.threads = threads
-        self.is_last = self.rank == self.processes - 1
+        self.is_last = self.counts = self.rank == self.processes - 1  # it computes the losses
         self._schedules: dict[tuple[int, int], Any] = {}
         self._micro_loss: MicroLoss = lambda outputs, targets: outputs.sum()
 
@@ -207,10 +204,8 @@ class Pipeline(GroupMode):
         losses: list[Tensor] = []
         schedule = self._schedule(size, count)
         arguments = (inputs.contiguous(),) if self.rank == 0 else ()
-        if self.is_last:
-            schedule.step(*arguments, target=targets, losses=losses, return_outputs=False)
-        else:
-            schedule.step(*arguments, return_outputs=False)
+        of_last_rank = {"target": targets, "losses": losses} if self.is_last else {}
+        schedule.step(*arguments, **of_last_rank, return_outputs=False)
         return [loss.detach() for loss in losses]
 
     def _schedule(self, size: int, count: int) -> Any:
@@ -260,9 +255,6 @@ class Pipeline(GroupMode):
             result = torch.cat(outputs) if outputs else self._output.empty(len(inputs), self.device)
             distributed.broadcast(result, self.processes - 1)
         return result
-
-    def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
-        return self.group.sum(values if self.is_last else [0.0] * len(values))
 
 
 class Stage(nn.Module):

@@ -1,18 +1,24 @@
 """The process group of a run: collectives, the synchronized stop flag, and the base of modes of several processes."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
-from typing import Annotated, Any, Protocol, TypedDict, TypeVar, Unpack, cast
+from typing import Annotated, Any, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from annotated_types import Interval
 from torch import Tensor, distributed, nn
 
+from dlopt.data.batches import Batches
 from dlopt.errors import UserError
+from dlopt.interruption import Interruption
 from dlopt.parallel import shards
-from dlopt.parallel.mode import EpochBatches, MicroSteps, Mode
+from dlopt.parallel.batch_shards import ShardedAugment, local_index, local_slice, micro_batch_shards
+from dlopt.parallel.dropout import CurrentShard
+from dlopt.parallel.mode import BatchShard, EpochBatches, MetricRecord, MicroSteps, Mode
 from dlopt.parallel.rendezvous import World, current, join_store
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.ranges import Count, Positive
@@ -24,25 +30,11 @@ _numbers = count()  # a process may join one group after another; each gets its 
 _LAG = 8  # updates after which a GPU's stop flag is read; the host seldom runs further ahead than that
 
 
-class StopRequest(Protocol):
-    """Whether this process should stop, and why (`dlopt.interruption.Interruption`)."""
-
-    reason: str | None
-
-    def __bool__(self) -> bool: ...
-
-
 class Group:
     """The process group of a run: NCCL for tensors on GPUs, gloo for tensors on the host."""
 
     def __init__(
-        self,
-        world: World,
-        device: torch.device,
-        *,
-        minutes: float,
-        address: str | None = None,
-        port: int | None = None,
+        self, world: World, device: torch.device, *, minutes: float, address: str | None = None, port: int | None = None
     ) -> None:
         store = join_store(world, minutes=minutes, address=address, port=port)
         if device.type == "cuda":
@@ -70,19 +62,6 @@ class Group:
         # Gathered and added up locally: every rank adds in rank order, which an all-reduce does not promise.
         gathered = self.all_gather(torch.tensor(values, dtype=torch.float64))
         return [float(total) for total in gathered.sum(0)]
-
-    def maximum(self, values: Tensor) -> Tensor:
-        """Returns the elementwise maximum over ranks of a tensor on the host, as a new tensor."""
-        largest = values.clone()
-        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
-        return largest
-
-    def broadcast(self, value: T) -> T:
-        """Returns rank 0's value."""
-        box: list[Any] = [value]
-        distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        received: T = box[0]
-        return received
 
     def __deepcopy__(self, memo: object) -> "Group":
         return self  # copies of a model communicate over the same processes
@@ -125,6 +104,12 @@ def join(mode: str, device: torch.device, **keys: Unpack[ProcessKeys]) -> tuple[
     return Group(world, device, minutes=keys["timeout_minutes"], address=address, port=port), device
 
 
+def join_mode(name: str, device: torch.device, build: Callable[[Group, torch.device], Mode], keys: ProcessKeys) -> Mode:
+    """Joins the process group (see `join`) and builds its mode; in a single process, returns that of one process."""
+    joined = join(name, device, **keys)
+    return Mode(device, name) if joined is None else build(*joined)
+
+
 def check_precision(mode: str, precision: str) -> None:
     """Raises `UserError` for fp16: every rank has its own loss scaler, which sees the overflows of its shards only."""
     if precision == "fp16":
@@ -142,7 +127,7 @@ class StopFlag:
     sum is copied asynchronously and read `_LAG` updates later, so the host never waits for the device.
     """
 
-    def __init__(self, request: StopRequest | None) -> None:
+    def __init__(self, request: Interruption | None) -> None:
         self.request = request
         self._is_set = False
         self._pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
@@ -174,12 +159,12 @@ class StopFlag:
             self._is_set |= bool(on_host > 0)
 
 
+@dataclass(frozen=True)
 class EvaluationStopFlag:
     """The same flag within an evaluation, where no loss is reduced: reading it is a collective that all ranks call."""
 
-    def __init__(self, stop: StopFlag, group: Group) -> None:
-        self.stop = stop
-        self.group = group
+    stop: StopFlag
+    group: Group
 
     def __bool__(self) -> bool:
         if not self.stop:
@@ -189,28 +174,81 @@ class EvaluationStopFlag:
 
 
 class GroupMode(Mode):
-    """Base of all distributed modes: this process is one rank of a process group."""
+    """Base of all distributed modes: this process is one rank of a process group.
+
+    Batches are sharded over `data_degree` ranks, of which this is `data_rank`: by default over all. Each loss is
+    weighted by its fraction of the samples, because shards of a batch may be unequal or empty.
+    """
 
     is_replica = False  # with `sharding` "layers": another rank holds the same layers, which count once
 
-    def __init__(self, group: Group, device: torch.device, name: str) -> None:
+    def __init__(self, group: Group, device: torch.device, name: str, *, accumulate: int = 1) -> None:
         super().__init__(device, name)
+        self.accumulate = accumulate
         self.group = group
         self.rank, self.processes = group.rank, group.size
+        self.data_rank, self.data_degree = group.rank, group.size
         self.local_processes = group.world.local_size
         self.is_main = group.world.is_main
+        self.counts = True  # whether sums over ranks include this one; false: another rank has the same values
         self.stop = StopFlag(None)
         self.batch_total = 0  # samples of the global batch that is being trained on
+        self.dropout = CurrentShard()
+
+    # -- sharding a batch
+
+    @property
+    def batch_shard(self) -> BatchShard | None:
+        if self.data_degree == 1:
+            return None
+        return lambda total: local_index(total, self.accumulate, self.data_rank, self.data_degree)
+
+    @property
+    def evaluation_shard(self) -> BatchShard | None:
+        return None if self.data_degree == 1 else lambda total: local_slice(0, total, self.data_rank, self.data_degree)
+
+    def shard_augmentation(self, augment: Any) -> Any:
+        if self.data_degree == 1 or augment is None:
+            return augment
+        return ShardedAugment(augment, self.accumulate, self.data_rank, self.data_degree)
+
+    def run_micro_batches(
+        self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None, scale: int = 1
+    ) -> Tensor:
+        """Runs forward and backward of this rank's shards; returns the sum of their mean losses, weighted.
+
+        The weights are fractions of the global batch, times `scale`. A rank without samples in a micro-batch takes
+        part, too (`empty_micro_batch`): the others wait for it in collectives.
+        """
+        losses, start = [], 0
+        shards = micro_batch_shards(self.batch_total, self.accumulate, self.data_rank, self.data_degree)
+        for number, shard in enumerate(shards, 1):
+            stop = start + shard.samples
+            self.dropout.shard = shard
+            x, y, weight = inputs[start:stop], targets[start:stop], shard.samples * scale / self.batch_total
+            with self.backward_context(is_last=number == len(shards)):
+                losses.append(step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record))
+            start = stop
+        self.dropout.shard = None
+        return torch.stack(losses).sum()
+
+    def backward_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Returns the context of a micro-batch's forward and backward."""
+        return nullcontext()
+
+    # -- collectives
 
     def synchronized_stop(self, stop: T) -> T:
-        self.stop = StopFlag(cast(StopRequest, stop))
+        self.stop = StopFlag(cast(Interruption, stop))
         return cast(T, self.stop)
 
     def evaluation_stop(self, stop: T) -> T:
         return cast(T, EvaluationStopFlag(self.stop, self.group))
 
     def broadcast(self, value: T) -> T:
-        return self.group.broadcast(value)
+        box = [value]
+        distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
 
     def gather_lists(self, values: list[T]) -> list[T]:
         lists: list[Any] = [None] * self.processes
@@ -218,7 +256,12 @@ class GroupMode(Mode):
         return [value for values in lists for value in values]
 
     def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
-        return self.group.sum(values)
+        return self.group.sum(values if self.counts else [0.0] * len(values))
+
+    def maximum_over_ranks(self, values: Tensor) -> Tensor:
+        largest = values.clone()
+        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+        return largest
 
     def sum_loss(self, loss: Tensor) -> Tensor:
         """Returns the sum over ranks. The stop flag is part of the same collective."""
@@ -228,7 +271,7 @@ class GroupMode(Mode):
         return losses
 
     def track_batches(self, batches: EpochBatches) -> EpochBatches:
-        return TrackedBatches(cast(SizedBatches, batches), self)
+        return TrackedBatches(cast(Batches, batches), self)
 
     def differentiable_loss(self, step: MicroSteps, inputs: Tensor, targets: Tensor) -> Tensor:
         raise UserError(
@@ -264,17 +307,12 @@ class GroupMode(Mode):
         load[self.sharding](optimizer, state)
 
 
-class SizedBatches(EpochBatches, Protocol):
-    batch_size: int  # of the global batches
-    count: int  # samples of an epoch
-
-
+@dataclass(frozen=True)
 class TrackedBatches:
     """This rank's training batches; tells the mode the size of each global batch."""
 
-    def __init__(self, batches: SizedBatches, mode: GroupMode) -> None:
-        self.local = batches
-        self.mode = mode
+    local: Batches
+    mode: GroupMode
 
     def __len__(self) -> int:
         return len(self.local)

@@ -53,7 +53,8 @@ def current(environment: Mapping[str, str] = os.environ) -> World | None:
         names = "RANK", "WORLD_SIZE"
         rank, size = map(number, names)
         # Without these, processes that meet at another host's address (PyTorchJob) have a machine each.
-        alone = "LOCAL_RANK" not in environment and not _is_loopback(environment.get("MASTER_ADDR") or "localhost")
+        host = environment.get("MASTER_ADDR") or "localhost"
+        alone = "LOCAL_RANK" not in environment and host not in ("localhost", "::1") and not host.startswith("127.")
         local_rank = number("LOCAL_RANK", 0 if alone else rank)
         local_size = number("LOCAL_WORLD_SIZE", 1 if alone else size)
         world = World("torchrun", rank, size, local_rank, local_size, number("TORCHELASTIC_RESTART_COUNT", 0))
@@ -70,10 +71,6 @@ def current(environment: Mapping[str, str] = os.environ) -> World | None:
     if world.rank >= world.size:
         raise UserError(f"{names[0]}={world.rank}: must be < {names[1]}={world.size}; ranks count from 0")
     return world if world.size > 1 else None
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:

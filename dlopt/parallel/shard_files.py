@@ -8,6 +8,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain, count
 from pathlib import Path
@@ -27,6 +28,7 @@ Files = dict[str, str]
 METADATA = ".metadata"
 
 
+@dataclass
 class ShardWriter:
     """Writes shards on all ranks together.
 
@@ -34,10 +36,9 @@ class ShardWriter:
     collectives of two threads on one group could pair up in the wrong order. `minutes`: timeout of its collectives.
     """
 
-    def __init__(self, rank: int, *, minutes: float) -> None:
-        self.rank = rank
-        self.minutes = minutes
-        self._group: Any = None
+    rank: int
+    minutes: float
+    _group: Any = field(default=None, init=False)
 
     def join(self) -> None:
         """Creates the group. All ranks call this in the training thread, before the first `write`."""

@@ -5,7 +5,8 @@ slow. The second half is for modes in which each rank holds some layers and has 
 rank knows all parameters by name and order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -25,20 +26,25 @@ def local(tensor: Tensor) -> Tensor:
     """Returns this rank's shard of a DTensor, sharing its memory and detached; a plain tensor as it is."""
     if not is_sharded_tensor(tensor):
         return tensor
-    shard: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return shard
+    return tensor.detach().to_local()  # type: ignore[attr-defined]
+
+
+def map_tensors(function: Callable[[Any], Tensor], state: T) -> T:
+    """Returns a state (nested dicts, lists and tuples) with `function` applied to its tensors."""
+    mapped: Any = state
+    if isinstance(state, Tensor):
+        mapped = function(state)
+    elif isinstance(state, Mapping):
+        mapped = {key: map_tensors(function, value) for key, value in state.items()}
+        mapped = OrderedDict(mapped) if isinstance(state, OrderedDict) else mapped
+    elif isinstance(state, list | tuple):
+        mapped = type(state)(map_tensors(function, value) for value in state)
+    return mapped
 
 
 def full_state(state: T) -> T:
-    """Returns a state (nested dicts and lists) with full tensors on every rank. All ranks call this together."""
-    full: Any = state
-    if is_sharded_tensor(state):
-        full = state.full_tensor()  # type: ignore[attr-defined]
-    elif isinstance(state, dict):
-        full = {key: full_state(value) for key, value in state.items()}
-    elif isinstance(state, list):
-        full = [full_state(value) for value in state]
-    return full
+    """Returns a state with full tensors on every rank. All ranks call this together."""
+    return map_tensors(lambda tensor: tensor.full_tensor() if is_sharded_tensor(tensor) else tensor, state)
 
 
 def load_model(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
@@ -49,14 +55,18 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Loads an optimizer's full state: tensors with the shape of their parameter are sharded as the parameter is."""
-    parameters: dict[int, Tensor] = {}
-    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        parameters.update(zip(saved["params"], group["params"], strict=True))
+    parameters = _numbered_parameters(optimizer, state)
     shards = {
         number: {name: _shard_like(value, parameters.get(number)) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": shards})
+
+
+def _numbered_parameters(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Returns the parameters of the optimizer by their numbers in `state`."""
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    return {n: p for saved, group in groups for n, p in zip(saved["params"], group["params"], strict=True)}
 
 
 def _shard_like(value: Any, like: Tensor | None) -> Any:
@@ -125,7 +135,8 @@ def stage_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, 
 def stage_full_state(state: T, group: "Group", *, is_replica: bool) -> T:
     """Returns, on rank 0, the state with the tensors of all ranks. All ranks call this together."""
     states: list[Any] | None = [None] * group.size if group.rank == 0 else None
-    distributed.gather_object(None if is_replica else _on_cpu(state), states, dst=0)
+    on_cpu = None if is_replica else map_tensors(lambda tensor: tensor if tensor.is_meta else tensor.cpu(), state)
+    distributed.gather_object(on_cpu, states, dst=0)
     for other in (states or [])[1:]:
         state = state if other is None else _merge(state, other)
     return state
@@ -141,18 +152,8 @@ def load_stage_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool
 
 def load_stage_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Loads the optimizer's state for this rank's layers."""
-    held: set[int] = set()
-    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        held |= {n for n, p in zip(saved["params"], group["params"], strict=True) if not p.is_meta}
+    held = {number for number, p in _numbered_parameters(optimizer, state).items() if not p.is_meta}
     optimizer.load_state_dict({**state, "state": {n: v for n, v in state["state"].items() if n in held}})
-
-
-def _on_cpu(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return state if state.is_meta else state.cpu()
-    if isinstance(state, dict):
-        return {key: _on_cpu(value) for key, value in state.items()}
-    return [_on_cpu(value) for value in state] if isinstance(state, list) else state
 
 
 def _merge(state: Any, other: Any) -> Any:

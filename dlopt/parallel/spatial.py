@@ -8,6 +8,7 @@ sharded by units, as in `dlopt.parallel.filter`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -15,17 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dlopt.errors import UserError
-from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
+from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool, evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.resnet import ZeroPadShortcut
 from dlopt.parallel.chain import is_sequential
-from dlopt.parallel.collectives import ModelGroup, ShardSpec, is_channels_last
+from dlopt.parallel.collectives import ModelGroup, ShardSpec, is_channels_last, with_adjoint
 from dlopt.parallel.filter import Splitter, named_children, replace_by_shard
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import ProcessKeys, check_precision, join
+from dlopt.parallel.process_group import ProcessKeys, check_precision, join_mode
 from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, convert, transform_input
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, moments
 
@@ -86,7 +88,13 @@ class RowWindows:
         if self.replicated_input:
             rows = maps[:, :, start:stop]
         else:
-            rows = exchange_rows(maps, row_strips(self.height, self.model_group.size), needed, self.model_group)
+            held, group = row_strips(self.height, self.model_group.size), self.model_group
+            rows = with_adjoint(
+                maps,
+                lambda strip: _redistribute_rows(strip, held, needed, group),
+                # A row that several ranks need: its gradients are summed on the rank that holds it.
+                lambda gradient: _redistribute_rows(gradient, needed, held, group),
+            )
         above, below = start - first, last - stop
         return F.pad(rows, (0, 0, above, below), value=padding) if above or below else rows
 
@@ -99,51 +107,6 @@ class RowWindows:
         # A window of padding connects the empty output with the input and the parameters: backward must reach the
         # collectives of earlier layers on every rank.
         return layer(F.pad(rows, (0, 0, 0, self.reach), value=padding))[:, :, :0]
-
-
-def exchange_rows(
-    strip: Tensor, held: Sequence[RowRange], needed: Sequence[RowRange], model_group: ModelGroup
-) -> Tensor:
-    """Returns the rows `needed` by this rank. `held`: the strips, by rank. Backward is the reverse exchange.
-
-    Every row is held by one rank, but may be needed by several: their gradients are summed on the rank that holds it.
-    """
-    rows: Tensor = _ExchangeRows.apply(strip, held, needed, model_group)
-    return rows
-
-
-def gather_rows(strip: Tensor, height: int, model_group: ModelGroup) -> Tensor:
-    """Returns the full maps on all ranks. Their gradient must be equal on all ranks: backward only slices it."""
-    full: Tensor = _GatherRows.apply(strip, height, model_group)
-    return full
-
-
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, strip: Tensor, held: Sequence[RowRange], needed: Sequence[RowRange], model_group: ModelGroup
-    ) -> Tensor:
-        ctx.held, ctx.needed, ctx.model_group = held, needed, model_group
-        return _redistribute_rows(strip.detach(), held, needed, model_group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _redistribute_rows(gradient, ctx.needed, ctx.held, ctx.model_group), None, None, None
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, strip: Tensor, height: int, model_group: ModelGroup) -> Tensor:
-        held = row_strips(height, model_group.size)
-        ctx.strip = held[model_group.rank]
-        return _redistribute_rows(strip.detach(), held, [(0, height)] * model_group.size, model_group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        start, stop = ctx.strip
-        return gradient[:, :, start:stop], None, None
 
 
 def _redistribute_rows(
@@ -199,22 +162,18 @@ class RowConv2d(nn.Conv2d):
     windows: RowWindows
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.windows.slide(self._convolve, maps, 0.0)
-
-    def _convolve(self, rows: Tensor) -> Tensor:
         padding = 0, int(self.padding[1])
-        return F.conv2d(rows, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        options = self.stride, padding, self.dilation, self.groups
+        return self.windows.slide(lambda rows: F.conv2d(rows, self.weight, self.bias, *options), maps, 0.0)
 
 
 class RowMaxPool2d(nn.MaxPool2d):
     windows: RowWindows
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.windows.slide(self._pool, maps, float("-inf"))
-
-    def _pool(self, rows: Tensor) -> Tensor:
         padding = 0, self.padding[1] if isinstance(self.padding, tuple) else self.padding
-        return F.max_pool2d(rows, self.kernel_size, self.stride, padding, self.dilation)
+        options = self.kernel_size, self.stride, padding, self.dilation
+        return self.windows.slide(lambda rows: F.max_pool2d(rows, *options), maps, float("-inf"))
 
 
 class RowLocallyConnected2d(LocallyConnected2d):
@@ -363,7 +322,7 @@ class SpatialSplitter:
         """Converts a layer that slides windows over full maps to one that reads a strip with its halo."""
         if isinstance(layer, LocallyConnected2d):
             windows = self._row_windows(layer, layer.kernel, layer.stride, layer.padding, 1, replicated_input)
-            self._shard_positions(name, layer, windows.output_rows[self.model_group.rank])
+            self._shard_positions(name, layer, *windows.output_rows[self.model_group.rank])
             convert(layer, RowLocallyConnected2d, windows=windows)
             return
         assert isinstance(layer, nn.Conv2d | nn.MaxPool2d)
@@ -384,21 +343,29 @@ class SpatialSplitter:
     ) -> RowWindows:
         return RowWindows(self.heights[layer], kernel, stride, padding, dilation, self.model_group, replicated_input)
 
-    def _shard_positions(self, name: str, layer: LocallyConnected2d, rows: RowRange) -> None:
+    def _shard_positions(self, name: str, layer: LocallyConnected2d, start: int, stop: int) -> None:
         height, width = layer.extent
         if height % self.model_group.size:
             raise UserError(
                 f"parallel=spatial: the {height} rows of filters of {name} cannot be divided evenly among "
                 f"{self.model_group.size} processes"
             )
-        (start, stop), shard_specs = rows, self.features.shard_specs
-        weight_spec = ShardSpec(0, slice(start * width, stop * width), height * width)  # positions are in row order
-        replace_by_shard(layer, name, "weight", weight_spec, shard_specs)
-        replace_by_shard(layer, name, "bias", ShardSpec(1, slice(start, stop), height), shard_specs)
+        positions = ShardSpec(0, slice(start * width, stop * width), height * width)  # in row order
+        replace_by_shard(layer, name, "weight", positions, self.features.shard_specs)
+        replace_by_shard(layer, name, "bias", ShardSpec(1, slice(start, stop), height), self.features.shard_specs)
 
     def _gather_before(self, module: nn.Module) -> None:
-        height = self.heights[module]
-        transform_input(module, lambda strip: gather_rows(strip, height, self.model_group))
+        """Gathers the full maps on all ranks. Their gradient is equal on all ranks: backward only slices it."""
+        height, group = self.heights[module], self.model_group
+        held = row_strips(height, group.size)
+        start, stop = held[group.rank]
+
+        def gather_rows(strip: Tensor) -> Tensor:
+            return _redistribute_rows(strip, held, [(0, height)] * group.size, group)
+
+        transform_input(
+            module, lambda strip: with_adjoint(strip, gather_rows, lambda gradient: gradient[:, :, start:stop])
+        )
 
     def _mark_partial_grads(self, name: str, module: nn.Module) -> None:
         self.partial_grads += [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
@@ -413,16 +380,9 @@ def _input_shapes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Mod
         if inputs[0].ndim == 4:
             shapes[module] = inputs[0].shape
 
-    handles = [module.register_forward_pre_hook(record) for module in model.modules()]
-    modes = {module: module.training for module in model.modules()}
     like = next(model.parameters())
-    try:
-        model.eval()(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(model), register_module_forward_pre_hook(record):
+        model(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
     return shapes
 
 
@@ -444,7 +404,5 @@ def split_rows(model: nn.Module, input_shape: tuple[int, ...], model_group: Mode
 def spatial(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("spatial", precision)
-    joined = join("spatial", device, **keys)
-    if joined is None:
-        return Mode(device, "spatial")
-    return ModelParallel("spatial", *joined, accumulate=accumulate, split=split_rows)
+    build = partial(ModelParallel, name="spatial", accumulate=accumulate, split=split_rows)
+    return join_mode("spatial", device, build, keys)

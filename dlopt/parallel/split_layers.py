@@ -51,8 +51,7 @@ def distribute(model: nn.Module, mesh: Any, shard_specs: Mapping[str, ShardSpec]
 
 def to_local(tensor: Tensor) -> Tensor:
     """Returns this rank's shard, differentiably (`shards.local` detaches it)."""
-    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return shard
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _swap_in_local(module: nn.Module, inputs: object) -> None:
@@ -157,8 +156,8 @@ def _reduce_both(
     projection, norm = shortcut.children()
     assert isinstance(conv, InputSplitConv2d) and isinstance(projection, InputSplitConv2d)
     # Concatenated, not added: the norm of the shortcut needs the projection's output separately.
-    both = [_partial_output(conv, branch, model_group), projection.partial_output(_local_slice(shared, model_group))]
-    total, skip = model_group.reduce(torch.cat(both, dim=1)).chunk(2, dim=1)
+    both = torch.cat(_partial_outputs(model_group, conv, branch, projection, shared), dim=1)
+    total, skip = model_group.reduce(both).chunk(2, dim=1)
     return conv.add_bias(total), norm(projection.add_bias(skip))
 
 
@@ -166,18 +165,17 @@ def _reduce_sum(
     model_group: ModelGroup, conv: nn.Module, branch: Tensor, projection: nn.Module, shared: Tensor
 ) -> Tensor:
     assert isinstance(conv, InputSplitConv2d) and isinstance(projection, InputSplitConv2d)
-    partial = _partial_output(conv, branch, model_group)
-    total = model_group.reduce(partial + projection.partial_output(_local_slice(shared, model_group)))
-    return projection.add_bias(conv.add_bias(total))
+    total, skip = _partial_outputs(model_group, conv, branch, projection, shared)
+    return projection.add_bias(conv.add_bias(model_group.reduce(total + skip)))
 
 
-def _partial_output(conv: InputSplitConv2d, branch: Tensor, model_group: ModelGroup) -> Tensor:
-    return conv.partial_output(model_group.scatter(branch) if conv.scatter_input else branch)
-
-
-def _local_slice(shared: Tensor, model_group: ModelGroup) -> Tensor:
+def _partial_outputs(
+    model_group: ModelGroup, conv: InputSplitConv2d, branch: Tensor, projection: InputSplitConv2d, shared: Tensor
+) -> tuple[Tensor, Tensor]:
     # A plain slice, not `scatter`: `ModelGroup.copy` before it sums the gradients of all ranks already.
-    return shared[:, model_group.local_slice(shared.shape[1])]
+    local_slice = shared[:, model_group.local_slice(shared.shape[1])]
+    shard = model_group.scatter(branch) if conv.scatter_input else branch
+    return conv.partial_output(shard), projection.partial_output(local_slice)
 
 
 PROJECTED: dict[type[nn.Module], type[nn.Module]] = {

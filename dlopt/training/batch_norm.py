@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.data.batches import Batches
+from dlopt.data.normalization import PooledMoments
 from dlopt.errors import UserError
+from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.batch_shards import local_slice
 from dlopt.parallel.shards import local
 from dlopt.training.build import Workload, evaluation_batches
@@ -43,22 +46,15 @@ def _compute_exact(
     batches: Iterable[tuple[Tensor, Tensor]],
     norms: list[_BatchNorm],
 ) -> None:
-    pools = [_PooledMoments() for _ in norms]
-    handles = [norm.register_forward_pre_hook(pool) for norm, pool in zip(norms, pools, strict=True)]
-    training = {m: m.training for m in module.modules()}
-    module.eval()
-    for norm in norms:
-        norm.training, norm.track_running_stats = True, False  # use the batch's statistics, update nothing
-    try:
+    pools = [PooledMoments() for _ in norms]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluation_mode(module))
+        for norm, pool in zip(norms, pools, strict=True):
+            stack.enter_context(norm.register_forward_pre_hook(partial(_pool_inputs, pool)))
+            norm.training, norm.track_running_stats = True, False  # use the batch's statistics, update nothing
+            stack.callback(setattr, norm, "track_running_stats", True)
         for inputs, _ in batches:
             model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for norm in norms:
-            norm.track_running_stats = True
-        for submodule, was_training in training.items():
-            submodule.training = was_training
     for norm, pool in zip(norms, pools, strict=True):
         if pool.count:
             _set_running_stats(norm, pool.mean, pool.squares / max(pool.count - 1, 1))
@@ -75,26 +71,17 @@ def _set_running_stats(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None
         running.copy_(value)
 
 
-class _PooledMoments:
-    """Count, mean and sum of squared deviations per channel, merged batch by batch (Chan, Golub & LeVeque 1983)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.zeros(())
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].double() if inputs[0].device.type != "mps" else inputs[0].float()
-        moments: Any = getattr(module, "moments", None)
-        if moments is not None:  # a layer that normalizes over several processes
-            mean, variance, global_count = moments(values)
-            count = round(float(global_count))
-        else:
-            variance, mean = torch.var_mean(values, [0, *range(2, values.ndim)], correction=0)
-            count = values.numel() // values.shape[1]
-        delta, total = mean - self.mean, self.count + count
-        self.squares = self.squares + variance * count + delta.square() * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
+def _pool_inputs(pool: PooledMoments, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Merges the moments per channel of the inputs of `norm`."""
+    values = inputs[0].double() if inputs[0].device.type != "mps" else inputs[0].float()
+    moments: Any = getattr(norm, "moments", None)
+    if moments is not None:  # a layer that normalizes over several processes
+        mean, variance, global_count = moments(values)
+        count = round(float(global_count))
+    else:
+        variance, mean = torch.var_mean(values, [0, *range(2, values.ndim)], correction=0)
+        count = values.numel() // values.shape[1]
+    pool.merge(count, mean, variance * count)
 
 
 SMALL_NORM_BATCH = 8  # samples per device below which batch statistics are too noisy (Wu & He 2018, figure 1)
@@ -128,26 +115,21 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
     if min(smallest, ghost) > 1:
         return
     # A batch of one has one value per channel in a linear layer, and many in a convolution: find out with one sample.
+    names = {m: name for name, m in workload.module.named_modules() if isinstance(m, _BatchNorm)}
     single_value_layers: list[str] = []
 
-    def make_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0].numel() == inputs[0].shape[1]:
-                single_value_layers.append(name)
+    def record(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            single_value_layers.append(names[norm])
 
-        return hook
-
-    norms = [(n, m) for n, m in workload.module.named_modules() if isinstance(m, _BatchNorm)]
-    handles = [m.register_forward_pre_hook(make_hook(n)) for n, m in norms]
     first = workload.dataset.train.select(torch.tensor([0]))
     inputs, _ = next(iter(evaluation_batches(workload, first, shared=False).epoch(0)))
-    was_training = workload.module.training
-    workload.module.eval()
-    with torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluation_mode(workload.module))
+        stack.enter_context(torch.no_grad())
+        for norm in names:
+            stack.enter_context(norm.register_forward_pre_hook(record))
         workload.model(inputs)
-    workload.module.train(was_training)
-    for handle in handles:
-        handle.remove()
     if layers := workload.parallel.gather_lists(single_value_layers):  # a rank may have only some of the layers
         if smallest > 1:
             raise UserError(
@@ -171,17 +153,12 @@ def norm_statistics(
     if workload.experiment.settings.norm_statistics == "running":
         return contextlib.nullcontext()
     if workload.statistics_batches is None:
-        workload.statistics_batches = _statistics_batches(workload)
+        samples, size = workload.dataset.train, workload.experiment.data_settings.batch_size
+        while size != "full" and size < len(samples) and len(samples) % size == 1:
+            size += 1  # a batch of one sample has no variance in a linear layer
+        workload.statistics_batches = evaluation_batches(workload, samples, shared=False, batch_size=size)
     batches = itertools.takewhile(lambda _: not interruption, workload.statistics_batches.epoch(0))
     return exact_statistics(module, model, batches)
-
-
-def _statistics_batches(workload: Workload) -> Batches:
-    """Returns batches of all training samples, of which none has one sample: it has no variance in a linear layer."""
-    samples, size = workload.dataset.train, workload.experiment.data_settings.batch_size
-    while size != "full" and size < len(samples) and len(samples) % size == 1:
-        size += 1
-    return evaluation_batches(workload, samples, shared=False, batch_size=size)
 
 
 def small_batch_warnings(workload: Workload) -> list[str]:

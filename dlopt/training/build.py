@@ -16,8 +16,7 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.normalization import fit
-from dlopt.data.samplers import LossAwareSampler
-from dlopt.data.samplers.shifted import shifted
+from dlopt.data.samplers import LossAwareSampler, shifted
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.data.task import Task
@@ -201,10 +200,8 @@ def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | 
     """Returns None for an empty pipeline, which would seed a generator in every step."""
     if experiment.augmentation.arguments.get("operations") == []:
         return None
-    pipeline: Pipeline = experiment.augmentation.build(
-        input_shape=dataset.train.shape, classes=dataset.task.classes, train=dataset.train
-    )
-    return pipeline
+    shape, classes = dataset.train.shape, dataset.task.classes
+    return experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
 
 
 def with_task(experiment: Experiment, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
@@ -264,8 +261,7 @@ def _init_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...])
     inputs = samples.fetch(indices).to(device)
     if shape != samples.shape:
         inputs, _ = CentreCrop(shape)(inputs, indices)
-    normalized: Tensor = normalize(inputs)
-    return normalized.float().cpu()
+    return normalize(inputs).float().cpu()
 
 
 def load_weights(module: nn.Module, path: Path, mode: Mode | None = None, *, complete: bool = False) -> list[str]:
@@ -293,10 +289,7 @@ def training_batches(workload: Workload) -> Batches:
     experiment, samples, mode = workload.experiment, workload.dataset.train, workload.parallel
     settings, data = experiment.settings, experiment.data_settings
     sampler = experiment.sampler.build(
-        targets=samples.targets,
-        samples=samples,
-        batch_size=data.batch_size,
-        seed=stream(settings.order_seed, ORDER),
+        targets=samples.targets, samples=samples, batch_size=data.batch_size, seed=stream(settings.order_seed, ORDER)
     )
     if isinstance(samples, Windows):
         sampler, samples = shifted(sampler, samples, stream(settings.order_seed, ORDER))

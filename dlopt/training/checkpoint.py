@@ -7,7 +7,6 @@
 import contextlib
 import logging
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -20,6 +19,7 @@ from dlopt.errors import NewerError, RunError, UserError
 from dlopt.files import digest_file, link, reason, recorded_digests, sha256, write
 from dlopt.parallel.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
+from dlopt.parallel.shards import map_tensors
 from dlopt.training import sharded
 
 FORMAT = 1  # a sharded checkpoint also has the key "shards"
@@ -118,7 +118,11 @@ class Checkpoints:
             self._last_step = state["progress"]["step"]
             if best:
                 link(self.last, self.best)
-            self._remove_oldest()
+            earlier = self._earlier_checkpoints()
+            for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
+                _remove(path)
+            with contextlib.suppress(OSError):
+                sharded.remove_unused(self.folder)
         except (OSError, RuntimeError, RunError) as error:  # torch reports a full disk as a RuntimeError
             if caused_by_peer(error):
                 raise
@@ -207,13 +211,6 @@ class Checkpoints:
         steps = [(int(m[1]), p) for p in self.folder.glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)", p.stem))]
         return [path for _, path in sorted(steps)]
 
-    def _remove_oldest(self) -> None:
-        earlier = self._earlier_checkpoints()
-        for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
-            _remove(path)
-        with contextlib.suppress(OSError):
-            sharded.remove_unused(self.folder)
-
 
 def _step(path: Path) -> int:
     """Returns the update of a checkpoint; -1 if it is damaged."""
@@ -233,15 +230,8 @@ def _write_error(path: Path, why: str) -> RunError:
     return RunError(f"the checkpoint {path} could not be written: {why}")
 
 
-def _copy_to_host(state: Any) -> Any:
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, Mapping):
-        copied = {key: _copy_to_host(value) for key, value in state.items()}
-        return OrderedDict(copied) if isinstance(state, OrderedDict) else copied
-    if isinstance(state, list | tuple):
-        return type(state)(map(_copy_to_host, state))
-    return state
+def _copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
+    return map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Gradient clipping, applied to the reduced gradients in the step's closure."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -34,11 +35,11 @@ class Unclipped:
         return None
 
 
+@dataclass(frozen=True, kw_only=True)
 class ByNorm:
     """Scales the gradient by min(1, max_norm / norm) (Pascanu, Mikolov & Bengio 2013, algorithm 1)."""
 
-    def __init__(self, *, max_norm: Positive) -> None:
-        self.max_norm = max_norm
+    max_norm: Positive
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> Tensor:
@@ -49,11 +50,11 @@ class ByNorm:
         return total
 
 
+@dataclass(frozen=True, kw_only=True)
 class ByValue:
     """Clamps every entry to [-max_value, max_value]; of complex ones, the real and the imaginary part."""
 
-    def __init__(self, *, max_value: Positive) -> None:
-        self.max_value = max_value
+    max_value: Positive
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> None:

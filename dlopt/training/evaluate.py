@@ -1,5 +1,6 @@
 """Evaluation on the validation and the test set: every sample counts exactly once."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,12 +94,10 @@ def combine(members: Sequence[Sequence[Batch]], average: Average) -> list[Batch]
     """Averages the outputs of models (an ensemble) on the same samples; returns those of a single model unchanged."""
     if len(members) == 1:
         return list(members[0])
-    combined = []
+    weight, combined = 1 / len(members), []
     for batches in zip(*members, strict=True):
-        mean = OutputMean(average)
-        for outputs, _ in batches:
-            mean.add(outputs, 1 / len(members))
-        combined.append((mean.outputs, batches[0][1]))
+        outputs = mean_outputs([(weight, outputs) for outputs, _ in batches], average)
+        combined.append((outputs, batches[0][1]))
     return combined
 
 
@@ -147,24 +146,17 @@ def _refuse_tta(workload: Workload, key: str, tta: str) -> None:
         raise UserError(f"{key}={tta}: averages predictions of labels, which a {kind} task has not; use {key}=none")
 
 
-class OutputMean:
-    """Weighted mean of logits, or of probabilities: those are accumulated and returned as logarithms, for stability."""
-
-    def __init__(self, average: Average) -> None:
-        self._average = average
-        self._sum: Tensor | None = None
-
-    def add(self, outputs: Tensor, weight: float) -> None:
-        if self._average == "logits":
-            self._sum = outputs * weight if self._sum is None else self._sum.add_(outputs, alpha=weight)
+def mean_outputs(weighted: Iterable[tuple[float, Tensor]], average: Average) -> Tensor:
+    """Returns the mean of (weight, logits), or of their probabilities as logarithms, which are stable."""
+    total: Tensor | None = None
+    for weight, outputs in weighted:
+        if average == "logits":
+            total = outputs * weight if total is None else total.add_(outputs, alpha=weight)
         else:
             term = outputs.log_softmax(1) + math.log(weight)
-            self._sum = term if self._sum is None else torch.logaddexp(self._sum, term)
-
-    @property
-    def outputs(self) -> Tensor:
-        assert self._sum is not None
-        return self._sum
+            total = term if total is None else torch.logaddexp(total, term)
+    assert total is not None
+    return total
 
 
 def check_same_samples(members: Sequence[Mapping[str, Any]]) -> None:
@@ -217,7 +209,6 @@ def validation(
                 raise UserError(f"{choice}: needs a validation set; set data.val_split=0.1 or {other}")
         return None
     extra = extra_metrics(experiment, workload.dataset, workload.loss)
-    module, model = workload.module, workload.precision.autocast(workload.model)
     batches = evaluation_batches(workload, samples)
 
     def with_progress() -> Iterator[tuple[Tensor, Tensor]]:
@@ -226,45 +217,45 @@ def validation(
             on_batch(done, len(batches))
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
-        with evaluation_weights(optimizer, average), norm_statistics(workload, module, model, interruption):
-            return evaluate(
-                module,
-                model,
-                with_progress(),
-                workload.loss,
-                task=workload.task,
-                prefix="val",
-                interruption=workload.parallel.evaluation_stop(interruption),
-                reduce=reduction(workload),
-                extra=extra and extra(),
-            )
+        with evaluation_weights(optimizer, average):
+            return _evaluate(workload, with_progress(), "val", interruption, extra and extra())
 
     return validate
 
 
-Forward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # (model, inputs) -> outputs
+def _evaluate(
+    workload: Workload,
+    batches: Iterable[Batch],
+    prefix: str,
+    interruption: Interruption | None = None,
+    extra: ExtraMetrics | None = None,
+) -> dict[str, float] | None:
+    module, model = workload.module, workload.precision.autocast(workload.model)
+    with norm_statistics(workload, module, model, interruption):
+        return evaluate(
+            module,
+            model,
+            batches,
+            workload.loss,
+            task=workload.task,
+            prefix=prefix,
+            interruption=None if interruption is None else workload.parallel.evaluation_stop(interruption),
+            reduce=reduction(workload),
+            extra=extra,
+        )
 
 
 def test_metrics(workload: Workload) -> dict[str, Any]:
     """Returns test_loss, for classes test_accuracy, and what the task derives; {} without a test set."""
     if workload.dataset.test is None:
         return {}
-    if workload.experiment.settings.evaluate.tta != "none":
-        return _metrics_with_tta(workload)
-    batches = evaluation_batches(workload, workload.dataset.test)
-    model = workload.precision.autocast(workload.model)
-    with norm_statistics(workload, workload.module, model):
-        metrics = evaluate(
-            workload.module,
-            model,
-            batches.epoch(0),
-            workload.loss,
-            task=workload.task,
-            prefix="test",
-            reduce=reduction(workload),
-        )
-    assert metrics is not None
-    return metrics
+    settings = workload.experiment.settings.evaluate
+    if settings.tta != "none":
+        average = choose_average(settings.average if workload.classify else None, workload)
+        outputs = predict_test_set(workload, CHOICES[settings.tta](), average)
+        metrics = report(outputs, workload.loss, workload.task).metrics
+        return {name: metrics[name] for name in ("test_loss", "test_accuracy") if name in metrics}
+    return _evaluate(workload, evaluation_batches(workload, workload.dataset.test).epoch(0), "test") or {}
 
 
 def check_tta(workload: Workload) -> None:
@@ -279,14 +270,6 @@ def check_tta(workload: Workload) -> None:
             f"use evaluate.tta=none, then dlopt eval tta={tta}"
         )
     _build_transform(workload, CHOICES[tta](), workload.dataset.test)
-
-
-def _metrics_with_tta(workload: Workload) -> dict[str, Any]:
-    settings = workload.experiment.settings.evaluate
-    average = choose_average(settings.average if workload.classify else None, workload)
-    outputs = predict_test_set(workload, CHOICES[settings.tta](), average)
-    metrics = report(outputs, workload.loss, workload.task).metrics
-    return {name: metrics[name] for name in ("test_loss", "test_accuracy") if name in metrics}
 
 
 def choose_average(average: Average | None, workload: Workload) -> Average:
@@ -311,33 +294,22 @@ def predict_test_set(
     model = workload.precision.autocast(workload.model)
     with norm_statistics(workload, workload.module, model):
         if choice is None:
-            batches = evaluation_batches(workload, samples)
-            return _outputs(workload, model, batches, lambda model, inputs: model(inputs))
+            return _outputs(workload, model, evaluation_batches(workload, samples))
         transform = _build_transform(workload, choice, samples)
-        batches = _image_batches(workload, samples, transform)
-        try:
-            return _outputs(workload, model, batches, _averaging_forward(workload, transform, average))
-        finally:
-            batches.close()
 
+        def averaged(images: Tensor) -> Tensor:
+            crops = ((weight, _normalized(workload, crop)) for weight, crop in transform.crops(images))
+            return mean_outputs(((weight, _promoted(model(inputs))) for weight, inputs in crops), average)
 
-def _averaging_forward(workload: Workload, transform: TestTransform, average: Average) -> Forward:
-    def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        mean = OutputMean(average)
-        for weight, crops in transform.crops(images):
-            mean.add(_promoted(model(_normalized(workload, crops))), weight)
-        return mean.outputs
-
-    return forward
+        with contextlib.closing(_image_batches(workload, samples, transform)) as batches:
+            return _outputs(workload, averaged, batches)
 
 
 @torch.inference_mode()
-def _outputs(workload: Workload, model: Callable[[Tensor], Tensor], batches: Batches, forward: Forward) -> list[Batch]:
+def _outputs(workload: Workload, model: Callable[[Tensor], Tensor], batches: Batches) -> list[Batch]:
     """Returns outputs and targets batch by batch; each process computes those of its samples."""
     workload.module.eval()
-    own = [
-        (_promoted(forward(model, inputs)), targets) if len(targets) else None for inputs, targets in batches.epoch(0)
-    ]
+    own = [(_promoted(model(inputs)), targets) if len(targets) else None for inputs, targets in batches.epoch(0)]
     mode = workload.parallel
     if mode.evaluation_shard is None:
         return [batch for batch in own if batch is not None]
@@ -354,8 +326,7 @@ def _promoted(outputs: Tensor) -> Tensor:
 
 
 def _normalized(workload: Workload, images: Tensor) -> Tensor:
-    inputs: Tensor = workload.normalize(images)
-    return inputs.to(dtype=workload.precision.dtype, memory_format=workload.memory_format)
+    return workload.normalize(images).to(dtype=workload.precision.dtype, memory_format=workload.memory_format)
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -54,10 +55,7 @@ class MetricSum:
     """
 
     def __init__(
-        self,
-        task: Task,
-        on_flush: Callable[[Tensor, Tensor], None] | None = None,
-        reduce: Reduce | None = None,
+        self, task: Task, on_flush: Callable[[Tensor, Tensor], None] | None = None, reduce: Reduce | None = None
     ) -> None:
         self.task = task
         self.on_flush = on_flush
@@ -70,8 +68,6 @@ class MetricSum:
         self._max_pending = 0
         self._update_start: int | None = None  # number of pending entries before the current update
         self._flushed: list[tuple[Tensor, list[int]]] = []  # (losses and number correct, samples) of many steps
-        self._local_losses: list[float] = []  # per step: loss times samples, not yet summed over ranks
-        self._local_correct = self._local_count = 0
         self._reported = (0.0, 0, 0)
 
     def fresh(self) -> "MetricSum":
@@ -108,10 +104,17 @@ class MetricSum:
 
     def sync(self) -> None:
         """Adds all pending steps to the totals: one device-to-host transfer, and one all-reduce with several ranks."""
-        self._sync_local()
-        if not self._local_losses:
+        self._flush()
+        if not self._flushed:
             return
-        losses, correct, count = self._local_losses, self._local_correct, self._local_count
+        flushed, self._flushed = self._flushed, []
+        numbers = iter(torch.cat([tensor for tensor, _ in flushed]).tolist())
+        losses: list[float] = []  # per step: loss times samples
+        correct = count = 0
+        for _, counts in flushed:
+            losses += [next(numbers) * samples for samples in counts]
+            correct += round(next(numbers))
+            count += sum(counts)
         if self.reduce is not None:
             *losses, all_correct, all_count = self.reduce([*losses, correct, count])
             correct, count = round(all_correct), round(all_count)
@@ -119,7 +122,6 @@ class MetricSum:
             self.loss += loss
         self.correct += correct
         self.count += count
-        self._local_losses, self._local_correct, self._local_count = [], 0, 0
 
     def _flush(self) -> None:
         """Reduces the pending tensors on the device, without synchronization."""
@@ -140,17 +142,6 @@ class MetricSum:
                 self.on_flush(outputs, _concatenated([targets for _, targets in kept]))
         counts = [0 if targets is None else len(targets) for _, _, targets in pending]
         self._flushed.append((torch.cat([losses, correct]), counts))
-
-    def _sync_local(self) -> None:
-        self._flush()
-        if not self._flushed:
-            return
-        numbers = iter(torch.cat([tensor for tensor, _ in self._flushed]).tolist())
-        for _, counts in self._flushed:
-            self._local_losses += [next(numbers) * count for count in counts]
-            self._local_correct += round(next(numbers))
-            self._local_count += sum(counts)
-        self._flushed = []
 
     def means(self, prefix: str) -> dict[str, float]:
         """Returns {prefix}_loss and, for a classifier, {prefix}_accuracy (a fraction) over all samples so far.
@@ -313,6 +304,7 @@ def _check_classes(monitors: Mapping[str, str], dataset: Dataset) -> None:
             raise UserError(f"{key}={monitor}: the validation set has no sample of this class")
 
 
+@dataclass
 class ClassMetrics:
     """Accumulates metrics of a classifier: top5_accuracy, macro_f1, calibration_error and class_accuracy.
 
@@ -320,11 +312,10 @@ class ClassMetrics:
     `probabilities` maps outputs [N, K] to class probabilities.
     """
 
-    def __init__(self, names: Sequence[str], classes: Sequence[str], probabilities: Callable[[Tensor], Tensor]) -> None:
-        self.names = names
-        self.classes = classes
-        self._probabilities = probabilities
-        self._sums: Tensor | None = None
+    names: Sequence[str]
+    classes: Sequence[str]
+    probabilities: Callable[[Tensor], Tensor]
+    _sums: Tensor | None = field(default=None, init=False)
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Adds outputs [N, K] and targets int64 [N]."""
@@ -337,7 +328,7 @@ class ClassMetrics:
         if "top5_accuracy" in self.names:
             columns.append((outputs.topk(TOP, dim=1).indices == targets.unsqueeze(1)).any(1).sum().view(1))
         if "calibration_error" in self.names:
-            columns.append(calibration_gaps(self._probabilities(outputs), targets))
+            columns.append(calibration_gaps(self.probabilities(outputs), targets))
         sums = torch.cat([column.to(columns[-1].dtype) for column in columns])
         self._sums = sums if self._sums is None else self._sums + sums
 

@@ -53,8 +53,7 @@ def build_on_meta(model: Component, runtime: dict[str, Any]) -> nn.Module:
     """Builds the model on the meta device, without initialization. Draws no random numbers."""
     with torch.device("meta"), _SkipInit(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module: nn.Module = model.build(**runtime)
-    return module
+        return model.build(**runtime)
 
 
 def check_minimum_memory(model: Component, image_size: tuple[int, int] | None) -> None:

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules.module import register_module_forward_hook
 
 from dlopt.errors import RunError
+from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
 from dlopt.parameters import real_views
@@ -51,8 +53,7 @@ class NonFiniteCheck:
         self._one = torch.ones((), device=device)
         self._flag = torch.zeros((), device=device)  # for immediate checks
         self.latest = 0  # latest update, from 1
-        self._pending: list[tuple[int, float, Tensor]] = []  # update, learning rate, loss
-        self._flags: list[Tensor] = []
+        self._pending: list[tuple[int, float, Tensor, Tensor]] = []  # update, learning rate, loss, flag
         self._free_flags: list[Tensor] = []  # preallocated: one kernel launch for many flags
         self._stacked: list[tuple[list[tuple[int, float]], Tensor]] = []
 
@@ -92,16 +93,16 @@ class NonFiniteCheck:
     def defer(self, loss: Tensor, step: int, rate: float, flag: Tensor) -> None:
         """Keeps the loss of update `step` (from 0), and the flag for its gradients, until `flush`."""
         self.latest = step + 1
-        self._pending.append((step, rate, loss))
-        self._flags.append(flag)
+        self._pending.append((step, rate, loss, flag))
         if len(self._pending) == _MAX_PENDING:
             self._stack_pending()
 
     def _stack_pending(self) -> None:
         if self._pending:
-            losses, flags = torch.stack([loss.float() for _, _, loss in self._pending]), torch.stack(self._flags)
-            self._stacked.append(([(step, rate) for step, rate, _ in self._pending], torch.stack([losses, flags])))
-            self._pending, self._flags = [], []
+            steps, rates, losses, flags = zip(*self._pending, strict=True)
+            values = torch.stack([torch.stack([loss.float() for loss in losses]), torch.stack(flags)])
+            self._stacked.append((list(zip(steps, rates, strict=True)), values))
+            self._pending = []
 
     def flush(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Raises `Diverged` for the first non-finite update since the last call. Synchronizes with the device."""
@@ -121,7 +122,7 @@ class NonFiniteCheck:
 
     def reset(self) -> None:
         """Drops pending updates, which a rollback has undone."""
-        self._pending, self._flags, self._stacked = [], [], []
+        self._pending, self._stacked = [], []
 
 
 def _message(value: float, step: int, rate: float, location: str) -> str:
@@ -203,41 +204,32 @@ def _locate_on_this_rank(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_
         return None if gradient is None else f"the gradient of {gradient}"
     if not len(inputs) or not is_finite([inputs]):
         return "the inputs" if len(inputs) else None
-    was_training = module.training
-    module.eval()  # in training mode, layers may communicate with other ranks, which might not call them
-    output = first_nonfinite_output(module, lambda: module(inputs))
-    module.train(was_training)
+    with evaluation_mode(module):  # in training mode, layers may communicate with ranks that might not call them
+        output = first_nonfinite_output(module, lambda: module(inputs))
     return None if output is None else f"the output of {output}"
 
 
 @torch.no_grad()
 def first_nonfinite_output(module: nn.Module, forward: Callable[[], object]) -> str | None:
     """Returns the first layer of `module`, in execution order, with a non-finite output; `forward` calls `module`."""
+    names = {layer: describe(name, layer) for name, layer in module.named_modules()}
     nonfinite: list[str] = []
 
-    def make_hook(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            outputs = output if isinstance(output, tuple) else (output,)
-            tensors = [each.detach() for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
-            if not nonfinite and not is_finite(tensors):
-                nonfinite.append(name)
+    def check(layer: nn.Module, inputs: Any, output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        tensors = [each.detach() for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
+        if layer in names and not nonfinite and not is_finite(tensors):
+            nonfinite.append(names[layer])
 
-        return hook
-
-    handles: list[RemovableHandle] = [
-        layer.register_forward_hook(make_hook(describe(name, layer))) for name, layer in module.named_modules()
-    ]
-    try:
+    with register_module_forward_hook(check):
         forward()
-    finally:
-        for handle in handles:
-            handle.remove()
     return nonfinite[0] if nonfinite else None
 
 
 Policy = Literal["stop", "skip", "rollback"]
 
 
+@dataclass
 class Recovery:
     """Policy for non-finite updates: stop, skip the update, or roll back to a checkpoint.
 
@@ -248,24 +240,17 @@ class Recovery:
         log: shows a line to the user.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        attempts: int,
-        lr_factor: float,
-        load_newest: Callable[[], Mapping[str, Any] | None],
-        log: Callable[[str], None],
-    ) -> None:
-        self.policy = policy
-        self.attempts = attempts
-        self.lr_factor = lr_factor
-        self.load_newest = load_newest
-        self.log = log
-        self.rollbacks = 0
-        self.skipped = 0
-        self.lr_scale = 1.0  # product of the lr_factors of all rollbacks
-        self.in_a_row = self.last_skipped = 0
+    policy: Policy
+    _: KW_ONLY
+    attempts: int
+    lr_factor: float
+    load_newest: Callable[[], Mapping[str, Any] | None]
+    log: Callable[[str], None]
+    rollbacks: int = 0
+    skipped: int = 0
+    lr_scale: float = 1.0  # product of the lr_factors of all rollbacks
+    in_a_row: int = 0
+    last_skipped: int = 0
 
     def skip(self, error: Diverged) -> bool:
         """Returns whether to skip the update, and counts it."""

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt import schedules
-from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import UserError
 from dlopt.graphs import CudaRecorder
@@ -42,7 +41,9 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         base = arguments["base"]
         arguments = {**base.arguments, **({} if arguments.get("lr") is None else {"lr": arguments["lr"]})}
     if settings.scale_lr != "none":
-        arguments["lr"] *= _lr_scale(experiment, len(workload.dataset.train))
+        size, count = experiment.data_settings.batch_size, len(workload.dataset.train)
+        ratio = (count if size == "full" else min(size, count)) / settings.scale_lr_reference
+        arguments["lr"] *= math.sqrt(ratio) if settings.scale_lr == "sqrt" else ratio
     growth, grouping = workload.growth, experiment.grouping
     if growth is not None:
         grouping = mup.with_rates(grouping, growth, experiment.init.arguments["base_width"], arguments)
@@ -168,17 +169,10 @@ def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss:
         raise UserError(f"{obstacle}, or an optimizer that draws no labels (sophia: optimizer.hessian=hutchinson)")
 
 
-def _lr_scale(experiment: Experiment, count: int) -> float:
-    size = experiment.data_settings.batch_size
-    ratio = (count if size == "full" else min(size, count)) / experiment.settings.scale_lr_reference
-    return math.sqrt(ratio) if experiment.settings.scale_lr == "sqrt" else ratio
-
-
 def _evaluations(optimizer: torch.optim.Optimizer) -> str:
     """Returns whether the optimizer evaluates the loss `once` or `many` times per update."""
     default = "many" if isinstance(optimizer, torch.optim.LBFGS) else "once"
-    declared: str = getattr(optimizer, "evaluations", default)
-    return declared
+    return getattr(optimizer, "evaluations", default)
 
 
 def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +59,10 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
     }
     if workload.device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
-    if workload.parallel.is_main:
-        _note_data(run.folder, dataset.facts)
+    environment = read_json(run.folder / "environment.json")
+    if workload.parallel.is_main and dataset.facts and environment is not None:
+        text = json.dumps({**environment, "data": dataset.facts}, indent=2) + "\n"
+        write_atomically(run.folder / "environment.json", text.encode())
     tracking.begin(
         dict(workload.experiment.config),
         facts,
@@ -104,14 +105,6 @@ def _unit(workload: Workload) -> str:
     if workload.task.vocabulary is not None:
         return f"{workload.task.unit}s"
     return "images" if len(workload.dataset.train.shape) == 3 else "samples"
-
-
-def _note_data(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Adds the facts that identify the data to environment.json, if the run has one."""
-    path = folder / "environment.json"
-    environment = read_json(path)
-    if facts and environment is not None:
-        write_atomically(path, (json.dumps({**environment, "data": facts}, indent=2) + "\n").encode())
 
 
 def summarize(trainer: "Trainer", workload: Workload, status: "Status") -> dict[str, Any]:

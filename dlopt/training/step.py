@@ -392,8 +392,6 @@ def _is_random(layer: nn.Module) -> bool:
 
 def _generators(parameters: Sequence[Tensor]) -> list[torch.Generator]:
     """Returns the default generators of the parameters' device and of the CPU."""
-    generators = [torch.default_generator]
     device = next((p.device for p in parameters if p.is_cuda), None)
-    if device is not None:
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    return generators
+    of_device = [] if device is None else [torch.cuda.default_generators[device.index or 0]]
+    return [torch.default_generator, *of_device]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,18 +15,24 @@ from dlopt.ranges import Count, Natural, NonNegative, Positive
 from dlopt.training.clipping import Norm, total_norm
 
 
-class Stopping(Protocol):
-    """A stopping rule."""
+class Stopping:
+    """A stopping rule. Its state, for checkpoints, consists of the attributes `state_names`."""
 
-    should_stop: bool
+    state_names: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def should_stop(self) -> bool:
+        return False
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Processes the metrics of an evaluation."""
-        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.state_names}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self.state_names:
+            setattr(self, name, state[name])
 
 
 def monitored_loss(metrics: Mapping[str, Any], monitor: str) -> float:
@@ -53,26 +59,17 @@ def _finite(value: float | None) -> float:
     return float(value) if value is not None and math.isfinite(value) else math.inf
 
 
-class Never:
+class Never(Stopping):
     """Trains for all epochs."""
 
-    should_stop = False
 
-    def update(self, metrics: Mapping[str, Any]) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
-class Early:
+class Early(Stopping):
     """Stops after `patience` evaluations in a row without an improvement by more than `min_delta`.
 
     A non-finite metric is no improvement.
     """
+
+    state_names = ("best", "waited")
 
     def __init__(self, *, monitor: str, patience: Count, min_delta: NonNegative) -> None:
         self.monitor = monitor
@@ -92,38 +89,30 @@ class Early:
         else:
             self.waited += 1
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best, self.waited = state["best"], state["waited"]
-
-
-class Target:
+class Target(Stopping):
     """Stops at the first evaluation whose metric is as good as `value` (time to accuracy, Coleman et al. 2017)."""
+
+    should_stop = False
+    state_names = ("should_stop",)
 
     def __init__(self, *, monitor: str, value: float) -> None:
         self.monitor = monitor
         self.value = value
-        self.should_stop = False
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         target = self.value if lower_is_better(resolve_monitor(self.monitor, metrics)) else -self.value
         self.should_stop = monitored_loss(metrics, self.monitor) <= target
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"should_stop": self.should_stop}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.should_stop = state["should_stop"]
-
-
-class Tolerance:
+class Tolerance(Stopping):
     """Stops when the parameters change by less than `tolerance` (2-norm) in more than `iterations` updates in a row.
 
     The stopping rule of plain gradient descent. `after_update` must follow every update, and synchronizes with the
     device.
     """
+
+    state_names = ("count",)
 
     def __init__(self, model: nn.Module, norm: Norm = total_norm, *, tolerance: Positive, iterations: Natural) -> None:
         self.norm = norm
@@ -143,15 +132,9 @@ class Tolerance:
         self._remember()
         self.count = self.count + 1 if change < self.tolerance else 0
 
-    def update(self, metrics: Mapping[str, Any]) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Call after the model has been loaded: the next change is measured from its present weights."""
-        self.count = state["count"]
+        super().load_state_dict(state)
         self._remember()
 
     def _remember(self) -> None:

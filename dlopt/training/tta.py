@@ -103,31 +103,22 @@ class MultiScaleTenCrop:
 CHOICES = {"flip": Flip, "shift_flip": ShiftFlip, "ten_crop": TenCrop, "multi_scale_ten_crop": MultiScaleTenCrop}
 
 
-def crop_positions(image: Size, crop: Size) -> list[tuple[int, int]]:
-    """Returns (top, left) of the four corner crops and the centre crop, rounded as in torchvision's `five_crop`."""
-    bottom, right = image[0] - crop[0], image[1] - crop[1]
-    return [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
-
-
 def ten_crop(images: Tensor, crop: Size) -> Iterator[tuple[float, Tensor]]:
-    """Yields the crops of `images` [B, C, H, W], then of their mirror images, with weight 1/10 each.
+    """Yields the corners and centres of `images` [B, C, H, W], then of their mirror images, with weight 1/10 each.
 
     Equal positions (an image as large as the crop) are yielded once, with their total weight.
     """
-    positions = Counter(crop_positions((images.shape[2], images.shape[3]), crop))
+    bottom, right = images.shape[2] - crop[0], images.shape[3] - crop[1]
+    centre = round(bottom / 2), round(right / 2)  # as in torchvision's `five_crop`
+    positions = Counter([(0, 0), (0, right), (bottom, 0), (bottom, right), centre])
     for source in (images, images.flip(3)):
         for (top, left), multiplicity in positions.items():
             yield multiplicity / 10, source[:, :, top : top + crop[0], left : left + crop[1]]
 
 
-def scaled_size(image: Size, short_side: int) -> Size:
-    """Returns the size of an image after resizing its shorter side, with the same aspect ratio."""
-    shorter = min(image)
-    return round(image[0] * short_side / shorter), round(image[1] * short_side / shorter)
-
-
 def _multi_scale(crop: Size, image: Size, scales: Sequence[int], key: str) -> TestTransform:
-    sizes = [scaled_size(image, scale) for scale in scales]
+    shorter = min(image)
+    sizes = [(round(image[0] * scale / shorter), round(image[1] * scale / shorter)) for scale in scales]
     for scale, size in zip(scales, sizes, strict=True):
         if size[0] < crop[0] or size[1] < crop[1]:
             raise UserError(

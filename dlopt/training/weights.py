@@ -27,11 +27,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"init_from={path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            state = _read_safetensors(path)
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+    except ImportError:
+        raise UserError(f"init_from={path}: needs safetensors: pip install 'dlopt[export]'") from None
     except Exception as error:
         raise UserError(f"init_from={path}: cannot be loaded as weights: {reason(error)}") from None
     if isinstance(state, Mapping) and {"format", "model", "progress"} <= state.keys():
@@ -41,14 +43,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return weights
     keys = f" (its keys: {', '.join(map(str, list(state)[:5]))})" if isinstance(state, Mapping) else ""
     raise UserError(f"init_from={path}: contains no weights by name (a dict of tensors){keys}")
-
-
-def _read_safetensors(path: Path) -> Any:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"init_from={path}: needs safetensors: pip install 'dlopt[export]'") from None
-    return load_file(path)
 
 
 def _find(state: Any) -> dict[str, Tensor] | None:

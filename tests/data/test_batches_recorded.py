@@ -154,7 +154,7 @@ class FakeTransferStream:
 def test_next_copy_starts_before_the_batch_is_used(count: int) -> None:
     stream = FakeTransferStream()
     used = []
-    for batch in prefetch([torch.tensor(number) for number in range(count)], stream):
+    for batch in prefetch([torch.tensor(number) for number in range(count)], stream):  # type: ignore[arg-type]
         used.append(int(batch))
         stream.calls.append(f"use {int(batch)}")
     assert used == list(range(count))

@@ -1,13 +1,13 @@
 """Every choice's YAML file matches its callable and has a description in the first line."""
 
 import importlib
-import inspect
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dlopt.config.schema import parameters_of
 from dlopt.data.splits import DataSettings
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -25,7 +25,7 @@ def test_keys_match_the_arguments(path: Path) -> None:
     node = yaml.safe_load(path.read_text())
     assert path.parent.name != "data" or node["defaults"][:2] == ["_common", "_self_"]
     module, _, name = node["_target_"].rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
+    parameters = parameters_of(getattr(importlib.import_module(module), name)).values()
     assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.annotation is not p.empty for p in parameters)
     shared = RUNTIME[path.parent.name]  # a choice may set them to values of its own
     assert {p.name for p in parameters} - shared == set(node) - {"_target_", "defaults"} - shared

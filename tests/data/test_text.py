@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlopt.data import text as texts
-from dlopt.data.samplers import Random
-from dlopt.data.samplers.shifted import ShiftedWindows
+from dlopt.data.samplers import Random, ShiftedWindows
 from dlopt.data.text import python_source, text, tokens
 from dlopt.data.windows import Windows
 from dlopt.errors import UserError

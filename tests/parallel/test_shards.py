@@ -87,10 +87,11 @@ def run_all(choices: dict[str, Composed]) -> None:
 
 def check_placement(group: Group) -> None:
     """FSDP shards weights at placement, and the gathered weights are those of the original model."""
-    mode = FullySharded(
-        group, torch.device("cpu"), accumulate=1, sync_batchnorm=True, shards=2, unit_parameters=1,
-        reshard_after_forward=True, sync_every_micro_batch=False, cpu_offload=False, low_precision=False,
-    )  # fmt: skip
+    keys: Any = {
+        "shards": 2, "unit_parameters": 1, "reshard_after_forward": True, "sync_every_micro_batch": False,
+        "cpu_offload": False, "sync_batchnorm": True,
+    }  # fmt: skip
+    mode = FullySharded(group, torch.device("cpu"), accumulate=1, low_precision=False, keys=keys)
     full, sharded = net(), net()
     call = mode.place(sharded, (1, 3, 3))
     assert_same(full, sharded, "placement")

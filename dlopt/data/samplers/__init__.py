@@ -1,6 +1,7 @@
 """Samplers: the order of the training samples in an epoch, a function of seed, epoch and sampler state."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from dlopt.data.samplers.classes import ClassBalanced, ClassInterleaved, ClassSorted
 from dlopt.data.samplers.diverse import Diverse
 from dlopt.data.samplers.hard import HardExamples
+from dlopt.data.windows import Windows
+from dlopt.errors import UserError
 from dlopt.random import generator
 from dlopt.ranges import Count
 
@@ -22,7 +25,9 @@ __all__ = [
     "Random",
     "Sampler",
     "Sequential",
+    "ShiftedWindows",
     "WithReplacement",
+    "shifted",
 ]
 
 
@@ -102,3 +107,35 @@ class WithReplacement:
 
     def order(self, epoch: int) -> Tensor:
         return torch.randint(self._count, (self._count,), generator=generator("cpu", self._seed, epoch))
+
+
+@dataclass(frozen=True)
+class ShiftedWindows:
+    """Orders the windows of a text by a sampler, and shifts all of them by a random number of tokens in each epoch.
+
+    An epoch covers every token about once, each time in other windows. The order consists of the windows' first tokens,
+    for `Windows.at_every_token`. A subset of the windows is not shifted.
+    """
+
+    sampler: Sampler
+    windows: Windows
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def order(self, epoch: int) -> Tensor:
+        starts = self.windows.starts(self.sampler.order(epoch))
+        if self.windows.is_subset:
+            return starts
+        length = self.windows.length
+        shift = int(torch.randint(length, (), generator=generator("cpu", self.seed, epoch, length)))
+        return (starts + shift).clamp(max=len(self.windows.tokens) - length - 1)
+
+
+def shifted(sampler: Sampler, windows: Windows, seed: int) -> tuple[Sampler, Windows]:
+    """Returns the order and the samples of training on a text. Raises `UserError` for samplers that need labels."""
+    if type(sampler).__module__.startswith("dlopt.data.samplers."):
+        name = type(sampler).__name__
+        raise UserError(f"sampler={name}: the windows of a text have no labels and change in every epoch; use random")
+    return ShiftedWindows(sampler, windows, seed), windows.at_every_token()

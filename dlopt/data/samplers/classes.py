@@ -9,31 +9,39 @@ from dlopt.random import generator
 _ROUNDS = 8  # of insertion at random positions; the remaining samples are then inserted class by class
 
 
-class ClassBalanced:
+class _LabelSampler:
+    _choice: str
+
+    def __init__(self, *, targets: Tensor, seed: int) -> None:
+        self._labels = class_labels(targets, self._choice)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+
+class ClassBalanced(_LabelSampler):
     """Draws every class equally often, whatever its size; an epoch has as many draws as there are samples.
 
     Within a class, samples are drawn in rotation: over the run their counts differ by at most one. Each block of K
     draws, counted from the epoch's start, has each of the K classes once.
     """
 
-    def __init__(self, *, targets: Tensor, seed: int) -> None:
-        labels = class_labels(targets, "class_balanced")
-        self._count = len(labels)
-        self._members = labels.argsort(stable=True).split(labels.bincount().tolist())
-        self._seed = seed
+    _choice = "class_balanced"
 
-    def __len__(self) -> int:
-        return self._count
+    def __init__(self, *, targets: Tensor, seed: int) -> None:
+        super().__init__(targets=targets, seed=seed)
+        self._members = self._labels.argsort(stable=True).split(self._labels.bincount().tolist())
 
     def order(self, epoch: int) -> Tensor:
-        classes = len(self._members)
+        count, classes = len(self), len(self._members)
         indices, blocks = [], []
         for label, members in enumerate(self._members):
             # Draw s of the whole run has class s mod K: these are the class's draws that fall into this epoch.
-            start, stop = (-(-(e * self._count - label) // classes) for e in (epoch, epoch + 1))
+            start, stop = (-(-(e * count - label) // classes) for e in (epoch, epoch + 1))
             indices.append(members[self._rotation(label, len(members), start, stop)])
             blocks.append(torch.arange(stop - start))
-        jitter = torch.rand(self._count, generator=generator("cpu", self._seed, epoch), dtype=torch.float64)
+        jitter = torch.rand(count, generator=generator("cpu", self._seed, epoch), dtype=torch.float64)
         return torch.cat(indices)[(torch.cat(blocks) + jitter).argsort()]
 
     def _rotation(self, label: int, size: int, start: int, stop: int) -> Tensor:
@@ -44,17 +52,6 @@ class ClassBalanced:
             for number in range(first, last + 1)
         ]
         return torch.cat(permutations)[start - first * size : stop - first * size]
-
-
-class _LabelSampler:
-    _choice: str
-
-    def __init__(self, *, targets: Tensor, seed: int) -> None:
-        self._labels = class_labels(targets, self._choice)
-        self._seed = seed
-
-    def __len__(self) -> int:
-        return len(self._labels)
 
 
 class ClassSorted(_LabelSampler):

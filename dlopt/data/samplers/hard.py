@@ -28,8 +28,6 @@ class HardExamples:
     Args:
         floor: draws per epoch of a sample without loss.
         max_draws: average draws per epoch of a sample with a large loss, which may be mislabelled.
-
-    `maximum` is the elementwise maximum over ranks; each rank observes the losses of its own samples only.
     """
 
     def __init__(
