@@ -18,7 +18,7 @@ import yaml
 
 from dlopt import environment
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
-from dlopt.files import read_json, write_atomically
+from dlopt.files import read_json, write_atomically, write_json
 from dlopt.folders import FORMAT, RunFolder
 
 if TYPE_CHECKING:
@@ -217,9 +217,10 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-        _write(folder / "overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True))
-        _write(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
+        for name, content in (("config.yaml", dict(config)), ("overrides.yaml", list(overrides))):
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            write_atomically(folder / name, text.encode())
+        write_json(folder / "environment.json", facts)
         if diff:
             write_atomically(folder / environment.DIFF, diff)
         else:
@@ -228,23 +229,19 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
         raise UserError(f"hydra.run.dir={folder}: cannot write to this folder: {error.strerror}") from None
 
 
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, text.encode())
-
-
 def _record_machine(folder: Path) -> None:
     """Updates the machine in environment.json, which the sweep of this job may have written on another one."""
     path = folder / "environment.json"
     saved = read_json(path)
     if saved is not None and saved != (facts := saved | environment.machine()):
         with contextlib.suppress(OSError):
-            _write(path, json.dumps(facts, indent=2) + "\n")
+            write_json(path, facts)
 
 
 def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> None:
     summary = {"status": "failed", "reason": reason} | ({"diverged": True} if diverged else {})
     with contextlib.suppress(OSError):
-        _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(folder / "summary.json", summary)
 
 
 def main() -> int:

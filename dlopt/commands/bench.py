@@ -1,6 +1,5 @@
 """`dlopt bench`: benchmarks parallel modes, the network and devices, and simulates a cluster."""
 
-import json
 import os
 import sys
 import tempfile
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
 from dlopt.errors import DONE, UserError
-from dlopt.files import write_atomically
+from dlopt.files import write_json
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural, Positive
 from dlopt.tracking.layout import FittedTable, plain_table, standard_output
@@ -92,7 +91,7 @@ Simulated cluster (simulate=true):
 """
 
 
-@on_experiment(USAGE, several="not needed here; list the values: parallel=ddp,filter")
+@on_experiment(several="not needed here; list the values: parallel=ddp,filter")
 def bench(line: Line) -> int:
     """Runs one of the benchmarks. Raises `UserError`."""
     keys = {override.partition("=")[0]: override.partition("=")[2] for override in line.overrides}
@@ -109,7 +108,7 @@ def _save(figure: "Figure", folder: Path, name: str, records: Any) -> None:
 
     path = folder / f"{name}.json"
     with writing(folder):
-        write_atomically(path, (json.dumps(without_nan(records), indent=1) + "\n").encode())
+        write_json(path, without_nan(records), indent=1)
         written = [*drawing.save(figure, folder, name), path]
     print(*written, sep="\n")
 

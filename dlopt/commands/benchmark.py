@@ -17,6 +17,7 @@ from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
 from dlopt.commands.sweep import refuse_ranks
 from dlopt.config.compose import parse_overrides
 from dlopt.errors import DONE, INTERRUPTED, UserError, install
+from dlopt.files import write_atomically, write_json
 from dlopt.folders import RunFolder, refuse_url
 from dlopt.locks import locked
 from dlopt.ranges import Count
@@ -97,12 +98,9 @@ def benchmark(arguments: list[str]) -> int:
     """Runs `dlopt benchmark` with the given arguments; returns the exit code. Raises `UserError`."""
     action = arguments[0] if arguments and arguments[0] in ("report", "targets") else None
     if action is not None:
-        line = read_line(arguments[1:], USAGE, several="one folder is needed")
-        return DONE if line is None else _on_folder(action, line)
+        return _on_folder(action, read_line(arguments[1:], several="one folder is needed"))
     checks = "--check" in arguments
-    line = read_line([each for each in arguments if each != "--check"], USAGE, several="list the optimizers")
-    if line is None:
-        return DONE
+    line = read_line([each for each in arguments if each != "--check"], several="list the optimizers")
     refuse_ranks("dlopt benchmark", "all trials")
     try:
         import optuna as _  # noqa: F401
@@ -273,10 +271,7 @@ def _measure(plan: _Plan) -> None:
 
 
 def _measure_cost(plan: _Plan, optimizer: str, workload: str, path: Path) -> None:
-    import json
-
     from dlopt.analysis.benchmark import costs
-    from dlopt.files import write_atomically
     from dlopt.sweeps.benchmark import candidate
     from dlopt.sweeps.search import probes
 
@@ -288,7 +283,7 @@ def _measure_cost(plan: _Plan, optimizer: str, workload: str, path: Path) -> Non
     )
     with tempfile.TemporaryDirectory(prefix="dlopt-") as scratch:
         cost = costs.measure(baseline, own, Path(scratch))
-    write_atomically(path, (json.dumps(asdict(cost)) + "\n").encode())
+    write_json(path, asdict(cost), indent=None)
 
 
 def _finish(folder: Path, reference: "Results | None", note: str, config_dir: str | None) -> int:
@@ -297,7 +292,6 @@ def _finish(folder: Path, reference: "Results | None", note: str, config_dir: st
     from dlopt.analysis.benchmark.reading import collect, read_manifest
     from dlopt.analysis.benchmark.results import to_json
     from dlopt.analysis.benchmark.table import WIDTH, lines
-    from dlopt.files import write_atomically
 
     manifest = read_manifest(folder)
     assert manifest is not None

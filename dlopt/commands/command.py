@@ -19,7 +19,7 @@ from dlopt.config.compose import Composer, grid, parse_arguments
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values
 from dlopt.config.schema import check_arguments, parameters_of, show
-from dlopt.errors import DONE, UserError, suggest
+from dlopt.errors import UserError, suggest
 from dlopt.folders import make_new, refuse_url
 from dlopt.interruption import note_files
 
@@ -157,7 +157,7 @@ def skipped_keys(jobs: Sequence[tuple[str, Job]]) -> list[str]:
 # -- command lines
 
 
-def on_experiment(usage: str, *, several: str, one: bool = False) -> Callable[[Callable[..., int]], Command]:
+def on_experiment(*, several: str, one: bool = False) -> Callable[[Callable[..., int]], Command]:
     """Turns `function(line, **own_keys)` into a command; the remaining overrides are keys of `dlopt train`.
 
     Args:
@@ -167,10 +167,7 @@ def on_experiment(usage: str, *, several: str, one: bool = False) -> Callable[[C
     def decorate(function: Callable[..., int]) -> Command:
         @functools.wraps(function)
         def command(arguments: list[str]) -> int:
-            line = read_line(arguments, usage, several=several)
-            if line is None:
-                return DONE
-            own, rest = line.take(function)
+            own, rest = read_line(arguments, several=several).take(function)
             if one:
                 rest.refuse_several(several)
             return function(rest, **own)
@@ -180,12 +177,9 @@ def on_experiment(usage: str, *, several: str, one: bool = False) -> Callable[[C
     return decorate
 
 
-def read_line(arguments: list[str], usage: str, *, several: str) -> Line | None:
-    """Parses the arguments of a command; prints the usage and returns None for --help. Raises `UserError`."""
+def read_line(arguments: list[str], *, several: str) -> Line:
+    """Parses the arguments of a command. Raises `UserError`."""
     parsed = parse_arguments(arguments)
-    if parsed.help:
-        print(usage, end="")
-        return None
     if parsed.multirun:
         raise UserError(f"-m: {several}")
     for flag in _TRAIN_FLAGS:
@@ -195,7 +189,7 @@ def read_line(arguments: list[str], usage: str, *, several: str) -> Line | None:
 
 
 def on_checkpoint(
-    name: str, usage: str, may_change: Sequence[str] = (), *, several: bool = False
+    name: str, may_change: Sequence[str] = (), *, several: bool = False
 ) -> Callable[[Callable[..., int]], Command]:
     """Turns `function(path, changes, **own_keys)` into a command on a checkpoint and the config saved in it.
 
@@ -208,9 +202,6 @@ def on_checkpoint(
     def decorate(function: Callable[..., int]) -> Command:
         @functools.wraps(function)
         def command(arguments: list[str]) -> int:
-            if {"-h", "--help"} & set(arguments):
-                print(usage, end="")
-                return DONE
             values = typed_values(arguments)
             paths = _take_paths(values, name) if several else checkpoint_file(take_path(values, name))
             names = own_names(function)

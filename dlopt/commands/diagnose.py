@@ -1,7 +1,6 @@
 """`dlopt diagnose`: measures activations, gradients and curvature, with plots, a table and advice."""
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.commands.command import Job, Line, fitting, on_experiment, output_folder, skipped_keys, writing
 from dlopt.config.resolve import resolve_saved
 from dlopt.errors import DONE, UserError
+from dlopt.files import write_json
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural
 from dlopt.tracking.layout import format_count, short_path
@@ -66,7 +66,7 @@ class _Subject:
     state: Mapping[str, Any] | None = None  # of a checkpoint
 
 
-@on_experiment(USAGE, several="not needed here; list the values: init=normal,xavier_normal")
+@on_experiment(several="not needed here; list the values: init=normal,xavier_normal")
 def diagnose(
     line: Line,
     *,
@@ -274,14 +274,12 @@ def _write(folder: Path, diagnoses: Sequence["Diagnosis"], title: str) -> list[P
     """Writes the plots, diagnosis.json (all metrics; null for non-finite values) and TensorBoard histograms."""
     from dlopt.analysis import drawing
     from dlopt.analysis.diagnosis.plots import plots
-    from dlopt.files import write_atomically
 
     paths = []
     with writing(folder):
         for name, figure in plots(diagnoses, title).items():
             paths += drawing.save(figure, folder, name)
-        records = without_nan([_record(each) for each in diagnoses])
-        write_atomically(folder / "diagnosis.json", (json.dumps(records, indent=1, allow_nan=False) + "\n").encode())
+        write_json(folder / "diagnosis.json", without_nan([_record(each) for each in diagnoses]), indent=1)
         _histograms(folder, diagnoses)
     return [*paths, folder / "diagnosis.json", folder / "tensorboard"]
 

@@ -35,7 +35,7 @@ _MAY_CHANGE = (
 )  # fmt: skip
 # Keys that a test of weights depends on; they are composed and checked as in `dlopt train`.
 _OF_WEIGHTS = (*_MAY_CHANGE, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")
-_USAGE = f"""\
+USAGE = f"""\
 Evaluate a checkpoint, an ensemble of checkpoints, or the weights of another tool, on the test set
 
 Usage: dlopt eval checkpoint=PATH [tta=CHOICE] [key=value]
@@ -97,7 +97,7 @@ def evaluate(arguments: list[str]) -> int:
     return over_processes("eval", command, arguments)
 
 
-@on_checkpoint("eval", _USAGE, _MAY_CHANGE, several=True)
+@on_checkpoint("eval", _MAY_CHANGE, several=True)
 def _evaluate_checkpoints(
     paths: list[Path],
     changes: dict[str, Any],
@@ -133,7 +133,7 @@ def _evaluate_checkpoints(
     return _finish(record, first, report, folder, [f"checkpoint: {path}" for path in paths])
 
 
-@on_experiment(_USAGE, several="one value is needed: a test has one model", one=True)
+@on_experiment(several="one value is needed: a test has one model", one=True)
 def _evaluate_weights(
     line: Line,
     *,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from dlopt.training.restore import Trained
 
-_USAGE = """\
+USAGE = """\
 Export a checkpoint for other tools
 
 Usage: dlopt export checkpoint=PATH format=FORMAT [key=value]
@@ -52,7 +52,7 @@ _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".p
 _NEEDS = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "torch_export": ()}
 
 
-@on_checkpoint("export", _USAGE, ("data", "threads", "allow_packages"))
+@on_checkpoint("export", ("data", "threads", "allow_packages"))
 def export(
     path: Path,
     changes: dict[str, Any],

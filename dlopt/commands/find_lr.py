@@ -41,7 +41,7 @@ of its longest descent (valley).
 """
 
 
-@on_experiment(USAGE, several="find-lr runs one test at a time", one=True)
+@on_experiment(several="find-lr runs one test at a time", one=True)
 def find_lr(line: Line, *, output: str | None = None) -> int:
     """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
     from dlopt.analysis.lr_range import RangeTest, check, trial, write

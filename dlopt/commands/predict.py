@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dlopt.training.restore import Trained
 
 _MAY_CHANGE = ("device", "precision", "threads", "allow_packages", "parallel")
-_USAGE = f"""\
+USAGE = f"""\
 Classify images with a checkpoint
 
 Usage: dlopt predict checkpoint=PATH images=FOLDER [key=value]
@@ -46,7 +46,7 @@ def predict(arguments: list[str]) -> int:
     return over_processes("predict", _predict, arguments)
 
 
-@on_checkpoint("predict", _USAGE, _MAY_CHANGE)
+@on_checkpoint("predict", _MAY_CHANGE)
 def _predict(
     path: Path,
     changes: dict[str, Any],

@@ -26,8 +26,6 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
 
     Called in each process of a launcher, runs the command as one of its ranks and ends the process.
     """
-    if {"-h", "--help"} & set(arguments):
-        return command(arguments)
     if (world := current()) is not None:
         return _run_rank(world, name, command, arguments)
     if not _typed_keys(arguments):

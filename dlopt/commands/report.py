@@ -90,9 +90,6 @@ class _Options:
 
 def report(arguments: list[str]) -> int:
     """Writes and prints the report; with `--watch` or `--open` runs until interrupted. Raises `UserError`."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
-        return DONE
     folders, flags, others = split_folders(arguments, "report", ("--watch", "--open"))
     for argument in others:
         if "=" not in argument:

@@ -93,9 +93,6 @@ class _Query:
 
 def runs(arguments: list[str]) -> int:
     """Lists runs, or removes checkpoints. Raises `UserError`."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
-        return DONE
     if arguments[:1] == ["clean"]:
         return _clean(arguments[1:])
     query, flags = _parse(arguments, ("sort", "columns", "limit"), ("--paths",))

@@ -42,7 +42,7 @@ _PIPELINES = 6
 Tile = Annotated[int, Interval(ge=32, le=1024)]
 
 
-@on_experiment(USAGE, several="show-batch plots one batch; only augmentation takes several values")
+@on_experiment(several="show-batch plots one batch; only augmentation takes several values")
 def show_batch(line: Line, *, output: str | None = None, tile: Tile = 112) -> int:
     """Saves the plots and prints their paths. Raises `UserError`."""
     target = None if output is None else _target(output)

@@ -38,7 +38,7 @@ tensors, without computation or memory: models may have any size.
 _UNKNOWN_BATCH = 2  # data.batch_size=full without data; batch norm does not support a batch of one
 
 
-@on_experiment(USAGE, several="summary shows one model at a time", one=True)
+@on_experiment(several="summary shows one model at a time", one=True)
 def summary(
     line: Line,
     *,

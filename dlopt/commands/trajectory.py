@@ -89,7 +89,7 @@ _LINE_SEARCH_EVALUATIONS = 25  # default for L-BFGS
 _MIN_CHECKPOINTS = 3  # two differences span a plane
 
 
-@on_experiment(USAGE, several="not needed here; list the values: optimizer=momentum,adam")
+@on_experiment(several="not needed here; list the values: optimizer=momentum,adam")
 def trajectory(line: Line) -> int:
     """Saves one of the three plots and prints its path. Raises `UserError`."""
     keys = {override.partition("=")[0] for override in line.overrides}
@@ -364,7 +364,7 @@ def _show(message: str) -> None:
 # -- loss landscapes
 
 
-@on_checkpoint("trajectory", "", ("data", "device", "threads", "allow_packages"))
+@on_checkpoint("trajectory", ("data", "device", "threads", "allow_packages"))
 def _draw_landscape(
     path: Path,
     changes: dict[str, Any],
