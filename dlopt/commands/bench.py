@@ -8,17 +8,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.table import Table
+
+from dlopt.analysis import drawing
+from dlopt.analysis.bench import modes
 from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
+from dlopt.commands.processes import run_rank
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_json
+from dlopt.parallel import launch
+from dlopt.parallel.rendezvous import current
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural, Positive
-from dlopt.tracking.layout import FittedTable, plain_table, standard_output
+from dlopt.tracking.layout import plain_table, show_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dlopt.analysis.bench.modes import ModeResult
     from dlopt.analysis.bench.simulation import Cluster, Estimate
     from dlopt.analysis.model_summary import Layer
 
@@ -104,8 +110,6 @@ def bench(line: Line) -> int:
 
 def _save(figure: "Figure", folder: Path, name: str, records: Any) -> None:
     """Writes the plot and its data, and prints the paths."""
-    from dlopt.analysis import drawing
-
     path = folder / f"{name}.json"
     with writing(folder):
         write_json(path, without_nan(records), indent=1)
@@ -135,13 +139,11 @@ def _bench_modes(
     memory_limit_mb: Positive | None = None,
     output: str | None = None,
 ) -> int:
-    from dlopt.analysis.bench import modes
-
     jobs = _rows(line)
     checked = [line.experiment(job.overrides) for job in jobs]
     folder = output_folder(output, "bench")
     settings = {"updates": updates, "warmup": warmup, "profiled": profiled, "memory_limit_mb": memory_limit_mb}
-    rows: list[ModeResult] = []
+    rows: list[modes.ModeResult] = []
     with tempfile.TemporaryDirectory(prefix="dlopt-bench-", ignore_cleanup_errors=True) as scratch:
         for number, (job, (experiment, choices)) in enumerate(zip(jobs, checked, strict=True)):
             processes = f"{job.processes} process{'' if job.processes == 1 else 'es'}"
@@ -152,7 +154,7 @@ def _bench_modes(
             )
             rows.append(modes.with_speedup(row, rows[job.baseline] if rows else row))
     modes.refuse_if_all_failed(rows)
-    standard_output().print(modes.table(rows))
+    show_table(modes.table(rows))
     for problem in modes.failures(rows):
         print(problem)
     overrides = " ".join(override for override in line.overrides if not override.startswith("processes="))
@@ -226,10 +228,6 @@ def _bench_allreduce(
     timeout_minutes: Positive = 10.0,
 ) -> int:
     """Runs in the processes of a launcher, or starts `processes` that do."""
-    from dlopt.commands.processes import run_rank
-    from dlopt.parallel import launch
-    from dlopt.parallel.rendezvous import current
-
     line.refuse_rest("dlopt bench allreduce=[...]", _bench_allreduce)
     refuse_empty(allreduce=allreduce)
     world = current()
@@ -247,15 +245,13 @@ def _bench_allreduce(
 
         keys = ["parallel=ddp", f"parallel.timeout_minutes={timeout_minutes}", f"device={device}", "threads=1"]
         mode = build_mode(line.experiment(keys)[0])
-        table = plain_table()
-        for name in ("MiB", "ms", "GB/s", "bus GB/s"):
-            table.add_column(name, justify="right")
+        table = plain_table(right=["MiB", "ms", "GB/s", "bus GB/s"])
         for row in measure([round(size * 2**20) for size in allreduce], repeats, mode.device):
             rates = [f"{rate / 1e9:.3g}" for rate in (row.algorithm, row.bus)]
             table.add_row(f"{row.size / 2**20:.4g}", f"{row.seconds * 1e3:.3f}", *rates)
         if world.is_main:
             print(f"all-reduce on {mode.device.type}: {world.size} processes, {world.local_size} per node")
-            standard_output().print(FittedTable(table))
+            show_table(table)
         return DONE
 
     run_rank(world, run)
@@ -363,7 +359,7 @@ def _simulate(
             estimates[name] += simulation.estimates(costs, batch, count, cluster)
         samples, described = _TRAININGS[_OF_PAPER[name] if training == "paper" else training]
         title = f"{name}: {simulation.size(costs)}\ndays: {described}"
-        standard_output().print(_table(title, estimates[name], samples / batch))
+        show_table(_table(title, estimates[name], samples / batch))
     points = _validate(validate) if validate else []
     folder = output_folder(output, "bench")
     title = f"Estimated efficiency relative to one device, {batch} samples per device, layer times {layers}"
@@ -377,17 +373,16 @@ def _simulate(
     return DONE
 
 
-def _table(title: str, estimates: Sequence["Estimate"], updates: float) -> FittedTable:
+def _table(title: str, estimates: Sequence["Estimate"], updates: float) -> Table:
     """Builds the table of a model; `updates`: those of the whole training on one device."""
-    table = plain_table(title)
-    for name in ("mode", "devices", "ms/step", "compute", "efficiency", "GB/device", "days"):
-        table.add_column(name, justify="left" if name == "mode" else "right")
+    columns = ["devices", "ms/step", "compute", "efficiency", "GB/device", "days"]
+    table = plain_table(title, left=["mode"], right=columns)
     for row in estimates:
         memory = f"{row.memory / 1e9:.1f}{'' if row.fits else ', OOM'}"
         compute = f"{row.compute / row.step:.0%}"
         times = f"{row.step * 1e3:.2f}", f"{row.step * updates / row.devices / 86400:.3g}"
         table.add_row(row.mode, str(row.devices), times[0], compute, f"{row.efficiency:.1%}", memory, times[1])
-    return FittedTable(table)
+    return table
 
 
 def _describe(cluster: "Cluster") -> str:
@@ -424,16 +419,14 @@ def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[
 
 
 def _validate(counts: list[int]) -> list[dict[str, Any]]:
-    from dlopt.analysis.bench.modes import BATCH, validate
-
-    if max(counts) > BATCH:
-        raise UserError(f"validate=[{max(counts)}]: the global batch has {BATCH} samples; allowed: 1 to {BATCH}")
-    table = plain_table("ms per update of a ResNet-20 on digits: estimated from timings of layers and all-reduces")
-    for name in ("mode", "processes", "estimated", "measured", "ratio"):
-        table.add_column(name, justify="left" if name == "mode" else "right")
-    points = validate(sorted(set(counts)))
+    batch = modes.BATCH
+    if max(counts) > batch:
+        raise UserError(f"validate=[{max(counts)}]: the global batch has {batch} samples; allowed: 1 to {batch}")
+    title = "ms per update of a ResNet-20 on digits: estimated from timings of layers and all-reduces"
+    table = plain_table(title, left=["mode"], right=["processes", "estimated", "measured", "ratio"])
+    points = modes.validate(sorted(set(counts)))
     for point in points:
         times = [f"{seconds * 1e3:.1f}" for seconds in (point.calculated, point.measured)]
         table.add_row(point.mode, str(point.processes), *times, f"{point.calculated / point.measured:.2f}")
-    standard_output().print(FittedTable(table))
+    show_table(table)
     return [asdict(point) for point in points]

@@ -11,22 +11,44 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dlopt import environment
+from dlopt.analysis.benchmark.protocol import (
+    BASELINES,
+    Tier,
+    Trial,
+    WorkloadSpec,
+    budget_of,
+    load_tier,
+    trials_of,
+)
+from dlopt.analysis.benchmark.reading import (
+    COST,
+    Manifest,
+    best_trials,
+    collect,
+    has_ended,
+    read_manifest,
+    update_manifest,
+)
+from dlopt.analysis.benchmark.reference import load_reference
+from dlopt.analysis.benchmark.results import Results, to_json
+from dlopt.analysis.benchmark.targets import targets
 from dlopt.commands.benchmark_check import check
-from dlopt.commands.benchmark_trials import MACHINE, group_of, is_hydra, launch, refuse_drawn, refuse_protocol
+from dlopt.commands.benchmark_trials import MACHINE, group_of, launch, refuse_drawn, refuse_protocol
 from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
-from dlopt.commands.sweep import refuse_ranks
+from dlopt.commands.sweep import is_hydra, refuse_ranks
 from dlopt.config.compose import parse_overrides
+from dlopt.config.resolve import choices_of, to_plain
 from dlopt.errors import DONE, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically, write_json
 from dlopt.folders import RunFolder, refuse_url
+from dlopt.job import print_error
 from dlopt.locks import locked
 from dlopt.ranges import Count
+from dlopt.sweeps import grid
 from dlopt.tracking.layout import format_duration, short_path
 
 if TYPE_CHECKING:
-    from dlopt.analysis.benchmark.protocol import Tier, Trial, WorkloadSpec
-    from dlopt.analysis.benchmark.reading import Manifest
-    from dlopt.analysis.benchmark.results import Results
     from dlopt.sweeps.benchmark import Request
 
 USAGE = """\
@@ -72,18 +94,16 @@ class _Plan:
     """A checked benchmark."""
 
     line: Line
-    tier: "Tier"
+    tier: Tier
     request: "Request"
     studies: int
     trials: int
-    reference: "Results | None"
+    reference: Results | None
     note: str  # why there is none
     command: str
     dry_run: bool
 
-    def manifest(self) -> "Manifest":
-        from dlopt.analysis.benchmark.reading import Manifest
-
+    def manifest(self) -> Manifest:
         spaces = {name: each.describe() for name, each in self.request.candidates.items()}
         workloads = dict(self.request.workloads)
         if self.request.full:  # the trials do not depend on targets, which may be set later
@@ -144,7 +164,6 @@ def _plan(
     dry_run: bool = False,
 ) -> _Plan:
     """Checks the benchmark. Raises `UserError`."""
-    from dlopt.analysis.benchmark.protocol import budget_of, load_tier, trials_of
     from dlopt.sweeps.benchmark import Request, candidate
 
     if workloads is not None:
@@ -176,10 +195,8 @@ def _plan(
     return _Plan(line, chosen, request, own_studies, own_trials, shipped, note, command, dry_run)
 
 
-def _reference(tier: str, overrides: Sequence[str]) -> "tuple[Results | None, str]":
+def _reference(tier: str, overrides: Sequence[str]) -> tuple[Results | None, str]:
     """Returns the shipped results; or None, and a note on why they do not apply."""
-    from dlopt.analysis.benchmark.reference import load_reference
-
     shipped = load_reference(tier)
     changing = sorted({group_of(each) for each in overrides} - {*MACHINE, "optimizer"})
     if shipped is not None and changing:
@@ -192,9 +209,9 @@ def _check_lines(line: Line, request: "Request") -> None:
     from dlopt.sweeps.search import probes
 
     for chosen in request.candidates.values():
+        points = probes(chosen.space)
         for number, workload in enumerate(request.workloads):
-            points = probes(chosen.space) if number == 0 else probes(chosen.space)[:1]
-            for drawn in points:
+            for drawn in points if number == 0 else points[:1]:
                 line.experiment(request.compose_line(workload, chosen, drawn, 0))
 
 
@@ -202,8 +219,6 @@ def _check_lines(line: Line, request: "Request") -> None:
 
 
 def _run(plan: _Plan) -> int:
-    from dlopt.analysis.benchmark.reading import update_manifest
-
     request = plan.request
     waiting = request.waiting()
     if plan.dry_run:
@@ -224,11 +239,8 @@ def _run(plan: _Plan) -> int:
     return _finish(request.folder, plan.reference, plan.note, plan.line.composer.config_dir)
 
 
-def _list(plan: _Plan, waiting: "Sequence[Trial]") -> int:
+def _list(plan: _Plan, waiting: Sequence[Trial]) -> int:
     """Prints the trials and an estimate of their time."""
-    from dlopt.config.resolve import choices_of, to_plain
-    from dlopt.sweeps.grid import estimate_job_seconds
-
     request = plan.request
     for trial in waiting:
         values = request.candidates[trial.optimizer].values(trial.study, trial.number)
@@ -239,7 +251,7 @@ def _list(plan: _Plan, waiting: "Sequence[Trial]") -> int:
             lines = request.line(trial)
             config = plan.line.composer.compose(lines)
             saved = to_plain(config, lines)[1]
-            estimate = estimate_job_seconds([saved], choices_of(config))
+            estimate = grid.estimate_job_seconds([saved], choices_of(config))
             seconds[trial.workload, trial.optimizer] = estimate
             shown = "unknown" if estimate is None else format_duration(estimate)
             print(f"{trial.optimizer} on {trial.workload}: about {shown} a trial without early end", flush=True)
@@ -251,8 +263,6 @@ def _list(plan: _Plan, waiting: "Sequence[Trial]") -> int:
 def _measure(plan: _Plan) -> None:
     """Measures the cost of updates and tests the best trials, where that is still missing."""
     from dlopt.analysis.benchmark import costs
-    from dlopt.analysis.benchmark.reading import COST, best_trials, collect
-    from dlopt.job import print_error
 
     request = plan.request
     results = collect(request.folder, replace(plan.manifest(), workloads=request.workloads), {})
@@ -286,11 +296,9 @@ def _measure_cost(plan: _Plan, optimizer: str, workload: str, path: Path) -> Non
     write_json(path, asdict(cost), indent=None)
 
 
-def _finish(folder: Path, reference: "Results | None", note: str, config_dir: str | None) -> int:
+def _finish(folder: Path, reference: Results | None, note: str, config_dir: str | None) -> int:
     """Collects the results, prints them, and writes results.json and the page."""
     from dlopt.analysis.benchmark.page import write
-    from dlopt.analysis.benchmark.reading import collect, read_manifest
-    from dlopt.analysis.benchmark.results import to_json
     from dlopt.analysis.benchmark.table import WIDTH, lines
 
     manifest = read_manifest(folder)
@@ -307,10 +315,8 @@ def _finish(folder: Path, reference: "Results | None", note: str, config_dir: st
     return DONE
 
 
-def _with_targets(manifest: "Manifest", config_dir: str | None) -> "dict[str, WorkloadSpec]":
+def _with_targets(manifest: Manifest, config_dir: str | None) -> dict[str, WorkloadSpec]:
     """Returns the workloads with the targets of their tier, where the trials were run without."""
-    from dlopt.analysis.benchmark.protocol import load_tier
-
     try:
         tier = load_tier(manifest.tier, config_dir).workloads
     except UserError:  # of a --config-dir that is not given
@@ -321,10 +327,8 @@ def _with_targets(manifest: "Manifest", config_dir: str | None) -> "dict[str, Wo
     }
 
 
-def _facts(folder: Path, manifest: "Manifest") -> dict[str, Any]:
+def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Returns how the results were made, without what identifies the user or the host."""
-    from dlopt import environment
-
     versions, machine = environment.versions(), environment.machine()
     summaries = [RunFolder(path.parent).summary() or {} for path in folder.glob("*/*/*/summary.json")]
     return {
@@ -341,11 +345,6 @@ def _facts(folder: Path, manifest: "Manifest") -> dict[str, Any]:
 
 def _on_folder(action: str, line: Line) -> int:
     """`report` and `targets`."""
-    from dlopt.analysis.benchmark.protocol import BASELINES, trials_of
-    from dlopt.analysis.benchmark.reading import has_ended, read_manifest
-    from dlopt.analysis.benchmark.targets import targets
-    from dlopt.job import print_error
-
     if len(line.overrides) != 1:
         example = f"dlopt benchmark {action} outputs/benchmark/small"
         raise UserError(f"dlopt benchmark {action}: one folder is needed: {example}")

@@ -2,14 +2,15 @@
 
 import math
 import random
-from typing import TYPE_CHECKING
 
-from dlopt.commands.benchmark_trials import MACHINE, group_of, is_hydra, launch
+from dlopt.analysis.benchmark.protocol import Trial, load_tier
+from dlopt.analysis.benchmark.reading import Manifest, collect
+from dlopt.analysis.benchmark.reference import load_reference
+from dlopt.analysis.benchmark.results import Record
+from dlopt.commands.benchmark_trials import MACHINE, group_of, launch
 from dlopt.commands.command import Line, output_folder
+from dlopt.commands.sweep import is_hydra
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError
-
-if TYPE_CHECKING:
-    from dlopt.analysis.benchmark.results import Record
 
 _COUNT = 2  # trials to repeat
 _UPDATES = 0.05  # of a full run: tolerance of the updates to the target
@@ -18,9 +19,6 @@ _FIRST = 0.1  # relative tolerance of the first validation: later, training ampl
 
 def check(line: Line, *, tier: str = "small", seed: int | None = None, output: str | None = None) -> int:
     """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
-    from dlopt.analysis.benchmark.protocol import Trial, load_tier
-    from dlopt.analysis.benchmark.reading import Manifest, collect
-    from dlopt.analysis.benchmark.reference import load_reference
     from dlopt.sweeps.benchmark import Request, candidate
 
     for override in line.overrides:
@@ -63,7 +61,7 @@ def check(line: Line, *, tier: str = "small", seed: int | None = None, output: s
     return DONE if agree else FAILED
 
 
-def compare(record: "Record", expected: "Record", full: int) -> str:
+def compare(record: Record, expected: Record, full: int) -> str:
     """Compares the repetition of a trial with the shipped record; `full`: updates of a full run."""
     if record.reached and abs(record.updates - expected.updates) <= _UPDATES * full:
         return "agrees"
@@ -72,6 +70,6 @@ def compare(record: "Record", expected: "Record", full: int) -> str:
     return f"agrees at first ({record.first:.4g}; shipped: {expected.first:.4g}), then rounding separates the runs"
 
 
-def _to_target(record: "Record") -> str:
+def _to_target(record: Record) -> str:
     updates = f"{record.updates:.0f} updates to the target" if record.reached else "target not reached"
     return updates if record.best is None else f"{updates}, best {record.best:.4g}"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.config.compose import Composer, grid, parse_arguments
-from dlopt.config.resolve import choices_of, to_plain
-from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values
+from dlopt.config.resolve import choices_of, resolve_saved, to_plain
+from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values, with_changes
 from dlopt.config.schema import check_arguments, parameters_of, show
 from dlopt.errors import UserError, suggest
 from dlopt.folders import make_new, refuse_url
@@ -249,6 +249,13 @@ def refuse_empty(**lists: Sequence[Any]) -> None:
 
 
 # -- data and output
+
+
+def saved_experiment(config: Mapping[str, Any], changes: Mapping[str, Any], checkpoint: Path) -> "Experiment":
+    """Returns the checked experiment of the config in `checkpoint`, changed by overrides. Raises `UserError`."""
+    from dlopt.config.parsing import parse
+
+    return parse(resolve_saved(with_changes(config, changes, checkpoint)))
 
 
 @contextlib.contextmanager

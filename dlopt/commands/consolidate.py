@@ -6,6 +6,7 @@ from typing import Any
 
 from dlopt.commands.command import on_checkpoint, refuse_folder
 from dlopt.errors import DONE, RunError, UserError
+from dlopt.files import reason, write
 from dlopt.tracking.layout import short_path
 
 USAGE = """\
@@ -31,7 +32,6 @@ def consolidate(path: Path, _: dict[str, Any], *, output: str | None = None) -> 
 
     import torch
 
-    from dlopt.files import reason, write
     from dlopt.training import sharded
     from dlopt.training.checkpoint import load
 

@@ -2,14 +2,17 @@
 
 import json
 import os
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from dlopt.commands.command import Line, on_experiment, output_folder, writing
 from dlopt.errors import DONE, USER_ERROR, RunError, UserError
+from dlopt.parallel.launch import count_processes, python_module, run_processes
+from dlopt.parallel.rendezvous import current, is_main, leave
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 
@@ -69,8 +72,6 @@ def find_lr(line: Line, *, output: str | None = None) -> int:
 def _run(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates | None":
     """Runs the test here or in child processes; returns None on ranks > 0 of a launcher."""
     from dlopt.analysis.lr_range import test_range
-    from dlopt.parallel.launch import count_processes
-    from dlopt.parallel.rendezvous import current, is_main, leave
 
     world = current()
     # A launcher has started the processes already, maybe more than this machine has GPUs.
@@ -85,21 +86,16 @@ def _run(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates | 
 
 def _run_ranks(experiment: "Experiment", range_test: "RangeTest", processes: int) -> "LearningRates":
     """Starts one process per rank and returns the result of rank 0."""
-    import yaml
-
     from dlopt.analysis.lr_range import LearningRates
-    from dlopt.parallel.launch import python_module, run_processes
 
-    scratch = Path(tempfile.mkdtemp(prefix="dlopt-find-lr-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="dlopt-find-lr-", ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
         (scratch / "config.yaml").write_text(yaml.safe_dump(dict(experiment.config), allow_unicode=True))
         (scratch / "sweep.json").write_text(json.dumps(asdict(range_test)))
         codes, _, interrupted = run_processes(python_module("dlopt.analysis.lr_range", str(scratch)), processes, {})
         if interrupted:
             raise KeyboardInterrupt
         results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     for result in results:
         if "error" in result:
             raise UserError(result["error"]) if USER_ERROR in codes else RunError(result["error"])

@@ -4,12 +4,23 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from omegaconf import OmegaConf
+
 from dlopt.config.choices import config_folder
 from dlopt.config.saved import typed_values
 from dlopt.config.schema import check_arguments
 from dlopt.errors import FAILED, USER_ERROR, RunError, UserError
 from dlopt.interruption import die_on_signals
 from dlopt.job import print_error
+from dlopt.parallel.launch import (
+    PARENT,
+    count_processes,
+    end_rank_with_parent,
+    end_with_torchrun,
+    group_code,
+    python_module,
+    run_processes,
+)
 from dlopt.parallel.rendezvous import World, current, end_process, first_to_fail, join_store, leave, missing_ranks
 
 if TYPE_CHECKING:
@@ -30,8 +41,6 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
         return _run_rank(world, name, command, arguments)
     if not _typed_keys(arguments):
         return command(arguments)
-    from dlopt.parallel.launch import count_processes, group_code, python_module, run_processes
-
     keys = take_process_keys(_typed_keys(arguments), name)
     device = typed_values([argument for argument in arguments if argument.startswith("device=")])
     processes = count_processes(keys, str(device.get("device", "auto")))
@@ -46,8 +55,6 @@ def _typed_keys(arguments: list[str]) -> dict[str, Any]:
 
 def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
     """Removes the keys of the group `parallel` from `values` and returns them, checked and with their defaults."""
-    from omegaconf import OmegaConf
-
     from dlopt.parallel.replicas import replicas
 
     choice = values.pop("parallel", "ddp")
@@ -86,8 +93,6 @@ def _run_rank(world: World, name: str, command: Command, arguments: list[str]) -
 
 def run_rank(world: World, run: Callable[[], int]) -> NoReturn:
     """Ends this process, one rank of a command, with the code that `run` returns; one rank reports an error of all."""
-    from dlopt.parallel.launch import PARENT, end_rank_with_parent, end_with_torchrun
-
     die_on_signals()
     if PARENT in os.environ:
         end_rank_with_parent()

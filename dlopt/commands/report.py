@@ -8,24 +8,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from dlopt.analysis.leaderboard import Difference, Leaderboard, Row, Statistic
 from dlopt.analysis.report.exports import Destination, Format, Report, destination, outdated, render
-from dlopt.analysis.report.page import columns, test_columns
+from dlopt.analysis.report.page import columns, serve, test_columns
 from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable, short_key
-from dlopt.analysis.report.table import (
-    Configuration,
-    PublishedRow,
-    Table,
-    against_published,
-    default_target,
-    gather,
-    recipe_label,
-)
+from dlopt.analysis.report.table import PublishedRow, Table, against_published, default_target, gather, recipe_label
 from dlopt.commands.command import check_own, own_names, writing
 from dlopt.commands.runs import split_folders
 from dlopt.config.saved import typed_values
@@ -37,9 +30,6 @@ from dlopt.ranges import Count
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
 from dlopt.tracking.layout import FittedTable, plain_table
-
-if TYPE_CHECKING:
-    from dlopt.analysis.leaderboard import Leaderboard, Row, Statistic
 
 USAGE = """\
 Compare runs and sweeps
@@ -111,8 +101,6 @@ def report(arguments: list[str]) -> int:
         return DONE
     with contextlib.ExitStack() as stack:
         if "--open" in flags and to.page is not None:
-            from dlopt.analysis.report.page import serve
-
             address = stack.enter_context(serve(to.page))
             print(f"{address}  (press Ctrl+C to quit)", flush=True)
             with contextlib.suppress(webbrowser.Error):
@@ -141,8 +129,8 @@ def _update(
     console: Console,
     *,
     watch: bool,
-    before: "Sequence[Record | Damaged] | None" = None,
-) -> "Sequence[Record | Damaged]":
+    before: Sequence[Record | Damaged] | None = None,
+) -> Sequence[Record | Damaged]:
     """Reads the runs and writes the report, unless the runs are unchanged since `before`. Returns their state."""
     records, damaged = reader.read(folders)
     if not records and not watch:
@@ -207,8 +195,7 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
     tests = [] if "test" in dropped else test_columns(table)[:1]
     keys = list(table.keys)[:_MAX_KEYS]
     compared = any(row.difference is not None for row in table.rows)
-    grid = plain_table()
-    grid.add_column("#", justify="right")
+    grid = plain_table(right=["#"])
     for key in keys:
         grid.add_column(Text(printable(short_key(key, table.keys))), overflow="fold")
     grid.add_column("runs", justify="right")
@@ -220,7 +207,7 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
         cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
         values = [_statistic(name, row.statistic(name)) for name in metrics]
         values += [_statistic(name, row.statistic(name)) if options.test or rank == 1 else "" for name in tests]
-        difference = [_difference(table.by, row)] if compared else []
+        difference = [_gap(table.by, row.difference).replace(" %", "")] if compared else []  # percentage points
         style = "bold" if rank == 1 and row.value is not None else ""
         count = row.row.count(table.by)
         grid.add_row(str(rank), *map(Text, cells), count, *values, *map(Text, difference), style=style)
@@ -243,10 +230,8 @@ def _hidden(table: Table, dropped: Collection[str]) -> list[str]:
 
 def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
     """Returns measured and published test errors in %, the unit of the papers."""
-    grid = plain_table()
-    grid.add_column("recipe", overflow="fold")
-    for name in ("runs", "test error %", "median", "published", "difference"):
-        grid.add_column(name, justify="right")
+    grid = plain_table(left=["recipe"], right=["runs", "test error %", "median", "published", "difference"])
+    grid.columns[0].overflow = "fold"
     for row in rows:
         error, difference = "-", ""
         median = "" if row.median is None else f"{row.median:.2f}"
@@ -258,7 +243,7 @@ def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
     return grid
 
 
-def _statistic(name: str, statistic: "Statistic | None") -> str:
+def _statistic(name: str, statistic: Statistic | None) -> str:
     if statistic is None:
         return "-"
     if name == "seconds":
@@ -267,17 +252,6 @@ def _statistic(name: str, statistic: "Statistic | None") -> str:
         return f"{statistic.mean:,.0f}"
     mean = layout.format_metric(name, statistic.mean)
     return mean if statistic.std is None else f"{mean.removesuffix(' %')} ± {layout.format_metric(name, statistic.std)}"
-
-
-def _difference(name: str, row: Configuration) -> str:
-    difference = row.difference
-    if difference is None:
-        return ""
-    mean = _signed(name, difference.mean).removesuffix(" %")  # in percentage points
-    if difference.low is None or difference.high is None:
-        return mean
-    low, high = (_signed(name, end).removesuffix(" %") for end in (difference.low, difference.high))
-    return f"{mean} [{low}, {high}]"
 
 
 def _notes(table: Table, options: _Options) -> list[str]:
@@ -304,7 +278,7 @@ def _reason(run: Record) -> str:
 # -- results of a sweep: leaderboard or Pareto front
 
 
-def show_leaderboard(board: "Leaderboard", test: str, *, stream: IO[str] | None = None) -> None:
+def show_leaderboard(board: Leaderboard, test: str, *, stream: IO[str] | None = None) -> None:
     """Prints the best rows, with their differences to the first.
 
     Shows the test metric of the first row only: selecting a row by its test metric would be model selection on the test
@@ -315,8 +289,7 @@ def show_leaderboard(board: "Leaderboard", test: str, *, stream: IO[str] | None 
         return
     is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
     metric, better = board.metric.replace("_", " "), "higher" if board.direction == "maximize" else "lower"
-    table = plain_table(f"{metric} ({better} is better)")
-    table.add_column("")
+    table = plain_table(f"{metric} ({better} is better)", left=[""])
     table.add_column("configuration", overflow="fold")
     table.add_column("mean ± std" if is_paired else metric, justify="right", no_wrap=True)
     table.add_column("runs", justify="right")
@@ -326,19 +299,18 @@ def show_leaderboard(board: "Leaderboard", test: str, *, stream: IO[str] | None 
     for rank, row in enumerate(rows[:_MAX_ROWS], 1):
         tested = row.statistic(test) if rank == 1 else None
         cells = [str(rank), layout.round_floats(row.label), _spread(board.metric, row), row.count(board.metric)]
-        cells += [_gap(board.metric, row)] if is_paired else []
+        cells += [_gap(board.metric, row.difference)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.format_metric(test, tested.mean))
     _print(table, stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
 
 
-def _spread(metric: str, row: "Row") -> str:
+def _spread(metric: str, row: Row) -> str:
     assert row.value is not None
     mean = layout.format_metric(metric, row.value.mean)
     return mean if row.value.std is None else f"{mean} ± {layout.format_metric(metric, row.value.std)}"
 
 
-def _gap(metric: str, row: "Row") -> str:
-    difference = row.difference
+def _gap(metric: str, difference: Difference | None) -> str:
     if difference is None:
         return ""
     mean = _signed(metric, difference.mean)
@@ -355,15 +327,10 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[st
     """Prints the Pareto front of a multi-objective search, if any job has finished."""
     if not rows:
         return
-    table = plain_table("Pareto front")
-    table.add_column("configuration", overflow="fold")
-    for metric in metrics:
-        table.add_column(metric.replace("_", " "), justify="right")
+    table = plain_table("Pareto front", left=["configuration"], right=[metric.replace("_", " ") for metric in metrics])
+    table.columns[0].overflow = "fold"
     for label, values in rows:
-        table.add_row(
-            layout.round_floats(label),
-            *(layout.format_metric(metric, value) for metric, value in zip(metrics, values, strict=True)),
-        )
+        table.add_row(layout.round_floats(label), *map(layout.format_metric, metrics, values))
     _print(table)
 
 

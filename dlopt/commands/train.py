@@ -20,6 +20,8 @@ from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
 from dlopt.interruption import die_on_signals, killed_by_signals
+from dlopt.job import execute, print_error
+from dlopt.parallel.launch import end_with_torchrun
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 
 if TYPE_CHECKING:
@@ -72,8 +74,6 @@ def _check_flags(parsed: Namespace) -> None:
 
 def _prepare_rank(world: World, parsed: Namespace) -> None:
     """Configures a process started by torchrun or srun, before it imports torch."""
-    from dlopt.parallel.launch import end_with_torchrun
-
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # report a lost peer in one line, without C++ frames
     end_with_torchrun()
     if world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
@@ -82,8 +82,6 @@ def _prepare_rank(world: World, parsed: Namespace) -> None:
 
 def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
     """Rank 0 of a launcher's processes: chooses the folder and sends the run to the other ranks."""
-    from dlopt.job import print_error
-
     store = _join_store(config, world)
     code = FAILED
     try:
@@ -101,7 +99,6 @@ def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
 def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
     """Ranks > 0: receive the run from rank 0, which also reports config errors."""
     from dlopt.config.parsing import parse
-    from dlopt.job import execute
     from dlopt.training.trainer import Run
 
     if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
@@ -161,11 +158,11 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
 
 def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
     from dlopt.config.parsing import parse
-    from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
+    from dlopt.sweeps.grid import print_estimate
 
     plain, saved = to_plain(config, overrides)
     parse(plain, saved)
-    print(estimate_line(estimate_job_seconds([saved], choices_of(config)), 1, 1))
+    print_estimate([saved], choices_of(config), jobs=1)
     return 0
 
 
@@ -175,8 +172,6 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
     Args:
         send: sends other ranks the message with which they join the run.
     """
-    from dlopt.job import execute
-
     if config.dry_run is True:
         return _estimate(config, parsed.overrides)
     prepared = prepare(config, parsed.overrides)

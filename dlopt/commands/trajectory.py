@@ -19,12 +19,12 @@ from dlopt.commands.command import (
     on_experiment,
     output_folder,
     own_names,
+    saved_experiment,
     skipped_keys,
     writing,
 )
 from dlopt.config.compose import CONFIG_NAME, Composer
-from dlopt.config.resolve import choices_of, resolve_saved, to_plain
-from dlopt.config.saved import with_changes
+from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.errors import DONE, UserError, suggest
 from dlopt.ranges import Count, Positive, Seed
@@ -378,13 +378,12 @@ def _draw_landscape(
 ) -> int:
     from dlopt.analysis.drawing import save
     from dlopt.analysis.landscape import draw, random_plane, surface
-    from dlopt.config.parsing import parse
     from dlopt.random import generator
     from dlopt.training.build import build_workload
     from dlopt.training.checkpoint import load
 
     state = load(path)
-    experiment = parse(resolve_saved(with_changes(state["config"], changes, path)))
+    experiment = saved_experiment(state["config"], changes, path)
     with fitting(path):
         workload = build_workload(experiment, state["normalize"])
         workload.module.load_state_dict(state["ema"] or state["model"])
