@@ -103,12 +103,9 @@ def _exit_code() -> int:
     _open_streams()
     try:
         return run(sys.argv[1:])
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"dlopt: {error}", file=sys.stderr)
-        return USER_ERROR
-    except RunError as error:
-        print(f"dlopt: {error}", file=sys.stderr)
-        return FAILED
+        return error.code
     except BrokenPipeError:  # `dlopt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

@@ -107,15 +107,16 @@ def refuse_url(path: str, key: str) -> None:
         )
 
 
-def make(path: Path, key: str) -> Path:
+def make(path: Path, key: str, *, exist_ok: bool = False) -> Path:
     """Creates the folder given by `key`. Raises `UserError`."""
     note_files()
     try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{key}={path}: is a file, or another run is creating this folder") from None
+        path.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
-        raise UserError(f"{key}={path}: cannot create this folder: {error.strerror}") from None
+        reason = f"cannot create this folder: {error.strerror}"
+        if isinstance(error, FileExistsError) and not exist_ok:
+            reason = "is a file, or another run is creating this folder"
+        raise UserError(f"{key}={path}: {reason}") from None
     return path
 
 

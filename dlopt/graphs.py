@@ -67,11 +67,7 @@ class GraphedFunction(Generic[T]):
     """
 
     def __init__(
-        self,
-        name: str,
-        function: Callable[[], T],
-        recorder: Recorder,
-        generators: Sequence[torch.Generator] = (),
+        self, name: str, function: Callable[[], T], recorder: Recorder, generators: Sequence[torch.Generator] = ()
     ) -> None:
         self.name = name
         self._function = function

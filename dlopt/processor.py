@@ -63,10 +63,7 @@ def installed_memory() -> int | None:
 def available_memory() -> int:
     """Returns the bytes of main memory that this process can still allocate, within a container's limit."""
     free = [installed_memory() or _UNKNOWN_MEMORY]
-    for path, read in (
-        (Path("/proc/meminfo"), _meminfo),
-        (Path("/sys/fs/cgroup/memory.max"), _cgroup_memory),
-    ):
+    for path, read in ((Path("/proc/meminfo"), _meminfo), (Path("/sys/fs/cgroup/memory.max"), _cgroup_memory)):
         try:
             free.append(read(path.read_text()))
         except (OSError, ValueError):

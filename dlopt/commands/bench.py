@@ -254,7 +254,7 @@ def _bench_allreduce(
             show_table(table)
         return DONE
 
-    run_rank(world, run)
+    run_rank(run)
 
 
 # -- devices
@@ -306,11 +306,6 @@ def _bench_devices(
 # -- a simulated cluster
 
 Model = Literal["wrn_28_10", "resnet50", "resnet101"]
-MODELS: dict[Model, tuple[list[str], tuple[int, int, int], int]] = {
-    "wrn_28_10": (["model=wrn_28_10"], (3, 32, 32), 10),
-    "resnet50": (["model=resnet50", "model.stem=imagenet"], (3, 224, 224), 1000),
-    "resnet101": (["model=resnet101", "model.stem=imagenet"], (3, 224, 224), 1000),
-}
 Training = Literal["alexnet_imagenet", "imagenet_90", "resnet_imagenet", "wrn_cifar"]
 _IMAGENET, _CIFAR = 1_281_167, 50_000  # training images
 _TRAININGS: dict[Training, tuple[int, str]] = {  # name -> samples of the whole training, description
@@ -319,16 +314,11 @@ _TRAININGS: dict[Training, tuple[int, str]] = {  # name -> samples of the whole 
     "resnet_imagenet": (600_000 * 256, "600,000 updates of 256 images (He et al. 2016, section 3.4)"),
     "wrn_cifar": (200 * _CIFAR, "200 epochs of CIFAR (Zagoruyko & Komodakis 2016, section 3)"),
 }
-_OF_PAPER: dict[Model, Training] = {
-    "wrn_28_10": "wrn_cifar",
-    "resnet50": "resnet_imagenet",
-    "resnet101": "resnet_imagenet",
+MODELS: dict[Model, tuple[list[str], tuple[int, int, int], int, Training]] = {  # the training is the paper's
+    "wrn_28_10": (["model=wrn_28_10"], (3, 32, 32), 10, "wrn_cifar"),
+    "resnet50": (["model=resnet50", "model.stem=imagenet"], (3, 224, 224), 1000, "resnet_imagenet"),
+    "resnet101": (["model=resnet101", "model.stem=imagenet"], (3, 224, 224), 1000, "resnet_imagenet"),
 }
-_CLUSTER: dict[str, Any] = {
-    "per_server": 8, "tflops": 300.0, "memory_bandwidth": 3000.0, "memory": 80.0, "bandwidth_within": 300.0,
-    "latency_within": 5.0, "bandwidth_between": 50.0, "latency_between": 10.0, "variation": 0.02, "value_bytes": 2,
-    "micro_batches": 32, "bucket_mb": 25.0,
-}  # fmt: skip
 _MODELS = list(MODELS)
 _DEVICES = [8, 64, 512, 4096]
 
@@ -347,7 +337,7 @@ def _simulate(
 ) -> int:
     from dlopt.analysis.bench import simulation
 
-    arguments, rest = line.take(simulation.Cluster, **_CLUSTER)
+    arguments, rest = line.take(simulation.Cluster)
     cluster = simulation.Cluster(**arguments)
     rest.refuse_rest("dlopt bench simulate=true", _simulate, simulation.Cluster)
     refuse_empty(devices=devices, models=models)
@@ -357,7 +347,7 @@ def _simulate(
         estimates[name] = []
         for count in sorted(set(devices)):
             estimates[name] += simulation.estimates(costs, batch, count, cluster)
-        samples, described = _TRAININGS[_OF_PAPER[name] if training == "paper" else training]
+        samples, described = _TRAININGS[MODELS[name][-1] if training == "paper" else training]
         title = f"{name}: {simulation.size(costs)}\ndays: {described}"
         show_table(_table(title, estimates[name], samples / batch))
     points = _validate(validate) if validate else []
@@ -402,7 +392,7 @@ def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[
     from dlopt.analysis.bench.simulation import per_sample
     from dlopt.processor import choose_device
 
-    overrides, shape, classes = MODELS[name]
+    overrides, shape, classes, _ = MODELS[name]
     experiment, _ = line.experiment(overrides)
 
     def make() -> Any:

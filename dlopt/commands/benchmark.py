@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt import environment
-from dlopt.analysis.benchmark.protocol import (
-    BASELINES,
-    Tier,
-    Trial,
-    WorkloadSpec,
-    budget_of,
-    load_tier,
-    trials_of,
-)
+from dlopt.analysis.benchmark.protocol import BASELINES, Tier, Trial, WorkloadSpec, budget_of, load_tier, trials_of
 from dlopt.analysis.benchmark.reading import (
     COST,
     Manifest,

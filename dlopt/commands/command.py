@@ -20,8 +20,7 @@ from dlopt.config.resolve import choices_of, resolve_saved, to_plain
 from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values, with_changes
 from dlopt.config.schema import check_arguments, parameters_of, show
 from dlopt.errors import UserError, suggest
-from dlopt.folders import make_new, refuse_url
-from dlopt.interruption import note_files
+from dlopt.folders import make, make_new, refuse_url
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
@@ -60,16 +59,14 @@ class Line:
     composer: Composer
     overrides: list[str]
 
-    def take(self, target: Callable[..., Any], **defaults: Any) -> tuple[dict[str, Any], "Line"]:
+    def take(self, target: Callable[..., Any]) -> tuple[dict[str, Any], "Line"]:
         """Returns the checked keyword-only arguments of `target` and the line without them. Raises `UserError`."""
         names = own_names(target)
         self.composer.more_keys.update(names)
         taken = [override for override in self.overrides if override.partition("=")[0] in names]
-        parsed = self.composer.parse(taken)
-        for override in parsed:
-            if override.is_sweep_override():
-                raise UserError(f"{override.input_line}: one value is needed; write a list as [a,b]")
-        values = defaults | {override.get_key_element(): override.value() for override in parsed}
+        typed = replace(self, overrides=taken)
+        typed.refuse_several("one value is needed")
+        values = {override.get_key_element(): override.value() for override in self.composer.parse(taken)}
         rest = replace(self, overrides=[override for override in self.overrides if override not in taken])
         return check_own(target, values), rest
 
@@ -287,12 +284,7 @@ def output_folder(output: str | None, command: str) -> Path:
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output={output}: is a file; must be a folder")
-    note_files()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={output}: cannot create this folder: {error.strerror}") from None
-    return folder
+    return make(folder, "output", exist_ok=True)
 
 
 def refuse_folder(output: Path, hint: str = "") -> Path:

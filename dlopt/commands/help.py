@@ -1,8 +1,9 @@
 """`dlopt train --help`: groups and their choices, keys of the run, flags."""
 
 import shutil
-import textwrap
+from collections.abc import Sequence
 
+from dlopt.commands.options import wrap_row
 from dlopt.config.choices import Catalogue, Choice, config_folder
 
 _FLAGS = (
@@ -57,17 +58,8 @@ def _sweeps() -> list[tuple[str, str]]:
     return rows
 
 
-def _table(rows: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> list[str]:
+def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Formats two columns; wraps the right one to the terminal."""
     width = max(shutil.get_terminal_size().columns, 60)
     column = min(max(len(left) for left, _ in rows), 34)
-    lines = []
-    for left, right in rows:
-        wrapped = textwrap.wrap(right, width - column - 4, break_on_hyphens=False) or [""]
-        if len(left) > column:
-            lines.append(f"  {left}")
-            left = ""
-        lines += [
-            f"  {begin:{column}}  {text}".rstrip() for begin, text in zip([left] + [""] * 99, wrapped, strict=False)
-        ]
-    return lines
+    return [line for left, right in rows for line in wrap_row(f"  {left}", right, column + 2, width)]

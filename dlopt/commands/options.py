@@ -89,6 +89,16 @@ def _no_choice(catalogue: Catalogue, group: str, name: str) -> NoReturn:
     raise UserError(f"{group}={name}: unknown choice; {hint}")
 
 
+def wrap_row(left: str, right: str, column: int, width: int | None) -> list[str]:
+    """Formats two columns in lines of `width` characters (None: unlimited); a long left one has a line of its own."""
+    indent = " " * (column + 2)
+    if width is None:
+        return [f"{left:{column}}  {right}".rstrip()]
+    first = indent if len(left) > column else f"{left:{column}}  "
+    lines = textwrap.wrap(right, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+    return [left, *lines] if len(left) > column else lines or [left]
+
+
 class _Page:
     """Formats lines, wrapped to the terminal or to COLUMNS. Pipes and files are not wrapped, which suits grep."""
 
@@ -112,19 +122,7 @@ class _Page:
         short = [len(left) for _, left, _ in rows if len(left) <= limit]
         column = max(short, default=limit)
         for mark, left, right in rows:
-            begin = f"{mark:1} {left}"
-            if not right:
-                self.lines.append(begin.rstrip())
-            elif self._width is None:
-                self.lines.append(f"{begin:{column + 2}}  {right}")
-            else:
-                wrapped = textwrap.wrap(right, self._width - column - 4, break_on_hyphens=False)
-                if len(left) > column:
-                    self.lines.append(begin)
-                    begin = ""
-                for line in wrapped:
-                    self.lines.append(f"{begin:{column + 2}}  {line}")
-                    begin = ""
+            self.lines += wrap_row(f"{mark:1} {left}", right, column + 2, self._width)
 
 
 def _overview(catalogue: Catalogue, page: _Page) -> None:

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from dlopt.config.choices import config_folder
 from dlopt.config.saved import typed_values
 from dlopt.config.schema import check_arguments
-from dlopt.errors import FAILED, USER_ERROR, RunError, UserError
+from dlopt.errors import UserError
 from dlopt.interruption import die_on_signals
-from dlopt.job import print_error
+from dlopt.job import failure, print_error
 from dlopt.parallel.launch import (
     PARENT,
     count_processes,
@@ -21,7 +21,7 @@ from dlopt.parallel.launch import (
     python_module,
     run_processes,
 )
-from dlopt.parallel.rendezvous import World, current, end_process, first_to_fail, join_store, leave, missing_ranks
+from dlopt.parallel.rendezvous import World, current, end_process, first_to_fail, join_store, leave
 
 if TYPE_CHECKING:
     import torch
@@ -88,31 +88,23 @@ def _run_rank(world: World, name: str, command: Command, arguments: list[str]) -
         join_store(world, minutes=keys["timeout_minutes"], address=keys["master_addr"], port=keys["master_port"])
         return command(arguments)
 
-    run_rank(world, run)
+    run_rank(run)
 
 
-def run_rank(world: World, run: Callable[[], int]) -> NoReturn:
+def run_rank(run: Callable[[], int]) -> NoReturn:
     """Ends this process, one rank of a command, with the code that `run` returns; one rank reports an error of all."""
     die_on_signals()
     if PARENT in os.environ:
         end_rank_with_parent()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # reports a lost peer in one line, without C++ frames
     end_with_torchrun()
-    prefix = "" if world.is_main else f"rank {world.rank}: "
     try:
         code = run()
         leave()
-    except (UserError, RunError) as error:
-        if first_to_fail():
-            print_error(f"{prefix}{error}")
-        code = USER_ERROR if isinstance(error, UserError) else FAILED
     except Exception as error:
-        missing = missing_ranks(error)
-        if not first_to_fail():
-            end_process(FAILED)
-        if not missing:
-            raise
-        ranks = ", ".join(map(str, missing))
-        print_error(f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)")
-        code = FAILED
+        code, reason = failure(error)
+        if first_to_fail():
+            if reason is None:
+                raise
+            print_error(reason)
     end_process(code)

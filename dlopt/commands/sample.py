@@ -103,13 +103,7 @@ def _numbers(text: bytes, vocabulary: int) -> list[int]:
 
 
 def _print_continuation(
-    trained: "Trained",
-    tokens: list[int],
-    length: int,
-    *,
-    temperature: float,
-    top_k: int | None,
-    generator: "Generator",
+    trained: "Trained", tokens: list[int], length: int, *, temperature: float, top_k: int | None, generator: "Generator"
 ) -> None:
     """Prints the prompt and each token of its continuation as it is sampled."""
     import torch

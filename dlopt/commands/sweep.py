@@ -19,8 +19,8 @@ from dlopt.config.resolve import choices_of, resolve_saved, to_plain
 from dlopt.config.resuming import FREE, differences, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
-from dlopt.folders import FolderSnapshot, RunFolder, make_new, newest
-from dlopt.interruption import Interrupted, note_files
+from dlopt.folders import FolderSnapshot, RunFolder, make, make_new, newest
+from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import current
 from dlopt.plain import is_below
 from dlopt.sweeps import jobs as sweep_jobs
@@ -71,12 +71,7 @@ class Request:
             check(unfinished.path, "resume=auto")
             return unfinished.path
         check(self.path, f"hydra.sweep.dir={self.path}")
-        note_files()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"hydra.sweep.dir={self.path}: cannot create this folder: {error.strerror}") from None
-        return self.path
+        return make(self.path, "hydra.sweep.dir", exist_ok=True)
 
     def compose_job(self, overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
         """Composes and checks a job; returns its config, and the config to save. Raises `UserError`."""

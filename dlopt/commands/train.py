@@ -177,7 +177,10 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
     prepared = prepare(config, parsed.overrides)
     run, folder = prepared.run, prepared.folder
     if prepared.is_done:
-        return _show_finished(folder)
+        from dlopt.tracking.console import ConsoleView
+
+        ConsoleView().finish(folder.summary() or {}, [f"this run is already finished: {folder.path}"])
+        return 0
     if config.resume == "auto" and prepared.is_new:
         print("resume=auto: no unfinished run of this config found; starting a new run", flush=True)
     if prepared.is_new and (folder.config() is not None or folder.is_live()):
@@ -236,7 +239,7 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
         checkpoint = _load(resume)
         refuse_other_config(checkpoint["config"], saved, resume, source.history())
     if not is_typed:
-        target = RunFolder(make_new(path, "hydra.run.dir"))
+        target = RunFolder(make_new(path))
     elif not path.is_dir():
         make(path, "hydra.run.dir")
     if source is not None and checkpoint is not None and target != source:
@@ -273,11 +276,3 @@ def _copy_history(source: RunFolder, target: RunFolder, best_epoch: int | None) 
             sharded.copy(best, target.checkpoints)
             for path in (best.with_name(f"{best.name}.sha256"), best):
                 shutil.copy(path, target.checkpoints / path.name)
-
-
-def _show_finished(folder: RunFolder) -> int:
-    from dlopt.tracking.console import ConsoleView
-
-    summary = folder.summary() or {}
-    ConsoleView().finish(summary, [f"this run is already finished: {folder.path}"])
-    return 0
