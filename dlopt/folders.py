@@ -33,10 +33,7 @@ class RunFolder:
 
     def config(self) -> dict[str, Any] | None:
         """Reads the saved config; None if it is missing or unreadable."""
-        try:
-            config = load_yaml(self.path / "config.yaml")
-        except (OSError, ValueError):  # ValueError includes UnicodeDecodeError
-            return None
+        config = self._load("config.yaml")
         return config if isinstance(config, dict) else None
 
     def summary(self) -> dict[str, Any] | None:
@@ -91,11 +88,14 @@ class RunFolder:
 
     def history(self) -> list[str]:
         """Reads the overrides of the run."""
-        try:
-            overrides = load_yaml(self.path / "overrides.yaml")
-        except (OSError, ValueError):
-            return []
+        overrides = self._load("overrides.yaml")
         return [str(override) for override in overrides] if isinstance(overrides, list) else []
+
+    def _load(self, name: str) -> Any:
+        try:
+            return load_yaml(self.path / name)
+        except (OSError, ValueError):  # ValueError includes UnicodeDecodeError
+            return None
 
 
 def refuse_url(path: str, key: str) -> None:

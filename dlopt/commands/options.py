@@ -116,6 +116,12 @@ class _Page:
         if self.lines:
             self.lines.append("")
 
+    def choices(self, group: str, choices: Sequence[Choice], default: str | None) -> None:
+        """Adds a group and a row per choice."""
+        self.heading(group)
+        rows = [(_MARK if choice.name == default else "", choice.name, choice.description) for choice in choices]
+        self.rows(rows or [("", "(no choices)", "")])
+
     def rows(self, rows: Sequence[tuple[str, str, str]]) -> None:
         """Adds rows (mark, left, right); wraps the right column, on a new line if the left one is long."""
         limit = 36 if self._width is None else min(36, self._width * 2 // 5)
@@ -127,11 +133,7 @@ class _Page:
 
 def _overview(catalogue: Catalogue, page: _Page) -> None:
     for group, default in catalogue.groups().items():
-        choices = catalogue.choices(group)
-        page.heading(group)
-        page.rows([(_MARK if choice.name == default else "", choice.name, choice.description) for choice in choices])
-        if not choices:
-            page.rows([("", "(no choices)", "")])
+        page.choices(group, catalogue.choices(group), default)
         page.lines.append("")
     page.heading(f"Sweeps (-m): {', '.join(_SWEEPS)}; dlopt trajectory: {', '.join(_TRAJECTORY)}", bold=False)
     page.heading(f"{_MARK} default. Select with group=choice; `dlopt options GROUP=CHOICE` lists its keys.", bold=False)
@@ -142,10 +144,8 @@ def _choices(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: 
     default = every_group(catalogue)[group]
     package = group.replace("/", ".")
     page.gap()
-    page.heading(group)
-    page.rows([(_MARK if choice.name == default else "", choice.name, choice.description) for choice in choices])
+    page.choices(group, choices, default)
     if not choices:
-        page.rows([("", "(no choices)", "")])
         return
     keys = {choice.name: catalogue.keys(choice) for choice in choices}
     own = {
