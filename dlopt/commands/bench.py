@@ -109,7 +109,6 @@ def bench(line: Line) -> int:
 
 
 def _save(figure: "Figure", folder: Path, name: str, records: Any) -> None:
-    """Writes the plot and its data, and prints the paths."""
     path = folder / f"{name}.json"
     with writing(folder):
         write_json(path, without_nan(records), indent=1)
@@ -122,8 +121,6 @@ def _save(figure: "Figure", folder: Path, name: str, records: Any) -> None:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row to measure."""
-
     overrides: list[str]
     label: str
     processes: int

@@ -83,8 +83,6 @@ _LOCK = ".results.lock"
 
 @dataclass(frozen=True)
 class _Plan:
-    """A checked benchmark."""
-
     line: Line
     tier: Tier
     request: "Request"
@@ -155,7 +153,6 @@ def _plan(
     output: str | None = None,
     dry_run: bool = False,
 ) -> _Plan:
-    """Checks the benchmark. Raises `UserError`."""
     from dlopt.sweeps.benchmark import Request, candidate
 
     if workloads is not None:

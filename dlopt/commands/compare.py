@@ -60,8 +60,10 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     if current() is not None:
         raise UserError("comparison: cannot run inside torchrun or srun; start it from a shell")
     comparison = comparison_of(composer, config, parsed.overrides)
-    changed = bool(parsed.overrides and comparison.claims) and _changes_claims(composer, config, parsed.overrides)
-    claims = check(comparison, overridden=changed)
+    # The claims do not hold if an override changes the comparison or fixes one of its axes.
+    keys = [each.get_key_element().lstrip("+~") for each in composer.parse(parsed.overrides)]
+    axes = config.comparison.get("along") or {}
+    claims = check(comparison, overridden=any(key.startswith("comparison") or key in axes for key in keys))
     runs = _runs(composer, comparison, parsed.overrides)
     if config.dry_run is True:
         for number, run in enumerate(runs):
@@ -90,12 +92,6 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     for path in drawing.save(draw(comparison, outcomes, findings), folder, PICTURE):
         print(short_path(path))
     return 0
-
-
-def _changes_claims(composer: Composer, config: DictConfig, overrides: list[str]) -> bool:
-    """Returns whether an override changes the comparison or fixes one of its axes."""
-    keys = [each.get_key_element().lstrip("+~") for each in composer.parse(overrides)]
-    return any(key.startswith("comparison") or key in (config.comparison.get("along") or {}) for key in keys)
 
 
 def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> Comparison:

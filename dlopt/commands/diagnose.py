@@ -71,11 +71,10 @@ _GROUPS = ("data", "model", "init", "normalize", "loss", "optimizer", "schedule"
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model to diagnose."""
-
     label: str
     experiment: "Experiment"
     choices: Mapping[str, str]
+    job: Job | None = None  # of the command line
     state: Mapping[str, Any] | None = None  # of a checkpoint
 
 
@@ -91,9 +90,8 @@ def diagnose(
     output: str | None = None,
 ) -> int:
     """Measures, prints the table and the advice, and saves the plots. Raises `UserError`."""
-    jobs: list[tuple[str, Job]] = []
     if checkpoint is None:
-        subjects = _subjects(line, jobs)
+        subjects = [_subject(line, job) for job in line.jobs(_GROUPS, _MAX_JOBS)]
         title = " ".join(line.fixed()) or ("other keys at their defaults" if line.overrides else "default model")
     else:
         subjects = [_trained(Path(checkpoint), line.overrides)]
@@ -108,18 +106,14 @@ def diagnose(
     for (diagnosis, facts), subject in zip(results, subjects, strict=True):
         _print(diagnosis, facts, subject.label if len(subjects) > 1 else "")
     written = _write(folder, [diagnosis for diagnosis, _ in results], title)
-    print(*map(short_path, written), *skipped_keys(jobs), sep="\n")
+    skipped = skipped_keys([(subject.label, subject.job) for subject in subjects if subject.job is not None])
+    print(*map(short_path, written), *skipped, sep="\n")
     return DONE
 
 
-def _subjects(line: Line, labelled: list[tuple[str, Job]]) -> list[_Subject]:
-    subjects = []
-    for job in line.jobs(_GROUPS, _MAX_JOBS):
-        experiment, choices = line.experiment(job.overrides)
-        label = job.label(choices, "model")
-        subjects.append(_Subject(label, experiment, choices))
-        labelled.append((label, job))
-    return subjects
+def _subject(line: Line, job: Job) -> _Subject:
+    experiment, choices = line.experiment(job.overrides)
+    return _Subject(job.label(choices, "model"), experiment, choices, job)
 
 
 def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
@@ -129,7 +123,7 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     values = typed_values(overrides)
     state = load(path)
     experiment = saved_experiment(state["config"], values, path)
-    return _Subject(f"epoch {state['progress']['epoch']}", experiment, {}, state)
+    return _Subject(f"epoch {state['progress']['epoch']}", experiment, {}, state=state)
 
 
 def _check(subject: _Subject) -> None:

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dlopt.analysis import drawing
 from dlopt.commands.command import Line, fitting, on_checkpoint, on_experiment, saved_experiment, writing
 from dlopt.commands.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.schema import check_arguments, show
@@ -294,13 +295,11 @@ def confusion_table(confusion: "Tensor", classes: Sequence[str]) -> str:
 
 def plot_confusion(confusion: "Tensor", classes: Sequence[str], title: str) -> "Figure":
     """Plots counts [true, predicted], coloured by the fraction of the true class; small matrices show the counts."""
-    from matplotlib.figure import Figure
-
     count = len(classes)
     classes = [name.encode(errors="backslashreplace").decode() for name in classes]  # folders' names may not be UTF-8
     fractions = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).tolist()
     size = min(max(3.2 + 0.42 * count, 5.0), 14.0)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    figure = drawing.figure(size + 0.8, size)
     axes = figure.add_subplot()
     image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.8)

@@ -91,13 +91,18 @@ def _run_rank(world: World, name: str, command: Command, arguments: list[str]) -
     run_rank(run)
 
 
-def run_rank(run: Callable[[], int]) -> NoReturn:
-    """Ends this process, one rank of a command, with the code that `run` returns; one rank reports an error of all."""
+def prepare_rank() -> None:
+    """Configures a process of a launcher, before it imports torch."""
     die_on_signals()
-    if PARENT in os.environ:
-        end_rank_with_parent()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # reports a lost peer in one line, without C++ frames
     end_with_torchrun()
+
+
+def run_rank(run: Callable[[], int]) -> NoReturn:
+    """Ends this process, one rank of a command, with the code that `run` returns; one rank reports an error of all."""
+    if PARENT in os.environ:
+        end_rank_with_parent()
+    prepare_rank()
     try:
         code = run()
         leave()

@@ -111,8 +111,12 @@ def runs(arguments: list[str]) -> int:
     if not records:
         print_error(_no_match(query))
     for folder in damaged:
-        print_error(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
+        _print_skipped(folder.path, folder.reason)
     return DONE
+
+
+def _print_skipped(path: Path, reason: str) -> None:
+    print_error(printable(f"{short_path(path)}: skipped: {reason}"))
 
 
 def _parse(arguments: Sequence[str], own: Sequence[str], flags: Sequence[str]) -> tuple[_Query, set[str]]:
@@ -269,54 +273,48 @@ def _cell(key: str, record: Record) -> Text:
 # -- dlopt runs clean
 
 
-@dataclass(frozen=True)
-class _Removable:
-    """A checkpoint that can be removed, and the bytes that this frees (0 while the file has another hard link)."""
-
-    path: Path
-    size: int
-
-
 def _clean(arguments: list[str]) -> int:
     """Lists removable checkpoints and removes them after confirmation. Raises `UserError`, `RunError`."""
     query, is_confirmed = _parse(arguments, (), ("--yes",))
     records, damaged = query.find()
-    removable = [checkpoint for record in records for checkpoint in _removable(record)]
+    sizes = {path: size for record in records for path, size in _removable(record).items()}
     for folder in damaged:
-        print_error(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
-    if not removable:
+        _print_skipped(folder.path, folder.reason)
+    if not sizes:
         print(f"{len(records)} run{'' if len(records) == 1 else 's'}: nothing to remove")
         return DONE
-    for checkpoint in removable:
-        print(f"{_size(checkpoint.size):>9}  {printable(short_path(checkpoint.path))}")
-    size = _size(sum(checkpoint.size for checkpoint in removable))
-    total = f"{len(removable)} checkpoint{'' if len(removable) == 1 else 's'}, {size}"
+    for path, size in sizes.items():
+        print(f"{_size(size):>9}  {printable(short_path(path))}")
+    total = f"{len(sizes)} checkpoint{'' if len(sizes) == 1 else 's'}, {_size(sum(sizes.values()))}"
     if not is_confirmed and not _confirm(f"remove {total}? [y/N] "):
         print("nothing was removed")
         return DONE
-    removed = list(_remove(removable))
-    print(f"removed {total}" if len(removed) == len(removable) else f"removed {len(removed)} of {total}")
+    removed = list(_remove(sizes))
+    print(f"removed {total}" if len(removed) == len(sizes) else f"removed {len(removed)} of {total}")
     return DONE
 
 
-def _removable(record: Record) -> list[_Removable]:
-    """Returns the step-N.pt and abandoned-*.pt of a run that is not running and has an intact last.pt."""
+def _removable(record: Record) -> dict[Path, int]:
+    """Returns the step-N.pt and abandoned-*.pt of a run that is not running and has an intact last.pt.
+
+    With the bytes that removing them frees, without those of a file that has another hard link.
+    """
     from dlopt.training import sharded
     from dlopt.training.checkpoint import is_intact
 
     folder = record.path / "checkpoints"
     names = re.compile(r"(step-\d+|abandoned-.+)\.pt")
     if folder.is_symlink() or not folder.is_dir():
-        return []
+        return {}
     paths = sorted(path for path in folder.iterdir() if names.fullmatch(path.name) and not path.is_symlink())
     if not paths:
-        return []
+        return {}
     if record.status == "running" or not is_intact(folder / "last.pt"):
         reason = "it is running" if record.status == "running" else "its last.pt is missing or damaged"
-        print_error(printable(f"{short_path(record.path)}: skipped: {reason}"))
-        return []
+        _print_skipped(record.path, reason)
+        return {}
     sizes = [path.stat().st_size if path.stat().st_nlink == 1 else 0 for path in paths]
-    return [_Removable(path, size + sharded.size(path)) for path, size in zip(paths, sizes, strict=True)]
+    return {path: size + sharded.size(path) for path, size in zip(paths, sizes, strict=True)}
 
 
 def _confirm(question: str) -> bool:
@@ -328,13 +326,13 @@ def _confirm(question: str) -> bool:
         return False
 
 
-def _remove(checkpoints: Sequence[_Removable]) -> Iterable[Path]:
+def _remove(checkpoints: Iterable[Path]) -> Iterable[Path]:
     """Removes checkpoints with their checksums and shards, except of runs that were resumed meanwhile."""
     from dlopt.training import sharded
 
-    for path in (checkpoint.path for checkpoint in checkpoints):
+    for path in checkpoints:
         if RunFolder(path.parent.parent).is_live():
-            print_error(printable(f"{short_path(path)}: skipped: its run was resumed"))
+            _print_skipped(path, "its run was resumed")
             continue
         try:
             path.unlink(missing_ok=True)

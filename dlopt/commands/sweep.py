@@ -190,7 +190,7 @@ def _grid(request: Request) -> int:
         for job in jobs:
             record_dead(job.folder(folder))
         request.run(folder)
-    _show(folder, jobs)
+    _show([Entry(job.subfolder, job.config, job.folder(folder).summary() or {}, job.overrides) for job in jobs])
     statuses = _statuses(folder, jobs)
     _print_next(f"\nsweep folder: {short_path(folder)}", folder, statuses)
     if any(status in ("failed", "interrupted") for status in statuses):
@@ -300,11 +300,10 @@ def _print_next(title: str, sweep: Path, statuses: Sequence[str] = ()) -> int:
     return DONE
 
 
-def _show(sweep: Path, jobs: Sequence[GridJob]) -> None:
+def _show(entries: Sequence[Entry], **ranking: Any) -> None:
     from dlopt.commands.report import show_leaderboard
 
-    entries = [Entry(job.subfolder, job.config, job.folder(sweep).summary() or {}, job.overrides) for job in jobs]
-    board = leaderboard(entries)
+    board = leaderboard(entries, **ranking)
     show_leaderboard(board, board.metric.replace("best_val_", "test_"))
 
 
@@ -373,7 +372,7 @@ def _check_search(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
 
 
 def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
-    from dlopt.commands.report import show_front, show_leaderboard
+    from dlopt.commands.report import show_front
 
     if len(spec.objectives) > 1:
         pareto_indices = front([values for _, _, values, _ in rows], spec.directions)
@@ -385,8 +384,7 @@ def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
         for number, label, values, run in rows:
             summary = {**(RunFolder(run).summary() or {"status": "finished"}), metric: values[0]}
             entries.append(Entry(f"job {number}", {"job": number}, summary, [f"job {number}:", label]))
-        board = leaderboard(entries, metric=metric, direction=spec.directions[0])
-        show_leaderboard(board, metric.replace("best_val_", "test_"))
+        _show(entries, metric=metric, direction=spec.directions[0])
     _print_next(f"\nsweep folder: {short_path(sweep)}", sweep, _statuses(sweep))
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from dlopt.commands.processes import prepare_rank
 from dlopt.config.compose import Composer, job_environment, parse_arguments, show_config, typed_folder
 from dlopt.config.inherit import inherit
 from dlopt.config.resolve import choices_of, resolve_saved, to_plain
 from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
-from dlopt.interruption import die_on_signals, killed_by_signals
+from dlopt.interruption import killed_by_signals
 from dlopt.job import execute, print_error
-from dlopt.parallel.launch import end_with_torchrun
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 
 if TYPE_CHECKING:
@@ -41,8 +40,9 @@ def train(arguments: list[str]) -> int:
     _check_flags(parsed)
     world = current()
     if world is not None:
-        die_on_signals()
-        _prepare_rank(world, parsed)
+        prepare_rank()
+        if world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
+            parsed.overrides.append("resume=auto")  # torchrun has restarted the run
     composer = Composer(parsed.config_name, parsed.config_dir)
     parsed.overrides = inherit(composer, parsed.overrides)
     if world is not None and not world.is_main:
@@ -70,14 +70,6 @@ def _check_flags(parsed: Namespace) -> None:
     for name in ("resolve", "package"):
         if getattr(parsed, name) and not parsed.cfg:
             raise UserError(f"--{name}: only valid with --cfg")
-
-
-def _prepare_rank(world: World, parsed: Namespace) -> None:
-    """Configures a process started by torchrun or srun, before it imports torch."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # report a lost peer in one line, without C++ frames
-    end_with_torchrun()
-    if world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
-        parsed.overrides.append("resume=auto")  # torchrun has restarted the run
 
 
 def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:

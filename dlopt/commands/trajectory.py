@@ -176,8 +176,6 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _PathJob:
-    """A checked optimizer path to compute."""
-
     function_name: str
     label: str
     settings: _Settings
@@ -306,7 +304,6 @@ class _Choice:
 
 
 def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
-    """Returns the path and the choice of its learning rate."""
     from dlopt import schedules
     from dlopt.analysis.lr_range import uses_line_search
     from dlopt.analysis.trajectory import RATES, best_rate, follow
