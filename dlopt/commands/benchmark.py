@@ -135,7 +135,7 @@ def _optimizers(line: Line) -> tuple[list[str], Line]:
     names = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
     if len(set(names)) < len(names):
         raise UserError(f"{typed[0]}: an optimizer is listed twice")
-    return names, Line(line.composer, [each for each in line.overrides if each not in typed])
+    return names, replace(line, overrides=[each for each in line.overrides if each not in typed])
 
 
 def _plan(
@@ -345,19 +345,15 @@ def _on_folder(action: str, line: Line) -> int:
     if action == "targets":
         missing = [name for name in BASELINES if name not in manifest.optimizers]
         if missing or not manifest.full:
-            raise UserError(
-                f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true"
-                + (f"; missing: {', '.join(missing)}" if missing else "")
-            )
+            which = f"; missing: {', '.join(missing)}" if missing else ""
+            raise UserError(f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true{which}")
         trials = [*trials_of([*manifest.workloads], BASELINES, manifest.studies, manifest.trials)]
         waiting = sum(not has_ended(RunFolder(folder / trial.subfolder)) for trial in trials)
         if waiting:
             print_error(f"warning: {waiting} of {len(trials)} trials have not ended: the targets are preliminary")
+        none = "none, because most studies have no finite value in time"
         for name, target in targets(folder, manifest).items():
-            shown = (
-                f"{target:.4g}" if math.isfinite(target) else "none, because most studies have no finite value in time"
-            )
-            print(f"{name}: {shown}")
+            print(f"{name}: {f'{target:.4g}' if math.isfinite(target) else none}")
         return DONE
     reference, note = (None, "") if manifest.full else _reference(manifest.tier, manifest.overrides)
     return _finish(folder, reference, note, line.composer.config_dir)

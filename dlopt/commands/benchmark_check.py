@@ -54,10 +54,8 @@ def check(line: Line, *, tier: str = "small", seed: int | None = None, output: s
         name = f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}"
         verdict = "differs" if record is None else compare(record, expected, shipped.workloads[trial.workload].updates)
         agree = agree and verdict != "differs"
-        print(
-            f"{name}: {'has not ended' if record is None else _to_target(record)}; shipped: {_to_target(expected)}: "
-            f"{verdict}"
-        )
+        reached_now = "has not ended" if record is None else _to_target(record)
+        print(f"{name}: {reached_now}; shipped: {_to_target(expected)}: {verdict}")
     return DONE if agree else FAILED
 
 

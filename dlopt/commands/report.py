@@ -264,15 +264,13 @@ def _notes(table: Table, options: _Options) -> list[str]:
         lines.append(f"#1: {failed} of {len(table.ranked[0].runs)} runs failed; its mean is that of the others")
     best = table.ranked[0].command if table.ranked else None
     lines += [] if best is None else [f"best: {best}"]
-    lines += [f"{run.status}: {layout.short_path(run.path)}: {_reason(run)}" for run in table.failed[:5]]
+    for run in table.failed[:5]:
+        killed = "no summary: the process was killed or the machine went down"
+        reason = run.reason or (killed if run.status == "unfinished" else "no reason recorded")
+        lines.append(f"{run.status}: {layout.short_path(run.path)}: {reason}")
     lines += [f"... and {len(table.failed) - 5} more failed or unfinished runs"] if len(table.failed) > 5 else []
     lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in table.damaged]
     return lines
-
-
-def _reason(run: Record) -> str:
-    killed = "no summary: the process was killed or the machine went down"
-    return run.reason or (killed if run.status == "unfinished" else "no reason recorded")
 
 
 # -- results of a sweep: leaderboard or Pareto front

@@ -12,22 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.analysis.leaderboard import direction_of
-from dlopt.analysis.report.reading import (
-    Condition,
-    Damaged,
-    Reader,
-    Record,
-    brief,
-    check_key,
-    condition,
-    is_number,
-    printable,
-    select,
-    short_key,
-    text,
-    value_of,
-    varying_keys,
-)
+from dlopt.analysis.report import reading
+from dlopt.analysis.report.reading import Condition, Damaged, Reader, Record, printable, text, value_of
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.job import print_error
@@ -85,9 +71,9 @@ class _Query:
     def find(self) -> tuple[list[Record], list[Damaged]]:
         """Returns the matching runs in order, and the unreadable folders."""
         records, damaged = Reader().read(self.folders)
-        matches = select(records, self.conditions)
+        matches = reading.select(records, self.conditions)
         for key in [*([] if self.sort is None else [self.sort]), *(self.columns or [])]:
-            check_key(key, f"{'sort' if key == self.sort else 'columns'}={key}", records)
+            reading.check_key(key, f"{'sort' if key == self.sort else 'columns'}={key}", records)
         return (matches if self.sort is None else _sorted(matches, self.sort))[: self.limit], damaged
 
 
@@ -128,7 +114,7 @@ def _parse(arguments: Sequence[str], own: Sequence[str], flags: Sequence[str]) -
         key, equals, value = argument.partition("=")
         if equals and key in own:
             values[key] = value
-        elif (parsed := condition(argument)) is not None:
+        elif (parsed := reading.condition(argument)) is not None:
             conditions.append(parsed)
         else:
             raise UserError(f"{argument}: no such folder")
@@ -168,7 +154,7 @@ def _sorted(records: list[Record], key: str) -> list[Record]:
         value = value_of(record, key)
         if value is None:
             return 2, 0.0, ""
-        return (0, sign * value, "") if is_number(value) else (1, 0.0, text(value))
+        return (0, sign * value, "") if reading.is_number(value) else (1, 0.0, text(value))
 
     return sorted(records, key=order)
 
@@ -184,7 +170,7 @@ def _columns(query: _Query, records: Sequence[Record]) -> list[str]:
     """Returns the columns after the status: as typed, by default the config keys that differ and the main metrics."""
     if query.columns is not None:
         return [key for key in query.columns if key != "status"]
-    keys = varying_keys([record.config for record in records])
+    keys = reading.varying_keys([record.config for record in records])
     keys += [term.key for term in query.conditions if term.key != "status"]
     keys += [query.sort] if query.sort not in (None, "status") else []
     if len({record.config.get("seed") for record in records}) > 1:
@@ -243,16 +229,13 @@ def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
     table = plain_table()
     table.add_column("run", overflow="fold")
     for key in columns:
-        is_right = any(is_number(value_of(record, key)) for record in records)
-        table.add_column(Text(_header(key, columns)), justify="right" if is_right else "left")
+        is_right = any(reading.is_number(value_of(record, key)) for record in records)
+        # The last component of a key if it is unique; metrics as words, which may wrap.
+        title = key.replace("_", " ") if key.startswith(_SPLITS) else reading.short_key(key, columns)
+        table.add_column(Text(printable(title)), justify="right" if is_right else "left")
     for record in records:
         table.add_row(Text(printable(short_path(record.path))), *(_cell(key, record) for key in columns))
     return table
-
-
-def _header(key: str, columns: Sequence[str]) -> str:
-    """Returns the key's last component, if it is unique; metrics as words, which may wrap."""
-    return printable(key.replace("_", " ") if key.startswith(_SPLITS) else short_key(key, columns))
 
 
 def _cell(key: str, record: Record) -> Text:
@@ -261,11 +244,11 @@ def _cell(key: str, record: Record) -> Text:
         return Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
     if value is None:
         return Text("-")
-    if key == "seconds" and is_number(value):
+    if key == "seconds" and reading.is_number(value):
         return Text(layout.format_duration(value))
-    if key.startswith(_SPLITS) and is_number(value):
+    if key.startswith(_SPLITS) and reading.is_number(value):
         return Text(layout.format_metric(key, value))
-    content = printable(brief(value))
+    content = printable(reading.brief(value))
     half = _MAX_CELL // 2
     return Text(content if len(content) <= _MAX_CELL else f"{content[: half - 1]}…{content[-half:]}")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Interval
 from omegaconf import DictConfig
 
+from dlopt.analysis import drawing
 from dlopt.commands.command import (
     Job,
     Line,
@@ -112,12 +113,11 @@ def trajectory(line: Line) -> int:
 def _draw_learning_rates(
     line: Line, *, steps_per_epoch: Count = 100, log_y: bool = False, output: str | None = None
 ) -> int:
-    from dlopt.analysis.drawing import MAX_CURVES, save
     from dlopt.analysis.trajectory import draw_schedules
 
     curves: list[Curve] = []
     labelled: list[tuple[str, Job]] = []
-    for job in line.jobs(("schedule",), MAX_CURVES):
+    for job in line.jobs(("schedule",), drawing.MAX_CURVES):
         label, schedule_curve = _curve(line, job, steps_per_epoch)
         if schedule_curve not in curves:  # equal where the schedule does not have the varied key
             curves.append(schedule_curve)
@@ -129,7 +129,7 @@ def _draw_learning_rates(
     figure = draw_schedules(curves, title=title, subtitle=subtitle, steps_per_epoch=steps_per_epoch, log_y=log_y)
     folder = output_folder(output, "trajectory")
     with writing(folder):
-        written = save(figure, folder, "learning_rates")
+        written = drawing.save(figure, folder, "learning_rates")
     print(*written, *skipped_keys(labelled), sep="\n")
     return DONE
 
@@ -189,11 +189,10 @@ class _PathJob:
 
 
 def _draw_paths(line: Line) -> int:
-    from dlopt.analysis.drawing import COLOURS, save
     from dlopt.analysis.trajectory import animate, draw_trajectories, table
 
     _refuse_others(line.overrides)
-    jobs = line.jobs(_GROUPS, len(COLOURS))
+    jobs = line.jobs(_GROUPS, len(drawing.COLOURS))
     path_jobs = [_check_job(line.composer.compose(job.overrides), job) for job in jobs]
     settings = path_jobs[0].settings
     if any(path_job.settings != settings for path_job in path_jobs):
@@ -216,7 +215,8 @@ def _draw_paths(line: Line) -> int:
     subtitle = " ".join(override for override in line.fixed() if not override.startswith(hidden))
     folder = output_folder(settings.output, "trajectory")
     with writing(folder):
-        written = save(draw_trajectories(function, paths, title=title, subtitle=subtitle), folder, "paths")
+        figure = draw_trajectories(function, paths, title=title, subtitle=subtitle)
+        written = drawing.save(figure, folder, "paths")
         if settings.animation is not None:
             animation = folder / f"paths.{settings.animation}"
             animate(function, paths, animation, title=name)
@@ -373,7 +373,6 @@ def _draw_landscape(
     seed: Seed = 0,
     output: str | None = None,
 ) -> int:
-    from dlopt.analysis.drawing import save
     from dlopt.analysis.landscape import draw, random_plane, surface
     from dlopt.random import generator
     from dlopt.training.build import build_workload
@@ -396,7 +395,7 @@ def _draw_landscape(
     heights = surface(workload.module, loss, plane, points, _progress(points**2))
     subtitle = f"{count} training samples, {points} x {points} points"
     with writing(folder):
-        written = save(draw(plane, heights, title=title, subtitle=subtitle), folder, "landscape")
+        written = drawing.save(draw(plane, heights, title=title, subtitle=subtitle), folder, "landscape")
     print(*written, sep="\n")
     return DONE
 
