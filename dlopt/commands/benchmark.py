@@ -6,13 +6,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt import environment
-from dlopt.analysis.benchmark.protocol import BASELINES, Tier, Trial, WorkloadSpec, budget_of, load_tier, trials_of
+from dlopt.analysis.benchmark.protocol import BASELINES, Trial, WorkloadSpec, budget_of, load_tier, trials_of
 from dlopt.analysis.benchmark.reading import (
     COST,
     Manifest,
@@ -81,29 +81,6 @@ Budget = Literal["tiny", "small", "large"]
 _LOCK = ".results.lock"
 
 
-@dataclass(frozen=True)
-class _Plan:
-    line: Line
-    tier: Tier
-    request: "Request"
-    studies: int
-    trials: int
-    reference: Results | None
-    note: str  # why there is none
-    command: str
-    dry_run: bool
-
-    def manifest(self) -> Manifest:
-        spaces = {name: each.describe() for name, each in self.request.candidates.items()}
-        workloads = dict(self.request.workloads)
-        if self.request.full:  # the trials do not depend on targets, which may be set later
-            workloads = {name: replace(spec, target=None) for name, spec in workloads.items()}
-        overrides = [each for each in self.request.overrides if group_of(each) != "allow_packages"]
-        return Manifest(
-            self.tier.name, self.studies, self.trials, workloads, spaces, overrides, self.request.full, [self.command]
-        )
-
-
 def benchmark(arguments: list[str]) -> int:
     """Runs `dlopt benchmark` with the given arguments; returns the exit code. Raises `UserError`."""
     action = arguments[0] if arguments and arguments[0] in ("report", "targets") else None
@@ -119,9 +96,9 @@ def benchmark(arguments: list[str]) -> int:
     if checks:
         return line.call(check)
     names, rest = _optimizers(line)
-    own, rest = rest.take(_plan)
+    own, rest = rest.take(_run)
     typed = [shlex.quote(each) for each in arguments if not each.startswith("output=")]
-    return _run(_plan(rest, names, " ".join(["dlopt benchmark", *typed]), **own))
+    return _run(rest, names, " ".join(["dlopt benchmark", *typed]), **own)
 
 
 def _optimizers(line: Line) -> tuple[list[str], Line]:
@@ -138,7 +115,10 @@ def _optimizers(line: Line) -> tuple[list[str], Line]:
     return names, replace(line, overrides=[each for each in line.overrides if each not in typed])
 
 
-def _plan(
+# -- the run
+
+
+def _run(
     line: Line,
     names: Sequence[str],
     command: str,
@@ -152,7 +132,8 @@ def _plan(
     full: bool = False,
     output: str | None = None,
     dry_run: bool = False,
-) -> _Plan:
+) -> int:
+    """Checks the benchmark and runs its trials. Raises `UserError`."""
     from dlopt.sweeps.benchmark import Request, candidate
 
     if workloads is not None:
@@ -166,7 +147,7 @@ def _plan(
             f"tier={tier}: no target is set for {', '.join(unset)}; run the baselines with full=true, and take the "
             "targets from `dlopt benchmark targets FOLDER`"
         )
-    own_studies, own_trials = budget_of(budget, studies, trials)
+    counts = budget_of(budget, studies, trials)
     candidates = {name: candidate(line.composer, name, overrides) for name in names}
     refuse_drawn(overrides, candidates)
     shipped, note = _reference(tier, overrides) if reference and not full else (None, "")
@@ -176,12 +157,38 @@ def _plan(
         folder.absolute(),
         chosen.workloads,
         candidates,
-        list(trials_of(list(chosen.workloads), list(candidates), own_studies, own_trials)),
+        list(trials_of(list(chosen.workloads), list(candidates), *counts)),
         overrides,
         full,
     )
     _check_lines(line, request)
-    return _Plan(line, chosen, request, own_studies, own_trials, shipped, note, command, dry_run)
+    waiting = request.waiting()
+    if dry_run:
+        return _list(line, request, waiting)
+    output_folder(str(request.folder), "benchmark")
+    manifest = _manifest(chosen.name, request, *counts, command)
+    update_manifest(request.folder, manifest)
+    done = len(request.trials) - len(waiting)
+    print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)
+    try:
+        elsewhere = launch(line, request, line.overrides) if waiting else 0
+        if elsewhere:
+            print(f"{elsewhere} trials are running in other processes; they report the complete results")
+        with locked(request.folder / _LOCK):  # processes that share the trials finish at about the same time
+            _measure(line, request, manifest)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    return _finish(request.folder, shipped, note, line.composer.config_dir)
+
+
+def _manifest(tier: str, request: "Request", studies: int, trials: int, command: str) -> Manifest:
+    spaces = {name: each.describe() for name, each in request.candidates.items()}
+    workloads = dict(request.workloads)
+    if request.full:  # the trials do not depend on targets, which may be set later
+        workloads = {name: replace(spec, target=None) for name, spec in workloads.items()}
+    overrides = [each for each in request.overrides if group_of(each) != "allow_packages"]
+    return Manifest(tier, studies, trials, workloads, spaces, overrides, request.full, [command])
 
 
 def _reference(tier: str, overrides: Sequence[str]) -> tuple[Results | None, str]:
@@ -204,33 +211,8 @@ def _check_lines(line: Line, request: "Request") -> None:
                 line.experiment(request.compose_line(workload, chosen, drawn, 0))
 
 
-# -- the run
-
-
-def _run(plan: _Plan) -> int:
-    request = plan.request
-    waiting = request.waiting()
-    if plan.dry_run:
-        return _list(plan, waiting)
-    output_folder(str(request.folder), "benchmark")
-    update_manifest(request.folder, plan.manifest())
-    done = len(request.trials) - len(waiting)
-    print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)
-    try:
-        elsewhere = launch(plan.line, request, plan.line.overrides) if waiting else 0
-        if elsewhere:
-            print(f"{elsewhere} trials are running in other processes; they report the complete results")
-        with locked(request.folder / _LOCK):  # processes that share the trials finish at about the same time
-            _measure(plan)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return INTERRUPTED
-    return _finish(request.folder, plan.reference, plan.note, plan.line.composer.config_dir)
-
-
-def _list(plan: _Plan, waiting: Sequence[Trial]) -> int:
+def _list(line: Line, request: "Request", waiting: Sequence[Trial]) -> int:
     """Prints the trials and an estimate of their time."""
-    request = plan.request
     for trial in waiting:
         values = request.candidates[trial.optimizer].values(trial.study, trial.number)
         print(trial.subfolder, *(f"{key}={value}" for key, value in values.items()))
@@ -238,7 +220,7 @@ def _list(plan: _Plan, waiting: Sequence[Trial]) -> int:
     for trial in waiting:
         if (trial.workload, trial.optimizer) not in seconds:
             lines = request.line(trial)
-            config = plan.line.composer.compose(lines)
+            config = line.composer.compose(lines)
             saved = to_plain(config, lines)[1]
             estimate = grid.estimate_job_seconds([saved], choices_of(config))
             seconds[trial.workload, trial.optimizer] = estimate
@@ -249,19 +231,18 @@ def _list(plan: _Plan, waiting: Sequence[Trial]) -> int:
     return DONE
 
 
-def _measure(plan: _Plan) -> None:
+def _measure(line: Line, request: "Request", manifest: Manifest) -> None:
     """Measures the cost of updates and tests the best trials, where that is still missing."""
     from dlopt.analysis.benchmark import costs
 
-    request = plan.request
-    results = collect(request.folder, replace(plan.manifest(), workloads=request.workloads), {})
+    results = collect(request.folder, replace(manifest, workloads=request.workloads), {})
     for (optimizer, workload), cell in results.cells.items():
         folder = request.folder / optimizer / workload
         best = best_trials(cell.records, request.workloads[workload].metric)
         if best and not (folder / COST).exists():
             print(f"measuring the time of an update: {optimizer} on {workload}", flush=True)
             try:
-                _measure_cost(plan, optimizer, workload, folder / COST)
+                _measure_cost(line, request, optimizer, workload, folder / COST)
             except Exception as error:  # of the optimizer, which is the user's
                 reason = f"{type(error).__name__}: {error}"
                 print_error(f"{optimizer} on {workload}: cannot measure the time of an update: {reason}")
@@ -269,16 +250,16 @@ def _measure(plan: _Plan) -> None:
             costs.test_trial(folder / f"{study}-{record.trial}")
 
 
-def _measure_cost(plan: _Plan, optimizer: str, workload: str, path: Path) -> None:
+def _measure_cost(line: Line, request: "Request", optimizer: str, workload: str, path: Path) -> None:
     from dlopt.analysis.benchmark import costs
     from dlopt.sweeps.benchmark import candidate
     from dlopt.sweeps.search import probes
 
-    sgd = candidate(plan.line.composer, "sgd", plan.request.overrides)
+    sgd = candidate(line.composer, "sgd", request.overrides)
     # At the low ends of the ranges no run diverges.
     baseline, own = (
-        plan.line.experiment(plan.request.compose_line(workload, each, probes(each.space)[0], 0))[0]
-        for each in (sgd, plan.request.candidates[optimizer])
+        line.experiment(request.compose_line(workload, each, probes(each.space)[0], 0))[0]
+        for each in (sgd, request.candidates[optimizer])
     )
     with tempfile.TemporaryDirectory(prefix="dlopt-") as scratch:
         cost = costs.measure(baseline, own, Path(scratch))
