@@ -213,23 +213,23 @@ def _test(
     paths: Sequence[Path], workloads: "Iterable[Workload]", average: "Average | None", views: Any, tta: Tta
 ) -> _Tested:
     """Tests each model and reports the metrics of the average of their outputs."""
-    from dlopt.training import evaluate
+    from dlopt.training import evaluate as testing
 
     members: list[dict[str, Any]] = []
     for path, workload in zip(paths, workloads, strict=True):
-        chosen = evaluate.choose_average(average, workload)
+        chosen = testing.choose_average(average, workload)
         if not workload.task.has_labels:
-            summary = evaluate.unlabelled_report(workload, tta=tta, members=len(paths))
+            summary = testing.unlabelled_report(workload, tta=tta, members=len(paths))
             return _Tested(summary, chosen, None, workload)
-        batches = evaluate.predict_test_set(workload, views, chosen)
+        batches = testing.predict_test_set(workload, views, chosen)
         kept = {"classes": workload.dataset.classes, "loss": workload.loss, "task": workload.task}
         members.append({"path": path, "batches": batches, "average": chosen, **kept})
         if chosen != members[0]["average"]:
             raise UserError(f"checkpoint={path}: trained with a different loss than {paths[0]}; use average=logits")
-    evaluate.check_same_samples(members)
+    testing.check_same_samples(members)
     first = members[0]
-    batches = evaluate.combine([member["batches"] for member in members], first["average"])
-    summary = evaluate.report(batches, first["loss"], first["task"])
+    batches = testing.combine([member["batches"] for member in members], first["average"])
+    summary = testing.report(batches, first["loss"], first["task"])
     return _Tested(summary, first["average"], first["classes"])
 
 

@@ -164,8 +164,7 @@ def _update(
 def _print_table(table: Table, options: _Options, console: Console) -> None:
     """Prints the leaderboard; on a terminal hides columns until it fits, the least important ones first."""
     dropped = _unfitting(table, options, console) if console.is_terminal else []
-    grid = _grid(table, options, dropped)
-    grids = [grid]
+    grids = [_grid(table, options, dropped)]
     if published := against_published(table):
         grids.append(_published_grid(published[: options.top], table))
     if not console.is_terminal:
