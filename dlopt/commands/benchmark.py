@@ -1,6 +1,7 @@
 """`dlopt benchmark`: tunes optimizers on several workloads and compares the times to their targets."""
 
 import math
+import random
 import shlex
 import shutil
 import sys
@@ -12,26 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt import environment
+from dlopt.analysis.benchmark import reading
 from dlopt.analysis.benchmark.protocol import BASELINES, Trial, WorkloadSpec, budget_of, load_tier, trials_of
-from dlopt.analysis.benchmark.reading import (
-    COST,
-    Manifest,
-    best_trials,
-    collect,
-    has_ended,
-    read_manifest,
-    update_manifest,
-)
+from dlopt.analysis.benchmark.reading import COST, Manifest
 from dlopt.analysis.benchmark.reference import load_reference
-from dlopt.analysis.benchmark.results import Results, to_json
+from dlopt.analysis.benchmark.results import Record, Results, to_json
 from dlopt.analysis.benchmark.targets import targets
-from dlopt.commands.benchmark_check import check
 from dlopt.commands.benchmark_trials import MACHINE, group_of, launch, refuse_drawn, refuse_protocol
 from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
 from dlopt.commands.sweep import is_hydra, refuse_ranks
 from dlopt.config.compose import parse_overrides
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.errors import DONE, INTERRUPTED, UserError, install
+from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically, write_json
 from dlopt.folders import RunFolder, refuse_url
 from dlopt.job import print_error
@@ -79,6 +72,9 @@ Several of these commands with the same output share the trials.
 
 Budget = Literal["tiny", "small", "large"]
 _LOCK = ".results.lock"
+_CHECKED = 2  # trials that --check repeats
+_UPDATES_TOLERANCE = 0.05  # of its updates to the target, as a fraction of a full run
+_FIRST_TOLERANCE = 0.1  # relative, of its first validation: later, training amplifies how a processor rounds
 
 
 def benchmark(arguments: list[str]) -> int:
@@ -167,7 +163,7 @@ def _run(
         return _list(line, request, waiting)
     output_folder(str(request.folder), "benchmark")
     manifest = _manifest(chosen.name, request, *counts, command)
-    update_manifest(request.folder, manifest)
+    reading.update_manifest(request.folder, manifest)
     done = len(request.trials) - len(waiting)
     print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)
     try:
@@ -235,10 +231,10 @@ def _measure(line: Line, request: "Request", manifest: Manifest) -> None:
     """Measures the cost of updates and tests the best trials, where that is still missing."""
     from dlopt.analysis.benchmark import costs
 
-    results = collect(request.folder, replace(manifest, workloads=request.workloads), {})
+    results = reading.collect(request.folder, replace(manifest, workloads=request.workloads), {})
     for (optimizer, workload), cell in results.cells.items():
         folder = request.folder / optimizer / workload
-        best = best_trials(cell.records, request.workloads[workload].metric)
+        best = reading.best_trials(cell.records, request.workloads[workload].metric)
         if best and not (folder / COST).exists():
             print(f"measuring the time of an update: {optimizer} on {workload}", flush=True)
             try:
@@ -271,12 +267,12 @@ def _finish(folder: Path, reference: Results | None, note: str, config_dir: str 
     from dlopt.analysis.benchmark.page import write
     from dlopt.analysis.benchmark.table import WIDTH, lines
 
-    manifest = read_manifest(folder)
+    manifest = reading.read_manifest(folder)
     assert manifest is not None
     if manifest.full:  # the trials do not depend on targets, which may have been set since
         manifest = replace(manifest, workloads=_with_targets(manifest, config_dir))
     with locked(folder / _LOCK):
-        results = collect(folder, manifest, _facts(folder, manifest))
+        results = reading.collect(folder, manifest, _facts(folder, manifest))
         write_atomically(folder / "results.json", to_json(results).encode())
         shown = results if reference is None else results.with_reference(reference)
         paths = write(shown, folder)
@@ -320,7 +316,7 @@ def _on_folder(action: str, line: Line) -> int:
         raise UserError(f"dlopt benchmark {action}: one folder is needed: {example}")
     [typed] = line.overrides
     folder = Path(typed).absolute()
-    manifest = read_manifest(folder) if folder.is_dir() else None
+    manifest = reading.read_manifest(folder) if folder.is_dir() else None
     if manifest is None:
         raise UserError(f"{typed}: not the folder of a benchmark (it has no benchmark.json)")
     if action == "targets":
@@ -329,7 +325,7 @@ def _on_folder(action: str, line: Line) -> int:
             which = f"; missing: {', '.join(missing)}" if missing else ""
             raise UserError(f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true{which}")
         trials = [*trials_of([*manifest.workloads], BASELINES, manifest.studies, manifest.trials)]
-        waiting = sum(not has_ended(RunFolder(folder / trial.subfolder)) for trial in trials)
+        waiting = sum(not reading.has_ended(RunFolder(folder / trial.subfolder)) for trial in trials)
         if waiting:
             print_error(f"warning: {waiting} of {len(trials)} trials have not ended: the targets are preliminary")
         none = "none, because most studies have no finite value in time"
@@ -338,3 +334,66 @@ def _on_folder(action: str, line: Line) -> int:
         return DONE
     reference, note = (None, "") if manifest.full else _reference(manifest.tier, manifest.overrides)
     return _finish(folder, reference, note, line.composer.config_dir)
+
+
+# -- dlopt benchmark --check
+
+
+def check(line: Line, *, tier: str = "small", seed: int | None = None, output: str | None = None) -> int:
+    """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
+    from dlopt.sweeps.benchmark import Request, candidate
+
+    for override in line.overrides:
+        if group_of(override) not in MACHINE:
+            raise UserError(f"{override}: --check repeats shipped trials; only {', '.join(MACHINE)} can be set")
+    shipped = load_reference(tier)
+    if shipped is None:
+        raise UserError(f"tier={tier}: has no shipped results to check")
+    # Only trials that reach the target: others would agree without saying much.
+    reached = {
+        Trial(workload, name, record.study, record.trial): record
+        for (name, workload), cell in sorted(shipped.cells.items())
+        for record in cell.records
+        if record.reached
+    }
+    chosen = {trial: reached[trial] for trial in random.Random(seed).sample(list(reached), min(_CHECKED, len(reached)))}
+    overrides = [each for each in line.overrides if not is_hydra(each)]
+    candidates = {trial.optimizer: candidate(line.composer, trial.optimizer, overrides) for trial in chosen}
+    workloads = load_tier(tier, None).select([trial.workload for trial in chosen]).workloads
+    folder = output_folder(output, "benchmark-check").absolute()
+    request = Request(folder, workloads, candidates, list(chosen), overrides, full=True)
+    try:
+        launch(line, request, line.overrides)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    spaces = {name: each.describe() for name, each in candidates.items()}
+    manifest = Manifest(tier, shipped.studies, shipped.trials, workloads, spaces, overrides, full=True)
+    measured = reading.collect(folder, manifest, {})
+    agree = True
+    for trial, expected in chosen.items():
+        records = measured.cell(trial.optimizer, trial.workload).study(trial.study)
+        record = next((each for each in records if each.trial == trial.number), None)
+        name = f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}"
+        verdict = "differs" if record is None else compare(record, expected, shipped.workloads[trial.workload].updates)
+        agree = agree and verdict != "differs"
+        reached_now = "has not ended" if record is None else _to_target(record)
+        print(f"{name}: {reached_now}; shipped: {_to_target(expected)}: {verdict}")
+    return DONE if agree else FAILED
+
+
+def compare(record: Record, expected: Record, full: int) -> str:
+    """Compares the repetition of a trial with the shipped record; `full`: updates of a full run."""
+    if record.reached and abs(record.updates - expected.updates) <= _UPDATES_TOLERANCE * full:
+        return "agrees"
+    if (
+        record.first is None
+        or expected.first is None
+        or not math.isclose(record.first, expected.first, rel_tol=_FIRST_TOLERANCE)
+    ):
+        return "differs"
+    return f"agrees at first ({record.first:.4g}; shipped: {expected.first:.4g}), then rounding separates the runs"
+
+
+def _to_target(record: Record) -> str:
+    updates = f"{record.updates:.0f} updates to the target" if record.reached else "target not reached"
+    return updates if record.best is None else f"{updates}, best {record.best:.4g}"
