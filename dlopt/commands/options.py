@@ -19,7 +19,7 @@ _MAX_WIDTH = 120
 _SHARED = 0.75  # minimum fraction of choices with the same key, value and comment to list the key only once
 
 # Hydra's groups that configure sweeps (-m).
-_SWEEPS = {
+SWEEPS = {
     "hydra/launcher": "serial",
     "hydra/sweeper": "basic",
     "hydra/sweeper/sampler": "tpe",
@@ -62,12 +62,12 @@ def options(arguments: list[str]) -> int:
 
 def every_group(catalogue: Catalogue) -> dict[str, str | None]:
     """Maps each group, also those of sweeps and of `dlopt trajectory`, to its default choice."""
-    return {**catalogue.groups(), **_TRAJECTORY, **_SWEEPS}
+    return {**catalogue.groups(), **_TRAJECTORY, **SWEEPS}
 
 
 def choices_of(catalogue: Catalogue, group: str) -> list[Choice]:
     """Lists the choices of a group, without those of its subgroups (hydra/sweeper/sampler)."""
-    nested = group in _SWEEPS
+    nested = group in SWEEPS
     return [choice for choice in catalogue.choices(group) if not (nested and "/" in choice.name)]
 
 
@@ -135,7 +135,7 @@ def _overview(catalogue: Catalogue, page: _Page) -> None:
     for group, default in catalogue.groups().items():
         page.choices(group, catalogue.choices(group), default)
         page.lines.append("")
-    page.heading(f"Sweeps (-m): {', '.join(_SWEEPS)}; dlopt trajectory: {', '.join(_TRAJECTORY)}", bold=False)
+    page.heading(f"Sweeps (-m): {', '.join(SWEEPS)}; dlopt trajectory: {', '.join(_TRAJECTORY)}", bold=False)
     page.heading(f"{_MARK} default. Select with group=choice; `dlopt options GROUP=CHOICE` lists its keys.", bold=False)
 
 
