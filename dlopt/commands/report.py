@@ -229,8 +229,7 @@ def _hidden(table: Table, dropped: Collection[str]) -> list[str]:
 
 def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
     """Returns measured and published test errors in %, the unit of the papers."""
-    grid = plain_table(left=["recipe"], right=["runs", "test error %", "median", "published", "difference"])
-    grid.columns[0].overflow = "fold"
+    grid = plain_table(fold=["recipe"], right=["runs", "test error %", "median", "published", "difference"])
     for row in rows:
         error, difference = "-", ""
         median = "" if row.median is None else f"{row.median:.2f}"
@@ -286,8 +285,7 @@ def show_leaderboard(board: Leaderboard, test: str, *, stream: IO[str] | None = 
         return
     is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
     metric, better = board.metric.replace("_", " "), "higher" if board.direction == "maximize" else "lower"
-    table = plain_table(f"{metric} ({better} is better)", left=[""])
-    table.add_column("configuration", overflow="fold")
+    table = plain_table(f"{metric} ({better} is better)", left=[""], fold=["configuration"])
     table.add_column("mean ± std" if is_paired else metric, justify="right", no_wrap=True)
     table.add_column("runs", justify="right")
     if is_paired:
@@ -324,8 +322,7 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[st
     """Prints the Pareto front of a multi-objective search, if any job has finished."""
     if not rows:
         return
-    table = plain_table("Pareto front", left=["configuration"], right=[metric.replace("_", " ") for metric in metrics])
-    table.columns[0].overflow = "fold"
+    table = plain_table("Pareto front", fold=["configuration"], right=[metric.replace("_", " ") for metric in metrics])
     for label, values in rows:
         table.add_row(layout.round_floats(label), *map(layout.format_metric, metrics, values))
     _print(table)

@@ -226,8 +226,7 @@ def _most_common(key: str, records: Sequence[Record]) -> int:
 
 
 def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
-    table = plain_table()
-    table.add_column("run", overflow="fold")
+    table = plain_table(fold=["run"])
     for key in columns:
         is_right = any(reading.is_number(value_of(record, key)) for record in records)
         # The last component of a key if it is unique; metrics as words, which may wrap.

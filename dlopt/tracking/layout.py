@@ -323,10 +323,12 @@ def standard_output() -> Console:
     return Console(highlight=False, markup=False, width=None if os.isatty(1) else _PIPE_WIDTH)
 
 
-def plain_table(title: str | None = None, *, left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
-    """Returns a table in dlopt's style, with the columns `left` and `right` aligned so.
+def plain_table(
+    title: str | None = None, *, left: Sequence[str] = (), fold: Sequence[str] = (), right: Sequence[str] = ()
+) -> Table:
+    """Returns an empty table in dlopt's style.
 
-    Add columns that may be wrapped inside words with `add_column(name, overflow="fold")`.
+    Its columns: those aligned `left`; those that may also be wrapped inside words (`fold`); those aligned `right`.
     """
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -339,6 +341,8 @@ def plain_table(title: str | None = None, *, left: Sequence[str] = (), right: Se
     )
     for name in left:
         table.add_column(name)
+    for name in fold:
+        table.add_column(name, overflow="fold")
     for name in right:
         table.add_column(name, justify="right")
     return table
