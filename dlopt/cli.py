@@ -34,6 +34,9 @@ COMMANDS = {  # name -> function(arguments) -> exit code
     "grid": "dlopt.commands.grid:print_job",
 }
 
+_HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations
+_OWN_HELP = ("train", "options")  # depends on --config-dir, or on argparse; the other commands have a USAGE
+
 SYNONYMS = {  # names of other tools -> arguments of dlopt
     "fit": "train", "run": "train", "sweep": "train -m", "tune": "train -m",
     "search": "train -m hydra/sweeper=dlopt_optuna", "test": "eval", "validate": "eval", "evaluate": "eval",
@@ -99,13 +102,10 @@ def _exit_code() -> int:
     """Runs the command of `sys.argv`; prints its error in one line."""
     _open_streams()
     try:
-        return _main(sys.argv[1:])
-    except UserError as error:
+        return run(sys.argv[1:])
+    except (UserError, RunError) as error:
         print(f"dlopt: {error}", file=sys.stderr)
-        return USER_ERROR
-    except RunError as error:
-        print(f"dlopt: {error}", file=sys.stderr)
-        return FAILED
+        return error.code
     except BrokenPipeError:  # `dlopt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -130,7 +130,8 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, mode))
 
 
-def _main(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
+    """Runs `dlopt ARGUMENTS`; returns the exit code. Raises `UserError` and `RunError`."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return DONE
@@ -147,6 +148,10 @@ def _main(arguments: Sequence[str]) -> int:
         raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
     if name not in COMMANDS:
         raise UserError(f"{name}: unknown command; {suggest(name, COMMANDS, 'dlopt --help')}")
-    module, _, function = COMMANDS[name].partition(":")
-    code: int = getattr(importlib.import_module(module), function)(list(arguments[1:]))
+    path, _, function = COMMANDS[name].partition(":")
+    module = importlib.import_module(path)
+    if _HELP & set(arguments[1:]) and name not in _OWN_HELP:
+        print(module.USAGE, end="")
+        return DONE
+    code: int = getattr(module, function)(list(arguments[1:]))
     return code

@@ -66,13 +66,12 @@ def repository() -> tuple[dict[str, Any] | None, bytes]:
     top = _git("rev-parse", "--show-toplevel")
     if not top:
         return None, b""
-    folder = os.fsdecode(top.removesuffix(b"\n"))
     commit = _git("rev-parse", "--verify", "HEAD")
     # Commands that a repository configures as diff drivers are not started.
     plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-relative")
     diff = None if commit is None else _git("diff", *plain, "HEAD")
     facts = {
-        "folder": folder,
+        "folder": os.fsdecode(top.removesuffix(b"\n")),
         "commit": None if commit is None else commit.decode().strip(),
         "dirty": None if diff is None else bool(diff),
         "diff": DIFF if diff else None,

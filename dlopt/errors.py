@@ -18,6 +18,8 @@ class UserError(Exception):
     The message gives the key, its value, what is wrong and what is allowed.
     """
 
+    code = USER_ERROR
+
     def _render_traceback_(self) -> list[str]:
         """IPython hook: shows the message only, because the stack frames do not help the user."""
         return [f"dlopt: {self}"]
@@ -29,6 +31,8 @@ class NewerError(UserError):
 
 class RunError(Exception):
     """A failure of a running experiment (non-finite loss, full disk): one message, exit code 1."""
+
+    code = FAILED
 
 
 def suggest(name: str, names: Iterable[str], more: str, *, prefix: str = "", title: str = "allowed") -> str:

@@ -44,6 +44,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
 
 
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Replaces the contents of `path` by `value` as JSON. Raises OSError."""
+    write_atomically(path, (json.dumps(value, indent=indent) + "\n").encode())
+
+
 @contextlib.contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
     """Yields a path in the same folder to write and rename to `path`; removes it afterwards if it still exists."""

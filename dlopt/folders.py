@@ -33,10 +33,7 @@ class RunFolder:
 
     def config(self) -> dict[str, Any] | None:
         """Reads the saved config; None if it is missing or unreadable."""
-        try:
-            config = load_yaml(self.path / "config.yaml")
-        except (OSError, ValueError):  # ValueError includes UnicodeDecodeError
-            return None
+        config = self._load("config.yaml")
         return config if isinstance(config, dict) else None
 
     def summary(self) -> dict[str, Any] | None:
@@ -91,11 +88,14 @@ class RunFolder:
 
     def history(self) -> list[str]:
         """Reads the overrides of the run."""
-        try:
-            overrides = load_yaml(self.path / "overrides.yaml")
-        except (OSError, ValueError):
-            return []
+        overrides = self._load("overrides.yaml")
         return [str(override) for override in overrides] if isinstance(overrides, list) else []
+
+    def _load(self, name: str) -> Any:
+        try:
+            return load_yaml(self.path / name)
+        except (OSError, ValueError):  # ValueError includes UnicodeDecodeError
+            return None
 
 
 def refuse_url(path: str, key: str) -> None:
@@ -107,15 +107,16 @@ def refuse_url(path: str, key: str) -> None:
         )
 
 
-def make(path: Path, key: str) -> Path:
+def make(path: Path, key: str, *, exist_ok: bool = False) -> Path:
     """Creates the folder given by `key`. Raises `UserError`."""
     note_files()
     try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{key}={path}: is a file, or another run is creating this folder") from None
+        path.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
-        raise UserError(f"{key}={path}: cannot create this folder: {error.strerror}") from None
+        reason = f"cannot create this folder: {error.strerror}"
+        if isinstance(error, FileExistsError) and not exist_ok:
+            reason = "is a file, or another run is creating this folder"
+        raise UserError(f"{key}={path}: {reason}") from None
     return path
 
 

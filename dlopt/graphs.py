@@ -6,7 +6,7 @@ between replays has to be in a tensor that is filled in place (inputs, learning 
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -17,28 +17,14 @@ T = TypeVar("T")
 _WARMUP_RUNS = 3  # eager runs before capture: allocate memory, select and compile kernels
 
 
-class Recorder(Protocol):
-    """Captures functions; `CudaRecorder`, or a simulation on the CPU in tests."""
-
-    def warm_up(self, function: Callable[[], T]) -> T:
-        """Runs `function` eagerly on a side stream; later work on the current stream waits for it."""
-        ...
-
-    def capture(self, function: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], T]:
-        """Captures `function` without executing its kernels; returns (replay, results that each replay overwrites).
-
-        `generators`: those that `function` draws from in addition to the device's default generator.
-        """
-        ...
-
-
-class CudaRecorder:
-    """Captures into a `torch.cuda.CUDAGraph`."""
+class Recorder:
+    """Captures functions into `torch.cuda.CUDAGraph`s."""
 
     def __init__(self) -> None:
         self._side: torch.cuda.Stream | None = None
 
     def warm_up(self, function: Callable[[], T]) -> T:
+        """Runs `function` eagerly on a side stream; later work on the current stream waits for it."""
         # Gradient accumulators remember the stream that created them. A graph must not depend on the default stream,
         # so they have to be created on a side stream.
         side = self._side = self._side or torch.cuda.Stream()
@@ -49,6 +35,10 @@ class CudaRecorder:
         return results
 
     def capture(self, function: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], T]:
+        """Captures `function` without executing its kernels; returns (replay, results that each replay overwrites).
+
+        `generators`: those that `function` draws from in addition to the device's default generator.
+        """
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # releases the warm-up's memory: a graph allocates from a private pool
         graph = torch.cuda.CUDAGraph()
@@ -67,11 +57,7 @@ class GraphedFunction(Generic[T]):
     """
 
     def __init__(
-        self,
-        name: str,
-        function: Callable[[], T],
-        recorder: Recorder,
-        generators: Sequence[torch.Generator] = (),
+        self, name: str, function: Callable[[], T], recorder: Recorder, generators: Sequence[torch.Generator] = ()
     ) -> None:
         self.name = name
         self._function = function

@@ -35,11 +35,9 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         self._previous = {}
-        try:
+        with contextlib.suppress(ValueError):  # not the main thread
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._catch)
-        except ValueError:  # not the main thread
-            pass
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -12,17 +12,19 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dlopt import environment
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
-from dlopt.files import read_json, write_atomically
+from dlopt.files import read_json, write_atomically, write_json
 from dlopt.folders import FORMAT, RunFolder
+from dlopt.interruption import Interruption
+from dlopt.parallel import launch, rendezvous
+from dlopt.parallel.hung import end_if_hung
 
 if TYPE_CHECKING:
-    from dlopt.interruption import Interruption
     from dlopt.training.build import Workload
     from dlopt.training.trainer import Run
 
@@ -34,15 +36,11 @@ def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> i
 
     `may_diverge`: divergence is a result of the run like any other, and only recorded.
     """
-    from dlopt.parallel import rendezvous
-    from dlopt.parallel.launch import QUIET
     from dlopt.training.nonfinite import Diverged
 
-    world = rendezvous.current()
-    console = console and os.environ.get(QUIET) != "1"
-    prefix = "" if world is None or world.is_main else f"rank {world.rank}: "
+    console = console and os.environ.get(launch.QUIET) != "1"
     # A folder that existed before keeps the reason of a UserError; a new one is removed.
-    record = _is_job_of_sweep(run)
+    records_user_errors = _is_job_of_sweep(run)
     try:
         processes, lock = claim(run)
     except UserError as error:
@@ -51,57 +49,60 @@ def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> i
     with lock:
         try:
             return start(run, processes, console=console)
-        except UserError as error:
-            if rendezvous.first_to_fail():
-                print_error(f"{prefix}{error}")
-                if record:
-                    _record_failure(run.folder, f"{prefix}{error}")
-            return USER_ERROR
-        except RunError as error:
-            if rendezvous.first_to_fail():
-                diverged = isinstance(error, Diverged)
-                if not (may_diverge and diverged):
-                    print_error(f"{prefix}{error}")
-                _record_failure(run.folder, f"{prefix}{error}", diverged=diverged)
-            return FAILED
         except KeyboardInterrupt:
             if rendezvous.is_main():
                 print_error("interrupted; resume from the last checkpoint with: dlopt train ... resume=auto")
             return INTERRUPTED
         except Exception as error:
-            missing = rendezvous.missing_ranks(error)
-            if missing and rendezvous.first_to_fail():
-                ranks = ", ".join(map(str, missing))
-                reason = f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)"
-                print_error(reason)
-                _record_failure(run.folder, reason)
-            elif rendezvous.first_to_fail():
+            code, reason = failure(error)
+            if not rendezvous.first_to_fail():
+                return code
+            diverged, frames = isinstance(error, Diverged), None
+            if reason is None:
                 frames = traceback.format_exc()
                 with contextlib.suppress(OSError):
                     (run.folder / "traceback.txt").write_text(frames)
-                _record_failure(run.folder, f"{prefix}{type(error).__name__}: {error}")
-                print_error(f"{prefix}the run failed: {type(error).__name__}: {error}")
+                reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
+                print_error(f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}")
+            elif not (may_diverge and diverged):
+                print_error(reason)
+            if code == FAILED or records_user_errors:
+                _record_failure(run.folder, reason, diverged=diverged)
+            if frames is not None:
                 print(frames, file=sys.stderr)
-            return FAILED
+            return code
+
+
+def failure(error: Exception) -> tuple[int, str | None]:
+    """Returns the exit code of a rank for an error, and its message; None for a bug, which needs a traceback.
+
+    All ranks that the error reaches call this together.
+    """
+    if isinstance(error, UserError | RunError):
+        return error.code, f"{_rank_prefix()}{error}"
+    if missing := rendezvous.missing_ranks(error):
+        ranks = ", ".join(map(str, missing))
+        return FAILED, f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)"
+    return FAILED, None
+
+
+def _rank_prefix() -> str:
+    world = rendezvous.current()
+    return "" if world is None or world.is_main else f"rank {world.rank}: "
 
 
 def _is_job_of_sweep(run: "Run") -> bool:
     """Returns whether a sweep has described the run, which this process, or one rank of it, executes."""
-    from dlopt.parallel.launch import RECORD
-    from dlopt.parallel.rendezvous import current
-
-    return run.overrides is None if current() is None else os.environ.get(RECORD) == "1"
+    return run.overrides is None if rendezvous.current() is None else os.environ.get(launch.RECORD) == "1"
 
 
 def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
     """Returns the number of processes of the run (1: this one) and the lock on its folder. Raises `UserError`."""
-    from dlopt.parallel.launch import count_processes
-    from dlopt.parallel.rendezvous import current, is_main
-
-    world, experiment = current(), run.experiment
-    processes = 1 if world is not None else count_processes(experiment.parallel.arguments, experiment.settings.device)
+    processes = 1
+    if rendezvous.current() is None:
+        processes = launch.count_processes(run.experiment.parallel.arguments, run.experiment.settings.device)
     # With child processes, rank 0 takes the lock: a lock held here would refuse it.
-    locks_here = is_main() and processes == 1
+    locks_here = rendezvous.is_main() and processes == 1
     return processes, RunFolder(run.folder).lock() if locks_here else contextlib.nullcontext()
 
 
@@ -123,9 +124,7 @@ def start(run: "Run", processes: int, *, console: bool) -> int:
 
 def _description(run: "Run") -> dict[Path, bytes | None]:
     """Reads the files of an earlier run that `describe` will replace; None: a file that is missing."""
-    from dlopt.parallel.rendezvous import is_main
-
-    if run.overrides is None or run.checkpoint is None or not is_main():
+    if run.overrides is None or run.checkpoint is None or not rendezvous.is_main():
         return {}
     names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
     paths = [run.folder / name for name in names]
@@ -139,11 +138,6 @@ def _restore(files: Mapping[Path, bytes | None]) -> None:
 
 
 def _start(run: "Run", processes: int, *, console: bool) -> int:
-    from dlopt.interruption import Interruption
-    from dlopt.parallel import rendezvous
-    from dlopt.parallel.hung import end_if_hung
-    from dlopt.parallel.launch import run_group
-
     is_main = rendezvous.is_main()
     if run.overrides is not None and is_main:
         describe(run.folder, run.experiment.config, run.overrides, run.choices)
@@ -152,7 +146,7 @@ def _start(run: "Run", processes: int, *, console: bool) -> int:
     if processes > 1:
         resume = run.experiment.settings.resume
         checkpoint = None if resume == "auto" else resume
-        return run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
+        return launch.run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
     watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
     with Interruption(run.experiment.settings.max_time) as interruption, watch:
         status = train(run, interruption, console=console and is_main)["status"]
@@ -160,7 +154,7 @@ def _start(run: "Run", processes: int, *, console: bool) -> int:
     return CODE_OF[status]
 
 
-def train(run: "Run", interruption: "Interruption | None" = None, *, console: bool = True) -> dict[str, Any]:
+def train(run: "Run", interruption: Interruption | None = None, *, console: bool = True) -> dict[str, Any]:
     """Trains with the observers, the learning-rate range test and the picture that the settings enable.
 
     They are passed in because the trainer does not import `dlopt.analysis`. See `dlopt.training.trainer.train`.
@@ -217,9 +211,10 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-        _write(folder / "overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True))
-        _write(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
+        for name, content in (("config.yaml", dict(config)), ("overrides.yaml", list(overrides))):
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            write_atomically(folder / name, text.encode())
+        write_json(folder / "environment.json", facts)
         if diff:
             write_atomically(folder / environment.DIFF, diff)
         else:
@@ -228,31 +223,24 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
         raise UserError(f"hydra.run.dir={folder}: cannot write to this folder: {error.strerror}") from None
 
 
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, text.encode())
-
-
 def _record_machine(folder: Path) -> None:
     """Updates the machine in environment.json, which the sweep of this job may have written on another one."""
     path = folder / "environment.json"
     saved = read_json(path)
     if saved is not None and saved != (facts := saved | environment.machine()):
         with contextlib.suppress(OSError):
-            _write(path, json.dumps(facts, indent=2) + "\n")
+            write_json(path, facts)
 
 
 def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> None:
     summary = {"status": "failed", "reason": reason} | ({"diverged": True} if diverged else {})
     with contextlib.suppress(OSError):
-        _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(folder / "summary.json", summary)
 
 
 def main() -> int:
     """Runs the job given by `sys.argv` and returns its exit code."""
-    from dlopt.parallel import launch
-    from dlopt.parallel.rendezvous import RANK, is_main
-
-    if RANK in os.environ:
+    if rendezvous.RANK in os.environ:
         launch.end_rank_with_parent()
     from dlopt.config.parsing import parse
     from dlopt.config.resolve import resolve_saved
@@ -268,25 +256,20 @@ def main() -> int:
         choices = json.loads((folder.path / "environment.json").read_text())["choices"]
         experiment = parse(resolve_saved(config), config)
         state = None
-        if is_main():  # the other ranks receive the state from rank 0
+        if rendezvous.is_main():  # the other ranks receive the state from rank 0
             checkpoint = sys.argv[2:]
             state = load(Path(checkpoint[0])) if checkpoint else Checkpoints(folder.checkpoints).load_newest()
         run = Run(experiment, folder.path, state, choices)
     except (UserError, RunError) as error:
-        if is_main():
+        if rendezvous.is_main():
             print_error(str(error))
             _record_failure(folder.path, str(error))
-        return USER_ERROR if isinstance(error, UserError) else FAILED
+        return error.code
     return execute(run)
 
 
-def _end(code: int) -> NoReturn:
-    from dlopt.parallel.rendezvous import current, end_process
-
-    if current() is None:
-        sys.exit(code)
-    end_process(code)
-
-
 if __name__ == "__main__":
-    _end(main())
+    exit_code = main()
+    if rendezvous.current() is not None:
+        rendezvous.end_process(exit_code)
+    sys.exit(exit_code)

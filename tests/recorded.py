@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from dlopt.graphs import Recorder
+
 T = TypeVar("T")
 Operation = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
 
@@ -61,7 +63,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class SimulatedRecorder:
+class SimulatedRecorder(Recorder):
     """See the module. Counts what was asked of it."""
 
     def __init__(self) -> None:

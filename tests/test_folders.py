@@ -452,7 +452,7 @@ def test_signal_after_the_run_leaves_its_folder(tmp_path: Path, monkeypatch: pyt
         execute(*arguments, **keys)
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(job, "execute", interrupted)
+    monkeypatch.setattr("dlopt.commands.train.execute", interrupted)
     assert dlopt(tmp_path, "train", *SMALL, IN_RUN).code == 75
     assert RunFolder(tmp_path / "run").is_finished()
 

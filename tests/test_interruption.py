@@ -148,11 +148,11 @@ def run_instead(command: Callable[[list[str]], int], monkeypatch: pytest.MonkeyP
 MOMENTS = 20
 SENDS_WHEN_STARTED = """
 from dlopt import cli
-main = cli._main
+main = cli.run
 def started(arguments):
     print("started", flush=True)
     return main(arguments)
-cli._main = started
+cli.run = started
 cli.main()
 """
 

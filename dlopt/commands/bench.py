@@ -1,6 +1,5 @@
 """`dlopt bench`: benchmarks parallel modes, the network and devices, and simulates a cluster."""
 
-import json
 import os
 import sys
 import tempfile
@@ -9,17 +8,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.table import Table
+
+from dlopt.analysis import drawing
+from dlopt.analysis.bench import modes
 from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
+from dlopt.commands.processes import run_rank
 from dlopt.errors import DONE, UserError
-from dlopt.files import write_atomically
+from dlopt.files import write_json
+from dlopt.parallel import launch
+from dlopt.parallel.rendezvous import current
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural, Positive
-from dlopt.tracking.layout import FittedTable, plain_table, standard_output
+from dlopt.tracking.layout import plain_table, show_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dlopt.analysis.bench.modes import ModeResult
     from dlopt.analysis.bench.simulation import Cluster, Estimate
     from dlopt.analysis.model_summary import Layer
 
@@ -92,7 +97,7 @@ Simulated cluster (simulate=true):
 """
 
 
-@on_experiment(USAGE, several="not needed here; list the values: parallel=ddp,filter")
+@on_experiment(several="not needed here; list the values: parallel=ddp,filter")
 def bench(line: Line) -> int:
     """Runs one of the benchmarks. Raises `UserError`."""
     keys = {override.partition("=")[0]: override.partition("=")[2] for override in line.overrides}
@@ -104,12 +109,9 @@ def bench(line: Line) -> int:
 
 
 def _save(figure: "Figure", folder: Path, name: str, records: Any) -> None:
-    """Writes the plot and its data, and prints the paths."""
-    from dlopt.analysis import drawing
-
     path = folder / f"{name}.json"
     with writing(folder):
-        write_atomically(path, (json.dumps(without_nan(records), indent=1) + "\n").encode())
+        write_json(path, without_nan(records), indent=1)
         written = [*drawing.save(figure, folder, name), path]
     print(*written, sep="\n")
 
@@ -119,8 +121,6 @@ def _save(figure: "Figure", folder: Path, name: str, records: Any) -> None:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row to measure."""
-
     overrides: list[str]
     label: str
     processes: int
@@ -136,13 +136,11 @@ def _bench_modes(
     memory_limit_mb: Positive | None = None,
     output: str | None = None,
 ) -> int:
-    from dlopt.analysis.bench import modes
-
     jobs = _rows(line)
     checked = [line.experiment(job.overrides) for job in jobs]
     folder = output_folder(output, "bench")
     settings = {"updates": updates, "warmup": warmup, "profiled": profiled, "memory_limit_mb": memory_limit_mb}
-    rows: list[ModeResult] = []
+    rows: list[modes.ModeResult] = []
     with tempfile.TemporaryDirectory(prefix="dlopt-bench-", ignore_cleanup_errors=True) as scratch:
         for number, (job, (experiment, choices)) in enumerate(zip(jobs, checked, strict=True)):
             processes = f"{job.processes} process{'' if job.processes == 1 else 'es'}"
@@ -153,7 +151,7 @@ def _bench_modes(
             )
             rows.append(modes.with_speedup(row, rows[job.baseline] if rows else row))
     modes.refuse_if_all_failed(rows)
-    standard_output().print(modes.table(rows))
+    show_table(modes.table(rows))
     for problem in modes.failures(rows):
         print(problem)
     overrides = " ".join(override for override in line.overrides if not override.startswith("processes="))
@@ -227,10 +225,6 @@ def _bench_allreduce(
     timeout_minutes: Positive = 10.0,
 ) -> int:
     """Runs in the processes of a launcher, or starts `processes` that do."""
-    from dlopt.commands.processes import run_rank
-    from dlopt.parallel import launch
-    from dlopt.parallel.rendezvous import current
-
     line.refuse_rest("dlopt bench allreduce=[...]", _bench_allreduce)
     refuse_empty(allreduce=allreduce)
     world = current()
@@ -248,18 +242,16 @@ def _bench_allreduce(
 
         keys = ["parallel=ddp", f"parallel.timeout_minutes={timeout_minutes}", f"device={device}", "threads=1"]
         mode = build_mode(line.experiment(keys)[0])
-        table = plain_table()
-        for name in ("MiB", "ms", "GB/s", "bus GB/s"):
-            table.add_column(name, justify="right")
+        table = plain_table(right=["MiB", "ms", "GB/s", "bus GB/s"])
         for row in measure([round(size * 2**20) for size in allreduce], repeats, mode.device):
             rates = [f"{rate / 1e9:.3g}" for rate in (row.algorithm, row.bus)]
             table.add_row(f"{row.size / 2**20:.4g}", f"{row.seconds * 1e3:.3f}", *rates)
         if world.is_main:
             print(f"all-reduce on {mode.device.type}: {world.size} processes, {world.local_size} per node")
-            standard_output().print(FittedTable(table))
+            show_table(table)
         return DONE
 
-    run_rank(world, run)
+    run_rank(run)
 
 
 # -- devices
@@ -311,11 +303,6 @@ def _bench_devices(
 # -- a simulated cluster
 
 Model = Literal["wrn_28_10", "resnet50", "resnet101"]
-MODELS: dict[Model, tuple[list[str], tuple[int, int, int], int]] = {
-    "wrn_28_10": (["model=wrn_28_10"], (3, 32, 32), 10),
-    "resnet50": (["model=resnet50", "model.stem=imagenet"], (3, 224, 224), 1000),
-    "resnet101": (["model=resnet101", "model.stem=imagenet"], (3, 224, 224), 1000),
-}
 Training = Literal["alexnet_imagenet", "imagenet_90", "resnet_imagenet", "wrn_cifar"]
 _IMAGENET, _CIFAR = 1_281_167, 50_000  # training images
 _TRAININGS: dict[Training, tuple[int, str]] = {  # name -> samples of the whole training, description
@@ -324,16 +311,11 @@ _TRAININGS: dict[Training, tuple[int, str]] = {  # name -> samples of the whole 
     "resnet_imagenet": (600_000 * 256, "600,000 updates of 256 images (He et al. 2016, section 3.4)"),
     "wrn_cifar": (200 * _CIFAR, "200 epochs of CIFAR (Zagoruyko & Komodakis 2016, section 3)"),
 }
-_OF_PAPER: dict[Model, Training] = {
-    "wrn_28_10": "wrn_cifar",
-    "resnet50": "resnet_imagenet",
-    "resnet101": "resnet_imagenet",
+MODELS: dict[Model, tuple[list[str], tuple[int, int, int], int, Training]] = {  # the training is the paper's
+    "wrn_28_10": (["model=wrn_28_10"], (3, 32, 32), 10, "wrn_cifar"),
+    "resnet50": (["model=resnet50", "model.stem=imagenet"], (3, 224, 224), 1000, "resnet_imagenet"),
+    "resnet101": (["model=resnet101", "model.stem=imagenet"], (3, 224, 224), 1000, "resnet_imagenet"),
 }
-_CLUSTER: dict[str, Any] = {
-    "per_server": 8, "tflops": 300.0, "memory_bandwidth": 3000.0, "memory": 80.0, "bandwidth_within": 300.0,
-    "latency_within": 5.0, "bandwidth_between": 50.0, "latency_between": 10.0, "variation": 0.02, "value_bytes": 2,
-    "micro_batches": 32, "bucket_mb": 25.0,
-}  # fmt: skip
 _MODELS = list(MODELS)
 _DEVICES = [8, 64, 512, 4096]
 
@@ -352,7 +334,7 @@ def _simulate(
 ) -> int:
     from dlopt.analysis.bench import simulation
 
-    arguments, rest = line.take(simulation.Cluster, **_CLUSTER)
+    arguments, rest = line.take(simulation.Cluster)
     cluster = simulation.Cluster(**arguments)
     rest.refuse_rest("dlopt bench simulate=true", _simulate, simulation.Cluster)
     refuse_empty(devices=devices, models=models)
@@ -362,9 +344,9 @@ def _simulate(
         estimates[name] = []
         for count in sorted(set(devices)):
             estimates[name] += simulation.estimates(costs, batch, count, cluster)
-        samples, described = _TRAININGS[_OF_PAPER[name] if training == "paper" else training]
+        samples, described = _TRAININGS[MODELS[name][-1] if training == "paper" else training]
         title = f"{name}: {simulation.size(costs)}\ndays: {described}"
-        standard_output().print(_table(title, estimates[name], samples / batch))
+        show_table(_table(title, estimates[name], samples / batch))
     points = _validate(validate) if validate else []
     folder = output_folder(output, "bench")
     title = f"Estimated efficiency relative to one device, {batch} samples per device, layer times {layers}"
@@ -378,17 +360,16 @@ def _simulate(
     return DONE
 
 
-def _table(title: str, estimates: Sequence["Estimate"], updates: float) -> FittedTable:
+def _table(title: str, estimates: Sequence["Estimate"], updates: float) -> Table:
     """Builds the table of a model; `updates`: those of the whole training on one device."""
-    table = plain_table(title)
-    for name in ("mode", "devices", "ms/step", "compute", "efficiency", "GB/device", "days"):
-        table.add_column(name, justify="left" if name == "mode" else "right")
+    columns = ["devices", "ms/step", "compute", "efficiency", "GB/device", "days"]
+    table = plain_table(title, left=["mode"], right=columns)
     for row in estimates:
         memory = f"{row.memory / 1e9:.1f}{'' if row.fits else ', OOM'}"
         compute = f"{row.compute / row.step:.0%}"
         times = f"{row.step * 1e3:.2f}", f"{row.step * updates / row.devices / 86400:.3g}"
         table.add_row(row.mode, str(row.devices), times[0], compute, f"{row.efficiency:.1%}", memory, times[1])
-    return FittedTable(table)
+    return table
 
 
 def _describe(cluster: "Cluster") -> str:
@@ -408,7 +389,7 @@ def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[
     from dlopt.analysis.bench.simulation import per_sample
     from dlopt.processor import choose_device
 
-    overrides, shape, classes = MODELS[name]
+    overrides, shape, classes, _ = MODELS[name]
     experiment, _ = line.experiment(overrides)
 
     def make() -> Any:
@@ -425,16 +406,14 @@ def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[
 
 
 def _validate(counts: list[int]) -> list[dict[str, Any]]:
-    from dlopt.analysis.bench.modes import BATCH, validate
-
-    if max(counts) > BATCH:
-        raise UserError(f"validate=[{max(counts)}]: the global batch has {BATCH} samples; allowed: 1 to {BATCH}")
-    table = plain_table("ms per update of a ResNet-20 on digits: estimated from timings of layers and all-reduces")
-    for name in ("mode", "processes", "estimated", "measured", "ratio"):
-        table.add_column(name, justify="left" if name == "mode" else "right")
-    points = validate(sorted(set(counts)))
+    batch = modes.BATCH
+    if max(counts) > batch:
+        raise UserError(f"validate=[{max(counts)}]: the global batch has {batch} samples; allowed: 1 to {batch}")
+    title = "ms per update of a ResNet-20 on digits: estimated from timings of layers and all-reduces"
+    table = plain_table(title, left=["mode"], right=["processes", "estimated", "measured", "ratio"])
+    points = modes.validate(sorted(set(counts)))
     for point in points:
         times = [f"{seconds * 1e3:.1f}" for seconds in (point.calculated, point.measured)]
         table.add_row(point.mode, str(point.processes), *times, f"{point.calculated / point.measured:.2f}")
-    standard_output().print(FittedTable(table))
+    show_table(table)
     return [asdict(point) for point in points]

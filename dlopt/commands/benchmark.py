@@ -1,31 +1,37 @@
 """`dlopt benchmark`: tunes optimizers on several workloads and compares the times to their targets."""
 
 import math
+import random
 import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dlopt.commands.benchmark_check import check
-from dlopt.commands.benchmark_trials import MACHINE, group_of, is_hydra, launch, refuse_drawn, refuse_protocol
+from dlopt import environment
+from dlopt.analysis.benchmark import reading
+from dlopt.analysis.benchmark.protocol import BASELINES, BUDGETS, Trial, WorkloadSpec, load_tier, trials_of
+from dlopt.analysis.benchmark.reading import COST, Manifest, targets
+from dlopt.analysis.benchmark.results import Record, Results, load_reference, to_json
+from dlopt.commands.benchmark_trials import MACHINE, group_of, launch, refuse_drawn, refuse_protocol
 from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
-from dlopt.commands.sweep import refuse_ranks
+from dlopt.commands.sweep import is_hydra, refuse_ranks
 from dlopt.config.compose import parse_overrides
-from dlopt.errors import DONE, INTERRUPTED, UserError, install
+from dlopt.config.resolve import choices_of, to_plain
+from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
+from dlopt.files import write_atomically, write_json
 from dlopt.folders import RunFolder, refuse_url
+from dlopt.job import print_error
 from dlopt.locks import locked
 from dlopt.ranges import Count
+from dlopt.sweeps import grid
 from dlopt.tracking.layout import format_duration, short_path
 
 if TYPE_CHECKING:
-    from dlopt.analysis.benchmark.protocol import Tier, Trial, WorkloadSpec
-    from dlopt.analysis.benchmark.reading import Manifest
-    from dlopt.analysis.benchmark.results import Results
     from dlopt.sweeps.benchmark import Request
 
 USAGE = """\
@@ -64,45 +70,18 @@ Several of these commands with the same output share the trials.
 
 Budget = Literal["tiny", "small", "large"]
 _LOCK = ".results.lock"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A checked benchmark."""
-
-    line: Line
-    tier: "Tier"
-    request: "Request"
-    studies: int
-    trials: int
-    reference: "Results | None"
-    note: str  # why there is none
-    command: str
-    dry_run: bool
-
-    def manifest(self) -> "Manifest":
-        from dlopt.analysis.benchmark.reading import Manifest
-
-        spaces = {name: each.describe() for name, each in self.request.candidates.items()}
-        workloads = dict(self.request.workloads)
-        if self.request.full:  # the trials do not depend on targets, which may be set later
-            workloads = {name: replace(spec, target=None) for name, spec in workloads.items()}
-        overrides = [each for each in self.request.overrides if group_of(each) != "allow_packages"]
-        return Manifest(
-            self.tier.name, self.studies, self.trials, workloads, spaces, overrides, self.request.full, [self.command]
-        )
+_CHECKED = 2  # trials that --check repeats
+_UPDATES_TOLERANCE = 0.05  # of its updates to the target, as a fraction of a full run
+_FIRST_TOLERANCE = 0.1  # relative, of its first validation: later, training amplifies how a processor rounds
 
 
 def benchmark(arguments: list[str]) -> int:
     """Runs `dlopt benchmark` with the given arguments; returns the exit code. Raises `UserError`."""
     action = arguments[0] if arguments and arguments[0] in ("report", "targets") else None
     if action is not None:
-        line = read_line(arguments[1:], USAGE, several="one folder is needed")
-        return DONE if line is None else _on_folder(action, line)
+        return _on_folder(action, read_line(arguments[1:], several="one folder is needed"))
     checks = "--check" in arguments
-    line = read_line([each for each in arguments if each != "--check"], USAGE, several="list the optimizers")
-    if line is None:
-        return DONE
+    line = read_line([each for each in arguments if each != "--check"], several="list the optimizers")
     refuse_ranks("dlopt benchmark", "all trials")
     try:
         import optuna as _  # noqa: F401
@@ -111,9 +90,9 @@ def benchmark(arguments: list[str]) -> int:
     if checks:
         return line.call(check)
     names, rest = _optimizers(line)
-    own, rest = rest.take(_plan)
+    own, rest = rest.take(_run)
     typed = [shlex.quote(each) for each in arguments if not each.startswith("output=")]
-    return _run(_plan(rest, names, " ".join(["dlopt benchmark", *typed]), **own))
+    return _run(rest, names, " ".join(["dlopt benchmark", *typed]), **own)
 
 
 def _optimizers(line: Line) -> tuple[list[str], Line]:
@@ -127,10 +106,13 @@ def _optimizers(line: Line) -> tuple[list[str], Line]:
     names = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
     if len(set(names)) < len(names):
         raise UserError(f"{typed[0]}: an optimizer is listed twice")
-    return names, Line(line.composer, [each for each in line.overrides if each not in typed])
+    return names, replace(line, overrides=[each for each in line.overrides if each not in typed])
 
 
-def _plan(
+# -- the run
+
+
+def _run(
     line: Line,
     names: Sequence[str],
     command: str,
@@ -144,9 +126,8 @@ def _plan(
     full: bool = False,
     output: str | None = None,
     dry_run: bool = False,
-) -> _Plan:
-    """Checks the benchmark. Raises `UserError`."""
-    from dlopt.analysis.benchmark.protocol import BUDGETS, load_tier, trials_of
+) -> int:
+    """Checks the benchmark and runs its trials. Raises `UserError`."""
     from dlopt.sweeps.benchmark import Request, candidate
 
     if workloads is not None:
@@ -160,7 +141,7 @@ def _plan(
             f"tier={tier}: no target is set for {', '.join(unset)}; run the baselines with full=true, and take the "
             "targets from `dlopt benchmark targets FOLDER`"
         )
-    own_studies, own_trials = studies or BUDGETS[budget][0], trials or BUDGETS[budget][1]
+    counts = studies or BUDGETS[budget][0], trials or BUDGETS[budget][1]
     candidates = {name: candidate(line.composer, name, overrides) for name in names}
     refuse_drawn(overrides, candidates)
     shipped, note = _reference(tier, overrides) if reference and not full else (None, "")
@@ -170,18 +151,42 @@ def _plan(
         folder.absolute(),
         chosen.workloads,
         candidates,
-        list(trials_of(list(chosen.workloads), list(candidates), own_studies, own_trials)),
+        list(trials_of(list(chosen.workloads), list(candidates), *counts)),
         overrides,
         full,
     )
     _check_lines(line, request)
-    return _Plan(line, chosen, request, own_studies, own_trials, shipped, note, command, dry_run)
+    waiting = request.waiting()
+    if dry_run:
+        return _list(line, request, waiting)
+    output_folder(str(request.folder), "benchmark")
+    manifest = _manifest(chosen.name, request, *counts, command)
+    reading.update_manifest(request.folder, manifest)
+    done = len(request.trials) - len(waiting)
+    print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)
+    try:
+        elsewhere = launch(line, request, line.overrides) if waiting else 0
+        if elsewhere:
+            print(f"{elsewhere} trials are running in other processes; they report the complete results")
+        with locked(request.folder / _LOCK):  # processes that share the trials finish at about the same time
+            _measure(line, request, manifest)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    return _finish(request.folder, shipped, note, line.composer.config_dir)
 
 
-def _reference(tier: str, overrides: Sequence[str]) -> "tuple[Results | None, str]":
+def _manifest(tier: str, request: "Request", studies: int, trials: int, command: str) -> Manifest:
+    spaces = {name: each.describe() for name, each in request.candidates.items()}
+    workloads = dict(request.workloads)
+    if request.full:  # the trials do not depend on targets, which may be set later
+        workloads = {name: replace(spec, target=None) for name, spec in workloads.items()}
+    overrides = [each for each in request.overrides if group_of(each) != "allow_packages"]
+    return Manifest(tier, studies, trials, workloads, spaces, overrides, request.full, [command])
+
+
+def _reference(tier: str, overrides: Sequence[str]) -> tuple[Results | None, str]:
     """Returns the shipped results; or None, and a note on why they do not apply."""
-    from dlopt.analysis.benchmark.results import load_reference
-
     shipped = load_reference(tier)
     changing = sorted({group_of(each) for each in overrides} - {*MACHINE, "optimizer"})
     if shipped is not None and changing:
@@ -194,44 +199,14 @@ def _check_lines(line: Line, request: "Request") -> None:
     from dlopt.sweeps.search import probes
 
     for chosen in request.candidates.values():
+        points = probes(chosen.space)
         for number, workload in enumerate(request.workloads):
-            points = probes(chosen.space) if number == 0 else probes(chosen.space)[:1]
-            for drawn in points:
+            for drawn in points if number == 0 else points[:1]:
                 line.experiment(request.compose_line(workload, chosen, drawn, 0))
 
 
-# -- the run
-
-
-def _run(plan: _Plan) -> int:
-    from dlopt.analysis.benchmark.reading import update_manifest
-
-    request = plan.request
-    waiting = request.waiting()
-    if plan.dry_run:
-        return _list(plan, waiting)
-    output_folder(str(request.folder), "benchmark")
-    update_manifest(request.folder, plan.manifest())
-    done = len(request.trials) - len(waiting)
-    print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)
-    try:
-        elsewhere = launch(plan.line, request, plan.line.overrides) if waiting else 0
-        if elsewhere:
-            print(f"{elsewhere} trials are running in other processes; they report the complete results")
-        with locked(request.folder / _LOCK):  # processes that share the trials finish at about the same time
-            _measure(plan)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return INTERRUPTED
-    return _finish(request.folder, plan.reference, plan.note, plan.line.composer.config_dir)
-
-
-def _list(plan: _Plan, waiting: "Sequence[Trial]") -> int:
+def _list(line: Line, request: "Request", waiting: Sequence[Trial]) -> int:
     """Prints the trials and an estimate of their time."""
-    from dlopt.config.resolve import choices_of, to_plain
-    from dlopt.sweeps.grid import estimate_job_seconds
-
-    request = plan.request
     for trial in waiting:
         values = request.candidates[trial.optimizer].values(trial.study, trial.number)
         print(trial.subfolder, *(f"{key}={value}" for key, value in values.items()))
@@ -239,9 +214,9 @@ def _list(plan: _Plan, waiting: "Sequence[Trial]") -> int:
     for trial in waiting:
         if (trial.workload, trial.optimizer) not in seconds:
             lines = request.line(trial)
-            config = plan.line.composer.compose(lines)
+            config = line.composer.compose(lines)
             saved = to_plain(config, lines)[1]
-            estimate = estimate_job_seconds([saved], choices_of(config))
+            estimate = grid.estimate_job_seconds([saved], choices_of(config))
             seconds[trial.workload, trial.optimizer] = estimate
             shown = "unknown" if estimate is None else format_duration(estimate)
             print(f"{trial.optimizer} on {trial.workload}: about {shown} a trial without early end", flush=True)
@@ -250,21 +225,18 @@ def _list(plan: _Plan, waiting: "Sequence[Trial]") -> int:
     return DONE
 
 
-def _measure(plan: _Plan) -> None:
+def _measure(line: Line, request: "Request", manifest: Manifest) -> None:
     """Measures the cost of updates and tests the best trials, where that is still missing."""
     from dlopt.analysis.benchmark import costs
-    from dlopt.analysis.benchmark.reading import COST, best_trials, collect
-    from dlopt.job import print_error
 
-    request = plan.request
-    results = collect(request.folder, replace(plan.manifest(), workloads=request.workloads), {})
+    results = reading.collect(request.folder, replace(manifest, workloads=request.workloads), {})
     for (optimizer, workload), cell in results.cells.items():
         folder = request.folder / optimizer / workload
-        best = best_trials(cell.records, request.workloads[workload].metric)
+        best = reading.best_trials(cell.records, request.workloads[workload].metric)
         if best and not (folder / COST).exists():
             print(f"measuring the time of an update: {optimizer} on {workload}", flush=True)
             try:
-                _measure_cost(plan, optimizer, workload, folder / COST)
+                _measure_cost(line, request, optimizer, workload, folder / COST)
             except Exception as error:  # of the optimizer, which is the user's
                 reason = f"{type(error).__name__}: {error}"
                 print_error(f"{optimizer} on {workload}: cannot measure the time of an update: {reason}")
@@ -272,39 +244,33 @@ def _measure(plan: _Plan) -> None:
             costs.test_trial(folder / f"{study}-{record.trial}")
 
 
-def _measure_cost(plan: _Plan, optimizer: str, workload: str, path: Path) -> None:
-    import json
-
+def _measure_cost(line: Line, request: "Request", optimizer: str, workload: str, path: Path) -> None:
     from dlopt.analysis.benchmark import costs
-    from dlopt.files import write_atomically
     from dlopt.sweeps.benchmark import candidate
     from dlopt.sweeps.search import probes
 
-    sgd = candidate(plan.line.composer, "sgd", plan.request.overrides)
+    sgd = candidate(line.composer, "sgd", request.overrides)
     # At the low ends of the ranges no run diverges.
     baseline, own = (
-        plan.line.experiment(plan.request.compose_line(workload, each, probes(each.space)[0], 0))[0]
-        for each in (sgd, plan.request.candidates[optimizer])
+        line.experiment(request.compose_line(workload, each, probes(each.space)[0], 0))[0]
+        for each in (sgd, request.candidates[optimizer])
     )
     with tempfile.TemporaryDirectory(prefix="dlopt-") as scratch:
         cost = costs.measure(baseline, own, Path(scratch))
-    write_atomically(path, (json.dumps(asdict(cost)) + "\n").encode())
+    write_json(path, asdict(cost), indent=None)
 
 
-def _finish(folder: Path, reference: "Results | None", note: str, config_dir: str | None) -> int:
+def _finish(folder: Path, reference: Results | None, note: str, config_dir: str | None) -> int:
     """Collects the results, prints them, and writes results.json and the page."""
     from dlopt.analysis.benchmark.page import write
-    from dlopt.analysis.benchmark.reading import collect, read_manifest
-    from dlopt.analysis.benchmark.results import to_json
     from dlopt.analysis.benchmark.table import WIDTH, lines
-    from dlopt.files import write_atomically
 
-    manifest = read_manifest(folder)
+    manifest = reading.read_manifest(folder)
     assert manifest is not None
     if manifest.full:  # the trials do not depend on targets, which may have been set since
         manifest = replace(manifest, workloads=_with_targets(manifest, config_dir))
     with locked(folder / _LOCK):
-        results = collect(folder, manifest, _facts(folder, manifest))
+        results = reading.collect(folder, manifest, _facts(folder, manifest))
         write_atomically(folder / "results.json", to_json(results).encode())
         shown = results if reference is None else results.with_reference(reference)
         paths = write(shown, folder)
@@ -313,10 +279,8 @@ def _finish(folder: Path, reference: "Results | None", note: str, config_dir: st
     return DONE
 
 
-def _with_targets(manifest: "Manifest", config_dir: str | None) -> "dict[str, WorkloadSpec]":
+def _with_targets(manifest: Manifest, config_dir: str | None) -> dict[str, WorkloadSpec]:
     """Returns the workloads with the targets of their tier, where the trials were run without."""
-    from dlopt.analysis.benchmark.protocol import load_tier
-
     try:
         tier = load_tier(manifest.tier, config_dir).workloads
     except UserError:  # of a --config-dir that is not given
@@ -327,10 +291,8 @@ def _with_targets(manifest: "Manifest", config_dir: str | None) -> "dict[str, Wo
     }
 
 
-def _facts(folder: Path, manifest: "Manifest") -> dict[str, Any]:
+def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Returns how the results were made, without what identifies the user or the host."""
-    from dlopt import environment
-
     versions, machine = environment.versions(), environment.machine()
     summaries = [RunFolder(path.parent).summary() or {} for path in folder.glob("*/*/*/summary.json")]
     return {
@@ -347,34 +309,89 @@ def _facts(folder: Path, manifest: "Manifest") -> dict[str, Any]:
 
 def _on_folder(action: str, line: Line) -> int:
     """`report` and `targets`."""
-    from dlopt.analysis.benchmark.protocol import BASELINES, trials_of
-    from dlopt.analysis.benchmark.reading import has_ended, read_manifest, targets
-    from dlopt.job import print_error
-
     if len(line.overrides) != 1:
         example = f"dlopt benchmark {action} outputs/benchmark/small"
         raise UserError(f"dlopt benchmark {action}: one folder is needed: {example}")
     [typed] = line.overrides
     folder = Path(typed).absolute()
-    manifest = read_manifest(folder) if folder.is_dir() else None
+    manifest = reading.read_manifest(folder) if folder.is_dir() else None
     if manifest is None:
         raise UserError(f"{typed}: not the folder of a benchmark (it has no benchmark.json)")
     if action == "targets":
         missing = [name for name in BASELINES if name not in manifest.optimizers]
         if missing or not manifest.full:
-            raise UserError(
-                f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true"
-                + (f"; missing: {', '.join(missing)}" if missing else "")
-            )
+            which = f"; missing: {', '.join(missing)}" if missing else ""
+            raise UserError(f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true{which}")
         trials = [*trials_of([*manifest.workloads], BASELINES, manifest.studies, manifest.trials)]
-        waiting = sum(not has_ended(RunFolder(folder / trial.subfolder)) for trial in trials)
+        waiting = sum(not reading.has_ended(RunFolder(folder / trial.subfolder)) for trial in trials)
         if waiting:
             print_error(f"warning: {waiting} of {len(trials)} trials have not ended: the targets are preliminary")
+        none = "none, because most studies have no finite value in time"
         for name, target in targets(folder, manifest).items():
-            shown = (
-                f"{target:.4g}" if math.isfinite(target) else "none, because most studies have no finite value in time"
-            )
-            print(f"{name}: {shown}")
+            print(f"{name}: {f'{target:.4g}' if math.isfinite(target) else none}")
         return DONE
     reference, note = (None, "") if manifest.full else _reference(manifest.tier, manifest.overrides)
     return _finish(folder, reference, note, line.composer.config_dir)
+
+
+# -- dlopt benchmark --check
+
+
+def check(line: Line, *, tier: str = "small", seed: int | None = None, output: str | None = None) -> int:
+    """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
+    from dlopt.sweeps.benchmark import Request, candidate
+
+    for override in line.overrides:
+        if group_of(override) not in MACHINE:
+            raise UserError(f"{override}: --check repeats shipped trials; only {', '.join(MACHINE)} can be set")
+    shipped = load_reference(tier)
+    if shipped is None:
+        raise UserError(f"tier={tier}: has no shipped results to check")
+    # Only trials that reach the target: others would agree without saying much.
+    reached = {
+        Trial(workload, name, record.study, record.trial): record
+        for (name, workload), cell in sorted(shipped.cells.items())
+        for record in cell.records
+        if record.reached
+    }
+    chosen = {trial: reached[trial] for trial in random.Random(seed).sample(list(reached), min(_CHECKED, len(reached)))}
+    overrides = [each for each in line.overrides if not is_hydra(each)]
+    candidates = {trial.optimizer: candidate(line.composer, trial.optimizer, overrides) for trial in chosen}
+    workloads = load_tier(tier, None).select([trial.workload for trial in chosen]).workloads
+    folder = output_folder(output, "benchmark-check").absolute()
+    request = Request(folder, workloads, candidates, list(chosen), overrides, full=True)
+    try:
+        launch(line, request, line.overrides)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    spaces = {name: each.describe() for name, each in candidates.items()}
+    manifest = Manifest(tier, shipped.studies, shipped.trials, workloads, spaces, overrides, full=True)
+    measured = reading.collect(folder, manifest, {})
+    agree = True
+    for trial, expected in chosen.items():
+        records = measured.cell(trial.optimizer, trial.workload).study(trial.study)
+        record = next((each for each in records if each.trial == trial.number), None)
+        name = f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}"
+        verdict = "differs" if record is None else compare(record, expected, shipped.workloads[trial.workload].updates)
+        agree = agree and verdict != "differs"
+        reached_now = "has not ended" if record is None else _to_target(record)
+        print(f"{name}: {reached_now}; shipped: {_to_target(expected)}: {verdict}")
+    return DONE if agree else FAILED
+
+
+def compare(record: Record, expected: Record, full: int) -> str:
+    """Compares the repetition of a trial with the shipped record; `full`: updates of a full run."""
+    if record.reached and abs(record.updates - expected.updates) <= _UPDATES_TOLERANCE * full:
+        return "agrees"
+    if (
+        record.first is None
+        or expected.first is None
+        or not math.isclose(record.first, expected.first, rel_tol=_FIRST_TOLERANCE)
+    ):
+        return "differs"
+    return f"agrees at first ({record.first:.4g}; shipped: {expected.first:.4g}), then rounding separates the runs"
+
+
+def _to_target(record: Record) -> str:
+    updates = f"{record.updates:.0f} updates to the target" if record.reached else "target not reached"
+    return updates if record.best is None else f"{updates}, best {record.best:.4g}"

@@ -1,11 +1,14 @@
 """The trials of `dlopt benchmark` and `dlopt benchmark --check`: which overrides they may have, and how they start."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dlopt.analysis.benchmark.protocol import FOLDER, has_space
 from dlopt.commands.command import Line
+from dlopt.commands.sweep import build_pool, is_hydra
 from dlopt.errors import UserError
+from dlopt.sweeps import pool as pools
 
 if TYPE_CHECKING:
     from dlopt.sweeps.benchmark import Candidate, Request
@@ -22,14 +25,9 @@ _FIXED = (
 )  # fmt: skip
 
 
-def is_hydra(override: str) -> bool:
-    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
-
-
 def group_of(override: str) -> str:
     """Returns the group or the first part of the key: schedule of `schedule=cosine` and of `++schedule.warmup=1`."""
-    key = _key_of(override)
-    return key.split(".")[0].split("/")[0].split("@")[0]
+    return re.split(r"[./@]", _key_of(override))[0]
 
 
 def _key_of(override: str) -> str:
@@ -67,20 +65,15 @@ def launch(line: Line, request: "Request", overrides: Sequence[str]) -> int:
 
     Returns how many of them other processes are running. On a signal, raises KeyboardInterrupt.
     """
-    from dlopt.commands.sweep import start_job
     from dlopt.sweeps.benchmark import run_trials
-    from dlopt.sweeps.pool import warm_up
 
     hydra = [each for each in overrides if is_hydra(each)]
     if not any(each.startswith("hydra/launcher=") for each in hydra):
         hydra = ["hydra/launcher=joblib", *hydra]
     folder = str(request.folder).replace("\\", "\\\\").replace("'", "\\'")
     composed = line.composer.compose([*hydra, *request.overrides, f"hydra.sweep.dir='{folder}'"], multirun=True)
-    launcher = line.composer.launcher(composed, start_job)
-    if not hasattr(launcher, "build_pool"):
-        name = composed.hydra.runtime.choices["hydra/launcher"]
-        raise UserError(f"hydra/launcher={name}: not supported here; allowed: serial, joblib, gpus, slurm")
-    pool: Any = launcher.build_pool()
+    pool = build_pool(line.composer, composed, "not supported here")
+    assert pool is not None  # has refused other launchers
     if pool.is_local:
-        warm_up()
+        pools.warm_up()
     return run_trials(request, line.composer.loader, composed, pool)

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.config.compose import Composer, grid, parse_arguments
-from dlopt.config.resolve import choices_of, to_plain
-from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values
+from dlopt.config.resolve import choices_of, resolve_saved, to_plain
+from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values, with_changes
 from dlopt.config.schema import check_arguments, parameters_of, show
-from dlopt.errors import DONE, UserError, suggest
-from dlopt.folders import make_new, refuse_url
-from dlopt.interruption import note_files
+from dlopt.errors import UserError, suggest
+from dlopt.folders import make, make_new, refuse_url
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
@@ -60,16 +59,14 @@ class Line:
     composer: Composer
     overrides: list[str]
 
-    def take(self, target: Callable[..., Any], **defaults: Any) -> tuple[dict[str, Any], "Line"]:
+    def take(self, target: Callable[..., Any]) -> tuple[dict[str, Any], "Line"]:
         """Returns the checked keyword-only arguments of `target` and the line without them. Raises `UserError`."""
         names = own_names(target)
         self.composer.more_keys.update(names)
         taken = [override for override in self.overrides if override.partition("=")[0] in names]
-        parsed = self.composer.parse(taken)
-        for override in parsed:
-            if override.is_sweep_override():
-                raise UserError(f"{override.input_line}: one value is needed; write a list as [a,b]")
-        values = defaults | {override.get_key_element(): override.value() for override in parsed}
+        typed = replace(self, overrides=taken)
+        typed.refuse_several("one value is needed")
+        values = {override.get_key_element(): override.value() for override in self.composer.parse(taken)}
         rest = replace(self, overrides=[override for override in self.overrides if override not in taken])
         return check_own(target, values), rest
 
@@ -157,7 +154,7 @@ def skipped_keys(jobs: Sequence[tuple[str, Job]]) -> list[str]:
 # -- command lines
 
 
-def on_experiment(usage: str, *, several: str, one: bool = False) -> Callable[[Callable[..., int]], Command]:
+def on_experiment(*, several: str, one: bool = False) -> Callable[[Callable[..., int]], Command]:
     """Turns `function(line, **own_keys)` into a command; the remaining overrides are keys of `dlopt train`.
 
     Args:
@@ -167,10 +164,7 @@ def on_experiment(usage: str, *, several: str, one: bool = False) -> Callable[[C
     def decorate(function: Callable[..., int]) -> Command:
         @functools.wraps(function)
         def command(arguments: list[str]) -> int:
-            line = read_line(arguments, usage, several=several)
-            if line is None:
-                return DONE
-            own, rest = line.take(function)
+            own, rest = read_line(arguments, several=several).take(function)
             if one:
                 rest.refuse_several(several)
             return function(rest, **own)
@@ -180,12 +174,9 @@ def on_experiment(usage: str, *, several: str, one: bool = False) -> Callable[[C
     return decorate
 
 
-def read_line(arguments: list[str], usage: str, *, several: str) -> Line | None:
-    """Parses the arguments of a command; prints the usage and returns None for --help. Raises `UserError`."""
+def read_line(arguments: list[str], *, several: str) -> Line:
+    """Parses the arguments of a command. Raises `UserError`."""
     parsed = parse_arguments(arguments)
-    if parsed.help:
-        print(usage, end="")
-        return None
     if parsed.multirun:
         raise UserError(f"-m: {several}")
     for flag in _TRAIN_FLAGS:
@@ -195,7 +186,7 @@ def read_line(arguments: list[str], usage: str, *, several: str) -> Line | None:
 
 
 def on_checkpoint(
-    name: str, usage: str, may_change: Sequence[str] = (), *, several: bool = False
+    name: str, may_change: Sequence[str] = (), *, several: bool = False
 ) -> Callable[[Callable[..., int]], Command]:
     """Turns `function(path, changes, **own_keys)` into a command on a checkpoint and the config saved in it.
 
@@ -208,9 +199,6 @@ def on_checkpoint(
     def decorate(function: Callable[..., int]) -> Command:
         @functools.wraps(function)
         def command(arguments: list[str]) -> int:
-            if {"-h", "--help"} & set(arguments):
-                print(usage, end="")
-                return DONE
             values = typed_values(arguments)
             paths = _take_paths(values, name) if several else checkpoint_file(take_path(values, name))
             names = own_names(function)
@@ -260,6 +248,13 @@ def refuse_empty(**lists: Sequence[Any]) -> None:
 # -- data and output
 
 
+def saved_experiment(config: Mapping[str, Any], changes: Mapping[str, Any], checkpoint: Path) -> "Experiment":
+    """Returns the checked experiment of the config in `checkpoint`, changed by overrides. Raises `UserError`."""
+    from dlopt.config.parsing import parse
+
+    return parse(resolve_saved(with_changes(config, changes, checkpoint)))
+
+
 @contextlib.contextmanager
 def fitting(checkpoint: Path | str) -> Iterator[None]:
     """Turns a mismatch of the weights and the model in the block into a `UserError` about `checkpoint`."""
@@ -289,12 +284,7 @@ def output_folder(output: str | None, command: str) -> Path:
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output={output}: is a file; must be a folder")
-    note_files()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={output}: cannot create this folder: {error.strerror}") from None
-    return folder
+    return make(folder, "output", exist_ok=True)
 
 
 def refuse_folder(output: Path, hint: str = "") -> Path:

@@ -9,24 +9,32 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dlopt.analysis import drawing
+from dlopt.analysis.claims import TEST_METRICS, parse, sentence
+from dlopt.analysis.comparison import Cell, Comparison, Outcome, format_final, read, table
+from dlopt.analysis.comparison_plots import draw
+from dlopt.analysis.findings import check, evaluate, record
+from dlopt.analysis.probes import PROBES
+from dlopt.config import parsing
 from dlopt.config.compose import Composer, parse_arguments, typed_folder
+from dlopt.config.experiment import Experiment
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.config.schema import check_arguments, show
-from dlopt.errors import UserError
+from dlopt.errors import FAILED, INTERRUPTED, USER_ERROR, UserError
 from dlopt.files import write_atomically
 from dlopt.folders import RunFolder, make, make_new, newest
+from dlopt.job import execute
 from dlopt.parallel.rendezvous import current
+from dlopt.sweeps.grid import print_estimate
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
-
-if TYPE_CHECKING:
-    from dlopt.analysis.comparison import Cell, Comparison, Outcome
-    from dlopt.config.experiment import Experiment
+from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.trainer import Run
 
 PICTURE = "comparison"
 _METRICS = (
@@ -37,9 +45,9 @@ _METRICS = (
 
 @dataclass(frozen=True)
 class _Run:
-    cell: "Cell"
+    cell: Cell
     overrides: list[str]
-    experiment: "Experiment"
+    experiment: Experiment
     saved: Mapping[str, Any]
     choices: Mapping[str, str]
 
@@ -49,20 +57,19 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
 
     Raises `UserError` before it creates any file, and after the first run for a metric that it does not have.
     """
-    from dlopt.analysis import drawing
-    from dlopt.analysis.claims import sentence
-    from dlopt.analysis.comparison import table
-    from dlopt.analysis.comparison_plots import draw
-    from dlopt.analysis.findings import check, evaluate, record
-
     if current() is not None:
         raise UserError("comparison: cannot run inside torchrun or srun; start it from a shell")
     comparison = comparison_of(composer, config, parsed.overrides)
-    changed = bool(parsed.overrides and comparison.claims) and _changes_claims(composer, config, parsed.overrides)
-    claims = check(comparison, overridden=changed)
+    # The claims do not hold if an override changes the comparison or fixes one of its axes.
+    keys = [each.get_key_element().lstrip("+~") for each in composer.parse(parsed.overrides)]
+    axes = config.comparison.get("along") or {}
+    claims = check(comparison, overridden=any(key.startswith("comparison") or key in axes for key in keys))
     runs = _runs(composer, comparison, parsed.overrides)
     if config.dry_run is True:
-        return _list(runs)
+        for number, run in enumerate(runs):
+            print(f"run {number}: {' '.join(run.overrides)}")
+        print_estimate([run.saved for run in runs], runs[0].choices, len(runs))
+        return 0
     folder = _folder(config, parsed.overrides, runs)
     screen = Screen()
     screen.message(f"{comparison.title}: {len(runs)} runs in {short_path(folder)}")
@@ -87,28 +94,8 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     return 0
 
 
-def _changes_claims(composer: Composer, config: DictConfig, overrides: list[str]) -> bool:
-    """Returns whether an override changes the comparison or fixes one of its axes."""
-    keys = [each.get_key_element().lstrip("+~") for each in composer.parse(overrides)]
-    return any(key.startswith("comparison") or key in (config.comparison.get("along") or {}) for key in keys)
-
-
-def _list(runs: list[_Run]) -> int:
-    """Prints the runs and an estimate of their time (dry_run=true)."""
-    from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
-
-    for number, run in enumerate(runs):
-        print(f"run {number}: {' '.join(run.overrides)}")
-    print(estimate_line(estimate_job_seconds([run.saved for run in runs], runs[0].choices), len(runs), 1))
-    return 0
-
-
-def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> "Comparison":
+def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> Comparison:
     """Builds the comparison of an experiment file, without overridden axes; an overridden `seed` replaces its seeds."""
-    from dlopt.analysis.claims import TEST_METRICS, parse
-    from dlopt.analysis.comparison import Comparison
-    from dlopt.analysis.probes import PROBES
-
     if not OmegaConf.is_dict(config.comparison):
         raise UserError(f"comparison={config.comparison}: allowed: a mapping, or null for a single run")
     node = OmegaConf.to_container(config.comparison, resolve=True)
@@ -154,9 +141,7 @@ def _refuse_protected(line: str, key: str) -> None:
         raise UserError(f"comparison: {line}: may only be given on the command line")
 
 
-def _runs(composer: Composer, comparison: "Comparison", overrides: list[str]) -> list[_Run]:
-    from dlopt.config.parsing import parse
-
+def _runs(composer: Composer, comparison: Comparison, overrides: list[str]) -> list[_Run]:
     common = [line for line in overrides if not line.lstrip("+").startswith(("seed=", "comparison.", "hydra."))]
     runs: list[_Run] = []
     for cell in comparison.cells():
@@ -166,7 +151,7 @@ def _runs(composer: Composer, comparison: "Comparison", overrides: list[str]) ->
             config = composer.compose(lines)
         config.seed = cell.seed
         plain, saved = to_plain(config, overrides)
-        runs.append(_Run(cell, lines, parse(plain, saved), saved, choices_of(config)))
+        runs.append(_Run(cell, lines, parsing.parse(plain, saved), saved, choices_of(config)))
     return runs
 
 
@@ -198,23 +183,16 @@ def _is_unfinished(comparison: RunFolder, runs: list[_Run]) -> bool:
     return not any(old is not None and differences(old, new) for old, new in saved)
 
 
-def _execute(
-    runs: list[_Run], folder: Path, comparison: "Comparison", screen: Screen
-) -> "tuple[dict[Cell, Outcome], int]":
+def _execute(runs: list[_Run], folder: Path, comparison: Comparison, screen: Screen) -> tuple[dict[Cell, Outcome], int]:
     """Runs all cells; returns their outcomes and the exit code. A diverged run counts, any other failure stops."""
-    from dlopt.analysis.comparison import format_final, read
-    from dlopt.job import FAILED, INTERRUPTED, USER_ERROR, execute
-    from dlopt.training.checkpoint import Checkpoints
-    from dlopt.training.trainer import Run
-
     outcomes: dict[Cell, Outcome] = {}
     for number, run in enumerate(runs):
         subfolder, cell = RunFolder(folder / str(number)), run.cell
         if not (subfolder.has_run() and subfolder.is_done(run.saved)):
             subfolder.path.mkdir(exist_ok=True)
             state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            trainer_run = Run(run.experiment, subfolder.path, state, run.choices, run.overrides)
-            code = execute(trainer_run, console=False, may_diverge=True)
+            job = Run(run.experiment, subfolder.path, state, run.choices, run.overrides)
+            code = execute(job, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code == INTERRUPTED:
                 screen.message(f"stopped after {number} of {len(runs)} runs; resume with resume=auto")

@@ -6,9 +6,10 @@ from typing import Any
 
 from dlopt.commands.command import on_checkpoint, refuse_folder
 from dlopt.errors import DONE, RunError, UserError
+from dlopt.files import reason, write
 from dlopt.tracking.layout import short_path
 
-_USAGE = """\
+USAGE = """\
 Merge a sharded checkpoint into one file
 
 Usage: dlopt consolidate checkpoint=PATH [output=FILE]
@@ -22,7 +23,7 @@ Verifies the checksums of the shards and writes one for the file.
 """
 
 
-@on_checkpoint("consolidate", _USAGE)
+@on_checkpoint("consolidate")
 def consolidate(path: Path, _: dict[str, Any], *, output: str | None = None) -> int:
     """Writes the file. Raises `UserError`; `RunError` if writing fails."""
     target = refuse_folder(path.with_name(f"{path.stem}-whole.pt") if output is None else Path(output))
@@ -31,7 +32,6 @@ def consolidate(path: Path, _: dict[str, Any], *, output: str | None = None) -> 
 
     import torch
 
-    from dlopt.files import reason, write
     from dlopt.training import sharded
     from dlopt.training.checkpoint import load
 

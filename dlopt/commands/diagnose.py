@@ -1,7 +1,6 @@
 """`dlopt diagnose`: measures activations, gradients and curvature, with plots, a table and advice."""
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -10,12 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.commands.command import Job, Line, fitting, on_experiment, output_folder, skipped_keys, writing
-from dlopt.config.resolve import resolve_saved
+from rich.text import Text
+
+from dlopt.analysis import drawing
+from dlopt.commands.command import (
+    Job,
+    Line,
+    fitting,
+    on_experiment,
+    output_folder,
+    saved_experiment,
+    skipped_keys,
+    writing,
+)
+from dlopt.config.saved import checkpoint_file, typed_values
 from dlopt.errors import DONE, UserError
+from dlopt.files import write_json
+from dlopt.parallel.rendezvous import current
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural
-from dlopt.tracking.layout import format_count, short_path
+from dlopt.tracking.layout import FittedTable, format_count, plain_table, short_path, standard_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,15 +71,14 @@ _GROUPS = ("data", "model", "init", "normalize", "loss", "optimizer", "schedule"
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model to diagnose."""
-
     label: str
     experiment: "Experiment"
     choices: Mapping[str, str]
+    job: Job | None = None  # of the command line
     state: Mapping[str, Any] | None = None  # of a checkpoint
 
 
-@on_experiment(USAGE, several="not needed here; list the values: init=normal,xavier_normal")
+@on_experiment(several="not needed here; list the values: init=normal,xavier_normal")
 def diagnose(
     line: Line,
     *,
@@ -78,9 +90,8 @@ def diagnose(
     output: str | None = None,
 ) -> int:
     """Measures, prints the table and the advice, and saves the plots. Raises `UserError`."""
-    jobs: list[tuple[str, Job]] = []
     if checkpoint is None:
-        subjects = _subjects(line, jobs)
+        subjects = [_subject(line, job) for job in line.jobs(_GROUPS, _MAX_JOBS)]
         title = " ".join(line.fixed()) or ("other keys at their defaults" if line.overrides else "default model")
     else:
         subjects = [_trained(Path(checkpoint), line.overrides)]
@@ -95,35 +106,27 @@ def diagnose(
     for (diagnosis, facts), subject in zip(results, subjects, strict=True):
         _print(diagnosis, facts, subject.label if len(subjects) > 1 else "")
     written = _write(folder, [diagnosis for diagnosis, _ in results], title)
-    print(*map(short_path, written), *skipped_keys(jobs), sep="\n")
+    skipped = skipped_keys([(subject.label, subject.job) for subject in subjects if subject.job is not None])
+    print(*map(short_path, written), *skipped, sep="\n")
     return DONE
 
 
-def _subjects(line: Line, labelled: list[tuple[str, Job]]) -> list[_Subject]:
-    subjects = []
-    for job in line.jobs(_GROUPS, _MAX_JOBS):
-        experiment, choices = line.experiment(job.overrides)
-        label = job.label(choices, "model")
-        subjects.append(_Subject(label, experiment, choices))
-        labelled.append((label, job))
-    return subjects
+def _subject(line: Line, job: Job) -> _Subject:
+    experiment, choices = line.experiment(job.overrides)
+    return _Subject(job.label(choices, "model"), experiment, choices, job)
 
 
 def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
-    from dlopt.config.parsing import parse
-    from dlopt.config.saved import checkpoint_file, typed_values, with_changes
     from dlopt.training.checkpoint import load
 
     path = checkpoint_file(path)
     values = typed_values(overrides)
     state = load(path)
-    experiment = parse(resolve_saved(with_changes(state["config"], values, path)))
-    return _Subject(f"epoch {state['progress']['epoch']}", experiment, {}, state)
+    experiment = saved_experiment(state["config"], values, path)
+    return _Subject(f"epoch {state['progress']['epoch']}", experiment, {}, state=state)
 
 
 def _check(subject: _Subject) -> None:
-    from dlopt.parallel.rendezvous import current
-
     settings, processes = subject.experiment.settings, subject.experiment.parallel.arguments.get("processes")
     if current() is not None or (processes or 1) > 1:
         raise UserError("parallel: diagnose runs in one process; use parallel=single, without a launcher")
@@ -157,7 +160,6 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
 
 def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
     from dlopt.analysis.diagnosis.verdicts import advice, clipping_norm, healthy, typed, verdicts
-    from dlopt.tracking.layout import standard_output
 
     console = standard_output()
     if label:
@@ -167,7 +169,6 @@ def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
     if diagnosis.before.attention:
         console.print(_attention_table(diagnosis))
     for snapshot, judged in zip(diagnosis.snapshots, layer_verdicts, strict=True):
-        when = "before" if snapshot is diagnosis.before else f"after {format_count('updates', snapshot.updates)}"
         metrics = [f"loss {snapshot.loss:.4g}", f"gradient norm {_mean(snapshot.total_norms):.3g}"]
         if math.isfinite(snapshot.noise_scale):
             metrics.append(f"gradient noise scale {snapshot.noise_scale:.3g} samples")
@@ -176,7 +177,7 @@ def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
         for lag in snapshot.lags:
             first, last = lag.states[0], lag.states[-1]
             metrics.append(f"{lag.name}: gradient {first:.2g} at lag 1, {last:.2g} at lag {len(lag.states)}")
-        console.print(f"{when}: {'; '.join(metrics)}", soft_wrap=True)
+        console.print(f"{_when(diagnosis, snapshot)}: {'; '.join(metrics)}", soft_wrap=True)
         for line in advice(judged, facts):
             console.print(f"  {line}", soft_wrap=True)
     after = diagnosis.after
@@ -198,6 +199,10 @@ def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
         console.print(f"training stopped early: {diagnosis.trace.ended}", soft_wrap=True)
 
 
+def _when(diagnosis: "Diagnosis", snapshot: "Snapshot") -> str:
+    return "before" if snapshot is diagnosis.before else f"after {format_count('updates', snapshot.updates)}"
+
+
 def _eigenvalues(eigenvalues: "Tensor", residuals: "Tensor") -> str:
     """Formats the eigenvalues; Lanczos approaches them from below."""
     text = f"largest Hessian eigenvalues {', '.join(f'{value:.3g}' for value in eigenvalues.tolist())}"
@@ -210,19 +215,10 @@ def _eigenvalues(eigenvalues: "Tensor", residuals: "Tensor") -> str:
 
 
 def _table(diagnosis: "Diagnosis", layer_verdicts: Sequence[Sequence["Verdict"]]) -> Any:
-    from rich.text import Text
-
-    from dlopt.tracking.layout import FittedTable, plain_table
-
-    table = plain_table()
-    table.add_column("layer")
-    table.add_column("activation")
-    for name in ("std", "saturated\nor dead", "gradient\nnorm", "weight\ngradient", "noise\nscale"):
-        table.add_column(name, justify="right")
-    table.add_column("update /\nweight", justify="right")
-    table.add_column("before", overflow="fold")
-    if diagnosis.after is not None:
-        table.add_column(f"after {format_count('updates', diagnosis.after.updates)}", overflow="fold")
+    columns = ["std", "saturated\nor dead", "gradient\nnorm", "weight\ngradient", "noise\nscale", "update /\nweight"]
+    table = plain_table(left=["layer", "activation"], right=columns)
+    for snapshot in diagnosis.snapshots:
+        table.add_column(_when(diagnosis, snapshot), overflow="fold")
     snapshot = diagnosis.before
     for i, layer in enumerate(snapshot.layers[:_MAX_ROWS]):
         judged = [verdicts[i] for verdicts in layer_verdicts if i < len(verdicts)]
@@ -244,14 +240,9 @@ def _table(diagnosis: "Diagnosis", layer_verdicts: Sequence[Sequence["Verdict"]]
 
 def _attention_table(diagnosis: "Diagnosis") -> Any:
     """Returns a row per attention layer and snapshot: the entropy of each head."""
-    from dlopt.tracking.layout import FittedTable, plain_table
-
-    table = plain_table()
-    table.add_column("attention entropy of the heads, in nats")
-    table.add_column("at most", justify="right")
-    table.add_column("before", overflow="fold")
-    if diagnosis.after is not None:
-        table.add_column(f"after {format_count('updates', diagnosis.after.updates)}", overflow="fold")
+    table = plain_table(left=["attention entropy of the heads, in nats"], right=["at most"])
+    for snapshot in diagnosis.snapshots:
+        table.add_column(_when(diagnosis, snapshot), overflow="fold")
     for layers in list(zip(*(snapshot.attention for snapshot in diagnosis.snapshots), strict=True))[:_MAX_ROWS]:
         heads = [" ".join(f"{entropy:.2f}" for entropy in layer.heads) for layer in layers]
         table.add_row(layers[0].name, f"{layers[0].largest:.2f}", *heads)
@@ -272,16 +263,13 @@ def _median(values: Sequence[float]) -> float:
 
 def _write(folder: Path, diagnoses: Sequence["Diagnosis"], title: str) -> list[Path]:
     """Writes the plots, diagnosis.json (all metrics; null for non-finite values) and TensorBoard histograms."""
-    from dlopt.analysis import drawing
     from dlopt.analysis.diagnosis.plots import plots
-    from dlopt.files import write_atomically
 
     paths = []
     with writing(folder):
         for name, figure in plots(diagnoses, title).items():
             paths += drawing.save(figure, folder, name)
-        records = without_nan([_record(each) for each in diagnoses])
-        write_atomically(folder / "diagnosis.json", (json.dumps(records, indent=1, allow_nan=False) + "\n").encode())
+        write_json(folder / "diagnosis.json", without_nan([_record(each) for each in diagnoses]), indent=1)
         _histograms(folder, diagnoses)
     return [*paths, folder / "diagnosis.json", folder / "tensorboard"]
 

@@ -3,20 +3,20 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dlopt.commands.command import Line, fitting, on_checkpoint, on_experiment, writing
+from dlopt.analysis import drawing
+from dlopt.commands.command import Line, fitting, on_checkpoint, on_experiment, saved_experiment, writing
 from dlopt.commands.processes import join_processes, over_processes, take_process_keys
-from dlopt.config.resolve import resolve_saved
-from dlopt.config.saved import with_changes
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
 from dlopt.plain import without_nan
+from dlopt.tracking.console import ConsoleView
 from dlopt.tracking.layout import format_percent
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dlopt.config.experiment import Experiment
-    from dlopt.data.task import Task
     from dlopt.parallel.mode import Mode
     from dlopt.training.build import Workload
     from dlopt.training.evaluate import Average, Report
@@ -35,7 +34,7 @@ _MAY_CHANGE = (
 )  # fmt: skip
 # Keys that a test of weights depends on; they are composed and checked as in `dlopt train`.
 _OF_WEIGHTS = (*_MAY_CHANGE, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")
-_USAGE = f"""\
+USAGE = f"""\
 Evaluate a checkpoint, an ensemble of checkpoints, or the weights of another tool, on the test set
 
 Usage: dlopt eval checkpoint=PATH [tta=CHOICE] [key=value]
@@ -75,16 +74,12 @@ Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
 
 
 @dataclass(frozen=True)
-class _Member:
-    """An evaluated checkpoint of the ensemble, or a file of weights."""
+class _Tested:
+    """The result of a checkpoint, an ensemble, or a file of weights."""
 
-    path: Path
-    epoch: int | None  # None: of weights without a checkpoint
-    classes: tuple[str, ...] | None
-    batches: Any  # outputs and targets
-    loss: Any
+    report: "Report"
     average: "Average"
-    task: "Task"
+    classes: tuple[str, ...] | None
     workload: "Workload | None" = None  # of a task without labels, whose outputs are not kept
 
 
@@ -97,7 +92,7 @@ def evaluate(arguments: list[str]) -> int:
     return over_processes("eval", command, arguments)
 
 
-@on_checkpoint("eval", _USAGE, _MAY_CHANGE, several=True)
+@on_checkpoint("eval", _MAY_CHANGE, several=True)
 def _evaluate_checkpoints(
     paths: list[Path],
     changes: dict[str, Any],
@@ -107,7 +102,6 @@ def _evaluate_checkpoints(
     output: str | None = None,
 ) -> int:
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
-    from dlopt.config.parsing import parse
     from dlopt.processor import choose_device
     from dlopt.training.checkpoint import load
 
@@ -115,25 +109,22 @@ def _evaluate_checkpoints(
     states = [load(path) for path in paths]
     size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
     experiments = [
-        parse(resolve_saved(with_changes(state["config"], {**size, **changes}, path)))
-        for path, state in zip(paths, states, strict=True)
+        saved_experiment(state["config"], {**size, **changes}, path) for path, state in zip(paths, states, strict=True)
     ]
     mode = join_processes(choose_device(experiments[0].settings.device), processes)
-    members, report = _test(paths, states, experiments, mode, average, views, tta)
+    tested = _test(paths, _restored(paths, states, experiments, mode), average, views, tta)
     if not mode.is_main:
         return DONE
-    first, is_one = members[0], len(paths) == 1
-    source = {
-        "checkpoint": str(first.path) if is_one else [str(path) for path in paths],
-        "epoch": first.epoch if is_one else [member.epoch for member in members],
-    }
-    record = _record(source, tta, views, None if views is None and is_one else first.average)
-    run = first.path.absolute().parent.parent
+    names, epochs = [str(path) for path in paths], [state["progress"]["epoch"] for state in states]
+    is_one = len(paths) == 1
+    source = {"checkpoint": names[0], "epoch": epochs[0]} if is_one else {"checkpoint": names, "epoch": epochs}
+    record = _record(source, tta, views, None if views is None and is_one else tested.average)
+    run = paths[0].absolute().parent.parent
     folder = run if output is None and (run / "config.yaml").is_file() else output
-    return _finish(record, first, report, folder, [f"checkpoint: {path}" for path in paths])
+    return _finish(record, tested, folder, [f"checkpoint: {path}" for path in paths])
 
 
-@on_experiment(_USAGE, several="one value is needed: a test has one model", one=True)
+@on_experiment(several="one value is needed: a test has one model", one=True)
 def _evaluate_weights(
     line: Line,
     *,
@@ -144,8 +135,6 @@ def _evaluate_weights(
     """Evaluates the weights `init_from` in the model of the command line, without a checkpoint."""
     from dlopt.processor import choose_device
     from dlopt.training.build import build_workload, load_weights
-    from dlopt.training.evaluate import choose_average, predict_test_set, unlabelled_report
-    from dlopt.training.evaluate import report as summarized
 
     parsed = {override.get_key_element().lstrip("+"): override for override in line.composer.parse(line.overrides)}
     for key in parsed:
@@ -161,41 +150,30 @@ def _evaluate_weights(
     mode = join_processes(choose_device(experiment.settings.device), processes)
     workload = build_workload(experiment, parallel=mode)
     lines = load_weights(workload.module, path, complete=True)
-    chosen = choose_average(average, workload)
-    task, batches = workload.task, []
-    if task.has_labels:
-        batches = predict_test_set(workload, views, chosen)
-        summary = summarized(batches, workload.loss, task)
-    else:
-        summary = unlabelled_report(workload, tta=tta)
-    kept = None if task.has_labels else workload
-    member = _Member(path, None, workload.dataset.classes, batches, workload.loss, chosen, task, kept)
-    record = _record({"init_from": str(path)}, tta, views, None if views is None else chosen)
-    return _finish(record, member, summary, output, lines) if mode.is_main else DONE
+    tested = _test([path], [workload], average, views, tta)
+    record = _record({"init_from": str(path)}, tta, views, None if views is None else tested.average)
+    return _finish(record, tested, output, lines) if mode.is_main else DONE
 
 
 def _record(source: Mapping[str, Any], tta: str, views: Any, average: "Average | None") -> dict[str, Any]:
     return {**source, "tta": {"name": tta, **({} if views is None else vars(views))}, "average": average}
 
 
-def _finish(
-    record: dict[str, Any], first: _Member, report: "Report", folder: Path | str | None, lines: list[str]
-) -> int:
+def _finish(record: dict[str, Any], tested: _Tested, folder: Path | str | None, lines: list[str]) -> int:
     """Prints the metrics and writes them to `folder`, if any, in addition to `record`."""
-    from dlopt.tracking.console import ConsoleView
-
-    classes = [] if first.classes is None or report.confusion is None else _per_class(report, first.classes)
+    report = tested.report
+    classes = [] if tested.classes is None or report.confusion is None else _per_class(report, tested.classes)
     if classes:
         lines.append(_class_line(classes))
     if folder is not None:
-        written = _write(Path(folder), {**record, **report.metrics, "classes": classes}, report, first.classes)
-        if first.workload is not None:
+        written = _write(Path(folder), {**record, **report.metrics, "classes": classes}, report, tested.classes)
+        if tested.workload is not None:
             from dlopt.analysis import reconstructions
             from dlopt.parallel.mode import Mode
 
             with writing(Path(folder)):
                 # All processes hold the whole model: one of them draws.
-                alone = replace(first.workload, parallel=Mode(first.workload.device))
+                alone = replace(tested.workload, parallel=Mode(tested.workload.device))
                 picture = reconstructions.write(alone, Path(folder))
             written |= {} if picture is None else {"reconstructions": picture}
         lines += [f"{name}: {path}" for name, path in written.items()]
@@ -217,44 +195,42 @@ def _views(tta: str, changes: dict[str, Any]) -> Any:
     return None
 
 
-def _test(
-    paths: Sequence[Path],
-    states: Sequence[Mapping[str, Any]],
-    experiments: "Sequence[Experiment]",
-    mode: "Mode",
-    average: "Average | None",
-    views: Any,
-    tta: Tta,
-) -> tuple[list[_Member], "Report"]:
-    """Evaluates each checkpoint and reports the metrics of the average."""
+def _restored(
+    paths: Sequence[Path], states: Sequence[Mapping[str, Any]], experiments: "Sequence[Experiment]", mode: "Mode"
+) -> "Iterator[Workload]":
+    """Builds the checkpoints one by one: an ensemble may not fit into memory."""
     from dlopt.training.build import build_workload
-    from dlopt.training.evaluate import (
-        check_same_samples,
-        choose_average,
-        combine,
-        predict_test_set,
-        report,
-        unlabelled_report,
-    )
 
-    members: list[_Member] = []
     for path, state, experiment in zip(paths, states, experiments, strict=True):
         with fitting(path):
             workload = build_workload(experiment, state["normalize"], parallel=mode)
             _check_classes(path, state["progress"]["data"]["classes"], workload.dataset.classes)
             workload.module.load_state_dict(state["ema"] or state["model"])
-        chosen = choose_average(average, workload)
-        epoch = state["progress"]["epoch"]
+        yield workload
+
+
+def _test(
+    paths: Sequence[Path], workloads: "Iterable[Workload]", average: "Average | None", views: Any, tta: Tta
+) -> _Tested:
+    """Tests each model and reports the metrics of the average of their outputs."""
+    from dlopt.training import evaluate as testing
+
+    members: list[dict[str, Any]] = []
+    for path, workload in zip(paths, workloads, strict=True):
+        chosen = testing.choose_average(average, workload)
         if not workload.task.has_labels:
-            summary = unlabelled_report(workload, tta=tta, members=len(paths))
-            return [_Member(path, epoch, None, (), workload.loss, chosen, workload.task, workload)], summary
-        batches = predict_test_set(workload, views, chosen)
-        members.append(_Member(path, epoch, workload.dataset.classes, batches, workload.loss, chosen, workload.task))
-        if len({member.average for member in members}) > 1:
+            summary = testing.unlabelled_report(workload, tta=tta, members=len(paths))
+            return _Tested(summary, chosen, None, workload)
+        batches = testing.predict_test_set(workload, views, chosen)
+        kept = {"classes": workload.dataset.classes, "loss": workload.loss, "task": workload.task}
+        members.append({"path": path, "batches": batches, "average": chosen, **kept})
+        if chosen != members[0]["average"]:
             raise UserError(f"checkpoint={path}: trained with a different loss than {paths[0]}; use average=logits")
-    check_same_samples([vars(member) for member in members])
-    batches = combine([member.batches for member in members], members[0].average)
-    return members, report(batches, members[0].loss, members[0].task)
+    testing.check_same_samples(members)
+    first = members[0]
+    batches = testing.combine([member["batches"] for member in members], first["average"])
+    summary = testing.report(batches, first["loss"], first["task"])
+    return _Tested(summary, first["average"], first["classes"])
 
 
 def _check_classes(path: Path, trained: Sequence[str] | None, classes: Sequence[str] | None) -> None:
@@ -319,13 +295,11 @@ def confusion_table(confusion: "Tensor", classes: Sequence[str]) -> str:
 
 def plot_confusion(confusion: "Tensor", classes: Sequence[str], title: str) -> "Figure":
     """Plots counts [true, predicted], coloured by the fraction of the true class; small matrices show the counts."""
-    from matplotlib.figure import Figure
-
     count = len(classes)
     classes = [name.encode(errors="backslashreplace").decode() for name in classes]  # folders' names may not be UTF-8
     fractions = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).tolist()
     size = min(max(3.2 + 0.42 * count, 5.0), 14.0)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    figure = drawing.figure(size + 0.8, size)
     axes = figure.add_subplot()
     image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.8)

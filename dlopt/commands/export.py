@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import dlopt
-from dlopt.commands.command import on_checkpoint, read_dataset, refuse_folder, writing
-from dlopt.config.resolve import resolve_saved
-from dlopt.config.saved import with_changes
+from dlopt.commands.command import on_checkpoint, read_dataset, refuse_folder, saved_experiment, writing
 from dlopt.errors import DONE, RunError, UserError, install
 from dlopt.files import temporary_sibling
 from dlopt.job import print_error
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
     from dlopt.training.restore import Trained
 
-_USAGE = """\
+USAGE = """\
 Export a checkpoint for other tools
 
 Usage: dlopt export checkpoint=PATH format=FORMAT [key=value]
@@ -52,7 +50,7 @@ _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".p
 _NEEDS = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "torch_export": ()}
 
 
-@on_checkpoint("export", _USAGE, ("data", "threads", "allow_packages"))
+@on_checkpoint("export", ("data", "threads", "allow_packages"))
 def export(
     path: Path,
     changes: dict[str, Any],
@@ -107,9 +105,8 @@ def _inputs(trained: "Trained", changes: Mapping[str, Any], path: Path) -> tuple
     import torch
 
     from dlopt.augment.pipeline import CentreCrop
-    from dlopt.config.parsing import parse
 
-    experiment = parse(resolve_saved(with_changes(trained.config, changes, path)))
+    experiment = saved_experiment(trained.config, changes, path)
     try:
         dataset = read_dataset(experiment)
         samples = dataset.test if dataset.test is not None else dataset.train

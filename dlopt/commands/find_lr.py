@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from dlopt.commands.command import Line, on_experiment, output_folder, writing
 from dlopt.errors import DONE, USER_ERROR, RunError, UserError
+from dlopt.parallel.launch import count_processes
+from dlopt.parallel.rendezvous import current, is_main, leave
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 
@@ -41,7 +42,7 @@ of its longest descent (valley).
 """
 
 
-@on_experiment(USAGE, several="find-lr runs one test at a time", one=True)
+@on_experiment(several="find-lr runs one test at a time", one=True)
 def find_lr(line: Line, *, output: str | None = None) -> int:
     """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
     from dlopt.analysis.lr_range import RangeTest, check, trial, write
@@ -69,8 +70,6 @@ def find_lr(line: Line, *, output: str | None = None) -> int:
 def _run(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates | None":
     """Runs the test here or in child processes; returns None on ranks > 0 of a launcher."""
     from dlopt.analysis.lr_range import test_range
-    from dlopt.parallel.launch import count_processes
-    from dlopt.parallel.rendezvous import current, is_main, leave
 
     world = current()
     # A launcher has started the processes already, maybe more than this machine has GPUs.
@@ -88,13 +87,11 @@ def _run_ranks(experiment: "Experiment", range_test: "RangeTest", processes: int
     from dlopt.analysis.lr_range import LearningRates
     from dlopt.analysis.ranks import run_ranks
 
-    scratch = Path(tempfile.mkdtemp(prefix="dlopt-find-lr-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="dlopt-find-lr-", ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
         (scratch / "sweep.json").write_text(json.dumps(asdict(range_test)))
         codes = run_ranks("dlopt.analysis.lr_range", scratch, experiment.config, processes, {})
         results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     for result in results:
         if "error" in result:
             raise UserError(result["error"]) if USER_ERROR in codes else RunError(result["error"])

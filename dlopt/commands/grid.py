@@ -29,9 +29,6 @@ def overrides_of(number: int, arguments: list[str]) -> list[str]:
 
 def print_job(arguments: list[str]) -> int:
     """Prints the arguments of one job, one per line. Raises `UserError`."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
-        return DONE
     if not arguments or not arguments[0].isdecimal():
         typed = " ".join(["grid", *arguments])
         raise UserError(f"{typed}: the first argument must be the number of a job, from 0")

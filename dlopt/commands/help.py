@@ -1,8 +1,9 @@
 """`dlopt train --help`: groups and their choices, keys of the run, flags."""
 
 import shutil
-import textwrap
+from collections.abc import Sequence
 
+from dlopt.commands.options import SWEEPS, choices_of, wrap_row
 from dlopt.config.choices import Catalogue, Choice, config_folder
 
 _FLAGS = (
@@ -29,45 +30,28 @@ def help_page(config_dir: str | None) -> str:
     catalogue = Catalogue(config_dir)
     groups = catalogue.groups()
     lines = [*_INTRODUCTION.splitlines(), "", "Groups and choices (* default):"]
-    rows = []
-    for group, default in groups.items():
-        names = [f"{choice.name}*" if choice.name == default else choice.name for choice in catalogue.choices(group)]
-        rows.append((group, ", ".join(names) or "no choices yet"))
-    lines += _table(rows)
+    lines += _table([(group, _names(catalogue.choices(group), default)) for group, default in groups.items()])
     lines += ["", "`dlopt options optimizer=sgd` lists the keys of a choice.", "", "Keys of the run:"]
     primary = Choice("", "train", config_folder() / "train.yaml")
     keys = [key for key in catalogue.keys(primary) if key.name.split(".")[0] not in (*groups, "hydra")]
     keys = [key for key in keys if "/" not in key.name]  # the defaults list itself
     lines += _table([(f"{key.name}={key.value}", key.comment) for key in keys])
     lines += _table([("from=RUN", "start from the config of the run in folder RUN, changed by the other overrides")])
-    lines += ["", "Sweeps (-m; * default):", *_table(_sweeps())]
+    rows = [("hydra/sweeper=dlopt_optuna", "search with Optuna: interval(a,b), choice(a,b), tag(log,interval(a,b))")]
+    others = [(group, default) for group, default in SWEEPS.items() if group != "hydra/sweeper"]
+    rows += [(group, _names(choices_of(Catalogue(), group), default)) for group, default in others]  # dlopt's own
+    lines += ["", "Sweeps (-m; * default):", *_table(rows)]
     lines += ["", "Flags:", *_table(_FLAGS), ""]
     lines += ["Write lists as [a,b]. Quote values with spaces or commas twice: name=\"'two words'\""]
     return "\n".join(lines)
 
 
-def _sweeps() -> list[tuple[str, str]]:
-    """Returns the rows on sweepers and launchers."""
-    folder = config_folder() / "hydra"
-    defaults = {"launcher": "serial", "sweeper/sampler": "tpe", "sweeper/pruner": "none"}
-    rows = [("hydra/sweeper=dlopt_optuna", "search with Optuna: interval(a,b), choice(a,b), tag(log,interval(a,b))")]
-    for group, default in defaults.items():
-        names = sorted(path.stem for path in (folder / group).glob("*.yaml"))
-        rows.append((f"hydra/{group}", ", ".join(f"{name}*" if name == default else name for name in names)))
-    return rows
+def _names(choices: Sequence[Choice], default: str | None) -> str:
+    return ", ".join(f"{each.name}*" if each.name == default else each.name for each in choices) or "no choices yet"
 
 
-def _table(rows: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> list[str]:
+def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Formats two columns; wraps the right one to the terminal."""
     width = max(shutil.get_terminal_size().columns, 60)
     column = min(max(len(left) for left, _ in rows), 34)
-    lines = []
-    for left, right in rows:
-        wrapped = textwrap.wrap(right, width - column - 4, break_on_hyphens=False) or [""]
-        if len(left) > column:
-            lines.append(f"  {left}")
-            left = ""
-        lines += [
-            f"  {begin:{column}}  {text}".rstrip() for begin, text in zip([left] + [""] * 99, wrapped, strict=False)
-        ]
-    return lines
+    return [line for left, right in rows for line in wrap_row(f"  {left}", right, column + 2, width)]

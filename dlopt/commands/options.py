@@ -19,7 +19,7 @@ _MAX_WIDTH = 120
 _SHARED = 0.75  # minimum fraction of choices with the same key, value and comment to list the key only once
 
 # Hydra's groups that configure sweeps (-m).
-_SWEEPS = {
+SWEEPS = {
     "hydra/launcher": "serial",
     "hydra/sweeper": "basic",
     "hydra/sweeper/sampler": "tpe",
@@ -62,12 +62,12 @@ def options(arguments: list[str]) -> int:
 
 def every_group(catalogue: Catalogue) -> dict[str, str | None]:
     """Maps each group, also those of sweeps and of `dlopt trajectory`, to its default choice."""
-    return {**catalogue.groups(), **_TRAJECTORY, **_SWEEPS}
+    return {**catalogue.groups(), **_TRAJECTORY, **SWEEPS}
 
 
 def choices_of(catalogue: Catalogue, group: str) -> list[Choice]:
     """Lists the choices of a group, without those of its subgroups (hydra/sweeper/sampler)."""
-    nested = group in _SWEEPS
+    nested = group in SWEEPS
     return [choice for choice in catalogue.choices(group) if not (nested and "/" in choice.name)]
 
 
@@ -89,6 +89,16 @@ def _no_choice(catalogue: Catalogue, group: str, name: str) -> NoReturn:
     raise UserError(f"{group}={name}: unknown choice; {hint}")
 
 
+def wrap_row(left: str, right: str, column: int, width: int | None) -> list[str]:
+    """Formats two columns in lines of `width` characters (None: unlimited); a long left one has a line of its own."""
+    indent = " " * (column + 2)
+    if width is None:
+        return [f"{left:{column}}  {right}".rstrip()]
+    first = indent if len(left) > column else f"{left:{column}}  "
+    lines = textwrap.wrap(right, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+    return [left, *lines] if len(left) > column else lines or [left]
+
+
 class _Page:
     """Formats lines, wrapped to the terminal or to COLUMNS. Pipes and files are not wrapped, which suits grep."""
 
@@ -106,36 +116,26 @@ class _Page:
         if self.lines:
             self.lines.append("")
 
+    def choices(self, group: str, choices: Sequence[Choice], default: str | None) -> None:
+        """Adds a group and a row per choice."""
+        self.heading(group)
+        rows = [(_MARK if choice.name == default else "", choice.name, choice.description) for choice in choices]
+        self.rows(rows or [("", "(no choices)", "")])
+
     def rows(self, rows: Sequence[tuple[str, str, str]]) -> None:
         """Adds rows (mark, left, right); wraps the right column, on a new line if the left one is long."""
         limit = 36 if self._width is None else min(36, self._width * 2 // 5)
         short = [len(left) for _, left, _ in rows if len(left) <= limit]
         column = max(short, default=limit)
         for mark, left, right in rows:
-            begin = f"{mark:1} {left}"
-            if not right:
-                self.lines.append(begin.rstrip())
-            elif self._width is None:
-                self.lines.append(f"{begin:{column + 2}}  {right}")
-            else:
-                wrapped = textwrap.wrap(right, self._width - column - 4, break_on_hyphens=False)
-                if len(left) > column:
-                    self.lines.append(begin)
-                    begin = ""
-                for line in wrapped:
-                    self.lines.append(f"{begin:{column + 2}}  {line}")
-                    begin = ""
+            self.lines += wrap_row(f"{mark:1} {left}", right, column + 2, self._width)
 
 
 def _overview(catalogue: Catalogue, page: _Page) -> None:
     for group, default in catalogue.groups().items():
-        choices = catalogue.choices(group)
-        page.heading(group)
-        page.rows([(_MARK if choice.name == default else "", choice.name, choice.description) for choice in choices])
-        if not choices:
-            page.rows([("", "(no choices)", "")])
+        page.choices(group, catalogue.choices(group), default)
         page.lines.append("")
-    page.heading(f"Sweeps (-m): {', '.join(_SWEEPS)}; dlopt trajectory: {', '.join(_TRAJECTORY)}", bold=False)
+    page.heading(f"Sweeps (-m): {', '.join(SWEEPS)}; dlopt trajectory: {', '.join(_TRAJECTORY)}", bold=False)
     page.heading(f"{_MARK} default. Select with group=choice; `dlopt options GROUP=CHOICE` lists its keys.", bold=False)
 
 
@@ -144,10 +144,8 @@ def _choices(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: 
     default = every_group(catalogue)[group]
     package = group.replace("/", ".")
     page.gap()
-    page.heading(group)
-    page.rows([(_MARK if choice.name == default else "", choice.name, choice.description) for choice in choices])
+    page.choices(group, choices, default)
     if not choices:
-        page.rows([("", "(no choices)", "")])
         return
     keys = {choice.name: catalogue.keys(choice) for choice in choices}
     own = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dlopt.training.restore import Trained
 
 _MAY_CHANGE = ("device", "precision", "threads", "allow_packages", "parallel")
-_USAGE = f"""\
+USAGE = f"""\
 Classify images with a checkpoint
 
 Usage: dlopt predict checkpoint=PATH images=FOLDER [key=value]
@@ -46,7 +46,7 @@ def predict(arguments: list[str]) -> int:
     return over_processes("predict", _predict, arguments)
 
 
-@on_checkpoint("predict", _USAGE, _MAY_CHANGE)
+@on_checkpoint("predict", _MAY_CHANGE)
 def _predict(
     path: Path,
     changes: dict[str, Any],
@@ -128,7 +128,11 @@ def _rows(files: Sequence[str], trained: "Trained", batch_size: int, max_errors:
     for paths, images in _decode_batches(files, trained, batch_size):
         for path, result in mode.gather_lists(_classify(paths, images, trained)):
             if not isinstance(result, str):
-                yield _row(path, result, trained)
+                cells = [f"{value:.6g}" for value in result]
+                if trained.classes is not None:
+                    best = max(range(len(result)), key=result.__getitem__)
+                    cells = [trained.classes[best], cells[best], *cells]
+                yield [path, *cells]
                 continue
             errors += 1
             if mode.is_main:
@@ -180,11 +184,3 @@ def _decode_batches(
         for paths, next_paths in zip(batches, [*batches[1:], []], strict=True):
             current, upcoming = upcoming, [pool.submit(read, path) for path in next_paths]
             yield paths, [future.result() for future in current]
-
-
-def _row(path: str, values: list[float], trained: "Trained") -> list[str]:
-    cells = [f"{value:.6g}" for value in values]
-    if trained.classes is None:
-        return [path, *cells]
-    best = max(range(len(values)), key=values.__getitem__)
-    return [path, trained.classes[best], cells[best], *cells]

@@ -5,13 +5,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from omegaconf import OmegaConf
+
 from dlopt.config.choices import config_folder
 from dlopt.config.saved import typed_values
 from dlopt.config.schema import check_arguments
-from dlopt.errors import FAILED, USER_ERROR, RunError, UserError
+from dlopt.errors import UserError
 from dlopt.interruption import die_on_signals
-from dlopt.job import print_error
-from dlopt.parallel.rendezvous import World, current, end_process, first_to_fail, join_store, leave, missing_ranks
+from dlopt.job import failure, print_error
+from dlopt.parallel import launch
+from dlopt.parallel.rendezvous import current, end_process, first_to_fail, join_store, leave
 
 if TYPE_CHECKING:
     import torch
@@ -27,20 +30,22 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
 
     Called in each process of a launcher, runs the command as one of its ranks and ends the process.
     """
-    if {"-h", "--help"} & set(arguments):
-        return command(arguments)
     if (world := current()) is not None:
-        return _run_rank(world, name, command, arguments)
+
+        def run() -> int:
+            keys = take_process_keys(_typed_keys(arguments), name)
+            join_store(world, minutes=keys["timeout_minutes"], address=keys["master_addr"], port=keys["master_port"])
+            return command(arguments)
+
+        run_rank(run)
     if not _typed_keys(arguments):
         return command(arguments)
-    from dlopt.parallel.launch import count_processes, group_code, python_module, run_processes
-
     keys = take_process_keys(_typed_keys(arguments), name)
     device = typed_values([argument for argument in arguments if argument.startswith("device=")])
-    processes = count_processes(keys, str(device.get("device", "auto")))
+    processes = launch.count_processes(keys, str(device.get("device", "auto")))
     if processes == 1:
         return command(arguments)
-    return group_code(*run_processes(python_module("dlopt", name, *arguments), processes, {}))
+    return launch.group_code(*launch.run_processes(launch.python_module("dlopt", name, *arguments), processes, {}))
 
 
 def _typed_keys(arguments: list[str]) -> dict[str, Any]:
@@ -49,8 +54,6 @@ def _typed_keys(arguments: list[str]) -> dict[str, Any]:
 
 def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
     """Removes the keys of the group `parallel` from `values` and returns them, checked and with their defaults."""
-    from omegaconf import OmegaConf
-
     from dlopt.parallel.process_group import join
 
     choice = values.pop("parallel", "ddp")
@@ -59,7 +62,7 @@ def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
             f"parallel={choice}: shards the model, but `dlopt {name}` needs the whole model in each process and shards "
             "the samples; use parallel=ddp"
         )
-    typed = {key[len("parallel.") :]: values.pop(key) for key in list(values) if key.startswith("parallel.")}
+    typed = {key.removeprefix("parallel."): values.pop(key) for key in [*values] if key.startswith("parallel.")}
     if choice == "single" and typed.get("processes", 1) != 1:
         raise UserError(f"parallel.processes={typed['processes']}: parallel=single has one process; use parallel=ddp")
     defaults = OmegaConf.load(config_folder() / "parallel" / "_process_group.yaml")
@@ -78,39 +81,25 @@ def join_processes(device: "torch.device", keys: "ProcessKeys") -> "Mode":
     return Mode(device) if current() is None else join_mode("ddp", device, partial(GroupMode, name="ddp"), keys)
 
 
-def _run_rank(world: World, name: str, command: Command, arguments: list[str]) -> NoReturn:
-    def run() -> int:
-        keys = take_process_keys(_typed_keys(arguments), name)
-        join_store(world, minutes=keys["timeout_minutes"], address=keys["master_addr"], port=keys["master_port"])
-        return command(arguments)
-
-    run_rank(world, run)
-
-
-def run_rank(world: World, run: Callable[[], int]) -> NoReturn:
-    """Ends this process, one rank of a command, with the code that `run` returns; one rank reports an error of all."""
-    from dlopt.parallel.launch import PARENT, end_rank_with_parent, end_with_torchrun
-
+def prepare_rank() -> None:
+    """Configures a process of a launcher, before it imports torch."""
     die_on_signals()
-    if PARENT in os.environ:
-        end_rank_with_parent()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # reports a lost peer in one line, without C++ frames
-    end_with_torchrun()
-    prefix = "" if world.is_main else f"rank {world.rank}: "
+    launch.end_with_torchrun()
+
+
+def run_rank(run: Callable[[], int]) -> NoReturn:
+    """Ends this process, one rank of a command, with the code that `run` returns; one rank reports an error of all."""
+    if launch.PARENT in os.environ:
+        launch.end_rank_with_parent()
+    prepare_rank()
     try:
         code = run()
         leave()
-    except (UserError, RunError) as error:
-        if first_to_fail():
-            print_error(f"{prefix}{error}")
-        code = USER_ERROR if isinstance(error, UserError) else FAILED
     except Exception as error:
-        missing = missing_ranks(error)
-        if not first_to_fail():
-            end_process(FAILED)
-        if not missing:
-            raise
-        ranks = ", ".join(map(str, missing))
-        print_error(f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)")
-        code = FAILED
+        code, reason = failure(error)
+        if first_to_fail():
+            if reason is None:
+                raise
+            print_error(reason)
     end_process(code)

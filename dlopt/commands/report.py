@@ -9,23 +9,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from dlopt.analysis.leaderboard import Difference, Leaderboard, Row, Statistic
 from dlopt.analysis.report.exports import Destination, Format, Report, destination, outdated, render
-from dlopt.analysis.report.page import columns, test_columns
+from dlopt.analysis.report.page import columns, serve, test_columns
 from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable, short_key
-from dlopt.analysis.report.table import (
-    PublishedRow,
-    Table,
-    against_published,
-    default_target,
-    gather,
-    recipe_label,
-)
+from dlopt.analysis.report.table import PublishedRow, Table, against_published, default_target, gather, recipe_label
 from dlopt.commands.command import check_own, own_names, writing
 from dlopt.commands.runs import split_folders
 from dlopt.config.saved import typed_values
@@ -37,9 +31,6 @@ from dlopt.ranges import Count
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
 from dlopt.tracking.layout import FittedTable, plain_table
-
-if TYPE_CHECKING:
-    from dlopt.analysis.leaderboard import Difference, Leaderboard, Row, Statistic
 
 USAGE = """\
 Compare runs and sweeps
@@ -90,9 +81,6 @@ class _Options:
 
 def report(arguments: list[str]) -> int:
     """Writes and prints the report; with `--watch` or `--open` runs until interrupted. Raises `UserError`."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
-        return DONE
     folders, flags, others = split_folders(arguments, "report", ("--watch", "--open"))
     for argument in others:
         if "=" not in argument:
@@ -114,8 +102,6 @@ def report(arguments: list[str]) -> int:
         return DONE
     with contextlib.ExitStack() as stack:
         if "--open" in flags and to.page is not None:
-            from dlopt.analysis.report.page import serve
-
             address = stack.enter_context(serve(to.page))
             print(f"{address}  (press Ctrl+C to quit)", flush=True)
             with contextlib.suppress(webbrowser.Error):
@@ -144,8 +130,8 @@ def _update(
     console: Console,
     *,
     watch: bool,
-    before: "Sequence[Record | Damaged] | None" = None,
-) -> "Sequence[Record | Damaged]":
+    before: Sequence[Record | Damaged] | None = None,
+) -> Sequence[Record | Damaged]:
     """Reads the runs and writes the report, unless the runs are unchanged since `before`. Returns their state."""
     records, damaged = reader.read(folders)
     if not records and not watch:
@@ -179,8 +165,7 @@ def _update(
 def _print_table(table: Table, options: _Options, console: Console) -> None:
     """Prints the leaderboard; on a terminal hides columns until it fits, the least important ones first."""
     dropped = _unfitting(table, options, console) if console.is_terminal else []
-    grid = _grid(table, options, dropped)
-    grids = [grid]
+    grids = [_grid(table, options, dropped)]
     if published := against_published(table):
         grids.append(_published_grid(published[: options.top], table))
     if not console.is_terminal:
@@ -210,8 +195,7 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
     tests = [] if "test" in dropped else test_columns(table)[:1]
     keys = list(table.keys)[:_MAX_KEYS]
     compared = any(row.difference is not None for row in table.rows)
-    grid = plain_table()
-    grid.add_column("#", justify="right")
+    grid = plain_table(right=["#"])
     for key in keys:
         grid.add_column(Text(printable(short_key(key, table.keys))), overflow="fold")
     grid.add_column("runs", justify="right")
@@ -246,10 +230,7 @@ def _hidden(table: Table, dropped: Collection[str]) -> list[str]:
 
 def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
     """Returns measured and published test errors in %, the unit of the papers."""
-    grid = plain_table()
-    grid.add_column("recipe", overflow="fold")
-    for name in ("runs", "test error %", "median", "published", "difference"):
-        grid.add_column(name, justify="right")
+    grid = plain_table(fold=["recipe"], right=["runs", "test error %", "median", "published", "difference"])
     for row in rows:
         error, difference = "-", ""
         median = "" if row.median is None else f"{row.median:.2f}"
@@ -260,7 +241,7 @@ def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
     return grid
 
 
-def _statistic(name: str, statistic: "Statistic | None") -> str:
+def _statistic(name: str, statistic: Statistic | None) -> str:
     if statistic is None:
         return "-"
     if name == "seconds":
@@ -280,21 +261,19 @@ def _notes(table: Table, options: _Options) -> list[str]:
         lines.append(f"#1: {failed} of {len(table.ranked[0].runs)} runs failed; its mean is that of the others")
     best = table.ranked[0].command if table.ranked else None
     lines += [] if best is None else [f"best: {best}"]
-    lines += [f"{run.status}: {layout.short_path(run.path)}: {_reason(run)}" for run in table.failed[:5]]
+    for run in table.failed[:5]:
+        killed = "no summary: the process was killed or the machine went down"
+        reason = run.reason or (killed if run.status == "unfinished" else "no reason recorded")
+        lines.append(f"{run.status}: {layout.short_path(run.path)}: {reason}")
     lines += [f"... and {len(table.failed) - 5} more failed or unfinished runs"] if len(table.failed) > 5 else []
     lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in table.damaged]
     return lines
 
 
-def _reason(run: Record) -> str:
-    killed = "no summary: the process was killed or the machine went down"
-    return run.reason or (killed if run.status == "unfinished" else "no reason recorded")
-
-
 # -- results of a sweep: leaderboard or Pareto front
 
 
-def show_leaderboard(board: "Leaderboard", test: str, *, stream: IO[str] | None = None) -> None:
+def show_leaderboard(board: Leaderboard, test: str, *, stream: IO[str] | None = None) -> None:
     """Prints the best rows, with their differences to the first.
 
     Shows the test metric of the first row only: selecting a row by its test metric would be model selection on the test
@@ -305,9 +284,7 @@ def show_leaderboard(board: "Leaderboard", test: str, *, stream: IO[str] | None 
         return
     is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
     metric, better = board.metric.replace("_", " "), "higher" if board.direction == "maximize" else "lower"
-    table = plain_table(f"{metric} ({better} is better)")
-    table.add_column("")
-    table.add_column("configuration", overflow="fold")
+    table = plain_table(f"{metric} ({better} is better)", left=[""], fold=["configuration"])
     table.add_column("mean ± std" if is_paired else metric, justify="right", no_wrap=True)
     table.add_column("runs", justify="right")
     if is_paired:
@@ -321,12 +298,12 @@ def show_leaderboard(board: "Leaderboard", test: str, *, stream: IO[str] | None 
     _print(table, stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
 
 
-def _spread(metric: str, row: "Row") -> str:
+def _spread(metric: str, row: Row) -> str:
     assert row.value is not None
     return row.value.show(partial(layout.format_metric, metric))
 
 
-def _difference(metric: str, difference: "Difference | None") -> str:
+def _difference(metric: str, difference: Difference | None) -> str:
     return "" if difference is None else difference.show(partial(_signed, metric))
 
 
@@ -338,15 +315,9 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[st
     """Prints the Pareto front of a multi-objective search, if any job has finished."""
     if not rows:
         return
-    table = plain_table("Pareto front")
-    table.add_column("configuration", overflow="fold")
-    for metric in metrics:
-        table.add_column(metric.replace("_", " "), justify="right")
+    table = plain_table("Pareto front", fold=["configuration"], right=[metric.replace("_", " ") for metric in metrics])
     for label, values in rows:
-        table.add_row(
-            layout.round_floats(label),
-            *(layout.format_metric(metric, value) for metric, value in zip(metrics, values, strict=True)),
-        )
+        table.add_row(layout.round_floats(label), *map(layout.format_metric, metrics, values))
     _print(table)
 
 

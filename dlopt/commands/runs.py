@@ -12,22 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.analysis.leaderboard import direction_of
-from dlopt.analysis.report.reading import (
-    Condition,
-    Damaged,
-    Reader,
-    Record,
-    brief,
-    check_key,
-    condition,
-    is_number,
-    printable,
-    select,
-    short_key,
-    text,
-    value_of,
-    varying_keys,
-)
+from dlopt.analysis.report import reading
+from dlopt.analysis.report.reading import Condition, Damaged, Reader, Record, printable, text, value_of
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.job import print_error
@@ -85,17 +71,14 @@ class _Query:
     def find(self) -> tuple[list[Record], list[Damaged]]:
         """Returns the matching runs in order, and the unreadable folders."""
         records, damaged = Reader().read(self.folders)
-        matches = select(records, self.conditions)
+        matches = reading.select(records, self.conditions)
         for key in [*([] if self.sort is None else [self.sort]), *(self.columns or [])]:
-            check_key(key, f"{'sort' if key == self.sort else 'columns'}={key}", records)
+            reading.check_key(key, f"{'sort' if key == self.sort else 'columns'}={key}", records)
         return (matches if self.sort is None else _sorted(matches, self.sort))[: self.limit], damaged
 
 
 def runs(arguments: list[str]) -> int:
     """Lists runs, or removes checkpoints. Raises `UserError`."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
-        return DONE
     if arguments[:1] == ["clean"]:
         return _clean(arguments[1:])
     query, flags = _parse(arguments, ("sort", "columns", "limit"), ("--paths",))
@@ -114,8 +97,12 @@ def runs(arguments: list[str]) -> int:
     if not records:
         print_error(_no_match(query))
     for folder in damaged:
-        print_error(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
+        _print_skipped(folder.path, folder.reason)
     return DONE
+
+
+def _print_skipped(path: Path, reason: str) -> None:
+    print_error(printable(f"{short_path(path)}: skipped: {reason}"))
 
 
 def _parse(arguments: Sequence[str], own: Sequence[str], flags: Sequence[str]) -> tuple[_Query, set[str]]:
@@ -127,7 +114,7 @@ def _parse(arguments: Sequence[str], own: Sequence[str], flags: Sequence[str]) -
         key, equals, value = argument.partition("=")
         if equals and key in own:
             values[key] = value
-        elif (parsed := condition(argument)) is not None:
+        elif (parsed := reading.condition(argument)) is not None:
             conditions.append(parsed)
         else:
             raise UserError(f"{argument}: no such folder")
@@ -167,7 +154,7 @@ def _sorted(records: list[Record], key: str) -> list[Record]:
         value = value_of(record, key)
         if value is None:
             return 2, 0.0, ""
-        return (0, sign * value, "") if is_number(value) else (1, 0.0, text(value))
+        return (0, sign * value, "") if reading.is_number(value) else (1, 0.0, text(value))
 
     return sorted(records, key=order)
 
@@ -183,7 +170,7 @@ def _columns(query: _Query, records: Sequence[Record]) -> list[str]:
     """Returns the columns after the status: as typed, by default the config keys that differ and the main metrics."""
     if query.columns is not None:
         return [key for key in query.columns if key != "status"]
-    keys = varying_keys([record.config for record in records])
+    keys = reading.varying_keys([record.config for record in records])
     keys += [term.key for term in query.conditions if term.key != "status"]
     keys += [query.sort] if query.sort not in (None, "status") else []
     if len({record.config.get("seed") for record in records}) > 1:
@@ -239,19 +226,15 @@ def _most_common(key: str, records: Sequence[Record]) -> int:
 
 
 def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
-    table = plain_table()
-    table.add_column("run", overflow="fold")
+    table = plain_table(fold=["run"])
     for key in columns:
-        is_right = any(is_number(value_of(record, key)) for record in records)
-        table.add_column(Text(_header(key, columns)), justify="right" if is_right else "left")
+        is_right = any(reading.is_number(value_of(record, key)) for record in records)
+        # The last component of a key if it is unique; metrics as words, which may wrap.
+        title = key.replace("_", " ") if key.startswith(_SPLITS) else reading.short_key(key, columns)
+        table.add_column(Text(printable(title)), justify="right" if is_right else "left")
     for record in records:
         table.add_row(Text(printable(short_path(record.path))), *(_cell(key, record) for key in columns))
     return table
-
-
-def _header(key: str, columns: Sequence[str]) -> str:
-    """Returns the key's last component, if it is unique; metrics as words, which may wrap."""
-    return printable(key.replace("_", " ") if key.startswith(_SPLITS) else short_key(key, columns))
 
 
 def _cell(key: str, record: Record) -> Text:
@@ -260,11 +243,11 @@ def _cell(key: str, record: Record) -> Text:
         return Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
     if value is None:
         return Text("-")
-    if key == "seconds" and is_number(value):
+    if key == "seconds" and reading.is_number(value):
         return Text(layout.format_duration(value))
-    if key.startswith(_SPLITS) and is_number(value):
+    if key.startswith(_SPLITS) and reading.is_number(value):
         return Text(layout.format_metric(key, value))
-    content = printable(brief(value))
+    content = printable(reading.brief(value))
     half = _MAX_CELL // 2
     return Text(content if len(content) <= _MAX_CELL else f"{content[: half - 1]}…{content[-half:]}")
 
@@ -272,54 +255,48 @@ def _cell(key: str, record: Record) -> Text:
 # -- dlopt runs clean
 
 
-@dataclass(frozen=True)
-class _Removable:
-    """A checkpoint that can be removed, and the bytes that this frees (0 while the file has another hard link)."""
-
-    path: Path
-    size: int
-
-
 def _clean(arguments: list[str]) -> int:
     """Lists removable checkpoints and removes them after confirmation. Raises `UserError`, `RunError`."""
     query, is_confirmed = _parse(arguments, (), ("--yes",))
     records, damaged = query.find()
-    removable = [checkpoint for record in records for checkpoint in _removable(record)]
+    sizes = {path: size for record in records for path, size in _removable(record).items()}
     for folder in damaged:
-        print_error(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
-    if not removable:
+        _print_skipped(folder.path, folder.reason)
+    if not sizes:
         print(f"{len(records)} run{'' if len(records) == 1 else 's'}: nothing to remove")
         return DONE
-    for checkpoint in removable:
-        print(f"{_size(checkpoint.size):>9}  {printable(short_path(checkpoint.path))}")
-    size = _size(sum(checkpoint.size for checkpoint in removable))
-    total = f"{len(removable)} checkpoint{'' if len(removable) == 1 else 's'}, {size}"
+    for path, size in sizes.items():
+        print(f"{_size(size):>9}  {printable(short_path(path))}")
+    total = f"{len(sizes)} checkpoint{'' if len(sizes) == 1 else 's'}, {_size(sum(sizes.values()))}"
     if not is_confirmed and not _confirm(f"remove {total}? [y/N] "):
         print("nothing was removed")
         return DONE
-    removed = list(_remove(removable))
-    print(f"removed {total}" if len(removed) == len(removable) else f"removed {len(removed)} of {total}")
+    removed = list(_remove(sizes))
+    print(f"removed {total}" if len(removed) == len(sizes) else f"removed {len(removed)} of {total}")
     return DONE
 
 
-def _removable(record: Record) -> list[_Removable]:
-    """Returns the step-N.pt and abandoned-*.pt of a run that is not running and has an intact last.pt."""
+def _removable(record: Record) -> dict[Path, int]:
+    """Returns the step-N.pt and abandoned-*.pt of a run that is not running and has an intact last.pt.
+
+    With the bytes that removing them frees, without those of a file that has another hard link.
+    """
     from dlopt.training import sharded
     from dlopt.training.checkpoint import is_intact
 
     folder = record.path / "checkpoints"
     names = re.compile(r"(step-\d+|abandoned-.+)\.pt")
     if folder.is_symlink() or not folder.is_dir():
-        return []
+        return {}
     paths = sorted(path for path in folder.iterdir() if names.fullmatch(path.name) and not path.is_symlink())
     if not paths:
-        return []
+        return {}
     if record.status == "running" or not is_intact(folder / "last.pt"):
         reason = "it is running" if record.status == "running" else "its last.pt is missing or damaged"
-        print_error(printable(f"{short_path(record.path)}: skipped: {reason}"))
-        return []
+        _print_skipped(record.path, reason)
+        return {}
     sizes = [path.stat().st_size if path.stat().st_nlink == 1 else 0 for path in paths]
-    return [_Removable(path, size + sharded.size(path)) for path, size in zip(paths, sizes, strict=True)]
+    return {path: size + sharded.size(path) for path, size in zip(paths, sizes, strict=True)}
 
 
 def _confirm(question: str) -> bool:
@@ -331,13 +308,13 @@ def _confirm(question: str) -> bool:
         return False
 
 
-def _remove(checkpoints: Sequence[_Removable]) -> Iterable[Path]:
+def _remove(checkpoints: Iterable[Path]) -> Iterable[Path]:
     """Removes checkpoints with their checksums and shards, except of runs that were resumed meanwhile."""
     from dlopt.training import sharded
 
-    for path in (checkpoint.path for checkpoint in checkpoints):
+    for path in checkpoints:
         if RunFolder(path.parent.parent).is_live():
-            print_error(printable(f"{short_path(path)}: skipped: its run was resumed"))
+            _print_skipped(path, "its run was resumed")
             continue
         try:
             path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dlopt.training.restore import Trained
 
 _MAY_CHANGE = ("device", "precision", "threads", "allow_packages")
-_USAGE = f"""\
+USAGE = f"""\
 Continue a text with a language model
 
 Usage: dlopt sample checkpoint=PATH [prompt=TEXT] [key=value]
@@ -46,7 +46,7 @@ def sample(arguments: list[str]) -> int:
     # A prompt is any text: it is not parsed as a value of an override.
     prompts = [argument.removeprefix("prompt=") for argument in arguments if argument.startswith("prompt=")]
 
-    @on_checkpoint("sample", _USAGE, _MAY_CHANGE)
+    @on_checkpoint("sample", _MAY_CHANGE)
     def continue_text(
         path: Path,
         changes: dict[str, Any],
@@ -103,13 +103,7 @@ def _numbers(text: bytes, vocabulary: int) -> list[int]:
 
 
 def _print_continuation(
-    trained: "Trained",
-    tokens: list[int],
-    length: int,
-    *,
-    temperature: float,
-    top_k: int | None,
-    generator: "Generator",
+    trained: "Trained", tokens: list[int], length: int, *, temperature: float, top_k: int | None, generator: "Generator"
 ) -> None:
     """Prints the prompt and each token of its continuation as it is sampled."""
     import torch

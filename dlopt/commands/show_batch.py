@@ -42,22 +42,21 @@ _PIPELINES = 6
 Tile = Annotated[int, Interval(ge=32, le=1024)]
 
 
-@on_experiment(USAGE, several="show-batch plots one batch; only augmentation takes several values")
+@on_experiment(several="show-batch plots one batch; only augmentation takes several values")
 def show_batch(line: Line, *, output: str | None = None, tile: Tile = 112) -> int:
     """Saves the plots and prints their paths. Raises `UserError`."""
     target = None if output is None else _target(output)
     batch, operations = _draw(_experiments(line), tile)
     if target is None:
         target = output_folder(None, "show-batch") / "batch.png"
-    operations_target = target.with_stem(f"{target.stem}_operations")
+    pictures = {target: batch}
+    if operations is not None:
+        pictures[target.with_stem(f"{target.stem}_operations")] = operations
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        batch.save(target)
-        if operations is not None:
-            operations.save(operations_target)
-    print(short_path(target))
-    if operations is not None:
-        print(short_path(operations_target))
+        for path, picture in pictures.items():
+            picture.save(path)
+    print(*map(short_path, pictures), sep="\n")
     return DONE
 
 
@@ -101,18 +100,16 @@ def _draw(experiments: Mapping[str, "Experiment"], tile: int) -> tuple["Image", 
     name = experiment.config["data"]["_target_"].rpartition(".")[2]
     if images.ndim != 4:
         raise UserError(f"data={experiment.data.target.__name__}: not images but vectors; cannot be plotted")
+    seed = settings.augmentation_seed
     pipelines: dict[str, Pipeline] = {
         label: each.augmentation.build(input_shape=train.shape, classes=dataset.task.classes, train=train)
         for label, each in experiments.items()
     }
     batch = batch_picture(
-        {
-            label: _reading_crops(pipeline, train, order, settings.augmentation_seed)
-            for label, pipeline in pipelines.items()
-        },
+        {label: _reading_crops(pipeline, train, order, seed) for label, pipeline in pipelines.items()},
         images,
         targets,
-        seed=settings.augmentation_seed,
+        seed=seed,
         classes=[str(each) for each in dataset.classes or ()],
         title=f"{name}: training images before and after augmentation",
         tile=tile,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.commands.command import Line, on_experiment, read_dataset
 from dlopt.errors import DONE, UserError
 from dlopt.ranges import Count
-from dlopt.tracking.layout import format_bytes
+from dlopt.tracking.layout import format_bytes, plain_table, show_table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +38,7 @@ tensors, without computation or memory: models may have any size.
 _UNKNOWN_BATCH = 2  # data.batch_size=full without data; batch norm does not support a batch of one
 
 
-@on_experiment(USAGE, several="summary shows one model at a time", one=True)
+@on_experiment(several="summary shows one model at a time", one=True)
 def summary(
     line: Line,
     *,
@@ -129,20 +129,13 @@ def _on_meta(module: "nn.Module") -> "nn.Module":
 
 
 def _print(name: str, shape: tuple[int, ...], summary: "ModelSummary") -> None:
-    from dlopt.tracking.layout import FittedTable, plain_table, standard_output
-
-    table = plain_table()
-    for column in ("layer", "kind"):
-        table.add_column(column)
-    for column in ("output", "parameters", "MACs"):
-        table.add_column(column, justify="right")
+    table = plain_table(left=["layer", "kind"], right=["output", "parameters", "MACs"])
     for layer in summary.layers:
         if layer.kind not in ("Identity", "Dropout") or layer.parameters:
             output = "x".join(map(str, layer.output))
             numbers = (f"{number:,}" if number else "" for number in (layer.parameters, layer.macs))
             table.add_row(layer.name, layer.kind, output, *numbers)
-    console = standard_output()
-    console.print(FittedTable(table))
+    show_table(table)
     frozen = summary.parameters - summary.trainable
     lines = {
         "model": f"{name}, input {'x'.join(map(str, shape))}",
@@ -153,7 +146,7 @@ def _print(name: str, shape: tuple[int, ...], summary: "ModelSummary") -> None:
         "activations for backward": f"{format_bytes(summary.activation_bytes)}, batch size {summary.batch}",
     }
     for key, value in lines.items():
-        console.print(f"{key}: {value}", soft_wrap=True)
+        print(f"{key}: {value}")
 
 
 def _scaled(number: float) -> str:

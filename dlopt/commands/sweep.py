@@ -8,23 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from dlopt.analysis.leaderboard import Entry, front, leaderboard
 from dlopt.config.compose import Composer, grid, listed, typed_folder
 from dlopt.config.resolve import choices_of, resolve_saved, to_plain
 from dlopt.config.resuming import FREE, differences, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
-from dlopt.folders import FolderSnapshot, RunFolder, make_new, newest
-from dlopt.interruption import Interrupted, note_files
+from dlopt.folders import FolderSnapshot, RunFolder, make, make_new, newest
+from dlopt.interruption import Interrupted
+from dlopt.parallel.rendezvous import current
 from dlopt.plain import is_below
-from dlopt.sweeps.jobs import SPACE
+from dlopt.sweeps import jobs as sweep_jobs
+from dlopt.sweeps import pool as pools
+from dlopt.sweeps.grid import print_estimate, run_jobs
+from dlopt.sweeps.jobs import SPACE, folder_name, labels, record_dead
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from dlopt.sweeps.pool import Pool
     from dlopt.sweeps.search import Row
     from dlopt.sweeps.study import StudySpec
 
@@ -54,7 +59,7 @@ class Request:
     config: DictConfig
     path: Path
     is_typed: bool
-    pool: "Pool | None"
+    pool: pools.Pool | None
     sized: set[str] = field(default_factory=set)  # models whose size was checked
 
     def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
@@ -66,12 +71,7 @@ class Request:
             check(unfinished.path, "resume=auto")
             return unfinished.path
         check(self.path, f"hydra.sweep.dir={self.path}")
-        note_files()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"hydra.sweep.dir={self.path}: cannot create this folder: {error.strerror}") from None
-        return self.path
+        return make(self.path, "hydra.sweep.dir", exist_ok=True)
 
     def compose_job(self, overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
         """Composes and checks a job; returns its config, and the config to save. Raises `UserError`."""
@@ -111,23 +111,17 @@ class Request:
     def run(self, folder: Path) -> Any:
         """Runs Hydra's sweeper and launcher; returns the result of the sweeper."""
         if self.pool is not None and self.pool.is_local:
-            from dlopt.sweeps.pool import warm_up
-
-            warm_up()
+            pools.warm_up()
         return self.composer.sweep(self.config, folder, start_job)
 
     def estimate(self, configs: Sequence[Mapping[str, Any]], jobs: int) -> int:
-        from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
-
         slots = 1 if self.pool is None else self.pool.slots
-        print(estimate_line(estimate_job_seconds(configs, choices_of(self.config)), jobs, slots))
-        return 0
+        print_estimate(configs, choices_of(self.config), jobs, slots)
+        return DONE
 
 
 def refuse_ranks(command: str, what: str) -> None:
     """Raises `UserError` in one of several ranks of torchrun or srun, all of which would start `what`."""
-    from dlopt.parallel.rendezvous import current
-
     if current() is not None:
         raise UserError(
             f"{command}: cannot run inside torchrun or srun, because every rank would start {what}; start it from a "
@@ -143,22 +137,28 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
         raise UserError("hydra.job.chdir=true: not supported in a sweep, whose jobs run in the current folder")
     path, is_typed = typed_folder(config, "hydra.sweep.dir", parsed.overrides)
     is_search = str(config.hydra.sweeper._target_).endswith(".dlopt_sweeps.OptunaSweeper")
-    pool = _build_pool(composer, config, is_search)
+    refusal = "starts jobs in batches, but a search starts one per free slot" if is_search else None
+    pool = build_pool(composer, config, refusal)
     request = Request(composer, parsed.overrides, config, path, is_typed, pool)
-    return _search(request) if is_search else _grid(request)
+    try:
+        return _search(request) if is_search else _grid(request)
+    except Interrupted:  # before the first job
+        raise
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
-def _build_pool(composer: Composer, config: DictConfig, is_search: bool) -> "Pool | None":
-    """Checks the settings of the launcher; returns its worker pool, None for a launcher of another package."""
+def build_pool(composer: Composer, config: DictConfig, refusal: str | None) -> pools.Pool | None:
+    """Checks the settings of the launcher and returns its worker pool.
+
+    A launcher of another package has none: raises `UserError` with the reason `refusal`, if any.
+    """
     launcher = composer.launcher(config, start_job)
     if hasattr(launcher, "build_pool"):
-        return cast("Pool", launcher.build_pool())
-    if is_search:
+        return cast(pools.Pool, launcher.build_pool())
+    if refusal is not None:
         name = config.hydra.runtime.choices["hydra/launcher"]
-        raise UserError(
-            f"hydra/launcher={name}: starts jobs in batches, but a search starts one per free slot; "
-            "allowed: serial, joblib, gpus, slurm"
-        )
+        raise UserError(f"hydra/launcher={name}: {refusal}; allowed: serial, joblib, gpus, slurm")
     return None
 
 
@@ -174,8 +174,6 @@ def _space(sweep: Path) -> Any:
 
 
 def _grid(request: Request) -> int:
-    from dlopt.sweeps.jobs import labels, record_dead
-
     jobs = _jobs(request)
     if request.config.dry_run:
         for number, label in enumerate(labels([job.overrides for job in jobs])):
@@ -186,22 +184,15 @@ def _grid(request: Request) -> int:
         lambda path, key: _check_folder(path, key, jobs, request.config.resume),
     )
     if jobs and all(job.folder(folder).is_done(job.config) for job in jobs):
-        print(f"this sweep is already finished: {folder}")
-        print("\n".join(_next_commands(folder, [])))
-        return 0
+        return _print_next(f"this sweep is already finished: {folder}", folder)
     with RunFolder(folder).lock():
         write_atomically(folder / SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
         for job in jobs:
             record_dead(job.folder(folder))
-        try:
-            request.run(folder)
-        except Interrupted:  # before the first job
-            raise
-        except KeyboardInterrupt:
-            return INTERRUPTED
-    _show(folder, jobs)
+        request.run(folder)
+    _show([Entry(job.subfolder, job.config, job.folder(folder).summary() or {}, job.overrides) for job in jobs])
     statuses = _statuses(folder, jobs)
-    _print_end(folder, statuses)
+    _print_next(f"\nsweep folder: {short_path(folder)}", folder, statuses)
     if any(status in ("failed", "interrupted") for status in statuses):
         print("resume=auto added to this command runs the failed and interrupted jobs again")
     if not statuses or {"failed", "running"} & set(statuses):
@@ -211,8 +202,6 @@ def _grid(request: Request) -> int:
 
 def _jobs(request: Request) -> list[GridJob]:
     """Expands a grid to its checked jobs, like Hydra's basic sweeper; [] for sweepers that choose jobs at run time."""
-    from dlopt.sweeps.jobs import folder_name
-
     sweeper = request.config.hydra.sweeper
     if not str(sweeper._target_).endswith("BasicSweeper"):
         return []
@@ -236,10 +225,16 @@ def _jobs(request: Request) -> list[GridJob]:
     return jobs
 
 
+def is_hydra(line: str) -> bool:
+    """Returns whether an override sets a key or a choice of Hydra's config."""
+    return line.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
 def _split_hydra(overrides: Sequence[Override]) -> tuple[list[str], list[Override]]:
     """Splits overrides into those of Hydra's config and those of the jobs."""
-    hydra = [each for each in overrides if each.get_key_element().lstrip("+~").startswith(("hydra.", "hydra/"))]
-    return [str(override.input_line) for override in hydra], [each for each in overrides if each not in hydra]
+    lines = [str(override.input_line) for override in overrides]
+    jobs = [override for override, line in zip(overrides, lines, strict=True) if not is_hydra(line)]
+    return [line for line in lines if is_hydra(line)], jobs
 
 
 def _check_folder(sweep: Path, key: str, jobs: Sequence[GridJob], resume: str | None) -> None:
@@ -297,24 +292,18 @@ def _statuses(sweep: Path, jobs: Sequence[GridJob] = ()) -> list[str]:
     return [(folder.summary() or {}).get("status", "running" if folder.is_live() else "failed") for folder in folders]
 
 
-def _print_end(sweep: Path, statuses: Sequence[str]) -> None:
-    """Prints the folder of the sweep and the next commands."""
-    print(f"\nsweep folder: {short_path(sweep)}")
-    print("\n".join(_next_commands(sweep, statuses)))
-
-
-def _next_commands(sweep: Path, statuses: Sequence[str]) -> list[str]:
+def _print_next(title: str, sweep: Path, statuses: Sequence[str] = ()) -> int:
+    """Prints `title` and the next commands; returns `DONE`."""
     path = shlex.quote(short_path(sweep))
     failed = [f"  dlopt runs {path} status=failed"] if "failed" in statuses else []
-    return ["next:", f"  dlopt report {path}", *failed]
+    print(title, "next:", f"  dlopt report {path}", *failed, sep="\n")
+    return DONE
 
 
-def _show(sweep: Path, jobs: Sequence[GridJob]) -> None:
-    from dlopt.analysis.leaderboard import Entry, leaderboard
+def _show(entries: Sequence[Entry], **ranking: Any) -> None:
     from dlopt.commands.report import show_leaderboard
 
-    entries = [Entry(job.subfolder, job.config, job.folder(sweep).summary() or {}, job.overrides) for job in jobs]
-    board = leaderboard(entries)
+    board = leaderboard(entries, **ranking)
     show_leaderboard(board, board.metric.replace("best_val_", "test_"))
 
 
@@ -347,15 +336,9 @@ def _search(request: Request) -> int:
     saved = _space(folder)
     same_search = isinstance(saved, dict) and saved.get("facts") == facts
     if same_search and not _is_unfinished_search(saved, facts, spec.total):
-        print(f"this sweep is already finished: {folder}")
-        print("\n".join(_next_commands(folder, [])))
-        return 0
+        return _print_next(f"this sweep is already finished: {folder}", folder)
     try:
         outcome = request.run(folder)
-    except Interrupted:  # before the first job
-        raise
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except UserError:
         if saved is None:
             before.erase(folder)
@@ -389,8 +372,7 @@ def _check_search(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
 
 
 def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
-    from dlopt.analysis.leaderboard import Entry, front, leaderboard
-    from dlopt.commands.report import show_front, show_leaderboard
+    from dlopt.commands.report import show_front
 
     if len(spec.objectives) > 1:
         pareto_indices = front([values for _, _, values, _ in rows], spec.directions)
@@ -402,9 +384,8 @@ def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
         for number, label, values, run in rows:
             summary = {**(RunFolder(run).summary() or {"status": "finished"}), metric: values[0]}
             entries.append(Entry(f"job {number}", {"job": number}, summary, [f"job {number}:", label]))
-        board = leaderboard(entries, metric=metric, direction=spec.directions[0])
-        show_leaderboard(board, metric.replace("best_val_", "test_"))
-    _print_end(sweep, _statuses(sweep))
+        _show(entries, metric=metric, direction=spec.directions[0])
+    _print_next(f"\nsweep folder: {short_path(sweep)}", sweep, _statuses(sweep))
 
 
 # -- launchers of other packages
@@ -412,12 +393,7 @@ def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
 
 def start_job(config: DictConfig) -> str:
     """Runs one job for a launcher of another package; returns its status."""
-    from hydra.core.hydra_config import HydraConfig
-
     from dlopt.config.parsing import parse
-    from dlopt.sweeps import jobs
-    from dlopt.sweeps.grid import run_jobs
-    from dlopt.sweeps.pool import local
 
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))
@@ -427,7 +403,7 @@ def start_job(config: DictConfig) -> str:
         plain, saved = to_plain(config, overrides)
         parse(plain, saved)
     except UserError as error:
-        return jobs.record_failure(folder, str(error)).status
+        return sweep_jobs.record_failure(folder, str(error)).status
     choices = {key: value for key, value in chosen.items() if not key.startswith("hydra")}
-    job = jobs.Job(int(hydra.job.num), folder, saved, overrides, choices, " ".join(overrides))
-    return run_jobs([job], 1, local(n_jobs=1))[job.number]
+    job = sweep_jobs.Job(int(hydra.job.num), folder, saved, overrides, choices, " ".join(overrides))
+    return run_jobs([job], 1, pools.local(n_jobs=1))[job.number]

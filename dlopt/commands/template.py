@@ -34,9 +34,6 @@ Examples:
 
 def template(arguments: list[str]) -> int:
     """Prints the template that the argument names. Raises `UserError`."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
-        return DONE
     if len(arguments) != 1:
         typed = " ".join(["template", *arguments])
         raise UserError(f"{typed}: needs one name; allowed: {', '.join(TEMPLATES)}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from dlopt.commands.processes import prepare_rank
 from dlopt.config.compose import Composer, job_environment, parse_arguments, show_config, typed_folder
 from dlopt.config.inherit import inherit
 from dlopt.config.resolve import choices_of, resolve_saved, to_plain
 from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
-from dlopt.interruption import die_on_signals, killed_by_signals
+from dlopt.interruption import killed_by_signals
+from dlopt.job import execute, print_error
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ def train(arguments: list[str]) -> int:
     _check_flags(parsed)
     world = current()
     if world is not None:
-        die_on_signals()
-        _prepare_rank(world, parsed)
+        prepare_rank()
+        if world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
+            parsed.overrides.append("resume=auto")  # torchrun has restarted the run
     composer = Composer(parsed.config_name, parsed.config_dir)
     parsed.overrides = inherit(composer, parsed.overrides)
     if world is not None and not world.is_main:
@@ -70,20 +72,8 @@ def _check_flags(parsed: Namespace) -> None:
             raise UserError(f"--{name}: only valid with --cfg")
 
 
-def _prepare_rank(world: World, parsed: Namespace) -> None:
-    """Configures a process started by torchrun or srun, before it imports torch."""
-    from dlopt.parallel.launch import end_with_torchrun
-
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # report a lost peer in one line, without C++ frames
-    end_with_torchrun()
-    if world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
-        parsed.overrides.append("resume=auto")  # torchrun has restarted the run
-
-
 def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
     """Rank 0 of a launcher's processes: chooses the folder and sends the run to the other ranks."""
-    from dlopt.job import print_error
-
     store = _join_store(config, world)
     code = FAILED
     try:
@@ -101,7 +91,6 @@ def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
 def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
     """Ranks > 0: receive the run from rank 0, which also reports config errors."""
     from dlopt.config.parsing import parse
-    from dlopt.job import execute
     from dlopt.training.trainer import Run
 
     if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
@@ -161,11 +150,11 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
 
 def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
     from dlopt.config.parsing import parse
-    from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
+    from dlopt.sweeps.grid import print_estimate
 
     plain, saved = to_plain(config, overrides)
     parse(plain, saved)
-    print(estimate_line(estimate_job_seconds([saved], choices_of(config)), 1, 1))
+    print_estimate([saved], choices_of(config), jobs=1)
     return 0
 
 
@@ -175,14 +164,15 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
     Args:
         send: sends other ranks the message with which they join the run.
     """
-    from dlopt.job import execute
-
     if config.dry_run is True:
         return _estimate(config, parsed.overrides)
     prepared = prepare(config, parsed.overrides)
     run, folder = prepared.run, prepared.folder
     if prepared.is_done:
-        return _show_finished(folder)
+        from dlopt.tracking.console import ConsoleView
+
+        ConsoleView().finish(folder.summary() or {}, [f"this run is already finished: {folder.path}"])
+        return 0
     if config.resume == "auto" and prepared.is_new:
         print("resume=auto: no unfinished run of this config found; starting a new run", flush=True)
     if prepared.is_new and (folder.config() is not None or folder.is_live()):
@@ -241,7 +231,7 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
         checkpoint = _load(resume)
         refuse_other_config(checkpoint["config"], saved, resume, source.history())
     if not is_typed:
-        target = RunFolder(make_new(path, "hydra.run.dir"))
+        target = RunFolder(make_new(path))
     elif not path.is_dir():
         make(path, "hydra.run.dir")
     if source is not None and checkpoint is not None and target != source:
@@ -278,11 +268,3 @@ def _copy_history(source: RunFolder, target: RunFolder, best_epoch: int | None) 
             sharded.copy(best, target.checkpoints)
             for path in (best.with_name(f"{best.name}.sha256"), best):
                 shutil.copy(path, target.checkpoints / path.name)
-
-
-def _show_finished(folder: RunFolder) -> int:
-    from dlopt.tracking.console import ConsoleView
-
-    summary = folder.summary() or {}
-    ConsoleView().finish(summary, [f"this run is already finished: {folder.path}"])
-    return 0

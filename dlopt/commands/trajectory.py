@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Interval
 from omegaconf import DictConfig
 
+from dlopt.analysis import drawing
 from dlopt.commands.command import (
     Job,
     Line,
@@ -19,12 +20,12 @@ from dlopt.commands.command import (
     on_experiment,
     output_folder,
     own_names,
+    saved_experiment,
     skipped_keys,
     writing,
 )
 from dlopt.config.compose import CONFIG_NAME, Composer
-from dlopt.config.resolve import choices_of, resolve_saved, to_plain
-from dlopt.config.saved import with_changes
+from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.errors import DONE, UserError, suggest
 from dlopt.ranges import Count, Positive, Seed
@@ -89,7 +90,7 @@ _LINE_SEARCH_EVALUATIONS = 25  # default for L-BFGS
 _MIN_CHECKPOINTS = 3  # two differences span a plane
 
 
-@on_experiment(USAGE, several="not needed here; list the values: optimizer=momentum,adam")
+@on_experiment(several="not needed here; list the values: optimizer=momentum,adam")
 def trajectory(line: Line) -> int:
     """Saves one of the three plots and prints its path. Raises `UserError`."""
     keys = {override.partition("=")[0] for override in line.overrides}
@@ -112,12 +113,11 @@ def trajectory(line: Line) -> int:
 def _draw_learning_rates(
     line: Line, *, steps_per_epoch: Count = 100, log_y: bool = False, output: str | None = None
 ) -> int:
-    from dlopt.analysis.drawing import MAX_CURVES, save
     from dlopt.analysis.trajectory import draw_schedules
 
     curves: list[Curve] = []
     labelled: list[tuple[str, Job]] = []
-    for job in line.jobs(("schedule",), MAX_CURVES):
+    for job in line.jobs(("schedule",), drawing.MAX_CURVES):
         label, schedule_curve = _curve(line, job, steps_per_epoch)
         if schedule_curve not in curves:  # equal where the schedule does not have the varied key
             curves.append(schedule_curve)
@@ -129,7 +129,7 @@ def _draw_learning_rates(
     figure = draw_schedules(curves, title=title, subtitle=subtitle, steps_per_epoch=steps_per_epoch, log_y=log_y)
     folder = output_folder(output, "trajectory")
     with writing(folder):
-        written = save(figure, folder, "learning_rates")
+        written = drawing.save(figure, folder, "learning_rates")
     print(*written, *skipped_keys(labelled), sep="\n")
     return DONE
 
@@ -176,8 +176,6 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _PathJob:
-    """A checked optimizer path to compute."""
-
     function_name: str
     label: str
     settings: _Settings
@@ -191,11 +189,10 @@ class _PathJob:
 
 
 def _draw_paths(line: Line) -> int:
-    from dlopt.analysis.drawing import COLOURS, save
     from dlopt.analysis.trajectory import animate, draw_trajectories, table
 
     _refuse_others(line.overrides)
-    jobs = line.jobs(_GROUPS, len(COLOURS))
+    jobs = line.jobs(_GROUPS, len(drawing.COLOURS))
     path_jobs = [_check_job(line.composer.compose(job.overrides), job) for job in jobs]
     settings = path_jobs[0].settings
     if any(path_job.settings != settings for path_job in path_jobs):
@@ -218,7 +215,8 @@ def _draw_paths(line: Line) -> int:
     subtitle = " ".join(override for override in line.fixed() if not override.startswith(hidden))
     folder = output_folder(settings.output, "trajectory")
     with writing(folder):
-        written = save(draw_trajectories(function, paths, title=title, subtitle=subtitle), folder, "paths")
+        figure = draw_trajectories(function, paths, title=title, subtitle=subtitle)
+        written = drawing.save(figure, folder, "paths")
         if settings.animation is not None:
             animation = folder / f"paths.{settings.animation}"
             animate(function, paths, animation, title=name)
@@ -306,7 +304,6 @@ class _Choice:
 
 
 def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
-    """Returns the path and the choice of its learning rate."""
     from dlopt import schedules
     from dlopt.analysis.lr_range import uses_line_search
     from dlopt.analysis.trajectory import RATES, best_rate, follow
@@ -364,7 +361,7 @@ def _show(message: str) -> None:
 # -- loss landscapes
 
 
-@on_checkpoint("trajectory", "", ("data", "device", "threads", "allow_packages"))
+@on_checkpoint("trajectory", ("data", "device", "threads", "allow_packages"))
 def _draw_landscape(
     path: Path,
     changes: dict[str, Any],
@@ -376,15 +373,13 @@ def _draw_landscape(
     seed: Seed = 0,
     output: str | None = None,
 ) -> int:
-    from dlopt.analysis.drawing import save
     from dlopt.analysis.landscape import draw, random_plane, surface
-    from dlopt.config.parsing import parse
     from dlopt.random import generator
     from dlopt.training.build import build_workload
     from dlopt.training.checkpoint import load
 
     state = load(path)
-    experiment = parse(resolve_saved(with_changes(state["config"], changes, path)))
+    experiment = saved_experiment(state["config"], changes, path)
     with fitting(path):
         workload = build_workload(experiment, state["normalize"])
         workload.module.load_state_dict(state["ema"] or state["model"])
@@ -400,7 +395,7 @@ def _draw_landscape(
     heights = surface(workload.module, loss, plane, points, _progress(points**2))
     subtitle = f"{count} training samples, {points} x {points} points"
     with writing(folder):
-        written = save(draw(plane, heights, title=title, subtitle=subtitle), folder, "landscape")
+        written = drawing.save(draw(plane, heights, title=title, subtitle=subtitle), folder, "landscape")
     print(*written, sep="\n")
     return DONE
 

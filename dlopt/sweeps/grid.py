@@ -98,6 +98,13 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | Non
         return None if state is None else float(seconds * state["progress"]["horizon"] / steps)
 
 
+def print_estimate(
+    configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str], jobs: int, at_once: int = 1
+) -> None:
+    """Prints how long `jobs` jobs with these (saved) configs will take, `at_once` at a time."""
+    print(estimate_line(estimate_job_seconds(configs, choices), jobs, at_once))
+
+
 def estimate_line(seconds: float | None, jobs: int, at_once: int) -> str:
     """Formats the estimate for `jobs` jobs of `seconds` each, `at_once` at a time.
 

@@ -296,13 +296,9 @@ def format_result(summary: Mapping[str, Any]) -> Group:
     names = list(dict.fromkeys(name for row in metrics.values() for name in row))
     if not names:
         return Group(line)
-    table = plain_table()
-    table.add_column("")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
     best_epoch = summary.get("best_epoch")
-    if best_epoch is not None:
-        table.add_column("epoch", justify="right")
+    titles = [name.replace("_", " ") for name in names]
+    table = plain_table(left=[""], right=titles if best_epoch is None else [*titles, "epoch"])
     for split, row in metrics.items():
         if row:
             cells = [format_metric(name, row.get(name)) for name in names]
@@ -313,14 +309,24 @@ def format_result(summary: Mapping[str, Any]) -> Group:
 # -- tables
 
 
+def show_table(table: Table) -> None:
+    """Prints a table to stdout."""
+    standard_output().print(FittedTable(table))
+
+
 def standard_output() -> Console:
     """Returns a console on stdout, as wide as the terminal."""
     return Console(highlight=False, markup=False, width=None if os.isatty(1) else _PIPE_WIDTH)
 
 
-def plain_table(title: str | None = None) -> Table:
-    """Returns an empty table in dlopt's style. Give overflow="fold" to columns that may be wrapped inside words."""
-    return Table(
+def plain_table(
+    title: str | None = None, *, left: Sequence[str] = (), fold: Sequence[str] = (), right: Sequence[str] = ()
+) -> Table:
+    """Returns an empty table in dlopt's style.
+
+    Its columns: those aligned `left`; those that may also be wrapped inside words (`fold`); those aligned `right`.
+    """
+    table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -329,6 +335,13 @@ def plain_table(title: str | None = None) -> Table:
         title_justify="left",
         title_style="",
     )
+    for name in left:
+        table.add_column(name)
+    for name in fold:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:

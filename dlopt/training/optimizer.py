@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from dlopt import schedules
 from dlopt.config.schema import Component
 from dlopt.errors import UserError
-from dlopt.graphs import CudaRecorder
+from dlopt.graphs import Recorder
 from dlopt.losses import sampling_obstacle
 from dlopt.optim import SAM
 from dlopt.optim.common import buffers
@@ -252,7 +252,7 @@ def build_step(
     if reason is not None or settings.cuda_graphs is False:
         return Step(*args, **kwargs), reason
     captured_hooks = [average_weights] if average_weights else []
-    capture = Capture(CudaRecorder(), batch_size, settings.log_every_steps is not None, captured_hooks)
+    capture = Capture(Recorder(), batch_size, settings.log_every_steps is not None, captured_hooks)
     return GraphedStep(*args, capture=capture, **kwargs), None
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dlopt.config.experiment import Experiment
 from dlopt.errors import UserError
-from dlopt.graphs import CudaRecorder, Recorder
+from dlopt.graphs import Recorder
 from dlopt.models.layers import example_inputs
 from dlopt.parallel.mode import Mode
 from dlopt.training.precision import Precision
@@ -60,7 +60,7 @@ def data_recorder(experiment: Experiment, device: torch.device) -> Recorder | No
     """Returns the recorder that captures the data path as a CUDA graph; None: it runs eagerly."""
     settings = experiment.settings
     observed = settings.diagnostics or settings.profile  # they hook into single batches
-    return CudaRecorder() if device.type == "cuda" and settings.cuda_graphs is not False and not observed else None
+    return Recorder() if device.type == "cuda" and settings.cuda_graphs is not False and not observed else None
 
 
 def describe_auto(

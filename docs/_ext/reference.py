@@ -22,7 +22,7 @@ from unittest import mock
 from markup import block, code, docstring, table, text
 
 from dlopt.analysis.comparison import Comparison
-from dlopt.cli import COMMANDS, USAGE
+from dlopt.cli import COMMANDS, USAGE, run
 from dlopt.commands.command import own_names
 from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
@@ -73,7 +73,7 @@ def command_page(name: str) -> str:
     command = getattr(importlib.import_module(module), function)
     parameters = parameters_of(command)
     rows = [(code(key), _default(parameters[key]), text(accepted(command, key))) for key in own_names(command)]
-    lines = [f"# dlopt {name}", "", _summary(name), "", block("text", _help(command))]
+    lines = [f"# dlopt {name}", "", _summary(name), "", block("text", _help(name))]
     if rows:
         lines += ["## Values", "", table(COLUMNS[:3], rows)]
     lines += ["See also: [keys of a run](../settings.myst), [groups and choices](../groups.md)."]
@@ -94,14 +94,14 @@ def commands_table() -> str:
     return table(("Command", "Purpose"), rows)
 
 
-def _help(command: Callable[[list[str]], int]) -> list[str]:
+def _help(name: str) -> list[str]:
     out = io.StringIO()
     with (
         mock.patch.dict(os.environ, COLUMNS="100"),
         contextlib.redirect_stdout(out),
         contextlib.suppress(SystemExit),  # argparse
     ):
-        command(["--help"])
+        run([name, "--help"])
     return out.getvalue().rstrip().splitlines()
 
 

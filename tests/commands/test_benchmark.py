@@ -19,7 +19,7 @@ from torch import Tensor
 from dlopt import cli
 from dlopt.analysis.benchmark.reading import has_ended
 from dlopt.analysis.benchmark.results import Record, Results, read
-from dlopt.commands.benchmark_check import compare
+from dlopt.commands.benchmark import compare
 from dlopt.folders import RunFolder
 from dlopt.sweeps.jobs import result_of
 from tests.commands.line import dlopt, refused

@@ -8,6 +8,7 @@ import pytest
 
 from dlopt.analysis import drawing
 from dlopt.analysis.trajectory import Trajectory
+from dlopt.cli import run
 from dlopt.commands.trajectory import trajectory
 from dlopt.config.choices import config_folder
 from tests.commands.line import dlopt, refused
@@ -124,7 +125,7 @@ def test_refused(tmp_path: Path, typed: str, message: str) -> None:
 
 
 def test_help_lists_all_functions(capsys: pytest.CaptureFixture[str]) -> None:
-    assert trajectory(["--help"]) == 0
+    assert run(["trajectory", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(path.stem in text for path in (config_folder() / "function").glob("*.yaml"))
 

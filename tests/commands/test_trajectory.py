@@ -8,6 +8,7 @@ import pytest
 
 from dlopt.analysis import drawing
 from dlopt.analysis.trajectory import Curve
+from dlopt.cli import run
 from dlopt.commands.trajectory import trajectory
 from dlopt.errors import UserError
 
@@ -93,6 +94,6 @@ def test_output_folder_cannot_be_created(drawn: dict[str, Any]) -> None:
 
 
 def test_help_lists_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert trajectory(["--help"]) == 0
+    assert run(["trajectory", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {key}=" in text for key in ("steps_per_epoch", "log_y", "output"))

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from dlopt.analysis import drawing
 from dlopt.analysis.ranks import run_ranks
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import to_plain
 from dlopt.errors import RunError, UserError
-from dlopt.tracking.layout import FittedTable, plain_table
+from dlopt.tracking.layout import plain_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,16 +125,13 @@ _COLUMNS: Mapping[str, Callable[[ModeResult], str]] = {
 }
 
 
-def table(rows: Sequence[ModeResult]) -> FittedTable:
+def table(rows: Sequence[ModeResult]) -> Table:
     """Formats the results as a console table."""
-    shown = plain_table()
-    shown.add_column("mode")
-    for name in ("processes", *_COLUMNS):
-        shown.add_column(name, justify="right")
+    shown = plain_table(left=["mode"], right=["processes", *_COLUMNS])
     for row in rows:
         cells = ["-" if row.problem is not None else cell(row) for cell in _COLUMNS.values()]
         shown.add_row(row.label, str(row.processes), *cells)
-    return FittedTable(shown)
+    return shown
 
 
 def failures(rows: Sequence[ModeResult]) -> list[str]:

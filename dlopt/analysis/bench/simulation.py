@@ -142,18 +142,18 @@ _BACKWARD = 2  # operations of the backward per operation of the forward: gradie
 class Cluster:
     """Hardware and schedule of the simulated cluster; 1 GB is 1e9 bytes."""
 
-    per_server: Count
-    tflops: Positive  # of a device in large layers
-    memory_bandwidth: Positive  # of a device, GB/s
-    memory: Positive  # of a device, GB
-    bandwidth_within: Positive  # between two devices of a server, GB/s
-    latency_within: Positive  # microseconds
-    bandwidth_between: Positive  # of a server, GB/s
-    latency_between: Positive  # microseconds
-    variation: NonNegative  # standard deviation over mean of a device's time per update
-    value_bytes: Count  # of an activation
-    micro_batches: Count  # of the pipeline
-    bucket_mb: Positive  # DDP's bucket size
+    per_server: Count = 8
+    tflops: Positive = 300.0  # of a device in large layers
+    memory_bandwidth: Positive = 3000.0  # of a device, GB/s
+    memory: Positive = 80.0  # of a device, GB
+    bandwidth_within: Positive = 300.0  # between two devices of a server, GB/s
+    latency_within: Positive = 5.0  # microseconds
+    bandwidth_between: Positive = 50.0  # of a server, GB/s
+    latency_between: Positive = 10.0  # microseconds
+    variation: NonNegative = 0.02  # standard deviation over mean of a device's time per update
+    value_bytes: Count = 2  # of an activation
+    micro_batches: Count = 32  # of the pipeline
+    bucket_mb: Positive = 25.0  # DDP's bucket size
 
     @property
     def within(self) -> Link:

@@ -47,7 +47,7 @@ CHAIN = [layer(name=f"{i}") for i in range(16)]
     ],
 )
 def test_counts_match_published_models(model: Any, millions: float, gmacs: float) -> None:
-    overrides, shape, classes = MODELS[model]
+    overrides, shape, classes, _ = MODELS[model]
     experiment = parse(to_plain(Composer().compose(overrides), overrides)[0])
     result = model_summary.layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
     assert model_summary.parameters(result) / 1e6 == pytest.approx(millions, abs=0.06)
