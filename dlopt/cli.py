@@ -3,14 +3,13 @@
 Imports torch lazily, so that `--help`, `--version` and shell completion are fast.
 """
 
-import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 import dlopt
-from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, suggest
+from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
 from dlopt.interruption import Interrupted, end_on_signals, end_with
 
 COMMANDS = {  # name -> function(arguments) -> exit code
@@ -110,9 +109,9 @@ def _exit_code() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        if error.filename is None or error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
+        if (message := refused_path(error)) is None:
             raise
-        print(f"dlopt: {error.filename}: {error.strerror}", file=sys.stderr)  # a path of the command line
+        print(f"dlopt: {message}", file=sys.stderr)  # a path of the command line
         return USER_ERROR
 
 

@@ -1,5 +1,6 @@
 """Exit codes, exceptions that end a command with one line instead of a traceback, and phrases of such lines."""
 
+import errno
 import os
 import shlex
 import shutil
@@ -33,6 +34,12 @@ class RunError(Exception):
     """A failure of a running experiment (non-finite loss, full disk): one message, exit code 1."""
 
     code = FAILED
+
+
+def refused_path(error: OSError) -> str | None:
+    """Returns the message for a path that the system refuses (no access, or too long); None for other errors."""
+    is_refused = error.filename is not None and error.errno in (errno.EACCES, errno.ENAMETOOLONG)
+    return f"{error.filename}: {error.strerror}" if is_refused else None
 
 
 def suggest(name: str, names: Iterable[str], more: str, *, prefix: str = "", title: str = "allowed") -> str:

@@ -56,7 +56,18 @@ def test_commands_of_other_tools(tmp_path: Path) -> None:
     assert {line.split()[0] for line in cli.SYNONYMS.values()} <= cli.COMMANDS.keys()
 
 
-@pytest.mark.parametrize("line", ["report PATH", "runs PATH", "train hydra.run.dir=PATH", "train --config-dir PATH"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "report PATH",
+        "runs PATH",
+        "train hydra.run.dir=PATH",
+        "train --config-dir PATH",
+        "train data=image_folder data.root=PATH",
+        "train data=text data.file=PATH model=gpt_nano",
+        "train init_from=PATH model=mlp",
+    ],
+)
 def test_path_that_the_system_refuses(line: str, tmp_path: Path) -> None:
     assert "File name too long" in refused(tmp_path, *line.replace("PATH", "x" * 300).split())
 

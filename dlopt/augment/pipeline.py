@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 
 from dlopt.augment.colour import Colour
 from dlopt.augment.crops import CropReader, ResizingCrop
+from dlopt.augment.erasing import RandomErase
 from dlopt.augment.operation import Draws, MixingStep, Operation, PixelStep, Step, Warp, image_shape, leaves
 from dlopt.augment.warp import Border, warp
 from dlopt.data.samples import Samples, white, whole_images
@@ -30,24 +31,32 @@ class Pipeline:
         train: the training samples, if their values are to be checked.
 
     Raises:
-        UserError: an entry is not an `Operation`, the samples are not images, or an operation needs values in 0..255
-            and those of the samples are others.
+        UserError: an entry is not an `Operation`, the samples are not images, an operation needs values in 0..255
+            and those of the samples are others, or `RandomErase` precedes an operation that changes the image size.
     """
 
     def __init__(
         self, *, operations: list[Operation], border: Border, input_shape: tuple[int, ...], train: Samples | None = None
     ) -> None:
         in_grey_levels = train is None or white(train) == 255
+        erases = False
         for i, operation in enumerate(operations):
             if not isinstance(operation, Operation):
                 raise UserError(f"augmentation.operations.{i}: {operation!r} is not an operation; see dlopt.augment")
-            for each in [] if in_grey_levels else leaves(operation, image_shape(input_shape)):
-                if each.in_grey_levels:
+            shape = image_shape(input_shape)
+            input_shape = operation.output_shape(shape)
+            if erases and input_shape != shape:
+                raise UserError(
+                    f"augmentation.operations.{i}: {type(operation).__name__} changes the image size; list it before "
+                    "RandomErase, whose boxes depend on the size"
+                )
+            for each in leaves(operation, shape):
+                erases |= isinstance(each, RandomErase)
+                if each.in_grey_levels and not in_grey_levels:
                     raise UserError(
                         f"augmentation.operations.{i}: {type(each).__name__} needs images with values 0..255, but the "
                         "data set returns other floating-point values; return uint8 images"
                     )
-            input_shape = operation.output_shape(image_shape(input_shape))
         self.operations = operations
         self.border: Border = border
         self.output_shape = tuple(input_shape)

@@ -21,7 +21,7 @@ from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.data.task import Task
 from dlopt.data.windows import Windows
-from dlopt.errors import UserError
+from dlopt.errors import UserError, refused_path
 from dlopt.init import WidthGrowth
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.rendezvous import current
@@ -129,7 +129,12 @@ def build_workload(
     # Measuring cuDNN's algorithms pays off: all batches but the last of an epoch have the same shape.
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     precision = choose_precision(settings.precision, device)
-    source: Dataset = experiment.data.build(**vars(experiment.data_settings))
+    try:
+        source: Dataset = experiment.data.build(**vars(experiment.data_settings))
+    except OSError as error:
+        if (message := refused_path(error)) is None:
+            raise
+        raise UserError(f"data={experiment.data.target.__name__}: {message}") from None
     dataset = prepare(source, experiment.data_settings, device=device, random_crops=_crops_at_random(experiment))
     augment = _build_augmentation(experiment, dataset)
     dataset = with_task(experiment, dataset, dataset.train.shape if augment is None else augment.output_shape)

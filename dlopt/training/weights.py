@@ -23,8 +23,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises `UserError` if there are none. Nothing but tensors and plain values is unpickled.
     """
-    if not path.is_file():
-        raise UserError(f"init_from={path}: no such file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -32,6 +30,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"init_from={path}: no such file") from None
     except ImportError:
         raise UserError(f"init_from={path}: needs safetensors: pip install 'dlopt[export]'") from None
     except Exception as error:

@@ -20,6 +20,7 @@ from dlopt.augment import (
     PCAColour,
     Pipeline,
     RandAugment,
+    RandomCrop,
     RandomErase,
     RandomMix,
 )
@@ -271,3 +272,14 @@ def test_gpu_never_synchronizes_and_sharding_does_not_matter(path: Path) -> None
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (torch.cat(parts).float() - whole.float()).abs().max() < 1e-3
+
+
+def test_a_change_of_size_precedes_random_boxes() -> None:
+    train = InMemory(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    erase = RandomErase(p=1.0, area=(0.1, 0.3), ratio=(0.5, 2.0), fill="random", train=train)
+    crop = RandomCrop(size=6)
+    assert Pipeline(operations=[crop, erase], border="zero", input_shape=(1, 8, 8)).output_shape == (1, 6, 6)
+    with pytest.raises(
+        UserError, match=r"augmentation.operations.1: RandomCrop changes the image size; list it before"
+    ):
+        Pipeline(operations=[erase, crop], border="zero", input_shape=(1, 8, 8))
