@@ -3,14 +3,13 @@
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from dlopt.analysis.bench.rank import seconds_of, updates_of
 from dlopt.analysis.benchmark.reading import TEST
 from dlopt.analysis.benchmark.results import Cost
+from dlopt.analysis.profiling import state_bytes
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
@@ -44,17 +43,7 @@ def measure(baseline: Experiment, experiment: Experiment, scratch: Path) -> Cost
 
 def state_memory(trainer: Trainer) -> float:
     """Returns the bytes of the optimizer's state over those of the parameters."""
-    states = _tensors(list(trainer.step.optimizer.state.values()))
-    parameters = sum(p.numel() * p.element_size() for p in trainer.module.parameters())
-    return sum(tensor.numel() * tensor.element_size() for tensor in states) / parameters
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Returns the tensors in nested lists and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for child in children for tensor in _tensors(child)]
+    return state_bytes(trainer.step.optimizer) / sum(p.nbytes for p in trainer.module.parameters())
 
 
 def test_trial(folder: Path) -> None:
