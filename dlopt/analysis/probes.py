@@ -62,16 +62,17 @@ def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     return torch.tensor([lr])
 
 
-def _build(state: Mapping[str, Any]) -> Workload:
-    """Builds the run's data, and its model with initial weights."""
-    return build_workload(parse(resolve_saved(state["config"])), state["normalize"])
+def _models(folder: Path, *, initial: bool = False) -> Iterator[tuple[Mapping[str, Any], Workload]]:
+    """Yields (progress, workload) with the weights of each checkpoint; the workload is the same object.
 
-
-def _models(folder: Path) -> Iterator[tuple[Mapping[str, Any], Workload]]:
-    """Yields (progress, workload) with the weights of each checkpoint; the workload is the same object."""
+    `initial`: first with the initial weights.
+    """
     workload: Workload | None = None
     for state in checkpoints(folder):
-        workload = workload or _build(state)
+        if workload is None:
+            workload = build_workload(parse(resolve_saved(state["config"])), state["normalize"])
+            if initial:
+                yield {"epoch": 0, "step": 0, "seconds": 0.0}, workload
         workload.module.load_state_dict(state["model"])
         yield state["progress"], workload
 
@@ -110,15 +111,11 @@ def gradient_variance(folder: Path) -> Values:
     Computes each sample's gradient once, alone, without augmentation, so models with BatchNorm are not supported. The
     first value is for the initial weights.
     """
-    workload: Workload | None = None
+    batches: Batches | None = None
     values: Values = []
-    for state in checkpoints(folder):
-        if workload is None:
-            workload = _build(state)
-            batches = training_batches(workload)
-            values.append(({"epoch": 0, "step": 0, "seconds": 0.0}, _variance(workload, batches, 0)))
-        workload.module.load_state_dict(state["model"])
-        values.append((state["progress"], _variance(workload, batches, state["progress"]["epoch"])))
+    for progress, workload in _models(folder, initial=True):
+        batches = training_batches(workload) if batches is None else batches
+        values.append((progress, _variance(workload, batches, progress["epoch"])))
     return values
 
 

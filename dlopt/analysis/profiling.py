@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dlopt.analysis.bench.communication import collective_times
@@ -162,13 +163,12 @@ class Profiling(Observer):
             self._measures_peaks = False
         if device.type == "cuda":
             self.result.peaks["optimizer"] = torch.cuda.max_memory_allocated(device)
-        state = [value for state in optimizer.state.values() for value in _tensors(state)]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.result.memory = {
             "weights": _bytes(module.parameters()),
             "buffers": _bytes(module.buffers()),
             "gradients": _bytes(p.grad for p in module.parameters() if p.grad is not None),
-            "optimizer": _bytes(state),
+            "optimizer": state_bytes(optimizer),
             "batch": _bytes([inputs, targets]),
             "activations kept for the backward pass": sum(saved.values()),
             "peak of the process": peak * (1 if sys.platform == "darwin" else 1024),
@@ -207,9 +207,17 @@ def _costliest(profiler: profile, device: torch.device, updates: int) -> list[Op
     return sorted(operations, key=lambda event: event.seconds, reverse=True)[:_TOP]
 
 
-def _tensors(state: Any) -> list[Tensor]:
-    values = state.values() if isinstance(state, Mapping) else [state]
-    return [value for value in values if isinstance(value, Tensor)]
+def state_bytes(optimizer: Optimizer) -> int:
+    """Returns the bytes of the tensors in an optimizer's state, also of those in lists (the history of L-BFGS)."""
+    return _bytes(_tensors(list(optimizer.state.values())))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Returns the tensors in nested lists and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for child in children for tensor in _tensors(child)]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

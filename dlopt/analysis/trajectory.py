@@ -193,17 +193,19 @@ def _line(i: int, count: int) -> dict[str, Any]:
 
 def _frame(window: Window, trajectories: Iterable[Trajectory]) -> Window:
     """Returns the window, extended to contain the trajectories, by at most its size on each side."""
-    left, right, bottom, top = window
-    width, height = right - left, top - bottom
     finite = [trajectory.points for trajectory in trajectories if not trajectory.diverged]
     if not finite:
         return window
-    (x, y), margin = torch.cat(finite).unbind(1), 0.03
+    x, y = torch.cat(finite).unbind(1)
+    return (*_extended(*window[:2], x), *_extended(*window[2:], y))
+
+
+def _extended(low: float, high: float, values: Tensor) -> tuple[float, float]:
+    size, least, largest = high - low, float(values.min()), float(values.max())
+    margin = 0.03 * size
     return (
-        max(min(left, float(x.min()) - margin * width), left - width) if x.min() < left else left,
-        min(max(right, float(x.max()) + margin * width), right + width) if x.max() > right else right,
-        max(min(bottom, float(y.min()) - margin * height), bottom - height) if y.min() < bottom else bottom,
-        min(max(top, float(y.max()) + margin * height), top + height) if y.max() > top else top,
+        max(least - margin, low - size) if least < low else low,
+        min(largest + margin, high + size) if largest > high else high,
     )
 
 

@@ -209,8 +209,7 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
         values += [_statistic(name, row.statistic(name)) if options.test or rank == 1 else "" for name in tests]
         difference = [_difference(table.by, row.difference).replace(" %", "")] if compared else []  # percentage points
         style = "bold" if rank == 1 and row.value is not None else ""
-        count = row.row.count(table.by)
-        grid.add_row(str(rank), *map(Text, cells), count, *values, *map(Text, difference), style=style)
+        grid.add_row(str(rank), *map(Text, cells), row.count(table.by), *values, *map(Text, difference), style=style)
     return grid
 
 
@@ -236,7 +235,7 @@ def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
         median = "" if row.median is None else f"{row.median:.2f}"
         if row.measured is not None:
             error, difference = row.measured.show("{:.2f}".format), f"{row.measured.mean - row.published:+.2f}"
-        recipe, count = Text(printable(recipe_label(row, table))), row.row.row.count("test_accuracy")
+        recipe, count = Text(printable(recipe_label(row, table))), row.row.count("test_accuracy")
         grid.add_row(recipe, count, error, median, f"{row.published:.2f}", difference)
     return grid
 
@@ -257,7 +256,7 @@ def _notes(table: Table, options: _Options) -> list[str]:
     lines = [f"{rows}, {layout.format_count('runs', len(table.records))}: {counts}"]
     if len(table.rows) > options.top:
         lines[0] += f"; {len(table.rows) - options.top} more rows on the HTML page"
-    if table.ranked and (failed := table.ranked[0].row.failed):
+    if table.ranked and (failed := table.ranked[0].failed):
         lines.append(f"#1: {failed} of {len(table.ranked[0].runs)} runs failed; its mean is that of the others")
     best = table.ranked[0].command if table.ranked else None
     lines += [] if best is None else [f"best: {best}"]

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from dlopt.analysis.profiling import Operation, Profile, table
+from dlopt.analysis.profiling import Operation, Profile, state_bytes, table
 from dlopt.errors import UserError
 from tests.training.runs import SMALL, at_update, experiment, result, resume, same, start, terminate
 
@@ -37,6 +38,22 @@ def test_profiling_does_not_change_training(tmp_path: Path) -> None:
     assert {"dlopt: data", "dlopt: forward", "dlopt: forward and backward", "dlopt: update"} <= spans
     log = (tmp_path / "profiled" / "train.log").read_text()
     assert "top operations" in log and "memory: weights" in log
+
+
+def test_optimizer_memory_includes_tensors_in_lists() -> None:
+    weights = torch.nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.LBFGS([weights], max_iter=5)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = (weights.pow(4) * torch.arange(1.0, 11.0)).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    state = optimizer.state[weights]
+    history = sum(each.nbytes for each in [*state["old_dirs"], *state["old_stps"]])
+    assert history > 0 and state_bytes(optimizer) >= history + state["d"].nbytes
 
 
 def test_profiles_a_resumed_run(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Processes on one machine share its cores, caches and memory. `measure` starts th
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from dlopt.analysis import model_summary
-from dlopt.analysis.bench.rank import updates_of
+from dlopt.analysis.bench.rank import seconds_of, updates_of
 from dlopt.analysis.bench.simulation import Link
 from dlopt.analysis.model_summary import Layer
 from dlopt.analysis.ranks import run_rank, run_ranks
@@ -95,7 +94,7 @@ def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, An
     for _ in range(_WARMUP):
         update()
     distributed.barrier()  # all processes measure the same thing at the same time
-    updates = [_seconds(update) for _ in range(_UPDATES)]
+    updates = [seconds_of(update) for _ in range(_UPDATES)]
     distributed.barrier()
     inputs, _ = next(iter(trainer.batches.epoch(0)))
     layers = [asdict(layer) for layer in model_summary.timed(workload.module, inputs)]
@@ -112,7 +111,7 @@ def _all_reduces(update: Callable[[], object]) -> dict[int, float]:
 
     def mean_seconds(call: Callable[[], object]) -> float:
         distributed.barrier()
-        return _seconds(lambda: [call() for _ in range(_ROUNDS)]) / _ROUNDS
+        return seconds_of(call, _ROUNDS) / _ROUNDS
 
     baseline, delays = mean_seconds(update), {}
     for size in SIZES:
@@ -124,12 +123,6 @@ def _all_reduces(update: Callable[[], object]) -> dict[int, float]:
 
         delays[size] = max(mean_seconds(delayed) - baseline, 1e-7)
     return delays
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

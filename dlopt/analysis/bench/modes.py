@@ -235,13 +235,13 @@ def validate(processes: Sequence[int]) -> list[StepTime]:
                 "ddp": simulation.ddp(layers, batch, count, cluster),
                 "filter": simulation.filter_parallel(layers, batch, count, cluster, count),
             }
-            for mode, estimate in calculated.items():
+            for mode, cost in calculated.items():
                 config = _config(composer, mode, BATCH)
                 ranks, problem = _run(config, folder / f"{mode}-{count}", count, _SETTINGS)
                 if problem is not None:
                     raise RunError(f"parallel={mode} on {count} processes: {problem}")
                 steps = [max(seconds) for seconds in zip(*(rank["steps"] for rank in ranks), strict=True)]
-                results.append(StepTime(mode, count, estimate.step, statistics.median(steps)))
+                results.append(StepTime(mode, count, cost.step, statistics.median(steps)))
     return results
 
 

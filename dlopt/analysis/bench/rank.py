@@ -119,6 +119,14 @@ def updates_of(trainer: Trainer, device: torch.device) -> Callable[[], int]:
     return update
 
 
+def seconds_of(call: Callable[[], object], count: int = 1) -> float:
+    """Returns the seconds of `count` calls together."""
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - start
+
+
 def _communication(update: Callable[[], int], number: int, device: torch.device, parallel: Mode) -> tuple[float, float]:
     """Returns the fractions of time with a collective in flight, and with a collective in flight and no computation."""
     if parallel.processes == 1:
@@ -128,10 +136,7 @@ def _communication(update: Callable[[], int], number: int, device: torch.device,
     kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
     with profile(activities=kinds) as profiler:
         _barrier(parallel)  # starting the profiler takes a different time on each rank
-        start = time.perf_counter()
-        for _ in range(number):
-            update()
-        seconds = time.perf_counter() - start
+        seconds = seconds_of(update, number)
     events = list(profiler.events() or [])
     # Exclude events of the barrier and the profiler's start: the profiler's clock has a different origin.
     first = max((e.time_range.end for e in events), default=0.0) - seconds * 1e6

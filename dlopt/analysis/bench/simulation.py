@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -168,14 +168,20 @@ class Cluster:
         return self.within if devices <= self.per_server else self.between
 
 
+class Cost(NamedTuple):
+    step: float  # seconds per update
+    compute: float  # seconds of computation on the slowest device
+    memory: float  # bytes per device
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """Estimate of one mode: seconds per update, bytes of memory per device."""
+    """Estimate of one mode, with the units of `Cost`."""
 
     mode: str
     devices: int
     step: float
-    compute: float  # seconds of computation on the slowest device
+    compute: float
     memory: float
     efficiency: float
     fits: bool
@@ -250,43 +256,30 @@ def _backward_end(
     return max(clock, overlapped(ready, durations)) if devices > 1 else clock
 
 
-@dataclass(frozen=True)
-class _Case:
-    """Inputs of an estimate; `batch` samples per device."""
-
-    mode: str
-    layers: Sequence[Layer]
-    batch: float
-    devices: int
-    cluster: Cluster
-
-    def estimate(self, step: float, compute: float, memory: float) -> Estimate:
-        efficiency = single(self.layers, self.batch, self.cluster) / step
-        fits = memory <= self.cluster.memory * 1e9
-        return Estimate(self.mode, self.devices, step, compute, memory, efficiency, fits)
-
-    def split(
-        self,
-        degree: int,
-        forward: float,
-        backward: Sequence[float],
-        communication: float,
-        barriers: int,
-        kept: float,
-        shards: int,
-    ) -> Estimate:
-        """Estimates a mode that splits layers over groups of `degree` devices: `communication` seconds that no
-        computation hides, and `barriers` per update. Each device has 1/`shards` of the weights and `kept` bytes of
-        activations."""
-        slowdown = slowed(self.devices, self.cluster.variation, max(barriers, 1), degree)
-        forward, backward = slowdown * forward + communication, [slowdown * time for time in backward]
-        update = _optimizer_step(parameters(self.layers) / shards, self.cluster)
-        step = _backward_end(self.layers, backward, forward, shards, self.devices // shards, self.cluster) + update
-        memory = _state_bytes(parameters(self.layers) / shards) + kept
-        return self.estimate(step, forward - communication + sum(backward) + update, memory)
+def _split(
+    layers: Sequence[Layer],
+    devices: int,
+    cluster: Cluster,
+    degree: int,
+    forward: float,
+    backward: Sequence[float],
+    communication: float,
+    barriers: int,
+    kept: float,
+    shards: int,
+) -> Cost:
+    """Returns the cost of a mode that splits layers over groups of `degree` devices: `communication` seconds that no
+    computation hides, and `barriers` per update. Each device has 1/`shards` of the weights and `kept` bytes of
+    activations."""
+    slowdown = slowed(devices, cluster.variation, max(barriers, 1), degree)
+    forward, backward = slowdown * forward + communication, [slowdown * time for time in backward]
+    update = _optimizer_step(parameters(layers) / shards, cluster)
+    step = _backward_end(layers, backward, forward, shards, devices // shards, cluster) + update
+    memory = _state_bytes(parameters(layers) / shards) + kept
+    return Cost(step, forward - communication + sum(backward) + update, memory)
 
 
-def ddp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -> Estimate:
+def ddp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -> Cost:
     """Data parallelism: averages gradients during the backward, and waits for the slowest device."""
     slowdown = slowed(devices, cluster.variation)
     times = [seconds(layer, batch, cluster) for layer in layers]
@@ -297,10 +290,10 @@ def ddp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -
     if buffers := sum(layer.parameters for layer in layers if layer.kind == "other") * GRADIENT:
         step += two_level_all_reduce(buffers, *_topology(devices, cluster), cluster.within, cluster.between)
     memory = _state_bytes(parameters(layers)) + _activations(layers, batch, cluster)
-    return _Case("ddp", layers, batch, devices, cluster).estimate(step, forward + sum(backward) + update, memory)
+    return Cost(step, forward + sum(backward) + update, memory)
 
 
-def fsdp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, shards: int) -> Estimate:
+def fsdp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, shards: int) -> Cost:
     """Fully sharded data parallelism over `shards` devices, and replicated over groups of them (HSDP).
 
     All-gathers of weights, forward and backward, and reduce-scatters of gradients overlap with the computation, except
@@ -323,10 +316,10 @@ def fsdp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, 
         step += all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)
     largest = max(parameters(unit) for unit in units)
     memory = _state_bytes(parameters(layers) / shards) + 2 * largest * GRADIENT + _activations(layers, batch, cluster)
-    return _Case("fsdp", layers, batch, devices, cluster).estimate(step, forward + backward + update, memory)
+    return Cost(step, forward + backward + update, memory)
 
 
-def filter_parallel(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, degree: int) -> Estimate:
+def filter_parallel(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, degree: int) -> Cost:
     """Tensor parallelism over channels within groups of `degree` devices, data parallelism between the groups.
 
     A device has ceil(N / degree) of N channels. A residual block needs one all-reduce forward (its last convolution is
@@ -353,11 +346,10 @@ def filter_parallel(layers: Sequence[Layer], batch: float, devices: int, cluster
             barriers += reduces + 2 * gathers
         forward, backward = forward + f, [*backward, b]
         kept += outputs if is_gathered else outputs * fraction
-    case = _Case("filter", layers, batch, devices, cluster)
-    return case.split(degree, forward, backward, communication, barriers, kept, shards=degree)
+    return _split(layers, devices, cluster, degree, forward, backward, communication, barriers, kept, shards=degree)
 
 
-def spatial(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, degree: int) -> Estimate:
+def spatial(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, degree: int) -> Cost:
     """Spatial parallelism: feature maps in `degree` strips of rows with halo exchange, replicated weights.
 
     Data parallel between groups of `degree` devices. A device has ceil(H / degree) of H rows; every device computes
@@ -374,11 +366,10 @@ def spatial(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluste
             barriers += 2
         forward, backward = forward + f, [*backward, b]
         kept += fraction * layer.outputs * samples * cluster.value_bytes
-    case = _Case("spatial", layers, batch, devices, cluster)
-    return case.split(degree, forward, backward, communication, barriers, kept, shards=1)
+    return _split(layers, devices, cluster, degree, forward, backward, communication, barriers, kept, shards=1)
 
 
-def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, stages: int) -> Estimate:
+def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, stages: int) -> Cost:
     """Pipeline parallelism: `stages` stages of nearly equal time, 1F1B over micro-batches, data parallel over groups.
 
     Activations and gradients are sent between stages once per micro-batch. A stage keeps the activations of as many
@@ -404,7 +395,7 @@ def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Clust
     compute = cluster.micro_batches * busiest + update
     if groups > 1:  # all stages of a server at once, after the last micro-batch
         step += all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)
-    return _Case("pipeline", layers, batch, devices, cluster).estimate(step + update, compute, memory)
+    return Cost(step + update, compute, memory)
 
 
 def estimates(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -> list[Estimate]:
@@ -425,11 +416,15 @@ def estimates(layers: Sequence[Layer], batch: float, devices: int, cluster: Clus
         "spatial × ddp": (spatial, degree, is_mixed),
         "pipeline × ddp": (pipeline, degree, is_mixed and is_divisible),
     }
-    results = [ddp(layers, batch, devices, cluster)]
-    for mode, (estimate, group, is_possible) in modes.items():
+    costs = {"ddp": ddp(layers, batch, devices, cluster)}
+    for mode, (cost, group, is_possible) in modes.items():
         if is_possible:
-            results.append(replace(estimate(layers, batch, devices, cluster, group), mode=mode))
-    return results
+            costs[mode] = cost(layers, batch, devices, cluster, group)
+    alone = single(layers, batch, cluster)
+    return [
+        Estimate(mode, devices, *cost, efficiency=alone / cost.step, fits=cost.memory <= cluster.memory * 1e9)
+        for mode, cost in costs.items()
+    ]
 
 
 def size(layers: Sequence[Layer]) -> str:

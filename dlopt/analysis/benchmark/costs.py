@@ -2,17 +2,14 @@
 
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from dlopt.analysis.bench.rank import updates_of
+from dlopt.analysis.bench.rank import seconds_of, updates_of
 from dlopt.analysis.benchmark.reading import TEST
 from dlopt.analysis.benchmark.results import Cost
+from dlopt.analysis.profiling import state_bytes
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
@@ -34,36 +31,19 @@ def measure(baseline: Experiment, experiment: Experiment, scratch: Path) -> Cost
     trainers = [dry_run(workload, scratch, checks=False) for workload in workloads]
     updates = [updates_of(trainer, workload.device) for trainer, workload in zip(trainers, workloads, strict=True)]
     for update in updates:
-        _seconds(update, _WARMUP)
+        seconds_of(update, _WARMUP)
     ratios = []
     for pair in range(_PAIRS):
         order = (0, 1) if pair % 2 == 0 else (1, 0)  # neither is always the first
-        seconds = {index: _seconds(updates[index], _UPDATES) for index in order}
+        seconds = {index: seconds_of(updates[index], _UPDATES) for index in order}
         ratios.append(seconds[1] / seconds[0])
     low, middle, high = statistics.quantiles(ratios, n=4)
     return Cost(middle, low, high, state_memory(trainers[1]))
 
 
-def _seconds(update: Callable[[], int], count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        update()
-    return time.perf_counter() - start
-
-
 def state_memory(trainer: Trainer) -> float:
     """Returns the bytes of the optimizer's state over those of the parameters."""
-    states = _tensors(list(trainer.step.optimizer.state.values()))
-    parameters = sum(p.numel() * p.element_size() for p in trainer.module.parameters())
-    return sum(tensor.numel() * tensor.element_size() for tensor in states) / parameters
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Returns the tensors in nested lists and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for child in children for tensor in _tensors(child)]
+    return state_bytes(trainer.step.optimizer) / sum(p.nbytes for p in trainer.module.parameters())
 
 
 def test_trial(folder: Path) -> None:

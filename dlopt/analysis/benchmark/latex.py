@@ -26,13 +26,12 @@ def latex(results: Results, summary: Summary) -> str:
 def _scores(results: Results, summary: Summary) -> list[str]:
     rows = []
     for standing in summary.standings["updates"]:
-        cells = []
-        for measure in summary.measures:
-            score = summary.score(standing.optimizer, measure)
-            is_best = score is not None and score.value == summary.best_score(measure) > 0
-            cells.append(number_cell(formats.interval(score), is_bold=is_best))
-        cells += map(_plain, formats.standing(standing, len(results.workloads)))
-        rows.append([escaped(standing.optimizer), *cells])
+        name, others = standing.optimizer, formats.standing(standing, len(results.workloads))
+        scores = [
+            number_cell(formats.interval(summary.score(name, measure)), is_bold=summary.is_best(name, measure))
+            for measure in summary.measures
+        ]
+        rows.append([escaped(name), *scores, *map(_plain, others)])
     return tabular(["optimizer", *summary.measures, "targets", "trials", "cost", "state"], rows)
 
 

@@ -115,11 +115,15 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
                 curves[trial.study, trial.number] = curve
             best = best_trial(records, spec.metric)
             cost = read_json(folder / optimizer / name / COST)
+            tests = {
+                study: read_json(folder / Trial(name, optimizer, study, record.trial).subfolder / TEST)
+                for study, record in best_trials(records, spec.metric).items()
+            }
             cells[optimizer, name] = Cell(
                 tuple(records),
                 None if cost is None else Cost(**cost),
                 () if best is None else curves[best.study, best.trial],
-                _tests(folder, optimizer, name, records, spec.metric),
+                {study: test for study, test in tests.items() if test is not None},
             )
         workloads[name] = Workload(spec.metric, math.nan if spec.target is None else spec.target, updates)
     spaces = {name: dict(space) for name, space in manifest.optimizers.items()}
@@ -198,14 +202,3 @@ def best_trials(records: Sequence[Record], metric: str) -> dict[int, Record]:
     studies = sorted({record.study for record in records})
     chosen = {study: best_trial([each for each in records if each.study == study], metric) for study in studies}
     return {study: record for study, record in chosen.items() if record is not None}
-
-
-def _tests(
-    folder: Path, optimizer: str, workload: str, records: Sequence[Record], metric: str
-) -> dict[int, dict[str, float]]:
-    tests = {}
-    for study, record in best_trials(records, metric).items():
-        path = folder / Trial(workload, optimizer, study, record.trial).subfolder / TEST
-        if (content := read_json(path)) is not None:
-            tests[study] = content
-    return tests

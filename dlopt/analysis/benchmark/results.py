@@ -223,15 +223,9 @@ def _keys(cell: Cell) -> list[str]:
 
 
 def _row(record: Record, keys: Sequence[str]) -> list[Any]:
-    return [
-        record.study,
-        record.trial,
-        record.updates if record.reached else None,
-        record.evaluations if record.reached else None,
-        *map(_rounded, (record.first, record.best, record.last)),
-        record.failure,
-        *(record.values.get(key) for key in keys),
-    ]
+    reached = [record.updates, record.evaluations] if record.reached else [None, None]
+    metrics = map(_rounded, (record.first, record.best, record.last))
+    return [record.study, record.trial, *reached, *metrics, record.failure, *map(record.values.get, keys)]
 
 
 def _rounded(value: float | None) -> float | None:

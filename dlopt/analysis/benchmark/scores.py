@@ -261,8 +261,10 @@ class Summary:
         standing = self.standing(optimizer, measure)
         return None if measure == "time" and standing.cost is None else standing.score
 
-    def best_score(self, measure: Measure) -> float:
-        return max(each.score.value for each in self.standings[measure])
+    def is_best(self, optimizer: str, measure: Measure) -> bool:
+        """Returns whether the optimizer has the highest score, alone or with others, and reaches a target."""
+        score, best = self.score(optimizer, measure), max(each.score.value for each in self.standings[measure])
+        return score is not None and score.value == best > 0
 
 
 def summarize(results: Results) -> Summary:

@@ -143,9 +143,8 @@ def scores(results: Results, summary: Summary, pictures: Mapping[str, Html]) -> 
     for standing in summary.standings["updates"]:
         cells: list[str] = [_name(results, standing.optimizer)]
         for measure in summary.measures:
-            score = summary.score(standing.optimizer, measure)
-            is_best = score is not None and score.value == summary.best_score(measure) > 0
-            cells.append(tag("b", formats.interval(score)) if is_best else formats.interval(score))
+            text = formats.interval(summary.score(standing.optimizer, measure))
+            cells.append(tag("b", text) if summary.is_best(standing.optimizer, measure) else text)
         targets, trials, *costs = formats.standing(standing, len(results.workloads))
         rows.append([*cells, targets, trials, formats.percent(standing.failed), *costs])
     interval = "" if results.studies == 1 else " In brackets: the 95 % interval over studies."

@@ -130,7 +130,7 @@ def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
     for rank, row in enumerate(table.rows, 1):
         visible = metrics + (tests if test or rank == 1 else [])
         cells: list[Any] = [rank, *(text(row.values[key]) if key in row.values else "" for key in table.keys)]
-        cells += [len(row.runs), sum(run.has_ended for run in row.row.runs), row.row.failed]
+        cells += [len(row.runs), sum(run.has_ended for run in row.runs), row.failed]
         for name in (*metrics, *tests):
             cells += _mean_and_std(row.statistic(name) if name in visible else None)
         cells += _listed(row.difference) or [""] * 4
@@ -140,7 +140,7 @@ def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
         if target is not None:
             reached = time_to_target(row, table.by, target)
             cells += [target, reached.count, _mean_and_std(reached.steps)[0], _mean_and_std(reached.seconds)[0]]
-        cells += [" ".join(short_path(run.path) for run in row.runs), row.command or ""]
+        cells += [" ".join(short_path(run.path) for run in row.records), row.command or ""]
         writer.writerow([_cell(cell) for cell in cells])
     return output.getvalue()
 
@@ -163,7 +163,7 @@ def page_data(
 ) -> dict[str, Any]:
     """Returns the JSON data of the page's script."""
     metrics, tests = columns(table), test_columns(table)
-    row_of = {run.path: i for i, row in enumerate(table.rows) for run in row.runs}
+    row_of = {run.path: i for i, row in enumerate(table.rows) for run in row.records}
     distinct = {run.path for row in table.rows for run in row.distinct}
     curves = _curves(table.records)
     values = sum(len(record.history) for record in table.records) * (len(curves) + len(_AXES))
@@ -186,7 +186,7 @@ def page_data(
         "published": [
             [
                 printable(recipe_label(item, table)), _listed(item.measured), item.published,
-                item.row.row.count("test_accuracy"),
+                item.row.count("test_accuracy"),
             ]
             for item in against_published(table)
         ],
@@ -222,13 +222,13 @@ def page_data(
 
 def _row(row: Configuration, metrics: Sequence[str], tests: Sequence[str]) -> dict[str, Any]:
     return {
-        "id": str(row.runs[0].path),
+        "id": str(row.records[0].path),
         "label": row.label,
         "values": {key: _value(value) for key, value in row.values.items()},
         "metrics": {name: values for name in metrics if (values := _listed(row.statistic(name))) is not None},
         "difference": _listed(row.difference),
         "test": {name: _listed(row.statistic(name)) for name in tests} if tests else None,
-        "failed": row.row.failed,
+        "failed": row.failed,
         "command": row.command,
     }
 

@@ -54,7 +54,7 @@ def markdown(table: Table, *, made: str, test: bool, top: int) -> str:
 def _notes(table: Table, top: int) -> list[str]:
     notes = [_NOTE] * any(len(row.runs) > 1 for row in table.rows)
     notes += [_DIFFERENCE_NOTE] * _is_compared(table)
-    counts = [row.row.count(table.by) for row in table.rows[:top]]
+    counts = [row.count(table.by) for row in table.rows[:top]]
     notes += ["1 of 3 runs: the metrics are those of one"] * any(" of " in count for count in counts)
     return notes + [f"the first {top} of {len(table.rows)} configurations"] * (len(table.rows) > top)
 
@@ -71,7 +71,7 @@ def _cells(table: Table, *, test: bool, top: int) -> tuple[list[str], list[list[
     rows = []
     for number, row in enumerate(table.rows[:top]):
         cells = [brief(row.values[key]) if key in row.values else "-" for key in table.keys]
-        cells += [row.row.count(table.by), _statistic(table.by, row.value)]
+        cells += [row.count(table.by), _statistic(table.by, row.value)]
         cells += [_statistic(name, row.statistic(name)) if test or number == 0 else "" for name in metrics[1:]]
         difference = "" if row.difference is None else row.difference.show(partial(_number, table.by, sign="+"))
         cells += [difference] * _is_compared(table)

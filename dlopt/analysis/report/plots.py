@@ -85,7 +85,7 @@ def learning_curves(table: Table, against: str) -> "Figure | None":
 
 def _against_updates(table: Table) -> "Figure | None":
     """Plots against updates; None if all epochs have the same length, because the plot against epochs is the same."""
-    lines = (line for row in _rows(table) for run in row.runs for line in run.history)
+    lines = (line for row in _rows(table) for run in row.records for line in run.history)
     lengths = {round(line["step"] / line["epoch"], 3) for line in lines if line["epoch"] > 0}
     return learning_curves(table, "step") if len(lengths) > 1 else None
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from dlopt.analysis.leaderboard import (
     HOUSEKEEPING,
-    Difference,
     Entry,
     Row,
     Statistic,
@@ -42,40 +41,25 @@ _OVERRIDE = re.compile(r"[+~]{0,2}\w[\w./@-]*(=.*)?")
 _NOT_REPEATED = ("hydra.", "hydra/", "resume=", "dry_run=", "name=")  # where a run is stored, not what it computes
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """A row of the leaderboard: runs that differ only in their seeds.
+@dataclass(frozen=True, kw_only=True)
+class Configuration(Row):
+    """A row of the leaderboard with the records of its runs, which differ only in their seeds.
 
-    `distinct`: the runs without repetitions (equal seeds and equal curves), which would narrow intervals.
+    `distinct`: the records without repetitions (equal seeds and equal curves), which would narrow intervals.
     """
 
-    label: str
     values: Mapping[str, Any]  # of the keys in which configurations differ
-    runs: tuple[Record, ...]
+    records: tuple[Record, ...]
     distinct: tuple[Record, ...]
-    row: Row
-
-    @property
-    def value(self) -> Statistic | None:
-        """Statistic of the ranking metric over ended runs."""
-        return self.row.value
-
-    @property
-    def difference(self) -> Difference | None:
-        """Difference to the first row, paired over seeds."""
-        return self.row.difference
-
-    def statistic(self, metric: str) -> Statistic | None:
-        return self.row.statistic(metric)
 
     @property
     def command(self) -> str | None:
         """Shell command that repeats these runs; None if unknown."""
-        overrides = [_repeatable(run.overrides, "seed=") for run in self.runs]
-        seeds = sorted({seed for run in self.runs if isinstance(seed := run.config.get("seed"), int)})
-        are_equal = all(lines == overrides[0] for lines in overrides) and 1 < len(seeds) == len(self.runs)
+        overrides = [_repeatable(run.overrides, "seed=") for run in self.records]
+        seeds = sorted({seed for run in self.records if isinstance(seed := run.config.get("seed"), int)})
+        are_equal = all(lines == overrides[0] for lines in overrides) and 1 < len(seeds) == len(self.records)
         if overrides[0] is None or not are_equal:
-            return command(self.runs[0])
+            return command(self.records[0])
         return _shell(["-m", *overrides[0], f"seed={','.join(map(str, seeds))}"])
 
 
@@ -121,7 +105,8 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
         for run, entry in zip(runs, row.runs, strict=True):
             firsts.setdefault((entry.seeds, tuple((line["epoch"], line.get(by)) for line in run.history)), run)
         label = printable(label or short_path(runs[0].path))
-        rows.append(Configuration(label, values, runs, tuple(firsts.values()), row))
+        own = {"label": label, "values": values, "records": runs, "distinct": tuple(firsts.values())}
+        rows.append(Configuration(**vars(row) | own))
     return Table(by, keys, rows, records, damaged)
 
 
@@ -223,7 +208,7 @@ def against_published(table: Table) -> list[PublishedRow]:
     """
     rows = []
     for row in table.rows:
-        run, accuracy = row.runs[0], row.statistic("test_accuracy")
+        run, accuracy = row.records[0], row.statistic("test_accuracy")
         error = published_error(run.config, run.overrides)
         if error is None:
             continue
@@ -231,15 +216,15 @@ def against_published(table: Table) -> list[PublishedRow]:
         if accuracy is not None:
             std = None if accuracy.std is None else 100 * accuracy.std
             measured = Statistic(100 * (1 - accuracy.mean), std, accuracy.count)
-            median = 100 * (1 - float(np.median([*row.row.by_seeds("test_accuracy").values()])))
+            median = 100 * (1 - float(np.median([*row.by_seeds("test_accuracy").values()])))
         rows.append(PublishedRow(row, measured, median, error))
     return rows
 
 
 def recipe_label(published: PublishedRow, table: Table) -> str:
     """Returns the recipe's name with the keys in which it differs from other rows of that name."""
-    name = str(published.row.runs[0].config.get("name", published.row.label))
-    same_name = [row for row in table.rows if row.runs[0].config.get("name") == name]
+    name = str(published.row.records[0].config.get("name", published.row.label))
+    same_name = [row for row in table.rows if row.records[0].config.get("name") == name]
     if len(same_name) == 1:
         return name
     values = published.row.values
@@ -403,16 +388,16 @@ def sensitivities(table: Table) -> list[Sensitivity]:
     for i, row in enumerate(table.rows):
         by_optimizer.setdefault(text(row.values.get("optimizer", "")), []).append((i, row))
     for group, rows in by_optimizer.items():
-        rates = [(row.runs[0].config.get(_LR), row.value, i) for i, row in rows]
+        rates = [(row.records[0].config.get(_LR), row.value, i) for i, row in rows]
         points = sorted(
             ((float(lr), value, i) for lr, value, i in rates if is_number(lr) and lr > 0 and value is not None),
             key=lambda point: point[0],
         )
         if len({lr for lr, _, _ in points}) < 2:
             continue
-        runs = [run for _, row in rows for run in row.runs if run.status == "failed"]
+        runs = [run for _, row in rows for run in row.records if run.status == "failed"]
         failed = sorted({float(lr) for run in runs if is_number(lr := run.config.get(_LR)) and lr > 0})
-        name = group or text(rows[0][1].runs[0].config.get("optimizer", "optimizer"))
+        name = group or text(rows[0][1].records[0].config.get("optimizer", "optimizer"))
         results.append(_sensitivity(name, points, failed, table))
     return results
 

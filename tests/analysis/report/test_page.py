@@ -148,13 +148,13 @@ def select(browser: Any, name: str, value: str) -> None:
 def test_tooltips_show_curve_values(shown: Any, table: Table) -> None:
     result = hover(shown, "#curves-chart .u-over", 0.95, 0.3)
     assert result.startswith("epoch 3") and "#1 optimizer=adamw lr=0.01" in result
-    row = band(table.rows[0].runs, "val_accuracy", "epoch", "range")
+    row = band(table.rows[0].records, "val_accuracy", "epoch", "range")
     assert row is not None
     expected = f"{100 * row.mean[-1]:.2f} % [{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3"
     assert expected in result and expected == "90.00 % [89.00 %, 91.00 %] of 3"
     assert len(result.splitlines()) > 6
     select(shown, "band", "confidence")
-    row = band(table.rows[0].runs, "val_accuracy", "epoch", "confidence")
+    row = band(table.rows[0].records, "val_accuracy", "epoch", "confidence")
     assert row is not None
     expected = f"[{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3"
     assert expected in hover(shown, "#curves-chart .u-over", 0.95, 0.3)
@@ -172,7 +172,7 @@ def test_tooltips_show_curve_values(shown: Any, table: Table) -> None:
 def test_curves_against_seconds_match_those_of_the_image_files(shown: Any, table: Table) -> None:
     """Slower seeds are 1, 1.1 and 1.2 s per epoch: an epoch takes 1.1 s on average."""
     select(shown, "x", "seconds")
-    row = band(table.rows[0].runs, "val_accuracy", "seconds", "range")
+    row = band(table.rows[0].records, "val_accuracy", "seconds", "range")
     assert row is not None and row.x.tolist() == pytest.approx([1.1, 2.2, 3.3])
     for at, x, mean in ((0.02, 1.1, row.mean[0]), (0.5, 2.2, row.mean[1]), (0.98, 3.3, row.mean[2])):
         result = hover(shown, "#curves-chart .u-over", at, 0.5)

@@ -44,7 +44,7 @@ def test_ranks_configurations_by_mean_over_seeds(sweep: Path) -> None:
     assert first.value.std == pytest.approx(0.01) and second.difference is not None
     assert second.difference.mean == pytest.approx(-0.1) and second.difference.count == 3
     assert second.difference.low == pytest.approx(-0.1)  # paired: seeds have the same effect on both
-    assert result.rows[3].row.failed == 1 and [run.path.name for run in result.failed] == ["5"]
+    assert result.rows[3].failed == 1 and [run.path.name for run in result.failed] == ["5"]
     assert result.counts() == {"finished": 11, "failed": 1}
 
 
