@@ -64,25 +64,13 @@ def installed_memory() -> int | None:
 def available_memory() -> int:
     """Returns the bytes of main memory that this process can still allocate, within a container's limit."""
     free = [installed_memory() or _UNKNOWN_MEMORY]
-    for path, read in (
-        (Path("/proc/meminfo"), _meminfo),
-        (Path("/sys/fs/cgroup/memory.max"), _cgroup_memory),
-    ):
-        try:
-            free.append(read(path.read_text()))
-        except (OSError, ValueError):
-            continue
+    with contextlib.suppress(OSError, ValueError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
     return min(free)
-
-
-def _meminfo(text: str) -> int:
-    lines = dict(line.split(":", 1) for line in text.splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
-
-
-def _cgroup_memory(text: str) -> int:
-    """Returns the limit minus the memory in use. Raises ValueError for "max" (no limit)."""
-    return int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text())
 
 
 def keep_freed_memory() -> None:
