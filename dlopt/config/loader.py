@@ -15,7 +15,6 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +41,30 @@ _MOST = 200  # remembered configs, of some 30 kB each
 
 
 class Reads:
-    """The files and folders that a config depends on, with their state when they were read."""
+    """What a config depends on: files and folders, with their state when they were read, and registered configs."""
 
     def __init__(self) -> None:
         self._states: dict[str, Any] = {}
+        self._stored = _stored()
         self.is_repeatable = True  # False: a defaults list depends on the environment or on the time
 
     def note(self, path: str) -> None:
         self._states.setdefault(path, _state(path))
 
     def are_current(self) -> bool:
-        return all(_state(path) == state for path, state in self._states.items())
+        stored = _stored()
+        is_same = len(stored) == len(self._stored) and all(a is b for a, b in zip(stored, self._stored, strict=True))
+        return is_same and all(_state(path) == state for path, state in self._states.items())
+
+
+def _stored() -> tuple[ConfigNode, ...]:
+    """Returns the configs that packages have registered with Hydra."""
+
+    def nodes(folder: dict[str, Any]) -> Iterator[ConfigNode]:
+        for entry in folder.values():
+            yield from nodes(entry) if isinstance(entry, dict) else (entry,)
+
+    return tuple(nodes(ConfigStore.instance().repo))
 
 
 def _state(path: str) -> Any:
@@ -141,19 +153,8 @@ def _loader() -> Any:
     return type("Loader", (parser, omegaconf_loader), {"__init__": initialize})
 
 
-@dataclass(frozen=True)
-class _Remembered:
-    config: bytes  # pickled, which is copied ten times faster than a config
-    files: Reads
-    stored: tuple[ConfigNode, ...]  # what packages have registered with Hydra
-
-    def is_current(self) -> bool:
-        stored = _stored()
-        is_same = len(stored) == len(self.stored) and all(a is b for a, b in zip(stored, self.stored, strict=True))
-        return is_same and self.files.are_current()
-
-
-_remembered: dict[tuple[Any, ...], _Remembered] = {}
+# By choices: a config, pickled, which is copied ten times faster than the config itself, and what it depends on.
+_remembered: dict[tuple[Any, ...], tuple[bytes, Reads]] = {}
 
 
 class RememberingLoader(ConfigLoaderImpl):
@@ -227,8 +228,8 @@ class RememberingLoader(ConfigLoaderImpl):
         """Returns a copy of the remembered config, which `compose` makes where there is none or a file has changed."""
         key = (*((element.provider, element.path) for element in self.config_search_path.get_path()), *choices)
         remembered = _remembered.pop(key, None)
-        if remembered is None or not remembered.is_current():
-            files, stored = Reads(), _stored()
+        if remembered is None or not remembered[1].are_current():
+            files = Reads()
             token = reads.set(files)
             try:
                 config = compose()
@@ -238,17 +239,9 @@ class RememberingLoader(ConfigLoaderImpl):
             config.hydra.overrides.task.clear()
             if not files.is_repeatable:
                 return config
-            remembered = _Remembered(pickle.dumps(config), files, stored)
+            remembered = pickle.dumps(config), files
         _remembered[key] = remembered  # the newest one last
         if len(_remembered) > _MOST:
             del _remembered[next(iter(_remembered))]
-        copied: DictConfig = pickle.loads(remembered.config)
+        copied: DictConfig = pickle.loads(remembered[0])
         return copied
-
-
-def _stored() -> tuple[ConfigNode, ...]:
-    def nodes(folder: dict[str, Any]) -> Iterator[ConfigNode]:
-        for entry in folder.values():
-            yield from nodes(entry) if isinstance(entry, dict) else (entry,)
-
-    return tuple(nodes(ConfigStore.instance().repo))

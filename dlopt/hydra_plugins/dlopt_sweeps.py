@@ -1,6 +1,5 @@
 """dlopt's plug-ins for Hydra. Hydra loads this module with every command, so it imports nothing heavy."""
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +26,9 @@ class Folders(SearchPathPlugin):
 
 
 class _PoolLauncher(Launcher):
-    """Runs jobs in the worker pool that a function of dlopt.sweeps builds. Hydra's task function is not called."""
+    """Runs jobs in the worker pool that a function builds. Hydra's task function is not called."""
 
-    function = ""  # module.name below dlopt.sweeps
+    function = ""  # its dotted name
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -38,10 +37,11 @@ class _PoolLauncher(Launcher):
         self._loader, self._config = hydra_context.config_loader, config
 
     def build_pool(self) -> Any:
+        from hydra.utils import get_method
+
         from dlopt.sweeps.pool import build_pool
 
-        module, _, name = self.function.partition(".")
-        return build_pool(getattr(importlib.import_module(f"dlopt.sweeps.{module}"), name), self.settings)
+        return build_pool(get_method(self.function), self.settings)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from dlopt.sweeps.grid import launch_jobs
@@ -52,19 +52,19 @@ class _PoolLauncher(Launcher):
 class LocalLauncher(_PoolLauncher):
     """hydra/launcher=serial and joblib."""
 
-    function = "pool.local"
+    function = "dlopt.sweeps.pool.local"
 
 
 class GpuLauncher(_PoolLauncher):
     """hydra/launcher=gpus."""
 
-    function = "pool.gpus"
+    function = "dlopt.sweeps.pool.gpus"
 
 
 class SlurmLauncher(_PoolLauncher):
     """hydra/launcher=slurm."""
 
-    function = "slurm.slurm"
+    function = "dlopt.sweeps.slurm.slurm"
 
 
 class OptunaSweeper(Sweeper):

@@ -323,17 +323,15 @@ class ADOPT(RealOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        counts = count_steps(self, params)
-        for p, count in zip(params, counts, strict=True):
-            if count == 1:
+        counts = dict(zip(params, count_steps(self, params), strict=True))
+        for p in params:
+            if counts[p] == 1:
                 assert p.grad is not None
                 self.state[p]["exp_avg_sq"] = p.grad.square()
-        started = [(p, count - 1) for p, count in zip(params, counts, strict=True) if count > 1]
-        if started:
-            self._update_started(group, [p for p, _ in started], [t**0.25 for _, t in started])
-
-    def _update_started(self, group: dict[str, Any], params: list[Tensor], limits: list[float]) -> None:
-        beta1, beta2 = group["betas"]
+        params = [p for p in params if counts[p] > 1]
+        if not params:
+            return
+        (beta1, beta2), limits = group["betas"], [(counts[p] - 1) ** 0.25 for p in params]
         grads, averages = gradients(params), buffers(self, params, "exp_avg")
         squares = buffers(self, params, "exp_avg_sq")
         roots = torch._foreach_sqrt(squares)

@@ -86,14 +86,11 @@ class Muon(torch.optim.Optimizer):
             raise UserError("optimizer.cautious=true: optimizer.rest=sgd has no such variant; use optimizer.rest=adamw")
         self._keys = {**keys, "lr": lr, "weight_decay": weight_decay, "cautious": cautious}
         self._rest_lr = lr if rest_lr is None else rest_lr
-        self._rest_keys: dict[str, Any] = (
-            {"betas": rest_betas, "eps": rest_eps}
-            if rest == "adamw"
-            else {"momentum": rest_momentum, "nesterov": rest_momentum > 0}
-        )
-        self._rest_class: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
-        if rest == "adamw":
-            self._rest_class = CautiousAdamW if cautious else torch.optim.AdamW
+        self._rest_keys: dict[str, Any] = {"betas": rest_betas, "eps": rest_eps}
+        self._rest_class: Callable[..., torch.optim.Optimizer] = CautiousAdamW if cautious else torch.optim.AdamW
+        if rest == "sgd":
+            self._rest_keys = {"momentum": rest_momentum, "nesterov": rest_momentum > 0}
+            self._rest_class = torch.optim.SGD
         self._rest: torch.optim.Optimizer | None = None
         muon_groups, rest_groups = self._split(as_groups(params))
         rest_groups = self._add_to_rest(rest_groups)

@@ -50,11 +50,8 @@ class Prodigy(RealOptimizer):
         if not parts:
             return loss
         first = self.param_groups[0]
-        d, terms, norms = first["d"], [], []
-        for group, params in parts:
-            inner, norm = self._accumulate(group, params, d)
-            terms.append(inner)
-            norms.append(norm)
+        d = first["d"]
+        terms, norms = zip(*(self._accumulate(group, params, d) for group, params in parts), strict=True)
         device = terms[0].device
         inner, norm = torch.stack([torch.stack([t.to(device) for t in each]).sum() for each in (terms, norms)]).tolist()
         r = math.sqrt(first["betas"][1]) * first["r"] + inner

@@ -44,8 +44,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         lr = getattr(optimizer, "base", optimizer).defaults.get("lr")  # SAM has the groups of its base
         plain = (g["lr"] == lr and horizon == 1.0 for g, horizon in zip(groups, self._horizons, strict=True))
         self._shown = next((index for index, is_plain in enumerate(plain) if is_plain), 0)
-        self._has_horizons = any(horizon != 1.0 for horizon in self._horizons)
-        if self._has_horizons and hasattr(self._component, "update"):
+        if any(horizon != 1.0 for horizon in self._horizons) and hasattr(self._component, "update"):
             raise UserError(
                 "optimizer.groups: horizon is a fraction of the schedule, but schedule=plateau has no length"
             )
@@ -63,20 +62,18 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._apply()
 
     def _apply(self) -> None:
-        bases = self._base_floats
-        if not bases:
-            bases = self._base_floats = [float(lr) for lr in self.base_lrs]
-        if self._has_horizons:
-            bases = self._lrs_by_horizon(bases)
-            factor = 1.0
-        else:
-            factor = self.factor(self.last_epoch)
-        self.rate = bases[self._shown] * factor
-        for group, base in zip(self.optimizer.param_groups, bases, strict=True):
+        if not self._base_floats:
+            self._base_floats = [float(lr) for lr in self.base_lrs]
+        factors = self._factors()
+        if self._freezes:
+            self._freeze([horizon != 1.0 and f == 0.0 for horizon, f in zip(self._horizons, factors, strict=True)])
+        lrs = [base * factor for base, factor in zip(self._base_floats, factors, strict=True)]
+        self.rate = lrs[self._shown]
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             if type(group["lr"]) is float or not isinstance(group["lr"], torch.Tensor):  # the first test is faster
-                group["lr"] = base * factor
+                group["lr"] = lr
             else:
-                group["lr"].fill_(base * factor)
+                group["lr"].fill_(lr)
         if self.cycles_momentum:
             groups = self.optimizer.param_groups
             for group, cycles, horizon in zip(groups, self._cycles, self._horizons, strict=True):
@@ -88,20 +85,20 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
                 elif "momentum" in group:
                     group["momentum"] = momentum
 
-    def _lrs_by_horizon(self, bases: list[float]) -> list[float]:
-        """Returns the learning rates of groups with different horizons; freezes and unfreezes their parameters."""
-        factors = [self.factor(self.last_epoch / horizon) for horizon in self._horizons]
-        if self._freezes:
-            is_frozen = [
-                horizon != 1.0 and factor == 0.0 for horizon, factor in zip(self._horizons, factors, strict=True)
-            ]
-            if sum(is_frozen) != self.frozen:
-                self.frozen = sum(is_frozen)
-                for group, frozen in zip(self.optimizer.param_groups, is_frozen, strict=True):
-                    for parameter in group["params"]:
-                        parameter.requires_grad_(not frozen)
-                        parameter.grad = None
-        return [base * factor for base, factor in zip(bases, factors, strict=True)]
+    def _factors(self) -> list[float]:
+        """Returns the factor of each group, computed once per horizon."""
+        t = self.last_epoch
+        factors = {horizon: self.factor(t if horizon == 1.0 else t / horizon) for horizon in set(self._horizons)}
+        return [factors[horizon] for horizon in self._horizons]
+
+    def _freeze(self, is_frozen: list[bool]) -> None:
+        """Freezes and unfreezes the parameters of each group."""
+        if sum(is_frozen) != self.frozen:
+            self.frozen = sum(is_frozen)
+            for group, frozen in zip(self.optimizer.param_groups, is_frozen, strict=True):
+                for parameter in group["params"]:
+                    parameter.requires_grad_(not frozen)
+                    parameter.grad = None
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Passes the metrics of an evaluation to a schedule that uses them; takes effect at the next update."""
@@ -116,8 +113,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._apply()
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        factors = [self.factor(self.last_epoch / horizon) for horizon in self._horizons]
-        return [base * factor for base, factor in zip(self.base_lrs, factors, strict=True)]
+        return [base * factor for base, factor in zip(self.base_lrs, self._factors(), strict=True)]
 
     def get_last_lr(self) -> list[float | torch.Tensor]:
         lrs = [group["lr"] for group in self.optimizer.param_groups]

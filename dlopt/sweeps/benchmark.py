@@ -1,6 +1,6 @@
 """Runs the trials of a benchmark: each is a job, and several processes may share them through one folder."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -117,29 +117,19 @@ def run_trials(request: Request, loader: Any, config: DictConfig, pool: Pool) ->
     `config`: composed for several runs, with hydra.sweep.dir = the benchmark's folder. On a signal, stops the running
     trials with checkpoints and raises KeyboardInterrupt.
     """
-
-    def compose_job(trial: Trial, number: int) -> Job:
-        values = request.candidates[trial.optimizer].values(trial.study, trial.number)
-        drawn = ", ".join(f"{key.removeprefix('optimizer.')}={value}" for key, value in values.items())
-        label = f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}: {drawn}"
-        overrides = [*request.line(trial), f"hydra.sweep.subdir={trial.subfolder}"]
-        return compose_or_fail(loader, config, overrides, number, label)
-
-    waiting = request.waiting()
-    overview = Overview(len(waiting), metric="")  # there is no best: trials of different workloads are not comparable
-    source = _Trials(waiting, request, compose_job, overview)
-    pools.run(source, pool, overview)
+    source = _Trials(request, loader, config)
+    pools.run(source, pool, source.overview)
     return len(source.waiting)
 
 
 class _Trials(JobSource):
     """Claims trials one by one. A claim is a lock, which the kernel releases when its process dies."""
 
-    def __init__(
-        self, trials: Sequence[Trial], request: Request, compose_job: Callable[[Trial, int], Job], overview: Overview
-    ) -> None:
-        self.waiting = dict(enumerate(trials))
-        self._request, self._compose_job, self._overview = request, compose_job, overview
+    def __init__(self, request: Request, loader: Any, config: DictConfig) -> None:
+        self._request, self._loader, self._config = request, loader, config
+        self.waiting = dict(enumerate(request.waiting()))
+        # There is no best job: trials of different workloads are not comparable.
+        self.overview = Overview(len(self.waiting), metric="")
         self._claims: dict[int, IO[str]] = {}
 
     def next(self) -> Job | None:
@@ -151,11 +141,18 @@ class _Trials(JobSource):
             del self.waiting[number]
             if has_ended(folder):  # another process has run it in the meantime
                 lock.close()
-                self._overview.ended(number, trial.subfolder, "finished", {}, known=True)
+                self.overview.ended(number, trial.subfolder, "finished", {}, known=True)
                 continue
             self._claims[number] = lock
-            return self._compose_job(trial, number)
+            return self._compose(trial, number)
         return None
+
+    def _compose(self, trial: Trial, number: int) -> Job:
+        values = self._request.candidates[trial.optimizer].values(trial.study, trial.number)
+        drawn = ", ".join(f"{key.removeprefix('optimizer.')}={value}" for key, value in values.items())
+        label = f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}: {drawn}"
+        overrides = [*self._request.line(trial), f"hydra.sweep.subdir={trial.subfolder}"]
+        return compose_or_fail(self._loader, self._config, overrides, number, label)
 
     def ended(self, job: Job, result: Result) -> None:
         if has_ended(job.folder):

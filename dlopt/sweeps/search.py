@@ -183,7 +183,7 @@ def run_search(loader: Any, config: DictConfig, pool: Pool, arguments: Sequence[
         _write_sweep_file(folder, facts, study)
         search = Search(spec, study, partial(compose_or_fail, loader, config))
         try:
-            search.run(pool)
+            pools.run(search, pool, search.overview)
         finally:
             _write_sweep_file(folder, facts, study)
             study.close()
@@ -206,12 +206,8 @@ class Search(JobSource):
         self._claims: dict[int, Claim] = {}
         self._interrupted = 0
         self._last_empty_claim, self._is_exhausted = float("-inf"), False
-        self._overview = Overview(spec.total, spec.objectives[0], spec.directions[0])
+        self.overview = Overview(spec.total, spec.objectives[0], spec.directions[0])
         self._logged: set[str] = set()  # metrics in the lines of metrics.jsonl, if there is a pruner
-
-    def run(self, pool: Pool) -> None:
-        """Runs until no job is left. On a signal, stops the jobs with checkpoints, then raises KeyboardInterrupt."""
-        pools.run(self, pool, self._overview)
 
     def next(self) -> Job | None:
         now = time.monotonic()
@@ -219,7 +215,7 @@ class Search(JobSource):
             return None
         counts = self._study.counts()
         done = [(number, label, {self._spec.objectives[0]: values[0]}) for number, label, values, _ in self._rows()]
-        self._overview.update_shared({status: counts[state] for status, state in _STATES.items()}, done)
+        self.overview.update_shared({status: counts[state] for status, state in _STATES.items()}, done)
         claim = self._study.claim()
         if claim is None:
             self._last_empty_claim = now
@@ -283,7 +279,7 @@ class Search(JobSource):
         self._study.fail(claim, reason)
         if is_unknown and not self._study.finished():
             raise RunError(reason)
-        self._overview.message(f"job {claim.number}: {reason}")
+        self.overview.message(f"job {claim.number}: {reason}")
 
     def outcome(self) -> Outcome:
         counts = self._study.counts()

@@ -207,10 +207,8 @@ class ConsoleView(Screen):
         super().__init__(stream)
         self._width = shutil.get_terminal_size().columns if self._output.isatty() else None  # None: not a terminal
         self._display: _Display | None = None
-        self._rows: layout.EpochRows | None = None
-        self._epochs = 0
-        self._samples_per_step, self._unit = 0.0, "samples"
-        self._start = (0, 0.0)  # epoch and seconds at the start; > 0 in a resumed run
+        self._rows = layout.EpochRows(0)
+        self._rows_width: int | None = -1  # for which the table's header was printed; -1: for none
         self._due = float("inf")
 
     def begin(
@@ -222,14 +220,14 @@ class ConsoleView(Screen):
         seconds: float,
     ) -> None:
         """Shows the header and starts the display; `facts`: see `layout.header_rows`."""
-        self._epochs, self._start = facts["epochs"], (first_step, seconds)
-        self._samples_per_step = (facts.get("train") or 0) / max(facts["steps_per_epoch"], 1)
-        self._unit = facts.get("unit", "samples")
+        per_step, unit = (facts.get("train") or 0) / max(facts["steps_per_epoch"], 1), facts.get("unit", "samples")
+        self._rows = layout.EpochRows(
+            facts["epochs"], samples_per_step=per_step, unit=unit, step=first_step, seconds=seconds
+        )
         self._print_block(layout.header(config, choices, facts), Text(""))
         if not self.terminal:
             return
-        lengths = self._epochs, facts["steps_per_epoch"], facts["steps"]
-        self._display = _Display(*lengths, first_step, self._samples_per_step)
+        self._display = _Display(facts["epochs"], facts["steps_per_epoch"], facts["steps"], first_step, per_step)
         self._start_live(lambda: cast(_Display, self._display), redirect=True)
         self._due = perf_counter() + _REDRAW_SECONDS
 
@@ -263,13 +261,9 @@ class ConsoleView(Screen):
 
     def epoch(self, metrics: Mapping[str, Any], best: bool) -> None:
         width = self._console.width if self.terminal else self._width
-        if self._rows is None or self._rows.width != width:  # the first row, or a resized terminal
-            step, seconds = self._start if self._rows is None else self._rows.last
-            per_step = self._samples_per_step
-            self._rows = layout.EpochRows(
-                metrics, self._epochs, width, samples_per_step=per_step, unit=self._unit, step=step, seconds=seconds
-            )
-            self._print(self._rows.header())
+        if width != self._rows_width:  # the first row, or a resized terminal
+            self._rows_width = width
+            self._print(self._rows.header(metrics, width))
         self._print(self._rows.row(metrics, best))
         if (display := self._display) is not None:
             display.step = metrics["step"]

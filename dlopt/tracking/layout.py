@@ -214,44 +214,34 @@ def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
 class EpochRows:
     """The epoch table, printed row by row. The best epoch so far is marked with `*`.
 
-    `first`: metrics of the first row, which determine the columns. `width`: of the terminal; None: unlimited.
     `samples_per_step`: their mean, 0: unknown. `step`, `seconds`: where the run starts; > 0 if it was resumed.
     """
 
     def __init__(
-        self,
-        first: Mapping[str, Any],
-        epochs: int,
-        width: int | None,
-        *,
-        samples_per_step: float = 0.0,
-        unit: str = "samples",
-        step: int = 0,
-        seconds: float = 0.0,
+        self, epochs: int, *, samples_per_step: float = 0.0, unit: str = "samples", step: int = 0, seconds: float = 0.0
     ) -> None:
-        self.width = width
-        self._epochs, self._samples_per_step = epochs, samples_per_step
-        self.last = (step, seconds)  # of the last row
+        self._epochs, self._samples_per_step, self._unit = epochs, samples_per_step, unit
+        self._last = (step, seconds)  # of the last row
+
+    def header(self, first: Mapping[str, Any], width: int | None) -> Text:
+        """Chooses the columns by the metrics of the first row, and the `width` of the terminal (None: unlimited)."""
         derived = {"epoch"} | ({"epoch_seconds"} if "seconds" in first else set())
-        derived |= {"throughput"} if samples_per_step and "seconds" in first else set()
-        titles = {**_TITLES, "throughput": f"{unit}/s"}
-        widths = {"epoch": 2 * len(str(epochs)) + 1, **_WIDTHS}
-        self._titles = {key: title for key, title in titles.items() if key in derived | first.keys()}
-        self._widths = {key: max(widths.get(key, 9), len(title)) for key, title in self._titles.items()}
+        derived |= {"throughput"} if self._samples_per_step and "seconds" in first else set()
+        all_titles = {**_TITLES, "throughput": f"{self._unit}/s"}
+        widths = {"epoch": 2 * len(str(self._epochs)) + 1, **_WIDTHS}
+        titles = {key: title for key, title in all_titles.items() if key in derived | first.keys()}
+        self._widths = {key: max(widths.get(key, 9), len(title)) for key, title in titles.items()}
         # A narrow terminal drops columns in this order.
         for expendable in ("step", "epoch_seconds", "throughput", "lr", "seconds", "train_accuracy"):
             if width is not None and sum(self._widths.values()) + len(self._widths) + 2 > width:
                 self._widths.pop(expendable, None)
-
-    def header(self) -> Text:
-        titles = [self._titles[key].rjust(width) for key, width in self._widths.items()]
-        return Text(" ".join(titles), "bold", no_wrap=True)
+        return Text(" ".join(titles[key].rjust(width) for key, width in self._widths.items()), "bold", no_wrap=True)
 
     def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
-        steps, seconds = metrics["step"] - self.last[0], metrics.get("seconds", 0.0) - self.last[1]
+        steps, seconds = metrics["step"] - self._last[0], metrics.get("seconds", 0.0) - self._last[1]
         throughput = self._samples_per_step * steps / seconds if seconds > 0 else None
         values = {**metrics, "epoch_seconds": seconds, "throughput": throughput}
-        self.last = (metrics["step"], metrics.get("seconds", 0.0))
+        self._last = (metrics["step"], metrics.get("seconds", 0.0))
         cells = [self._cell(key, values.get(key)).rjust(width) for key, width in self._widths.items()]
         return Text(" ".join(cells) + (" *" if best else ""), "green" if best else "", no_wrap=True)
 

@@ -16,7 +16,7 @@ from dlopt.errors import DONE
 from dlopt.folders import RunFolder
 from dlopt.sweeps import jobs, samplers
 from dlopt.sweeps.jobs import Job
-from dlopt.sweeps.pool import Pool, Process
+from dlopt.sweeps.pool import Pool, Process, run
 from dlopt.sweeps.search import Search
 from dlopt.sweeps.study import Study, StudySpec
 from tests.sweeps.spaces import space
@@ -95,7 +95,7 @@ def main(folder: Path, total: int, url: str | None) -> None:
     _wait_for_others(folder)
     search = Search(spec, study, lambda *arguments: make_job(folder, *arguments))
     with mock.patch("dlopt.sweeps.pool.prepare", prepare):
-        search.run(Pool(2, start, lambda folder: None, poll_seconds=0.005))
+        run(search, Pool(2, start, lambda folder: None, poll_seconds=0.005), search.overview)
     study.close()
 
 

@@ -77,8 +77,8 @@ def test_format_epoch() -> None:
 @pytest.mark.parametrize("regression", [True, False])
 def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regression: bool) -> None:
     metrics = {key: value for key, value in METRICS.items() if not (regression and "accuracy" in key)}
-    rows = layout.EpochRows(metrics, 200, width, samples_per_step=50.0)
-    header, row = rows.header().plain, rows.row(metrics, best=False).plain
+    rows = layout.EpochRows(200, samples_per_step=50.0)
+    header, row = rows.header(metrics, width).plain, rows.row(metrics, best=False).plain
     assert len(header) == len(row) <= (width or 200) - 2
     assert ("val acc" in header) != regression
     assert header.index("val loss") + len("val loss") == row.index("12.3456") + len("12.3456")
@@ -87,8 +87,9 @@ def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regressio
 def test_rows_show_the_time_and_throughput_of_their_own_epochs() -> None:
     """Also for the first row after a resume, and where several epochs lie between two evaluations."""
     start = {"step": METRICS["step"] - 60, "seconds": 103.4}
-    rows = layout.EpochRows(METRICS, 200, None, samples_per_step=1000 / 30, unit="images", **start)
-    columns = rows.header().plain.replace("epoch time", "epoch_time").replace("total time", "total_time").split()
+    rows = layout.EpochRows(200, samples_per_step=1000 / 30, unit="images", **start)
+    header = rows.header(METRICS, None).plain
+    columns = header.replace("epoch time", "epoch_time").replace("total time", "total_time").split()
     assert columns[-3:] == ["epoch_time", "total_time", "images/s"]
     assert rows.row(METRICS, best=True).plain.endswith("20.0 s       2:04      100 *")
     later = {**METRICS, "epoch": 101, "step": METRICS["step"] + 30, "seconds": 125.4}
