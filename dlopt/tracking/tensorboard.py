@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,6 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dlopt.tracking.layout import short_path
 from dlopt.tracking.metrics import AppendFile
@@ -38,6 +38,30 @@ _SIDE = 512  # pixels of a grid: small images are enlarged, of large ones fewer 
 _STATUS = {
     "finished": api_pb2.STATUS_SUCCESS, "stopped_early": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE
 }  # fmt: skip
+
+
+def _crc_of_byte(byte: int) -> int:
+    for _ in range(8):
+        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)  # Castagnoli's polynomial, bits reversed
+    return byte
+
+
+_CRC_TABLE = [_crc_of_byte(byte) for byte in range(256)]
+
+
+def _masked_crc(data: bytes) -> int:
+    """Returns the CRC-32C in the masked form of the TFRecord format (rotated by 15 bits plus a constant)."""
+    table, crc = _CRC_TABLE, 0xFFFFFFFF
+    for byte in data:
+        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def record(event: bytes) -> bytes:
+    """Frames a serialized event as a TFRecord: length, CRC of the length, data, CRC of the data."""
+    length = struct.pack("<Q", len(event))
+    return length + struct.pack("<I", _masked_crc(length)) + event + struct.pack("<I", _masked_crc(event))
 
 
 def _plugin(name: str, content: bytes = b"") -> SummaryMetadata:
@@ -68,7 +92,6 @@ class TensorBoard:
         # TensorBoard reads a run's files in the order of their names; two of the same second need different ones.
         stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9:09d}"
         self._file = AppendFile(folder / f"events.out.tfevents.{stamp}", warn)
-        self._records = RecordWriter(self._file)
         self._flushed = time.monotonic()
         self._add(file_version="brain.Event:2")
         if purge_step is not None:
@@ -81,7 +104,7 @@ class TensorBoard:
     def _add(self, *values: Summary.Value, **fields: Any) -> None:
         if values:
             fields["summary"] = Summary(value=values)
-        self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.write(record(Event(wall_time=time.time(), **fields).SerializeToString()))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one event with all values; flushes if the last flush was more than two seconds ago."""

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.hparams import metadata
 
-from dlopt.tracking.tensorboard import TensorBoard, command, image_grid
+from dlopt.tracking.tensorboard import TensorBoard, command, image_grid, record
 
 
 def no_complaint(text: str) -> None:
@@ -28,19 +28,12 @@ def read(folder: Path) -> Any:
     return events
 
 
-def test_events_are_framed_with_checksums(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path, no_complaint)
-    board.scalars(5, {"train/loss": 0.5})
-    board.close()
-    (file,) = tmp_path.iterdir()
-    data, events = file.read_bytes(), 0
-    while data:
-        size, crc = struct.unpack("<QI", data[:12])
-        assert crc == masked_crc32c(data[:8])
-        event, data = data[12 : 12 + size], data[12 + size :]
-        assert data[:4] == struct.pack("<I", masked_crc32c(event))
-        data, events = data[4:], events + 1
-    assert events == 2  # the format's version, and the scalars
+def test_record_framing_equals_tensorboards() -> None:
+    for size in (0, 1, 255, 4096):
+        data = bytes(index * 7 % 256 for index in range(size))
+        length = struct.pack("<Q", size)
+        framed = length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
+        assert record(data) == framed
 
 
 def test_scalars_are_read_back_against_the_step(tmp_path: Path) -> None:
