@@ -58,16 +58,11 @@ class Reader(Protocol):
         ...
 
 
-class WholeImages(Samples, Protocol):
-    """Images of several sizes: `fetch` returns their centre at one size, `fetch_boxes` any box of them."""
+def whole_images(samples: Samples) -> "Files | Wrapped | None":
+    """Returns the samples if `image_size` makes `fetch` cut off a part of the images; otherwise None.
 
-    def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
-        """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
-        ...
-
-
-def whole_images(samples: Samples) -> WholeImages | None:
-    """Returns the samples if `image_size` makes `fetch` cut off a part of the images; otherwise None."""
+    `fetch` then returns the centre of the images at one size, `fetch_boxes` any box of them.
+    """
     if isinstance(samples, Files | Wrapped) and samples.image_size is not None and len(samples.shape) == 3:
         return samples
     return None
@@ -229,6 +224,7 @@ class Files(ImageList):
         return result
 
     def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
+        """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
         result = torch.empty((len(indices), self.channels, *size), dtype=torch.uint8)
         with _naming_the_key():
             images = decode_boxes([self.path(index) for index in indices.tolist()], boxes, size, self.channels)
@@ -303,6 +299,7 @@ class Wrapped:
         return torch.stack(inputs) if inputs else self._item(0)[0].new_empty((0, *self.shape))
 
     def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
+        """See `Files.fetch_boxes`."""
         images = [self._item(index, resized=False)[0] for index in self._indices[indices].tolist()]
         heights, widths = (torch.tensor([image.shape[axis] for image in images]) for axis in (1, 2))
         edges = boxes(heights, widths).tolist()
