@@ -314,9 +314,6 @@ class TrackedBatches:
     local: Batches
     mode: GroupMode
 
-    def __len__(self) -> int:
-        return len(self.local)
-
     def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         size, count = self.local.batch_size, self.local.count
         for number, batch in enumerate(self.local.epoch(epoch, start, step), start):
