@@ -244,7 +244,7 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
         name = extra_metric(monitor)
         if name is None:
             others = ", val_r2, val_mae" if task.kind == "regression" else ""
-            raise UserError(f"{key}={monitor}: a {_shown_kind(task)} task allows auto, val_loss{others}")
+            raise UserError(f"{key}={monitor}: a {task.shown_kind} task allows auto, val_loss{others}")
         requested.setdefault(name, f"{key}={monitor}")
     _check_names(requested, task)
     _check_classes(monitors, dataset)
@@ -268,15 +268,11 @@ def _check_target(experiment: Experiment, task: Task) -> None:
         raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
 
 
-def _shown_kind(task: Task) -> str:
-    return task.kind.replace("_", " ")
-
-
 def _check_names(requested: Mapping[str, str], task: Task) -> None:
     available = {"classification": _CLASS_METRICS, "regression": _VALUE_METRICS}.get(task.kind, ())
     for name, setting in requested.items():
         if name not in available:
-            raise UserError(f"{setting}: a {_shown_kind(task)} task has no such metric")
+            raise UserError(f"{setting}: a {task.shown_kind} task has no such metric")
         if name == "top5_accuracy" and task.outputs <= TOP:
             raise UserError(f"{setting}: needs more than {TOP} classes; the data have {task.outputs}")
 
