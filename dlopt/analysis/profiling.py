@@ -183,9 +183,6 @@ class TimedBatches:
         self.inner = batches
         self.profiling = profiling
 
-    def __len__(self) -> int:
-        return len(self.inner)
-
     def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         batches = iter(self.inner.epoch(epoch, start, step))
         while True:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dlopt.augment.operation import Draws, Operation, Shape, Step, check_intervals, first_fitting
 from dlopt.augment.warp import Affine
-from dlopt.data.samples import WholeImages
+from dlopt.data.samples import Files, Wrapped
 from dlopt.errors import UserError
 from dlopt.random import generator
 from dlopt.ranges import Count, Positive, PositiveFraction
@@ -166,7 +166,7 @@ class CropReader:
         shape: of the samples without the crop, [C, H, W].
     """
 
-    def __init__(self, samples: WholeImages, crop: ResizingCrop, shape: Shape, seed: int) -> None:
+    def __init__(self, samples: Files | Wrapped, crop: ResizingCrop, shape: Shape, seed: int) -> None:
         self._samples = samples
         self._crop = crop
         self._size = crop.output_shape(shape)[1:]

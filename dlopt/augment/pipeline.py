@@ -1,15 +1,16 @@
 """The augmentation pipeline: draws parameters for the global batch, composes steps, applies them to a shard."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from dlopt.augment.colour import Colour
 from dlopt.augment.crops import CropReader, ResizingCrop
 from dlopt.augment.erasing import RandomErase
 from dlopt.augment.operation import Draws, MixingStep, Operation, PixelStep, Step, Warp, image_shape, leaves
 from dlopt.augment.warp import Border, warp
+from dlopt.data.batches import Position
 from dlopt.data.samples import Samples, white, whole_images
 from dlopt.errors import UserError
 
@@ -62,58 +63,36 @@ class Pipeline:
         self.output_shape = tuple(input_shape)
         """[C, H, W] of an augmented sample."""
 
-    def __call__(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        generator: Generator,
-        total: int,
-        shard: slice,
-        indices: Tensor | None = None,
-        epoch: int | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Augments `inputs` [b, C, H, W], a shard of a global batch.
+    def __call__(self, inputs: Tensor, targets: Tensor, **position: Unpack[Position]) -> tuple[Tensor, Tensor]:
+        """Augments `inputs` [b, C, H, W], a contiguous shard of a global batch.
 
         Args:
             inputs: uint8, or float in 0..255.
             targets: [b] class indices, or [b, ...] regression targets.
-            generator: on the inputs' device, seeded for this step, identically on all ranks.
-            total: samples in the global batch.
-            shard: contiguous positions of `inputs` in the global batch.
-            indices: [b] positions of the samples in the training set (required by `AlternatingFlip`).
-            epoch: from 0 (required by `AlternatingFlip`).
 
         Returns:
             Inputs and targets of the same batch size. Mixed class targets are float probabilities [b, classes].
         """
         if not self.operations:
             return inputs, targets
+        total, shard = position["total"], position["shard"]
         if len(range(*shard.indices(total))) != len(inputs):
             raise ValueError(f"{len(inputs)} samples do not fill {shard} of a batch of {total}")
-        steps = self.plan(inputs.shape[1:], generator=generator, total=total, shard=shard, indices=indices, epoch=epoch)
-        return self.render(inputs, targets, steps)
+        return self.render(inputs, targets, self.plan(inputs.shape[1:], **position))
 
     def apply(self, images: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Augments a whole batch with the given draws."""
         return self.render(images, targets, self._plan(images.shape[1:], draws, slice(None)))
 
-    def plan(
-        self,
-        sample_shape: Sequence[int],
-        *,
-        generator: Generator,
-        total: int,
-        shard: slice,
-        indices: Tensor | None = None,
-        epoch: int | Tensor | None = None,
-    ) -> list[Step]:
-        """Draws all parameters for samples of that shape; arguments as for `__call__`."""
+    def plan(self, sample_shape: Sequence[int], **position: Unpack[Position]) -> list[Step]:
+        """Draws all parameters for samples of that shape."""
+        total, shard, indices = position["total"], position["shard"], position.get("indices")
         if indices is not None:
             all_indices = indices.new_zeros(total)
             all_indices[shard] = indices
             indices = all_indices
-        return self._plan(sample_shape, Draws(generator, total, indices=indices, epoch=epoch), shard)
+        draws = Draws(position["generator"], total, indices=indices, epoch=position.get("epoch"))
+        return self._plan(sample_shape, draws, shard)
 
     def _plan(self, sample_shape: Sequence[int], draws: Draws, shard: slice) -> list[Step]:
         shape = image_shape(sample_shape)

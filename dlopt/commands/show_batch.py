@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 from annotated_types import Interval
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from dlopt.augment import Pipeline
     from dlopt.config.experiment import Experiment
-    from dlopt.data.batches import Augment
+    from dlopt.data.batches import Augment, Position
     from dlopt.data.samples import Samples
 
 USAGE = """\
@@ -132,10 +132,9 @@ def _reading_crops(pipeline: "Pipeline", train: "Samples", order: "Tensor", seed
     if reader is None:
         return pipeline
 
-    def augment(
-        inputs: "Tensor", targets: "Tensor", *, indices: "Tensor", epoch: "int | Tensor", **position: Any
-    ) -> "tuple[Tensor, Tensor]":
-        crops = reader.fetch(torch.stack([order, torch.full_like(order, int(epoch)), indices], 1))
-        return (crops, targets) if others is None else others(crops, targets, indices=indices, epoch=epoch, **position)
+    def augment(inputs: "Tensor", targets: "Tensor", **position: "Unpack[Position]") -> "tuple[Tensor, Tensor]":
+        updates = torch.full_like(order, int(position["epoch"]))
+        crops = reader.fetch(torch.stack([order, updates, position["indices"]], 1))
+        return (crops, targets) if others is None else others(crops, targets, **position)
 
     return augment

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,26 @@ from dlopt.graphs import GraphedFunction, Recorder
 from dlopt.random import generator, stream
 
 
-class Augment(Protocol):
-    def __call__(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        generator: torch.Generator,
-        total: int,
-        shard: Any,
-        indices: Tensor,
-        epoch: int | Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Augments one rank's samples of a global batch of `total`.
+class Position(TypedDict):
+    """Which samples of a global batch one rank augments, and with which random numbers.
 
-        Args:
-            shard: their positions in the global batch, as returned by the `shard` argument of `Batches`.
-            indices: their positions in the dataset.
-        """
+    `generator`: on the inputs' device, seeded for this step, identically on all ranks.
+    `total`: samples in the global batch.
+    `shard`: positions of the samples in the global batch, as returned by the `shard` argument of `Batches`.
+    `indices`: their positions in the training set (required by `AlternatingFlip`).
+    `epoch`: from 0 (required by `AlternatingFlip`).
+    """
+
+    generator: torch.Generator
+    total: int
+    shard: Any
+    indices: NotRequired[Tensor]
+    epoch: NotRequired[int | Tensor]
+
+
+class Augment(Protocol):
+    def __call__(self, inputs: Tensor, targets: Tensor, **position: Unpack[Position]) -> tuple[Tensor, Tensor]:
+        """Augments one rank's samples of a global batch."""
         ...
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -58,16 +58,11 @@ class Reader(Protocol):
         ...
 
 
-class WholeImages(Samples, Protocol):
-    """Images of several sizes: `fetch` returns their centre at one size, `fetch_boxes` any box of them."""
+def whole_images(samples: Samples) -> "Files | Wrapped | None":
+    """Returns the samples if `image_size` makes `fetch` cut off a part of the images; otherwise None.
 
-    def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
-        """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
-        ...
-
-
-def whole_images(samples: Samples) -> WholeImages | None:
-    """Returns the samples if `image_size` makes `fetch` cut off a part of the images; otherwise None."""
+    `fetch` then returns the centre of the images at one size, `fetch_boxes` any box of them.
+    """
     if isinstance(samples, Files | Wrapped) and samples.image_size is not None and len(samples.shape) == 3:
         return samples
     return None
@@ -166,11 +161,8 @@ class InMemory:
     def select(self, indices: Tensor) -> "InMemory":
         return InMemory(self.inputs.index_select(0, indices), self.targets.index_select(0, indices))
 
-    def relabel(self, targets: Tensor) -> "InMemory":
-        return InMemory(self.inputs, targets)
 
-
-@dataclass(frozen=True)
+@dataclass
 class ImageList:
     """Paths of image files with their targets.
 
@@ -188,11 +180,13 @@ class ImageList:
     def path(self, index: int) -> str:
         return os.path.join(self.folder, os.fsdecode(bytes(self.paths[index])))
 
-    def select(self, indices: Tensor) -> "ImageList":
-        return ImageList(self.paths[indices.numpy()], self.targets.index_select(0, indices), self.folder)
+    def select(self, indices: Tensor) -> Self:
+        selected = copy(self)
+        selected.paths, selected.targets = self.paths[indices.numpy()], self.targets.index_select(0, indices)
+        return selected
 
 
-class Files:
+class Files(ImageList):
     """Image files, decoded when fetched.
 
     `image_size` None: no resizing; all images must have the size of the first.
@@ -209,24 +203,14 @@ class Files:
         folder: str = "",
     ) -> None:
         array = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
-        self._images = ImageList(array, targets, folder)
+        super().__init__(array, targets, folder)
         self.image_size = image_size
         self.channels = channels
         self._size = image_size if image_size is not None else self._native_size()
 
     @property
-    def targets(self) -> Tensor:
-        return self._images.targets
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return (self.channels, *self._size)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def path(self, index: int) -> str:
-        return self._images.path(index)
 
     def fetch(self, indices: Tensor) -> Tensor:
         result = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
@@ -240,22 +224,13 @@ class Files:
         return result
 
     def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
+        """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
         result = torch.empty((len(indices), self.channels, *size), dtype=torch.uint8)
         with _naming_the_key():
             images = decode_boxes([self.path(index) for index in indices.tolist()], boxes, size, self.channels)
             for row, image in zip(result, images, strict=True):
                 row.copy_(image)
         return result
-
-    def select(self, indices: Tensor) -> "Files":
-        selected = copy(self)
-        selected._images = self._images.select(indices)
-        return selected
-
-    def relabel(self, targets: Tensor) -> "Files":
-        relabelled = copy(self)
-        relabelled._images = replace(self._images, targets=targets)
-        return relabelled
 
     def _native_size(self) -> tuple[int, int]:
         with _naming_the_key():
@@ -324,6 +299,7 @@ class Wrapped:
         return torch.stack(inputs) if inputs else self._item(0)[0].new_empty((0, *self.shape))
 
     def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
+        """See `Files.fetch_boxes`."""
         images = [self._item(index, resized=False)[0] for index in self._indices[indices].tolist()]
         heights, widths = (torch.tensor([image.shape[axis] for image in images]) for axis in (1, 2))
         edges = boxes(heights, widths).tolist()
@@ -335,11 +311,6 @@ class Wrapped:
         selected._indices = self._indices[indices]
         selected.targets = self.targets[indices]
         return selected
-
-    def relabel(self, targets: Tensor) -> "Wrapped":
-        relabelled = copy(self)
-        relabelled.targets = targets
-        return relabelled
 
     def _item(self, index: int, *, resized: bool = True) -> tuple[Tensor, Any]:
         try:

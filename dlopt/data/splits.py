@@ -1,6 +1,7 @@
 """Prepares a dataset for a run: subset, validation split, image size, and loading into memory."""
 
 import math
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -81,7 +82,8 @@ def prepare(
         if regression or dataset.unlabelled is not None:
             raise UserError(f"data.label_noise={settings.label_noise}: the targets are not classes; use 0")
         assert isinstance(train, InMemory | Files | Wrapped)  # the sources with class labels
-        train = train.relabel(corrupted(train.targets, len(dataset.classes or ()), settings))
+        train = copy(train)
+        train.targets = corrupted(train.targets, len(dataset.classes or ()), settings)
     size = size_pair(settings.image_size)
     train = _resized(train, size)
     val, test = (None if samples is None else _resized(samples, size) for samples in (val, test))

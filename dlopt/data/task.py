@@ -34,6 +34,10 @@ class Task:
     white: float = 255.0
 
     @property
+    def shown_kind(self) -> str:
+        return self.kind.replace("_", " ")
+
+    @property
     def classes(self) -> int | None:
         """Number of classes of a prediction; None: it is a number."""
         return self.outputs if self.kind in ("classification", "next_token") else None

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from dlopt.data.batches import Augment
+from dlopt.data.batches import Augment, Position
 
 
 class MicroBatchShard(NamedTuple):
@@ -95,32 +95,23 @@ class ShardedAugment:
     rank: int
     ranks: int
 
-    def __call__(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        generator: torch.Generator,
-        total: int,
-        shard: slice | Tensor,
-        indices: Tensor,
-        epoch: int | Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Tensor, targets: Tensor, **position: Unpack[Position]) -> tuple[Tensor, Tensor]:
         # The augmentation draws for all `total` samples and uses the draws of `shard`. Each slice starts from the same
         # seed, so that every sample gets the draws that it has in a single process.
         def augmented(inputs: Tensor, targets: Tensor, shard: slice, indices: Tensor) -> tuple[Tensor, Tensor]:
             generator.manual_seed(seed)
-            return self.augment(
-                inputs, targets, generator=generator, total=total, shard=shard, indices=indices, epoch=epoch
-            )
+            own = position.copy()
+            own["shard"], own["indices"] = shard, indices
+            return self.augment(inputs, targets, **own)
 
+        generator, indices = position["generator"], position["indices"]
         seed = generator.initial_seed()
         if len(inputs) == 0:  # one dummy sample yields the shape and dtype that the other ranks get
             zeros = inputs.new_zeros(1, *inputs.shape[1:]), targets.new_zeros(1, *targets.shape[1:])
             inputs, targets = augmented(*zeros, slice(0, 1), indices.new_zeros(1))
             return inputs[:0], targets[:0]
         results, start = [], 0
-        for local in joined(local_slices(total, self.accumulate, self.rank, self.ranks)):
+        for local in joined(local_slices(position["total"], self.accumulate, self.rank, self.ranks)):
             stop = start + local.stop - local.start
             results.append(augmented(inputs[start:stop], targets[start:stop], local, indices[start:stop]))
             start = stop

@@ -62,10 +62,6 @@ class MicroSteps(Protocol):
 class EpochBatches(Protocol):
     """The training batches of this rank (`dlopt.data.batches.Batches`)."""
 
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        ...
-
     def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (inputs, targets) of one epoch from batch `start` on, which is used by update `step`."""
         ...

@@ -295,16 +295,16 @@ class GroupMode(Mode):
         return shards.full_state(state) if self.sharding == "tensors" else state
 
     def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        load = {"replicated": super().load_model, "tensors": shards.load_model, "layers": shards.load_stage_model}
-        load[self.sharding](model, state, strict=strict)
+        if self.sharding == "replicated":
+            super().load_model(model, state, strict=strict)
+        else:
+            shards.load_model(model, state, strict=strict)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        load = {
-            "replicated": super().load_optimizer,
-            "tensors": shards.load_optimizer,
-            "layers": shards.load_stage_optimizer,
-        }
-        load[self.sharding](optimizer, state)
+        if self.sharding == "replicated":
+            super().load_optimizer(optimizer, state)
+        else:
+            shards.load_optimizer(optimizer, state)
 
 
 @dataclass(frozen=True)
@@ -313,9 +313,6 @@ class TrackedBatches:
 
     local: Batches
     mode: GroupMode
-
-    def __len__(self) -> int:
-        return len(self.local)
 
     def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         size, count = self.local.batch_size, self.local.count

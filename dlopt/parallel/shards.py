@@ -5,12 +5,12 @@ slow. The second half is for modes in which each rank holds some layers and has 
 rank knows all parameters by name and order.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
     from dlopt.parallel.process_group import Group
@@ -29,47 +29,33 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local()  # type: ignore[attr-defined]
 
 
-def map_tensors(function: Callable[[Any], Tensor], state: T) -> T:
-    """Returns a state (nested dicts, lists and tuples) with `function` applied to its tensors."""
-    mapped: Any = state
-    if isinstance(state, Tensor):
-        mapped = function(state)
-    elif isinstance(state, Mapping):
-        mapped = {key: map_tensors(function, value) for key, value in state.items()}
-        mapped = OrderedDict(mapped) if isinstance(state, OrderedDict) else mapped
-    elif isinstance(state, list | tuple):
-        mapped = type(state)(map_tensors(function, value) for value in state)
-    return mapped
-
-
 def full_state(state: T) -> T:
     """Returns a state with full tensors on every rank. All ranks call this together."""
-    return map_tensors(lambda tensor: tensor.full_tensor() if is_sharded_tensor(tensor) else tensor, state)
+    return tree_map_only(Tensor, lambda tensor: tensor.full_tensor() if is_sharded_tensor(tensor) else tensor, state)
 
 
-def load_model(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
-    """Loads full tensors by name; each rank keeps its shards."""
+def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Loads full tensors by name; each rank keeps its shards, or the tensors of its layers."""
+    # Meta tensors are loaded as themselves, so names and strictness are those of the full model.
     current = model.state_dict()
     model.load_state_dict({name: _shard_like(value, current.get(name)) for name, value in state.items()}, strict=strict)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads an optimizer's full state: tensors with the shape of their parameter are sharded as the parameter is."""
-    parameters = _numbered_parameters(optimizer, state)
+    """Loads an optimizer's full state for this rank's layers: tensors of a parameter's shape are sharded as it is."""
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    parameters = {n: p for saved, group in groups for n, p in zip(saved["params"], group["params"], strict=True)}
     shards = {
         number: {name: _shard_like(value, parameters.get(number)) for name, value in values.items()}
         for number, values in state["state"].items()
+        if number not in parameters or not parameters[number].is_meta
     }
     optimizer.load_state_dict({**state, "state": shards})
 
 
-def _numbered_parameters(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[int, Tensor]:
-    """Returns the parameters of the optimizer by their numbers in `state`."""
-    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    return {n: p for saved, group in groups for n, p in zip(saved["params"], group["params"], strict=True)}
-
-
 def _shard_like(value: Any, like: Tensor | None) -> Any:
+    if like is not None and like.is_meta:
+        return like
     if like is None or not is_sharded_tensor(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -135,25 +121,11 @@ def stage_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, 
 def stage_full_state(state: T, group: "Group", *, is_replica: bool) -> T:
     """Returns, on rank 0, the state with the tensors of all ranks. All ranks call this together."""
     states: list[Any] | None = [None] * group.size if group.rank == 0 else None
-    on_cpu = None if is_replica else map_tensors(lambda tensor: tensor if tensor.is_meta else tensor.cpu(), state)
+    on_cpu = None if is_replica else tree_map_only(Tensor, lambda t: t if t.is_meta else t.cpu(), state)
     distributed.gather_object(on_cpu, states, dst=0)
     for other in (states or [])[1:]:
         state = state if other is None else _merge(state, other)
     return state
-
-
-def load_stage_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-    """Loads the tensors of this rank's layers."""
-    # Meta tensors are loaded as themselves, so names and strictness are those of the full model.
-    current = model.state_dict()
-    held = {name: current[name] if name in current and current[name].is_meta else v for name, v in state.items()}
-    model.load_state_dict(held, strict=strict)
-
-
-def load_stage_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads the optimizer's state for this rank's layers."""
-    held = {number for number, p in _numbered_parameters(optimizer, state).items() if not p.is_meta}
-    optimizer.load_state_dict({**state, "state": {n: v for n, v in state["state"].items() if n in held}})
 
 
 def _merge(state: Any, other: Any) -> Any:

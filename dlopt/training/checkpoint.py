@@ -14,12 +14,13 @@ from threading import Thread
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dlopt.errors import NewerError, RunError, UserError
 from dlopt.files import digest_file, link, reason, recorded_digests, sha256, write
 from dlopt.parallel.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.parallel.shards import map_tensors
 from dlopt.training import sharded
 
 FORMAT = 1  # a sharded checkpoint also has the key "shards"
@@ -231,7 +232,7 @@ def _write_error(path: Path, why: str) -> RunError:
 
 
 def _copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
-    return map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), state)
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 def load(path: Path) -> dict[str, Any]:

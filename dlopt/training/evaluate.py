@@ -133,7 +133,7 @@ def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> Repo
     """
     _refuse_tta(workload, "tta", tta)
     if members > 1:
-        kind = workload.task.kind.replace("_", " ")
+        kind = workload.task.shown_kind
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
     if workload.dataset.test is None:
         raise UserError(f"data={workload.experiment.data.target.__name__}: this dataset has no test set")
@@ -142,7 +142,7 @@ def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> Repo
 
 def _refuse_tta(workload: Workload, key: str, tta: str) -> None:
     if tta != "none" and not workload.task.has_labels:
-        kind = workload.task.kind.replace("_", " ")
+        kind = workload.task.shown_kind
         raise UserError(f"{key}={tta}: averages predictions of labels, which a {kind} task has not; use {key}=none")
 
 

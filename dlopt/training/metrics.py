@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,6 @@ from dlopt.training.stopping import Target
 
 Reduce = Callable[[Sequence[float]], Sequence[float]]
 """Sums each entry over ranks (a collective: all ranks call it)."""
-
-
-class ExtraMetrics(Protocol):
-    """Accumulates further metrics, which are functions of sums over samples."""
-
-    def add(self, outputs: Tensor, targets: Tensor) -> None: ...
-
-    def means(self, reduce: Reduce | None) -> dict[str, float]:
-        """Returns the metrics of all samples so far, on all ranks, by name."""
-        ...
 
 
 # Bounds on the tensors that wait for a flush. Larger ones save little, and evict a small model from the cache.
@@ -234,7 +224,7 @@ _CLASS_METRICS = ("top5_accuracy", "macro_f1", "calibration_error", "class_accur
 _VALUE_METRICS = ("r2", "mae")
 
 
-def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> Callable[[], ExtraMetrics] | None:
+def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> "Callable[[], ExtraMetrics] | None":
     """Returns a factory of accumulators for `evaluate.metrics` and the monitored metrics; None if there are none.
 
     Raises `UserError` for a metric that this run cannot compute.
@@ -254,7 +244,7 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
         name = extra_metric(monitor)
         if name is None:
             others = ", val_r2, val_mae" if task.kind == "regression" else ""
-            raise UserError(f"{key}={monitor}: a {_shown_kind(task)} task allows auto, val_loss{others}")
+            raise UserError(f"{key}={monitor}: a {task.shown_kind} task allows auto, val_loss{others}")
         requested.setdefault(name, f"{key}={monitor}")
     _check_names(requested, task)
     _check_classes(monitors, dataset)
@@ -278,15 +268,11 @@ def _check_target(experiment: Experiment, task: Task) -> None:
         raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
 
 
-def _shown_kind(task: Task) -> str:
-    return task.kind.replace("_", " ")
-
-
 def _check_names(requested: Mapping[str, str], task: Task) -> None:
     available = {"classification": _CLASS_METRICS, "regression": _VALUE_METRICS}.get(task.kind, ())
     for name, setting in requested.items():
         if name not in available:
-            raise UserError(f"{setting}: a {_shown_kind(task)} task has no such metric")
+            raise UserError(f"{setting}: a {task.shown_kind} task has no such metric")
         if name == "top5_accuracy" and task.outputs <= TOP:
             raise UserError(f"{setting}: needs more than {TOP} classes; the data have {task.outputs}")
 
@@ -333,7 +319,7 @@ class ClassMetrics:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def means(self, reduce: Reduce | None) -> dict[str, float]:
-        """Returns the metrics of all samples so far; `reduce`: see `MetricSum`."""
+        """Returns the metrics of all samples so far, on all ranks, by name; `reduce`: see `MetricSum`."""
         size = 3 * len(self.classes) + ("top5_accuracy" in self.names)
         size += BINS if "calibration_error" in self.names else 0
         local = [0.0] * size if self._sums is None else self._sums.tolist()  # zeros: this rank had no samples
@@ -388,3 +374,7 @@ class RegressionMetrics:
             "mae": absolute / (count * self._outputs),
         }
         return {name: values[name] for name in self.names}
+
+
+ExtraMetrics = ClassMetrics | RegressionMetrics
+"""Accumulates further metrics, which are functions of sums over samples."""

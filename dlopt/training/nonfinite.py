@@ -62,10 +62,15 @@ class NonFiniteCheck:
 
         `gradients`: false for a loss only, where a loss scaler checks the gradients.
         """
-        self.latest = step + 1
         if not self.immediate:
-            self._defer(loss, step, rate, gradients)
+            if not self._free_flags:
+                self._free_flags = list(torch.zeros(_MAX_PENDING, device=self._one.device).unbind())
+            flag = self._free_flags.pop()
+            if gradients:
+                self.flag_nonfinite(flag)
+            self.defer(loss, step, rate, flag)
             return
+        self.latest = step + 1
         if gradients:
             self.flag_nonfinite(self._flag)
         value = loss.item()
@@ -81,14 +86,6 @@ class NonFiniteCheck:
             flag.copy_(~self.norm(gradients).isfinite())
         elif gradients:
             torch._amp_foreach_non_finite_check_and_unscale_(real_views(gradients), flag, self._one)
-
-    def _defer(self, loss: Tensor, step: int, rate: float, gradients: bool) -> None:
-        if not self._free_flags:
-            self._free_flags = list(torch.zeros(_MAX_PENDING, device=self._one.device).unbind())
-        flag = self._free_flags.pop()
-        if gradients:
-            self.flag_nonfinite(flag)
-        self.defer(loss, step, rate, flag)
 
     def defer(self, loss: Tensor, step: int, rate: float, flag: Tensor) -> None:
         """Keeps the loss of update `step` (from 0), and the flag for its gradients, until `flush`."""

@@ -137,8 +137,10 @@ class Step:
         self._loss = precision.autocast(network.loss)
         self._sampled_loss = precision.autocast(sampled_cross_entropy)
         self._generators = _generators(self.parameters) if is_stochastic(network.module) else []
-        may_undo = skip is not None or settings.halve_on_out_of_memory
-        self._buffers = _BufferBackup(network.module) if may_undo else None
+        self._may_undo = skip is not None or settings.halve_on_out_of_memory
+        buffers = network.module.buffers() if self._may_undo else ()
+        self._buffers = [local(buffer) for buffer in buffers if not buffer.is_meta]  # batch-norm statistics
+        self._saved_buffers = [buffer.clone() for buffer in self._buffers]
         self._record: MetricRecord | None = None  # until the update's first evaluation has used it
         self._evaluations = 0  # of the loss, in all updates of the run
 
@@ -183,9 +185,10 @@ class Step:
         self.rate = self.schedule.rate
         self._log_norm = log_norm
         self._record = metrics
-        if self._buffers is not None:
+        if self._may_undo:
             metrics.begin_update()
-            self._buffers.save()
+            if self._buffers:
+                torch._foreach_copy_(self._saved_buffers, self._buffers)
         if self._generators:
             self._draw_seed = stream(self.settings.seed, number)
 
@@ -321,8 +324,8 @@ class Step:
 
     def _undo_evaluation(self, metrics: MetricSum) -> None:
         metrics.discard_update()
-        if self._buffers is not None:
-            self._buffers.restore()
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._saved_buffers)
 
     def _halve_micro_batches(self, record: MetricRecord | None) -> None:
         """Undoes the failed evaluation, frees its memory, and doubles the number of micro-batches."""
@@ -337,22 +340,6 @@ class Step:
 
     def _locate(self, loss_is_finite: bool) -> str:
         return locate(self.module, self.batch[0], self.mode, self.loss, loss_is_finite=loss_is_finite)
-
-
-class _BufferBackup:
-    """Copy of the model's buffers (batch-norm statistics), to undo an evaluation."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._buffers = [local(buffer) for buffer in module.buffers() if not buffer.is_meta]
-        self._saved = [buffer.clone() for buffer in self._buffers]
-
-    def save(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._saved, self._buffers)
-
-    def restore(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._saved)
 
 
 @contextmanager
