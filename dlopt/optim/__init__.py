@@ -21,34 +21,3 @@ from dlopt.optim.prodigy import Prodigy
 from dlopt.optim.sam import SAM
 from dlopt.optim.sgd import LARS, SGDW, Lion, Rprop, Signum
 from dlopt.optim.sophia import Sophia
-
-__all__ = [
-    "ADOPT",
-    "BFGS",
-    "LAMB",
-    "LARS",
-    "LBFGS",
-    "MARS",
-    "SAM",
-    "SGDW",
-    "SOAP",
-    "AdEMAMix",
-    "AdaBelief",
-    "Adafactor",
-    "Adan",
-    "CautiousAdamW",
-    "Kron",
-    "Lion",
-    "LossClosure",
-    "Muon",
-    "NAdam",
-    "Newton",
-    "NewtonCG",
-    "Prodigy",
-    "Rprop",
-    "Scion",
-    "Shampoo",
-    "Signum",
-    "Sophia",
-    "adamw",
-]

@@ -15,25 +15,3 @@ from dlopt.schedules.curves import constant, cosine, exponential, linear, multis
 from dlopt.schedules.cycles import OneCycle, cosine_restarts, cosine_warmup_restarts
 from dlopt.schedules.horizon import Factor, Horizon, WarmedUp, Warmup, build
 from dlopt.schedules.scheduler import Plateau, Scheduler
-
-__all__ = [
-    "Factor",
-    "Horizon",
-    "OneCycle",
-    "Plateau",
-    "Scheduler",
-    "WarmedUp",
-    "Warmup",
-    "build",
-    "constant",
-    "cosine",
-    "cosine_restarts",
-    "cosine_warmup_restarts",
-    "exponential",
-    "linear",
-    "multistep",
-    "polynomial",
-    "step",
-    "time_decay",
-    "wsd",
-]

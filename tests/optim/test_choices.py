@@ -188,5 +188,9 @@ def test_chunks_hold_every_parameter_with_a_gradient_once() -> None:
 
 def test_exported_classes_can_be_copied() -> None:
     p = torch.nn.Parameter(torch.ones(2))
-    for name in set(optim.__all__) - {"LossClosure", "SAM", "adamw"}:
-        copy.deepcopy(getattr(optim, name)([p]))
+    classes = [
+        each for each in vars(optim).values() if isinstance(each, type) and issubclass(each, torch.optim.Optimizer)
+    ]
+    assert len(classes) > 25
+    for each in set(classes) - {optim.SAM}:
+        copy.deepcopy(each([p]))

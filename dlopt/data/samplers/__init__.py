@@ -15,21 +15,6 @@ from dlopt.errors import UserError
 from dlopt.random import generator
 from dlopt.ranges import Count
 
-__all__ = [
-    "ClassBalanced",
-    "ClassInterleaved",
-    "ClassSorted",
-    "Diverse",
-    "HardExamples",
-    "LossAwareSampler",
-    "Random",
-    "Sampler",
-    "Sequential",
-    "ShiftedWindows",
-    "WithReplacement",
-    "shifted",
-]
-
 
 class Sampler(Protocol):
     def __len__(self) -> int:
