@@ -54,6 +54,7 @@ class Delivery:
             augmentation with separate `plan` and `render` steps.
         recorder: records CUDA graphs; None: no graphs. With a graph every full batch reuses the memory of the previous
             one. Needs samples in memory and a single rank.
+        processes: ranks on this machine, which share its cores (workers=auto).
     """
 
     device: torch.device
@@ -65,6 +66,7 @@ class Delivery:
     dtype: torch.dtype = torch.float32
     compiled: bool = False
     recorder: Recorder | None = None
+    processes: int = 1
 
 
 class Batches:
@@ -125,7 +127,7 @@ class Batches:
         if delivery.in_memory and reader is None:
             self._inputs = on_device(samples, delivery.workers, device)
         else:
-            workers = worker_count(delivery.workers, samples)
+            workers = worker_count(delivery.workers, samples, delivery.processes)
             self._loader = Loader(samples if reader is None else reader, workers, pin=device.type == "cuda")
         self._compiled_render: Callable[..., tuple[Tensor, Tensor]] | None = None
         if delivery.compiled and delivery.in_memory and (augment is None or hasattr(augment, "render")):

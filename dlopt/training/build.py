@@ -135,7 +135,8 @@ def build_workload(
         if (message := refused_path(error)) is None:
             raise
         raise UserError(f"data={experiment.data.target.__name__}: {message}") from None
-    dataset = prepare(source, experiment.data_settings, device=device, random_crops=_crops_at_random(experiment))
+    processes, random_crops = parallel.local_processes, _crops_at_random(experiment)
+    dataset = prepare(source, experiment.data_settings, device=device, processes=processes, random_crops=random_crops)
     augment = _build_augmentation(experiment, dataset)
     dataset = with_task(experiment, dataset, dataset.train.shape if augment is None else augment.output_shape)
     task = dataset.task
@@ -339,6 +340,7 @@ def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
         normalize=workload.normalize,
         memory_format=workload.memory_format,
         dtype=workload.precision.dtype,
+        processes=workload.parallel.local_processes,
         **acceleration,
     )
 

@@ -362,5 +362,6 @@ def _image_batches(workload: Workload, samples: Samples, transform: TestTransfor
         decoded = prepare(source, larger).test
         assert decoded is not None
         samples, in_memory = decoded, False
-    delivery = Delivery(workload.device, in_memory, data.workers, dtype=workload.precision.dtype)
-    return Batches(samples, delivery, batch_size=data.batch_size, shard=workload.parallel.evaluation_shard)
+    mode, dtype = workload.parallel, workload.precision.dtype
+    delivery = Delivery(workload.device, in_memory, data.workers, dtype=dtype, processes=mode.local_processes)
+    return Batches(samples, delivery, batch_size=data.batch_size, shard=mode.evaluation_shard)

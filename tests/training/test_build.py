@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dlopt.config.schema import Component
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
+from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device
 from dlopt.training import model_check
 from dlopt.training.build import Workload, load_weights, training_batches
@@ -36,6 +37,21 @@ def test_device_auto_prefers_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(torch.accelerator, "is_available", lambda found=found: found is not None)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda device=device: device)
         assert choose_device("auto") == torch.device(expected)
+
+
+@pytest.mark.parametrize(("memory", "module"), [("auto", "splits"), ("false", "batches")])
+def test_ranks_of_a_machine_share_its_cores(memory: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_by: list[int] = []
+
+    def worker_count(workers: object, samples: object, processes: int = 1) -> int:
+        shared_by.append(processes)
+        return 0
+
+    monkeypatch.setattr(f"dlopt.data.{module}.worker_count", worker_count)
+    mode = Mode(torch.device("cpu"))
+    mode.local_processes = 4
+    training_batches(build(experiment(*SMALL, f"data.memory={memory}"), parallel=mode))
+    assert set(shared_by) == {4}
 
 
 # -- model and weights
