@@ -18,7 +18,7 @@ from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.data.polynomial import polynomial
+from dlopt.data.generated import polynomial
 from dlopt.data.samples import InMemory
 from dlopt.data.splits import prepare
 from tests.commands.line import dlopt
