@@ -1,4 +1,4 @@
-"""Images in class folders.
+"""Images in class folders, also in those of the unpacked ILSVRC 2012 archives (ImageNet).
 
 Listings of large folders are cached. A cached listing is valid while all its folders are unchanged: adding, removing
 or renaming a file changes the times of its folder.
@@ -6,6 +6,7 @@ or renaming a file changes the times of its folder.
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _SETTLED = 3 * 10**9
 _VERSION = "1"
 _SPLITS = ("train", "val", "test")
 _SUFFIXES = tuple(EXTENSIONS)
+_IMAGENET_NAMES = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", a line per class
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,47 @@ def _has_class_folders(base: Path) -> bool:
         )
     except OSError:
         return False
+
+
+def imagenet(*, root: str, class_names: str | None, **keys: Unpack[ImageKeys]) -> Dataset:
+    """Loads colour images from `root`/train/WNID/ and `root`/val/WNID/ (Russakovsky et al. 2015).
+
+    ImageNet's test labels are not public, so papers report results on its validation set. Here that is the test set,
+    and the validation set is split off the training set.
+
+    Args:
+        class_names: file with a line "WNID name, other names" per class; None: `root`/LOC_synset_mapping.txt if it
+            exists, else the names of the class folders.
+
+    Raises:
+        UserError: as `image_folder`, or a class has no name.
+    """
+    base = data_folder(root, "train/WNID/IMAGE and val/WNID/IMAGE")
+    listings = {"train": scan(base / "train")}
+    if (base / "val").is_dir():
+        listings["test"] = scan(base / "val")
+    classes = _imagenet_names(root, listings["train"].classes, class_names)
+    splits, notes = listed_images(root, base, listings, channels=3, **keys)
+    return Dataset(splits["train"], None, splits.get("test"), classes, notes=notes)
+
+
+def _imagenet_names(root: str, wnids: tuple[str, ...], file: str | None) -> tuple[str, ...]:
+    """Returns the first name of each class, with its WNID if another class shares the name (there are two cranes)."""
+    path = Path(root if file is None else file).expanduser()
+    if file is None:
+        path /= _IMAGENET_NAMES
+        if not path.is_file():
+            return wnids
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.class_names={path}: cannot be read ({error})") from error
+    names = {wnid: rest.split(",")[0].strip() for wnid, _, rest in (line.strip().partition(" ") for line in lines)}
+    for wnid in wnids:
+        if not names.get(wnid):
+            raise UserError(f"data.class_names={path}: has no line {wnid!r} with a name")
+    counts = Counter(names[wnid] for wnid in wnids)
+    return tuple(names[wnid] if counts[names[wnid]] == 1 else f"{names[wnid]} ({wnid})" for wnid in wnids)
 
 
 def data_folder(root: str, layout: str) -> Path:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dlopt.data.batches import Batches, Delivery
-from dlopt.data.folder import image_folder
+from dlopt.data.folder import image_folder, imagenet
 from dlopt.data.images import decode
 from dlopt.data.samples import Dataset
 from dlopt.data.splits import DataSettings, prepare
@@ -162,3 +162,59 @@ def test_a_corrupt_image_is_named(root: Path, settings: Callable[..., DataSettin
     bad.write_bytes(b"")
     with pytest.raises(UserError, match=rf"{bad}: cannot be read as an image"):
         load(root)
+
+
+# -- ImageNet
+
+
+WNIDS = ("n01440764", "n02012849", "n03126707")
+NAMES = "n03126707 crane\nn01440764 tench, Tinca tinca\nn02012849 crane, bird\nn99999999 other\n"
+
+
+@pytest.fixture
+def imagenet_root(tmp_path: Path, write_images: WriteImages) -> Path:
+    for number, wnid in enumerate(WNIDS):
+        write_images(tmp_path / "train" / wnid, 10, size=(20 + number, 30), suffix=".JPEG", seed=number)
+        write_images(tmp_path / "val" / wnid, 2, size=(30, 20 + number), suffix=".JPEG", seed=10 + number)
+    return tmp_path
+
+
+def load_imagenet(root: Path, class_names: str | None = None) -> Dataset:
+    return imagenet(root=str(root), class_names=class_names, on_error="fail", max_skips=0, image_size=16)
+
+
+def test_the_published_validation_set_is_the_test_set(
+    imagenet_root: Path, settings: Callable[..., DataSettings]
+) -> None:
+    data = load_imagenet(imagenet_root)
+    assert data.val is None and data.test is not None and data.classes == WNIDS
+    parts = prepare(data, settings(val_split=0.2, memory=False))
+    assert parts.val is not None and parts.test is not None
+    assert torch.bincount(parts.train.targets).tolist() == [8] * 3
+    assert torch.bincount(parts.val.targets).tolist() == torch.bincount(parts.test.targets).tolist() == [2] * 3
+    assert parts.train.fetch(torch.tensor([0, 23])).shape == (2, 3, 16, 16)
+
+
+def test_class_names_are_unique(imagenet_root: Path, tmp_path: Path) -> None:
+    expected = ("tench", "crane (n02012849)", "crane (n03126707)")
+    (tmp_path / "names.txt").write_text(NAMES)
+    assert load_imagenet(imagenet_root, str(tmp_path / "names.txt")).classes == expected
+    (imagenet_root / "LOC_synset_mapping.txt").write_text(NAMES)
+    assert load_imagenet(imagenet_root).classes == expected
+
+
+def test_a_class_without_a_name_and_a_missing_file_of_names(imagenet_root: Path) -> None:
+    (imagenet_root / "LOC_synset_mapping.txt").write_text("n01440764 tench\nn02012849\n")
+    with pytest.raises(UserError, match=r"data.class_names=.*LOC_synset_mapping.txt: has no line 'n02012849'"):
+        load_imagenet(imagenet_root)
+    with pytest.raises(UserError, match=r"data.class_names=.*none.txt: cannot be read"):
+        load_imagenet(imagenet_root, str(imagenet_root / "none.txt"))
+
+
+def test_without_the_validation_images(imagenet_root: Path) -> None:
+    for path in sorted((imagenet_root / "val").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    with pytest.raises(UserError, match=r"val has no class folders; images are expected as CLASS/IMAGE"):
+        load_imagenet(imagenet_root)
+    (imagenet_root / "val").rmdir()
+    assert load_imagenet(imagenet_root).test is None
