@@ -11,7 +11,7 @@ from torch import nn
 from dlopt.data.splits import prepare
 from dlopt.losses import PixelCrossEntropy
 from tests.commands.line import dlopt, refused
-from tests.data.test_idx import write
+from tests.data.test_downloads import write
 from tests.training.runs import experiment
 
 SMALL = ("model=autoencoder", "model.widths=[8]", "model.code=3", "data.subset=100", "threads=1", "device=cpu")

@@ -1,5 +1,7 @@
 import gzip
+import hashlib
 import os
+import pickle
 import struct
 import urllib.error
 from pathlib import Path
@@ -8,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 
-from dlopt.data import idx
-from dlopt.data.idx import fashion_mnist, mnist, read_idx
+from dlopt.data import downloads
+from dlopt.data.downloads import cifar10, cifar100, fashion_mnist, mnist, read_idx
 from dlopt.errors import UserError
 
 
@@ -55,7 +58,7 @@ def test_default_root_comes_from_the_environment(tmp_path: Path, monkeypatch: py
 
 def test_debian_package_is_the_fallback_without_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "debian", True, train=10)
-    monkeypatch.setattr(idx, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(downloads, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     monkeypatch.chdir(tmp_path)
     data = fashion_mnist(root=None, download=False)
     assert len(data.train) == 10 and data.classes is not None and data.classes[9] == "Ankle boot"
@@ -66,7 +69,9 @@ def test_debian_package_is_the_fallback_without_root(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not idx.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(
+    not downloads.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
+)
 def test_the_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DLOPT_DATA", raising=False)
@@ -148,3 +153,70 @@ def test_rejects_inconsistent_files(tmp_path: Path, name: str, array: np.ndarray
     (tmp_path / name).write_bytes(idx_bytes(array))
     with pytest.raises(UserError, match=f"{tmp_path / name}.*{message}"):
         mnist(root=str(tmp_path), download=False)
+
+
+# -- CIFAR
+
+
+@pytest.fixture(params=["CIFAR10", "CIFAR100"])
+def small_cifar(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes pickles in torchvision's layout, with the expected checksums."""
+    source = getattr(torchvision.datasets, request.param)
+    folder = tmp_path / source.base_folder
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    label_key = "labels" if request.param == "CIFAR10" else "fine_labels"
+    classes = 10 if request.param == "CIFAR10" else 100
+
+    def write_pickle(name: str, content: dict[str, Any]) -> list[str]:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    for attribute in ("train_list", "test_list"):
+        written = []
+        for name, _ in getattr(source, attribute):
+            pixels = draw.integers(0, 256, (6, 3072), dtype=np.uint8)
+            written.append(write_pickle(name, {"data": pixels, label_key: list(range(6))}))
+        monkeypatch.setattr(source, attribute, written)
+    names = [f"class {i}" for i in range(classes)]
+    name, digest = write_pickle(source.meta["filename"], {source.meta["key"]: names})
+    monkeypatch.setattr(source, "meta", {**source.meta, "filename": name, "md5": digest})
+    return {"CIFAR10": cifar10, "CIFAR100": cifar100}[request.param], source, tmp_path
+
+
+def test_reads_torchvisions_layout_of_cifar(small_cifar: Any) -> None:
+    load, source, root = small_cifar
+    data = load(root=str(root), download=False)
+    reference = source(root, train=True)
+    assert data.train.shape == (3, 32, 32) and data.classes == tuple(reference.classes)
+    for index in (0, 5):
+        image, label = reference[index]
+        ours = data.train.fetch(torch.tensor([index]))[0]
+        assert np.array_equal(ours.permute(1, 2, 0).numpy(), np.asarray(image)) and data.train.targets[index] == label
+    assert data.test is not None and len(data.test) == 6 and len(data.train) == 6 * len(source.train_list)
+
+
+def test_root_may_be_the_folder_of_the_batches(small_cifar: Any) -> None:
+    load, source, root = small_cifar
+    assert len(load(root=str(root / source.base_folder), download=False).train) > 0
+
+
+def test_rejects_a_changed_file_before_unpickling(small_cifar: Any) -> None:
+    load, source, root = small_cifar
+    with (root / source.base_folder / source.test_list[0][0]).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match=rf"{root}: Dataset not found or corrupted.*data.download=true"):
+        load(root=str(root), download=False)
+
+
+def test_missing_cifar_and_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=rf"data=cifar10: {tmp_path}: Dataset not found.*data.root"):
+        cifar10(root=str(tmp_path), download=False)
+
+    def download(*_: Any, **__: Any) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
+    with pytest.raises(UserError, match=rf"downloading to {tmp_path} failed .*data.download=false"):
+        cifar10(root=str(tmp_path), download=True)

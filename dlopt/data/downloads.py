@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST, from IDX files."""
+"""Downloaded datasets: MNIST and Fashion-MNIST from IDX files, CIFAR-10 and CIFAR-100 through torchvision."""
 
 import contextlib
 import gzip
@@ -6,7 +6,7 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-_STEMS = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+_IDX_STEMS = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -24,7 +24,7 @@ _FASHION_CLASSES = (
 
 def mnist(*, root: str | None, download: bool) -> Dataset:
     """Loads MNIST: 60,000 training and 10,000 test images [1, 28, 28] (LeCun et al. 1998)."""
-    return _load("mnist", "MNIST", tuple(str(digit) for digit in range(10)), root, download, ())
+    return _load_idx("mnist", "MNIST", tuple(str(digit) for digit in range(10)), root, download, ())
 
 
 def fashion_mnist(*, root: str | None, download: bool) -> Dataset:
@@ -33,7 +33,7 @@ def fashion_mnist(*, root: str | None, download: bool) -> Dataset:
     If `root` is None, Debian's package dataset-fashion-mnist is searched too.
     """
     system_folders = (DEBIAN_FASHION_MNIST,) if root is None else ()
-    return _load("fashion_mnist", "FashionMNIST", _FASHION_CLASSES, root, download, system_folders)
+    return _load_idx("fashion_mnist", "FashionMNIST", _FASHION_CLASSES, root, download, system_folders)
 
 
 def read_idx(path: Path) -> Tensor:
@@ -58,29 +58,29 @@ def read_idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape).copy())
 
 
-def _load(
+def _load_idx(
     name: str, folder: str, classes: tuple[str, ...], root: str | None, download: bool, system_folders: tuple[Path, ...]
 ) -> Dataset:
     key = f"data={name}"
     base = data_root(root)
     candidates = (base, base / "raw", base / folder / "raw", *system_folders)
-    files = next((found for path in candidates if len(found := _files(path)) == len(_STEMS)), None)
+    files = next((found for path in candidates if len(found := _idx_files(path)) == len(_IDX_STEMS)), None)
     if files is None and download:
         import torchvision.datasets
 
         call_torchvision(key, base, download, lambda: getattr(torchvision.datasets, folder)(base, download=True))
-        files = _files(base / folder / "raw")
+        files = _idx_files(base / folder / "raw")
     if files is None:
         raise UserError(
-            f"{key}: no IDX files ({_STEMS[0]}[.gz], ...) in {', '.join(map(str, candidates))}; "
+            f"{key}: no IDX files ({_IDX_STEMS[0]}[.gz], ...) in {', '.join(map(str, candidates))}; "
             "set data.root to the folder that has them, or data.download=true"
         )
     pairs = (files[:2], files[2:])
-    train, test = (_load_split(key, images, labels, len(classes)) for images, labels in pairs)
+    train, test = (_load_idx_split(key, images, labels, len(classes)) for images, labels in pairs)
     return Dataset(train, None, test, classes)
 
 
-def _load_split(key: str, images_path: Path, labels_path: Path, classes: int) -> InMemory:
+def _load_idx_split(key: str, images_path: Path, labels_path: Path, classes: int) -> InMemory:
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.dim() != 3 or len(images) == 0:
         raise UserError(f"{key}: {images_path}: has the shape {list(images.shape)}; expected [N, height, width]")
@@ -91,11 +91,42 @@ def _load_split(key: str, images_path: Path, labels_path: Path, classes: int) ->
     return InMemory(images.unsqueeze(1), labels.to(torch.int64))
 
 
-def _files(folder: Path) -> list[Path]:
-    """Returns those of the four files that exist, plain or gzipped, in the order of `_STEMS`."""
-    pairs = [(folder / stem, folder / f"{stem}.gz") for stem in _STEMS]
+def _idx_files(folder: Path) -> list[Path]:
+    """Returns those of the four files that exist, plain or gzipped, in the order of `_IDX_STEMS`."""
+    pairs = [(folder / stem, folder / f"{stem}.gz") for stem in _IDX_STEMS]
     found = (next((path for path in pair if path.is_file()), None) for pair in pairs)
     return [path for path in found if path is not None]
+
+
+def cifar10(*, root: str | None, download: bool) -> Dataset:
+    """CIFAR-10: 50,000 training and 10,000 test images [3, 32, 32] of ten classes (Krizhevsky 2009)."""
+    return _load_cifar("CIFAR10", root, download)
+
+
+def cifar100(*, root: str | None, download: bool) -> Dataset:
+    """CIFAR-100: 50,000 training and 10,000 test images [3, 32, 32] of a hundred classes (Krizhevsky 2009)."""
+    return _load_cifar("CIFAR100", root, download)
+
+
+def _load_cifar(name: Literal["CIFAR10", "CIFAR100"], root: str | None, download: bool) -> Dataset:
+    import torchvision.datasets
+
+    source = getattr(torchvision.datasets, name)
+    folder = data_root(root)
+    if folder.name == source.base_folder:  # data.root is the batches' own folder
+        folder = folder.parent
+    splits = []
+    for train in (True, False):
+        # Safe to unpickle: torchvision compares checksums first.
+        source_split = call_torchvision(
+            f"data={name.lower()}",
+            folder,
+            download,
+            lambda train=train: source(folder, train=train, download=download),  # type: ignore[misc]
+        )
+        inputs = torch.from_numpy(source_split.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(InMemory(inputs, torch.tensor(source_split.targets, dtype=torch.int64)))
+    return Dataset(splits[0], None, splits[1], tuple(source_split.classes))
 
 
 T = TypeVar("T")
