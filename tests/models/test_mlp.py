@@ -1,12 +1,26 @@
+"""Perceptrons; autoencoders (the network, its loss, and runs whose targets are the inputs); polynomials."""
+
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dlopt.data.splits import prepare
+from dlopt.errors import UserError
+from dlopt.losses import PixelCrossEntropy
 from dlopt.models.layers import ACTIVATIONS
-from dlopt.models.mlp import MLP, ResidualMLP
+from dlopt.models.mlp import MLP, Polynomials, ResidualMLP
+from tests.commands.line import dlopt, refused
+from tests.data.test_downloads import write
+from tests.training.runs import experiment
+
+# -- perceptrons
+
 
 NORM: dict[str, Any] = {
     "norm": "none",
@@ -123,3 +137,120 @@ def test_the_gradient_of_a_deep_sigmoid_net_vanishes_without_skips() -> None:
         norms[residual] = inputs.grad.norm().item()
     assert norms[True] > 1e-2
     assert norms[False] < 1e-10
+
+
+# -- autoencoders
+
+
+AUTOENCODER = ("model=autoencoder", "model.widths=[8]", "model.code=3", "data.subset=100", "threads=1", "device=cpu")
+
+
+def test_the_autoencoder_of_the_paper(build: Callable[..., nn.Module]) -> None:
+    """784-1000-500-250-30 and back, for MNIST."""
+    with torch.device("meta"):
+        model = build("autoencoder", "activation=sigmoid", input_shape=(1, 28, 28), classes=784)
+    sizes = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert [layers[0].in_features, *(layer.out_features for layer in layers)] == sizes
+    assert sum(isinstance(module, nn.Sigmoid) for module in model.modules()) == 6, "the code is linear"
+
+
+def test_pixel_cross_entropy_is_its_formula() -> None:
+    outputs, targets = torch.randn(5, 7).double(), torch.rand(5, 7).double()
+    p = outputs.sigmoid()
+    expected = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+    torch.testing.assert_close(PixelCrossEntropy(classes=None)(outputs, targets), expected, rtol=1e-12, atol=0)
+
+
+def test_a_linear_autoencoder_finds_the_principal_components(tmp_path: Path) -> None:
+    """Its lowest error is that of PCA (Baldi & Hornik 1989)."""
+    line = (
+        *AUTOENCODER,
+        "model.widths=[]",
+        "data.val_split=0",
+        "data.batch_size=full",
+        "optimizer=lbfgs",
+        "precision=fp64",
+    )
+    result = dlopt(tmp_path, "train", *line, "steps=40", "tracking=[]", "hydra.run.dir=run", "log_every_steps=null")
+    assert result.code == 0, result.err
+    losses = [json.loads(text)["train_loss"] for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    chosen = experiment(*line)
+    samples = prepare(chosen.data.build(), chosen.data_settings).train
+    pixels = samples.fetch(torch.arange(len(samples))).flatten(1).double() / 255
+    values = torch.linalg.svdvals(pixels - pixels.mean(0))
+    assert losses[-1] == pytest.approx((values[3:].square().sum() / pixels.numel()).item(), rel=1e-3)
+
+
+def test_a_run_draws_its_reconstructions(tmp_path: Path) -> None:
+    line = (*AUTOENCODER, "loss=pixel_cross_entropy", "epochs=2", "hydra.run.dir=run")
+    result = dlopt(tmp_path, "train", *line)
+    assert result.code == 0, result.err
+    assert "reconstructions: run/reconstructions.png" in result.out
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert "test_accuracy" not in summary
+    (tmp_path / "run/reconstructions.png").unlink()
+    result = dlopt(tmp_path, "eval", "checkpoint=run")
+    assert result.code == 0 and (tmp_path / "run/reconstructions.png").exists(), result.err
+    assert json.loads((tmp_path / "run/eval.json").read_text())["test_loss"] == summary["test_loss"]
+    assert "reconstructs images; `dlopt eval checkpoint=" in refused(tmp_path, "predict", "checkpoint=run", "images=.")
+
+
+def test_the_autoencoder_recipe_reads_idx_files(tmp_path: Path) -> None:
+    write(tmp_path / "files", zipped=True, train=40)
+    typed = ("data.root=files", "data.batch_size=20", "epochs=2", "threads=1", "device=cpu", "hydra.run.dir=run")
+    result = dlopt(tmp_path, "train", "experiment=autoencoder_fashion_mnist", *typed)
+    assert result.code == 0, result.err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 0 < summary["test_loss"] < 1 and (tmp_path / "run/reconstructions.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (("data=wine", *AUTOENCODER[:3]), "model=Autoencoder: reconstructs images, but the samples are vectors"),
+        ((*AUTOENCODER, "loss=cross_entropy"), "loss=cross_entropy: the targets are numbers"),
+        ((*AUTOENCODER, "loss=pixel_cross_entropy", "model.output=sigmoid"), "use model.output=identity"),
+        (("model=mlp", "loss=pixel_cross_entropy"), "the targets must be the pixels of images"),
+    ],
+)
+def test_refused_combinations_with_autoencoders(tmp_path: Path, overrides: tuple[str, ...], error: str) -> None:
+    assert error in refused(tmp_path, "train", *overrides)
+
+
+# -- polynomials
+
+
+BASES = {
+    "monomial": np.polynomial.polynomial.polyvander,
+    "legendre": np.polynomial.legendre.legvander,
+    "chebyshev": np.polynomial.chebyshev.chebvander,
+}
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("degree", [1, 2, 12])
+def test_polynomial_bases_match_numpy(basis: str, degree: int) -> None:
+    x = np.linspace(-1.2, 1.2, 31)
+    ours = Polynomials(degree, basis)(torch.from_numpy(x)[:, None])  # type: ignore[arg-type]
+    np.testing.assert_allclose(ours.numpy(), BASES[basis](x, degree)[:, 1:], rtol=1e-10, atol=1e-12)
+
+
+def test_the_legendre_basis_is_well_conditioned_and_monomials_are_not() -> None:
+    x = torch.linspace(-1, 1, 2001, dtype=torch.float64)[:, None]
+    condition = {}
+    for basis in BASES:
+        features = Polynomials(15, basis)(x)  # type: ignore[arg-type]
+        condition[basis] = torch.linalg.cond(features.T @ features).item()
+    assert condition["legendre"] < 50 < 1e8 < condition["monomial"]
+
+
+def test_the_polynomial_has_one_coefficient_per_degree(build: Callable[..., nn.Module]) -> None:
+    model = build("polynomial", "degree=9", input_shape=(1,), classes=1)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 10
+    assert model(torch.zeros(4, 1)).shape == (4, 1)
+
+
+def test_the_polynomial_rejects_other_data(build: Callable[..., nn.Module]) -> None:
+    with pytest.raises(UserError, match=r"model=polynomial: .*\[1, 8, 8\]"):
+        build("polynomial", input_shape=(1, 8, 8), classes=1)
