@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dlopt.errors import UserError
 from dlopt.models.alexnet import AlexNet, TwoColumnAlexNet
-from dlopt.models.layers import ACTIVATIONS
+from dlopt.models.layers import ACTIVATIONS, evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.parameters import NORMS
 from dlopt.ranges import Count, NonNegative, Positive
@@ -233,14 +233,13 @@ def lsuv(
     """
     orthogonal(model, generator, gain=1.0, zero_last_gamma=False)
     inputs = inputs[:: max(1, len(inputs) // samples)][:samples]
-    training = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    # Batch statistics as in training, but no dropout; the running statistics are restored below.
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
+        # Batch statistics as in training, but no dropout; the running statistics are restored below.
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
         for weight in _in_forward_order(model, inputs):
             for _ in range(iterations):
                 output = _output(model, weight.layer, inputs)
@@ -259,8 +258,6 @@ def lsuv(
                 weight.tensor.div_(variance.sqrt())
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    for module, mode in training.items():
-        module.training = mode
     _finish(model, zero_last_gamma)
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dlopt.analysis import drawing
 from dlopt.analysis.diagnosis.curvature import flat, restoring
 from dlopt.errors import UserError
+from dlopt.models.layers import evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.parameters import NORMS
 from dlopt.training.step import frozen_statistics
@@ -99,14 +100,12 @@ def surface(
     plane. Calls `moved` with the number of evaluated points.
     """
     parameters = list(module.parameters())
-    was_training = module.training
     left, right, bottom, top = plane.window
     values = torch.empty(points, points, dtype=torch.float64)
-    module.eval()
-    for layer in module.modules():
-        if isinstance(layer, _BatchNorm):
-            layer.train()
-    try:
+    with evaluation_mode(module):
+        for layer in module.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.train()
         with frozen_statistics(module), restoring(parameters):
             for i, y in enumerate(np.linspace(bottom, top, points)):
                 for j, x in enumerate(np.linspace(left, right, points)):
@@ -114,8 +113,6 @@ def surface(
                         p.copy_(origin + x * one + y * two)
                     values[i, j] = float(loss())
                 moved((i + 1) * points)
-    finally:
-        module.train(was_training)
     return values
 
 

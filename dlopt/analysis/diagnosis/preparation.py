@@ -10,6 +10,7 @@ from dlopt.analysis.diagnosis.layers import layer_parameters
 from dlopt.analysis.diagnosis.measuring import ClippedNorm
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
+from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.mode import Mode
 from dlopt.training.build import Workload, build_workload, load_weights
 from dlopt.training.trainer import Trainer, dry_run
@@ -50,11 +51,8 @@ def limit_threads(workload: Workload, trainer: Trainer) -> None:
     if workload.experiment.settings.threads != "auto" or workload.device.type != "cpu":
         return
     inputs, _ = next(iter(trainer.batches.epoch(trainer.progress.epoch, 0, 0)))
-    was_training = workload.module.training
-    workload.module.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with evaluation_mode(workload.module), torch.no_grad(), FlopCounterMode(display=False) as counter:
         workload.precision.autocast(workload.module)(inputs[:1])
-    workload.module.train(was_training)
     if counter.get_total_flops() / 2 * len(inputs) < _SMALL * len(layer_parameters(workload.module)):
         torch.set_num_threads(1)
 
