@@ -240,10 +240,10 @@ def draw(result: LearningRates, title: str) -> "Figure":
 
 def write(result: LearningRates, folder: Path, title: str) -> list[Path]:
     """Writes find_lr.png, .svg and .json into the folder; returns their paths. Raises OSError."""
-    from dlopt.files import write_atomically
+    from dlopt.files import write_json
 
     path = folder / "find_lr.json"
-    write_atomically(path, (json.dumps(asdict(result), indent=1) + "\n").encode())
+    write_json(path, asdict(result), indent=1)
     return [*drawing.save(draw(result, title), folder, "find_lr"), path]
 
 

@@ -1,7 +1,6 @@
 """One job of a sweep: composes it, prepares its folder, and reads or records its result."""
 
 import contextlib
-import json
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import refuse_other_config
 from dlopt.errors import DONE, INTERRUPTED, UserError
-from dlopt.files import write_atomically
+from dlopt.files import write_json
 from dlopt.folders import RunFolder
 from dlopt.job import describe
 
@@ -132,14 +131,14 @@ def record_failure(folder: RunFolder, reason: str, *, died: bool = False) -> Res
     summary = {"status": "failed", "reason": reason} | ({"died": True} if died else {})
     with contextlib.suppress(OSError):
         folder.path.mkdir(parents=True, exist_ok=True)
-        _write_summary(folder, summary)
+        write_json(folder.path / "summary.json", summary)
     return Result("failed", summary, reason)
 
 
 def record_pruned(folder: RunFolder, epoch: int) -> Result:
     """Records a pruned job as stopped early, with its metrics so far and without a test."""
     summary = {**(folder.summary() or {}), "status": "stopped_early", "pruned": True, "pruned_at_epoch": epoch}
-    _write_summary(folder, summary)
+    write_json(folder.path / "summary.json", summary)
     return Result("pruned", summary)
 
 
@@ -147,7 +146,3 @@ def record_dead(folder: RunFolder) -> None:
     """Marks a job as failed if its process died without a summary; a later attempt replaces the mark."""
     if folder.has_run() and folder.summary() is None and not folder.is_live():
         record_failure(folder, "its process was killed; resume=auto runs it again", died=True)
-
-
-def _write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:
-    write_atomically(folder.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())

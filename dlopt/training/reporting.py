@@ -1,6 +1,5 @@
 """Output of a run: the header that describes it, and the summary at its end."""
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ import torch
 
 from dlopt.config.pretrained import describe_pretrained
 from dlopt.config.rules import extra_metric
-from dlopt.files import read_json, write_atomically
+from dlopt.files import read_json, write_json
 from dlopt.folders import RunFolder
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
@@ -61,8 +60,7 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
         facts["threads"] = torch.get_num_threads()
     environment = read_json(run.folder / "environment.json")
     if workload.parallel.is_main and dataset.facts and environment is not None:
-        text = json.dumps({**environment, "data": dataset.facts}, indent=2) + "\n"
-        write_atomically(run.folder / "environment.json", text.encode())
+        write_json(run.folder / "environment.json", {**environment, "data": dataset.facts})
     tracking.begin(
         dict(workload.experiment.config),
         facts,

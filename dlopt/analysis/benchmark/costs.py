@@ -1,6 +1,5 @@
 """What the trials do not show: the cost of an update relative to SGD, and the test metrics of the best trials."""
 
-import json
 import statistics
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from dlopt.analysis.profiling import state_bytes
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
-from dlopt.files import write_atomically
+from dlopt.files import write_json
 from dlopt.folders import RunFolder
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.checkpoint import Checkpoints, load
@@ -57,4 +56,4 @@ def test_trial(folder: Path) -> None:
     workload: Workload = build_workload(parse(resolve_saved(saved), saved), state["normalize"])
     with torch.no_grad():
         workload.parallel.load_model(workload.module, state["ema"] or state["model"])
-    write_atomically(path, (json.dumps(test_metrics(workload)) + "\n").encode())
+    write_json(path, test_metrics(workload), indent=None)

@@ -1,6 +1,5 @@
 """Reads the folder of a benchmark: the manifest, which states what is compared, and the trials' run folders."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,7 @@ import yaml
 from dlopt.analysis.benchmark.protocol import BASELINES, Trial, WorkloadSpec, target_of
 from dlopt.analysis.benchmark.results import Cell, Cost, Record, Results, Workload, best_trial
 from dlopt.errors import UserError
-from dlopt.files import read_json, write_atomically
+from dlopt.files import read_json, write_json
 from dlopt.folders import RunFolder
 from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
@@ -88,7 +87,7 @@ def update_manifest(folder: Path, manifest: Manifest) -> Manifest:
     with locked(folder / ".manifest.lock"):
         former = read_manifest(folder)
         merged = manifest if former is None else former.merged(manifest, folder)
-        write_atomically(folder / MANIFEST, (json.dumps(asdict(merged), indent=1) + "\n").encode())
+        write_json(folder / MANIFEST, asdict(merged), indent=1)
     return merged
 
 
