@@ -62,12 +62,8 @@ def _name(results: Results, optimizer: str, width: int) -> Text:
 def _scores(results: Results, summary: Summary) -> Table:
     is_wide = "evaluations" in summary.measures
     form = formats.short_interval if is_wide else formats.interval
-    grid = plain_table()
-    grid.add_column("optimizer")
-    for measure in summary.measures:
-        grid.add_column(_HEADS[measure], justify="right")
-    for head in ("targets", "trials", "cost", "state"):
-        grid.add_column(head, justify="right")
+    scores = [_HEADS[measure] for measure in summary.measures]
+    grid = plain_table(left=["optimizer"], right=[*scores, "targets", "trials", "cost", "state"])
     for standing in summary.standings["updates"]:
         cells = [form(summary.score(standing.optimizer, measure)) for measure in summary.measures]
         cells += formats.standing(standing, len(results.workloads))
@@ -90,8 +86,7 @@ def _updates(results: Results, summary: Summary, total: int) -> list[Table]:
     width = min(longest, room) if room >= _SHORT_NAME else longest
     grids = []
     for workloads in _blocks(widths, total - width):
-        grid = plain_table("Updates to the target (median over studies)")
-        grid.add_column("optimizer")
+        grid = plain_table("Updates to the target (median over studies)", left=["optimizer"])
         for workload in workloads:
             grid.add_column(Text(columns[workload][0]), justify="right")
         for i, optimizer in enumerate(summary.order, 1):
