@@ -344,7 +344,7 @@ def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
 
 def _closed_form(job: _PathJob, function: "Function") -> Mapping[str, float] | None:
     """Returns the optimal keys on a quadratic without noise, at a constant learning rate; None elsewhere."""
-    from dlopt.analysis.quadratic_rates import optimum
+    from dlopt.analysis.trajectory import optimum
     from dlopt.functions import Quadratic
 
     if not isinstance(function, Quadratic) or function.curvatures is None or not job.has_constant_lr:

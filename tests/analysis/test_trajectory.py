@@ -13,7 +13,6 @@ from PIL import Image
 from torch.optim import SGD, Optimizer
 
 from dlopt.analysis.drawing import MAX_CURVES, save
-from dlopt.analysis.quadratic_rates import optimum
 from dlopt.analysis.trajectory import (
     RATES,
     Curve,
@@ -24,6 +23,7 @@ from dlopt.analysis.trajectory import (
     draw_schedules,
     draw_trajectories,
     follow,
+    optimum,
     table,
 )
 from dlopt.config.schema import Component
