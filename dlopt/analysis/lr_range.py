@@ -18,7 +18,6 @@ from annotated_types import Gt
 from torch import nn
 
 from dlopt.analysis import drawing
-from dlopt.analysis.batches import endless_batches
 from dlopt.analysis.drawing import COLOURS
 from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
@@ -29,6 +28,7 @@ from dlopt.ranges import Count, Fraction, Positive
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_mode, build_workload, load_weights
 from dlopt.training.optimizer import build_optimizer
+from dlopt.training.progress import endless_batches
 from dlopt.training.trainer import dry_run
 
 if TYPE_CHECKING:

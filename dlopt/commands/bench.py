@@ -237,13 +237,13 @@ def _bench_allreduce(
         raise UserError(f"processes={processes}: {world.launcher} started {world.size} processes")
 
     def run() -> int:
-        from dlopt.analysis.bench.allreduce import measure
+        from dlopt.analysis.bench.communication import measure_all_reduce
         from dlopt.training.build import build_mode
 
         keys = ["parallel=ddp", f"parallel.timeout_minutes={timeout_minutes}", f"device={device}", "threads=1"]
         mode = build_mode(line.experiment(keys)[0])
         table = plain_table(right=["MiB", "ms", "GB/s", "bus GB/s"])
-        for row in measure([round(size * 2**20) for size in allreduce], repeats, mode.device):
+        for row in measure_all_reduce([round(size * 2**20) for size in allreduce], repeats, mode.device):
             rates = [f"{rate / 1e9:.3g}" for rate in (row.algorithm, row.bus)]
             table.add_row(f"{row.size / 2**20:.4g}", f"{row.seconds * 1e3:.3f}", *rates)
         if world.is_main:

@@ -2,11 +2,12 @@
 
 import math
 import random
+import re
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -14,12 +15,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt import environment
 from dlopt.analysis.benchmark import reading
-from dlopt.analysis.benchmark.protocol import BASELINES, BUDGETS, Trial, WorkloadSpec, load_tier, trials_of
+from dlopt.analysis.benchmark.protocol import (
+    BASELINES,
+    BUDGETS,
+    FOLDER,
+    Trial,
+    WorkloadSpec,
+    has_space,
+    load_tier,
+    trials_of,
+)
 from dlopt.analysis.benchmark.reading import COST, Manifest, targets
 from dlopt.analysis.benchmark.results import Record, Results, load_reference, to_json
-from dlopt.commands.benchmark_trials import MACHINE, group_of, launch, refuse_drawn, refuse_protocol
 from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
-from dlopt.commands.sweep import is_hydra, refuse_ranks
+from dlopt.commands.sweep import build_pool, is_hydra, refuse_ranks
 from dlopt.config.compose import parse_overrides
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
@@ -29,10 +38,11 @@ from dlopt.job import print_error
 from dlopt.locks import locked
 from dlopt.ranges import Count
 from dlopt.sweeps import grid
+from dlopt.sweeps import pool as pools
 from dlopt.tracking.layout import format_duration, short_path
 
 if TYPE_CHECKING:
-    from dlopt.sweeps.benchmark import Request
+    from dlopt.sweeps.benchmark import Candidate, Request
 
 USAGE = """\
 Tune optimizers on several workloads and compare the times to their targets
@@ -68,6 +78,15 @@ Several of these commands with the same output share the trials.
   and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus)
 """
 
+_MACHINE = (  # keys and groups that do not change what is compared
+    "allow_packages", "device", "precision", "threads", "compile", "cuda_graphs", "channels_last", "deterministic",
+    "hydra",
+)  # fmt: skip
+_FIXED = (
+    "experiment", "schedule", "schedule_epochs", "seed", "init_seed", "order_seed", "augmentation_seed", "epochs",
+    "steps", "max_time", "stopping", "evaluate", "monitor", "resume", "checkpoint", "tracking", "log_every_steps",
+    "comparison", "dry_run",
+)  # fmt: skip
 Budget = Literal["tiny", "small", "large"]
 _LOCK = ".results.lock"
 _CHECKED = 2  # trials that --check repeats
@@ -109,7 +128,64 @@ def _optimizers(line: Line) -> tuple[list[str], Line]:
     return names, replace(line, overrides=[each for each in line.overrides if each not in typed])
 
 
+# -- the overrides
+
+
+def _group_of(override: str) -> str:
+    """Returns the group or the first part of the key: schedule of `schedule=cosine` and of `++schedule.warmup=1`."""
+    return re.split(r"[./@]", _key_of(override))[0]
+
+
+def _key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _refuse_protocol(overrides: Iterable[str]) -> None:
+    """Raises `UserError` for an override that would change the protocol."""
+    for override in overrides:
+        if _group_of(override) in _FIXED:
+            raise UserError(
+                f"{override}: part of the protocol, and cannot be changed; a tier or a search space of your own may "
+                "set it, see `dlopt benchmark --help`"
+            )
+
+
+def _refuse_drawn(overrides: Iterable[str], candidates: "Mapping[str, Candidate]") -> None:
+    """Raises `UserError` for an override of a key that a search space sets."""
+    for override in overrides:
+        key = _key_of(override)
+        if key == "optimizer._target_":
+            raise UserError(f"{override}: name the class by optimizer={override.partition('=')[2]}")
+        for name, chosen in candidates.items():
+            if key in chosen.describe():
+                place = "in a folder given by --config-dir"
+                if has_space(name, None):  # a file of the same name would be refused
+                    advice = f"search another one under another name: optimizer/NAME.yaml and {FOLDER}/space/NAME.yaml"
+                else:
+                    advice = f"to replace it, write {FOLDER}/space/{name}.yaml"
+                raise UserError(f"{override}: set by the search space of {name}; {advice} {place}")
+
+
 # -- the run
+
+
+def _launch(line: Line, request: "Request", overrides: Sequence[str]) -> int:
+    """Runs the waiting trials with the launcher of the command line, by default one process per core.
+
+    Returns how many of them other processes are running. On a signal, raises KeyboardInterrupt.
+    """
+    from dlopt.sweeps.benchmark import run_trials
+
+    hydra = [each for each in overrides if is_hydra(each)]
+    if not any(each.startswith("hydra/launcher=") for each in hydra):
+        hydra = ["hydra/launcher=joblib", *hydra]
+    folder = str(request.folder).replace("\\", "\\\\").replace("'", "\\'")
+    composed = line.composer.compose([*hydra, *request.overrides, f"hydra.sweep.dir='{folder}'"], multirun=True)
+    pool = build_pool(line.composer, composed, "not supported here")
+    assert pool is not None  # has refused other launchers
+    if pool.is_local:
+        pools.warm_up()
+    return run_trials(request, line.composer.loader, composed, pool)
 
 
 def _run(
@@ -132,7 +208,7 @@ def _run(
 
     if workloads is not None:
         refuse_empty(workloads=workloads)
-    refuse_protocol(line.overrides)
+    _refuse_protocol(line.overrides)
     overrides = [each for each in line.overrides if not is_hydra(each)]
     chosen = load_tier(tier, line.composer.config_dir).select(workloads)
     unset = [name for name, spec in chosen.workloads.items() if spec.target is None]
@@ -143,7 +219,7 @@ def _run(
         )
     counts = studies or BUDGETS[budget][0], trials or BUDGETS[budget][1]
     candidates = {name: candidate(line.composer, name, overrides) for name in names}
-    refuse_drawn(overrides, candidates)
+    _refuse_drawn(overrides, candidates)
     shipped, note = _reference(tier, overrides) if reference and not full else (None, "")
     folder = Path("outputs") / "benchmark" / tier if output is None else Path(output)
     refuse_url(str(folder), "output")
@@ -165,7 +241,7 @@ def _run(
     done = len(request.trials) - len(waiting)
     print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)
     try:
-        elsewhere = launch(line, request, line.overrides) if waiting else 0
+        elsewhere = _launch(line, request, line.overrides) if waiting else 0
         if elsewhere:
             print(f"{elsewhere} trials are running in other processes; they report the complete results")
         with locked(request.folder / _LOCK):  # processes that share the trials finish at about the same time
@@ -181,14 +257,14 @@ def _manifest(tier: str, request: "Request", studies: int, trials: int, command:
     workloads = dict(request.workloads)
     if request.full:  # the trials do not depend on targets, which may be set later
         workloads = {name: replace(spec, target=None) for name, spec in workloads.items()}
-    overrides = [each for each in request.overrides if group_of(each) != "allow_packages"]
+    overrides = [each for each in request.overrides if _group_of(each) != "allow_packages"]
     return Manifest(tier, studies, trials, workloads, spaces, overrides, request.full, [command])
 
 
 def _reference(tier: str, overrides: Sequence[str]) -> tuple[Results | None, str]:
     """Returns the shipped results; or None, and a note on why they do not apply."""
     shipped = load_reference(tier)
-    changing = sorted({group_of(each) for each in overrides} - {*MACHINE, "optimizer"})
+    changing = sorted({_group_of(each) for each in overrides} - {*_MACHINE, "optimizer"})
     if shipped is not None and changing:
         return None, f"not compared with the shipped results, because {', '.join(changing)} changes the workloads"
     return shipped, ""
@@ -342,8 +418,8 @@ def check(line: Line, *, tier: str = "small", seed: int | None = None, output: s
     from dlopt.sweeps.benchmark import Request, candidate
 
     for override in line.overrides:
-        if group_of(override) not in MACHINE:
-            raise UserError(f"{override}: --check repeats shipped trials; only {', '.join(MACHINE)} can be set")
+        if _group_of(override) not in _MACHINE:
+            raise UserError(f"{override}: --check repeats shipped trials; only {', '.join(_MACHINE)} can be set")
     shipped = load_reference(tier)
     if shipped is None:
         raise UserError(f"tier={tier}: has no shipped results to check")
@@ -361,7 +437,7 @@ def check(line: Line, *, tier: str = "small", seed: int | None = None, output: s
     folder = output_folder(output, "benchmark-check").absolute()
     request = Request(folder, workloads, candidates, list(chosen), overrides, full=True)
     try:
-        launch(line, request, line.overrides)
+        _launch(line, request, line.overrides)
     except KeyboardInterrupt:
         return INTERRUPTED
     spaces = {name: each.describe() for name, each in candidates.items()}

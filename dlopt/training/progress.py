@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from dlopt.errors import UserError
 from dlopt.parallel.step_timing import StepTiming
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dlopt.training.trainer import Trainer
 
 
@@ -133,3 +135,14 @@ class Clock:
         metrics["throughput/samples_per_second"] = samples / max(now - self._log_since, 1e-9)
         self._log_since, self._count = now, train_metrics.count
         return metrics if self.timing is None else {**metrics, **self.timing.metrics(trainer.progress.step)}
+
+
+def endless_batches(trainer: "Trainer") -> "Iterator[tuple[Tensor, Tensor]]":
+    """Yields the batches that follow the trainer's progress, epoch after epoch."""
+    progress = trainer.progress
+    epoch, position, step = progress.epoch, progress.position, progress.step
+    while True:
+        for batch in trainer.batches.epoch(epoch, position, step):
+            yield batch
+            step += 1
+        epoch, position = epoch + 1, 0

@@ -35,7 +35,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dlopt.analysis.batches import endless_batches
 from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
@@ -47,6 +46,7 @@ from dlopt.interruption import Interruption
 from dlopt.training import speed
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.evaluate import test_metrics
+from dlopt.training.progress import endless_batches
 from dlopt.training.trainer import Run, Trainer, dry_run, train
 
 Row = dict[str, Any]  # name, value, unit, goal

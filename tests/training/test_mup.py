@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.analysis.batches import endless_batches
 from dlopt.errors import UserError
 from dlopt.training.build import build_workload
 from dlopt.training.mup import describe_rates
 from dlopt.training.optimizer import build_optimizer
+from dlopt.training.progress import endless_batches
 from dlopt.training.trainer import dry_run
 from tests.training.runs import experiment, start
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import distributed
 
-from dlopt.analysis.batches import endless_batches
 from dlopt.analysis.bench import communication
 from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
@@ -25,6 +24,7 @@ from dlopt.parallel import rendezvous
 from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.training.build import build_mode, build_workload
+from dlopt.training.progress import endless_batches
 from dlopt.training.trainer import Trainer, dry_run
 
 MIB = 2.0**20

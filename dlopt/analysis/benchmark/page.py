@@ -10,10 +10,10 @@ import dlopt
 from dlopt.analysis import drawing
 from dlopt.analysis.benchmark import sections
 from dlopt.analysis.benchmark.figures import draw
-from dlopt.analysis.benchmark.latex import latex
 from dlopt.analysis.benchmark.markup import Html, escaped, tag
 from dlopt.analysis.benchmark.results import Results
 from dlopt.analysis.benchmark.scores import Summary, summarize
+from dlopt.analysis.benchmark.table import latex
 from dlopt.analysis.report.page import document, read_text
 from dlopt.files import write_atomically
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dlopt.analysis.batches import endless_batches
 from dlopt.analysis.diagnosis.attention import AttentionEntropy, AttentionProbe
 from dlopt.analysis.diagnosis.curvature import (
     GradientSpread,
@@ -35,6 +34,7 @@ from dlopt.analysis.diagnosis.layers import (
 from dlopt.errors import RunError, UserError
 from dlopt.training.build import Workload
 from dlopt.training.clipping import gradient_norm
+from dlopt.training.progress import endless_batches
 from dlopt.training.step import Observer, Step, frozen_statistics
 from dlopt.training.trainer import Trainer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.analysis.bench.allreduce import Bandwidth, measure
+from dlopt.analysis.bench.communication import Bandwidth, measure_all_reduce
 from dlopt.commands.bench import bench
 from dlopt.errors import RunError, UserError
 from dlopt.interruption import Interruption
@@ -22,9 +22,9 @@ def rank() -> None:
     """An all-reduce takes 1 s on rank 0 and 2 s on rank 1, by their own clocks."""
     mode = build_mode(experiment("parallel=ddp", "device=cpu", "threads=1"))
     with pytest.raises(RunError, match=r"^allreduce: 1\.09951e\+12 MiB cannot be allocated \("):
-        next(measure([1 << 60], 1, torch.device("cpu")))
+        next(measure_all_reduce([1 << 60], 1, torch.device("cpu")))
     times = itertools.count(step=mode.rank + 1)
-    [row] = measure([4_000_000], 3, torch.device("cpu"), clock=lambda device: float(next(times)))
+    [row] = measure_all_reduce([4_000_000], 3, torch.device("cpu"), clock=lambda device: float(next(times)))
     print(row.size, row.ranks, row.seconds, row.algorithm, row.bus, file=sys.stderr)
 
 
