@@ -40,11 +40,7 @@ _UNKNOWN_BATCH = 2  # data.batch_size=full without data; batch norm does not sup
 
 @on_experiment(several="summary shows one model at a time", one=True)
 def summary(
-    line: Line,
-    *,
-    input_shape: list[Count] | None = None,
-    classes: Count | None = None,
-    vocabulary: Count | None = None,
+    line: Line, *, input_shape: list[Count] | None = None, classes: Count | None = None, vocabulary: Count | None = None
 ) -> int:
     """Prints the table. Raises `UserError`."""
     from dlopt.data.task import Task

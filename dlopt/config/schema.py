@@ -99,11 +99,7 @@ def _build(value: Any, runtime: Mapping[str, Any]) -> Any:
 
 
 def component(
-    key: str,
-    node: Mapping[str, Any],
-    runtime: Iterable[str],
-    packages: Iterable[str],
-    related: tuple[str, ...] = (),
+    key: str, node: Mapping[str, Any], runtime: Iterable[str], packages: Iterable[str], related: tuple[str, ...] = ()
 ) -> Component:
     """Checks `node` (`_target_` and arguments, which may be components themselves) and returns it as a `Component`.
 

@@ -24,10 +24,7 @@ class LossClosure:
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        loss: Callable[[], Tensor],
-        sampled_loss: SampledLoss | None = None,
+        self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], sampled_loss: SampledLoss | None = None
     ) -> None:
         self.loss = loss
         self.sampled_loss = sampled_loss

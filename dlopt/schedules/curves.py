@@ -80,12 +80,7 @@ def cosine(*, final: Probability, decay_epochs: Positive | None, decay_steps: Co
 
 
 def polynomial(
-    *,
-    power: Positive,
-    final: Probability,
-    decay_epochs: Positive | None,
-    decay_steps: Count | None,
-    horizon: Horizon,
+    *, power: Positive, final: Probability, decay_epochs: Positive | None, decay_steps: Count | None, horizon: Horizon
 ) -> Factor:
     """final + (1 - final) (1 - x)^power, x = 0..1 over the given length or the rest of the run; PolynomialLR."""
     length = length_of("decay", decay_epochs, decay_steps, horizon, horizon.steps - horizon.start)
