@@ -136,7 +136,7 @@ def _check(subject: _Subject) -> None:
 
 def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "Facts"]:
     from dlopt.analysis.diagnosis import measuring
-    from dlopt.analysis.diagnosis.preparation import has_skips, limit_threads, prepare
+    from dlopt.analysis.diagnosis.measuring import has_skips, limit_threads, prepare
     from dlopt.analysis.diagnosis.verdicts import Facts
 
     workload, training = prepare(subject.experiment, Path(os.devnull), subject.state)

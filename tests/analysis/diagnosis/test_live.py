@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlopt.analysis.diagnosis.live import Diagnostics
-from dlopt.analysis.diagnosis.preparation import prepare
+from dlopt.analysis.diagnosis.measuring import prepare
 from dlopt.errors import UserError
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_workload

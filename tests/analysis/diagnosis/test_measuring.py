@@ -14,13 +14,14 @@ from dlopt.analysis.diagnosis.measuring import (
     Diagnosis,
     diagnose,
     loss_of,
+    prepare,
     preserved_state,
     snapshot,
     trace_updates,
 )
 from dlopt.analysis.diagnosis.plots import clipping_factor, plots, spread_layers
-from dlopt.analysis.diagnosis.preparation import prepare
-from tests.training.runs import SMALL, experiment, same
+from dlopt.training.checkpoint import load
+from tests.training.runs import SMALL, experiment, same, start
 
 DEVICE = ["threads=1", "device=cpu"]
 MLP = [*SMALL, "model.widths=[8,8]", "model.activation=tanh", "precision=fp64"]
@@ -185,3 +186,22 @@ def test_spread_layers(tmp_path: Path) -> None:
         and spread_layers(layers[:2]) == [0, 1]
         and spread_layers(layers[:1]) == [0]
     )
+
+
+def test_prepares_gpu_checkpoint_on_a_cpu(tmp_path: Path) -> None:
+    """CUDA graphs set capturable=true in the checkpoint, which torch rejects on a CPU."""
+    lines = [*SMALL, "optimizer=adamw", "+optimizer.fused=false", "epochs=1"]
+    start(tmp_path, *lines)
+    state = load(tmp_path / "checkpoints/last.pt")
+    state["optimizer"]["param_groups"][0]["capturable"] = True
+    _, training = prepare(experiment(*lines), tmp_path / "other", state)
+    inputs, targets = next(iter(training.batches.epoch(1)))
+    training.step.update(inputs, targets, training.progress.step, training.train_metrics)
+    assert not training.step.optimizer.param_groups[0]["capturable"]
+
+
+def test_prepares_checkpoint_of_a_run_with_automatic_learning_rate(tmp_path: Path) -> None:
+    lines = [*SMALL, "optimizer.lr=auto", "schedule=constant", "epochs=1"]
+    summary = start(tmp_path, *lines)
+    _, training = prepare(experiment(*lines), tmp_path / "other", load(tmp_path / "checkpoints/last.pt"))
+    assert training.step.rate == summary["found_lr"]
