@@ -24,8 +24,6 @@ from typing import Any, NoReturn
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.callbacks import Callbacks
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
@@ -42,7 +40,7 @@ import dlopt
 from dlopt.config.choices import config_dir as searched_config_dir
 from dlopt.config.choices import config_folder
 from dlopt.config.grammar import explain_grammar, quoted
-from dlopt.config.loader import RememberingLoader, YamlFolder
+from dlopt.config.loader import Callbacks, RememberingLoader, YamlFolder, get_args_parser
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines, is_typed
 from dlopt.config.schema import show

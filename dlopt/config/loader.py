@@ -3,7 +3,7 @@
 Hydra merges some thirty files key by key, which takes 0.1 s. A sweep composes every job twice, and most jobs select the
 same files: they differ only in values, which this loader sets in a copy.
 
-Apart from `compose.py` the only module that imports Hydra's internals. It extends Hydra's loader, whose public
+The only module that imports Hydra's internals. It extends Hydra's loader, whose public
 interface has no step between merging the files and setting the values. Its folders of YAML files are parsed by libyaml,
 and only when a file has changed.
 """
@@ -20,7 +20,9 @@ from typing import Any
 
 import hydra.conf
 import yaml
+from hydra._internal.callbacks import Callbacks as Callbacks  # of `Composer`
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.utils import get_args_parser as get_args_parser  # of `parse_arguments`
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.object_type import ObjectType
