@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,18 @@ class Progress:
     resumed_from: list[int] = field(default_factory=list)
     data: Mapping[str, Any] = field(default_factory=dict)  # see `build.data_spec`
     found_lr: float | None = None  # learning rate of a range test
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Length of a run, and intervals of evaluation, checkpoints and logging."""
+
+    steps: int  # updates of the run
+    evaluate_every: int = 1  # epochs
+    save_every_epochs: int | None = 1
+    save_every_steps: int | None = None
+    log_every_steps: int | None = None
+    snapshot: Callable[[int], str | None] | None = None  # completed updates -> name of a checkpoint to keep
 
 
 class Clock:

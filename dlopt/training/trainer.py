@@ -39,7 +39,7 @@ from dlopt.training.evaluate import Validate, check_tta, reduction, test_metrics
 from dlopt.training.metrics import MetricSum, sample_losses
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
-from dlopt.training.progress import Clock, Length, Progress, check_horizon, run_length
+from dlopt.training.progress import Clock, Intervals, Length, Progress, check_horizon, run_length
 from dlopt.training.reporting import log_header, open_tracking, summarize
 from dlopt.training.step import Observer, Step
 from dlopt.training.stopping import Best, Stopping
@@ -206,12 +206,14 @@ def build_trainer(
         stopping=stopping,
         best=Best(settings.monitor),
         recovery=recovery,
-        steps=length.steps,
-        evaluate_every=settings.evaluate.every_epochs,
-        save_every_epochs=settings.checkpoint.every_epochs,
-        save_every_steps=settings.checkpoint.every_steps,
-        log_every_steps=settings.log_every_steps,
-        snapshot=snapshot_names(schedule) if settings.checkpoint.at_restarts else lambda step: None,
+        intervals=Intervals(
+            steps=length.steps,
+            evaluate_every=settings.evaluate.every_epochs,
+            save_every_epochs=settings.checkpoint.every_epochs,
+            save_every_steps=settings.checkpoint.every_steps,
+            log_every_steps=settings.log_every_steps,
+            snapshot=snapshot_names(schedule) if settings.checkpoint.at_restarts else None,
+        ),
         normalize=workload.normalize,
         config=experiment.config,
         average=average,
@@ -253,15 +255,10 @@ class Trainer:
     stopping: Stopping
     best: Best
     recovery: Recovery
-    steps: int  # updates of the run
+    intervals: Intervals
     normalize: nn.Module
     config: Mapping[str, Any]
     train_metrics: MetricSum
-    evaluate_every: int = 1  # epochs
-    save_every_epochs: int | None = 1
-    save_every_steps: int | None = None
-    log_every_steps: int | None = None
-    snapshot: Callable[[int], str | None] = lambda step: None  # completed updates -> name of a checkpoint to keep
     average: ExponentialAverage | None = None
     sampler: Any = None  # a loss-aware sampler, whose state belongs to the checkpoint
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
@@ -284,7 +281,7 @@ class Trainer:
         `stop` becomes true on all ranks at the same update. It is read between updates only: a signal never interrupts
         an update. Invalid data (a damaged image) raises `UserError` before the first update, and `RunError` later.
         """
-        steps, log_every = self.steps, self.log_every_steps
+        steps, log_every = self.intervals.steps, self.intervals.log_every_steps
         with self._error_handling():
             needs_checkpoint = self.recovery.policy == "rollback" or bool(self.progress.resumed_from)
             if needs_checkpoint and not self.mode.broadcast(self.checkpoints.last.exists()):
@@ -332,9 +329,9 @@ class Trainer:
 
         Returns False if the evaluation was interrupted. The state is then unchanged: a resumed run evaluates again.
         """
-        progress, epoch = self.progress, self.progress.epoch + 1
-        last = progress.step >= self.steps or self.stopping.should_stop
-        evaluated = last or epoch % self.evaluate_every == 0
+        progress, intervals, epoch = self.progress, self.intervals, self.progress.epoch + 1
+        last = progress.step >= intervals.steps or self.stopping.should_stop
+        evaluated = last or epoch % intervals.evaluate_every == 0
         metrics: dict[str, Any] = {
             "epoch": epoch,
             "step": progress.step,
@@ -360,7 +357,7 @@ class Trainer:
                 self.step.schedule.update(metrics)
             self.tracking.epoch(metrics, best=improved)
         # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch.
-        save_due = self.save_every_epochs is not None and epoch % self.save_every_epochs == 0
+        save_due = intervals.save_every_epochs is not None and epoch % intervals.save_every_epochs == 0
         if improved or save_due or last or self.stopping.should_stop:
             self.save(best=improved)
             clock.stop()
@@ -405,12 +402,15 @@ class Trainer:
     def save(self, *, best: bool = False) -> None:
         """Writes a checkpoint. Raises `Diverged` if the weights are not finite: a checkpoint never contains NaN."""
         self.step.check_weights()
-        self.checkpoints.save(self.state_dict(), best=best, snapshot=self.snapshot(self.progress.step))
+        self.checkpoints.save(self.state_dict(), best=best, snapshot=self._snapshot_name())
 
     def _is_save_due(self) -> bool:
         """Returns whether to save after this update, within an epoch."""
-        step, every = self.progress.step, self.save_every_steps
-        return (every is not None and step % every == 0) or self.snapshot(step) is not None
+        step, every = self.progress.step, self.intervals.save_every_steps
+        return (every is not None and step % every == 0) or self._snapshot_name() is not None
+
+    def _snapshot_name(self) -> str | None:
+        return None if self.intervals.snapshot is None else self.intervals.snapshot(self.progress.step)
 
     def state_dict(self) -> dict[str, Any]:
         # First: this flushes the metrics, which updates the sampler, whose state is taken below.

@@ -51,7 +51,7 @@ from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.optimizer import can_fuse
 from dlopt.training.precision import Precision
-from dlopt.training.progress import Progress
+from dlopt.training.progress import Intervals, Progress
 from dlopt.training.step import Network, Step, StepSettings
 from dlopt.training.stopping import Best, Never
 from dlopt.training.trainer import Trainer
@@ -115,9 +115,7 @@ def training(
         normalize=nn.Identity(),
         config={},
         recovery=Recovery("stop", attempts=1, lr_factor=1.0, load_newest=lambda: None, log=print),
-        steps=steps,
-        save_every_epochs=None,
-        log_every_steps=log_every,
+        intervals=Intervals(steps, save_every_epochs=None, log_every_steps=log_every),
         progress=Progress(horizon=steps),
         train_metrics=MetricSum(Task("classification", 10)),
     ), tracking

@@ -24,7 +24,7 @@ from dlopt.training.evaluate import evaluate
 from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.precision import Precision
-from dlopt.training.progress import Progress
+from dlopt.training.progress import Intervals, Progress
 from dlopt.training.step import Network, Step, StepSettings
 from dlopt.training.stopping import Best, Early, Never
 from dlopt.training.trainer import Trainer
@@ -104,6 +104,11 @@ class Checkpoints:
         return [state["progress"]["step"] for state in self.saved]
 
 
+INTERVALS = (
+    "steps", "evaluate_every", "save_every_epochs", "save_every_steps", "log_every_steps", "snapshot",
+)  # fmt: skip
+
+
 def training(
     *,
     lr: float = 0.1,
@@ -141,8 +146,8 @@ def training(
                 interruption=interruption,
             )
 
+    lengths = {"steps": 15, **{key: changed.pop(key) for key in INTERVALS if key in changed}}
     arguments: dict[str, Any] = {
-        "steps": 15,
         "batches": Batches(),
         "validate": validate,
         "tracking": Tracking(),
@@ -153,6 +158,7 @@ def training(
     }
     return Trainer(
         step=step,
+        intervals=Intervals(**lengths),
         average=average,
         normalize=nn.Identity(),
         config={"name": "try"},
