@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,8 @@ Norm = Callable[[Sequence[Tensor]], Tensor]
 
 total_norm: Norm = torch.nn.utils.get_total_norm
 
-
-class Clip(Protocol):
-    """Clips the gradients in place; returns their global 2-norm before clipping if it was computed, else None."""
-
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> Tensor | None: ...
+Clip = Callable[[Sequence[nn.Parameter], Norm], Tensor | None]
+"""Clips the gradients in place; returns their global 2-norm before clipping if it was computed, else None."""
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> Tensor:

@@ -84,7 +84,8 @@ def match_weights(path: Path, module: nn.Module) -> Match:
     lines = [f"weights from {path}: {len(matching)} of {len(current)} tensors loaded{note}"]
     missing = [name for name in current if name not in matching]
     if missing:
-        shown = [f"{name} ({_size(saved[name].shape)} in the file)" if name in saved else name for name in missing]
+        sizes = {name: "x".join(map(str, tensor.shape)) or "one number" for name, tensor in saved.items()}
+        shown = [f"{name} ({sizes[name]} in the file)" if name in saved else name for name in missing]
         lines.append(f"  missing or with another shape, newly initialized: {', '.join(shown)}")
     if unused := [name for name in saved if name not in current]:
         lines.append(f"  not used: {', '.join(unused)}")
@@ -132,7 +133,3 @@ def _flattened(weight: Tensor, shape: torch.Size | None) -> Tensor:
     """Returns a convolution over a whole map [O, I, H, W] as the linear layer [O, I * H * W] of `shape`."""
     is_linear = shape is not None and len(shape) == 2 and weight.ndim == 4 and weight.numel() == shape.numel()
     return weight.flatten(1) if is_linear else weight
-
-
-def _size(shape: torch.Size) -> str:
-    return "x".join(map(str, shape)) or "one number"

@@ -158,7 +158,8 @@ def draw(rows: Sequence[ModeResult], *, title: str) -> "Figure":
         lengths = [0.0 if math.isnan(value) else value for value in values]
         axes.barh(names, lengths, color=colours, height=0.7)
         for i, value in enumerate(values):
-            text = _short(rows[i].problem) if math.isnan(value) else f"{value:{form}}"
+            problem = "out of memory" if (rows[i].problem or "").startswith("out of memory") else "failed"
+            text = problem if math.isnan(value) else f"{value:{form}}"
             axes.text(lengths[i], i, f" {text}", va="center", fontsize=8)
         axes.set(xlim=(0, max(lengths) * 1.22 or 1), xlabel=label)
     drawing.clean_axes(*panels, axis="x")
@@ -174,10 +175,6 @@ def draw(rows: Sequence[ModeResult], *, title: str) -> "Figure":
     communication.set_xlim(0, 115)
     steps.invert_yaxis()
     return figure
-
-
-def _short(problem: str | None) -> str:
-    return "out of memory" if problem is not None and problem.startswith("out of memory") else "failed"
 
 
 def refuse_if_all_failed(rows: Sequence[ModeResult]) -> None:

@@ -84,7 +84,7 @@ def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank:
         start = time.perf_counter()
         samples += update()
         steps.append(time.perf_counter() - start)
-    peak = _peak(device)
+    peak = float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
     with communication.Traffic() as traffic:
         for _ in range(settings.profiled):
             update()
@@ -164,10 +164,6 @@ def _memory(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return float(torch.cuda.memory_allocated(device))
     return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> float:
-    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
 
 
 def _limit(megabytes: float, device: torch.device) -> None:
