@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 
 from dlopt.analysis import drawing
-from dlopt.analysis.bench import modes
 from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
 from dlopt.commands.processes import run_rank
 from dlopt.errors import DONE, UserError
@@ -136,6 +135,8 @@ def _bench_modes(
     memory_limit_mb: Positive | None = None,
     output: str | None = None,
 ) -> int:
+    from dlopt.analysis.bench import modes
+
     jobs = _rows(line)
     checked = [line.experiment(job.overrides) for job in jobs]
     folder = output_folder(output, "bench")
@@ -406,6 +407,8 @@ def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[
 
 
 def _validate(counts: list[int]) -> list[dict[str, Any]]:
+    from dlopt.analysis.bench import modes
+
     batch = modes.BATCH
     if max(counts) > batch:
         raise UserError(f"validate=[{max(counts)}]: the global batch has {batch} samples; allowed: 1 to {batch}")

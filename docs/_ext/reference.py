@@ -168,7 +168,7 @@ def _locate(target: str) -> Callable[..., Any]:
     """Imports the callable; for a plug-in of Hydra, the function or dataclass that checks its settings."""
     if target.startswith("hydra_plugins."):
         function = getattr(pydoc.locate(f"dlopt.{target}"), "function", None)
-        found = pydoc.locate(f"dlopt.sweeps.{function}") if function else SearchSettings
+        found = pydoc.locate(function) if function else SearchSettings
     else:
         found = pydoc.locate(target)
     if not callable(found):
