@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.analysis.benchmark import figures, latex, page, sections, table
+from dlopt.analysis.benchmark import figures, page, sections, table
 from dlopt.analysis.benchmark.markup import Html
 from dlopt.analysis.benchmark.results import Cell, Results
 from dlopt.analysis.benchmark.scores import summarize
@@ -75,7 +75,7 @@ def test_hostile_names_are_escaped() -> None:
     assert set(drawn) == set(figures.FIGURES)
     for figure in drawn.values():
         figure.draw_without_rendering()
-    tex = latex.latex(results, summarize(results))
+    tex = table.latex(results, summarize(results))
     assert all(line.count(r"\\") == 1 for line in tex.splitlines() if "alert" in line and not line.startswith("%"))
     assert not any("\x1b" in line for line in [tex, *table.lines(results)])
 
@@ -102,7 +102,7 @@ def test_one_optimizer_and_empty_cells(costs: bool) -> None:
     drawn = figures.draw(results, summary)
     assert set(drawn) == set(figures.FIGURES) - {"wins"}
     assert len(drawn["profiles"].axes) == (2 if costs else 1)
-    assert latex.latex(results, summary).count(r"\bottomrule") == 2
+    assert table.latex(results, summary).count(r"\bottomrule") == 2
     assert any(re.match(r"mine +\d+ +-$", line) for line in table.lines(results))
 
 
@@ -150,7 +150,7 @@ def test_page_states_what_was_compared() -> None:
 
 def test_latex_marks_the_best_and_escapes() -> None:
     results = make({"muon_&": 2.0, "sgd": 0.7}, ("noisy_labels", "gpt"))
-    text = latex.latex(results, summarize(results))
+    text = table.latex(results, summarize(results))
     rows = [line for line in text.splitlines() if line.startswith(r"muon\_\& & ")]
     assert len(rows) == 2 and r"$\mathbf{" in rows[0] and r"\textbf{" in rows[1] and r"noisy\_labels" in text
     widths = {line.count(" & ") for line in text.splitlines() if line.startswith(("muon", "sgd", "optimizer"))}
