@@ -105,6 +105,18 @@ def test_choices_that_depend_on_the_environment(tmp_path: Path, monkeypatch: pyt
         assert config.hydra.runtime.choices.optimizer == choice
 
 
+def test_choices_that_follow_another_choice(tmp_path: Path) -> None:
+    write(tmp_path / "mine.yaml", "defaults: [train, {things: one}, {others: '${things}'}, _self_]\n")
+    for name in ("things/one", "things/two", "others/one", "others/two"):
+        write(tmp_path / f"{name}.yaml", f"name: {name}\n")
+    for typed, others in (
+        ([], "others/one"),
+        (["things=two"], "others/two"),
+        (["others=one", "things=two"], "others/one"),
+    ):
+        assert Composer("mine", str(tmp_path)).compose(typed).others.name == others
+
+
 def test_other_search_path(tmp_path: Path) -> None:
     write(tmp_path / "here/mine.yaml", f"""\
         defaults: [train, _self_]

@@ -9,7 +9,7 @@ CONF = Path(__file__).parents[2] / "conf" / "model"
 CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml"))
 SHAPES = {"polynomial": (1,), "alexnet_224": (3, 224, 224), "two_column_alexnet_224": (3, 224, 224)}
 
-DEEP = {"resnet1202", "preact_resnet1001"}
+DEEP = {"resnet1202", "preact_resnet1001", "resnet110", "preact_resnet110", "preact_resnet164", "resnet101"}
 # one choice of each family
 FAMILIES = [
     "resnet20",
