@@ -119,7 +119,7 @@ def test_shards_resume_with_another_number_of_processes(tmp_path: Path) -> None:
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
-    lines = [*CASE, *SHARDED, "parallel.processes=2", "checkpoint.every_steps=1", "epochs=25", *overrides]
+    lines = [*CASE, *SHARDED, "parallel.processes=2", "checkpoint.every_steps=1", "epochs=15", *overrides]
     return [sys.executable, "-m", "dlopt", "train", f"hydra.run.dir={folder}", "resume=auto", *lines]
 
 
