@@ -20,6 +20,7 @@ from dlopt.errors import UserError
 from dlopt.files import write
 from dlopt.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, newest
 from dlopt.interruption import Interrupted
+from dlopt.parallel.rendezvous import World
 from dlopt.training import checkpoint
 from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
 
@@ -163,6 +164,28 @@ def test_resume_auto_skips_live_run(tmp_path: Path) -> None:
     with HeldByAnotherProcess(run):
         train(tmp_path, "resume=auto", "schedule_epochs=2")
     assert len(list(tmp_path.glob("outputs/train/*"))) == 2 and len(lines(run)) == 1
+
+
+@pytest.mark.parametrize("has_saved", [True, False])
+@pytest.mark.parametrize("place", [("hydra.run.dir=new",), ()], ids=["typed", "dated"])
+def test_a_restarted_launcher_goes_on_with_the_run_that_it_has_started_from_a_checkpoint(
+    place: tuple[str, ...], has_saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, IN_RUN, "epochs=1", "schedule_epochs=3")
+    line = ("resume=run/checkpoints/last.pt", "schedule_epochs=3", *place)
+    train(tmp_path, *line, "epochs=2")  # killed after the second epoch
+    first = tmp_path / "new" if place else only(tmp_path, "outputs/train/*")
+    (first / "summary.json").unlink()
+    if not has_saved:
+        for path in (first / "checkpoints").iterdir():
+            path.unlink()
+    worlds = iter([None, World("torchrun", 0, 2, 0, 2, restarts=1)])  # the second one when it looks for its folder
+    monkeypatch.setattr("dlopt.commands.train.current", lambda: next(worlds))
+    train(tmp_path, *line, "epochs=3")
+    run = first if place or has_saved else max(tmp_path.glob("outputs/train/*"))
+    assert [each["epoch"] for each in lines(run)] == [1, 2, 3]
+    resumed = json.loads((run / "summary.json").read_text())["resumed_from"]
+    assert resumed == ([1, 2] if has_saved else [1])
 
 
 def test_unfinished_run_without_checkpoint_restarts(tmp_path: Path) -> None:

@@ -218,8 +218,14 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
             if config is None and newest is not None:  # config.yaml is damaged
                 refuse_other_config(newest["config"], saved, f"{previous.path}", previous.history())
             return previous, newest
-    source = None if resume in (None, "auto") else RunFolder(Path(resume).absolute().parent.parent)
-    if is_typed and target.has_run() and target != source:
+    source = earlier = None
+    if resume not in (None, "auto"):
+        source, earlier = RunFolder(Path(resume).absolute().parent.parent), _earlier_attempt(path, is_typed, saved)
+    if earlier is not None and earlier != source:
+        newest = Checkpoints(earlier.checkpoints).load_newest()
+        if newest is not None:
+            return earlier, newest
+    if is_typed and target.has_run() and target not in (source, earlier):
         state = "a finished" if target.is_finished() else "an unfinished"
         raise UserError(
             f"hydra.run.dir={path}: this folder contains {state} run; resume it with: dlopt train ... resume=auto, "
@@ -237,6 +243,22 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
     if source is not None and checkpoint is not None and target != source:
         _copy_history(source, target, checkpoint["progress"]["best"]["epoch"])
     return target, checkpoint
+
+
+def _earlier_attempt(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> RunFolder | None:
+    """Returns the run that this command has started from the checkpoint `resume`, if a launcher restarts the command.
+
+    Started from that checkpoint again, a run that fails now and then would never end.
+    """
+    world = current()
+    if world is None or not world.restarts:
+        return None
+    folder = RunFolder(path) if is_typed else newest_unfinished(path.parent, saved)
+    config = None if folder is None else folder.config()
+    if folder is None or config is None or config.get("resume") != saved["resume"]:
+        return None
+    refuse_other_config(config, saved, f"{folder.path}", folder.history())
+    return folder
 
 
 def _load(resume: str) -> dict[str, Any]:
