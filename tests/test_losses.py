@@ -89,6 +89,8 @@ def test_sampled_classes_have_the_frequencies_of_the_softmax() -> None:
 def test_rejects_invalid_settings() -> None:
     with pytest.raises(UserError, match="loss=mse"):
         CrossEntropy(label_smoothing=0.0, class_weights=None, classes=None)
+    with pytest.raises(UserError, match="all samples have the same class"):
+        CrossEntropy(label_smoothing=0.0, class_weights=None, classes=1)
     with pytest.raises(UserError, match=r"loss\.class_weights=\[1\.0, 2\.0\]: 2 weights for 5 classes"):
         CrossEntropy(label_smoothing=0.0, class_weights=(1.0, 2.0), classes=CLASSES)
 
