@@ -168,7 +168,7 @@ def test_resume_auto_skips_live_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_saved", [True, False])
 @pytest.mark.parametrize("place", [("hydra.run.dir=new",), ()], ids=["typed", "dated"])
-def test_a_restarted_launcher_goes_on_with_the_run_that_it_has_started_from_a_checkpoint(
+def test_a_restarted_launcher_continues_the_run_that_it_has_started_from_a_checkpoint(
     place: tuple[str, ...], has_saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(tmp_path, IN_RUN, "epochs=1", "schedule_epochs=3")
