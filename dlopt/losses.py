@@ -30,8 +30,8 @@ class CrossEntropy(nn.Module):
             raise UserError("loss=cross_entropy: the targets are numbers, not classes; use loss=mse for regression")
         if classes == 1:
             raise UserError(
-                "loss=cross_entropy: all samples have the same class, so the loss is always 0; use data with two classes "
-                "or more"
+                "loss=cross_entropy: all samples have the same class, so the loss is always 0; "
+                "use data with two classes or more"
             )
         if class_weights is not None and len(class_weights) != classes:
             raise UserError(
