@@ -3,6 +3,7 @@
 import gc
 import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hypothesis import settings
@@ -39,3 +40,13 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def conf_dir() -> Path:
     return Path(__file__).resolve().parents[1] / "conf"
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the files of figures nearly empty: drawing would take most of the time of a test of something else."""
+
+    def save(figure: object, file: IO[bytes], **_: object) -> None:
+        file.write(b"not drawn")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)

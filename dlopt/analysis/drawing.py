@@ -155,10 +155,18 @@ def encoded(figure: "Figure", form: str, *, dpi: int = 150) -> bytes:
     return file.getvalue()
 
 
+def fix_layout(figure: "Figure") -> None:
+    """Computes the layout, which takes as long as drawing, once for several files."""
+    import matplotlib
+
+    figure.draw_without_rendering()
+    with matplotlib.rc_context({"figure.autolayout": False, "figure.constrained_layout.use": False}):
+        figure.set_layout_engine(None)  # not "none", with which matplotlib draws twice for each file
+
+
 def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
     """Writes `name`.png and `name`.svg into the folder."""
-    figure.draw_without_rendering()  # computes the layout once for both files: it takes as long as drawing
-    figure.set_layout_engine("none")
+    fix_layout(figure)
     paths = [folder / f"{name}.{form}" for form in ("png", "svg")]
     for path in paths:
         path.write_bytes(encoded(figure, path.suffix[1:]))

@@ -71,6 +71,7 @@ def test_writes_runs_table_and_plot(folder: Path) -> None:
     assert (folder / "out/comparison.svg").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resumes(folder: Path) -> None:
     assert compare(folder, "hydra.run.dir=out", "seed=3").code == 0
     before = (folder / "out/0/summary.json").read_bytes()
@@ -83,6 +84,7 @@ def test_resumes(folder: Path) -> None:
     assert json.loads((folder / "out/1/summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resume_auto_finds_the_unfinished_comparison(folder: Path) -> None:
     assert compare(folder, "seed=3", "epochs=1").code == 0
     [first] = folder.glob("outputs/small/*")
@@ -133,6 +135,7 @@ def test_interrupted_comparison_prints_how_to_resume(folder: Path, monkeypatch: 
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_metric_that_the_runs_do_not_have_is_no_divergence(folder: Path) -> None:
     result = compare(folder, "epochs=1", "hydra.run.dir=out", "comparison.metrics=[val_loss,val_macro_f1,gap]")
     assert result.code == 2 and "comparison.metrics: the runs have no val_macro_f1; they have " in result.err
@@ -141,6 +144,7 @@ def test_a_metric_that_the_runs_do_not_have_is_no_divergence(folder: Path) -> No
     assert result.code == 0 and "diverged" not in result.out, result.err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_axis_points_with_several_keys(folder: Path) -> None:
     change(
         folder,
@@ -156,6 +160,7 @@ def test_axis_points_with_several_keys(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", ["", "++"])
+@pytest.mark.usefixtures("undrawn")
 def test_override_replaces_an_axis(folder: Path, sign: str) -> None:
     change(folder, "along: {}", "along: {optimizer.lr: [0.1, 0.2]}")
     result = compare(folder, f"{sign}optimizer.lr=0.3", "epochs=1", f"{sign}seed=5")
@@ -166,6 +171,7 @@ def test_override_replaces_an_axis(folder: Path, sign: str) -> None:
     assert saved["optimizer"]["lr"] == 0.3 and saved["seed"] == 5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_claims_about_removed_variants_are_not_evaluated(folder: Path) -> None:
     change(folder, "than: narrow", "than: thin")
     message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
@@ -174,6 +180,7 @@ def test_claims_about_removed_variants_are_not_evaluated(folder: Path) -> None:
     assert "Not evaluated: Wide networks learn faster." in result.out, result.err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_variants_from_the_shell_work_as_the_message_advises(folder: Path) -> None:
     line = "+comparison.variants.both=[model.widths=[4],model.norm=none]"
     message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", line)

@@ -56,6 +56,7 @@ def test_checkpoint(tmp_path: Path) -> None:
     assert "the checkpoint fixes the choices" in refused(tmp_path, "diagnose", *typed, "model=resnet20")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
     """The key `resume` in its config is of the run, not of the diagnosis."""
     assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run", "max_time=1e-9").code == 75

@@ -101,6 +101,7 @@ def test_output_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
+@pytest.mark.usefixtures("undrawn")
 def test_flip_matches_manual_average(folder: Path, average: str) -> None:
     report = metrics_of(folder, "checkpoint=a/checkpoints/best.pt", "tta=flip", f"average={average}")
     (plain, mirrored), targets = outputs(folder, "a", lambda x: [x, x.flip(3)])
@@ -112,6 +113,7 @@ def test_flip_matches_manual_average(folder: Path, average: str) -> None:
     assert report["average"] == average
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ensemble_matches_manual_average(folder: Path) -> None:
     report = metrics_of(folder, "checkpoint=[a/checkpoints/best.pt,b/checkpoints/best.pt]", "data.batch_size=50")
     ([a], targets), ([b], _) = outputs(folder, "a"), outputs(folder, "b")
@@ -231,6 +233,7 @@ def test_crops_of_another_size(folder: Path) -> None:
     assert multi["test_loss"] == report["test_loss"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
     from torchvision.transforms.v2.functional import ten_crop
 
@@ -259,6 +262,7 @@ def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
     assert report["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_squared_errors_estimate_probabilities(tmp_path: Path) -> None:
     line = ("model=mlp", "model.widths=[16]", "loss=mse", "epochs=1", "threads=1", "device=cpu", "hydra.run.dir=run")
     assert dlopt(tmp_path, "train", *line).code == 0
@@ -316,6 +320,7 @@ def test_refuses_ensemble_with_different_test_sets(folder: Path) -> None:
     assert "checkpoint=[]" in refused(folder, "eval", "checkpoint=[]")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_fixed_size_model_reports_its_size(tmp_path: Path) -> None:
     line = (
         "model=mlp",
@@ -357,6 +362,7 @@ def test_data_with_other_classes(tmp_path: Path) -> None:
     assert "class 2 is missing in the checkpoint, c in the data" in message
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_glob_pattern_of_checkpoints(folder: Path) -> None:
     checkpoints = folder / "a/checkpoints"
     names = sorted(str(path.relative_to(folder)) for path in checkpoints.glob("*st.pt"))
@@ -401,6 +407,7 @@ def test_refuses_a_folder_without_checkpoints(tmp_path: Path) -> None:
     assert "checkpoint=.: this folder contains neither best.pt nor last.pt" in refused(tmp_path, "eval", "checkpoint=.")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_weights_without_a_checkpoint(folder: Path) -> None:
     """Exported weights with the typed config give the metrics of the run, also with test-time augmentation."""
     weights = folder / "exported.safetensors"

@@ -46,8 +46,7 @@ def page(results: Results, summary: Summary, figures: Mapping[str, "Figure"]) ->
 
 
 def _picture(figure: "Figure", description: str) -> Html:
-    figure.draw_without_rendering()  # computes the layout once for all formats
-    figure.set_layout_engine("none")
+    drawing.fix_layout(figure)
     patches = figure.patch, *(axes.patch for axes in figure.axes)
     white = [patch for patch in patches if tuple(patch.get_facecolor()[:3]) == (1.0, 1.0, 1.0)]
     for patch in white:  # transparent on dark pages
