@@ -27,7 +27,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log, env_override
@@ -40,7 +39,7 @@ import dlopt
 from dlopt.config.choices import config_dir as searched_config_dir
 from dlopt.config.choices import config_folder
 from dlopt.config.grammar import explain_grammar, quoted
-from dlopt.config.loader import Callbacks, RememberingLoader, YamlFolder, get_args_parser
+from dlopt.config.loader import Callbacks, RememberingLoader, YamlFolder, get_args_parser, parse_override
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines, is_typed
 from dlopt.config.schema import show
@@ -313,11 +312,10 @@ class Composer:
 
 def parse_overrides(lines: Iterable[str], loader: ConfigLoader | None = None) -> list[Override]:
     """Parses overrides. `loader` provides the choices for glob(*). Raises `UserError`."""
-    parser = OverridesParser.create(loader)
     lines, parsed = list(lines), []
     for line, following in zip(lines, [*lines[1:], ""], strict=False):
         try:
-            parsed += parser.parse_overrides([line])
+            parsed.append(parse_override(line, loader))
         except HydraException:
             raise UserError(explain_grammar(line, following)) from None
     return parsed

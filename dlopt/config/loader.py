@@ -8,6 +8,7 @@ merging the files and setting the values. Its folders of YAML files are parsed b
 changed.
 """
 
+import copy
 import functools
 import os
 import pickle
@@ -157,6 +158,19 @@ def _loader() -> Any:
     return type("Loader", (parser, omegaconf_loader), {"__init__": initialize})
 
 
+def parse_override(line: str, loader: ConfigLoader | None = None) -> Override:
+    """Parses a line; every job of a sweep has nearly the same. `loader` provides the choices for glob(*)."""
+    override = copy.copy(_parse(line))
+    override.config_loader = loader
+    return override
+
+
+@functools.lru_cache(maxsize=1000)
+def _parse(line: str) -> Override:
+    [override] = OverridesParser.create().parse_overrides([line])
+    return override
+
+
 def _known_choices(overrides: Overrides, defaults_list: list[InputDefault], self_added: bool) -> DictConfig:
     """Returns the choices so far, for the entries of a defaults list that refer to them (`optimizer: ${model}`).
 
@@ -198,7 +212,7 @@ class RememberingLoader(ConfigLoaderImpl):
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
         compose = functools.partial(super()._load_configuration_impl, config_name, run_mode=run_mode)
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = [parse_override(line) for line in overrides]
         if validate_sweep_overrides:
             self.validate_sweep_overrides_legal(parsed, run_mode, from_shell)
         choices = [str(override.input_line) for override in parsed if self._is_choice(override)]
