@@ -111,9 +111,10 @@ def test_cfg_job_shows_the_config(tmp_path: Path) -> None:
     ("kind", "part"),
     [
         ("defaults", "optimizer/adamw"),
-        ("config", "optimizer/adamw"),
-        ("searchpath", "conf"),
-        ("defaults-tree", "optimizer"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("config", "optimizer/adamw"), ("searchpath", "conf"), ("defaults-tree", "optimizer"))
+        ),
     ],
 )
 def test_info(kind: str, part: str, tmp_path: Path) -> None:

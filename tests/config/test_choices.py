@@ -42,8 +42,8 @@ SLOW = {  # several seconds for one update
     "model=alexnet", "model=two_column_alexnet", "model=gpt2_small",
     "model=resnet110", "model=preact_resnet164", "model=preact_resnet110",  # as resnet20, but with more of the same
     "model=resnet32", "model=resnet44", "model=resnet56", "model=preact_resnet56", "model=plain56",
-    "model=resnet18", "model=vgg11", "model=wrn_16_4", "model=torchvision", "model=timm",
-    "data=python_source", "augmentation=imagenet",
+    "model=resnet18", "model=vgg11", "model=vgg11_bn", "model=wrn_16_4", "model=torchvision", "model=timm",
+    "data=python_source", "augmentation=imagenet", "init=alexnet",
 }  # fmt: skip
 COMBINED = ("optimizer", "init", "schedule", "normalize", "sampler", "parallel", "clip", "stopping")
 ALONE = {"optimizer=newton", "optimizer=newton_cg", "optimizer=newton_undamped"}  # they refuse to be clipped

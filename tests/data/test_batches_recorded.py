@@ -97,7 +97,7 @@ def augmentation(choice: str, source: InMemory) -> Any:
 
 
 LARGE = {"alexnet", "imagenet"}  # crops of 224 pixels
-QUICK = {"crop_flip", "shift_alternating_flip"}
+QUICK = {"crop_flip"}
 DRAWING = {"noise", "random_mix"}  # they draw while they render: the compiled function falls into parts
 
 

@@ -54,7 +54,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, t
     yield state
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_b_32", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("vit_b_32", marks=pytest.mark.slow), "squeezenet1_1"])
 def test_torchvision_models_take_channels_classes_and_size_of_the_data(build: Build, name: str) -> None:
     model = build("torchvision", f"name={name}", input_shape=(1, 32, 32), classes=7)
     assert model.training and model(torch.randn(2, 1, 32, 32)).shape == (2, 7)

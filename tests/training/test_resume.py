@@ -123,7 +123,7 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("every_steps", [None, 1, 3])
+@pytest.mark.parametrize("every_steps", [None, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_killed_at_a_random_update(whole: Path, tmp_path: Path, every_steps: int | None) -> None:
     """SIGKILL runs no handler. Twice, and from the beginning if nothing was saved."""
     overrides = [*RICH, f"checkpoint.every_steps={'null' if every_steps is None else every_steps}"]
