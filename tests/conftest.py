@@ -44,7 +44,7 @@ def conf_dir() -> Path:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the files of figures nearly empty: drawing would take most of the time of a test of something else."""
+    """Leaves the files of plots nearly empty: drawing would take most of the time of a test of something else."""
 
     def save(figure: object, file: IO[bytes], **_: object) -> None:
         file.write(b"not drawn")
