@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeGuard, cast
 
 import optuna
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 
 from dlopt.analysis.leaderboard import Direction, direction_of, is_seed
+from dlopt.config.loader import parse_override
 from dlopt.config.resuming import FREE
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
@@ -52,7 +52,7 @@ def build_study_spec(loader: Any, config: DictConfig, overrides: Sequence[str]) 
     plain = {key: value for key, value in sweeper.items() if not key.startswith("_")}
     params, sampler_node, pruner_node = plain.pop("params") or {}, plain.pop("sampler"), plain.pop("pruner")
     lines = [f"{key}={show(value)}" for key, value in params.items()]
-    space = parse_space(OverridesParser.create(loader).parse_overrides([*lines, *overrides]))
+    space = parse_space([parse_override(line, loader) for line in (*lines, *overrides)])
     settings = SearchSettings(**check_arguments("hydra.sweeper", SearchSettings, plain))
     objectives = [settings.objective] if isinstance(settings.objective, str) else settings.objective
     directions = _directions(settings, objectives)
