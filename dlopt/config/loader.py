@@ -1,6 +1,6 @@
 """A loader for Hydra that composes each selection of files once.
 
-Hydra merges some thirty files key by key, which takes 0.1 s. A sweep composes every job twice, and most jobs select the
+Hydra merges some thirty files key by key, which takes 0.06 s. A sweep composes every job twice, and most jobs select the
 same files: they differ only in values, which this loader sets in a copy.
 
 The only module that imports Hydra's internals. It extends Hydra's loader, whose public interface has no step between
@@ -10,6 +10,7 @@ changed.
 
 import copy
 import functools
+import itertools
 import os
 import pickle
 import re
@@ -24,11 +25,13 @@ import yaml
 from hydra._internal import defaults_list as hydras_defaults
 from hydra._internal.callbacks import Callbacks as Callbacks  # of `Composer`
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.config_repository import ConfigRepository, IConfigRepository
 from hydra._internal.defaults_list import Overrides
 from hydra._internal.utils import get_args_parser as get_args_parser  # of `parse_arguments`
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigNode, ConfigStore
-from hydra.core.default_element import InputDefault
+from hydra.core.default_element import InputDefault, ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -184,8 +187,29 @@ def _known_choices(overrides: Overrides, defaults_list: list[InputDefault], self
 _create_known_choices = hydras_defaults._create_interpolation_map
 hydras_defaults._create_interpolation_map = _known_choices
 
+
+class _Merged(ResultDefault):
+    """An entry of a defaults list with the merged config of several files."""
+
+    def __init__(self, config: DictConfig) -> None:
+        super().__init__(config_path="hydra")
+        self.config = config
+
+
+class _Repository(ConfigRepository):
+    """Hydra's repository. Hydra copies it for each composition; this one leaves out all registered configs (4 ms)."""
+
+    def __init__(self, path: ConfigSearchPath) -> None:
+        super().__init__(path)
+        self._path = path
+
+    def __deepcopy__(self, memo: object) -> "_Repository":
+        return _Repository(copy.deepcopy(self._path))
+
+
 # By choices: a config, pickled, which is copied ten times faster than the config itself, and what it depends on.
 _remembered: dict[tuple[Any, ...], tuple[bytes, Reads]] = {}
+_merged: dict[tuple[Any, ...], bytes] = {}
 
 
 class RememberingLoader(ConfigLoaderImpl):
@@ -202,6 +226,10 @@ class RememberingLoader(ConfigLoaderImpl):
             if "://" not in folder:
                 element.path = f"{YamlFolder.scheme()}://{os.path.abspath(folder)}"
         return cls(path)
+
+    def __init__(self, path: ConfigSearchPath) -> None:
+        super().__init__(path)
+        self.repository = _Repository(path)
 
     def _load_configuration_impl(
         self,
@@ -239,6 +267,20 @@ class RememberingLoader(ConfigLoaderImpl):
         named = [override for override in of_task if override.get_key_element() != "resume"]
         config.hydra.job.override_dirname = get_overrides_dirname(named, **config.hydra.job.config.override_dirname)
         return config
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        """Merges Hydra's own files once: they come first, and are the same for almost all choices."""
+        compose = super()._compose_config_from_defaults_list
+        first = list(itertools.takewhile(lambda default: str(default.config_path).startswith("hydra/"), defaults))
+        key = tuple(pickle.dumps((default.package, repo.load_config(str(default.config_path)))) for default in first)
+        if key not in _merged:
+            _merged[key] = pickle.dumps(compose(first, repo))
+        return compose([_Merged(pickle.loads(_merged[key])), *defaults[len(first) :]], repo)
+
+    def _load_single_config(self, default: ResultDefault, repo: IConfigRepository) -> ConfigResult:
+        if isinstance(default, _Merged):
+            return ConfigResult(config=default.config, path="", provider="", header={})
+        return super()._load_single_config(default, repo)
 
     def get_group_options(
         self, group_name: str, results_filter: ObjectType | None = ObjectType.CONFIG, *arguments: Any, **keywords: Any
