@@ -1,7 +1,7 @@
 """A loader for Hydra that composes each selection of files once.
 
-Hydra merges some thirty files key by key, which takes 0.06 s. A sweep composes every job twice, and most jobs select the
-same files: they differ only in values, which this loader sets in a copy.
+Hydra merges some thirty files key by key, which takes 0.06 s. A sweep composes every job twice, and most jobs select
+the same files: they differ only in values, which this loader sets in a copy.
 
 The only module that imports Hydra's internals. It extends Hydra's loader, whose public interface has no step between
 merging the files and setting the values. Its folders of YAML files are parsed by libyaml, and only when a file has
