@@ -8,13 +8,16 @@ from typing import IO
 import pytest
 from hypothesis import settings
 
+from dlopt.parallel import launch
 from dlopt.sweeps.pool import PRELOADED
+from tests import processes
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before torch is first imported, and for the commands that tests start
 
 os.fsync = lambda descriptor: None  # type: ignore[assignment]  # half of a small run's time; no test cuts the power
 PRELOADED.append("tests.preload")
+launch.start_rank = processes.start_rank
 
 settings.register_profile("default", deadline=None, max_examples=25)
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
@@ -40,6 +43,12 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def conf_dir() -> Path:
     return Path(__file__).resolve().parents[1] / "conf"
+
+
+@pytest.fixture
+def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts ranks as users do, where tests fork them (see `processes`)."""
+    monkeypatch.setattr(launch, "start_rank", processes.launch_rank)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Starts functions in separate processes that are forked from the server of `dlopt.sweeps.pool`.
+"""Starts functions, commands and ranks in processes that are forked from the server of `dlopt.sweeps.pool`.
 
 The server imports torch once for all tests of a worker; a new interpreter needs seconds for the import.
 """
@@ -6,17 +6,23 @@ The server imports torch once for all tests of a worker; a new interpreter needs
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, reduction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from dlopt.interruption import SIGNALS
+from dlopt.parallel import launch
 from dlopt.sweeps.pool import warm_up
+
+_WORKER = os.getpid()  # the process of the tests; another one in the jobs of a sweep
 
 
 def start(
@@ -46,6 +52,12 @@ def _run(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked in the server
     for stream, path in streams.items():
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o666), stream)
+    _become(function, arguments, environment, folder)
+
+
+def _become(
+    function: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], folder: str
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -90,9 +102,102 @@ def run_dlopt(folder: Path, *arguments: str, environment: Mapping[str, str] = os
         return Done(process.exitcode, files[1].read_text(), files[2].read_text())
 
 
+def start_dlopt(folder: Path, *arguments: str, log: Path) -> BaseProcess:
+    """Starts `dlopt ARGUMENTS` in a process group of its own, which its ranks belong to."""
+    return start(_dlopt_in_session, (arguments,), os.environ, folder, {1: log, 2: log})
+
+
+def _dlopt_in_session(arguments: tuple[str, ...]) -> None:
+    os.setsid()
+    _dlopt(arguments)
+
+
 def _dlopt(arguments: tuple[str, ...]) -> None:
     from dlopt import cli
 
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.argv = ["dlopt", *arguments]
     cli.main()
+
+
+# -- ranks of dlopt's launcher
+
+
+class Rank:
+    """A forked rank, with the methods of `subprocess.Popen` that the launcher calls."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        self.kill, self.terminate = process.kill, process.terminate
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self._process.exitcode is None:
+            os.kill(self._process.pid or 0, number)
+
+
+class _Stream:
+    """A stream of this process; pickled for another process, it is one of that process."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (reduction.DupFd(self.number),)
+
+
+def _received(stream: Any) -> _Stream:
+    return _Stream(stream.detach())
+
+
+def start_rank(command: Sequence[str], environment: Mapping[str, str]) -> Any:
+    """Replaces the launcher's function: forks the rank from the server, or from a job that the server has forked.
+
+    `tests/reliability` and `tests/parallel/test_launch.py` start ranks of a new interpreter, as users do.
+    """
+    if command[0] != sys.executable or "-m" not in command:
+        return launch_rank(command, environment)
+    module, *arguments = command[command.index("-m") + 1 :]
+    method, streams = "fork", {}
+    if os.getpid() == _WORKER:
+        warm_up()
+        parent = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        environment = {**environment, launch.PARENT: str(parent)}
+        method, streams = "forkserver", {stream: _Stream(stream) for stream in (1, 2)}
+    process = multiprocessing.get_context(method).Process(  # type: ignore[attr-defined]
+        target=_run_rank, args=(module, arguments, dict(environment), os.getcwd(), streams), daemon=False
+    )
+    process.start()
+    return Rank(process)
+
+
+launch_rank = launch.start_rank
+
+
+def _run_rank(
+    module: str, arguments: list[str], environment: Mapping[str, str], folder: str, streams: Mapping[int, _Stream]
+) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    for number, stream in streams.items():
+        os.dup2(stream.number, number)
+    _become(_run_module, (module, arguments), environment, folder)
+
+
+def _run_module(module: str, arguments: list[str]) -> None:
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.argv = [module, *arguments]
+    warnings.filterwarnings("ignore", "'dlopt.* found in sys.modules")
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

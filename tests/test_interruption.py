@@ -145,7 +145,7 @@ def run_instead(command: Callable[[list[str]], int], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("dlopt.commands.options.options", command)
 
 
-MOMENTS = 20
+MOMENTS = 12
 SENDS_WHEN_STARTED = """
 from dlopt import cli
 main = cli.run

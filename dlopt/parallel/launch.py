@@ -86,7 +86,7 @@ def run_processes(
         try:
             for rank in range(processes):
                 variables = {"TORCH_CPP_LOG_LEVEL": "FATAL", **os.environ, **shared, **environment, RANK: str(rank)}
-                children.append(subprocess.Popen(command, env=variables))
+                children.append(start_rank(command, variables))
             killed = _wait(children, interruption)
         finally:
             for child in _running(children):
@@ -94,6 +94,10 @@ def run_processes(
             codes = [child.wait() for child in children]
             shutil.rmtree(folder, ignore_errors=True)
     return codes, killed, interruption
+
+
+def start_rank(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(command, env=environment)
 
 
 def _wait(children: "list[subprocess.Popen[bytes]]", interruption: Interruption) -> set[int]:

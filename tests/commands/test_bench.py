@@ -118,6 +118,7 @@ def test_benchmarks_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("new_interpreters")  # a forked rank has the memory of the server, too
 def test_filter_parallelism_fits_a_larger_model(tmp_path: Path) -> None:
     """An 8192 x 8192 layer: weights, gradients and momentum take 3 x 256 MiB, half of them 384 MiB."""
     wide = [*SMALL, "model.widths=[8192,8192]", "parallel=filter", "memory_limit_mb=720"]

@@ -20,6 +20,7 @@ from dlopt.losses import MSE
 from dlopt.parallel import launch
 from dlopt.parallel.launch import count_processes, end_with_torchrun, group_code, python_module, run_processes
 from tests.parallel.ranks import ROOT
+from tests.processes import Done, run_dlopt
 
 
 def is_rank_1() -> bool:
@@ -144,9 +145,12 @@ def test_exception_on_one_rank_ends_all_within_30_seconds_and_is_reported_once(
     tmp_path: Path, launcher: str, what: list[str], mode: str
 ) -> None:
     line = command(tmp_path / "run", *what, f"parallel={mode}", "allow_packages=[tests]", "epochs=1000")
+    done: Done | subprocess.CompletedProcess[str]
     if launcher == "torchrun":
         line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    else:
+        done = run_dlopt(ROOT, *line[3:])
     ended = time.time()
     assert done.returncode == 1, done.stderr
     messages = [entry for entry in done.stderr.splitlines() if entry.startswith("dlopt: ")]

@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from dlopt.training.trainer import Run, train
 from tests.commands.line import dlopt, refused
 from tests.parallel.equality import MLP, metric_values, resume_run
 from tests.parallel.ranks import ROOT, run_ranks
+from tests.processes import run_dlopt, start_dlopt
 from tests.training.runs import at_update, experiment, metrics, result, same, start, terminate, timeless
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
@@ -118,34 +117,34 @@ def test_shards_resume_with_another_number_of_processes(tmp_path: Path) -> None:
     assert_ended_like(run, tmp_path / "whole")
 
 
-def command(folder: Path, *overrides: str) -> list[str]:
-    lines = [*CASE, *SHARDED, "parallel.processes=2", "checkpoint.every_steps=1", "epochs=15", *overrides]
-    return [sys.executable, "-m", "dlopt", "train", f"hydra.run.dir={folder}", "resume=auto", *lines]
+def line(folder: Path, *overrides: str) -> list[str]:
+    saving = ["parallel.processes=2", "checkpoint.every_steps=1", "epochs=15", "resume=auto"]
+    return ["train", f"hydra.run.dir={folder}", *CASE, *SHARDED, *saving, *overrides]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["false", "true"], ids=["synchronous", "asynchronous"])
 def test_killed_during_saves_resumes_bitwise_identical(tmp_path: Path, asynchronous: str) -> None:
     """kill -9 of all processes of a run that mostly saves; the resumed run ends like an uninterrupted one."""
-    started = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     folder, option, draws = tmp_path / "run", f"checkpoint.asynchronous={asynchronous}", random.Random(0)
     during_write = 0
     for _ in range(2):
-        process = subprocess.Popen(command(folder, option), start_new_session=True, **started)  # type: ignore[call-overload]
+        log = tmp_path / "log.txt"
+        process = start_dlopt(ROOT, *line(folder, option), log=log)
         last_step = step_of(folder)
         deadline = time.monotonic() + 120
-        while step_of(folder) in (None, last_step) and process.poll() is None:
+        while step_of(folder) in (None, last_step) and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(draws.uniform(0, 0.6))
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive() and process.pid is not None, log.read_text()
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.join()
         during_write += any((folder / "checkpoints/shards").glob(".*.tmp"))
-    done = subprocess.run(command(folder, option), timeout=200, **started)  # type: ignore[call-overload]
+    done = run_dlopt(ROOT, *line(folder, option))
     assert done.returncode == 0, done.stderr
     print(f"{during_write} of 2 while shards were written")
-    whole = subprocess.run(command(tmp_path / "whole"), timeout=200, **started)  # type: ignore[call-overload]
+    whole = run_dlopt(ROOT, *line(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     assert len(json.loads((folder / "summary.json").read_text())["resumed_from"]) == 2
     assert timeless(folder) == timeless(tmp_path / "whole")

@@ -25,21 +25,27 @@ def begin(folder: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The folder of an uninterrupted sweep, and the seconds that it took."""
+    folder, start = tmp_path_factory.mktemp("whole"), time.monotonic()
+    sweep = begin(folder)
+    said, _ = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, said
+    return folder, time.monotonic() - start
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, 8])
-def test_kills_at_random_moments(kills: int, tmp_path: Path) -> None:
-    draw, killed, start = random.Random(kills), 0, time.monotonic()
-    whole = begin(tmp_path / "whole")
-    said, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, said
-    takes = time.monotonic() - start
+@pytest.mark.parametrize("kills", [1, 4])
+def test_kills_at_random_moments(kills: int, whole: tuple[Path, float], tmp_path: Path) -> None:
+    draw, killed = random.Random(kills), 0
     for _ in range(kills):
         sweep = begin(tmp_path / "killed")
         if kills == 1:  # in the middle of a job
             while not list(tmp_path.glob("killed/1/metrics.jsonl")) and sweep.poll() is None:
                 time.sleep(0.05)
         else:
-            time.sleep(draw.uniform(0.1, 0.6) * takes)
+            time.sleep(draw.uniform(0.1, 0.6) * whole[1])
         killed += sweep.poll() is None
         sweep.send_signal(signal.SIGKILL)
         sweep.communicate()
@@ -48,7 +54,7 @@ def test_kills_at_random_moments(kills: int, tmp_path: Path) -> None:
     said, _ = last.communicate(timeout=300)
     assert last.returncode == 0, said
     for number in range(4):
-        ours, theirs = tmp_path / "killed" / str(number), tmp_path / "whole" / str(number)
+        ours, theirs = tmp_path / "killed" / str(number), whole[0] / str(number)
         assert timeless(ours) == timeless(theirs)
         metrics = [dict(RunFolder(folder).summary() or {}) for folder in (ours, theirs)]
         for each in metrics:
