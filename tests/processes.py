@@ -23,6 +23,7 @@ from dlopt.parallel import launch
 from dlopt.sweeps.pool import warm_up
 
 _WORKER = os.getpid()  # the process of the tests; another one in the jobs of a sweep
+launch_rank = launch.start_rank
 
 
 def start(
@@ -180,9 +181,6 @@ def start_rank(command: Sequence[str], environment: Mapping[str, str]) -> Any:
     )
     process.start()
     return Rank(process)
-
-
-launch_rank = launch.start_rank
 
 
 def _run_rank(
