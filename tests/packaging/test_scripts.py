@@ -294,10 +294,19 @@ def test_test_command_fails_if_a_step_fails_or_no_test_runs(checkout: Checkout) 
     assert checkout.calls("-m pytest")[-1].endswith("-k one two")
     code, _, errors = checkout.run(script, PYTEST_EXIT="5")
     assert code == 1 and "pytest(5)" in errors
-    before = len(checkout.calls("-m pytest"))
+    before = len(checkout.calls("-m pytest -n"))
     code, _, errors = checkout.run(script, EXIT="3")
     assert code == 1 and "ruff(3) mypy(3) words(3)" in errors
-    assert len(checkout.calls("-m pytest")) == before + 1  # the other parts run nevertheless
+    assert len(checkout.calls("-m pytest -n")) == before + 1  # the other parts run nevertheless
+
+
+def test_test_command_compiles_a_fresh_clone_once(checkout: Checkout) -> None:
+    script = str(checkout.root / "scripts/test")
+    checkout.run(script)
+    (checkout.root / "tests/__pycache__").mkdir(parents=True)
+    checkout.run(script)
+    assert len(checkout.calls("--collect-only")) == 1
+    assert len(checkout.calls("-m pytest -n")) == 2
 
 
 def test_constraints_pin_every_requirement_without_addresses() -> None:
