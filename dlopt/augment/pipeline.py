@@ -162,10 +162,15 @@ class CentreCrop:
 
     def __call__(self, inputs: Tensor, targets: Tensor, **position: Any) -> tuple[Tensor, Tensor]:
         height, width = self.size
-        top, left = (inputs.shape[2] - height) // 2, (inputs.shape[3] - width) // 2
+        top, left = self.corner(*inputs.shape[2:])
+        return inputs[:, :, top : top + height, left : left + width], targets
+
+    def corner(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (top, left) of the crop of an image of this size. Raises `UserError` if the image is smaller."""
+        top, left = (height - self.size[0]) // 2, (width - self.size[1]) // 2
         if top < 0 or left < 0:
             raise UserError(
-                f"augmentation: trains on {height}x{width} crops, but the test images have only "
-                f"{inputs.shape[2]}x{inputs.shape[3]} pixels; set data.image_size={max(height, width)} or larger"
+                f"augmentation: trains on {self.size[0]}x{self.size[1]} crops, but the test images have only "
+                f"{height}x{width} pixels; set data.image_size={max(self.size)} or larger"
             )
-        return inputs[:, :, top : top + height, left : left + width], targets
+        return top, left

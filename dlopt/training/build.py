@@ -207,7 +207,9 @@ def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | 
     if experiment.augmentation.arguments.get("operations") == []:
         return None
     shape, classes = dataset.train.shape, dataset.task.classes
-    return experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
+    augment: Pipeline = experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
+    CentreCrop(augment.output_shape).corner(*shape[1:])  # raises a UserError now, not at the first evaluation
+    return augment
 
 
 def with_task(experiment: Experiment, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
