@@ -97,6 +97,7 @@ def run_processes(
 
 
 def start_rank(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Starts a rank in a new interpreter."""
     return subprocess.Popen(command, env=environment)
 
 
