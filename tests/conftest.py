@@ -48,7 +48,7 @@ def conf_dir() -> Path:
 @pytest.fixture
 def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starts ranks as users do, where tests fork them (see `processes`)."""
-    monkeypatch.setattr(launch, "start_rank", processes.launch_rank)
+    monkeypatch.setattr(launch, "start_rank", processes.start_rank_in_new_interpreter)
 
 
 @pytest.fixture

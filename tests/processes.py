@@ -23,7 +23,7 @@ from dlopt.parallel import launch
 from dlopt.sweeps.pool import warm_up
 
 _WORKER = os.getpid()  # the process of the tests; another one in the jobs of a sweep
-launch_rank = launch.start_rank
+start_rank_in_new_interpreter = launch.start_rank
 
 
 def start(
@@ -116,9 +116,13 @@ def _dlopt_in_session(arguments: tuple[str, ...]) -> None:
 def _dlopt(arguments: tuple[str, ...]) -> None:
     from dlopt import cli
 
-    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    _honour_pythonpath()
     sys.argv = ["dlopt", *arguments]
     cli.main()
+
+
+def _honour_pythonpath() -> None:
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 # -- ranks of dlopt's launcher
@@ -165,10 +169,11 @@ def _received(stream: Any) -> _Stream:
 def start_rank(command: Sequence[str], environment: Mapping[str, str]) -> Any:
     """Replaces the launcher's function: forks the rank from the server, or from a job that the server has forked.
 
-    `tests/reliability` and `tests/parallel/test_launch.py` start ranks of a new interpreter, as users do.
+    Ranks start in new interpreters, as those of users do, in tests that start the launcher itself in a new one, and in
+    those with the fixture `new_interpreters`.
     """
     if command[0] != sys.executable or "-m" not in command:
-        return launch_rank(command, environment)
+        return start_rank_in_new_interpreter(command, environment)
     module, *arguments = command[command.index("-m") + 1 :]
     method, streams = "fork", {}
     if os.getpid() == _WORKER:
@@ -195,7 +200,7 @@ def _run_rank(
 
 
 def _run_module(module: str, arguments: list[str]) -> None:
-    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    _honour_pythonpath()
     sys.argv = [module, *arguments]
     warnings.filterwarnings("ignore", "'dlopt.* found in sys.modules")
     runpy.run_module(module, run_name="__main__", alter_sys=True)

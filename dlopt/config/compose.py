@@ -1,8 +1,7 @@
 """Composes configs with Hydra's public functions, and explains errors in overrides.
 
-The only module, with `loader.py`, that imports Hydra's internals, for two things without a public name: its argument
-parser, because `dlopt train` takes Hydra's flags, and its callbacks object, without which third-party launchers start
-no job.
+Two things have no public name in Hydra and come from `loader.py`: its argument parser, because `dlopt train` takes
+Hydra's flags, and its callbacks object, without which third-party launchers start no job.
 """
 
 import contextlib

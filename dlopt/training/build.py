@@ -207,9 +207,7 @@ def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | 
     if experiment.augmentation.arguments.get("operations") == []:
         return None
     shape, classes = dataset.train.shape, dataset.task.classes
-    augment: Pipeline = experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
-    CentreCrop(augment.output_shape).corner(*shape[1:])  # raises a UserError now, not at the first evaluation
-    return augment
+    return experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
 
 
 def with_task(experiment: Experiment, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:

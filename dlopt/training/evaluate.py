@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dlopt.augment.pipeline import CentreCrop
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import prepare
@@ -256,6 +257,14 @@ def test_metrics(workload: Workload) -> dict[str, Any]:
         metrics = report(outputs, workload.loss, workload.task).metrics
         return {name: metrics[name] for name in ("test_loss", "test_accuracy") if name in metrics}
     return _evaluate(workload, evaluation_batches(workload, workload.dataset.test).epoch(0), "test") or {}
+
+
+def check_crops(workload: Workload) -> None:
+    """Raises `UserError` if the run evaluates images that are smaller than the crops on which it trains."""
+    dataset, settings = workload.dataset, workload.experiment.settings.evaluate
+    is_tested = settings.test and settings.tta == "none" and dataset.test is not None
+    if workload.augment is not None and (is_tested or dataset.val is not None):
+        CentreCrop(workload.augment.output_shape).corner(*dataset.train.shape[1:])
 
 
 def check_tta(workload: Workload) -> None:

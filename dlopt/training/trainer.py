@@ -35,7 +35,7 @@ from dlopt.training.build import (
     training_batches,
 )
 from dlopt.training.checkpoint import Checkpoints, load
-from dlopt.training.evaluate import Validate, check_tta, reduction, test_metrics, validation
+from dlopt.training.evaluate import Validate, check_crops, check_tta, reduction, test_metrics, validation
 from dlopt.training.metrics import MetricSum, sample_losses
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
@@ -98,6 +98,7 @@ def train(
     mode = build_mode(run.experiment)
     state = mode.broadcast(run.checkpoint)  # rank 0 has loaded it
     workload = build_workload(run.experiment, None if state is None else state["normalize"], parallel=mode)
+    check_crops(workload)
     batches = training_batches(workload)
     length = run_length(settings, len(batches), state)
     horizon_note = None if state is None else check_horizon(run.experiment, length, state)

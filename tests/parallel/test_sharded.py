@@ -127,9 +127,8 @@ def line(folder: Path, *overrides: str) -> list[str]:
 def test_killed_during_saves_resumes_bitwise_identical(tmp_path: Path, asynchronous: str) -> None:
     """kill -9 of all processes of a run that mostly saves; the resumed run ends like an uninterrupted one."""
     folder, option, draws = tmp_path / "run", f"checkpoint.asynchronous={asynchronous}", random.Random(0)
-    during_write = 0
+    log, during_write = tmp_path / "log.txt", 0
     for _ in range(2):
-        log = tmp_path / "log.txt"
         process = start_dlopt(ROOT, *line(folder, option), log=log)
         last_step = step_of(folder)
         deadline = time.monotonic() + 120

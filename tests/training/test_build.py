@@ -165,12 +165,6 @@ def test_refuses_a_custom_model_that_cannot_process_the_samples() -> None:
         build(replace(experiment(*SMALL), model=model))
 
 
-def test_refuses_an_augmentation_that_enlarges_the_images() -> None:
-    """Evaluation crops the centre of the images, which must not be smaller."""
-    with pytest.raises(UserError, match=r"32x32 crops, but the test images have only 8x8 .*; set data\.image_size=32"):
-        build_workload("augmentation=imagenet_small")
-
-
 def test_number_of_outputs_follows_the_data() -> None:
     inputs = torch.zeros(4, 3)
 

@@ -359,6 +359,25 @@ def test_errors_before_the_first_update_are_user_errors(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("evaluations", "is_refused"),
+    [
+        ([], True),
+        (["data.val_split=0"], True),
+        (["evaluate.test=false"], True),
+        (["data.val_split=0", "evaluate.test=false"], False),
+    ],
+)
+def test_crops_larger_than_the_evaluated_images(evaluations: list[str], is_refused: bool, tmp_path: Path) -> None:
+    lines = ["augmentation=imagenet_small", "epochs=1", *evaluations]
+    if not is_refused:
+        assert start(tmp_path, *SMALL, *lines)["status"] == "finished"
+        return
+    with pytest.raises(UserError, match=r"32x32 crops, but the test images have only 8x8 .*; set data\.image_size=32"):
+        start(tmp_path, *SMALL, *lines)
+    assert not list(tmp_path.iterdir())
+
+
 def test_full_disk_fails_and_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = torch.save
 
