@@ -19,7 +19,7 @@ from dlopt.config.compose import Composer, quoted
 from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
 from dlopt.job import claim, start
 from dlopt.parallel.rendezvous import current
-from dlopt.processor import set_deterministic
+from dlopt.processor import set_deterministic, set_threads
 from dlopt.tracking import read_metrics, read_summary
 from dlopt.tracking.layout import short_path
 from dlopt.training import rng
@@ -144,7 +144,7 @@ def _preserve_global_state() -> Iterator[None]:
         yield
     finally:
         rng.restore(rng_state)
-        torch.set_num_threads(threads)
+        set_threads(threads)
         torch.set_float32_matmul_precision(precision)
         set_deterministic(deterministic, warn_only=warn_only)
         cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark

@@ -28,7 +28,11 @@ def choose_device(name: str) -> torch.device:
 
 def set_threads(threads: int | str, sharing: int = 1) -> None:
     """Sets the number of CPU threads; `auto` divides the available cores by the number of `sharing` processes."""
-    torch.set_num_threads(threads if isinstance(threads, int) else max(usable_cores() // sharing, 1))
+    number = threads if isinstance(threads, int) else max(usable_cores() // sharing, 1)
+    # After torch.set_num_threads, each matrix product within a parallel kernel of torch, such as attention, starts
+    # threads of its own. This slows attention by a quarter, even where the number stays the same.
+    if number != torch.get_num_threads():
+        torch.set_num_threads(number)
 
 
 def usable_cores() -> int:

@@ -23,6 +23,12 @@ def test_threads() -> None:
         torch.set_num_threads(before)
 
 
+def test_threads_are_not_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.set_num_threads slows attention, even with the present number of threads."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: pytest.fail(f"set to {number}"))
+    set_threads(torch.get_num_threads())
+
+
 @pytest.mark.parametrize(
     "limit, cores", [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 8)]
 )
