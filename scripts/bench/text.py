@@ -11,10 +11,10 @@ update, no biases, no dropout, AdamW, fp32, on the source code of Python's stand
     nanogpt      nanoGPT's model.py and the loop of its train.py: get_batch, clipping, AdamW as it is on a CPU, the loss
                  printed in every update (log_interval=1 in its recipe)
 
-nanoGPT is not a package, so its model and loop are written here. The candidates take turns. Each measurement is a new
-process, because dlopt's malloc settings would also speed up the others, and because the same program differs by some
-percent from process to process. Reports medians by processor time, which other jobs on the machine disturb little, and
-by wall time.
+nanoGPT is not a package, so its model and loop are written here. The candidates take turns, in both orders. Each
+measurement is a new process, because dlopt's malloc settings would also speed up the others, and because the same
+program differs by some percent from process to process. Reports medians by processor time, which other jobs on the
+machine disturb little, and by wall time.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.data.text import python_source
+from dlopt.processor import set_threads
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.trainer import dry_run
 
@@ -148,7 +149,7 @@ class NanoGPT(nn.Module):
 def nanogpt_steps(threads: int, *overrides: str) -> Steps:
     dataset = python_source(sequence_length=CONTEXT, val_split=0.05, test_split=0.05)
     data = np.asarray(dataset.train.tokens, dtype=np.uint16)  # type: ignore[attr-defined]
-    torch.set_num_threads(threads)
+    set_threads(threads)
     torch.manual_seed(1337)
     model = compiled(NanoGPT(), overrides)
     optimizer = torch.optim.AdamW(groups(model), lr=RATE, betas=BETAS)
@@ -205,10 +206,10 @@ def main() -> None:
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in builds}
     spawn = multiprocessing.get_context("spawn")
-    for _ in range(options.rounds):
-        for name, build in builds.items():
+    for number in range(options.rounds):
+        for name in list(builds)[:: 1 if number % 2 else -1]:
             with ProcessPoolExecutor(1, mp_context=spawn) as process:
-                times[name].append(process.submit(measure, build, options.steps).result())
+                times[name].append(process.submit(measure, builds[name], options.steps).result())
     tokens = options.steps * BATCH * CONTEXT
     rates = {
         name: {
