@@ -10,11 +10,11 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from dlopt.errors import RunError, UserError
+from dlopt.errors import USER_ERROR, RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.job import describe
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, Result, compose_or_fail, labels
+from dlopt.sweeps.jobs import Job, Result, compose_or_fail, labels, result_of
 from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.tracking.layout import format_count, format_duration
 from dlopt.tracking.overview import Overview
@@ -65,15 +65,30 @@ class _JobList(JobSource):
 def estimate_job_seconds(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str]) -> float | None:
     """Estimates the mean seconds of a job with these (saved) configs; None if no probe trained.
 
-    Runs the first, middle and last config for a few seconds each in a temporary folder.
+    Runs the first, middle and last config for a few seconds each in a temporary folder, and warns of failures. Raises
+    `UserError` if none of them can work.
     """
     indices = sorted({0, len(configs) // 2, len(configs) - 1})[:_PROBES]
-    estimates = [seconds for i in indices if (seconds := _probe(configs[i], choices)) is not None]
-    return sum(estimates) / len(estimates) if estimates else None
+    estimates: list[float | None] = []
+    errors: list[UserError | RunError] = []
+    for i in indices:
+        try:
+            estimates.append(_probe(configs[i], choices))
+        except (UserError, RunError) as error:
+            errors.append(error)
+    if not estimates and isinstance(errors[0], UserError):
+        raise errors[0]
+    for message in dict.fromkeys(map(str, errors)):
+        print(f"warning: a job would fail: {message}", flush=True)
+    known = [seconds for seconds in estimates if seconds is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | None:
-    """Trains for a few seconds and extrapolates to all updates; None if the probe fails or times out."""
+    """Trains for a few seconds and extrapolates to all updates; None if the probe times out.
+
+    Raises `UserError` if the config cannot work, `RunError` if the run fails.
+    """
     from dlopt.training.checkpoint import Checkpoints  # imports torch
 
     probe_config = {**config, "max_time": _PROBE_MINUTES, "tracking": [], "resume": None, "dry_run": False}
@@ -82,14 +97,16 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | Non
         folder = RunFolder(Path(path))
         describe(folder.path, probe_config, [], choices)
         process, deadline = pools.spawn(folder.path, {}, None), time.monotonic() + _PROBE_TIMEOUT
-        while process.poll() is None:
+        while (code := process.poll()) is None:
             if time.monotonic() > deadline:
                 process.kill()
                 return None
             time.sleep(0.1)
-        summary = folder.summary() or {}
-        seconds, steps = summary.get("seconds"), summary.get("steps")
-        if summary.get("status") in ("finished", "stopped_early") or not seconds or not steps:
+        result = result_of(folder, code)
+        if result.status == "failed":
+            raise (UserError if code == USER_ERROR else RunError)(result.reason)
+        seconds, steps = result.metrics.get("seconds"), result.metrics.get("steps")
+        if result.status in ("finished", "stopped_early") or not seconds or not steps:
             return seconds  # short enough to finish, or nothing was trained
         try:
             state = Checkpoints(folder.checkpoints).load_newest()

@@ -11,6 +11,7 @@ import optuna
 import pytest
 import yaml
 
+from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.locks import is_held
 from dlopt.sweeps import search as module
@@ -267,6 +268,36 @@ def test_estimate_extrapolates_to_all_updates(
     monkeypatch.setattr("dlopt.sweeps.pool.spawn", Stopped)
     monkeypatch.setattr("dlopt.training.checkpoint.Checkpoints.load_newest", lambda self: state)
     assert estimate_job_seconds([{"seed": 0, "schedule_epochs": 5.0}], {}) == (3.0 if share is None else 12.0)
+
+
+class Probe:
+    """A probe of seed 0 takes 4 s; that of seed 1 ends with exit code 2, that of seed 2 with 1."""
+
+    def __init__(self, folder: Path, *_: object) -> None:
+        config = RunFolder(folder).config()
+        assert config is not None
+        self.code = (0, 2, 1)[config["seed"]]
+        summary = {"status": "failed", "reason": f"reason {self.code}"} if self.code else {"status": "finished"}
+        (folder / "summary.json").write_text(json.dumps(summary | {"seconds": 4.0, "steps": 8}))
+
+    def poll(self) -> int:
+        return self.code
+
+
+def test_estimate_warns_of_jobs_that_would_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", Probe)
+    assert estimate_job_seconds([{"seed": seed} for seed in range(3)], {}) == 4.0
+    assert capsys.readouterr().out.splitlines() == [f"warning: a job would fail: reason {code}" for code in (2, 1)]
+    assert estimate_job_seconds([{"seed": 2}], {}) is None
+    assert "reason 1" in capsys.readouterr().out
+
+
+def test_estimate_refuses_a_config_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", Probe)
+    with pytest.raises(UserError, match="reason 2"):
+        estimate_job_seconds([{"seed": 1}], {})
 
 
 @pytest.mark.parametrize(
