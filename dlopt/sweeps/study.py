@@ -261,7 +261,9 @@ class Study:
 
     def report(self, claim: Claim, epoch: int, value: float) -> bool:
         """Reports a running job's metric to the pruner; returns whether to stop the job."""
-        claim.trial.report(value, epoch)
+        known = self._storage.get_trial(claim.trial._trial_id).intermediate_values if claim.is_takeover else {}
+        if epoch not in known:  # a resumed job reports its first epochs again, and Optuna would warn
+            claim.trial.report(value, epoch)
         return claim.trial.should_prune()
 
     def finish(self, claim: Claim, objectives: Sequence[float], folder: Path) -> None:

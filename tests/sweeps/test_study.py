@@ -185,6 +185,19 @@ def test_takeover_draws_the_same_remaining_values(sampler: str, tmp_path: Path) 
         study.close()
 
 
+@pytest.mark.filterwarnings("error:The reported value")  # of Optuna: it would interrupt the output of the sweep
+def test_a_job_taken_over_reports_its_first_epochs_again(tmp_path: Path) -> None:
+    for epochs in (2, 4):
+        study = study_of(tmp_path, make_spec(1, None))
+        claim = study.claim()
+        assert claim is not None and claim.is_takeover == (epochs == 4)
+        for epoch in range(1, epochs + 1):
+            study.report(claim, epoch, float(epoch))
+        trial = study._storage.get_trial(claim.trial._trial_id)
+        assert trial.intermediate_values == {epoch: float(epoch) for epoch in range(1, epochs + 1)}
+        study.close()
+
+
 def test_torn_line_of_the_journal_is_truncated(tmp_path: Path) -> None:
     study = study_of(tmp_path, make_spec(3, None))
     claim = study.claim()
