@@ -193,6 +193,16 @@ class _Unpickler(pickle.Unpickler):
     """Allows only the classes with which torch.distributed.checkpoint describes tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format  # Python 3.11.2 pickles the member of an enum as getattr(enum, name)
         if (module, name) not in _ALLOWED_GLOBALS:
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed in {METADATA}")
         return super().find_class(module, name)
+
+
+def _memory_format(kind: object, name: str) -> Any:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    if kind is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"builtins.getattr of {kind} is not allowed in {METADATA}")
+    return _MEM_FORMAT_ENCODING[name]

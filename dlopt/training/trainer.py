@@ -53,9 +53,7 @@ FindLr = Callable[[Workload, Tracking, Path], float]
 """Returns the learning rate for optimizer.lr=auto. Raises `UserError` if none is suitable."""
 Draw = Callable[[Workload, Path, Sequence[float]], Mapping[str, Path]]
 """Draws a finished run (with its best model) into its folder, with the restarts of the schedule (in epochs).
-
-Returns the paths by description.
-"""
+Returns the paths by description."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Sharded checkpoints of two processes: complete or absent, whichever rank crashes or fails, at any call."""
 
+import io
 import logging
 import os
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from dlopt.errors import RunError, UserError
 from dlopt.files import sha256, write, write_digests
@@ -424,3 +426,22 @@ def test_unpickler_allows_only_tensor_metadata() -> None:
     ):
         with pytest.raises(pickle.UnpicklingError, match=f"{module}.{name} is not allowed"):
             shard_files._Unpickler(sys.stdin.buffer).find_class(module, name)  # type: ignore[arg-type]
+
+
+class Attribute:
+    """Pickled as getattr(owner, name)."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.arguments = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.arguments
+
+
+def test_enums_are_read_as_python_3_11_2_pickles_them() -> None:
+    expected = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    file = io.BytesIO(pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, expected.name)))
+    assert shard_files._Unpickler(file).load() is expected
+    for owner, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            shard_files._Unpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
