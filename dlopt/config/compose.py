@@ -278,6 +278,9 @@ class Composer:
             return f"{line}: {first_lines(error)}"
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(config, parent, throw_on_resolution_failure=False) if parent else config
+        while node is None and "." in parent:  # explain the first part of the key that does not exist
+            parent, _, name = parent.rpartition(".")
+            node = OmegaConf.select(config, parent, throw_on_resolution_failure=False)
         if not isinstance(node, DictConfig):
             group, _, rest = key.partition(".")
             names = [str(name) for name in config]
@@ -298,13 +301,15 @@ class Composer:
         if hint := for_key(key, typed):
             return f"{line}: unknown key; {hint}"
         names += [] if parent else sorted(self.more_keys)
-        if not names:
-            return f"{line}: unknown key; add a new key with a plus sign: +{line}"
         close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
         prefix = f"{parent}." if parent else ""
         hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _suggest_in_groups(name, config)
         if not hint and parent in self.groups():
             hint = _suggest_choices(parent, name, self.choices(parent))
+        if not names and str(node.get("_target_")).startswith("dlopt."):
+            return f"{line}: unknown key; {hint}the chosen {parent} has no keys"
+        if not names:
+            return f"{line}: unknown key; add a new key with a plus sign: +{line}"
         command = f"dlopt options {parent}" if parent in self.groups() else "dlopt train --help"
         return f"{line}: unknown key; {hint}allowed: {shorten(name, names, command)}"
 
