@@ -252,8 +252,7 @@ def test_metrics(workload: Workload) -> dict[str, Any]:
         return {}
     settings = workload.experiment.settings.evaluate
     if settings.tta != "none":
-        average = choose_average(settings.average if workload.classify else None, workload)
-        outputs = predict_test_set(workload, CHOICES[settings.tta](), average)
+        outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload))
         metrics = report(outputs, workload.loss, workload.task).metrics
         return {name: metrics[name] for name in ("test_loss", "test_accuracy") if name in metrics}
     return _evaluate(workload, evaluation_batches(workload, workload.dataset.test).epoch(0), "test") or {}
@@ -279,14 +278,20 @@ def check_tta(workload: Workload) -> None:
             f"use evaluate.tta=none, then dlopt eval tta={tta}"
         )
     _build_transform(workload, CHOICES[tta](), workload.dataset.test)
+    _final_average(workload)
 
 
-def choose_average(average: Average | None, workload: Workload) -> Average:
+def _final_average(workload: Workload) -> Average:
+    average = workload.experiment.settings.evaluate.average
+    return choose_average(average if workload.classify else None, workload, key="evaluate.average")
+
+
+def choose_average(average: Average | None, workload: Workload, *, key: str = "average") -> Average:
     """Returns the default for `average` None: probabilities; logits for squared errors, whose outputs are estimates."""
     if workload.classify and not isinstance(workload.loss, MSE):
         return average or "probabilities"
     if average == "probabilities":
-        raise UserError("average=probabilities: this model was trained with a squared error; use average=logits")
+        raise UserError(f"{key}=probabilities: a model trained with a squared error has none; use {key}=logits")
     return "logits"
 
 

@@ -31,6 +31,12 @@ def test_rejects_augmentation_of_vectors_before_training(tmp_path: Path) -> None
     assert "are not images" in refused(tmp_path, "train", *line)
 
 
+def test_rejects_probabilities_of_squared_errors_before_training(tmp_path: Path) -> None:
+    line = (*CONVOLUTIONS, "loss=mse", "evaluate.tta=flip", "hydra.run.dir=run")
+    assert "use evaluate.average=logits" in refused(tmp_path, "train", *line)
+    assert dlopt(tmp_path, "train", *line, "evaluate.average=logits").code == 0
+
+
 def test_without_the_final_test_the_test_set_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the test set was read")
