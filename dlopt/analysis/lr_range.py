@@ -95,7 +95,7 @@ def trial(experiment: Experiment, keys: RangeTest) -> Experiment:
         return keys.rate
 
     if "lr" not in experiment.optimizer.arguments:
-        raise UserError(f"optimizer={experiment.optimizer.target.__name__}: has no learning rate to tune")
+        raise UserError(f"{experiment.optimizer.choice}: has no learning rate to tune")
     if key := uses_line_search(experiment.optimizer):
         value = experiment.optimizer.arguments[key]
         raise UserError(f"optimizer.{key}={value}: the line search chooses the length of a step; set optimizer.lr")

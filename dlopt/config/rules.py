@@ -43,7 +43,7 @@ def check_combinations(experiment: Experiment) -> None:
     _check_batch(experiment)
     if experiment.model.arguments.get("pretrained") and experiment.init.target.__name__ != "default":
         raise UserError(
-            f"init={experiment.init.target.__name__}: would overwrite the pretrained weights; "
+            f"{experiment.init.choice}: would overwrite the pretrained weights; "
             "use init=default or model.pretrained=false"
         )
     if experiment.loss.target.__name__ == "PixelCrossEntropy":

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -81,6 +82,14 @@ class Component:
         names = parameters_of(self.target).keys() - self.arguments.keys()
         extra = {name: value for name, value in runtime.items() if name in names}
         return self.target(**extra, **{name: _build(value, runtime) for name, value in self.arguments.items()})
+
+    @property
+    def choice(self) -> str:
+        """KEY=CHOICE, for messages. A callable that several choices share is named instead of the choice."""
+        files = sorted((config_folder() / self.key).glob("*.yaml"))
+        targets = {file.stem: re.search(r"^_target_: .*\b(\w+)$", file.read_text(), re.MULTILINE) for file in files}
+        names = [name for name, match in targets.items() if match is not None and match[1] == self.target.__name__]
+        return f"{self.key}={names[0] if len(names) == 1 else self.target.__name__}"
 
     def takes(self, name: str) -> bool:
         return name in parameters_of(self.target)

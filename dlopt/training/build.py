@@ -134,7 +134,7 @@ def build_workload(
     except OSError as error:
         if (message := refused_path(error)) is None:
             raise
-        raise UserError(f"data={experiment.data.target.__name__}: {message}") from None
+        raise UserError(f"{experiment.data.choice}: {message}") from None
     processes, random_crops = parallel.local_processes, _crops_at_random(experiment)
     dataset = prepare(source, experiment.data_settings, device=device, processes=processes, random_crops=random_crops)
     augment = _build_augmentation(experiment, dataset)
@@ -191,7 +191,7 @@ def _check_normalization(experiment: Experiment, normalize: nn.Module, shape: tu
         normalize(torch.zeros(1, *shape, device=next(iter(normalize.buffers()), torch.zeros(())).device))
     except RuntimeError:
         raise UserError(
-            f"normalize={experiment.normalize.target.__name__}: its statistics are per pixel, but the augmentation "
+            f"{experiment.normalize.choice}: its statistics are per pixel, but the augmentation "
             f"changes the image size to {shape[1]}x{shape[2]}; use normalize=standardize"
         ) from None
 
@@ -219,7 +219,7 @@ def with_task(experiment: Experiment, dataset: Dataset, shape: tuple[int, ...]) 
         return dataset
     if dataset.unlabelled is not None or len(shape) != 3:
         what = "a text" if dataset.unlabelled is not None else "vectors"
-        raise UserError(f"model={experiment.model.target.__name__}: reconstructs images, but the samples are {what}")
+        raise UserError(f"{experiment.model.choice}: reconstructs images, but the samples are {what}")
     return replace(dataset, unlabelled=Task("reconstruction", math.prod(shape)))
 
 
@@ -251,8 +251,9 @@ def _build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module,
     runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, SCHEME)}
     if experiment.init.takes("inputs"):
         if dataset.task.vocabulary is not None:
-            name = experiment.init.target.__name__
-            raise UserError(f"init={name}: measures images or features, not text; use init=gpt2 or init=default")
+            raise UserError(
+                f"{experiment.init.choice}: measures images or features, not text; use init=gpt2 or init=default"
+            )
         runtime["inputs"] = _init_inputs(dataset.train, normalize, shape)
     if experiment.init.takes("growth"):
         runtime["growth"] = width_growth(experiment.model, model_arguments(dataset.task, shape))
@@ -298,6 +299,11 @@ def training_batches(workload: Workload) -> Batches:
         targets=samples.targets, samples=samples, batch_size=data.batch_size, seed=stream(settings.order_seed, ORDER)
     )
     if isinstance(samples, Windows):
+        if type(sampler).__module__.startswith("dlopt.data.samplers."):
+            raise UserError(
+                f"{experiment.sampler.choice}: the windows of a text have no labels and change in every epoch; "
+                "use sampler=random"
+            )
         sampler, samples = shifted(sampler, samples, stream(settings.order_seed, ORDER))
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     seed = stream(settings.augmentation_seed, AUGMENTATION)
@@ -370,15 +376,15 @@ def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler
     sampler, experiment, mode = batches.sampler, workload.experiment, workload.parallel
     if not isinstance(sampler, LossAwareSampler):
         return None
-    name = experiment.sampler.target.__name__
+    choice = experiment.sampler.choice
     if not mode.supports_loss_aware_samplers:
         raise UserError(
-            f"sampler={name}: parallel={mode.name} does not exchange the losses that it needs; "
+            f"{choice}: parallel={mode.name} does not exchange the losses that it needs; "
             "use parallel=ddp or another sampler"
         )
     if experiment.settings.on_divergence == "skip":
         raise UserError(
-            f"on_divergence=skip: sampler={name} needs the losses of every update; "
+            f"on_divergence=skip: {choice} needs the losses of every update; "
             "use on_divergence=rollback or another sampler"
         )
     sampler.maximum = mode.maximum_over_ranks

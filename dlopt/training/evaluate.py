@@ -137,7 +137,7 @@ def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> Repo
         kind = workload.task.shown_kind
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
     if workload.dataset.test is None:
-        raise UserError(f"data={workload.experiment.data.target.__name__}: this dataset has no test set")
+        raise UserError(f"{workload.experiment.data.choice}: this dataset has no test set")
     return Report(test_metrics(workload), None)
 
 
@@ -206,8 +206,7 @@ def validation(
             )
         for component, other in ((experiment.stopping, "stopping=none"), (experiment.schedule, "schedule=cosine")):
             if "monitor" in component.arguments:
-                choice = f"{component.key}={component.target.__name__.lower()}"
-                raise UserError(f"{choice}: needs a validation set; set data.val_split=0.1 or {other}")
+                raise UserError(f"{component.choice}: needs a validation set; set data.val_split=0.1 or {other}")
         return None
     extra = extra_metrics(experiment, workload.dataset, workload.loss)
     batches = evaluation_batches(workload, samples)
@@ -277,7 +276,7 @@ def check_tta(workload: Workload) -> None:
             f"evaluate.tta={tta}: the final test with {workload.parallel.processes} processes does not support it; "
             f"use evaluate.tta=none, then dlopt eval tta={tta}"
         )
-    _build_transform(workload, CHOICES[tta](), workload.dataset.test)
+    _build_transform(workload, CHOICES[tta](), workload.dataset.test, key="evaluate.tta")
     _final_average(workload)
 
 
@@ -304,7 +303,7 @@ def predict_test_set(
     """
     samples = workload.dataset.test
     if samples is None:
-        raise UserError(f"data={workload.experiment.data.target.__name__}: this dataset has no test set")
+        raise UserError(f"{workload.experiment.data.choice}: this dataset has no test set")
     model = workload.precision.autocast(workload.model)
     with norm_statistics(workload, workload.module, model):
         if choice is None:
@@ -344,11 +343,10 @@ def _normalized(workload: Workload, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _build_transform(workload: Workload, choice: Any, samples: Samples) -> TestTransform:
+def _build_transform(workload: Workload, choice: Any, samples: Samples, *, key: str = "tta") -> TestTransform:
     """Builds the transform for `samples`. Raises `UserError` for other data than images, or for a wrong crop size."""
     if len(samples.shape) != 3:
-        data = workload.experiment.data.target.__name__
-        raise UserError(f"tta: the samples of data={data} are not images; use tta=none")
+        raise UserError(f"{key}: the samples of {workload.experiment.data.choice} are not images; use {key}=none")
     channels, *image = samples.shape
     shape = samples.shape if workload.augment is None else workload.augment.output_shape
     transform: TestTransform = choice.build((shape[1], shape[2]), (image[0], image[1]))

@@ -99,7 +99,7 @@ def _largest_argument(model: Component) -> str:
     sizes = {name: _largest_integer(value) for name, value in model.arguments.items()}
     name = max(sizes, key=lambda name: sizes[name], default=None)
     if name is None or not sizes[name]:
-        return f"{model.key}={model.target.__name__}"
+        return model.choice
     return f"{model.key}.{name}={show(model.arguments[name])}"
 
 
@@ -113,11 +113,11 @@ def check_reads(experiment: Experiment, module: nn.Module, task: Task) -> None:
     """Raises `UserError` if one of dlopt's models or components does not fit a text."""
     if task.vocabulary is None:
         return
-    model, normalize = experiment.model.target, experiment.normalize.target
-    if model.__module__.startswith("dlopt.") and getattr(module, "vocabulary", None) is None:
-        raise UserError(f"model={model.__name__.lower()}: does not read text; use model=gpt, lstm or rnn")
-    if normalize is not Nothing:
-        raise UserError(f"normalize={normalize.__name__.lower()}: tokens have no mean; use normalize=none")
+    model, normalize = experiment.model, experiment.normalize
+    if model.target.__module__.startswith("dlopt.") and getattr(module, "vocabulary", None) is None:
+        raise UserError(f"{model.choice}: does not read text; use model=gpt, lstm or rnn")
+    if normalize.target is not Nothing:
+        raise UserError(f"{normalize.choice}: tokens have no mean; use normalize=none")
     if experiment.augmentation.arguments.get("operations") != []:
         raise UserError("augmentation: its operations change images, not text; use augmentation=none")
 

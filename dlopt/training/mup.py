@@ -29,7 +29,7 @@ def width_growth(model: Component, runtime: dict[str, Any]) -> WidthGrowth:
     key = next((key for key in _WIDTH_KEYS if model.arguments.get(key)), None)
     if key is None:
         raise UserError(
-            f"init=mup: model={model.target.__name__.lower()} has no key for its width (width, widths, widen, hidden); "
+            f"init=mup: {model.choice} has no key for its width (width, widths, widen, hidden); "
             "use another init or another model"
         )
     width = model.arguments[key]
@@ -38,7 +38,7 @@ def width_growth(model: Component, runtime: dict[str, Any]) -> WidthGrowth:
     narrow = build_on_meta(model, runtime)
     if any(isinstance(module, Divide) for module in narrow.modules()):
         raise UserError(
-            f"init=mup: model={model.target.__name__.lower()} already divides its outputs by its width, so they would "
+            f"init=mup: {model.choice} already divides its outputs by its width, so they would "
             "shrink with it; use another init or another model"
         )
     hidden: set[str] = set()

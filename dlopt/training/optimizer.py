@@ -56,7 +56,7 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     try:
         optimizer: torch.optim.Optimizer = component.build(params=groups, **({"fused": True} if fused else {}))
     except ValueError as error:  # third-party optimizers validate their arguments themselves
-        raise UserError(f"optimizer={component.target.__name__}: {error}") from None
+        raise UserError(f"{component.choice}: {error}") from None
     check_optimizer(workload.parallel, optimizer)
     check_label_sampling(workload.parallel, optimizer, workload.loss)
     if growth is not None:
@@ -215,7 +215,7 @@ def build_step(
     clip = workload.experiment.clip
     if getattr(optimizer, "ignores_clipping", False) and clip.target is not Unclipped:
         raise UserError(
-            f"clip={clip.target.__name__.removeprefix('By').lower()}: {type(optimizer).__name__} computes the gradient "
+            f"{clip.choice}: {type(optimizer).__name__} computes the gradient "
             "of its step itself, which would not be clipped; use clip=none or another optimizer"
         )
     halves = settings.on_out_of_memory == "halve"

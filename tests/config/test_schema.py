@@ -8,7 +8,7 @@ from annotated_types import Ge
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.config.schema import check_arguments, component
+from dlopt.config.schema import Component, check_arguments, component, resolve_target
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Fraction, Natural, NonNegative, Positive, PositiveFraction, Probability
 
@@ -141,3 +141,18 @@ class Inner:
 class Outer:
     def __init__(self, *, size: int, inner: Any, others: list[Any]) -> None:
         self.size, self.inner, self.others = size, inner, others
+
+
+@pytest.mark.parametrize(
+    ("key", "target", "choice"),
+    [
+        ("sampler", "dlopt.data.samplers.HardExamples", "sampler=hard_examples"),
+        ("normalize", "dlopt.data.whitening.PCAWhiten", "normalize=pca_whiten"),
+        ("clip", "dlopt.training.clipping.ByNorm", "clip=norm"),
+        ("optimizer", "dlopt.optim.adamw", "optimizer=adamw"),
+        ("optimizer", "torch.optim.SGD", "optimizer=SGD"),  # gradient_descent and sgd
+        ("optimizer", "torch.optim.ASGD", "optimizer=ASGD"),  # no choice
+    ],
+)
+def test_messages_name_the_choice_of_a_callable(key: str, target: str, choice: str) -> None:
+    assert Component(key, resolve_target(key, target, ("dlopt", "torch.optim")), {}).choice == choice

@@ -88,6 +88,7 @@ def in_fork(function: Callable[[], object]) -> int:
     """Runs `function` in a forked child; returns the wait status: 0 on success."""
     child = os.fork()
     if child == 0:
+        signal.alarm(900)  # seconds: a child that hangs fails its test, not the whole suite
         code = 1
         try:
             function()

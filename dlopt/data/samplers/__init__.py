@@ -11,7 +11,6 @@ from dlopt.data.samplers.classes import ClassBalanced, ClassInterleaved, ClassSo
 from dlopt.data.samplers.diverse import Diverse
 from dlopt.data.samplers.hard import HardExamples
 from dlopt.data.windows import Windows
-from dlopt.errors import UserError
 from dlopt.random import generator
 from dlopt.ranges import Count
 
@@ -119,8 +118,5 @@ class ShiftedWindows:
 
 
 def shifted(sampler: Sampler, windows: Windows, seed: int) -> tuple[Sampler, Windows]:
-    """Returns the order and the samples of training on a text. Raises `UserError` for samplers that need labels."""
-    if type(sampler).__module__.startswith("dlopt.data.samplers."):
-        name = type(sampler).__name__
-        raise UserError(f"sampler={name}: the windows of a text have no labels and change in every epoch; use random")
+    """Returns the order and the samples of training on a text."""
     return ShiftedWindows(sampler, windows, seed), windows.at_every_token()
