@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.processor import available_memory, installed_memory, keep_freed_memory, set_threads, usable_cores
+from dlopt.processor import (
+    available_memory,
+    installed_memory,
+    keep_freed_memory,
+    prefers_onednn,
+    set_threads,
+    usable_cores,
+)
 
 
 def test_threads() -> None:
@@ -61,3 +68,26 @@ def test_reuses_freed_blocks() -> None:
 
     faults(3)
     assert faults(50) < 50 * 1024 / 4  # a block of 4 MiB has 1024 pages
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "preferred"),
+    [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 6, False), (None, None, False)],
+)
+def test_onednn_is_preferred_on_zen5(
+    vendor: str | None, family: int | None, preferred: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second core of the file differs: only the first one counts."""
+    lines = [] if vendor is None else [f"vendor_id\t: {vendor}\n", f"cpu family\t: {family}\n", "flags\t\t:\n"]
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + "".join(lines) + "\nprocessor\t: 1\nvendor_id\t: Other\n")
+    monkeypatch.setattr("dlopt.processor.CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: True)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    assert prefers_onednn() == preferred
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: False)
+    assert not prefers_onednn()
+
+
+def test_onednn_is_not_preferred_on_systems_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.processor.CPU_INFO", tmp_path / "missing")
+    assert not prefers_onednn()

@@ -86,7 +86,7 @@ class Component:
     @property
     def choice(self) -> str:
         """KEY=CHOICE, for messages. A callable that several choices share is named instead of the choice."""
-        files = sorted((config_folder() / self.key).glob("*.yaml"))
+        files = sorted((config_folder() / self.key).glob("[!_]*.yaml"))
         targets = {file.stem: re.search(r"^_target_: .*\b(\w+)$", file.read_text(), re.MULTILINE) for file in files}
         names = [name for name, match in targets.items() if match is not None and match[1] == self.target.__name__]
         return f"{self.key}={names[0] if len(names) == 1 else self.target.__name__}"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import Norm, NormKeys, check_instance_norm, image_shape
+from dlopt.models.linear import Linear
 from dlopt.ranges import Count, Fraction
 
 
@@ -32,7 +33,7 @@ class AlexNet(nn.Sequential):
 
     def __init__(self, *, input_shape: tuple[int, ...], classes: int, **keys: Unpack[AlexNetKeys]) -> None:
         modules = _segments(input_shape, 1, **keys)
-        modules["head"] = nn.Linear(keys["hidden"], classes)
+        modules["head"] = Linear(keys["hidden"], classes)
         super().__init__(modules)
         check_instance_norm(self, input_shape, keys["norm"])
 
@@ -55,7 +56,7 @@ class TwoColumnAlexNet(nn.Module):
         if hidden % 2:
             raise UserError(f"model.hidden={hidden}: the features are split between two columns; use an even number")
         self.columns = nn.ModuleList(nn.Sequential(_segments(input_shape, 2, **keys)) for _ in range(2))
-        self.head = nn.Linear(hidden, classes)
+        self.head = Linear(hidden, classes)
         check_instance_norm(self, input_shape, keys["norm"])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -124,6 +125,6 @@ def _segments(
     return OrderedDict(
         front=nn.Sequential(*front),
         back=nn.Sequential(*back),
-        hidden1=nn.Sequential(nn.Flatten(), nn.Linear(256 * pixels, outputs), nn.ReLU(), nn.Dropout(dropout)),
-        hidden2=nn.Sequential(nn.Linear(hidden, outputs), nn.ReLU(), nn.Dropout(dropout)),
+        hidden1=nn.Sequential(nn.Flatten(), Linear(256 * pixels, outputs), nn.ReLU(), nn.Dropout(dropout)),
+        hidden2=nn.Sequential(Linear(hidden, outputs), nn.ReLU(), nn.Dropout(dropout)),
     )

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from dlopt.errors import UserError
 from dlopt.models.layers import hidden_features
+from dlopt.models.linear import Linear
 from dlopt.ranges import Count, Depth, Fraction, Positive
 
 Positions = Literal["learned", "rotary"]
@@ -91,9 +92,9 @@ class CausalSelfAttention(nn.Module):
         self.head_width = width // heads
         self.rotary = rotary
         self.qk_norm = qk_norm
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.qkv = Linear(width, 3 * width, bias=bias)
         self.attend = CausalAttention(self.head_width ** (-0.5 if scale == "sqrt" else -1.0))
-        self.project = nn.Linear(width, width, bias=bias)
+        self.project = Linear(width, width, bias=bias)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         qkv = self.qkv(tokens).view(*tokens.shape[:2], -1, 3, self.head_width)
@@ -128,10 +129,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, gated: bool, bias: bool) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden, bias=bias)
-        self.gate = nn.Linear(width, hidden, bias=bias) if gated else None
+        self.up = Linear(width, hidden, bias=bias)
+        self.gate = Linear(width, hidden, bias=bias) if gated else None
         self.activation = nn.SiLU() if gated else nn.GELU()
-        self.down = nn.Linear(hidden, width, bias=bias)
+        self.down = Linear(hidden, width, bias=bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.gate is None:
@@ -224,7 +225,7 @@ class GPT(nn.Sequential):
             mlp = FeedForward(width, hidden, gated=activation == "swiglu", bias=bias)
             modules[f"block{index + 1}"] = GPTBlock(attention, mlp, normalization(), normalization(), dropout)
         modules["norm"] = normalization()
-        modules["head"] = head = nn.Linear(width, vocabulary, bias=False)
+        modules["head"] = head = Linear(width, vocabulary, bias=False)
         if tied_embeddings:
             head.weight = embedding.tokens.weight
         super().__init__(modules)

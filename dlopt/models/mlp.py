@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import Activation, Norm, NormKeys, activation
+from dlopt.models.linear import Linear
 from dlopt.ranges import Count, Fraction, Natural
 
 Basis = Literal["monomial", "legendre", "chebyshev"]
@@ -38,7 +39,7 @@ class MLP(nn.Sequential):
         for index, width in enumerate(widths):
             modules[f"layer{index + 1}"] = layer(inputs, width, activation, dropout, normalize)
             inputs = width
-        modules["head"] = nn.Linear(inputs, classes)
+        modules["head"] = Linear(inputs, classes)
         super().__init__(modules)
 
 
@@ -68,7 +69,7 @@ class ResidualMLP(nn.Sequential):
         modules["stem"] = layer(prod(input_shape), width, activation, 0.0, normalize)
         for index in range(blocks):
             modules[f"block{index + 1}"] = ResidualPair(width, residual, activation, dropout, normalize)
-        modules["head"] = nn.Linear(width, classes)
+        modules["head"] = Linear(width, classes)
         super().__init__(modules)
 
 
@@ -126,18 +127,18 @@ class Autoencoder(nn.Sequential):
         for index, width in enumerate(widths):
             modules[f"encoder{index + 1}"] = layer(inputs, width, activation, dropout, normalize)
             inputs = width
-        modules["code"] = nn.Linear(inputs, code)
+        modules["code"] = Linear(inputs, code)
         inputs = code
         for index, width in enumerate(reversed(widths)):
             modules[f"decoder{index + 1}"] = layer(inputs, width, activation, dropout, normalize)
             inputs = width
-        modules["head"] = nn.Linear(inputs, classes)
+        modules["head"] = Linear(inputs, classes)
         modules["output"] = nn.Sigmoid() if output == "sigmoid" else nn.Identity()
         super().__init__(modules)
 
 
 def layer(inputs: int, outputs: int, kind: Activation, dropout: float, norm: Norm) -> nn.Sequential:
-    linear = nn.Linear(inputs, outputs, bias=norm.bias)
+    linear = Linear(inputs, outputs, bias=norm.bias)
     modules = OrderedDict(
         linear=linear, norm=norm.vectors(outputs), activation=activation(kind), dropout=nn.Dropout(dropout)
     )
@@ -182,4 +183,4 @@ class Polynomial(nn.Sequential):
                 f"model=polynomial: samples must be single numbers, but have the shape {list(input_shape)}; "
                 "use data=polynomial or another model"
             )
-        super().__init__(OrderedDict(powers=Polynomials(degree, basis), head=nn.Linear(degree, classes)))
+        super().__init__(OrderedDict(powers=Polynomials(degree, basis), head=Linear(degree, classes)))

@@ -6,6 +6,7 @@ from typing import Literal, Unpack
 from torch import nn
 
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv_norm_relu, image_shape
+from dlopt.models.linear import Linear
 from dlopt.ranges import Fraction
 
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -43,11 +44,11 @@ class VGG11(nn.Sequential):
                 height, width = height // 2, width // 2
             modules[f"stage{index + 1}"] = nn.Sequential(*layers)
         if classifier == "small":
-            modules.update(pool=GlobalAveragePool(), dropout=nn.Dropout(dropout), head=nn.Linear(inputs, classes))
+            modules.update(pool=GlobalAveragePool(), dropout=nn.Dropout(dropout), head=Linear(inputs, classes))
         else:
             modules["pool"] = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())
-            modules["hidden1"] = nn.Sequential(nn.Linear(inputs * 49, 4096), nn.ReLU(), nn.Dropout(dropout))
-            modules["hidden2"] = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(dropout))
-            modules["head"] = nn.Linear(4096, classes)
+            modules["hidden1"] = nn.Sequential(Linear(inputs * 49, 4096), nn.ReLU(), nn.Dropout(dropout))
+            modules["hidden2"] = nn.Sequential(Linear(4096, 4096), nn.ReLU(), nn.Dropout(dropout))
+            modules["head"] = Linear(4096, classes)
         super().__init__(modules)
         check_instance_norm(self, input_shape, norm["norm"])

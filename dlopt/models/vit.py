@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import Norm, NormKeys, hidden_features, image_shape
+from dlopt.models.linear import Linear
 from dlopt.ranges import Count, Depth, Fraction, Positive
 
 
@@ -49,9 +50,9 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.attend = FullAttention()
-        self.project = nn.Linear(width, width)
+        self.project = Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, d]
@@ -73,7 +74,7 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm2 = norm.tokens(width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+            Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), Linear(hidden, width), nn.Dropout(dropout)
         )
         self.pre_norm = pre_norm
 
@@ -138,5 +139,5 @@ class ViT(nn.Sequential):
             )
         modules["norm"] = normalize.tokens(width) if pre_norm else nn.Identity()
         modules["pool"] = ClassToken()
-        modules["head"] = nn.Linear(width, classes)
+        modules["head"] = Linear(width, classes)
         super().__init__(modules)

@@ -23,6 +23,7 @@ from dlopt.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.models.gpt import GPT, CausalSelfAttention, FeedForward, GPTBlock
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
+from dlopt.models.linear import Linear
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.mlp import ResidualPair
 from dlopt.parallel.chain import is_sequential
@@ -44,7 +45,7 @@ Layout = Literal["replicated", "sharded"]  # of features along dimension 1
 _CHANNELWISE = (
     *ACTIVATIONS.values(), nn.Identity, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, GlobalAveragePool,
 )  # fmt: skip
-_WEIGHTED = (nn.Conv2d, nn.Linear, LocallyConnected2d)
+_WEIGHTED = (nn.Conv2d, nn.Linear, Linear, LocallyConnected2d)
 
 
 @dataclass

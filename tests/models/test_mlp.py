@@ -208,7 +208,7 @@ def test_the_autoencoder_recipe_reads_idx_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [
-        (("data=wine", *AUTOENCODER[:3]), "model=Autoencoder: reconstructs images, but the samples are vectors"),
+        (("data=wine", *AUTOENCODER[:3]), "model=autoencoder: reconstructs images, but the samples are vectors"),
         ((*AUTOENCODER, "loss=cross_entropy"), "loss=cross_entropy: the targets are numbers"),
         ((*AUTOENCODER, "loss=pixel_cross_entropy", "model.output=sigmoid"), "use model.output=identity"),
         (("model=mlp", "loss=pixel_cross_entropy"), "the targets must be the pixels of images"),

@@ -91,7 +91,7 @@ def collective_times(events: Iterable[Any], device: torch.device) -> tuple[float
             continue
         if ("nccl" in event.name) if on_gpu else event.name.startswith("gloo:"):
             communicating.append(interval)
-        elif on_gpu or event.name.startswith("aten::"):
+        elif on_gpu or event.name.startswith(("aten::", "dlopt::")):
             computing.append(interval)
     waiting = covered([*communicating, *computing]) - covered(computing)
     return covered(communicating) * 1e-6, waiting * 1e-6

@@ -1,0 +1,73 @@
+"""Linear layers whose matrix products run in the library that is faster on the processor."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlopt.processor import prefers_onednn
+
+_PREFERS_ONEDNN = prefers_onednn()
+_MIN_MULTIPLICATIONS = 1 << 22  # of a product; below, the conversion of its operands takes longer than oneDNN saves
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` on [..., inputs], with oneDNN instead of MKL where that is faster (see `prefers_onednn`).
+
+    The results of the two libraries differ by rounding. Other types than fp32, small products and compiled models use
+    torch's kernels.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _PREFERS_ONEDNN and self._suits_onednn(input):
+            output: Tensor = _OneDNNLinear.apply(input, self.weight, self.bias)
+            return output
+        return super().forward(input)
+
+    def _suits_onednn(self, input: Tensor) -> bool:
+        return (
+            not torch.compiler.is_exporting()  # the program should not need dlopt
+            and input.numel() * len(self.weight) >= _MIN_MULTIPLICATIONS
+            and input.device.type == "cpu"
+            and input.dtype == self.weight.dtype == torch.float32
+            and type(self.weight) in (Tensor, nn.Parameter)
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return _onednn_linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        [grad] = grads
+        input, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias = ctx.needs_input_grad
+        # oneDNN's operator has no derivative. Autograd is enabled here if a second derivative is wanted.
+        linear = F.linear if torch.is_grad_enabled() else _onednn_linear
+        rows = grad.flatten(0, -2)
+        return (
+            linear(grad, weight.t()) if of_input else None,
+            linear(rows.t(), input.flatten(0, -2).t()) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+# An operator of our own, because torch.compile expects weights in oneDNN's format in the one that it calls.
+torch.library.define("dlopt::onednn_linear", "(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
+_onednn_linear = torch.ops.dlopt.onednn_linear
+
+
+@torch.library.impl("dlopt::onednn_linear", "cpu")
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return output
+
+
+@torch.library.register_fake("dlopt::onednn_linear")
+def _describe(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return input.new_empty(*input.shape[:-1], len(weight))
