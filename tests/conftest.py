@@ -36,6 +36,17 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000)
 
 
+def pytest_sessionstart() -> None:
+    """Makes the first backward pass, in which autograd starts a thread per device.
+
+    After torch.export it counts devices that do not exist; then no test that runs later could fork and train.
+    """
+    import torch  # after the variables above are set
+
+    if not torch.accelerator.is_available():
+        torch.ones((), requires_grad=True).backward()
+
+
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # else extension modules report at exit what was not collected
 

@@ -15,8 +15,8 @@ _MIN_MULTIPLICATIONS = 1 << 22  # of a product; below, the conversion of its ope
 class Linear(nn.Linear):
     """`nn.Linear` on [..., inputs], with oneDNN instead of MKL where that is faster (see `prefers_onednn`).
 
-    The results of the two libraries differ by rounding. Other types than fp32, small products and compiled models use
-    torch's kernels.
+    The results of the two libraries differ by rounding. Other types than fp32, small products, exported programs and
+    transforms of torch.func use torch's kernels.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -33,6 +33,7 @@ class Linear(nn.Linear):
             and input.dtype == self.weight.dtype == torch.float32
             and type(self.weight) in (Tensor, nn.Parameter)
             and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
         )
 
 
