@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from dlopt.openmp import adapt_waiting
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _MAX_MMAP_THRESHOLD = 32 << 20  # glibc rejects larger values
@@ -29,8 +31,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int | str, sharing: int = 1) -> None:
-    """Sets the number of CPU threads; `auto` divides the available cores by the number of `sharing` processes."""
+    """Sets the number of CPU threads; `auto` divides the available cores by the number of `sharing` processes.
+
+    Also adapts the way in which they wait for each other to other processes (see `dlopt.openmp`).
+    """
     number = threads if isinstance(threads, int) else max(usable_cores() // sharing, 1)
+    adapt_waiting(number)
     # After torch.set_num_threads, each matrix product within a parallel kernel of torch, such as attention, starts
     # threads of its own. This slows attention by a quarter, even where the number stays the same.
     if number != torch.get_num_threads():

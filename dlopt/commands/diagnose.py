@@ -136,11 +136,10 @@ def _check(subject: _Subject) -> None:
 
 def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "Facts"]:
     from dlopt.analysis.diagnosis import measuring
-    from dlopt.analysis.diagnosis.measuring import has_skips, limit_threads, prepare
+    from dlopt.analysis.diagnosis.measuring import has_skips, prepare
     from dlopt.analysis.diagnosis.verdicts import Facts
 
     workload, training = prepare(subject.experiment, Path(os.devnull), subject.state)
-    limit_threads(workload, training)
     diagnosis = measuring.diagnose(subject.label, workload, training, **keys)
     model = subject.experiment.model
     layers = diagnosis.before.layers

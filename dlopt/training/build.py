@@ -167,6 +167,11 @@ def build_workload(
     if has_convolutions:
         module = module.to(memory_format=memory_format)
     loss: nn.Module = experiment.loss.build(classes=task.classes)
+    if settings.threads == "auto" and device.type == "cpu" and parallel.processes == 1:
+        size = experiment.data_settings.batch_size
+        samples = len(dataset.train) if size == "full" else size
+        if speed.prefers_one_thread(module, shape, samples // settings.accumulate):
+            set_threads(1)
     compile_obstacle = speed.compile_obstacle(experiment, parallel, module, shape, len(dataset.train))
     freeze(module, experiment.grouping)  # before `place`: DDP waits for all gradients that are required at that time
     model = parallel.place(module, shape)

@@ -5,16 +5,20 @@ import shutil
 from importlib.util import find_spec
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlopt.config.experiment import Experiment
 from dlopt.errors import UserError
 from dlopt.graphs import Recorder
-from dlopt.models.layers import example_inputs
+from dlopt.models.layers import evaluation_mode, example_inputs
 from dlopt.parallel.mode import Mode
 from dlopt.training.precision import Precision
 
+_WORTH_THREADS = 4e6  # FLOPs of a layer for a batch: some 100 microseconds of one core
+_SAMPLES = 2  # some models squeeze a batch of one
 _WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compiling takes longer than it saves
 
 
@@ -45,6 +49,33 @@ def compile_obstacle(
     if 3 * forward_flops(module, shape) * total < _WORTH_COMPILING:  # the backward pass takes twice the forward's
         return "compiling takes longer than it saves in a run this short"
     return ""
+
+
+def prefers_one_thread(module: nn.Module, shape: tuple[int, ...], samples: int) -> bool:
+    """Returns whether one CPU thread trains the model as fast as several, because its layers are small.
+
+    Decides by the size of the layers, not by a timing: the number of threads changes the order of sums, and with it the
+    last bits of the results. `samples`: of a micro-batch.
+    """
+    work: list[float] = []  # FLOPs per sample of each call of a layer; a recurrent layer is called at each time step
+
+    def count(layer: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(layer.weight, Tensor) and isinstance(output, Tensor):
+            work.append(2 * layer.weight.numel() / len(layer.weight) * output.numel() / _SAMPLES)
+
+    if any(is_lazy(parameter) for parameter in module.parameters()):  # a forward pass would initialize them
+        return False
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | _ConvNd)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with evaluation_mode(module), torch.no_grad():
+            module(example_inputs(module, shape, count=_SAMPLES, device="cpu"))
+    except Exception:  # a third-party model that does not take zeros
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 0 < sum(work) * samples < _WORTH_THREADS * len(work)
 
 
 def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:

@@ -133,3 +133,50 @@ def test_captured_updates_equal_eager_ones_on_gpu(tmp_path: Path, optimizer: str
         weights.append([*workload.module.state_dict().values()])
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_one_thread_is_chosen_by_the_size_of_the_layers():
+    narrow, wide = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 10)), nn.Linear(2048, 2048)
+    assert speed.prefers_one_thread(narrow, (64,), 64)
+    assert not speed.prefers_one_thread(narrow, (64,), 4096)
+    assert not speed.prefers_one_thread(wide, (2048,), 64)
+
+
+def test_work_of_a_convolution_grows_with_the_image():
+    layer = nn.Conv2d(1, 16, 3, padding=1)  # 2 * 9 * 16 FLOPs per pixel
+    limit = speed._WORTH_THREADS / (2 * 9 * 16 * 8 * 8)
+    assert speed.prefers_one_thread(layer, (1, 8, 8), int(limit))
+    assert not speed.prefers_one_thread(layer, (1, 8, 8), int(limit) + 1)
+    assert not speed.prefers_one_thread(layer, (1, 16, 16), int(limit))
+
+
+def test_models_without_known_layers_use_all_threads():
+    class TakesTwo(nn.Linear):
+        def forward(self, first, second):  # type: ignore[override]
+            return first + second
+
+    assert not speed.prefers_one_thread(TakesTwo(4, 4), (4,), 1)
+    assert not speed.prefers_one_thread(nn.LazyLinear(4), (4,), 1)
+    assert not speed.prefers_one_thread(nn.PReLU(), (4,), 1)
+
+
+def test_counting_work_changes_no_statistics_and_leaves_no_hook():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
+    state, draws = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    speed.prefers_one_thread(model, (4,), 8)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), draws) and model.training and not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("overrides", "threads"),
+    [((), 1), (("data.batch_size=1024",), 3), (("threads=3",), 3)],
+    ids=["small layers", "large batch", "typed"],
+)
+def test_threads_of_a_run(monkeypatch, overrides, threads):
+    set_to: list[int] = []
+    monkeypatch.setattr("dlopt.processor.usable_cores", lambda: 3)
+    monkeypatch.setattr("dlopt.processor.torch.set_num_threads", set_to.append)
+    monkeypatch.setattr("dlopt.processor.torch.get_num_threads", lambda: set_to[-1] if set_to else 0)
+    build_workload(experiment("model=mlp", "model.widths=[128]", *overrides))
+    assert set_to[-1] == threads

@@ -37,7 +37,6 @@ from dlopt.analysis.diagnosis.layers import (
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import RunError, UserError
-from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.mode import Mode
 from dlopt.training.build import Workload, build_workload, load_weights
 from dlopt.training.clipping import gradient_norm
@@ -46,7 +45,6 @@ from dlopt.training.step import Observer, Step, frozen_statistics
 from dlopt.training.trainer import Trainer, dry_run
 
 Batch = tuple[Tensor, Tensor]
-_SMALL = 2_000_000  # multiply-accumulates: some 50 microseconds of one core
 
 STEP_FRACTIONS = tuple(i / 4 for i in range(-2, 11))
 """Fractions of an update at which the loss is evaluated: from half an update back to 2.5 updates ahead."""
@@ -129,23 +127,6 @@ def prepare(
     elif experiment.settings.init_from is not None:
         load_weights(workload.module, Path(experiment.settings.init_from))
     return workload, trainer
-
-
-def limit_threads(workload: Workload, trainer: Trainer) -> None:
-    """Limits torch to one thread for small layers, where synchronizing threads costs more than it saves.
-
-    Decides by the multiply-accumulates per batch and weight layer, not by a timing, so that results are reproducible.
-    Does nothing unless threads=auto.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    if workload.experiment.settings.threads != "auto" or workload.device.type != "cpu":
-        return
-    inputs, _ = next(iter(trainer.batches.epoch(trainer.progress.epoch, 0, 0)))
-    with evaluation_mode(workload.module), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        workload.precision.autocast(workload.module)(inputs[:1])
-    if counter.get_total_flops() / 2 * len(inputs) < _SMALL * len(layer_parameters(workload.module)):
-        torch.set_num_threads(1)
 
 
 def has_skips(model: Component) -> bool:
