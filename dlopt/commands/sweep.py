@@ -36,11 +36,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GridJob:
-    """A checked job of a grid; `config` is the config to save."""
+    """A composed and checked job of a grid; `config` is the config to save, `environment` that of its process."""
 
     overrides: list[str]
     subfolder: str
     config: Mapping[str, Any]
+    choices: Mapping[str, str]
+    environment: Mapping[str, str]
 
     def folder(self, sweep: Path) -> RunFolder:
         return RunFolder(sweep / self.subfolder)
@@ -113,6 +115,23 @@ class Request:
         if self.pool is not None and self.pool.is_local:
             pools.warm_up()
         return self.composer.sweep(self.config, folder, start_job)
+
+    def run_grid(self, folder: Path, jobs: Sequence[GridJob]) -> None:
+        """Runs jobs as they were checked; Hydra's sweeper composes them again, for sweepers and launchers of others."""
+        if self.pool is None or not jobs:
+            self.run(folder)
+            return
+        if self.pool.is_local:
+            pools.warm_up()
+        names = labels([job.overrides for job in jobs])
+        ready = [
+            sweep_jobs.Job(number, job.folder(folder), job.config, job.overrides, job.choices, name, job.environment)
+            for number, (job, name) in enumerate(zip(jobs, names, strict=True))
+        ]
+        size = self.config.hydra.sweeper.max_batch_size or len(jobs)
+        for first in range(0, len(jobs), size):
+            batch = ready[first : first + size]
+            run_jobs(batch, len(batch), self.pool)
 
     def estimate(self, configs: Sequence[Mapping[str, Any]], jobs: int) -> int:
         slots = 1 if self.pool is None else self.pool.slots
@@ -189,7 +208,7 @@ def _grid(request: Request) -> int:
         write_atomically(folder / SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
         for job in jobs:
             record_dead(job.folder(folder))
-        request.run(folder)
+        request.run_grid(folder, jobs)
     _show([Entry(job.subfolder, job.config, job.folder(folder).summary() or {}, job.overrides) for job in jobs])
     statuses = _statuses(folder, jobs)
     _print_next(f"\nsweep folder: {short_path(folder)}", folder, statuses)
@@ -217,7 +236,8 @@ def _jobs(request: Request) -> list[GridJob]:
         config, saved = request.compose_job([*hydra, *job])
         with open_dict(config):
             config.hydra.job.num = config.hydra.job.id = number
-        jobs.append(GridJob(job, folder_name(str(config.hydra.sweep.subdir)), saved))
+        subfolder, environment = folder_name(str(config.hydra.sweep.subdir)), sweep_jobs.environment_of(config)
+        jobs.append(GridJob(job, subfolder, saved, choices_of(config), environment))
     if len({job.subfolder for job in jobs}) < len(jobs):
         raise UserError(f"hydra.sweep.subdir={jobs[0].subfolder}: must be different for each job")
     # Hydra's sweeper expands its lists itself: pass them in the order of `jobs`, which shuffle(...) would not repeat.

@@ -60,10 +60,14 @@ def compose(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: in
         config.hydra.job.num = config.hydra.job.id = number
     plain, saved = to_plain(config, None)  # allow_packages was checked when the sweep started
     parse(plain, saved)
-    env_set: Any = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
     folder = RunFolder(Path(str(sweep.hydra.sweep.dir)) / folder_name(str(config.hydra.sweep.subdir)))
-    environment = {str(key): str(value) for key, value in env_set.items()}
-    return Job(number, folder, saved, list(overrides), choices_of(config), label, environment)
+    return Job(number, folder, saved, list(overrides), choices_of(config), label, environment_of(config))
+
+
+def environment_of(config: DictConfig) -> dict[str, str]:
+    """Returns the variables of hydra.job.env_set."""
+    env_set: Any = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
+    return {str(key): str(value) for key, value in env_set.items()}
 
 
 def compose_or_fail(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: int, label: str) -> Job:

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import dlopt as package
+from dlopt.config.compose import Composer
+from dlopt.sweeps.jobs import Job
 from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 
@@ -199,7 +202,7 @@ def test_shuffled_values_run_in_the_order_of_the_checked_jobs(tmp_path: Path, mo
     launched: list[list[str]] = []
     monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
     monkeypatch.setattr(
-        "dlopt.sweeps.grid.launch_jobs", lambda loader, config, pool, jobs, first: launched.extend(jobs) or []
+        "dlopt.commands.sweep.run_jobs", lambda jobs, total, pool: launched.extend(job.overrides for job in jobs)
     )
     line = ["seed=shuffle(range(0,6))", "optimizer.lr=shuffle(0.1,0.2)"]
     sweep(tmp_path, *line)
@@ -208,6 +211,27 @@ def test_shuffled_values_run_in_the_order_of_the_checked_jobs(tmp_path: Path, mo
     assert len(launched) == 12 and seeds != sorted(seeds)
     sweep(tmp_path, *line, "resume=auto")
     assert [[each for each in job if each != "resume=auto"] for job in launched[12:]] == launched[:12]
+
+
+def test_jobs_run_as_checked_and_are_composed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[list[str]] = []
+    compose = Composer._compose
+
+    def count(self: Composer, overrides: list[str], multirun: bool = False) -> Any:
+        composed.append(overrides)
+        return compose(self, overrides, multirun)
+
+    batches: list[list[Job]] = []
+    monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
+    monkeypatch.setattr("dlopt.commands.sweep.run_jobs", lambda jobs, total, pool: batches.append(list(jobs)))
+    monkeypatch.setattr(Composer, "_compose", count)
+    sweep(tmp_path, "seed=1,2,3", "hydra.sweeper.max_batch_size=2", "+hydra.job.env_set.A_KEY=value")
+    assert len(composed) == 4  # the sweep and its jobs
+    assert [[job.number for job in batch] for batch in batches] == [[0, 1], [2]]
+    assert [job.config["seed"] for batch in batches for job in batch] == [1, 2, 3]
+    assert [job.label for batch in batches for job in batch] == ["seed=1", "seed=2", "seed=3"]
+    assert all(job.environment == {"A_KEY": "value"} for batch in batches for job in batch)
+    assert [job.choices["model"] for job in batches[0]] == ["mlp", "mlp"]
 
 
 @pytest.mark.usefixtures("quick")
