@@ -37,9 +37,9 @@ from dlopt.folders import RunFolder, refuse_url
 from dlopt.job import print_error
 from dlopt.locks import locked
 from dlopt.ranges import Count
-from dlopt.sweeps import grid
 from dlopt.sweeps import pool as pools
-from dlopt.tracking.layout import format_duration, short_path
+from dlopt.sweeps.estimate import Estimate, estimate_job, format_range
+from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
     from dlopt.sweeps.benchmark import Candidate, Request
@@ -286,18 +286,18 @@ def _list(line: Line, request: "Request", waiting: Sequence[Trial]) -> int:
     for trial in waiting:
         values = request.candidates[trial.optimizer].values(trial.study, trial.number)
         print(trial.subfolder, *(f"{key}={value}" for key, value in values.items()))
-    seconds: dict[tuple[str, str], float | None] = {}
+    estimates: dict[tuple[str, str], Estimate] = {}
     for trial in waiting:
-        if (trial.workload, trial.optimizer) not in seconds:
+        if (trial.workload, trial.optimizer) not in estimates:
             lines = request.line(trial)
             config = line.composer.compose(lines)
-            saved = to_plain(config, lines)[1]
-            estimate = grid.estimate_job_seconds([saved], choices_of(config))
-            seconds[trial.workload, trial.optimizer] = estimate
-            shown = "unknown" if estimate is None else format_duration(estimate)
+            estimate = estimate_job([to_plain(config, lines)[1]], choices_of(config))
+            estimates[trial.workload, trial.optimizer] = estimate or Estimate(0.0, 0.0)
+            shown = "unknown" if estimate is None else format_range(*estimate.total)
             print(f"{trial.optimizer} on {trial.workload}: about {shown} a trial without early end", flush=True)
-    total = sum(seconds[trial.workload, trial.optimizer] or 0.0 for trial in waiting)
-    print(f"{len(waiting)} trials: about {format_duration(total)} of one core")
+    totals = [estimates[trial.workload, trial.optimizer].total for trial in waiting]
+    shown = format_range(sum(low for low, _ in totals), sum(high for _, high in totals))
+    print(f"{len(waiting)} trials: about {shown} of one core")
     return DONE
 
 

@@ -30,7 +30,7 @@ from dlopt.files import write_atomically
 from dlopt.folders import RunFolder, make, make_new, newest
 from dlopt.job import execute
 from dlopt.parallel.rendezvous import current
-from dlopt.sweeps.grid import print_estimate
+from dlopt.sweeps.estimate import print_estimate
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 from dlopt.training.checkpoint import Checkpoints
@@ -67,8 +67,8 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     runs = _runs(composer, comparison, parsed.overrides)
     if config.dry_run is True:
         for number, run in enumerate(runs):
-            print(f"run {number}: {' '.join(run.overrides)}")
-        print_estimate([run.saved for run in runs], runs[0].choices, len(runs))
+            print(f"job {number}: {' '.join(line for line in run.overrides if line != 'dry_run=true')}")
+        print_estimate([run.saved for run in runs], runs[0].choices, len(runs), in_process=True)
         return 0
     folder = _folder(config, parsed.overrides, runs)
     screen = Screen()

@@ -25,7 +25,8 @@ from dlopt.parallel.rendezvous import current
 from dlopt.plain import is_below
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.grid import print_estimate, run_jobs
+from dlopt.sweeps.estimate import print_estimate
+from dlopt.sweeps.grid import run_jobs
 from dlopt.sweeps.jobs import SPACE, folder_name, labels, record_dead
 from dlopt.tracking.layout import short_path
 

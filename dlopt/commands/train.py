@@ -150,7 +150,7 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
 
 def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
     from dlopt.config.parsing import parse
-    from dlopt.sweeps.grid import print_estimate
+    from dlopt.sweeps.estimate import print_estimate
 
     plain, saved = to_plain(config, overrides)
     parse(plain, saved)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from dlopt.sweeps.estimate import Estimate
 from tests.commands.line import Result, dlopt, refused
 
 RECIPE = """\
@@ -225,8 +226,8 @@ def test_refuses_protected_keys_in_files(folder: Path, line: str) -> None:
 
 
 def test_dry_run_lists_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.sweeps.grid.estimate_job_seconds", lambda *_: 30.0)
+    monkeypatch.setattr("dlopt.sweeps.estimate.estimate_job", lambda *_: Estimate(30.0, 30.0))
     result = compare(folder, "dry_run=true")
     assert result.code == 0, result.err
-    assert [line for line in result.out.splitlines() if "run 3: " in line and "model.widths=[8]" in line]
+    assert [line for line in result.out.splitlines() if "job 3: " in line and "model.widths=[8]" in line]
     assert "4 jobs of about 30.0 s each" in result.out and list(folder.iterdir()) == []

@@ -134,7 +134,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every optional package counts as installed, and Slurm; nothing is run for an estimate of its time."""
-    monkeypatch.setattr("dlopt.sweeps.grid.estimate_job_seconds", lambda *_: None)
+    monkeypatch.setattr("dlopt.sweeps.estimate.estimate_job", lambda *_: None)
     monkeypatch.setattr(Request, "compose_job", compose_new)
     monkeypatch.syspath_prepend(place)
     for name in [each for each in sys.modules if each.partition(".")[0] == "mine"]:  # another test's package

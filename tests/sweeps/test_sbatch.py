@@ -63,7 +63,7 @@ def test_several_processes_need_a_parallel_mode(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "sbatch").write_text("")
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("dlopt.sweeps.grid.estimate_job_seconds", lambda *_: None)
+    monkeypatch.setattr("dlopt.sweeps.estimate.estimate_job", lambda *_: None)
     keys = ["-m", "hydra/launcher=slurm", "hydra.launcher.nodes=2", "seed=0,1", "dry_run=true"]
     assert "starts 2 processes per job, which would train the same model" in refused(tmp_path, "train", *keys)
     assert dlopt(tmp_path, "train", *keys, "parallel=ddp").code == 0

@@ -11,11 +11,9 @@ import optuna
 import pytest
 import yaml
 
-from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.locks import is_held
 from dlopt.sweeps import search as module
-from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.search import Search, build_study_spec
 from dlopt.sweeps.study import STUDY_LOCK, WORKERS, Claim
@@ -235,7 +233,7 @@ def test_dry_run_lists_the_jobs_and_leaves_nothing(tmp_path: Path, monkeypatch: 
     result = dlopt(tmp_path, "train", "-m", *TINY, "optimizer.lr=0.1,0.2", "seed=1", HERE, "dry_run=true")
     lines = result.out.splitlines()
     assert result.code == 0 and lines[0] == "job 0: optimizer.lr=0.1" and lines[1] == "job 1: optimizer.lr=0.2"
-    assert re.fullmatch(r"2 jobs of about \d+\.\d s each: about \d+\.\d s in total", lines[-1])
+    assert re.fullmatch(r"2 jobs of about (\d+\.\d s( to )?)+ each: about (\d+\.\d s( to )?)+ in total", lines[-1])
     assert not list(tmp_path.iterdir())
     line = ["hydra.sweep.subdir=../x", "dry_run=true", "seed=0,1"]
     assert "hydra.sweep.subdir" in refused(tmp_path, "train", "-m", *TINY, *line)
@@ -246,69 +244,3 @@ def test_refuses_other_fixed_keys_of_a_searched_choice(tmp_path: Path) -> None:
     assert search(tmp_path, *line, "optimizer.weight_decay=0.1", "hydra.sweeper.n_trials=1").code == 0
     message = refused(tmp_path, "train", "-m", *TINY, *line, "optimizer.weight_decay=0", "hydra.sweeper.n_trials=2")
     assert "optimizer.weight_decay: saved 0.1, now 0" in message
-
-
-@pytest.mark.parametrize("share, horizon", [(0.25, 8), (None, 2)])
-def test_estimate_extrapolates_to_all_updates(
-    share: float | None, horizon: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two of eight updates in 3 s give an estimate of 12 s; a finished run needs no extrapolation."""
-    summary = {"status": "finished" if share is None else "interrupted", "seconds": 3.0, "steps": 2}
-    state = {"progress": {"horizon": horizon}}
-
-    class Stopped:
-        def __init__(self, folder: Path, *_: object) -> None:
-            config = RunFolder(folder).config()
-            assert config is not None and config["schedule_epochs"] is None  # the horizon is the length of the run
-            (folder / "summary.json").write_text(json.dumps(summary))
-
-        def poll(self) -> int:
-            return 0 if share is None else 75
-
-    monkeypatch.setattr("dlopt.sweeps.pool.spawn", Stopped)
-    monkeypatch.setattr("dlopt.training.checkpoint.Checkpoints.load_newest", lambda self: state)
-    assert estimate_job_seconds([{"seed": 0, "schedule_epochs": 5.0}], {}) == (3.0 if share is None else 12.0)
-
-
-class Probe:
-    """A probe of seed 0 takes 4 s; that of seed 1 ends with exit code 2, that of seed 2 with 1."""
-
-    def __init__(self, folder: Path, *_: object) -> None:
-        config = RunFolder(folder).config()
-        assert config is not None
-        self.code = (0, 2, 1)[config["seed"]]
-        summary = {"status": "failed", "reason": f"reason {self.code}"} if self.code else {"status": "finished"}
-        (folder / "summary.json").write_text(json.dumps(summary | {"seconds": 4.0, "steps": 8}))
-
-    def poll(self) -> int:
-        return self.code
-
-
-def test_estimate_warns_of_jobs_that_would_fail(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("dlopt.sweeps.pool.spawn", Probe)
-    assert estimate_job_seconds([{"seed": seed} for seed in range(3)], {}) == 4.0
-    assert capsys.readouterr().out.splitlines() == [f"warning: a job would fail: reason {code}" for code in (2, 1)]
-    assert estimate_job_seconds([{"seed": 2}], {}) is None
-    assert "reason 1" in capsys.readouterr().out
-
-
-def test_estimate_refuses_a_config_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.sweeps.pool.spawn", Probe)
-    with pytest.raises(UserError, match="reason 2"):
-        estimate_job_seconds([{"seed": 1}], {})
-
-
-@pytest.mark.parametrize(
-    ("seconds", "jobs", "at_once", "line"),
-    [
-        (2.16, 6, 1, "6 jobs of about 2.2 s each: about 13.2 s in total"),
-        (12.0, 5, 2, "5 jobs of about 12.0 s each, 2 at once: about 36.0 s in total"),
-        (72.4, 32, 1, "32 jobs of about 1:13 each: about 38:56 in total"),
-        (0.01, 1, 1, "1 job of about 0.1 s"),
-        (None, 3, 2, "3 jobs, 2 at once; the duration could not be estimated"),
-    ],
-)
-def test_estimate_adds_up(seconds: float | None, jobs: int, at_once: int, line: str) -> None:
-    assert estimate_line(seconds, jobs, at_once) == line

@@ -1,0 +1,192 @@
+"""Estimates how long jobs will take, from short runs of a few of them.
+
+Other processes on the machine slow updates down, so that an estimate is a range: from the fastest epoch of a short run
+to its mean.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from dlopt.errors import USER_ERROR, RunError, UserError
+from dlopt.folders import RunFolder
+from dlopt.job import describe
+from dlopt.sweeps import pool as pools
+from dlopt.sweeps.jobs import result_of
+from dlopt.tracking.layout import format_count, format_duration
+from dlopt.tracking.metrics import METRICS, parse_metrics
+
+_JOBS_PER_PROBE = 4  # so that the probes take less time than the jobs
+_PROBES = 3  # at most
+_PROBE_MINUTES = 0.05  # training time of each, at most
+_PROBE_SHARE = 0.1  # of the estimated training time, after which a probe that has trained two epochs ends
+_PROBE_TIMEOUT = 120.0  # seconds, start-up included
+_NOT_TIMED = ("seed", "init_seed", "order_seed", "augmentation_seed", "name", "resume")  # do not change the time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a job: of its training, from `low` to `high`, and of the start of its process and the data."""
+
+    low: float
+    high: float
+    start_up: float = 0.0
+
+    @property
+    def total(self) -> tuple[float, float]:
+        return self.start_up + self.low, self.start_up + self.high
+
+
+def per_update(metrics: Sequence[Mapping[str, Any]], seconds: float, steps: int) -> tuple[float, float]:
+    """Returns the seconds per update, validation included: of the fastest whole epoch, and on average.
+
+    Args:
+        metrics: lines of metrics.jsonl, with `step` and `seconds` since the start.
+        seconds: of all `steps` updates, those of an incomplete last epoch included.
+    """
+    ends = [(0, 0.0), *((line["step"], line["seconds"]) for line in metrics)]
+    epochs = [
+        (seconds - former) / (step - first)
+        for (first, former), (step, seconds) in pairwise(ends)
+        if step > first
+    ]
+    average = seconds / steps
+    return min([*epochs, average]), average
+
+
+def is_enough(metrics: Sequence[Mapping[str, Any]], epochs: int, steps: int | None) -> bool:
+    """Returns whether a probe has trained long enough, compared to the estimated time of the job."""
+    if len(metrics) < 2:
+        return False
+    last = metrics[-1]
+    total = steps or epochs * last["step"] / last["epoch"]
+    fastest, _ = per_update(metrics, last["seconds"], last["step"])
+    return bool(last["seconds"] >= _PROBE_SHARE * fastest * total)
+
+
+def estimate_job(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str]) -> Estimate | None:
+    """Estimates the mean seconds of a job with these (saved) configs; None if no probe trained.
+
+    Runs one to three of the different configs for a few seconds each in a temporary folder, and warns of failures.
+    Raises `UserError` if none of them can work.
+    """
+    different: dict[str, Mapping[str, Any]] = {}
+    for config in configs:
+        timed = {key: value for key, value in config.items() if key not in _NOT_TIMED}
+        different.setdefault(repr(timed), config)
+    count = min(_PROBES, len(different), -(-len(configs) // _JOBS_PER_PROBE))
+    places = [round(i * (len(different) - 1) / max(count - 1, 1)) for i in range(count)]
+    estimates: list[Estimate | None] = []
+    errors: list[UserError | RunError] = []
+    for config in [list(different.values())[place] for place in places]:
+        try:
+            estimates.append(_probe(config, choices))
+        except (UserError, RunError) as error:
+            errors.append(error)
+    if not estimates and isinstance(errors[0], UserError):
+        raise errors[0]
+    for message in dict.fromkeys(map(str, errors)):
+        print(f"warning: a job would fail: {message}", flush=True)
+    known = [estimate for estimate in estimates if estimate is not None]
+    if not known:
+        return None
+    return Estimate(mean(e.low for e in known), mean(e.high for e in known), mean(e.start_up for e in known))
+
+
+def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | None:
+    """Trains for a few seconds and extrapolates to all updates; None if the probe times out.
+
+    Raises `UserError` if the config cannot work, `RunError` if the run fails.
+    """
+    from dlopt.training.checkpoint import Checkpoints  # imports torch
+
+    probe_config = {**config, "max_time": _PROBE_MINUTES, "tracking": [], "resume": None, "dry_run": False}
+    probe_config["schedule_epochs"] = None  # the horizon below is then the length of the run
+    with tempfile.TemporaryDirectory(prefix="dlopt-") as path:
+        folder = RunFolder(Path(path))
+        describe(folder.path, probe_config, [], choices)
+        start = time.monotonic()
+        process = pools.spawn(folder.path, {}, None)
+        while (code := process.poll()) is None:
+            if time.monotonic() > start + _PROBE_TIMEOUT:
+                process.kill()
+                return None
+            if is_enough(_metrics(folder), config["epochs"], config["steps"]):
+                process.stop()
+            time.sleep(0.1)
+        elapsed = time.monotonic() - start
+        result = result_of(folder, code)
+        if result.status == "failed":
+            raise (UserError if code == USER_ERROR else RunError)(result.reason)
+        seconds, steps = result.metrics.get("seconds"), result.metrics.get("steps")
+        if not seconds or not steps:  # nothing was trained
+            return None
+        start_up = max(elapsed - seconds, 0.0)
+        if result.status in ("finished", "stopped_early"):
+            return Estimate(seconds, seconds, start_up)
+        try:
+            state = Checkpoints(folder.checkpoints).load_newest()
+        except (RunError, UserError):
+            return None
+        if state is None:
+            return None
+        updates = state["progress"]["horizon"]
+        fastest, average = per_update(_metrics(folder), seconds, steps)
+        return Estimate(fastest * updates, average * updates, start_up)
+
+
+def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    try:
+        return parse_metrics((folder.path / METRICS).read_bytes())
+    except OSError:
+        return []
+
+
+def print_estimate(
+    configs: Sequence[Mapping[str, Any]],
+    choices: Mapping[str, str],
+    jobs: int,
+    at_once: int = 1,
+    *,
+    in_process: bool = False,
+) -> None:
+    """Prints how long `jobs` jobs with these (saved) configs will take, `at_once` at a time.
+
+    `in_process`: all jobs run in the process of the command, which has started already.
+    """
+    estimate = estimate_job(configs, choices)
+    if estimate is not None and in_process:
+        estimate = replace(estimate, start_up=0.0)
+    print(estimate_line(estimate, jobs, at_once))
+
+
+def estimate_line(estimate: Estimate | None, jobs: int, at_once: int) -> str:
+    """Formats the estimate for `jobs` jobs, `at_once` at a time.
+
+    The total is computed from the rounded time of a job, so that the line adds up.
+    """
+    parallel = f", {at_once} at once" if at_once > 1 else ""
+    if estimate is None:
+        return f"{format_count('jobs', jobs)}{parallel}; the duration could not be estimated"
+    job = [_rounded(seconds) for seconds in estimate.total]
+    if jobs == 1:
+        return f"1 job of about {format_range(*job)}"
+    total = [seconds * math.ceil(jobs / at_once) for seconds in job]
+    each = f"{format_count('jobs', jobs)} of about {format_range(*job)} each{parallel}"
+    return f"{each}: about {format_range(*total)} in total"
+
+
+def format_range(low: float, high: float) -> str:
+    """2.2 s; 2.2 s to 3.1 s."""
+    texts = format_duration(_rounded(low)), format_duration(_rounded(high))
+    return " to ".join(dict.fromkeys(texts))
+
+
+def _rounded(seconds: float) -> float:
+    return max(round(seconds, 1), 0.1) if seconds < 60 else math.ceil(seconds)

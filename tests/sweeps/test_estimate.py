@@ -1,0 +1,140 @@
+"""Estimates of the time that jobs take."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.errors import UserError
+from dlopt.folders import RunFolder
+from dlopt.sweeps.estimate import Estimate, estimate_job, estimate_line, is_enough, per_update
+
+
+def lines(*ends: tuple[int, float]) -> list[dict[str, Any]]:
+    return [{"epoch": i, "step": step, "seconds": seconds} for i, (step, seconds) in enumerate(ends, 1)]
+
+
+def test_fastest_epoch_counts_beside_other_processes():
+    metrics = lines((10, 5.0), (20, 6.0), (30, 11.0))
+    assert per_update(metrics, 12.5, 25 + 10) == (0.1, 12.5 / 35)
+
+
+def test_an_incomplete_epoch_gives_the_average_only():
+    assert per_update([], 3.0, 6) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "epochs", "steps", "enough"),
+    [
+        (lines((10, 1.0)), 10, None, False),
+        (lines((10, 1.0), (20, 2.0)), 10, None, True),
+        (lines((10, 1.0), (20, 2.0)), 30, None, False),
+        (lines((10, 1.0), (20, 2.0)), 30, 100, True),
+        (lines((10, 4.0), (20, 4.5)), 100, None, False),
+        (lines((10, 4.0), (20, 4.5)), 80, None, True),
+    ],
+    ids=["one epoch", "a fifth", "a fifteenth", "steps win", "fastest epoch, too short", "fastest epoch"],
+)
+def test_a_probe_ends_after_a_tenth_of_the_job(metrics, epochs, steps, enough):
+    assert is_enough(metrics, epochs, steps) is enough
+
+
+class Clock:
+    """A clock that each reading advances by a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize("share, horizon", [(0.25, 8), (None, 2)])
+def test_extrapolates_to_all_updates(
+    share: float | None, horizon: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of eight updates in 0.6 s give an estimate of 2.4 s; a finished run needs no extrapolation."""
+    summary = {"status": "finished" if share is None else "interrupted", "seconds": 0.6, "steps": 2}
+    state = {"progress": {"horizon": horizon}}
+
+    class Stopped:
+        def __init__(self, folder: Path, *_: object) -> None:
+            config = RunFolder(folder).config()
+            assert config is not None and config["schedule_epochs"] is None  # the horizon is the length of the run
+            (folder / "summary.json").write_text(json.dumps(summary))
+            (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "step": 1, "seconds": 0.5}))
+
+        def poll(self) -> int:
+            return 0 if share is None else 75
+
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", Stopped)
+    monkeypatch.setattr("dlopt.sweeps.estimate.time", Clock())
+    monkeypatch.setattr("dlopt.training.checkpoint.Checkpoints.load_newest", lambda self: state)
+    estimate = estimate_job([{"seed": 0, "schedule_epochs": 5.0, "epochs": 1, "steps": None}], {})
+    assert estimate is not None and estimate.start_up == pytest.approx(0.4)
+    assert (estimate.low, estimate.high) == pytest.approx((0.6, 0.6) if share is None else (2.4, 2.4))
+
+
+class Probe:
+    """A probe of width 0 trains for 4 s; that of width 1 ends with exit code 2, that of width 2 with 1."""
+
+    count = 0
+
+    def __init__(self, folder: Path, *_: object) -> None:
+        Probe.count += 1
+        config = RunFolder(folder).config()
+        assert config is not None
+        self.code = (0, 2, 1)[config["width"]]
+        summary = {"status": "failed", "reason": f"reason {self.code}"} if self.code else {"status": "finished"}
+        (folder / "summary.json").write_text(json.dumps(summary | {"seconds": 4.0, "steps": 8}))
+
+    def poll(self) -> int:
+        return self.code
+
+
+@pytest.fixture
+def probes(monkeypatch: pytest.MonkeyPatch) -> type[Probe]:
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", Probe)
+    monkeypatch.setattr(Probe, "count", 0)
+    return Probe
+
+
+def test_warns_of_jobs_that_would_fail(probes: type[Probe], capsys: pytest.CaptureFixture[str]) -> None:
+    estimate = estimate_job([{"width": i % 3, "seed": i} for i in range(9)], {})
+    assert estimate is not None and (estimate.low, estimate.high) == (4.0, 4.0)
+    assert capsys.readouterr().out.splitlines() == [f"warning: a job would fail: reason {code}" for code in (2, 1)]
+    assert estimate_job([{"width": 2}], {}) is None
+    assert "reason 1" in capsys.readouterr().out
+
+
+def test_refuses_a_config_that_cannot_work(probes: type[Probe]) -> None:
+    with pytest.raises(UserError, match="reason 2"):
+        estimate_job([{"width": 1}], {})
+
+
+@pytest.mark.parametrize(("jobs", "widths", "count"), [(1, 1, 1), (3, 3, 1), (12, 1, 1), (8, 2, 2), (60, 60, 3)])
+def test_probes_different_configs_and_fewer_than_there_are_jobs(
+    jobs: int, widths: int, count: int, probes: type[Probe]
+) -> None:
+    estimate_job([{"seed": i, "width": 0, "optimizer": i % widths} for i in range(jobs)], {})
+    assert probes.count == count
+
+
+@pytest.mark.parametrize(
+    ("estimate", "jobs", "at_once", "line"),
+    [
+        (Estimate(1.16, 1.16, 1.0), 6, 1, "6 jobs of about 2.2 s each: about 13.2 s in total"),
+        (Estimate(5.0, 6.0, 1.0), 3, 2, "3 jobs of about 6.0 s to 7.0 s each, 2 at once: about 12.0 s to 14.0 s in total"),
+        (Estimate(72.4, 72.4), 32, 1, "32 jobs of about 1:13 each: about 38:56 in total"),
+        (Estimate(0.01, 0.02), 1, 1, "1 job of about 0.1 s"),
+        (Estimate(50.0, 70.0), 1, 1, "1 job of about 50.0 s to 1:10"),
+        (None, 3, 2, "3 jobs, 2 at once; the duration could not be estimated"),
+    ],
+)
+def test_estimate_adds_up(estimate: Estimate | None, jobs: int, at_once: int, line: str) -> None:
+    assert estimate_line(estimate, jobs, at_once) == line
