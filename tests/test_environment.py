@@ -12,11 +12,13 @@ import pytest
 from dlopt import environment
 from dlopt.job import _record_machine
 from tests.commands.line import SMALL, dlopt
+from tests.support.requires import require
 
 GIT = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
 
 
 def git(folder: Path, *arguments: str) -> str:
+    require("git")
     done = subprocess.run(["git", *GIT, *arguments], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 

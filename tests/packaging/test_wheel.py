@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import dlopt
+from tests.support.requires import require
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,10 +37,11 @@ def wheel(dist: Path) -> Path:
 
 
 def files(folder: str, prefix: str = "") -> set[str]:
+    require("git")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", folder]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listing.returncode != 0:
-        pytest.skip("no git checkout to compare with")
+        pytest.skip("needs a git checkout to compare with")
     return {prefix + name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()}
 
 
