@@ -12,7 +12,7 @@ from hypothesis import settings
 from dlopt.parallel import launch
 from dlopt.sweeps.pool import PRELOADED
 from tests import processes
-from tests.support.requires import require
+from tests.support.requires import requires
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before torch is first imported, and for the commands that tests start
@@ -42,14 +42,18 @@ def pytest_configure() -> None:
             providers._get_local_constants = lambda: nothing
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(requires("gpu"))
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def pytest_runtest_protocol() -> None:
     """Seeds the global generators before the fixtures, so that no test depends on the tests before it."""
     import numpy as np
-    import torch
+    import torch  # after the variables above are set
 
-    if item.get_closest_marker("gpu"):
-        require("gpu")
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
