@@ -9,6 +9,7 @@ stay out, and an exception to `ALLOWED` only where it is the field's term.
 
 import argparse
 import ast
+import contextlib
 import io
 import re
 import subprocess
@@ -80,10 +81,13 @@ _CODE = re.compile(r"`[^`\n]*`")
 
 
 def tracked() -> list[Path]:
-    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listing.returncode != 0:  # a source archive
-        return [path for folder in ("conf", "dlopt", "scripts", "tests") for path in (ROOT / folder).rglob("*.*")]
-    return [ROOT / name for name in listing.stdout.split("\0") if name]
+    with contextlib.suppress(OSError):  # there is no git
+        listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+        if listing.returncode == 0:  # not a source archive
+            return [ROOT / name for name in listing.stdout.split("\0") if name]
+    folders = [ROOT / name for name in (".ci", ".github", "conf", "dlopt", "docs", "scripts", "tests")]
+    files = (path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return [*ROOT.glob("*.*"), *files]
 
 
 def defined_names(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -1,7 +1,8 @@
-"""What all tests share: one thread each (workers share the cores) and the same few examples in every run."""
+"""What all tests share: one thread each (workers share the cores), and the same draws in every run."""
 
 import gc
 import os
+import random
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 from dlopt.parallel import launch
 from dlopt.sweeps.pool import PRELOADED
 from tests import processes
+from tests.support.requires import requires
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before torch is first imported, and for the commands that tests start
@@ -19,14 +21,42 @@ os.fsync = lambda descriptor: None  # type: ignore[assignment]  # half of a smal
 PRELOADED.append("tests.preload")
 launch.start_rank = processes.start_rank
 
-settings.register_profile("default", deadline=None, max_examples=25)
-settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "default")
+settings.register_profile("fixed", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("random", deadline=None, max_examples=200)  # of the nightly job: finds new examples
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fixed")
+settings.load_profile(PROFILE)
 
 
 def pytest_xdist_auto_num_workers() -> int:
     """Returns three workers for two cores (`-n auto`): many tests wait for processes that they have started."""
     return (3 * (os.cpu_count() or 1) + 1) // 2
+
+
+def pytest_configure() -> None:
+    """Keeps hypothesis from trying constants of the modules imported so far: they depend on the order of the tests."""
+    if PROFILE == "fixed":
+        from hypothesis.internal.conjecture import providers
+
+        if hasattr(providers, "_get_local_constants"):  # from 6.131 on
+            nothing = providers.Constants()
+            providers._get_local_constants = lambda: nothing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(requires("gpu"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol() -> None:
+    """Seeds the global generators before the fixtures, so that no test depends on the tests before it."""
+    import numpy as np
+    import torch  # after the variables above are set
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_collection_finish() -> None:

@@ -12,6 +12,7 @@ import pytest
 from dlopt import environment
 from dlopt.job import _record_machine
 from tests.commands.line import SMALL, dlopt
+from tests.support.requires import require, requires
 
 GIT = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
 
@@ -24,6 +25,7 @@ def git(folder: Path, *arguments: str) -> str:
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with one committed file, code.py; the current folder is a folder in it."""
+    require("git")
     git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("lr = 1\n")
     (tmp_path / ".gitignore").write_text("run\n")
@@ -64,6 +66,7 @@ def test_a_long_diff_is_cut(repository: Path) -> None:
     assert diff.endswith(b"[cut after 200000 bytes]\n")
 
 
+@requires("git")
 def test_repositories_without_commits_and_folders_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

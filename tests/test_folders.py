@@ -412,7 +412,7 @@ def test_snapshot_keeps_existing_files(tmp_path: Path) -> None:
     assert entries(tmp_path) == {"kept", "x", "x/other"}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root, who writes everywhere")
 def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o500)
     assert "cannot write to this folder" in refused(tmp_path, "train", *SMALL, IN_RUN)

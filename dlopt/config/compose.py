@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
@@ -56,7 +56,8 @@ _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
 
 def parse_arguments(arguments: list[str]) -> Namespace:
     """Parses Hydra's command line: overrides and flags such as -m, --cfg, --config-dir, in any order."""
-    parser = get_args_parser()
+    with _lazy_help():
+        parser = get_args_parser()
     flags = [flag for action in parser._actions for flag in action.option_strings]
     parser.error = functools.partial(_raise_flag_error, arguments, flags)  # type: ignore[method-assign]
     for action in parser._actions:
@@ -71,6 +72,22 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise UserError(f"--config-dir={parsed.config_dir}: no such folder")
     return parsed
+
+
+@contextlib.contextmanager
+def _lazy_help() -> Iterator[None]:
+    """Lets Hydra add a flag whose help is not a string yet.
+
+    From Python 3.14 on, argparse checks the help of a flag when it is added; Hydra's parser cannot be built then.
+    """
+    if not hasattr(ArgumentParser, "_check_help"):
+        yield
+        return
+    ArgumentParser._check_help = lambda self, action: None  # hides the inherited method
+    try:
+        yield
+    finally:
+        del ArgumentParser._check_help
 
 
 def _raise_flag_error(arguments: list[str], flags: list[str], message: str) -> NoReturn:
@@ -95,7 +112,8 @@ def hydra_main(arguments: list[str]) -> None:
     logging.raiseExceptions = False  # Hydra prints through logging: a closed pipe (`| head`) must not be an error
     former, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:
-        hydra.main(version_base=_VERSION_BASE, config_path=str(config_folder()), config_name=CONFIG_NAME)(_no_job)()
+        with _lazy_help():
+            hydra.main(version_base=_VERSION_BASE, config_path=str(config_folder()), config_name=CONFIG_NAME)(_no_job)()
     finally:
         sys.argv = former
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,16 +17,12 @@ from torch import Tensor
 
 from dlopt.training.checkpoint import load
 from tests.parallel.ranks import ROOT
+from tests.support.requires import requires
 from tests.training.runs import same, timeless
 
 CLUSTER, BATCH = ROOT / "scripts" / "slurm" / "one_host_cluster", ROOT / "dlopt" / "templates" / "train.sbatch"
-_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-_MISSING = [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(tool, path=_PATH) is None]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(_MISSING), reason=f"no Slurm here ({', '.join(_MISSING)}): apt install slurm-wlm munge"),
-]
+pytestmark = [pytest.mark.slow, requires("munged", "slurmctld", "slurmd", "sbatch")]
 
 SMALL = [
     "device=cpu", "threads=1", "tracking=[]", "model=mlp", "model.widths=[8]", "data.subset=100", "data.workers=0",
@@ -110,7 +105,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     base = tmp_path_factory.mktemp("slurm")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
     environment["PYTHONPATH"] = str(ROOT)
-    environment["PATH"] = f"{Path(sys.executable).parent}:{_PATH}"
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     up = subprocess.run(
         [CLUSTER, "up", base / "cluster"],
         env={**environment, "SLURM_PORT": str(free_ports())},

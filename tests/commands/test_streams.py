@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from dlopt.tracking import Tracking, read_metrics, read_summary
 from dlopt.training.checkpoint import is_intact
 from tests.commands.line import SMALL
+from tests.support.requires import requires
 
 ROOT = Path(__file__).parents[2]
 RUN = " ".join(f"'{word}'" for word in (*SMALL, "tracking=[]"))
@@ -50,7 +50,7 @@ def test_child_processes_with_closed_streams(tmp_path: Path, more: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nohup") is None, reason="there is no nohup here")
+@requires("nohup")
 def test_nohup(tmp_path: Path) -> None:
     done = shell(tmp_path, f"nohup dlopt train {RUN} hydra.run.dir=run >nohup.out 2>&1")
     text = (tmp_path / "nohup.out").read_text()

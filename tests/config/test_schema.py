@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from annotated_types import Ge
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dlopt.config.schema import Component, check_arguments, component, resolve_target
@@ -26,8 +26,8 @@ def target(
 
 
 RANGES: dict[str, tuple[type, Any]] = {
-    "count": (int, lambda x: 1 <= x < 2**63),
-    "natural": (int, lambda x: x >= 0),
+    "count": (int, lambda x: 1 <= x < 2**63),  # larger integers would overflow torch's
+    "natural": (int, lambda x: 0 <= x < 2**63),
     "positive": (float, lambda x: x > 0),
     "non_negative": (float, lambda x: x >= 0),
     "probability": (float, lambda x: 0 <= x <= 1),
@@ -39,6 +39,8 @@ NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([
 
 @pytest.mark.parametrize("name", RANGES)
 @given(value=st.one_of(NUMBERS, st.booleans(), st.text(), st.none(), st.lists(NUMBERS, max_size=2)))
+@example(value=2**63 - 1)
+@example(value=2**63)
 def test_accepts_exactly_the_values_in_range(name: str, value: Any) -> None:
     kind, is_in_range = RANGES[name]
     is_number = type(value) in ((int,) if kind is int else (int, float)) and math.isfinite(value)

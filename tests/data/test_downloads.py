@@ -15,6 +15,7 @@ import torchvision
 from dlopt.data import downloads
 from dlopt.data.downloads import cifar10, cifar100, fashion_mnist, mnist, read_idx
 from dlopt.errors import UserError
+from tests.support.requires import requires
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -69,9 +70,7 @@ def test_debian_package_is_the_fallback_without_root(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not downloads.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
-)
+@requires("fashion-mnist")
 def test_the_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DLOPT_DATA", raising=False)

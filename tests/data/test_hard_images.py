@@ -188,7 +188,7 @@ def test_error_names_missing_permission() -> None:
         plain().save(opened)
         opened.chmod(0o644)
         if as_ordinary_user(opened) != "was read":
-            pytest.skip("there is no folder here that an ordinary user may enter")
+            pytest.skip("needs a folder that an ordinary user may enter")
         assert as_ordinary_user(closed) == f"{closed}: cannot be read as an image (Permission denied)"
 
 

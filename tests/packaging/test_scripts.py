@@ -20,6 +20,7 @@ TOOLS = ["sh", "cat", "chmod", "cp", "dirname", "env", "flock", "grep"]
 TOOLS += ["ls", "mkdir", "readlink", "rm", "sleep", "touch", "uname"]
 
 # Environment variables steer the stand-ins: NO_ENSUREPIP, NO_PIP, NO_NETWORK, NO_TORCH_INDEX, SLEEP (of the install).
+# The installed versions of PyTorch that satisfy the constraints are 2.0 and 2.0+BUILD.
 PYTHON = r"""#!/bin/sh
 echo "python $@" >>"$LOG"
 case "$*" in
@@ -41,9 +42,11 @@ case "$*" in
     venv*)
         for target; do :; done
         mkdir -p "$target/bin"; cp "$STANDINS/python3" "$target/bin/python" ;;
+    *--offline*) ls .venv/lib/python3.13/site-packages | grep -q "^torch-2.0[+.]" ;;
     *--dry-run*) [ -z "$NO_TORCH_INDEX" ] ;;
     "pip install"*)
         [ -z "$NO_NETWORK" ] || { echo "error: dns" >&2; exit 1; }
+        case "$*" in *--torch-backend*) [ -z "$NO_TORCH_INDEX" ] || exit 1 ;; esac
         touch .venv/half; sleep "${SLEEP:-0}"; rm -f .venv/half
         cp "$STANDINS/command" .venv/bin/dlopt ;;
 esac
@@ -105,6 +108,11 @@ class Checkout:
 
     def installs(self) -> list[str]:
         return self.calls(r"^uv pip install -p .venv -c")
+
+    def install_torch(self, version: str) -> None:
+        for folder in (self.venv / "lib/python3.13/site-packages").glob("torch-*"):
+            folder.rmdir()
+        (self.venv / "lib/python3.13/site-packages" / f"torch-{version}.dist-info").mkdir(parents=True)
 
     def edit_pyproject(self) -> None:
         path = self.root / "pyproject.toml"
@@ -273,6 +281,34 @@ def test_torch_with_a_driver_or_by_choice(checkout: Checkout) -> None:
     shutil.copy(checkout.standins / "command", checkout.bin / "nvidia-smi")
     assert checkout.run()[0] == 0
     assert "--torch-backend" not in checkout.installs()[-1] and len(checkout.calls("dry-run")) == 0
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.0+cpu", "2.0+cu130"])
+def test_keeps_the_installed_torch_without_asking_for_it(checkout: Checkout, version: str) -> None:
+    checkout.run()
+    checkout.install_torch(version)
+    probes = len(checkout.calls("dry-run"))
+    code, _, errors = checkout.run(str(checkout.root / "scripts/test"), NO_TORCH_INDEX="1")
+    assert code == 0 and "trying pip" not in errors and "5 GB" not in errors
+    assert ",test]" in checkout.installs()[-1] and "--torch-backend" not in checkout.installs()[-1]
+    assert all("--offline" in call for call in checkout.calls("dry-run")[probes:])
+
+
+def test_replaces_an_old_torch_by_the_same_build(checkout: Checkout) -> None:
+    checkout.run()
+    for version, end in (("1.9+cpu", "--torch-backend cpu"), ("1.9", "[sweep,schedulefree,timm]")):
+        checkout.install_torch(version)
+        checkout.edit_pyproject()
+        assert checkout.run()[:2] == DONE
+        assert checkout.installs()[-1].endswith(end)
+    checkout.install_torch("1.9+cu130")
+    checkout.edit_pyproject()
+    _, _, errors = checkout.run(NO_TORCH_INDEX="1")
+    assert "--torch-backend" not in checkout.installs()[-1] and "out of reach" in errors
+    checkout.install_torch("2.0+cpu")
+    checkout.edit_pyproject()
+    assert checkout.run(DLOPT_TORCH="cu130")[:2] == DONE
+    assert checkout.installs()[-1].endswith("--torch-backend cu130")
 
 
 def test_test_command_adds_the_test_tools_and_keeps_them(checkout: Checkout) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import dlopt
+from tests.support.requires import requires
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,10 +40,11 @@ def files(folder: str, prefix: str = "") -> set[str]:
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", folder]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listing.returncode != 0:
-        pytest.skip("no git checkout to compare with")
+        pytest.skip("needs a git checkout to compare with")
     return {prefix + name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()}
 
 
+@requires("git")
 def test_wheel_contains_only_the_package_and_conf(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     contents = {name for name in names if ".dist-info/" not in name}
@@ -52,6 +54,7 @@ def test_wheel_contains_only_the_package_and_conf(wheel: Path) -> None:
     assert {"LICENSE", "dlopt/analysis/report/page/vendor/uPlot.LICENSE"} <= licenses
 
 
+@requires("git")
 def test_sdist_contains_only_tracked_files(dist: Path) -> None:
     """The tests in the archive need its pages, images and scripts."""
     (path,) = dist.glob("*.tar.gz")
@@ -62,6 +65,7 @@ def test_sdist_contains_only_tracked_files(dist: Path) -> None:
 
 
 @pytest.mark.slow
+@requires("git")
 def test_builds_are_reproducible(tmp_path: Path) -> None:
     """Builds copies with different times, umasks and clocks."""
     digests = []

@@ -17,7 +17,7 @@ from tests.reliability.faults import can_mount, private_mounts, read_only, resiz
 from tests.training.runs import RICH, experiment, in_fork, resume, same, start, timeless
 from tests.training.runs import result as result_of
 
-needs_mounts = pytest.mark.skipif(not can_mount(), reason="mounting needs root")
+needs_mounts = pytest.mark.skipif(not can_mount(), reason="needs root and mount (Debian package mount)")
 
 # Its checkpoints are much larger than all other files.
 LARGE = [*RICH, "model.widths=[300]"]

@@ -129,7 +129,7 @@ def test_probes_different_configs_and_fewer_than_there_are_jobs(
     ("estimate", "jobs", "at_once", "line"),
     [
         (Estimate(1.16, 1.16, 1.0), 6, 1, "6 jobs of about 2.2 s each: about 13.2 s in total"),
-        (Estimate(5.0, 6.0, 1.0), 3, 2, "3 jobs of about 6.0 s to 7.0 s each, 2 at once: about 12.0 s to 14.0 s in total"),
+        (Estimate(5, 6, 1), 3, 2, "3 jobs of about 6.0 s to 7.0 s each, 2 at once: about 12.0 s to 14.0 s in total"),
         (Estimate(72.4, 72.4), 32, 1, "32 jobs of about 1:13 each: about 38:56 in total"),
         (Estimate(0.01, 0.02), 1, 1, "1 job of about 0.1 s"),
         (Estimate(50.0, 70.0), 1, 1, "1 job of about 50.0 s to 1:10"),

@@ -1,6 +1,7 @@
 """Job scripts that `hydra/launcher=slurm` submits."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,30 @@ from dlopt.sweeps import slurm as launcher
 from dlopt.sweeps.pool import build_pool
 from tests.commands.line import dlopt, refused
 
+WriteTool = Callable[[str, str], None]
+
 SETTINGS: dict[str, object] = {
     "n_jobs": 2, "partition": None, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1,
     "mem_gb": None, "time": 30, "requeue": 3, "account": None, "extra": {},
 }  # fmt: skip
 
 
-def test_options_of_sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The job script of a job with two nodes of 8 GPUs."""
-    sbatch = '#!/bin/sh\nfor script; do :; done\ncp "$script" script\necho Submitted batch job 7\n'
-    (tmp_path / "sbatch").write_text(sbatch)
-    (tmp_path / "sbatch").chmod(0o755)
+@pytest.fixture
+def write_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> WriteTool:
+    """Writes shell scripts that are found before programs of the machine, among them srun, which submitit looks for."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def write(name: str, lines: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+
+    write("srun", "exit 1")
+    return write
+
+
+def test_options_of_sbatch(write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The job script of a job with two nodes of 8 GPUs."""
+    write_tool("sbatch", 'for script; do :; done\ncp "$script" script\necho Submitted batch job 7')
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     resources = {"nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 12}
@@ -31,38 +44,38 @@ def test_options_of_sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         assert f"#SBATCH --{option}\n" in script, script
 
 
-def test_job_does_not_end_while_the_controller_is_busy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, lines in (("sbatch", "echo Submitted batch job 7"), ("squeue", "exit 1")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_job_does_not_end_while_the_controller_is_busy(
+    write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_tool("sbatch", "echo Submitted batch job 7")
+    write_tool("squeue", "exit 1")
     monkeypatch.setattr(launcher, "_SUMMARY_SECONDS", 0.0)
     (tmp_path / "run").mkdir()
     job = build_pool(launcher.slurm, SETTINGS).start(0, tmp_path / "run", {})
     assert job.poll() is None
-    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    write_tool("squeue", "")
     assert job.poll() == FAILED
 
 
-def test_an_earlier_job_counts_as_running_until_squeue_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, lines in (("sbatch", "echo Submitted batch job 8"), ("squeue", "exit 1")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_an_earlier_job_counts_as_running_until_squeue_answers(
+    write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_tool("sbatch", "echo Submitted batch job 8")
+    write_tool("squeue", "exit 1")
     monkeypatch.setattr(launcher, "_SUMMARY_SECONDS", 0.0)
     (tmp_path / "run/slurm").mkdir(parents=True)
     (tmp_path / "run/slurm/job_id").write_text("7\n")
     pool = build_pool(launcher.slurm, SETTINGS)
     job = pool.find(tmp_path / "run")
     assert job is not None and job.poll() is None
-    (tmp_path / "squeue").write_text("#!/bin/sh\n")  # it answers: job 7 has ended
+    write_tool("squeue", "")  # it answers: job 7 has ended
     assert job.poll() == FAILED and pool.find(tmp_path / "run") is None
 
 
-def test_several_processes_need_a_parallel_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "sbatch").write_text("")
-    (tmp_path / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_several_processes_need_a_parallel_mode(
+    write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_tool("sbatch", "")
     monkeypatch.setattr("dlopt.sweeps.estimate.estimate_job", lambda *_: None)
     keys = ["-m", "hydra/launcher=slurm", "hydra.launcher.nodes=2", "seed=0,1", "dry_run=true"]
     assert "starts 2 processes per job, which would train the same model" in refused(tmp_path, "train", *keys)

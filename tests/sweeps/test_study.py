@@ -20,6 +20,7 @@ from dlopt.errors import UserError
 from dlopt.locks import is_held
 from dlopt.sweeps import samplers
 from dlopt.sweeps.study import JOURNAL, WORKERS, hide_password, open_storage
+from tests.support.requires import find, require
 from tests.sweeps.worker import make_spec, study_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,12 +49,9 @@ def events(folder: Path, kind: str) -> Counter[str]:
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Starts a PostgreSQL server on a loopback port and yields the URL of its database."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    binary = str(found[-1]) if found else shutil.which("initdb")
-    if binary is None:
-        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
+    require("initdb")
     pytest.importorskip("psycopg")
-    tools = Path(binary).parent
+    tools = Path(str(find("initdb"))).parent
     folder = tmp_path_factory.mktemp("postgres")
     as_user: list[str] = []
     if os.geteuid() == 0:  # it refuses to run as root

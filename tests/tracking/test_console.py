@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.tracking import layout, read_metrics, read_summary
+from tests.support.requires import requires
 
 DRIVE = Path(__file__).with_name("drive.py")
 ROOT = Path(__file__).parents[2]
@@ -133,16 +133,13 @@ def terminals() -> Iterator[list[Terminal]]:
         terminal.close()
 
 
-needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
-
-
 def open_terminal(terminals: list[Terminal], columns: int, folder: Path, seconds: float, prefix: str = "") -> Terminal:
     command = f"{prefix} {shlex.quote(sys.executable)} {shlex.quote(str(DRIVE))} {shlex.quote(str(folder))} 3 {seconds}"
     terminals.append(Terminal(columns, command))
     return terminals[-1]
 
 
-@needs_tmux
+@requires("tmux")
 @pytest.mark.parametrize(
     "columns", [pytest.param(60, marks=pytest.mark.slow), 80, pytest.param(120, marks=pytest.mark.slow)]
 )
@@ -167,7 +164,7 @@ def test_live_display_in_a_terminal(tmp_path: Path, terminals: list[Terminal], c
     assert re.search(r"test +0\.3000 +97\.78 %", after)
 
 
-@needs_tmux
+@requires("tmux")
 def test_ctrl_c_restores_the_terminal(tmp_path: Path, terminals: list[Terminal]) -> None:
     terminal = open_terminal(terminals, 80, tmp_path, 0.1)
     terminal.wait(r"^step +[3-9]/10")
@@ -179,7 +176,7 @@ def test_ctrl_c_restores_the_terminal(tmp_path: Path, terminals: list[Terminal])
     assert "KeyboardInterrupt" in (tmp_path / "train.log").read_text()
 
 
-@needs_tmux
+@requires("tmux")
 def test_no_color(tmp_path: Path, terminals: list[Terminal]) -> None:
     colour = r"\x1b\[[0-9;]*(3[0-7]|38|9[0-7])[0-9;]*m"
     for name, prefix in (("with", ""), ("without", "NO_COLOR=1")):
@@ -188,7 +185,7 @@ def test_no_color(tmp_path: Path, terminals: list[Terminal]) -> None:
         assert bool(re.search(colour, terminal.screen("-e"))) == (name == "with")
 
 
-@needs_tmux
+@requires("tmux")
 def test_a_dumb_terminal_of_60_columns_gets_short_lines(tmp_path: Path, terminals: list[Terminal]) -> None:
     terminal = open_terminal(terminals, 60, tmp_path, 0.0, "TERM=dumb")
     screen = terminal.wait(r"^rc=0=")

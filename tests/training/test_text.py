@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dlopt.commands.export import export
 from dlopt.commands.summary import summary as print_summary
 from dlopt.errors import UserError
 from dlopt.training.build import build_workload, training_batches
+from tests.support.requires import requires
 from tests.training.runs import experiment, in_fork, resume, same, start
 
 TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))
@@ -96,7 +96,7 @@ def test_second_derivatives_of_attention(choice: str, lines: list[str], tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+@requires("g++")  # compiles for a CPU
 @pytest.mark.parametrize("optimizer", ["adamw", "sophia"])
 def test_a_compiled_run_equals_an_eager_one(optimizer: str, lines: list[str], tmp_path: Path) -> None:
     """Also where the optimizer needs second derivatives, which a compiled model has not.

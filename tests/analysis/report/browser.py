@@ -1,12 +1,13 @@
 """Headless Chromium for tests, which are skipped without it."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.requires import find, require
 
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
@@ -17,15 +18,13 @@ _FLAGS = (
 @contextmanager
 def chromium(profile: Path, width: int = 1280, height: int = 1000) -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver")
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        pytest.skip("requires Debian's packages chromium and chromium-driver")
+    require("chromium", "chromedriver")
     options = webdriver.ChromeOptions()
-    options.binary_location = program
+    options.binary_location = find("chromium")
     for flag in (*_FLAGS, f"--window-size={width},{height}", f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(find("chromedriver")))
     try:
         yield browser
     finally:

@@ -1,7 +1,6 @@
 """The page in a real browser."""
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib.resources import files
@@ -15,6 +14,7 @@ from dlopt.analysis.report.reading import Reader
 from dlopt.analysis.report.table import Table, band, fastest, gather, time_to_target
 from tests.analysis.report.browser import chromium, narrow
 from tests.analysis.report.folders import make_run
+from tests.support.requires import requires
 
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 pytestmark = pytest.mark.slow
@@ -348,14 +348,12 @@ def test_page_without_data(browser: Any, tmp_path: Path) -> None:
         assert text(browser, "#counts")
 
 
+@requires("node")
 def test_small_losses_are_not_rounded_to_zero() -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("requires node")
     source = (files("dlopt.analysis.report") / "page" / "base.js").read_text(encoding="utf-8")
     functions = source[source.index("function formatNumber") : source.index("function formatValue")]
     values = 'formatStatistic("val_loss", [2.18e-5, 4.4e-7, 3]), formatDifference("val_loss", -1.9e-6), '
     values += 'formatMetric("val_loss", 0.5), formatMetric("val_loss", 0), formatDifference("val_accuracy", 0.012)'
     script = f"{functions}\nconsole.log(JSON.stringify([{values}]))"
-    output = subprocess.run([node, "-e", script], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout
     assert json.loads(output) == ["2.18e-5 ± 4.4e-7", "−1.9e-6", "0.5000", "0.0000", "+1.20"]

@@ -1,6 +1,5 @@
 """Tables for papers."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from dlopt.analysis.report import paper
 from tests.analysis.report.folders import make_run, table
+from tests.support.requires import requires
 
 EVIL = r"a_b & 50% #1 {x} ^2 ~ \input{secret} $|<>"
 
@@ -55,12 +55,11 @@ def test_markdown(sweep: Path) -> None:
 
 
 @pytest.mark.slow
+@requires("pdflatex")
 def test_latex_compiles_whatever_the_values(sweep: Path) -> None:
-    if (program := shutil.which("pdflatex")) is None:
-        pytest.skip("requires pdflatex")
     (sweep / "table.tex").write_text(paper.latex(table(sweep), made=EVIL, test=True, top=20))
     document = r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{table.tex}\end{document}"
-    command = [program, "-interaction=nonstopmode", "-halt-on-error", document]
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", document]
     done = subprocess.run(command, cwd=sweep, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stdout
 
