@@ -284,6 +284,16 @@ def test_differences_names_dotted_keys() -> None:
     assert differences(saved, resumed) == {"model.depth": (2, None), "model.norm": (None, "batch")}
 
 
+def test_configs_without_ema_warmup_had_a_constant_decay() -> None:
+    """They were saved before this key existed; without an average it does not matter."""
+    averaged = {"ema": 0.9, "ema_warmup": True}
+    assert differences({"ema": 0.9}, averaged) == {"ema_warmup": (False, True)}
+    assert differences({"ema": 0.9}, {"ema": 0.9, "ema_warmup": False}) == {}
+    assert differences({"ema": None}, {"ema": None, "ema_warmup": True}) == {}
+    assert differences({"ema": None}, averaged) == {"ema": (None, 0.9)}
+    assert differences({**averaged, "ema_warmup": False}, averaged) == {"ema_warmup": (False, True)}
+
+
 # -- resume=PATH
 
 

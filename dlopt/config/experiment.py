@@ -77,6 +77,7 @@ class Settings:
     scale_lr_reference: Count
     decay_norm_and_bias: bool
     ema: OpenFraction | None
+    ema_warmup: bool = False  # in configs that were saved before this key existed
     check: Literal["auto", "step"]
     on_divergence: Literal["stop", "skip", "rollback"]
     recovery: RecoverySettings

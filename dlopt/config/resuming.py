@@ -15,6 +15,9 @@ FREE = (
     "data.memory", "check", "on_divergence", "recovery", "on_out_of_memory",
 )  # fmt: skip
 
+# What runs did before these keys existed; saved configs lack them.
+_BEFORE = {"ema_warmup": False}
+
 
 def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
     """Returns the newest unfinished run of this config below `parent` that no process is working on."""
@@ -30,7 +33,9 @@ def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | No
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns (saved, current) values of the dotted keys, other than those in `FREE`, in which two configs differ."""
-    old, new = flatten(saved), flatten(current)
+    old, new = flatten({**_BEFORE, **saved}), flatten(current)
+    if old.get("ema") is None:
+        new["ema_warmup"] = old["ema_warmup"]  # there is no average, whose warmup could differ
     keys = [key for key in old | new if not is_below(key, FREE)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 

@@ -14,10 +14,16 @@ class ExponentialAverage:
 
     Floating-point buffers (batch-norm statistics) are averaged as well; counters are not. A process averages its
     shards of a sharded model.
+
+    `warmup`: the decay of the nth update is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
+    `tf.train.ExponentialMovingAverage` and in torch_ema. The average then covers about the last tenth of the updates;
+    a constant decay of 0.999 leaves the random initial weights a share of 66 % after 420 updates.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, warmup: bool = False) -> None:
         self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
         # Not from state_dict, which contains a tensor shared by two layers twice.
         tensors = [local(tensor.detach()) for tensor in (*model.parameters(), *model.buffers())]
         self._values = [t for t in tensors if (t.is_floating_point() or t.is_complex()) and not t.is_meta]
@@ -25,11 +31,16 @@ class ExponentialAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self._averages, self._values, 1 - self.decay)
+        self.updates += 1
+        weight = 1 - self.decay
+        if self.warmup:
+            weight = max(weight, 9 / (10 + self.updates))  # 1 - (1 + n) / (10 + n)
+        torch._foreach_lerp_(self._averages, self._values, weight)
 
     @torch.no_grad()
-    def restart(self) -> None:
-        """Sets the average to the present weights."""
+    def restart(self, updates: int = 0) -> None:
+        """Sets the average to the present weights, and the number of its updates."""
+        self.updates = updates
         torch._foreach_copy_(self._averages, self._values)
 
     @contextmanager

@@ -70,7 +70,7 @@ class Capture:
     Attributes:
         batch_size: samples in a captured batch; other batches, such as the last one of an epoch, run eagerly.
         log_norm: also capture the gradient norm, for logging.
-        post_hooks: the step's `post_hooks` that are part of the graph (weight averaging).
+        post_hooks: the step's `post_hooks` that are part of the graph (weight averaging, if its decay is constant).
     """
 
     recorder: Recorder

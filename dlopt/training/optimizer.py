@@ -251,7 +251,8 @@ def build_step(
     }
     if reason is not None or settings.cuda_graphs is False:
         return Step(*args, **kwargs), reason
-    captured_hooks = [average_weights] if average_weights else []
+    # A graph would repeat the weight of the captured update, which the warmup changes.
+    captured_hooks = [average.update] if average is not None and not average.warmup else []
     capture = Capture(Recorder(), batch_size, settings.log_every_steps is not None, captured_hooks)
     return GraphedStep(*args, capture=capture, **kwargs), None
 

@@ -159,7 +159,9 @@ def build_trainer(
     optimizer = build_optimizer(workload)
     sampler = loss_aware_sampler(workload, batches)
     schedule = build_schedule(workload, optimizer, length)
-    average = None if settings.ema is None else ExponentialAverage(workload.module, settings.ema)
+    average = None
+    if settings.ema is not None:
+        average = ExponentialAverage(workload.module, settings.ema, warmup=settings.ema_warmup)
     stopping: Stopping = experiment.stopping.build(model=workload.module, norm=mode.norm)
     checkpoints = Checkpoints(
         folder / "checkpoints",
@@ -452,7 +454,7 @@ class Trainer:
         if self.average is not None:
             # Through the model: the mode shards the full tensors of the state as it shards the model.
             self.mode.load_model(self.module, state["ema"])
-            self.average.restart()
+            self.average.restart(progress["step"] - progress["recovery"]["skipped"])  # skipped updates do not count
         self.mode.load_model(self.module, state["model"])
         self.load_optimizer(state["optimizer"])
         self.step.schedule.load_state_dict(state["schedule"])

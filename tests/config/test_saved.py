@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dlopt.config.compose import Composer
+from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.saved import typed_values, with_changes
 from dlopt.errors import UserError
@@ -60,3 +61,10 @@ def test_malicious_checkpoint_runs_no_code(command: list[str], tmp_path: Path) -
         checkpoint.write(bad, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
         assert "os.system" in refused(tmp_path, command[0], f"checkpoint={bad.name}", *command[1:])
         assert not marker.exists()
+
+
+def test_config_without_ema_warmup_has_a_constant_decay(saved: dict[str, Any]) -> None:
+    """Configs of checkpoints that were written before this key existed still load, and describe what their runs did."""
+    assert parse(saved).settings.ema_warmup is True
+    del saved["ema_warmup"]
+    assert parse(saved).settings.ema_warmup is False

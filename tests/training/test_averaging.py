@@ -46,6 +46,34 @@ def test_closed_form() -> None:
         assert not torch.equal(value, history[-1][name])
 
 
+def test_warmup() -> None:
+    """The decay of update n is min(decay, (1 + n) / (10 + n)): 2/11, 3/12, then 0.3."""
+    model, decays = net(), [2 / 11, 1 / 4, 0.3, 0.3, 0.3]
+    average = ExponentialAverage(model, 0.3, warmup=True)
+    expected = model[0].weight.detach().clone()
+    for n, decay in enumerate(decays, 1):
+        move(model, n)
+        average.update()
+        expected = decay * expected + (1 - decay) * model[0].weight.detach()
+        torch.testing.assert_close(averaged(average, model)["0.weight"], expected, rtol=1e-12, atol=1e-13)
+
+
+def test_warmup_forgets_the_initial_weights() -> None:
+    """A constant decay of 0.999 leaves them a share of 0.999^420 = 66 % after 420 updates."""
+
+    def share(warmup: bool) -> float:
+        model = nn.Linear(1, 1, bias=False).double()
+        model.weight.data.fill_(1.0)
+        average = ExponentialAverage(model, 0.999, warmup=warmup)
+        model.weight.data.fill_(0.0)
+        for _ in range(420):
+            average.update()
+        return averaged(average, model)["weight"].item()
+
+    assert share(False) == pytest.approx(0.999**420)
+    assert 0 < share(True) < 1e-15
+
+
 def test_starts_at_the_weights_and_does_not_change_the_model() -> None:
     model = net()
     before = copy.deepcopy(model.state_dict())
@@ -83,16 +111,17 @@ def test_shared_weights_are_averaged_once() -> None:
     torch.testing.assert_close(averaged(average, model)["1.weight"], start + 0.25, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("cut", [0, 3])
-def test_resumes_bitwise_identically(cut: int) -> None:
+def test_resumes_bitwise_identically(cut: int, warmup: bool) -> None:
     model, other = net(), net()
-    average, resumed = ExponentialAverage(model, 0.9), ExponentialAverage(other, 0.9)
+    average, resumed = (ExponentialAverage(each, 0.9, warmup=warmup) for each in (model, other))
     for n in range(1, 6):
         move(model, n)
         average.update()
         if n == cut:
             other.load_state_dict(averaged(average, model))
-            resumed.restart()
+            resumed.restart(n)
             other.load_state_dict(model.state_dict())
         elif n > cut:
             move(other, n)

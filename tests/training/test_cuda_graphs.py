@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings
 from tests.recorded import SimulatedRecorder
 from tests.tasks import CLASSIFICATION
+from tests.training.runs import SMALL, result, same, start, timeless
 
 SIZE = 8
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -175,6 +178,22 @@ def test_failed_capture_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     recorder = SimulatedRecorder()
     assert equal(run(None), run(recorder))
     assert recorder.replayed == 0 and "could not be captured as a CUDA graph" in caplog.text
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_runs_with_replayed_updates_have_the_same_average(tmp_path: Path, warmup: bool) -> None:
+    """A graph repeats the numbers of the captured update: the decay must not be one of them while it warms up."""
+    lines = [*SMALL, "ema=0.9", f"ema_warmup={warmup}", "epochs=3"]
+    start(tmp_path / "eager", *lines)
+    recorder = SimulatedRecorder()
+    with (
+        patch("dlopt.training.cuda_graphs.obstacle", return_value=None),
+        patch("dlopt.training.optimizer.Recorder", return_value=recorder),
+    ):
+        start(tmp_path / "replayed", *lines)
+    assert recorder.replayed > 0
+    assert timeless(tmp_path / "eager") == timeless(tmp_path / "replayed")
+    assert same(result(tmp_path / "eager"), result(tmp_path / "replayed"))
 
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

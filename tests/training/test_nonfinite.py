@@ -23,7 +23,7 @@ from dlopt.training.step import Step
 from dlopt.training.stopping import Tolerance
 from tests.parallel.ranks import run_ranks
 from tests.tasks import CLASSIFICATION
-from tests.training.runs import SMALL, at_update, experiment, in_fork, result, resume, same, start, timeless
+from tests.training.runs import SMALL, at_update, experiment, in_fork, result, resume, same, start, terminate, timeless
 from tests.training.test_step import CPU, batch, equal, make_step, net
 
 NAN, INF = float("nan"), float("inf")
@@ -364,6 +364,17 @@ def test_summary_counts_skipped_updates(tmp_path: Path) -> None:
         summary = start(tmp_path, *RUN, "on_divergence=skip")
     assert (summary["status"], summary["steps"], summary["skipped_updates"]) == ("finished", 16, 3)
     assert all(math.isfinite(line["train_loss"]) for line in timeless(tmp_path))
+
+
+def test_resumes_the_warmup_of_the_average_after_a_skipped_update(tmp_path: Path) -> None:
+    """The average was not updated then, and its count must not include that update."""
+    lines = [*RUN, "on_divergence=skip", "ema=0.9"]
+    with explosions(lambda step, lr: step == 2, "gradient"):
+        start(tmp_path / "whole", *lines)
+        with at_update(6, terminate):
+            assert start(tmp_path / "stopped", *lines)["status"] == "interrupted"
+        resume(tmp_path / "stopped", *lines)
+    assert same(result(tmp_path / "whole"), result(tmp_path / "stopped"))
 
 
 def test_skip_rejects_loss_aware_samplers(tmp_path: Path) -> None:

@@ -291,14 +291,23 @@ def optimizer_lost() -> AbstractContextManager[Any]:
 
 
 def average_lost() -> AbstractContextManager[Any]:
-    return patch.object(loop.ExponentialAverage, "restart", lambda self: None)
+    return patch.object(loop.ExponentialAverage, "restart", lambda self, updates: None)
+
+
+def average_count_lost() -> AbstractContextManager[Any]:
+    """Of the updates on which its warmup depends."""
+    original = loop.ExponentialAverage.restart
+    return patch.object(loop.ExponentialAverage, "restart", lambda self, updates: original(self))
 
 
 def sums_lost() -> AbstractContextManager[Any]:
     return patch.object(loop.MetricSum, "load_state_dict", lambda self, state: None)
 
 
-LOSSES = [sampler_position_lost, augmentation_stream_lost, dropout_stream_lost, optimizer_lost, average_lost, sums_lost]
+LOSSES = [
+    sampler_position_lost, augmentation_stream_lost, dropout_stream_lost, optimizer_lost, average_lost,
+    average_count_lost, sums_lost,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("lost", LOSSES, ids=lambda f: f.__name__)

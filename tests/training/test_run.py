@@ -95,6 +95,16 @@ def evaluated(workload: Workload, samples: Any) -> tuple[Tensor, Tensor]:
 # -- results
 
 
+def test_short_run_with_ema_is_as_good_as_without(tmp_path: Path) -> None:
+    """Without the warmup, the average is nearly the random initial weights after 48 updates."""
+    lines = [*SMALL, "data.subset=300", "epochs=5"]
+    plain, averaged, constant = (
+        start(tmp_path / name, *lines, *keys)["best_val_loss"]
+        for name, *keys in [("plain",), ("averaged", "ema=0.999"), ("constant", "ema=0.999", "ema_warmup=false")]
+    )
+    assert averaged < 1.02 * plain < 0.6 * constant
+
+
 def test_counts_the_evaluations_of_optimizers_with_several_per_update(tmp_path: Path) -> None:
     start(tmp_path / "sam", *SMALL, "optimizer=sam", "epochs=2")
     assert [line["evaluations"] for line in metrics(tmp_path / "sam")] == [8, 16]  # two per update
