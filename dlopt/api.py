@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
+from dlopt.commands.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.commands.train import prepare
 from dlopt.config.compose import Composer, quoted
 from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
@@ -99,6 +100,8 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
     config = Composer().compose(lines)
     if config.get("comparison") is not None or config.hydra.mode == RunMode.MULTIRUN:
         raise UserError("train(): runs one experiment at a time; use `dlopt train` for sweeps and comparisons")
+    hints = {"hydra.job.env_set": "set os.environ", "hydra.job.chdir": "call os.chdir"}
+    refuse_unread_hydra(lines, "train()", (*COMPOSITION, "hydra.run"), hints)
     prepared = prepare(config, lines)
     folder = prepared.folder.path
     if not prepared.is_done:

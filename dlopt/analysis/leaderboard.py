@@ -10,18 +10,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard
 
+from dlopt.config.keys import is_seed, key_of, role_of
 from dlopt.metric_names import lower_is_better
 from dlopt.plain import flatten, is_below
+from dlopt.roles import Role
 
 Direction = Literal["maximize", "minimize"]
 Seeds = tuple[tuple[str, Any], ...]
 
 ENDED = ("finished", "stopped_early")
-HOUSEKEEPING = (
-    "name", "resume", "allow_packages", "dry_run", "device", "threads", "checkpoint", "tracking", "log_every_steps",
-    "max_time", "data.workers", "data.memory", "data.root", "published",
-)  # fmt: skip
-"""Keys that do not distinguish configurations: where runs execute and what they write."""
+# Modes equal a single process only without local batch norm, gradient compression and the like; and they are compared
+# by their speed. The handling of errors changes the runs that meet one.
+_ALSO_COMPARED = ("parallel", "on_divergence", "on_out_of_memory")
+_NOT_COMPARED = ("max_time",)  # interrupts a run, which a later one continues to the same end
 
 
 @dataclass(frozen=True)
@@ -154,13 +155,12 @@ def _grouped(entries: Sequence[Entry]) -> list[Row]:
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         flat = flatten(entry.config)
-        kept = {key: canonical(value) for key, value in flat.items() if not _is_ignored(key)}
+        kept = {key: canonical(value) for key, value in flat.items() if distinguishes(key)}
         groups.setdefault(repr(sorted(kept.items(), key=lambda pair: pair[0])), []).append(entry)
     common = set.intersection(*(set(entry.overrides) for entry in entries)) if len(entries) > 1 else set()
     rows = []
     for runs in groups.values():
-        keys = {line: line.lstrip("+~").partition("=")[0] for line in runs[0].overrides}
-        typed = [line for line, key in keys.items() if line not in common and not _is_ignored(key)]
+        typed = [line for line in runs[0].overrides if line not in common and distinguishes(key_of(line))]
         label = " ".join(typed) or (runs[0].name if len(groups) > 1 else "as configured")
         rows.append(Row(label, typed, runs))
     return rows
@@ -180,19 +180,16 @@ def canonical(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def _is_ignored(key: str) -> bool:
-    return is_seed(key) or is_below(key, HOUSEKEEPING)
+def distinguishes(key: str) -> bool:
+    """Returns whether runs with different values of this key are different configurations."""
+    if is_below(key, _ALSO_COMPARED):
+        return True
+    return role_of(key) in (Role.IDENTITY, Role.PROTOCOL, Role.LENGTH) and key not in _NOT_COMPARED
 
 
 def is_number(value: object) -> TypeGuard[float]:
     """Returns whether the value is a finite number that can be averaged: sums of larger ones than 1e300 overflow."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
-
-
-def is_seed(key: str) -> bool:
-    """Returns whether the key is a seed: `seed`, `init_seed`, `data.seed`, ..."""
-    name = key.rpartition(".")[2]
-    return name == "seed" or name.endswith("_seed")
 
 
 def statistic(values: Sequence[float]) -> Statistic | None:

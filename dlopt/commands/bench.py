@@ -13,6 +13,7 @@ from rich.table import Table
 from dlopt.analysis import drawing
 from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
 from dlopt.commands.processes import run_rank
+from dlopt.commands.reads import LEARNING_RATE, RECIPE, UPDATE, indented
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_json
 from dlopt.parallel import launch
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from dlopt.analysis.bench.simulation import Cluster, Estimate
     from dlopt.analysis.model_summary import Layer
 
-USAGE = """\
+_READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "ema", "stopping", "check", "on_divergence")  # of parallel modes
+USAGE = f"""\
 Benchmark parallel modes, the network or devices, or simulate a cluster
 
 Usage:
@@ -55,7 +57,8 @@ Parallel modes:
   profiled=N           additional updates that profile communication (default: 5)
   memory_limit_mb=X    memory limit of each process, beyond that of an idle one (default: null, no limit)
   output=DIR           folder of the plot and the results (default: outputs/bench/DATE_TIME)
-  and the keys of `dlopt train`
+  and these keys of `dlopt train`:
+{indented(_READS)}
 
 Bandwidth (allreduce=[...]):
   Times all-reduces of the given sizes in MiB, as DDP does with gradients. Starts its processes, or runs in those of
@@ -96,7 +99,7 @@ Simulated cluster (simulate=true):
 """
 
 
-@on_experiment(several="not needed here; list the values: parallel=ddp,filter")
+@on_experiment("bench", None, several="not needed here; list the values: parallel=ddp,filter")
 def bench(line: Line) -> int:
     """Runs one of the benchmarks. Raises `UserError`."""
     keys = {override.partition("=")[0]: override.partition("=")[2] for override in line.overrides}
@@ -104,7 +107,9 @@ def bench(line: Line) -> int:
         return line.call(_simulate)
     if "allreduce" in keys:
         return line.call(_bench_allreduce)
-    return line.call(_bench_devices if keys.get("device", "").startswith("[") else _bench_modes)
+    if keys.get("device", "").startswith("["):
+        return line.call(_bench_devices)
+    return line.call(_bench_modes, "dlopt bench", _READS)
 
 
 def _save(figure: "Figure", folder: Path, name: str, records: Any) -> None:

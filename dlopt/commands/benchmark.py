@@ -2,7 +2,6 @@
 
 import math
 import random
-import re
 import shlex
 import shutil
 import sys
@@ -27,9 +26,12 @@ from dlopt.analysis.benchmark.protocol import (
 )
 from dlopt.analysis.benchmark.reading import COST, Manifest, targets
 from dlopt.analysis.benchmark.results import Record, Results, load_reference, to_json
-from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
+from dlopt.analysis.leaderboard import distinguishes
+from dlopt.commands.command import Line, output_folder, own_names, read_line, refuse_empty
+from dlopt.commands.reads import refuse_unread_hydra
 from dlopt.commands.sweep import build_pool, is_hydra, refuse_ranks
 from dlopt.config.compose import parse_overrides
+from dlopt.config.keys import group_of, key_of, role_of
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically, write_json
@@ -37,6 +39,7 @@ from dlopt.folders import RunFolder, refuse_url
 from dlopt.job import print_error
 from dlopt.locks import locked
 from dlopt.ranges import Count
+from dlopt.roles import Role
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import Estimate, estimate_job, format_range
 from dlopt.tracking.layout import short_path
@@ -78,15 +81,15 @@ Several of these commands with the same output share the trials.
   and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus)
 """
 
-_MACHINE = (  # keys and groups that do not change what is compared
-    "allow_packages", "device", "precision", "threads", "compile", "cuda_graphs", "channels_last", "deterministic",
-    "hydra",
-)  # fmt: skip
+_READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
+# Part of the protocol in addition to the length, the seeds and the evaluation of runs: the workloads name the first
+# four, and every trial writes what the results need and nothing else.
 _FIXED = (
-    "experiment", "schedule", "schedule_epochs", "seed", "init_seed", "order_seed", "augmentation_seed", "epochs",
-    "steps", "max_time", "stopping", "evaluate", "monitor", "resume", "checkpoint", "tracking", "log_every_steps",
-    "comparison", "dry_run",
+    "experiment", "comparison", "schedule", "stopping", "resume", "dry_run", "checkpoint", "tracking",
+    "log_every_steps",
 )  # fmt: skip
+# In addition to where a trial runs: how numbers are rounded is not what a benchmark compares.
+_MACHINE = ("allow_packages", "precision", "deterministic")
 Budget = Literal["tiny", "small", "large"]
 _LOCK = ".results.lock"
 _CHECKED = 2  # trials that --check repeats
@@ -131,19 +134,23 @@ def _optimizers(line: Line) -> tuple[list[str], Line]:
 # -- the overrides
 
 
-def _group_of(override: str) -> str:
-    """Returns the group or the first part of the key: schedule of `schedule=cosine` and of `++schedule.warmup=1`."""
-    return re.split(r"[./@]", _key_of(override))[0]
+def _is_fixed(override: str) -> bool:
+    """Returns whether an override would change the protocol."""
+    key = key_of(override)
+    is_seed_of_run = role_of(key) is Role.SEED and "." not in key  # an optimizer may have a seed of its own
+    return group_of(key) in _FIXED or role_of(key) in (Role.LENGTH, Role.PROTOCOL) or is_seed_of_run
 
 
-def _key_of(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
+def _is_of_machine(override: str) -> bool:
+    """Returns whether an override changes only where and how a trial is computed and watched."""
+    key = key_of(override)
+    return key in _MACHINE or (role_of(key) in (Role.PLACE, Role.WATCH) and not distinguishes(key))
 
 
 def _refuse_protocol(overrides: Iterable[str]) -> None:
     """Raises `UserError` for an override that would change the protocol."""
     for override in overrides:
-        if _group_of(override) in _FIXED:
+        if _is_fixed(override):
             raise UserError(
                 f"{override}: part of the protocol, and cannot be changed; a tier or a search space of your own may "
                 "set it, see `dlopt benchmark --help`"
@@ -153,7 +160,7 @@ def _refuse_protocol(overrides: Iterable[str]) -> None:
 def _refuse_drawn(overrides: Iterable[str], candidates: "Mapping[str, Candidate]") -> None:
     """Raises `UserError` for an override of a key that a search space sets."""
     for override in overrides:
-        key = _key_of(override)
+        key = key_of(override)
         if key == "optimizer._target_":
             raise UserError(f"{override}: name the class by optimizer={override.partition('=')[2]}")
         for name, chosen in candidates.items():
@@ -209,6 +216,7 @@ def _run(
     if workloads is not None:
         refuse_empty(workloads=workloads)
     _refuse_protocol(line.overrides)
+    refuse_unread_hydra(line.overrides, "dlopt benchmark", _READS_OF_HYDRA, {}, own_names(_run))
     overrides = [each for each in line.overrides if not is_hydra(each)]
     chosen = load_tier(tier, line.composer.config_dir).select(workloads)
     unset = [name for name, spec in chosen.workloads.items() if spec.target is None]
@@ -257,14 +265,14 @@ def _manifest(tier: str, request: "Request", studies: int, trials: int, command:
     workloads = dict(request.workloads)
     if request.full:  # the trials do not depend on targets, which may be set later
         workloads = {name: replace(spec, target=None) for name, spec in workloads.items()}
-    overrides = [each for each in request.overrides if _group_of(each) != "allow_packages"]
+    overrides = [each for each in request.overrides if group_of(each) != "allow_packages"]
     return Manifest(tier, studies, trials, workloads, spaces, overrides, request.full, [command])
 
 
 def _reference(tier: str, overrides: Sequence[str]) -> tuple[Results | None, str]:
     """Returns the shipped results; or None, and a note on why they do not apply."""
     shipped = load_reference(tier)
-    changing = sorted({_group_of(each) for each in overrides} - {*_MACHINE, "optimizer"})
+    changing = sorted({group_of(each) for each in overrides if not _is_of_machine(each)} - {"optimizer"})
     if shipped is not None and changing:
         return None, f"not compared with the shipped results, because {', '.join(changing)} changes the workloads"
     return shipped, ""
@@ -417,9 +425,11 @@ def check(line: Line, *, tier: str = "small", seed: int | None = None, output: s
     """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
     from dlopt.sweeps.benchmark import Request, candidate
 
+    refuse_unread_hydra(line.overrides, "dlopt benchmark", _READS_OF_HYDRA, {}, own_names(check))
     for override in line.overrides:
-        if _group_of(override) not in _MACHINE:
-            raise UserError(f"{override}: --check repeats shipped trials; only {', '.join(_MACHINE)} can be set")
+        if _is_fixed(override) or not _is_of_machine(override):
+            reason = "--check repeats shipped trials, of which only the machine may differ (device, precision, ...)"
+            raise UserError(f"{override}: {reason}")
     shipped = load_reference(tier)
     if shipped is None:
         raise UserError(f"tier={tier}: has no shipped results to check")

@@ -15,7 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.config.compose import Composer, grid, parse_arguments
+from dlopt.commands.reads import refuse_unread, refuse_unread_hydra
+from dlopt.config.compose import CONFIG_NAME, Composer, grid, parse_arguments
 from dlopt.config.resolve import choices_of, resolve_saved, to_plain
 from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values, with_changes
 from dlopt.config.schema import check_arguments, parameters_of, show
@@ -70,10 +71,19 @@ class Line:
         rest = replace(self, overrides=[override for override in self.overrides if override not in taken])
         return check_own(target, values), rest
 
-    def call(self, function: Callable[..., int]) -> int:
-        """Calls `function(line, **own_keys)`."""
+    def call(self, function: Callable[..., int], command: str = "", reads: Sequence[str] | None = None) -> int:
+        """Calls `function(line, **own_keys)`. `reads`: see `refuse_unread`; None: `function` refuses other keys."""
         own, rest = self.take(function)
+        if reads is not None:
+            refuse_unread(rest.overrides, command, reads, own=own_names(function))
         return function(rest, **own)
+
+    def refuse_config_files(self) -> None:
+        """Raises `UserError` for --config-dir and --config-name, which a config of a checkpoint does not need."""
+        typed = {"--config-dir": self.composer.config_dir, "--config-name": self.composer.config_name}
+        for flag, value in typed.items():
+            if value not in (None, CONFIG_NAME):
+                raise UserError(f"{flag}={value}: not read with checkpoint=; a checkpoint contains its config")
 
     def refuse_several(self, reason: str) -> None:
         """Raises `UserError` for a key with several values."""
@@ -85,6 +95,7 @@ class Line:
         """Raises `UserError` for an override that none of the `targets` has taken."""
         if self.overrides:
             names = [name for target in targets for name in own_names(target)]
+            refuse_unread_hydra(self.overrides, command, (), {}, names)
             key = self.overrides[0].partition("=")[0]
             hint = suggest(key, names, f"{' '.join(command.split()[:2])} --help")
             raise UserError(f"{self.overrides[0]}: unknown key of {command}; {hint}")
@@ -154,10 +165,19 @@ def skipped_keys(jobs: Sequence[tuple[str, Job]]) -> list[str]:
 # -- command lines
 
 
-def on_experiment(*, several: str, one: bool = False) -> Callable[[Callable[..., int]], Command]:
+def on_experiment(
+    name: str,
+    reads: Sequence[str] | None,
+    *,
+    several: str,
+    one: bool = False,
+    hints: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., int]], Command]:
     """Turns `function(line, **own_keys)` into a command; the remaining overrides are keys of `dlopt train`.
 
     Args:
+        name: name of the command.
+        reads, hints: see `refuse_unread`; None: `function` refuses the keys that it does not read.
         several: error message for -m and, with `one`, for several values of a key.
     """
 
@@ -167,6 +187,8 @@ def on_experiment(*, several: str, one: bool = False) -> Callable[[Callable[...,
             own, rest = read_line(arguments, several=several).take(function)
             if one:
                 rest.refuse_several(several)
+            if reads is not None:
+                refuse_unread(rest.overrides, f"dlopt {name}", reads, own=own_names(function), hints=hints)
             return function(rest, **own)
 
         return command
@@ -186,13 +208,13 @@ def read_line(arguments: list[str], *, several: str) -> Line:
 
 
 def on_checkpoint(
-    name: str, may_change: Sequence[str] = (), *, several: bool = False
+    name: str, reads: Sequence[str] = (), *, several: bool = False
 ) -> Callable[[Callable[..., int]], Command]:
     """Turns `function(path, changes, **own_keys)` into a command on a checkpoint and the config saved in it.
 
     Args:
         name: name of the command.
-        may_change: keys and groups of the saved config that may be overridden.
+        reads: keys and groups of the saved config that matter here; only they may be overridden.
         several: pass a list of paths.
     """
 
@@ -204,10 +226,10 @@ def on_checkpoint(
             names = own_names(function)
             own = {key: values.pop(key) for key in names if key in values}
             others = [key for key in values if key.split(".")[0] not in names]  # tta.crop belongs to tta
-            if others and not may_change:
+            if others and not reads:
                 hint = suggest(others[0], ["checkpoint", *names], f"dlopt {name} --help")
                 raise UserError(f"{others[0]}: unknown key; {hint}")
-            refuse_others(others, may_change, names)
+            refuse_others(others, reads, names)
             return function(paths, values, **check_own(function, own))
 
         return command

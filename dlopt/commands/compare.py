@@ -19,9 +19,11 @@ from dlopt.analysis.comparison import Cell, Comparison, Outcome, format_final, r
 from dlopt.analysis.comparison_plots import draw
 from dlopt.analysis.findings import check, evaluate, record
 from dlopt.analysis.probes import PROBES
+from dlopt.commands.reads import refuse_unread_hydra, refuse_untested
 from dlopt.config import parsing
 from dlopt.config.compose import Composer, parse_arguments, typed_folder
 from dlopt.config.experiment import Experiment
+from dlopt.config.keys import group_of, key_of, role_of
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.config.schema import check_arguments, show
@@ -30,6 +32,7 @@ from dlopt.files import write_atomically
 from dlopt.folders import RunFolder, make, make_new, newest
 from dlopt.job import execute
 from dlopt.parallel.rendezvous import current
+from dlopt.roles import Role
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
@@ -37,6 +40,12 @@ from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run
 
 PICTURE = "comparison"
+_READS_OF_HYDRA = ("hydra.run", "hydra.mode", "hydra.job.name")  # its runs share this process and its environment
+_HINTS = {
+    "hydra.sweep": "use hydra.run.dir",
+    "hydra.job.env_set": "set the variable in the shell",
+    "hydra.searchpath": "use --config-dir",
+}
 _METRICS = (
     "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "gap", "accuracy_gap",
     "epochs", "steps",
@@ -59,6 +68,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     """
     if current() is not None:
         raise UserError("comparison: cannot run inside torchrun or srun; start it from a shell")
+    refuse_unread_hydra(parsed.overrides, "a comparison", _READS_OF_HYDRA, _HINTS)
     comparison = comparison_of(composer, config, parsed.overrides)
     # The claims do not hold if an override changes the comparison or fixes one of its axes.
     keys = [each.get_key_element().lstrip("+~") for each in composer.parse(parsed.overrides)]
@@ -136,13 +146,12 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
 
 def _refuse_protected(line: str, key: str) -> None:
     """Raises `UserError` for keys that may only be given on the command line."""
-    protected = ("allow_packages", "hydra", "comparison", "resume", "experiment")
-    if key.lstrip("+~").split(".")[0].split("/")[0] in protected:
+    if role_of(key) is Role.COMMAND or group_of(key) == "hydra":
         raise UserError(f"comparison: {line}: may only be given on the command line")
 
 
 def _runs(composer: Composer, comparison: Comparison, overrides: list[str]) -> list[_Run]:
-    common = [line for line in overrides if not line.lstrip("+").startswith(("seed=", "comparison.", "hydra."))]
+    common = [line for line in overrides if key_of(line) != "seed" and group_of(line) not in ("comparison", "hydra")]
     runs: list[_Run] = []
     for cell in comparison.cells():
         lines = [*common, *parse_arguments(comparison.overrides(cell)).overrides]
@@ -151,6 +160,7 @@ def _runs(composer: Composer, comparison: Comparison, overrides: list[str]) -> l
             config = composer.compose(lines)
         config.seed = cell.seed
         plain, saved = to_plain(config, overrides)
+        refuse_untested(plain, overrides)
         runs.append(_Run(cell, lines, parsing.parse(plain, saved), saved, choices_of(config)))
     return runs
 

@@ -22,6 +22,7 @@ from dlopt.commands.command import (
     skipped_keys,
     writing,
 )
+from dlopt.commands.reads import LEARNING_RATE, RECIPE, UPDATE, indented, refuse_unread
 from dlopt.config.saved import checkpoint_file, typed_values
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_json
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from dlopt.analysis.diagnosis.verdicts import Facts, Verdict
     from dlopt.config.experiment import Experiment
 
-USAGE = """\
+_READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "check", "on_divergence")
+USAGE = f"""\
 Measure activations, gradients and curvature of a model, layer by layer
 
 Usage: dlopt diagnose [group=choice] [key=value]
@@ -60,7 +62,8 @@ Rates each layer and suggests what to change. Keys accept several values: one ro
   iterations=N      Hessian-vector products for the eigenvalues, which rise to the exact ones (default: 20)
   checkpoint=PATH   a trained model; uses the config of the checkpoint, whose keys can be overridden
   output=DIR        folder of plots, diagnosis.json and TensorBoard histograms (default: outputs/diagnose/DATE_TIME)
-  and the keys of `dlopt train`
+and these keys of `dlopt train`:
+{indented(_READS)}
 """
 
 _MAX_JOBS = 7  # distinguishable colours
@@ -78,7 +81,11 @@ class _Subject:
     state: Mapping[str, Any] | None = None  # of a checkpoint
 
 
-@on_experiment(several="not needed here; list the values: init=normal,xavier_normal")
+@on_experiment(
+    "diagnose",
+    None,  # with a checkpoint, its config decides which keys exist
+    several="not needed here; list the values: init=normal,xavier_normal",
+)
 def diagnose(
     line: Line,
     *,
@@ -91,9 +98,12 @@ def diagnose(
 ) -> int:
     """Measures, prints the table and the advice, and saves the plots. Raises `UserError`."""
     if checkpoint is None:
+        hints = {"resume": "to diagnose a trained model, use checkpoint=PATH"}
+        refuse_unread(line.overrides, "dlopt diagnose", _READS, own=["output"], hints=hints)
         subjects = [_subject(line, job) for job in line.jobs(_GROUPS, _MAX_JOBS)]
         title = " ".join(line.fixed()) or ("other keys at their defaults" if line.overrides else "default model")
     else:
+        line.refuse_config_files()
         subjects = [_trained(Path(checkpoint), line.overrides)]
         title = " ".join([short_path(Path(checkpoint)), *line.overrides])
     for subject in subjects:
@@ -120,6 +130,7 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     from dlopt.training.checkpoint import load
 
     path = checkpoint_file(path)
+    refuse_unread(overrides, "dlopt diagnose", _READS, own=["output"])
     values = typed_values(overrides)
     state = load(path)
     experiment = saved_experiment(state["config"], values, path)
@@ -127,11 +138,9 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
 
 
 def _check(subject: _Subject) -> None:
-    settings, processes = subject.experiment.settings, subject.experiment.parallel.arguments.get("processes")
+    processes = subject.experiment.parallel.arguments.get("processes")
     if current() is not None or (processes or 1) > 1:
         raise UserError("parallel: diagnose runs in one process; use parallel=single, without a launcher")
-    if settings.resume is not None and subject.state is None:  # the run of the checkpoint may be a resumed one
-        raise UserError(f"resume={settings.resume}: to diagnose a trained model, use checkpoint=PATH")
 
 
 def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "Facts"]:

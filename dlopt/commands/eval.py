@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from dlopt.training.build import Workload
     from dlopt.training.evaluate import Average, Report
 
-_MAY_CHANGE = (
+_READS = (
     "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
     "allow_packages", "parallel",
 )  # fmt: skip
 # Keys that a test of weights depends on; they are composed and checked as in `dlopt train`.
-_OF_WEIGHTS = (*_MAY_CHANGE, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")
+_READS_OF_WEIGHTS = (*_READS, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")
 USAGE = f"""\
 Evaluate a checkpoint, an ensemble of checkpoints, or the weights of another tool, on the test set
 
@@ -60,9 +60,9 @@ Examples:
                             autoencoder (default: the run folder)
 
 Uses the config saved in the checkpoint. Keys that can be overridden:
-  {", ".join(f"{key}.*" if key in ("data", "parallel") else key for key in _MAY_CHANGE)}
+  {", ".join(f"{key}.*" if key in ("data", "parallel") else key for key in _READS)}
 With init_from, the keys of `dlopt train` that matter for a test:
-  {", ".join(_OF_WEIGHTS)}
+  {", ".join(_READS_OF_WEIGHTS)}
 """
 
 _MAX_LISTED_CLASSES = 20
@@ -92,7 +92,7 @@ def evaluate(arguments: list[str]) -> int:
     return over_processes("eval", command, arguments)
 
 
-@on_checkpoint("eval", _MAY_CHANGE, several=True)
+@on_checkpoint("eval", _READS, several=True)
 def _evaluate_checkpoints(
     paths: list[Path],
     changes: dict[str, Any],
@@ -124,7 +124,7 @@ def _evaluate_checkpoints(
     return _finish(record, tested, folder, [f"checkpoint: {path}" for path in paths])
 
 
-@on_experiment(several="one value is needed: a test has one model", one=True)
+@on_experiment("eval", _READS_OF_WEIGHTS, several="one value is needed: a test has one model", one=True)
 def _evaluate_weights(
     line: Line,
     *,
@@ -137,9 +137,6 @@ def _evaluate_weights(
     from dlopt.training.build import build_workload, load_weights
 
     parsed = {override.get_key_element().lstrip("+"): override for override in line.composer.parse(line.overrides)}
-    for key in parsed:
-        if key.partition(".")[0] not in (*_OF_WEIGHTS, "tta"):
-            raise UserError(f"{parsed[key].input_line}: does not matter for a test; allowed: {', '.join(_OF_WEIGHTS)}")
     own = {key: override for key, override in parsed.items() if key.startswith(("tta.", "parallel"))}
     values = {key: override.value() for key, override in own.items()}
     processes = take_process_keys(values, "eval")

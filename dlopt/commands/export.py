@@ -43,6 +43,7 @@ training, any batch size. Outputs: logits. Verifies the file: compares its outpu
   data.root=DIR         location of the test images for the verification
 """
 
+_READS = ("data", "threads", "allow_packages")
 _IMAGES = 16
 _TOLERANCE = 1e-4  # relative to the largest output: other tools sum in a different order
 
@@ -50,7 +51,7 @@ _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".p
 _NEEDS = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "torch_export": ()}
 
 
-@on_checkpoint("export", ("data", "threads", "allow_packages"))
+@on_checkpoint("export", _READS)
 def export(
     path: Path,
     changes: dict[str, Any],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlopt.commands.command import Line, on_experiment, output_folder, writing
+from dlopt.commands.reads import RECIPE, UPDATE, indented
 from dlopt.errors import DONE, USER_ERROR, RunError, UserError
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.rendezvous import current, is_main, leave
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from dlopt.analysis.lr_range import LearningRates, RangeTest
     from dlopt.config.experiment import Experiment
 
-USAGE = """\
+_READS = (*UPDATE, *RECIPE, "scale_lr")  # scale_lr: only none
+USAGE = f"""\
 Run a learning-rate range test
 
 Usage: dlopt find-lr [group=choice] [key=value]
@@ -38,11 +40,23 @@ of its longest descent (valley).
   smoothing=X     exponential smoothing factor of the loss (default: 0.9)
   diverge=X       stop when the smoothed loss exceeds X times its minimum (default: 4)
   output=DIR      folder of find_lr.png, .svg and .json (default: outputs/find-lr/DATE_TIME)
-  and the keys of `dlopt train`
+and these keys of `dlopt train`:
+{indented(_READS)}
 """
 
 
-@on_experiment(several="find-lr runs one test at a time", one=True)
+@on_experiment(
+    "find-lr",
+    _READS,
+    several="find-lr runs one test at a time",
+    one=True,
+    hints={
+        "resume": "use init_from=PATH to start from weights",
+        "steps": "updates=N sets the length of the test",
+        "epochs": "updates=N sets the length of the test",
+        "schedule": "the test raises the learning rate from min_lr to max_lr",
+    },
+)
 def find_lr(line: Line, *, output: str | None = None) -> int:
     """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
     from dlopt.analysis.lr_range import RangeTest, check, trial, write
@@ -52,8 +66,11 @@ def find_lr(line: Line, *, output: str | None = None) -> int:
     check(range_test)
     experiment, _ = line.experiment()
     trial(experiment, range_test)  # refuses optimizers without a learning rate
-    if experiment.settings.resume is not None:
-        raise UserError(f"resume={experiment.settings.resume}: not supported; use init_from=PATH to start from weights")
+    if experiment.settings.scale_lr != "none":  # of a recipe: training would multiply the suggestion once more
+        raise UserError(
+            f"scale_lr={experiment.settings.scale_lr}: the test finds the learning rate for this batch size; set "
+            "scale_lr=none, here and in the training"
+        )
     result = _run(experiment, range_test)
     if result is None:  # rank > 0: rank 0 reports
         return DONE

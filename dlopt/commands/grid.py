@@ -1,6 +1,7 @@
 """`dlopt grid`: prints the arguments of one job of a sweep, for the tasks of a job array."""
 
-from dlopt.config.compose import Composer, grid, parse_arguments
+from dlopt.commands.command import read_line
+from dlopt.config.compose import CONFIG_NAME
 from dlopt.errors import DONE, UserError
 
 USAGE = """\
@@ -19,12 +20,13 @@ Examples:
 
 def overrides_of(number: int, arguments: list[str]) -> list[str]:
     """Returns the overrides of job `number`, after the flags that name config files. Raises `UserError`."""
-    parsed = parse_arguments(arguments)
-    jobs = grid(Composer(parsed.config_name, parsed.config_dir).parse(parsed.overrides))
+    line = read_line(arguments, several="not needed here; grid prints one job of the sweep")
+    jobs = line.combinations()
     if not 0 <= number < len(jobs):
         raise UserError(f"job {number}: the sweep has jobs 0 to {len(jobs) - 1}: {' '.join(arguments)}")
-    flags = {"--config-dir": parsed.config_dir, "--config-name": parsed.config_name}
-    return [*(f"{flag}={value}" for flag, value in flags.items() if value is not None), *jobs[number]]
+    flags = {"--config-dir": line.composer.config_dir, "--config-name": line.composer.config_name}
+    typed = [f"{flag}={value}" for flag, value in flags.items() if value not in (None, CONFIG_NAME)]
+    return [*typed, *jobs[number]]
 
 
 def print_job(arguments: list[str]) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from dlopt.training.restore import Trained
 
-_MAY_CHANGE = ("device", "precision", "threads", "allow_packages", "parallel")
+_READS = ("device", "precision", "threads", "allow_packages", "parallel")
 USAGE = f"""\
 Classify images with a checkpoint
 
@@ -37,7 +37,7 @@ Resizes the images to the size of the training images and takes the centre crop.
   parallel.processes=N  divides the images over N processes; also under torchrun and srun
 
 Uses the config saved in the checkpoint. Keys that can be overridden:
-  {", ".join("parallel.*" if key == "parallel" else key for key in _MAY_CHANGE)}
+  {", ".join("parallel.*" if key == "parallel" else key for key in _READS)}
 """
 
 
@@ -46,7 +46,7 @@ def predict(arguments: list[str]) -> int:
     return over_processes("predict", _predict, arguments)
 
 
-@on_checkpoint("predict", _MAY_CHANGE)
+@on_checkpoint("predict", _READS)
 def _predict(
     path: Path,
     changes: dict[str, Any],

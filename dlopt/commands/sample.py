@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dlopt.training.restore import Trained
 
-_MAY_CHANGE = ("device", "precision", "threads", "allow_packages")
+_READS = ("device", "precision", "threads", "allow_packages")
 USAGE = f"""\
 Continue a text with a language model
 
@@ -37,7 +37,7 @@ Examples:
 Bytes that are no valid UTF-8 are shown as the replacement character. When the context of the model is full, sampling
 continues from its last half. Computes in fp32, also after a training in bf16. Uses the config saved in the checkpoint.
 Keys that can be overridden:
-  {", ".join(_MAY_CHANGE)}
+  {", ".join(_READS)}
 """
 
 
@@ -46,7 +46,7 @@ def sample(arguments: list[str]) -> int:
     # A prompt is any text: it is not parsed as a value of an override.
     prompts = [argument.removeprefix("prompt=") for argument in arguments if argument.startswith("prompt=")]
 
-    @on_checkpoint("sample", _MAY_CHANGE)
+    @on_checkpoint("sample", _READS)
     def continue_text(
         path: Path,
         changes: dict[str, Any],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 from annotated_types import Interval
 
 from dlopt.commands.command import Line, on_experiment, output_folder, read_dataset, refuse_folder, writing
+from dlopt.commands.reads import RECIPE, indented
 from dlopt.errors import DONE, UserError
 from dlopt.tracking.layout import short_path
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from dlopt.data.batches import Augment, Position
     from dlopt.data.samples import Samples
 
-USAGE = """\
+_READS = ("data", "augmentation", "seed", "order_seed", "augmentation_seed", *RECIPE)
+USAGE = f"""\
 Plot augmented images
 
 Usage: dlopt show-batch [group=choice] [key=value]
@@ -34,7 +36,8 @@ NAME_operations.png: a row per operation at low, medium and high strength.
 
   output=FILE       plot of the batch (default: outputs/show-batch/DATE_TIME/batch.png)
   tile=112          size of an image in pixels (32 to 1024); the text grows with it
-  and the keys of `dlopt train`
+and these keys of `dlopt train`:
+{indented(_READS)}
 """
 
 _IMAGES = 8
@@ -42,7 +45,7 @@ _PIPELINES = 6
 Tile = Annotated[int, Interval(ge=32, le=1024)]
 
 
-@on_experiment(several="show-batch plots one batch; only augmentation takes several values")
+@on_experiment("show-batch", _READS, several="show-batch plots one batch; only augmentation takes several values")
 def show_batch(line: Line, *, output: str | None = None, tile: Tile = 112) -> int:
     """Saves the plots and prints their paths. Raises `UserError`."""
     target = None if output is None else _target(output)

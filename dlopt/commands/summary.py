@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from dlopt.commands.command import Line, on_experiment, read_dataset
+from dlopt.commands.reads import RECIPE, indented
 from dlopt.errors import DONE, UserError
 from dlopt.ranges import Count
 from dlopt.tracking.layout import format_bytes, plain_table, show_table
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from dlopt.config.schema import Component
     from dlopt.data.task import Task
 
-USAGE = """\
+_READS = ("model", "data", "augmentation", "precision", *RECIPE)
+USAGE = f"""\
 Print the layers of a model
 
 Usage: dlopt summary model=CHOICE [key=value]
@@ -32,13 +34,14 @@ tensors, without computation or memory: models may have any size.
   input_shape=[C,H,W]   shape of the input; requires classes or vocabulary (default: null, from the data set)
   classes=N             number of outputs; requires input_shape (default: null, from the data set)
   vocabulary=N          number of tokens of a text; requires input_shape=[TOKENS] (default: null, from the data set)
-  and the keys of `dlopt train`
+and these keys of `dlopt train`:
+{indented(_READS)}
 """
 
 _UNKNOWN_BATCH = 2  # data.batch_size=full without data; batch norm does not support a batch of one
 
 
-@on_experiment(several="summary shows one model at a time", one=True)
+@on_experiment("summary", _READS, several="summary shows one model at a time", one=True)
 def summary(
     line: Line, *, input_shape: list[Count] | None = None, classes: Count | None = None, vocabulary: Count | None = None
 ) -> int:

@@ -14,15 +14,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.analysis.leaderboard import Entry, front, leaderboard
+from dlopt.commands.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.compose import Composer, grid, listed, typed_folder
 from dlopt.config.resolve import choices_of, resolve_saved, to_plain
-from dlopt.config.resuming import FREE, differences, refuse_other_config
+from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new, newest
 from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import current
-from dlopt.plain import is_below
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
@@ -33,6 +33,12 @@ from dlopt.tracking.layout import short_path
 if TYPE_CHECKING:
     from dlopt.sweeps.search import Row
     from dlopt.sweeps.study import StudySpec
+
+# Sweepers and launchers of other packages run their jobs through Hydra, which reads all of it but the run's folder.
+_READS_OF_HYDRA = (
+    *COMPOSITION, "hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.job", "hydra.job_logging",
+    "hydra.hydra_logging", "hydra.verbose", "hydra.callbacks", "hydra.env", "hydra.output_subdir",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Request:
             raise UserError(f"experiment={name}: a study is a sweep already; run one at a time: experiment={name}")
         plain, saved = to_plain(config, self.overrides)
         experiment = parse(plain, saved)
+        refuse_untested(plain, overrides)
         size = size_pair(experiment.data_settings.image_size)
         is_local = self.pool is not None and self.pool.is_local  # other machines may have more memory
         if is_local and (key := f"{experiment.model} {size}") not in self.sized:
@@ -153,6 +160,7 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     """Runs the sweep and returns its exit code. Raises `UserError` before it creates any file."""
     refuse_ranks("-m", "the sweep")
     config = composer.compose(parsed.overrides, multirun=True)
+    refuse_unread_hydra(parsed.overrides, "a sweep", _READS_OF_HYDRA, {"hydra.run": "use hydra.sweep.dir"})
     if config.hydra.job.chdir:
         raise UserError("hydra.job.chdir=true: not supported in a sweep, whose jobs run in the current folder")
     path, is_typed = typed_folder(config, "hydra.sweep.dir", parsed.overrides)
@@ -302,7 +310,7 @@ def _is_unfinished(sweep: RunFolder, jobs: Sequence[GridJob]) -> bool:
 def _values(lines: Any) -> dict[str, str]:
     """Returns the overrides by key, without those that may change on resume."""
     pairs = [str(line).partition("=") for line in lines] if isinstance(lines, list) else []
-    return {key: value for key, _, value in pairs if not is_below(key.lstrip("+"), FREE)}
+    return {key: value for key, _, value in pairs if not may_change(key)}
 
 
 def _statuses(sweep: Path, jobs: Sequence[GridJob] = ()) -> list[str]:
@@ -355,8 +363,7 @@ def _search(request: Request) -> int:
         lambda path, key: _check_search(path, key, facts, request.config.resume),
     )
     saved = _space(folder)
-    same_search = isinstance(saved, dict) and saved.get("facts") == facts
-    if same_search and not _is_unfinished_search(saved, facts, spec.total):
+    if _is_same_search(saved, facts) and not _is_unfinished_search(saved, facts, spec.total):
         return _print_next(f"this sweep is already finished: {folder}", folder)
     try:
         outcome = request.run(folder)
@@ -373,7 +380,14 @@ def _search(request: Request) -> int:
 
 def _is_unfinished_search(saved: Any, facts: Mapping[str, Any], total: int) -> bool:
     """Returns whether the contents of a sweep.yaml are of this search, with jobs left to run."""
-    return isinstance(saved, dict) and saved.get("facts") == facts and saved.get("finished", 0) < total
+    return _is_same_search(saved, facts) and saved.get("finished", 0) < total
+
+
+def _is_same_search(saved: Any, facts: Mapping[str, Any]) -> bool:
+    from dlopt.sweeps.study import describe_differences
+
+    former = saved.get("facts") if isinstance(saved, dict) else None
+    return isinstance(former, dict) and not describe_differences(former, facts)
 
 
 def _check_search(sweep: Path, key: str, facts: Mapping[str, Any], resume: str | None) -> None:

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dlopt.commands.processes import prepare_rank
+from dlopt.commands.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.compose import Composer, job_environment, parse_arguments, show_config, typed_folder
 from dlopt.config.inherit import inherit
 from dlopt.config.resolve import choices_of, resolve_saved, to_plain
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from dlopt.training.trainer import Run
+
+_READS_OF_HYDRA = (*COMPOSITION, "hydra.run", "hydra.job", "hydra.job_logging", "hydra.verbose")
+_OF_SWEEPS = ("hydra.sweep", "hydra.sweeper", "hydra.launcher")
 
 
 def train(arguments: list[str]) -> int:
@@ -137,6 +141,7 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
 
     plain, saved = to_plain(config, overrides)
     experiment = parse(plain, saved)
+    refuse_untested(plain, overrides)
     path, is_typed = typed_folder(config, "hydra.run.dir", overrides)
     if plain["dry_run"]:
         raise UserError("dry_run=true: only available in `dlopt train`")
@@ -154,6 +159,7 @@ def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
 
     plain, saved = to_plain(config, overrides)
     parse(plain, saved)
+    refuse_untested(plain, overrides)
     print_estimate([saved], choices_of(config), jobs=1)
     return 0
 
@@ -164,6 +170,7 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
     Args:
         send: sends other ranks the message with which they join the run.
     """
+    refuse_unread_hydra(parsed.overrides, "dlopt train", _READS_OF_HYDRA, dict.fromkeys(_OF_SWEEPS, "add -m"))
     if config.dry_run is True:
         return _estimate(config, parsed.overrides)
     prepared = prepare(config, parsed.overrides)

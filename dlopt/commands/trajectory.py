@@ -24,7 +24,9 @@ from dlopt.commands.command import (
     skipped_keys,
     writing,
 )
+from dlopt.commands.reads import LEARNING_RATE, RECIPE, indented, refuse_unread_hydra
 from dlopt.config.compose import CONFIG_NAME, Composer
+from dlopt.config.keys import group_of
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.errors import DONE, UserError, suggest
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from dlopt.schedules import Warmup
     from dlopt.training.build import Workload
 
-USAGE = """\
+_READS = (*LEARNING_RATE, *RECIPE, "optimizer", "evaluate.every_epochs")
+_READS_OF_LANDSCAPES = ("data", "device", "threads", "allow_packages")
+USAGE = f"""\
 Plot optimizer paths, learning-rate schedules or loss landscapes
 
 Usage:
@@ -72,7 +76,8 @@ Optimizer paths (function=quadratic, noisy_quadratic, rosenbrock, beale, himmelb
 Learning-rate schedules:
   steps_per_epoch=N    updates per epoch; the data is not loaded (default: 100)
   log_y=BOOL           logarithmic learning-rate axis (default: false)
-  and the keys of `dlopt train`
+  and these keys of `dlopt train`:
+{indented(_READS)}
 
 Loss landscapes:
   directions=CHOICE    path: plane of the largest variance of the training's checkpoints (PCA), with the optimizer path;
@@ -90,12 +95,13 @@ _LINE_SEARCH_EVALUATIONS = 25  # default for L-BFGS
 _MIN_CHECKPOINTS = 3  # two differences span a plane
 
 
-@on_experiment(several="not needed here; list the values: optimizer=momentum,adam")
+@on_experiment("trajectory", None, several="not needed here; list the values: optimizer=momentum,adam")
 def trajectory(line: Line) -> int:
     """Saves one of the three plots and prints its path. Raises `UserError`."""
     keys = {override.partition("=")[0] for override in line.overrides}
     groups = {key.partition(".")[0] for key in keys}
     if "checkpoint" in keys:
+        line.refuse_config_files()
         return _draw_landscape(line.overrides)
     if "function" in groups:
         name = line.composer.config_name
@@ -104,7 +110,7 @@ def trajectory(line: Line) -> int:
     if "optimizer" in keys and "schedule" not in groups:
         optimizer = next(override for override in line.overrides if override.startswith("optimizer="))
         raise UserError(f"{optimizer}: add a function (function=quadratic) or a schedule (schedule=cosine)")
-    return line.call(_draw_learning_rates)
+    return line.call(_draw_learning_rates, "dlopt trajectory schedule=...", _READS)
 
 
 # -- learning-rate curves
@@ -229,9 +235,10 @@ def _draw_paths(line: Line) -> int:
 def _refuse_others(overrides: Sequence[str]) -> None:
     """Raises `UserError` for keys of `dlopt train`, which have no effect here."""
     allowed = [*_Settings.__dataclass_fields__, *_GROUPS]
+    refuse_unread_hydra(overrides, "dlopt trajectory", ("hydra.searchpath",), {}, allowed)
     for line in overrides:
-        key = line.lstrip("+").partition("=")[0].partition(".")[0].partition("@")[0]
-        if key not in allowed and not key.startswith("hydra"):
+        key = group_of(line)
+        if key not in (*allowed, "hydra"):
             hint = suggest(key, allowed, "dlopt trajectory --help")
             raise UserError(f"{line}: unknown key of optimizer paths; {hint}")
 
@@ -361,7 +368,7 @@ def _show(message: str) -> None:
 # -- loss landscapes
 
 
-@on_checkpoint("trajectory", ("data", "device", "threads", "allow_packages"))
+@on_checkpoint("trajectory", _READS_OF_LANDSCAPES)
 def _draw_landscape(
     path: Path,
     changes: dict[str, Any],

@@ -14,12 +14,12 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from dlopt.config.compose import Composer
+from dlopt.config.keys import role_of
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.plain import flatten
+from dlopt.roles import Role
 
-_RECIPES = ("experiment", "comparison")  # not inherited: the saved config already has their effects, key by key
-_NOT_INHERITED = ("resume", "allow_packages")  # belong to a command line, not to the experiment
 _MISSING = object()
 
 
@@ -40,10 +40,14 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
         raise UserError(f"{source}: not a run folder: {folder.path} has no readable config.yaml")
     saved = flatten(config)
     _check(saved, config.get("allow_packages"), source, dict(zip(keys, typed, strict=True)))
-    groups = [group for group in composer.groups() if group not in _RECIPES]
+    groups = [group for group in composer.groups() if role_of(group) is not Role.COMMAND]
     choices = _choices(composer, folder, [group for group in groups if group not in keys], source)
-    excluded = (*_NOT_INHERITED, *(key for key in keys if key in groups))
-    inherited = {key: value for key, value in saved.items() if key.partition(".")[0] not in excluded}
+    replaced = [key for key in keys if key in groups]
+    inherited = {
+        key: value
+        for key, value in saved.items()
+        if role_of(key) is not Role.COMMAND and key.partition(".")[0] not in replaced
+    }
     lines: list[str] = []
     # Interpolated keys (init_seed: ${seed}) come second: with `seed` overridden, most need no override of their own.
     for interpolated in (False, True):
@@ -69,7 +73,7 @@ def _check(saved: Mapping[str, Any], packages: Any, source: str, typed: Mapping[
 
     Keys become part of a command line here, where `hydra.*` or a leading `+` would do something else than set a value.
     """
-    for recipe in _RECIPES:
+    for recipe in ("experiment", "comparison"):
         if recipe in typed:
             raise UserError(f"{typed[recipe]}: a run's config is complete; a recipe cannot be combined with from=")
     if packages and "allow_packages" not in typed:

@@ -4,16 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dlopt.config.keys import role_of
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, newest
-from dlopt.plain import flatten, is_below
+from dlopt.plain import flatten
+from dlopt.roles import Role
 
-# Keys that may change on resume: where and how long the run trains and what it writes, not what it computes.
-FREE = (
-    "name", "dry_run", "resume", "init_from", "allow_packages", "epochs", "steps", "max_time", "schedule_epochs",
-    "device", "compile", "threads", "checkpoint", "tracking", "log_every_steps", "parallel", "data.workers",
-    "data.memory", "check", "on_divergence", "recovery", "on_out_of_memory",
-)  # fmt: skip
+_FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
+
+
+def may_change(key: str) -> bool:
+    """Returns whether a run can be resumed with another value of this key, which does not decide what it computes."""
+    return role_of(key) in _FREE
 
 # What runs did before these keys existed; saved configs lack them.
 _BEFORE = {"ema_warmup": False}
@@ -32,11 +34,11 @@ def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | No
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns (saved, current) values of the dotted keys, other than those in `FREE`, in which two configs differ."""
+    """Returns by dotted key the (saved, current) values that differ, without those of keys that `may_change`."""
     old, new = flatten({**_BEFORE, **saved}), flatten(current)
     if old.get("ema") is None:
         new["ema_warmup"] = old["ema_warmup"]  # there is no average, whose warmup could differ
-    keys = [key for key in old | new if not is_below(key, FREE)]
+    keys = [key for key in old | new if not may_change(key)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 

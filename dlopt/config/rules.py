@@ -24,6 +24,8 @@ def check_combinations(experiment: Experiment) -> None:
     for key, path in (("resume", settings.resume), ("init_from", settings.init_from)):
         if path == "":
             raise UserError(f"{key}=: the path of a checkpoint is needed, or {key}=null")
+    if settings.dry_run and settings.resume is not None:
+        raise UserError(f"dry_run=true: estimates a whole run, not the rest of one; leave out resume={settings.resume}")
     _check_tracking(settings.tracking)
     _check_monitor("monitor", settings.monitor)
     if "monitor" in experiment.stopping.arguments:

@@ -2,41 +2,19 @@
 
 import math
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import replace
 
 import torch
-from annotated_types import Interval
 from torch import Tensor
 
 from dlopt.data.images import resize, size_pair
 from dlopt.data.loading import materialize, worker_count
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
+from dlopt.data.settings import DataSettings as DataSettings
 from dlopt.data.windows import Windows
 from dlopt.errors import UserError
 from dlopt.processor import available_memory
 from dlopt.random import generator
-from dlopt.ranges import Count, Fraction, Natural, PositiveFraction, Seed
-
-BatchSize = Annotated[int, Interval(ge=1, le=1 << 24)]  # larger values are almost certainly typos
-ImageSize = Annotated[int, Interval(ge=1, le=1 << 14)]  # pixels
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Schema of `conf/data/_common.yaml`, which has the defaults and documents each key."""
-
-    batch_size: BatchSize | Literal["full"]
-    val_split: Fraction
-    subset: Count | PositiveFraction | None
-    split_seed: Seed
-    label_noise: Fraction
-    image_size: ImageSize | tuple[ImageSize, ImageSize] | None
-    memory: Literal["auto"] | bool
-    workers: Natural | Literal["auto"]
-    statistics_samples: Count | None
-    drop_last: bool
-
 
 MEMORY_FRACTION = 0.25  # of the free memory, main or GPU, that data.memory=auto may fill with samples
 _SUBSET, _VAL, _NOISE = 1, 2, 3  # RNG streams: subset, validation split and noise are drawn independently

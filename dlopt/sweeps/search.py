@@ -12,9 +12,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 
-from dlopt.analysis.leaderboard import Direction, direction_of, is_seed
+from dlopt.analysis.leaderboard import Direction, direction_of
+from dlopt.config.keys import is_seed, key_of
 from dlopt.config.loader import parse_override
-from dlopt.config.resuming import FREE
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.files import write_atomically
@@ -26,7 +26,7 @@ from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import SPACE, Job, Result, compose, compose_or_fail, record_dead
 from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.sweeps.space import Space, parse_space
-from dlopt.sweeps.study import STUDY_LOCK, WORKERS, Claim, Study, StudySpec, storage_errors
+from dlopt.sweeps.study import STUDY_LOCK, WORKERS, Claim, Study, StudySpec, is_fact, storage_errors
 from dlopt.tracking.overview import Overview
 
 _RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes, once no other job is left
@@ -142,15 +142,13 @@ def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
 
     `saved`: the config of any one job; keys that are searched or that may differ between machines are left out.
     """
-    compared = ("epochs", "steps")  # may change on resume, but a search compares runs of one length
-    free = [*(key for key in FREE if key not in compared), "data.root"]
     searched = list(spec.space.searched)
     # The keys of a searched choice differ between jobs, unless the command line fixes them.
-    typed = [key for line in spec.space.fixed if is_below(key := line.lstrip("+").partition("=")[0], searched)]
+    typed = [key for line in spec.space.fixed if is_below(key := key_of(line), searched)]
     fixed = {
         key: value
         for key, value in flatten(saved).items()
-        if not is_below(key, free) and (not is_below(key, searched) or is_below(key, typed))
+        if is_fact(key) and (not is_below(key, searched) or is_below(key, typed))
     }
     return {"objective": list(spec.objectives), "config": fixed}
 

@@ -26,7 +26,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from dlopt.analysis.leaderboard import Direction
-from dlopt.config.resuming import describe
+from dlopt.config.resuming import describe, may_change
 from dlopt.errors import RunError, UserError
 from dlopt.locks import hold, is_held, locked, taken
 from dlopt.sweeps.samplers import Sampler
@@ -310,13 +310,22 @@ def _check_facts(study: optuna.Study, facts: Mapping[str, Any]) -> None:
         )
 
 
+def is_fact(key: str) -> bool:
+    """Returns whether all jobs of a study, on any machine, must have the same value of this key, unless it varies."""
+    return not may_change(key) or key in ("epochs", "steps")  # a search compares runs of one length
+
+
 def describe_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """Lists the keys that differ as `key: saved a, now b`; '' if there are none."""
+    """Lists the facts that differ as `key: saved a, now b`; '' if there are none.
+
+    Ignores the saved keys that are no facts: those of another version of dlopt may have been.
+    """
     pairs: dict[str, tuple[Any, Any]] = {}
     for key in {**saved, **current}:
         a, b = saved.get(key), current.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            pairs |= {inner: (a.get(inner), b.get(inner)) for inner in {**a, **b}}
+            keys = [inner for inner in {**a, **b} if key != "config" or is_fact(inner)]
+            pairs |= {inner: (a.get(inner), b.get(inner)) for inner in keys}
         else:
             pairs[key] = (a, b)
     return describe({key: (a, b) for key, (a, b) in pairs.items() if a != b}, none="nothing")

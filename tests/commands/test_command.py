@@ -25,10 +25,15 @@ def test_refuses_flags_of_train(tmp_path: Path, command: str, flag: str, message
 
 
 @pytest.mark.parametrize(
-    ("command", "why"), [("summary", "summary "), ("find-lr", "find-lr "), ("show-batch", "one value is needed")]
+    ("command", "key", "why"),
+    [
+        ("summary", "model=mlp,resnet20", "summary "),
+        ("find-lr", "optimizer=adam,sgd", "find-lr "),
+        ("show-batch", "data=digits,mnist", "one value is needed"),
+    ],
 )
-def test_single_run_commands_refuse_several_values(tmp_path: Path, command: str, why: str) -> None:
-    assert f"optimizer=adam,sgd: {why}" in refused(tmp_path, command, "optimizer=adam,sgd")
+def test_single_run_commands_refuse_several_values(tmp_path: Path, command: str, key: str, why: str) -> None:
+    assert f"{key}: {why}" in refused(tmp_path, command, key)
 
 
 def test_optimizer_path_requires_function(tmp_path: Path) -> None:

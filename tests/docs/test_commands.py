@@ -26,10 +26,9 @@ from tests.docs.pages import ROOT, block_after, blocks
 
 DATE = "outputs/train/DATE"
 LITTLE = {  # what makes a line of that command one of a moment; what is typed later wins
-    "find-lr": (*SMALL, "updates=10"),
+    "find-lr": ("model=mlp", "model.widths=[4]", "data.subset=40", "threads=1", "updates=10"),
     "diagnose": ("updates=1", "eigenvalues=0", "batches=1", "data.subset=40", "threads=1"),
     "trajectory": ("steps=3",),
-    "show-batch": ("threads=1",),
     "benchmark": ("dry_run=true",),
 }
 # These start processes and measure, or diagnose a dozen deep networks.

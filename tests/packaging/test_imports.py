@@ -16,7 +16,19 @@ FLOORS = [
     ["training"],
     ["parallel", "config", "augment", "init", "functions"],
     ["data", "models", "optim", "schedules", "losses", "tracking", "folders", "parameters", "environment"],
-    ["errors", "files", "graphs", "interruption", "locks", "metric_names", "plain", "processor", "random", "ranges"],
+    [
+        "errors",
+        "files",
+        "graphs",
+        "interruption",
+        "locks",
+        "metric_names",
+        "plain",
+        "processor",
+        "random",
+        "ranges",
+        "roles",
+    ],
 ]
 FLOOR = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -15,10 +15,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, canonical, direction_of, is_number, is_seed
+from dlopt.analysis.leaderboard import ENDED, canonical, direction_of, distinguishes, is_number
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
-from dlopt.plain import flatten, is_below, load_yaml, read_regular
+from dlopt.plain import flatten, load_yaml, read_regular
 from dlopt.tracking.layout import format_value as text
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
@@ -251,7 +251,7 @@ def varying_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     Omits keys of a group that the group's choice determines, such as defaults of different optimizers.
     """
     keys = dict.fromkeys(key for config in configs for key in config)
-    known = [key for key in keys if not is_seed(key) and (key == "device" or not is_below(key, HOUSEKEEPING))]
+    known = [key for key in keys if key == "device" or distinguishes(key)]
     several = [key for key in known if len({text(config.get(key)) for config in configs}) > 1]
     return [key for key in several if not _is_determined_by_choice(key, configs)]
 

@@ -16,20 +16,20 @@ from typing import Any, Literal
 import numpy as np
 
 from dlopt.analysis.leaderboard import (
-    HOUSEKEEPING,
     Entry,
     Row,
     Statistic,
     canonical,
     direction_of,
     is_number,
-    is_seed,
     leaderboard,
     statistic,
     student_t,
 )
 from dlopt.analysis.report.reading import OPEN, Damaged, Record, brief, printable, short_key, text, varying_keys
+from dlopt.config.keys import group_of, key_of, role_of
 from dlopt.errors import UserError, install
+from dlopt.roles import Role
 from dlopt.tracking.layout import short_path
 
 _NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")
@@ -38,7 +38,10 @@ _MIN_CONFIGURATIONS = 6  # for an estimate of importance
 _MIN_EXPLAINED = 0.3  # of the variance of held-out configurations; noise alone rarely reaches it
 _MANY_SEEDS = 5  # the 95 % confidence interval of three runs is 2.5 standard deviations to each side
 _OVERRIDE = re.compile(r"[+~]{0,2}\w[\w./@-]*(=.*)?")
-_NOT_REPEATED = ("hydra.", "hydra/", "resume=", "dry_run=", "name=")  # where a run is stored, not what it computes
+# Where one run is stored. Unlike other keys of this role, nobody needs them to repeat the run on another machine.
+_NOT_REPEATED = ("hydra", "name", "resume", "dry_run")
+# A paper's error does not depend on how numbers are rounded, nor on an interruption.
+_PUBLISHED_WITH_ANY = ("precision", "deterministic", "max_time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +148,7 @@ def _repeatable(overrides: Iterable[str], *omitted: str) -> list[str] | None:
     lines = list(overrides)
     if not lines or not all(_OVERRIDE.fullmatch(line) for line in lines):
         return None
-    lines = [line for line in lines if not line.lstrip("+").startswith(_NOT_REPEATED)]
+    lines = [line for line in lines if group_of(line) not in _NOT_REPEATED]
     return [line for line in lines if not line.startswith(omitted)]
 
 
@@ -186,11 +189,8 @@ def published_error(config: Mapping[str, Any], overrides: Sequence[str]) -> floa
 
 def _changes_the_experiment(override: str, conditions: Iterable[str]) -> bool:
     """Returns whether an override departs from the published experiment; `conditions` are checked by their values."""
-    key = override.lstrip("+~").partition("=")[0].replace("/", ".")
-    group = key.partition(".")[0]
-    if group in ("experiment", "hydra", "precision", "compile", "parallel") or is_seed(key):
-        return False
-    if any(name in (key, group) for name in HOUSEKEEPING):
+    key = key_of(override)
+    if role_of(key) not in (Role.IDENTITY, Role.PROTOCOL, Role.LENGTH) or key in _PUBLISHED_WITH_ANY:
         return False
     return not any(name == key or name.startswith(f"{key}.") for name in conditions)
 

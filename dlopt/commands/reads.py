@@ -1,0 +1,87 @@
+"""Refuses keys that a command does not read. Beside each command stands which keys of `dlopt train` and Hydra it reads.
+
+Only what is typed is refused: a recipe (`experiment=...`) is written for `dlopt train`, and sets more than other
+commands read.
+"""
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dlopt.config.keys import ROLES, group_of, key_of, role_of
+from dlopt.errors import UserError
+from dlopt.plain import is_below
+from dlopt.roles import Role
+
+RECIPE = ("experiment", "allow_packages")
+"""What sets other keys, and what permits their values."""
+UPDATE = (
+    "data", "normalize", "sampler", "augmentation", "model", "init", "loss", "optimizer", "clip", "parallel", "seed",
+    "init_seed", "order_seed", "augmentation_seed", "init_from", "device", "precision", "compile", "cuda_graphs",
+    "channels_last", "threads", "deterministic", "accumulate", "decay_norm_and_bias", "on_out_of_memory",
+)  # fmt: skip
+"""What one update of a training depends on, apart from its learning rate."""
+LEARNING_RATE = ("schedule", "schedule_epochs", "epochs", "steps", "scale_lr", "scale_lr_reference")
+"""What the learning rate of an update depends on, in addition to `optimizer.lr`."""
+COMPOSITION = ("hydra.searchpath", "hydra.mode", "hydra.job.name")
+"""What composing a run reads: the last one is part of the name of a folder, by interpolation."""
+
+_TRAIN = frozenset(key.partition(".")[0] for key in ROLES)
+
+
+def refuse_unread(
+    overrides: Iterable[str],
+    command: str,
+    reads: Sequence[str],
+    *,
+    own: Sequence[str] = (),
+    hints: Mapping[str, str] | None = None,
+) -> None:
+    """Raises `UserError` for a typed key of `dlopt train` that is not among or below those that a command reads.
+
+    Passes unknown keys on: composing explains them.
+
+    Args:
+        command: for messages.
+        reads: groups and dotted keys, also of Hydra.
+        own: the command's own keys.
+        hints: advice for keys and those below them.
+    """
+    for line in overrides:
+        key = key_of(line)
+        if group_of(line) not in _TRAIN or is_below(key, (*reads, *own)):
+            continue
+        advice = {**_about_folders(own), **(hints or {})}
+        hint = next((text for name, text in advice.items() if is_below(key, [name])), "")
+        if not hint and role_of(key) is Role.COMMAND:
+            raise UserError(f"{line}: only available in `dlopt train`")
+        raise UserError(f"{line}: {command} does not read this key{f'; {hint}' if hint else ''}")
+
+
+def _about_folders(own: Sequence[str]) -> dict[str, str]:
+    return dict.fromkeys(("hydra.run", "hydra.sweep"), "set output= instead") if "output" in own else {}
+
+
+def refuse_unread_hydra(
+    overrides: Iterable[str], command: str, reads: Sequence[str], hints: Mapping[str, str], own: Sequence[str] = ()
+) -> None:
+    """As `refuse_unread`, for a command that reads all keys except some of Hydra's."""
+    hydra = [line for line in overrides if group_of(line) == "hydra"]
+    refuse_unread(hydra, command, reads, own=own, hints=hints)
+
+
+def refuse_untested(config: Mapping[str, Any], overrides: Iterable[str]) -> None:
+    """Raises `UserError` for typed keys of the final test in a run without one. `config`: of the run."""
+    for line in overrides:
+        if key_of(line) in ("evaluate.tta", "evaluate.average") and config["evaluate"]["test"] is False:
+            name = key_of(line).partition(".")[2]
+            raise UserError(
+                f"{line}: belongs to the final test, which evaluate.test=false skips; test later with "
+                f"`dlopt eval checkpoint=PATH {name}={line.partition('=')[2]}`"
+            )
+
+
+def indented(keys: Sequence[str]) -> str:
+    """Formats keys for the help of a command, in lines of at most 118 characters."""
+    text = ", ".join(keys)
+    return textwrap.fill(text, 118, initial_indent="    ", subsequent_indent="    ")

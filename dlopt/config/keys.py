@@ -1,0 +1,84 @@
+"""The role of each key (`dlopt.roles`), by its dotted name. Imports no torch.
+
+Keys declare their roles with their types: those of a run in `dlopt.config.settings`, those of every data set in
+`dlopt.data.settings`. All keys of a group have the role of the group, except the data's. A key that nobody declares,
+such as one of an older version or of another package, is part of the run's identity: the careful answer.
+"""
+
+import dataclasses
+import functools
+import re
+import typing
+from collections.abc import Mapping
+
+from dlopt.config.settings import Settings
+from dlopt.data.settings import DataSettings
+from dlopt.plain import join
+from dlopt.roles import Role
+
+
+def _declared(schema: type, prefix: str = "") -> dict[str, Role]:
+    """Returns the roles of the fields of a dataclass and of the dataclasses in it, by dotted key."""
+    roles: dict[str, Role] = {}
+    for name, hint in typing.get_type_hints(schema, include_extras=True).items():
+        key = join(prefix, name)
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            roles |= _declared(hint, key)
+        else:
+            roles.update((key, extra) for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Role))
+    return roles
+
+
+# What a group decides, for all choices and keys that have no role of their own.
+_GROUPS: Mapping[str, Role] = {
+    **dict.fromkeys(
+        ("data", "normalize", "sampler", "augmentation", "model", "init", "loss", "optimizer", "schedule", "clip"),
+        Role.IDENTITY,
+    ),
+    "stopping": Role.IDENTITY,
+    "parallel": Role.PLACE,
+    "hydra": Role.PLACE,
+    "experiment": Role.COMMAND,  # a run's config has the effects of its recipe, key by key
+    "comparison": Role.COMMAND,
+    "from": Role.COMMAND,
+}
+ROLES: Mapping[str, Role] = {
+    **_GROUPS,
+    **_declared(Settings),
+    **_declared(DataSettings, "data"),
+    "data.root": Role.PLACE,  # an argument of the data sets that are read from a folder
+}
+"""Roles by dotted key; a key without an entry has the role of its parent."""
+
+
+@functools.cache
+def role_of(key: str) -> Role:
+    """Returns the role of a dotted key, with or without the signs of an override: `data.root`, `+model.width`."""
+    key = key_of(key)
+    if is_seed(key):  # also the seeds of a data set or an optimizer
+        return Role.SEED
+    while key:
+        if key in ROLES:
+            return ROLES[key]
+        # A block such as `checkpoint` has the role that its keys have in common.
+        below = {role for name, role in ROLES.items() if name.startswith(f"{key}.")}
+        if len(below) == 1:
+            return below.pop()
+        key = key.rpartition(".")[0]
+    return Role.IDENTITY
+
+
+def is_seed(key: str) -> bool:
+    """Returns whether the key is a seed: `seed`, `init_seed`, `data.seed`, ..."""
+    name = key.rpartition(".")[2]
+    return name == "seed" or name.endswith("_seed")
+
+
+def key_of(override: str) -> str:
+    """Returns the dotted key of an override: `hydra.launcher` of `hydra/launcher=joblib`, `model.x` of `+model.x=1`."""
+    return re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0].replace("/", ".")
+
+
+def group_of(override: str) -> str:
+    """Returns the group, or the first part of the key: `schedule` of `++schedule.warmup_epochs=1`."""
+    return key_of(override).partition(".")[0]

@@ -1,0 +1,91 @@
+"""The keys of a run that belong to no group, with their types and roles. `conf/train.yaml` explains each.
+
+Imports no torch: the roles of keys are looked up without it.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from dlopt.ranges import Count, Natural, OpenFraction, Positive, Seed
+from dlopt.roles import Role
+
+Toggle = bool | Literal["auto"]
+ExtraMetric = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy", "r2", "mae"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    every_epochs: Annotated[Count, Role.PROTOCOL]
+    test: Annotated[bool, Role.PROTOCOL]
+    metrics: Annotated[list[ExtraMetric], Role.PROTOCOL]
+    tta: Annotated[Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"], Role.PROTOCOL]
+    average: Annotated[Literal["probabilities", "logits"], Role.PROTOCOL]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    every_epochs: Annotated[Count | None, Role.WATCH]
+    every_steps: Annotated[Count | None, Role.WATCH]
+    keep: Annotated[Count, Role.WATCH]
+    at_restarts: Annotated[bool, Role.WATCH]
+    asynchronous: Annotated[bool, Role.WATCH]
+    sharded: Annotated[Toggle, Role.WATCH]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverySettings:
+    attempts: Annotated[Count, Role.WATCH]
+    lr_factor: Annotated[OpenFraction, Role.WATCH]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A paper's test error in %, for runs whose config has the values of `when` (by dotted key)."""
+
+    error: Positive
+    when: dict[str, bool | int | float | str | list[int] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    name: Annotated[str, Role.PLACE]
+    seed: Annotated[Seed, Role.SEED]
+    init_seed: Annotated[Seed, Role.SEED]
+    order_seed: Annotated[Seed, Role.SEED]
+    augmentation_seed: Annotated[Seed, Role.SEED]
+    dry_run: Annotated[bool, Role.COMMAND]
+    resume: Annotated[Literal["auto"] | str | None, Role.COMMAND]
+    init_from: Annotated[str | None, Role.IDENTITY]
+    allow_packages: Annotated[list[str], Role.COMMAND]
+    epochs: Annotated[Count, Role.LENGTH]
+    steps: Annotated[Count | None, Role.LENGTH]
+    max_time: Annotated[Positive | None, Role.LENGTH]
+    schedule_epochs: Annotated[Positive | None, Role.LENGTH]
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Role.PLACE]
+    precision: Annotated[Literal["fp32", "tf32", "bf16", "fp16", "fp64", "auto"], Role.IDENTITY]
+    compile: Annotated[Toggle, Role.PLACE]
+    cuda_graphs: Annotated[Toggle, Role.PLACE]
+    channels_last: Annotated[Toggle, Role.PLACE]
+    threads: Annotated[Count | Literal["auto"], Role.PLACE]
+    deterministic: Annotated[bool, Role.IDENTITY]
+    accumulate: Annotated[Count, Role.IDENTITY]
+    scale_lr: Annotated[Literal["none", "linear", "sqrt"], Role.IDENTITY]
+    scale_lr_reference: Annotated[Count, Role.IDENTITY]
+    decay_norm_and_bias: Annotated[bool, Role.IDENTITY]
+    ema: Annotated[OpenFraction | None, Role.IDENTITY]
+    ema_warmup: Annotated[bool, Role.IDENTITY] = False  # in configs that were saved before this key existed
+    check: Annotated[Literal["auto", "step"], Role.WATCH]
+    on_divergence: Annotated[Literal["stop", "skip", "rollback"], Role.WATCH]
+    recovery: RecoverySettings
+    on_out_of_memory: Annotated[Literal["stop", "halve"], Role.WATCH]
+    norm_statistics: Annotated[Literal["running", "exact"], Role.PROTOCOL]
+    monitor: Annotated[str, Role.PROTOCOL]
+    evaluate: EvaluateSettings
+    checkpoint: CheckpointSettings
+    tracking: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], Role.WATCH]
+    diagnostics: Annotated[list[Literal["gradients", "activations", "curvature"]], Role.WATCH]
+    diagnostics_every: Annotated[Count, Role.WATCH]
+    profile: Annotated[bool, Role.WATCH]
+    profile_steps: Annotated[tuple[Natural, Count], Role.WATCH]
+    log_every_steps: Annotated[Count | None, Role.WATCH]
+    published: Annotated[list[Published], Role.WATCH]

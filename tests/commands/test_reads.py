@@ -1,0 +1,175 @@
+"""A command accepts no key that it does not read."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from dlopt import cli
+from dlopt.api import train
+from dlopt.commands import bench, diagnose, eval, export, find_lr, predict, sample, show_batch, summary, trajectory
+from dlopt.commands.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
+from dlopt.config.compose import Composer
+from dlopt.config.keys import ROLES
+from dlopt.config.resolve import to_plain
+from dlopt.errors import UserError
+from dlopt.plain import flatten, is_below
+from tests.commands.line import SMALL, dlopt, refused
+
+HYDRA = (
+    "hydra.run.dir", "hydra.sweep.dir", "hydra/launcher", "hydra/sweeper", "hydra.launcher.n_jobs",
+    "hydra.sweeper.params", "hydra.job.env_set.A", "hydra.job.chdir", "hydra.output_subdir", "hydra.verbose",
+)  # fmt: skip
+# Command lines -> the keys of a run and the own keys that they read.
+ON_EXPERIMENTS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "find-lr": (find_lr._READS, ()),
+    "summary": (summary._READS, ()),
+    "show-batch": (show_batch._READS, ()),
+    "diagnose": (diagnose._READS, ()),
+    "bench": (bench._READS, ()),
+    "bench allreduce=[1]": ((), ("device",)),
+    "bench device=[cpu]": ((), ("device", "precision", "threads")),
+    "bench simulate=true": ((), ()),
+    "trajectory schedule=step": (trajectory._READS, ()),
+    "trajectory function=quadratic": (("optimizer", "schedule", "allow_packages"), ("seed", "steps")),
+    "eval init_from=x.pt": (eval._READS_OF_WEIGHTS, ("tta",)),
+}
+ON_CHECKPOINTS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "eval": (eval._READS, ()),
+    "predict images=x": (predict._READS, ()),
+    "sample": (sample._READS, ("seed",)),
+    "export format=onnx": (export._READS, ()),
+    "consolidate": ((), ()),
+    "diagnose": (diagnose._READS, ()),
+    "trajectory": (trajectory._READS_OF_LANDSCAPES, ("seed",)),
+}
+OTHERS = {"train", "benchmark", "grid"}  # the tests below
+OF_RESULTS = {"report", "runs"}  # any key may select runs
+WITHOUT_CONFIG = {"options", "template"}
+
+
+@cache
+def keys_of_a_run() -> tuple[str, ...]:
+    plain, _ = to_plain(Composer().compose(["parallel=ddp", "clip=norm", "stopping=early"]), [])
+    of_groups = {key.partition(".")[0] for key in ROLES if "." not in key and key not in plain}
+    return (*flatten(plain), *sorted(of_groups - {"hydra", "from"}), *HYDRA)
+
+
+def test_every_command_is_here() -> None:
+    here = {line.split()[0] for line in (*ON_EXPERIMENTS, *ON_CHECKPOINTS)}
+    assert here | OTHERS | OF_RESULTS | WITHOUT_CONFIG == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("line", ON_EXPERIMENTS)
+def test_a_command_refuses_what_it_does_not_read(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    reads, own = ON_EXPERIMENTS[line]
+    unread = [key for key in keys_of_a_run() if not is_below(key, (*reads, *own))]
+    assert len(unread) > 20
+    for key in unread:
+        with pytest.raises(UserError) as caught:
+            cli.run([*line.split(), f"{key}=1"])
+        message = str(caught.value)
+        assert message.startswith(f"{key}=1: ") and ("does not read this key" in message or "`dlopt train`" in message
+            or "unknown key of" in message), message  # fmt: skip
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("line", ON_CHECKPOINTS)
+def test_a_command_on_a_checkpoint_refuses_what_it_does_not_read(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.pt").touch()
+    reads, own = ON_CHECKPOINTS[line]
+    for key in (key for key in keys_of_a_run() if not is_below(key, (*reads, *own))):
+        with pytest.raises(UserError) as caught:
+            cli.run([*line.split(), "checkpoint=x.pt", f"{key}=1"])
+        assert str(caught.value).startswith(f"{key}"), caught.value
+
+
+@pytest.mark.parametrize("line", [*ON_EXPERIMENTS, *ON_CHECKPOINTS])
+def test_a_command_reads_keys_that_exist(line: str) -> None:
+    reads, _ = {**ON_EXPERIMENTS, **ON_CHECKPOINTS}[line]
+    for key in reads:
+        assert any(is_below(known, [key]) for known in (*ROLES, *keys_of_a_run())), key
+
+
+def test_only_typed_keys_are_refused() -> None:
+    refuse_unread(["+experiment=a", "model.x=1", "unknown=1"], "it", ["model", "experiment"])
+    with pytest.raises(UserError, match=r"^\+\+model/x=1: it does not read this key; why$"):
+        refuse_unread(["++model/x=1"], "it", ["data"], hints={"model": "why"})
+    with pytest.raises(UserError, match=r"^from=x: only available in `dlopt train`$"):
+        refuse_unread(["from=x"], "it", ["data"])
+    assert not set(UPDATE) & set(LEARNING_RATE)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("find-lr hydra.run.dir=x", "set output= instead"),
+        ("show-batch hydra.run.dir=x", "set output= instead"),
+        ("diagnose hydra.run.dir=x", "set output= instead"),
+        ("bench hydra.run.dir=x", "set output= instead"),
+        ("bench simulate=true hydra.run.dir=x", "set output= instead"),
+        ("trajectory schedule=step hydra.run.dir=x", "set output= instead"),
+        ("trajectory function=saddle hydra.run.dir=x", "set output= instead"),
+        ("benchmark optimizer=sgd hydra.sweep.dir=x", "dlopt benchmark does not read this key; set output= instead"),
+        ("summary hydra.run.dir=x", "dlopt summary does not read this key\n"),
+        ("find-lr epochs=3", "dlopt find-lr does not read this key; updates=N sets the length of the test"),
+        ("find-lr schedule.warmup_epochs=1", "the test raises the learning rate from min_lr to max_lr"),
+        ("find-lr ema=0.9", "ema=0.9: dlopt find-lr does not read this key"),
+        ("find-lr stopping=early", "stopping=early: dlopt find-lr does not read this key"),
+        ("find-lr max_time=1", "max_time=1: dlopt find-lr does not read this key"),
+        ("find-lr scale_lr=linear", "scale_lr=linear: the test finds the learning rate for this batch size"),
+        ("summary epochs=3", "epochs=3: dlopt summary does not read this key"),
+        ("show-batch model=mlp", "model=mlp: dlopt show-batch does not read this key"),
+        ("trajectory schedule=step model=mlp", "model=mlp: dlopt trajectory schedule=... does not read this key"),
+        ("trajectory checkpoint=x.pt --config-dir=.", "--config-dir=.: not read with checkpoint="),
+        ("diagnose checkpoint=x.pt --config-dir=.", "--config-dir=.: not read with checkpoint="),
+        ("diagnose checkpoint=x.pt --config-name=trajectory", "--config-name=trajectory: not read with checkpoint="),
+        ("grid 0 -m seed=0,1", "-m: not needed here"),
+        ("grid 0 --cfg=job seed=0,1", "--cfg: only available in `dlopt train`"),
+        ("grid 0 --info=all seed=0,1", "--info: only available in `dlopt train`"),
+        ("train -m seed=0,1 hydra.run.dir=x", "hydra.run.dir=x: a sweep does not read this key; use hydra.sweep.dir"),
+        ("train hydra.sweep.dir=x", "hydra.sweep.dir=x: dlopt train does not read this key; add -m"),
+        ("train hydra/sweeper=dlopt_optuna", "hydra/sweeper=dlopt_optuna: dlopt train does not read this key; add -m"),
+        ("train hydra.sweeper.max_batch_size=1", "dlopt train does not read this key; add -m"),
+        ("train hydra/launcher=joblib", "dlopt train does not read this key; add -m"),
+        ("train hydra/launcher=joblib hydra.launcher.n_jobs=1", "dlopt train does not read this key; add -m"),
+        ("train hydra.output_subdir=x", "dlopt train does not read this key\n"),
+        ("train experiment=lecture/capacity +hydra.job.env_set.A=1", "a comparison does not read this key; set the"),
+        ("train experiment=lecture/capacity hydra.job.chdir=true", "a comparison does not read this key\n"),
+        ("train experiment=lecture/capacity hydra.sweep.dir=x", "a comparison does not read this key; use hydra.run"),
+        ("train dry_run=true resume=auto", "dry_run=true: estimates a whole run"),
+        ("train -m seed=0,1 dry_run=true resume=auto", "dry_run=true: estimates a whole run"),
+        ("train evaluate.test=false evaluate.tta=flip", "evaluate.tta=flip: belongs to the final test"),
+        ("train -m seed=0,1 evaluate.test=false evaluate.tta=flip", "evaluate.tta=flip: belongs to the final test"),
+        ("train evaluate.test=false evaluate.average=logits", "checkpoint=PATH average=logits`"),
+    ],
+)  # fmt: skip
+def test_combinations_that_do_nothing(line: str, message: str, tmp_path: Path) -> None:
+    assert message in refused(tmp_path, *line.split())
+
+
+@pytest.mark.parametrize(
+    "key", ["+hydra.job.env_set.A=1", "hydra.job.chdir=true", "hydra.sweep.dir=x", "hydra.verbose=true"]
+)
+def test_python_api_refuses_what_it_does_not_read(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"train\(\) does not read this key"):
+        train([*SMALL, key])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_recipe_may_set_what_a_command_does_not_read(tmp_path: Path) -> None:
+    line = ["experiment=resnet20_fashion_mnist_cosine", "input_shape=[1,28,28]", "classes=10"]
+    assert "input 1x28x28" in dlopt(tmp_path, "summary", *line).out
+
+
+def test_a_recipe_with_test_time_augmentation_may_leave_out_the_test() -> None:
+    config = {"evaluate": {"test": False, "tta": "flip"}}
+    refuse_untested(config, ["experiment=x", "evaluate.test=false"])
+    with pytest.raises(UserError, match="`dlopt eval checkpoint=PATH tta=flip`"):
+        refuse_untested(config, ["experiment=x", "evaluate.test=false", "evaluate.tta=flip"])

@@ -1,0 +1,70 @@
+"""Roles of keys: every key declares one, and unknown keys count as part of a run's identity."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dlopt.config.compose import Composer
+from dlopt.config.experiment import GROUPS
+from dlopt.config.keys import ROLES, group_of, key_of, role_of
+from dlopt.config.resolve import to_plain
+from dlopt.plain import flatten
+from dlopt.roles import Role
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def test_every_key_of_a_run_declares_its_role() -> None:
+    plain, _ = to_plain(Composer().compose([]), [])
+    of_run = {key for key in flatten(plain) if key.partition(".")[0] not in GROUPS}
+    of_data = {f"data.{key}" for key in yaml.safe_load((CONF / "data/_common.yaml").read_text())}
+    assert not (of_run | of_data | set(GROUPS)) - set(ROLES)
+
+
+def test_every_declared_key_exists() -> None:
+    plain, _ = to_plain(Composer().compose(["data=image_folder", "data.root=x"]), [])
+    assert set(ROLES) - {"hydra", "experiment", "comparison", "from"} <= {*flatten(plain), *GROUPS}
+
+
+@pytest.mark.parametrize(
+    ("key", "role"),
+    [
+        ("optimizer.lr", Role.IDENTITY),
+        ("model.widths", Role.IDENTITY),
+        ("data.batch_size", Role.IDENTITY),
+        ("precision", Role.IDENTITY),  # resumed in another precision, a run is another one
+        ("deterministic", Role.IDENTITY),
+        ("init_from", Role.IDENTITY),
+        ("data.split_seed", Role.SEED),
+        ("optimizer.seed", Role.SEED),
+        ("monitor", Role.PROTOCOL),
+        ("evaluate", Role.PROTOCOL),
+        ("schedule_epochs", Role.LENGTH),
+        ("compile", Role.PLACE),
+        ("threads", Role.PLACE),
+        ("data.root", Role.PLACE),
+        ("data.workers", Role.PLACE),
+        ("parallel.processes", Role.PLACE),
+        ("hydra/launcher", Role.PLACE),
+        ("checkpoint.keep", Role.WATCH),
+        ("profile", Role.WATCH),
+        ("resume", Role.COMMAND),
+        ("experiment", Role.COMMAND),
+        ("of.another.version", Role.IDENTITY),
+    ],
+)
+def test_role(key: str, role: Role) -> None:
+    assert role_of(key) is role and role_of(f"++{key}=1") is role
+
+
+def test_key_of_an_override() -> None:
+    assert key_of("++hydra/launcher=a/b") == "hydra.launcher" and key_of("model@x=y") == "model"
+    assert group_of("+schedule.warmup_epochs=1") == "schedule" and key_of("~seed") == "seed"
+
+
+def test_roles_are_looked_up_without_torch() -> None:
+    code = "import sys, dlopt.config.keys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
