@@ -8,7 +8,17 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import RealOptimizer, Tensors, buffers, count_steps, gradients, make_cautious, move
+from dlopt.optim.common import (
+    RealOptimizer,
+    Tensors,
+    buffers,
+    count_steps,
+    fill_defaults,
+    gradients,
+    make_cautious,
+    move,
+    refuse_complex,
+)
 from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive
 
 
@@ -413,3 +423,11 @@ class Adafactor(torch.optim.Adafactor):
         weight_decay: NonNegative = 0.0,
     ) -> None:
         super().__init__(params, lr, beta2_decay, eps, d, weight_decay)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        refuse_complex("adafactor", self.param_groups[-1]["params"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_defaults(self)
