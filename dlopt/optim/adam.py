@@ -8,7 +8,17 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import RealOptimizer, Tensors, buffers, count_steps, gradients, make_cautious, move
+from dlopt.optim.common import (
+    RealOptimizer,
+    Tensors,
+    buffers,
+    count_steps,
+    fill_defaults,
+    gradients,
+    make_cautious,
+    move,
+    refuse_complex,
+)
 from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive
 
 
@@ -104,7 +114,8 @@ class AdaBelief(RealOptimizer):
     algorithm 2), with decoupled weight decay.
 
     s <- beta2 * s + (1 - beta2) * (g - m)^2 + eps; theta <- theta - lr * m^ / (sqrt(s^) + eps). As in the algorithm,
-    eps is added twice; the first one accumulates to eps / (1 - beta2) in s.
+    eps is added twice; the first one accumulates to eps / (1 - beta2) in s. The default is that of the authors' code.
+    With 1e-8, which they use for image classification, sqrt(s) is at least 0.003, often more than the gradients.
     """
 
     normalizes_entries: ClassVar[bool] = True
@@ -115,7 +126,7 @@ class AdaBelief(RealOptimizer):
         *,
         lr: Positive = 0.001,
         betas: tuple[Fraction, Fraction] = (0.9, 0.999),
-        eps: NonNegative = 1e-8,
+        eps: NonNegative = 1e-16,
         weight_decay: NonNegative = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -413,3 +424,11 @@ class Adafactor(torch.optim.Adafactor):
         weight_decay: NonNegative = 0.0,
     ) -> None:
         super().__init__(params, lr, beta2_decay, eps, d, weight_decay)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        refuse_complex("adafactor", self.param_groups[-1]["params"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_defaults(self)

@@ -14,6 +14,7 @@ from dlopt.optim.common import (
     as_groups,
     assign,
     evaluate,
+    fill_defaults,
     flat,
     flat_gradient,
     needs_closure,
@@ -203,7 +204,10 @@ def _minimizer(a: LinePoint, b: LinePoint) -> float | None:
 
 
 class LBFGS(torch.optim.LBFGS):
-    """torch's L-BFGS, which accepts one parameter group only: joins the groups, since it has no weight decay."""
+    """torch's L-BFGS, which accepts one parameter group only: joins the groups, since it has no weight decay.
+
+    In contrast to torch's class it can be copied and pickled, and trains parameters that are added later.
+    """
 
     evaluations: ClassVar[str] = "many"
     elementwise: ClassVar[bool] = False
@@ -222,16 +226,35 @@ class LBFGS(torch.optim.LBFGS):
     ) -> None:
         groups = as_groups(params)
         refuse_group_rates("lbfgs", lr, groups)
-        params = [p for group in groups for p in group["params"]]
-        if len(set(params)) < len(params):
-            raise ValueError("some parameters appear in more than one parameter group")
-        super().__init__(params, lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn)
+        joined: Any = [p for group in groups for p in group["params"]]
+        if "param_names" in groups[0]:
+            joined = zip((name for group in groups for name in group["param_names"]), joined, strict=True)
+        super().__init__(joined, lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_defaults(self)
+        # torch's class leaves these out of copies.
+        self._params, self._numel_cache = self.param_groups[0]["params"], None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        first, *others = self.param_groups
+        del self.param_groups[1:]
+        for added in others:
+            refuse_group_rates("lbfgs", self.defaults["lr"], [added])
+            self.state.pop(first["params"][0], None)  # restart: the stored steps have another length
+            self._numel_cache = None
+            for key in {"params", "param_names"} & added.keys():
+                first[key] += added[key]
 
     def step(self, closure: Closure | None = None) -> Any:
         closure = needs_closure(self, closure)
         if self.param_groups[0]["lr"] == 0:
             return evaluate(closure)  # torch's line search would divide by the length of its first step
-        return super().step(closure)
+        # torch wraps the class's step in its hooks when the class is first used; ours has run them.
+        step: Any = torch.optim.LBFGS.step
+        return (step.__wrapped__ if hasattr(step, "hooked") else step)(self, closure)
 
     def _gather_flat_grad(self) -> Tensor:
         # torch's method fails for gradients without a flat view, such as those of channels-last kernels.

@@ -1,10 +1,13 @@
 """Helpers of the optimizers: closures, chunks of parameters for foreach functions, parameters as one vector."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
 from dlopt.errors import UserError
@@ -119,6 +122,10 @@ class ForeachOptimizer(torch.optim.Optimizer):
         """Updates parameters of a group, which all have gradients."""
         raise NotImplementedError
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        fill_defaults(self)
+
 
 class RealOptimizer(ForeachOptimizer):
     """Base of the foreach optimizers that refuse complex parameters, whose values they would square or compare."""
@@ -126,6 +133,26 @@ class RealOptimizer(ForeachOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         refuse_complex(type(self).__name__.lower(), self.param_groups[-1]["params"])
+
+
+def fill_defaults(optimizer: torch.optim.Optimizer) -> None:
+    """Gives the groups of a loaded state the defaults of keys that the version that saved it did not have."""
+    for group in optimizer.param_groups:
+        for key, value in optimizer.defaults.items():
+            group.setdefault(key, value)
+
+
+@contextmanager
+def without_global_step_hooks() -> Iterator[None]:
+    """Skips torch's global step hooks in the step of an inner optimizer, since they run for the outer one."""
+    pre, post = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+    torch_optimizer._global_optimizer_pre_hooks = OrderedDict()
+    torch_optimizer._global_optimizer_post_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        torch_optimizer._global_optimizer_pre_hooks = pre
+        torch_optimizer._global_optimizer_post_hooks = post
 
 
 def gradients(params: list[Tensor]) -> list[Tensor]:
@@ -182,18 +209,19 @@ def refuse_complex(name: str, params: Iterable[Tensor]) -> None:
         raise UserError(f"optimizer={name}: complex parameters are not supported; use adamw or sgd")
 
 
+class _Groups(torch.optim.Optimizer):
+    """Parses and checks `params` as every optimizer of torch does."""
+
+
 def as_groups(params: ParamsT) -> list[dict[str, Any]]:
-    """Converts any `params` argument of an optimizer into a new list of group dicts."""
-    entries: list[Any] = list(params)
-    if all(isinstance(entry, dict) for entry in entries):
-        return [{**group, "params": _tensors(group["params"])} for group in entries]
-    return [{"params": _tensors(entries)}]
+    """Converts any `params` argument of an optimizer into a new list of group dicts.
 
-
-def _tensors(params: Any) -> list[Tensor]:
-    if isinstance(params, Tensor):
-        return [params]
-    return [p[1] if isinstance(p, tuple) else p for p in params]
+    "params" is a list of tensors; named parameters also have "param_names". Raises torch's errors for anything else.
+    """
+    given: Any = params
+    if not isinstance(params, (Tensor, set)):
+        given = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
+    return _Groups(given, {}).param_groups
 
 
 def refuse_group_rates(name: str, lr: float, groups: Iterable[dict[str, Any]]) -> None:

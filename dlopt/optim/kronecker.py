@@ -15,7 +15,7 @@ from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, count_st
 from dlopt.random import generator
 from dlopt.ranges import Count, Fraction, NonNegative, Positive, PositiveFraction, Seed
 
-_FLAT_UPDATES, _DECAY = 250, 0.001  # of the fraction of updates that also update Kron's preconditioner
+_FLAT_UPDATES, _DECAY = 500, 0.001  # of the fraction of updates that also update Kron's preconditioner
 _MAX_RMS = 1.1  # of an update of Kron
 _BALANCE_EVERY = 100  # updates of the preconditioner between two balancings of its factors
 
@@ -190,7 +190,8 @@ class SOAP(RealOptimizer):
 
 class Kron(RealOptimizer):
     """PSGD with a Kronecker-factored whitening preconditioner (Li 2018; Pooladzandi & Li 2024), with decoupled weight
-    decay. Follows Kron in the authors' psgd_torch and in kron_torch.
+    decay. Follows Kron in the authors' psgd_torch and in kron_torch. The latter also joins the dimensions of a kernel
+    into two, and adds noise, of 3e-4 of the mean gradient, to the gradients that update the preconditioner.
 
     P = Q^T Q with Q = Q_1 x ... x Q_k, one factor per mode of a tensor: upper triangular, or diagonal for vectors and
     for modes larger than `max_size`; a kernel [out, in, height, width] has four. P minimizes E[m^T P m + v^T P^-1 v]
@@ -198,10 +199,10 @@ class Kron(RealOptimizer):
     triu(A_i - B_i) Q_i, with A_i and B_i the Gram matrices along mode i of Q m and of Q^-T v.
     theta <- theta - lr * (P m^, scaled down to an RMS of 1.1 + weight_decay * theta).
 
-    The preconditioner is updated at every update at first, then at a fraction of them that decays from 1 to
-    `min_update_rate` between updates 250 and about 4000. kron_torch draws these updates at random; here they are evenly
-    spaced, and the noise depends on `seed` and on the update only, which makes resumed runs exact. (pytorch-optimizer
-    draws from NumPy's global generator, which a checkpoint does not hold.)
+    The preconditioner is updated at every update at first, then at every n-th one, as in kron_torch: n is 1 / rate,
+    rounded up, with a rate that decays from 1 to `min_update_rate` between updates 500 and about 4000. The noise v
+    depends on `seed` and on the update only, which makes resumed runs exact. (pytorch-optimizer draws from NumPy's
+    global generator, which a checkpoint does not hold.)
     """
 
     elementwise: ClassVar[bool] = False
@@ -210,7 +211,7 @@ class Kron(RealOptimizer):
         self,
         params: ParamsT,
         *,
-        lr: Positive = 0.001,
+        lr: Positive = 0.0003,
         momentum: Fraction = 0.9,
         weight_decay: NonNegative = 0.0,
         precond_lr: PositiveFraction = 0.1,
@@ -220,7 +221,7 @@ class Kron(RealOptimizer):
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "precond_lr": precond_lr}
         defaults |= {"min_update_rate": min_update_rate, "max_size": max_size, "seed": seed}
-        super().__init__(params, {**defaults, "step": 0, "due": 0.0, "updated": 0})
+        super().__init__(params, {**defaults, "step": 0, "waited": 0, "updated": 0})
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -265,11 +266,13 @@ class Kron(RealOptimizer):
 
 def _count_update(group: dict[str, Any]) -> bool:
     """Counts an update of the group; returns whether its preconditioners are due."""
-    rate = math.exp(-_DECAY * (group["step"] - _FLAT_UPDATES))
+    rate = min(1.0, max(group["min_update_rate"], math.exp(-_DECAY * (group["step"] - _FLAT_UPDATES))))
     group["step"] += 1
-    group["due"] += min(1.0, max(group["min_update_rate"], rate))
-    is_due = bool(group["due"] >= group["updated"] + 1)
-    group["updated"] += is_due
+    group["waited"] += 1
+    is_due = bool(group["waited"] >= 1 / rate)
+    if is_due:
+        group["waited"] = 0
+        group["updated"] += 1
     return is_due
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ from dlopt.optim.common import (
     gradients,
     make_cautious,
     refuse_complex,
+    without_global_step_hooks,
 )
 from dlopt.ranges import Count, Fraction, NonNegative, Positive
 
@@ -53,7 +55,8 @@ class Muon(torch.optim.Optimizer):
     weights. `cautious` moves no weight against its gradient (Liang et al. 2024), neither in matrices nor in the AdamW
     of the others. `rest_lr=None` is lr.
 
-    Each parameter group is split in two: matrices and other parameters.
+    Each parameter group is split in two: matrices and other parameters. The learning rate of a group is relative to
+    `lr`: its other parameters get `rest_lr` * group lr / `lr`.
     """
 
     evaluations: ClassVar[str] = "once"
@@ -102,14 +105,16 @@ class Muon(torch.optim.Optimizer):
         muon_groups, rest_groups = [], []
         for given in groups:
             group = {"lr": self._keys["lr"], "weight_decay": self._keys["weight_decay"], **given}
-            tensors, use_muon = group.pop("params"), group.pop("use_muon", True)
-            refuse_complex("muon", tensors)
-            if matrices := [p for p in tensors if use_muon and p.ndim > 1]:
-                muon_groups.append({**self._keys, **group, "params": matrices, "use_muon": True})
-            if others := [p for p in tensors if not (use_muon and p.ndim > 1)]:
+            refuse_complex("muon", group["params"])
+            use_muon = group.pop("use_muon", True)
+            takes = [use_muon and p.ndim > 1 for p in group["params"]]
+            if any(takes):
+                muon_groups.append({**self._keys, **group, **_selected(group, takes), "use_muon": True})
+            if not all(takes):
                 # A group's learning rate is relative to `lr`; here it has the same ratio to `rest_lr`.
                 rest_lr = group["lr"] / self._keys["lr"] * self._rest_lr
-                rest_groups.append({**group, "lr": rest_lr, "params": others, "use_muon": False})
+                others = _selected(group, [not taken for taken in takes])
+                rest_groups.append({**group, **others, "lr": rest_lr, "use_muon": False})
         return muon_groups, rest_groups
 
     def _add_to_rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -135,7 +140,6 @@ class Muon(torch.optim.Optimizer):
         if not self._is_built:
             super().add_param_group(param_group)
             return
-        self._share_with_rest()
         muon_groups, rest_groups = self._split(as_groups([param_group]))
         for group in [*muon_groups, *self._add_to_rest(rest_groups)]:
             super().add_param_group(group)
@@ -144,6 +148,17 @@ class Muon(torch.optim.Optimizer):
         names = ("_keys", "_rest_lr", "_rest_keys", "_rest_class", "_rest", "_is_built")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}  # for copy and pickle
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Loads a copy or a state, also of a version whose groups had fewer keys."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            if group["use_muon"]:
+                for key, value in self._keys.items():
+                    group.setdefault(key, value)
+        if self._rest is not None:  # torch adds its keys
+            groups = [group for group in self.param_groups if not group["use_muon"]]
+            self._rest.__setstate__({"param_groups": groups, "state": self.state})
+
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         loss = evaluate(closure)
@@ -151,18 +166,13 @@ class Muon(torch.optim.Optimizer):
             if group["use_muon"]:
                 self._step_matrices(group)
         if self._rest is not None:
-            self._share_with_rest()
+            self._rest.state = self.state  # one state, which is saved
             for group in self._rest.param_groups:
                 if group.get("momentum"):  # torch's fused SGD fails if only some parameters of a group have a momentum
                     buffers(self, [p for p in group["params"] if p.grad is not None], "momentum_buffer")
-            self._rest.step()
+            with without_global_step_hooks():
+                self._rest.step()
         return loss
-
-    def _share_with_rest(self) -> None:
-        """Shares groups and state with the optimizer of the other parameters: `load_state_dict` replaces them here."""
-        if self._rest is not None:
-            self._rest.param_groups = [group for group in self.param_groups if not group["use_muon"]]
-            self._rest.state = self.state
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         # No value is read on the host (float(lr), .item()): a CUDA graph captures a learning rate that is a tensor.
@@ -189,6 +199,12 @@ class Muon(torch.optim.Optimizer):
                 make_cautious(scaled, [as_matrix(grads[index], params[index]) for index in indices])
             for index, move in zip(indices, scaled, strict=True):
                 as_matrix(params[index], params[index]).sub_(move)
+
+
+def _selected(group: dict[str, Any], chosen: list[bool]) -> dict[str, Any]:
+    """Returns the chosen parameters of a group, with their names, if any."""
+    keys = {"params", "param_names"} & group.keys()
+    return {key: list(compress(group[key], chosen)) for key in keys}
 
 
 def _is_dense(p: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dlopt.errors import UserError
-from dlopt.optim.common import Closure, Tensors, chunks, evaluate, gradients, needs_closure
+from dlopt.optim.common import Closure, Tensors, chunks, evaluate, gradients, needs_closure, without_global_step_hooks
 from dlopt.ranges import NonNegative, Positive
 
 
@@ -58,7 +58,8 @@ class SAM(torch.optim.Optimizer):
         finally:  # the closure may raise for a non-finite gradient
             for params, weights in saved:
                 torch._foreach_copy_(params, weights)  # copies, because subtracting e would round
-        self.base.step()
+        with without_global_step_hooks():
+            self.base.step()
         return loss
 
     def _perturb(self) -> list[tuple[list[Tensor], list[Tensor]]]:

@@ -12,6 +12,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from dlopt.errors import UserError, install
+from dlopt.optim.common import fill_defaults, refuse_complex
 from dlopt.ranges import Fraction, NonNegative, OpenFraction, Positive
 
 try:
@@ -43,6 +44,10 @@ class _KeepsTrainingPoint:
         for p in evaluated:
             if "y" in self.state[p]:
                 p.copy_(self.state[p].pop("y"))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        fill_defaults(self)  # type: ignore[arg-type]
 
 
 class ScheduleFreeSGD(_KeepsTrainingPoint, schedulefree.SGDScheduleFree):
@@ -87,3 +92,7 @@ class ScheduleFreeAdamW(_KeepsTrainingPoint, schedulefree.AdamWScheduleFree):
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, r=r, weight_lr_power=weight_lr_power
         )
         self.train()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        refuse_complex("schedule_free_adamw", self.param_groups[-1]["params"])

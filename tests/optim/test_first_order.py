@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.optim import LAMB, LARS, SAM, SGDW, Lion, LossClosure, Muon, Rprop
+from dlopt.optim import LAMB, LARS, SAM, SGDW, AdaBelief, Lion, LossClosure, Muon, Rprop
 from dlopt.optim.muon import orthogonalize
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -271,6 +271,28 @@ def test_equals_pytorch_optimizer(case: str) -> None:
     b = path(theirs(oracle, list(second.values())), second)
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert not torch.equal(a[0], a[-1])
+
+
+def test_adabelief_adapts_to_small_gradients() -> None:
+    """With the default eps, as in the authors' code; 1e-8 would be a floor of 0.003 under gradients of 0.001."""
+    oracle = pytest.importorskip("pytorch_optimizer")
+    first, second = parameters(), parameters()
+    small = [{name: 1e-3 * (1 + g) for name, g in gradient.items()} for gradient in GRADS]
+    a = path(AdaBelief(first.values()), first, small)
+    b = path(oracle.AdaBelief(second.values()), second, small)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert (a[-1] - a[-2]).abs().mean() > 0.7e-3  # of lr = 0.001; 0.3e-3 with eps = 1e-8
+
+
+def test_muon_scales_kernels_as_the_matrices_that_it_orthogonalizes() -> None:
+    """The author's code takes height / width there: updates shorter by sqrt(out / (in * height * width))."""
+    kernel, matrix = (nn.Parameter(torch.zeros(shape)) for shape in ((64, 3, 3, 3), (64, 27)))
+    matrix.grad = torch.randn(64, 27, generator=torch.Generator().manual_seed(0))
+    kernel.grad = matrix.grad.view_as(kernel).clone()
+    Muon([kernel, matrix], lr=0.1).step()
+    assert torch.equal(kernel.view_as(matrix), matrix)
+    author = 0.1 * orthogonalize(matrix.grad.unsqueeze(0), (3.4445, -4.775, 2.0315), 5, 1e-7)[0].float()
+    assert float(matrix.detach().norm() / author.norm()) == pytest.approx((64 / 27) ** 0.5, rel=1e-2)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -2,12 +2,13 @@
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dlopt.errors import UserError
 from dlopt.optim import (
@@ -71,6 +72,7 @@ MAKERS: dict[str, Make] = {
     "bfgs": lambda params: BFGS(params),
     "newton": lambda params: Newton(params),
     "newton_cg": lambda params: NewtonCG(params),
+    "lbfgs": lambda params: LBFGS(params, max_iter=2),
 }
 ALL = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
@@ -153,6 +155,151 @@ def test_empty_matrices_are_left_alone(make: Callable[..., torch.optim.Optimizer
     assert not torch.equal(matrix, torch.ones(2, 2))
 
 
+def named(params: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"layer{index}", p) for index, p in enumerate(params)]
+
+
+@ALL
+def test_names_of_parameters_stay_with_them(make: Make) -> None:
+    problem = Problem()
+    optimizer = make(named(problem.params))
+    problem.steps(optimizer, 2)
+    loaded = make(named(problem.params))
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, loaded):
+        found = {
+            name: p
+            for group in each.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        }
+        assert all(found[name] is p for name, p in named(problem.params)) and len(found) == 3
+    with pytest.raises(ValueError, match="with/without names"):
+        make([*named(problem.params[:2]), problem.params[2]])
+
+
+@pytest.mark.parametrize("make", [Muon, LBFGS])
+def test_names_of_groups_and_of_added_parameters(make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    problem = Problem()
+    first, second, third = named(problem.params)
+    optimizer = make([{"params": [first]}, {"params": [second]}])
+    optimizer.add_param_group({"params": [third]})
+    assert sorted(name for group in optimizer.param_groups for name in group["param_names"]) == [
+        "layer0", "layer1", "layer2"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="with/without names"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+@ALL
+def test_what_is_not_an_iterable_of_tensors_is_refused_as_torch_does(make: Make) -> None:
+    weight: Any = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(TypeError, match="should be an iterable of Tensors or dicts"):
+        make(weight)
+    with pytest.raises(TypeError, match="can only optimize Tensors"):
+        make([weight, "name"])
+    with pytest.raises(ValueError, match="non-leaf Tensor"):
+        make([weight * 2])
+    with pytest.raises(ValueError, match="empty parameter list"):
+        make([])
+
+
+@ALL
+def test_a_state_without_the_newest_keys_can_be_resumed(make: Make) -> None:
+    """Also of torch's optimizers inside: they get new keys from time to time. Such a key has its default."""
+    problem, other = Problem(), Problem()
+    optimizer, loaded = make(problem.params), make(other.params)
+    problem.steps(optimizer, 2)
+    for ours, theirs in zip(problem.params, other.params, strict=True):
+        theirs.data.copy_(ours)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        for key in ("foreach", "fused", "maximize", "capturable", "differentiable", "cautious"):
+            group.pop(key, None)
+    loaded.load_state_dict(state)
+    assert other.steps(loaded, 3) == pytest.approx(problem.steps(optimizer, 3), rel=1e-5)  # fused or not
+
+
+@pytest.mark.parametrize("name", ["ScheduleFreeSGD", "ScheduleFreeAdamW"])
+def test_schedule_free_resumes_a_state_without_the_newest_key(name: str) -> None:
+    pytest.importorskip("schedulefree")
+    from dlopt.optim import schedule_free
+
+    make = getattr(schedule_free, name)
+    problem = Problem()
+    optimizer = make(problem.params, lr=0.1)
+    problem.steps(optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        del group["foreach"]
+    loaded = make(problem.params, lr=0.1)
+    loaded.load_state_dict(state)
+    problem.steps(loaded, 1)
+    assert loaded.param_groups[0]["k"] == 3
+
+
+@pytest.fixture
+def hooks() -> Iterator[list[str]]:
+    """Registers hooks on the steps of all optimizers; the list is what they have seen."""
+    seen: list[str] = []
+    before = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(f"before {type(optimizer).__name__}"))
+    after = register_optimizer_step_post_hook(lambda optimizer, *_: seen.append(f"after {type(optimizer).__name__}"))
+    yield seen
+    before.remove()
+    after.remove()
+
+
+@ALL
+def test_hooks_run_once_per_step(make: Make, hooks: list[str]) -> None:
+    torch.optim.LBFGS([nn.Parameter(torch.ones(2))])  # torch puts its hooks into the class when it is first used
+    problem = Problem()
+    optimizer = make(problem.params)
+    optimizer.register_step_pre_hook(lambda *_: hooks.append("own before"))
+    optimizer.register_step_post_hook(lambda *_: hooks.append("own after"))
+    problem.steps(optimizer, 1)
+    name = type(optimizer).__name__
+    assert hooks == [f"before {name}", "own before", "own after", f"after {name}"]
+    torch.optim.SGD(problem.params).step()
+    assert hooks[4:] == ["before SGD", "after SGD"], "all hooks are back"
+
+
+def test_sam_runs_the_hooks_of_its_base_and_keeps_those_of_all_optimizers(hooks: list[str]) -> None:
+    problem = Problem()
+    base = torch.optim.SGD(problem.params, lr=0.1)
+    base.register_step_post_hook(lambda *_: hooks.append("base"))
+    optimizer = SAM(base=base)
+    problem.steps(optimizer, 1)
+    assert hooks == ["before SAM", "base", "after SAM"]
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("in the base")
+
+    base.register_step_pre_hook(failing)
+    with pytest.raises(RuntimeError, match="in the base"):
+        problem.steps(optimizer, 1)
+    torch.optim.SGD(problem.params).step()
+    assert hooks[-2:] == ["before SGD", "after SGD"]
+
+
+def test_complex_weights_are_pairs_of_real_ones() -> None:
+    """Matrices, and vectors, which LARS updates without its ratio in both forms."""
+    for shape, flat in (((3, 4), False), ((2, 2, 2), False), ((5,), True)):
+        draw = torch.Generator().manual_seed(0)
+        start, *grads = (torch.randn(shape, dtype=torch.complex128, generator=draw) for _ in range(6))
+
+        def real(values: Tensor, flat: bool = flat) -> Tensor:
+            pairs = torch.view_as_real(values).clone()
+            return pairs.flatten() if flat else pairs
+
+        weight, pairs = nn.Parameter(start.clone()), nn.Parameter(real(start))
+        optimizers = LARS([weight], lr=0.5), LARS([pairs], lr=0.5)
+        for grad in grads:
+            weight.grad, pairs.grad = grad.clone(), real(grad)
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(real(weight.detach()), pairs.detach(), rtol=1e-13, atol=1e-13)
+        assert not torch.allclose(pairs, real(start))
+
+
 def test_muon_does_not_fuse_over_gaps_in_memory() -> None:
     """torch's fused kernels overwrite the values between the elements of a strided parameter."""
     storage = torch.ones(8)
@@ -175,6 +322,14 @@ def test_muon_reads_its_groups_again_after_loading() -> None:
     assert problem.steps(optimizer, 3) == other.steps(loaded, 3)
 
 
+def test_muon_saves_the_state_of_parameters_that_are_added_later() -> None:
+    problem = Problem()
+    optimizer = Muon(problem.params[:1])
+    optimizer.add_param_group({"params": problem.params[1:]})
+    problem.steps(optimizer, 1)
+    assert optimizer.state.keys() == set(problem.params)
+
+
 def test_sam_runs_the_hooks_registered_on_it() -> None:
     problem = Problem()
     optimizer = SAM(base=torch.optim.SGD(problem.params, lr=0.1))
@@ -189,9 +344,16 @@ def test_sam_runs_the_hooks_registered_on_it() -> None:
     assert calls == ["saving", "loaded"] and optimizer.state is optimizer.base.state
 
 
-def test_lamb_refuses_complex_parameters() -> None:
-    with pytest.raises(UserError, match="optimizer=lamb: complex parameters"):
-        LAMB([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+@pytest.mark.parametrize("name", ["lamb", "adafactor", "schedule_free_adamw"])
+def test_complex_parameters_are_refused(name: str) -> None:
+    classes: dict[str, Any] = {"lamb": LAMB, "adafactor": Adafactor}
+    if name == "schedule_free_adamw":
+        pytest.importorskip("schedulefree")
+        from dlopt.optim.schedule_free import ScheduleFreeAdamW
+
+        classes[name] = ScheduleFreeAdamW
+    with pytest.raises(UserError, match=f"optimizer={name}: complex parameters"):
+        classes[name]([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
 
 
 def test_lbfgs_refuses_a_parameter_in_two_groups() -> None:
