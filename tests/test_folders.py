@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from dlopt import job
 from dlopt.config.resuming import differences
@@ -156,6 +157,39 @@ def test_resume_auto_finds_newest_unfinished_run(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("outputs/train/*"))) == 3
     train(tmp_path, "seed=1", "name=other", "resume=auto", "schedule_epochs=2")  # nor of this name
     assert len(list(tmp_path.glob("outputs/other/*"))) == 1 and contents(other) == before
+
+
+def test_resumes_with_other_keys_of_the_machine_and_of_logging(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path)
+    changed = ("profile=true", "profile_steps=[0,2]", "cuda_graphs=false", "channels_last=false", "data.workers=0")
+    train(tmp_path, "resume=auto", "schedule_epochs=2", *changed)
+    run = only(tmp_path, "outputs/train/*")
+    assert json.loads((run / "summary.json").read_text())["resumed_from"] == [1]
+
+
+def test_data_on_another_disk_are_the_same_data(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / f"here/{label}").mkdir(parents=True)
+        for number in range(10):
+            image = Image.new("L", (8, 8), 20 * number + ord(label) % 2)
+            image.save(tmp_path / f"here/{label}/{number}.png")
+    keys = ("data=image_folder", "data.channels=1", "data.subset=null", "data.batch_size=4")
+    stop_after_first_epoch(tmp_path, *keys, "data.root=here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    train(tmp_path, *keys, "data.root=there", "resume=auto", "schedule_epochs=2")
+    run = only(tmp_path, "outputs/train/*")
+    assert [line["epoch"] for line in lines(run)] == [1, 2]
+    (run / "summary.json").unlink()
+    (tmp_path / "there/b").rename(tmp_path / "there/c")
+    result = dlopt(tmp_path, "train", *SMALL, *keys, "data.root=there", "resume=auto", "schedule_epochs=2", "epochs=3")
+    assert result.code == 2 and "with classes ['a', 'b'], now ['a', 'c']; see data.root" in result.err
+
+
+@pytest.mark.parametrize("changed", ["precision=bf16", "deterministic=true", "init_from=x.pt", "monitor=val_loss"])
+def test_other_keys_make_another_run(changed: str, tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    message = refused(tmp_path, "train", *SMALL, IN_RUN, "resume=auto", "schedule_epochs=2", changed)
+    assert f"has another config ({changed.partition('=')[0]}: saved " in message
 
 
 def test_resume_auto_skips_live_run(tmp_path: Path) -> None:

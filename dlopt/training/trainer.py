@@ -451,6 +451,7 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores all but the normalization, which `build_workload` has loaded: initial weights may depend on it."""
         progress = dict(state["progress"])
+        self._check_data(progress.get("data", {}))
         if self.average is not None:
             # Through the model: the mode shards the full tensors of the state as it shards the model.
             self.mode.load_model(self.module, state["ema"])
@@ -476,6 +477,15 @@ class Trainer:
             self.best = Best(self.best.monitor)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
         rng.restore(state["rng"])  # last: nothing above may draw random numbers after it
+
+    def _check_data(self, saved: Mapping[str, Any]) -> None:
+        """Raises `UserError` if `data.root`, which may change, names other data than those of the run."""
+        for name, what in (("classes", "classes"), ("sample", "samples of the shape")):
+            if name in saved and saved[name] != self.progress.data[name]:
+                raise UserError(
+                    f"resume: the run was trained on other data, with {what} {saved[name]}, now "
+                    f"{self.progress.data[name]}; see data.root"
+                )
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
         """Loads the optimizer's state, but keeps the choice of kernels, which depends on the device and the mode."""

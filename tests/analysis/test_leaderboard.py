@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,6 +43,20 @@ def test_groups_equal_settings_of_different_types() -> None:
     runs = [entry(lr, seed, 0.9) for seed, lr in enumerate((1, 1.0, True))]
     runs += [Entry(str(betas), {"betas": betas, "seed": i}, {}) for i, betas in enumerate(([0, 0.9], [0.0, 0.9]))]
     assert sorted(len(row.runs) for row in leaderboard(runs).rows) == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "key", ["compile", "check", "profile", "diagnostics", "recovery.attempts", "data.root", "name", "max_time"]
+)
+def test_keys_of_the_machine_and_of_logging_split_no_row(key: str) -> None:
+    def runs(key: str) -> list[Entry]:
+        found = [entry(lr, seed, 0.9 + lr) for lr in (0.01, 0.02) for seed in range(3)]
+        return [replace(each, config={**each.config, key: each.config["seed"]}, overrides=()) for each in found]
+
+    rows = leaderboard(runs(key)).rows
+    assert [len(row.runs) for row in rows] == [3, 3]
+    assert rows[1].difference is not None and rows[1].difference.count == 3  # pairs of seeds
+    assert len(leaderboard(runs("parallel.processes")).rows) == 6  # parallel modes are compared by their speed
 
 
 def test_repetitions_of_a_run_do_not_shrink_the_spread() -> None:

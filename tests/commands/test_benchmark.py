@@ -19,7 +19,8 @@ from torch import Tensor
 from dlopt import cli
 from dlopt.analysis.benchmark.reading import has_ended
 from dlopt.analysis.benchmark.results import Record, Results, read
-from dlopt.commands.benchmark import compare
+from dlopt.commands.benchmark import _reference, _refuse_protocol, compare
+from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.sweeps.jobs import result_of
 from tests.commands.line import dlopt, refused
@@ -168,6 +169,39 @@ def test_names_optimizers_that_do_not_work(place: Path) -> None:
 def test_repeated_trials_agree_until_rounding_separates_them(updates: float, first: float | None, verdict: str) -> None:
     shipped = Record(0, 0, {}, updates=128, evaluations=128, first=2.63, best=0.3, last=0.3)
     assert compare(replace(shipped, updates=updates, first=first), shipped, 192) == verdict
+
+
+def test_only_keys_that_change_the_workloads_prevent_a_comparison_with_the_shipped_results() -> None:
+    harmless = [
+        "name=x",
+        "profile=true",
+        "hydra/launcher=joblib",
+        "data.root=x",
+        "precision=bf16",
+        "optimizer.eps=1e-8",
+    ]
+    shipped, note = _reference("small", harmless)
+    assert shipped is not None and note == ""
+    for line in ("data.batch_size=9", "model=mlp", "+parallel.processes=2", "on_divergence=skip", "init_from=x"):
+        shipped, note = _reference("small", [line])
+        group = line.lstrip("+").partition("=")[0].partition(".")[0]
+        assert shipped is None and f"because {group} changes the workloads" in note
+    _refuse_protocol([*harmless, "data.batch_size=9", "optimizer.seed=1"])
+    for line in (
+        "epochs=1",
+        "max_time=1",
+        "seed=1",
+        "order_seed=1",
+        "evaluate.test=true",
+        "monitor=val_loss",
+        "++schedule.warmup_epochs=1",
+        "stopping=early",
+        "checkpoint.keep=3",
+        "tracking=[]",
+        "experiment=x",
+    ):
+        with pytest.raises(UserError, match="part of the protocol"):
+            _refuse_protocol([line])
 
 
 def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
