@@ -139,7 +139,8 @@ def fill_defaults(optimizer: torch.optim.Optimizer) -> None:
     """Gives the groups of a loaded state the defaults of keys that the version that saved it did not have."""
     for group in optimizer.param_groups:
         for key, value in optimizer.defaults.items():
-            group.setdefault(key, value)
+            if key != "differentiable":  # torch adds it to the defaults when it loads a state, but not to the groups
+                group.setdefault(key, value)
 
 
 @contextmanager

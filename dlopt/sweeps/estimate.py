@@ -81,10 +81,12 @@ def estimate_job(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str
         timed = {key: value for key, value in config.items() if key not in _NOT_TIMED}
         different.setdefault(repr(timed), config)
     count = min(_PROBES, len(different), -(-len(configs) // _JOBS_PER_PROBE))
-    places = [round(i * (len(different) - 1) / max(count - 1, 1)) for i in range(count)]
+    probed = {round(i * (len(different) - 1) / max(count - 1, 1)) for i in range(count)}
     estimates: list[Estimate | None] = []
     errors: list[UserError | RunError] = []
-    for config in [list(different.values())[place] for place in places]:
+    for number, config in enumerate(different.values()):
+        if number not in probed:
+            continue
         try:
             estimates.append(_probe(config, choices))
         except (UserError, RunError) as error:

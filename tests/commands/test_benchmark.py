@@ -241,7 +241,7 @@ def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
         (("optimizer=sgd", "dry_run=maybe"), "dry_run=maybe"),
         (("optimizer=sgd", "order_seed=1"), "order_seed=1: part of the protocol"),
         (("optimizer=sgd", "++schedule.warmup_fraction=0.5"), "part of the protocol"),
-        (("--check", "optimizer=sgd"), "optimizer=sgd: --check repeats shipped trials; only allow_packages"),
+        (("--check", "optimizer=sgd"), "optimizer=sgd: --check repeats shipped trials, of which only the"),
         (("--check", "dry_run=true"), "dry_run=true: --check"),
         (("--check",), "tier=tiny: has no shipped results"),
     ],

@@ -188,7 +188,7 @@ def test_variants_from_the_shell_work_as_the_message_advises(folder: Path) -> No
     advised = "+comparison.variants.both=['model.widths=[4]','model.norm=none']"
     assert message.strip().endswith(f'inside the quotes for the shell: "{advised}"')
     result = compare(folder, advised, "dry_run=true", "seed=0")
-    assert "dry_run=true model.widths=[4] model.norm=none seed=0" in result.out, result.err
+    assert "job 2: experiment=small model.widths=[4] model.norm=none seed=0" in result.out, result.err
     message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", "+comparison.variants.x='a=1'")
     assert "allowed: a block {name: a list [a,b,...], each a string}" in message
 

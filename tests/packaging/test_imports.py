@@ -23,6 +23,7 @@ FLOORS = [
         "interruption",
         "locks",
         "metric_names",
+        "openmp",
         "plain",
         "processor",
         "random",
