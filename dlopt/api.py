@@ -19,6 +19,7 @@ from dlopt.commands.train import prepare
 from dlopt.config.compose import Composer, quoted
 from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
 from dlopt.job import claim, start
+from dlopt.openmp import adapt_waiting
 from dlopt.parallel.rendezvous import current
 from dlopt.processor import set_deterministic, set_threads
 from dlopt.tracking import read_metrics, read_summary
@@ -148,6 +149,7 @@ def _preserve_global_state() -> Iterator[None]:
     finally:
         rng.restore(rng_state)
         set_threads(threads)
+        adapt_waiting(1)  # ends the watch: the caller's threads wait as before
         torch.set_float32_matmul_precision(precision)
         set_deterministic(deterministic, warn_only=warn_only)
         cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark

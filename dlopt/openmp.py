@@ -27,6 +27,7 @@ _WAITING = 0.1  # seconds that the threads wait for a core, per second, above wh
 _FREE = 0.04  # below which the cores are free
 _OTHERS = 0.2  # cores in use by other processes, below which the threads of this process can only wait for each other
 _PATIENCE = 4  # periods in a row with free cores, because every change costs a team of threads
+_REPORTED = 20  # periods with shared cores after which the log says so: some seconds change little
 
 log = logging.getLogger(__name__)
 
@@ -122,29 +123,27 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        contention, team, has_reported = Contention(), None, False
+        contention, team, shared = Contention(), None, 0  # periods with shared cores
         before = measure()
         while not self._end.wait(_PERIOD) and before is not None and (after := measure()) is not None:
             others, waited = after.since(before)
             before = after
-            if contention.update(others, waited) and team is None:
-                team = Team(self._libraries, self._size)
-                if not has_reported:
-                    log.warning(
-                        "other processes use %.1f of the cores of this run, whose threads wait %.1f s per second for "
-                        "one: they now sleep while they wait for each other, until the cores are free; with threads=1 "
-                        "they need not wait",
-                        others,
-                        waited,
-                    )
-                has_reported = True
-            elif not contention.is_shared and team is not None:
+            if contention.update(others, waited):
+                team = team or Team(self._libraries, self._size)
+                shared += 1
+                if shared == _REPORTED:
+                    log.warning(_REPORT, others, waited)
+            elif team is not None:
                 team.close()
                 team = None
         if team is not None:
             team.close()
 
 
+_REPORT = (
+    "other processes use %.1f of the cores of this run, whose threads wait %.1f s per second for one; until the cores "
+    "are free, threads sleep while they wait for each other (with threads=1 they need not wait)"
+)
 _watch: Watch | None = None
 
 

@@ -88,6 +88,27 @@ def test_threads_sleep_at_the_end_of_regions_while_the_team_is_open():
     assert sleeping >= 200  # of 300 regions; without the team 0, unless other processes interrupt the spinning
 
 
+def test_watch_opens_a_team_while_cores_are_shared_and_reports_it_once(monkeypatch, caplog):
+    periods = [0.0] * 2 + [0.5] * 30 + [0.0] * 8 + [0.5] * 3  # seconds waited per second
+    clocks = [Usage(i, 2.0 * i, 1.0 * i, {"1": sum(periods[:i])}) for i in range(len(periods) + 1)]
+    readings, events = iter(clocks), []
+
+    class Opened:
+        def __init__(self, libraries: object, size: int) -> None:
+            events.append("opened")
+
+        def close(self) -> None:
+            events.append("closed")
+
+    monkeypatch.setattr(openmp, "measure", lambda: next(readings, None))
+    monkeypatch.setattr(openmp, "Team", Opened)
+    monkeypatch.setattr(openmp, "_PERIOD", 0.001)
+    watch = openmp.Watch([], threads=2)
+    watch._thread.join(60)
+    assert events == ["opened", "closed", "opened", "closed"]
+    assert [record.getMessage() for record in caplog.records] == [openmp._REPORT % (1.0, 0.5)]
+
+
 @linux
 def test_one_thread_needs_no_watch_and_several_share_one(monkeypatch):
     monkeypatch.setattr(openmp, "_watch", None)
