@@ -123,7 +123,8 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        contention, team, shared = Contention(), None, 0  # periods with shared cores
+        contention, team = Contention(), None
+        shared, has_reported = 0, False  # periods with shared cores
         before = measure()
         while not self._end.wait(_PERIOD) and before is not None and (after := measure()) is not None:
             others, waited = after.since(before)
@@ -131,8 +132,9 @@ class Watch:
             if contention.update(others, waited):
                 team = team or Team(self._libraries, self._size)
                 shared += 1
-                if shared == _REPORTED:
+                if shared >= _REPORTED and not has_reported and log.hasHandlers():  # those of a run's tracking
                     log.warning(_REPORT, others, waited)
+                    has_reported = True
             elif team is not None:
                 team.close()
                 team = None
