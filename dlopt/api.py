@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.commands.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.commands.train import prepare
-from dlopt.config.compose import Composer, quoted
+from dlopt.config.compose import Composer
+from dlopt.config.overrides import quoted
+from dlopt.config.plan import checked
 from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
 from dlopt.job import claim, start
 from dlopt.openmp import adapt_waiting
@@ -103,7 +105,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
         raise UserError("train(): runs one experiment at a time; use `dlopt train` for sweeps and comparisons")
     hints = {"hydra.job.env_set": "set os.environ", "hydra.job.chdir": "call os.chdir"}
     refuse_unread_hydra(lines, "train()", (*COMPOSITION, "hydra.run"), hints)
-    prepared = prepare(config, lines)
+    prepared = prepare(checked(config, lines))
     folder = prepared.folder.path
     if not prepared.is_done:
         processes, lock = claim(prepared.run)

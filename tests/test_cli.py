@@ -127,7 +127,7 @@ def test_cfg_and_info_explain_errors(tmp_path: Path) -> None:
     for flags in (["--cfg", "job"], ["--info", "config"]):
         assert "did you mean optimizer.lr?" in refused(tmp_path, "train", *flags, "optimizer.lrr=1")
     result = dlopt(tmp_path, "train", "--cfg", "job", "--package", "nope")
-    assert result.code == 2 and "package 'nope' not found" in result.err
+    assert result.code == 2 and "--package=nope: no such block" in result.err
 
 
 def test_accepts_flags_at_any_position(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard
 
-from dlopt.config.keys import is_seed, key_of, role_of
+from dlopt.config.keys import is_seed, role_of
+from dlopt.config.overrides import key_of
 from dlopt.metric_names import lower_is_better
 from dlopt.plain import flatten, is_below
 from dlopt.roles import Role

@@ -29,10 +29,10 @@ from dlopt.analysis.benchmark.results import Record, Results, load_reference, to
 from dlopt.analysis.leaderboard import distinguishes
 from dlopt.commands.command import Line, output_folder, own_names, read_line, refuse_empty
 from dlopt.commands.reads import refuse_unread_hydra
-from dlopt.commands.sweep import build_pool, is_hydra, refuse_ranks
-from dlopt.config.compose import parse_overrides
-from dlopt.config.keys import group_of, key_of, role_of
-from dlopt.config.resolve import choices_of, to_plain
+from dlopt.commands.sweep import build_pool, refuse_ranks
+from dlopt.config.keys import role_of
+from dlopt.config.overrides import group_of, is_hydra, key_of
+from dlopt.config.plan import Plan, as_job, checked, plan
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically, write_json
 from dlopt.folders import RunFolder, refuse_url
@@ -124,7 +124,7 @@ def _optimizers(line: Line) -> tuple[list[str], Line]:
         raise UserError("optimizer: name the optimizers to compare: dlopt benchmark optimizer=adamw,muon")
     if len(typed) > 1:
         raise UserError(f"{typed[1]}: optimizer is already given by {typed[0]}; list them: optimizer=a,b")
-    [override] = parse_overrides(typed, line.composer.loader)
+    [override] = line.composer.parse(typed)
     names = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
     if len(set(names)) < len(names):
         raise UserError(f"{typed[0]}: an optimizer is listed twice")
@@ -186,13 +186,16 @@ def _launch(line: Line, request: "Request", overrides: Sequence[str]) -> int:
     hydra = [each for each in overrides if is_hydra(each)]
     if not any(each.startswith("hydra/launcher=") for each in hydra):
         hydra = ["hydra/launcher=joblib", *hydra]
-    folder = str(request.folder).replace("\\", "\\\\").replace("'", "\\'")
-    composed = line.composer.compose([*hydra, *request.overrides, f"hydra.sweep.dir='{folder}'"], multirun=True)
-    pool = build_pool(line.composer, composed, "not supported here")
+    pool = build_pool(line.composer.compose([*hydra, *request.overrides], multirun=True), "not supported here")
     assert pool is not None  # has refused other launchers
     if pool.is_local:
         pools.warm_up()
-    return run_trials(request, line.composer.loader, composed, pool)
+
+    def plan_job(overrides: Sequence[str], number: int) -> Plan:
+        config = line.composer.compose([*hydra, *overrides])
+        return as_job(checked(config, overrides, typed=None), number, overrides)  # allow_packages was checked
+
+    return run_trials(request, plan_job, pool)
 
 
 def _run(
@@ -298,8 +301,8 @@ def _list(line: Line, request: "Request", waiting: Sequence[Trial]) -> int:
     for trial in waiting:
         if (trial.workload, trial.optimizer) not in estimates:
             lines = request.line(trial)
-            config = line.composer.compose(lines)
-            estimate = estimate_job([to_plain(config, lines)[1]], choices_of(config))
+            job = plan(line.composer, lines)
+            estimate = estimate_job([job.saved], job.choices)
             estimates[trial.workload, trial.optimizer] = estimate or Estimate(0.0, 0.0)
             shown = "unknown" if estimate is None else format_range(*estimate.total)
             print(f"{trial.optimizer} on {trial.workload}: about {shown} a trial without early end", flush=True)

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.commands.reads import refuse_unread, refuse_unread_hydra
-from dlopt.config.compose import CONFIG_NAME, Composer, grid, parse_arguments
-from dlopt.config.resolve import choices_of, resolve_saved, to_plain
+from dlopt.config.compose import Composer
+from dlopt.config.flags import CONFIG_NAME, parse_arguments
+from dlopt.config.overrides import grid
+from dlopt.config.plan import plan
+from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values, with_changes
 from dlopt.config.schema import check_arguments, parameters_of, show
 from dlopt.errors import UserError, suggest
@@ -100,16 +103,12 @@ class Line:
             hint = suggest(key, names, f"{' '.join(command.split()[:2])} --help")
             raise UserError(f"{self.overrides[0]}: unknown key of {command}; {hint}")
 
-    def experiment(self, overrides: list[str] | None = None) -> tuple["Experiment", dict[str, str]]:
+    def experiment(self, overrides: list[str] | None = None) -> tuple["Experiment", Mapping[str, str]]:
         """Returns the checked experiment of `overrides` (default: all of the line) and its choices: group -> name."""
-        from dlopt.config.parsing import parse
-
-        overrides = self.overrides if overrides is None else overrides
-        config = self.composer.compose(overrides)
-        plain, saved = to_plain(config, overrides)
-        if plain["dry_run"] is True:
+        run = plan(self.composer, self.overrides if overrides is None else overrides)
+        if run.experiment.settings.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")
-        return parse(plain, saved), choices_of(config)
+        return run.experiment, run.choices
 
     def fixed(self) -> list[str]:
         """Returns the overrides with one value."""

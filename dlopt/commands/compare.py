@@ -6,7 +6,6 @@ Only this command reads the key `comparison` of an experiment file.
 
 import gc
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from dlopt.analysis.comparison_plots import draw
 from dlopt.analysis.findings import check, evaluate, record
 from dlopt.analysis.probes import PROBES
 from dlopt.commands.reads import refuse_unread_hydra, refuse_untested
-from dlopt.config import parsing
-from dlopt.config.compose import Composer, parse_arguments, typed_folder
-from dlopt.config.experiment import Experiment
-from dlopt.config.keys import group_of, key_of, role_of
-from dlopt.config.resolve import choices_of, to_plain
+from dlopt.config.compose import Composer, typed_folder
+from dlopt.config.flags import parse_arguments
+from dlopt.config.keys import role_of
+from dlopt.config.overrides import group_of, key_of, without
+from dlopt.config.plan import Plan, checked
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import FAILED, INTERRUPTED, USER_ERROR, UserError
@@ -55,10 +54,7 @@ _METRICS = (
 @dataclass(frozen=True)
 class _Run:
     cell: Cell
-    overrides: list[str]
-    experiment: Experiment
-    saved: Mapping[str, Any]
-    choices: Mapping[str, str]
+    plan: Plan
 
 
 def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
@@ -71,14 +67,14 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     refuse_unread_hydra(parsed.overrides, "a comparison", _READS_OF_HYDRA, _HINTS)
     comparison = comparison_of(composer, config, parsed.overrides)
     # The claims do not hold if an override changes the comparison or fixes one of its axes.
-    keys = [each.get_key_element().lstrip("+~") for each in composer.parse(parsed.overrides)]
     axes = config.comparison.get("along") or {}
-    claims = check(comparison, overridden=any(key.startswith("comparison") or key in axes for key in keys))
+    changes = [key for key in map(key_of, parsed.overrides) if group_of(key) == "comparison" or key in axes]
+    claims = check(comparison, overridden=bool(changes))
     runs = _runs(composer, comparison, parsed.overrides)
     if config.dry_run is True:
         for number, run in enumerate(runs):
-            print(f"job {number}: {' '.join(line for line in run.overrides if line != 'dry_run=true')}")
-        print_estimate([run.saved for run in runs], runs[0].choices, len(runs), in_process=True)
+            print(f"job {number}: {' '.join(without(run.plan.lines, 'dry_run'))}")
+        print_estimate([run.plan.saved for run in runs], runs[0].plan.choices, len(runs), in_process=True)
         return 0
     folder = _folder(config, parsed.overrides, runs)
     screen = Screen()
@@ -126,9 +122,7 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
         raise UserError(f"comparison.along: {len(comparison.along)} keys; at most two fit in a plot")
     if len(comparison.along) == 2 and len(comparison.metrics) > 1:
         raise UserError("comparison.metrics: a heat map shows one metric")
-    overridden: dict[str, Any] = {
-        each.get_key_element().lstrip("+"): each.value() for each in composer.parse(overrides)
-    }
+    overridden: dict[str, Any] = {key_of(each): each.value() for each in composer.parse(overrides)}
     points: dict[str, list[str]] = {}
     for key, values in comparison.along.items():
         if isinstance(values, dict):
@@ -137,9 +131,9 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
             _refuse_protected(key, key)
     for variant, lines in {**points, **comparison.variants}.items():
         for line in lines:
-            _refuse_protected(line, line.partition("=")[0])
-            if line.partition("=")[0] in overridden:
-                raise UserError(f"{line.partition('=')[0]}: cannot be overridden; varied by {variant} ({line})")
+            _refuse_protected(line, key_of(line))
+            if key_of(line) in overridden:
+                raise UserError(f"{key_of(line)}: cannot be overridden; varied by {variant} ({line})")
     along = {key: values for key, values in comparison.along.items() if key not in overridden}
     return replace(comparison, along=along, seeds=[overridden["seed"]] if "seed" in overridden else comparison.seeds)
 
@@ -159,9 +153,9 @@ def _runs(composer: Composer, comparison: Comparison, overrides: list[str]) -> l
         if not runs or (cell.variant, cell.point) != (runs[-1].cell.variant, runs[-1].cell.point):
             config = composer.compose(lines)
         config.seed = cell.seed
-        plain, saved = to_plain(config, overrides)
-        refuse_untested(plain, overrides)
-        runs.append(_Run(cell, lines, parsing.parse(plain, saved), saved, choices_of(config)))
+        plan = checked(config, lines, typed=overrides)
+        refuse_untested(plan.saved, overrides)
+        runs.append(_Run(cell, plan))
     return runs
 
 
@@ -176,9 +170,9 @@ def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
     for number, run in enumerate(runs):
         folder = RunFolder(path / str(number))
         if folder.has_run():
-            if run.saved["resume"] != "auto":
+            if run.plan.saved["resume"] != "auto":
                 raise UserError(f"hydra.run.dir={path}: this folder contains runs; resume them with resume=auto")
-            refuse_other_config(folder.config() or run.saved, run.saved, str(folder.path), folder.history())
+            refuse_other_config(folder.config() or run.plan.saved, run.plan.saved, str(folder.path), folder.history())
     return path
 
 
@@ -189,7 +183,7 @@ def _is_unfinished(comparison: RunFolder, runs: list[_Run]) -> bool:
         return False
     if any(folder.is_live() for folder in folders):
         return False
-    saved = [(folder.config(), run.saved) for folder, run in zip(folders, runs, strict=True)]
+    saved = [(folder.config(), run.plan.saved) for folder, run in zip(folders, runs, strict=True)]
     return not any(old is not None and differences(old, new) for old, new in saved)
 
 
@@ -198,10 +192,10 @@ def _execute(runs: list[_Run], folder: Path, comparison: Comparison, screen: Scr
     outcomes: dict[Cell, Outcome] = {}
     for number, run in enumerate(runs):
         subfolder, cell = RunFolder(folder / str(number)), run.cell
-        if not (subfolder.has_run() and subfolder.is_done(run.saved)):
+        if not (subfolder.has_run() and subfolder.is_done(run.plan.saved)):
             subfolder.path.mkdir(exist_ok=True)
             state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            job = Run(run.experiment, subfolder.path, state, run.choices, run.overrides)
+            job = Run(run.plan.experiment, subfolder.path, state, run.plan.choices, run.plan.lines)
             code = execute(job, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code == INTERRUPTED:

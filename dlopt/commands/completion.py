@@ -63,7 +63,7 @@ def _overrides(line: str, prefix: str, arguments: list[str]) -> list[str]:
 
 
 def _hydra_main(arguments: list[str]) -> None:
-    from dlopt.config.compose import hydra_main  # slow to import; the other completions do not need Hydra
+    from dlopt.config.flags import hydra_main  # slow to import; the other completions do not need Hydra
 
     hydra_main(arguments)
 

@@ -1,7 +1,7 @@
 """`dlopt grid`: prints the arguments of one job of a sweep, for the tasks of a job array."""
 
 from dlopt.commands.command import read_line
-from dlopt.config.compose import CONFIG_NAME
+from dlopt.config.flags import CONFIG_NAME
 from dlopt.errors import DONE, UserError
 
 USAGE = """\

@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dlopt.config.keys import ROLES, group_of, key_of, role_of
+from dlopt.config.keys import ROLES, role_of
+from dlopt.config.overrides import group_of, key_of
 from dlopt.errors import UserError
 from dlopt.plain import is_below
 from dlopt.roles import Role

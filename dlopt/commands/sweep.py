@@ -10,13 +10,27 @@ from typing import TYPE_CHECKING, Any, cast
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import env_override
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from dlopt.analysis.leaderboard import Entry, front, leaderboard
 from dlopt.commands.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
-from dlopt.config.compose import Composer, grid, listed, typed_folder
-from dlopt.config.resolve import choices_of, resolve_saved, to_plain
+from dlopt.config.compose import Composer, typed_folder
+from dlopt.config.flags import hydra_main
+from dlopt.config.overrides import (
+    grid,
+    is_hydra,
+    key_of,
+    listed,
+    parse_overrides,
+    quoted_value,
+    text_of,
+    value_of,
+)
+from dlopt.config.plan import Plan, as_job, checked
+from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
@@ -27,13 +41,16 @@ from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.sweeps.grid import run_jobs
-from dlopt.sweeps.jobs import SPACE, folder_name, labels, record_dead
+from dlopt.sweeps.jobs import SPACE, Job, labels, record_dead
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
+    from dlopt.config.experiment import Experiment
     from dlopt.sweeps.search import Row
     from dlopt.sweeps.study import StudySpec
 
+OWN = "hydra_plugins.dlopt_sweeps."
+SEARCH = f"{OWN}OptunaSweeper"  # a name only: `_search` runs it
 # Sweepers and launchers of other packages run their jobs through Hydra, which reads all of it but the run's folder.
 _READS_OF_HYDRA = (
     *COMPOSITION, "hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.job", "hydra.job_logging",
@@ -42,34 +59,26 @@ _READS_OF_HYDRA = (
 
 
 @dataclass(frozen=True)
-class GridJob:
-    """A composed and checked job of a grid; `config` is the config to save, `environment` that of its process."""
-
-    overrides: list[str]
-    subfolder: str
-    config: Mapping[str, Any]
-    choices: Mapping[str, str]
-    environment: Mapping[str, str]
-
-    def folder(self, sweep: Path) -> RunFolder:
-        return RunFolder(sweep / self.subfolder)
-
-
-@dataclass(frozen=True)
 class Request:
     """A composed sweep.
 
-    `path`: hydra.sweep.dir, and whether it was given on the command line (`is_typed`). `pool`: the worker pool of the
-    launcher; None for a launcher of another package.
+    Attributes:
+        overrides: of the command line; `hydra`: those of Hydra's config, which every job is composed with; `swept`:
+            those of the jobs.
+        path: hydra.sweep.dir; `is_typed`: given on the command line.
+        pool: the worker pool of the launcher; None for a launcher of another package.
+        sized: models whose size was checked.
     """
 
     composer: Composer
-    overrides: list[str]
     config: DictConfig
+    overrides: list[str]
+    hydra: list[str]
+    swept: list[Override]
     path: Path
     is_typed: bool
     pool: pools.Pool | None
-    sized: set[str] = field(default_factory=set)  # models whose size was checked
+    sized: set[str] = field(default_factory=set)
 
     def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
         """Returns the folder of the sweep, created if missing. `check(path, key)` refuses an unsuitable one."""
@@ -82,26 +91,34 @@ class Request:
         check(self.path, f"hydra.sweep.dir={self.path}")
         return make(self.path, "hydra.sweep.dir", exist_ok=True)
 
-    def compose_job(self, overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
-        """Composes and checks a job; returns its config, and the config to save. Raises `UserError`."""
-        from dlopt.config.parsing import parse
-        from dlopt.data.images import size_pair
-        from dlopt.training.model_check import check_minimum_memory
+    def plan_job(self, overrides: Sequence[str], number: int) -> Plan:
+        """Composes and checks a job. Raises `UserError`."""
+        config = self.composer.compose([*self.hydra, *overrides])
+        self._refuse_recipe(config)
+        job = as_job(checked(config, overrides, typed=self.overrides), number, overrides)
+        refuse_untested(job.saved, overrides)
+        self._check_size(job.experiment)
+        if job.saved["resume"] not in (None, "auto"):
+            raise UserError(f"resume={job.saved['resume']}: not supported in a sweep; use resume=auto")
+        return job
 
-        config = self.composer.compose(overrides)
+    def _refuse_recipe(self, config: DictConfig) -> None:
+        """Raises `UserError` for a job that is a series of runs itself."""
+        name = config.hydra.runtime.choices.get("experiment")
         if config.get("comparison") is not None:
-            name = config.hydra.runtime.choices.experiment
             raise UserError(
                 f"experiment={name}: a comparison is a series of runs already; leave out -m, or sweep its base config "
                 "with comparison=null"
             )
         sweepers = [OmegaConf.to_container(each.hydra.sweeper, resolve=False) for each in (config, self.config)]
         if config.hydra.mode == RunMode.MULTIRUN and sweepers[0] != sweepers[1]:
-            name = config.hydra.runtime.choices.experiment
             raise UserError(f"experiment={name}: a study is a sweep already; run one at a time: experiment={name}")
-        plain, saved = to_plain(config, self.overrides)
-        experiment = parse(plain, saved)
-        refuse_untested(plain, overrides)
+
+    def _check_size(self, experiment: "Experiment") -> None:
+        """Raises `UserError` for a model that does not fit into memory, and for tasks that would train the same one."""
+        from dlopt.data.images import size_pair
+        from dlopt.training.model_check import check_minimum_memory
+
         size = size_pair(experiment.data_settings.image_size)
         is_local = self.pool is not None and self.pool.is_local  # other machines may have more memory
         if is_local and (key := f"{experiment.model} {size}") not in self.sized:
@@ -114,36 +131,27 @@ class Request:
                 f"hydra.launcher: nodes x tasks_per_node starts {tasks} processes per job, which would train the same "
                 "model; use parallel=ddp, or one process"
             )
-        if saved["resume"] not in (None, "auto"):
-            raise UserError(f"resume={saved['resume']}: not supported in a sweep; use resume=auto")
-        return config, saved
 
-    def run(self, folder: Path) -> Any:
-        """Runs Hydra's sweeper and launcher; returns the result of the sweeper."""
-        if self.pool is not None and self.pool.is_local:
-            pools.warm_up()
-        return self.composer.sweep(self.config, folder, start_job)
-
-    def run_grid(self, folder: Path, jobs: Sequence[GridJob]) -> None:
-        """Runs jobs as they were checked; Hydra's sweeper composes them again, for sweepers and launchers of others."""
+    def run_grid(self, folder: Path, jobs: Sequence[Plan]) -> None:
+        """Runs the jobs as they were checked. A launcher or sweeper of another package composes them again."""
         if self.pool is None or not jobs:
-            self.run(folder)
+            run_with_hydra(self, folder, [listed(override) for override in self.swept])
             return
         if self.pool.is_local:
             pools.warm_up()
-        names = labels([job.overrides for job in jobs])
+        names = labels([job.lines for job in jobs])
         ready = [
-            sweep_jobs.Job(number, job.folder(folder), job.config, job.overrides, job.choices, name, job.environment)
+            Job(number, RunFolder(folder / job.subfolder), job, name)
             for number, (job, name) in enumerate(zip(jobs, names, strict=True))
         ]
-        size = self.config.hydra.sweeper.max_batch_size or len(jobs)
+        size = self.config.hydra.sweeper.get("max_batch_size") or len(jobs)
         for first in range(0, len(jobs), size):
             batch = ready[first : first + size]
             run_jobs(batch, len(batch), self.pool)
 
-    def estimate(self, configs: Sequence[Mapping[str, Any]], jobs: int) -> int:
+    def estimate(self, jobs: Sequence[Plan], total: int) -> int:
         slots = 1 if self.pool is None else self.pool.slots
-        print_estimate(configs, choices_of(self.config), jobs, slots)
+        print_estimate([job.saved for job in jobs], choices_of(self.config), total, slots)
         return DONE
 
 
@@ -164,10 +172,14 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     if config.hydra.job.chdir:
         raise UserError("hydra.job.chdir=true: not supported in a sweep, whose jobs run in the current folder")
     path, is_typed = typed_folder(config, "hydra.sweep.dir", parsed.overrides)
-    is_search = str(config.hydra.sweeper._target_).endswith(".dlopt_sweeps.OptunaSweeper")
+    is_search = str(config.hydra.sweeper._target_) == SEARCH
     refusal = "starts jobs in batches, but a search starts one per free slot" if is_search else None
-    pool = build_pool(composer, config, refusal)
-    request = Request(composer, parsed.overrides, config, path, is_typed, pool)
+    pool = build_pool(config, refusal)
+    params = {} if is_search else config.hydra.sweeper.get("params") or {}
+    lines = [*(f"{key}={value}" for key, value in params.items()), *parsed.overrides]
+    swept = composer.parse([line for line in lines if not is_hydra(line)])
+    hydra = [line for line in lines if is_hydra(line)]
+    request = Request(composer, config, parsed.overrides, hydra, swept, path, is_typed, pool)
     try:
         return _search(request) if is_search else _grid(request)
     except Interrupted:  # before the first job
@@ -176,13 +188,13 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
         return INTERRUPTED
 
 
-def build_pool(composer: Composer, config: DictConfig, refusal: str | None) -> pools.Pool | None:
+def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
     """Checks the settings of the launcher and returns its worker pool.
 
     A launcher of another package has none: raises `UserError` with the reason `refusal`, if any.
     """
-    launcher = composer.launcher(config, start_job)
-    if hasattr(launcher, "build_pool"):
+    launcher = instantiate(config.hydra.launcher) if str(config.hydra.launcher._target_).startswith(OWN) else None
+    if launcher is not None:
         return cast(pools.Pool, launcher.build_pool())
     if refusal is not None:
         name = config.hydra.runtime.choices["hydra/launcher"]
@@ -204,21 +216,23 @@ def _space(sweep: Path) -> Any:
 def _grid(request: Request) -> int:
     jobs = _jobs(request)
     if request.config.dry_run:
-        for number, label in enumerate(labels([job.overrides for job in jobs])):
+        for number, label in enumerate(labels([job.lines for job in jobs])):
             print(f"job {number}: {label}")
-        return request.estimate([job.config for job in jobs], len(jobs))
+        return request.estimate(jobs, len(jobs))
     folder = request.find_folder(
         lambda candidate: bool(jobs) and _is_unfinished(candidate, jobs),
         lambda path, key: _check_folder(path, key, jobs, request.config.resume),
     )
-    if jobs and all(job.folder(folder).is_done(job.config) for job in jobs):
+    folders = [RunFolder(folder / job.subfolder) for job in jobs]
+    if jobs and all(each.is_done(job.saved) for each, job in zip(folders, jobs, strict=True)):
         return _print_next(f"this sweep is already finished: {folder}", folder)
     with RunFolder(folder).lock():
-        write_atomically(folder / SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
-        for job in jobs:
-            record_dead(job.folder(folder))
+        write_atomically(folder / SPACE, yaml.safe_dump([job.lines for job in jobs], allow_unicode=True).encode())
+        for each in folders:
+            record_dead(each)
         request.run_grid(folder, jobs)
-    _show([Entry(job.subfolder, job.config, job.folder(folder).summary() or {}, job.overrides) for job in jobs])
+    pairs = list(zip(folders, jobs, strict=True))
+    _show([Entry(job.subfolder, job.saved, each.summary() or {}, job.lines) for each, job in pairs])
     statuses = _statuses(folder, jobs)
     _print_next(f"\nsweep folder: {short_path(folder)}", folder, statuses)
     if any(status in ("failed", "interrupted") for status in statuses):
@@ -228,94 +242,72 @@ def _grid(request: Request) -> int:
     return INTERRUPTED if "interrupted" in statuses else DONE
 
 
-def _jobs(request: Request) -> list[GridJob]:
+def _jobs(request: Request) -> list[Plan]:
     """Expands a grid to its checked jobs, like Hydra's basic sweeper; [] for sweepers that choose jobs at run time."""
     sweeper = request.config.hydra.sweeper
     if not str(sweeper._target_).endswith("BasicSweeper"):
         return []
     if sweeper.max_batch_size is not None and sweeper.max_batch_size < 1:
         raise UserError(f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}: must be > 0, or null")
-    lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    hydra, swept = _split_hydra(request.composer.parse([*lines, *request.overrides]))
-    combinations = grid(swept)
+    combinations = grid(request.swept)
     if not combinations:
         raise UserError("-m: nothing to run, because a list of values is empty")
-    jobs = []
-    for number, job in enumerate(combinations):
-        config, saved = request.compose_job([*hydra, *job])
-        with open_dict(config):
-            config.hydra.job.num = config.hydra.job.id = number
-        subfolder, environment = folder_name(str(config.hydra.sweep.subdir)), sweep_jobs.environment_of(config)
-        jobs.append(GridJob(job, subfolder, saved, choices_of(config), environment))
+    jobs = [request.plan_job(overrides, number) for number, overrides in enumerate(combinations)]
     if len({job.subfolder for job in jobs}) < len(jobs):
         raise UserError(f"hydra.sweep.subdir={jobs[0].subfolder}: must be different for each job")
-    # Hydra's sweeper expands its lists itself: pass them in the order of `jobs`, which shuffle(...) would not repeat.
-    sweeper.params, request.config.hydra.overrides.task = None, [listed(override) for override in swept]
     return jobs
 
 
-def is_hydra(line: str) -> bool:
-    """Returns whether an override sets a key or a choice of Hydra's config."""
-    return line.lstrip("+~").startswith(("hydra.", "hydra/"))
-
-
-def _split_hydra(overrides: Sequence[Override]) -> tuple[list[str], list[Override]]:
-    """Splits overrides into those of Hydra's config and those of the jobs."""
-    lines = [str(override.input_line) for override in overrides]
-    jobs = [override for override, line in zip(overrides, lines, strict=True) if not is_hydra(line)]
-    return [line for line in lines if is_hydra(line)], jobs
-
-
-def _check_folder(sweep: Path, key: str, jobs: Sequence[GridJob], resume: str | None) -> None:
+def _check_folder(sweep: Path, key: str, jobs: Sequence[Plan], resume: str | None) -> None:
     if RunFolder(sweep).is_live():
         raise UserError(f"{key}: another sweep is active in this folder")
     for job in jobs:
-        job.folder(sweep).refuse_newer(key)
+        RunFolder(sweep / job.subfolder).refuse_newer(key)
     for job in jobs:
-        folder = job.folder(sweep)
+        folder = RunFolder(sweep / job.subfolder)
         if folder.has_run():
             if resume != "auto":
                 raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
-            former = folder.config() or job.config
-            refuse_other_config(former, job.config, str(folder.path), folder.history())
-            if any(former.get(name) != job.config[name] for name in ("epochs", "steps")):
-                _check_length(folder, job.config)
+            former = folder.config() or job.saved
+            refuse_other_config(former, job.saved, str(folder.path), folder.history())
+            if any(former.get(name) != job.saved[name] for name in ("epochs", "steps")):
+                _check_length(folder, job)
 
 
-def _check_length(folder: RunFolder, config: Mapping[str, Any]) -> None:
+def _check_length(folder: RunFolder, job: Plan) -> None:
     """Raises `UserError` if the job would train its added epochs at learning rate 0."""
-    from dlopt.config.parsing import parse
     from dlopt.training.checkpoint import Checkpoints
     from dlopt.training.progress import check_lengthened
 
     state = Checkpoints(folder.checkpoints).load_newest()
     if state is not None:
-        check_lengthened(parse(resolve_saved(config), config), state)
+        check_lengthened(job.experiment, state)
 
 
-def _is_unfinished(sweep: RunFolder, jobs: Sequence[GridJob]) -> bool:
+def _is_unfinished(sweep: RunFolder, jobs: Sequence[Plan]) -> bool:
     """Returns whether the folder contains the same jobs, some of them unfinished."""
     space = _space(sweep.path)
     if sweep.is_live() or not isinstance(space, list) or len(space) != len(jobs):
         return False
-    if all(job.folder(sweep.path).is_done(job.config) for job in jobs):
+    folders = [RunFolder(sweep.path / job.subfolder) for job in jobs]
+    if all(folder.is_done(job.saved) for folder, job in zip(folders, jobs, strict=True)):
         return False
-    for lines, job in zip(space, jobs, strict=True):
-        old = job.folder(sweep.path).config()
-        if differences(old, job.config) if old is not None else _values(lines) != _values(job.overrides):
+    for lines, folder, job in zip(space, folders, jobs, strict=True):
+        old = folder.config()
+        if differences(old, job.saved) if old is not None else _values(lines) != _values(job.lines):
             return False
     return True
 
 
 def _values(lines: Any) -> dict[str, str]:
     """Returns the overrides by key, without those that may change on resume."""
-    pairs = [str(line).partition("=") for line in lines] if isinstance(lines, list) else []
-    return {key: value for key, _, value in pairs if not may_change(key)}
+    lines = [str(line) for line in lines] if isinstance(lines, list) else []
+    return {key_of(line): value_of(line) for line in lines if not may_change(key_of(line))}
 
 
-def _statuses(sweep: Path, jobs: Sequence[GridJob] = ()) -> list[str]:
+def _statuses(sweep: Path, jobs: Sequence[Plan] = ()) -> list[str]:
     """Returns the status of each job; without `jobs`, of each run in the sweep's folder."""
-    folders = [job.folder(sweep) for job in jobs]
+    folders = [RunFolder(sweep / job.subfolder) for job in jobs]
     if not jobs:
         folders = [RunFolder(path) for path in sweep.iterdir() if (path / "config.yaml").exists()]
     return [(folder.summary() or {}).get("status", "running" if folder.is_live() else "failed") for folder in folders]
@@ -341,22 +333,21 @@ def _show(entries: Sequence[Entry], **ranking: Any) -> None:
 
 def _search(request: Request) -> int:
     try:
-        from dlopt.sweeps.search import build_study_spec, probes, study_facts
+        from dlopt.sweeps.search import build_study_spec, probes, run_search, study_facts
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
         raise UserError(f"hydra/sweeper=dlopt_optuna: requires optuna; {install('dlopt[sweep]')}") from None
 
-    hydra, swept = _split_hydra(request.composer.parse(request.overrides))
-    spec = build_study_spec(request.composer.loader, request.config, [str(each.input_line) for each in swept])
-    configs = [request.compose_job([*hydra, *probe])[1] for probe in probes(spec.space)]
+    spec = build_study_spec(request.composer, request.config, [text_of(override) for override in request.swept])
+    jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
     space = spec.space.describe()
-    facts = {**study_facts(spec, configs[0]), "space": space}
+    facts = {**study_facts(spec, jobs[0].saved), "space": space}
     if request.config.dry_run:
         for key, values in space.items():
             print(f"{key}: {values}")
         print("values are drawn when a job starts")
-        return request.estimate(configs, spec.total)
+        return request.estimate(jobs, spec.total)
     before = FolderSnapshot(request.path)
     folder = request.find_folder(
         lambda candidate: _is_unfinished_search(_space(candidate.path), facts, spec.total),
@@ -366,7 +357,10 @@ def _search(request: Request) -> int:
     if _is_same_search(saved, facts) and not _is_unfinished_search(saved, facts, spec.total):
         return _print_next(f"this sweep is already finished: {folder}", folder)
     try:
-        outcome = request.run(folder)
+        assert request.pool is not None  # has refused other launchers
+        if request.pool.is_local:
+            pools.warm_up()
+        outcome = run_search(spec, facts, folder, request.pool, request.plan_job)
     except UserError:
         if saved is None:
             before.erase(folder)
@@ -423,22 +417,38 @@ def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
     _print_next(f"\nsweep folder: {short_path(sweep)}", sweep, _statuses(sweep))
 
 
-# -- launchers of other packages
+# -- launchers and sweepers of other packages
+
+
+def run_with_hydra(request: Request, folder: Path, overrides: Sequence[str]) -> None:
+    """Runs a sweep through Hydra's main, with the sweeper and the launcher of its config.
+
+    `overrides`: of the jobs; their lists of values are spelled out, which Hydra expands in the same order.
+    """
+    composer = request.composer
+    flags = ["-m", "--config-name", composer.config_name]
+    flags += [] if composer.config_dir is None else ["--config-dir", composer.config_dir]
+    hydra = [line for line in request.hydra if key_of(line) not in ("hydra.sweep.dir", "hydra.sweeper.params")]
+    own = [f"hydra.sweep.dir={quoted_value(str(folder))}"]
+    if str(request.config.hydra.sweeper._target_).endswith("BasicSweeper"):
+        own.append("hydra.sweeper.params=null")
+    with env_override({"HYDRA_FULL_ERROR": "1"}):  # errors are raised, not printed
+        hydra_main([*flags, *hydra, *own, *overrides], start_job)
 
 
 def start_job(config: DictConfig) -> str:
-    """Runs one job for a launcher of another package; returns its status."""
-    from dlopt.config.parsing import parse
-
+    """Runs one job that Hydra has composed; returns its status."""
     hydra = HydraConfig.get()
-    folder = RunFolder(Path(hydra.runtime.output_dir))
-    overrides = [str(line) for line in hydra.overrides.task]
+    folder, overrides = RunFolder(Path(hydra.runtime.output_dir)), [str(line) for line in hydra.overrides.task]
     chosen = {str(key): str(value) for key, value in hydra.runtime.choices.items() if value is not None}
     try:
+        from dlopt.config.parsing import parse
+
         plain, saved = to_plain(config, overrides)
-        parse(plain, saved)
+        experiment = parse(plain, saved)
     except UserError as error:
         return sweep_jobs.record_failure(folder, str(error)).status
     choices = {key: value for key, value in chosen.items() if not key.startswith("hydra")}
-    job = sweep_jobs.Job(int(hydra.job.num), folder, saved, overrides, choices, " ".join(overrides))
+    plan = Plan(tuple(parse_overrides(overrides)), choices, experiment)
+    job = Job(int(hydra.job.num), folder, plan, " ".join(overrides))
     return run_jobs([job], 1, pools.local(n_jobs=1))[job.number]

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,12 @@ from omegaconf import DictConfig
 
 from dlopt.commands.processes import prepare_rank
 from dlopt.commands.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
-from dlopt.config.compose import Composer, job_environment, parse_arguments, show_config, typed_folder
+from dlopt.config.compose import Composer, job_environment, typed_folder
+from dlopt.config.flags import parse_arguments, show_info
 from dlopt.config.inherit import inherit
-from dlopt.config.resolve import choices_of, resolve_saved, to_plain
+from dlopt.config.overrides import is_typed, parse_overrides
+from dlopt.config.plan import Plan, checked
+from dlopt.config.resolve import resolve_saved, show_config
 from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
     from dlopt.training.trainer import Run
 
 _READS_OF_HYDRA = (*COMPOSITION, "hydra.run", "hydra.job", "hydra.job_logging", "hydra.verbose")
-_OF_SWEEPS = ("hydra.sweep", "hydra.sweeper", "hydra.launcher")
+# How the ranks of torchrun and srun find each other before rank 0 has sent them the run.
+_ADDRESS = ("parallel.master_addr", "parallel.master_port", "parallel.timeout_minutes")
+_HINTS = dict.fromkeys(("hydra.sweep", "hydra.sweeper", "hydra.launcher"), "add -m")
 
 
 def train(arguments: list[str]) -> int:
@@ -45,15 +50,18 @@ def train(arguments: list[str]) -> int:
     world = current()
     if world is not None:
         prepare_rank()
-        if world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
+        if world.restarts and not is_typed("resume", parsed.overrides):
             parsed.overrides.append("resume=auto")  # torchrun has restarted the run
-    composer = Composer(parsed.config_name, parsed.config_dir)
-    parsed.overrides = inherit(composer, parsed.overrides)
     if world is not None and not world.is_main:
-        return _follow(composer, parsed, world)
+        return _follow(parsed, world)
+    composer = Composer(parsed.config_name, parsed.config_dir)
+    typed, parsed.overrides = parsed.overrides, inherit(composer, parsed.overrides)
     if parsed.hydra_help or parsed.cfg or parsed.info:
-        composer.compose(parsed.overrides)  # has clearer error messages than Hydra
-        show_config(parsed)
+        shown = composer.compose(parsed.overrides)  # has clearer error messages than Hydra
+        if parsed.cfg:
+            print(show_config(shown, parsed.cfg, parsed.package, resolve=parsed.resolve), end="")
+        else:
+            show_info(parsed)
         return 0
     config = None if parsed.multirun else composer.compose(parsed.overrides)
     if config is None or config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
@@ -64,7 +72,10 @@ def train(arguments: list[str]) -> int:
         from dlopt.commands.compare import compare
 
         return compare(composer, parsed, config)
-    return _run(config, parsed) if world is None else _lead(config, parsed, world)
+    if world is not None:
+        return _lead(config, parsed.overrides, typed, world)
+    refuse_unread_hydra(parsed.overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
+    return _run(checked(config, parsed.overrides))
 
 
 def _check_flags(parsed: Namespace) -> None:
@@ -76,12 +87,17 @@ def _check_flags(parsed: Namespace) -> None:
             raise UserError(f"--{name}: only valid with --cfg")
 
 
-def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
-    """Rank 0 of a launcher's processes: chooses the folder and sends the run to the other ranks."""
-    store = _join_store(config, world)
+def _lead(config: DictConfig, overrides: list[str], typed: list[str], world: World) -> int:
+    """Rank 0 of a launcher's processes: checks the run, chooses the folder and sends the run to the other ranks.
+
+    `typed`: the command line, of which `overrides` are made.
+    """
+    store = _join_store(config.parallel, world)
     code = FAILED
     try:
-        code = _run(config, parsed, send=lambda message: store.set("run", json.dumps(message)))
+        refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
+        _refuse_address_of_file(config, typed)
+        code = _run(checked(config, overrides), send=lambda message: store.set("run", json.dumps(message)))
     except UserError as error:
         print_error(str(error))
         code = USER_ERROR
@@ -92,18 +108,18 @@ def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
     end_process(code)
 
 
-def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
-    """Ranks > 0: receive the run from rank 0, which also reports config errors."""
+def _follow(parsed: Namespace, world: World) -> int:
+    """Ranks > 0: receive the run from rank 0, which also composes it and reports config errors."""
     from dlopt.config.parsing import parse
     from dlopt.training.trainer import Run
 
     if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
         return USER_ERROR if parsed.multirun else 0
     try:
-        config = composer.compose(parsed.overrides)
+        typed = {override.key_or_group: override.value() for override in parse_overrides(parsed.overrides)}
     except UserError:
         end_process(USER_ERROR)
-    store = _join_store(config, world)
+    store = _join_store({key.partition(".")[2]: value for key, value in typed.items() if key in _ADDRESS}, world)
     with killed_by_signals():
         message = json.loads(store.get("run"))
     if "exit" in message:
@@ -112,8 +128,15 @@ def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
     end_process(execute(Run(experiment, Path(message["folder"]), None, message["choices"], parsed.overrides)))
 
 
-def _join_store(config: DictConfig, world: World) -> "Store":
-    parallel = config.parallel
+def _refuse_address_of_file(config: DictConfig, overrides: list[str]) -> None:
+    """Raises `UserError` for a store that the other ranks, which compose no config, cannot know."""
+    for key in _ADDRESS[:2]:
+        value = config.parallel.get(key.partition(".")[2])
+        if value is not None and not is_typed(key, overrides):
+            raise UserError(f"{key}={value}: set in a config file, but accepted from the command line only here")
+
+
+def _join_store(parallel: Mapping[str, Any] | DictConfig, world: World) -> "Store":
     with killed_by_signals():
         return join_store(
             world,
@@ -134,62 +157,58 @@ class Prepared:
     is_done: bool
 
 
-def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
-    """Checks the composed `config` and finds or creates its folder. Raises `UserError`."""
-    from dlopt.config.parsing import parse
+def prepare(plan: Plan) -> Prepared:
+    """Finds or creates the folder of a checked run. Raises `UserError`."""
     from dlopt.training.trainer import Run
 
-    plain, saved = to_plain(config, overrides)
-    experiment = parse(plain, saved)
-    refuse_untested(plain, overrides)
-    path, is_typed = typed_folder(config, "hydra.run.dir", overrides)
-    if plain["dry_run"]:
+    config, saved = plan.config, plan.saved
+    assert config is not None
+    refuse_untested(saved, plan.lines)
+    path, is_typed = typed_folder(config, "hydra.run.dir", plan.lines)
+    if saved["dry_run"]:
         raise UserError("dry_run=true: only available in `dlopt train`")
     before = FolderSnapshot(path)
     folder, state = _find_folder(path, is_typed, saved)
-    is_auto = plain["resume"] == "auto"
-    run = Run(experiment, folder.path, state, choices_of(config), overrides)
+    is_auto = saved["resume"] == "auto"
+    run = Run(plan.experiment, folder.path, state, plan.choices, plan.lines)
     is_new = folder.config() is None and not (is_auto and state is not None)  # config.yaml may be damaged
     return Prepared(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 
 
-def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
-    from dlopt.config.parsing import parse
+def _estimate(plan: Plan) -> int:
     from dlopt.sweeps.estimate import print_estimate
 
-    plain, saved = to_plain(config, overrides)
-    parse(plain, saved)
-    refuse_untested(plain, overrides)
-    print_estimate([saved], choices_of(config), jobs=1)
+    refuse_untested(plan.saved, plan.lines)
+    print_estimate([plan.saved], plan.choices, jobs=1)
     return 0
 
 
-def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any]], None] | None = None) -> int:
-    """Runs in the folder of the config; returns the exit code.
+def _run(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None) -> int:
+    """Runs a plan in its folder; returns the exit code.
 
     Args:
         send: sends other ranks the message with which they join the run.
     """
-    refuse_unread_hydra(parsed.overrides, "dlopt train", _READS_OF_HYDRA, dict.fromkeys(_OF_SWEEPS, "add -m"))
-    if config.dry_run is True:
-        return _estimate(config, parsed.overrides)
-    prepared = prepare(config, parsed.overrides)
+    if plan.experiment.settings.dry_run:
+        return _estimate(plan)
+    prepared = prepare(plan)
     run, folder = prepared.run, prepared.folder
     if prepared.is_done:
         from dlopt.tracking.console import ConsoleView
 
         ConsoleView().finish(folder.summary() or {}, [f"this run is already finished: {folder.path}"])
         return 0
-    if config.resume == "auto" and prepared.is_new:
+    if plan.experiment.settings.resume == "auto" and prepared.is_new:
         print("resume=auto: no unfinished run of this config found; starting a new run", flush=True)
     if prepared.is_new and (folder.config() is not None or folder.is_live()):
         # Another process has started a run in this folder since `prepare`.
         raise UserError(f"hydra.run.dir={folder.path}: another run is active in this folder")
     outcome = USER_ERROR
     try:
-        with job_environment(config, folder.path):
+        assert plan.config is not None
+        with job_environment(plan.config, folder.path):
             if send is not None:
-                send({"config": run.experiment.config, "folder": str(folder.path), "choices": run.choices})
+                send({"config": plan.saved, "folder": str(folder.path), "choices": plan.choices})
             outcome = execute(run)
     finally:
         # A run that has saved is never erased, not even if a signal came between its end and its exit code.

@@ -25,8 +25,9 @@ from dlopt.commands.command import (
     writing,
 )
 from dlopt.commands.reads import LEARNING_RATE, RECIPE, indented, refuse_unread_hydra
-from dlopt.config.compose import CONFIG_NAME, Composer
-from dlopt.config.keys import group_of
+from dlopt.config.compose import Composer
+from dlopt.config.flags import CONFIG_NAME
+from dlopt.config.overrides import group_of
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.errors import DONE, UserError, suggest

@@ -23,7 +23,8 @@ import dlopt
 from dlopt.errors import UserError
 from dlopt.plain import join
 
-config_dir: ContextVar[Path | None] = ContextVar("config_dir", default=None)  # --config-dir, read by the Hydra plug-in
+# While a `Composer` starts Hydra: (--config-dir,), for the plug-in that completes the search path.
+search: ContextVar[tuple[Path | None] | None] = ContextVar("search", default=None)
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SELF = yaml.ScalarNode("tag:yaml.org,2002:str", "_self_")

@@ -1,129 +1,58 @@
-"""Composes configs with Hydra's public functions, and explains errors in overrides.
-
-Two things have no public name in Hydra and come from `loader.py`: its argument parser, because `dlopt train` takes
-Hydra's flags, and its callbacks object, without which third-party launchers start no job.
-"""
+"""Composes configs with Hydra's public functions, and explains errors in overrides."""
 
 import contextlib
 import functools
 import importlib
-import itertools
-import logging
 import os
-import random
+import pickle
+import re
 import sys
-from argparse import ArgumentParser, Namespace
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
-import hydra
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.config_loader import ConfigLoader
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log, env_override
-from hydra.errors import HydraException
-from hydra.types import HydraContext, RunMode
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
-from dlopt.config.choices import config_dir as searched_config_dir
-from dlopt.config.choices import config_folder
-from dlopt.config.grammar import explain_grammar, quoted
-from dlopt.config.loader import Callbacks, RememberingLoader, YamlFolder, get_args_parser, parse_override
+from dlopt.config.choices import config_folder, search
+from dlopt.config.flags import CONFIG_NAME, VERSION_BASE
+from dlopt.config.overrides import is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
 from dlopt.config.pretrained import pretrained_overrides
-from dlopt.config.resolve import first_lines, is_typed
+from dlopt.config.resolve import first_lines
 from dlopt.config.schema import show
-from dlopt.config.synonyms import for_choice, for_flag, for_key
+from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
-from dlopt.errors import USER_ERROR, UserError, shorten, suggest
+from dlopt.config.yaml_folder import YamlFolder
+from dlopt.errors import UserError, shorten, suggest
 from dlopt.folders import SHELL_FOLDER, refuse_url
 from dlopt.plain import check_yaml
 
-CONFIG_NAME = "train"
-_VERSION_BASE = "1.3"
 # AssertionError: Hydra asserts that an interpolated choice is a string.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
-
-
-def parse_arguments(arguments: list[str]) -> Namespace:
-    """Parses Hydra's command line: overrides and flags such as -m, --cfg, --config-dir, in any order."""
-    with _lazy_help():
-        parser = get_args_parser()
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    parser.error = functools.partial(_raise_flag_error, arguments, flags)  # type: ignore[method-assign]
-    for action in parser._actions:
-        if action.dest == "version":
-            action.version = f"dlopt {dlopt.__version__}"  # type: ignore[attr-defined]
-    parsed: Namespace = parser.parse_intermixed_args(arguments)
-    parsed.overrides = [quoted(line) for line in parsed.overrides]
-    if parsed.experimental_rerun is not None:
-        raise UserError("--experimental-rerun: not supported, since it executes the contents of a pickle file")
-    if parsed.config_path is not None:
-        raise UserError(f"--config-path={parsed.config_path}: not supported; add a config folder with --config-dir")
-    if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
-        raise UserError(f"--config-dir={parsed.config_dir}: no such folder")
-    return parsed
-
-
-@contextlib.contextmanager
-def _lazy_help() -> Iterator[None]:
-    """Lets Hydra add a flag whose help is not a string yet.
-
-    From Python 3.14 on, argparse checks the help of a flag when it is added; Hydra's parser cannot be built then.
-    """
-    if not hasattr(ArgumentParser, "_check_help"):
-        yield
-        return
-    ArgumentParser._check_help = lambda self, action: None  # hides the inherited method
-    try:
-        yield
-    finally:
-        del ArgumentParser._check_help
-
-
-def _raise_flag_error(arguments: list[str], flags: list[str], message: str) -> NoReturn:
-    raise UserError(for_flag(arguments, flags) or f"{message}; `dlopt train --help` lists the flags")
-
-
-def show_config(parsed: Namespace) -> None:
-    """Prints what --cfg, --info or --hydra-help requests, through Hydra's main."""
-    flags = [f"--{name.replace('_', '-')}" for name in ("hydra_help", "resolve") if getattr(parsed, name)]
-    for name in ("cfg", "package", "info", "config_name", "config_dir"):
-        value = getattr(parsed, name)
-        flags += [] if value is None else [f"--{name.replace('_', '-')}", value]
-    try:
-        hydra_main([*flags, *parsed.overrides])
-    except SystemExit as end:  # of an unknown --package, which Hydra reports
-        sys.exit(USER_ERROR if end.code == 1 else end.code)
-
-
-def hydra_main(arguments: list[str]) -> None:
-    """Calls Hydra's main, which alone prints configs and completions. It may raise SystemExit."""
-    _register_plugins()
-    logging.raiseExceptions = False  # Hydra prints through logging: a closed pipe (`| head`) must not be an error
-    former, sys.argv = sys.argv, [sys.argv[0], *arguments]
-    try:
-        with _lazy_help():
-            hydra.main(version_base=_VERSION_BASE, config_path=str(config_folder()), config_name=CONFIG_NAME)(_no_job)()
-    finally:
-        sys.argv = former
-
-
-def _no_job(config: DictConfig) -> None:
-    """Does nothing: Hydra's main requires a task, which it does not call when it only prints."""
+_MOST = 200  # remembered configs, of some 30 kB each
+# Configs of dlopt's own files, by the state of these files, then by name, mode and choices.
+_memories: dict[Any, dict[Any, bytes]] = {}
 
 
 class Composer:
-    """Composes configs of one `--config-name` and `--config-dir`."""
+    """Composes configs of one `--config-name` and `--config-dir`.
+
+    Hydra merges some thirty files key by key for each config, which takes 60 ms. The jobs of a sweep differ mostly in
+    values: the config of each selection of files is remembered, and the values are set in a copy.
+    """
 
     def __init__(self, config_name: str | None = None, config_dir: str | None = None) -> None:
         self.config_name = config_name or CONFIG_NAME
@@ -131,34 +60,34 @@ class Composer:
         self.more_keys: set[str] = set()  # of the command, to suggest
         if config_dir is not None:
             _check_files(Path(config_dir))
-        _register_plugins()
-        token = searched_config_dir.set(None if config_dir is None else Path(config_dir))
+        register_plugins()
+        token = search.set((None if config_dir is None else Path(config_dir),))
         try:
             with _global_hydra(None):
-                initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=_VERSION_BASE)
-                self.loader = RememberingLoader.extend(GlobalHydra.instance().config_loader())
-                composing: Any = GlobalHydra.instance().hydra
-                composing.config_loader = self.loader
-                self._hydra = composing
-                # Empty: callbacks named in a config would run code before it is checked.
-                self._context = HydraContext(self.loader, Callbacks())
+                initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=VERSION_BASE)
+                self._loader = GlobalHydra.instance().config_loader()
         finally:
-            searched_config_dir.reset(token)
+            search.reset(token)
+        self._memory: dict[Any, bytes] = {}
+        # Other folders may have defaults lists that depend on the environment or the time.
+        self._shared = self._memory if config_dir is not None else _memories.setdefault(_state_of_files(), {})
+        self._subgroups = functools.cache(self._loader.list_groups)
 
-    def parse(self, overrides: list[str]) -> list[Override]:
-        return parse_overrides(overrides, self.loader)
+    def parse(self, overrides: Iterable[str]) -> list[Override]:
+        return parse_overrides(overrides, self)
 
-    def compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
+    def compose(self, overrides: Iterable[str], multirun: bool = False) -> DictConfig:
         """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
+        overrides = list(overrides)
         parsed = self.parse(overrides)
         self._check_overrides(parsed, multirun)
         try:
-            config = self._compose(overrides, multirun)
+            config = self._compose(parsed, multirun)
             raw: Any = OmegaConf.to_container(config, resolve=False)
             check_expansion(raw)
             check_hydra(config, overrides)
             if not multirun and (more := pretrained_overrides(config, parsed)):
-                config = self._compose([*overrides, *more])
+                config = self._compose([*parsed, *self.parse(more)])
             return config
         except RecursionError:
             folder = "" if self.config_dir is None else f"--config-dir={self.config_dir}: "
@@ -172,45 +101,77 @@ class Composer:
         except (UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{self._undecodable_file()} cannot be read: {first_lines(error)}") from None
 
-    def _compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
-        if multirun:  # Hydra's public `compose` does not support sweeps
-            return self.loader.load_configuration(self.config_name, overrides, RunMode.MULTIRUN)
-        with _global_hydra(self._hydra):
-            return compose(self.config_name, overrides, return_hydra_config=True)
+    def _compose(self, overrides: list[Override], multirun: bool = False) -> DictConfig:
+        mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        config = self._recall(overrides, mode)
+        if config is None:
+            config = self._load([text_of(each) for each in overrides], mode)
+        # Without `resume`, so that a run or sweep whose folder has this name finds it again.
+        form = config.hydra.job.config.override_dirname
+        named = [each for each in overrides if not is_hydra(each) and key_of(each) != "resume"]
+        lines = sorted(text_of(each) for each in named if each.key_or_group not in form.exclude_keys)
+        config.hydra.job.override_dirname = re.sub("=", lambda _: str(form.kv_sep), form.item_sep.join(lines))
+        return config
 
-    def launcher(self, config: DictConfig, task: Callable[[DictConfig], Any]) -> Any:
-        """Builds the launcher of a composed sweep."""
-        return Plugins.instance().instantiate_launcher(hydra_context=self._context, task_function=task, config=config)
+    def _load(self, lines: list[str], mode: RunMode) -> DictConfig:
+        return self._loader.load_configuration(self.config_name, lines, mode, from_shell=False)
 
-    def sweep(self, config: DictConfig, folder: Path, task: Callable[[DictConfig], Any]) -> Any:
-        """Runs a composed sweep in `folder` with its sweeper and launcher; returns the sweeper's result."""
-        path = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-        OmegaConf.update(config, "hydra.sweep.dir", str(folder))
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{path}'")  # every job is composed with these overrides
-        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-        plugins = Plugins.instance()
-        sweeper = plugins.instantiate_sweeper(hydra_context=self._context, task_function=task, config=config)
-        overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-        return sweeper.sweep(overrides)
+    def _recall(self, overrides: list[Override], mode: RunMode) -> DictConfig | None:
+        """Returns a copy of the config with the same choices, with the values of `overrides` set in it.
+
+        None: only Hydra can compose these overrides, or explain what is wrong with them.
+        """
+        choices = [each for each in overrides if self._is_choice(each)]
+        values = [each for each in overrides if not each.is_sweep_override() and not self._is_choice(each)]
+        for_hydra = ("hydra.searchpath", "hydra.job.env_copy")
+        if any(each.package or each.is_delete() or key_of(each) in for_hydra for each in values):
+            return None
+        memory = self._shared if all(map(_is_own, choices)) else self._memory
+        key = (self.config_name, mode, *map(text_of, choices))
+        if key not in memory:
+            if len(memory) >= _MOST:
+                memory.clear()
+            memory[key] = pickle.dumps(self._load([text_of(each) for each in choices], mode))
+        config: DictConfig = pickle.loads(memory[key])  # ten times faster than OmegaConf's own copy
+        if config.hydra.searchpath:  # its folders may have other groups and choices
+            return None
+        try:
+            for each in values:
+                _set(config, each)
+        except (OmegaConfBaseException, ConfigCompositionException):
+            return None
+        except ValueError as error:  # a key inside a list, which takes indices: tracking.wandb=true
+            raise ConfigCompositionException(str(error)) from error
+        config.hydra.overrides.hydra = [text_of(each) for each in overrides if each.is_hydra_override()]
+        config.hydra.overrides.task = [text_of(each) for each in overrides if not each.is_hydra_override()]
+        config.hydra.runtime.cwd = os.getcwd()
+        return config
+
+    def _is_choice(self, override: Override) -> bool:
+        parent, _, name = override.key_or_group.rpartition("/")
+        is_group = name in self._subgroups(parent)
+        return is_group and not override.is_sweep_override() and not isinstance(override.value(), dict)
 
     def groups(self) -> list[str]:
         not_for_runs = ("hydra", "benchmark")  # the latter has the files of `dlopt benchmark`
-        return [name for name in self.loader.list_groups("") if name not in not_for_runs]
+        return [name for name in self._subgroups("") if name not in not_for_runs]
 
     def choices(self, group: str) -> list[str]:
         """Returns the names of a group's choices, including those in subfolders (`lecture/capacity`)."""
-        options = self.loader.get_group_options
-        names = options(group, ObjectType.CONFIG)
-        for folder in options(group, ObjectType.GROUP):
+        names = self.get_group_options(group)
+        for folder in self._loader.get_group_options(group, ObjectType.GROUP):
             names += [f"{folder}/{name}" for name in self.choices(f"{group}/{folder}")]
         return names
+
+    def get_group_options(self, group: str, results_filter: ObjectType = ObjectType.CONFIG) -> list[str]:
+        """Lists the choices of a group without fragments, whose names start with an underscore; also for glob(*)."""
+        return [name for name in self._loader.get_group_options(group, results_filter) if not name.startswith("_")]
 
     def _check_overrides(self, overrides: Iterable[Override], multirun: bool) -> None:
         """Raises `UserError` for overrides that Hydra accepts but that are certainly mistakes."""
         groups = self.groups()
         for override in overrides:
-            line, value = override.input_line, override.value()
-            key = override.get_key_element().lstrip("+~")
+            line, key, value = text_of(override), override.get_key_element().lstrip("+~"), override.value()
             if not key:
                 raise UserError(f"{line}: an override is key=value or group=choice")
             if override.is_sweep_override():
@@ -254,19 +215,20 @@ class Composer:
         """Explains a composition error by the override at fault: the last of the shortest list that fails."""
         groups = self.groups()
         # Groups first, as Hydra applies them.
-        ordered = sorted(overrides, key=lambda override: override.get_key_element().lstrip("+~") not in groups)
-        lines = [str(override.input_line) for override in ordered]
+        ordered = sorted(overrides, key=lambda override: override.key_or_group not in groups)
 
         @functools.cache
         def compose_first(count: int) -> DictConfig | Exception:
             try:
-                return self._compose(lines[:count], multirun)
+                return self._compose(ordered[:count], multirun)
             except _COMPOSITION_ERRORS as error:
                 return error
 
         # Bisection: with an override at fault, every longer list fails as well.
-        count = bisect_left(range(len(lines) + 1), True, key=lambda count: isinstance(compose_first(count), Exception))
-        if count > len(lines):
+        count = bisect_left(
+            range(len(ordered) + 1), True, key=lambda count: isinstance(compose_first(count), Exception)
+        )
+        if count > len(ordered):
             return first_lines(error)
         error_at_fault = compose_first(count)
         assert isinstance(error_at_fault, Exception)
@@ -276,12 +238,12 @@ class Composer:
             return first_lines(error_at_fault)
         config = compose_first(count - 1)
         assert isinstance(config, DictConfig)
-        return self._explain_override(ordered[count - 1], lines[count - 1], config, error_at_fault)
+        return self._explain_override(ordered[count - 1], config, error_at_fault)
 
-    def _explain_override(self, override: Override, line: str, config: DictConfig, error: Exception) -> str:
+    def _explain_override(self, override: Override, config: DictConfig, error: Exception) -> str:
         """Explains the error of `override`; `config` is composed without it."""
-        key, value = override.get_key_element().lstrip("+~"), override.value()
-        typed = line.partition("=")[2]
+        line, key, value = text_of(override), override.key_or_group, override.value()
+        typed = value_of(override)
         if key in self.groups() and isinstance(value, str):
             if value not in self.choices(key):
                 if key == "data" and Path(value).expanduser().is_dir():
@@ -332,17 +294,6 @@ class Composer:
         return f"{line}: unknown key; {hint}allowed: {shorten(name, names, command)}"
 
 
-def parse_overrides(lines: Iterable[str], loader: ConfigLoader | None = None) -> list[Override]:
-    """Parses overrides. `loader` provides the choices for glob(*). Raises `UserError`."""
-    lines, parsed = list(lines), []
-    for line, following in zip(lines, [*lines[1:], ""], strict=False):
-        try:
-            parsed.append(parse_override(line, loader))
-        except HydraException:
-            raise UserError(explain_grammar(line, following)) from None
-    return parsed
-
-
 @contextlib.contextmanager
 def _global_hydra(hydra_instance: Any) -> Iterator[None]:
     """Makes `hydra_instance` the global one, and restores the former: a notebook may use Hydra as well."""
@@ -354,7 +305,7 @@ def _global_hydra(hydra_instance: Any) -> Iterator[None]:
         state.hydra = former
 
 
-def _register_plugins() -> None:
+def register_plugins() -> None:
     """Registers dlopt's sweeper, launchers and config folders with Hydra.
 
     Hydra instantiates plug-ins of the namespace package `hydra_plugins` only, so dlopt/hydra_plugins joins its path.
@@ -370,47 +321,6 @@ def _register_plugins() -> None:
     plugins = Plugins.instance()  # scans the namespace on first use only, so register explicitly
     for plugin in (*importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS, YamlFolder):
         plugins.register(plugin)
-
-
-def listed_values(override: Override) -> list[str]:
-    """Returns the values of a list, range or glob as on the command line. Raises `UserError` for duplicates.
-
-    The order of shuffle(...) is random but always the same: a sweep lists its values several times, when it is checked,
-    run and resumed, and in every task of a job array.
-    """
-    values = list(override.sweep_string_iterator())
-    if len(set(values)) < len(values):
-        raise UserError(f"{override.input_line}: duplicate value in the list")
-    if getattr(override.value(), "shuffle", False):
-        values.sort()
-        random.Random(0).shuffle(values)
-    return values
-
-
-def listed(override: Override) -> str:
-    """Returns the override with its values spelled out, in the order of `listed_values`."""
-    if not override.is_sweep_override():
-        return str(override.input_line)
-    return f"{override.get_key_element()}={','.join(listed_values(override))}"
-
-
-def grid(overrides: Iterable[Override]) -> list[list[str]]:
-    """Returns the overrides of every combination of the listed values, in the order of Hydra's own sweeper.
-
-    Raises `UserError` for continuous ranges and duplicate values.
-    """
-    lists: dict[str, list[str]] = {}
-    for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            lists[key] = [f"{key}={override.get_value_element_as_str()}"]
-        elif override.is_discrete_sweep():
-            lists[key] = [f"{key}={value}" for value in listed_values(override)]
-        else:
-            raise UserError(
-                f"{override.input_line}: a grid needs listed values; to sample, add hydra/sweeper=dlopt_optuna"
-            )
-    return [list(combination) for combination in itertools.product(*lists.values())]
 
 
 def typed_folder(config: DictConfig, key: str, overrides: Iterable[str]) -> tuple[Path, bool]:
@@ -436,6 +346,26 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
     working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
     with env_override({**config.hydra.job.env_set, SHELL_FOLDER: os.getcwd()}), working_directory:
         yield
+
+
+def _set(config: DictConfig, override: Override) -> None:
+    """Sets a value in a composed config, as Hydra does. Raises an error where Hydra would."""
+    key, value = override.key_or_group, override.value()
+    is_new = override.is_add() and not isinstance(value, dict | list)
+    if is_new and OmegaConf.select(config, key, throw_on_missing=False) is not None:
+        raise ConfigCompositionException(key)
+    OmegaConf.update(config, key, value, merge=True, force_add=override.is_add() or override.is_force_add())
+
+
+def _is_own(choice: Override) -> bool:
+    """Returns whether a choice is a file of dlopt, not one of another folder or registered with Hydra."""
+    return (config_folder() / choice.key_or_group / f"{choice.value()}.yaml").is_file()
+
+
+def _state_of_files() -> tuple[Any, ...]:
+    """Returns what differs when a YAML file of dlopt has changed."""
+    files = ((path, path.stat()) for path in config_folder().rglob("*.yaml"))
+    return tuple((str(path), status.st_mtime_ns, status.st_size) for path, status in files)
 
 
 def _check_files(folder: Path) -> None:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from dlopt.config.compose import Composer
 from dlopt.config.keys import role_of
+from dlopt.config.overrides import key_of
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.plain import flatten
@@ -28,11 +29,11 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
 
     A typed choice (`optimizer=adamw`) replaces the run's whole group. Raises `UserError`.
     """
-    sources = [line for line in overrides if _key(line) == "from"]
+    sources = [line for line in overrides if key_of(line) == "from"]
     if not sources:
         return list(overrides)
     source, typed = sources[0], [line for line in overrides if line not in sources]
-    keys = [_key(line) for line in typed]
+    keys = [key_of(line) for line in typed]
     folder = RunFolder(_path(composer, sources))
     folder.refuse_newer(source)
     config = folder.config()
@@ -52,11 +53,7 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
     # Interpolated keys (init_seed: ${seed}) come second: with `seed` overridden, most need no override of their own.
     for interpolated in (False, True):
         lines += _differences(composer, [*choices, *lines], inherited, interpolated)
-    return [*choices, *(line for line in lines if _key(line) not in keys), *typed]
-
-
-def _key(line: str) -> str:
-    return line.lstrip("+").partition("=")[0]
+    return [*choices, *(line for line in lines if key_of(line) not in keys), *typed]
 
 
 def _path(composer: Composer, sources: Sequence[str]) -> Path:

@@ -7,10 +7,10 @@ such as one of an older version or of another package, is part of the run's iden
 
 import dataclasses
 import functools
-import re
 import typing
 from collections.abc import Mapping
 
+from dlopt.config.overrides import key_of
 from dlopt.config.settings import Settings
 from dlopt.data.settings import DataSettings
 from dlopt.plain import join
@@ -72,13 +72,3 @@ def is_seed(key: str) -> bool:
     """Returns whether the key is a seed: `seed`, `init_seed`, `data.seed`, ..."""
     name = key.rpartition(".")[2]
     return name == "seed" or name.endswith("_seed")
-
-
-def key_of(override: str) -> str:
-    """Returns the dotted key of an override: `hydra.launcher` of `hydra/launcher=joblib`, `model.x` of `+model.x=1`."""
-    return re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0].replace("/", ".")
-
-
-def group_of(override: str) -> str:
-    """Returns the group, or the first part of the key: `schedule` of `++schedule.warmup_epochs=1`."""
-    return key_of(override).partition(".")[0]

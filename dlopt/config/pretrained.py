@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from dlopt.config.overrides import key_of
+
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
 
@@ -22,7 +24,7 @@ def pretrained_overrides(config: DictConfig, overrides: Iterable[Override]) -> l
     inputs = _inputs(config.model)
     if inputs is None:
         return []
-    typed = {override.get_key_element().lstrip("+~") for override in overrides}
+    typed = {key_of(override) for override in overrides}
     lines = []
     is_default = config.hydra.runtime.choices.get("normalize") == _DEFAULT
     if is_default and not any(key.partition(".")[0] == "normalize" for key in typed):

@@ -5,12 +5,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from dlopt.config.overrides import is_typed, key_of
 from dlopt.config.schema import show
 from dlopt.config.trust import leaves
 from dlopt.errors import UserError
+from dlopt.plain import is_below
+
+_TARGET = "._target_"
 
 
 def choices_of(config: DictConfig) -> dict[str, str]:
@@ -49,12 +54,57 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     if overrides is not None and plain.get("allow_packages") and not is_typed("allow_packages", overrides):
         names = show(plain["allow_packages"])
         raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
-    if any("._target_=" in line for line in typed):
-        from dlopt.config.parsing import former_keys  # imports torch
-
-        for group, key in former_keys(plain, typed):  # of the callable that the command line replaces
-            del plain[group][key], raw[group][key]
+    for group, key in former_keys(plain, typed):
+        del plain[group][key], raw[group][key]
     return plain, _redact(plain, raw, _environment_values(plain, raw))
+
+
+def former_keys(config: Mapping[str, Any], overrides: Iterable[str]) -> list[tuple[str, str]]:
+    """Returns (group, key) of each key that belongs to a callable that `overrides` replace (`model._target_=...`).
+
+    The new callable inherits nothing but the keys that all choices of the group have, and those that `overrides` set.
+    """
+    typed = set(map(key_of, overrides))
+    names = sorted(key.removesuffix(_TARGET) for key in typed if key.endswith(_TARGET))
+    if not names:
+        return []
+    from dlopt.config.experiment import GROUPS  # imports torch
+
+    found = []
+    for name in names:
+        node, group = config.get(name), GROUPS.get(name)
+        if group is not None and isinstance(node, Mapping):
+            kept = ("_target_", *group.common_names)
+            is_typed = {key for key in node if any(is_below(each, (f"{name}.{key}",)) for each in typed)}
+            found += [(name, key) for key in node if key not in kept and key not in is_typed]
+    return found
+
+
+def show_config(config: DictConfig, part: str, package: str | None, *, resolve: bool) -> str:
+    """Formats a composed config for --cfg: `part` is job, hydra or all; `package` selects a block. Raises `UserError`.
+
+    The config of the job is the one that runs: without the keys of a replaced callable.
+    """
+    shown: DictConfig = pickle.loads(pickle.dumps(config))
+    HydraConfig.instance().set_config(shown)
+    with open_dict(shown):
+        OmegaConf.set_readonly(shown.hydra, False)
+        for group, key in former_keys(shown, shown.hydra.overrides.task):
+            del shown[group][key]
+        if part == "job":
+            del shown["hydra"]
+        for key in list(shown) if part == "hydra" else []:
+            if key != "hydra":
+                del shown[key]
+    selected = None if package == "_global_" else package
+    node = shown if selected is None else OmegaConf.select(shown, selected)
+    if node is None:
+        raise UserError(f"--package={package}: no such block of the config")
+    if not OmegaConf.is_config(node):
+        return f"{node}\n"
+    if resolve:
+        OmegaConf.resolve(node)
+    return ("" if selected is None else f"# @package {selected}\n") + OmegaConf.to_yaml(node)
 
 
 def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,11 +137,6 @@ def _redact(plain: Any, raw: Any, secrets: set[str]) -> Any:
 
 def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, int | float)
-
-
-def is_typed(key: str, overrides: Iterable[str]) -> bool:
-    """Returns whether the command line sets the key."""
-    return any(line.lstrip("+").startswith(f"{key}=") for line in overrides)
 
 
 def first_lines(error: Exception) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.config.keys import role_of
+from dlopt.config.overrides import without
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, newest
 from dlopt.plain import flatten
@@ -16,6 +17,7 @@ _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 def may_change(key: str) -> bool:
     """Returns whether a run can be resumed with another value of this key, which does not decide what it computes."""
     return role_of(key) in _FREE
+
 
 # What runs did before these keys existed; saved configs lack them.
 _BEFORE = {"ema_warmup": False}
@@ -47,7 +49,7 @@ def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], path: st
     different = differences(old, new)
     if not different:
         return
-    command = " ".join(["dlopt train", *(line for line in overrides if not line.startswith("resume="))])
+    command = " ".join(["dlopt train", *without(overrides, "resume")])
     raise UserError(f"resume: {path} has another config ({describe(different)}); that run was started with: {command}")
 
 

@@ -9,8 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
-from dlopt.config.compose import parse_overrides
-from dlopt.config.grammar import quoted
+from dlopt.config.overrides import parse_overrides, quoted
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_flag
 from dlopt.errors import UserError

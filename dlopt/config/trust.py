@@ -13,9 +13,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dlopt.config.overrides import key_of
 from dlopt.config.schema import show
 from dlopt.errors import UserError
-from dlopt.plain import flatten
+from dlopt.plain import flatten, is_below
 
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # installed packages that Hydra discovers itself
 _SEARCH_COMPONENTS = {  # of hydra/sweeper=dlopt_optuna
@@ -43,7 +44,7 @@ def check_hydra(config: DictConfig, typed: Iterable[str]) -> None:
         # Only a value that is one interpolation can resolve to a block; with other text around it, it is a string.
         if isinstance(value, str) and value.startswith("${") and _is_block(config, key):
             raise UserError(f"{key}={value}: a block of Hydra's config must not be an interpolation")
-    if hydra["job"]["env_set"] and not any(line.lstrip("+").startswith("hydra.job.env_set") for line in typed):
+    if hydra["job"]["env_set"] and not any(is_below(key_of(line), ("hydra.job.env_set",)) for line in typed):
         raise UserError("hydra.job.env_set: set in a config file, but accepted from the command line only")
 
 

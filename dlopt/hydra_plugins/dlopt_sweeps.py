@@ -1,18 +1,17 @@
 """dlopt's plug-ins for Hydra. Hydra loads this module with every command, so it imports nothing heavy."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from dlopt.config.choices import config_dir, extensions
+from dlopt.config.choices import extensions, search
 
 
 class Folders(SearchPathPlugin):
@@ -21,8 +20,13 @@ class Folders(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for extension in extensions():
             search_path.append(f"dlopt-{extension.package}", f"file://{extension.folder}")
-        if (folder := config_dir.get()) is not None:
-            search_path.append("command-line", f"file://{folder.resolve()}")
+        if (typed := search.get()) is not None:
+            from dlopt.config.yaml_folder import serve
+
+            [folder] = typed
+            if folder is not None:
+                search_path.append("command-line", f"file://{folder.resolve()}")
+            serve(search_path)
 
 
 class _PoolLauncher(Launcher):
@@ -44,9 +48,23 @@ class _PoolLauncher(Launcher):
         return build_pool(get_method(self.function), self.settings)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from dlopt.sweeps.grid import launch_jobs
+        """Runs jobs that a sweeper of another package has chosen; returns their statuses."""
+        from dlopt.config.plan import Plan, as_job, checked
+        from dlopt.sweeps.grid import run_jobs
+        from dlopt.sweeps.jobs import build_job, labels
 
-        return launch_jobs(self._loader, self._config, self.build_pool(), job_overrides, initial_job_idx)
+        def plan_job(overrides: Sequence[str], number: int) -> Plan:
+            config = self._loader.load_sweep_config(self._config, list(overrides))
+            return as_job(checked(config, overrides, typed=None), number, overrides)  # allow_packages was checked
+
+        folder, names = Path(str(self._config.hydra.sweep.dir)), labels(job_overrides)
+        numbered = enumerate(zip(job_overrides, names, strict=True), initial_job_idx)
+        jobs = (build_job(plan_job, folder, overrides, number, name) for number, (overrides, name) in numbered)
+        statuses = run_jobs(jobs, len(job_overrides), self.build_pool())
+        return [
+            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=statuses[initial_job_idx + i])
+            for i, overrides in enumerate(job_overrides)
+        ]
 
 
 class LocalLauncher(_PoolLauncher):
@@ -67,22 +85,4 @@ class SlurmLauncher(_PoolLauncher):
     function = "dlopt.sweeps.slurm.slurm"
 
 
-class OptunaSweeper(Sweeper):
-    """hydra/sweeper=dlopt_optuna."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = settings
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._loader, self._config = hydra_context.config_loader, config
-        self._launcher: Any = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-
-    def sweep(self, arguments: list[str]) -> Any:
-        from dlopt.sweeps.search import run_search
-
-        return run_search(self._loader, self._config, self._launcher.build_pool(), arguments)
-
-
-PLUGINS = (Folders, LocalLauncher, GpuLauncher, SlurmLauncher, OptunaSweeper)
+PLUGINS = (Folders, LocalLauncher, GpuLauncher, SlurmLauncher)

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import DictConfig
-
 from dlopt.analysis.benchmark.protocol import Trial, WorkloadSpec, has_space, load_space
 from dlopt.analysis.benchmark.reading import has_ended
 from dlopt.config.compose import Composer
-from dlopt.config.parsing import parse
-from dlopt.config.resolve import to_plain
+from dlopt.config.overrides import key_of, value_of
+from dlopt.config.plan import plan
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.locks import hold
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, Result, compose_or_fail
+from dlopt.sweeps.jobs import Job, PlanJob, Result, build_job
 from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.sweeps.samplers import halton_point
 from dlopt.sweeps.space import Space, parse_space
@@ -40,7 +38,7 @@ class Candidate:
 
     def describe(self) -> dict[str, str]:
         """Returns the space by key, in Hydra's notation, and the fixed values."""
-        fixed = dict(line.split("=", 1) for line in self.space.fixed)
+        fixed = {key_of(line): value_of(line) for line in self.space.fixed}
         return {**fixed, **self.space.describe()}
 
 
@@ -55,7 +53,7 @@ def candidate(composer: Composer, name: str, overrides: Sequence[str]) -> Candid
     if has_space(name, composer.config_dir):
         return Candidate(name, chosen, space)
     lines = [*chosen, *overrides]
-    component = parse(*to_plain(composer.compose(lines), lines)).optimizer
+    component = plan(composer, lines).experiment.optimizer
     searched = {key: value for key, value in space.searched.items() if component.takes(key.removeprefix("optimizer."))}
     if not searched:
         raise UserError(
@@ -111,13 +109,12 @@ class Request:
         return RunFolder(self.folder / trial.subfolder)
 
 
-def run_trials(request: Request, loader: Any, config: DictConfig, pool: Pool) -> int:
+def run_trials(request: Request, plan_job: PlanJob, pool: Pool) -> int:
     """Runs the trials that wait for a result; returns how many of them other processes are running.
 
-    `config`: composed for several runs, with hydra.sweep.dir = the benchmark's folder. On a signal, stops the running
-    trials with checkpoints and raises KeyboardInterrupt.
+    On a signal, stops the running trials with checkpoints and raises KeyboardInterrupt.
     """
-    source = _Trials(request, loader, config)
+    source = _Trials(request, plan_job)
     pools.run(source, pool, source.overview)
     return len(source.waiting)
 
@@ -125,8 +122,8 @@ def run_trials(request: Request, loader: Any, config: DictConfig, pool: Pool) ->
 class _Trials(JobSource):
     """Claims trials one by one. A claim is a lock, which the kernel releases when its process dies."""
 
-    def __init__(self, request: Request, loader: Any, config: DictConfig) -> None:
-        self._request, self._loader, self._config = request, loader, config
+    def __init__(self, request: Request, plan_job: PlanJob) -> None:
+        self._request, self._plan_job = request, plan_job
         self.waiting = dict(enumerate(request.waiting()))
         # There is no best job: trials of different workloads are not comparable.
         self.overview = Overview(len(self.waiting), metric="")
@@ -152,7 +149,7 @@ class _Trials(JobSource):
         drawn = ", ".join(f"{key.removeprefix('optimizer.')}={value}" for key, value in values.items())
         label = f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}: {drawn}"
         overrides = [*self._request.line(trial), f"hydra.sweep.subdir={trial.subfolder}"]
-        return compose_or_fail(self._loader, self._config, overrides, number, label)
+        return build_job(self._plan_job, self._request.folder, overrides, number, label)
 
     def ended(self, job: Job, result: Result) -> None:
         if has_ended(job.folder):

@@ -1,18 +1,13 @@
-"""One job of a sweep: composes it, prepares its folder, and reads or records its result."""
+"""One job of a sweep: prepares its folder, and reads or records its result."""
 
 import contextlib
-import re
 import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
-
-from dlopt.config.resolve import choices_of, to_plain
+from dlopt.config.plan import Plan
 from dlopt.config.resuming import refuse_other_config
 from dlopt.errors import DONE, INTERRUPTED, UserError
 from dlopt.files import write_json
@@ -21,18 +16,16 @@ from dlopt.job import describe
 
 SPACE = "sweep.yaml"  # in a sweep's folder; grid: the overrides of each job; search: its space and config
 OUTPUT = "output.log"  # stdout and stderr of a job
-_UNSAFE = re.compile(r"[^\w.,=+@-]+")  # in a file name
 
 
 @dataclass(frozen=True)
 class Job:
+    """A job of a sweep. `label`: the overrides that vary between jobs."""
+
     number: int
     folder: RunFolder
-    config: Mapping[str, Any]  # as saved
-    overrides: Sequence[str]
-    choices: Mapping[str, str]
+    plan: Plan | None  # None: see `error`
     label: str
-    environment: Mapping[str, str] = field(default_factory=dict)  # hydra.job.env_set
     error: str = ""  # non-empty: the job cannot be composed
 
 
@@ -45,38 +38,17 @@ class Result:
     reason: str = ""
 
 
-def compose(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: int, label: str = "") -> Job:
-    """Composes and checks the job of a sweep that has these overrides. `label`: the overrides that vary between jobs.
+PlanJob = Callable[[Sequence[str], int], Plan]
+"""Composes and checks the job of a sweep with these overrides and this number. Raises `UserError`."""
 
-    Raises `UserError`.
-    """
-    from dlopt.config.parsing import parse  # imports torch
 
+def build_job(plan_job: PlanJob, sweep: Path, overrides: Sequence[str], number: int, label: str) -> Job:
+    """Composes a job in the folder `sweep`; on an error returns a job whose `error` is set."""
     try:
-        config = loader.load_sweep_config(sweep, list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(" ".join(str(error).split())) from None
-    with open_dict(config):
-        config.hydra.job.num = config.hydra.job.id = number
-    plain, saved = to_plain(config, None)  # allow_packages was checked when the sweep started
-    parse(plain, saved)
-    folder = RunFolder(Path(str(sweep.hydra.sweep.dir)) / folder_name(str(config.hydra.sweep.subdir)))
-    return Job(number, folder, saved, list(overrides), choices_of(config), label, environment_of(config))
-
-
-def environment_of(config: DictConfig) -> dict[str, str]:
-    """Returns the variables of hydra.job.env_set."""
-    env_set: Any = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
-    return {str(key): str(value) for key, value in env_set.items()}
-
-
-def compose_or_fail(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: int, label: str) -> Job:
-    """Composes a job as `compose` does; on an error returns a job whose `error` is set."""
-    try:
-        return compose(loader, sweep, overrides, number, label)
+        plan = plan_job(overrides, number)
     except UserError as error:
-        folder = RunFolder(Path(str(sweep.hydra.sweep.dir)) / str(number))
-        return Job(number, folder, {}, list(overrides), {}, label, error=str(error))
+        return Job(number, RunFolder(sweep / str(number)), None, label, str(error))
+    return Job(number, RunFolder(sweep / plan.subfolder), plan, label)
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
@@ -85,27 +57,20 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(line for line in job if line not in common) or "as configured" for job in jobs]
 
 
-def folder_name(subfolder: str) -> str:
-    """Returns hydra.sweep.subdir with unsafe characters replaced. Raises `UserError` if it is not below the sweep."""
-    parts = [_UNSAFE.sub("_", part)[:200] for part in subfolder.split("/") if part]
-    if not parts or subfolder.startswith("/") or ".." in parts:
-        raise UserError(f"hydra.sweep.subdir={subfolder}: must be a folder below hydra.sweep.dir")
-    return "/".join(parts)
-
-
 def prepare(job: Job) -> Result | None:
     """Writes the job's config into its folder; if the job is done already, returns its result instead.
 
     Raises `UserError` if the folder holds a run with another config.
     """
-    folder = job.folder
+    folder, plan = job.folder, job.plan
+    assert plan is not None
     if folder.has_run():
-        refuse_other_config(folder.config() or job.config, job.config, str(folder.path), folder.history())
-        if folder.is_done(job.config):
+        refuse_other_config(folder.config() or plan.saved, plan.saved, str(folder.path), folder.history())
+        if folder.is_done(plan.saved):
             return result_of(folder, DONE)
         with contextlib.suppress(OSError):
             (folder.path / "summary.json").unlink(missing_ok=True)  # of the previous attempt
-    describe(folder.path, job.config, job.overrides, job.choices)
+    describe(folder.path, plan.saved, plan.lines, plan.choices)
     return None
 
 

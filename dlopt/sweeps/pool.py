@@ -173,7 +173,7 @@ class _Workers:
 
     def _start(self, slot: int, job: Job) -> None:
         try:
-            process = self._pool.start(slot, job.folder.path, job.environment)
+            process = self._pool.start(slot, job.folder.path, {} if job.plan is None else job.plan.environment)
         except OSError as error:
             self._ended(job, record_failure(job.folder, f"the process could not be started: {error}", died=True))
         else:

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 
 from dlopt.analysis.leaderboard import Direction, direction_of
-from dlopt.config.keys import is_seed, key_of
-from dlopt.config.loader import parse_override
+from dlopt.config.compose import Composer
+from dlopt.config.keys import is_seed
+from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.files import write_atomically
@@ -23,7 +24,7 @@ from dlopt.metric_names import lower_is_better
 from dlopt.plain import flatten, is_below
 from dlopt.ranges import Count, Seed
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import SPACE, Job, Result, compose, compose_or_fail, record_dead
+from dlopt.sweeps.jobs import SPACE, Job, PlanJob, Result, build_job, record_dead
 from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.sweeps.space import Space, parse_space
 from dlopt.sweeps.study import STUDY_LOCK, WORKERS, Claim, Study, StudySpec, is_fact, storage_errors
@@ -46,13 +47,13 @@ class SearchSettings:
     seed: Seed
 
 
-def build_study_spec(loader: Any, config: DictConfig, overrides: Sequence[str]) -> StudySpec:
+def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence[str]) -> StudySpec:
     """Checks the search in a composed config and the command line's overrides. Raises `UserError`."""
     sweeper = cast("dict[str, Any]", OmegaConf.to_container(config.hydra.sweeper, resolve=True))
     plain = {key: value for key, value in sweeper.items() if not key.startswith("_")}
     params, sampler_node, pruner_node = plain.pop("params") or {}, plain.pop("sampler"), plain.pop("pruner")
     lines = [f"{key}={show(value)}" for key, value in params.items()]
-    space = parse_space([parse_override(line, loader) for line in (*lines, *overrides)])
+    space = parse_space(composer.parse([*lines, *overrides]))
     settings = SearchSettings(**check_arguments("hydra.sweeper", SearchSettings, plain))
     objectives = [settings.objective] if isinstance(settings.objective, str) else settings.objective
     directions = _directions(settings, objectives)
@@ -170,16 +171,12 @@ class Outcome:
         return FAILED if self.failed else INTERRUPTED if self.interrupted else DONE
 
 
-def run_search(loader: Any, config: DictConfig, pool: Pool, arguments: Sequence[str]) -> Outcome:
+def run_search(spec: StudySpec, facts: Mapping[str, Any], folder: Path, pool: Pool, plan_job: PlanJob) -> Outcome:
     """Runs jobs of the study until none is left to claim. Raises `UserError` before the first job starts."""
-    spec = build_study_spec(loader, config, arguments)
-    folder = Path(str(config.hydra.sweep.dir))
-    first = compose(loader, config, probes(spec.space)[0], 0)
-    facts = {**study_facts(spec, first.config), "space": spec.space.describe()}
     with storage_errors(spec.storage):
         study = Study(folder, spec, facts)
         _write_sweep_file(folder, facts, study)
-        search = Search(spec, study, partial(compose_or_fail, loader, config))
+        search = Search(spec, study, partial(build_job, plan_job, folder))
         try:
             pools.run(search, pool, search.overview)
         finally:
@@ -197,10 +194,10 @@ def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> N
 
 
 class Search(JobSource):
-    """Claims the study's jobs and records their results. `compose_job` (overrides, number, label) builds a job."""
+    """Claims the study's jobs and records their results. `build` (overrides, number, label) composes a job."""
 
-    def __init__(self, spec: StudySpec, study: Study, compose_job: Callable[[Sequence[str], int, str], Job]) -> None:
-        self._spec, self._study, self._compose_job = spec, study, compose_job
+    def __init__(self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job]) -> None:
+        self._spec, self._study, self._build = spec, study, build
         self._claims: dict[int, Claim] = {}
         self._interrupted = 0
         self._last_empty_claim, self._is_exhausted = float("-inf"), False
@@ -221,7 +218,7 @@ class Search(JobSource):
             return None
         self._claims[claim.number] = claim
         space = self._spec.space
-        job = self._compose_job(space.overrides(claim.values), claim.number, space.label(claim.values))
+        job = self._build(space.overrides(claim.values), claim.number, space.label(claim.values))
         if claim.is_takeover and not job.error:
             record_dead(job.folder)
         return job

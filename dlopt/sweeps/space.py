@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from dlopt.config.compose import listed_values
+from dlopt.config.overrides import listed_values
 from dlopt.errors import UserError
 
 Value = str | int | float

@@ -85,8 +85,8 @@ def test_first_update(tmp_path: Path) -> None:
     """Prints CPU and wall seconds, imports no slow optional package, and composes the config once."""
     heavy = ("matplotlib", "sklearn", "scipy", "pandas", "optuna", "mlflow", "torchvision")
     counting = (
-        "from hydra._internal.config_loader_impl import ConfigLoaderImpl as C; f = C.load_configuration; count = []; "
-        "C.load_configuration = lambda *a, **k: (count.append(1), f(*a, **k))[1]"
+        "from dlopt.config.compose import Composer as C; f = C._compose; count = []; "
+        "C._compose = lambda *a, **k: (count.append(1), f(*a, **k))[1]"
     )
     said = (
         f"import sys; found = [name for name in {heavy} if name in sys.modules]; "

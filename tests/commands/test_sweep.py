@@ -15,7 +15,6 @@ import yaml
 
 import dlopt as package
 from dlopt.config.compose import Composer
-from dlopt.sweeps.jobs import Job
 from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 
@@ -202,7 +201,7 @@ def test_shuffled_values_run_in_the_order_of_the_checked_jobs(tmp_path: Path, mo
     launched: list[list[str]] = []
     monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
     monkeypatch.setattr(
-        "dlopt.commands.sweep.run_jobs", lambda jobs, total, pool: launched.extend(job.overrides for job in jobs)
+        "dlopt.commands.sweep.run_jobs", lambda jobs, total, pool: launched.extend(job.plan.lines for job in jobs)
     )
     line = ["seed=shuffle(range(0,6))", "optimizer.lr=shuffle(0.1,0.2)"]
     sweep(tmp_path, *line)
@@ -221,17 +220,17 @@ def test_jobs_run_as_checked_and_are_composed_once(tmp_path: Path, monkeypatch: 
         composed.append(overrides)
         return compose(self, overrides, multirun)
 
-    batches: list[list[Job]] = []
+    batches: list[list[Any]] = []
     monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
     monkeypatch.setattr("dlopt.commands.sweep.run_jobs", lambda jobs, total, pool: batches.append(list(jobs)))
     monkeypatch.setattr(Composer, "_compose", count)
     sweep(tmp_path, "seed=1,2,3", "hydra.sweeper.max_batch_size=2", "+hydra.job.env_set.A_KEY=value")
     assert len(composed) == 4  # the sweep and its jobs
     assert [[job.number for job in batch] for batch in batches] == [[0, 1], [2]]
-    assert [job.config["seed"] for batch in batches for job in batch] == [1, 2, 3]
+    assert [job.plan.saved["seed"] for batch in batches for job in batch] == [1, 2, 3]
     assert [job.label for batch in batches for job in batch] == ["seed=1", "seed=2", "seed=3"]
-    assert all(job.environment == {"A_KEY": "value"} for batch in batches for job in batch)
-    assert [job.choices["model"] for job in batches[0]] == ["mlp", "mlp"]
+    assert all(job.plan.environment == {"A_KEY": "value"} for batch in batches for job in batch)
+    assert [job.plan.choices["model"] for job in batches[0]] == ["mlp", "mlp"]
 
 
 @pytest.mark.usefixtures("quick")

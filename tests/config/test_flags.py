@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.config.compose import parse_arguments, show_config
-from dlopt.config.loader import get_args_parser
+from dlopt.config.flags import _parser, parse_arguments, show_info
 
 
 @pytest.fixture
@@ -28,12 +27,28 @@ def checked_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(container, "_check_help", check_help, raising=False)
 
 
-def test_lazy_help_of_hydra_is_accepted(checked_help: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hydra_main_accepts_its_lazy_help(checked_help: None, capsys: pytest.CaptureFixture[str]) -> None:
+    show_info(parse_arguments(["--info", "defaults", "model=mlp"]))
+    assert "model/mlp" in capsys.readouterr().out
+    parser = argparse.ArgumentParser()
     with pytest.raises((TypeError, ValueError)):
-        get_args_parser()
-    parsed = parse_arguments(["--cfg", "job", "model=mlp", "-m"])
-    assert parsed.multirun and parsed.overrides == ["model=mlp"]
-    show_config(parse_arguments(["--cfg", "job", "--package", "model", "model=mlp"]))
-    assert "_target_: dlopt.models.mlp" in capsys.readouterr().out
-    with pytest.raises((TypeError, ValueError)):
-        get_args_parser()  # the check is there again
+        parser.add_argument("--lazy", help=object())  # type: ignore[arg-type]  # the check is there again
+
+
+def test_flags_are_hydras(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = set[str]()
+    add = argparse.ArgumentParser.add_argument
+
+    def note(self: Any, *names: str, **keys: Any) -> argparse.Action:
+        flags.update(name for name in names if name.startswith("-"))
+        return add(self, *names, **keys)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", note)
+    show_info(parse_arguments(["--info", "searchpath"]))
+    own = {name for action in _parser()._actions for name in action.option_strings}
+    assert flags == own
+
+
+def test_parses_flags_between_overrides() -> None:
+    parsed = parse_arguments(["--cfg", "job", "model=mlp", "-m", "name=größe"])
+    assert parsed.multirun and parsed.cfg == "job" and parsed.overrides == ["model=mlp", "name='größe'"]

@@ -9,7 +9,8 @@ import yaml
 
 from dlopt.config.compose import Composer
 from dlopt.config.experiment import GROUPS
-from dlopt.config.keys import ROLES, group_of, key_of, role_of
+from dlopt.config.keys import ROLES, role_of
+from dlopt.config.overrides import group_of, key_of
 from dlopt.config.resolve import to_plain
 from dlopt.plain import flatten
 from dlopt.roles import Role

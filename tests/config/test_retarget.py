@@ -1,4 +1,4 @@
-"""Replacing the callable of a choice drops the keys that only the former callable has."""
+"""Replacing the callable of a choice drops the keys of the choice."""
 
 from typing import Any
 
@@ -23,8 +23,8 @@ def test_a_callable_that_takes_any_key_gets_typed_keys_only() -> None:
     }
 
 
-def test_keys_that_the_new_callable_or_the_group_has_are_kept() -> None:
-    former = composed("optimizer=adam")["optimizer"]
-    optimizer = composed("optimizer=adam", "optimizer._target_=torch.optim.RAdam")["optimizer"]
-    assert former.keys() - optimizer.keys() == {"amsgrad", "fused"} & former.keys()
-    assert {"lr", "betas", "groups", "layer_decay"} <= optimizer.keys()
+def test_a_new_callable_inherits_only_the_keys_of_its_group() -> None:
+    typed = ["optimizer=adam", "optimizer._target_=torch.optim.RAdam", "optimizer.lr=0.1", "schedule=cosine"]
+    optimizer = composed(*typed)["optimizer"]
+    assert optimizer == {"groups": [], "layer_decay": None, "_target_": "torch.optim.RAdam", "lr": 0.1}
+    assert composed("model._target_=torch.nn.Flatten")["model"] == {"_target_": "torch.nn.Flatten"}  # no width

@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 import pytest
 
 from dlopt.config.compose import Composer
+from dlopt.config.plan import folder_name
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, Result, folder_name, labels, record_dead, result_of
+from dlopt.sweeps.jobs import Job, Result, labels, record_dead, result_of
 from dlopt.sweeps.pool import Pool, build_pool, gpus, local, visible_gpus
 from dlopt.tracking.overview import Overview
+from tests.sweeps.worker import plan
 
 Started = list[tuple[Path, Mapping[str, str], set[int] | None]]
 
@@ -121,8 +123,8 @@ class Ten(pools.JobSource):
             return None
         number, self.given = self.given, self.given + 1
         if number == 5:
-            return Job(5, RunFolder(self.folder / "5"), {}, [], {}, "five", error="cannot be composed")
-        return Job(number, RunFolder(self.folder / str(number)), {}, [], {}, f"job={number}")
+            return Job(5, RunFolder(self.folder / "5"), None, "five", error="cannot be composed")
+        return Job(number, RunFolder(self.folder / str(number)), plan([]), f"job={number}")
 
     def is_exhausted(self) -> bool:
         return self.given == 10

@@ -144,8 +144,7 @@ def test_pruner_stops_jobs_with_a_worse_metric(objective: str, watch: str, direc
         f"hydra.sweeper.watch={watch}",
         f"hydra.sweeper.direction={direction}",
     ]
-    loader, config = composer().loader, composer().compose(typed, multirun=True)
-    spec = build_study_spec(loader, config, [SPACE])
+    spec = build_study_spec(composer(), composer().compose(typed, multirun=True), [SPACE])
     study = optuna.create_study(direction=spec.directions[0], pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
     prunes = []
 
@@ -158,7 +157,7 @@ def test_pruner_stops_jobs_with_a_worse_metric(objective: str, watch: str, direc
         trial = study.ask()
         search = Search(spec, cast(Any, Recorded()), cast(Any, None))
         search._claims[number] = Claim(number, {}, trial, is_takeover=False)
-        job = Job(number, RunFolder(Path()), {}, [], {}, "")
+        job = Job(number, RunFolder(Path()), None, "")
         prunes.append(search.should_stop(job, {"epoch": 1, spec.pruning_metric or "": value}))
         study.tell(trial, 0.0)
     assert [bool(each) for each in prunes] == [False, False, False, False, is_pruned]

@@ -10,8 +10,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
+from dlopt.config.overrides import parse_overrides
+from dlopt.config.plan import Plan
 from dlopt.errors import DONE
 from dlopt.folders import RunFolder
 from dlopt.sweeps import jobs, samplers
@@ -67,7 +71,7 @@ def prepare(job: Job) -> jobs.Result | None:
     if job.folder.is_finished():
         return jobs.result_of(job.folder, DONE)
     job.folder.path.mkdir(exist_ok=True)
-    (job.folder.path / "overrides.json").write_text(json.dumps(list(job.overrides)))
+    (job.folder.path / "overrides.json").write_text(json.dumps(job.plan.lines if job.plan else []))
     return None
 
 
@@ -77,7 +81,12 @@ def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
 
 def make_job(folder: Path, overrides: Sequence[str], number: int, label: str) -> Job:
     error = "" if overrides else "a job without values"
-    return Job(number, RunFolder(folder / str(number)), {}, overrides, {}, label, error=error)
+    return Job(number, RunFolder(folder / str(number)), plan(overrides), label, error=error)
+
+
+def plan(overrides: Sequence[str]) -> Plan:
+    """A plan that is not checked."""
+    return Plan(tuple(parse_overrides(overrides)), {}, cast(Any, SimpleNamespace(config={})))
 
 
 def _wait_for_others(folder: Path) -> None:

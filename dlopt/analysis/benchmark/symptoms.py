@@ -12,7 +12,7 @@ from dlopt.analysis.benchmark import formats
 from dlopt.analysis.benchmark.reading import best_trials
 from dlopt.analysis.benchmark.results import Record, Results
 from dlopt.analysis.benchmark.scores import times
-from dlopt.config.compose import parse_overrides
+from dlopt.config.overrides import parse_overrides
 from dlopt.errors import UserError
 from dlopt.metric_names import lower_is_better
 

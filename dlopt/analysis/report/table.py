@@ -27,7 +27,8 @@ from dlopt.analysis.leaderboard import (
     student_t,
 )
 from dlopt.analysis.report.reading import OPEN, Damaged, Record, brief, printable, short_key, text, varying_keys
-from dlopt.config.keys import group_of, key_of, role_of
+from dlopt.config.keys import role_of
+from dlopt.config.overrides import group_of, key_of
 from dlopt.errors import UserError, install
 from dlopt.roles import Role
 from dlopt.tracking.layout import short_path

@@ -2,8 +2,7 @@
 
 import pytest
 
-from dlopt.config.compose import parse_overrides
-from dlopt.config.grammar import explain_grammar
+from dlopt.config.overrides import explain_grammar, parse_overrides
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""Hydra's flags of `dlopt train` and the other commands that compose a config; what Hydra's main prints for them."""
+
+import contextlib
+import functools
+import logging
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import dlopt
+from dlopt.config.choices import config_folder
+from dlopt.config.overrides import quoted
+from dlopt.config.synonyms import for_flag
+from dlopt.errors import USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONFIG_NAME = "train"
+VERSION_BASE = "1.3"
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
+def parse_arguments(arguments: list[str]) -> Namespace:
+    """Parses overrides and Hydra's flags (-m, --cfg, --config-dir, ...), in any order. Raises `UserError`."""
+    parser = _parser()
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    parser.error = functools.partial(_raise_flag_error, arguments, flags)  # type: ignore[method-assign]
+    parsed: Namespace = parser.parse_intermixed_args(arguments)
+    parsed.overrides = [quoted(line) for line in parsed.overrides]
+    if parsed.experimental_rerun is not None:
+        raise UserError("--experimental-rerun: not supported, since it executes the contents of a pickle file")
+    if parsed.config_path is not None:
+        raise UserError(f"--config-path={parsed.config_path}: not supported; add a config folder with --config-dir")
+    if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
+        raise UserError(f"--config-dir={parsed.config_dir}: no such folder")
+    return parsed
+
+
+def _parser() -> ArgumentParser:
+    """Returns a parser of the flags of Hydra 1.3, which has no public one; `dlopt train --help` explains them."""
+    parser = ArgumentParser(prog="dlopt", add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    for flags in (
+        ("--help", "-h"), ("--hydra-help",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m"),
+        ("--shell-completion", "-sc"),
+    ):  # fmt: skip
+        parser.add_argument(*flags, action="store_true")
+    for flags in (
+        ("--package", "-p"), ("--config-path", "-cp"), ("--config-name", "-cn"), ("--config-dir", "-cd"),
+        ("--experimental-rerun",),
+    ):  # fmt: skip
+        parser.add_argument(*flags)
+    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    parser.add_argument("--info", "-i", const="all", nargs="?", choices=INFO)
+    parser.add_argument("--version", action="version", version=f"dlopt {dlopt.__version__}")
+    return parser
+
+
+def _raise_flag_error(arguments: list[str], flags: list[str], message: str) -> NoReturn:
+    raise UserError(for_flag(arguments, flags) or f"{message}; `dlopt train --help` lists the flags")
+
+
+def show_info(parsed: Namespace) -> None:
+    """Prints what --info or --hydra-help requests, through Hydra's main."""
+    flags = ["--hydra-help"] if parsed.hydra_help else ["--info", parsed.info]
+    for name in ("config_name", "config_dir"):
+        value = getattr(parsed, name)
+        flags += [] if value is None else [f"--{name.replace('_', '-')}", value]
+    try:
+        hydra_main([*flags, *parsed.overrides])
+    except SystemExit as end:
+        sys.exit(USER_ERROR if end.code == 1 else end.code)
+
+
+def hydra_main(arguments: list[str], task: "Callable[[DictConfig], Any] | None" = None) -> None:
+    """Calls Hydra's main, which prints information and completions, and runs sweeps of other packages.
+
+    May raise SystemExit. `task` runs a job of a sweep.
+    """
+    import hydra
+
+    from dlopt.config.compose import register_plugins
+
+    register_plugins()
+    logging.raiseExceptions = False  # Hydra prints through logging: a closed pipe (`| head`) must not be an error
+    main = hydra.main(version_base=VERSION_BASE, config_path=str(config_folder()), config_name=CONFIG_NAME)
+    former, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        with _lazy_help():
+            main(_no_job if task is None else task)()
+    finally:
+        sys.argv = former
+
+
+def _no_job(config: "DictConfig") -> None:
+    """Does nothing: Hydra's main requires a task, which it does not call when it only prints."""
+
+
+@contextlib.contextmanager
+def _lazy_help() -> Iterator[None]:
+    """Lets Hydra's main add a flag whose help is not a string yet.
+
+    From Python 3.14 on, argparse checks the help of a flag when it is added; Hydra's parser cannot be built then.
+    """
+    if not hasattr(ArgumentParser, "_check_help"):
+        yield
+        return
+    ArgumentParser._check_help = lambda self, action: None  # hides the inherited method
+    try:
+        yield
+    finally:
+        del ArgumentParser._check_help

@@ -1,0 +1,176 @@
+"""Overrides of the command line: the only module that takes them apart, quotes them and puts them together.
+
+An override is passed on as Hydra's parsed `Override` where its value matters, and as its text where it is only kept,
+shown or composed again.
+"""
+
+import copy
+import functools
+import itertools
+import os
+import random
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from dlopt.errors import UserError
+
+if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
+    from hydra.core.override_parser.types import Override
+
+_CLOSED = re.compile(r"""'[^']*'|"[^"]*"|\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}""")
+
+
+def key_of(override: "str | Override") -> str:
+    """Returns the dotted key of an override: `hydra.launcher` of `hydra/launcher=joblib`, `model.x` of `+model.x=1`."""
+    return re.split(r"[=@]", text_of(override).lstrip("+~"), maxsplit=1)[0].replace("/", ".")
+
+
+def group_of(override: "str | Override") -> str:
+    """Returns the group, or the first part of the key: `schedule` of `++schedule.warmup_epochs=1`."""
+    return key_of(override).partition(".")[0]
+
+
+def value_of(override: "str | Override") -> str:
+    """Returns the text of the value: `1` of `+model.x=1`."""
+    return text_of(override).partition("=")[2]
+
+
+def text_of(override: "str | Override") -> str:
+    """Returns an override as typed."""
+    return override if isinstance(override, str) else str(override.input_line)
+
+
+def is_choice(override: "str | Override", group: str) -> bool:
+    """Returns whether an override names a choice of the group, not one of its keys."""
+    return key_of(override) == group.replace("/", ".")
+
+
+def is_typed(key: str, overrides: "Iterable[str | Override]") -> bool:
+    """Returns whether the command line sets the key or chooses for the group."""
+    return any(key_of(override) == key for override in overrides)
+
+
+def without(overrides: Iterable[str], *keys: str) -> list[str]:
+    """Returns the overrides except those of the keys."""
+    return [override for override in overrides if key_of(override) not in keys]
+
+
+def is_hydra(override: "str | Override") -> bool:
+    """Returns whether an override sets a key or a choice of Hydra's config."""
+    return group_of(override) == "hydra"
+
+
+def parse_overrides(lines: Iterable[str], choices: Any = None) -> "list[Override]":
+    """Parses overrides. `choices`: lists those of a group for glob(*), as Hydra's config loader. Raises `UserError`."""
+    from hydra.errors import HydraException
+
+    lines, parsed = list(lines), []
+    for line, following in zip(lines, [*lines[1:], ""], strict=False):
+        try:
+            override = copy.copy(_parse(line))
+        except HydraException:
+            raise UserError(explain_grammar(line, following)) from None
+        override.config_loader = choices
+        parsed.append(override)
+    return parsed
+
+
+@functools.lru_cache(maxsize=1000)
+def _parse(line: str) -> "Override":
+    """Parses a line; every job of a sweep has nearly the same."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    [override] = OverridesParser.create().parse_overrides([line])
+    return override
+
+
+def listed_values(override: "Override") -> list[str]:
+    """Returns the values of a list, range or glob as on the command line. Raises `UserError` for duplicates.
+
+    The order of shuffle(...) is random but always the same: a sweep lists its values several times, when it is checked,
+    run and resumed, and in every task of a job array.
+    """
+    values = list(override.sweep_string_iterator())
+    if len(set(values)) < len(values):
+        raise UserError(f"{override.input_line}: duplicate value in the list")
+    if getattr(override.value(), "shuffle", False):
+        values.sort()
+        random.Random(0).shuffle(values)
+    return values
+
+
+def listed(override: "Override") -> str:
+    """Returns the override with its values spelled out, in the order of `listed_values`."""
+    if not override.is_sweep_override():
+        return text_of(override)
+    return f"{override.get_key_element()}={','.join(listed_values(override))}"
+
+
+def grid(overrides: "Iterable[Override]") -> list[list[str]]:
+    """Returns the overrides of every combination of the listed values, in the order of Hydra's own sweeper.
+
+    Raises `UserError` for continuous ranges and duplicate values.
+    """
+    lists: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            lists[key] = [f"{key}={override.get_value_element_as_str()}"]
+        elif override.is_discrete_sweep():
+            lists[key] = [f"{key}={value}" for value in listed_values(override)]
+        else:
+            raise UserError(
+                f"{override.input_line}: a grid needs listed values; to sample, add hydra/sweeper=dlopt_optuna"
+            )
+    return [list(combination) for combination in itertools.product(*lists.values())]
+
+
+def quoted(line: str) -> str:
+    """Quotes plain values that have non-ASCII letters, which Hydra's grammar rejects: name=größe,klein."""
+    key, equals, text = line.partition("=")
+    if not equals or text.isascii() or not text.isprintable() or re.search(r"""['"\[\]{}()$\\]""", text):
+        return line
+    return f"{key}={','.join(value if value.isascii() else repr(value) for value in text.split(','))}"
+
+
+def explain_grammar(line: str, following: str) -> str:
+    """Explains an override that Hydra's grammar rejects; `following`: the next one of the command line, or ""."""
+    key, equals, value = line.partition("=")
+    if re.fullmatch(r"\w+(\.\w+)*", line) and following and "=" not in following:
+        return f"{line} {following}: an override is key=value: {line}={following}"
+    if not equals and not key.startswith("~"):
+        return f"{line}: an override is key=value or group=choice"
+    if not re.fullmatch(r"[+~]{0,2}[\w/-]+([.@][\w/-]+)*", key):
+        shown = line if line.isprintable() else repr(line)
+        return f"{shown}: {key!r} is not a valid key or group name; an override is key=value or group=choice"
+    correct = f"{key}={quoted_value(os.path.expanduser(value))}"
+    advice = f"the value must be quoted for Hydra, inside the quotes for the shell: {correct!r}"
+    sign = _unpaired(value)
+    fault = f"{sign} is not {'opened' if sign in ')]}' else 'closed'}; as plain text, " if sign else ""
+    return f"{line!r}: {fault}{advice}"
+
+
+def _unpaired(value: str) -> str:
+    """Returns the first bracket or quote of `value` without its partner; "" if there is none."""
+    removed = 1
+    while removed:
+        value, removed = _CLOSED.subn("", value)
+    unpaired = re.search(r"""[][(){}'"]""", value)
+    return unpaired.group() if unpaired else ""
+
+
+def quoted_value(value: str) -> str:
+    """Quotes a value for Hydra's grammar: [a=1,b=[2]] as ['a=1','b=[2]'], because a quoted list would be a string."""
+    if not (value.startswith("[") and value.endswith("]")):
+        from hydra.core.override_parser.types import Quote, QuotedString
+
+        return QuotedString(value, Quote.single).with_quotes()
+    items, depth = [""], 0
+    for letter in value[1:-1]:
+        depth += (letter in "[{(") - (letter in ")}]")
+        if letter == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += letter
+    return f"[{','.join(repr(item.strip()) for item in items)}]"

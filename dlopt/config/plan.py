@@ -1,0 +1,92 @@
+"""A run as one value: composed and checked once, then run in this process, or described in the folder of a job.
+
+A process that runs a job of a sweep, or a rank of a parallel run, reads the config of the plan from the run's folder,
+where `dlopt.job.describe` saves it. Nothing is composed again.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from dlopt.config.compose import Composer
+from dlopt.config.overrides import parse_overrides, text_of
+from dlopt.config.resolve import choices_of, to_plain
+from dlopt.errors import UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+    from dlopt.config.experiment import Experiment
+
+_UNSAFE = re.compile(r"[^\w.,=+@-]+")  # in a file name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run.
+
+    Attributes:
+        overrides: of the command line, or of the job of a sweep, as Hydra has parsed them.
+        choices: the choice of each config group.
+        experiment: the checked config; `saved`: its form in config.yaml.
+        environment: variables of the run's process (hydra.job.env_set).
+        subfolder: of a job, below the folder of its sweep (hydra.sweep.subdir).
+        config: as composed, with Hydra's node; None for a job of a sweep, which no longer needs it.
+    """
+
+    overrides: "tuple[Override, ...]"
+    choices: Mapping[str, str]
+    experiment: "Experiment"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    subfolder: str = ""
+    config: DictConfig | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def saved(self) -> Mapping[str, Any]:
+        return self.experiment.config
+
+    @property
+    def lines(self) -> list[str]:
+        """The overrides as typed."""
+        return [text_of(override) for override in self.overrides]
+
+
+def plan(composer: Composer, overrides: Iterable[str]) -> Plan:
+    """Composes and checks the run of a command line. Raises `UserError`."""
+    lines = list(overrides)
+    return checked(composer.compose(lines), lines)
+
+
+def checked(config: DictConfig, overrides: Iterable[str], typed: Iterable[str] | None = ()) -> Plan:
+    """Checks a composed config and returns the plan of the run. Raises `UserError`.
+
+    `overrides`: of the run; `typed`: further ones of the command line (None: it has been checked).
+    """
+    from dlopt.config.parsing import parse  # imports torch
+
+    lines = list(overrides)
+    plain, saved = to_plain(config, None if typed is None else [*lines, *typed])
+    return Plan(tuple(parse_overrides(lines)), choices_of(config), parse(plain, saved), config=config)
+
+
+def as_job(plan: Plan, number: int, overrides: Iterable[str]) -> Plan:
+    """Returns the plan of job `number` of a sweep, with the overrides of the job alone. Raises `UserError`."""
+    config = plan.config
+    assert config is not None
+    with open_dict(config):
+        config.hydra.job.num = config.hydra.job.id = number
+    variables: Any = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
+    environment = {str(key): str(value) for key, value in variables.items()}
+    subfolder = folder_name(str(config.hydra.sweep.subdir))
+    return Plan(tuple(parse_overrides(overrides)), plan.choices, plan.experiment, environment, subfolder)
+
+
+def folder_name(subfolder: str) -> str:
+    """Returns hydra.sweep.subdir with unsafe characters replaced. Raises `UserError` if it is not below the sweep."""
+    parts = [_UNSAFE.sub("_", part)[:200] for part in subfolder.split("/") if part]
+    if not parts or subfolder.startswith("/") or ".." in parts:
+        raise UserError(f"hydra.sweep.subdir={subfolder}: must be a folder below hydra.sweep.dir")
+    return "/".join(parts)
