@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dlopt.plain import load_yaml
 
 FORMAT = 1  # version of the files in a run folder and of their keys; stored in environment.json
 LOCK = ".lock"
+SPACE = "sweep.yaml"  # in a sweep's folder; grid: the overrides of each job; search: its space and config
 SHELL_FOLDER = "DLOPT_SHELL_FOLDER"  # in the environment: for which paths are printed, also if hydra.job.chdir is set
 _ENDED = ("finished", "stopped_early")
 
@@ -87,9 +89,17 @@ class RunFolder:
         return file
 
     def history(self) -> list[str]:
-        """Reads the overrides of the run."""
+        """Reads the overrides of the run, after the flags that name its config files."""
         overrides = self._load("overrides.yaml")
         return [str(override) for override in overrides] if isinstance(overrides, list) else []
+
+    def how_to_resume(self, is_ranks: bool = False) -> str:
+        """Returns the command that resumes the run. `is_ranks`: torchrun or srun has started its processes."""
+        if (self.path.parent / SPACE).is_file():
+            return "add resume=auto to the command of the sweep"
+        words = [word for word in self.history() if not word.startswith("resume=")]
+        launcher = "the same launcher, and " if is_ranks else ""
+        return f"resume with: {launcher}{shlex.join(['dlopt', 'train', *words, 'resume=auto'])}"
 
     def _load(self, name: str) -> Any:
         try:

@@ -51,7 +51,7 @@ def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> i
             return start(run, processes, console=console)
         except KeyboardInterrupt:
             if rendezvous.is_main():
-                print_error("interrupted; resume from the last checkpoint with: dlopt train ... resume=auto")
+                print_error(f"interrupted; {RunFolder(run.folder).how_to_resume(rendezvous.is_launched())}")
             return INTERRUPTED
         except Exception as error:
             code, reason = failure(error)
@@ -254,7 +254,7 @@ def main() -> int:
         if config is None:
             raise UserError(f"{folder.path}: config.yaml is missing or unreadable")
         choices = json.loads((folder.path / "environment.json").read_text())["choices"]
-        experiment = parse(resolve_saved(config), config)
+        experiment = parse(resolve_saved(config), config, choices)
         state = None
         if rendezvous.is_main():  # the other ranks receive the state from rank 0
             checkpoint = sys.argv[2:]

@@ -161,7 +161,8 @@ def _grouped(entries: Sequence[Entry]) -> list[Row]:
     common = set.intersection(*(set(entry.overrides) for entry in entries)) if len(entries) > 1 else set()
     rows = []
     for runs in groups.values():
-        typed = [line for line in runs[0].overrides if line not in common and distinguishes(key_of(line))]
+        own = [line for line in runs[0].overrides if line not in common and not line.startswith("--")]
+        typed = [line for line in own if distinguishes(key_of(line))]
         label = " ".join(typed) or (runs[0].name if len(groups) > 1 else "as configured")
         rows.append(Row(label, typed, runs))
     return rows

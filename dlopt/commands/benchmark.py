@@ -193,7 +193,7 @@ def _launch(line: Line, request: "Request", overrides: Sequence[str]) -> int:
 
     def plan_job(overrides: Sequence[str], number: int) -> Plan:
         config = line.composer.compose([*hydra, *overrides])
-        return as_job(checked(config, overrides, typed=None), number, overrides)  # allow_packages was checked
+        return as_job(checked(config, overrides, None, line.composer.flags), number, overrides)
 
     return run_trials(request, plan_job, pool)
 

@@ -153,7 +153,7 @@ def _runs(composer: Composer, comparison: Comparison, overrides: list[str]) -> l
         if not runs or (cell.variant, cell.point) != (runs[-1].cell.variant, runs[-1].cell.point):
             config = composer.compose(lines)
         config.seed = cell.seed
-        plan = checked(config, lines, typed=overrides)
+        plan = checked(config, lines, overrides, composer.flags)
         refuse_untested(plan.saved, overrides)
         runs.append(_Run(cell, plan))
     return runs
@@ -195,7 +195,7 @@ def _execute(runs: list[_Run], folder: Path, comparison: Comparison, screen: Scr
         if not (subfolder.has_run() and subfolder.is_done(run.plan.saved)):
             subfolder.path.mkdir(exist_ok=True)
             state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            job = Run(run.plan.experiment, subfolder.path, state, run.plan.choices, run.plan.lines)
+            job = Run(run.plan.experiment, subfolder.path, state, run.plan.choices, run.plan.typed)
             code = execute(job, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code == INTERRUPTED:

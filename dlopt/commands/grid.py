@@ -1,7 +1,6 @@
 """`dlopt grid`: prints the arguments of one job of a sweep, for the tasks of a job array."""
 
 from dlopt.commands.command import read_line
-from dlopt.config.flags import CONFIG_NAME
 from dlopt.errors import DONE, UserError
 
 USAGE = """\
@@ -24,9 +23,7 @@ def overrides_of(number: int, arguments: list[str]) -> list[str]:
     jobs = line.combinations()
     if not 0 <= number < len(jobs):
         raise UserError(f"job {number}: the sweep has jobs 0 to {len(jobs) - 1}: {' '.join(arguments)}")
-    flags = {"--config-dir": line.composer.config_dir, "--config-name": line.composer.config_name}
-    typed = [f"{flag}={value}" for flag, value in flags.items() if value not in (None, CONFIG_NAME)]
-    return [*typed, *jobs[number]]
+    return [*line.composer.flags, *jobs[number]]
 
 
 def print_job(arguments: list[str]) -> int:

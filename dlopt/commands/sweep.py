@@ -34,14 +34,14 @@ from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
-from dlopt.folders import FolderSnapshot, RunFolder, make, make_new, newest
+from dlopt.folders import SPACE, FolderSnapshot, RunFolder, make, make_new, newest
 from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import current
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.sweeps.grid import run_jobs
-from dlopt.sweeps.jobs import SPACE, Job, labels, record_dead
+from dlopt.sweeps.jobs import Job, labels, record_dead
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Request:
         """Composes and checks a job. Raises `UserError`."""
         config = self.composer.compose([*self.hydra, *overrides])
         self._refuse_recipe(config)
-        job = as_job(checked(config, overrides, typed=self.overrides), number, overrides)
+        job = as_job(checked(config, overrides, self.overrides, self.composer.flags), number, overrides)
         refuse_untested(job.saved, overrides)
         self._check_size(job.experiment)
         if job.saved["resume"] not in (None, "auto"):

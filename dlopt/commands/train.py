@@ -73,9 +73,9 @@ def train(arguments: list[str]) -> int:
 
         return compare(composer, parsed, config)
     if world is not None:
-        return _lead(config, parsed.overrides, typed, world)
+        return _lead(composer, config, parsed.overrides, typed, world)
     refuse_unread_hydra(parsed.overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
-    return _run(checked(config, parsed.overrides))
+    return _run(checked(config, parsed.overrides, flags=composer.flags))
 
 
 def _check_flags(parsed: Namespace) -> None:
@@ -87,7 +87,7 @@ def _check_flags(parsed: Namespace) -> None:
             raise UserError(f"--{name}: only valid with --cfg")
 
 
-def _lead(config: DictConfig, overrides: list[str], typed: list[str], world: World) -> int:
+def _lead(composer: Composer, config: DictConfig, overrides: list[str], typed: list[str], world: World) -> int:
     """Rank 0 of a launcher's processes: checks the run, chooses the folder and sends the run to the other ranks.
 
     `typed`: the command line, of which `overrides` are made.
@@ -97,7 +97,9 @@ def _lead(config: DictConfig, overrides: list[str], typed: list[str], world: Wor
     try:
         refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
         _refuse_address_of_file(config, typed)
-        code = _run(checked(config, overrides), send=lambda message: store.set("run", json.dumps(message)))
+        code = _run(
+            checked(config, overrides, flags=composer.flags), send=lambda message: store.set("run", json.dumps(message))
+        )
     except UserError as error:
         print_error(str(error))
         code = USER_ERROR
@@ -124,7 +126,7 @@ def _follow(parsed: Namespace, world: World) -> int:
         message = json.loads(store.get("run"))
     if "exit" in message:
         end_process(message["exit"])
-    experiment = parse(resolve_saved(message["config"]), message["config"])
+    experiment = parse(resolve_saved(message["config"]), message["config"], message["choices"])
     end_process(execute(Run(experiment, Path(message["folder"]), None, message["choices"], parsed.overrides)))
 
 
@@ -170,7 +172,7 @@ def prepare(plan: Plan) -> Prepared:
     before = FolderSnapshot(path)
     folder, state = _find_folder(path, is_typed, saved)
     is_auto = saved["resume"] == "auto"
-    run = Run(plan.experiment, folder.path, state, plan.choices, plan.lines)
+    run = Run(plan.experiment, folder.path, state, plan.choices, plan.typed)
     is_new = folder.config() is None and not (is_auto and state is not None)  # config.yaml may be damaged
     return Prepared(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 

@@ -73,6 +73,12 @@ class Composer:
         self._shared = self._memory if config_dir is not None else _memories.setdefault(_state_of_files(), {})
         self._subgroups = functools.cache(self._loader.list_groups)
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The flags of the command line that name config files."""
+        name = () if self.config_name == CONFIG_NAME else (f"--config-name={self.config_name}",)
+        return name if self.config_dir is None else (f"--config-dir={Path(self.config_dir).absolute()}", *name)
+
     def parse(self, overrides: Iterable[str]) -> list[Override]:
         return parse_overrides(overrides, self)
 

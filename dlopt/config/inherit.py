@@ -88,12 +88,15 @@ def _choices(composer: Composer, folder: RunFolder, groups: Sequence[str], sourc
         choices = {group: str(saved[group]) for group in groups if group in saved}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"from={folder.path}: its environment.json, which names the choices, is damaged") from None
+    callables = {group: name for group, name in choices.items() if "." in name}  # typed in place of a choice
     for group, name in choices.items():
-        if name not in composer.choices(group):
+        if group not in callables and name not in composer.choices(group):
             raise UserError(
                 f"{source}: its choice {group}={name} was not found; add the --config-dir that the run was started with"
             )
-    return [f"{group}={name}" for group, name in choices.items()]
+    return [f"{group}={'custom' if group in callables else name}" for group, name in choices.items()] + [
+        f"{group}._target_={name}" for group, name in callables.items()
+    ]
 
 
 def _differences(composer: Composer, lines: list[str], target: Mapping[str, Any], interpolated: bool) -> list[str]:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dlopt.config.experiment import GROUPS, Experiment, Settings
@@ -11,10 +12,15 @@ from dlopt.config.schema import check_arguments, component, show, trusted_packag
 from dlopt.errors import UserError
 
 
-def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Experiment:
+def parse(
+    config: Mapping[str, Any], saved: Mapping[str, Any] | None = None, choices: Mapping[str, str] | None = None
+) -> Experiment:
     """Checks a composed and resolved config (plain dicts and lists). Raises `UserError`.
 
-    `saved`: the form to write to disk, where it differs (it keeps `${oc.env:...}` unresolved).
+    Args:
+        config: the values.
+        saved: the form to write to disk, where it differs (it keeps `${oc.env:...}` unresolved).
+        choices: the choice of each group, for messages.
     """
     if isinstance(config.get("experiment"), Mapping):
         raise UserError("experiment: the first line of a recipe's file must be `# @package _global_`")
@@ -35,7 +41,8 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
         arguments = {key: value for key, value in node.items() if key not in names}
         if name == "optimizer" and arguments.get("lr") == "auto":
             arguments["lr"] = 1.0  # placeholder for the learning rate that the range test will choose
-        components[name] = component(name, arguments, (*group.runtime, *names), packages, related=names)
+        checked = component(name, arguments, (*group.runtime, *names), packages, related=names)
+        components[name] = replace(checked, name=(choices or {}).get(name, ""))
         if group.common is not None:
             common = {key: value for key, value in node.items() if key in names}
             components[group.common.__name__] = group.common(**check_arguments(name, group.common, common))

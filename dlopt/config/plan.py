@@ -6,7 +6,7 @@ where `dlopt.job.describe` saves it. Nothing is composed again.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -34,6 +34,7 @@ class Plan:
         experiment: the checked config; `saved`: its form in config.yaml.
         environment: variables of the run's process (hydra.job.env_set).
         subfolder: of a job, below the folder of its sweep (hydra.sweep.subdir).
+        flags: --config-dir and --config-name of the command line, which a command that repeats the run needs.
         config: as composed, with Hydra's node; None for a job of a sweep, which no longer needs it.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     experiment: "Experiment"
     environment: Mapping[str, str] = field(default_factory=dict)
     subfolder: str = ""
+    flags: tuple[str, ...] = ()
     config: DictConfig | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -53,14 +55,21 @@ class Plan:
         """The overrides as typed."""
         return [text_of(override) for override in self.overrides]
 
+    @property
+    def typed(self) -> list[str]:
+        """The words that compose this run again, for overrides.yaml."""
+        return [*self.flags, *self.lines]
+
 
 def plan(composer: Composer, overrides: Iterable[str]) -> Plan:
     """Composes and checks the run of a command line. Raises `UserError`."""
     lines = list(overrides)
-    return checked(composer.compose(lines), lines)
+    return checked(composer.compose(lines), lines, flags=composer.flags)
 
 
-def checked(config: DictConfig, overrides: Iterable[str], typed: Iterable[str] | None = ()) -> Plan:
+def checked(
+    config: DictConfig, overrides: Iterable[str], typed: Iterable[str] | None = (), flags: tuple[str, ...] = ()
+) -> Plan:
     """Checks a composed config and returns the plan of the run. Raises `UserError`.
 
     `overrides`: of the run; `typed`: further ones of the command line (None: it has been checked).
@@ -69,7 +78,8 @@ def checked(config: DictConfig, overrides: Iterable[str], typed: Iterable[str] |
 
     lines = list(overrides)
     plain, saved = to_plain(config, None if typed is None else [*lines, *typed])
-    return Plan(tuple(parse_overrides(lines)), choices_of(config), parse(plain, saved), config=config)
+    choices = choices_of(config)
+    return Plan(tuple(parse_overrides(lines)), choices, parse(plain, saved, choices), flags=flags, config=config)
 
 
 def as_job(plan: Plan, number: int, overrides: Iterable[str]) -> Plan:
@@ -81,7 +91,8 @@ def as_job(plan: Plan, number: int, overrides: Iterable[str]) -> Plan:
     variables: Any = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
     environment = {str(key): str(value) for key, value in variables.items()}
     subfolder = folder_name(str(config.hydra.sweep.subdir))
-    return Plan(tuple(parse_overrides(overrides)), plan.choices, plan.experiment, environment, subfolder)
+    lines = tuple(parse_overrides(overrides))
+    return replace(plan, overrides=lines, environment=environment, subfolder=subfolder, config=None)
 
 
 def folder_name(subfolder: str) -> str:

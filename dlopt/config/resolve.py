@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dlopt.config.overrides import is_typed, key_of
+from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.schema import show
 from dlopt.config.trust import leaves
 from dlopt.errors import UserError
@@ -19,9 +19,14 @@ _TARGET = "._target_"
 
 
 def choices_of(config: DictConfig) -> dict[str, str]:
-    """Maps each group to its choice (the name of a YAML file); groups without a choice are left out."""
+    """Maps each group to its choice: the name of a YAML file, or of the callable that an override puts in its place.
+
+    Groups without a choice are left out.
+    """
     choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
-    return {str(k): str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None}
+    names = {str(k): str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None}
+    typed = {key_of(line): value_of(line) for line in config.hydra.overrides.task if key_of(line).endswith(_TARGET)}
+    return names | {group: typed[f"{group}{_TARGET}"] for group in names if f"{group}{_TARGET}" in typed}
 
 
 def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:

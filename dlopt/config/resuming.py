@@ -1,5 +1,6 @@
 """Decides whether a run can be resumed with a config: which keys must be equal, which may have changed."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], path: st
     different = differences(old, new)
     if not different:
         return
-    command = " ".join(["dlopt train", *without(overrides, "resume")])
+    command = shlex.join(["dlopt", "train", *without(overrides, "resume")])
     raise UserError(f"resume: {path} has another config ({describe(different)}); that run was started with: {command}")
 
 

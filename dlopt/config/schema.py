@@ -71,11 +71,15 @@ def trusted_packages() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A callable with its checked arguments; `build` calls it with those that are known only at run time."""
+    """A callable with its checked arguments; `build` calls it with those that are known only at run time.
+
+    `name`: of the choice, for messages; "" where it is not known, as in a checkpoint.
+    """
 
     key: str
     target: Callable[..., Any]
     arguments: Mapping[str, Any]
+    name: str = ""
 
     def build(self, **runtime: Any) -> Any:
         """Calls the target with its arguments and with those of `runtime` that its signature names."""
@@ -85,17 +89,30 @@ class Component:
 
     @property
     def choice(self) -> str:
-        """KEY=CHOICE, for messages. A callable that several choices share is named instead of the choice."""
-        files = sorted((config_folder() / self.key).glob("[!_]*.yaml"))
-        targets = {file.stem: re.search(r"^_target_: .*\b(\w+)$", file.read_text(), re.MULTILINE) for file in files}
-        names = [name for name, match in targets.items() if match is not None and match[1] == self.target.__name__]
-        return f"{self.key}={names[0] if len(names) == 1 else self.target.__name__}"
+        """KEY=CHOICE, for messages. A callable that is nobody's choice, or of several, is named itself."""
+        return f"{self.key}={self.name or choice_of(self.key, dotted_name(self.target))}"
 
     def takes(self, name: str) -> bool:
         return name in parameters_of(self.target)
 
     def partial(self, **extra: Any) -> "Component":
         return dataclasses.replace(self, arguments={**self.arguments, **extra})
+
+
+def dotted_name(target: Callable[..., Any]) -> str:
+    return f"{target.__module__}.{target.__qualname__}"
+
+
+def choice_of(group: str, path: str) -> str:
+    """Returns the one choice of dlopt with the callable at a dotted path; the path itself if there is none, or many.
+
+    A class has other paths than that of its module: torch.optim.SGD is torch.optim.sgd.SGD.
+    """
+    (package, *_), name = path.split("."), path.rpartition(".")[2]
+    pattern = re.compile(rf"^_target_: {re.escape(package)}\.(.*\.)?{re.escape(name)}$", re.MULTILINE)
+    files = sorted((config_folder() / group).glob("[!_]*.yaml"))
+    names = [file.stem for file in files if pattern.search(file.read_text())]
+    return names[0] if len(names) == 1 else path
 
 
 def _build(value: Any, runtime: Mapping[str, Any]) -> Any:
@@ -220,6 +237,8 @@ def _check_value(key: str, value: Any, annotation: Any, runtime: frozenset[str],
             names = ", ".join(field.name for field in dataclasses.fields(annotation))
             raise UserError(f"{key}={show(value)}: this is a block of keys ({names}); set them one by one")
         return annotation(**check_arguments(key, annotation, value, runtime, packages))
+    if isinstance(value, Mapping) and "_target_" in value and value["_target_"] is None:
+        return None  # an optional component that is not set
     if isinstance(value, Mapping) and "_target_" in value:
         # A nested component may have an argument of its own with a runtime argument's name (a dataset's image_size).
         return component(key, value, runtime - value.keys(), packages)

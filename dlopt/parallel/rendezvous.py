@@ -225,6 +225,12 @@ def is_main() -> bool:
     return world is None or world.is_main
 
 
+def is_launched() -> bool:
+    """Returns whether torchrun or srun has started this process as one of several."""
+    world = current()
+    return world is not None and world.launcher != "dlopt"
+
+
 def first_to_fail() -> bool:
     """Whether no other rank has reported a failure yet: one failure makes all ranks fail, and one message is enough.
 

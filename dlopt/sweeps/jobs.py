@@ -14,7 +14,6 @@ from dlopt.files import write_json
 from dlopt.folders import RunFolder
 from dlopt.job import describe
 
-SPACE = "sweep.yaml"  # in a sweep's folder; grid: the overrides of each job; search: its space and config
 OUTPUT = "output.log"  # stdout and stderr of a job
 
 
@@ -70,7 +69,7 @@ def prepare(job: Job) -> Result | None:
             return result_of(folder, DONE)
         with contextlib.suppress(OSError):
             (folder.path / "summary.json").unlink(missing_ok=True)  # of the previous attempt
-    describe(folder.path, plan.saved, plan.lines, plan.choices)
+    describe(folder.path, plan.saved, plan.typed, plan.choices)
     return None
 
 

@@ -19,12 +19,13 @@ from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.files import write_atomically
+from dlopt.folders import SPACE
 from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
 from dlopt.plain import flatten, is_below
 from dlopt.ranges import Count, Seed
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import SPACE, Job, PlanJob, Result, build_job, record_dead
+from dlopt.sweeps.jobs import Job, PlanJob, Result, build_job, record_dead
 from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.sweeps.space import Space, parse_space
 from dlopt.sweeps.study import STUDY_LOCK, WORKERS, Claim, Study, StudySpec, is_fact, storage_errors

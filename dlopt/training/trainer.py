@@ -18,8 +18,10 @@ from torch import nn
 from dlopt.config.experiment import Experiment
 from dlopt.data.batches import Batches
 from dlopt.errors import RunError, UserError
+from dlopt.folders import RunFolder
 from dlopt.interruption import Interruption
 from dlopt.parallel.mode import EpochBatches, Mode
+from dlopt.parallel.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
 from dlopt.training import rng
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
@@ -122,7 +124,8 @@ def train(
         status = trainer.fit(stop)
         summary = summarize(trainer, workload, status)
         if status == "interrupted":
-            tracking.message(f"{stop.reason}: stopped; resume with: dlopt train ... resume=auto")
+            how = RunFolder(run.folder).how_to_resume(is_launched())
+            tracking.message(f"{stop.reason}: stopped; {how}")
         elif settings.evaluate.test:
             summary |= _test_best(trainer, workload)
         pictures = None

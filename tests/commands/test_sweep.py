@@ -280,3 +280,20 @@ def test_glob_matches_choices_but_not_fragments(
     result = dlopt(tmp_path, "train", "-m", "schedule=glob(*)", "dry_run=true")
     names = {path.stem for path in (conf_dir / "schedule").glob("[!_]*.yaml")}
     assert {line.partition("schedule=")[2] for line in result.out.splitlines()[:-1]} == names
+
+
+def test_a_launcher_of_another_package_starts_the_checked_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[int, list[str], str]] = []
+
+    def record(jobs: Any, total: int, pool: object) -> dict[int, str]:
+        [job] = jobs
+        started.append((job.number, job.plan.lines, str(job.folder.path)))
+        return {job.number: "finished"}
+
+    monkeypatch.setattr("dlopt.commands.sweep.run_jobs", record)
+    sweep(tmp_path, "hydra/launcher=basic", "seed=shuffle(range(0,3))", "+hydra.job.env_set.A_KEY=value")
+    planned = yaml.safe_load((tmp_path / "sweep/sweep.yaml").read_text())
+    assert [lines for _, lines, _ in started] == planned
+    assert [(number, folder) for number, _, folder in started] == [
+        (number, str(tmp_path / f"sweep/{number}")) for number in range(3)
+    ]

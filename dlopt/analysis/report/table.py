@@ -38,7 +38,7 @@ _LR = "optimizer.lr"
 _MIN_CONFIGURATIONS = 6  # for an estimate of importance
 _MIN_EXPLAINED = 0.3  # of the variance of held-out configurations; noise alone rarely reaches it
 _MANY_SEEDS = 5  # the 95 % confidence interval of three runs is 2.5 standard deviations to each side
-_OVERRIDE = re.compile(r"[+~]{0,2}\w[\w./@-]*(=.*)?")
+_OVERRIDE = re.compile(r"([+~]{0,2}|--config-(?=dir=|name=))\w[\w./@-]*(=.*)?")
 # Where one run is stored. Unlike other keys of this role, nobody needs them to repeat the run on another machine.
 _NOT_REPEATED = ("hydra", "name", "resume", "dry_run")
 # A paper's error does not depend on how numbers are rounded, nor on an interruption.
@@ -59,7 +59,7 @@ class Configuration(Row):
     @property
     def command(self) -> str | None:
         """Shell command that repeats these runs; None if unknown."""
-        overrides = [_repeatable(run.overrides, "seed=") for run in self.records]
+        overrides = [_repeatable(run.overrides, "seed") for run in self.records]
         seeds = sorted({seed for run in self.records if isinstance(seed := run.config.get("seed"), int)})
         are_equal = all(lines == overrides[0] for lines in overrides) and 1 < len(seeds) == len(self.records)
         if overrides[0] is None or not are_equal:
@@ -141,16 +141,17 @@ def command(run: Record) -> str | None:
 
 def command_from(run: Record) -> str | None:
     """Returns the command that repeats the run from its folder, even if defaults have changed since."""
-    return _shell([f"from={short_path(run.path)}"])
+    flags = [word for word in run.overrides if word.startswith("--")]
+    trusted = [word for word in run.overrides if key_of(word) == "allow_packages"]
+    return _shell([*flags, f"from={short_path(run.path)}", *trusted])
 
 
 def _repeatable(overrides: Iterable[str], *omitted: str) -> list[str] | None:
-    """Returns the overrides without the run's location and `omitted` prefixes; None if a line is not an override."""
+    """Returns the overrides without the run's location and the keys `omitted`; None if a line is not an override."""
     lines = list(overrides)
     if not lines or not all(_OVERRIDE.fullmatch(line) for line in lines):
         return None
-    lines = [line for line in lines if group_of(line) not in _NOT_REPEATED]
-    return [line for line in lines if not line.startswith(omitted)]
+    return [line for line in lines if group_of(line) not in (*_NOT_REPEATED, *omitted)]
 
 
 def _shell(words: Sequence[str]) -> str | None:
