@@ -11,6 +11,7 @@ import yaml
 
 from dlopt.analysis.benchmark.protocol import BASELINES, Trial, WorkloadSpec, target_of
 from dlopt.analysis.benchmark.results import Cell, Cost, Record, Results, Workload, best_trial
+from dlopt.config.overrides import key_of, value_of
 from dlopt.errors import UserError
 from dlopt.files import read_json, write_json
 from dlopt.folders import RunFolder
@@ -192,7 +193,7 @@ def _is_reached(value: float, spec: WorkloadSpec) -> bool:
 
 def _values(run: RunFolder, space: Mapping[str, str]) -> dict[str, Any]:
     """Returns the drawn values of a trial, from its overrides."""
-    typed = dict(line.lstrip("+").split("=", 1) for line in run.history() if "=" in line)
+    typed = {key_of(line): value_of(line) for line in run.history()}
     return {key: yaml.safe_load(typed[key]) for key, text in space.items() if key in typed and typed[key] != text}
 
 
