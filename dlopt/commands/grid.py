@@ -1,6 +1,10 @@
 """`dlopt grid`: prints the arguments of one job of a sweep, for the tasks of a job array."""
 
+from hydra.types import RunMode
+
 from dlopt.commands.command import read_line
+from dlopt.config.overrides import grid
+from dlopt.config.plan import with_params
 from dlopt.errors import DONE, UserError
 
 USAGE = """\
@@ -20,10 +24,14 @@ Examples:
 def overrides_of(number: int, arguments: list[str]) -> list[str]:
     """Returns the overrides of job `number`, after the flags that name config files. Raises `UserError`."""
     line = read_line(arguments, several="not needed here; grid prints one job of the sweep")
-    jobs = line.combinations()
+    config = line.composer.compose(line.overrides, multirun=True)
+    if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+        raise UserError("dlopt grid: a search draws its jobs when they start; list the values, or run `dlopt train -m`")
+    jobs = grid(line.composer.parse(with_params(config, line.overrides)))
+    is_study = config.hydra.mode == RunMode.MULTIRUN  # of the recipe, whose jobs are to be run one by one
     if not 0 <= number < len(jobs):
         raise UserError(f"job {number}: the sweep has jobs 0 to {len(jobs) - 1}: {' '.join(arguments)}")
-    return [*line.composer.flags, *jobs[number]]
+    return [*line.composer.flags, *jobs[number], *(["hydra.mode=RUN"] if is_study else [])]
 
 
 def print_job(arguments: list[str]) -> int:

@@ -29,7 +29,7 @@ from dlopt.config.overrides import (
     text_of,
     value_of,
 )
-from dlopt.config.plan import Plan, as_job, checked
+from dlopt.config.plan import Plan, as_job, checked, with_params
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
@@ -175,8 +175,7 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     is_search = str(config.hydra.sweeper._target_) == SEARCH
     refusal = "starts jobs in batches, but a search starts one per free slot" if is_search else None
     pool = build_pool(config, refusal)
-    params = {} if is_search else config.hydra.sweeper.get("params") or {}
-    lines = [*(f"{key}={value}" for key, value in params.items()), *parsed.overrides]
+    lines = parsed.overrides if is_search else with_params(config, parsed.overrides)
     swept = composer.parse([line for line in lines if not is_hydra(line)])
     hydra = [line for line in lines if is_hydra(line)]
     request = Request(composer, config, parsed.overrides, hydra, swept, path, is_typed, pool)

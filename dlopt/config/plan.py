@@ -95,6 +95,12 @@ def as_job(plan: Plan, number: int, overrides: Iterable[str]) -> Plan:
     return replace(plan, overrides=lines, environment=environment, subfolder=subfolder, config=None)
 
 
+def with_params(config: DictConfig, overrides: Iterable[str]) -> list[str]:
+    """Returns the overrides of a sweep after those in its config file (hydra.sweeper.params), which they replace."""
+    params = config.hydra.sweeper.get("params") or {}
+    return [*(f"{key}={value}" for key, value in params.items()), *overrides]
+
+
 def folder_name(subfolder: str) -> str:
     """Returns hydra.sweep.subdir with unsafe characters replaced. Raises `UserError` if it is not below the sweep."""
     parts = [_UNSAFE.sub("_", part)[:200] for part in subfolder.split("/") if part]

@@ -40,3 +40,12 @@ def test_keeps_the_flags_that_name_config_files(tmp_path: Path) -> None:
     folder = str(tmp_path)
     job = overrides_of(1, ["-cd", folder, "optimizer=sgd,mine", "--config-name", "short"])
     assert job == [f"--config-dir={folder}", "--config-name=short", "optimizer=mine"]
+
+
+def test_jobs_of_a_recipe_with_a_sweep(tmp_path: Path) -> None:
+    jobs = [overrides_of(number, ["experiment=study/schedules", "seed=0,1"]) for number in range(4)]
+    assert jobs[0] == ["schedule=constant", "seed=0", "experiment=study/schedules", "hydra.mode=RUN"]
+    assert [job[:2] for job in jobs[1:3]] == [["schedule=constant", "seed=1"], ["schedule=step", "seed=0"]]
+    assert "_target_: dlopt.schedules.step" in dlopt(tmp_path, "train", "--cfg", "job", *jobs[2]).out
+    refusal = refused(tmp_path, "grid", "0", "hydra/sweeper=dlopt_optuna", "optimizer.lr=0.1,0.2")
+    assert "a search draws its jobs when they start" in refusal
