@@ -133,6 +133,7 @@ def _evaluate_weights(
     output: str | None = None,
 ) -> int:
     """Evaluates the weights `init_from` in the model of the command line, without a checkpoint."""
+    from dlopt.models.foreign import advice
     from dlopt.processor import choose_device
     from dlopt.training.build import build_workload, load_weights
 
@@ -148,6 +149,8 @@ def _evaluate_weights(
     workload = build_workload(experiment, parallel=mode)
     lines = load_weights(workload.module, path, complete=True)
     tested = _test([path], [workload], average, views, tta)
+    if tested.report.confusion is not None:
+        lines += advice(workload.module, tested.report.metrics["test_accuracy"], len(tested.report.confusion))
     record = _record({"init_from": str(path)}, tta, views, None if views is None else tested.average)
     return _finish(record, tested, output, lines) if mode.is_main else DONE
 

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from dlopt.models.resnet import CifarResNet, ZeroPadShortcut
 
 _EPS = 1e-6  # of the layer normalization of torchvision's and timm's vision transformers
+_NEAR_CHANCE = 0.1  # fraction of the way from chance to 1
 
-
-# Also of kuangliu's and akamaster's networks for CIFAR, whose last layer is `linear`.
 _RESNET = {
     r"conv1\.": "stem.0.",
     r"bn1\.": "stem.1.",
     r"layer(\d)\.(\d+)\.conv(\d)\.": r"stage\1.\2.conv\3.",
     r"layer(\d)\.(\d+)\.bn(\d)\.": r"stage\1.\2.norm\3.",
     r"layer(\d)\.(\d+)\.(downsample|shortcut)\.": r"stage\1.\2.shortcut.",
-    r"(fc|linear)\.": "head.",
+    r"fc\.": "head.",
 }
+_CIFAR_RESNET = {**_RESNET, r"linear\.": "head."}
 _VIT_TORCHVISION = {
     r"class_token$": "embedding.class_token",
     r"encoder\.pos_embedding$": "embedding.positions",
@@ -61,6 +61,7 @@ def _vgg(convolutions: tuple[int, ...], *, norm: bool) -> dict[str, str]:
 
 _FAMILIES = (
     ("torchvision or timm", _RESNET),
+    ("other networks for CIFAR (kuangliu's, akamaster's)", _CIFAR_RESNET),
     ("torchvision", _VIT_TORCHVISION),
     ("timm", _VIT_TIMM),
     ("torchvision or timm", _vgg((0, 3, 6, 8, 11, 13, 16, 18), norm=False)),
@@ -108,7 +109,27 @@ def differences(model: nn.Module) -> list[str]:
     eps = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), _EPS)
     if eps != _EPS:
         lines.append(f"model.norm_eps={eps:g}: vision transformers of torchvision and timm use 1e-06")
-    pads = (module for module in model.modules() if isinstance(module, ZeroPadShortcut))
-    if isinstance(model, CifarResNet) and any(pad.extra[0] == 0 for pad in pads):
+    if _shortcut_padding(model) == "end":
         lines.append("model.shortcut_padding=end: many other implementations use both")
     return lines
+
+
+def _shortcut_padding(model: nn.Module) -> str | None:
+    """Returns `model.shortcut_padding`, or None for a network without such shortcuts."""
+    pads = [module for module in model.modules() if isinstance(module, ZeroPadShortcut)]
+    if not isinstance(model, CifarResNet) or not pads:
+        return None
+    return "end" if pads[0].extra[0] == 0 else "both"
+
+
+def advice(model: nn.Module, accuracy: float, classes: int) -> list[str]:
+    """Returns a line with what to try if weights fit `model` by name, but its test accuracy is near chance."""
+    chance = 1 / classes
+    if classes < 2 or accuracy - chance > _NEAR_CHANCE * (1 - chance):
+        return []
+    tries = ["normalize=fixed with normalize.mean and normalize.std of their training", "the order of their classes"]
+    if (padding := _shortcut_padding(model)) is not None:
+        tries.insert(0, f"model.shortcut_padding={'both' if padding == 'end' else 'end'}")
+    return [
+        f"the weights fit by name, but the test accuracy is near chance ({100 * chance:.3g} %); try {', '.join(tries)}"
+    ]

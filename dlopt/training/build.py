@@ -283,11 +283,10 @@ def load_weights(module: nn.Module, path: Path, mode: Mode | None = None, *, com
     Raises `UserError` if no weight matches, or with `complete` if one is missing.
     """
     match = match_weights(path, module)
-    missing = [name for name in match.missing if not name.endswith("num_batches_tracked")]
-    if complete and missing:
+    if complete and match.missing:
         raise UserError(
             f"init_from={path}: an untrained part cannot be tested; the file lacks, or has with another shape: "
-            f"{', '.join(missing)}"
+            f"{', '.join(match.missing)}"
         )
     (mode or Mode(torch.device("cpu"))).load_model(module, match.weights, strict=False)
     return match.lines

@@ -60,7 +60,7 @@ class Match:
     """The weights of a file that fit a model, by the model's names, and lines that describe the match."""
 
     weights: dict[str, Tensor]
-    missing: list[str]  # parameters and buffers of the model that the file lacks
+    missing: list[str]  # parameters and buffers of the model that the file lacks, except batch norm's counters
     lines: list[str]
 
 
@@ -81,8 +81,9 @@ def match_weights(path: Path, module: nn.Module) -> Match:
         )
     notes += [f"from the names of {origin}"] if origin else []
     note = f" ({'; '.join(notes)})" if notes else ""
-    lines = [f"weights from {path}: {len(matching)} of {len(current)} tensors loaded{note}"]
-    missing = [name for name in current if name not in matching]
+    # PyTorch counts batches since version 0.4.1; older files have no counts, which do not change the outputs.
+    missing = [name for name in current if name not in matching and not name.endswith("num_batches_tracked")]
+    lines = [f"weights from {path}: {len(matching)} of {len(matching) + len(missing)} tensors loaded{note}"]
     if missing:
         sizes = {name: "x".join(map(str, tensor.shape)) or "one number" for name, tensor in saved.items()}
         shown = [f"{name} ({sizes[name]} in the file)" if name in saved else name for name in missing]

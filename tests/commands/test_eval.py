@@ -428,6 +428,16 @@ def test_weights_without_a_checkpoint(folder: Path) -> None:
     assert dlopt(folder, *line).code == 0 and entries(folder) == before, "no files without output="
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_weights_at_chance_get_advice(folder: Path) -> None:
+    state = load(folder / "a/checkpoints/best.pt")["model"]
+    torch.save({**state, "head.bias": state["head.bias"] + 1e4 * torch.eye(len(state["head.bias"]))[0]}, folder / "w.pt")
+    config = ("model=resnet20", "model.width=4", "data.subset=300", "data.batch_size=20", "device=cpu", "threads=1")
+    result = dlopt(folder, "eval", "init_from=w.pt", *config)
+    assert (result.code, result.err) == (0, "")
+    assert "the test accuracy is near chance (10 %); try model.shortcut_padding=both" in " ".join(result.out.split())
+
+
 def test_refused_weights(folder: Path) -> None:
     state = load(folder / "a/checkpoints/best.pt")["model"]
     torch.save({name: value for name, value in state.items() if not name.startswith("head.")}, folder / "headless.pt")

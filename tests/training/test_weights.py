@@ -171,6 +171,13 @@ def test_cifar_resnets_of_other_implementations(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"input_shape": (3, 16, 16), "classes": 7, "depth": 8, "width": 16, "residual": True}
     ours = CifarResNet(**keys, shortcut_padding="both", dropout=0.0, **NORM)
     assert len(check_same_outputs(OtherResNet8(), ours, tmp_path / "w.pt", 16)) == 1
+    named = "(from the names of other networks for CIFAR (kuangliu's, akamaster's))"
+    [line] = load_weights(ours, tmp_path / "w.pt")
+    assert line.endswith(f"{len(ours.state_dict())} of {len(ours.state_dict())} tensors loaded {named}")
+    old = {name: value for name, value in torch.load(tmp_path / "w.pt").items() if "num_batches" not in name}
+    torch.save(old, tmp_path / "old.pt")  # as saved before PyTorch counted the batches
+    [line] = load_weights(ours, tmp_path / "old.pt", complete=True)
+    assert line.endswith(f"{len(old)} of {len(old)} tensors loaded {named}")
     other = CifarResNet(**keys, shortcut_padding="end", dropout=0.0, **NORM)
     assert "model.shortcut_padding=end: many other" in load_weights(other, tmp_path / "w.pt")[-1]
 
