@@ -201,6 +201,7 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     Raises `UserError` if the folder is not writable.
     """
     code, diff = environment.repository()
+    diff = environment.redact(diff, config)
     facts = {
         "folder_format": FORMAT,
         "choices": dict(choices),

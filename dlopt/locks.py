@@ -40,6 +40,9 @@ def hold(path: Path) -> IO[str]:
 @contextlib.contextmanager
 def taken(path: Path) -> Iterator[bool]:
     """Tries to take the lock for the block; yields whether that succeeded, False if the file is missing."""
+    if _is_held_here(path):
+        yield False
+        return
     try:
         file = path.open("r+")
     except OSError:

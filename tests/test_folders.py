@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -290,7 +291,7 @@ def test_refuses_other_config_with_differences(change: str, tmp_path: Path) -> N
     key, _, value = change.partition("=")
     assert ("optimizer._target_" if key == "optimizer" else key) in message
     assert (value if key != "optimizer" else "torch.optim.Adam").strip("[]") in message
-    assert " ".join(SMALL) in message  # how that run was started
+    assert shlex.join(SMALL) in message  # how that run was started
     message = refused(tmp_path, "train", *SMALL, "resume=run/checkpoints/last.pt", change)
     assert "another config" in message
 

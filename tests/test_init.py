@@ -13,9 +13,10 @@ from dlopt import init
 from dlopt.errors import UserError
 from dlopt.models.mlp import MLP
 from dlopt.models.resnet import CifarResNet
+from tests.support.choices import names
 
 CONF = Path(__file__).parents[1] / "conf" / "init"
-CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml") if path.stem != "alexnet")  # for its model only
+CHOICES = [name for name in names("init") if name != "alexnet"]  # for its model only
 DATA_DRIVEN = {"lsuv", "whitening", "whitening_dirac"}
 NORM: dict[str, Any] = {
     "norm": "batch",

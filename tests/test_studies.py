@@ -9,7 +9,8 @@ from hydra.types import RunMode
 
 from dlopt.commands.train import train as train_command
 from dlopt.config.choices import config_folder
-from dlopt.config.compose import Composer, grid
+from dlopt.config.compose import Composer
+from dlopt.config.overrides import grid
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
@@ -52,7 +53,7 @@ def test_a_study_sweeps_with_and_without_multirun_flag(
 
     def record(batch: Any, pool: object, overview: object) -> None:
         while (job := batch.next()) is not None:
-            seen.append(" ".join(line for line in job.overrides if not line.startswith("experiment=")))
+            seen.append(" ".join(line for line in job.plan.lines if not line.startswith("experiment=")))
             job.folder.path.mkdir(parents=True, exist_ok=True)
             (job.folder.path / "summary.json").write_text('{"status": "finished"}')
             batch.ended(job, jobs.Result("finished", {}))

@@ -1,6 +1,7 @@
 """Claims of a comparison: two sides, a margin, and a verdict from the differences over paired seeds."""
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -211,7 +212,8 @@ def _interval(effects: Sequence[float]) -> tuple[float, float | None, float | No
     if any(map(math.isnan, effects)):
         return math.nan, None, None
     if any(map(math.isinf, effects)):
-        middle = sorted(effects)[len(effects) // 2]
+        middle = statistics.median(effects)
+        middle = 0.0 if math.isnan(middle) else middle  # between -inf and inf
         return (middle, min(effects), max(effects)) if len(effects) > 1 else (middle, None, None)
     found = mean_difference(effects)
     assert found is not None

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,7 +267,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else math.nan
+    return statistics.median(values) if values else math.nan
 
 
 def _write(folder: Path, diagnoses: Sequence["Diagnosis"], title: str) -> list[Path]:

@@ -82,9 +82,15 @@ class Composer:
     def parse(self, overrides: Iterable[str]) -> list[Override]:
         return parse_overrides(overrides, self)
 
+    def get_group_options(self, group: str, results_filter: ObjectType = ObjectType.CONFIG) -> list[str]:
+        """Lists the choices of a group for glob(*): without `custom`, which needs a callable."""
+        return [name for name in self._options(group, results_filter) if name != "custom"]
+
     def compose(self, overrides: Iterable[str], multirun: bool = False) -> DictConfig:
         """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
-        overrides = list(overrides)
+        parsed = self.parse(overrides)
+        # A component given as a block replaces one that is not set: data.test={_target_:mine.Dataset,count:17}.
+        overrides = [f"++{text_of(each)}" if _is_component(each) else text_of(each) for each in parsed]
         parsed = self.parse(overrides)
         self._check_overrides(parsed, multirun)
         try:
@@ -164,13 +170,13 @@ class Composer:
 
     def choices(self, group: str) -> list[str]:
         """Returns the names of a group's choices, including those in subfolders (`lecture/capacity`)."""
-        names = self.get_group_options(group)
+        names = self._options(group)
         for folder in self._loader.get_group_options(group, ObjectType.GROUP):
             names += [f"{folder}/{name}" for name in self.choices(f"{group}/{folder}")]
         return names
 
-    def get_group_options(self, group: str, results_filter: ObjectType = ObjectType.CONFIG) -> list[str]:
-        """Lists the choices of a group without fragments, whose names start with an underscore; also for glob(*)."""
+    def _options(self, group: str, results_filter: ObjectType = ObjectType.CONFIG) -> list[str]:
+        """Lists the files in the folder of a group without fragments, whose names start with an underscore."""
         return [name for name in self._loader.get_group_options(group, results_filter) if not name.startswith("_")]
 
     def _check_overrides(self, overrides: Iterable[Override], multirun: bool) -> None:
@@ -352,6 +358,12 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
     working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
     with env_override({**config.hydra.job.env_set, SHELL_FOLDER: os.getcwd()}), working_directory:
         yield
+
+
+def _is_component(override: Override) -> bool:
+    """Returns whether an override sets a key to a block with a callable."""
+    value = override.value()
+    return isinstance(value, dict) and "_target_" in value and text_of(override)[0] not in "+~"
 
 
 def _set(config: DictConfig, override: Override) -> None:

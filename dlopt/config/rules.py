@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from dlopt.config.experiment import Experiment, Settings
+from dlopt.config.schema import Component
 from dlopt.errors import UserError, install
 
 _MAX_NAME = 100
@@ -36,6 +37,11 @@ def check_combinations(experiment: Experiment) -> None:
             f"scale_lr={settings.scale_lr}: optimizer.lr=auto already chooses the learning rate for this batch size; "
             "set scale_lr=none, or set optimizer.lr to a number"
         )
+    if settings.scale_lr != "none" and _learning_rate(experiment.optimizer) is None:
+        raise UserError(
+            f"scale_lr={settings.scale_lr}: {experiment.optimizer.choice} has no learning rate to scale; set "
+            "optimizer.lr to a number, or scale_lr=none"
+        )
     if settings.ema is not None and hasattr(experiment.optimizer.target, "eval"):
         raise UserError(
             f"ema={settings.ema}: {experiment.optimizer.target.__name__} evaluates an average of its own; use ema=null "
@@ -50,6 +56,13 @@ def check_combinations(experiment: Experiment) -> None:
         )
     if experiment.loss.target.__name__ == "PixelCrossEntropy":
         _check_pixels(experiment)
+
+
+def _learning_rate(optimizer: Component) -> Any:
+    """Returns the argument lr, of SAM that of its base optimizer; None if there is none."""
+    base = optimizer.arguments.get("base")
+    lr = optimizer.arguments.get("lr")
+    return _learning_rate(base) if lr is None and isinstance(base, Component) else lr
 
 
 def _check_pixels(experiment: Experiment) -> None:

@@ -222,14 +222,18 @@ class GroupMode(Mode):
         """
         losses, start = [], 0
         shards = micro_batch_shards(self.batch_total, self.accumulate, self.data_rank, self.data_degree)
-        for number, shard in enumerate(shards, 1):
-            stop = start + shard.samples
-            self.dropout.shard = shard
-            x, y, weight = inputs[start:stop], targets[start:stop], shard.samples * scale / self.batch_total
-            with self.backward_context(is_last=number == len(shards)):
-                losses.append(step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record))
-            start = stop
-        self.dropout.shard = None
+        try:
+            for number, shard in enumerate(shards, 1):
+                stop = start + shard.samples
+                self.dropout.shard = shard
+                x, y, weight = inputs[start:stop], targets[start:stop], shard.samples * scale / self.batch_total
+                with self.backward_context(is_last=number == len(shards)):
+                    losses.append(
+                        step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record)
+                    )
+                start = stop
+        finally:
+            self.dropout.shard = None
         return torch.stack(losses).sum()
 
     def backward_context(self, *, is_last: bool) -> AbstractContextManager[Any]:

@@ -9,7 +9,9 @@ from dlopt.analysis.benchmark.protocol import Trial, WorkloadSpec, has_space, lo
 from dlopt.analysis.benchmark.reading import has_ended
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import key_of, value_of
-from dlopt.config.plan import plan
+from dlopt.config.parsing import find_local_packages
+from dlopt.config.resolve import to_plain
+from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.locks import hold
@@ -53,8 +55,11 @@ def candidate(composer: Composer, name: str, overrides: Sequence[str]) -> Candid
     if has_space(name, composer.config_dir):
         return Candidate(name, chosen, space)
     lines = [*chosen, *overrides]
-    component = plan(composer, lines).experiment.optimizer
-    searched = {key: value for key, value in space.searched.items() if component.takes(key.removeprefix("optimizer."))}
+    plain, _ = to_plain(composer.compose(lines), lines)
+    find_local_packages(plain["allow_packages"])
+    packages = (*trusted_packages(), *plain["allow_packages"])
+    names = parameters_of(resolve_target("optimizer._target_", str(plain["optimizer"]["_target_"]), packages))
+    searched = {key: value for key, value in space.searched.items() if key.removeprefix("optimizer.") in names}
     if not searched:
         raise UserError(
             f"optimizer={name}: has none of the keys of the default search space ({', '.join(space.searched)}); write "

@@ -14,6 +14,7 @@ from dlopt.files import read_json, write_atomically
 _CLOSE_TIMEOUT = 30.0  # seconds to wait at the end of a run for pending deliveries
 _MLFLOW_STATUS = {"finished": "FINISHED", "stopped_early": "FINISHED", "failed": "FAILED"}
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # per MLflow request
+_UPDATE = "update"  # metric of W&B
 _MAX_PARAM_LENGTH = 500  # characters, the smallest limit of all MLflow versions
 
 HParams = Mapping[str, str | bool | float]
@@ -154,7 +155,8 @@ def _chunks(items: list[Any], size: int) -> list[list[Any]]:
 class Wandb:
     """A run of Weights & Biases, configured by WANDB_API_KEY, WANDB_MODE, ... The project is named after `name`.
 
-    A resumed run continues under the same id. Without an account, WANDB_MODE=offline writes to the run folder.
+    A resumed run continues under the same id; repeated epochs appear twice, as in MLflow.
+    Without an account, WANDB_MODE=offline writes to the run folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -176,11 +178,15 @@ class Wandb:
             config=dict(hparams),
             settings=wandb.Settings(console="off", silent=True),
         )
+        # W&B drops what is logged for a step before its last one, such as epochs repeated after a rollback or a resume.
+        # Its own steps therefore only count the calls, and charts are drawn against the number of updates.
+        self._run.define_metric(_UPDATE)
+        self._run.define_metric("*", step_metric=_UPDATE)
         write_atomically(id_file, f"{self._run.id}\n".encode())
 
     def send(self, scalars: list[Scalars]) -> None:
         for step, _, values in scalars:
-            self._run.log(dict(values), step=step)
+            self._run.log({**values, _UPDATE: step})
 
     def end(self, status: str) -> None:
         self._run.finish(exit_code=0 if status in ("finished", "stopped_early") else 1)

@@ -124,6 +124,8 @@ class GraphedStep(Step):
         self.schedule.step()
         for hook in self._eager_hooks:
             hook()
+        if self.after_step is not None:  # graphs have no gradient scaler
+            self.after_step()
 
     def _captured_update(self) -> "_StaticRecord":
         """Runs the update on the static batch. Seeding and metric accumulation stay on the host."""

@@ -158,11 +158,13 @@ class MetricSum:
 
     def state_dict(self) -> dict[str, Any]:
         self.sync()
-        return {"loss": self.loss, "right": self.correct, "count": self.count}
+        return {"loss": self.loss, "right": self.correct, "count": self.count, "reported": list(self._reported)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.loss, self.correct, self.count = state["loss"], state["right"], state["count"]
-        self._reported = self.loss, self.correct, self.count
+        # Of an older checkpoint, the first report after the resume lacks the updates before it.
+        loss, correct, count = state.get("reported", (self.loss, self.correct, self.count))
+        self._reported = loss, correct, count
 
 
 def _concatenated(tensors: list[Tensor]) -> Tensor:

@@ -240,12 +240,14 @@ def build_step(
         raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
     # The order matters: the average includes buffers, which have to be synchronized before.
     average_weights = None if average is None else average.update
-    hooks = (mode.buffer_synchronization(workload.module), average_weights, getattr(stopping, "after_update", None))
+    after_update = getattr(stopping, "after_update", None)
+    hooks = [mode.buffer_synchronization(workload.module), average_weights]
     args = network, optimizer, schedule, mode, step_settings
     kwargs = {
         "precision": workload.precision,
         "clip": clip.build(model=workload.module),
         "post_hooks": [hook for hook in hooks if hook],
+        "after_step": after_update,
         "skip": skip,
         "observers": observers,
     }

@@ -109,6 +109,7 @@ class Step:
         precision: Precision,
         clip: Clip | None = None,
         post_hooks: Sequence[Callable[[], None]] = (),
+        after_step: Callable[[], None] | None = None,
         skip: Callable[[Diverged], bool] | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -119,6 +120,7 @@ class Step:
         self.settings = settings
         self.clip = Unclipped() if clip is None else clip
         self.post_hooks = post_hooks
+        self.after_step = after_step
         self.skip = skip
         self.observers = observers
         self.scaler = precision.scaler()
@@ -141,6 +143,7 @@ class Step:
         buffers = network.module.buffers() if self._may_undo else ()
         self._buffers = [local(buffer) for buffer in buffers if not buffer.is_meta]  # batch-norm statistics
         self._saved_buffers = [buffer.clone() for buffer in self._buffers]
+        self._scale = None if self.scaler is None or after_step is None else self.scaler.get_scale()
         self._record: MetricRecord | None = None  # until the update's first evaluation has used it
         self._evaluations = 0  # of the loss, in all updates of the run
 
@@ -175,6 +178,15 @@ class Step:
             self.schedule.step()
             for hook in () if skipped else self.post_hooks:
                 hook()
+            if self.after_step is not None and not (skipped or self._was_skipped_by_scaler()):
+                self.after_step()
+
+    def _was_skipped_by_scaler(self) -> bool:
+        """Returns whether the gradient scaler has skipped this update: then it reduces its scale. Synchronizes."""
+        if self.scaler is None:
+            return False
+        former, self._scale = self._scale, self.scaler.get_scale()
+        return former is not None and self._scale < former
 
     def begin(
         self, inputs: Tensor, targets: Tensor, number: int, metrics: MetricSum, *, log_norm: bool = False

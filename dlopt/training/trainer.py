@@ -102,7 +102,11 @@ def train(
     batches = training_batches(workload)
     length = run_length(settings, len(batches), state)
     horizon_note = None if state is None else check_horizon(run.experiment, length, state)
-    with open_tracking(run, state, console) if mode.is_main else Tracking(None, sinks=[], console=False) as tracking:
+    is_shown = mode.is_main
+    with (
+        contextlib.closing(batches),
+        open_tracking(run, state, console) if is_shown else Tracking(None, sinks=[], console=False) as tracking,
+    ):
         found_lr = None
         if workload.experiment.auto_lr and find_lr is not None:
             # A resumed run keeps the learning rate of its range test.

@@ -29,6 +29,7 @@ from dlopt.data.samples import InMemory
 from dlopt.errors import UserError
 from dlopt.random import generator
 from tests.augment.helpers import Images, pictures
+from tests.support.choices import files
 
 
 def call(pipeline: Pipeline, images: Tensor, seed: int = 0) -> Tensor:
@@ -149,7 +150,7 @@ def test_rejects_a_shard_of_another_length() -> None:
 
 # -- the ready pipelines
 
-CHOICES = sorted(Path(__file__).parents[2].joinpath("conf", "augmentation").glob("[!_]*.yaml"))
+CHOICES = files("augmentation")
 
 
 def ready(path: Path, images: Tensor) -> Pipeline:

@@ -431,7 +431,8 @@ def test_weights_without_a_checkpoint(folder: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_weights_at_chance_get_advice(folder: Path) -> None:
     state = load(folder / "a/checkpoints/best.pt")["model"]
-    torch.save({**state, "head.bias": state["head.bias"] + 1e4 * torch.eye(len(state["head.bias"]))[0]}, folder / "w.pt")
+    bias = state["head.bias"] + 1e4 * torch.eye(len(state["head.bias"]))[0]
+    torch.save({**state, "head.bias": bias}, folder / "w.pt")
     config = ("model=resnet20", "model.width=4", "data.subset=300", "data.batch_size=20", "device=cpu", "threads=1")
     result = dlopt(folder, "eval", "init_from=w.pt", *config)
     assert (result.code, result.err) == (0, "")

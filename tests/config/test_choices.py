@@ -15,13 +15,12 @@ from dlopt.config.experiment import GROUPS
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from tests.commands.line import dlopt, only
+from tests.support import choices
 from tests.test_comparisons import SHIPPED
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = [
-    f"{path.parent.name}={path.stem}"
-    for path in sorted(CONF.glob("*/*.yaml"))
-    if not path.stem.startswith("_") and path.parent.name in GROUPS
+    f"{group}={name}" for group in sorted(GROUPS) for name in choices.names(group)
 ]
 EXPERIMENTS = sorted(
     str(path.relative_to(CONF / "experiment").with_suffix(""))

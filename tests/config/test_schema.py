@@ -152,8 +152,8 @@ class Outer:
         ("normalize", "dlopt.data.whitening.PCAWhiten", "normalize=pca_whiten"),
         ("clip", "dlopt.training.clipping.ByNorm", "clip=norm"),
         ("optimizer", "dlopt.optim.adamw", "optimizer=adamw"),
-        ("optimizer", "torch.optim.SGD", "optimizer=SGD"),  # gradient_descent and sgd
-        ("optimizer", "torch.optim.ASGD", "optimizer=ASGD"),  # no choice
+        ("optimizer", "torch.optim.SGD", "optimizer=torch.optim.sgd.SGD"),  # gradient_descent and sgd
+        ("optimizer", "torch.optim.ASGD", "optimizer=torch.optim.asgd.ASGD"),  # no choice
     ],
 )
 def test_messages_name_the_choice_of_a_callable(key: str, target: str, choice: str) -> None:

@@ -9,13 +9,14 @@ import yaml
 
 from dlopt.config.schema import parameters_of
 from dlopt.data.splits import DataSettings
+from tests.support.choices import files
 
 CONF = Path(__file__).parents[2] / "conf"
 COMMON = {field.name for field in fields(DataSettings)}
 RUNTIME = {"normalize": {"input_shape"}, "sampler": {"targets", "samples", "batch_size", "seed"}, "data": COMMON}
 
 
-CHOICES = [path for group in RUNTIME for path in sorted((CONF / group).glob("[!_]*.yaml"))]
+CHOICES = [path for group in RUNTIME for path in files(group)]
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.choices import names
+
 CONF = Path(__file__).parents[2] / "conf" / "model"
-CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml"))
+CHOICES = names("model")
 SHAPES = {"polynomial": (1,), "alexnet_224": (3, 224, 224), "two_column_alexnet_224": (3, 224, 224)}
 
 DEEP = {"resnet1202", "preact_resnet1001", "resnet110", "preact_resnet110", "preact_resnet164", "resnet101"}

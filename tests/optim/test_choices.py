@@ -17,9 +17,10 @@ from dlopt import optim
 from dlopt.config.choices import Catalogue
 from dlopt.optim import LossClosure
 from dlopt.optim.common import chunks
+from tests.support.choices import names
 
 CONF = Path(__file__).parents[2] / "conf"
-CHOICES = sorted(path.stem for path in (CONF / "optimizer").glob("[!_]*.yaml"))
+CHOICES = names("optimizer")
 # Values in the YAML other than the defaults of the signature: `dfp`, `dmuon` and `momentum` are a class under a second
 # name, and the learning rate of `sam` is that of its base.
 OTHER_VALUES = {

@@ -21,10 +21,11 @@ from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.clipping import Adaptive, ByNorm, ByValue, gradient_norm
 from dlopt.training.optimizer import check_optimizer
 from dlopt.training.stopping import Tolerance
-from tests.parallel.ranks import ROOT, run_ranks
+from tests.parallel.ranks import run_ranks
+from tests.support.choices import names
 from tests.training.runs import Composed, composed
 
-CHOICES = sorted(path.stem for path in (ROOT / "conf/optimizer").glob("[!_]*.yaml"))
+CHOICES = names("optimizer")
 NEEDS_FULL_TENSORS = {"adafactor", "dmuon", "kron", "lamb", "lars", "mars", "muon", "scion", "shampoo", "soap"}
 NEEDS_FULL_MODEL = {"bfgs", "dfp", "lbfgs", "newton", "newton_cg", "newton_undamped", "prodigy", "sam", "sophia"}
 

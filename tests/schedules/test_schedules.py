@@ -18,9 +18,10 @@ from dlopt import schedules
 from dlopt.config.schema import parameters_of
 from dlopt.errors import UserError
 from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmup, build
+from tests.support.choices import names
 
 CONF = Path(__file__).parents[2] / "conf"
-CHOICES = sorted(path.stem for path in (CONF / "schedule").glob("[!_]*.yaml"))
+CHOICES = names("schedule")
 PURE = [name for name in CHOICES if name != "plateau"]
 NO_WARMUP = Warmup(warmup_epochs=None, warmup_steps=0, warmup_fraction=0.0, warmup_start=0.0, warmup_shape="linear")
 STEPS, EPOCH = 240, 24

@@ -139,7 +139,7 @@ def test_a_run_saves_its_rates(gpt: list[str], tmp_path: Path) -> None:
         (["model=mlp", "optimizer=sgd"], "init=mup: sets learning rates for Adam .* not for SGD; use optimizer=adamw"),
         (["model=mlp", "optimizer=muon"], "init=mup: .* not for Muon"),
         (["model=mlp", "optimizer=sophia"], "init=mup: .* not for Sophia"),
-        (["model=resnet18", "optimizer=adam"], "init=mup: model=ResNet has no key for its width"),
+        (["model=resnet18", "optimizer=adam"], "init=mup: model=dlopt.models.resnet.ResNet has no key for its width"),
         (["model=airbench94"], "init=mup: model=airbench94 already divides its outputs by its width"),
     ],
 )

@@ -26,6 +26,7 @@ from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.progress import run_length
 from dlopt.training.step import Step
 from dlopt.training.trainer import Run
+from tests.support.choices import names
 from tests.training.runs import (
     RICH,
     SMALL,
@@ -215,11 +216,7 @@ def test_resumes_with_data_workers(whole: Path, tmp_path: Path, workers: int) ->
 CONF = Path(__file__).parents[2] / "conf"
 
 
-def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
-
-
-@pytest.mark.parametrize("optimizer", choices("optimizer"))
+@pytest.mark.parametrize("optimizer", names("optimizer"))
 @pytest.mark.slow
 def test_resumes_with_every_optimizer(tmp_path: Path, optimizer: str) -> None:
     """With mini-batches for full-batch methods, too: the run is stopped within an epoch."""
@@ -232,7 +229,7 @@ def test_resumes_with_every_optimizer(tmp_path: Path, optimizer: str) -> None:
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("schedule", choices("schedule"))
+@pytest.mark.parametrize("schedule", names("schedule"))
 @pytest.mark.slow
 def test_resumes_with_every_schedule(tmp_path: Path, schedule: str) -> None:
     overrides = [*RICH, f"schedule={schedule}"]

@@ -15,6 +15,7 @@ from dlopt.commands.export import export
 from dlopt.commands.summary import summary as print_summary
 from dlopt.errors import UserError
 from dlopt.training.build import build_workload, training_batches
+from tests.support.choices import names
 from tests.support.requires import requires
 from tests.training.runs import experiment, in_fork, resume, same, start
 
@@ -186,7 +187,7 @@ def test_optimizers_with_second_derivatives_and_with_matrices(lines: list[str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", sorted(path.stem for path in Path("conf/optimizer").glob("[a-z]*.yaml")))
+@pytest.mark.parametrize("optimizer", names("optimizer"))
 def test_every_optimizer_trains_or_is_refused(lines: list[str], tmp_path: Path, optimizer: str) -> None:
     # The full Hessian of this model takes minutes.
     small = ["optimizer.max_parameters=100"] if optimizer in ("newton", "newton_undamped") else []

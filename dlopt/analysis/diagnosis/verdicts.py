@@ -1,6 +1,7 @@
 """Classifies each layer as healthy, vanishing, exploding, saturated or dead, and recommends overrides."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -182,5 +183,5 @@ def healthy(norms: Sequence[float]) -> list[float]:
 def clipping_norm(observed: Sequence[float]) -> float | None:
     """Returns the median of the finite gradient norms, which clips half of the updates (Pascanu et al. 2013, section
     3.2, take the mean over many updates); None if there is none."""
-    finite = sorted(norm for norm in observed if math.isfinite(norm) and norm > 0)
-    return finite[len(finite) // 2] if finite else None
+    finite = [norm for norm in observed if math.isfinite(norm) and norm > 0]
+    return statistics.median(finite) if finite else None
