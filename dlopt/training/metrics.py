@@ -158,12 +158,15 @@ class MetricSum:
 
     def state_dict(self) -> dict[str, Any]:
         self.sync()
-        return {"loss": self.loss, "right": self.correct, "count": self.count, "reported": list(self._reported)}
+        loss, correct, count = self._reported
+        reported = {"reported_loss": loss, "reported_right": correct, "reported_count": count}
+        return {"loss": self.loss, "right": self.correct, "count": self.count, **reported}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.loss, self.correct, self.count = state["loss"], state["right"], state["count"]
-        # Of an older checkpoint, the first report after the resume lacks the updates before it.
-        loss, correct, count = state.get("reported", (self.loss, self.correct, self.count))
+        # Without these keys, in an older checkpoint, the first report covers only the updates after the resume.
+        totals = ("loss", self.loss), ("right", self.correct), ("count", self.count)
+        loss, correct, count = (state.get(f"reported_{name}", value) for name, value in totals)
         self._reported = loss, correct, count
 
 

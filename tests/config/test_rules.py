@@ -42,3 +42,9 @@ def test_counts_are_limited_by_the_cores(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with pytest.raises(UserError, match=message):
             experiment(*line)
+
+
+def test_scale_lr_needs_a_learning_rate() -> None:
+    with pytest.raises(UserError, match=r"scale_lr=linear: optimizer=torch.optim.sgd.SGD has no learning rate"):
+        experiment("optimizer=custom", "optimizer._target_=torch.optim.SGD", "scale_lr=linear")
+    assert experiment("optimizer=sam", "scale_lr=linear").settings.scale_lr == "linear"

@@ -17,7 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from dlopt.errors import UserError
-from dlopt.locks import is_held
+from dlopt.locks import hold, is_held, taken
 from dlopt.sweeps import samplers
 from dlopt.sweeps.study import JOURNAL, WORKERS, hide_password, open_storage
 from tests.support.requires import find, require
@@ -235,3 +235,13 @@ def test_unreachable_database_is_reported(tmp_path: Path) -> None:
 
 def test_passwords_are_not_shown() -> None:
     assert hide_password("postgresql://me:sesame@host/db") == "postgresql://me:***@host/db"
+
+
+def test_asking_for_the_lock_of_this_process_does_not_release_it(tmp_path: Path) -> None:
+    path, script = tmp_path / "lock", "import sys, pathlib, dlopt.locks; dlopt.locks.hold(pathlib.Path(sys.argv[1]))"
+    lock = hold(path)
+    with taken(path) as is_taken:
+        assert not is_taken
+    command = [sys.executable, "-c", script, str(path)]
+    assert "holds this lock" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stderr
+    lock.close()

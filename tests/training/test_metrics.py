@@ -58,7 +58,8 @@ def test_does_not_depend_on_the_times_of_syncs(sizes: list[int], settled: set[in
             sums.sync()
         if number in reported:
             sums.since_last("train/")
-    assert sums.state_dict() == reference.state_dict()
+    first, second = sums.state_dict(), reference.state_dict()
+    assert [first[key] for key in ("loss", "right", "count")] == [second[key] for key in ("loss", "right", "count")]
 
 
 @given(sizes=sizes, cut=st.integers(0, 12))
@@ -96,6 +97,21 @@ def test_since_last_covers_each_sample_once() -> None:
     metrics_since = sums.since_last("train/")
     assert metrics_since["train/accuracy"] == plain_loop(parts[2:])["train_accuracy"]
     assert metrics_since["train/loss"] == pytest.approx(plain_loop(parts[2:])["train_loss"], rel=1e-12)
+
+
+def test_a_report_after_a_resume_covers_the_whole_interval() -> None:
+    first, second, parts = MetricSum(CLASSIFICATION), MetricSum(CLASSIFICATION), batches([3, 4, 5, 2])
+    first.add(*parts[0])
+    first.since_last("train/")
+    first.add(*parts[1])
+    second.load_state_dict(first.state_dict())
+    old = MetricSum(CLASSIFICATION)
+    old.load_state_dict({key: first.state_dict()[key] for key in ("loss", "right", "count")})
+    for sums in (second, old):
+        for part in parts[2:]:
+            sums.add(*part)
+    reports = [sums.since_last("train/")["train/loss"] for sums in (second, old)]
+    assert reports == [pytest.approx(plain_loop(parts[start:])["train_loss"], rel=1e-12) for start in (1, 2)]
 
 
 def test_regression_has_no_accuracy() -> None:

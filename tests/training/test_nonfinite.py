@@ -206,6 +206,25 @@ def test_fp16_fails_below_the_smallest_loss_scale() -> None:
         update.check_updates()
 
 
+def test_updates_that_the_scaler_skips_do_not_count_as_small() -> None:
+    model = nn.Linear(6, 3)
+    handle = model.weight.register_hook(lambda gradient: gradient * INF)
+
+    class Scaled(Precision):
+        def scaler(self) -> torch.amp.GradScaler:
+            return torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    rule = Tolerance(model, tolerance=1e9, iterations=10)
+    update = make_step(model, sgd(model), precision=Scaled("fp32", CPU), check_now=False, after_step=rule.after_update)
+    for step in range(3):
+        update.update(*batch(0), step, MetricSum(CLASSIFICATION))
+        assert rule.count == 0
+    handle.remove()
+    for step in range(3, 5):
+        update.update(*batch(0), step, MetricSum(CLASSIFICATION))
+    assert rule.count == 2
+
+
 # -- left out
 
 

@@ -52,6 +52,7 @@ def make_step(
     precision: Precision | None = None,
     clip: Clip | None = None,
     post_hooks: Sequence[Callable[[], None]] = (),
+    after_step: Callable[[], None] | None = None,
     skip: Callable[[Diverged], bool] | None = None,
     **settings: Any,
 ) -> Step:
@@ -64,6 +65,7 @@ def make_step(
         precision=precision or Precision("fp32", CPU),
         clip=clip,
         post_hooks=post_hooks,
+        after_step=after_step,
         skip=skip,
     )
 

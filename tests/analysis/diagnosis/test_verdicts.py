@@ -101,6 +101,7 @@ def test_advice_lists_overrides_not_already_set() -> None:
 
 def test_clipping_norm_is_the_median_of_finite_norms() -> None:
     assert clipping_norm([5.0, 1.0, math.nan, 3.0, math.inf]) == 3.0
+    assert clipping_norm([5.0, 1.0, 3.0, 4.0]) == 3.5
     assert clipping_norm([math.nan]) is None
 
 
