@@ -149,15 +149,15 @@ def _start(run: "Run", processes: int, *, console: bool) -> int:
         return launch.run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
     watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
     with Interruption(run.experiment.settings.max_time) as interruption, watch:
-        status = train(run, interruption, console=console and is_main)["status"]
+        status = run_job(run, interruption, console=console and is_main)["status"]
         rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
     return CODE_OF[status]
 
 
-def train(run: "Run", interruption: Interruption | None = None, *, console: bool = True) -> dict[str, Any]:
+def run_job(run: "Run", interruption: Interruption | None = None, *, console: bool = True) -> dict[str, Any]:
     """Trains with the observers, the learning-rate range test and the picture that the settings enable.
 
-    They are passed in because the trainer does not import `dlopt.analysis`. See `dlopt.training.trainer.train`.
+    They are passed in because the trainer does not import `dlopt.analysis`. See `dlopt.training.trainer.train_run`.
     """
     from dlopt.training import trainer
     from dlopt.training.precision import torch_defaults
@@ -177,7 +177,7 @@ def train(run: "Run", interruption: Interruption | None = None, *, console: bool
     if console and settings.tracking and not _is_job_of_sweep(run):
         tools["draw"] = _draw
     with torch_defaults():
-        return trainer.train(run, interruption, console=console, **tools)
+        return trainer.train_run(run, interruption, console=console, **tools)
 
 
 def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict[str, Path]:

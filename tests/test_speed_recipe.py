@@ -10,7 +10,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.training.build import Workload, build_workload
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 from tests.commands.line import dlopt
 
 SMALL = ("experiment=cifar10_speed", "data=digits", "device=cpu", "threads=1", "precision=fp32", "compile=false")
@@ -23,7 +23,7 @@ def build(*overrides: str) -> Workload:
 def test_published_learning_rates_and_weight_decay(tmp_path: Path) -> None:
     """For sums over 2000 samples: lr 0.24 (filters), 0.053 (biases), 0.67 (head); lr times weight decay 0.004."""
     workload = build("model.widths=[4,4,8]", "data.batch_size=100")
-    optimizer = dry_run(workload, tmp_path).step.optimizer
+    optimizer = probe_trainer(workload, tmp_path).step.optimizer
     names = {p: name for name, p in workload.module.named_parameters()}
     found = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
     filters = {f"stage{i}.conv{j}.weight" for i in (1, 2, 3) for j in (1, 2)}
@@ -42,7 +42,7 @@ def test_published_learning_rates_and_weight_decay(tmp_path: Path) -> None:
 
 def test_one_update_changes_trainable_parameters(tmp_path: Path) -> None:
     workload = build("model.widths=[4,4,8]", "data.batch_size=100")
-    trainer = dry_run(workload, tmp_path)
+    trainer = probe_trainer(workload, tmp_path)
     before = {name: p.detach().clone() for name, p in workload.module.named_parameters()}
     inputs, targets = next(iter(trainer.batches.epoch(0)))
     trainer.step.update(inputs, targets, 0, trainer.train_metrics)

@@ -29,7 +29,7 @@ from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_mode, build_workload, load_weights
 from dlopt.training.optimizer import build_optimizer
 from dlopt.training.progress import endless_batches
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,7 +121,8 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
         load_weights(workload.module, Path(path), workload.parallel)
     workload = replace(workload, experiment=trial(workload.experiment, keys))
     with restored(workload.module, workload.device):
-        trainer = dry_run(workload, folder, checks=False)  # a non-finite loss ends the test, here and on all ranks
+        # A non-finite loss ends the test, here and on all ranks.
+        trainer = probe_trainer(workload, folder, checks=False)
         constant = _independent_rates(workload)
         rates, losses, smoothed = [], [], []
         average, best, diverged = 0.0, math.inf, False

@@ -14,6 +14,7 @@ from dlopt.analysis import drawing
 from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
 from dlopt.commands.processes import run_rank
 from dlopt.commands.reads import LEARNING_RATE, RECIPE, UPDATE, indented
+from dlopt.config.overrides import group_of, is_typed, key_of, value_of, without
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_json
 from dlopt.parallel import launch
@@ -102,7 +103,7 @@ Simulated cluster (simulate=true):
 @on_experiment("bench", None, several="not needed here; list the values: parallel=ddp,filter")
 def bench(line: Line) -> int:
     """Runs one of the benchmarks. Raises `UserError`."""
-    keys = {override.partition("=")[0]: override.partition("=")[2] for override in line.overrides}
+    keys = {key_of(override): value_of(override) for override in line.overrides}
     if "simulate" in keys:
         return line.call(_simulate)
     if "allreduce" in keys:
@@ -160,7 +161,7 @@ def _bench_modes(
     show_table(modes.table(rows))
     for problem in modes.failures(rows):
         print(problem)
-    overrides = " ".join(override for override in line.overrides if not override.startswith("processes="))
+    overrides = " ".join(without(line.overrides, "processes"))
     figure = modes.draw(rows, title=f"dlopt bench {overrides}")
     _save(figure, folder, "modes", [asdict(row) | {"spread": row.spread} for row in rows])
     return DONE
@@ -170,23 +171,23 @@ def _rows(line: Line) -> list[_Row]:
     """Expands the command line to rows: a single-process baseline, then each mode with each number of processes."""
     from dlopt.processor import usable_cores
 
-    processes = [override for override in line.overrides if override.startswith("processes=")] or ["processes=2"]
-    overrides = [override for override in line.overrides if not override.startswith("processes=")]
-    if not any(override.startswith("parallel=") for override in overrides):
+    processes = [override for override in line.overrides if key_of(override) == "processes"] or ["processes=2"]
+    overrides = without(line.overrides, "processes")
+    if not is_typed("parallel", overrides):
         overrides = ["parallel=ddp", *overrides]
     for override in overrides:
-        if override.lstrip("+").startswith("parallel.processes="):
-            raise UserError(f"{override}: use processes={override.partition('=')[2]} here, one or more values")
+        if key_of(override) == "parallel.processes":
+            raise UserError(f"{override}: use processes={value_of(override)} here, one or more values")
     combinations = replace(line, overrides=processes[-1:]).combinations()
     counts = [_count(override) for combination in combinations for override in combination]
     # The same threads per process in all rows, few enough that the largest number of processes fits the cores.
     threads = max(usable_cores() // max(counts), 1)
-    if not any(override.startswith("threads=") for override in overrides):
+    if not is_typed("threads", overrides):
         overrides = [*overrides, f"threads={threads}"]
     rows: list[_Row] = []
     for job in replace(line, overrides=overrides).jobs(("parallel",)):
-        mode = next(override for override in job.overrides if override.startswith("parallel="))
-        mode_keys = [override for override in job.overrides if override.startswith("parallel.")]
+        mode = next(override for override in job.overrides if key_of(override) == "parallel")
+        mode_keys = [override for override in job.overrides if group_of(override) == "parallel" and override != mode]
         common = [override for override in job.overrides if override not in (mode, *mode_keys)]
         label = [override for override in common if override in job.varied]
         keys = [override.removeprefix("parallel.") for override in mode_keys if override in job.varied]
@@ -199,7 +200,7 @@ def _rows(line: Line) -> list[_Row]:
                 continue  # the baseline, for every mode
             if mode == "parallel=single":
                 raise UserError(f"parallel=single processes={count}: this mode has only one process")
-            name = ", ".join([mode.removeprefix("parallel="), *keys, *label])
+            name = ", ".join([value_of(mode), *keys, *label])
             row = _Row([mode, *mode_keys, *common], name, count, baseline)
             if row not in rows:
                 rows.append(row)
@@ -207,7 +208,7 @@ def _rows(line: Line) -> list[_Row]:
 
 
 def _count(override: str) -> int:
-    value = override.partition("=")[2]
+    value = value_of(override)
     if not value.isdigit() or int(value) < 1:
         raise UserError(f"processes={value}: must be an integer >= 1, or several: processes=1,2")
     from dlopt.config.rules import PROCESSES_PER_CORE

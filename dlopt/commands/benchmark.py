@@ -31,7 +31,7 @@ from dlopt.commands.command import Line, output_folder, own_names, read_line, re
 from dlopt.commands.reads import refuse_unread_hydra
 from dlopt.commands.sweep import build_pool, refuse_ranks
 from dlopt.config.keys import role_of
-from dlopt.config.overrides import group_of, is_hydra, key_of
+from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of, value_of, without
 from dlopt.config.plan import Plan, as_job, checked, plan
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically, write_json
@@ -113,13 +113,13 @@ def benchmark(arguments: list[str]) -> int:
         return line.call(check)
     names, rest = _optimizers(line)
     own, rest = rest.take(_run)
-    typed = [shlex.quote(each) for each in arguments if not each.startswith("output=")]
+    typed = [shlex.quote(each) for each in without(arguments, "output")]
     return _run(rest, names, " ".join(["dlopt benchmark", *typed]), **own)
 
 
 def _optimizers(line: Line) -> tuple[list[str], Line]:
     """Takes `optimizer=a,b` from the line. Raises `UserError`."""
-    typed = [each for each in line.overrides if each.startswith("optimizer=")]
+    typed = [each for each in line.overrides if key_of(each) == "optimizer"]
     if not typed:
         raise UserError("optimizer: name the optimizers to compare: dlopt benchmark optimizer=adamw,muon")
     if len(typed) > 1:
@@ -162,7 +162,7 @@ def _refuse_drawn(overrides: Iterable[str], candidates: "Mapping[str, Candidate]
     for override in overrides:
         key = key_of(override)
         if key == "optimizer._target_":
-            raise UserError(f"{override}: name the class by optimizer={override.partition('=')[2]}")
+            raise UserError(f"{override}: name the class by optimizer={value_of(override)}")
         for name, chosen in candidates.items():
             if key in chosen.describe():
                 place = "in a folder given by --config-dir"
@@ -184,7 +184,7 @@ def _launch(line: Line, request: "Request", overrides: Sequence[str]) -> int:
     from dlopt.sweeps.benchmark import run_trials
 
     hydra = [each for each in overrides if is_hydra(each)]
-    if not any(each.startswith("hydra/launcher=") for each in hydra):
+    if not is_typed("hydra.launcher", hydra):
         hydra = ["hydra/launcher=joblib", *hydra]
     pool = build_pool(line.composer.compose([*hydra, *request.overrides], multirun=True), "not supported here")
     assert pool is not None  # has refused other launchers

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.commands.reads import refuse_unread, refuse_unread_hydra
 from dlopt.config.compose import Composer
 from dlopt.config.flags import CONFIG_NAME, parse_arguments
-from dlopt.config.overrides import grid
+from dlopt.config.overrides import grid, is_typed, key_of, without
 from dlopt.config.plan import plan
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values, with_changes
@@ -49,8 +49,8 @@ class Job:
         Args:
             choices: group -> choice; these groups are omitted from the label: "resnet20", not "model=resnet20".
         """
-        names = [choices[group] for group in choices if any(line.startswith(f"{group}=") for line in self.varied)]
-        keys = [line for line in self.varied if line.partition("=")[0] not in choices]
+        names = [choices[group] for group in choices if is_typed(group, self.varied)]
+        keys = without(self.varied, *choices)
         for group in choices:
             keys = [line.removeprefix(f"{group}.") for line in keys]
         return ", ".join([*names, *keys]) or choices[subject]
@@ -67,7 +67,7 @@ class Line:
         """Returns the checked keyword-only arguments of `target` and the line without them. Raises `UserError`."""
         names = own_names(target)
         self.composer.more_keys.update(names)
-        taken = [override for override in self.overrides if override.partition("=")[0] in names]
+        taken = [override for override in self.overrides if key_of(override) in names]
         typed = replace(self, overrides=taken)
         typed.refuse_several("one value is needed")
         values = {override.get_key_element(): override.value() for override in self.composer.parse(taken)}
@@ -99,8 +99,7 @@ class Line:
         if self.overrides:
             names = [name for target in targets for name in own_names(target)]
             refuse_unread_hydra(self.overrides, command, (), {}, names)
-            key = self.overrides[0].partition("=")[0]
-            hint = suggest(key, names, f"{' '.join(command.split()[:2])} --help")
+            hint = suggest(key_of(self.overrides[0]), names, f"{' '.join(command.split()[:2])} --help")
             raise UserError(f"{self.overrides[0]}: unknown key of {command}; {hint}")
 
     def experiment(self, overrides: list[str] | None = None) -> tuple["Experiment", Mapping[str, str]]:
@@ -127,14 +126,14 @@ class Line:
         if len(combinations) > max_jobs:
             overrides = " ".join(self.overrides)
             raise UserError(f"{overrides}: {len(combinations)} {what}; at most {max_jobs} fit in one plot")
-        swept = {each.get_key_element() for each in self.composer.parse(self.overrides) if each.is_sweep_override()}
+        swept = {key_of(each) for each in self.composer.parse(self.overrides) if each.is_sweep_override()}
         available = [self._available_keys(lines, groups) for lines in combinations]
         known = set[str]().union(*available)
         jobs = []
         for lines, keys in zip(combinations, available, strict=True):
             skipped = [line for line in lines if _group_key(line, groups) in known - keys]
             kept = [line for line in lines if line not in skipped]
-            jobs.append(Job(kept, [line for line in kept if line.split("=")[0] in swept], skipped))
+            jobs.append(Job(kept, [line for line in kept if key_of(line) in swept], skipped))
         return jobs
 
     def _available_keys(self, lines: list[str], groups: Sequence[str]) -> set[str]:
@@ -148,7 +147,7 @@ class Line:
 
 def _group_key(line: str, groups: Sequence[str]) -> str:
     """Returns "schedule.x" for schedule.x.y=..., "" for overrides that set no key of the groups."""
-    path = line.lstrip("+").partition("=")[0].split(".")
+    path = key_of(line).split(".")
     return ".".join(path[:2]) if len(path) > 1 and path[0] in groups else ""
 
 
@@ -157,7 +156,7 @@ def skipped_keys(jobs: Sequence[tuple[str, Job]]) -> list[str]:
     names: dict[str, list[str]] = {}
     for label, job in jobs:
         for line in job.skipped:
-            names.setdefault(line.split("=")[0], []).append(label)
+            names.setdefault(key_of(line), []).append(label)
     return [f"{key}: ignored for {', '.join(dict.fromkeys(labels))} (no such key)" for key, labels in names.items()]
 
 

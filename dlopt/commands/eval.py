@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dlopt.analysis import drawing
 from dlopt.commands.command import Line, fitting, on_checkpoint, on_experiment, saved_experiment, writing
 from dlopt.commands.processes import join_processes, over_processes, take_process_keys
+from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
@@ -85,7 +86,7 @@ class _Tested:
 
 def evaluate(arguments: list[str]) -> int:
     """Runs `dlopt eval` with the given arguments; returns the exit code. Raises `UserError`."""
-    keys = {argument.partition("=")[0] for argument in arguments}
+    keys = set(map(key_of, arguments))
     if keys >= {"init_from", "checkpoint"}:
         raise UserError("init_from and checkpoint: set one of them; a checkpoint contains its config and its weights")
     command = _evaluate_weights if "init_from" in keys else _evaluate_checkpoints
@@ -137,7 +138,7 @@ def _evaluate_weights(
     from dlopt.processor import choose_device
     from dlopt.training.build import build_workload, load_weights
 
-    parsed = {override.get_key_element().lstrip("+"): override for override in line.composer.parse(line.overrides)}
+    parsed = {key_of(override): override for override in line.composer.parse(line.overrides)}
     own = {key: override for key, override in parsed.items() if key.startswith(("tta.", "parallel"))}
     values = {key: override.value() for key, override in own.items()}
     processes = take_process_keys(values, "eval")

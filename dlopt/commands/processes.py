@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from omegaconf import OmegaConf
 
 from dlopt.config.choices import config_folder
+from dlopt.config.overrides import group_of, key_of
 from dlopt.config.saved import typed_values
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
@@ -41,7 +42,7 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
     if not _typed_keys(arguments):
         return command(arguments)
     keys = take_process_keys(_typed_keys(arguments), name)
-    device = typed_values([argument for argument in arguments if argument.startswith("device=")])
+    device = typed_values([argument for argument in arguments if key_of(argument) == "device"])
     processes = launch.count_processes(keys, str(device.get("device", "auto")))
     if processes == 1:
         return command(arguments)
@@ -49,7 +50,7 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
 
 
 def _typed_keys(arguments: list[str]) -> dict[str, Any]:
-    return typed_values([argument for argument in arguments if argument.startswith(("parallel=", "parallel."))])
+    return typed_values([argument for argument in arguments if group_of(argument) == "parallel"])
 
 
 def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":

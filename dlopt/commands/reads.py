@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dlopt.config.keys import ROLES, role_of
-from dlopt.config.overrides import group_of, key_of
+from dlopt.config.overrides import group_of, key_of, value_of
 from dlopt.errors import UserError
 from dlopt.plain import is_below
 from dlopt.roles import Role
@@ -78,7 +78,7 @@ def refuse_untested(config: Mapping[str, Any], overrides: Iterable[str]) -> None
             name = key_of(line).partition(".")[2]
             raise UserError(
                 f"{line}: belongs to the final test, which evaluate.test=false skips; test later with "
-                f"`dlopt eval checkpoint=PATH {name}={line.partition('=')[2]}`"
+                f"`dlopt eval checkpoint=PATH {name}={value_of(line)}`"
             )
 
 

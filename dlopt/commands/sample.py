@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.commands.command import on_checkpoint
+from dlopt.config.overrides import key_of, value_of, without
 from dlopt.errors import DONE, UserError
 from dlopt.ranges import Count, NonNegative, Seed
 
@@ -44,7 +45,7 @@ Keys that can be overridden:
 def sample(arguments: list[str]) -> int:
     """Prints the prompt and its continuations. Raises `UserError`."""
     # A prompt is any text: it is not parsed as a value of an override.
-    prompts = [argument.removeprefix("prompt=") for argument in arguments if argument.startswith("prompt=")]
+    prompts = [value_of(argument) for argument in arguments if key_of(argument) == "prompt"]
 
     @on_checkpoint("sample", _READS)
     def continue_text(
@@ -75,7 +76,7 @@ def sample(arguments: list[str]) -> int:
             _print_continuation(trained, tokens, length, temperature=temperature, top_k=top_k, generator=rng)
         return DONE
 
-    return continue_text([argument for argument in arguments if not argument.startswith("prompt=")])
+    return continue_text(without(arguments, "prompt"))
 
 
 def _text(prompts: list[str], file: str | None) -> bytes:

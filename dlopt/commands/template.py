@@ -1,4 +1,4 @@
-"""`dlopt template`: prints the job scripts, the manifest and the container files that the package contains."""
+"""`dlopt template`: prints job scripts, a manifest, container files, and the JSON schema of experiment files."""
 
 from pathlib import Path
 
@@ -13,16 +13,20 @@ TEMPLATES = {  # name -> file in dlopt/templates/
     "apptainer": "dlopt.def",
 }
 
+SCHEMA = "schema"
+
 USAGE = """\
-Print a job script, a manifest or a container file
+Print a job script, a manifest, a container file or the JSON schema of experiment files
 
 Usage: dlopt template NAME > FILE
+       dlopt template schema [--config-dir DIR] > dlopt.schema.json
 
   slurm        job script of sbatch: several nodes, requeue on preemption and timeout
   array        the same for a job array: one task per combination of values
   kubernetes   manifest: Job, Service, volume for outputs, memory for /dev/shm
   docker       Dockerfile
   apptainer    definition file
+  schema       JSON schema with which editors complete and check experiment files, also with the choices in DIR
 
 Fill in the marked lines; the comments at the top of each file show how to use it.
 
@@ -34,12 +38,22 @@ Examples:
 
 def template(arguments: list[str]) -> int:
     """Prints the template that the argument names. Raises `UserError`."""
+    if arguments[:1] == [SCHEMA]:
+        from dlopt.config.flags import parse_arguments
+        from dlopt.config.json_schema import text
+
+        parsed = parse_arguments(arguments[1:])
+        if parsed.overrides:
+            raise UserError(f"template schema {parsed.overrides[0]}: takes no overrides, only --config-dir")
+        print(text(parsed.config_dir), end="")
+        return DONE
+    names = [*TEMPLATES, SCHEMA]
     if len(arguments) != 1:
         typed = " ".join(["template", *arguments])
-        raise UserError(f"{typed}: needs one name; allowed: {', '.join(TEMPLATES)}")
+        raise UserError(f"{typed}: needs one name; allowed: {', '.join(names)}")
     [name] = arguments
     if name not in TEMPLATES:
-        raise UserError(f"{name}: unknown template; {suggest(name, TEMPLATES, 'dlopt template --help')}")
+        raise UserError(f"{name}: unknown template; {suggest(name, names, 'dlopt template --help')}")
     print(read(name), end="")
     return DONE
 

@@ -27,7 +27,7 @@ from dlopt.commands.command import (
 from dlopt.commands.reads import LEARNING_RATE, RECIPE, indented, refuse_unread_hydra
 from dlopt.config.compose import Composer
 from dlopt.config.flags import CONFIG_NAME
-from dlopt.config.overrides import group_of
+from dlopt.config.overrides import group_of, key_of, without
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.errors import DONE, UserError, suggest
@@ -99,8 +99,7 @@ _MIN_CHECKPOINTS = 3  # two differences span a plane
 @on_experiment("trajectory", None, several="not needed here; list the values: optimizer=momentum,adam")
 def trajectory(line: Line) -> int:
     """Saves one of the three plots and prints its path. Raises `UserError`."""
-    keys = {override.partition("=")[0] for override in line.overrides}
-    groups = {key.partition(".")[0] for key in keys}
+    keys, groups = set(map(key_of, line.overrides)), set(map(group_of, line.overrides))
     if "checkpoint" in keys:
         line.refuse_config_files()
         return _draw_landscape(line.overrides)
@@ -109,7 +108,7 @@ def trajectory(line: Line) -> int:
         name = "trajectory" if name == CONFIG_NAME else name
         return _draw_paths(replace(line, composer=Composer(name, line.composer.config_dir)))
     if "optimizer" in keys and "schedule" not in groups:
-        optimizer = next(override for override in line.overrides if override.startswith("optimizer="))
+        optimizer = next(override for override in line.overrides if key_of(override) == "optimizer")
         raise UserError(f"{optimizer}: add a function (function=quadratic) or a schedule (schedule=cosine)")
     return line.call(_draw_learning_rates, "dlopt trajectory schedule=...", _READS)
 
@@ -132,7 +131,7 @@ def _draw_learning_rates(
     lengths = {f"{each.epochs[-1]:g}" for each in curves}
     title = f"Learning rate of {curves[0].label}" if len(curves) == 1 else "Learning-rate schedules"
     title += f" over {' '.join(lengths)} epoch{'' if lengths == {'1'} else 's'}" if len(lengths) == 1 else ""
-    subtitle = " ".join(override for override in line.fixed() if not override.startswith(("schedule=", "epochs=")))
+    subtitle = " ".join(without(line.fixed(), "schedule", "epochs"))
     figure = draw_schedules(curves, title=title, subtitle=subtitle, steps_per_epoch=steps_per_epoch, log_y=log_y)
     folder = output_folder(output, "trajectory")
     with writing(folder):
@@ -159,7 +158,7 @@ def _curve(line: Line, job: Job, steps_per_epoch: int) -> tuple[str, "Curve"]:
     schedule, warmup = experiment.schedule, experiment.warmup
     factor = schedules.build(schedule.build, warmup, steps=horizon, steps_per_epoch=steps_per_epoch)
     name = choices["schedule"]
-    label = ", ".join([name, *(each.removeprefix("schedule.") for each in job.varied if each[:9] != "schedule=")])
+    label = ", ".join([name, *(each.removeprefix("schedule.") for each in without(job.varied, "schedule"))])
     if schedule.target is schedules.Plateau:
         label += " (without improvement)"
     every = settings.evaluate.every_epochs
@@ -259,7 +258,7 @@ def _check_job(config: DictConfig, job: Job) -> _PathJob:
         if not isinstance(plain[name], dict) or "_target_" not in plain[name]:
             raise UserError(f"{name}: choose one; `dlopt options {name}` lists all")
     warmup = {key: plain["schedule"].pop(key) for key in own_names(Warmup) if key in plain["schedule"]}
-    overridden = {line.lstrip("+").partition("=")[0] for line in job.overrides}
+    overridden = set(map(key_of, job.overrides))
     optimizer = component("optimizer", plain["optimizer"], GROUPS["optimizer"].runtime, packages)
     if optimizer.target.__name__ == "Muon":
         name = choices_of(config)["optimizer"]

@@ -183,7 +183,7 @@ class Composer:
         """Raises `UserError` for overrides that Hydra accepts but that are certainly mistakes."""
         groups = self.groups()
         for override in overrides:
-            line, key, value = text_of(override), override.get_key_element().lstrip("+~"), override.value()
+            line, key, value = text_of(override), override.key_or_group, override.value()
             if not key:
                 raise UserError(f"{line}: an override is key=value or group=choice")
             if override.is_sweep_override():

@@ -206,17 +206,17 @@ def check_arguments(
         if name not in values and parameters[name].default is _EMPTY:
             raise UserError(f"{join(key, name)}: a value is required ({_describe(parameters[name].annotation)})")
     return {
-        name: _check_value(join(key, name), value, _annotation(target, name), runtime, packages)
+        name: _check_value(join(key, name), value, annotation_of(target, name), runtime, packages)
         for name, value in values.items()
     }
 
 
 def accepted(target: Callable[..., Any], name: str) -> str:
     """Describes the values that an argument accepts: `a number > 0`."""
-    return _describe(_annotation(target, name))
+    return _describe(annotation_of(target, name))
 
 
-def _annotation(target: Callable[..., Any], name: str) -> Any:
+def annotation_of(target: Callable[..., Any], name: str) -> Any:
     parameters = parameters_of(target)
     annotation = parameters[name].annotation if name in parameters else _EMPTY
     return annotation if target.__module__.startswith("dlopt") else _RANGES.get(name, annotation)
@@ -244,7 +244,7 @@ def _check_value(key: str, value: Any, annotation: Any, runtime: frozenset[str],
         return component(key, value, runtime - value.keys(), packages)
     if isinstance(value, list) and any(isinstance(item, Mapping) and "_target_" in item for item in value):
         return [_check_value(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
-    adapter = _adapter(annotation)
+    adapter = adapter_of(annotation)
     try:
         checked = value if adapter is None else adapter.validate_json(json.dumps(value, default=str))
     except ValidationError as error:
@@ -281,7 +281,7 @@ def _unpack(parameter: inspect.Parameter) -> list[inspect.Parameter]:
     return [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint) for name, hint in hints.items()]
 
 
-def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
+def adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
     """Returns what checks values of a type; None: nothing does."""
     if id(annotation) not in _adapters:  # by identity: annotations need not be hashable
         _adapters[id(annotation)] = annotation, _build_adapter(annotation)

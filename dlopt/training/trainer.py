@@ -1,6 +1,6 @@
 """Training of one run, from config to summary.
 
-`train` builds a `Workload` (data, model, loss) and a `Trainer`. `Trainer.fit` is the training loop; `Step.update`
+`train_run` builds a `Workload` (data, model, loss) and a `Trainer`. `Trainer.fit` is the training loop; `Step.update`
 (`step.py`) is one update, and `Trainer.state_dict` the content of a checkpoint.
 """
 
@@ -69,7 +69,7 @@ class Run:
     overrides: Sequence[str] | None = None  # of the command line; None: the folder already describes the run
 
 
-def train(
+def train_run(
     run: Run,
     interruption: Interruption | None = None,
     *,
@@ -94,7 +94,7 @@ def train(
     settings = run.experiment.settings
     if interruption is None:
         with Interruption(settings.max_time) as interruption:
-            return train(run, interruption, console=console, observe=observe, find_lr=find_lr, draw=draw)
+            return train_run(run, interruption, console=console, observe=observe, find_lr=find_lr, draw=draw)
     mode = build_mode(run.experiment)
     state = mode.broadcast(run.checkpoint)  # rank 0 has loaded it
     workload = build_workload(run.experiment, None if state is None else state["normalize"], parallel=mode)
@@ -233,7 +233,7 @@ def build_trainer(
     )
 
 
-def dry_run(
+def probe_trainer(
     workload: Workload,
     folder: Path,
     state: Mapping[str, Any] | None = None,

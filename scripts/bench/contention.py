@@ -37,7 +37,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.training.build import build_workload
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 
 WORKLOADS = {
     "default": [],
@@ -75,7 +75,7 @@ def build(workload: str, candidate: str) -> Callable[[], object]:
     if candidate != "dlopt":
         lines.append(f"threads={processor.usable_cores()}")
     built = build_workload(parse(*to_plain(Composer().compose(lines), lines)))
-    trainer = dry_run(built, Path(os.devnull))
+    trainer = probe_trainer(built, Path(os.devnull))
     if candidate != "loop":
         return updates_of(trainer, torch.device("cpu"))
     inputs, targets = next(iter(trainer.batches.epoch(0)))

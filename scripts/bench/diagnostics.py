@@ -21,7 +21,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import build_workload
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 
 KINDS: tuple[tuple[Kind, ...], ...] = (("activations",), ("gradients", "activations"), ("curvature",))
 MODELS = {"resnet20": ["model=resnet20", "data.image_size=32"], "mlp": ["model=mlp"]}
@@ -37,7 +37,8 @@ def measure(typed: list[str], kinds: tuple[Kind, ...], rounds: int) -> tuple[flo
         tracking = Tracking(Path(folder), sinks=["tensorboard"], console=False)
         observer = Diagnostics(workload, kinds, every, tracking.diagnostics)
         # The same model and optimizer with and without the observer.
-        plain, observed = dry_run(workload, Path(folder)), dry_run(workload, Path(folder), observers=[observer])
+        plain = probe_trainer(workload, Path(folder))
+        observed = probe_trainer(workload, Path(folder), observers=[observer])
         batches: list[tuple[Tensor, Tensor]] = list(plain.batches.epoch(0))[:8]
         workload.module.train()
         times: dict[bool, list[float]] = {False: [], True: []}

@@ -47,7 +47,7 @@ from dlopt.training import speed
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.evaluate import test_metrics
 from dlopt.training.progress import endless_batches
-from dlopt.training.trainer import Run, Trainer, dry_run, train
+from dlopt.training.trainer import Run, Trainer, probe_trainer, train_run
 
 Row = dict[str, Any]  # name, value, unit, goal
 
@@ -79,7 +79,7 @@ class Bench:
 
     def training(self, *overrides: str) -> tuple[Workload, Trainer]:
         workload = build_workload(self.experiment(*overrides))
-        return workload, dry_run(workload, self.folder)
+        return workload, probe_trainer(workload, self.folder)
 
     def wait(self) -> float:
         """Synchronizes with the device; returns the time."""
@@ -296,7 +296,7 @@ def speed_recipe(bench: Bench) -> list[Row]:
         timed.__signature__ = inspect.signature(initialize)  # type: ignore[attr-defined]
         timed_init = dataclasses.replace(experiment.init, target=timed)
         workload = build_workload(dataclasses.replace(experiment, init=timed_init))
-        training = dry_run(workload, bench.folder / f"speed{number}")
+        training = probe_trainer(workload, bench.folder / f"speed{number}")
         start = bench.wait()
         with Interruption() as interruption:
             training.fit(interruption)
@@ -389,7 +389,7 @@ def recipe(bench: Bench) -> list[Row]:
     folder = bench.folder / "recipe"
     folder.mkdir()
     start = bench.wait()
-    summary = train(Run(bench.experiment(*typed), folder), console=False)
+    summary = train_run(Run(bench.experiment(*typed), folder), console=False)
     return [
         entry("ResNet-20 recipe, 200 epochs including test", bench.wait() - start, "s", "<= 90"),
         entry("ResNet-20 recipe, error", 100 * (1 - summary["test_accuracy"]), "%", "published: 8.75"),

@@ -20,7 +20,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.training.build import build_workload
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 
 NORMS = ("none", "batch", "layer", "group")
 MODELS = {
@@ -32,7 +32,7 @@ MODELS = {
 def tasks(typed: list[str], folder: Path) -> tuple[Callable[[], object], Callable[[], object]]:
     """Returns an update and an evaluation of the network, each on one batch."""
     lines = [*typed, "threads=1", "optimizer.lr=0.001", "augmentation=none"]
-    trainer = dry_run(build_workload(parse(to_plain(Composer().compose(lines), lines)[0])), folder)
+    trainer = probe_trainer(build_workload(parse(to_plain(Composer().compose(lines), lines)[0])), folder)
     batch: tuple[Tensor, Tensor] = next(iter(trainer.batches.epoch(0)))
     module, numbers = trainer.step.module, iter(range(10**9))
 

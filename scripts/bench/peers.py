@@ -189,7 +189,7 @@ def dlopt(job: Job) -> Callable[[], None]:
     from dlopt.data.samples import InMemory
     from dlopt.interruption import Interruption
     from dlopt.training.build import build_workload
-    from dlopt.training.trainer import dry_run
+    from dlopt.training.trainer import probe_trainer
 
     typed = [
         "model=resnet20", "augmentation=crop_flip", f"precision={job.precision}", f"data.batch_size={job.batch}",
@@ -203,7 +203,7 @@ def dlopt(job: Job) -> Callable[[], None]:
     def run() -> None:
         workload = build_workload(experiment)
         with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
-            training = dry_run(workload, Path(folder))
+            training = probe_trainer(workload, Path(folder))
             training.tracking.advance = job.count_step  # type: ignore[method-assign]
             training.fit(interruption)
 

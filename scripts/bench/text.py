@@ -42,7 +42,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.data.text import python_source
 from dlopt.processor import set_threads
 from dlopt.training.build import Workload, build_workload
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 
 BATCH, CONTEXT, WIDTH, DEPTH, HEADS = 12, 64, 128, 4, 4
 WARM_UP = 10  # updates
@@ -67,7 +67,7 @@ def workload(*overrides: str) -> Workload:
 
 
 def dlopt_steps(*overrides: str) -> Steps:
-    trainer = dry_run(workload(*overrides), Path("."))
+    trainer = probe_trainer(workload(*overrides), Path("."))
     trainer.module.train()
     batches = itertools.chain.from_iterable(trainer.batches.epoch(epoch) for epoch in itertools.count())
     numbers = itertools.count()

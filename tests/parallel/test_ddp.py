@@ -15,7 +15,7 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.ddp import data_parallel
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.trainer import Run, train
+from dlopt.training.trainer import Run, train_run
 from tests.parallel.equality import MLP, RESNET, Cases, compare, metric_values, run_distributed
 from tests.parallel.ranks import ROOT, run_ranks
 from tests.training.runs import at_update, experiment, metrics, resume, start, terminate
@@ -100,7 +100,7 @@ def interrupt_and_resume(folder: str, left_by_one: str, overrides: list[str]) ->
     assert (summary["status"], summary["steps"]) == ("interrupted", 6)  # synchronized with the next loss
     rendezvous.leave()
     state = Checkpoints(Path(left_by_one) / "checkpoints").load_newest() if rank == 0 else None
-    train(Run(experiment(*lines), Path(left_by_one), state), console=False)
+    train_run(Run(experiment(*lines), Path(left_by_one), state), console=False)
     rendezvous.leave()
 
 

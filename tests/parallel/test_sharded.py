@@ -15,7 +15,7 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.training import sharded
 from dlopt.training.checkpoint import Checkpoints, load
-from dlopt.training.trainer import Run, train
+from dlopt.training.trainer import Run, train_run
 from tests.commands.line import dlopt, refused
 from tests.parallel.equality import MLP, metric_values, resume_run
 from tests.parallel.ranks import ROOT, run_ranks
@@ -90,7 +90,7 @@ def assert_ended_like(run: Path, whole: Path) -> None:
 
 def resume_in_one_process(run: Path, epochs: int) -> None:
     state = Checkpoints(run / "checkpoints").load_newest()
-    train(Run(experiment(*CASE, f"epochs={epochs}"), run, state), console=False)
+    train_run(Run(experiment(*CASE, f"epochs={epochs}"), run, state), console=False)
 
 
 def test_shards_resume_in_any_mode(tmp_path: Path) -> None:

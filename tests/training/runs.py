@@ -19,7 +19,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.job import train
+from dlopt.job import run_job
 from dlopt.training import checkpoint
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.step import Step
@@ -57,13 +57,13 @@ def composed(*overrides: str) -> Composed:
 
 def start(folder: Path, *overrides: str) -> dict[str, Any]:
     """Starts a new run in `folder`; returns its summary."""
-    return train(Run(experiment(*overrides), folder), console=False)
+    return run_job(Run(experiment(*overrides), folder), console=False)
 
 
 def resume(folder: Path, *overrides: str) -> dict[str, Any]:
     """Resumes from the newest checkpoint in `folder`, or starts if there is none."""
     state = Checkpoints(folder / "checkpoints").load_newest()
-    return train(Run(experiment(*overrides), folder, state), console=False)
+    return run_job(Run(experiment(*overrides), folder, state), console=False)
 
 
 @contextmanager

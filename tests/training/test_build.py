@@ -19,7 +19,7 @@ from dlopt.processor import choose_device
 from dlopt.training import model_check
 from dlopt.training.build import Workload, load_weights, training_batches
 from dlopt.training.build import build_workload as build
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 from tests.training.runs import SMALL, experiment, same
 
 
@@ -92,7 +92,7 @@ class _Spectral(nn.Module):
 @pytest.mark.parametrize("overrides", [["clip=norm"], ["clip=value", "optimizer=adamw", "precision=fp64"]])
 def test_complex_weights_stay_complex(overrides: list[str], tmp_path: Path) -> None:
     checked = replace(experiment(*SMALL, "ema=0.9", *overrides), model=Component("model", _Spectral, {}))
-    trainer = dry_run(build(checked), tmp_path)
+    trainer = probe_trainer(build(checked), tmp_path)
     module, average = trainer.module, trainer.average
     before = module.weight.detach().clone()
     assert before.is_complex() and before.imag.any()

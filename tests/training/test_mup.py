@@ -13,7 +13,7 @@ from dlopt.training.build import build_workload
 from dlopt.training.mup import describe_rates
 from dlopt.training.optimizer import build_optimizer
 from dlopt.training.progress import endless_batches
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 from tests.training.runs import experiment, start
 
 TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))
@@ -75,7 +75,7 @@ def test_width_of_a_wide_resnet_is_in_channels() -> None:
 
 def changes(lines: list[str], width: int, updates: int = 4) -> dict[str, float]:
     """Returns by how much (RMS) the output of each layer changes in a few updates, and the logits' own size."""
-    trainer = dry_run(build_workload(experiment(*lines, f"model.width={width}")), Path())
+    trainer = probe_trainer(build_workload(experiment(*lines, f"model.width={width}")), Path())
     module = trainer.module
     inputs, _ = next(iter(trainer.batches.epoch(0)))
 
@@ -114,7 +114,7 @@ def test_the_best_learning_rate_does_not_move_with_the_width(gpt: list[str]) -> 
         ends = {}
         for rate in (2.0**-8, 2.0**-6, 2.0**-4):
             lines = *gpt, *init, "init.std=0.1", f"model.width={width}", f"optimizer.lr={rate}", "steps=60"
-            trainer = dry_run(build_workload(experiment(*lines)), Path())
+            trainer = probe_trainer(build_workload(experiment(*lines)), Path())
             losses = []
             for number, batch in enumerate(islice(endless_batches(trainer), 60)):
                 trainer.step.update(*batch, number, trainer.train_metrics)

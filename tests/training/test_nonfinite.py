@@ -473,7 +473,7 @@ def one_rank_diverges(folder: str) -> None:
     import os
 
     from dlopt.parallel import rendezvous
-    from dlopt.training.trainer import Run, train
+    from dlopt.training.trainer import Run, train_run
 
     rank = int(os.environ["DLOPT_RANK"])
     replicated = ["parallel=ddp", "parallel.sync_batchnorm=true"]
@@ -499,7 +499,7 @@ def one_rank_diverges(folder: str) -> None:
     with patch.object(Step, "micro_batch", micro_batch), patch.object(Step, "__init__", make):
         for kind, mode in modes.items():
             try:
-                summary = train(Run(experiment(*RUN, *mode), Path(folder) / kind), console=False)
+                summary = train_run(Run(experiment(*RUN, *mode), Path(folder) / kind), console=False)
                 print(json.dumps([summary["skipped_updates"]]))
             except Diverged as error:
                 print(json.dumps([error.step, error.before_update, str(error)]))

@@ -14,7 +14,7 @@ from dlopt.training.checkpoint import load
 from dlopt.training.optimizer import build_optimizer, build_schedule, check_label_sampling, evaluates_once
 from dlopt.training.precision import Precision
 from dlopt.training.progress import Length
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 from tests.training.runs import SMALL, experiment, resume, start
 
 
@@ -73,7 +73,7 @@ def test_rules_of_sam_refer_to_its_base() -> None:
 def test_refuses_clipping_that_would_be_ignored(name: str, tmp_path: Path) -> None:
     workload = build_workload(f"optimizer={name}", "clip=norm")
     with pytest.raises(UserError, match=r"clip=norm: .*Newton.* computes the gradient of its step itself"):
-        dry_run(workload, tmp_path)
+        probe_trainer(workload, tmp_path)
 
 
 @pytest.mark.parametrize(

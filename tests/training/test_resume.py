@@ -18,7 +18,7 @@ import dlopt.training.trainer
 from dlopt import files as durable
 from dlopt.data.batches import Batches
 from dlopt.errors import RunError, UserError
-from dlopt.job import train
+from dlopt.job import run_job
 from dlopt.tracking import Tracking
 from dlopt.training import checkpoint, rng
 from dlopt.training import trainer as loop
@@ -454,7 +454,7 @@ def test_does_not_test_the_best_model_of_an_abandoned_course(tmp_path: Path) -> 
     state = checkpoint.load(tmp_path / "checkpoints/step-12.pt")
     state["progress"]["best"]["epoch"] = 1 if result(tmp_path, "best.pt")["progress"]["epoch"] > 1 else 2
     with at_update(13, terminate):
-        assert train(Run(experiment(*overrides), tmp_path, state), console=False)["best_epoch"] is None
+        assert run_job(Run(experiment(*overrides), tmp_path, state), console=False)["best_epoch"] is None
 
 
 @pytest.mark.parametrize("name", ["whole", "new"])
@@ -467,7 +467,7 @@ def test_killed_before_the_first_save_after_resuming_from_an_earlier_checkpoint(
 
     def until() -> None:
         with at_update(6, kill):
-            train(Run(experiment(*overrides), tmp_path / name, state), console=False)
+            run_job(Run(experiment(*overrides), tmp_path / name, state), console=False)
 
     assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
     assert set(resume(tmp_path / name, *overrides)["resumed_from"]) == {4}

@@ -18,7 +18,7 @@ from dlopt.training.build import build_workload
 from dlopt.training.cuda_graphs import GraphedStep
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 from tests.commands.line import refused
 
 
@@ -87,7 +87,7 @@ def test_cuda_graphs_true_is_rejected_on_cpu(tmp_path: Path) -> None:
 
 def test_updates_are_eager_on_cpu(tmp_path: Path) -> None:
     chosen = experiment("device=cpu", "threads=1", "model=mlp", "model.widths=[4]", "data.subset=40")
-    trainer = dry_run(build_workload(chosen), tmp_path)
+    trainer = probe_trainer(build_workload(chosen), tmp_path)
     assert type(trainer.step) is Step and trainer.graph_obstacle == "CUDA graphs are not available on cpu"
     assert speed.data_recorder(chosen, torch.device("cpu")) is None
 
@@ -120,7 +120,7 @@ def test_captured_updates_equal_eager_ones_on_gpu(tmp_path: Path, optimizer: str
     weights = []
     for graphs in ("false", "true"):
         workload = build_workload(experiment(*typed, "deterministic=true", f"cuda_graphs={graphs}"))
-        trainer = dry_run(workload, tmp_path)
+        trainer = probe_trainer(workload, tmp_path)
         assert isinstance(trainer.step, GraphedStep) == (graphs == "true")
         step = 0
         for epoch in range(2):

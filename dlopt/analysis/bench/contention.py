@@ -28,7 +28,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import Group
 from dlopt.processor import keep_freed_memory
 from dlopt.training.build import build_workload
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 
 SIZES = (64, 16 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes
 _WARMUP, _UPDATES, _ROUNDS = 5, 60, 30
@@ -89,7 +89,7 @@ def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, An
     device = torch.device("cpu")
     Group(world, device, minutes=2.0)
     workload = build_workload(experiment, parallel=Mode(device))
-    trainer = dry_run(workload, folder / f"run-{rank}")
+    trainer = probe_trainer(workload, folder / f"run-{rank}")
     update = updates_of(trainer, device)
     for _ in range(_WARMUP):
         update()

@@ -25,7 +25,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.training.build import build_mode, build_workload
 from dlopt.training.progress import endless_batches
-from dlopt.training.trainer import Trainer, dry_run
+from dlopt.training.trainer import Trainer, probe_trainer
 
 MIB = 2.0**20
 
@@ -74,7 +74,7 @@ def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank:
     if settings.memory_limit_mb is not None:
         _limit(settings.memory_limit_mb, device)
     workload = build_workload(experiment, parallel=parallel)
-    trainer = dry_run(workload, folder / f"run-{rank}")
+    trainer = probe_trainer(workload, folder / f"run-{rank}")
     update = updates_of(trainer, device)
     for _ in range(settings.warmup):
         update()

@@ -17,7 +17,7 @@ from dlopt.folders import RunFolder
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.checkpoint import Checkpoints, load
 from dlopt.training.evaluate import test_metrics
-from dlopt.training.trainer import Trainer, dry_run
+from dlopt.training.trainer import Trainer, probe_trainer
 
 _WARMUP = 5  # updates
 _PAIRS = 9
@@ -27,7 +27,7 @@ _UPDATES = 20  # of each of a pair; SOAP, Shampoo and Kron update their precondi
 def measure(baseline: Experiment, experiment: Experiment, scratch: Path) -> Cost:
     """Measures updates of both experiments in turn, which differ in their optimizers only, in this process."""
     workloads = [build_workload(each) for each in (baseline, experiment)]
-    trainers = [dry_run(workload, scratch, checks=False) for workload in workloads]
+    trainers = [probe_trainer(workload, scratch, checks=False) for workload in workloads]
     updates = [updates_of(trainer, workload.device) for trainer, workload in zip(trainers, workloads, strict=True)]
     for update in updates:
         seconds_of(update, _WARMUP)

@@ -42,7 +42,7 @@ from dlopt.training.build import Workload, build_workload, load_weights
 from dlopt.training.clipping import gradient_norm
 from dlopt.training.progress import endless_batches
 from dlopt.training.step import Observer, Step, frozen_statistics
-from dlopt.training.trainer import Trainer, dry_run
+from dlopt.training.trainer import Trainer, probe_trainer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -117,7 +117,7 @@ def prepare(
     workload = build_workload(experiment, None if state is None else state["normalize"], parallel=parallel)
     if state is not None and experiment.auto_lr:
         workload = workload.with_lr(state["progress"]["found_lr"])
-    trainer = dry_run(workload, folder, state, observers=[ClippedNorm()])
+    trainer = probe_trainer(workload, folder, state, observers=[ClippedNorm()])
     if state is not None:
         workload.module.load_state_dict(state["model"])
         trainer.load_optimizer(state["optimizer"])

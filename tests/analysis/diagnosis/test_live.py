@@ -14,7 +14,7 @@ from dlopt.errors import UserError
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.step import Step
-from dlopt.training.trainer import dry_run
+from dlopt.training.trainer import probe_trainer
 from tests.training.runs import RICH, SMALL, experiment, result, resume, same, start
 
 DIAGNOSTICS = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
@@ -42,7 +42,7 @@ def _reports(tmp_path: Path, *typed: str, steps: int = 7) -> dict[int, tuple[dic
     settings = workload.experiment.settings
     report = lambda number, figures, histograms: reports.update({number: (figures, histograms)})  # noqa: E731
     diagnostics = Diagnostics(workload, settings.diagnostics, settings.diagnostics_every, report)
-    trainer = dry_run(workload, tmp_path, observers=[diagnostics])
+    trainer = probe_trainer(workload, tmp_path, observers=[diagnostics])
     batches = [batch for epoch in range(steps) for batch in trainer.batches.epoch(epoch)]
     workload.module.train()
     for number, batch in enumerate(batches[:steps]):
@@ -104,7 +104,7 @@ def test_eigenvalue_converges_over_measurements(tmp_path: Path) -> None:
 
 
 def test_no_observers_by_default(tmp_path: Path) -> None:
-    trainer = dry_run(build_workload(experiment(*SMALL)), tmp_path)
+    trainer = probe_trainer(build_workload(experiment(*SMALL)), tmp_path)
     assert type(trainer.step) is Step and not trainer.step.observers
 
 

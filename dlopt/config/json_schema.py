@@ -1,0 +1,132 @@
+"""A JSON schema of experiment files, with which editors complete and check them.
+
+It is generated from the declarations that dlopt checks configs with: the types of `Settings` and of the keys that all
+choices of a group share, the signatures of the callables, and the YAML files of the choices, whose comments become
+descriptions. An editor does not know which choice a file selects: a key of any choice of the group is accepted, with
+the values of any choice that has it.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic.errors import PydanticInvalidForJsonSchema
+
+from dlopt.config.choices import Catalogue, Choice, Key, config_folder
+from dlopt.config.experiment import GROUPS, Group
+from dlopt.config.schema import adapter_of, annotation_of, parameters_of, resolve_target, trusted_packages
+from dlopt.config.settings import Settings
+from dlopt.errors import UserError
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+# A value that is composed or required later.
+_INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}|^\?\?\?$"}
+
+
+def schema(config_dir: str | None = None) -> dict[str, Any]:
+    """Returns the schema, with the choices of `config_dir` as well. Raises `UserError`."""
+    catalogue, definitions = Catalogue(config_dir), dict[str, Any]()
+    primary = catalogue.keys(Choice("", "train", config_folder() / "train.yaml"))
+    comments = {key.name: key.comment for key in primary}
+    properties: dict[str, Any] = {"defaults": _defaults(catalogue)}
+    properties |= _fields(Settings, comments, "", definitions)
+    for name, group in GROUPS.items():
+        properties[name] = _block(catalogue, name, group, primary, definitions)
+    # Hydra checks its own block, and `dlopt train` the comparison, whose keys refer to the others.
+    properties |= {"hydra": {"type": "object"}, "comparison": {"type": ["object", "null"]}}
+    return {
+        "$schema": DRAFT,
+        "title": "experiment of dlopt",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "$defs": definitions,
+    }
+
+
+def text(config_dir: str | None = None) -> str:
+    return json.dumps(schema(config_dir), indent=1) + "\n"
+
+
+def _defaults(catalogue: Catalogue) -> dict[str, Any]:
+    """Describes the defaults list, whose entries `override /GROUP: CHOICE` select the choices."""
+    names = {group: [choice.name for choice in catalogue.choices(group)] for group in catalogue.groups()}
+    overrides = {f"override /{group}": {"enum": [*choices, None]} for group, choices in names.items()}
+    entry = {"type": "object", "properties": overrides, "minProperties": 1, "maxProperties": 1}
+    return {"type": "array", "items": {"anyOf": [{"type": "string"}, entry]}}
+
+
+def _fields(schema: type, comments: Mapping[str, str], prefix: str, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Describes the fields of a dataclass; `comments`: by dotted key, of which `prefix` is the first part."""
+    found = {}
+    for name, hint in typing.get_type_hints(schema, include_extras=True).items():
+        key = f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            fields = _fields(hint, comments, f"{key}.", definitions)
+            found[name] = {"type": "object", "properties": fields, "additionalProperties": False}
+        else:
+            found[name] = _described([_of_type(hint, definitions)], comments.get(key, ""))
+    return found
+
+
+def _block(
+    catalogue: Catalogue, name: str, group: Group, primary: Iterable[Key], definitions: dict[str, Any]
+) -> dict[str, Any]:
+    """Describes the keys of a group. A block that names its callable (`_target_`) may have any keys."""
+    values: dict[str, list[dict[str, Any]]] = {}
+    comments: dict[str, str] = {}
+    for choice in catalogue.choices(name):
+        parameters = _parameters(catalogue.target(choice))
+        runtime = {*group.runtime, *group.common_names}
+        for parameter, annotation in parameters.items():
+            if parameter not in runtime:
+                values.setdefault(parameter, []).append(_of_type(annotation, definitions))
+        for key in catalogue.keys(choice):
+            first, _, rest = key.name.removeprefix(f"{name}.").partition(".")
+            if key.name.startswith(f"{name}."):
+                comments.setdefault(first, "" if rest else key.comment)
+                if first not in parameters:  # the callable is not importable, or the key is one of the group
+                    values.setdefault(first, []).append({})
+    properties = {key: _described(schemas, comments.get(key, "")) for key, schemas in values.items()}
+    if group.common is not None:
+        shared = {key.name: key.comment for key in primary} | {f"{name}.{key}": text for key, text in comments.items()}
+        properties |= _fields(group.common, shared, f"{name}.", definitions)
+    own = {"_target_": {"type": "string", "description": "dotted name of a callable of your own"}}
+    known = {"properties": own | properties, "additionalProperties": False}
+    return {"type": "object", "if": {"required": ["_target_"]}, "else": known}
+
+
+def _parameters(path: str | None) -> dict[str, Any]:
+    """Returns the annotations of a callable by name; {} if it cannot be imported, or is not trusted."""
+    if path is None:
+        return {}
+    try:
+        target = resolve_target("_target_", path, trusted_packages())
+    except UserError:
+        return {}
+    kinds = {name: parameter.kind for name, parameter in parameters_of(target).items()}
+    named = [name for name, kind in kinds.items() if kind.name not in ("VAR_KEYWORD", "VAR_POSITIONAL")]
+    return {name: annotation_of(target, name) for name in named}
+
+
+def _of_type(annotation: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Returns the schema of a type; {} for one that only Python can check. Adds the types in it to `definitions`."""
+    adapter = adapter_of(annotation)
+    if adapter is None:
+        return {}
+    try:
+        found = adapter.json_schema()
+    except PydanticInvalidForJsonSchema:
+        return {}
+    definitions |= found.pop("$defs", {})
+    found.pop("title", None)
+    return found
+
+
+def _described(schemas: Iterable[dict[str, Any]], comment: str) -> dict[str, Any]:
+    """Accepts the values of any of the schemas, and interpolations."""
+    unique = list({json.dumps(each, sort_keys=True): each for each in schemas}.values())
+    found: dict[str, Any] = {} if {} in unique else {"anyOf": [*unique, _INTERPOLATION]}
+    return found | ({"description": comment} if comment else {})
