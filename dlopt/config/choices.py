@@ -141,9 +141,9 @@ class Catalogue:
         ]
 
     def target(self, choice: Choice) -> str | None:
-        """Returns the dotted name of the callable that the choice configures; None for a recipe."""
+        """Returns the dotted name of the callable that the choice configures; None for a recipe, and for `custom`."""
         target = self._composed(choice)[1].get(_target_key(choice))
-        return None if target is None else target.value
+        return None if target is None or target.value == "???" else target.value
 
     def _composed(self, choice: Choice) -> tuple[str, dict[str, Key]]:
         """Returns the choice's package (position in the config) and its keys by name, including its fragments' keys."""

@@ -204,3 +204,9 @@ def test_files_are_streamed_if_requested_or_too_large(
     monkeypatch.setattr("dlopt.data.splits.available_memory", lambda: needed - 1)
     with pytest.raises(UserError, match=r"data.memory=true: the samples need"):
         prepare(files, settings(memory=True))
+
+
+@pytest.mark.parametrize(("count", "split", "expected"), [(10, 0.17, 2), (10, 0.14, 1), (9, 0.4, 4), (3, 0.01, 1)])
+def test_size_of_the_validation_set_is_rounded(count: int, split: float, expected: int, settings: Make) -> None:
+    dataset = prepare(random_dataset([count]), settings(val_split=split))
+    assert dataset.val is not None and (len(dataset.val), len(dataset.train)) == (expected, count - expected)

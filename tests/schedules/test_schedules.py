@@ -565,3 +565,11 @@ def test_one_cycle_does_not_move_the_average_of_schedule_free() -> None:
 
 def test_a_drop_that_is_never_reached() -> None:
     assert curve(make("step", every_epochs=math.inf)) == [1.0] * STEPS
+
+
+def test_restarts_stay_at_the_minimum_after_the_horizon() -> None:
+    """Groups of parameters may have a horizon before the end of the run, in the middle of a cycle."""
+    keys: Any = {"cycles": 3, "T_0_epochs": None, "T_0_steps": 10, "T_mult": 2.0, "eta_min": 0.1}
+    keys |= {"peak_factor": 1.0, "eta_min_factor": 1.0, "horizon": Horizon(0, 25, 5.0)}
+    factor = schedules.cosine_restarts(**keys)
+    assert factor(25) == factor(26) == factor(31) == factor(1000) != factor(24)

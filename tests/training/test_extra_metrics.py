@@ -69,3 +69,13 @@ def test_calibration_error_of_certain_predictions() -> None:
     sure = torch.eye(4)
     assert calibration_error(sure, torch.arange(4)) == 0
     assert calibration_error(sure, torch.tensor([1, 2, 3, 0])) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_class_that_neither_occurs_nor_is_predicted_is_left_out_of_macro_f1(seed: int) -> None:
+    outputs, targets = drawn(seed)
+    accumulated = metrics.ClassMetrics(["macro_f1"], [str(k) for k in range(CLASSES)], lambda out: out.softmax(1))
+    for chunk in torch.arange(len(targets)).split(64):
+        accumulated.add(outputs[chunk], targets[chunk])
+    expected = reference.f1_score(targets, outputs.argmax(1), average="macro")
+    assert accumulated.means(None)["macro_f1"] == pytest.approx(expected, rel=1e-12)

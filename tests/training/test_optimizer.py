@@ -246,3 +246,12 @@ def test_gradients_with_other_strides_disable_the_fused_kernel() -> None:
     assert not optimizer.param_groups[0]["fused"]
     for parameter, value in zip(workload.module.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_buffers_are_synchronized_before_they_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize() -> None: ...
+
+    monkeypatch.setattr(Mode, "buffer_synchronization", lambda self, model: synchronize)
+    trainer = probe_trainer(build_workload("ema=0.9"), tmp_path)
+    assert trainer.average is not None
+    assert list(trainer.step.post_hooks) == [synchronize, trainer.average.update]

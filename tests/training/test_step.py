@@ -16,7 +16,7 @@ from dlopt.optim import SAM
 from dlopt.parallel.mode import Mode
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
-from dlopt.training.clipping import ByValue, Clip, gradient_norm
+from dlopt.training.clipping import ByNorm, ByValue, Clip, gradient_norm
 from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
@@ -430,3 +430,27 @@ def test_skips_an_update_whose_second_gradient_is_not_finite() -> None:
     model[0].bias.register_hook(lambda gradient: gradient * next(factors))  # type: ignore[union-attr]
     update.update(*batch(1), 1, sums := MetricSum(CLASSIFICATION))
     assert same(before, (model.state_dict(), optimizer.state_dict()["state"])) and not sums.count
+
+
+def test_gradients_are_unscaled_before_they_are_clipped() -> None:
+    class Scaled(Precision):
+        def scaler(self) -> torch.amp.GradScaler:
+            return torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    plain = nn.Linear(6, 3)
+    scaled = copy.deepcopy(plain)
+    for model, precision in ((plain, Precision("fp32", CPU)), (scaled, Scaled("fp32", CPU))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        make_step(model, optimizer, precision=precision, clip=ByNorm(max_norm=0.1)).update(
+            *batch(0), 0, MetricSum(CLASSIFICATION)
+        )
+    torch.testing.assert_close(scaled.weight, plain.weight, rtol=1e-5, atol=1e-7)
+
+
+def test_sampled_loss_counts_every_token() -> None:
+    """Sophia-G scales its estimate by the number of predictions (Liu et al. 2024, algorithm 2)."""
+    model = nn.Sequential(nn.Embedding(7, 7))
+    update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    update.batch = torch.randint(7, (4, 5)), torch.randint(7, (4, 5))
+    update.number = 0
+    assert update.sampled_loss(0)[1] == 20

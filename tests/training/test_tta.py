@@ -7,6 +7,7 @@ from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional
 
 from dlopt.errors import UserError
+from dlopt.training.evaluate import mean_outputs
 from dlopt.training.tta import Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, ten_crop
 
 
@@ -98,3 +99,11 @@ def test_default_scales_equal_those_of_the_paper() -> None:
 def test_rejects_invalid_sizes(choice: TenCrop | MultiScaleTenCrop | ShiftFlip, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choice.build((32, 32), (32, 32))
+
+
+def test_probabilities_are_averaged_by_unequal_weights() -> None:
+    outputs = [torch.randn(5, 3, dtype=torch.float64) for _ in range(3)]
+    weights = (0.5, 0.25, 0.25)
+    expected = sum(weight * each.softmax(1) for weight, each in zip(weights, outputs, strict=True))
+    mean = mean_outputs(zip(weights, outputs, strict=True), "probabilities")
+    torch.testing.assert_close(mean.exp(), expected, rtol=1e-12, atol=1e-15)

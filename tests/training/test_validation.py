@@ -192,3 +192,10 @@ def test_regression_rejects_class_metrics(tmp_path: Path, monitor: str) -> None:
 def test_top5_needs_more_than_five_classes() -> None:
     with pytest.raises(UserError, match="needs more than 5 classes"):
         _check_names({"top5_accuracy": "monitor=val_top5_accuracy"}, Task("classification", 5))
+
+
+def test_the_epoch_of_an_early_stop_is_evaluated(tmp_path: Path) -> None:
+    stop = ["stopping=tolerance", "stopping.tolerance=1e9", "stopping.iterations=4"]
+    summary = start(tmp_path, *SMALL, *stop, "epochs=9", "evaluate.every_epochs=5")
+    [line] = metrics(tmp_path)
+    assert summary["status"] == "stopped_early" and line["epoch"] == 2 and line["val_loss"] > 0

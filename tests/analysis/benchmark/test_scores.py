@@ -176,3 +176,13 @@ def test_noisy_studies_widen_the_interval() -> None:
     assert (
         standing.score.low <= standing.score.value <= standing.score.high and standing.score.low < standing.score.high
     )
+
+
+def test_cost_is_a_geometric_mean_over_workloads() -> None:
+    results = results_of({"a": [[1.0], [1.0]], "sgd": [[1.0], [1.0]]}, {"a": 1.0, "sgd": 1.0})
+    cells = dict(results.cells)
+    for workload, time in (("w0", 1.0), ("w1", 4.0)):
+        cells["a", workload] = dataclasses.replace(cells["a", workload], cost=Cost(time, 0.0, 0.0, 2.0))
+    results = dataclasses.replace(results, cells=cells)
+    [standing] = [each for each in standings(results, "updates", bootstrap(results, "updates")) if each.cost != 1.0]
+    assert standing.cost == pytest.approx(2.0)
