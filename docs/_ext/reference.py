@@ -150,7 +150,7 @@ def _owners(choice: Choice, keys: Sequence[Key]) -> Owners:
         chosen = CATALOGUE.groups() | {key.name: key.value for key in keys}
         targets |= {group: _target_of(group, chosen[group]) for group in GROUPS}
         targets["comparison"] = f"{Comparison.__module__}.{Comparison.__qualname__}"
-    given = {place: target for place, target in targets.items() if target not in (None, "???")}
+    given = {place: target for place, target in targets.items() if target not in (None, "???", "null")}
     owners = {"": [Settings], **{place: [_locate(target)] for place, target in given.items()}}
     for group, shared in GROUPS.items():
         if shared.common is not None:
