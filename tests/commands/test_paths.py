@@ -12,9 +12,10 @@ from dlopt.cli import run
 from dlopt.commands.trajectory import trajectory
 from dlopt.config.choices import config_folder
 from tests.commands.line import dlopt, refused
+from tests.support.choices import names
 
 MUON = {"muon", "dmuon"}
-OPTIMIZERS = sorted(path.stem for path in (config_folder() / "optimizer").glob("[!_]*.yaml") if path.stem not in MUON)
+OPTIMIZERS = [name for name in names("optimizer") if name not in MUON]
 VARIED = {"adamw", "lbfgs", "newton", "rprop", "sam", "schedule_free_adamw"}
 FRESH = {"shampoo": ["optimizer.update_every=1"]}  # inverse roots of the first gradient fit few of 15 steps
 

@@ -17,7 +17,8 @@ from dlopt.parallel.ddp import data_parallel
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run, train_run
 from tests.parallel.equality import MLP, RESNET, Cases, compare, metric_values, run_distributed
-from tests.parallel.ranks import ROOT, run_ranks
+from tests.parallel.ranks import run_ranks
+from tests.support.choices import names
 from tests.training.runs import at_update, experiment, metrics, resume, start, terminate
 
 SYNC = "parallel.sync_batchnorm=true"
@@ -56,7 +57,7 @@ def test_fifty_steps(tmp_path: Path, accumulate: int) -> None:
     compare(tmp_path, 2, {"fifty": (case, SYNC_DDP)})
 
 
-CHOICES = sorted(path.stem for path in (ROOT / "conf/optimizer").glob("[!_]*.yaml"))
+CHOICES = names("optimizer")
 CURVATURE = {"newton", "newton_cg", "newton_undamped", "sophia"}
 
 
