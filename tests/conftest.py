@@ -1,8 +1,10 @@
 """What all tests share: one thread each (workers share the cores), and the same draws in every run."""
 
 import gc
+import logging
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -79,6 +81,14 @@ def pytest_sessionstart() -> None:
 
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # else extension modules report at exit what was not collected
+
+
+@pytest.fixture(autouse=True)
+def root_level() -> Iterator[None]:
+    """Gives the root logger its level back: a command sets it for its process, which other tests share."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
