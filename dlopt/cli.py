@@ -34,7 +34,6 @@ COMMANDS = {  # name -> function(arguments) -> exit code
 }
 
 _HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations
-_OWN_HELP = ("train", "options")  # depends on --config-dir, or on argparse; the other commands have a USAGE
 
 SYNONYMS = {  # names of other tools -> arguments of dlopt
     "fit": "train", "run": "train", "sweep": "train -m", "tune": "train -m",
@@ -141,7 +140,7 @@ def run(arguments: Sequence[str]) -> int:
         if argument in ("-sc", "--shell-completion"):
             from dlopt.commands.completion import complete
 
-            return complete(list(arguments[index:]), list(COMMANDS))
+            return complete(list(arguments[index:]), COMMANDS)
     name = arguments[0]
     if name in SYNONYMS:
         raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
@@ -149,8 +148,10 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"{name}: unknown command; {suggest(name, COMMANDS, 'dlopt --help')}")
     path, _, function = COMMANDS[name].partition(":")
     module = importlib.import_module(path)
-    if _HELP & set(arguments[1:]) and name not in _OWN_HELP:
-        print(module.USAGE, end="")
+    if _HELP & set(arguments[1:]) and name != "train":  # whose help depends on --config-dir
+        from dlopt.commands.usage import usage
+
+        print(usage(module), end="")
         return DONE
     code: int = getattr(module, function)(list(arguments[1:]))
     return code

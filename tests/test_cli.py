@@ -237,6 +237,10 @@ COMPLETIONS = (
     ("dlopt train optimizer=adamw optimizer.e", {"optimizer.eps="}, {"optimizer.momentum="}),
     ("dlopt train -m   see", {"seed="}, set()),
     ("dlopt eval ch", {"checkpoint="}, {"checkpoint."}),
+    ("dlopt eval tt", {"tta="}, {"tta.shift="}),
+    ("dlopt find-lr up", {"updates="}, {"optimizer="}),
+    ("dlopt find-lr optim", {"optimizer=", "optimizer."}, {"updates="}),
+    ("dlopt runs --p", {"--paths"}, {"--yes"}),
     ("dlopt options opt", {"optimizer"}, {"optimizer="}),
     ("dlopt template ", {"slurm", "array", "kubernetes", "docker"}, {"optimizer="}),
 )

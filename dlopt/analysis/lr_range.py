@@ -11,20 +11,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from annotated_types import Gt
 from torch import nn
 
 from dlopt.analysis import drawing
 from dlopt.analysis.drawing import COLOURS
+from dlopt.analysis.range_test import RangeTest
 from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import RunError, UserError
 from dlopt.parallel import rendezvous
-from dlopt.ranges import Count, Fraction, Positive
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_mode, build_workload, load_weights
 from dlopt.training.optimizer import build_optimizer
@@ -36,26 +35,6 @@ if TYPE_CHECKING:
 
 _FEWEST = 5  # updates before the divergence check starts
 _RISE = 1.1  # a smoothed loss above this multiple of its minimum has risen
-
-
-@dataclass(frozen=True, kw_only=True)
-class RangeTest:
-    """Keys of `dlopt find-lr`; `optimizer.lr=auto` uses the defaults.
-
-    `smoothing`: weight of the past in the exponential moving average of the losses. `diverge`: the test ends when the
-    smoothed loss exceeds this multiple of its minimum.
-    """
-
-    min_lr: Positive = 1e-6
-    max_lr: Positive = 10.0
-    updates: Count = 100
-    smoothing: Fraction = 0.9
-    diverge: Annotated[float, Gt(1)] = 4.0
-
-    def rate(self, update: float) -> float:
-        """Returns the rate of update 0 .. updates - 1, evenly spaced on a logarithmic scale."""
-        fraction = update / max(self.updates - 1, 1)
-        return self.min_lr * (self.max_lr / self.min_lr) ** fraction
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.table import Table
 
 from dlopt.analysis import drawing
+from dlopt.analysis.bench.cluster import Cluster
 from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
 from dlopt.commands.processes import run_rank
-from dlopt.commands.reads import LEARNING_RATE, RECIPE, UPDATE, indented
+from dlopt.commands.reads import LEARNING_RATE, RECIPE, UPDATE
 from dlopt.config.overrides import group_of, is_typed, key_of, value_of, without
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_json
@@ -26,11 +27,11 @@ from dlopt.tracking.layout import plain_table, show_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dlopt.analysis.bench.simulation import Cluster, Estimate
+    from dlopt.analysis.bench.simulation import Estimate
     from dlopt.analysis.model_summary import Layer
 
 _READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "ema", "stopping", "check", "on_divergence")  # of parallel modes
-USAGE = f"""\
+USAGE = """\
 Benchmark parallel modes, the network or devices, or simulate a cluster
 
 Usage:
@@ -52,52 +53,26 @@ Parallel modes:
   rank, the fractions of the time spent in collectives (communicating) and blocked by them (waiting), and the compute
   time of the fastest and the slowest rank. On CPUs all processes use the same number of threads.
 
-  processes=N,M        numbers of processes on this machine (default: 2)
-  updates=N            timed updates (default: 20)
-  warmup=N             warm-up updates (default: 3)
-  profiled=N           additional updates that profile communication (default: 5)
-  memory_limit_mb=X    memory limit of each process, beyond that of an idle one (default: null, no limit)
-  output=DIR           folder of the plot and the results (default: outputs/bench/DATE_TIME)
-  and these keys of `dlopt train`:
-{indented(_READS)}
+  processes=N,M :: numbers of processes on this machine (default: 2)
+  {_bench_modes}
+and these keys of `dlopt train`:
+    {_READS}
 
 Bandwidth (allreduce=[...]):
   Times all-reduces of the given sizes in MiB, as DDP does with gradients. Starts its processes, or runs in those of
   srun or torchrun. bus GB/s: what each rank sends per second, comparable to the speed of a link.
 
-  processes=N          processes on this machine (default: 2); srun and torchrun set it
-  repeats=20           timed all-reduces per size; the result is the median
-  device=auto          cuda uses NCCL, cpu uses gloo
-  timeout_minutes=10   how long processes wait for each other
+  {_bench_allreduce}
 
 Devices (device=[...]):
-  precision=[fp32,bf16]    any of fp32, bf16, fp16, fp64
-  sizes=[64,...,2048]      rows of the square matrices
-  channels=[8,...,256]     channels of the convolutions
-  threads=auto             CPU threads
-  seconds=0.5              time per measurement
+  {_bench_devices}
 
 Simulated cluster (simulate=true):
-  devices=[8,64,512,4096]  numbers of devices
-  models=[wrn_28_10,resnet50,resnet101]
-  batch=64                 samples per device, in all modes
-  training=paper           schedule for the column "days": that of the model's paper, or one of
-                           alexnet_imagenet, imagenet_90, resnet_imagenet, wrn_cifar
-  layers=counted           layer times: counted (from FLOPs and bytes) | measured (on this machine's device)
-  validate=[]              numbers of processes on this machine for which to compare estimated and measured times
-  per_server=8             devices per server
-  tflops=300               achieved TFLOP/s of a device
-  memory_bandwidth=3000    achieved memory bandwidth, GB/s
-  memory=80                memory of a device, GB
-  bandwidth_within=300     GB/s between devices of a server
-  latency_within=5         microseconds
-  bandwidth_between=50     GB/s per server
-  latency_between=10       microseconds
-  variation=0.02           standard deviation / mean of a device's time per update
-  value_bytes=2            bytes per activation value
-  micro_batches=32         micro-batches of the pipeline
-  bucket_mb=25             gradient bucket size, MB
+  {_simulate}
+  {Cluster}
 """
+
+_Output = Annotated[str | None, "DIR: folder of the plot and the results (default: outputs/bench/DATE_TIME)"]
 
 
 @on_experiment("bench", None, several="not needed here; list the values: parallel=ddp,filter")
@@ -135,11 +110,13 @@ class _Row:
 def _bench_modes(
     line: Line,
     *,
-    updates: Count = 20,
-    warmup: Natural = 3,
-    profiled: Count = 5,
-    memory_limit_mb: Positive | None = None,
-    output: str | None = None,
+    updates: Annotated[Count, "N: timed updates"] = 20,
+    warmup: Annotated[Natural, "N: warm-up updates"] = 3,
+    profiled: Annotated[Count, "N: additional updates that profile communication"] = 5,
+    memory_limit_mb: Annotated[
+        Positive | None, "X: memory limit of each process, beyond that of an idle one (default: no limit)"
+    ] = None,
+    output: _Output = None,
 ) -> int:
     from dlopt.analysis.bench import modes
 
@@ -225,11 +202,11 @@ def _count(override: str) -> int:
 def _bench_allreduce(
     line: Line,
     *,
-    allreduce: list[Positive],
-    processes: Count | None = None,
-    repeats: Count = 20,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    timeout_minutes: Positive = 10.0,
+    allreduce: Annotated[list[Positive], "[X,...]: sizes in MiB"],
+    processes: Annotated[Count | None, "N: processes on this machine (default: 2); srun and torchrun set it"] = None,
+    repeats: Annotated[Count, "N: timed all-reduces per size; the result is the median"] = 20,
+    device: Annotated[Literal["auto", "cpu", "cuda"], "NAME: cuda uses NCCL, cpu uses gloo"] = "auto",
+    timeout_minutes: Annotated[Positive, "X: how long processes wait for each other"] = 10.0,
 ) -> int:
     """Runs in the processes of a launcher, or starts `processes` that do."""
     line.refuse_rest("dlopt bench allreduce=[...]", _bench_allreduce)
@@ -272,13 +249,15 @@ _CHANNELS = [8, 16, 32, 64, 128, 256]
 def _bench_devices(
     line: Line,
     *,
-    device: list[Literal["cpu", "cuda"]],
-    precision: list[Literal["fp32", "bf16", "fp16", "fp64"]] = _PRECISIONS,
-    sizes: list[Count] = _SIZES,
-    channels: list[Count] = _CHANNELS,
-    threads: Count | Literal["auto"] = "auto",
-    seconds: Positive = 0.5,
-    output: str | None = None,
+    device: Annotated[list[Literal["cpu", "cuda"]], "[NAME,...]: cpu and cuda"],
+    precision: Annotated[
+        list[Literal["fp32", "bf16", "fp16", "fp64"]], "[NAME,...]: any of fp32, bf16, fp16, fp64"
+    ] = _PRECISIONS,
+    sizes: Annotated[list[Count], "[N,...]: rows of the square matrices"] = _SIZES,
+    channels: Annotated[list[Count], "[N,...]: channels of the convolutions"] = _CHANNELS,
+    threads: Annotated[Count | Literal["auto"], "N: CPU threads"] = "auto",
+    seconds: Annotated[Positive, "X: time per measurement"] = 0.5,
+    output: _Output = None,
 ) -> int:
     line.refuse_rest("dlopt bench device=[...]", _bench_devices)
     refuse_empty(device=device, precision=precision, sizes=sizes, channels=channels)
@@ -330,20 +309,30 @@ _DEVICES = [8, 64, 512, 4096]
 def _simulate(
     line: Line,
     *,
-    simulate: Literal[True],
-    devices: list[Count] = _DEVICES,
-    models: list[Model] = _MODELS,
-    batch: Count = 64,
-    training: Training | Literal["paper"] = "paper",
-    layers: Literal["counted", "measured"] = "counted",
-    validate: list[Count] | None = None,
-    output: str | None = None,
+    simulate: Annotated[Literal[True], "true: simulate instead of measuring"],
+    devices: Annotated[list[Count], "[N,...]: numbers of devices"] = _DEVICES,
+    models: Annotated[list[Model], "[NAME,...]: models"] = _MODELS,
+    batch: Annotated[Count, "N: samples per device, in all modes"] = 64,
+    training: Annotated[
+        Training | Literal["paper"],
+        'NAME: schedule for the column "days": that of the model\'s paper, or one of alexnet_imagenet, imagenet_90, '
+        "resnet_imagenet, wrn_cifar",
+    ] = "paper",
+    layers: Annotated[
+        Literal["counted", "measured"],
+        "NAME: layer times: counted (from FLOPs and bytes) or measured (on this machine's device)",
+    ] = "counted",
+    validate: Annotated[
+        list[Count] | None,
+        "[N,...]: numbers of processes on this machine for which to compare estimated and measured times",
+    ] = None,
+    output: _Output = None,
 ) -> int:
     from dlopt.analysis.bench import simulation
 
-    arguments, rest = line.take(simulation.Cluster)
-    cluster = simulation.Cluster(**arguments)
-    rest.refuse_rest("dlopt bench simulate=true", _simulate, simulation.Cluster)
+    arguments, rest = line.take(Cluster)
+    cluster = Cluster(**arguments)
+    rest.refuse_rest("dlopt bench simulate=true", _simulate, Cluster)
     refuse_empty(devices=devices, models=models)
     estimates: dict[str, list[Estimate]] = {}
     for name in dict.fromkeys(models):
@@ -379,7 +368,7 @@ def _table(title: str, estimates: Sequence["Estimate"], updates: float) -> Table
     return table
 
 
-def _describe(cluster: "Cluster") -> str:
+def _describe(cluster: Cluster) -> str:
     return (
         f"{cluster.per_server} devices per server, {cluster.tflops:g} TFLOP/s, {cluster.memory:g} GB; within a server "
         f"{cluster.bandwidth_within:g} GB/s, {cluster.latency_within:g} µs; between servers "

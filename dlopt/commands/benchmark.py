@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt import environment
 from dlopt.analysis.benchmark import reading
@@ -27,9 +27,10 @@ from dlopt.analysis.benchmark.protocol import (
 from dlopt.analysis.benchmark.reading import COST, Manifest, targets
 from dlopt.analysis.benchmark.results import Record, Results, load_reference, to_json
 from dlopt.analysis.leaderboard import distinguishes
-from dlopt.commands.command import Line, output_folder, own_names, read_line, refuse_empty
+from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
 from dlopt.commands.reads import refuse_unread_hydra
 from dlopt.commands.sweep import build_pool, refuse_ranks
+from dlopt.commands.usage import own_names
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of, value_of, without
 from dlopt.config.plan import Plan, as_job, checked, plan
@@ -68,17 +69,10 @@ from its search space (benchmark/space/NAME.yaml in dlopt's folder or in --confi
 median over the studies, which differ in their draws and initial weights. Repeat an interrupted command to continue it.
 Several of these commands with the same output share the trials.
 
-  optimizer=a,b     choices of the group optimizer, or dotted names of classes, with allow_packages
-  tier=small        set of workloads: small | medium | large
-  workloads=[a,b]   some of them (default: all)
-  budget=small      tiny (1 study of 3 trials), small (3 of 10) or large (5 of 20)
-  studies=N         number of studies, instead of the budget's
-  trials=N          trials per study, instead of the budget's
-  reference=true    compare with the shipped results
-  full=false        true: train every trial to the end, also after its target
-  output=DIR        folder of the trials and the results (default: outputs/benchmark/TIER)
-  dry_run=false     true: only list the trials and estimate their time
-  and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus)
+  optimizer=a,b :: choices of the group optimizer, or dotted names of classes, with allow_packages
+  {_run}
+and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus). With --check:
+  {check}
 """
 
 _READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
@@ -91,6 +85,7 @@ _FIXED = (
 # In addition to where a trial runs: how numbers are rounded is not what a benchmark compares.
 _MACHINE = ("allow_packages", "precision", "deterministic")
 Budget = Literal["tiny", "small", "large"]
+_Tier = Annotated[str, "NAME: set of workloads: small, medium or large, or one in --config-dir"]
 _LOCK = ".results.lock"
 _CHECKED = 2  # trials that --check repeats
 _UPDATES_TOLERANCE = 0.05  # of its updates to the target, as a fraction of a full run
@@ -203,15 +198,15 @@ def _run(
     names: Sequence[str],
     command: str,
     *,
-    tier: str = "small",
-    workloads: list[str] | None = None,
-    budget: Budget = "small",
-    studies: Count | None = None,
-    trials: Count | None = None,
-    reference: bool = True,
-    full: bool = False,
-    output: str | None = None,
-    dry_run: bool = False,
+    tier: _Tier = "small",
+    workloads: Annotated[list[str] | None, "[a,b]: some of its workloads (default: all)"] = None,
+    budget: Annotated[Budget, "NAME: tiny (1 study of 3 trials), small (3 of 10) or large (5 of 20)"] = "small",
+    studies: Annotated[Count | None, "N: number of studies, instead of the budget's"] = None,
+    trials: Annotated[Count | None, "N: trials per study, instead of the budget's"] = None,
+    reference: Annotated[bool, "BOOL: compare with the shipped results"] = True,
+    full: Annotated[bool, "BOOL: train every trial to the end, also after its target"] = False,
+    output: Annotated[str | None, "DIR: folder of the trials and the results (default: outputs/benchmark/TIER)"] = None,
+    dry_run: Annotated[bool, "BOOL: only list the trials and estimate their time"] = False,
 ) -> int:
     """Checks the benchmark and runs its trials. Raises `UserError`."""
     from dlopt.sweeps.benchmark import Request, candidate
@@ -424,7 +419,13 @@ def _on_folder(action: str, line: Line) -> int:
 # -- dlopt benchmark --check
 
 
-def check(line: Line, *, tier: str = "small", seed: int | None = None, output: str | None = None) -> int:
+def check(
+    line: Line,
+    *,
+    tier: _Tier = "small",
+    seed: Annotated[int | None, "N: which trials are repeated (default: others every time)"] = None,
+    output: Annotated[str | None, "DIR: folder of the trials (default: outputs/benchmark-check/DATE_TIME)"] = None,
+) -> int:
     """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
     from dlopt.sweeps.benchmark import Request, candidate
 

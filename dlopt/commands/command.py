@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.commands.reads import refuse_unread, refuse_unread_hydra
+from dlopt.commands.usage import own_keys, own_names
 from dlopt.config.compose import Composer
 from dlopt.config.flags import CONFIG_NAME, parse_arguments
 from dlopt.config.overrides import grid, is_typed, key_of, without
@@ -81,12 +82,12 @@ class Line:
             refuse_unread(rest.overrides, command, reads, own=own_names(function))
         return function(rest, **own)
 
-    def refuse_config_files(self) -> None:
-        """Raises `UserError` for --config-dir and --config-name, which a config of a checkpoint does not need."""
+    def refuse_config_files(self, reason: str) -> None:
+        """Raises `UserError` for --config-dir and --config-name, which the command does not read."""
         typed = {"--config-dir": self.composer.config_dir, "--config-name": self.composer.config_name}
         for flag, value in typed.items():
             if value not in (None, CONFIG_NAME):
-                raise UserError(f"{flag}={value}: not read with checkpoint=; a checkpoint contains its config")
+                raise UserError(f"{flag}={value}: not read {reason}")
 
     def refuse_several(self, reason: str) -> None:
         """Raises `UserError` for a key with several values."""
@@ -248,14 +249,23 @@ def _take_paths(values: dict[str, Any], command: str) -> list[Path]:
     return [checkpoint_file(Path(path)) for path in checkpoint]
 
 
-def own_names(target: Callable[..., Any]) -> list[str]:
-    """Returns the names of the keyword-only parameters."""
-    return [name for name, parameter in parameters_of(target).items() if parameter.kind is parameter.KEYWORD_ONLY]
-
-
 def check_own(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Validates values of keyword-only parameters against their annotations. Raises `UserError`."""
     return check_arguments("", target, values, frozenset(parameters_of(target).keys() - own_names(target)))
+
+
+def take_own(function: Callable[..., Any], arguments: Sequence[str], name: str) -> tuple[dict[str, Any], list[str]]:
+    """Splits the arguments of a command into its own keys and flags, checked, and the others. Raises `UserError`."""
+    keys = {key.line.partition("=")[0]: key for key in own_keys(function)}
+    flags = {line: key.name for line, key in keys.items() if key.is_flag}
+    for argument in arguments:
+        if argument.startswith("-") and argument not in flags:
+            raise UserError(f"{argument}: unknown flag; see `dlopt {name} --help`")
+    typed = [each for each in arguments if each.partition("=")[0] in keys and each not in flags]
+    given = dict.fromkeys((flags[each] for each in arguments if each in flags), True)
+    return check_own(function, typed_values(typed) | given), [
+        each for each in arguments if each not in typed and each not in flags
+    ]
 
 
 def refuse_empty(**lists: Sequence[Any]) -> None:

@@ -2,15 +2,17 @@
 
 import contextlib
 import glob
+import importlib
 import io
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from dlopt.errors import UserError
 
 
-def complete(arguments: list[str], commands: list[str]) -> int:
+def complete(arguments: list[str], commands: Mapping[str, str]) -> int:
     """Handles `-sc install=bash`, `-sc uninstall=...`, and the shell's `-sc query=bash` (COMP_LINE, COMP_POINT).
 
     Raises `UserError` for anything else.
@@ -30,11 +32,11 @@ def complete(arguments: list[str], commands: list[str]) -> int:
     return 0
 
 
-def _candidates(program: str, words: list[str], arguments: list[str], commands: list[str]) -> list[str]:
+def _candidates(program: str, words: list[str], arguments: list[str], commands: Mapping[str, str]) -> list[str]:
     """Returns the completions of the last of `words`, the arguments of the program."""
     command, prefix = words[0], words[-1]
     if len(words) == 1:
-        candidates = commands
+        candidates = [*commands]
     elif command == "options":
         from dlopt.config.choices import Catalogue
 
@@ -43,13 +45,21 @@ def _candidates(program: str, words: list[str], arguments: list[str], commands: 
         from dlopt.commands.template import TEMPLATES
 
         candidates = list(TEMPLATES)
-    elif command in ("report", "runs"):
-        candidates = glob.glob(glob.escape(prefix) + "*/")
-    elif command in ("eval", "predict", "sample", "export", "consolidate"):
-        candidates = _checkpoints(prefix) if prefix.startswith("checkpoint=") else ["checkpoint="]
-    else:
+    elif prefix.startswith("checkpoint=") and command != "train":
+        candidates = _checkpoints(prefix)
+    elif command == "train" or command not in commands:
         return _overrides(" ".join([program, *words[1:]]), prefix, arguments)
-    return [candidate for candidate in candidates if candidate.startswith(prefix)]
+    else:
+        from dlopt.commands.usage import typed_words  # slow to import
+
+        own = [*typed_words(importlib.import_module(commands[command].partition(":")[0]))]
+        if command in ("report", "runs"):
+            candidates = [*own, *glob.glob(glob.escape(prefix) + "*/")]
+        elif "checkpoint=" in own and command not in ("diagnose", "trajectory"):
+            candidates = own
+        else:
+            candidates = [*own, *_overrides(" ".join([program, *words[1:]]), prefix, arguments)]
+    return [candidate for candidate in dict.fromkeys(candidates) if candidate.startswith(prefix)]
 
 
 def _overrides(line: str, prefix: str, arguments: list[str]) -> list[str]:

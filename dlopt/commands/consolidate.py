@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from dlopt.commands.command import on_checkpoint, refuse_folder
 from dlopt.errors import DONE, RunError, UserError
@@ -18,13 +18,18 @@ Use it to copy a sharded checkpoint (parallel=fsdp checkpoint.sharded=true; shar
 to read it with torch.load. The other commands and resume=PATH read sharded checkpoints directly, in any parallel mode.
 Verifies the checksums of the shards and writes one for the file.
 
-  checkpoint=PATH   a file (RUN/checkpoints/last.pt), or a folder (RUN, RUN/checkpoints): its best.pt, or else last.pt
-  output=FILE       output file (default: NAME-whole.pt next to the checkpoint NAME.pt)
+  checkpoint=PATH :: a file (RUN/checkpoints/last.pt), or a folder (RUN, RUN/checkpoints): its best.pt, or else last.pt
+  {consolidate}
 """
 
 
 @on_checkpoint("consolidate")
-def consolidate(path: Path, _: dict[str, Any], *, output: str | None = None) -> int:
+def consolidate(
+    path: Path,
+    _: dict[str, Any],
+    *,
+    output: Annotated[str | None, "FILE: output file (default: NAME-whole.pt next to the checkpoint NAME.pt)"] = None,
+) -> int:
     """Writes the file. Raises `UserError`; `RunError` if writing fails."""
     target = refuse_folder(path.with_name(f"{path.stem}-whole.pt") if output is None else Path(output))
     if target.exists() and os.path.samefile(target, path):

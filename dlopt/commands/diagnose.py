@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
@@ -23,7 +23,7 @@ from dlopt.commands.command import (
     skipped_keys,
     writing,
 )
-from dlopt.commands.reads import LEARNING_RATE, RECIPE, UPDATE, indented, refuse_unread
+from dlopt.commands.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
 from dlopt.config.saved import checkpoint_file, typed_values
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_json
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
 
 _READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "check", "on_divergence")
-USAGE = f"""\
+USAGE = """\
 Measure activations, gradients and curvature of a model, layer by layer
 
 Usage: dlopt diagnose [group=choice] [key=value]
@@ -57,14 +57,9 @@ the largest eigenvalues of the Hessian, the curvature along the updates, gradien
 the entropy of each attention head in transformers.
 Rates each layer and suggests what to change. Keys accept several values: one row or curve per combination.
 
-  updates=N         training updates between the two measurements; 0: measure only once (default: 20)
-  batches=N         mini-batches to measure on (default: 4)
-  eigenvalues=N     largest eigenvalues of the Hessian; 0: no second derivatives (default: 5)
-  iterations=N      Hessian-vector products for the eigenvalues, which rise to the exact ones (default: 20)
-  checkpoint=PATH   a trained model; uses the config of the checkpoint, whose keys can be overridden
-  output=DIR        folder of plots, diagnosis.json and TensorBoard histograms (default: outputs/diagnose/DATE_TIME)
+  {diagnose}
 and these keys of `dlopt train`:
-{indented(_READS)}
+    {_READS}
 """
 
 _MAX_JOBS = 7  # distinguishable colours
@@ -90,12 +85,17 @@ class _Subject:
 def diagnose(
     line: Line,
     *,
-    updates: Natural = 20,
-    batches: Count = 4,
-    eigenvalues: Natural = 5,
-    iterations: Count = 20,
-    checkpoint: str | None = None,
-    output: str | None = None,
+    updates: Annotated[Natural, "N: training updates between the two measurements; 0: measure only once"] = 20,
+    batches: Annotated[Count, "N: mini-batches to measure on"] = 4,
+    eigenvalues: Annotated[Natural, "N: largest eigenvalues of the Hessian; 0: no second derivatives"] = 5,
+    iterations: Annotated[Count, "N: Hessian-vector products for the eigenvalues, which rise to the exact ones"] = 20,
+    checkpoint: Annotated[
+        str | None, "PATH: a trained model; uses the config of the checkpoint, whose keys can be overridden"
+    ] = None,
+    output: Annotated[
+        str | None,
+        "DIR: folder of plots, diagnosis.json and TensorBoard histograms (default: outputs/diagnose/DATE_TIME)",
+    ] = None,
 ) -> int:
     """Measures, prints the table and the advice, and saves the plots. Raises `UserError`."""
     if checkpoint is None:
@@ -104,7 +104,7 @@ def diagnose(
         subjects = [_subject(line, job) for job in line.jobs(_GROUPS, _MAX_JOBS)]
         title = " ".join(line.fixed()) or ("other keys at their defaults" if line.overrides else "default model")
     else:
-        line.refuse_config_files()
+        line.refuse_config_files("with checkpoint=; a checkpoint contains its config")
         subjects = [_trained(Path(checkpoint), line.overrides)]
         title = " ".join([short_path(Path(checkpoint)), *line.overrides])
     for subject in subjects:

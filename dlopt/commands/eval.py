@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt.analysis import drawing
 from dlopt.commands.command import Line, fitting, on_checkpoint, on_experiment, saved_experiment, writing
@@ -35,7 +35,7 @@ _READS = (
 )  # fmt: skip
 # Keys that a test of weights depends on; they are composed and checked as in `dlopt train`.
 _READS_OF_WEIGHTS = (*_READS, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")
-USAGE = f"""\
+USAGE = """\
 Evaluate a checkpoint, an ensemble of checkpoints, or the weights of another tool, on the test set
 
 Usage: dlopt eval checkpoint=PATH [tta=CHOICE] [key=value]
@@ -48,22 +48,22 @@ Examples:
   dlopt eval checkpoint=outputs/train/DATE/checkpoints/restart-*.pt        # ensemble
   dlopt eval init_from=resnet18.pth model=resnet18 model.stem=imagenet data=imagenet data.root=DIR normalize=fixed
 
-  checkpoint=PATH           a checkpoint, or a run folder: its best.pt, or else last.pt
-  tta=none                  test-time augmentation: none
-  tta=flip                  original and horizontally flipped images
-  tta=shift_flip            also shifts by tta.shift=1 pixels in two directions
-  tta=ten_crop              four corners and centre, with flips; crop size tta.crop=SIZE (default: that of the training)
-                            from images with a shorter side of tta.scale=SIZE (default: unscaled, or 8/7 of the crop)
-  tta=multi_scale_ten_crop  ten crops at each of tta.scales=[224,256,384,480,640] (for crops of 224, else in proportion)
-  parallel.processes=N      divides the test set over N processes; also under torchrun and srun
-  average=probabilities     average over crops and checkpoints: probabilities | logits
-  output=DIR                folder of eval.json, confusion.csv and confusion.png, or reconstructions.png of an
-                            autoencoder (default: the run folder)
+  checkpoint=PATH :: a checkpoint, or a run folder: its best.pt, or else last.pt
+  {_evaluate_checkpoints}
+  parallel.processes=N :: divides the test set over N processes; also under torchrun and srun
+
+  tta=none :: test-time augmentation: none
+  tta=flip :: original and horizontally flipped images
+  tta=shift_flip :: also shifts by tta.shift=1 pixels in two directions
+  tta=ten_crop :: four corners and centre, with flips; crop size tta.crop=SIZE (default: that of the training) from \
+images with a shorter side of tta.scale=SIZE (default: unscaled, or 8/7 of the crop)
+  tta=multi_scale_ten_crop :: ten crops at each of tta.scales=[224,256,384,480,640] (for crops of \
+224, else in proportion)
 
 Uses the config saved in the checkpoint. Keys that can be overridden:
-  {", ".join(f"{key}.*" if key in ("data", "parallel") else key for key in _READS)}
+    {_READS}
 With init_from, the keys of `dlopt train` that matter for a test:
-  {", ".join(_READS_OF_WEIGHTS)}
+    {_READS_OF_WEIGHTS}
 """
 
 _MAX_LISTED_CLASSES = 20
@@ -72,6 +72,16 @@ _MAX_NAMED_CLASSES = 60  # the names of more classes are unreadable
 
 
 Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
+_TtaKey = Annotated[Tta, "NAME: test-time augmentation, see below"]
+_AverageKey = Annotated[
+    Literal["probabilities", "logits"] | None,
+    "NAME: what to average over crops and checkpoints: probabilities or logits (default: probabilities)",
+]
+_OutputKey = Annotated[
+    str | None,
+    "DIR: folder of eval.json, confusion.csv and confusion.png, or reconstructions.png of an autoencoder "
+    "(default: the run folder)",
+]
 
 
 @dataclass(frozen=True)
@@ -98,9 +108,9 @@ def _evaluate_checkpoints(
     paths: list[Path],
     changes: dict[str, Any],
     *,
-    tta: Tta = "none",
-    average: Literal["probabilities", "logits"] | None = None,
-    output: str | None = None,
+    tta: _TtaKey = "none",
+    average: _AverageKey = None,
+    output: _OutputKey = None,
 ) -> int:
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
     from dlopt.processor import choose_device
@@ -129,9 +139,9 @@ def _evaluate_checkpoints(
 def _evaluate_weights(
     line: Line,
     *,
-    tta: Tta = "none",
-    average: Literal["probabilities", "logits"] | None = None,
-    output: str | None = None,
+    tta: _TtaKey = "none",
+    average: _AverageKey = None,
+    output: _OutputKey = None,
 ) -> int:
     """Evaluates the weights `init_from` in the model of the command line, without a checkpoint."""
     from dlopt.models.foreign import advice

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import dlopt
 from dlopt.commands.command import on_checkpoint, read_dataset, refuse_folder, saved_experiment, writing
@@ -35,12 +35,12 @@ Examples:
 Exports the fp32 model together with its input normalization. Inputs: images with values 0..255 in the size of the
 training, any batch size. Outputs: logits. Verifies the file: compares its outputs with the model's on test images.
 
-  format=safetensors    tensors model.* and normalize.*; classes, input shape and config in the metadata
-  format=onnx           an ONNX graph; requires onnx and onnxscript, and onnxruntime for the verification
-  format=torch_export   a program for torch.export.load, which does not need dlopt
-  input=uint8|float32   type of the images (default: that of the data set)
-  output=FILE           output file (default: NAME of the checkpoint with the suffix of the format, in the run folder)
-  data.root=DIR         location of the test images for the verification
+  format=safetensors :: tensors model.* and normalize.*; classes, input shape and config in the metadata
+  format=onnx :: an ONNX graph; requires onnx and onnxscript, and onnxruntime for the verification
+  format=torch_export :: a program for torch.export.load, which does not need dlopt
+  checkpoint=PATH :: a checkpoint, or a run folder: its best.pt, or else last.pt
+  {export}
+  data.root=DIR :: location of the test images for the verification
 """
 
 _READS = ("data", "threads", "allow_packages")
@@ -56,9 +56,14 @@ def export(
     path: Path,
     changes: dict[str, Any],
     *,
-    format: Literal["safetensors", "onnx", "torch_export"],
-    output: str | None = None,
-    input: Literal["uint8", "float32"] | None = None,
+    format: Annotated[Literal["safetensors", "onnx", "torch_export"], "NAME: one of those above"],
+    output: Annotated[
+        str | None,
+        "FILE: output file (default: NAME of the checkpoint with the suffix of the format, in the run folder)",
+    ] = None,
+    input: Annotated[
+        Literal["uint8", "float32"] | None, "uint8|float32: type of the images (default: that of the data set)"
+    ] = None,
 ) -> int:
     """Writes and verifies the file. Raises `UserError`; `RunError` if the model cannot be converted."""
     from dlopt.training.restore import restore

@@ -5,10 +5,11 @@ import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from dlopt.analysis.range_test import RangeTest
 from dlopt.commands.command import Line, on_experiment, output_folder, writing
-from dlopt.commands.reads import RECIPE, UPDATE, indented
+from dlopt.commands.reads import RECIPE, UPDATE
 from dlopt.errors import DONE, USER_ERROR, RunError, UserError
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.rendezvous import current, is_main, leave
@@ -16,11 +17,11 @@ from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from dlopt.analysis.lr_range import LearningRates, RangeTest
+    from dlopt.analysis.lr_range import LearningRates
     from dlopt.config.experiment import Experiment
 
 _READS = (*UPDATE, *RECIPE, "scale_lr")  # scale_lr: only none
-USAGE = f"""\
+USAGE = """\
 Run a learning-rate range test
 
 Usage: dlopt find-lr [group=choice] [key=value]
@@ -34,14 +35,10 @@ Increases the learning rate exponentially with every update until the loss diver
 discards the model. Suggests two rates: at the steepest slope of the smoothed loss, and, more cautiously, in the middle
 of its longest descent (valley).
 
-  min_lr=X        first learning rate (default: 1e-6)
-  max_lr=X        last learning rate (default: 10)
-  updates=N       number of updates (default: 100)
-  smoothing=X     exponential smoothing factor of the loss (default: 0.9)
-  diverge=X       stop when the smoothed loss exceeds X times its minimum (default: 4)
-  output=DIR      folder of find_lr.png, .svg and .json (default: outputs/find-lr/DATE_TIME)
+  {RangeTest}
+  {find_lr}
 and these keys of `dlopt train`:
-{indented(_READS)}
+    {_READS}
 """
 
 
@@ -57,9 +54,15 @@ and these keys of `dlopt train`:
         "schedule": "the test raises the learning rate from min_lr to max_lr",
     },
 )
-def find_lr(line: Line, *, output: str | None = None) -> int:
+def find_lr(
+    line: Line,
+    *,
+    output: Annotated[
+        str | None, "DIR: folder of find_lr.png, .svg and .json (default: outputs/find-lr/DATE_TIME)"
+    ] = None,
+) -> int:
     """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
-    from dlopt.analysis.lr_range import RangeTest, check, trial, write
+    from dlopt.analysis.lr_range import check, trial, write
 
     arguments, line = line.take(RangeTest)
     range_test = RangeTest(**arguments)
@@ -84,7 +87,7 @@ def find_lr(line: Line, *, output: str | None = None) -> int:
     return DONE
 
 
-def _run(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates | None":
+def _run(experiment: "Experiment", range_test: RangeTest) -> "LearningRates | None":
     """Runs the test here or in child processes; returns None on ranks > 0 of a launcher."""
     from dlopt.analysis.lr_range import test_range
 
@@ -99,7 +102,7 @@ def _run(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates | 
     return result if is_main() else None
 
 
-def _run_ranks(experiment: "Experiment", range_test: "RangeTest", processes: int) -> "LearningRates":
+def _run_ranks(experiment: "Experiment", range_test: RangeTest, processes: int) -> "LearningRates":
     """Starts one process per rank and returns the result of rank 0."""
     from dlopt.analysis.lr_range import LearningRates
     from dlopt.analysis.ranks import run_ranks

@@ -1,9 +1,9 @@
 """`dlopt train --help`: groups and their choices, keys of the run, flags."""
 
-import shutil
 from collections.abc import Sequence
 
-from dlopt.commands.options import SWEEPS, choices_of, wrap_row
+from dlopt.commands.options import SWEEPS, choices_of
+from dlopt.commands.usage import two_columns
 from dlopt.config.choices import Catalogue, Choice, config_folder
 
 _FLAGS = (
@@ -30,28 +30,23 @@ def help_page(config_dir: str | None) -> str:
     catalogue = Catalogue(config_dir)
     groups = catalogue.groups()
     lines = [*_INTRODUCTION.splitlines(), "", "Groups and choices (* default):"]
-    lines += _table([(group, _names(catalogue.choices(group), default)) for group, default in groups.items()])
+    lines += two_columns([(group, _names(catalogue.choices(group), default)) for group, default in groups.items()])
     lines += ["", "`dlopt options optimizer=sgd` lists the keys of a choice.", "", "Keys of the run:"]
     primary = Choice("", "train", config_folder() / "train.yaml")
     keys = [key for key in catalogue.keys(primary) if key.name.split(".")[0] not in (*groups, "hydra")]
     keys = [key for key in keys if "/" not in key.name]  # the defaults list itself
-    lines += _table([(f"{key.name}={key.value}", key.comment) for key in keys])
-    lines += _table([("from=RUN", "start from the config of the run in folder RUN, changed by the other overrides")])
+    lines += two_columns([(f"{key.name}={key.value}", key.comment) for key in keys])
+    lines += two_columns(
+        [("from=RUN", "start from the config of the run in folder RUN, changed by the other overrides")]
+    )
     rows = [("hydra/sweeper=dlopt_optuna", "search with Optuna: interval(a,b), choice(a,b), tag(log,interval(a,b))")]
     others = [(group, default) for group, default in SWEEPS.items() if group != "hydra/sweeper"]
     rows += [(group, _names(choices_of(Catalogue(), group), default)) for group, default in others]  # dlopt's own
-    lines += ["", "Sweeps (-m; * default):", *_table(rows)]
-    lines += ["", "Flags:", *_table(_FLAGS), ""]
+    lines += ["", "Sweeps (-m; * default):", *two_columns(rows)]
+    lines += ["", "Flags:", *two_columns(_FLAGS), ""]
     lines += ["Write lists as [a,b]. Quote values with spaces or commas twice: name=\"'two words'\""]
     return "\n".join(lines)
 
 
 def _names(choices: Sequence[Choice], default: str | None) -> str:
     return ", ".join(f"{each.name}*" if each.name == default else each.name for each in choices) or "no choices yet"
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Formats two columns; wraps the right one to the terminal."""
-    width = max(shutil.get_terminal_size().columns, 60)
-    column = min(max(len(left) for left, _ in rows), 34)
-    return [line for left, right in rows for line in wrap_row(f"  {left}", right, column + 2, width)]

@@ -14,6 +14,19 @@ from typing import NoReturn
 from dlopt.config.choices import Catalogue, Choice, Key
 from dlopt.errors import DONE, UserError, shorten, suggest
 
+USAGE = """\
+List groups, the choices of a group, or the keys of a choice with their defaults
+
+Usage: dlopt options [group | group=choice ...] [--config-dir DIR]
+
+Examples:
+  dlopt options                     # all groups and choices
+  dlopt options optimizer
+  dlopt options schedule=cosine 'model=vgg*'
+
+  --config-dir DIR :: folder with your own choices, as in dlopt train
+"""
+
 _MARK = "*"  # marks the default, as in `git branch`
 _MAX_WIDTH = 120
 _SHARED = 0.75  # minimum fraction of choices with the same key, value and comment to list the key only once
@@ -30,15 +43,10 @@ _TRAJECTORY = {"function": "quadratic"}  # only in `dlopt trajectory`
 
 def options(arguments: list[str]) -> int:
     """Prints all groups, the choices of a group (`model`), or the keys of choices (`model=mlp`, `model=vgg*`)."""
-    parser = argparse.ArgumentParser(
-        prog="dlopt options",
-        description="List groups, the choices of a group, or the keys of a choice with their defaults.",
-    )
+    parser = argparse.ArgumentParser(prog="dlopt options", add_help=False)  # Hydra's parser imports Hydra: slow
     parser.error = _refuse  # type: ignore[method-assign]
-    parser.add_argument(
-        "names", nargs="*", metavar="group | group=choice", help="optimizer, schedule=cosine, 'model=vgg*'"
-    )
-    parser.add_argument("--config-dir", "-cd", help="folder with your own choices, as in dlopt train")
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--config-dir", "-cd")
     parsed = parser.parse_args(arguments)
     catalogue = Catalogue(parsed.config_dir)
     page = _Page()

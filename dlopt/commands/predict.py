@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from dlopt.commands.command import on_checkpoint, refuse_folder, writing
 from dlopt.commands.processes import join_processes, over_processes, take_process_keys
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dlopt.training.restore import Trained
 
 _READS = ("device", "precision", "threads", "allow_packages", "parallel")
-USAGE = f"""\
+USAGE = """\
 Classify images with a checkpoint
 
 Usage: dlopt predict checkpoint=PATH images=FOLDER [key=value]
@@ -30,14 +30,12 @@ Examples:
 
 Resizes the images to the size of the training images and takes the centre crop. Does not need the training data.
 
-  images=PATH       an image, or a folder of images (recursively, without hidden files and folders)
-  output=FILE       CSV: image, class, probability, and p(CLASS) for each class (default: predictions.csv)
-  max_errors=N      maximum number of unreadable files to skip with a warning (default: 10)
-  batch_size=N      batch size over all processes (default: 64)
-  parallel.processes=N  divides the images over N processes; also under torchrun and srun
+  checkpoint=PATH :: a checkpoint, or a run folder: its best.pt, or else last.pt
+  {_predict}
+  parallel.processes=N :: divides the images over N processes; also under torchrun and srun
 
 Uses the config saved in the checkpoint. Keys that can be overridden:
-  {", ".join("parallel.*" if key == "parallel" else key for key in _READS)}
+    {_READS}
 """
 
 
@@ -51,10 +49,10 @@ def _predict(
     path: Path,
     changes: dict[str, Any],
     *,
-    images: str,
-    output: str = "predictions.csv",
-    max_errors: Natural = 10,
-    batch_size: Count = 64,
+    images: Annotated[str, "PATH: an image, or a folder of images (recursively, without hidden files and folders)"],
+    output: Annotated[str, "FILE: CSV: image, class, probability, and p(CLASS) for each class"] = "predictions.csv",
+    max_errors: Annotated[Natural, "N: maximum number of unreadable files to skip with a warning"] = 10,
+    batch_size: Annotated[Count, "N: batch size over all processes"] = 64,
 ) -> int:
     """Writes the CSV file. Raises `UserError` for wrong input, `RunError` if too many files are unreadable."""
     files = _files(images)

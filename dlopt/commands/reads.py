@@ -4,7 +4,6 @@ Only what is typed is refused: a recipe (`experiment=...`) is written for `dlopt
 commands read.
 """
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -80,9 +79,3 @@ def refuse_untested(config: Mapping[str, Any], overrides: Iterable[str]) -> None
                 f"{line}: belongs to the final test, which evaluate.test=false skips; test later with "
                 f"`dlopt eval checkpoint=PATH {name}={value_of(line)}`"
             )
-
-
-def indented(keys: Sequence[str]) -> str:
-    """Formats keys for the help of a command, in lines of at most 118 characters."""
-    text = ", ".join(keys)
-    return textwrap.fill(text, 118, initial_indent="    ", subsequent_indent="    ")

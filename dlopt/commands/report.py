@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -20,10 +20,10 @@ from dlopt.analysis.report.exports import Destination, Format, Report, destinati
 from dlopt.analysis.report.page import columns, serve, test_columns
 from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable, short_key
 from dlopt.analysis.report.table import PublishedRow, Table, against_published, default_target, gather, recipe_label
-from dlopt.commands.command import check_own, own_names, writing
+from dlopt.commands.command import take_own, writing
 from dlopt.commands.runs import split_folders
-from dlopt.config.saved import typed_values
-from dlopt.config.schema import show
+from dlopt.commands.usage import own_keys
+from dlopt.config.overrides import key_of
 from dlopt.errors import DONE, UserError, suggest
 from dlopt.files import write_atomically
 from dlopt.interruption import Interruption
@@ -48,17 +48,7 @@ Examples:
 Searches the folders recursively for runs, prints a leaderboard, and writes DIR/report/: index.html (works offline),
 summary.csv and plots. Runs that differ only in their seeds count as one configuration.
 
-  by=METRIC     validation metric to rank by (default: val_accuracy, or val_loss for regression)
-  target=X      metric value for the time-to-target column, accuracies as 0..1 (default: one that half of the
-                configurations reach)
-  test=true     show the test metrics of all rows (default: false, only of the best)
-  top=N         rows of the printed table, and of LaTeX and Markdown tables (default: 20)
-  output=PATH   folder of the report (default: report in the first DIR), or one file: .html, .csv, .tex, .md, .pdf, .png
-                or .svg
-  format=NAME   html, csv, latex, markdown, pdf, png, svg, or a list (default: [html,csv,png])
-  plot=NAME     only this plot, such as learning_curves or lr_sensitivity
-  --watch       update the report whenever a run writes, until interrupted
-  --open        serve the page on localhost and open it in the browser, until interrupted
+  {_Options}
 """
 
 _REFRESH = 5.0  # seconds
@@ -70,38 +60,52 @@ _WIDTH = 130  # columns of a sweep's leaderboard in a file
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    by: str | None = None
-    target: float | None = None
-    test: bool = False
-    top: Count = 20
-    output: str | None = None
-    format: Format | list[Format] | None = None
-    plot: str | None = None
+    by: Annotated[
+        str | None, "METRIC: validation metric to rank by (default: val_accuracy, or val_loss for regression)"
+    ] = None
+    target: Annotated[
+        float | None,
+        "X: metric value for the time-to-target column, accuracies as 0..1 (default: one that half of the "
+        "configurations reach)",
+    ] = None
+    test: Annotated[bool, "BOOL: show the test metrics of all rows (default: false, only of the best)"] = False
+    top: Annotated[Count, "N: rows of the printed table, and of LaTeX and Markdown tables"] = 20
+    output: Annotated[
+        str | None,
+        "PATH: folder of the report (default: report in the first DIR), or one file: .html, .csv, .tex, .md, .pdf, "
+        ".png or .svg",
+    ] = None
+    format: Annotated[
+        Format | list[Format] | None,
+        "NAME: html, csv, latex, markdown, pdf, png, svg, or a list (default: [html,csv,png])",
+    ] = None
+    plot: Annotated[str | None, "NAME: only this plot, such as learning_curves or lr_sensitivity"] = None
+    watch: Annotated[bool, "--: update the report whenever a run writes, until interrupted"] = False
+    open: Annotated[bool, "--: serve the page on localhost and open it in the browser, until interrupted"] = False
 
 
 def report(arguments: list[str]) -> int:
     """Writes and prints the report; with `--watch` or `--open` runs until interrupted. Raises `UserError`."""
-    folders, flags, others = split_folders(arguments, "report", ("--watch", "--open"))
+    folders, rest = split_folders(arguments)
+    own, others = take_own(_Options, rest, "report")
     for argument in others:
         if "=" not in argument:
             raise UserError(f"{argument}: no such folder")
-    values, names = typed_values(others), own_names(_Options)
-    for name in values.keys() - names:
-        hint = suggest(name, [*names, "--watch", "--open"], "dlopt report --help")
-        raise UserError(f"{name}={show(values[name])}: unknown key; {hint}")
-    options = _Options(**check_own(_Options, values))
+        names = [key.line if key.is_flag else key.name for key in own_keys(_Options)]
+        hint = suggest(key_of(argument), names, "dlopt report --help")
+        raise UserError(f"{argument}: unknown key; {hint}")
+    options = _Options(**own)
     if not folders:
         raise UserError("report: needs a folder of runs: dlopt report outputs/NAME")
     to = destination(folders[0], options.output, options.format, options.plot)
-    if "--open" in flags and to.page is None:
+    if options.open and to.page is None:
         raise UserError("--open: shows the page; needs a folder with html among its formats")
     reader, console = Reader(), Console(highlight=False)
-    watch = "--watch" in flags
-    state = _update(reader, folders, to, options, console, watch=watch)
-    if not flags:
+    state = _update(reader, folders, to, options, console)
+    if not (options.watch or options.open):
         return DONE
     with contextlib.ExitStack() as stack:
-        if "--open" in flags and to.page is not None:
+        if options.open and to.page is not None:
             address = stack.enter_context(serve(to.page))
             print(f"{address}  (press Ctrl+C to quit)", flush=True)
             with contextlib.suppress(webbrowser.Error):
@@ -109,8 +113,8 @@ def report(arguments: list[str]) -> int:
         # A stop flag, because a KeyboardInterrupt may be swallowed by the plotting libraries.
         with Interruption() as stop, contextlib.suppress(KeyboardInterrupt):
             while not _wait(stop, _REFRESH):
-                if watch:
-                    state = _update(reader, folders, to, options, console, watch=True, before=state)
+                if options.watch:
+                    state = _update(reader, folders, to, options, console, before=state)
     return DONE
 
 
@@ -128,24 +132,22 @@ def _update(
     to: Destination,
     options: _Options,
     console: Console,
-    *,
-    watch: bool,
     before: Sequence[Record | Damaged] | None = None,
 ) -> Sequence[Record | Damaged]:
     """Reads the runs and writes the report, unless the runs are unchanged since `before`. Returns their state."""
     records, damaged = reader.read(folders)
-    if not records and not watch:
+    if not records and not options.watch:
         hint = f"; {len(damaged)} damaged: {layout.short_path(damaged[0].path)}: {damaged[0].reason}" if damaged else ""
         raise UserError(f"{' '.join(map(str, folders))}: contains no runs{hint}")
     state: list[Record | Damaged] = [*records, *damaged]
     if before is not None and len(before) == len(state) and all(map(operator.is_, before, state)):
         return before
-    is_early = watch and not any(record.metrics for record in records)  # `by` cannot be checked yet
+    is_early = options.watch and not any(record.metrics for record in records)  # `by` cannot be checked yet
     table = gather(records, damaged, None if is_early else options.by)
     goal = default_target(table) if options.target is None else options.target
     title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders)
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    refresh = _REFRESH if watch else None
+    refresh = _REFRESH if options.watch else None
     files = render(to, Report(table, title, made, goal, options.test, refresh, options.top))
     with writing(to.path):
         for path, content in files.items():

@@ -3,9 +3,10 @@
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,9 +15,11 @@ from rich.text import Text
 from dlopt.analysis.leaderboard import direction_of
 from dlopt.analysis.report import reading
 from dlopt.analysis.report.reading import Condition, Damaged, Reader, Record, printable, text, value_of
+from dlopt.commands.command import take_own
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.job import print_error
+from dlopt.ranges import Count
 from dlopt.tracking import layout
 from dlopt.tracking.layout import FittedTable, plain_table, short_path
 
@@ -37,25 +40,41 @@ Examples:
 Searches the folders DIR (default: outputs) recursively and lists the runs that match all conditions. A terminal shows
 one line per run with the columns that fit; a pipe gets all columns and digits as tab-separated values.
 
-  condition        KEY=VALUE, KEY!=VALUE (with wildcards * and ?), KEY>X, KEY>=X, KEY<X or KEY<=X. KEY is a key of the
-                   config, a metric (val_accuracy and val_loss of the best epoch, steps, seconds, ...) or status:
-                   finished, stopped_early, running, interrupted, unfinished (killed), failed
-  sort=KEY         sort by a metric (best first) or by a key of the config (ascending)
-  columns=[...]    keys and metrics to show (default: those that differ between the runs)
-  limit=N          show only the first N runs
-  --paths          print only the folders
+  condition :: KEY=VALUE, KEY!=VALUE (with wildcards * and ?), KEY>X, KEY>=X, KEY<X or KEY<=X. KEY is a key of the \
+config, a metric (val_accuracy and val_loss of the best epoch, steps, seconds, ...) or status: finished, \
+stopped_early, running, interrupted, unfinished (killed), failed
+  {_Listing}
 
 dlopt runs clean:
   Lists the checkpoints step-N.pt and abandoned-*.pt and removes them after confirmation. Keeps best.pt and last.pt, and
   all checkpoints of runs that are running or have a damaged last.pt.
 
-  --yes            do not ask for confirmation
+  {_Cleaning}
 """
 
 _METRICS = ("val_accuracy", "val_loss", "epochs", "seconds")  # default columns, the most important first
 _MAX_CELL = 24  # characters of a config value in a terminal
 _SPLITS = ("val_", "train_", "test_", "best_val_")
 _STYLES = {"finished": "green", "stopped_early": "green", "running": "cyan", "failed": "red"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Listing:
+    """The keys of `dlopt runs`."""
+
+    sort: Annotated[str | None, "KEY: sort by a metric (best first) or by a key of the config (ascending)"] = None
+    columns: Annotated[
+        list[str] | None, "[KEY,...]: keys and metrics to show (default: those that differ between the runs)"
+    ] = None
+    limit: Annotated[Count | None, "N: show only the first N runs"] = None
+    paths: Annotated[bool, "--: print only the folders"] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cleaning:
+    """The keys of `dlopt runs clean`."""
+
+    yes: Annotated[bool, "--: do not ask for confirmation"] = False
 
 
 @dataclass(frozen=True)
@@ -81,9 +100,11 @@ def runs(arguments: list[str]) -> int:
     """Lists runs, or removes checkpoints. Raises `UserError`."""
     if arguments[:1] == ["clean"]:
         return _clean(arguments[1:])
-    query, flags = _parse(arguments, ("sort", "columns", "limit"), ("--paths",))
+    folders, conditions, own = _parse(arguments, _Listing)
+    listing = _Listing(**own)
+    query = _Query(folders, conditions, listing.sort, listing.columns, listing.limit)
     records, damaged = query.find()
-    if flags:
+    if listing.paths:
         for record in records:
             print(short_path(record.path))
     elif sys.stdout.isatty():
@@ -105,44 +126,24 @@ def _print_skipped(path: Path, reason: str) -> None:
     print_error(printable(f"{short_path(path)}: skipped: {reason}"))
 
 
-def _parse(arguments: Sequence[str], own: Sequence[str], flags: Sequence[str]) -> tuple[_Query, set[str]]:
-    """Parses folders, conditions, `own` keys of the command and `flags`. Raises `UserError`."""
-    folders, enabled, others = split_folders(arguments, "runs", flags)
+def _parse(arguments: Sequence[str], own: Callable[..., object]) -> tuple[list[Path], list[Condition], dict[str, Any]]:
+    """Parses folders, conditions, and the keys that `own` declares. Raises `UserError`."""
+    folders, rest = split_folders(arguments)
+    values, others = take_own(own, rest, "runs")
     conditions: list[Condition] = []
-    values: dict[str, str] = {}
     for argument in others:
-        key, equals, value = argument.partition("=")
-        if equals and key in own:
-            values[key] = value
-        elif (parsed := reading.condition(argument)) is not None:
-            conditions.append(parsed)
-        else:
+        if (parsed := reading.condition(argument)) is None:
             raise UserError(f"{argument}: no such folder")
+        conditions.append(parsed)
     if not folders and not Path("outputs").is_dir():
         raise UserError("outputs: no such folder; name the folders to search")
-    limit, columns = values.get("limit"), values.get("columns")
-    if limit is not None and (not limit.isdecimal() or int(limit) == 0):
-        raise UserError(f"limit={limit}: must be an integer >= 1")
-    query = _Query(
-        folders=folders or [Path("outputs")],
-        conditions=conditions,
-        sort=values.get("sort"),
-        columns=None if columns is None else [each.strip() for each in columns.strip("[]").split(",") if each.strip()],
-        limit=None if limit is None else int(limit),
-    )
-    return query, enabled
+    return folders or [Path("outputs")], conditions, values
 
 
-def split_folders(
-    arguments: Sequence[str], command: str, flags: Sequence[str]
-) -> tuple[list[Path], set[str], list[str]]:
-    """Splits arguments into existing folders, flags and others. Raises `UserError` for an unknown flag."""
+def split_folders(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Splits arguments into existing folders and others."""
     folders = [Path(argument) for argument in arguments if Path(argument).is_dir()]
-    others = [argument for argument in arguments if not Path(argument).is_dir()]
-    for argument in others:
-        if argument.startswith("-") and argument not in flags:
-            raise UserError(f"{argument}: unknown flag; see `dlopt {command} --help`")
-    return folders, {other for other in others if other in flags}, [other for other in others if other not in flags]
+    return folders, [argument for argument in arguments if not Path(argument).is_dir()]
 
 
 def _sorted(records: list[Record], key: str) -> list[Record]:
@@ -257,8 +258,8 @@ def _cell(key: str, record: Record) -> Text:
 
 def _clean(arguments: list[str]) -> int:
     """Lists removable checkpoints and removes them after confirmation. Raises `UserError`, `RunError`."""
-    query, is_confirmed = _parse(arguments, (), ("--yes",))
-    records, damaged = query.find()
+    folders, conditions, own = _parse(arguments, _Cleaning)
+    records, damaged = _Query(folders, conditions).find()
     sizes = {path: size for record in records for path, size in _removable(record).items()}
     for folder in damaged:
         _print_skipped(folder.path, folder.reason)
@@ -268,7 +269,7 @@ def _clean(arguments: list[str]) -> int:
     for path, size in sizes.items():
         print(f"{_size(size):>9}  {printable(short_path(path))}")
     total = f"{len(sizes)} checkpoint{'' if len(sizes) == 1 else 's'}, {_size(sum(sizes.values()))}"
-    if not is_confirmed and not _confirm(f"remove {total}? [y/N] "):
+    if not _Cleaning(**own).yes and not _confirm(f"remove {total}? [y/N] "):
         print("nothing was removed")
         return DONE
     removed = list(_remove(sizes))

@@ -1,10 +1,11 @@
 """`dlopt sample`: continues a text with a trained language model."""
 
 import codecs
+import functools
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.commands.command import on_checkpoint
 from dlopt.config.overrides import key_of, value_of, without
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from dlopt.training.restore import Trained
 
 _READS = ("device", "precision", "threads", "allow_packages")
-USAGE = f"""\
+USAGE = """\
 Continue a text with a language model
 
 Usage: dlopt sample checkpoint=PATH [prompt=TEXT] [key=value]
@@ -26,19 +27,14 @@ Examples:
   dlopt sample checkpoint=outputs/train/DATE prompt="def " length=200
   dlopt sample checkpoint=outputs/train/DATE file=start.py temperature=0 samples=3
 
-  checkpoint=PATH   a checkpoint, or a run folder: its best.pt, or else last.pt
-  prompt=TEXT       the text to continue (default: a line break); token numbers for data=tokens: prompt=[464,1266]
-  file=PATH         read the prompt from a file
-  length=N          number of tokens to sample (default: 200)
-  temperature=T     divides the logits; 0: always the most probable token (default: 0.8)
-  top_k=N           sample from the N most probable tokens (default: null, from all)
-  seed=N            seed of the samples (default: 0)
-  samples=N         number of continuations (default: 1)
+  checkpoint=PATH :: a checkpoint, or a run folder: its best.pt, or else last.pt
+  prompt=TEXT :: the text to continue (default: a line break); token numbers for data=tokens: prompt=[464,1266]
+  {_continue}
 
 Bytes that are no valid UTF-8 are shown as the replacement character. When the context of the model is full, sampling
 continues from its last half. Computes in fp32, also after a training in bf16. Uses the config saved in the checkpoint.
 Keys that can be overridden:
-  {", ".join(_READS)}
+    {_READS}
 """
 
 
@@ -46,37 +42,38 @@ def sample(arguments: list[str]) -> int:
     """Prints the prompt and its continuations. Raises `UserError`."""
     # A prompt is any text: it is not parsed as a value of an override.
     prompts = [value_of(argument) for argument in arguments if key_of(argument) == "prompt"]
+    command = on_checkpoint("sample", _READS)(functools.partial(_continue, prompts))
+    return command(without(arguments, "prompt"))
 
-    @on_checkpoint("sample", _READS)
-    def continue_text(
-        path: Path,
-        changes: dict[str, Any],
-        *,
-        file: str | None = None,
-        length: Count = 200,
-        temperature: NonNegative = 0.8,
-        top_k: Count | None = None,
-        seed: Seed = 0,
-        samples: Count = 1,
-    ) -> int:
-        from dlopt.random import generator
-        from dlopt.training.restore import restore
 
-        if changes.get("precision") in ("bf16", "fp16"):
-            raise UserError(f"precision={changes['precision']}: samples are computed in fp32; use fp32, tf32 or fp64")
-        trained = restore(path, changes)
-        if trained.task.vocabulary is None:
-            raise UserError(f"checkpoint={path}: its model predicts no text; it was trained with other data")
-        text = _text(prompts, file)
-        tokens = list(text) if trained.task.unit == "byte" else _numbers(text, trained.task.vocabulary)
-        for number in range(samples):
-            if number:
-                print("-" * 40)
-            rng = generator("cpu", seed, number)
-            _print_continuation(trained, tokens, length, temperature=temperature, top_k=top_k, generator=rng)
-        return DONE
+def _continue(
+    prompts: list[str],
+    path: Path,
+    changes: dict[str, Any],
+    *,
+    file: Annotated[str | None, "PATH: read the prompt from a file"] = None,
+    length: Annotated[Count, "N: number of tokens to sample"] = 200,
+    temperature: Annotated[NonNegative, "T: divides the logits; 0: always the most probable token"] = 0.8,
+    top_k: Annotated[Count | None, "N: sample from the N most probable tokens (default: from all)"] = None,
+    seed: Annotated[Seed, "N: seed of the samples"] = 0,
+    samples: Annotated[Count, "N: number of continuations"] = 1,
+) -> int:
+    from dlopt.random import generator
+    from dlopt.training.restore import restore
 
-    return continue_text(without(arguments, "prompt"))
+    if changes.get("precision") in ("bf16", "fp16"):
+        raise UserError(f"precision={changes['precision']}: samples are computed in fp32; use fp32, tf32 or fp64")
+    trained = restore(path, changes)
+    if trained.task.vocabulary is None:
+        raise UserError(f"checkpoint={path}: its model predicts no text; it was trained with other data")
+    text = _text(prompts, file)
+    tokens = list(text) if trained.task.unit == "byte" else _numbers(text, trained.task.vocabulary)
+    for number in range(samples):
+        if number:
+            print("-" * 40)
+        rng = generator("cpu", seed, number)
+        _print_continuation(trained, tokens, length, temperature=temperature, top_k=top_k, generator=rng)
+    return DONE
 
 
 def _text(prompts: list[str], file: str | None) -> bytes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 from annotated_types import Interval
 
 from dlopt.commands.command import Line, on_experiment, output_folder, read_dataset, refuse_folder, writing
-from dlopt.commands.reads import RECIPE, indented
+from dlopt.commands.reads import RECIPE
 from dlopt.errors import DONE, UserError
 from dlopt.tracking.layout import short_path
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dlopt.data.samples import Samples
 
 _READS = ("data", "augmentation", "seed", "order_seed", "augmentation_seed", *RECIPE)
-USAGE = f"""\
+USAGE = """\
 Plot augmented images
 
 Usage: dlopt show-batch [group=choice] [key=value]
@@ -34,19 +34,24 @@ Examples:
 Saves NAME.png: a row per image with its class, the original, and six augmented versions. With one augmentation also
 NAME_operations.png: a row per operation at low, medium and high strength.
 
-  output=FILE       plot of the batch (default: outputs/show-batch/DATE_TIME/batch.png)
-  tile=112          size of an image in pixels (32 to 1024); the text grows with it
+  {show_batch}
 and these keys of `dlopt train`:
-{indented(_READS)}
+    {_READS}
 """
 
 _IMAGES = 8
 _PIPELINES = 6
-Tile = Annotated[int, Interval(ge=32, le=1024)]
 
 
 @on_experiment("show-batch", _READS, several="show-batch plots one batch; only augmentation takes several values")
-def show_batch(line: Line, *, output: str | None = None, tile: Tile = 112) -> int:
+def show_batch(
+    line: Line,
+    *,
+    output: Annotated[str | None, "FILE: plot of the batch (default: outputs/show-batch/DATE_TIME/batch.png)"] = None,
+    tile: Annotated[
+        int, Interval(ge=32, le=1024), "N: size of an image in pixels, 32 to 1024; the text grows with it"
+    ] = 112,
+) -> int:
     """Saves the plots and prints their paths. Raises `UserError`."""
     target = None if output is None else _target(output)
     batch, operations = _draw(_experiments(line), tile)

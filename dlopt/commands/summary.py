@@ -1,10 +1,10 @@
 """`dlopt summary`: prints the layers of a model with shapes, parameters, MACs and memory."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.commands.command import Line, on_experiment, read_dataset
-from dlopt.commands.reads import RECIPE, indented
+from dlopt.commands.reads import RECIPE
 from dlopt.errors import DONE, UserError
 from dlopt.ranges import Count
 from dlopt.tracking.layout import format_bytes, plain_table, show_table
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dlopt.data.task import Task
 
 _READS = ("model", "data", "augmentation", "precision", *RECIPE)
-USAGE = f"""\
+USAGE = """\
 Print the layers of a model
 
 Usage: dlopt summary model=CHOICE [key=value]
@@ -31,11 +31,9 @@ Examples:
 Counts multiply-accumulates (MACs, two FLOPs each) of convolutions, matrix products and attention per sample. Uses meta
 tensors, without computation or memory: models may have any size.
 
-  input_shape=[C,H,W]   shape of the input; requires classes or vocabulary (default: null, from the data set)
-  classes=N             number of outputs; requires input_shape (default: null, from the data set)
-  vocabulary=N          number of tokens of a text; requires input_shape=[TOKENS] (default: null, from the data set)
+  {summary}
 and these keys of `dlopt train`:
-{indented(_READS)}
+    {_READS}
 """
 
 _UNKNOWN_BATCH = 2  # data.batch_size=full without data; batch norm does not support a batch of one
@@ -43,7 +41,15 @@ _UNKNOWN_BATCH = 2  # data.batch_size=full without data; batch norm does not sup
 
 @on_experiment("summary", _READS, several="summary shows one model at a time", one=True)
 def summary(
-    line: Line, *, input_shape: list[Count] | None = None, classes: Count | None = None, vocabulary: Count | None = None
+    line: Line,
+    *,
+    input_shape: Annotated[
+        list[Count] | None, "[C,H,W]: shape of the input; requires classes or vocabulary (default: of the data set)"
+    ] = None,
+    classes: Annotated[Count | None, "N: number of outputs; requires input_shape (default: of the data set)"] = None,
+    vocabulary: Annotated[
+        Count | None, "N: number of tokens of a text; requires input_shape=[TOKENS] (default: of the data set)"
+    ] = None,
 ) -> int:
     """Prints the table. Raises `UserError`."""
     from dlopt.data.task import Task

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import dlopt
+from dlopt.commands.command import read_line
 from dlopt.errors import DONE, UserError, suggest
 
 TEMPLATES = {  # name -> file in dlopt/templates/
@@ -21,12 +22,12 @@ Print a job script, a manifest, a container file or the JSON schema of experimen
 Usage: dlopt template NAME > FILE
        dlopt template schema [--config-dir DIR] > dlopt.schema.json
 
-  slurm        job script of sbatch: several nodes, requeue on preemption and timeout
-  array        the same for a job array: one task per combination of values
-  kubernetes   manifest: Job, Service, volume for outputs, memory for /dev/shm
-  docker       Dockerfile
-  apptainer    definition file
-  schema       JSON schema with which editors complete and check experiment files, also with the choices in DIR
+  slurm :: job script of sbatch: several nodes, requeue on preemption and timeout
+  array :: the same for a job array: one task per combination of values
+  kubernetes :: manifest: Job, Service, volume for outputs, memory for /dev/shm
+  docker :: Dockerfile
+  apptainer :: definition file
+  schema :: JSON schema with which editors complete and check experiment files, also with the choices in DIR
 
 Fill in the marked lines; the comments at the top of each file show how to use it.
 
@@ -38,20 +39,18 @@ Examples:
 
 def template(arguments: list[str]) -> int:
     """Prints the template that the argument names. Raises `UserError`."""
-    if arguments[:1] == [SCHEMA]:
-        from dlopt.config.flags import parse_arguments
-        from dlopt.config.json_schema import text
-
-        parsed = parse_arguments(arguments[1:])
-        if parsed.overrides:
-            raise UserError(f"template schema {parsed.overrides[0]}: takes no overrides, only --config-dir")
-        print(text(parsed.config_dir), end="")
-        return DONE
+    line = read_line(arguments, several="template prints one file")
     names = [*TEMPLATES, SCHEMA]
-    if len(arguments) != 1:
+    if len(line.overrides) != 1:
         typed = " ".join(["template", *arguments])
         raise UserError(f"{typed}: needs one name; allowed: {', '.join(names)}")
-    [name] = arguments
+    [name] = line.overrides
+    if name == SCHEMA:
+        from dlopt.config.json_schema import text
+
+        print(text(line.composer.config_dir), end="")
+        return DONE
+    line.refuse_config_files("by this template; `dlopt template schema` reads it")
     if name not in TEMPLATES:
         raise UserError(f"{name}: unknown template; {suggest(name, names, 'dlopt template --help')}")
     print(read(name), end="")

@@ -19,12 +19,12 @@ from dlopt.commands.command import (
     on_checkpoint,
     on_experiment,
     output_folder,
-    own_names,
     saved_experiment,
     skipped_keys,
     writing,
 )
-from dlopt.commands.reads import LEARNING_RATE, RECIPE, indented, refuse_unread_hydra
+from dlopt.commands.reads import LEARNING_RATE, RECIPE, refuse_unread_hydra
+from dlopt.commands.usage import own_names
 from dlopt.config.compose import Composer
 from dlopt.config.flags import CONFIG_NAME
 from dlopt.config.overrides import group_of, key_of, without
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _READS = (*LEARNING_RATE, *RECIPE, "optimizer", "evaluate.every_epochs")
 _READS_OF_LANDSCAPES = ("data", "device", "threads", "allow_packages")
-USAGE = f"""\
+USAGE = """\
 Plot optimizer paths, learning-rate schedules or loss landscapes
 
 Usage:
@@ -62,35 +62,24 @@ Examples:
 
 Keys of functions and schedules accept several values: one curve per combination.
 
-  output=DIR           folder of the plots, PNG and SVG (default: outputs/trajectory/DATE_TIME)
-
 Optimizer paths (function=quadratic, noisy_quadratic, rosenbrock, beale, himmelblau, saddle, plateau or digits):
-  function.KEY=VALUE   key of the function: function.condition=50 function.angle=30 function.start=[-1,2] ...
-  steps=N              number of updates (default: 50)
-  seed=N               seed of noisy functions
-  tune_lr=BOOL         choose the learning rate of each path, unless optimizer.lr is given (default: true): on a
-                       quadratic the closed-form optimum of gradient descent and momentum, elsewhere the fastest of a
-                       grid whose path stays in the picture
-  animation=gif|mp4    also save an animation
+  function.KEY=VALUE :: key of the function: function.condition=50 function.angle=30 function.start=[-1,2] ...
+  {_Settings}
   Weight decay is 0 unless optimizer.weight_decay is given. L-BFGS makes one iteration per update.
 
 Learning-rate schedules:
-  steps_per_epoch=N    updates per epoch; the data is not loaded (default: 100)
-  log_y=BOOL           logarithmic learning-rate axis (default: false)
-  and these keys of `dlopt train`:
-{indented(_READS)}
+  {_draw_learning_rates}
+and these keys of `dlopt train`:
+    {_READS}
 
 Loss landscapes:
-  directions=CHOICE    path: plane of the largest variance of the training's checkpoints (PCA), with the optimizer path;
-                       random: two random directions with filter normalization (Li et al. 2018);
-                       auto: path if there are at least three checkpoints, else random (default)
-  points=N             grid of N x N points (default: 21)
-  samples=N            training samples for the loss (default: 500)
-  span=X               range of random directions, relative to the filter norms (default: 1)
-  seed=N               seed of random directions (default: 0)
+  checkpoint=PATH :: a checkpoint, or a run folder: its best.pt, or else last.pt
+  {_draw_landscape}
+and these keys of its config:
+    {_READS_OF_LANDSCAPES}
 """
 
-
+_Output = Annotated[str | None, "DIR: folder of the plots, PNG and SVG (default: outputs/trajectory/DATE_TIME)"]
 _GROUPS = ("function", "optimizer", "schedule")
 _LINE_SEARCH_EVALUATIONS = 25  # default for L-BFGS
 _MIN_CHECKPOINTS = 3  # two differences span a plane
@@ -101,7 +90,7 @@ def trajectory(line: Line) -> int:
     """Saves one of the three plots and prints its path. Raises `UserError`."""
     keys, groups = set(map(key_of, line.overrides)), set(map(group_of, line.overrides))
     if "checkpoint" in keys:
-        line.refuse_config_files()
+        line.refuse_config_files("with checkpoint=; a checkpoint contains its config")
         return _draw_landscape(line.overrides)
     if "function" in groups:
         name = line.composer.config_name
@@ -117,7 +106,11 @@ def trajectory(line: Line) -> int:
 
 
 def _draw_learning_rates(
-    line: Line, *, steps_per_epoch: Count = 100, log_y: bool = False, output: str | None = None
+    line: Line,
+    *,
+    steps_per_epoch: Annotated[Count, "N: updates per epoch; the data is not loaded"] = 100,
+    log_y: Annotated[bool, "BOOL: logarithmic learning-rate axis"] = False,
+    output: _Output = None,
 ) -> int:
     from dlopt.analysis.trajectory import draw_schedules
 
@@ -172,12 +165,17 @@ def _curve(line: Line, job: Job, steps_per_epoch: int) -> tuple[str, "Curve"]:
 class _Settings:
     """The keys of conf/trajectory.yaml."""
 
-    steps: Annotated[int, Interval(ge=1, le=100_000)]
-    seed: Seed
-    tune_lr: bool
-    animation: Literal["gif", "mp4"] | None
-    output: str | None
-    allow_packages: list[str]
+    steps: Annotated[int, Interval(ge=1, le=100_000), "N: number of updates (default: 50)"]
+    seed: Annotated[Seed, "N: seed of noisy functions (default: 0)"]
+    tune_lr: Annotated[
+        bool,
+        "BOOL: choose the learning rate of each path, unless optimizer.lr is given (default: true): on a quadratic the "
+        "closed-form optimum of gradient descent and momentum, elsewhere the fastest of a grid whose path stays in the "
+        "picture",
+    ]
+    animation: Annotated[Literal["gif", "mp4"] | None, "gif|mp4: also save an animation (default: null)"]
+    output: _Output
+    allow_packages: Annotated[list[str], "[a,b]: packages of your own functions and optimizers (default: [])"]
 
 
 @dataclass(frozen=True)
@@ -373,12 +371,17 @@ def _draw_landscape(
     path: Path,
     changes: dict[str, Any],
     *,
-    directions: Literal["auto", "random", "path"] = "auto",
-    points: Annotated[int, Interval(ge=3, le=501)] = 21,
-    samples: Count = 500,
-    span: Positive = 1.0,
-    seed: Seed = 0,
-    output: str | None = None,
+    directions: Annotated[
+        Literal["auto", "random", "path"],
+        "NAME: path: plane of the largest variance of the training's checkpoints (PCA), with the optimizer path; "
+        "random: two random directions with filter normalization (Li et al. 2018); auto: path if there are at least "
+        "three checkpoints, else random (default: auto)",
+    ] = "auto",
+    points: Annotated[int, Interval(ge=3, le=501), "N: grid of N x N points"] = 21,
+    samples: Annotated[Count, "N: training samples for the loss"] = 500,
+    span: Annotated[Positive, "X: range of random directions, relative to the filter norms"] = 1.0,
+    seed: Annotated[Seed, "N: seed of random directions"] = 0,
+    output: _Output = None,
 ) -> int:
     from dlopt.analysis.landscape import draw, random_plane, surface
     from dlopt.random import generator

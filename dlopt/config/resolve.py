@@ -1,8 +1,9 @@
 """Resolves composed and saved configs into plain dicts, and keeps secrets of the environment out of saved ones."""
 
+import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.schema import show
 from dlopt.config.trust import leaves
+from dlopt.config.yaml_folder import read
 from dlopt.errors import UserError
 from dlopt.plain import is_below
 
@@ -26,7 +28,8 @@ def choices_of(config: DictConfig) -> dict[str, str]:
     choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
     names = {str(k): str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None}
     typed = {key_of(line): value_of(line) for line in config.hydra.overrides.task if key_of(line).endswith(_TARGET)}
-    return names | {group: typed[f"{group}{_TARGET}"] for group in names if f"{group}{_TARGET}" in typed}
+    named = {key: str(value) for key, value in _set_by_recipe(config).items() if key.endswith(_TARGET)} | typed
+    return names | {group: named[f"{group}{_TARGET}"] for group in names if f"{group}{_TARGET}" in named}
 
 
 def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,17 +62,30 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     if overrides is not None and plain.get("allow_packages") and not is_typed("allow_packages", overrides):
         names = show(plain["allow_packages"])
         raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
-    for group, key in former_keys(plain, typed):
+    for group, key in former_keys(plain, {*map(key_of, typed), *_set_by_recipe(config)}):
         del plain[group][key], raw[group][key]
     return plain, _redact(plain, raw, _environment_values(plain, raw))
 
 
-def former_keys(config: Mapping[str, Any], overrides: Iterable[str]) -> list[tuple[str, str]]:
-    """Returns (group, key) of each key that belongs to a callable that `overrides` replace (`model._target_=...`).
+def _set_by_recipe(config: DictConfig) -> dict[str, Any]:
+    """Returns the keys below groups that the recipe (`experiment=...`) sets itself, with their values."""
+    name = config.hydra.runtime.choices.get("experiment") if "hydra" in config else None
+    for source in config.hydra.runtime.config_sources if name is not None else ():
+        path = os.path.join(source.path, "experiment", f"{name}.yaml")
+        if os.path.isfile(path):
+            content: Any = OmegaConf.to_container(read(path)[1], resolve=False)
+            return dict(leaves(content))
+    return {}
 
-    The new callable inherits nothing but the keys that all choices of the group have, and those that `overrides` set.
+
+def former_keys(config: Mapping[str, Any], typed: Collection[str]) -> list[tuple[str, str]]:
+    """Returns (group, key) of each key that belongs to a callable that `model._target_` replaces.
+
+    The new callable inherits nothing but the keys that all choices of the group have, and those that are set with it.
+
+    Args:
+        typed: keys that the command line and the recipe set.
     """
-    typed = set(map(key_of, overrides))
     names = sorted(key.removesuffix(_TARGET) for key in typed if key.endswith(_TARGET))
     if not names:
         return []
@@ -94,7 +110,7 @@ def show_config(config: DictConfig, part: str, package: str | None, *, resolve: 
     HydraConfig.instance().set_config(shown)
     with open_dict(shown):
         OmegaConf.set_readonly(shown.hydra, False)
-        for group, key in former_keys(shown, shown.hydra.overrides.task):
+        for group, key in former_keys(shown, {*map(key_of, shown.hydra.overrides.task), *_set_by_recipe(config)}):
             del shown[group][key]
         if part == "job":
             del shown["hydra"]

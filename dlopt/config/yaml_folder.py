@@ -4,6 +4,7 @@ import functools
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import hydra.conf
 from hydra.core.config_search_path import ConfigSearchPath
@@ -24,12 +25,11 @@ class YamlFolder(ConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         path = os.path.join(self.path, self._normalize_file_name(config_path))
         try:
-            status = os.stat(path)
+            header, config = read(path)
         except (OSError, ValueError):
             raise ConfigLoadError(f"Config not found : {path}") from None
-        header, content = _load(path, (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
         package = self._get_header_dict(header)
-        return ConfigResult(config=pickle.loads(content), path=self.full_path(), provider=self.provider, header=package)
+        return ConfigResult(config=config, path=self.full_path(), provider=self.provider, header=package)
 
     def available(self) -> bool:
         return self.is_group("")
@@ -50,6 +50,13 @@ class YamlFolder(ConfigSource):
                 elif entry.name.endswith(".yaml") and results_filter in (None, ObjectType.CONFIG):
                     names.add(entry.name.removesuffix(".yaml"))
         return sorted(names)
+
+
+def read(path: str) -> tuple[str, Any]:
+    """Returns the first characters of a file and its config, a copy. Raises `OSError` and `ValueError` for its path."""
+    status = os.stat(path)
+    header, content = _load(path, (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
+    return header, pickle.loads(content)
 
 
 @functools.lru_cache(maxsize=1000)

@@ -23,8 +23,8 @@ from markup import block, code, docstring, table, text
 
 from dlopt.analysis.comparison import Comparison
 from dlopt.cli import COMMANDS, USAGE, run
-from dlopt.commands.command import own_names
 from dlopt.commands.options import choices_of, every_group
+from dlopt.commands.usage import declaring, own_keys
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, Settings
 from dlopt.config.schema import accepted, parameters_of, show
@@ -69,15 +69,19 @@ def label(group: str, choice: str) -> str:
 
 
 def command_page(name: str) -> str:
-    module, _, function = COMMANDS[name].partition(":")
-    command = getattr(importlib.import_module(module), function)
-    parameters = parameters_of(command)
-    rows = [(code(key), _default(parameters[key]), text(accepted(command, key))) for key in own_names(command)]
+    module = importlib.import_module(COMMANDS[name].partition(":")[0])
     lines = [f"# dlopt {name}", "", _summary(name), "", block("text", _help(name))]
+    rows = [row for target in declaring(module) for row in _own_rows(target)] if name != "train" else []
     if rows:
-        lines += ["## Values", "", table(COLUMNS[:3], rows)]
+        lines += ["## Values", "", table(COLUMNS[:3], list(dict.fromkeys(rows)))]
     lines += ["See also: [keys of a run](../settings.myst), [groups and choices](../groups.md)."]
     return "\n".join(lines) + "\n"
+
+
+def _own_rows(target: Callable[..., Any]) -> list[tuple[str, str, str]]:
+    parameters = parameters_of(target)
+    keys = [key for key in own_keys(target) if not key.is_flag]
+    return [(code(key.name), _default(parameters[key.name]), text(accepted(target, key.name))) for key in keys]
 
 
 def _summary(name: str) -> str:

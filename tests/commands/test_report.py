@@ -260,11 +260,11 @@ def test_every_row_shows_its_failed_runs(tmp_path: Path) -> None:
 
 def test_watch_waits_for_the_first_metrics(tmp_path: Path) -> None:
     to = destination(tmp_path, None, "csv", None)
-    options = _Options(by="val_loss")
+    options = _Options(by="val_loss", watch=True)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        _update(Reader(), [tmp_path], to, options, Console(), watch=True)
+        _update(Reader(), [tmp_path], to, options, Console())
         make_run(tmp_path / "0", losses=(0.3,), accuracies=(0.1,))
-        _update(Reader(), [tmp_path], to, options, Console(), watch=True)
+        _update(Reader(), [tmp_path], to, options, Console())
     assert "0 configurations, 0 runs" in out.getvalue()
     assert "val_loss" in (tmp_path / "report/summary.csv").read_text()
 

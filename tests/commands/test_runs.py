@@ -114,7 +114,7 @@ def test_no_match_is_reported(outputs: Path) -> None:
         ("columns=[foo]", "columns=foo: no run has foo"),
         ("val_accuracy>high", "> requires a number"),
         ("status=unfinishd", "status=unfinishd: unknown status; allowed: finished, stopped_early, pruned, running"),
-        ("limit=0", "limit=0: must be an integer >= 1"),
+        ("limit=0", "limit=0: input should be greater than or equal to 1; allowed: an integer >= 1"),
         ("--pahts", "--pahts: unknown flag"),
     ],
 )

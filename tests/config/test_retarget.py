@@ -1,9 +1,11 @@
 """Replacing the callable of a choice drops the keys of the choice."""
 
+from pathlib import Path
 from typing import Any
 
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.plan import plan
 from dlopt.config.resolve import to_plain
 
 
@@ -28,3 +30,16 @@ def test_a_new_callable_inherits_only_the_keys_of_its_group() -> None:
     optimizer = composed(*typed)["optimizer"]
     assert optimizer == {"groups": [], "layer_decay": None, "_target_": "torch.optim.RAdam", "lr": 0.1}
     assert composed("model._target_=torch.nn.Flatten")["model"] == {"_target_": "torch.nn.Flatten"}  # no width
+
+
+def test_a_callable_of_a_recipe_inherits_only_what_the_recipe_sets(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    recipe = "# @package _global_\nmodel: {_target_: torchvision.models.mobilenet_v3_small, num_classes: 10}\n"
+    (tmp_path / "experiment/small.yaml").write_text(recipe)
+    run = plan(Composer(config_dir=str(tmp_path)), ["experiment=small", "model.width=8"])
+    assert run.saved["model"] == {
+        "_target_": "torchvision.models.mobilenet_v3_small",
+        "num_classes": 10,
+        "width": 8,
+    }
+    assert run.choices["model"] == "torchvision.models.mobilenet_v3_small"

@@ -14,20 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dlopt.analysis import drawing
+from dlopt.analysis.bench.cluster import Cluster, Link
 from dlopt.analysis.model_summary import Layer, operations, parameters
 from dlopt.parallel.chain import balance
-from dlopt.ranges import Count, NonNegative, Positive
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Link:
-    """Interconnect with a latency per message (seconds) and a bandwidth (bytes per second)."""
-
-    latency: float
-    bandwidth: float
 
 
 def ring_all_reduce(size: float, ranks: int, link: Link) -> float:
@@ -136,36 +128,6 @@ def slowed(devices: int, variation: float, barriers: int = 1, group: int | None 
 GRADIENT = 4  # bytes of a gradient, a weight, a momentum, a running statistic
 _FIRST_BUCKET = 2.0**20  # bytes at most: DDP's first bucket is small to start communication early
 _BACKWARD = 2  # operations of the backward per operation of the forward: gradients of inputs and of weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """Hardware and schedule of the simulated cluster; 1 GB is 1e9 bytes."""
-
-    per_server: Count = 8
-    tflops: Positive = 300.0  # of a device in large layers
-    memory_bandwidth: Positive = 3000.0  # of a device, GB/s
-    memory: Positive = 80.0  # of a device, GB
-    bandwidth_within: Positive = 300.0  # between two devices of a server, GB/s
-    latency_within: Positive = 5.0  # microseconds
-    bandwidth_between: Positive = 50.0  # of a server, GB/s
-    latency_between: Positive = 10.0  # microseconds
-    variation: NonNegative = 0.02  # standard deviation over mean of a device's time per update
-    value_bytes: Count = 2  # of an activation
-    micro_batches: Count = 32  # of the pipeline
-    bucket_mb: Positive = 25.0  # DDP's bucket size
-
-    @property
-    def within(self) -> Link:
-        return Link(self.latency_within * 1e-6, self.bandwidth_within * 1e9)
-
-    @property
-    def between(self) -> Link:
-        return Link(self.latency_between * 1e-6, self.bandwidth_between * 1e9)
-
-    def link(self, devices: int) -> Link:
-        """Returns the slowest link of a ring over `devices` neighbouring devices."""
-        return self.within if devices <= self.per_server else self.between
 
 
 class Cost(NamedTuple):

@@ -1,0 +1,111 @@
+"""The help of a command: its text, with tables of the keys that its functions declare.
+
+A command declares a key of its own once, as a keyword-only parameter with a type and one line of help:
+`updates: Annotated[Count, "N: timed updates"] = 20`. Parsing checks the value against the type; `--help`, shell
+completion and the reference show the line. "N" stands for a value; "--" instead makes the key a flag: `--paths`.
+"""
+
+import inspect
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from types import ModuleType
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
+
+from dlopt.commands.options import wrap_row
+from dlopt.config.schema import parameters_of, show
+
+_WIDTH = 118  # columns of a table in a wide terminal
+_TABLE = re.compile(r"( *)(?:\{(\w+)\}|(\S.*?) :: (.*))")  # a line of a table: declared keys, or a written row
+
+
+class Key(NamedTuple):
+    """A key of a command. `line`: as typed, updates=N or --paths."""
+
+    name: str
+    line: str
+    help: str
+
+    @property
+    def is_flag(self) -> bool:
+        return self.line.startswith("-")
+
+
+def own_names(target: Callable[..., Any]) -> list[str]:
+    """Returns the names of the keyword-only parameters."""
+    return [name for name, parameter in parameters_of(target).items() if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def own_keys(target: Callable[..., Any]) -> list[Key]:
+    """Returns the keys that a function or a dataclass declares, with their defaults in the help."""
+    parameters = parameters_of(target)
+    return [_key(name, parameters[name]) for name in own_names(target)]
+
+
+def usage(module: ModuleType) -> str:
+    """Returns the help of a command: `module.USAGE` with its tables filled in.
+
+    In a table, `{find_lr}` stands for the keys that the function declares, `{_READS}` for a sequence of keys, and
+    `tta=none :: no augmentation` is a row.
+    """
+    lines: list[str] = []
+    for is_table, group in groupby(module.USAGE.splitlines(), lambda line: bool(_TABLE.fullmatch(line))):
+        together = [*group]
+        lines += _table(module, together) if is_table else together
+    return "\n".join(lines) + "\n"
+
+
+def declaring(module: ModuleType) -> list[Callable[..., Any]]:
+    """Returns the functions and dataclasses that declare the keys of a command, in the order of its help."""
+    names = re.findall(r"^ *\{(\w+)\}$", module.USAGE, re.MULTILINE)
+    return [target for target in (getattr(module, name) for name in names) if callable(target)]
+
+
+def typed_words(module: ModuleType) -> Iterator[str]:
+    """Yields what completes the first letters of a key or flag of a command: `updates=`, `--paths`."""
+    for target in declaring(module):
+        yield from (key.line if key.is_flag else f"{key.name}=" for key in own_keys(target))
+    yield from re.findall(r"^ *([\w.]+=)\S* :: ", module.USAGE, re.MULTILINE)
+
+
+def two_columns(rows: Iterable[tuple[str, str]], *, indent: int = 2, limit: int = 34, width: int = 0) -> list[str]:
+    """Formats rows; wraps the right column to `width` (default: the terminal's); a long left one has its own line."""
+    rows = list(rows)
+    width = width or max(shutil.get_terminal_size().columns, 60)
+    column = min(max(len(left) for left, _ in rows), limit) + 2
+    return [line for left, right in rows for line in wrap_row(" " * indent + left, right, indent + column - 2, width)]
+
+
+def _key(name: str, parameter: inspect.Parameter) -> Key:
+    documented = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else ()
+    text = next((each for each in documented if isinstance(each, str)), None)
+    if text is None:
+        raise TypeError(f'{name}: declare its help: Annotated[TYPE, "VALUE: help"]')
+    value, _, line = text.partition(": ")
+    if value == "--":
+        return Key(name, f"--{name}", line)
+    if parameter.default not in (parameter.empty, None) and "default: " not in line:
+        line += f" (default: {_format(parameter.default)})"
+    return Key(name, f"{name}={value}", line)
+
+
+def _format(default: Any) -> str:
+    """Formats a default as a user would type it: 1e-6, [a,b]."""
+    if isinstance(default, list):
+        return f"[{','.join(map(_format, default))}]"
+    return f"{default:g}".replace("e-0", "e-") if isinstance(default, float) else show(default)
+
+
+def _table(module: ModuleType, lines: Sequence[str]) -> list[str]:
+    found = [match for line in lines if (match := _TABLE.fullmatch(line))]
+    indent = len(found[0][1])
+    width = min(max(shutil.get_terminal_size((_WIDTH, 24)).columns, 60), _WIDTH)
+    rows: list[tuple[str, str]] = []
+    for _, name, left, right in (match.groups() for match in found):
+        named = getattr(module, name) if name else None
+        if isinstance(named, tuple):
+            return textwrap.wrap(", ".join(named), width, initial_indent=" " * indent, subsequent_indent=" " * indent)
+        rows += [(left, right)] if named is None else [(key.line, key.help) for key in own_keys(named)]
+    return two_columns(rows, indent=indent, width=width)
