@@ -11,27 +11,7 @@ from collections.abc import Sequence
 import dlopt
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
 from dlopt.interruption import Interrupted, end_on_signals, end_with
-
-COMMANDS = {  # name -> function(arguments) -> exit code
-    "train": "dlopt.commands.train:train",
-    "eval": "dlopt.commands.eval:evaluate",
-    "predict": "dlopt.commands.predict:predict",
-    "sample": "dlopt.commands.sample:sample",
-    "export": "dlopt.commands.export:export",
-    "consolidate": "dlopt.commands.consolidate:consolidate",
-    "show-batch": "dlopt.commands.show_batch:show_batch",
-    "trajectory": "dlopt.commands.trajectory:trajectory",
-    "find-lr": "dlopt.commands.find_lr:find_lr",
-    "summary": "dlopt.commands.summary:summary",
-    "diagnose": "dlopt.commands.diagnose:diagnose",
-    "bench": "dlopt.commands.bench:bench",
-    "benchmark": "dlopt.commands.benchmark:benchmark",
-    "report": "dlopt.commands.report:report",
-    "runs": "dlopt.commands.runs:runs",
-    "options": "dlopt.commands.options:options",
-    "template": "dlopt.commands.template:template",
-    "grid": "dlopt.commands.grid:print_job",
-}
+from dlopt.table import COMMANDS, of_other_packages
 
 _HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations
 
@@ -60,18 +40,18 @@ Runs:
   runs         List, filter and clean up runs
   report       Compare runs and sweeps: leaderboard, plots, HTML page
 
-Analysis:
-  summary      Print the layers of a model: shapes, parameters, MACs, memory
-  diagnose     Measure activations, gradients and curvature layer by layer
-  show-batch   Plot augmented images
-  trajectory   Plot optimizer paths, learning-rate schedules or loss landscapes
-  bench        Benchmark parallel modes and devices
-  benchmark    Compare tuned optimizers on several workloads
-
 Reference:
   options      List groups, choices, keys and their defaults
+  summary      Print the layers of a model: shapes, parameters, MACs, memory
+  show-batch   Plot augmented images
   template     Print a job script, a manifest or a container file
   grid         Print the arguments of one job of a sweep, for job arrays
+
+Laboratory:
+  benchmark    Compare tuned optimizers on several workloads
+  trajectory   Plot optimizer paths, learning-rate schedules or loss landscapes
+  diagnose     Measure activations, gradients and curvature layer by layer
+  bench        Benchmark parallel modes and devices
 
 Examples:
   dlopt train optimizer=adamw schedule=cosine_warmup epochs=20
@@ -128,10 +108,16 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, mode))
 
 
+def _usage() -> str:
+    """Returns the help, with the commands of installed packages."""
+    names = ", ".join(of_other_packages())
+    return USAGE.replace("Examples:\n", f"Of installed packages:\n  {names}\n\nExamples:\n", 1) if names else USAGE
+
+
 def run(arguments: Sequence[str]) -> int:
     """Runs `dlopt ARGUMENTS`; returns the exit code. Raises `UserError` and `RunError`."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        print(_usage(), end="")
         return DONE
     if arguments[0] in ("-V", "--version"):
         print(f"dlopt {dlopt.__version__}")
@@ -144,11 +130,12 @@ def run(arguments: Sequence[str]) -> int:
     name = arguments[0]
     if name in SYNONYMS:
         raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
-    if name not in COMMANDS:
-        raise UserError(f"{name}: unknown command; {suggest(name, COMMANDS, 'dlopt --help')}")
-    path, _, function = COMMANDS[name].partition(":")
+    commands = COMMANDS if name in COMMANDS else {**COMMANDS, **of_other_packages()}
+    if name not in commands:
+        raise UserError(f"{name}: unknown command; {suggest(name, commands, 'dlopt --help')}")
+    path, _, function = commands[name].partition(":")
     module = importlib.import_module(path)
-    if _HELP & set(arguments[1:]) and name != "train":  # whose help depends on --config-dir
+    if _HELP & set(arguments[1:]) and hasattr(module, "USAGE"):  # the help of `train` depends on --config-dir
         from dlopt.commands.usage import usage
 
         print(usage(module), end="")

@@ -181,7 +181,8 @@ def run_job(run: "Run", interruption: Interruption | None = None, *, console: bo
 
 
 def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict[str, Path]:
-    from dlopt.analysis import curves, reconstructions  # late: matplotlib takes long to import
+    from dlopt.analysis import reconstructions  # late: matplotlib takes long to import
+    from dlopt.results import curves
 
     pictures = {"curves": curves.write(folder, restarts)}
     # Reconstructions are of test images, by the best model, which the final test has loaded.

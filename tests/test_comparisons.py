@@ -10,10 +10,6 @@ import numpy as np
 import pytest
 import yaml
 
-from dlopt.analysis.claims import judge, numbers
-from dlopt.analysis.comparison import Cell, Comparison, Outcome, finals, mean, read
-from dlopt.analysis.drawing import label
-from dlopt.commands.compare import comparison_of
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
@@ -21,6 +17,10 @@ from dlopt.config.resolve import to_plain
 from dlopt.data.generated import polynomial
 from dlopt.data.samples import InMemory
 from dlopt.data.splits import prepare
+from dlopt.lab.comparison.claims import judge, numbers
+from dlopt.lab.comparison.command import comparison_of
+from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, finals, mean, read
+from dlopt.results.drawing import label
 from tests.commands.line import dlopt
 
 FOLDER = config_folder() / "experiment" / "lecture"
@@ -33,7 +33,7 @@ LECTURES = sorted(
 class Results:
     """Results of the runs of a comparison."""
 
-    def __init__(self, comparison: Comparison, outcomes: dict[Cell, Outcome]) -> None:
+    def __init__(self, comparison: Comparison, outcomes: dict[VariantRun, VariantOutcome]) -> None:
         self.comparison = comparison
         self.outcomes = outcomes
 

@@ -56,7 +56,7 @@ def test_a_study_sweeps_with_and_without_multirun_flag(
             seen.append(" ".join(line for line in job.plan.lines if not line.startswith("experiment=")))
             job.folder.path.mkdir(parents=True, exist_ok=True)
             (job.folder.path / "summary.json").write_text('{"status": "finished"}')
-            batch.ended(job, jobs.Result("finished", {}))
+            batch.ended(job, jobs.JobResult("finished", {}))
 
     monkeypatch.setattr(pool, "run", record)
     monkeypatch.chdir(tmp_path)

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dlopt.analysis import drawing
-from dlopt.analysis.drawing import COLOURS
 from dlopt.analysis.range_test import RangeTest
 from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import RunError, UserError
 from dlopt.parallel import rendezvous
+from dlopt.results import drawing
+from dlopt.results.drawing import COLOURS
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_mode, build_workload, load_weights
 from dlopt.training.optimizer import build_optimizer

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlopt.analysis.bench.communication import collective_times
+from dlopt.analysis.communication import collective_times
 from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.parallel.mode import EpochBatches
 from dlopt.processor import synchronized_time
@@ -28,7 +28,7 @@ _PREFIX = "dlopt: "
 
 
 @dataclass(frozen=True)
-class Operation:
+class ProfiledOperation:
     name: str
     calls: int
     seconds: float  # self time on the device
@@ -42,7 +42,7 @@ class Profile:
     seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     communication: float = 0.0
-    operations: list[Operation] = field(default_factory=list)
+    operations: list[ProfiledOperation] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)  # bytes
     peaks: dict[str, int] = field(default_factory=dict)  # peak bytes allocated on a GPU, by part
 
@@ -193,11 +193,11 @@ class TimedBatches:
             yield batch
 
 
-def _costliest(profiler: profile, device: torch.device, updates: int) -> list[Operation]:
+def _costliest(profiler: profile, device: torch.device, updates: int) -> list[ProfiledOperation]:
     """Returns the operations with the largest self time."""
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     operations = [
-        Operation(str(event.key), round(event.count / updates), getattr(event, attribute) * 1e-6 / updates)
+        ProfiledOperation(str(event.key), round(event.count / updates), getattr(event, attribute) * 1e-6 / updates)
         for event in profiler.key_averages()
         if not str(event.key).startswith(_PREFIX)
     ]

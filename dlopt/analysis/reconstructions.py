@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dlopt.analysis import drawing
 from dlopt.files import write_atomically
 from dlopt.losses import reconstructions
+from dlopt.results import drawing
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.build import Workload, evaluation_batches
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dlopt.augment.colour import Brightness, Contrast, Saturation
 from dlopt.augment.geometry import Rotate, ShearX, ShearY, TranslateX, TranslateY
-from dlopt.augment.operation import Draws, FixedStrengthDraws, Operation, Shape, Step
+from dlopt.augment.operation import DrawnStep, Draws, FixedStrengthDraws, Operation, Shape
 from dlopt.augment.tone import AutoContrast, Equalize, Posterize, Sharpness, Solarize
 from dlopt.errors import UserError
 from dlopt.ranges import Count
@@ -25,7 +25,7 @@ class RandomMix(Operation):
         self.n = n
         self.operations = operations
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         selected = draws.subset(self.n, len(self.operations))
         steps = []
         for i, operation in enumerate(self.operations):
@@ -46,7 +46,7 @@ class _RandomChoices(Operation):
     @abstractmethod
     def strength(self, draws: Draws) -> Tensor | float: ...
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         operations = self.choices(shape)
         steps = []
         for _ in range(self.n):

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step, image_shape
+from dlopt.augment.operation import DrawnStep, Draws, Operation, PixelStep, Shape, image_shape
 from dlopt.data.samples import Samples
 from dlopt.ranges import NonNegative, Probability
 
@@ -97,7 +97,7 @@ class FactorOperation(Operation):
 class Brightness(FactorOperation):
     """Multiplies by a factor of 1 - limit .. 1 + limit."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         factor = 1.0 + draws.symmetric(self.limit)
         return [Colour(torch.eye(shape[0], device=draws.device) * factor[:, None, None])]
 
@@ -105,7 +105,7 @@ class Brightness(FactorOperation):
 class Contrast(FactorOperation):
     """Scales the distance of all values from the image's mean grey by a factor of 1 - limit .. 1 + limit."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         factor = 1.0 + draws.symmetric(self.limit)[:, None, None]
         grey = grey_weights(shape[0], draws.device).expand(shape[0], -1)
         return [Colour(torch.eye(shape[0], device=draws.device) * factor, mean=grey * (1.0 - factor))]
@@ -117,7 +117,7 @@ class Saturation(FactorOperation):
     Grey images are not changed.
     """
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         factor = 1.0 + draws.symmetric(self.limit)[:, None, None]
         if shape[0] == 1:
             return []
@@ -141,7 +141,7 @@ class PCAColour(Operation):
         self.components = (vectors * values * 255.0).float()
         """[C, C], one column per component, in 0..255."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         amounts = draws.normal(shape[0])[:, :, None] * self.std
         identity = torch.eye(shape[0], device=draws.device).expand(draws.total, -1, -1)
         self.components = self.components.to(draws.device)  # kept: a copy from the host in every step synchronizes

@@ -6,7 +6,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from dlopt.augment.operation import Draws, Operation, Shape, Step, check_intervals, first_fitting
+from dlopt.augment.operation import DrawnStep, Draws, Operation, Shape, check_intervals, first_fitting
 from dlopt.augment.warp import Affine
 from dlopt.data.samples import Files, Wrapped
 from dlopt.errors import UserError
@@ -27,7 +27,7 @@ class RandomCrop(Operation):
             )
         return shape[0], self.size, self.size
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         dx, dy = (
             (draws.position() * (length - self.size + 1)).floor() + (self.size - length) / 2
             for length in (shape[2], shape[1])
@@ -55,7 +55,7 @@ class ResizingCrop(Operation):
     def max_shrink(self, shape: Shape) -> float:
         """Returns the largest factor by which an image of that shape may shrink."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         numbers = self.draw(draws)
         # Filled on the device: a copy from the host in every step synchronizes.
         height, width = (numbers.new_full((), length) for length in shape[1:])

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dlopt.augment.colour import colour_statistics
 from dlopt.augment.operation import (
+    DrawnStep,
     Draws,
     Operation,
     PixelStep,
     Shape,
-    Step,
     check_intervals,
     first_fitting,
     image_shape,
@@ -91,7 +91,7 @@ class Erase(Operation):
         self.size = size
         self.colour = _colour(fill, train)
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         self.colour = self.colour.to(draws.device)  # kept: a copy from the host in every step synchronizes
         mask, x, y = draws.chance(self.p), draws.position(), draws.position()
         return [_EraseSquare(mask, self.colour.expand(draws.total, -1, -1, -1), x, y, self.size)]
@@ -123,7 +123,7 @@ class RandomErase(Operation):
         self.colour = None if fill == "random" else _colour(fill, train)
         self.in_grey_levels = fill == "random"
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         channels, height, width = shape
         area = draws.uniform(*self.area, self._TRIALS) * (height * width)
         ratio = draws.uniform(*self.ratio, self._TRIALS)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from dlopt.augment.operation import Draws, Operation, Shape, Step
+from dlopt.augment.operation import DrawnStep, Draws, Operation, Shape
 from dlopt.augment.warp import Affine, Radial
 from dlopt.ranges import Natural, NonNegative, Probability
 
@@ -20,7 +20,7 @@ class HorizontalFlip(Operation):
     def __init__(self, *, p: Probability) -> None:
         self.p = p
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         return [Affine(shape[1:], xx=1.0 - 2.0 * draws.chance(self.p), exact=True, inside=True)]
 
 
@@ -31,7 +31,7 @@ class AlternatingFlip(Operation):
     on a single GPU", section 3.6). Image i is flipped in epoch e if hash(i) + e is even.
     """
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         if draws.indices is None or draws.epoch is None:
             raise ValueError("AlternatingFlip needs the samples' indices and the epoch")
         flipped = (_hash(draws.indices) + draws.epoch) % 2 == 0
@@ -53,7 +53,7 @@ class PadCrop(Operation):
     def __init__(self, *, padding: Natural) -> None:
         self.padding = padding
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         x, y = draws.symmetric_integers(self.padding), draws.symmetric_integers(self.padding)
         return [Affine(shape[1:], dx=x.float(), dy=y.float(), exact=True)]
 
@@ -66,14 +66,14 @@ class _Translate(Operation):
 class TranslateX(_Translate):
     """Translates horizontally by up to `limit` times the width."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         return [Affine(shape[1:], dx=-draws.symmetric(self.limit * shape[2]))]
 
 
 class TranslateY(_Translate):
     """Translates vertically by up to `limit` times the height."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         return [Affine(shape[1:], dy=-draws.symmetric(self.limit * shape[1]))]
 
 
@@ -85,7 +85,7 @@ class _Stretch(Operation):
 class Scale(_Stretch):
     """Scales about the centre by 1/factor to factor, log-uniform."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         inverse = (-draws.symmetric(self.log)).exp()
         return [Affine(shape[1:], xx=inverse, yy=inverse)]
 
@@ -96,7 +96,7 @@ class Rotate(Operation):
     def __init__(self, *, degrees: Degrees) -> None:
         self.radians = math.radians(degrees)
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         angle = draws.symmetric(self.radians)
         cosine, sine = angle.cos(), angle.sin()
         return [Affine(shape[1:], xx=cosine, xy=sine, yx=-sine, yy=cosine)]
@@ -105,7 +105,7 @@ class Rotate(Operation):
 class Stretch(_Stretch):
     """Scales the width by f and the height by 1/f, keeping the area; f is log-uniform from 1/factor to factor."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         log = draws.symmetric(self.log)
         return [Affine(shape[1:], xx=(-log).exp(), yy=log.exp())]
 
@@ -119,7 +119,7 @@ class _Shear(Operation):
 class ShearX(_Shear):
     """Shifts rows horizontally by up to `limit` pixels per pixel of height; the middle or top row stays fixed."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         slope = draws.symmetric(self.limit)
         return [Affine(shape[1:], xy=slope, dx=slope * (shape[1] / 2) if self.about == "corner" else 0.0)]
 
@@ -127,7 +127,7 @@ class ShearX(_Shear):
 class ShearY(_Shear):
     """Shifts columns vertically by up to `limit` pixels per pixel of width; the middle or left column stays fixed."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         slope = draws.symmetric(self.limit)
         return [Affine(shape[1:], yx=slope, dy=slope * (shape[2] / 2) if self.about == "corner" else 0.0)]
 
@@ -142,5 +142,5 @@ class Lens(Operation):
     def __init__(self, *, limit: Annotated[float, Interval(ge=0, le=1)]) -> None:
         self.limit = limit
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         return [Radial(draws.symmetric(self.limit))]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dlopt.augment.erasing import centred_interval
-from dlopt.augment.operation import Draws, MixingStep, Operation, Shape, Step
+from dlopt.augment.operation import DrawnStep, Draws, MixingStep, Operation, Shape
 from dlopt.ranges import Positive, Probability
 
 
@@ -66,7 +66,7 @@ class _Mixup(_Mix):
 class Mixup(_MixOperation):
     """x = w x_i + (1 - w) x_j and the same for the labels, w ~ Beta(alpha, alpha) per sample (Zhang et al. 2018)."""
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         return [_Mixup(draws.beta(self.alpha), self.classes).masked(draws.chance(self.p))]
 
 
@@ -93,6 +93,6 @@ class CutMix(_MixOperation):
     per sample. It is clipped at the edges, and labels are weighted by the clipped area.
     """
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         weight = torch.where(draws.chance(self.p), draws.beta(self.alpha), 1.0)
         return [_CutMix(weight, self.classes, x=draws.position(), y=draws.position())]

@@ -142,7 +142,7 @@ class FixedStrengthDraws(Draws):
 
 
 @dataclass
-class Step(ABC):
+class DrawnStep(ABC):
     """Drawn parameters of an operation: tensors with one row per sample."""
 
     def shard(self, shard: slice) -> Self:
@@ -158,11 +158,11 @@ class Step(ABC):
         return replace(self, **{name: value[rows] for name, value in values.items() if isinstance(value, Tensor)})
 
 
-class Warp(Step):
+class Warp(DrawnStep):
     """Maps output pixels to input pixels. All warps of a pipeline run first, as one resampling."""
 
 
-class PixelStep(Step):
+class PixelStep(DrawnStep):
     """Changes pixel values. Steps run by increasing `phase`, and in list order within a phase."""
 
     phase = 0
@@ -173,7 +173,7 @@ class PixelStep(Step):
         """Transforms images [b, C, H, W] in 0..255: float32, or any dtype if `keeps_dtype`."""
 
 
-class MixingStep(Step):
+class MixingStep(DrawnStep):
     """Mixes samples of the batch. Mixing steps run last."""
 
     @abstractmethod
@@ -188,7 +188,7 @@ class Operation(ABC):
     """Whether it needs values in 0..255: it rounds or clamps them, or its strength has this unit."""
 
     @abstractmethod
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         """Draws the parameters for the whole batch; `shape` is that of the operation's input images."""
 
     def output_shape(self, shape: Shape) -> Shape:

@@ -8,7 +8,7 @@ from torch import Tensor
 from dlopt.augment.colour import Colour
 from dlopt.augment.crops import CropReader, ResizingCrop
 from dlopt.augment.erasing import RandomErase
-from dlopt.augment.operation import Draws, MixingStep, Operation, PixelStep, Step, Warp, image_shape, leaves
+from dlopt.augment.operation import DrawnStep, Draws, MixingStep, Operation, PixelStep, Warp, image_shape, leaves
 from dlopt.augment.warp import Border, warp
 from dlopt.data.batches import Position
 from dlopt.data.samples import Samples, white, whole_images
@@ -84,7 +84,7 @@ class Pipeline:
         """Augments a whole batch with the given draws."""
         return self.render(images, targets, self._plan(images.shape[1:], draws, slice(None)))
 
-    def plan(self, sample_shape: Sequence[int], **position: Unpack[Position]) -> list[Step]:
+    def plan(self, sample_shape: Sequence[int], **position: Unpack[Position]) -> list[DrawnStep]:
         """Draws all parameters for samples of that shape."""
         total, shard, indices = position["total"], position["shard"], position.get("indices")
         if indices is not None:
@@ -94,9 +94,9 @@ class Pipeline:
         draws = Draws(position["generator"], total, indices=indices, epoch=position.get("epoch"))
         return self._plan(sample_shape, draws, shard)
 
-    def _plan(self, sample_shape: Sequence[int], draws: Draws, shard: slice) -> list[Step]:
+    def _plan(self, sample_shape: Sequence[int], draws: Draws, shard: slice) -> list[DrawnStep]:
         shape = image_shape(sample_shape)
-        steps: list[Step] = []
+        steps: list[DrawnStep] = []
         for operation in self.operations:
             steps += operation.plan(draws, shape)
             shape = operation.output_shape(shape)
@@ -104,7 +104,7 @@ class Pipeline:
             steps = [step.shard(shard) for step in steps]
         return steps
 
-    def render(self, images: Tensor, targets: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+    def render(self, images: Tensor, targets: Tensor, steps: Sequence[DrawnStep]) -> tuple[Tensor, Tensor]:
         """Applies the steps. A function of tensors only (compilable), except that noise is drawn here."""
         warps = [step for step in steps if isinstance(step, Warp)]
         if warps:

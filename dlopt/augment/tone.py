@@ -13,7 +13,7 @@ from annotated_types import Interval
 from torch import Tensor
 
 from dlopt.augment.colour import FactorOperation
-from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step
+from dlopt.augment.operation import DrawnStep, Draws, Operation, PixelStep, Shape
 from dlopt.ranges import NonNegative, Probability
 
 
@@ -22,7 +22,7 @@ class ToneOperation(Operation):
 
     in_grey_levels = True
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         mask = torch.ones(draws.total, dtype=torch.bool, device=draws.device)
         return [_Tone(mask, self.amounts(draws), self)]
 
@@ -151,7 +151,7 @@ class GaussianNoise(Operation):
     def __init__(self, *, std: NonNegative) -> None:
         self.std = std
 
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+    def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
         return [_Noise(draws.strength() * self.std, draws)]
 
 

@@ -37,7 +37,7 @@ _TRAIN_FLAGS = ("cfg", "hydra_help", "info", "package", "resolve", "run", "shell
 
 
 @dataclass(frozen=True)
-class Job:
+class Combination:
     """Overrides of one combination of values: all, the varied ones, and the skipped ones (no key of its choices)."""
 
     overrides: list[str]
@@ -118,7 +118,7 @@ class Line:
         """Returns the overrides of each combination of values, in the order of `dlopt train -m`."""
         return grid(self.composer.parse(self.overrides))
 
-    def jobs(self, groups: Sequence[str], max_jobs: float = math.inf, what: str = "curves") -> list[Job]:
+    def jobs(self, groups: Sequence[str], max_jobs: float = math.inf, what: str = "curves") -> list[Combination]:
         """Returns one job per combination of values.
 
         A key that only some choices of a group have applies to these; in the other jobs it is skipped.
@@ -134,7 +134,7 @@ class Line:
         for lines, keys in zip(combinations, available, strict=True):
             skipped = [line for line in lines if _group_key(line, groups) in known - keys]
             kept = [line for line in lines if line not in skipped]
-            jobs.append(Job(kept, [line for line in kept if key_of(line) in swept], skipped))
+            jobs.append(Combination(kept, [line for line in kept if key_of(line) in swept], skipped))
         return jobs
 
     def _available_keys(self, lines: list[str], groups: Sequence[str]) -> set[str]:
@@ -152,7 +152,7 @@ def _group_key(line: str, groups: Sequence[str]) -> str:
     return ".".join(path[:2]) if len(path) > 1 and path[0] in groups else ""
 
 
-def skipped_keys(jobs: Sequence[tuple[str, Job]]) -> list[str]:
+def skipped_keys(jobs: Sequence[tuple[str, Combination]]) -> list[str]:
     """Returns one line for each key that some of the labelled jobs do not have."""
     names: dict[str, list[str]] = {}
     for label, job in jobs:

@@ -9,7 +9,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dlopt.analysis import drawing
 from dlopt.commands.command import Line, fitting, on_checkpoint, on_experiment, saved_experiment, writing
 from dlopt.commands.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
@@ -17,6 +16,7 @@ from dlopt.config.schema import check_arguments, show
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
 from dlopt.plain import without_nan
+from dlopt.results import drawing
 from dlopt.tracking.console import ConsoleView
 from dlopt.tracking.layout import format_percent
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
     from dlopt.parallel.mode import Mode
     from dlopt.training.build import Workload
-    from dlopt.training.evaluate import Average, Report
+    from dlopt.training.evaluate import Average, TestReport
 
 _READS = (
     "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
@@ -88,7 +88,7 @@ _OutputKey = Annotated[
 class _Tested:
     """The result of a checkpoint, an ensemble, or a file of weights."""
 
-    report: "Report"
+    report: "TestReport"
     average: "Average"
     classes: tuple[str, ...] | None
     workload: "Workload | None" = None  # of a task without labels, whose outputs are not kept
@@ -256,7 +256,7 @@ def _check_classes(path: Path, trained: Sequence[str] | None, classes: Sequence[
             )
 
 
-def _per_class(report: "Report", classes: Sequence[str]) -> list[dict[str, Any]]:
+def _per_class(report: "TestReport", classes: Sequence[str]) -> list[dict[str, Any]]:
     from dlopt.training.metrics import class_accuracies, f1_scores
 
     assert report.confusion is not None
@@ -276,7 +276,9 @@ def _class_line(per_class: Sequence[Mapping[str, Any]]) -> str:
     return f"{title}: " + ", ".join(f"{row['class']} {format_percent(row['accuracy'])}" for row in rows)
 
 
-def _write(folder: Path, record: dict[str, Any], report: "Report", classes: Sequence[str] | None) -> dict[str, Path]:
+def _write(
+    folder: Path, record: dict[str, Any], report: "TestReport", classes: Sequence[str] | None
+) -> dict[str, Path]:
     """Writes the results to `folder`. Returns description -> path."""
     files = {"metrics": ("eval.json", (json.dumps(without_nan(record), indent=2) + "\n").encode())}
     if report.confusion is not None and classes is not None:

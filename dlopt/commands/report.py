@@ -15,11 +15,6 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dlopt.analysis.leaderboard import Difference, Leaderboard, Row, Statistic
-from dlopt.analysis.report.exports import Destination, Format, Report, destination, outdated, render
-from dlopt.analysis.report.page import columns, serve, test_columns
-from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable, short_key
-from dlopt.analysis.report.table import PublishedRow, Table, against_published, default_target, gather, recipe_label
 from dlopt.commands.command import take_own, writing
 from dlopt.commands.runs import split_folders
 from dlopt.commands.usage import own_keys
@@ -28,6 +23,11 @@ from dlopt.errors import DONE, UserError, suggest
 from dlopt.files import write_atomically
 from dlopt.interruption import Interruption
 from dlopt.ranges import Count
+from dlopt.results.exports import Destination, Format, ReportContent, destination, outdated, render
+from dlopt.results.leaderboard import Difference, Leaderboard, Row, Statistic
+from dlopt.results.page import columns, serve, test_columns
+from dlopt.results.reading import Damaged, Record, RunReader, brief, printable, short_key
+from dlopt.results.table import PublishedRow, Table, against_published, default_target, gather, recipe_label
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
 from dlopt.tracking.layout import FittedTable, plain_table
@@ -100,7 +100,7 @@ def report(arguments: list[str]) -> int:
     to = destination(folders[0], options.output, options.format, options.plot)
     if options.open and to.page is None:
         raise UserError("--open: shows the page; needs a folder with html among its formats")
-    reader, console = Reader(), Console(highlight=False)
+    reader, console = RunReader(), Console(highlight=False)
     state = _update(reader, folders, to, options, console)
     if not (options.watch or options.open):
         return DONE
@@ -127,7 +127,7 @@ def _wait(stop: Interruption, seconds: float) -> bool:
 
 
 def _update(
-    reader: Reader,
+    reader: RunReader,
     folders: Sequence[Path],
     to: Destination,
     options: _Options,
@@ -148,7 +148,7 @@ def _update(
     title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders)
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     refresh = _REFRESH if options.watch else None
-    files = render(to, Report(table, title, made, goal, options.test, refresh, options.top))
+    files = render(to, ReportContent(table, title, made, goal, options.test, refresh, options.top))
     with writing(to.path):
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)

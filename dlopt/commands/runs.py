@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dlopt.analysis.leaderboard import direction_of
-from dlopt.analysis.report import reading
-from dlopt.analysis.report.reading import Condition, Damaged, Reader, Record, printable, text, value_of
 from dlopt.commands.command import take_own
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.job import print_error
 from dlopt.ranges import Count
+from dlopt.results import reading
+from dlopt.results.leaderboard import direction_of
+from dlopt.results.reading import Condition, Damaged, Record, RunReader, printable, text, value_of
 from dlopt.tracking import layout
 from dlopt.tracking.layout import FittedTable, plain_table, short_path
 
@@ -89,7 +89,7 @@ class _Query:
 
     def find(self) -> tuple[list[Record], list[Damaged]]:
         """Returns the matching runs in order, and the unreadable folders."""
-        records, damaged = Reader().read(self.folders)
+        records, damaged = RunReader().read(self.folders)
         matches = reading.select(records, self.conditions)
         for key in [*([] if self.sort is None else [self.sort]), *(self.columns or [])]:
             reading.check_key(key, f"{'sort' if key == self.sort else 'columns'}={key}", records)

@@ -15,7 +15,6 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.analysis.leaderboard import Entry, front, leaderboard
 from dlopt.commands.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
@@ -37,6 +36,7 @@ from dlopt.files import write_atomically
 from dlopt.folders import SPACE, FolderSnapshot, RunFolder, make, make_new, newest
 from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import current
+from dlopt.results.leaderboard import Entry, front, leaderboard
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
@@ -59,7 +59,7 @@ _READS_OF_HYDRA = (
 
 
 @dataclass(frozen=True)
-class Request:
+class SweepRequest:
     """A composed sweep.
 
     Attributes:
@@ -178,7 +178,7 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     lines = parsed.overrides if is_search else with_params(config, parsed.overrides)
     swept = composer.parse([line for line in lines if not is_hydra(line)])
     hydra = [line for line in lines if is_hydra(line)]
-    request = Request(composer, config, parsed.overrides, hydra, swept, path, is_typed, pool)
+    request = SweepRequest(composer, config, parsed.overrides, hydra, swept, path, is_typed, pool)
     try:
         return _search(request) if is_search else _grid(request)
     except Interrupted:  # before the first job
@@ -212,7 +212,7 @@ def _space(sweep: Path) -> Any:
 # -- grids
 
 
-def _grid(request: Request) -> int:
+def _grid(request: SweepRequest) -> int:
     jobs = _jobs(request)
     if request.config.dry_run:
         for number, label in enumerate(labels([job.lines for job in jobs])):
@@ -241,7 +241,7 @@ def _grid(request: Request) -> int:
     return INTERRUPTED if "interrupted" in statuses else DONE
 
 
-def _jobs(request: Request) -> list[Plan]:
+def _jobs(request: SweepRequest) -> list[Plan]:
     """Expands a grid to its checked jobs, like Hydra's basic sweeper; [] for sweepers that choose jobs at run time."""
     sweeper = request.config.hydra.sweeper
     if not str(sweeper._target_).endswith("BasicSweeper"):
@@ -330,7 +330,7 @@ def _show(entries: Sequence[Entry], **ranking: Any) -> None:
 # -- searches
 
 
-def _search(request: Request) -> int:
+def _search(request: SweepRequest) -> int:
     try:
         from dlopt.sweeps.search import build_study_spec, probes, run_search, study_facts
     except ModuleNotFoundError as error:
@@ -419,7 +419,7 @@ def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
 # -- launchers and sweepers of other packages
 
 
-def run_with_hydra(request: Request, folder: Path, overrides: Sequence[str]) -> None:
+def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]) -> None:
     """Runs a sweep through Hydra's main, with the sweeper and the launcher of its config.
 
     `overrides`: of the jobs; their lists of values are spelled out, which Hydra expands in the same order.

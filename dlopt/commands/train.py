@@ -26,6 +26,7 @@ from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
 from dlopt.interruption import killed_by_signals
 from dlopt.job import execute, print_error
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
+from dlopt.table import SERIES, function
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -68,10 +69,10 @@ def train(arguments: list[str]) -> int:
         from dlopt.commands.sweep import sweep
 
         return sweep(composer, parsed)
-    if config.get("comparison") is not None:
-        from dlopt.commands.compare import compare
-
-        return compare(composer, parsed, config)
+    for key, path in SERIES.items():
+        if config.get(key) is not None:
+            code: int = function(path)(composer, parsed, config)
+            return code
     if world is not None:
         return _lead(composer, config, parsed.overrides, typed, world)
     refuse_unread_hydra(parsed.overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)

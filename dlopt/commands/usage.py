@@ -21,7 +21,7 @@ _WIDTH = 118  # columns of a table in a wide terminal
 _TABLE = re.compile(r"( *)(?:\{(\w+)\}|(\S.*?) :: (.*))")  # a line of a table: declared keys, or a written row
 
 
-class Key(NamedTuple):
+class OwnKey(NamedTuple):
     """A key of a command. `line`: as typed, updates=N or --paths."""
 
     name: str
@@ -38,7 +38,7 @@ def own_names(target: Callable[..., Any]) -> list[str]:
     return [name for name, parameter in parameters_of(target).items() if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def own_keys(target: Callable[..., Any]) -> list[Key]:
+def own_keys(target: Callable[..., Any]) -> list[OwnKey]:
     """Returns the keys that a function or a dataclass declares, with their defaults in the help."""
     parameters = parameters_of(target)
     return [_key(name, parameters[name]) for name in own_names(target)]
@@ -78,17 +78,17 @@ def two_columns(rows: Iterable[tuple[str, str]], *, indent: int = 2, limit: int 
     return [line for left, right in rows for line in wrap_row(" " * indent + left, right, indent + column - 2, width)]
 
 
-def _key(name: str, parameter: inspect.Parameter) -> Key:
+def _key(name: str, parameter: inspect.Parameter) -> OwnKey:
     documented = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else ()
     text = next((each for each in documented if isinstance(each, str)), None)
     if text is None:
         raise TypeError(f'{name}: declare its help: Annotated[TYPE, "VALUE: help"]')
     value, _, line = text.partition(": ")
     if value == "--":
-        return Key(name, f"--{name}", line)
+        return OwnKey(name, f"--{name}", line)
     if parameter.default not in (parameter.empty, None) and "default: " not in line:
         line += f" (default: {_format(parameter.default)})"
-    return Key(name, f"{name}={value}", line)
+    return OwnKey(name, f"{name}={value}", line)
 
 
 def _format(default: Any) -> str:

@@ -12,7 +12,7 @@ from dlopt.schedules import Warmup
 
 
 @dataclass(frozen=True)
-class Group:
+class ConfigGroup:
     """What all choices of a config group share.
 
     `runtime`: arguments known only at run time. `common`: dataclass of keys that every choice has; a callable whose
@@ -27,19 +27,19 @@ class Group:
         return () if self.common is None else tuple(each.name for each in fields(self.common))
 
 
-GROUPS: Mapping[str, Group] = {
-    "data": Group((), DataSettings),
-    "normalize": Group(("input_shape",)),
-    "sampler": Group(("targets", "samples", "batch_size", "seed")),
-    "augmentation": Group(("input_shape", "classes", "train")),
-    "model": Group(("input_shape", "classes", "vocabulary")),
-    "init": Group(("model", "generator", "inputs", "growth")),
-    "loss": Group(("classes",)),
-    "optimizer": Group(("params",), Grouping),
-    "schedule": Group(("horizon",), Warmup),
-    "clip": Group(("model",)),
-    "stopping": Group(("model", "norm")),
-    "parallel": Group(("device", "accumulate", "batch_size", "precision", "threads")),
+GROUPS: Mapping[str, ConfigGroup] = {
+    "data": ConfigGroup((), DataSettings),
+    "normalize": ConfigGroup(("input_shape",)),
+    "sampler": ConfigGroup(("targets", "samples", "batch_size", "seed")),
+    "augmentation": ConfigGroup(("input_shape", "classes", "train")),
+    "model": ConfigGroup(("input_shape", "classes", "vocabulary")),
+    "init": ConfigGroup(("model", "generator", "inputs", "growth")),
+    "loss": ConfigGroup(("classes",)),
+    "optimizer": ConfigGroup(("params",), Grouping),
+    "schedule": ConfigGroup(("horizon",), Warmup),
+    "clip": ConfigGroup(("model",)),
+    "stopping": ConfigGroup(("model", "norm")),
+    "parallel": ConfigGroup(("device", "accumulate", "batch_size", "precision", "threads")),
 }
 
 

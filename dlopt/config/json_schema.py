@@ -15,7 +15,7 @@ from typing import Any
 from pydantic.errors import PydanticInvalidForJsonSchema
 
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
-from dlopt.config.experiment import GROUPS, Group
+from dlopt.config.experiment import GROUPS, ConfigGroup
 from dlopt.config.schema import adapter_of, annotation_of, parameters_of, resolve_target, trusted_packages
 from dlopt.config.settings import Settings
 from dlopt.errors import UserError
@@ -72,7 +72,7 @@ def _fields(schema: type, comments: Mapping[str, str], prefix: str, definitions:
 
 
 def _block(
-    catalogue: Catalogue, name: str, group: Group, primary: Iterable[Key], definitions: dict[str, Any]
+    catalogue: Catalogue, name: str, group: ConfigGroup, primary: Iterable[Key], definitions: dict[str, Any]
 ) -> dict[str, Any]:
     """Describes the keys of a group. A block that names its callable (`_target_`) may have any keys."""
     values: dict[str, list[dict[str, Any]]] = {}

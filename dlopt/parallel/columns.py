@@ -17,7 +17,7 @@ from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.parallel.collectives import ModelGroup, with_adjoint
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, join_mode
+from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, check_precision, join_mode
 from dlopt.parallel.split_layers import convert
 
 
@@ -26,7 +26,7 @@ class ColumnParallel(ModelParallel):
 
     sharding: Literal["replicated", "tensors", "layers"] = "layers"
 
-    def __init__(self, group: Group, device: torch.device, **options: Any) -> None:
+    def __init__(self, group: ProcessGroup, device: torch.device, **options: Any) -> None:
         super().__init__(group, device, split=split_columns, **options)
         self.is_replica = self.data_rank > 0  # the first model group holds the same layers
 

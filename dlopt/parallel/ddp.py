@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dlopt.errors import UserError
 from dlopt.parallel.dropout import replace_dropout
 from dlopt.parallel.mode import MetricRecord, MicroSteps, Mode
-from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, join_mode
+from dlopt.parallel.process_group import GroupMode, ProcessGroup, ProcessKeys, join_mode
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.step_timing import StepTiming, SyncWaitTimer
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
@@ -64,7 +64,7 @@ class DataParallel(GroupMode):
 
     def __init__(
         self,
-        group: Group,
+        group: ProcessGroup,
         device: torch.device,
         *,
         accumulate: int,

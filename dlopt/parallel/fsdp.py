@@ -17,7 +17,7 @@ from dlopt.errors import UserError
 from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import replace_dropout
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, join_mode
+from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, check_precision, join_mode
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.sync_batchnorm import synchronize
@@ -58,7 +58,7 @@ class FullySharded(DataParallel):
     sharding: Literal["replicated", "tensors", "layers"] = "tensors"
 
     def __init__(
-        self, group: Group, device: torch.device, *, accumulate: int, low_precision: bool, keys: ShardingKeys
+        self, group: ProcessGroup, device: torch.device, *, accumulate: int, low_precision: bool, keys: ShardingKeys
     ) -> None:
         super().__init__(group, device, accumulate=accumulate, sync_batchnorm=keys["sync_batchnorm"], name="fsdp")
         self.low_precision = low_precision

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
 from dlopt.parallel.dropout import replace_dropout
 from dlopt.parallel.mode import MetricRecord, MicroSteps
-from dlopt.parallel.process_group import Group, GroupMode
+from dlopt.parallel.process_group import GroupMode, ProcessGroup
 from dlopt.parallel.shards import local
 from dlopt.parallel.split_layers import distribute
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
@@ -47,7 +47,7 @@ class ModelParallel(GroupMode):
 
     def __init__(
         self,
-        group: Group,
+        group: ProcessGroup,
         device: torch.device,
         *,
         name: str,

@@ -18,7 +18,7 @@ from dlopt.parallel import chain as chains
 from dlopt.parallel.batch_shards import ShardedAugment, micro_batch_bounds
 from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
 from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
-from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, check_precision, join_mode
+from dlopt.parallel.process_group import GroupMode, ProcessGroup, ProcessKeys, check_precision, join_mode
 from dlopt.processor import usable_cores
 from dlopt.ranges import Count
 
@@ -55,7 +55,7 @@ def pipeline(
         _PROBE_SAMPLES if isinstance(batch_size, str) else min(max(batch_size // in_flight, 2), _PROBE_SAMPLES)
     )
     build = partial(
-        Pipeline,
+        PipelineMode,
         in_flight=in_flight,
         schedule=schedule,
         split=split,
@@ -66,7 +66,7 @@ def pipeline(
     return join_mode("pipeline", device, build, keys)
 
 
-class Pipeline(GroupMode):
+class PipelineMode(GroupMode):
     """Rank r holds stage r; the layers of other stages are on the meta device.
 
     Every rank therefore knows all parameters by name and order, which states and optimizers rely on. Batch norm sees
@@ -79,7 +79,7 @@ class Pipeline(GroupMode):
 
     def __init__(
         self,
-        group: Group,
+        group: ProcessGroup,
         device: torch.device,
         *,
         in_flight: int,

@@ -30,7 +30,7 @@ _numbers = count()  # a process may join one group after another; each gets its 
 _LAG = 8  # updates after which a GPU's stop flag is read; the host seldom runs further ahead than that
 
 
-class Group:
+class ProcessGroup:
     """The process group of a run: NCCL for tensors on GPUs, gloo for tensors on the host."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Group:
         gathered = self.all_gather(torch.tensor(values, dtype=torch.float64))
         return [float(total) for total in gathered.sum(0)]
 
-    def __deepcopy__(self, memo: object) -> "Group":
+    def __deepcopy__(self, memo: object) -> "ProcessGroup":
         return self  # copies of a model communicate over the same processes
 
 
@@ -76,7 +76,7 @@ class ProcessKeys(TypedDict):
     master_port: Annotated[int, Interval(ge=1, le=65535)] | None
 
 
-def join(mode: str, device: torch.device, **keys: Unpack[ProcessKeys]) -> tuple[Group, torch.device] | None:
+def join(mode: str, device: torch.device, **keys: Unpack[ProcessKeys]) -> tuple[ProcessGroup, torch.device] | None:
     """Joins the process group and returns it with this rank's device; None in a single process.
 
     Raises `UserError` where launcher, keys and device contradict each other.
@@ -101,10 +101,12 @@ def join(mode: str, device: torch.device, **keys: Unpack[ProcessKeys]) -> tuple[
     elif device.type != "cpu":
         raise UserError(f"parallel={mode}: device={device.type} is not supported; set device=cpu")
     address, port = keys["master_addr"], keys["master_port"]
-    return Group(world, device, minutes=keys["timeout_minutes"], address=address, port=port), device
+    return ProcessGroup(world, device, minutes=keys["timeout_minutes"], address=address, port=port), device
 
 
-def join_mode(name: str, device: torch.device, build: Callable[[Group, torch.device], Mode], keys: ProcessKeys) -> Mode:
+def join_mode(
+    name: str, device: torch.device, build: Callable[[ProcessGroup, torch.device], Mode], keys: ProcessKeys
+) -> Mode:
     """Joins the process group (see `join`) and builds its mode; in a single process, returns that of one process."""
     joined = join(name, device, **keys)
     return Mode(device, name) if joined is None else build(*joined)
@@ -164,7 +166,7 @@ class EvaluationStopFlag:
     """The same flag within an evaluation, where no loss is reduced: reading it is a collective that all ranks call."""
 
     stop: StopFlag
-    group: Group
+    group: ProcessGroup
 
     def __bool__(self) -> bool:
         if not self.stop:
@@ -182,7 +184,7 @@ class GroupMode(Mode):
 
     is_replica = False  # with `sharding` "layers": another rank holds the same layers, which count once
 
-    def __init__(self, group: Group, device: torch.device, name: str, *, accumulate: int = 1) -> None:
+    def __init__(self, group: ProcessGroup, device: torch.device, name: str, *, accumulate: int = 1) -> None:
         super().__init__(device, name)
         self.accumulate = accumulate
         self.group = group

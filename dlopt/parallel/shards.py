@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
-    from dlopt.parallel.process_group import Group
+    from dlopt.parallel.process_group import ProcessGroup
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ def _all_reduce(values: Tensor, axes: Sequence[tuple[Any, int, int]]) -> Tensor:
 # -- modes in which each rank holds some layers
 
 
-def stage_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, *, is_replica: bool) -> Tensor:
+def stage_norm(tensors: Sequence[Tensor], group: "ProcessGroup", device: torch.device, *, is_replica: bool) -> Tensor:
     """Returns the 2-norm of all ranks' tensors as one vector.
 
     `is_replica`: another rank holds the same layers, which count once.
@@ -118,7 +118,7 @@ def stage_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, 
     return torch.linalg.vector_norm(group.all_gather(norm.to(device=device, dtype=torch.float64).reshape(1)))
 
 
-def stage_full_state(state: T, group: "Group", *, is_replica: bool) -> T:
+def stage_full_state(state: T, group: "ProcessGroup", *, is_replica: bool) -> T:
     """Returns, on rank 0, the state with the tensors of all ranks. All ranks call this together."""
     states: list[Any] | None = [None] * group.size if group.rank == 0 else None
     on_cpu = None if is_replica else tree_map_only(Tensor, lambda t: t if t.is_meta else t.cpu(), state)

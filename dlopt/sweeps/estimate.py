@@ -52,9 +52,7 @@ def per_update(metrics: Sequence[Mapping[str, Any]], seconds: float, steps: int)
     """
     ends = [(0, 0.0), *((line["step"], line["seconds"]) for line in metrics)]
     epochs = [
-        (seconds - former) / (step - first)
-        for (first, former), (step, seconds) in pairwise(ends)
-        if step > first
+        (seconds - former) / (step - first) for (first, former), (step, seconds) in pairwise(ends) if step > first
     ]
     average = seconds / steps
     return min([*epochs, average]), average

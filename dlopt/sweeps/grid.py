@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, Result
+from dlopt.sweeps.jobs import Job, JobResult
 from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.tracking.overview import Overview
 
@@ -23,5 +23,5 @@ class _JobList(JobSource):
     def next(self) -> Job | None:
         return next(self._jobs, None)
 
-    def ended(self, job: Job, result: Result) -> None:
+    def ended(self, job: Job, result: JobResult) -> None:
         self.statuses[job.number] = result.status

@@ -29,7 +29,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
+class JobResult:
     """`status`: one of summary.json's, or `pruned`."""
 
     status: str
@@ -56,7 +56,7 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(line for line in job if line not in common) or "as configured" for job in jobs]
 
 
-def prepare(job: Job) -> Result | None:
+def prepare(job: Job) -> JobResult | None:
     """Writes the job's config into its folder; if the job is done already, returns its result instead.
 
     Raises `UserError` if the folder holds a run with another config.
@@ -73,18 +73,18 @@ def prepare(job: Job) -> Result | None:
     return None
 
 
-def result_of(folder: RunFolder, code: int) -> Result:
+def result_of(folder: RunFolder, code: int) -> JobResult:
     """Returns the result of the process that ended in this folder with exit code `code`.
 
     Records a failure if the process left no summary, or one that does not agree with its exit code.
     """
     summary = folder.summary()
     if summary is None and code == INTERRUPTED:  # stopped before it wrote anything
-        return Result("interrupted", {})
+        return JobResult("interrupted", {})
     if summary is None or (code not in (DONE, INTERRUPTED) and summary.get("status") != "failed"):
         return record_failure(folder, _explain_exit(code), died=True)
     status = str(summary.get("status", "failed"))
-    return Result("pruned" if summary.get("pruned") else status, summary, str(summary.get("reason", "")))
+    return JobResult("pruned" if summary.get("pruned") else status, summary, str(summary.get("reason", "")))
 
 
 def _explain_exit(code: int) -> str:
@@ -94,20 +94,20 @@ def _explain_exit(code: int) -> str:
     return f"exit code {code}; see {OUTPUT}"
 
 
-def record_failure(folder: RunFolder, reason: str, *, died: bool = False) -> Result:
+def record_failure(folder: RunFolder, reason: str, *, died: bool = False) -> JobResult:
     """Records a failure that the run has not recorded itself. `died`: its process ended without a result."""
     summary = {"status": "failed", "reason": reason} | ({"died": True} if died else {})
     with contextlib.suppress(OSError):
         folder.path.mkdir(parents=True, exist_ok=True)
         write_json(folder.path / "summary.json", summary)
-    return Result("failed", summary, reason)
+    return JobResult("failed", summary, reason)
 
 
-def record_pruned(folder: RunFolder, epoch: int) -> Result:
+def record_pruned(folder: RunFolder, epoch: int) -> JobResult:
     """Records a pruned job as stopped early, with its metrics so far and without a test."""
     summary = {**(folder.summary() or {}), "status": "stopped_early", "pruned": True, "pruned_at_epoch": epoch}
     write_json(folder.path / "summary.json", summary)
-    return Result("pruned", summary)
+    return JobResult("pruned", summary)
 
 
 def record_dead(folder: RunFolder) -> None:

@@ -29,7 +29,7 @@ from dlopt.errors import DONE, INTERRUPTED, UserError
 from dlopt.folders import RunFolder
 from dlopt.interruption import SIGNALS, Interruption
 from dlopt.ranges import Count
-from dlopt.sweeps.jobs import OUTPUT, Job, Result, prepare, record_failure, record_pruned, result_of
+from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, prepare, record_failure, record_pruned, result_of
 from dlopt.tracking.layout import format_count
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview
@@ -77,7 +77,7 @@ class JobSource:
         """Receives a new line of a running job's metrics; returns whether to stop the job."""
         return False
 
-    def ended(self, job: Job, result: Result) -> None:
+    def ended(self, job: Job, result: JobResult) -> None:
         """Receives the result of a job."""
         raise NotImplementedError
 
@@ -203,7 +203,7 @@ class _Workers:
             result = record_pruned(job.folder, worker.pruned_at)
         self._ended(job, result)
 
-    def _ended(self, job: Job, result: Result, *, known: bool = False) -> None:
+    def _ended(self, job: Job, result: JobResult, *, known: bool = False) -> None:
         self._source.ended(job, result)
         self._overview.ended(job.number, job.label, result.status, result.metrics, result.reason, known)
 

@@ -12,7 +12,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 
-from dlopt.analysis.leaderboard import Direction, direction_of
 from dlopt.config.compose import Composer
 from dlopt.config.keys import is_seed
 from dlopt.config.overrides import key_of
@@ -24,11 +23,12 @@ from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
 from dlopt.plain import flatten, is_below
 from dlopt.ranges import Count, Seed
+from dlopt.results.leaderboard import Direction, direction_of
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, PlanJob, Result, build_job, record_dead
+from dlopt.sweeps.jobs import Job, JobResult, PlanJob, build_job, record_dead
 from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.sweeps.space import Space, parse_space
-from dlopt.sweeps.study import STUDY_LOCK, WORKERS, Claim, Study, StudySpec, is_fact, storage_errors
+from dlopt.sweeps.study import STUDY_LOCK, WORKERS, ClaimedJob, Study, StudySpec, is_fact, storage_errors
 from dlopt.tracking.overview import Overview
 
 _RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes, once no other job is left
@@ -159,7 +159,7 @@ Row = tuple[int, str, Sequence[float], Path]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchOutcome:
     """Result of a search. `rows`: the finished jobs of all processes: (job, varying overrides, objectives, folder)."""
 
     failed: int
@@ -172,7 +172,7 @@ class Outcome:
         return FAILED if self.failed else INTERRUPTED if self.interrupted else DONE
 
 
-def run_search(spec: StudySpec, facts: Mapping[str, Any], folder: Path, pool: Pool, plan_job: PlanJob) -> Outcome:
+def run_search(spec: StudySpec, facts: Mapping[str, Any], folder: Path, pool: Pool, plan_job: PlanJob) -> SearchOutcome:
     """Runs jobs of the study until none is left to claim. Raises `UserError` before the first job starts."""
     with storage_errors(spec.storage):
         study = Study(folder, spec, facts)
@@ -199,7 +199,7 @@ class Search(JobSource):
 
     def __init__(self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job]) -> None:
         self._spec, self._study, self._build = spec, study, build
-        self._claims: dict[int, Claim] = {}
+        self._claims: dict[int, ClaimedJob] = {}
         self._interrupted = 0
         self._last_empty_claim, self._is_exhausted = float("-inf"), False
         self.overview = Overview(spec.total, spec.objectives[0], spec.directions[0])
@@ -242,7 +242,7 @@ class Search(JobSource):
         value = -float(value) if self._spec.negate_pruning_metric else float(value)
         return self._study.report(self._claims[job.number], int(metrics["epoch"]), value)
 
-    def ended(self, job: Job, result: Result) -> None:
+    def ended(self, job: Job, result: JobResult) -> None:
         """Records the result. Raises `RunError` if no job of this search can have the metrics that it compares."""
         claim = self._claims[job.number]
         if result.status == "interrupted":
@@ -265,7 +265,7 @@ class Search(JobSource):
             logged = ", ".join(sorted(self._logged))
             raise RunError(f"hydra.sweeper.watch={watch}: no such metric in metrics.jsonl, which has {logged}")
 
-    def _fail(self, claim: Claim, values: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    def _fail(self, claim: ClaimedJob, values: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Records a job without all objectives; ends the search if no job has had them."""
         key = next(key for key, value in values.items() if not _is_number(value))
         available = ", ".join(name for name, value in metrics.items() if _is_number(value))
@@ -277,10 +277,10 @@ class Search(JobSource):
             raise RunError(reason)
         self.overview.message(f"job {claim.number}: {reason}")
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> SearchOutcome:
         counts = self._study.counts()
         elsewhere = counts[TrialState.RUNNING] - self._interrupted
-        return Outcome(counts[TrialState.FAIL], self._interrupted, elsewhere, self._rows())
+        return SearchOutcome(counts[TrialState.FAIL], self._interrupted, elsewhere, self._rows())
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -25,10 +25,10 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from dlopt.analysis.leaderboard import Direction
 from dlopt.config.resuming import describe, may_change
 from dlopt.errors import RunError, UserError
 from dlopt.locks import hold, is_held, locked, taken
+from dlopt.results.leaderboard import Direction
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space, suggest
 
@@ -58,7 +58,7 @@ class StudySpec:
 
 
 @dataclass(frozen=True)
-class Claim:
+class ClaimedJob:
     """A job that this process runs."""
 
     number: int
@@ -194,7 +194,7 @@ class Study:
         trials = self._study.get_trials(deepcopy=False, states=states or None)
         return [trial for trial in trials if trial.number < self.total]
 
-    def claim(self) -> Claim | None:
+    def claim(self) -> ClaimedJob | None:
         """Claims the next job: one of a dead process, else a new one. Returns None if there is none."""
         for trial in self._trials(TrialState.RUNNING):
             if trial.number not in self._claimed and self._take_over(trial):
@@ -246,7 +246,7 @@ class Study:
         owner_folder = Path(str(trial.user_attrs.get("folder", self.folder)))
         return (owner_folder if owner_folder.is_dir() else self.folder) / WORKERS / f"{worker}.lock"
 
-    def _draw_values(self, frozen: FrozenTrial, is_takeover: bool) -> Claim:
+    def _draw_values(self, frozen: FrozenTrial, is_takeover: bool) -> ClaimedJob:
         self._claimed.add(frozen.number)
         self._study.sampler = self._sampler(frozen.number)
         trial = optuna.trial.Trial(self._study, frozen._trial_id)
@@ -257,24 +257,24 @@ class Study:
                 # it, so that the sampler's random stream is where it was and the later values are the same.
                 self._study.sampler.sample_independent(self._study, frozen, key, distribution)
             values[key] = suggest(trial, key, distribution)
-        return Claim(frozen.number, values, trial, is_takeover)
+        return ClaimedJob(frozen.number, values, trial, is_takeover)
 
-    def report(self, claim: Claim, epoch: int, value: float) -> bool:
+    def report(self, claim: ClaimedJob, epoch: int, value: float) -> bool:
         """Reports a running job's metric to the pruner; returns whether to stop the job."""
         known = self._storage.get_trial(claim.trial._trial_id).intermediate_values if claim.is_takeover else {}
         if epoch not in known:  # a resumed job reports its first epochs again, and Optuna would warn
             claim.trial.report(value, epoch)
         return claim.trial.should_prune()
 
-    def finish(self, claim: Claim, objectives: Sequence[float], folder: Path) -> None:
+    def finish(self, claim: ClaimedJob, objectives: Sequence[float], folder: Path) -> None:
         """Records the objectives and the run folder of a finished job."""
         self._storage.set_trial_user_attr(claim.trial._trial_id, "run", str(folder))
         self._study.tell(claim.number, list(objectives), skip_if_finished=True)
 
-    def prune(self, claim: Claim) -> None:
+    def prune(self, claim: ClaimedJob) -> None:
         self._study.tell(claim.number, state=TrialState.PRUNED, skip_if_finished=True)
 
-    def fail(self, claim: Claim, reason: str) -> None:
+    def fail(self, claim: ClaimedJob, reason: str) -> None:
         self._storage.set_trial_user_attr(claim.trial._trial_id, "reason", reason)
         self._study.tell(claim.number, state=TrialState.FAIL, skip_if_finished=True)
 

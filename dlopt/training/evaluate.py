@@ -84,7 +84,7 @@ Batch = tuple[Tensor, Tensor]  # outputs, targets
 
 
 @dataclass(frozen=True)
-class Report:
+class TestReport:
     """Test metrics (`test_...`), and the confusion matrix [K, K] with a row per true class (None: regression)."""
 
     metrics: dict[str, float]
@@ -102,7 +102,7 @@ def combine(members: Sequence[Sequence[Batch]], average: Average) -> list[Batch]
     return combined
 
 
-def report(batches: Sequence[Batch], loss: nn.Module, task: Task) -> Report:
+def report(batches: Sequence[Batch], loss: nn.Module, task: Task) -> TestReport:
     """Computes all test metrics of outputs; loss and accuracy equal those in the summary of a run."""
     accumulator = MetricSum(task)
     with torch.inference_mode():
@@ -111,7 +111,7 @@ def report(batches: Sequence[Batch], loss: nn.Module, task: Task) -> Report:
             accumulator.add(loss(outputs, targets), outputs, targets)
     metrics = accumulator.means("test")
     if not task.has_labels:
-        return Report(metrics, None)
+        return TestReport(metrics, None)
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     classes, confusion = task.classes, None
     extra: ExtraMetrics
@@ -124,10 +124,10 @@ def report(batches: Sequence[Batch], loss: nn.Module, task: Task) -> Report:
         confusion = confusion_matrix(targets, outputs.argmax(1), classes).cpu()
     extra.add(outputs, targets)
     means = extra.means(None)
-    return Report(metrics | {f"test_{name}": means[name] for name in names}, confusion)
+    return TestReport(metrics | {f"test_{name}": means[name] for name in names}, confusion)
 
 
-def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> Report:
+def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> TestReport:
     """Returns the test metrics of a model whose targets are its samples; its outputs are large and are not kept.
 
     Raises `UserError` for test-time augmentation and ensembles, which average predictions of labels.
@@ -138,7 +138,7 @@ def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> Repo
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
     if workload.dataset.test is None:
         raise UserError(f"{workload.experiment.data.choice}: this dataset has no test set")
-    return Report(test_metrics(workload), None)
+    return TestReport(test_metrics(workload), None)
 
 
 def _refuse_tta(workload: Workload, key: str, tta: str) -> None:

@@ -2,8 +2,8 @@
 
 from markup import block, code, text
 
-from dlopt.analysis.benchmark.results import load_reference
-from dlopt.analysis.benchmark.table import lines
+from dlopt.lab.benchmark.results import load_reference
+from dlopt.lab.benchmark.table import lines
 
 
 def results() -> str:

@@ -21,14 +21,15 @@ from unittest import mock
 
 from markup import block, code, docstring, table, text
 
-from dlopt.analysis.comparison import Comparison
-from dlopt.cli import COMMANDS, USAGE, run
+from dlopt.cli import USAGE, run
 from dlopt.commands.options import choices_of, every_group
 from dlopt.commands.usage import declaring, own_keys
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, Settings
 from dlopt.config.schema import accepted, parameters_of, show
+from dlopt.lab.comparison.comparison import Comparison
 from dlopt.sweeps.search import SearchSettings
+from dlopt.table import COMMANDS
 
 CATALOGUE = Catalogue()
 COLUMNS = ("Key", "Default", "Accepts", "Meaning")

@@ -32,10 +32,10 @@ from rich.table import Table
 from torch import nn
 
 from dlopt import processor
-from dlopt.analysis.bench.rank import updates_of
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
+from dlopt.lab.bench.rank import updates_of
 from dlopt.training.build import build_workload
 from dlopt.training.trainer import probe_trainer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.analysis.profiling import Operation, Profile, state_bytes, table
+from dlopt.analysis.profiling import Profile, ProfiledOperation, state_bytes, table
 from dlopt.errors import UserError
 from tests.training.runs import SMALL, at_update, experiment, result, resume, same, start, terminate
 
@@ -78,7 +78,7 @@ def test_table_lists_parts_and_top_operations() -> None:
         seconds=0.01,
         parts={"data": 0.001, "forward": 0.003, "backward": 0.005, "optimizer": 0.001},
         communication=0.002,
-        operations=[Operation("aten::mm", 7, 0.004)],
+        operations=[ProfiledOperation("aten::mm", 7, 0.004)],
         memory={"weights": 2**20},
         peaks={"optimizer": 2**21},
     )

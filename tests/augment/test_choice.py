@@ -18,7 +18,7 @@ from dlopt.augment import (
     Rotate,
     TrivialAugment,
 )
-from dlopt.augment.operation import Step
+from dlopt.augment.operation import DrawnStep
 from dlopt.augment.warp import Affine
 from dlopt.errors import UserError
 from dlopt.random import generator
@@ -71,14 +71,14 @@ def test_operations_and_ranges_match_torchvision(
         assert (got - want.float()).abs().max() <= 2
 
 
-def moves(step: Step) -> Tensor:
+def moves(step: DrawnStep) -> Tensor:
     """Returns [n]: the samples whose map is not the identity."""
     assert isinstance(step, Affine)
     drawn = next(each for each in (step.xx, step.xy, step.dx, step.yx, step.dy) if isinstance(each, Tensor))
     return (step.matrix(len(drawn), drawn.device) != torch.eye(3)[:2]).flatten(1).any(1)
 
 
-def chosen(steps: list[Step]) -> Tensor:
+def chosen(steps: list[DrawnStep]) -> Tensor:
     """Returns [operations, n]: the samples that each step changes."""
     masks = []
     for step in steps:

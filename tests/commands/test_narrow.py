@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.analysis.report.folders import make_run
 from tests.commands.line import SMALL
 from tests.commands.terminal import in_terminal, plain
+from tests.results.folders import make_run
 
 NET = [key for key in SMALL if not key.startswith(("epochs=", "tracking="))]
 

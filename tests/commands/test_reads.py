@@ -8,13 +8,17 @@ import pytest
 
 from dlopt import cli
 from dlopt.api import train
-from dlopt.commands import bench, diagnose, eval, export, find_lr, predict, sample, show_batch, summary, trajectory
+from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
 from dlopt.commands.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.config.compose import Composer
 from dlopt.config.keys import ROLES
 from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
+from dlopt.lab.bench import command as bench
+from dlopt.lab.diagnosis import command as diagnose
+from dlopt.lab.trajectory import command as trajectory
 from dlopt.plain import flatten, is_below
+from dlopt.table import COMMANDS
 from tests.commands.line import SMALL, dlopt, refused
 
 HYDRA = (
@@ -58,7 +62,7 @@ def keys_of_a_run() -> tuple[str, ...]:
 
 def test_every_command_is_here() -> None:
     here = {line.split()[0] for line in (*ON_EXPERIMENTS, *ON_CHECKPOINTS)}
-    assert here | OTHERS | OF_RESULTS | WITHOUT_CONFIG == set(cli.COMMANDS)
+    assert here | OTHERS | OF_RESULTS | WITHOUT_CONFIG == set(COMMANDS)
 
 
 @pytest.mark.parametrize("line", ON_EXPERIMENTS)

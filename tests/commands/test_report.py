@@ -16,14 +16,14 @@ import pytest
 from rich.console import Console
 
 import dlopt as package
-from dlopt.analysis.leaderboard import Entry, leaderboard
-from dlopt.analysis.report.exports import destination
-from dlopt.analysis.report.page import serve
-from dlopt.analysis.report.reading import Reader
 from dlopt.commands.report import _Options, _update, show_front, show_leaderboard
-from tests.analysis.report.folders import make_run
+from dlopt.results.exports import destination
+from dlopt.results.leaderboard import Entry, leaderboard
+from dlopt.results.page import serve
+from dlopt.results.reading import RunReader
 from tests.commands.line import dlopt, refused
 from tests.commands.terminal import in_terminal, plain
+from tests.results.folders import make_run
 
 
 @pytest.fixture
@@ -262,9 +262,9 @@ def test_watch_waits_for_the_first_metrics(tmp_path: Path) -> None:
     to = destination(tmp_path, None, "csv", None)
     options = _Options(by="val_loss", watch=True)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        _update(Reader(), [tmp_path], to, options, Console())
+        _update(RunReader(), [tmp_path], to, options, Console())
         make_run(tmp_path / "0", losses=(0.3,), accuracies=(0.1,))
-        _update(Reader(), [tmp_path], to, options, Console())
+        _update(RunReader(), [tmp_path], to, options, Console())
     assert "0 configurations, 0 runs" in out.getvalue()
     assert "val_loss" in (tmp_path / "report/summary.csv").read_text()
 

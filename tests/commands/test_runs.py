@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.analysis.report.folders import make_run
 from tests.commands.line import HeldByAnotherProcess, dlopt, entries, refused
 from tests.commands.terminal import in_terminal, plain
+from tests.results.folders import make_run
 
 
 @pytest.fixture

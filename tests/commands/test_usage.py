@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import pytest
 
-from dlopt.cli import COMMANDS
 from dlopt.commands.command import take_own
 from dlopt.commands.usage import declaring, own_keys, two_columns, typed_words, usage
 from dlopt.errors import UserError
 from dlopt.ranges import Count
+from dlopt.table import COMMANDS
 
 MODULES = {name: importlib.import_module(path.partition(":")[0]) for name, path in COMMANDS.items() if name != "train"}
 

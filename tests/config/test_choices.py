@@ -19,9 +19,7 @@ from tests.support import choices
 from tests.test_comparisons import SHIPPED
 
 CONF = Path(__file__).parents[2] / "conf"
-CHOICES = [
-    f"{group}={name}" for group in sorted(GROUPS) for name in choices.names(group)
-]
+CHOICES = [f"{group}={name}" for group in sorted(GROUPS) for name in choices.names(group)]
 EXPERIMENTS = sorted(
     str(path.relative_to(CONF / "experiment").with_suffix(""))
     for path in (CONF / "experiment").rglob("*.yaml")

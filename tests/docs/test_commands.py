@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dlopt.cli import COMMANDS
 from dlopt.commands.grid import overrides_of
-from dlopt.commands.sweep import Request
+from dlopt.commands.sweep import SweepRequest
 from dlopt.config.plan import Plan
+from dlopt.table import COMMANDS
 from tests.commands.line import SMALL, dlopt
 from tests.docs.pages import ROOT, block_after, blocks
 
@@ -35,7 +35,7 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
 # These start processes and measure, or diagnose a dozen deep networks.
 LONG = {"bench", "--check", "model=plain56,resnet56", "model.widths=[100,100,100]"}
 WATCHING = {"--watch", "--open"}
-PLAN_JOB = Request.plan_job
+PLAN_JOB = SweepRequest.plan_job
 _HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
 _HEADS |= {"kubectl", "wandb", "optuna-dashboard"}
 
@@ -135,7 +135,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every optional package counts as installed, and Slurm; nothing is run for an estimate of its time."""
     monkeypatch.setattr("dlopt.sweeps.estimate.estimate_job", lambda *_: None)
-    monkeypatch.setattr(Request, "plan_job", plan_new)
+    monkeypatch.setattr(SweepRequest, "plan_job", plan_new)
     monkeypatch.syspath_prepend(place)
     for name in [each for each in sys.modules if each.partition(".")[0] == "mine"]:  # another test's package
         monkeypatch.delitem(sys.modules, name)
@@ -143,7 +143,7 @@ def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlopt.config.rules.find_spec", lambda name: type("Found", (), {"origin": name}))
 
 
-def plan_new(request: Request, overrides: Sequence[str], number: int) -> Plan:
+def plan_new(request: SweepRequest, overrides: Sequence[str], number: int) -> Plan:
     """Composes only the jobs of a sweep that have a new override; for the others, returns the first job."""
     planned: dict[str, Plan] = request.__dict__.setdefault("planned", {})
     if not planned or not planned.keys() >= set(overrides):

@@ -14,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from dlopt.cli import COMMANDS
 from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, config_folder
+from dlopt.table import COMMANDS
 from tests.docs.pages import ROOT
 
 CATALOGUE = Catalogue()

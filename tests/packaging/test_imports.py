@@ -9,11 +9,12 @@ ROOT = Path(__file__).parents[2] / "dlopt"
 FLOORS = [
     ["__main__"],
     ["cli"],
+    ["lab"],  # uses what is below as a user would
     ["commands", "hydra_plugins", "api"],
     ["sweeps"],
     ["job"],
     ["analysis"],
-    ["training"],
+    ["training", "results"],
     ["parallel", "config", "augment", "init", "functions"],
     ["data", "models", "optim", "schedules", "losses", "tracking", "folders", "parameters", "environment"],
     [
@@ -29,6 +30,7 @@ FLOORS = [
         "random",
         "ranges",
         "roles",
+        "table",
     ],
 ]
 FLOOR = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}

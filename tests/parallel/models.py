@@ -15,7 +15,7 @@ from dlopt.parallel import rendezvous
 from dlopt.parallel.collectives import ModelGroup
 from dlopt.parallel.dropout import CurrentShard, replace_dropout
 from dlopt.parallel.model_parallel import SplitFunction, all_reduce_buckets
-from dlopt.parallel.process_group import Group
+from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.shards import full_state, local
 from dlopt.parallel.split_layers import distribute
 
@@ -27,7 +27,7 @@ def join_all() -> ModelGroup:
     if not distributed.is_initialized():
         world = rendezvous.current()
         assert world is not None
-        Group(world, torch.device("cpu"), minutes=1.0)
+        ProcessGroup(world, torch.device("cpu"), minutes=1.0)
     return ModelGroup()
 
 

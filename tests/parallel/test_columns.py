@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.analysis.bench.communication import Traffic
+from dlopt.analysis.communication import Traffic
 from dlopt.errors import UserError
 from dlopt.parallel.columns import split_columns
 from dlopt.parallel.dropout import CurrentShard, replace_dropout

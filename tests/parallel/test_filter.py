@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis.bench.communication import Traffic
+from dlopt.analysis.communication import Traffic
 from dlopt.errors import UserError
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKind
 from dlopt.models.preact import PreActBlock, PreActBottleneck

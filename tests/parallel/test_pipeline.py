@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dlopt.errors import UserError
-from dlopt.parallel.pipeline import Pipeline, pipeline
+from dlopt.parallel.pipeline import PipelineMode, pipeline
 from tests.parallel.equality import MLP, RESNET, Cases, compare, run_distributed
 from tests.training.runs import metrics, start
 
@@ -100,7 +100,7 @@ def test_stages_of_a_machine_divide_its_cores(
     mode: Any = SimpleNamespace(
         threads=threads, device=torch.device(device), rank=2, local_processes=2, group=SimpleNamespace(world=world)
     )
-    Pipeline._set_threads(mode, [0.5, 0.125, 0.375])
+    PipelineMode._set_threads(mode, [0.5, 0.125, 0.375])
     assert numbers == chosen
 
 

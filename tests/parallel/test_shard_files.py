@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from dlopt.errors import RunError, UserError
 from dlopt.files import sha256, write, write_digests
 from dlopt.parallel import rendezvous, shard_files
-from dlopt.parallel.process_group import Group
+from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import sharded
 from dlopt.training.checkpoint import FORMAT, KEYS, Checkpoints, is_intact, load
@@ -74,7 +74,7 @@ def in_ranks(folder: Path, function: Callable[[Checkpoints, int], object], **opt
                 os.environ.update(DLOPT_RANK=str(rank), DLOPT_PROCESSES="2", DLOPT_STORE=str(store))
                 world = rendezvous.current()
                 assert world is not None
-                Group(world, torch.device("cpu"), minutes=0.5)
+                ProcessGroup(world, torch.device("cpu"), minutes=0.5)
                 function(checkpoints_of(folder, rank, **options), rank)
                 code = 0
             except Exception as error:

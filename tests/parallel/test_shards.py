@@ -14,7 +14,7 @@ from dlopt.errors import UserError
 from dlopt.optim import LBFGS
 from dlopt.parallel.fsdp import FullySharded
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.process_group import Group
+from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shards import full_state, load_model, load_optimizer, local, total_norm
 from dlopt.training.averaging import ExponentialAverage
@@ -78,7 +78,7 @@ def run_all(choices: dict[str, Composed]) -> None:
     """Called on all ranks, with the optimizers' configs by name."""
     world = current()
     assert world is not None
-    check_placement(Group(world, torch.device("cpu"), minutes=1.0))
+    check_placement(ProcessGroup(world, torch.device("cpu"), minutes=1.0))
     for choice, plain in choices.items():
         check_updates(choice, plain)
     check_clipping()
@@ -86,7 +86,7 @@ def run_all(choices: dict[str, Composed]) -> None:
     check_tolerance()
 
 
-def check_placement(group: Group) -> None:
+def check_placement(group: ProcessGroup) -> None:
     """FSDP shards weights at placement, and the gathered weights are those of the original model."""
     keys: Any = {
         "shards": 2, "unit_parameters": 1, "reshard_after_forward": True, "sync_every_micro_batch": False,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis.bench.communication import Traffic
+from dlopt.analysis.communication import Traffic
 from dlopt.errors import UserError
 from dlopt.parallel.model_parallel import all_reduce_buckets
 from dlopt.parallel.spatial import split_rows

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dlopt.parallel import rendezvous
-from dlopt.parallel.process_group import Group
+from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.step_timing import StepTiming, SyncWaitTimer
 from tests.parallel.ranks import run_ranks
 
@@ -33,7 +33,7 @@ def slow_on_rank_1(updates: int) -> None:
     """Called on all ranks: rank 1 needs 60 ms for backward; rank 0 waits for it in the gradient all-reduce."""
     world = rendezvous.current()
     assert world is not None
-    group, wait_timer = Group(world, CPU, minutes=1.0), SyncWaitTimer(CPU)
+    group, wait_timer = ProcessGroup(world, CPU, minutes=1.0), SyncWaitTimer(CPU)
     model = nn.Linear(3, 2)
     placed = nn.parallel.DistributedDataParallel(model)
     wait_timer.attach(model)

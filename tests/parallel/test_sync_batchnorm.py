@@ -34,12 +34,12 @@ def same(actual: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def compare() -> None:
-    from dlopt.parallel.process_group import Group
+    from dlopt.parallel.process_group import ProcessGroup
     from dlopt.parallel.rendezvous import current
 
     world = current()
     assert world is not None
-    group = Group(world, torch.device("cpu"), minutes=1)
+    group = ProcessGroup(world, torch.device("cpu"), minutes=1)
     for split in SPLITS:
         for dims in (2, 4):
             for variant in VARIANTS:

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.analysis.benchmark.protocol import WorkloadSpec, load_space, load_tier, trials_of
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
-from dlopt.sweeps.benchmark import Candidate, Request, candidate, claim
+from dlopt.lab.benchmark.protocol import WorkloadSpec, load_space, load_tier, trials_of
+from dlopt.lab.benchmark.trials import Candidate, TrialRequest, candidate, claim
 
 
 class WithoutKeys(torch.optim.Optimizer):
@@ -90,12 +90,12 @@ def test_a_larger_budget_contains_the_smaller_one() -> None:
 def test_a_trial_stops_at_the_target_and_is_not_tested(tmp_path: Path, sgd: Candidate, composer: Composer) -> None:
     workloads = {"mlp": WorkloadSpec(experiment="benchmark/mlp", metric="val_loss", target=0.25)}
     [trial] = trials_of(["mlp"], ["sgd"], 1, 1)
-    lines = Request(tmp_path, workloads, {"sgd": sgd}, [trial], ["precision=fp64"], full=False).line(trial)
+    lines = TrialRequest(tmp_path, workloads, {"sgd": sgd}, [trial], ["precision=fp64"], full=False).line(trial)
     experiment = parse(*to_plain(composer.compose(lines), lines))
     assert experiment.stopping.arguments == {"monitor": "val_loss", "value": 0.25}
     assert not experiment.settings.evaluate.test and experiment.settings.precision == "fp64"
     assert experiment.optimizer.arguments["nesterov"] is True and experiment.settings.seed == 0
-    full = Request(tmp_path, workloads, {"sgd": sgd}, [trial], [], full=True).line(trial)
+    full = TrialRequest(tmp_path, workloads, {"sgd": sgd}, [trial], [], full=True).line(trial)
     assert not any(line.startswith("stopping") for line in full)
 
 

@@ -15,7 +15,7 @@ from dlopt.config.plan import folder_name
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, Result, labels, record_dead, result_of
+from dlopt.sweeps.jobs import Job, JobResult, labels, record_dead, result_of
 from dlopt.sweeps.pool import Pool, build_pool, gpus, local, visible_gpus
 from dlopt.tracking.overview import Overview
 from tests.sweeps.worker import plan
@@ -116,7 +116,7 @@ class Ten(pools.JobSource):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.given = folder, 0
-        self.results: dict[int, Result] = {}
+        self.results: dict[int, JobResult] = {}
 
     def next(self) -> Job | None:
         if self.is_exhausted():
@@ -133,7 +133,7 @@ class Ten(pools.JobSource):
         assert metrics == {"epoch": 1, "val_loss": 1.0}  # no torn line
         return job.number == 7
 
-    def ended(self, job: Job, result: Result) -> None:
+    def ended(self, job: Job, result: JobResult) -> None:
         assert job.number not in self.results
         self.results[job.number] = result
 

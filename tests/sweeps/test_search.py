@@ -16,7 +16,7 @@ from dlopt.locks import is_held
 from dlopt.sweeps import search as module
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.search import Search, build_study_spec
-from dlopt.sweeps.study import STUDY_LOCK, WORKERS, Claim
+from dlopt.sweeps.study import STUDY_LOCK, WORKERS, ClaimedJob
 from tests.commands.line import SMALL, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 from tests.sweeps.spaces import composer
@@ -149,14 +149,14 @@ def test_pruner_stops_jobs_with_a_worse_metric(objective: str, watch: str, direc
     prunes = []
 
     class Recorded:
-        def report(self, claim: Claim, epoch: int, value: float) -> bool:
+        def report(self, claim: ClaimedJob, epoch: int, value: float) -> bool:
             claim.trial.report(value, epoch)
             return claim.trial.should_prune()
 
     for number, value in enumerate([1.0, 1.0, 1.0, 1.0, 2.0]):
         trial = study.ask()
         search = Search(spec, cast(Any, Recorded()), cast(Any, None))
-        search._claims[number] = Claim(number, {}, trial, is_takeover=False)
+        search._claims[number] = ClaimedJob(number, {}, trial, is_takeover=False)
         job = Job(number, RunFolder(Path()), None, "")
         prunes.append(search.should_stop(job, {"epoch": 1, spec.pruning_metric or "": value}))
         study.tell(trial, 0.0)

@@ -67,7 +67,7 @@ class Short:
     def kill(self) -> None: ...
 
 
-def prepare(job: Job) -> jobs.Result | None:
+def prepare(job: Job) -> jobs.JobResult | None:
     if job.folder.is_finished():
         return jobs.result_of(job.folder, DONE)
     job.folder.path.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from dlopt.analysis.diagnosis.measuring import (
     snapshot,
     trace_updates,
 )
-from dlopt.analysis.diagnosis.plots import clipping_factor, plots, spread_layers
+from dlopt.lab.diagnosis.plots import clipping_factor, plots, spread_layers
 from dlopt.training.checkpoint import load
 from tests.training.runs import SMALL, experiment, same, start
 

@@ -1,0 +1,247 @@
+"""Benchmarks parallel modes on this machine: metrics, table and plot; validates the simulation against measurements."""
+
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from dlopt.analysis.ranks import run_ranks
+from dlopt.config.compose import Composer
+from dlopt.config.resolve import to_plain
+from dlopt.errors import RunError, UserError
+from dlopt.results import drawing
+from dlopt.tracking.layout import plain_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_QUIET = {"KINETO_LOG_LEVEL": "99"}  # Kineto warns on stderr that there is no GPU
+
+
+@dataclass(frozen=True)
+class ModeResult:
+    """Metrics of one mode with one number of processes; times in seconds per update, aggregated over ranks."""
+
+    label: str
+    mode: str
+    processes: int
+    problem: str | None = None  # why the benchmark failed; the metrics are then NaN
+    threads: int = 1  # of each process
+    step: float = math.nan  # the slowest rank's median
+    samples_per_second: float = math.nan
+    speedup: float = math.nan  # against one process
+    efficiency: float = math.nan  # speed-up per process
+    peak_mb: tuple[float, ...] = ()  # of each rank, above the memory of the process before the build
+    sent_mb: float = math.nan  # by the rank that sends the most
+    collectives: float = math.nan
+    communicating: float = math.nan  # fraction of the time with a collective in flight
+    waiting: float = math.nan  # fraction with a collective in flight and no computation
+    own: tuple[float, ...] = ()  # seconds of each rank without waiting
+
+    @property
+    def spread(self) -> float:
+        """Difference between the slowest and the fastest rank without waiting, as a fraction of the slowest."""
+        return (max(self.own) - min(self.own)) / max(self.own) if self.own else math.nan
+
+
+def measure(
+    config: Mapping[str, Any], folder: Path, *, label: str, mode: str, processes: int, settings: Mapping[str, Any]
+) -> ModeResult:
+    """Benchmarks one mode; on failure the result has a `problem` instead of metrics."""
+    ranks, problem = _run(config, folder, processes, settings)
+    return ModeResult(label, mode, processes, problem) if problem is not None else summarize(label, mode, ranks)
+
+
+def _run(
+    config: Mapping[str, Any], folder: Path, processes: int, settings: Mapping[str, Any]
+) -> tuple[list[Any], str | None]:
+    """Starts `dlopt.lab.bench.rank` processes; returns the metrics of each rank, and the error of a failed one."""
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps(dict(settings)))
+    # The limit counts address space: by default, each thread's malloc arena reserves 64 MiB that it does not use.
+    environment = _QUIET | ({} if settings["memory_limit_mb"] is None else {"MALLOC_ARENA_MAX": "1"})
+    codes = run_ranks("dlopt.lab.bench.rank", folder, config, processes, environment)
+    files = [folder / f"rank-{rank}.json" for rank in range(processes)]
+    ranks = [json.loads(path.read_text()) if path.exists() else None for path in files]
+    return ranks, _problem(ranks, codes)
+
+
+def _problem(ranks: Sequence[Mapping[str, Any] | None], codes: Sequence[int]) -> str | None:
+    messages = [str(rank[key]) for key in ("refused", "failed") for rank in ranks if rank is not None and key in rank]
+    messages.sort(key=lambda text: text == "another process failed")  # the cause, from another rank, first
+    if messages:
+        return messages[0]
+    missing = next((number for number, rank in enumerate(ranks) if rank is None), None)
+    return None if missing is None else f"rank {missing} failed with exit code {codes[missing]}"
+
+
+def summarize(label: str, mode: str, ranks: Sequence[Any]) -> ModeResult:
+    medians = [statistics.median(rank["steps"]) for rank in ranks]
+    step = max(medians)
+    count = len(ranks)
+    return ModeResult(
+        label=label,
+        mode=mode,
+        processes=count,
+        threads=ranks[0]["threads"],
+        step=step,
+        samples_per_second=ranks[0]["samples"] / step,
+        peak_mb=tuple(rank["peak_mb"] for rank in ranks),
+        sent_mb=max(rank["sent_mb"] for rank in ranks),
+        collectives=max(rank["collectives"] for rank in ranks),
+        communicating=sum(rank["communicating"] for rank in ranks) / count,
+        waiting=sum(rank["waiting"] for rank in ranks) / count,
+        own=tuple(median * (1 - rank["waiting"]) for median, rank in zip(medians, ranks, strict=True)),
+    )
+
+
+def with_speedup(row: ModeResult, single: ModeResult) -> ModeResult:
+    """Adds the speed-up and efficiency over one process to `row`."""
+    speedup = row.samples_per_second / single.samples_per_second
+    return replace(row, speedup=speedup, efficiency=speedup / row.processes)
+
+
+_COLUMNS: Mapping[str, Callable[[ModeResult], str]] = {
+    "threads": lambda row: str(row.threads),
+    "ms/step": lambda row: f"{row.step * 1e3:.1f}",
+    "samples/s": lambda row: f"{row.samples_per_second:.0f}",
+    "speed-up": lambda row: "-" if math.isnan(row.speedup) else f"{row.speedup:.2f}",
+    "efficiency": lambda row: "-" if math.isnan(row.efficiency) else f"{row.efficiency:.0%}",
+    "peak MiB/rank": lambda row: "/".join(
+        f"{each:.0f}" for each in (row.peak_mb if len(row.peak_mb) <= 4 else [max(row.peak_mb)])
+    ),
+    "sent MiB/step": lambda row: f"{row.sent_mb:.3g}",
+    "collectives": lambda row: f"{row.collectives:g}",
+    "communicating": lambda row: f"{row.communicating:.0%}",
+    "waiting": lambda row: f"{row.waiting:.0%}",
+    "busy ms, fastest-slowest": lambda row: f"{min(row.own) * 1e3:.1f}-{max(row.own) * 1e3:.1f}",
+    "spread": lambda row: f"{row.spread:.0%}",
+}
+
+
+def table(rows: Sequence[ModeResult]) -> Table:
+    """Formats the results as a console table."""
+    shown = plain_table(left=["mode"], right=["processes", *_COLUMNS])
+    for row in rows:
+        cells = ["-" if row.problem is not None else cell(row) for cell in _COLUMNS.values()]
+        shown.add_row(row.label, str(row.processes), *cells)
+    return shown
+
+
+def failures(rows: Sequence[ModeResult]) -> list[str]:
+    """Returns one line per failed benchmark."""
+    return [f"{row.label} on {row.processes}: {row.problem}" for row in rows if row.problem is not None]
+
+
+def draw(rows: Sequence[ModeResult], *, title: str) -> "Figure":
+    """Plots six metrics as bar charts, one bar per result."""
+    figure = drawing.figure(13, 2.2 + 0.62 * len(rows), title)
+    panels = figure.subplots(2, 3, sharey=True).ravel()
+    names = [f"{row.label} × {row.processes}" for row in rows]
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    colours = [drawing.COLOURS[modes.index(row.mode) % len(drawing.COLOURS)] for row in rows]
+    panels_of: list[tuple[str, str, list[float]]] = [
+        ("ms per update (marks: each rank without waiting)", ".1f", [row.step * 1e3 for row in rows]),
+        ("samples per second", ".0f", [row.samples_per_second for row in rows]),
+        ("speed-up per process, in %", ".0f", [100 * row.efficiency for row in rows]),
+        ("peak memory per rank in MiB", ".0f", [max(row.peak_mb, default=math.nan) for row in rows]),
+        ("MiB sent per rank and update", ".3g", [row.sent_mb for row in rows]),
+        ("time in communication, in % (dark: waiting)", ".0f", [100 * row.communicating for row in rows]),
+    ]
+    for axes, (label, form, values) in zip(panels, panels_of, strict=True):
+        lengths = [0.0 if math.isnan(value) else value for value in values]
+        axes.barh(names, lengths, color=colours, height=0.7)
+        for i, value in enumerate(values):
+            problem = "out of memory" if (rows[i].problem or "").startswith("out of memory") else "failed"
+            text = problem if math.isnan(value) else f"{value:{form}}"
+            axes.text(lengths[i], i, f" {text}", va="center", fontsize=8)
+        axes.set(xlim=(0, max(lengths) * 1.22 or 1), xlabel=label)
+    drawing.clean_axes(*panels, axis="x")
+    steps, _, speedups, _, _, communication = panels
+    for i, row in enumerate(rows):
+        if row.processes > 1:
+            busy = [seconds * 1e3 for seconds in row.own]
+            steps.plot(busy, [i] * len(busy), "|", color="black", markersize=13, markeredgewidth=1.5)
+    speedups.axvline(100, color="0.4", linewidth=1, linestyle=":")
+    speedups.set_xlim(right=max(speedups.get_xlim()[1], 118))
+    waiting = [0 if math.isnan(row.waiting) else 100 * row.waiting for row in rows]
+    communication.barh(names, waiting, color="0.2", height=0.35)
+    communication.set_xlim(0, 115)
+    steps.invert_yaxis()
+    return figure
+
+
+def refuse_if_all_failed(rows: Sequence[ModeResult]) -> None:
+    """Raises `UserError` with the first error if every benchmark failed."""
+    if all(row.problem is not None for row in rows):
+        raise UserError(str(rows[0].problem))
+
+
+# -- validation of the simulation
+
+BATCH = 64
+_COMMON = ["model=resnet20", "device=cpu", "threads=1", "data.workers=0"]
+_SETTINGS = {"updates": 60, "warmup": 3, "profiled": 2, "memory_limit_mb": None}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds per update: simulated and measured."""
+
+    mode: str
+    processes: int
+    calculated: float
+    measured: float
+
+
+def validate(processes: Sequence[int]) -> list[StepTime]:
+    """Compares simulated and measured updates of a ResNet-20 on digits, with data and with tensor parallelism.
+
+    The simulation gets the times of updates, layers and all-reduces of single processes under the same load. It assumes
+    that 1/p of the filters cost as much as 1/p of the samples.
+    """
+    from dlopt.lab.bench import contention, simulation
+
+    composer = Composer()
+    results = []
+    with tempfile.TemporaryDirectory(prefix="dlopt-bench-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        for count in (number for number in processes if number > 1):
+            batch = BATCH // count
+            load = contention.measure(_config(composer, "single", batch), folder / f"contention-{count}", count)
+            link = {"latency": load.link.latency * 1e6, "bandwidth": load.link.bandwidth / 1e9}
+            cluster = simulation.Cluster(
+                per_server=count,
+                tflops=1.0,  # not used: all layers are timed
+                memory_bandwidth=1e6,  # the optimizer's time is part of the layers'
+                memory=1e6,
+                **{f"{name}_{place}": value for name, value in link.items() for place in ("within", "between")},
+                variation=load.variation,
+                value_bytes=4,
+                micro_batches=1,
+                bucket_mb=25.0,
+            )
+            layers = simulation.per_sample(load.layers, batch)
+            calculated = {
+                "ddp": simulation.ddp(layers, batch, count, cluster),
+                "filter": simulation.filter_parallel(layers, batch, count, cluster, count),
+            }
+            for mode, cost in calculated.items():
+                config = _config(composer, mode, BATCH)
+                ranks, problem = _run(config, folder / f"{mode}-{count}", count, _SETTINGS)
+                if problem is not None:
+                    raise RunError(f"parallel={mode} on {count} processes: {problem}")
+                steps = [max(seconds) for seconds in zip(*(rank["steps"] for rank in ranks), strict=True)]
+                results.append(StepTime(mode, count, cost.step, statistics.median(steps)))
+    return results
+
+
+def _config(composer: Composer, mode: str, batch: int) -> dict[str, Any]:
+    overrides = [*_COMMON, f"parallel={mode}", f"data.batch_size={batch}"]
+    return to_plain(composer.compose(overrides), overrides)[1]

@@ -1,0 +1,180 @@
+"""`python -m dlopt.lab.bench.rank FOLDER`: benchmarks one rank of the run in FOLDER/config.yaml.
+
+Runs updates of the same trainer as `dlopt train` and writes FOLDER/rank-N.json.
+"""
+
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from dlopt.analysis import communication
+from dlopt.analysis.ranks import RankOutcome, run_rank
+from dlopt.config.experiment import Experiment
+from dlopt.errors import UserError
+from dlopt.parallel import rendezvous
+from dlopt.parallel.mode import Mode
+from dlopt.processor import keep_freed_memory, set_threads
+from dlopt.training.build import build_mode, build_workload
+from dlopt.training.progress import endless_batches
+from dlopt.training.trainer import Trainer, probe_trainer
+
+MIB = 2.0**20
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Options of `dlopt bench` that each rank needs."""
+
+    updates: int
+    warmup: int
+    profiled: int
+    memory_limit_mb: float | None
+
+
+def main() -> int:
+    settings = BenchSettings(**json.loads((Path(sys.argv[1]) / "plan.json").read_text()))
+
+    def explain(error: Exception) -> RankOutcome | None:
+        if isinstance(error, UserError):
+            return {"refused": str(error)}, 2
+        return ({"failed": _reason(error, settings)}, 1) if isinstance(error, RuntimeError | MemoryError) else None
+
+    return run_rank(lambda experiment, folder, rank: measure(experiment, folder, settings, rank), explain)
+
+
+def _reason(error: RuntimeError | MemoryError, settings: BenchSettings) -> str:
+    text = (str(error).splitlines() or [""])[0]
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text
+    if is_memory or "alloc" in text:
+        limit = "" if settings.memory_limit_mb is None else f" of {settings.memory_limit_mb:g} MiB above the baseline"
+        return f"out of memory{limit}"
+    return "another process failed" if rendezvous.caused_by_peer(error) else f"{type(error).__name__}: {text}"
+
+
+def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank: int) -> Mapping[str, Any]:
+    """Runs warm-up updates, timed updates, updates with bytes counted, and updates under the profiler.
+
+    Returns the metrics that `modes.summarize` reads; times in seconds per update.
+    """
+    parallel = build_mode(experiment)
+    device = parallel.device
+    set_threads(experiment.settings.threads, parallel.local_processes)
+    keep_freed_memory()
+    torch.ones(64, 64).mm(torch.ones(64, 64))  # BLAS allocates its buffers on first use; they belong to the baseline
+    baseline = _memory(device)
+    if settings.memory_limit_mb is not None:
+        _limit(settings.memory_limit_mb, device)
+    workload = build_workload(experiment, parallel=parallel)
+    trainer = probe_trainer(workload, folder / f"run-{rank}")
+    update = updates_of(trainer, device)
+    for _ in range(settings.warmup):
+        update()
+    _barrier(parallel)
+    steps, samples = [], 0
+    for _ in range(settings.updates):
+        start = time.perf_counter()
+        samples += update()
+        steps.append(time.perf_counter() - start)
+    peak = float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
+    with communication.Traffic() as traffic:
+        for _ in range(settings.profiled):
+            update()
+    communicating, waiting = _communication(update, settings.profiled, device, parallel)
+    [all_ranks_samples] = parallel.sum_over_ranks([float(samples)])
+    is_sharded = parallel.batch_shard is not None
+    return {
+        "threads": torch.get_num_threads(),
+        "samples": (all_ranks_samples if is_sharded else samples) / settings.updates,  # of the global batch
+        "steps": steps,
+        "peak_mb": (peak - baseline) / MIB,  # above the process before it built data and model
+        "sent_mb": traffic.sent / settings.profiled / MIB,  # by this rank
+        "collectives": traffic.collectives / settings.profiled,
+        "communicating": communicating,
+        "waiting": waiting,
+    }
+
+
+def updates_of(trainer: Trainer, device: torch.device) -> Callable[[], int]:
+    """Returns a function that makes the next update, synchronizes with the device, and returns this rank's samples."""
+    trainer.module.train()
+    batches, progress = endless_batches(trainer), trainer.progress
+
+    def update() -> int:
+        inputs, targets = next(batches)
+        trainer.step.update(inputs, targets, progress.step, trainer.train_metrics)
+        progress.step += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return len(targets)
+
+    return update
+
+
+def seconds_of(call: Callable[[], object], count: int = 1) -> float:
+    """Returns the seconds of `count` calls together."""
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - start
+
+
+def _communication(update: Callable[[], int], number: int, device: torch.device, parallel: Mode) -> tuple[float, float]:
+    """Returns the fractions of time with a collective in flight, and with a collective in flight and no computation."""
+    if parallel.processes == 1:
+        return 0.0, 0.0
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
+    with profile(activities=kinds) as profiler:
+        _barrier(parallel)  # starting the profiler takes a different time on each rank
+        seconds = seconds_of(update, number)
+    events = list(profiler.events() or [])
+    # Exclude events of the barrier and the profiler's start: the profiler's clock has a different origin.
+    first = max((e.time_range.end for e in events), default=0.0) - seconds * 1e6
+    communicating, waiting = communication.collective_times([e for e in events if e.time_range.start >= first], device)
+    return min(communicating / seconds, 1.0), min(waiting / seconds, 1.0)
+
+
+def _barrier(parallel: Mode) -> None:
+    if parallel.processes > 1:
+        distributed.barrier()
+
+
+def _status(name: str) -> float:
+    """Returns the bytes in one line of /proc/self/status."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux: only the peak over the process's lifetime is available
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.0
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _memory(device: torch.device) -> float:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return float(torch.cuda.memory_allocated(device))
+    return _status("VmRSS")
+
+
+def _limit(megabytes: float, device: torch.device) -> None:
+    """Limits further allocations of this process; larger ones fail as if memory were exhausted."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(megabytes * MIB / total, 1.0), device)
+        return
+    data = int(_status("VmData") + megabytes * MIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (data, data))
+
+
+if __name__ == "__main__":
+    rendezvous.end_process(main())

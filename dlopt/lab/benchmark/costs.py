@@ -1,0 +1,59 @@
+"""What the trials do not show: the cost of an update relative to SGD, and the test metrics of the best trials."""
+
+import statistics
+from pathlib import Path
+
+import torch
+
+from dlopt.analysis.profiling import state_bytes
+from dlopt.config.experiment import Experiment
+from dlopt.config.parsing import parse
+from dlopt.config.resolve import resolve_saved
+from dlopt.files import write_json
+from dlopt.folders import RunFolder
+from dlopt.lab.bench.rank import seconds_of, updates_of
+from dlopt.lab.benchmark.reading import TEST
+from dlopt.lab.benchmark.results import UpdateCost
+from dlopt.training.build import Workload, build_workload
+from dlopt.training.checkpoint import Checkpoints, load
+from dlopt.training.evaluate import test_metrics
+from dlopt.training.trainer import Trainer, probe_trainer
+
+_WARMUP = 5  # updates
+_PAIRS = 9
+_UPDATES = 20  # of each of a pair; SOAP, Shampoo and Kron update their preconditioners every 10
+
+
+def measure(baseline: Experiment, experiment: Experiment, scratch: Path) -> UpdateCost:
+    """Measures updates of both experiments in turn, which differ in their optimizers only, in this process."""
+    workloads = [build_workload(each) for each in (baseline, experiment)]
+    trainers = [probe_trainer(workload, scratch, checks=False) for workload in workloads]
+    updates = [updates_of(trainer, workload.device) for trainer, workload in zip(trainers, workloads, strict=True)]
+    for update in updates:
+        seconds_of(update, _WARMUP)
+    ratios = []
+    for pair in range(_PAIRS):
+        order = (0, 1) if pair % 2 == 0 else (1, 0)  # neither is always the first
+        seconds = {index: seconds_of(updates[index], _UPDATES) for index in order}
+        ratios.append(seconds[1] / seconds[0])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return UpdateCost(middle, low, high, state_memory(trainers[1]))
+
+
+def state_memory(trainer: Trainer) -> float:
+    """Returns the bytes of the optimizer's state over those of the parameters."""
+    return state_bytes(trainer.step.optimizer) / sum(p.nbytes for p in trainer.module.parameters())
+
+
+def test_trial(folder: Path) -> None:
+    """Tests the best model of a trial and writes test.json, unless it exists."""
+    run = RunFolder(folder)
+    path, best = folder / TEST, Checkpoints(run.checkpoints).best
+    saved = run.config()
+    if path.exists() or saved is None or not best.is_file():
+        return
+    state = load(best)
+    workload: Workload = build_workload(parse(resolve_saved(saved), saved), state["normalize"])
+    with torch.no_grad():
+        workload.parallel.load_model(workload.module, state["ema"] or state["model"])
+    write_json(path, test_metrics(workload), indent=None)

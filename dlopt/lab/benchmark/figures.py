@@ -1,0 +1,239 @@
+"""Draws the figures of a benchmark, one function each; a figure without data is None.
+
+An optimizer has the same colour and dashes in all figures: those of its place by the score in updates. If there are
+shipped optimizers, the lines of the others are thicker.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dlopt.lab.benchmark import formats
+from dlopt.lab.benchmark.results import Results
+from dlopt.lab.benchmark.scores import MAX_RATIO, Summary, profile, ratios
+from dlopt.metric_names import lower_is_better
+from dlopt.results import drawing
+from dlopt.results.drawing import COLOURS, MARKERS, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_NAME = 22  # characters of an optimizer or a workload
+_ACROSS = 3  # panels of learning curves in a row
+_GREY = "#e0e0e0"
+_TICKS: Any = {"fontsize": 9}
+
+
+def draw(results: Results, summary: Summary) -> dict[str, "Figure"]:
+    """Returns the figures with data, by the names of their files."""
+    figures = {name: function(results, summary) for name, function in FIGURES.items()}
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def label(name: str) -> str:
+    """Returns a short name that matplotlib shows as it is."""
+    return drawing.literal(formats.abbreviated(name, _NAME))
+
+
+def _line(results: Results, summary: Summary, optimizer: str) -> dict[str, Any]:
+    is_own = bool(results.shipped) and optimizer not in results.shipped
+    return style(summary.order.index(optimizer), linewidth=2.8 if is_own else 1.6)
+
+
+def profiles(results: Results, summary: Summary) -> "Figure":
+    """Draws the performance profiles, a panel per measure: the higher and the more to the left, the better."""
+    count, rows = len(summary.measures), math.ceil(len(summary.order) / 4)
+    down = math.ceil(count / 2)
+    figure = drawing.figure(7.6 if count > 1 else 6.0, 3.0 * down + 0.3 + 0.21 * rows)
+    panels = figure.subplots(down, min(count, 2), sharey=True, squeeze=False)
+    for axes in panels.flat[count:]:
+        axes.set_visible(False)
+    for axes, measure in zip(panels.flat, summary.measures, strict=False):
+        table = ratios(summary.times[measure])
+        for optimizer in summary.order:
+            if summary.score(optimizer, measure) is None:
+                continue
+            steps = sorted({1.0, *(ratio for ratio in table[optimizer].values() if ratio <= MAX_RATIO), MAX_RATIO})
+            heights = profile(table[optimizer], steps)
+            axes.step(steps, heights, where="post", label=label(optimizer), **_line(results, summary, optimizer))
+        axes.set_xlim(1, MAX_RATIO)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel(f"τ: {formats.MEASURE_LABELS[measure]} relative to the fastest")
+        axes.yaxis.set_tick_params(labelleft=True)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("fraction of workloads within τ")
+    drawing.clean_axes(*panels.flat)
+    drawing.legend_below(figure, panels[0, 0], min(4, len(summary.order)), fontsize=9)
+    return figure
+
+
+def scores(results: Results, summary: Summary) -> "Figure":
+    """Draws the scores with their intervals."""
+    figure = drawing.figure(6.4, 1.3 + 0.32 * len(summary.order))
+    axes = figure.add_subplot()
+    offsets = np.linspace(-0.22, 0.22, len(summary.measures)) if len(summary.measures) > 1 else [0.0]
+    for i, (measure, offset) in enumerate(zip(summary.measures, offsets, strict=True)):
+        for y, optimizer in enumerate(summary.order):
+            score = summary.score(optimizer, measure)
+            if score is None:
+                continue
+            if not math.isnan(score.low):
+                axes.plot([score.low, score.high], [y + offset] * 2, color=COLOURS[i], linewidth=1.5)
+            name = formats.MEASURE_LABELS[measure] if y == 0 else None
+            axes.plot(score.value, y + offset, MARKERS[i], color=COLOURS[i], markersize=5, label=name)
+    axes.set_yticks(range(len(summary.order)), list(map(label, summary.order)), **_TICKS)
+    axes.set_ylim(len(summary.order) - 0.4, -0.6)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel("score" if results.studies == 1 else "score with its 95 % interval over studies")
+    drawing.clean_axes(axes)
+    if len(summary.measures) > 1:
+        drawing.legend_below(figure, axes, len(summary.measures), handlelength=1)
+    return figure
+
+
+def wins(results: Results, summary: Summary) -> "Figure | None":
+    """Draws the fraction of workloads on which the optimizer of the row is faster than that of the column."""
+    order = summary.order
+    if len(order) < 2:
+        return None
+    pairs = summary.comparisons["updates"]
+    size = 0.56 * len(order)
+    figure = drawing.figure(max(size + 2.0, 4.5), size + 2.0)
+    axes = figure.add_subplot()
+    cells = np.full((len(order), len(order)), np.nan)
+    for row, optimizer in enumerate(order):
+        for column, other in enumerate(order):
+            pair = pairs.get((optimizer, other))
+            if pair is None or math.isnan(pair.value):
+                continue
+            if pair.distinguishable:
+                cells[row, column] = pair.value
+            text = f"{pair.value:.2f}\n{formats.bounds(pair, '–')}".rstrip()
+            is_dark = pair.distinguishable and abs(pair.value - 0.5) > 0.42
+            colour = "white" if is_dark else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, linespacing=1.3)
+    shades = drawing.shades(COLOURS[1], "#fbe3d3", "#d6e8f4", COLOURS[0])
+    axes.imshow(np.where(np.eye(len(order)), np.nan, 0.5), cmap=drawing.shades(_GREY, _GREY))
+    axes.imshow(np.ma.masked_invalid(cells), vmin=0, vmax=1, cmap=shades)
+    _grid(axes, order, order)
+    axes.set_xlabel("blue: the row is faster\norange: the column is faster\ngrey: not distinguishable", **_TICKS)
+    return figure
+
+
+def sensitivity(results: Results, summary: Summary) -> "Figure":
+    """Draws the fraction of the trials that reach the target, in %."""
+    workloads = [*results.workloads]
+    cells = np.full((len(summary.order), len(workloads) + 1), np.nan)
+    for row, optimizer in enumerate(summary.order):
+        for column, workload in enumerate(workloads):
+            records = results.cell(optimizer, workload).records
+            if records:
+                cells[row, column] = sum(record.reached for record in records) / len(records)
+        cells[row, -1] = summary.standing(optimizer).sensitivity
+    figure = drawing.figure(max(0.62 * cells.shape[1] + 2.2, 5.0), 0.36 * cells.shape[0] + 1.6)
+    axes = figure.add_subplot()
+    shades = drawing.shades("#f7fbff", "#9ecae1", "#08306b")
+    axes.imshow(np.ma.masked_invalid(cells), vmin=0, vmax=1, cmap=shades, aspect="auto")
+    axes.set_facecolor(_GREY)
+    for (row, column), value in np.ndenumerate(cells):
+        text = formats.NONE if math.isnan(value) else f"{100 * value:.0f}"
+        colour = "white" if value > 0.72 else "black"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
+    _grid(axes, summary.order, [*workloads, "all"])
+    axes.axvline(len(workloads) - 0.5, color="black", linewidth=1.5)
+    axes.set_xlabel("trials that reach the target [%]", **_TICKS)
+    return figure
+
+
+def _grid(axes: "Axes", rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Labels the rows and columns of a matrix, and draws lines between its cells."""
+    turned: Any = {"rotation": 40, "ha": "left", "rotation_mode": "anchor", **_TICKS}
+    axes.set_xticks(range(len(columns)), list(map(label, columns)), **turned)
+    axes.set_yticks(range(len(rows)), list(map(label, rows)), **_TICKS)
+    axes.xaxis.set_ticks_position("top")
+    axes.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def learning_curves(results: Results, summary: Summary) -> "Figure | None":
+    """Draws the curves of the best trials, a panel per workload; a dot where the target was reached."""
+    names = [name for name in results.workloads if any(results.cell(each, name).curve for each in summary.order)]
+    if not names:
+        return None
+    across = min(_ACROSS, len(names))
+    down = math.ceil(len(names) / across)
+    rows = math.ceil(len(summary.order) / 5)
+    figure = drawing.figure(2.8 * across + 0.3, 2.1 * down + 0.5 + 0.21 * rows)
+    panels = figure.subplots(down, across, squeeze=False)
+    for axes, name in zip(panels.flat, names, strict=False):
+        _curves(axes, results, summary, name)
+    for axes in panels.flat[len(names) :]:
+        axes.set_visible(False)
+    for column in range(across):  # the lowest panel of each column
+        panels[(len(names) - 1 - column) // across, column].set_xlabel("updates", **_TICKS)
+    for optimizer in summary.order:  # for the legend: a panel may lack some of the curves
+        panels[0, 0].plot([], [], label=label(optimizer), **_line(results, summary, optimizer))
+    columns = min(5 if across == _ACROSS else 2, len(summary.order))
+    drawing.legend_below(figure, panels[0, 0], columns, fontsize=9)
+    return figure
+
+
+def _curves(axes: "Axes", results: Results, summary: Summary, name: str) -> None:
+    workload = results.workloads[name]
+    for optimizer in summary.order:
+        cell = results.cell(optimizer, name)
+        if not cell.curve:
+            continue
+        x, y = zip(*cell.curve, strict=True)
+        line = _line(results, summary, optimizer)
+        line["linewidth"] *= 0.8
+        axes.plot(x, y, marker="." if len(x) == 1 else None, **line)
+        sign = 1 if lower_is_better(workload.metric) else -1
+        reached = [point for point in cell.curve if sign * point[1] <= sign * workload.target]
+        if reached:
+            axes.plot(*reached[0], "o", color=line["color"], markersize=4)
+    if math.isfinite(workload.target):
+        axes.axhline(workload.target, color="0.3", linestyle=(0, (5, 4)), linewidth=1)
+    _limit(axes, results, summary, name)
+    axes.set_title(label(name), fontsize=9)
+    axes.set_ylabel(drawing.metric_label(workload.metric), fontsize=8)
+    axes.tick_params(labelsize=8)
+    drawing.clean_axes(axes)
+
+
+def _limit(axes: "Axes", results: Results, summary: Summary, name: str) -> None:
+    """Limits the y-axis to the values between the usual start and the best, because single curves may diverge."""
+    curves = [results.cell(optimizer, name).curve for optimizer in summary.order]
+    values = np.array([value for curve in curves for _, value in curve if math.isfinite(value)])
+    starts = np.array([curve[0][1] for curve in curves if curve and math.isfinite(curve[0][1])])
+    if not values.size or not starts.size:
+        return
+    workload = results.workloads[name]
+    best = values.min() if lower_is_better(workload.metric) else values.max()
+    start = float(np.median(starts))
+    worst = starts.max() if lower_is_better(workload.metric) else starts.min()
+    shown = [float(best), start, *([workload.target] if math.isfinite(workload.target) else [])]
+    if abs(worst - start) < 0.5 * abs(best - start):
+        shown.append(float(worst))
+    low, high = min(shown), max(shown)
+    if low > 0 and high > 10 * low:
+        drawing.logarithmic(axes)
+        axes.set_ylim(low / 1.15, high * 1.15)
+    elif high > low:
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+
+
+FIGURES: Mapping[str, Callable[[Results, Summary], "Figure | None"]] = {
+    "scores": scores,
+    "profiles": profiles,
+    "wins": wins,
+    "learning_curves": learning_curves,
+    "sensitivity": sensitivity,
+}
+"""Figures by the names of their files."""

@@ -1,0 +1,85 @@
+"""Formats the numbers of a benchmark for the terminal, the page and papers."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dlopt.lab.benchmark.results import Measure
+from dlopt.lab.benchmark.scores import Interval, Standing
+from dlopt.results.leaderboard import statistic
+from dlopt.results.reading import printable, text
+
+MEASURE_LABELS: Mapping[Measure, str] = {
+    "updates": "updates", "evaluations": "evaluations of the loss", "time": "time",
+}  # fmt: skip
+NONE = "-"
+
+
+def interval(value: Interval | None) -> str:
+    """Formats 0.83 [0.71, 0.90], or 0.83 without an interval."""
+    if value is None:
+        return NONE
+    return f"{value.value:.2f}" if math.isnan(value.low) else f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def short_interval(value: Interval | None) -> str:
+    """Formats 0.83 .71-.90."""
+    return NONE if value is None else f"{value.value:.2f} {bounds(value)}".rstrip()
+
+
+def bounds(value: Interval, dash: str = "-") -> str:
+    """Formats .71-.90; empty without an interval."""
+    return "" if math.isnan(value.low) else f"{_short(value.low)}{dash}{_short(value.high)}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1.0"
+
+
+def number(value: float | None, pattern: str = ".4g") -> str:
+    return NONE if value is None or not math.isfinite(value) else format(value, pattern)
+
+
+def updates(value: float) -> str:
+    """Formats a number of updates; - if the target was not reached."""
+    return number(value, ".0f")
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %"
+
+
+def standing(of: Standing, workloads: int) -> list[str]:
+    """Formats what the score does not show: reached targets, successful trials, cost and state."""
+    reached = [f"{of.reached}/{workloads}", percent(of.sensitivity)]
+    return [*reached, number(of.cost, ".2f"), number(of.state, ".1f")]
+
+
+def names(items: Iterable[str]) -> str:
+    """Joins names: a, b and c."""
+    *first, last = map(printable, items)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def abbreviated(name: str, width: int) -> str:
+    """Returns a printable name of at most `width` characters: its last part (the class of a.b.C), or start and end."""
+    name = printable(name)
+    if len(name) > width and all(part.isidentifier() for part in name.split(".")):
+        name = name.rpartition(".")[2]
+    if len(name) <= width:
+        return name
+    end = (width - 1) // 2
+    return f"{name[: width - 1 - end]}…{name[-end:]}"
+
+
+def drawn_value(value: Any) -> str:
+    """Formats a hyperparameter of a trial."""
+    return NONE if value is None else f"{value:.3g}" if isinstance(value, float) else text(value)
+
+
+def mean_and_std(values: Sequence[float]) -> str:
+    """Formats mean ± sample standard deviation; one value has no deviation."""
+    found = statistic([value for value in values if math.isfinite(value)])
+    if found is None:
+        return NONE
+    return f"{found.mean:.4g}" if found.std is None else f"{found.mean:.4g} ± {found.std:.2g}"

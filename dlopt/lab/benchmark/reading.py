@@ -1,0 +1,204 @@
+"""Reads the folder of a benchmark: the manifest, which states what is compared, and the trials' run folders."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dlopt.config.overrides import key_of, value_of
+from dlopt.errors import UserError
+from dlopt.files import read_json, write_json
+from dlopt.folders import RunFolder
+from dlopt.lab.benchmark.protocol import BASELINES, Trial, WorkloadSpec, target_of
+from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
+from dlopt.locks import locked
+from dlopt.metric_names import lower_is_better
+from dlopt.tracking.metrics import read_metrics
+
+MANIFEST = "benchmark.json"
+COST = "cost.json"  # in the folder of an optimizer and a workload
+TEST = "test.json"  # in the folder of a trial
+
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder compares.
+
+    Attributes:
+        workloads: name -> experiment, metric, target.
+        optimizers: name -> key -> search space in Hydra's notation, or the fixed value.
+        overrides: of all trials, from the command line.
+        full: trials train to the end, instead of stopping at the target.
+        commands: that have run the trials, without `output`.
+    """
+
+    tier: str
+    studies: int
+    trials: int
+    workloads: Mapping[str, WorkloadSpec]
+    optimizers: Mapping[str, Mapping[str, str]]
+    overrides: Sequence[str]
+    full: bool
+    commands: Sequence[str] = ()
+
+    def merged(self, other: "Manifest", folder: Path) -> "Manifest":
+        """Returns the manifest of the trials of both. Raises `UserError` if they contradict each other."""
+        mine, theirs = asdict(self), asdict(other)
+        different = [key for key in ("tier", "overrides", "full") if mine[key] != theirs[key]]
+        for key in ("workloads", "optimizers"):
+            shared = mine[key].keys() & theirs[key].keys()
+            different += [f"{key}.{name}" for name in sorted(shared) if mine[key][name] != theirs[key][name]]
+        if different:
+            raise UserError(
+                f"output={folder}: has trials of another benchmark (different: {', '.join(different)}); use another "
+                "folder"
+            )
+        return replace(
+            other,
+            studies=max(self.studies, other.studies),
+            trials=max(self.trials, other.trials),
+            workloads={**self.workloads, **other.workloads},
+            optimizers={**self.optimizers, **other.optimizers},
+            commands=list(dict.fromkeys([*self.commands, *other.commands])),
+        )
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Reads the manifest; None if there is none. Raises `UserError` for a damaged one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    content = read_json(path) or {}
+    try:
+        workloads = {name: WorkloadSpec(**spec) for name, spec in content["workloads"].items()}
+        return Manifest(**{**content, "workloads": workloads})
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is damaged; restore it, or remove it and repeat the command") from None
+
+
+def update_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Merges `manifest` into the folder's and returns the result. Raises `UserError` if they contradict each other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".manifest.lock"):
+        former = read_manifest(folder)
+        merged = manifest if former is None else former.merged(manifest, folder)
+        write_json(folder / MANIFEST, asdict(merged), indent=1)
+    return merged
+
+
+def has_ended(folder: RunFolder) -> bool:
+    """Returns whether the trial has a result. A failure is one, unless its process died (was killed, for example)."""
+    summary = folder.summary() or {}
+    return summary.get("status") in ("finished", "stopped_early", "failed") and not summary.get("died")
+
+
+# -- trials
+
+
+def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Results:
+    """Reads all trials of the manifest that have ended."""
+    workloads, cells = {}, {}
+    for name, spec in manifest.workloads.items():
+        updates = 0
+        for optimizer, space in manifest.optimizers.items():
+            records, curves = [], {}
+            for trial, run in _ended(folder, manifest, name, optimizer):
+                curve, evaluations = _read_curve(run, spec.metric)
+                updates = updates or _full_length(run, curve)
+                records.append(_record(run, trial, space, spec, curve, evaluations))
+                curves[trial.study, trial.number] = curve
+            best = best_trial(records, spec.metric)
+            cost = read_json(folder / optimizer / name / COST)
+            tests = {
+                study: read_json(folder / Trial(name, optimizer, study, record.trial).subfolder / TEST)
+                for study, record in best_trials(records, spec.metric).items()
+            }
+            cells[optimizer, name] = Cell(
+                tuple(records),
+                None if cost is None else UpdateCost(**cost),
+                () if best is None else curves[best.study, best.trial],
+                {study: test for study, test in tests.items() if test is not None},
+            )
+        workloads[name] = WorkloadTarget(spec.metric, math.nan if spec.target is None else spec.target, updates)
+    spaces = {name: dict(space) for name, space in manifest.optimizers.items()}
+    return Results(manifest.tier, manifest.studies, manifest.trials, workloads, cells, spaces, facts=facts)
+
+
+def targets(folder: Path, manifest: Manifest) -> dict[str, float]:
+    """Returns the target of each workload from the trials of the baselines, see `target_of`."""
+    found = {}
+    for name, spec in manifest.workloads.items():
+        curves: dict[tuple[str, int], list[Curve]] = {key: [] for key in product(BASELINES, range(manifest.studies))}
+        updates = 0
+        for optimizer in BASELINES:
+            for trial, run in _ended(folder, manifest, name, optimizer):
+                curve, _ = _read_curve(run, spec.metric)
+                updates = max(updates, _full_length(run, curve))
+                curves[optimizer, trial.study].append(curve)
+        found[name] = target_of([*curves.values()], updates, lower_is_better(spec.metric))
+    return found
+
+
+def _ended(folder: Path, manifest: Manifest, workload: str, optimizer: str) -> Iterator[tuple[Trial, RunFolder]]:
+    """Yields the trials that have ended, study by study."""
+    for study, number in product(range(manifest.studies), range(manifest.trials)):
+        trial = Trial(workload, optimizer, study, number)
+        run = RunFolder(folder / trial.subfolder)
+        if has_ended(run):
+            yield trial, run
+
+
+def _read_curve(run: RunFolder, metric: str) -> tuple[Curve, list[int]]:
+    """Returns the curve of a metric against updates, and the evaluations of the loss at each of its points."""
+    points = [line for line in read_metrics(run.path) if metric in line]
+    curve = tuple((line["step"], math.nan if line[metric] is None else float(line[metric])) for line in points)
+    return curve, [line.get("evaluations", line["step"]) for line in points]
+
+
+def _full_length(run: RunFolder, curve: Curve) -> int:
+    """Returns the updates of a run without early end; 0 if it failed before its first validation."""
+    config = run.config() or {}
+    if config.get("steps") is not None:
+        return int(config["steps"])
+    every = (config.get("evaluate") or {}).get("every_epochs", 1)
+    return round(config.get("epochs", 0) / every * curve[0][0]) if curve else 0
+
+
+def _record(
+    run: RunFolder, trial: Trial, space: Mapping[str, str], spec: WorkloadSpec, curve: Curve, evaluations: Sequence[int]
+) -> TrialRecord:
+    summary = run.summary() or {}
+    points = zip(curve, evaluations, strict=True)
+    reached = ((updates, count) for (updates, value), count in points if _is_reached(value, spec))
+    updates, evaluated = next(reached, (math.inf, math.inf))
+    values = [value for _, value in curve if math.isfinite(value)]
+    failure = " ".join(str(summary.get("reason", "failed")).split()) if summary.get("status") == "failed" else ""
+    first = values[0] if values else None
+    best = min(values, default=None) if lower_is_better(spec.metric) else max(values, default=None)
+    last = None if failure or not curve or not math.isfinite(curve[-1][1]) else curve[-1][1]
+    return TrialRecord(trial.study, trial.number, _values(run, space), updates, evaluated, first, best, last, failure)
+
+
+def _is_reached(value: float, spec: WorkloadSpec) -> bool:
+    if spec.target is None or not math.isfinite(value):
+        return False
+    return value <= spec.target if lower_is_better(spec.metric) else value >= spec.target
+
+
+def _values(run: RunFolder, space: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the drawn values of a trial, from its overrides."""
+    typed = {key_of(line): value_of(line) for line in run.history()}
+    return {key: yaml.safe_load(typed[key]) for key, text in space.items() if key in typed and typed[key] != text}
+
+
+def best_trials(records: Sequence[TrialRecord], metric: str) -> dict[int, TrialRecord]:
+    """Returns the best trial of each study; a study whose trials all failed before their first validation has none."""
+    studies = sorted({record.study for record in records})
+    chosen = {study: best_trial([each for each in records if each.study == study], metric) for study in studies}
+    return {study: record for study, record in chosen.items() if record is not None}

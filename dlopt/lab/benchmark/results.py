@@ -1,0 +1,282 @@
+"""Results of a benchmark: what each trial reached, and the JSON file that holds them.
+
+A trial is one training run of an optimizer on a workload, with hyperparameters drawn from the optimizer's search space.
+A study is a sample of trials, from which the best is chosen, as if you had tuned the optimizer once.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dlopt.errors import UserError
+from dlopt.metric_names import lower_is_better
+
+FORMAT = 1
+REFERENCE = Path(__file__).with_name("reference")  # results of `dlopt benchmark ... full=true`, which come with dlopt
+Measure = Literal["updates", "evaluations", "time"]
+MEASURES: tuple[Measure, ...] = ("updates", "evaluations", "time")
+
+
+@dataclass(frozen=True)
+class WorkloadTarget:
+    """A workload: the validation metric that decides, its target, and the updates of a full run."""
+
+    metric: str
+    target: float
+    updates: int
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """Result of one trial.
+
+    Attributes:
+        values: drawn hyperparameters by key.
+        updates: to the target; infinity: not reached.
+        evaluations: of the loss, to the target: more than updates for optimizers that evaluate it several times each.
+        best: best value of the metric; None: the trial failed before its first validation.
+        last: value at its end; None: the trial diverged or failed.
+        first: value of the first validation.
+        failure: why the trial failed; "": it did not.
+    """
+
+    study: int
+    trial: int
+    values: Mapping[str, Any]
+    updates: float
+    evaluations: float
+    first: float | None
+    best: float | None
+    last: float | None
+    failure: str = ""
+
+    @property
+    def reached(self) -> bool:
+        return math.isfinite(self.updates)
+
+
+def best_trial(records: Sequence[TrialRecord], metric: str) -> TrialRecord | None:
+    """Returns the trial with the fewest updates to the target; if none reached it, the one with the best metric."""
+    sign = 1 if lower_is_better(metric) else -1
+    validated = [(record.updates, sign * record.best, record) for record in records if record.best is not None]
+    return min(validated, key=lambda each: each[:2])[2] if validated else None
+
+
+@dataclass(frozen=True)
+class UpdateCost:
+    """Cost of an optimizer on a workload, measured in pairs with SGD in one process.
+
+    Attributes:
+        time: time of an update relative to SGD's: median of the pairs, `low` and `high` their quartiles.
+        state: memory of the optimizer's state relative to that of the parameters.
+    """
+
+    time: float
+    low: float
+    high: float
+    state: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All trials of an optimizer on a workload.
+
+    Attributes:
+        curve: (updates, metric) at each validation of the fastest trial of all studies; if none reached the target, of
+            the trial with the best metric.
+        tests: test metrics of each study's best trial, by study; a study without a test is missing.
+    """
+
+    records: tuple[TrialRecord, ...]
+    cost: UpdateCost | None = None
+    curve: tuple[tuple[int, float], ...] = ()
+    tests: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+
+    def study(self, number: int) -> list[TrialRecord]:
+        return [record for record in self.records if record.study == number]
+
+    def truncated(self, studies: int, trials: int, metric: str) -> "Cell":
+        """Returns the cell of a smaller budget: the first trials of the first studies.
+
+        Omits the curve and the tests of best trials that are not among them, for which it has no replacement.
+        """
+        records = tuple(each for each in self.records if each.study < studies and each.trial < trials)
+        tests = {study: each for study, each in self.tests.items() if best_trial(self.study(study), metric) in records}
+        curve = self.curve if best_trial(self.records, metric) in records else ()
+        return replace(self, records=records, curve=curve, tests=tests)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of a benchmark.
+
+    Attributes:
+        cells: by (optimizer, workload).
+        spaces: optimizer -> key -> search space in Hydra's notation, or the fixed value.
+        shipped: optimizers whose results were not measured here, but come with dlopt.
+        facts: how the results were made: command, versions, machine, date.
+    """
+
+    tier: str
+    studies: int
+    trials: int
+    workloads: Mapping[str, WorkloadTarget]
+    cells: Mapping[tuple[str, str], Cell]
+    spaces: Mapping[str, Mapping[str, str]]
+    shipped: frozenset[str] = frozenset()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def optimizers(self) -> list[str]:
+        return list(dict.fromkeys(optimizer for optimizer, _ in self.cells))
+
+    @property
+    def has_targets(self) -> bool:
+        return not all(math.isnan(workload.target) for workload in self.workloads.values())
+
+    def cell(self, optimizer: str, workload: str) -> Cell:
+        return self.cells.get((optimizer, workload), Cell(()))
+
+    def records(self, optimizer: str) -> list[TrialRecord]:
+        return [record for workload in self.workloads for record in self.cell(optimizer, workload).records]
+
+    def studies_of(self, optimizer: str) -> int:
+        """Returns the number of studies of an optimizer: the shipped results may have fewer than the own ones."""
+        shipped = self.facts.get("reference", {}).get("studies", self.studies)
+        return min(self.studies, shipped) if optimizer in self.shipped else self.studies
+
+    def missing(self) -> int:
+        """Returns the number of own trials that have not ended yet."""
+        expected = len({*self.optimizers} - self.shipped) * len(self.workloads) * self.studies * self.trials
+        return expected - sum(len(cell.records) for (name, _), cell in self.cells.items() if name not in self.shipped)
+
+    def with_reference(self, reference: "Results") -> "Results":
+        """Adds the optimizers of `reference` that are missing here, with the budget of these results."""
+        own = set(self.optimizers)
+        added = {
+            key: cell.truncated(self.studies, self.trials, self.workloads[key[1]].metric)
+            for key, cell in reference.cells.items()
+            if key[0] not in own and key[1] in self.workloads
+        }
+        return replace(
+            self,
+            cells={**self.cells, **added},
+            spaces={**reference.spaces, **self.spaces},
+            shipped=frozenset(optimizer for optimizer, _ in added),
+            facts={
+                **self.facts,
+                "reference": {"studies": reference.studies, "trials": reference.trials, **reference.facts},
+            },
+        )
+
+
+# -- the file
+
+
+_COLUMNS = ("study", "trial", "updates", "evaluations", "first", "best", "last", "failure")  # then the drawn values
+
+
+def to_json(results: Results) -> str:
+    """Returns the results as JSON, a list per trial whose entries `columns` names; infinity becomes null."""
+    cells = [
+        {
+            "optimizer": optimizer,
+            "workload": workload,
+            "cost": None if cell.cost is None else {key: _rounded(value) for key, value in vars(cell.cost).items()},
+            "curve": [[updates, _rounded(value)] for updates, value in cell.curve],
+            "tests": {str(study): {key: _rounded(value) for key, value in test.items()}
+                      for study, test in cell.tests.items()},
+            "columns": [*_COLUMNS, *_keys(cell)],
+            "trials": [_row(record, _keys(cell)) for record in cell.records],
+        }
+        for (optimizer, workload), cell in results.cells.items()
+        if optimizer not in results.shipped
+    ]  # fmt: skip
+    head = {
+        "format": FORMAT,
+        "tier": results.tier,
+        "studies": results.studies,
+        "trials": results.trials,
+        "facts": dict(results.facts),
+        "workloads": {name: vars(workload) for name, workload in results.workloads.items()},
+        "spaces": {name: dict(space) for name, space in results.spaces.items() if name not in results.shipped},
+    }
+    lines = [f'  "{key}": {json.dumps(value)}' for key, value in head.items()]
+    return "{\n" + ",\n".join([*lines, f'  "cells": [\n{_lines(cells)}\n  ]']) + "\n}\n"
+
+
+def _lines(cells: Sequence[Mapping[str, Any]]) -> str:
+    texts = []
+    for cell in cells:
+        head = json.dumps({key: value for key, value in cell.items() if key != "trials"})
+        trials = ",\n      ".join(json.dumps(trial, separators=(",", ":")) for trial in cell["trials"])
+        texts.append(f'    {head[:-1]}, "trials": [\n      {trials}]}}')
+    return ",\n".join(texts)
+
+
+def _keys(cell: Cell) -> list[str]:
+    """Returns the keys that the trials have drawn."""
+    return list(dict.fromkeys(key for record in cell.records for key in record.values))
+
+
+def _row(record: TrialRecord, keys: Sequence[str]) -> list[Any]:
+    reached = [record.updates, record.evaluations] if record.reached else [None, None]
+    metrics = map(_rounded, (record.first, record.best, record.last))
+    return [record.study, record.trial, *reached, *metrics, record.failure, *map(record.values.get, keys)]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+
+
+def from_json(text: str, name: str) -> Results:
+    """Reads the results written by `to_json`; `name`: the file, for errors. Raises `UserError`."""
+    try:
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise UserError(f"{name}: format {content['format']} is not supported; this dlopt reads {FORMAT}")
+        cells = {(each["optimizer"], each["workload"]): _cell(each) for each in content["cells"]}
+        return Results(
+            content["tier"],
+            content["studies"],
+            content["trials"],
+            {key: WorkloadTarget(**value) for key, value in content["workloads"].items()},
+            cells,
+            content["spaces"],
+            facts=content["facts"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{name}: not the results of a benchmark ({type(error).__name__}: {error})") from None
+
+
+def _cell(content: Mapping[str, Any]) -> Cell:
+    cost = content["cost"]
+    return Cell(
+        tuple(_record(dict(zip(content["columns"], row, strict=True))) for row in content["trials"]),
+        None if cost is None else UpdateCost(**cost),
+        tuple((updates, math.nan if value is None else value) for updates, value in content["curve"]),
+        {int(study): test for study, test in content["tests"].items()},
+    )
+
+
+def _record(row: Mapping[str, Any]) -> TrialRecord:
+    reached = {key: math.inf if row[key] is None else row[key] for key in ("updates", "evaluations")}
+    values = {key: value for key, value in row.items() if key not in _COLUMNS and value is not None}
+    return TrialRecord(**{**{key: row[key] for key in _COLUMNS}, **reached}, values=values)
+
+
+def load_reference(tier: str) -> Results | None:
+    """Returns the shipped results of a tier; None if there are none. Raises `UserError` for a damaged file."""
+    path = REFERENCE / f"{tier}.json"
+    return read(path) if path.is_file() else None
+
+
+def read(path: Path) -> Results:
+    """Reads a file of results. Raises `UserError`."""
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None

@@ -1,0 +1,210 @@
+"""Finds symptoms of a wrong optimizer, or of a search space that does not fit it, in the trials of a benchmark."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations
+from statistics import median
+
+from hydra.core.override_parser.types import IntervalSweep
+
+from dlopt.config.overrides import parse_overrides
+from dlopt.errors import UserError
+from dlopt.lab.benchmark import formats
+from dlopt.lab.benchmark.reading import best_trials
+from dlopt.lab.benchmark.results import Results, TrialRecord
+from dlopt.lab.benchmark.scores import times
+from dlopt.metric_names import lower_is_better
+
+RISING = 0.9
+"""Fraction of trials with a rising loss from which on the optimizer is suspicious."""
+EQUAL = 0.9
+"""Fraction of pairs of trials with equal results from which on their hyperparameters have no effect."""
+FAILED = 0.3
+"""Fraction of failed trials that is mentioned."""
+_END = 0.1  # fraction of a search range that is its end
+_FEWEST = 2  # workloads with the best trials there: one may be luck
+_TOLERANCE = 0.1  # of the progress since the first validation, for results that are nearly equal
+_RATE = "optimizer.lr"
+_FAR = 10.0  # ratio of learning rates that should make a difference
+_NEAR = 3.0  # ratio of other hyperparameters that should make little difference
+_ALONE = 0.05  # of the pairs of trials differ in one hyperparameter only, if the others are chosen from a list
+_DIVERGENCE = ("the loss became", "is not finite", "are not finite")  # in the reasons of failures
+Pair = tuple[TrialRecord, TrialRecord]
+
+
+def symptoms(results: Results, optimizer: str) -> Iterator[str]:
+    """Yields sentences about an optimizer, without their first word, its name."""
+    if not results.records(optimizer):
+        return
+    rising = _rising(results, optimizer)
+    ignored = _without_effect(results, optimizer)
+    yield from rising or _no_target(results, optimizer)
+    for sentence in dict.fromkeys(ignored.values()):
+        keys = formats.names(key for key, each in ignored.items() if each == sentence)
+        yield sentence.format(keys=keys)
+    if not rising:
+        for key in results.spaces.get(optimizer, {}):
+            if key not in ignored:
+                yield from _range_ends(results, optimizer, key)
+        yield from _failures(results, optimizer)
+
+
+def _no_target(results: Results, optimizer: str) -> Iterator[str]:
+    if not results.has_targets or any(map(math.isfinite, times(results, "updates")[optimizer].values())):
+        return
+    records = results.records(optimizer)
+    if reached := sum(record.reached for record in records):
+        yield f"reaches no target in half of its studies ({reached} of {len(records)} trials reach theirs)."
+    else:
+        yield f"reaches no target in any of its {len(records)} trials."
+
+
+def _failures(results: Results, optimizer: str) -> Iterator[str]:
+    records = results.records(optimizer)
+    failures = Counter(record.failure for record in records if record.failure)
+    if failures.total() >= FAILED * len(records):
+        reason = formats.abbreviated(failures.most_common(1)[0][0], 150)
+        yield f"fails in {failures.total()} of {len(records)} trials, most often with: {reason}."
+
+
+# -- a wrong sign
+
+
+def _rising(results: Results, optimizer: str) -> list[str]:
+    counts = {}
+    for name, workload in results.workloads.items():
+        trials = [each for each in results.cell(optimizer, name).records if _has_diverged(each) or not each.failure]
+        if trials:
+            counts[name] = sum(_gets_worse(each, workload.metric) for each in trials), len(trials)
+    rising, total = (sum(count[i] for count in counts.values()) for i in (0, 1))
+    if not total or rising < RISING * total:
+        return []
+    parts = ", ".join(f"{name} {worse}/{number}" for name, (worse, number) in counts.items())
+    where = f"{rising} of {total} trials ({parts})" if rising < total else f"all of its {total} trials"
+    return [f"ends worse than it begins, or diverges, in {where}: is the sign of the update right?"]
+
+
+def _has_diverged(record: TrialRecord) -> bool:
+    return record.last is None and (not record.failure or any(part in record.failure for part in _DIVERGENCE))
+
+
+def _gets_worse(record: TrialRecord, metric: str) -> bool:
+    if record.last is None or record.first is None:
+        return _has_diverged(record)
+    return record.last > record.first if lower_is_better(metric) else record.last < record.first
+
+
+# -- hyperparameters without effect
+
+
+def _without_effect(results: Results, optimizer: str) -> dict[str, str]:
+    """Returns the hyperparameters without effect, each with a sentence that has a place for `keys`."""
+    found = {}
+    for key in dict.fromkeys(key for record in results.records(optimizer) for key in record.values):
+        pairs = _pairs(results, optimizer, key)
+        equal = sum((a.updates, a.best, a.last) == (b.updates, b.best, b.last) for a, b in pairs)
+        if pairs and equal >= EQUAL * len(pairs):
+            found[key] = (
+                f"ignores {{keys}}: {_of(equal, len(pairs))} pairs of trials with the same seed and different values "
+                "end equally."
+            )
+        elif key == _RATE:
+            far = [pair for pair in pairs if _ratio(pair, key) >= _FAR and _differ_only_in(key, pair)]
+            similar = sum(_are_similar(*pair) for pair in far)
+            if far and similar >= EQUAL * len(far):
+                found[key] = (
+                    f"hardly depends on {{keys}}: {_of(similar, len(far))} pairs of trials whose values differ "
+                    f"{_FAR:.0f}-fold or more end within {formats.percent(_TOLERANCE)} of each other. Is it used?"
+                )
+    return found
+
+
+def _of(count: int, total: int) -> str:
+    return "all" if count == total else f"{count} of {total}"
+
+
+def _pairs(results: Results, optimizer: str, key: str) -> list[Pair]:
+    """Returns the pairs of trials of a study that differ in `key`: only in it, if enough pairs do."""
+    ended = [
+        [
+            record
+            for record in results.cell(optimizer, name).study(study)
+            if key in record.values and record.last is not None
+        ]
+        for name in results.workloads
+        for study in range(results.studies)
+    ]
+    pairs = [(a, b) for records in ended for a, b in combinations(records, 2) if a.values[key] != b.values[key]]
+    alone = [pair for pair in pairs if _differ_only_in(key, pair, 1.0)]
+    return alone if len(alone) >= _ALONE * len(pairs) else pairs
+
+
+def _differ_only_in(key: str, pair: Pair, factor: float = _NEAR) -> bool:
+    """Returns whether all values but `key` are equal, or numbers with a ratio of at most `factor`."""
+    a, b = (record.values for record in pair)
+    others = (a.keys() | b.keys()) - {key}
+    return all(a.get(name) == b.get(name) or 0 < _ratio(pair, name) <= factor for name in others)
+
+
+def _ratio(pair: Pair, key: str) -> float:
+    """Returns the ratio of the larger to the smaller value; 0 if they are no positive numbers."""
+    a, b = (record.values.get(key) for record in pair)
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in (a, b)):
+        return 0.0
+    return float(max(a, b) / min(a, b))  # type: ignore[type-var, operator]
+
+
+def _are_similar(a: TrialRecord, b: TrialRecord) -> bool:
+    """Returns whether the updates to the target, and the metrics relative to the progress, differ little."""
+    if a.first is None or a.best is None or a.last is None or b.best is None or b.last is None or b.first is None:
+        return False
+    progress = max(abs(a.first - a.best), abs(b.first - b.best))
+    close = max(abs(a.best - b.best), abs(a.last - b.last)) <= _TOLERANCE * progress
+    return close and (a.updates == b.updates or abs(a.updates - b.updates) <= _TOLERANCE * min(a.updates, b.updates))
+
+
+# -- search ranges
+
+
+def _range_ends(results: Results, optimizer: str, key: str) -> Iterator[str]:
+    bounds = search_range(results.spaces[optimizer][key])
+    if bounds is None:
+        return
+    medians = {workload: _position_of_best(results, optimizer, workload, key, bounds) for workload in results.workloads}
+    positions = {workload: position for workload, position in medians.items() if position is not None}
+    low = [workload for workload, position in positions.items() if position <= _END]
+    high = [workload for workload, position in positions.items() if position >= 1 - _END]
+    for found, side in ((low, "lowest"), (high, "highest")):
+        if len(found) >= max(0.5 * len(positions), _FEWEST):
+            yield (
+                f"has its best trials in the {side} {formats.percent(_END)} of the search range of {key} "
+                f"({bounds[0]:g} to {bounds[1]:g}) on {len(found)} of {len(positions)} workloads "
+                f"({', '.join(found)}): extend the range."
+            )
+
+
+def search_range(space: str) -> tuple[float, float, bool] | None:
+    """Returns (low, high, whether it is logarithmic) of a range in Hydra's notation; None: it is none."""
+    try:
+        [override] = parse_overrides([f"key={space}"])
+    except (UserError, ValueError):
+        return None
+    value = override.value()
+    if not isinstance(value, IntervalSweep) or value.start is None or value.end is None:
+        return None
+    low, high, is_log = float(value.start), float(value.end), "log" in value.tags
+    return (low, high, is_log) if low < high and (low > 0 or not is_log) else None
+
+
+def _position_of_best(
+    results: Results, optimizer: str, workload: str, key: str, bounds: tuple[float, float, bool]
+) -> float | None:
+    """Returns the position of the studies' best trials within the range (0: low, 1: high), their median."""
+    low, high, is_log = bounds
+    positions = []
+    for best in best_trials(results.cell(optimizer, workload).records, results.workloads[workload].metric).values():
+        value = best.values.get(key)
+        if isinstance(value, int | float) and (value > 0 or not is_log):
+            positions.append(math.log(value / low) / math.log(high / low) if is_log else (value - low) / (high - low))
+    return median(positions) if positions else None

@@ -1,0 +1,158 @@
+"""Renders the results of a benchmark for the terminal and as LaTeX: scores, findings, updates to the targets."""
+
+import io
+import textwrap
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dlopt.lab.benchmark import formats
+from dlopt.lab.benchmark.findings import findings
+from dlopt.lab.benchmark.results import Measure, Results
+from dlopt.lab.benchmark.scores import Summary, summarize
+from dlopt.results.paper import escaped, number_cell, tabular
+from dlopt.results.reading import printable
+from dlopt.tracking.layout import FittedTable, plain_table
+
+WIDTH = 100  # characters; more is hard to read
+_NAME = 24  # characters of an optimizer
+_SHORT_NAME = 16  # where that leaves room for one table instead of two
+_GAP = 3  # between columns
+_SHIPPED = " *"
+_HEADS: dict[Measure, str] = {"updates": "score in updates", "evaluations": "evaluations", "time": "time"}
+
+
+def lines(results: Results, width: int = WIDTH) -> list[str]:
+    """Returns the summary, at most `width` characters wide if the names of the optimizers leave room."""
+    if not results.optimizers:
+        return ["There are no results yet."]
+    summary = summarize(results)
+    text = [*_rendered(_scores(results, summary), width), *_note(results, width), ""]
+    for finding in findings(results, summary):
+        start = "warning: " if finding.is_warning else ""
+        text += textwrap.wrap(start + finding.text, width, subsequent_indent="  ", break_on_hyphens=False)
+    for grid in _updates(results, summary, width):
+        text += ["", *_rendered(grid, width)]
+    return text
+
+
+def _rendered(grid: Table, width: int) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=width, highlight=False, color_system=None).print(FittedTable(grid))
+    return file.getvalue().rstrip("\n").split("\n")
+
+
+def _note(results: Results, width: int) -> list[str]:
+    texts = [
+        "Score: 1 for the fastest on all workloads, 0 for one that reaches no target"
+        + ("." if results.studies == 1 else "; with its 95 % interval over studies."),
+        "Cost: time of an update relative to SGD's.",
+        "State: memory relative to the parameters.",
+    ]
+    if results.shipped:
+        texts.append(f"{_SHIPPED.strip()}: shipped with dlopt.")
+    return textwrap.wrap(" ".join(texts), width)
+
+
+def _name(results: Results, optimizer: str, width: int) -> Text:
+    mark = _SHIPPED if optimizer in results.shipped else ""
+    return Text(formats.abbreviated(optimizer, width - len(mark)) + mark)
+
+
+def _scores(results: Results, summary: Summary) -> Table:
+    is_wide = "evaluations" in summary.measures
+    form = formats.short_interval if is_wide else formats.interval
+    scores = [_HEADS[measure] for measure in summary.measures]
+    grid = plain_table(left=["optimizer"], right=[*scores, "targets", "trials", "cost", "state"])
+    for standing in summary.standings["updates"]:
+        cells = [form(summary.score(standing.optimizer, measure)) for measure in summary.measures]
+        cells += formats.standing(standing, len(results.workloads))
+        grid.add_row(_name(results, standing.optimizer, _SHORT_NAME if is_wide else _NAME), *cells)
+    return grid
+
+
+def _updates(results: Results, summary: Summary, total: int) -> list[Table]:
+    """Returns a table of updates to the target, or several with as many workloads each as fit."""
+    columns = {
+        workload: [
+            formats.abbreviated(workload, _NAME),
+            *(formats.updates(summary.times["updates"][optimizer][workload]) for optimizer in summary.order),
+        ]
+        for workload in results.workloads
+    }
+    widths = {workload: max(map(len, column)) + _GAP for workload, column in columns.items()}
+    longest = max(len(_name(results, optimizer, _NAME)) for optimizer in summary.order)
+    room = total - sum(widths.values())  # for the names, if there is only one table
+    width = min(longest, room) if room >= _SHORT_NAME else longest
+    grids = []
+    for workloads in _blocks(widths, total - width):
+        grid = plain_table("Updates to the target (median over studies)", left=["optimizer"])
+        for workload in workloads:
+            grid.add_column(Text(columns[workload][0]), justify="right")
+        for i, optimizer in enumerate(summary.order, 1):
+            grid.add_row(_name(results, optimizer, width), *(columns[workload][i] for workload in workloads))
+        grids.append(grid)
+    return grids
+
+
+def _blocks(widths: Mapping[str, int], width: int) -> list[list[str]]:
+    """Splits the workloads into blocks of at most `width` characters."""
+    blocks: list[list[str]] = [[]]
+    used = 0
+    for workload, needed in widths.items():
+        if blocks[-1] and used + needed > width:
+            blocks.append([])
+            used = 0
+        blocks[-1].append(workload)
+        used += needed
+    return blocks
+
+
+# -- LaTeX with booktabs
+
+
+def latex(results: Results, summary: Summary) -> str:
+    """Returns two `tabular`s. The highest scores, and the fewest updates of each workload, are bold."""
+    lines = [  # printable: without line breaks, which would end a comment
+        f"% dlopt benchmark, tier {printable(results.tier)}, {results.studies} studies of {results.trials} trials",
+        f"% {printable(str(results.facts.get('command', '')))}",
+        r"% \usepackage{booktabs}",
+        "% scores in updates and time: integral of the performance profile over tau in [1, 4], with its 95 % interval",
+        "% targets and trials: reached; cost: time per update relative to SGD; state: memory / parameters",
+        *_latex_scores(results, summary),
+        "",
+        "% median over studies of the updates to the target; --: not reached",
+        *_latex_updates(results, summary),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _latex_scores(results: Results, summary: Summary) -> list[str]:
+    rows = []
+    for standing in summary.standings["updates"]:
+        name, others = standing.optimizer, formats.standing(standing, len(results.workloads))
+        scores = [
+            number_cell(formats.interval(summary.score(name, measure)), is_bold=summary.is_best(name, measure))
+            for measure in summary.measures
+        ]
+        rows.append([escaped(name), *scores, *map(_plain, others)])
+    return tabular(["optimizer", *summary.measures, "targets", "trials", "cost", "state"], rows)
+
+
+def _latex_updates(results: Results, summary: Summary) -> list[str]:
+    table = summary.times["updates"]
+    best = {workload: min(row[workload] for row in table.values()) for workload in results.workloads}
+    rows = []
+    for optimizer in summary.order:
+        cells = []
+        for workload, value in table[optimizer].items():
+            text = _plain(formats.updates(value))
+            cells.append(rf"\textbf{{{text}}}" if value == best[workload] and text != "--" else text)
+        rows.append([escaped(optimizer), *cells])
+    return tabular(["optimizer", *results.workloads], rows)
+
+
+def _plain(text: str) -> str:
+    return "--" if text == formats.NONE else text.replace(" %", r"\,\%")

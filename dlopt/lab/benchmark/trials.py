@@ -1,0 +1,173 @@
+"""Runs the trials of a benchmark: each is a job, and several processes may share them through one folder."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from dlopt.config.compose import Composer
+from dlopt.config.overrides import key_of, value_of
+from dlopt.config.parsing import find_local_packages
+from dlopt.config.resolve import to_plain
+from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
+from dlopt.errors import UserError
+from dlopt.folders import RunFolder
+from dlopt.lab.benchmark.protocol import Trial, WorkloadSpec, has_space, load_space
+from dlopt.lab.benchmark.reading import has_ended
+from dlopt.locks import hold
+from dlopt.sweeps import pool as pools
+from dlopt.sweeps.jobs import Job, JobResult, PlanJob, build_job
+from dlopt.sweeps.pool import JobSource, Pool
+from dlopt.sweeps.samplers import halton_point
+from dlopt.sweeps.space import Space, parse_space
+from dlopt.tracking.overview import Overview
+
+_CLAIM = ".claim"  # in a trial's folder, locked by the process that runs the trial
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An optimizer to be benchmarked: the overrides that choose it, and its search space."""
+
+    name: str
+    overrides: Sequence[str]
+    space: Space
+
+    def values(self, study: int, number: int) -> dict[str, Any]:
+        """Draws the hyperparameters of a trial, rounded to four digits. Each study has its own Halton sequence."""
+        drawn = halton_point(self.space, study, number)
+        return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in drawn.items()}
+
+    def describe(self) -> dict[str, str]:
+        """Returns the space by key, in Hydra's notation, and the fixed values."""
+        fixed = {key_of(line): value_of(line) for line in self.space.fixed}
+        return {**fixed, **self.space.describe()}
+
+
+def candidate(composer: Composer, name: str, overrides: Sequence[str]) -> Candidate:
+    """Returns an optimizer given by a choice of the group or by the dotted name of a class. Raises `UserError`.
+
+    `overrides`: those of all trials. The default space is reduced to the keys that the optimizer has.
+    """
+    chosen = [f"optimizer._target_={name}" if "." in name else f"optimizer={name}"]
+    lines = load_space(name, composer.config_dir)
+    space = parse_space(composer.parse(lines))
+    if has_space(name, composer.config_dir):
+        return Candidate(name, chosen, space)
+    lines = [*chosen, *overrides]
+    plain, _ = to_plain(composer.compose(lines), lines)
+    find_local_packages(plain["allow_packages"])
+    packages = (*trusted_packages(), *plain["allow_packages"])
+    names = parameters_of(resolve_target("optimizer._target_", str(plain["optimizer"]["_target_"]), packages))
+    searched = {key: value for key, value in space.searched.items() if key.removeprefix("optimizer.") in names}
+    if not searched:
+        raise UserError(
+            f"optimizer={name}: has none of the keys of the default search space ({', '.join(space.searched)}); write "
+            f"its own: benchmark/space/{name}.yaml in a folder given by --config-dir"
+        )
+    return Candidate(name, chosen, Space(searched, space.fixed))
+
+
+@dataclass(frozen=True)
+class TrialRequest:
+    """The trials of a benchmark and how each is composed.
+
+    `full`: train to the end, instead of stopping at the target. `overrides`: of all trials, from the command line.
+    """
+
+    folder: Path
+    workloads: Mapping[str, WorkloadSpec]
+    candidates: Mapping[str, Candidate]
+    trials: Sequence[Trial]
+    overrides: Sequence[str]
+    full: bool
+
+    def line(self, trial: Trial) -> list[str]:
+        """Returns the overrides of a trial. All trials of a study have its number as their seed."""
+        chosen = self.candidates[trial.optimizer]
+        drawn = chosen.space.overrides(chosen.values(trial.study, trial.number))
+        return self.compose_line(trial.workload, chosen, drawn, trial.study)
+
+    def compose_line(self, workload: str, chosen: Candidate, drawn: Sequence[str], seed: int) -> list[str]:
+        """Returns the overrides of a run with the hyperparameters `drawn`."""
+        spec = self.workloads[workload]
+        stopping = ["stopping=target", f"stopping.value={spec.target}", f"stopping.monitor={spec.metric}"]
+        return [
+            f"experiment={spec.experiment}",
+            *chosen.overrides,
+            *drawn,
+            *self.overrides,
+            *([] if self.full else stopping),
+            f"monitor={spec.metric}",
+            f"seed={seed}",
+            "evaluate.test=false",
+            "tracking=[]",
+            "log_every_steps=null",
+            "checkpoint.every_epochs=null",
+        ]
+
+    def waiting(self) -> list[Trial]:
+        """Returns the trials without a result."""
+        return [trial for trial in self.trials if not has_ended(self.run_folder(trial))]
+
+    def run_folder(self, trial: Trial) -> RunFolder:
+        return RunFolder(self.folder / trial.subfolder)
+
+
+def run_trials(request: TrialRequest, plan_job: PlanJob, pool: Pool) -> int:
+    """Runs the trials that wait for a result; returns how many of them other processes are running.
+
+    On a signal, stops the running trials with checkpoints and raises KeyboardInterrupt.
+    """
+    source = _Trials(request, plan_job)
+    pools.run(source, pool, source.overview)
+    return len(source.waiting)
+
+
+class _Trials(JobSource):
+    """Claims trials one by one. A claim is a lock, which the kernel releases when its process dies."""
+
+    def __init__(self, request: TrialRequest, plan_job: PlanJob) -> None:
+        self._request, self._plan_job = request, plan_job
+        self.waiting = dict(enumerate(request.waiting()))
+        # There is no best job: trials of different workloads are not comparable.
+        self.overview = Overview(len(self.waiting), metric="")
+        self._claims: dict[int, IO[str]] = {}
+
+    def next(self) -> Job | None:
+        for number, trial in list(self.waiting.items()):
+            folder = self._request.run_folder(trial)
+            lock = claim(folder.path)
+            if lock is None:
+                continue
+            del self.waiting[number]
+            if has_ended(folder):  # another process has run it in the meantime
+                lock.close()
+                self.overview.ended(number, trial.subfolder, "finished", {}, known=True)
+                continue
+            self._claims[number] = lock
+            return self._compose(trial, number)
+        return None
+
+    def _compose(self, trial: Trial, number: int) -> Job:
+        values = self._request.candidates[trial.optimizer].values(trial.study, trial.number)
+        drawn = ", ".join(f"{key.removeprefix('optimizer.')}={value}" for key, value in values.items())
+        label = f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}: {drawn}"
+        overrides = [*self._request.line(trial), f"hydra.sweep.subdir={trial.subfolder}"]
+        return build_job(self._plan_job, self._request.folder, overrides, number, label)
+
+    def ended(self, job: Job, result: JobResult) -> None:
+        if has_ended(job.folder):
+            # Only the best model is needed later, for the test; the others serve to resume.
+            for path in job.folder.checkpoints.glob("[!b]*"):
+                path.unlink(missing_ok=True)
+        self._claims.pop(job.number).close()
+
+
+def claim(folder: Path) -> IO[str] | None:
+    """Locks a trial's folder; None if another process has locked it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return hold(folder / _CLAIM)
+    except BlockingIOError:
+        return None

@@ -1,0 +1,318 @@
+"""Claims of a comparison: two sides, a margin, and a verdict from the differences over paired seeds."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dlopt.config.schema import check_arguments, show
+from dlopt.errors import UserError
+from dlopt.metric_names import lower_is_better
+from dlopt.ranges import Count, NonNegative
+from dlopt.results.leaderboard import mean_difference
+
+Value = bool | int | float | str | None
+Relation = Literal["lower", "higher", "equal"]
+When = Literal["last", "first", "minimum", "maximum", "mean"] | Count
+Measure = Literal["value", "epoch", "step", "evaluation", "seconds", "largest", "span"]
+Verdict = Literal["seen", "not seen here", "the opposite"]
+Written = str | dict[str, Any]  # a side in YAML: a variant, or the keys of `Side`
+
+TEST_METRICS = ("test_loss", "test_accuracy")
+"""Metrics of the best model, in summary.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side of a claim.
+
+    Args:
+        variant: its label.
+        at: fixed axes and their values; the other axes take their best values by the mean over seeds.
+        value: of the curve, the last, first, smallest, largest or mean value, or the value at an epoch (from 1).
+    """
+
+    variant: str
+    at: dict[str, Value]
+    value: When
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim: `metric` of each side in `first` is lower than, higher than, or equal to that of `second`.
+
+    Args:
+        text: the claim in words.
+        when_not: when it does not hold.
+        measure: what is compared: the metric's value; the epoch, update (`step`), evaluation of the training set or
+            second at which it reaches `target`; the largest value of the only free axis at which it reaches `target`;
+            or the ratio of the largest to the smallest such value (`span`).
+        factor: margin of the ratio (1.5: at least 1.5x), or None.
+        difference: margin of the difference, or None.
+    """
+
+    text: str
+    when_not: str
+    metric: str
+    relation: Relation
+    first: tuple[Side, ...]
+    second: Side
+    measure: Measure
+    target: float | None
+    factor: float | None
+    difference: float | None
+
+    @property
+    def margin(self) -> float:
+        """The margin on the scale of `effects`: the logarithm of the factor, or the difference."""
+        return math.log(self.factor) if self.factor is not None else float(self.difference or 0)
+
+
+def parse(key: str, written: Mapping[str, Any]) -> Claim:
+    """Builds a claim from its YAML block `key`. Raises `UserError`."""
+    keys = check_arguments(key, _schema, written)
+    relations: tuple[Relation, ...] = ("lower", "higher", "equal")
+    given = [name for name in relations if keys.get(name) is not None]
+    if len(given) != 1:
+        raise UserError(f"{key}: set exactly one of {', '.join(relations)}")
+    [relation] = given
+    first, than = keys[relation], keys.get("than")
+    first = first if isinstance(first, list) else [first]
+    if relation == "equal":
+        if than is not None or len(first) < 2:
+            raise UserError(f"{key}.equal={first}: needs a list of two or more sides, and no key than")
+        first, than = first[1:], first[0]
+    elif than is None:
+        raise UserError(f"{key}.than: a value is required: the variant to compare with")
+    measure, target = keys.get("measure", "value"), keys.get("target")
+    if (measure == "value") == (target is not None):
+        raise UserError(f"{key}.target={target}: set it exactly if measure is not value (measure={measure})")
+    factor, difference = keys.get("factor"), keys.get("difference")
+    if (factor is None) == (difference is None):
+        raise UserError(f"{key}: set factor (1.5: at least 1.5x) or difference (0.01), one of them, as margin")
+    if factor is not None and factor < 1:
+        raise UserError(f"{key}.factor={factor}: must be >= 1")
+    if factor is not None and measure == "value" and "gap" in keys["metric"]:
+        raise UserError(f"{key}.factor={factor}: a gap may be negative; set difference instead")
+    common = {"at": keys.get("at", {}), "value": keys.get("value", "last")}
+    return Claim(
+        text=keys["claim"].rstrip("."),
+        when_not=keys.get("when_not", ""),
+        metric=keys["metric"],
+        relation=relation,
+        first=tuple(_side(f"{key}.{relation}", side, common) for side in first),
+        second=_side(f"{key}.than", than, common),
+        measure=measure,
+        target=target,
+        factor=factor,
+        difference=difference,
+    )
+
+
+def _schema(
+    *,
+    claim: str,
+    metric: str,
+    lower: Written | list[Written] | None = None,
+    higher: Written | list[Written] | None = None,
+    equal: list[Written] | None = None,
+    than: Written | None = None,
+    at: dict[str, Value] | None = None,
+    value: When | None = None,
+    measure: Measure | None = None,
+    target: float | None = None,
+    factor: float | None = None,
+    difference: NonNegative | None = None,
+    when_not: str | None = None,
+) -> None:
+    """Declares the keys of a claim in YAML."""
+
+
+def _side(key: str, written: Written, common: Mapping[str, Any]) -> Side:
+    keys: dict[str, Any] = {"variant": written} if isinstance(written, str) else dict(written)
+    at = {**common["at"], **keys.get("at", {})}
+    return Side(**check_arguments(key, Side, {**common, **keys, "at": at}))
+
+
+def is_higher_better(metric: str) -> bool:
+    return not lower_is_better(metric)
+
+
+# -- verdicts
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of a claim.
+
+    Args:
+        first, second: measured values of both sides, one per seed; infinite: diverged, or the target was not reached.
+        points: where the sides were measured: axis -> value.
+        effect, low, high: difference in the claim's direction (of logarithms, if the margin is a factor) with its
+            interval; None with fewer than two seeds.
+    """
+
+    claim: Claim
+    sides: tuple[Side, Side]
+    first: Sequence[float]
+    second: Sequence[float]
+    points: tuple[Mapping[str, Value], Mapping[str, Value]]
+    verdict: Verdict
+    effect: float
+    low: float | None
+    high: float | None
+
+
+def judge(
+    claim: Claim,
+    sides: tuple[Side, Side],
+    values: tuple[Sequence[float], Sequence[float]],
+    points: tuple[Mapping[str, Value], Mapping[str, Value]],
+) -> Finding:
+    """Compares the values of two sides, paired by seed.
+
+    The interval is Student's 95 % interval of the mean difference. If a run diverged (an infinite value), it is the
+    range over seeds instead. "seen": the whole interval is beyond the margin (for `equal`: within, unless all runs
+    diverged). "the opposite": the whole interval is on the other side of zero (for `equal`: outside the margin).
+    """
+    effects = [_effect(claim, a, b) for a, b in zip(*values, strict=True)]
+    effect, low, high = _interval(effects)
+    verdict: Verdict = "not seen here"
+    margin, rounding = claim.margin, 1e-9
+    if low is not None and high is not None:
+        if claim.relation == "equal":
+            if max(-low, high) <= margin + rounding and any(math.isfinite(each) for side in values for each in side):
+                verdict = "seen"
+            elif low > margin or high < -margin:
+                verdict = "the opposite"
+        elif low >= margin - rounding and low > 0:
+            verdict = "seen"
+        elif high < 0:
+            verdict = "the opposite"
+    return Finding(claim, sides, *values, points, verdict, effect, low, high)
+
+
+def _effect(claim: Claim, a: float, b: float) -> float:
+    """Returns how far a pair is in the claimed direction; 0 if both diverged."""
+    a, b = (b, a) if claim.relation == "lower" else (a, b)
+    if claim.factor is not None:  # a diverged run has the accuracy -inf: the ratio to it is that to 0
+        a, b = (0.0 if value == -math.inf else value for value in (a, b))
+    if a == b:
+        return 0.0
+    if claim.factor is None:
+        return a - b
+    if min(a, b) < 0:
+        return math.nan  # no ratio: never seen
+    return math.inf if b == 0 or a == math.inf else -math.inf if a == 0 or b == math.inf else math.log(a / b)
+
+
+def _interval(effects: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Returns the mean with its interval; for infinite values the median and the range."""
+    if any(map(math.isnan, effects)):
+        return math.nan, None, None
+    if any(map(math.isinf, effects)):
+        middle = statistics.median(effects)
+        middle = 0.0 if math.isnan(middle) else middle  # between -inf and inf
+        return (middle, min(effects), max(effects)) if len(effects) > 1 else (middle, None, None)
+    found = mean_difference(effects)
+    assert found is not None
+    return found.mean, found.low, found.high
+
+
+def weakest(findings: Sequence[Finding]) -> Finding:
+    """Returns the finding that decides a claim about several sides: the least convincing one."""
+
+    def strength(finding: Finding) -> tuple[int, float]:
+        order = ("not seen here", "the opposite", "seen").index(finding.verdict)
+        low = -math.inf if finding.low is None or finding.high is None else finding.low
+        if finding.claim.relation == "equal" and finding.high is not None:
+            low = -max(-low, finding.high)
+        return order, low
+
+    return min(findings, key=strength)
+
+
+# -- sentences
+
+Label = Callable[[str], str]
+"""Formats the name of a metric or key for readers."""
+
+_PREFIX = {"seen": "Seen", "not seen here": "Not seen here", "the opposite": "The opposite is seen"}
+_MEASURES = {
+    "value": "{metric}",
+    "epoch": "epochs to {metric} {target}",
+    "step": "updates to {metric} {target}",
+    "evaluation": "evaluations of the training set to {metric} {target}",
+    "seconds": "seconds to {metric} {target}",
+    "largest": "largest {axis} with {metric} {target}",
+    "span": "usable range of {axis}, largest / smallest with {metric} {target}",
+}
+
+
+def sentence(finding: Finding, label: Label) -> str:
+    """Writes the outcome of a claim: verdict, measured values, interval."""
+    return f"{_PREFIX[finding.verdict]}: {finding.claim.text}. {numbers(finding, label)}"
+
+
+def short_sentence(finding: Finding) -> str:
+    """Writes the outcome for a plot, without the names of the sides."""
+    values = f"{_average(finding.first)} against {_average(finding.second)}"
+    if finding.low is not None and finding.high is not None:
+        values += f"; {_with_interval(finding, '95 %:')}"
+    return f"{_PREFIX[finding.verdict]}: {finding.claim.text} ({values})."
+
+
+def numbers(finding: Finding, label: Label) -> str:
+    """Writes the measured values of both sides, their difference and its interval."""
+    claim = finding.claim
+    sign = "at least" if is_higher_better(claim.metric) else "at most"
+    free = next((axis for axis in finding.points[0] if axis not in finding.sides[0].at), "value")
+    what = _MEASURES[claim.measure].format(
+        metric=label(claim.metric), axis=label(free), target="" if claim.target is None else f"{sign} {claim.target:g}"
+    )
+    first = _average(finding.first) + _where(finding, 0, label)
+    second = _average(finding.second) + _where(finding, 1, label)
+    margin = f"{claim.factor:.8g}x" if claim.factor is not None else f"{claim.difference:.3g}"
+    parts = [f"{what[:1].upper()}{what[1:]}: {first} against {second}"]
+    if finding.low is None or finding.high is None:
+        parts.append("no interval: one seed" if len(finding.first) == 1 else "no interval: negative values")
+    else:
+        kind = "ratio" if claim.factor is not None else "difference"
+        values = _with_interval(finding, "95 % interval")
+        parts.append(f"{kind} {values}, {len(finding.first)} seeds, margin {margin}")
+    return "; ".join(parts) + "."
+
+
+def _average(values: Sequence[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "diverged or not reached"
+    text = f"{math.fsum(finite) / len(finite):.3g}"
+    lost = len(values) - len(finite)
+    return text if not lost else f"{text} ({lost} of {len(values)} diverged or not reached)"
+
+
+def _where(finding: Finding, i: int, label: Label) -> str:
+    side, point = finding.sides[i], finding.points[i]
+    free = finding.claim.measure in ("largest", "span")
+    shown_at = [f"{label(axis)} {show(value)}" for axis, value in point.items() if not free or axis in side.at]
+    if side.value != "last":
+        shown_at.append(f"epoch {side.value}" if isinstance(side.value, int) else side.value)
+    return f" ({', '.join([side.variant, *shown_at])})"
+
+
+def _with_interval(finding: Finding, interval: str) -> str:
+    """Writes the effect and its interval; with infinite effects of some seeds, their range."""
+    assert finding.low is not None and finding.high is not None
+    effect, low, high = (_scaled(each, finding) for each in (finding.effect, finding.low, finding.high))
+    if not math.isinf(finding.low) and not math.isinf(finding.high):
+        return f"{effect}, {interval} {low} to {high}"
+    return f"{effect} in every seed" if low == high else f"{effect}, range {low} to {high}"
+
+
+def _scaled(effect: float, finding: Finding) -> str:
+    """Formats an effect as a ratio or difference."""
+    if math.isinf(effect):
+        return "unbounded" if effect > 0 else "-unbounded"
+    return f"{math.exp(effect):.3g}x" if finding.claim.factor is not None else f"{effect:.2g}"

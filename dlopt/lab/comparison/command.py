@@ -1,0 +1,217 @@
+"""`dlopt train experiment=...` with a `comparison`: a series of small runs and one plot.
+
+The runs share this process, because each takes a second or less, and starting a process takes as long as several runs.
+Only this command reads the key `comparison` of an experiment file.
+"""
+
+import gc
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dlopt.commands.reads import refuse_unread_hydra, refuse_untested
+from dlopt.config.compose import Composer, typed_folder
+from dlopt.config.flags import parse_arguments
+from dlopt.config.keys import role_of
+from dlopt.config.overrides import group_of, key_of, without
+from dlopt.config.plan import Plan, checked
+from dlopt.config.resuming import differences, refuse_other_config
+from dlopt.config.schema import check_arguments, show
+from dlopt.errors import FAILED, INTERRUPTED, USER_ERROR, UserError
+from dlopt.files import write_atomically
+from dlopt.folders import RunFolder, make, make_new, newest
+from dlopt.job import execute
+from dlopt.lab.comparison.claims import TEST_METRICS, parse, sentence
+from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, format_final, read, table
+from dlopt.lab.comparison.findings import check, evaluate, record
+from dlopt.lab.comparison.plots import draw
+from dlopt.lab.comparison.probes import PROBES
+from dlopt.parallel.rendezvous import current
+from dlopt.results import drawing
+from dlopt.roles import Role
+from dlopt.sweeps.estimate import print_estimate
+from dlopt.tracking.console import Screen
+from dlopt.tracking.layout import short_path
+from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.trainer import Run
+
+PICTURE = "comparison"
+_READS_OF_HYDRA = ("hydra.run", "hydra.mode", "hydra.job.name")  # its runs share this process and its environment
+_HINTS = {
+    "hydra.sweep": "use hydra.run.dir",
+    "hydra.job.env_set": "set the variable in the shell",
+    "hydra.searchpath": "use --config-dir",
+}
+_METRICS = (
+    "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "gap", "accuracy_gap",
+    "epochs", "steps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Run:
+    cell: VariantRun
+    plan: Plan
+
+
+def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
+    """Runs the comparison, prints a table and saves the plot; returns the exit code.
+
+    Raises `UserError` before it creates any file, and after the first run for a metric that it does not have.
+    """
+    if current() is not None:
+        raise UserError("comparison: cannot run inside torchrun or srun; start it from a shell")
+    refuse_unread_hydra(parsed.overrides, "a comparison", _READS_OF_HYDRA, _HINTS)
+    comparison = comparison_of(composer, config, parsed.overrides)
+    # The claims do not hold if an override changes the comparison or fixes one of its axes.
+    axes = config.comparison.get("along") or {}
+    changes = [key for key in map(key_of, parsed.overrides) if group_of(key) == "comparison" or key in axes]
+    claims = check(comparison, overridden=bool(changes))
+    runs = _runs(composer, comparison, parsed.overrides)
+    if config.dry_run is True:
+        for number, run in enumerate(runs):
+            print(f"job {number}: {' '.join(without(run.plan.lines, 'dry_run'))}")
+        print_estimate([run.plan.saved for run in runs], runs[0].plan.choices, len(runs), in_process=True)
+        return 0
+    folder = _folder(config, parsed.overrides, runs)
+    screen = Screen()
+    screen.message(f"{comparison.title}: {len(runs)} runs in {short_path(folder)}")
+    gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries
+    try:
+        outcomes, code = _execute(runs, folder, comparison, screen)
+    finally:
+        gc.unfreeze()
+    if code:
+        return code
+    findings = evaluate(comparison, outcomes, claims)
+    write_atomically(folder / f"{PICTURE}.json", record(comparison, outcomes, findings).encode())
+    for line in (
+        *table(comparison, outcomes),
+        comparison.see,
+        *(sentence(finding, drawing.label) for finding in findings),
+        *(f"Not evaluated: {claim.text}." for claim in comparison.claims if claim not in claims),
+    ):
+        screen.message(line)
+    for path in drawing.save(draw(comparison, outcomes, findings), folder, PICTURE):
+        print(short_path(path))
+    return 0
+
+
+def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> Comparison:
+    """Builds the comparison of an experiment file, without overridden axes; an overridden `seed` replaces its seeds."""
+    if not OmegaConf.is_dict(config.comparison):
+        raise UserError(f"comparison={config.comparison}: allowed: a mapping, or null for a single run")
+    node = OmegaConf.to_container(config.comparison, resolve=True)
+    assert isinstance(node, dict)
+    written = {str(key): value for key, value in node.items()}
+    claims = [parse(f"comparison.claims.{i}", claim) for i, claim in enumerate(written.pop("claims", []))]
+    comparison = Comparison(**check_arguments("comparison", Comparison, written, frozenset({"claims"})), claims=claims)
+    for name in ("variants", "seeds", "metrics"):
+        if not getattr(comparison, name):
+            raise UserError(f"comparison.{name}: needs at least one entry")
+    for metric in comparison.all_metrics:
+        if metric not in (*_METRICS, *PROBES) and not metric.startswith("val_"):
+            allowed = ", ".join((*_METRICS, *PROBES))
+            raise UserError(f"comparison.metrics: unknown metric {metric}; allowed: {allowed}")
+    if comparison.choose in TEST_METRICS:
+        raise UserError(f"comparison.choose={comparison.choose}: must be a validation or training metric")
+    if len(comparison.along) > 2:
+        raise UserError(f"comparison.along: {len(comparison.along)} keys; at most two fit in a plot")
+    if len(comparison.along) == 2 and len(comparison.metrics) > 1:
+        raise UserError("comparison.metrics: a heat map shows one metric")
+    overridden: dict[str, Any] = {key_of(each): each.value() for each in composer.parse(overrides)}
+    points: dict[str, list[str]] = {}
+    for key, values in comparison.along.items():
+        if isinstance(values, dict):
+            points |= {f"{key} {label}": lines for label, lines in values.items()}
+        else:
+            _refuse_protected(key, key)
+    for variant, lines in {**points, **comparison.variants}.items():
+        for line in lines:
+            _refuse_protected(line, key_of(line))
+            if key_of(line) in overridden:
+                raise UserError(f"{key_of(line)}: cannot be overridden; varied by {variant} ({line})")
+    along = {key: values for key, values in comparison.along.items() if key not in overridden}
+    return replace(comparison, along=along, seeds=[overridden["seed"]] if "seed" in overridden else comparison.seeds)
+
+
+def _refuse_protected(line: str, key: str) -> None:
+    """Raises `UserError` for keys that may only be given on the command line."""
+    if role_of(key) is Role.COMMAND or group_of(key) == "hydra":
+        raise UserError(f"comparison: {line}: may only be given on the command line")
+
+
+def _runs(composer: Composer, comparison: Comparison, overrides: list[str]) -> list[_Run]:
+    common = [line for line in overrides if key_of(line) != "seed" and group_of(line) not in ("comparison", "hydra")]
+    runs: list[_Run] = []
+    for cell in comparison.cells():
+        lines = [*common, *parse_arguments(comparison.overrides(cell)).overrides]
+        # Composing takes as long as a small run, and the runs of a setting differ only in their seed.
+        if not runs or (cell.variant, cell.point) != (runs[-1].cell.variant, runs[-1].cell.point):
+            config = composer.compose(lines)
+        config.seed = cell.seed
+        plan = checked(config, lines, overrides, composer.flags)
+        refuse_untested(plan.saved, overrides)
+        runs.append(_Run(cell, plan))
+    return runs
+
+
+def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
+    """Returns the folder of the comparison, created if missing; its runs are in subfolders 0, 1, ..."""
+    path, is_typed = typed_folder(config, "hydra.run.dir", overrides)
+    if not is_typed:
+        unfinished = newest(path.parent, lambda each: _is_unfinished(each, runs)) if config.resume == "auto" else None
+        return make_new(path, "hydra.run.dir") if unfinished is None else unfinished.path
+    if not path.is_dir():
+        return make(path, "hydra.run.dir")
+    for number, run in enumerate(runs):
+        folder = RunFolder(path / str(number))
+        if folder.has_run():
+            if run.plan.saved["resume"] != "auto":
+                raise UserError(f"hydra.run.dir={path}: this folder contains runs; resume them with resume=auto")
+            refuse_other_config(folder.config() or run.plan.saved, run.plan.saved, str(folder.path), folder.history())
+    return path
+
+
+def _is_unfinished(comparison: RunFolder, runs: list[_Run]) -> bool:
+    """Returns whether the folder contains some of the `runs` but no results yet."""
+    folders = [RunFolder(comparison.path / str(number)) for number in range(len(runs))]
+    if (comparison.path / f"{PICTURE}.json").exists() or not any(folder.has_run() for folder in folders):
+        return False
+    if any(folder.is_live() for folder in folders):
+        return False
+    saved = [(folder.config(), run.plan.saved) for folder, run in zip(folders, runs, strict=True)]
+    return not any(old is not None and differences(old, new) for old, new in saved)
+
+
+def _execute(
+    runs: list[_Run], folder: Path, comparison: Comparison, screen: Screen
+) -> tuple[dict[VariantRun, VariantOutcome], int]:
+    """Runs all cells; returns their outcomes and the exit code. A diverged run counts, any other failure stops."""
+    outcomes: dict[VariantRun, VariantOutcome] = {}
+    for number, run in enumerate(runs):
+        subfolder, cell = RunFolder(folder / str(number)), run.cell
+        if not (subfolder.has_run() and subfolder.is_done(run.plan.saved)):
+            subfolder.path.mkdir(exist_ok=True)
+            state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
+            job = Run(run.plan.experiment, subfolder.path, state, run.plan.choices, run.plan.typed)
+            code = execute(job, console=False, may_diverge=True)
+            diverged = (subfolder.summary() or {}).get("diverged")
+            if code == INTERRUPTED:
+                screen.message(f"stopped after {number} of {len(runs)} runs; resume with resume=auto")
+            if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not diverged):
+                return outcomes, code
+        outcome = outcomes[cell] = read(subfolder.path, comparison.all_metrics)
+        for name in comparison.all_metrics:
+            if not outcome.may_have(name):  # it would be shown as diverged
+                available = ", ".join(outcome.metrics)
+                raise UserError(
+                    f"comparison.metrics: the runs have no {name}; they have {available}; more: evaluate.metrics"
+                )
+        labels = [cell.variant, *(f"{k}={show(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
+        metrics = ", ".join(f"{name} {format_final(outcome.final(name))}" for name in comparison.metrics)
+        screen.message(f"  {number + 1}/{len(runs)} {', '.join(labels)}, seed {cell.seed}: {metrics}")
+    return outcomes, 0

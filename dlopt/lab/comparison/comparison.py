@@ -1,0 +1,179 @@
+"""Comparison of a few small runs: expands it into runs and reads their metrics."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from dlopt.config.schema import show
+from dlopt.lab.comparison.claims import Claim, Value
+from dlopt.lab.comparison.probes import PROBES
+from dlopt.ranges import Seed
+from dlopt.tracking.layout import align_columns
+from dlopt.tracking.metrics import gaps, read_metrics, read_summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The comparison in an experiment file; conf/experiment/lecture/_comparison.yaml explains the keys."""
+
+    title: str
+    see: str
+    variants: dict[str, list[str]]
+    along: dict[str, list[Value] | dict[str, list[str]]]
+    seeds: list[Seed]
+    metrics: list[str]
+    x: Literal[
+        "epoch", "step", "evaluation", "seconds", "step_and_seconds", "epoch_and_step_and_seconds",
+        "step_and_evaluation_and_seconds",
+    ]  # fmt: skip
+    choose: str | None
+    claims: list[Claim]
+
+    @property
+    def all_metrics(self) -> list[str]:
+        """The plotted metrics, and those that only claims and the choice of the best point need."""
+        chosen = [] if self.choose is None else [self.choose]
+        return [*dict.fromkeys([*self.metrics, *(claim.metric for claim in self.claims), *chosen])]
+
+    @property
+    def axes(self) -> list[str]:
+        """The x-axes of curves, one panel each."""
+        return self.x.split("_and_")
+
+    def cells(self) -> Iterator["VariantRun"]:
+        """Yields all runs, variant by variant."""
+        for variant, point, seed in product(self.variants, product(*self.along.values()), self.seeds):
+            yield VariantRun(variant, point, seed)
+
+    def overrides(self, cell: "VariantRun") -> list[str]:
+        """Returns the overrides of one run. A variant may override the keys of `along`, because it comes after them."""
+        lines: list[str] = []
+        for (key, values), value in zip(self.along.items(), cell.point, strict=True):
+            lines += values[str(value)] if isinstance(values, dict) else [f"{key}={show(value)}"]
+        return [*lines, *self.variants[cell.variant], f"seed={cell.seed}"]
+
+
+@dataclass(frozen=True)
+class VariantRun:
+    """One run: a variant, a value of each key of `along`, and a seed."""
+
+    variant: str
+    point: tuple[Value, ...]
+    seed: int
+
+
+def matches(value: Value, other: Value) -> bool:
+    """Returns whether two values of an axis are the same: 1 and 1.0, and 8 and "8", are."""
+    return value == other or show(value) == show(other)
+
+
+def are_numbers(values: Sequence[Any]) -> bool:
+    """Returns whether all values are numbers, or strings of numbers (names of points that set several keys)."""
+    try:
+        return not any(isinstance(value, bool) for value in values) and bool([float(value) for value in values])
+    except (TypeError, ValueError):
+        return False
+
+
+@dataclass(frozen=True)
+class VariantOutcome:
+    """Results of a run: the lines of metrics.jsonl, the summary, and probes of its checkpoints."""
+
+    history: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    probes: Mapping[str, Sequence[tuple[Mapping[str, Any], float]]]  # probe -> (progress, value) of each checkpoint
+
+    @property
+    def failed(self) -> bool:
+        return self.summary.get("status") == "failed"
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of the evaluated epochs, also non-finite ones."""
+        return [*dict.fromkeys(name for line in self.history for name in line)]
+
+    def may_have(self, name: str) -> bool:
+        """Returns whether the run has the metric. True for a run that failed, maybe before it had any."""
+        parts = {"gap": "val_loss", "accuracy_gap": "val_accuracy"}
+        names = {name, parts.get(name, name.replace("_error", "_accuracy"))}
+        tested = {key for key, value in self.summary.items() if value is not None}
+        return self.failed or not self.history or bool(names & {*self.metrics, *self.probes, *tested})
+
+    def curve(self, name: str, x: str) -> tuple[list[float], list[float]]:
+        """Returns (x, values) of all epochs, or of all checkpoints for a probe."""
+        if name in self.probes:
+            lines = {line["step"]: line for line in self.history}  # a checkpoint counts no evaluations
+            pairs = [(on_axis(lines.get(at["step"], at), x), value) for at, value in self.probes[name]]
+        else:
+            pairs = [(on_axis(line, x), value) for line in self.history if (value := _value_in(line, name)) is not None]
+        return [float(position) for position, _ in pairs], [float(value) for _, value in pairs]
+
+    def final(self, name: str) -> float:
+        """Returns the final value of the metric; NaN for a failed run, which counts as diverged."""
+        if self.failed:
+            return math.nan
+        if self.summary.get(name) is not None:  # of the test
+            return float(self.summary[name])
+        values = self.curve(name, "step")[1]
+        return values[-1] if values else math.nan
+
+
+def on_axis(line: Mapping[str, Any], x: str) -> float:
+    """Returns the position of a line of metrics.jsonl on an x-axis.
+
+    `evaluation`: evaluations of the loss, in passes over the training set, so that small and large batches compare.
+    Optimizers that evaluate the loss once per update make one pass per epoch. Hessian-vector products do not count.
+    """
+    if x != "evaluation":
+        return float(line[x])
+    return float(line["epoch"] * line.get("evaluations", line["step"]) / max(line["step"], 1))
+
+
+def _value_in(line: Mapping[str, Any], name: str) -> Any:
+    """Returns the metric in a line of metrics.jsonl; `val_error` is 1 - `val_accuracy`."""
+    if name in line or not name.endswith("_error"):
+        return line[name] if name in line else gaps(line).get(name)
+    accuracy = line.get(name.replace("_error", "_accuracy"))
+    return None if accuracy is None else 1 - accuracy
+
+
+def read(folder: Path, metrics: Sequence[str]) -> VariantOutcome:
+    """Reads the results of the run in `folder`; computes the probes among `metrics` from its checkpoints."""
+    return VariantOutcome(
+        history=read_metrics(folder),
+        summary=read_summary(folder) or {"status": "failed"},
+        probes={name: PROBES[name](folder) for name in metrics if name in PROBES},
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    """Returns the mean, or NaN if any value is: a setting that diverges for one seed is not usable."""
+    return sum(values) / len(values)
+
+
+def finals(
+    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], variant: str, name: str
+) -> dict[Any, list[float]]:
+    """Returns point of the axes -> final values of the metric, one per seed."""
+    values: dict[Any, list[float]] = {}
+    for cell in comparison.cells():
+        if cell.variant == variant:
+            values.setdefault(cell.point, []).append(outcomes[cell].final(name))
+    return values
+
+
+def table(comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome]) -> list[str]:
+    """Formats a table: a line per variant and point of the axes, with final metrics averaged over seeds."""
+    rows = [["variant", *comparison.along, *comparison.metrics]]
+    for variant in comparison.variants:
+        columns = [finals(comparison, outcomes, variant, name) for name in comparison.metrics]
+        for point in columns[0]:
+            rows.append([variant, *map(show, point), *(format_final(mean(column[point])) for column in columns)])
+    return align_columns(rows)
+
+
+def format_final(value: float) -> str:
+    return "diverged" if math.isnan(value) else f"{value:.4g}"

@@ -1,0 +1,202 @@
+"""Evaluates the claims of a comparison on its runs, and records rows and verdicts (comparison.json)."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dlopt.config.schema import show
+from dlopt.errors import UserError
+from dlopt.lab.comparison.claims import (
+    TEST_METRICS,
+    Claim,
+    Finding,
+    Side,
+    Value,
+    is_higher_better,
+    judge,
+    numbers,
+    sentence,
+    weakest,
+)
+from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, are_numbers, finals, matches
+from dlopt.results.drawing import label
+
+Point = tuple[Value, ...]
+
+
+def check(comparison: Comparison, *, overridden: bool) -> list[Claim]:
+    """Returns the claims that can be evaluated: all, unless the user changed the variants or axes (`overridden`).
+
+    Raises `UserError` for a claim about a variant, axis or value that the comparison does not have.
+    """
+    able = []
+    for i, claim in enumerate(comparison.claims):
+        problem = _problem(comparison, claim)
+        if problem is None:
+            able.append(claim)
+        elif not overridden:
+            raise UserError(f"comparison.claims.{i}: {problem}")
+    return able
+
+
+def _problem(comparison: Comparison, claim: Claim) -> str | None:
+    for side in (*claim.first, claim.second):
+        if side.variant not in comparison.variants:
+            return f"unknown variant {side.variant}; allowed: {', '.join(comparison.variants)}"
+        for axis, value in side.at.items():
+            if axis not in comparison.along:
+                return f"at.{axis}: not an axis of the comparison; allowed: {', '.join(comparison.along) or 'none'}"
+            if not any(matches(each, value) for each in comparison.along[axis]):
+                values = ", ".join(map(show, comparison.along[axis]))
+                return f"at.{axis}={show(value)}: not a value of this axis; allowed: {values}"
+        free = [axis for axis in comparison.along if axis not in side.at]
+        if claim.measure in ("largest", "span"):
+            settings = [*comparison.along[free[0]]] if len(free) == 1 else []
+            if not are_numbers(settings) or min(map(float, settings)) <= 0:
+                return f"measure={claim.measure}: needs one free axis of numbers; free: {', '.join(free) or 'none'}"
+        elif (
+            claim.measure == "value"
+            and claim.metric in TEST_METRICS
+            and comparison.choose is None
+            and _points(comparison, side)[1:]
+        ):
+            return f"metric={claim.metric}: set comparison.choose to a validation metric, or fix the point with at"
+    return None
+
+
+def evaluate(
+    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], claims: Sequence[Claim]
+) -> list[Finding]:
+    """Evaluates claims; a claim about several sides is decided by the least convincing one."""
+    found = []
+    for claim in claims:
+        second, second_point = _measured(comparison, outcomes, claim, claim.second)
+        pairs = []
+        for side in claim.first:
+            first, point = _measured(comparison, outcomes, claim, side)
+            pairs.append(judge(claim, (side, claim.second), (first, second), (point, second_point)))
+        found.append(weakest(pairs))
+    return found
+
+
+def _points(comparison: Comparison, side: Side) -> list[Point]:
+    """Returns the points of the axes that agree with `side.at`."""
+    cells = [cell.point for cell in comparison.cells() if cell.variant == side.variant]
+    fixed = [(i, side.at[axis]) for i, axis in enumerate(comparison.along) if axis in side.at]
+    return [point for point in dict.fromkeys(cells) if all(matches(point[i], value) for i, value in fixed)]
+
+
+def _measured(
+    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], claim: Claim, side: Side
+) -> tuple[list[float], Mapping[str, Value]]:
+    """Returns the measured value per seed, and the point with the best mean over seeds.
+
+    The mean is that of `comparison.choose` or of the measured values themselves. Points at which fewer seeds diverge or
+    miss the target come first.
+    """
+    points, axes = _points(comparison, side), [*comparison.along]
+    values = {
+        point: [_value(outcomes[VariantRun(side.variant, point, seed)], claim, side.value) for seed in comparison.seeds]
+        for point in points
+    }
+    if claim.measure in ("largest", "span"):
+        [free] = [i for i, axis in enumerate(axes) if axis not in side.at]
+        return [
+            _extent(claim, [(float(point[free]), values[point][i]) for point in points])  # type: ignore[arg-type]
+            for i in range(len(comparison.seeds))
+        ], dict(zip(axes, points[0], strict=True))
+    metric, scores = claim.metric, values
+    if claim.measure == "value" and comparison.choose is not None:
+        metric = comparison.choose
+        scores = finals(comparison, outcomes, side.variant, metric)
+    sign = -1 if claim.measure == "value" and is_higher_better(metric) else 1
+
+    def cost(point: Point) -> tuple[int, float]:
+        """Returns the seeds that diverged or did not reach the target, then the mean of the others."""
+        finite = [value for value in scores[point] if math.isfinite(value)]
+        return len(scores[point]) - len(finite), sign * math.fsum(finite) / max(len(finite), 1)
+
+    best = min(points, key=cost)
+    return values[best], dict(zip(axes, best, strict=True))
+
+
+def _value(outcome: VariantOutcome, claim: Claim, when: str | int) -> float:
+    """Reduces a run to one number; a diverged run has the worst one: infinite."""
+    worst = -math.inf if is_higher_better(claim.metric) else math.inf
+    if claim.measure in ("epoch", "step", "evaluation", "seconds"):
+        x, values = outcome.curve(claim.metric, claim.measure)
+        reached = [at for at, value in zip(x, values, strict=True) if _reaches(claim, value)]
+        return math.inf if outcome.failed or not reached else reached[0]
+    if outcome.failed:
+        return worst
+    if when == "last":
+        value = outcome.final(claim.metric)
+    else:
+        x, values = outcome.curve(claim.metric, "epoch")
+        value = _reduced(x, values, when)
+    return worst if math.isnan(value) else value
+
+
+def _reduced(x: Sequence[float], values: Sequence[float], when: str | int) -> float:
+    if not values:
+        return math.nan
+    if isinstance(when, int):
+        return dict(zip(x, values, strict=True)).get(float(when), math.nan)
+    mean = math.fsum(values) / len(values)
+    return {"first": values[0], "minimum": min(values), "maximum": max(values), "mean": mean}[when]
+
+
+def _reaches(claim: Claim, value: float) -> bool:
+    assert claim.target is not None
+    return value >= claim.target if is_higher_better(claim.metric) else value <= claim.target
+
+
+def _extent(claim: Claim, pairs: Sequence[tuple[float, float]]) -> float:
+    """Returns the largest axis value that reaches the target, or its ratio to the smallest; 0 if none does."""
+    usable = [position for position, value in pairs if _reaches(claim, value)]
+    if not usable:
+        return 0.0
+    return max(usable) if claim.measure == "largest" else max(usable) / min(usable)
+
+
+# -- record
+
+
+def record(comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], findings: Sequence[Finding]) -> str:
+    """Formats comparison.json: the final metrics of every point per seed, and the claims with their verdicts."""
+    rows = []
+    for variant in comparison.variants:
+        columns = {name: finals(comparison, outcomes, variant, name) for name in comparison.metrics}
+        for point in next(iter(columns.values())):
+            metrics = {name: [_finite(value) for value in column[point]] for name, column in columns.items()}
+            rows.append({"variant": variant, "at": dict(zip(comparison.along, point, strict=True)), **metrics})
+    content = {
+        "title": comparison.title,
+        "seeds": comparison.seeds,
+        "rows": rows,
+        "claims": [_claim(finding) for finding in findings],
+    }
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def _claim(finding: Finding) -> dict[str, Any]:
+    claim = finding.claim
+    return {
+        "claim": claim.text,
+        "verdict": finding.verdict,
+        "outcome": numbers(finding, label),
+        "sentence": sentence(finding, label),
+        "when_not": claim.when_not,
+        "sides": [
+            {"variant": side.variant, "at": dict(point), "values": [_finite(value) for value in values]}
+            for side, point, values in zip(finding.sides, finding.points, (finding.first, finding.second), strict=True)
+        ],
+    }
+
+
+def _finite(value: float) -> float | str | None:
+    """Rounds to ten digits; null for NaN, "inf" or "-inf" for infinities, which JSON does not have."""
+    if math.isnan(value):
+        return None
+    return str(value) if math.isinf(value) else float(f"{value:.10g}")

@@ -1,0 +1,308 @@
+"""Plots of a comparison: curves, lines or bars along one key, or heat maps over two keys."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import combinations, pairwise
+from typing import TYPE_CHECKING, Any
+
+from dlopt.config.schema import show
+from dlopt.lab.comparison.claims import TEST_METRICS, Finding, is_higher_better, short_sentence
+from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, are_numbers, finals, mean, on_axis
+from dlopt.results import drawing
+from dlopt.results.drawing import MARKERS, style
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+_UNITS = {
+    "epoch": "epoch", "step": "update", "evaluation": "evaluations of the training set", "seconds": "seconds",
+}  # fmt: skip
+_CROSS: dict[str, Any] = {"markersize": 9, "markeredgewidth": 2.5}
+
+
+def draw(
+    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], findings: Sequence[Finding] = ()
+) -> "Figure":
+    """Plots a panel per metric, or for two keys in `along` a heat map per variant; the title ends with the findings."""
+    if len(comparison.along) == 2:
+        return _heat_maps(comparison, outcomes, findings)
+    shown = [(name, x) for name in comparison.metrics for x in (comparison.axes if not comparison.along else [""])]
+    width = 9.5 if len(shown) > 1 else 8
+    figure = _titled_figure(comparison, findings, width, 5)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    notes: dict[str, Artist] = {}
+    for axes, (name, x) in zip(panels, shown, strict=True):
+        if not comparison.along:
+            notes |= _curves(axes, comparison, outcomes, name, x)
+        elif are_numbers([*next(iter(comparison.along.values()))]):
+            notes |= _along(axes, comparison, outcomes, name)
+        else:
+            notes |= _bars(axes, comparison, outcomes, name)
+        axes.set_ylabel("\n".join(_evenly(drawing.label(name), 45)))
+    drawing.clean_axes(*panels)
+    handles, labels = panels[0].get_legend_handles_labels()
+    labels, handles = [*labels, *notes], [*handles, *notes.values()]
+    columns = max(1, min(len(labels), int(width / (0.09 * max(map(len, labels)) + 0.75))))  # as many as fit
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, handlelength=3, ncols=columns)
+    return figure
+
+
+def _titled_figure(comparison: Comparison, findings: Sequence[Finding], width: float, height: float) -> "Figure":
+    """Creates a figure with the comparison's title and description, and the outcome of its claims."""
+    characters = round(width * 13)
+    lines = [rf"$\bf{{{_escaped(line)}}}$" for line in _evenly(comparison.title, round(width * 11))]
+    for text in (comparison.see, *map(short_sentence, findings)):
+        lines += _evenly(text.replace("$", r"\$"), characters)
+    return drawing.figure(width, height + 0.17 * max(0, len(lines) - 3), "\n".join(lines), fontsize=10)
+
+
+def _evenly(text: str, width: int) -> list[str]:
+    """Wraps text into the fewest lines of nearly equal length, so that no single word is left on the last line."""
+    count = len(textwrap.wrap(text, width))
+    while width > 20 and len(textwrap.wrap(text, width - 1)) == count:
+        width -= 1
+    return textwrap.wrap(text, width)
+
+
+# Characters that mathtext refuses or renders as others: "-" as a minus sign, "'" as a prime.
+_LOOKALIKES = str.maketrans("-'\"`^~\\", "\u2010\u2019\u201d\u02cb\u02c6\u223c\u2216")
+
+
+def _escaped(title: str) -> str:
+    """Escapes a title for matplotlib's mathtext, the only way to mix bold and regular text in one title."""
+    escaped = "".join(f"{{\\{letter}}}" if letter in " %#_${}" else letter for letter in title.translate(_LOOKALIKES))
+    return escaped.replace(",", "{,}")  # mathtext adds a space after a bare comma
+
+
+def _has_logarithm(name: str) -> bool:
+    """Returns whether the metric is drawn on a logarithmic axis: gaps and R^2 may be negative, and others end at 1."""
+    return not (is_higher_better(name) or name.endswith(("_error", "gap")))
+
+
+def _line(i: int, count: int, *, narrowing: bool) -> dict[str, Any]:
+    """Returns the style of curve i of `count`. `narrowing`: a curve below another shows at its sides."""
+    width = 7 - 5.6 * i / max(count - 1, 1) if narrowing else 1.8
+    return style(i, dash=i // len(drawing.COLOURS), linewidth=width)
+
+
+def _curves(
+    axes: "Axes", comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str, x_axis: str
+) -> "dict[str, Artist]":
+    """Plots means and ranges over seeds; a cross marks the end of a diverged run. Returns entries for the legend."""
+    notes: dict[str, Artist] = {}
+    for i, variant in enumerate(comparison.variants):
+        # Curves may coincide against updates: narrower lines on top keep all of them visible.
+        line = _line(i, len(comparison.variants), narrowing=len(comparison.axes) > 1)
+        runs = [outcomes[VariantRun(variant, (), seed)] for seed in comparison.seeds]
+        points = _common(runs, name, x_axis)
+        x, columns = [mean(positions) for positions, _ in points], [values for _, values in points]
+        axes.plot(x, [mean(column) for column in columns], **line, label=variant)
+        if len(runs) > 1:
+            low, high = [min(column) for column in columns], [max(column) for column in columns]
+            axes.fill_between(x, low, high, color=line["color"], alpha=0.15, linewidth=0)
+            notes[f"mean and range over {len(runs)} seeds"] = _band()
+        if any(run.failed for run in runs):
+            cross: dict[str, Any] = {"color": line["color"], "markersize": 12, "markeredgewidth": 3}
+            if x:
+                axes.plot(x[-1], mean(columns[-1]), "x", **cross)
+            else:
+                axes.plot(0.03 + 0.05 * i, 0.94, "x", transform=axes.transAxes, **cross)
+            notes["diverged"] = _cross()
+        for position in restarts(runs[0], x_axis):
+            axes.axvline(position, color=line["color"], linewidth=1, linestyle=":", zorder=0)
+            notes["restart of the learning rate"] = _mark(linestyle=":", linewidth=1)
+    if _has_logarithm(name):
+        drawing.logarithmic(axes)
+    axes.set_xlabel(_UNITS[x_axis])
+    axes.set_xlim(left=0)
+    if x_axis != "seconds":
+        axes.locator_params(axis="x", integer=True)
+    return notes
+
+
+def _common(runs: Sequence[VariantOutcome], name: str, x_axis: str) -> list[tuple[list[float], list[float]]]:
+    """Returns the positions and values of the runs at each update that all of their curves have.
+
+    A non-finite value leaves a gap in a curve: its later values must not be paired with earlier ones of other seeds.
+    """
+    curves = [
+        dict(zip(run.curve(name, "step")[0], zip(*run.curve(name, x_axis), strict=True), strict=True)) for run in runs
+    ]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return [([curve[step][0] for curve in curves], [curve[step][1] for curve in curves]) for step in steps]
+
+
+def restarts(run: VariantOutcome, x_axis: str) -> list[float]:
+    """Returns where the learning rate jumps back up: at the end of the last epoch before each rise after a fall."""
+    rates = [(on_axis(line, x_axis), float(line["lr"])) for line in run.history if line.get("lr") is not None]
+    found, peak = [], 0.0
+    for (position, before), (_, after) in pairwise(rates):
+        peak = max(peak, before)
+        if before < peak and after > 1.5 * before:
+            found.append(position)
+            peak = 0.0
+    return found
+
+
+def _band() -> "Artist":
+    from matplotlib.patches import Patch
+
+    return Patch(color="0.4", alpha=0.3, linewidth=0)
+
+
+def _mark(**options: Any) -> "Artist":
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **{"color": "0.3"} | options)
+
+
+def _cross() -> "Artist":
+    return _mark(linestyle="", marker="x", **_CROSS)
+
+
+def _coincide(curves: Sequence[Sequence[float]]) -> bool:
+    """Returns whether any two curves coincide in most of their points."""
+    return any(
+        sum(math.isclose(x, y, rel_tol=0.01) for x, y in zip(a, b, strict=True)) > len(a) / 2
+        for a, b in combinations(curves, 2)
+    )
+
+
+def _along(
+    axes: "Axes", comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str
+) -> "dict[str, Artist]":
+    """Plots the final metric against the key's value; crosses at the edge mark diverged runs."""
+    [(key, settings)] = comparison.along.items()
+    values = sorted(settings, key=float)  # type: ignore[arg-type]
+    positions = [float(value) for value in values]  # type: ignore[arg-type]
+    notes: dict[str, Artist] = {}
+    diverged = []
+    results = {variant: finals(comparison, outcomes, variant, name) for variant in comparison.variants}
+    coincide = _coincide([[mean(means[(value,)]) for value in values] for means in results.values()])
+    for i, variant in enumerate(comparison.variants):
+        line = _line(i, len(comparison.variants), narrowing=coincide)
+        if coincide:
+            line["markersize"] = 4 + line["linewidth"]
+        columns = [results[variant][(value,)] for value in values]
+        means = [mean(column) for column in columns]
+        axes.plot(positions, means, **line, marker=MARKERS[i % len(MARKERS)], label=variant)
+        for position, column in zip(positions, columns, strict=True):
+            finite = [value for value in column if not math.isnan(value)]
+            if len(finite) > 1:
+                axes.plot([position, position], [min(finite), max(finite)], color=line["color"], linewidth=4, alpha=0.3)
+                notes[f"mean and range over {len(comparison.seeds)} seeds"] = _band()
+            if len(finite) < len(column):
+                diverged.append((position, i, line["color"]))
+                notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
+    edge = 0.02 if is_higher_better(name) else 0.98
+    for position, i, colour in diverged:
+        axes.plot(position, abs(edge - 0.035 * i), "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
+    if min(positions) > 0 and max(positions) >= 8 * min(positions):
+        axes.set_xscale("log")
+    axes.set_xticks(positions, [show(value) for value in values])
+    axes.minorticks_off()
+    axes.set_xlabel(drawing.label(key))
+    if _has_logarithm(name):
+        drawing.logarithmic(axes)
+    return notes
+
+
+def _bars(
+    axes: "Axes", comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str
+) -> "dict[str, Artist]":
+    """Plots the final metric for each category as groups of bars, a bar per variant with the range over seeds."""
+    [(key, settings)] = comparison.along.items()
+    values, count = [*settings], len(comparison.variants)
+    notes: dict[str, Artist] = {}
+    heights = []
+    for i, variant in enumerate(comparison.variants):
+        results = finals(comparison, outcomes, variant, name)
+        colour = drawing.COLOURS[i % len(drawing.COLOURS)]
+        positions = [k + (i - (count - 1) / 2) * 0.8 / count for k in range(len(values))]
+        columns = [results[(value,)] for value in values]
+        means = [mean(column) for column in columns]
+        heights += [value for value in means if not math.isnan(value)]
+        hatch = ("", "//", "..", "xx")[i // len(drawing.COLOURS) % 4]
+        axes.bar(positions, means, 0.74 / count, color=colour, label=variant, hatch=hatch, edgecolor="white")
+        for position, column in zip(positions, columns, strict=True):
+            finite = [value for value in column if not math.isnan(value)]
+            if len(finite) > 1:
+                axes.plot([position, position], [min(finite), max(finite)], color="black", linewidth=1.5)
+                notes[f"range over {len(comparison.seeds)} seeds"] = _mark(color="black", linewidth=1.5)
+            if len(finite) < len(column):
+                axes.plot(position, 0.03, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
+                notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
+            elif count * len(values) * len(comparison.metrics) <= 12:  # more labels would overlap
+                style = {"ha": "center", "va": "bottom", "fontsize": 8}
+                offset = {"textcoords": "offset points", "xytext": (0, 2)}
+                axes.annotate(f"{mean(column):.2g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
+    if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
+        drawing.logarithmic(axes)
+    axes.set_xticks(range(len(values)), [show(value) for value in values])
+    axes.set_xlabel(drawing.label(key))
+    axes.margins(y=0.1)
+    return notes
+
+
+def _heat_maps(
+    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], findings: Sequence[Finding]
+) -> "Figure":
+    """Plots a heat map per variant with a shared colour scale; a frame marks the best cell."""
+    import numpy as np
+    from matplotlib.patches import Rectangle
+
+    [name] = comparison.metrics
+    # Framing by a test metric would show a choice made on the test set.
+    chooser = comparison.choose if comparison.choose is not None else None if name in TEST_METRICS else name
+    (row_key, rows), (column_key, columns) = comparison.along.items()
+    maps = []
+    for variant in comparison.variants:
+        results = finals(comparison, outcomes, variant, name)
+        maps.append(np.array([[mean(results[row, column]) for column in columns] for row in rows]))
+    is_accuracy, is_higher = name.endswith("accuracy"), is_higher_better(name)
+    stacked = np.stack(maps)  # gaps may be negative, and errors 0: they have no logarithm
+    has_logarithm = not is_higher and not (stacked <= 0).any()
+    shades = -np.log10(stacked) if has_logarithm else stacked if is_higher else -stacked
+    known = shades[~np.isnan(shades)]
+    low, high = (float(np.quantile(known, 0.1 if is_higher else 0)), float(known.max())) if known.size else (0.0, 1.0)
+    across = len(maps) if len(maps) < 4 else math.ceil(len(maps) / 2)
+    down = math.ceil(len(maps) / across)
+    figure = _titled_figure(comparison, findings, 3.6 * across + 1.2, 3.2 * down + 1)
+    panels = figure.subplots(down, across, squeeze=False)
+    for axes, variant, values, coloured in zip(panels.flat, comparison.variants, maps, shades, strict=False):
+        axes.imshow(np.ma.masked_invalid(coloured), vmin=low, vmax=high, cmap="viridis")
+        axes.set_facecolor("0.85")
+        for (row, column), value in np.ndenumerate(values):
+            is_bright = math.isnan(value) or (coloured[row, column] - low) / max(high - low, 1e-12) > 0.6
+            text = "×" if math.isnan(value) else f"{100 * value:.1f}" if is_accuracy else f"{value:.2g}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if is_bright else "white")
+        if chooser is not None:
+            row, column = _best(comparison, outcomes, variant, chooser)
+            frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
+            axes.add_patch(frame)
+        axes.set_xticks(range(len(columns)), list(map(show, columns)))
+        axes.set_yticks(range(len(rows)), list(map(show, rows)))
+        axes.set_xlabel(drawing.label(column_key))
+        axes.set_ylabel(drawing.label(row_key))
+        axes.set_title("\n".join(_evenly(variant, 36)), fontsize=10)
+    unit = " (%)" if is_accuracy else ""
+    notes = ["brighter is better", "×: diverged"]
+    if chooser is not None:
+        notes.append("frame: best" if chooser == name else f"frame: best {drawing.label(chooser)}")
+    seeds = f", mean of {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
+    figure.supxlabel(f"{drawing.label(name)}{unit}{seeds}   {'; '.join(notes)}", fontsize=9)
+    return figure
+
+
+def _best(
+    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], variant: str, metric: str
+) -> tuple[int, int]:
+    """Returns (row, column) of the best cell of a heat map by the mean over seeds of `metric`."""
+    rows, columns = ([*values] for values in comparison.along.values())
+    sign = 1 if is_higher_better(metric) else -1
+    means = {point: sign * mean(values) for point, values in finals(comparison, outcomes, variant, metric).items()}
+    usable = {point: value for point, value in means.items() if not math.isnan(value)} or means
+    row, column = max(usable, key=lambda point: usable[point])
+    return rows.index(row), columns.index(column)

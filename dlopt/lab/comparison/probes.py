@@ -1,0 +1,169 @@
+"""Metrics computed after a run from its checkpoints; each probe returns (progress, value) per checkpoint, in order."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from dlopt.config.parsing import parse
+from dlopt.config.resolve import resolve_saved
+from dlopt.data.batches import Batches
+from dlopt.lab.comparison import measures
+from dlopt.training.build import Workload, build_workload, evaluation_batches, training_batches
+from dlopt.training.checkpoint import load
+from dlopt.training.step import frozen_statistics
+
+Values = list[tuple[Mapping[str, Any], float]]
+"""(progress, value) of each checkpoint."""
+Probe = Callable[[Path], Values]
+
+
+def checkpoints(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """Yields the checkpoints of a run in the order of their updates."""
+    kept = sorted((folder / "checkpoints").glob("step-*.pt"), key=lambda path: int(path.stem.partition("-")[2]))
+    steps = set()
+    for path in [*kept, folder / "checkpoints" / "last.pt"]:
+        if path.is_file() and (state := load(path))["progress"]["step"] not in steps:
+            steps.add(state["progress"]["step"])
+            yield state
+
+
+def effective_rate(folder: Path) -> Values:
+    """Computes the median over all weights of the effective learning rate, an adaptive method's factor of the gradient.
+
+    Adagrad: lr / (sqrt(sum g^2) + eps), with the lr of its decay; RMSprop: lr / (sqrt(E g^2) + eps), centered: with the
+    variance E g^2 - (E g)^2; Adam: the same with bias-corrected E g^2 (AMSGrad: its largest value); Adadelta:
+    lr sqrt(E delta^2 + eps) / sqrt(E g^2 + eps); others: lr.
+    """
+    values = []
+    for saved in checkpoints(folder):
+        groups, states = saved["optimizer"]["param_groups"], saved["optimizer"]["state"]
+        rates = [_rates(states.get(index, {}), group).flatten() for group in groups for index in group["params"]]
+        values.append((saved["progress"], float(torch.cat(rates).median())))
+    return values
+
+
+def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    lr, eps = float(group["lr"]), group.get("eps", 0.0)
+    if "sum" in state:
+        if group.get("lr_decay"):
+            lr /= 1 + (float(state["step"]) - 1) * group["lr_decay"]
+        return lr / (state["sum"].sqrt() + eps)
+    if "acc_delta" in state:
+        return lr * (state["acc_delta"] + eps).sqrt() / (state["square_avg"] + eps).sqrt()
+    if "square_avg" in state:
+        return lr / ((state["square_avg"] - state.get("grad_avg", 0.0) ** 2).sqrt() + eps)
+    if "exp_avg_sq" in state and "step" in state:  # Prodigy counts none, and does not correct the bias
+        correction = 1 - group["betas"][1] ** float(state["step"])
+        return lr / ((state.get("max_exp_avg_sq", state["exp_avg_sq"]) / correction).sqrt() + eps)
+    return torch.tensor([lr])
+
+
+def _models(folder: Path, *, initial: bool = False) -> Iterator[tuple[Mapping[str, Any], Workload]]:
+    """Yields (progress, workload) with the weights of each checkpoint; the workload is the same object.
+
+    `initial`: first with the initial weights.
+    """
+    workload: Workload | None = None
+    for state in checkpoints(folder):
+        if workload is None:
+            workload = build_workload(parse(resolve_saved(state["config"])), state["normalize"])
+            if initial:
+                yield {"epoch": 0, "step": 0, "seconds": 0.0}, workload
+        workload.module.load_state_dict(state["model"])
+        yield state["progress"], workload
+
+
+def input_drift(folder: Path) -> Values:
+    """Computes how far the inputs of hidden layers have drifted since the previous checkpoint.
+
+    For each input of a linear layer except the first: the Wasserstein distance sqrt((m - m')^2 + (s - s')^2) between
+    normal distributions with its mean and standard deviation over 500 training samples at both checkpoints, in units of
+    the layer's mean standard deviation at the previous one; averaged over inputs and layers. BatchNorm uses batch
+    statistics.
+    """
+    inputs: Tensor | None = None
+    values: Values = []
+    before: list[tuple[Tensor, Tensor]] = []
+    for progress, workload in _models(folder):
+        if inputs is None:
+            subset = workload.dataset.train.select(torch.arange(min(500, len(workload.dataset.train))))
+            inputs = torch.cat([batch for batch, _ in evaluation_batches(workload, subset).epoch(0)])
+        now = _moments(workload.module.train(), inputs)
+        if before:
+            distances = [
+                ((mean - old).square() + (spread - old_spread).square()).sqrt().mean() / old_spread.mean()
+                for (mean, spread), (old, old_spread) in zip(now, before, strict=True)
+            ]
+            values.append((progress, float(torch.stack(distances).mean())))
+        before = now
+    return values
+
+
+def gradient_variance(folder: Path) -> Values:
+    """Computes the variance of mini-batch gradients relative to a random order of the samples (1: random order).
+
+    E ||g_b - g||^2 over the batches of ten epochs in the order of the run's sampler, divided by its expectation over
+    all orders of the N samples, s^2 / B (N - B) / (N - 1) with s^2 = E ||g_i - g||^2 (Cochran 1977, theorem 2.2).
+    Computes each sample's gradient once, alone, without augmentation, so models with BatchNorm are not supported. The
+    first value is for the initial weights.
+    """
+    batches: Batches | None = None
+    values: Values = []
+    for progress, workload in _models(folder, initial=True):
+        batches = training_batches(workload) if batches is None else batches
+        values.append((progress, _variance(workload, batches, progress["epoch"])))
+    return values
+
+
+def _variance(workload: Workload, batches: Batches, epoch: int) -> float:
+    workload.module.train()
+    rows = []
+    for inputs, targets in evaluation_batches(workload, workload.dataset.train).epoch(0):
+        for sample, target in zip(inputs.split(1), targets.split(1), strict=True):
+            rows.append(measures.gradient(workload, workload.loss(workload.module(sample), target)))
+    deviations = torch.stack(rows)
+    deviations = deviations - deviations.mean(0)
+    size, count = batches.batch_size, len(rows)
+    expected = deviations.square().sum(1).mean() / size * (count - size) / (count - 1)
+    full = count // size * size  # the last batch may be smaller
+    orders = [batches.sampler.order(number)[:full] for number in range(epoch, epoch + 10)]
+    means = torch.cat([deviations[order].view(-1, size, deviations.shape[1]).mean(1) for order in orders])
+    return float(means.square().sum(1).mean() / expected)
+
+
+@torch.no_grad()
+def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Returns mean and standard deviation over the samples for each linear layer's inputs, except the first layer's."""
+    moments: list[tuple[Tensor, Tensor]] = []
+
+    def record(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if isinstance(layer, nn.Linear):
+            moments.append((arguments[0].mean(0), arguments[0].std(0)))
+
+    with register_module_forward_pre_hook(record), frozen_statistics(module):
+        module(inputs)
+    return moments[1:]
+
+
+def _at_checkpoints(measure: Callable[[Workload], float]) -> Probe:
+    """Returns the probe that applies `measure` to the model of every checkpoint."""
+
+    return lambda folder: [(progress, measure(workload)) for progress, workload in _models(folder)]
+
+
+PROBES: Mapping[str, Probe] = {
+    "effective_rate": effective_rate,
+    "gradient_bias": _at_checkpoints(measures.gradient_bias),
+    "gradient_ratio": _at_checkpoints(measures.gradient_ratio),
+    "gradient_variance": gradient_variance,
+    "idle_units": _at_checkpoints(measures.idle_units),
+    "input_drift": input_drift,
+    "input_sensitivity": _at_checkpoints(measures.input_sensitivity),
+    "memory_gradient": _at_checkpoints(measures.memory_gradient),
+    "sample_dependence": _at_checkpoints(measures.sample_dependence),
+    "unit_dependence": _at_checkpoints(measures.unit_dependence),
+}

@@ -1,0 +1,145 @@
+"""Selects the files of the report by `output`, `format` and `plot`, and renders their content."""
+
+import io
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dlopt.errors import UserError
+from dlopt.folders import refuse_url
+from dlopt.results import drawing, paper
+from dlopt.results.page import page, page_data, summary_csv
+from dlopt.results.plots import PLOTS, plots
+from dlopt.results.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Format = Literal["html", "csv", "latex", "markdown", "pdf", "png", "svg"]
+SUFFIXES: Mapping[str, Format] = {
+    ".html": "html", ".csv": "csv", ".tex": "latex", ".md": "markdown", ".pdf": "pdf", ".png": "png", ".svg": "svg",
+}  # fmt: skip
+_DEFAULT: Sequence[Format] = ("html", "csv", "png")
+_PICTURES: Sequence[Format] = ("pdf", "png", "svg")
+_NAMES: Mapping[Format, str] = {
+    "html": "index.html", "csv": "summary.csv", "latex": "table.tex", "markdown": "table.md",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """Export options. `refresh`: seconds after which the page reloads; `top`: rows of a table for a paper."""
+
+    table: Table
+    title: str
+    made: str
+    target: float | None
+    test: bool
+    refresh: float | None
+    top: int
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Files to write: a folder with several of them, or a single one."""
+
+    path: Path
+    formats: Sequence[Format]
+    is_file: bool
+    plot: str | None
+
+    @property
+    def page(self) -> Path | None:
+        """The folder of the HTML page that can be served."""
+        return None if self.is_file or "html" not in self.formats else self.path
+
+
+def destination(
+    folder: Path, output: str | None, formats: Format | Sequence[Format] | None, plot: str | None
+) -> Destination:
+    """Returns where the report is written, by default `folder`/report. Raises `UserError`.
+
+    `output`: a file if its suffix is one of `SUFFIXES`, a folder if it exists as one, has no suffix or ends in a slash.
+    """
+    if plot is not None and plot not in PLOTS:
+        raise UserError(f"plot={plot}: there is no such plot; allowed: {', '.join(PLOTS)}")
+    chosen: Sequence[Format] | None = (formats,) if isinstance(formats, str) else formats
+    if chosen is not None and not chosen:
+        raise UserError("format=[]: needs at least one format")
+    path = folder / "report" if output is None else Path(output)
+    if output is not None:
+        refuse_url(output, "output")
+    is_file = output is not None and not output.endswith("/") and path.suffix != "" and not path.is_dir()
+    if is_file:
+        found = SUFFIXES.get(path.suffix.lower())
+        if found is None:
+            allowed = ", ".join(SUFFIXES)
+            raise UserError(f"output={output}: unknown format; allowed: {allowed}, or a folder: output={output}/")
+        if chosen is not None and tuple(chosen) != (found,):
+            raise UserError(f"output={output}: a {path.suffix} file, but format={','.join(chosen)}; leave out format")
+        chosen = (found,)
+    chosen = _DEFAULT if chosen is None else tuple(dict.fromkeys(chosen))
+    if plot is not None and not set(chosen) & set(_PICTURES):
+        raise UserError(f"plot={plot}: needs a format of plots, such as format=pdf or output=FILE.pdf")
+    return Destination(path, chosen, is_file, plot)
+
+
+def render(to: Destination, report: ReportContent) -> dict[Path, bytes]:
+    """Returns the content of the files. Raises `UserError` if there is no data for the requested plot."""
+    files: dict[str, bytes] = {}
+    figures = _figures(to, report) if set(to.formats) & set(_PICTURES) else {}
+    for form in sorted(to.formats, key=lambda form: form in _PICTURES):  # the pictures last
+        if form not in _PICTURES:
+            files[_NAMES[form]] = _text(form, report).encode()
+        elif to.is_file and form == "pdf":
+            files |= _pages(figures)
+        else:
+            files |= {f"{name}.{form}": drawing.encoded(figure, form) for name, figure in figures.items()}
+    return {to.path if to.is_file else to.path / name: content for name, content in files.items()}
+
+
+def outdated(to: Destination, files: Collection[Path]) -> list[Path]:
+    """Returns the plots that an earlier report may have left in the folder and that are not among `files`."""
+    names = [] if to.is_file or to.plot is not None else list(PLOTS)
+    paths = [to.path / f"{name}.{form}" for form in to.formats if form in _PICTURES for name in names]
+    return [path for path in paths if path not in files]
+
+
+def _text(form: Format, report: ReportContent) -> str:
+    if form == "html":
+        return page(
+            page_data(
+                report.table, title=report.title, made=report.made, target=report.target, test=report.test,
+                refresh=report.refresh,
+            )
+        )  # fmt: skip
+    if form == "csv":
+        return summary_csv(report.table, report.target, test=report.test)
+    render_table = paper.latex if form == "latex" else paper.markdown
+    return render_table(report.table, made=f"{report.title}, {report.made}", test=report.test, top=report.top)
+
+
+def _figures(to: Destination, report: ReportContent) -> dict[str, "Figure"]:
+    """Returns the plots to draw: a PNG or SVG file has one, by default the learning curves."""
+    plot = to.plot
+    if plot is None and to.is_file and to.formats != ("pdf",):
+        plot = "learning_curves"
+    figures = plots(report.table, report.target, None if plot is None else [plot])
+    if (plot is not None or to.is_file) and not figures and report.refresh is None:
+        raise UserError(f"plot={plot or 'learning_curves'}: these runs have no data for it")
+    return figures
+
+
+def _pages(figures: Mapping[str, "Figure"]) -> dict[str, bytes]:
+    """Returns a PDF file with a page per figure; none without figures."""
+    import matplotlib
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    if not figures:
+        return {}
+    file = io.BytesIO()
+    with matplotlib.rc_context(drawing.FILE_STYLE), PdfPages(file, metadata=drawing.METADATA["pdf"]) as pages:
+        for figure in figures.values():
+            pages.savefig(figure)
+    return {"plots.pdf": file.getvalue()}

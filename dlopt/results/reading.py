@@ -1,0 +1,359 @@
+"""Reads run folders into records, finds the keys in which runs differ, selects runs by conditions.
+
+Run folders are untrusted: all content is checked.
+"""
+
+import json
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from dlopt.errors import UserError
+from dlopt.folders import RunFolder
+from dlopt.plain import flatten, load_yaml, read_regular
+from dlopt.results.leaderboard import ENDED, canonical, direction_of, distinguishes, is_number
+from dlopt.tracking.layout import format_value as text
+from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
+
+OPEN = ("running", "interrupted", "unfinished")
+"""Statuses of runs whose training has not ended; all but `running` can be resumed."""
+STATUSES = (*ENDED, "pruned", *OPEN, "failed")
+"""Statuses of summary.json, and `pruned` (by its sweep), `running` (has a live process), `unfinished` (has none)."""
+
+_RUN_FILES = ("config.yaml", SUMMARY, METRICS)
+_OWN_FILES = ("overrides.yaml", "environment.json")
+_RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb has a config.yaml of its own
+_MAX_METRICS = 1 << 28  # bytes of metrics.jsonl: a million epochs
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: `config` has dotted keys and each group's choice under the group's name; `history` has evaluated epochs.
+
+    `metrics`: of the best epoch (`val_loss`, `val_accuracy`), of the run (`epochs`, `steps`, `seconds`, `parameters`)
+    and of the test (`test_loss`, `test_accuracy`), without missing or non-finite values.
+    """
+
+    path: Path
+    status: str
+    config: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    history: tuple[Mapping[str, float], ...]
+    overrides: tuple[str, ...]
+    reason: str | None
+    commit: str | None
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A run folder that cannot be read, with the reason."""
+
+    path: Path
+    reason: str
+
+
+class RunReader:
+    """Reads runs below folders; caches those that have not changed since the last read."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[object, Record | Damaged]] = {}
+
+    def read(self, folders: Iterable[Path]) -> tuple[list[Record], list[Damaged]]:
+        """Reads the runs in and below `folders` without duplicates, sorted by path."""
+        known, self._known = self._known, {}
+        for path in dict.fromkeys(run for folder in folders for run in find(folder)):
+            state = _fingerprint(path)
+            cached = known.get(path)
+            self._known[path] = cached if cached is not None and cached[0] == state else (state, read(path))
+        results = [cached for _, cached in self._known.values()]
+        records = [result for result in results if isinstance(result, Record)]
+        return records, [result for result in results if isinstance(result, Damaged)]
+
+
+def find(folder: Path) -> Iterator[Path]:
+    """Yields run folders in and below `folder` in natural order (9 before 10), without following links."""
+    folder = Path(os.path.abspath(folder))
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    is_run = any(entry.name in _RUN_FILES for entry in entries)
+    if is_run:
+        yield folder
+    names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")]
+    for name in sorted(names, key=lambda name: (len(name) if name.isdigit() else 0, name)):
+        if not (is_run and name in _RUN_SUBFOLDERS):
+            yield from find(folder / name)
+
+
+def read(path: Path) -> Record | Damaged:
+    """Reads one run folder."""
+    try:
+        return _read(path)
+    except _DamageError as error:
+        return Damaged(path, str(error))
+    except OSError as error:
+        return Damaged(path, f"{Path(str(error.filename)).name} cannot be read: {error.strerror}")
+
+
+class _DamageError(Exception):
+    pass
+
+
+def _read(path: Path) -> Record:
+    if (reason := RunFolder(path).newer_format()) is not None:
+        raise _DamageError(reason)
+    config = _mapping(path / "config.yaml", load_yaml)
+    if config is None:
+        raise _DamageError("config.yaml is missing")
+    if not any((path / name).exists() for name in (*_OWN_FILES, SUMMARY, METRICS)):
+        raise _DamageError("has a config.yaml, but no other file of a run; another tool may have written it")
+    environment = _mapping(path / "environment.json", _json) or {}
+    summary = _mapping(path / SUMMARY, _json)
+    history = tuple(_lines(path / METRICS))
+    overrides = tuple(RunFolder(path).history())
+    status = _status(path, summary)
+    if status == "running" or summary is None:  # the summary of a resumed, running run is outdated
+        summary = {}
+    choices, reason, commit = environment.get("choices"), summary.get("reason"), environment.get("git_commit")
+    flat, metrics = _flat(config, choices if isinstance(choices, dict) else {}), _metrics(summary, history, config)
+    reason, commit = (each if isinstance(each, str) else None for each in (reason, commit))
+    return Record(path, status, flat, metrics, history, overrides, reason, commit)
+
+
+def _json(path: Path) -> Any:
+    return json.loads(read_regular(path))
+
+
+def _mapping(path: Path, load: Callable[[Path], Any]) -> dict[str, Any] | None:
+    """Reads a file with a mapping; None if the file is missing."""
+    try:
+        content = load(path)
+    except FileNotFoundError:
+        return None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise _DamageError(f"{path.name} is damaged") from None
+    except ValueError as error:
+        raise _DamageError(f"{path.name} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise _DamageError(f"{path.name} is damaged: it holds no keys")
+    return {str(key): value for key, value in content.items()}
+
+
+def _lines(path: Path) -> Iterator[dict[str, float]]:
+    """Yields the evaluated epochs, without an incomplete last line of a running or killed run."""
+    try:
+        lines = read_regular(path, _MAX_METRICS).split(b"\n")
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise _DamageError(f"{path.name} {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                return
+            raise _DamageError(f"{path.name} is damaged in line {number}") from None
+        if not isinstance(entry, dict) or not {"epoch", "step"} <= (numbers := _numbers(entry)).keys():
+            raise _DamageError(f"{path.name} is damaged in line {number}: no epoch and step")
+        yield numbers | gaps(numbers)
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+    return {str(key): value for key, value in entry.items() if is_number(value)}
+
+
+def _status(path: Path, summary: Mapping[str, Any] | None) -> str:
+    status = None if summary is None else summary.get("status")
+    if summary is not None and status in ENDED:
+        return "pruned" if summary.get("pruned") is True else str(status)
+    if RunFolder(path).is_live():
+        return "running"
+    if summary is None:
+        return "unfinished"
+    if status not in STATUSES:
+        raise _DamageError(f"{SUMMARY} is damaged: its status is {str(status)[:40]!r}")
+    return str(status)
+
+
+def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
+    """Flattens a config to dotted keys in its order, each group's choice before its keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        target = value.get("_target_") if isinstance(value, Mapping) else None
+        if choice := choices.get(key) or str(target or "").rpartition(".")[2]:
+            flat[key] = str(choice)
+        if isinstance(value, Mapping):
+            inner = {name: item for name, item in flatten(value, key).items() if not name.endswith("._target_")}
+            flat |= {name: canonical(item) for name, item in inner.items() if not isinstance(item, Mapping)}
+        elif key not in flat:
+            flat[key] = canonical(value)
+    return flat
+
+
+def _metrics(
+    summary: Mapping[str, Any], history: tuple[Mapping[str, float], ...], config: Mapping[str, Any]
+) -> dict[str, float]:
+    metrics: dict[str, Any] = {}
+    if history:
+        last, best = history[-1], best_line(history, str(config.get("monitor", "auto")))
+        metrics = {k: v for k, v in last.items() if not k.startswith("val_") and k not in ("epoch", "step", "lr")}
+        metrics |= {"epochs": last["epoch"], "steps": last["step"]}
+        if best is not None:
+            metrics |= {k: v for k, v in best.items() if k.startswith("val_")} | {"best_epoch": best["epoch"]}
+            metrics |= gaps(best)
+    for key, value in summary.items():
+        if key not in ("epochs", "steps") or is_number(value):
+            metrics[key.replace("best_val_", "val_") if key.startswith("best_val_") else key] = value
+    return _numbers(metrics)
+
+
+def best_line(history: Sequence[Mapping[str, float]], monitor: str) -> Mapping[str, float] | None:
+    """Returns the epoch of the best model: that with the best monitored metric (`auto`: val_accuracy, or val_loss).
+
+    As in training, ties are broken by the smaller loss, then by the earlier epoch.
+    """
+    if monitor == "auto":
+        monitor = "val_accuracy" if any("val_accuracy" in line for line in history) else "val_loss"
+    known = [line for line in history if monitor in line]
+    sign = 1 if direction_of(monitor) == "minimize" else -1
+    return min(known, key=lambda line: (sign * line[monitor], line.get("val_loss", math.inf)), default=None)
+
+
+def _fingerprint(path: Path) -> object:
+    """Returns a value that changes whenever the run's files or liveness change."""
+    states = []
+    for name in (*_RUN_FILES, *_OWN_FILES, ".lock"):
+        try:
+            status = (path / name).stat()
+            states.append((status.st_mtime_ns, status.st_size, status.st_ino))
+        except OSError:
+            states.append((0, 0, 0))
+    # A killed run touches no file: without a summary, its status depends on whether its process lives.
+    has_summary = states[1] != (0, 0, 0)
+    return (*states, None if has_summary else RunFolder(path).is_live())
+
+
+# -- keys in which runs differ, and the formatting of their values
+
+
+def varying_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the keys with several values except seeds, in the configs' order.
+
+    Omits keys of a group that the group's choice determines, such as defaults of different optimizers.
+    """
+    keys = dict.fromkeys(key for config in configs for key in config)
+    known = [key for key in keys if key == "device" or distinguishes(key)]
+    several = [key for key in known if len({text(config.get(key)) for config in configs}) > 1]
+    return [key for key in several if not _is_determined_by_choice(key, configs)]
+
+
+def _is_determined_by_choice(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
+    group, _, inner = key.partition(".")
+    pairs = {(text(config.get(group)), text(config[key])) for config in configs if key in config}
+    return inner != "" and len(pairs) == len({choice for choice, _ in pairs}) > 0
+
+
+def short_key(key: str, keys: Iterable[str]) -> str:
+    """Returns the last component of a key (`lr` for `optimizer.lr`) if it is unique among `keys`."""
+    name = key.rpartition(".")[2]
+    return name if sum(other.rpartition(".")[2] == name for other in keys) == 1 else key
+
+
+def brief(value: Any) -> str:
+    """Formats a value for labels, with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else text(value)
+
+
+def printable(value: str) -> str:
+    """Replaces characters that would control a terminal or break a table."""
+    return "".join(character if character.isprintable() else "�" for character in value)
+
+
+# -- conditions: optimizer=adamw, val_accuracy>0.9, optimizer.lr<=0.1, model=resnet*
+
+_LINE = re.compile(r"(?P<key>[\w./-]+?)(?P<sign>!=|>=|<=|=|>|<)(?P<value>.*)", re.DOTALL)
+_ORDER: Mapping[str, Callable[[float, float], bool]] = {
+    ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Condition:
+    key: str
+    sign: str  # = != > >= < <=
+    value: str
+    line: str
+
+    def holds(self, record: Record) -> bool:
+        actual = value_of(record, self.key)
+        number = number_in(self.value)
+        if self.sign in _ORDER:
+            return is_number(actual) and number is not None and _ORDER[self.sign](actual, number)
+        if is_number(actual) and number is not None:
+            equal = actual == number
+        else:
+            equal = fnmatchcase(text(actual), _pattern(self.value))
+        return equal == (self.sign == "=")
+
+
+def condition(line: str) -> Condition | None:
+    """Parses a condition; returns None if `line` is not one. Raises `UserError` if its value must be a number."""
+    if (match := _LINE.fullmatch(line)) is None:
+        return None
+    parsed = Condition(**match.groupdict(), line=line)
+    if parsed.sign in _ORDER and number_in(parsed.value) is None:
+        raise UserError(f"{line}: {parsed.sign} requires a number")
+    return parsed
+
+
+def select(records: Sequence[Record], conditions: Sequence[Condition]) -> list[Record]:
+    """Returns the runs that satisfy all conditions. Raises `UserError` for a key that no run has."""
+    for condition in conditions:
+        check_key(condition.key, condition.line, records)
+        if condition.key == "status" and not any(fnmatchcase(status, _pattern(condition.value)) for status in STATUSES):
+            raise UserError(f"{condition.line}: unknown status; allowed: {', '.join(STATUSES)}")
+    return [record for record in records if all(condition.holds(record) for condition in conditions)]
+
+
+def check_key(key: str, line: str, records: Sequence[Record]) -> None:
+    """Raises `UserError` if no run has this key or metric."""
+    known = dict.fromkeys(["status", *(k for r in records for k in (*r.metrics, *r.config))])
+    if not records or key in known or key.removeprefix("best_") in known:
+        return
+    suffix_matches = [name for name in known if name.rpartition(".")[2] == key]
+    close = suffix_matches or get_close_matches(key, list(known), n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}? " if close else ""
+    metrics = dict.fromkeys(name for record in records for name in record.metrics)
+    allowed = ", ".join(["status", "a key of the config", *metrics])
+    raise UserError(f"{line}: no run has {key}; {hint}allowed: {allowed}")
+
+
+def value_of(record: Record, key: str) -> Any:
+    """Returns a metric, a config value, or the status; None if the run has none."""
+    if key == "status":
+        return record.status
+    metric = record.metrics.get(key, record.metrics.get(key.removeprefix("best_")))
+    return record.config.get(key) if metric is None else metric
+
+
+def number_in(value: str) -> float | None:
+    """Parses a finite number; None for other text."""
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if is_number(number) else None
+
+
+def _pattern(value: str) -> str:
+    """Returns an fnmatch pattern with literal brackets (model.widths=[64,64]); * and ? are wildcards."""
+    return value.replace(" ", "").replace("[", "[[]") if "[" in value else value

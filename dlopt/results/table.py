@@ -1,0 +1,467 @@
+"""Groups runs into ranked configurations and computes the data of the report.
+
+Computes curves over seeds, importance of keys, good learning rates, time to target, published results.
+"""
+
+import math
+import re
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from dlopt.config.keys import role_of
+from dlopt.config.overrides import group_of, key_of
+from dlopt.errors import UserError, install
+from dlopt.results.leaderboard import (
+    Entry,
+    Row,
+    Statistic,
+    canonical,
+    direction_of,
+    is_number,
+    leaderboard,
+    statistic,
+    student_t,
+)
+from dlopt.results.reading import OPEN, Damaged, Record, brief, printable, short_key, text, varying_keys
+from dlopt.roles import Role
+from dlopt.tracking.layout import short_path
+
+_NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")
+_LR = "optimizer.lr"
+_MIN_CONFIGURATIONS = 6  # for an estimate of importance
+_MIN_EXPLAINED = 0.3  # of the variance of held-out configurations; noise alone rarely reaches it
+_MANY_SEEDS = 5  # the 95 % confidence interval of three runs is 2.5 standard deviations to each side
+_OVERRIDE = re.compile(r"([+~]{0,2}|--config-(?=dir=|name=))\w[\w./@-]*(=.*)?")
+# Where one run is stored. Unlike other keys of this role, nobody needs them to repeat the run on another machine.
+_NOT_REPEATED = ("hydra", "name", "resume", "dry_run")
+# A paper's error does not depend on how numbers are rounded, nor on an interruption.
+_PUBLISHED_WITH_ANY = ("precision", "deterministic", "max_time")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration(Row):
+    """A row of the leaderboard with the records of its runs, which differ only in their seeds.
+
+    `distinct`: the records without repetitions (equal seeds and equal curves), which would narrow intervals.
+    """
+
+    values: Mapping[str, Any]  # of the keys in which configurations differ
+    records: tuple[Record, ...]
+    distinct: tuple[Record, ...]
+
+    @property
+    def command(self) -> str | None:
+        """Shell command that repeats these runs; None if unknown."""
+        overrides = [_repeatable(run.overrides, "seed") for run in self.records]
+        seeds = sorted({seed for run in self.records if isinstance(seed := run.config.get("seed"), int)})
+        are_equal = all(lines == overrides[0] for lines in overrides) and 1 < len(seeds) == len(self.records)
+        if overrides[0] is None or not are_equal:
+            return command(self.records[0])
+        return _shell(["-m", *overrides[0], f"seed={','.join(map(str, seeds))}"])
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Data of the plots and the page. Rows without a value (failed or running) come last."""
+
+    by: str
+    keys: Sequence[str]
+    rows: Sequence[Configuration]
+    records: Sequence[Record]
+    damaged: Sequence[Damaged]
+
+    @property
+    def lower(self) -> bool:
+        return direction_of(self.by) == "minimize"
+
+    @property
+    def failed(self) -> list[Record]:
+        return [record for record in self.records if record.status in ("failed", "unfinished")]
+
+    @property
+    def ranked(self) -> list[Configuration]:
+        return [row for row in self.rows if row.value is not None]
+
+    def counts(self) -> dict[str, int]:
+        """Returns status -> number of runs, most frequent first."""
+        return dict(Counter(record.status for record in self.records).most_common())
+
+
+def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Table:
+    """Groups and ranks runs by metric `by` (None: val_accuracy, or val_loss if no run has it). Raises `UserError`."""
+    by = _ranking_metric(records, by)
+    # Runs on several devices form one configuration.
+    keys = [key for key in varying_keys([record.config for record in records]) if key != "device"]
+    known = {str(record.path): record for record in records}
+    rows = []
+    for row in leaderboard([_entry(record) for record in records], metric=by).rows:
+        runs = tuple(known[run.name] for run in row.runs)
+        values = {key: runs[0].config[key] for key in keys if key in runs[0].config}
+        label = " ".join(f"{short_key(key, keys)}={brief(value)}" for key, value in values.items())
+        firsts: dict[object, Record] = {}
+        for run, entry in zip(runs, row.runs, strict=True):
+            firsts.setdefault((entry.seeds, tuple((line["epoch"], line.get(by)) for line in run.history)), run)
+        label = printable(label or short_path(runs[0].path))
+        own = {"label": label, "values": values, "records": runs, "distinct": tuple(firsts.values())}
+        rows.append(Configuration(**vars(row) | own))
+    return Table(by, keys, rows, records, damaged)
+
+
+def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
+    names = dict.fromkeys(name for record in records for name in record.metrics)
+    allowed = [name for name in names if name not in _NOT_RANKED and not name.startswith("test_")]
+    if by is None:
+        return "val_accuracy" if "val_accuracy" in names or "val_loss" not in names else "val_loss"
+    by = by.removeprefix("best_")
+    if by.startswith("test_"):
+        raise UserError(f"by={by}: ranking by a test metric would select on the test set; set by=val_accuracy")
+    if by not in allowed:
+        raise UserError(f"by={by}: the runs have no such metric; allowed: {', '.join(allowed) or 'none'}")
+    return by
+
+
+def _entry(record: Record) -> Entry:
+    status = "stopped_early" if record.status == "pruned" else record.status
+    metrics = {**record.metrics, "status": status, "pruned": record.status == "pruned"}
+    return Entry(str(record.path), record.config, metrics, record.overrides)
+
+
+def command(run: Record) -> str | None:
+    """Returns the shell command that repeats this run; None if unknown."""
+    lines = _repeatable(run.overrides)
+    return None if lines is None else _shell(lines)
+
+
+def command_from(run: Record) -> str | None:
+    """Returns the command that repeats the run from its folder, even if defaults have changed since."""
+    flags = [word for word in run.overrides if word.startswith("--")]
+    trusted = [word for word in run.overrides if key_of(word) == "allow_packages"]
+    return _shell([*flags, f"from={short_path(run.path)}", *trusted])
+
+
+def _repeatable(overrides: Iterable[str], *omitted: str) -> list[str] | None:
+    """Returns the overrides without the run's location and the keys `omitted`; None if a line is not an override."""
+    lines = list(overrides)
+    if not lines or not all(_OVERRIDE.fullmatch(line) for line in lines):
+        return None
+    return [line for line in lines if group_of(line) not in (*_NOT_REPEATED, *omitted)]
+
+
+def _shell(words: Sequence[str]) -> str | None:
+    line = shlex.join(["dlopt", "train", *words])
+    return line if printable(line) == line else None
+
+
+# -- comparison with published results
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """Measured test error (%) of a configuration (None if no run has ended), and the published one."""
+
+    row: Configuration
+    measured: Statistic | None
+    median: float | None  # of the measured errors: papers report it for few runs
+    published: float
+
+
+def published_error(config: Mapping[str, Any], overrides: Sequence[str]) -> float | None:
+    """Returns the published test error (%) for a flat config: the first entry of `published` that applies.
+
+    Its `when` holds, and no other key of the recipe was overridden, except where runs execute and what they write.
+    """
+    entries = canonical(config.get("published"))
+    for entry in map(_mapping, entries if isinstance(entries, tuple) else ()):
+        error, when = entry.get("error"), entry.get("when")
+        if not isinstance(error, int | float) or when is None:
+            continue
+        conditions = _mapping(when)
+        holds = all(key in config and canonical(config[key]) == value for key, value in conditions.items())
+        if holds and not any(_changes_the_experiment(line, conditions) for line in overrides):
+            return float(error)
+    return None
+
+
+def _changes_the_experiment(override: str, conditions: Iterable[str]) -> bool:
+    """Returns whether an override departs from the published experiment; `conditions` are checked by their values."""
+    key = key_of(override)
+    if role_of(key) not in (Role.IDENTITY, Role.PROTOCOL, Role.LENGTH) or key in _PUBLISHED_WITH_ANY:
+        return False
+    return not any(name == key or name.startswith(f"{key}.") for name in conditions)
+
+
+def _mapping(pairs: Any) -> dict[str, Any]:
+    """Converts the pairs of `canonical` back to a mapping; returns {} for anything else."""
+    is_pairs = isinstance(pairs, tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in pairs)
+    return dict(pairs) if is_pairs else {}
+
+
+def against_published(table: Table) -> list[PublishedRow]:
+    """Returns the configurations with a published result, in the table's order.
+
+    Shows all their test metrics, because no configuration is selected by them.
+    """
+    rows = []
+    for row in table.rows:
+        run, accuracy = row.records[0], row.statistic("test_accuracy")
+        error = published_error(run.config, run.overrides)
+        if error is None:
+            continue
+        measured, median = None, None
+        if accuracy is not None:
+            std = None if accuracy.std is None else 100 * accuracy.std
+            measured = Statistic(100 * (1 - accuracy.mean), std, accuracy.count)
+            median = 100 * (1 - float(np.median([*row.by_seeds("test_accuracy").values()])))
+        rows.append(PublishedRow(row, measured, median, error))
+    return rows
+
+
+def recipe_label(published: PublishedRow, table: Table) -> str:
+    """Returns the recipe's name with the keys in which it differs from other rows of that name."""
+    name = str(published.row.records[0].config.get("name", published.row.label))
+    same_name = [row for row in table.rows if row.records[0].config.get("name") == name]
+    if len(same_name) == 1:
+        return name
+    values = published.row.values
+    keys = [key for key, value in values.items() if any(row.values.get(key) != value for row in same_name)]
+    return " ".join([name, *(f"{key.rpartition('.')[2]}={values[key]}" for key in keys)])
+
+
+# -- curves, importance of keys, good learning rates, time to a target
+
+
+Spread = Literal["range", "confidence"]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Mean over runs with a band (zero width for a single run)."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    count: np.ndarray
+
+
+def default_spread(table: Table) -> Spread:
+    """Selects the band: the range for few seeds, the confidence interval for many."""
+    seeds = max((len(row.distinct) for row in table.rows), default=0)
+    return "confidence" if seeds >= _MANY_SEEDS else "range"
+
+
+def band(runs: Sequence[Record], metric: str, against: str, spread: Spread) -> Band | None:
+    """Computes the mean of `metric` at every epoch that at least half of the runs reach.
+
+    `spread`: from the lowest to the highest run, or Student's 95 % confidence interval of the mean. `against`: `epoch`,
+    `step` or `seconds`. Epochs are `step` or `seconds` apart by their mean over the runs, so that every point averages
+    the same epochs on each axis: averaging at equal seconds would jump where a slower run begins or ends.
+    """
+    names = ("epoch", against, metric)
+    points = [[[line[name] for name in names] for line in run.history if line.keys() >= set(names)] for run in runs]
+    curves = [np.array(curve, dtype=float) for curve in points if curve]
+    if not curves:
+        return None
+    epochs = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    positions, values = (
+        np.stack([np.interp(epochs, curve[:, 0], curve[:, i], left=np.nan, right=np.nan) for curve in curves])
+        for i in (1, 2)
+    )
+    count = np.isfinite(values).sum(0)
+    kept = 2 * count >= len(curves)
+    positions, values, count = positions[:, kept], values[:, kept], count[kept]
+    widths = np.diff(positions, axis=1, prepend=0.0)
+    x = np.cumsum(np.nansum(widths, 0) / np.maximum(np.isfinite(widths).sum(0), 1))
+    mean = np.nanmean(values, 0)
+    if spread == "range":
+        return Band(x, mean, np.nanmin(values, 0), np.nanmax(values, 0), count)
+    deviation = np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(count - 1, 1))
+    half = np.array([student_t(0.95, n - 1) if n > 1 else 0.0 for n in count]) * deviation / np.sqrt(count)
+    return Band(x, mean, mean - half, mean + half, count)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Fraction of the metric's variance that each key explains alone; the rest is interactions and noise.
+
+    `explained`: fraction of the variance of held-out configurations that the model explains from the keys.
+    `missing`: message if Optuna is not installed.
+    """
+
+    fractions: Mapping[str, float]
+    explained: float
+    missing: str = ""
+
+
+@lru_cache(maxsize=1)  # the plot and the page share it
+def importance(table: Table) -> Importance | None:
+    """Computes the functional ANOVA (Hutter, Hoos & Leyton-Brown 2014) of the configurations' means with Optuna.
+
+    Numbers are replaced by their rank among the key's values, which gives each value the same weight on any scale. Keys
+    that some configurations lack are categorical. Returns None for too few configurations, and where a random forest,
+    which is the model of this analysis, cannot predict the configurations left out of its trees: the fractions would
+    describe noise.
+    """
+    keys, rows = table.keys, table.ranked
+    means = [row.value.mean for row in rows if row.value is not None]
+    if len(rows) < _MIN_CONFIGURATIONS or not keys or min(means) == max(means):
+        return None
+    try:
+        import optuna
+    except ImportError:
+        return Importance({}, 0.0, f"needs Optuna: {install('dlopt[sweep]')}")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    points: list[dict[str, Any]] = [{} for _ in rows]
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {}
+    for key in keys:
+        values: list[Any] = [row.values.get(key) for row in rows]
+        if all(map(is_number, values)):
+            ranks = {value: float(i) for i, value in enumerate(sorted(set(values)))}
+            distributions[key] = optuna.distributions.FloatDistribution(-0.5, len(ranks) - 0.5)
+            values = [ranks[value] for value in values]
+        else:
+            values = list(map(text, values))
+            distributions[key] = optuna.distributions.CategoricalDistribution(sorted(set(values)))
+        for point, value in zip(points, values, strict=True):
+            point[key] = value
+    explained = _explained(points, means)
+    if explained < _MIN_EXPLAINED:
+        return None
+    study = optuna.create_study()
+    study.add_trials(
+        [
+            optuna.create_trial(params=point, distributions=distributions, value=mean)
+            for point, mean in zip(points, means, strict=True)
+        ]
+    )
+    # Trees of more than 64 leaves do not change main effects, but take minutes for thousands of configurations.
+    evaluator = optuna.importance.FanovaImportanceEvaluator(max_depth=6, seed=0)
+    fractions = evaluator.evaluate(study, params=list(keys))
+    return Importance({key: float(fraction) for key, fraction in fractions.items()}, explained)
+
+
+def _explained(points: Sequence[Mapping[str, Any]], means: Sequence[float]) -> float:
+    """Returns R^2 of a random forest on the configurations that each of its trees leaves out (Breiman 2001)."""
+    from sklearn.ensemble import RandomForestRegressor
+
+    names = sorted({(key, point[key]) for point in points for key in point if isinstance(point[key], str)})
+    numbers = [key for key in points[0] if not isinstance(points[0][key], str)]
+    inputs = [[*(point[key] for key in numbers), *(point[key] == name for key, name in names)] for point in points]
+    forest = RandomForestRegressor(n_estimators=100, max_depth=6, oob_score=True, random_state=0)
+    return float(forest.fit(np.array(inputs, dtype=float), means).oob_score_)
+
+
+_WORSE, _WORSE_ACCURACY = 0.05, 0.01  # than the best: the metric of a good learning rate
+
+
+def tolerance_text(table: Table) -> str:
+    """Formats how much worse than the best a good learning rate may be."""
+    return f"{100 * _WORSE:g} %" if table.lower else f"{100 * _WORSE_ACCURACY:g} percentage point"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Metric of one optimizer against its learning rate: all configurations, the best at each rate, good rates."""
+
+    optimizer: str
+    points: Sequence[tuple[float, Statistic, int]]  # learning rate, metric, row of the table
+    best: Sequence[tuple[float, Statistic]]  # by learning rate
+    good: tuple[float, float]  # the lowest and the highest good rate around the best
+    tolerance: float
+    failed: Sequence[float]  # learning rates at which runs failed
+
+
+def sensitivities(table: Table) -> list[Sensitivity]:
+    """Computes the sensitivity of each optimizer with several learning rates.
+
+    Good rates are adjacent to the best rate with a metric at most `tolerance` worse: 5 % of the best for losses, 0.01
+    for metrics that are better when larger, or the median standard deviation over seeds of all points if that is
+    larger.
+    """
+    results = []
+    by_optimizer: dict[str, list[tuple[int, Configuration]]] = {}
+    for i, row in enumerate(table.rows):
+        by_optimizer.setdefault(text(row.values.get("optimizer", "")), []).append((i, row))
+    for group, rows in by_optimizer.items():
+        rates = [(row.records[0].config.get(_LR), row.value, i) for i, row in rows]
+        points = sorted(
+            ((float(lr), value, i) for lr, value, i in rates if is_number(lr) and lr > 0 and value is not None),
+            key=lambda point: point[0],
+        )
+        if len({lr for lr, _, _ in points}) < 2:
+            continue
+        runs = [run for _, row in rows for run in row.records if run.status == "failed"]
+        failed = sorted({float(lr) for run in runs if is_number(lr := run.config.get(_LR)) and lr > 0})
+        name = group or text(rows[0][1].records[0].config.get("optimizer", "optimizer"))
+        results.append(_sensitivity(name, points, failed, table))
+    return results
+
+
+def _sensitivity(
+    name: str, points: Sequence[tuple[float, Statistic, int]], failed: Sequence[float], table: Table
+) -> Sensitivity:
+    sign = 1 if table.lower else -1
+    best: dict[float, Statistic] = {}
+    for lr, value, _ in points:
+        if lr not in best or sign * value.mean < sign * best[lr].mean:
+            best[lr] = value
+    # The low median, because single rates that diverge for some seeds spread over orders of magnitude.
+    spread = statistics.median_low([value.std for _, value, _ in points if value.std is not None] or [0.0])
+    rates, costs = list(best), [sign * value.mean for value in best.values()]
+    top = costs.index(min(costs))
+    tolerance = max(spread, _WORSE * abs(costs[top]) if table.lower else _WORSE_ACCURACY)
+    low = high = top
+    while low > 0 and costs[low - 1] - costs[top] <= tolerance:
+        low -= 1
+    while high + 1 < len(rates) and costs[high + 1] - costs[top] <= tolerance:
+        high += 1
+    return Sensitivity(name, points, list(best.items()), (rates[low], rates[high]), tolerance, failed)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """First updates and seconds at which runs of a configuration reach the target; statistics over those that do.
+
+    Counts the runs that have ended, also those that failed: the others may still reach the target.
+    """
+
+    count: int
+    runs: int
+    steps: Statistic | None
+    seconds: Statistic | None
+
+
+def time_to_target(row: Configuration, by: str, target: float) -> Reached:
+    sign = 1 if direction_of(by) == "minimize" else -1
+    runs = [run for run in row.distinct if run.status not in OPEN]
+    good = [[line for line in run.history if by in line and sign * line[by] <= sign * target] for run in runs]
+    reached = [lines[0] for lines in good if lines]
+    seconds = [line["seconds"] for line in reached if "seconds" in line]
+    return Reached(len(reached), len(runs), statistic([line["step"] for line in reached]), statistic(seconds))
+
+
+def fastest(table: Table, target: float) -> list[tuple[Configuration, Reached]]:
+    """Returns the configurations that reach the target, by the fraction of runs that do, then by mean updates.
+
+    The mean over a few lucky runs of a configuration is not comparable with that of one whose runs all reach it.
+    """
+    results = [(row, time_to_target(row, table.by, target)) for row in table.ranked]
+    reached = [(-each.count / each.runs, each.steps.mean, i) for i, (_, each) in enumerate(results) if each.steps]
+    return [results[i] for *_, i in sorted(reached)]
+
+
+def default_target(table: Table) -> float | None:
+    """Returns a target that half of the configurations reach, rounded to the easier side."""
+    means = sorted(row.value.mean for row in table.ranked if row.value is not None)
+    if not means:
+        return None
+    median = means[len(means) // 2] if table.lower else means[(len(means) - 1) // 2]
+    scale = 10.0 ** (2 - math.floor(math.log10(abs(median)))) if median else 1.0
+    return (math.ceil(median * scale) if table.lower else math.floor(median * scale)) / scale

@@ -1,0 +1,35 @@
+"""A command of another package, as the page on extending dlopt shows it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import block_after
+from tests.extending.test_extending import dlopt
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").touch()
+    (tmp_path / "mine/commands.py").write_text(block_after("docs/extending.md", "python", "`mine/commands.py`"))
+    metadata = tmp_path / "mine-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        block_after("docs/extending.md", "toml", "## Add a command")
+        .replace("project.entry-points.", "")
+        .replace('"', "")
+    )
+    return tmp_path
+
+
+def test_a_command_of_another_package(installed: Path) -> None:
+    assert "weights" in dlopt(installed, "--help").stdout
+    assert "  top=N            parameters to print (default: 5)" in dlopt(installed, "weights", "--help").stdout
+    trained = dlopt(installed, "train", "model=mlp", "data.subset=40", "epochs=1", "hydra.run.dir=run", "tracking=[]")
+    assert trained.returncode == 0, trained.stderr
+    printed = dlopt(installed, "weights", "checkpoint=run", "top=2")
+    assert printed.returncode == 0 and len(printed.stdout.splitlines()) == 2, printed.stderr
+    refused = dlopt(installed, "weights", "checkpoint=run", "top=0")
+    assert refused.returncode == 2 and "top=0" in refused.stderr and refused.stderr.count("\n") == 1

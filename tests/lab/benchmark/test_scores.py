@@ -1,0 +1,188 @@
+"""Scores against AlgoPerf's formula, computed independently with pandas, and their laws."""
+
+import dataclasses
+import math
+from itertools import pairwise, product
+from statistics import median
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget
+from dlopt.lab.benchmark.scores import (
+    MAX_RATIO,
+    Times,
+    bootstrap,
+    comparisons,
+    measured,
+    profile,
+    ranks,
+    ratios,
+    scores,
+    standings,
+    summarize,
+    times,
+)
+from tests.lab.benchmark.synthetic import make
+
+TIMES = st.one_of(st.integers(1, 60), st.just(math.inf))
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> dict[str, dict[str, float]]:
+    optimizers, workloads = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    return {f"o{i}": {f"w{j}": float(draw(TIMES)) for j in range(workloads)} for i in range(optimizers)}
+
+
+def results_of(studies: dict[str, list[list[float]]], costs: dict[str, float] | None = None) -> Results:
+    """Optimizer -> workload -> study -> updates of its only trial."""
+    count = len(next(iter(studies.values())))
+    cells = {}
+    for optimizer, rows in studies.items():
+        cost = UpdateCost(costs[optimizer], 0.0, 0.0, 2.0) if costs else None
+        for i, row in enumerate(rows):
+            trials = [TrialRecord(study, 0, {}, time, 2 * time, 1.0, 0.5, 0.5) for study, time in enumerate(row)]
+            cells[optimizer, f"w{i}"] = Cell(tuple(trials), cost)
+    workloads = {f"w{i}": WorkloadTarget("val_loss", 0.5, 100) for i in range(count)}
+    return Results("t", len(next(iter(studies.values()))[0]), 1, workloads, cells, {})
+
+
+# -- AlgoPerf's formula (Dahl et al. 2023; performance_profile.py): rows are optimizers, columns workloads
+
+
+def algoperf_ratios(table: Times) -> pd.DataFrame:
+    frame = pd.DataFrame(table).T
+    return frame.div(frame.min(axis=0), axis=1)  # NaN where no optimizer reaches the target
+
+
+def algoperf_profile(ratio: pd.DataFrame, tau: float) -> pd.Series:
+    return (ratio <= tau).sum(axis=1) / ratio.shape[1]
+
+
+def algoperf_score_on_grid(ratio: pd.DataFrame, points: int) -> pd.Series:
+    taus = np.linspace(1.0, 4.0, points)
+    frame = pd.concat([algoperf_profile(ratio, tau) for tau in taus], axis=1)
+    return pd.Series(np.trapezoid(frame, x=taus) / 3.0, index=frame.index)
+
+
+def algoperf_score_by_steps(ratio: pd.DataFrame) -> pd.Series:
+    inside = [value for value in ratio.to_numpy().ravel() if value <= 4.0]
+    edges = sorted({1.0, 4.0, *inside})
+    areas = [algoperf_profile(ratio, low) * (high - low) for low, high in pairwise(edges)]
+    return pd.concat(areas, axis=1).sum(axis=1) / 3.0
+
+
+@settings(max_examples=15, deadline=None)
+@given(tables())
+def test_equal_algoperf(table: dict[str, dict[str, float]]) -> None:
+    ratio, own = algoperf_ratios(table), scores(table)
+    exact = algoperf_score_by_steps(ratio)
+    assert own == pytest.approx(dict(exact), abs=1e-12)
+    grid = algoperf_score_on_grid(ratio, 61)  # a step between two points of the grid is off by at most half of 0.05
+    assert own == pytest.approx(dict(grid), abs=0.5 * 0.05 / 3 + 1e-9)
+    for tau in (1.0, 1.5, 3.999, 4.0):
+        expected = algoperf_profile(ratio, tau)
+        for optimizer, row in ratios(table).items():
+            assert profile(row, [tau]) == pytest.approx([expected[optimizer]])
+
+
+@settings(max_examples=40, deadline=None)
+@given(tables(), st.sampled_from([0.01, 3.0, 7.7]), st.data())
+def test_laws(table: dict[str, dict[str, float]], unit: float, data: st.DataObject) -> None:
+    workload = data.draw(st.sampled_from([*table["o0"]]))
+    fastest = table | {"best": {name: 0.5 for name in table["o0"]}, "never": {name: math.inf for name in table["o0"]}}
+    assert scores(fastest)["best"] == 1 and scores(fastest)["never"] == 0
+    scaled = {name: row | {workload: unit * row[workload]} for name, row in table.items()}
+    assert scores(scaled) == pytest.approx(scores(table), abs=1e-9)
+    assume(math.isfinite(table["o0"][workload]))
+    faster = table | {"o0": table["o0"] | {workload: 0.5 * table["o0"][workload]}}
+    assert scores(faster)["o0"] >= scores(table)["o0"] - 1e-12
+    assert all(scores(faster)[name] <= scores(table)[name] + 1e-12 for name in table if name != "o0")
+
+
+def test_slower_than_four_times_the_fastest_counts_as_not_reached() -> None:
+    table = {"a": {"w": 10.0}, "b": {"w": 4 * 10.0}, "c": {"w": 41.0}}
+    assert ratios(table) == {"a": {"w": 1.0}, "b": {"w": MAX_RATIO}, "c": {"w": math.inf}}
+    assert scores(table) == {"a": 1.0, "b": 0.0, "c": 0.0} and profile({"w": 4.0}, [3.9, 4.0]) == [0.0, 1.0]
+
+
+def test_a_workload_takes_the_median_over_studies() -> None:
+    results = results_of({"a": [[1, 3, math.inf], [5, math.inf, math.inf]]}, {"a": 1.5})
+    assert times(results, "updates") == {"a": {"w0": 3, "w1": math.inf}}
+    assert times(results, "evaluations")["a"]["w0"] == 6 and times(results, "time")["a"]["w0"] == 4.5
+    even = results_of({"a": [[1, 3], [5, math.inf]]})
+    assert times(even, "updates") == {"a": {"w0": 2, "w1": math.inf}}
+    assert measured(results) == ["updates", "evaluations", "time"] and "time" not in measured(even)
+    [standing] = standings(results, "updates", bootstrap(results, "updates"))
+    assert (standing.reached, standing.sensitivity, standing.cost, standing.state) == (1, 0.5, pytest.approx(1.5), 2.0)
+
+
+def test_ranks_share_ties() -> None:
+    table = {name: {"w": value} for name, value in zip("abcd", (3.0, 1.0, 3.0, math.inf), strict=True)}
+    assert ranks(table, "w") == {"a": 2.5, "b": 1.0, "c": 2.5, "d": None}
+
+
+# -- bootstrap
+
+
+def test_bootstrap_draws_studies_for_all_optimizers_together() -> None:
+    """Against all 27 equally likely draws of three studies."""
+    results = results_of({"a": [[1, 2, 3]], "b": [[2, 4, 6]]})
+    replicas = bootstrap(results, "updates", resamples=20_000)
+    assert replicas.shape == (20_000, 2, 1) and np.array_equal(replicas[:, 1], 2 * replicas[:, 0])
+    draws = [median(draw) for draw in product((1, 2, 3), repeat=3)]
+    for value in (1, 2, 3):
+        assert np.mean(replicas[:, 0] == value) == pytest.approx(draws.count(value) / 27, abs=0.015)
+
+
+def test_studies_that_shipped_results_lack_do_not_count_as_missed() -> None:
+    shipped, own = results_of({"sgd": [[4, 2, 9]]}), results_of({"mine": [[1, 2, 3, 4, 5]]})
+    merged = own.with_reference(shipped)
+    assert times(merged, "updates") == {"mine": {"w0": 3}, "sgd": {"w0": 4}}
+    replicas = bootstrap(merged, "updates")
+    assert replicas.shape == (1000, 2, 1) and set(replicas[:, 1].flat) == {2, 4, 9}
+    incomplete = dataclasses.replace(merged, shipped=frozenset())
+    assert times(incomplete, "updates")["sgd"] == {"w0": 9}  # own studies that have not ended do
+
+
+def test_equal_studies_have_no_width_and_one_study_has_no_interval() -> None:
+    equal = summarize(results_of({"a": [[10, 10, 10], [30, 30, 30]], "b": [[20, 20, 20], [10, 10, 10]]}))
+    for standing in equal.standings["updates"]:
+        assert standing.score.low == standing.score.value == standing.score.high
+    single = summarize(results_of({"a": [[10]], "b": [[20]]}))
+    assert all(math.isnan(each.score.low) for each in single.standings["updates"])
+    assert not single.comparisons["updates"]["a", "b"].distinguishable
+
+
+def test_comparisons_count_wins_and_ties() -> None:
+    inf = math.inf
+    rows = {"a": [[1] * 3, [5] * 3, [4] * 3, [inf] * 3], "b": [[2] * 3, [5] * 3, [inf] * 3, [inf] * 3]}
+    results = results_of({name: [list(map(float, row)) for row in each] for name, each in rows.items()})
+    pairs = comparisons(results, "updates", bootstrap(results, "updates"))
+    assert pairs["a", "b"].value == pytest.approx(2.5 / 3)  # nobody reaches the last one
+    assert pairs["b", "a"].value == pytest.approx(0.5 / 3) and pairs["a", "b"].distinguishable
+    nobody = results_of({"a": [[inf, inf]], "b": [[inf, inf]]})
+    pair = comparisons(nobody, "updates", bootstrap(nobody, "updates"))["a", "b"]
+    assert math.isnan(pair.value) and not pair.distinguishable
+
+
+def test_noisy_studies_widen_the_interval() -> None:
+    summary = summarize(make({"fast": 2.0, "slow": 1.0, "twin": 1.0}, ("mlp", "gpt", "vit")))
+    assert summary.order[0] == "fast" and summary.comparisons["updates"]["fast", "slow"].distinguishable
+    standing = summary.standing("slow")
+    assert (
+        standing.score.low <= standing.score.value <= standing.score.high and standing.score.low < standing.score.high
+    )
+
+
+def test_cost_is_a_geometric_mean_over_workloads() -> None:
+    results = results_of({"a": [[1.0], [1.0]], "sgd": [[1.0], [1.0]]}, {"a": 1.0, "sgd": 1.0})
+    cells = dict(results.cells)
+    for workload, time in (("w0", 1.0), ("w1", 4.0)):
+        cells["a", workload] = dataclasses.replace(cells["a", workload], cost=UpdateCost(time, 0.0, 0.0, 2.0))
+    results = dataclasses.replace(results, cells=cells)
+    [standing] = [each for each in standings(results, "updates", bootstrap(results, "updates")) if each.cost != 1.0]
+    assert standing.cost == pytest.approx(2.0)

@@ -1,0 +1,233 @@
+"""`comparison` in an experiment file: runs, plot and overrides."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from dlopt.sweeps.estimate import Estimate
+from tests.commands.line import Result, dlopt, refused
+
+RECIPE = """\
+# @package _global_
+# A small comparison
+defaults:
+  - /experiment/lecture/_comparison
+  - override /model: mlp
+  - override /schedule: constant
+  - _self_
+
+comparison:
+  title: Widths & 100 % of them
+  see: Wider is better.
+  variants:
+    narrow: ["model.widths=[2]"]
+    wide: ["model.widths=[8]"]
+  along: {}
+  seeds: [0, 1]
+  metrics: [train_loss, val_accuracy]
+  claims:
+    - {claim: Wide networks learn faster, metric: train_loss, lower: wide, than: narrow, factor: 1.0}
+
+name: small
+epochs: 2
+data:
+  subset: 60
+  batch_size: 20
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with a config folder that contains a comparison."""
+    (tmp_path / "myconf" / "experiment").mkdir(parents=True)
+    (tmp_path / "myconf" / "experiment" / "small.yaml").write_text(RECIPE)
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def compare(folder: Path, *typed: str) -> Result:
+    return dlopt(folder, "train", "--config-dir", "../myconf", "experiment=small", *typed)
+
+
+def test_writes_runs_table_and_plot(folder: Path) -> None:
+    result = compare(folder, "hydra.run.dir=out")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[0].startswith("Widths & 100 % of them: 4 runs in ")
+    assert lines[1].startswith("  1/4 narrow, seed 0: train_loss ") and lines[4].startswith("  4/4 wide, seed 1: ")
+    assert lines[5].split() == ["variant", "train_loss", "val_accuracy"]
+    assert lines[8] == "Wider is better." and len(lines) == 12
+    saved = json.loads((folder / "out/comparison.json").read_text())
+    assert lines[9] == saved["claims"][0]["sentence"] and "Wide networks learn faster. Training loss: " in lines[9]
+    assert [row["variant"] for row in saved["rows"]] == ["narrow", "wide"] and saved["seeds"] == [0, 1]
+    last = [json.loads((folder / f"out/{i}/metrics.jsonl").read_text().splitlines()[-1]) for i in range(4)]
+    assert float(lines[6].split()[1]) == pytest.approx((last[0]["train_loss"] + last[1]["train_loss"]) / 2, rel=1e-3)
+    config = yaml.safe_load((folder / "out/3/config.yaml").read_text())
+    assert config["model"]["widths"] == [8] and config["seed"] == 1 and "comparison" not in config
+    with Image.open(folder / "out/comparison.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20) or []) > 50
+    assert (folder / "out/comparison.svg").is_file()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_resumes(folder: Path) -> None:
+    assert compare(folder, "hydra.run.dir=out", "seed=3").code == 0
+    before = (folder / "out/0/summary.json").read_bytes()
+    (folder / "out/1/summary.json").unlink()
+    message = compare(folder, "hydra.run.dir=out", "seed=3")
+    assert message.code == 2 and "this folder contains runs; resume them with resume=auto" in message.err
+    result = compare(folder, "hydra.run.dir=out", "seed=3", "resume=auto")
+    assert result.code == 0 and "2 runs" in result.out
+    assert (folder / "out/0/summary.json").read_bytes() == before
+    assert json.loads((folder / "out/1/summary.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_resume_auto_finds_the_unfinished_comparison(folder: Path) -> None:
+    assert compare(folder, "seed=3", "epochs=1").code == 0
+    [first] = folder.glob("outputs/small/*")
+    assert compare(folder, "seed=3", "epochs=1", "resume=auto").code == 0  # finished: a new one
+    [second] = set(folder.glob("outputs/small/*")) - {first}
+    for path in (first / "1/summary.json", first / "comparison.json"):  # as if it had been killed
+        path.unlink()
+    before = (first / "0/summary.json").read_bytes()
+    other = compare(folder, "seed=3", "epochs=1", "optimizer.lr=0.5", "resume=auto")
+    assert len(list(folder.glob("outputs/small/*"))) == 3 and f"in {first.relative_to(folder)}\n" not in other.out
+    result = compare(folder, "seed=3", "epochs=1", "resume=auto")
+    assert result.code == 0 and f"in {first.relative_to(folder)}\n" in result.out
+    assert (first / "comparison.json").is_file() and (first / "1/summary.json").is_file()
+    assert (first / "0/summary.json").read_bytes() == before and second.is_dir()
+
+
+def change(folder: Path, old: str, new: str) -> None:
+    recipe = folder.parent / "myconf" / "experiment" / "small.yaml"
+    assert old in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(old, new))
+
+
+def test_axis_with_a_diverging_run(folder: Path) -> None:
+    change(folder, "along: {}", "along: {optimizer.lr: [0.1, 1.0e+30]}")
+    one = compare(folder, "epochs=1", "hydra.run.dir=one", "seed=0")
+    assert one.code == 0 and "nan" not in one.err, one.err  # a result, not an error
+    rows = [line.split() for line in one.out.splitlines() if line.startswith(("narrow", "wide"))]
+    assert [row[1] for row in rows] == ["0.1", "1e+30"] * 2
+    assert [row[2] == "diverged" for row in rows] == [False, True] * 2
+    assert (folder / "one/comparison.png").stat().st_size > 10_000
+
+
+def test_stops_at_a_failed_run(folder: Path) -> None:
+    (folder / "out" / "1").mkdir(parents=True)
+    (folder / "out" / "1" / "checkpoints").write_text("no folder")
+    result = compare(folder, "epochs=1", "hydra.run.dir=out", "resume=auto")
+    assert result.code == 1 and "diverged" not in result.out and "  2/4" not in result.out
+    assert not (folder / "out/comparison.png").exists()
+
+
+def test_interrupted_comparison_prints_how_to_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.lab.comparison.command.execute", lambda *_, **__: 75)
+    result = compare(folder, "hydra.run.dir=out")
+    assert (result.code, result.err) == (75, "")
+    assert result.out.splitlines() == [
+        "Widths & 100 % of them: 4 runs in out",
+        "stopped after 0 of 4 runs; resume with resume=auto",
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_metric_that_the_runs_do_not_have_is_no_divergence(folder: Path) -> None:
+    result = compare(folder, "epochs=1", "hydra.run.dir=out", "comparison.metrics=[val_loss,val_macro_f1,gap]")
+    assert result.code == 2 and "comparison.metrics: the runs have no val_macro_f1; they have " in result.err
+    metrics = "comparison.metrics=[val_macro_f1,gap,accuracy_gap,val_error,steps,test_loss]"
+    result = compare(folder, "epochs=1", "hydra.run.dir=two", "seed=0", metrics, "evaluate.metrics=[macro_f1]")
+    assert result.code == 0 and "diverged" not in result.out, result.err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_axis_points_with_several_keys(folder: Path) -> None:
+    change(
+        folder,
+        "along: {}",
+        'along: {size: {"1": ["model.norm=none", "data.batch_size=10"], "2": ["optimizer.lr=0.3"]}}',
+    )
+    result = compare(folder, "epochs=1", "hydra.run.dir=out", "seed=0")
+    assert result.code == 0, result.err
+    saved = [yaml.safe_load((folder / f"out/{i}/config.yaml").read_text()) for i in range(4)]
+    assert [each["data"]["batch_size"] for each in saved] == [10, 20, 10, 20] and saved[3]["optimizer"]["lr"] == 0.3
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", "optimizer.lr=1")
+    assert "optimizer.lr: cannot be overridden; varied by size 2 (optimizer.lr=0.3)" in message
+
+
+@pytest.mark.parametrize("sign", ["", "++"])
+@pytest.mark.usefixtures("undrawn")
+def test_override_replaces_an_axis(folder: Path, sign: str) -> None:
+    change(folder, "along: {}", "along: {optimizer.lr: [0.1, 0.2]}")
+    result = compare(folder, f"{sign}optimizer.lr=0.3", "epochs=1", f"{sign}seed=5")
+    assert result.code == 0, result.err
+    assert "2 runs" in result.out
+    [config] = folder.glob("outputs/small/*/1/config.yaml")
+    saved = yaml.safe_load(config.read_text())
+    assert saved["optimizer"]["lr"] == 0.3 and saved["seed"] == 5
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_claims_about_removed_variants_are_not_evaluated(folder: Path) -> None:
+    change(folder, "than: narrow", "than: thin")
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
+    assert "comparison.claims.0: unknown variant thin; allowed: narrow, wide" in message
+    result = compare(folder, "+comparison.variants.other=['model.norm=none']", "epochs=1", "seed=0")
+    assert "Not evaluated: Wide networks learn faster." in result.out, result.err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_variants_from_the_shell_work_as_the_message_advises(folder: Path) -> None:
+    line = "+comparison.variants.both=[model.widths=[4],model.norm=none]"
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", line)
+    advised = "+comparison.variants.both=['model.widths=[4]','model.norm=none']"
+    assert message.strip().endswith(f'inside the quotes for the shell: "{advised}"')
+    result = compare(folder, advised, "dry_run=true", "seed=0")
+    assert "job 2: experiment=small model.widths=[4] model.norm=none seed=0" in result.out, result.err
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", "+comparison.variants.x='a=1'")
+    assert "allowed: a block {name: a list [a,b,...], each a string}" in message
+
+
+def test_comparison_null_trains_once(folder: Path) -> None:
+    result = compare(folder, "comparison=null", "epochs=1", "hydra.run.dir=single")
+    assert result.code == 0, result.err
+    assert (folder / "single/summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("model.widths=[4]", "model.widths: cannot be overridden; varied by narrow (model.widths=[2])"),
+        ("comparison.metrics=[]", "comparison.metrics: needs at least one entry"),
+        ("comparison.x=hours", "comparison.x=hours: "),
+        ("comparison.sees=x", "comparison.sees"),
+        ("comparison=3", "comparison=3: allowed: a mapping, or null"),
+        ("optimizer.lr=-1", "optimizer.lr=-1: "),
+        ("epochs=2,3", "epochs=2,3: several values need -m"),
+        ("comparison.metrics=[val_loss,valloss]", "comparison.metrics: unknown metric valloss"),
+    ],
+)
+def test_refused_before_writing(folder: Path, typed: str, message: str) -> None:
+    assert message in refused(folder, "train", "--config-dir", "../myconf", "experiment=small", typed)
+
+
+@pytest.mark.parametrize(
+    "line", ["allow_packages=[os]", "hydra.job.env_set.A=1", "+hydra.job.chdir=true", "resume=auto"]
+)
+def test_refuses_protected_keys_in_files(folder: Path, line: str) -> None:
+    change(folder, '["model.widths=[2]"]', f'["{line}"]')
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
+    assert f"comparison: {line}: may only be given on the command line" in message
+
+
+def test_dry_run_lists_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.sweeps.estimate.estimate_job", lambda *_: Estimate(30.0, 30.0))
+    result = compare(folder, "dry_run=true")
+    assert result.code == 0, result.err
+    assert [line for line in result.out.splitlines() if "job 3: " in line and "model.widths=[8]" in line]
+    assert "4 jobs of about 30.0 s each" in result.out and list(folder.iterdir()) == []

@@ -1,0 +1,104 @@
+"""Measures of networks against their definitions on networks with known answers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.errors import UserError
+from dlopt.lab.comparison import measures
+from dlopt.training.build import Workload, build_workload
+from tests.training.runs import experiment
+
+LINES = ("data.subset=64", "data.val_split=0.0", "data.batch_size=16", "threads=1")
+
+
+def workload(*more: str, model: tuple[str, ...] = ("model=mlp", "model.widths=[6,5]")) -> Workload:
+    return build_workload(experiment(*LINES, *model, *more))
+
+
+def test_only_batch_norm_makes_samples_dependent() -> None:
+    plain, layer, batch = (workload(f"model.norm={norm}") for norm in ("none", "layer", "batch"))
+    for each in (plain, layer):
+        assert measures.sample_dependence(each) < 1e-4 and measures.gradient_bias(each) < 1e-4
+    assert measures.sample_dependence(batch) > 0.1
+    sizes = (2, 8, 64, 100, "full")
+    biases = [measures.gradient_bias(workload("model.norm=batch", f"data.batch_size={size}")) for size in sizes]
+    assert biases[0] > biases[1] > 1e-2 and max(biases[2:]) < 1e-4  # from 64 on, all samples are in one batch
+    statistics = [buffer.clone() for buffer in batch.module.buffers()]
+    measures.sample_dependence(batch)
+    assert all(torch.equal(a, b) for a, b in zip(statistics, batch.module.buffers(), strict=True))
+
+
+def test_gradient_ratio_of_a_deep_network_vanishes() -> None:
+    deep = workload("model.norm=none", f"model.widths={[8] * 12}", "model.activation=sigmoid")
+    assert measures.gradient_ratio(deep) < 1e-6 < 0.1 < measures.gradient_ratio(workload("model.norm=none"))
+
+
+def _set(module: nn.Module, **values: Any) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            dict(module.named_parameters())[name.replace("__", ".")].copy_(torch.as_tensor(value))
+
+
+def test_units_without_outgoing_weights_are_idle() -> None:
+    made = workload("model.norm=none", "model.widths=[4]")
+    weights = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    weights[:, 2:] = 0
+    _set(made.module, head__weight=weights, layer1__linear__bias=[1.0] * 4)
+    assert measures.idle_units(made) == pytest.approx(0.5)
+    loss, without = measures._losses_without_units(made)
+    assert without[2:].tolist() == pytest.approx([loss, loss])
+    bias = weights[:, :1].clone()
+    weights[:, 0] = 0
+    _set(made.module, head__weight=weights)
+    removed = measures._losses_without_units(made)[0]
+    assert float(without[0]) == pytest.approx(removed) and float(bias.norm()) > 0
+    assert measures.unit_dependence(made) == pytest.approx(
+        float((measures._losses_without_units(made)[1] / removed - 1).mean())
+    )
+
+
+def test_input_sensitivity_of_a_linear_model_is_the_norm_of_its_weights() -> None:
+    made = workload("model.norm=none", "model.widths=[]")
+    weight = dict(made.module.named_parameters())["head.weight"]
+    assert measures.input_sensitivity(made) == pytest.approx(float(weight.detach().norm()), rel=1e-5)
+
+
+def test_memory_gradient_is_the_product_of_the_recurrent_weights() -> None:
+    data = ("data=copying", "data.length=6", "data.noise=0", "normalize=none")
+    made = workload(*data, model=("model=rnn", "model.hidden=4"))
+    names = dict(made.module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in names.items():
+            if "input" in name:
+                parameter.zero_()
+            elif name.endswith("hidden.weight"):
+                parameter.copy_(0.5 * torch.eye(4))
+    assert measures.memory_gradient(made) == pytest.approx(0.5**4, rel=1e-4)  # tanh'(0) = 1; five states, four steps
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("memory_gradient", ("model=mlp",)),
+        ("unit_dependence", ("model=mlp", "model.widths=[]")),
+        ("idle_units", ("model=vit", "model.depth=1", "model.width=8", "model.heads=2")),
+    ],
+)
+def test_models_without_the_measured_quantity_are_refused(name: str, model: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=f"comparison.metrics: .*{name}.* need"):
+        getattr(measures, name)(workload(model=model))
+
+
+def test_texts_have_no_input_sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "_samples", lambda workload: (torch.ones(2, 3, dtype=torch.long), torch.ones(2)))
+    with pytest.raises(UserError, match=r"comparison\.metrics: input_sensitivity needs data of real numbers"):
+        measures.input_sensitivity(workload())
+
+
+def test_dependence_of_few_samples() -> None:
+    data = ("data=linear", "data.train_size=5", "data.batch_size=16", "loss=mse", "normalize=none", "threads=1")
+    few = build_workload(experiment(*data, "model=mlp", "model.widths=[6]", "model.norm=batch"))
+    assert measures.sample_dependence(few) < 1e-4  # all samples are in every batch

@@ -1,0 +1,145 @@
+"""Comparison of configurations over seeds, against scipy."""
+
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from dlopt.results.leaderboard import (
+    Entry,
+    Seeds,
+    direction_of,
+    front,
+    leaderboard,
+    paired_difference,
+    statistic,
+    student_t,
+)
+
+
+def entry(lr: float, seed: int, accuracy: float | None, status: str = "finished", **more: Any) -> Entry:
+    config = {"seed": seed, "init_seed": seed, "optimizer": {"lr": lr}, "threads": seed + 1}
+    metrics = {"status": status, "best_val_accuracy": accuracy, "test_accuracy": 0.5, **more}
+    return Entry(f"{lr}/{seed}", config, metrics, [f"optimizer.lr={lr}", f"seed={seed}", "epochs=3", f"threads={seed}"])
+
+
+def test_groups_seeds_of_a_configuration() -> None:
+    runs = [entry(lr, seed, 0.9 + lr + 0.01 * seed) for lr in (0.01, 0.02) for seed in range(5)]
+    board = leaderboard(runs)
+    assert board.metric == "best_val_accuracy" and board.direction == "maximize"
+    assert [row.label for row in board.rows] == ["optimizer.lr=0.02", "optimizer.lr=0.01"]
+    best, second = board.rows
+    assert best.value is not None and best.value.count == 5 and best.difference is None
+    assert best.value.mean == pytest.approx(0.94)
+    assert best.value.std == pytest.approx(stats.tstd([0.92, 0.93, 0.94, 0.95, 0.96]))
+    assert second.difference is not None and second.difference.mean == pytest.approx(-0.01)
+    assert second.difference.low == pytest.approx(-0.01)  # seeds have the same effect on both: zero variance
+
+
+def test_groups_equal_settings_of_different_types() -> None:
+    runs = [entry(lr, seed, 0.9) for seed, lr in enumerate((1, 1.0, True))]
+    runs += [Entry(str(betas), {"betas": betas, "seed": i}, {}) for i, betas in enumerate(([0, 0.9], [0.0, 0.9]))]
+    assert sorted(len(row.runs) for row in leaderboard(runs).rows) == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "key", ["compile", "check", "profile", "diagnostics", "recovery.attempts", "data.root", "name", "max_time"]
+)
+def test_keys_of_the_machine_and_of_logging_split_no_row(key: str) -> None:
+    def runs(key: str) -> list[Entry]:
+        found = [entry(lr, seed, 0.9 + lr) for lr in (0.01, 0.02) for seed in range(3)]
+        return [replace(each, config={**each.config, key: each.config["seed"]}, overrides=()) for each in found]
+
+    rows = leaderboard(runs(key)).rows
+    assert [len(row.runs) for row in rows] == [3, 3]
+    assert rows[1].difference is not None and rows[1].difference.count == 3  # pairs of seeds
+    assert len(leaderboard(runs("parallel.processes")).rows) == 6  # parallel modes are compared by their speed
+
+
+def test_repetitions_of_a_run_do_not_shrink_the_spread() -> None:
+    runs = [entry(0.1, seed, accuracy) for seed, accuracy in ((0, 0.8), (1, 0.9), (1, 0.9), (1, 0.85))]
+    [row] = leaderboard(runs).rows
+    assert row.value == statistic([0.8, 0.9, 0.85])  # 0.85 with seed 1: not deterministic
+
+
+def test_a_seed_of_one_side_does_not_prevent_pairing() -> None:
+    a = {(("seed", seed),): 1.0 + seed for seed in range(3)}
+    b = {(("optimizer.seed", 0), ("seed", seed)): 0.5 + seed for seed in range(3)}
+    for result in (paired_difference(a, b), paired_difference({key: -value for key, value in b.items()}, a)):
+        assert result is not None and result.count == 3
+    assert paired_difference(a, b).mean == 0.5  # type: ignore[union-attr]
+    noisy = {(("optimizer.seed", seed), ("seed", 0)): 1.0 for seed in range(3)}  # runs that differ in it only
+    assert paired_difference(noisy, a) is None
+
+
+def test_paired_difference_matches_scipy() -> None:
+    draw = random.Random(0)
+    a: dict[Seeds, float] = {(("seed", i),): draw.gauss(0, 1) for i in range(7)}
+    b: dict[Seeds, float] = {(("seed", i),): draw.gauss(0.3, 1) for i in range(1, 9)}
+    shared = sorted(a.keys() & b.keys())
+    interval = stats.ttest_rel([a[k] for k in shared], [b[k] for k in shared]).confidence_interval(0.95)
+    result = paired_difference(a, b)
+    assert result is not None and result.count == 6
+    assert (result.low, result.high) == pytest.approx((interval.low, interval.high))
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 4, 30])
+def test_student_t_matches_scipy(degrees: int) -> None:
+    assert student_t(0.95, degrees) == pytest.approx(stats.t.ppf(0.975, degrees))
+
+
+def test_statistics_of_few_values() -> None:
+    assert statistic([]) is None
+    one = statistic([2.0])
+    assert one is not None and (one.mean, one.std, one.count) == (2.0, None, 1)
+    key: Seeds = (("seed", 0),)
+    assert paired_difference({key: 1.0}, {}) is None
+    single = paired_difference({key: 1.0}, {key: 0.5})
+    assert single is not None and (single.mean, single.low) == (0.5, None)
+
+
+def test_excludes_failed_pruned_and_unfinished_runs() -> None:
+    runs = [
+        entry(0.1, 0, 0.8),
+        entry(0.1, 1, None, "failed"),
+        entry(0.2, 0, math.nan),
+        entry(0.3, 0, 0.99, "stopped_early", pruned=True),
+        entry(0.4, 0, 0.99, "interrupted"),
+        entry(0.5, 0, 0.7, "stopped_early"),
+    ]
+    board = leaderboard(runs)
+    assert [row.label for row in board.rows[:2]] == ["optimizer.lr=0.1", "optimizer.lr=0.5"]
+    assert [row.value for row in board.rows[2:]] == [None] * 3
+    assert board.rows[0].failed == 1 and board.rows[0].value == statistic([0.8])
+    assert leaderboard([]).rows == ()
+
+
+def test_does_not_rank_by_test_metrics() -> None:
+    runs = [entry(0.1, 0, 0.8, test_accuracy=0.1), entry(0.2, 0, 0.7, test_accuracy=0.9)]
+    assert leaderboard(runs).rows[0].label == "optimizer.lr=0.1"
+
+
+def test_minimizes_losses() -> None:
+    runs = [entry(0.1, 0, None, best_val_loss=2.0), entry(0.2, 0, None, best_val_loss=1.0)]
+    board = leaderboard(runs)
+    assert (board.metric, board.direction, board.rows[0].label) == ("best_val_loss", "minimize", "optimizer.lr=0.2")
+    assert (direction_of("test_accuracy"), direction_of("seconds")) == ("maximize", "minimize")
+
+
+def test_pareto_front() -> None:
+    points = [(0.9, 10.0), (0.8, 5.0), (0.7, 7.0), (0.9, 12.0), (0.9, 10.0)]
+    assert front(points, ["maximize", "minimize"]) == [0, 1, 4]
+
+
+def test_statistics_of_diverged_runs_do_not_overflow() -> None:
+    result = statistic([1e200, 3e200])  # a perplexity, whose square is out of range
+    assert result is not None and result.mean == 2e200 and result.std == pytest.approx(math.sqrt(2) * 1e200)
+    assert entry(0.1, 0, 1e305).metric("best_val_accuracy") is None  # nor do sums
+
+
+def test_a_limit_of_time_distinguishes_no_configurations() -> None:
+    runs = [Entry(str(seed), {"seed": seed, "max_time": 10 * seed}, {"status": "finished"}) for seed in range(3)]
+    assert len(leaderboard(runs).rows) == 1

@@ -1,0 +1,359 @@
+"""The page in a real browser."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.results.page import page, page_data
+from dlopt.results.reading import RunReader
+from dlopt.results.table import Table, band, fastest, gather, time_to_target
+from tests.results.browser import chromium, narrow
+from tests.results.folders import make_run
+from tests.support.requires import requires
+
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+pytestmark = pytest.mark.slow
+EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """adamw and sgd at four rates, three seeds each; sgd at 10 fails with HTML markup as the reason."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tops = {("sgd", 0.01): 0.6, ("sgd", 0.1): 0.8, ("sgd", 1.0): 0.7, ("sgd", 10.0): 0.2,
+            ("adamw", 0.001): 0.75, ("adamw", 0.01): 0.9, ("adamw", 0.1): 0.85, ("adamw", 1.0): 0.3}  # fmt: skip
+    for i, ((optimizer, lr), top) in enumerate(tops.items()):
+        for seed in range(3):
+            make_run(
+                folder / f"{i}-{seed}", optimizer=optimizer, lr=lr, seed=seed, test=0.5 + i / 100,
+                accuracies=(0.1, top / 2, top + 0.01 * (seed - 1)), status="failed" if lr == 10 else "finished",
+                reason=EVIL, seconds=1 + 0.1 * seed,
+            )  # fmt: skip
+    (folder / "0-0/summary.json").write_text("{")
+    return gather(*RunReader().read([folder]))
+
+
+@pytest.fixture(scope="module")
+def file(table: Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "index.html"
+    path.write_text(page(page_data(table, title=EVIL, made="now", target=0.7, test=False, refresh=None)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with chromium(tmp_path_factory.mktemp("profile")) as result:
+        yield result
+
+
+@pytest.fixture
+def shown(browser: Any, file: Path) -> Iterator[Any]:
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.get("about:blank")
+    browser.get(file.as_uri())
+    yield browser
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+
+
+def column(browser: Any, name: str) -> list[str]:
+    script = """
+        const heads = [...document.querySelectorAll("#leaderboard th")];
+        const i = heads.findIndex((head) => head.dataset.column === arguments[0]);
+        return [...document.querySelectorAll("#leaderboard tbody tr")].map((row) => row.cells[i].textContent);"""
+    result: list[str] = browser.execute_script(script, name)
+    return result
+
+
+def press(browser: Any, selector: str) -> None:
+    browser.execute_script("document.querySelector(arguments[0]).click()", selector)
+
+
+def text(browser: Any, selector: str) -> str:
+    return str(browser.execute_script("return document.querySelector(arguments[0]).innerText", selector))
+
+
+def hover(browser: Any, selector: str, x: float, y: float) -> str:
+    """Returns the tooltip with the pointer at a fraction of an element's width and height."""
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    element = browser.find_element(By.CSS_SELECTOR, selector)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    box = element.rect
+    offset = round((x - 0.5) * box["width"]), round((y - 0.5) * box["height"])
+    ActionChains(browser).move_to_element_with_offset(element, *offset).perform()
+    return text(browser, "#tip")
+
+
+def test_leaderboard_has_the_order_of_the_table(shown: Any, table: Table) -> None:
+    assert column(shown, "rank") == [str(i) for i in range(1, 9)]
+    assert column(shown, "key optimizer.lr")[:3] == ["0.01", "0.1", "0.1"]
+    assert column(shown, "val_accuracy")[0] == "90.00 ± 1.00 %"
+    assert column(shown, "difference")[1] == "−5.00 [−5.00, −5.00]"
+    assert "3 failed" in column(shown, "runs")[-1]
+    assert text(shown, "#title").startswith("<img") and "Unreadable" in text(shown, "#damaged")
+
+
+def test_every_column_sorts_both_ways(shown: Any) -> None:
+    ids = shown.execute_script(
+        "return [...document.querySelectorAll('th[data-column]')].map((each) => each.dataset.column)"
+    )
+    assert {"rank", "key optimizer", "key optimizer.lr", "val_accuracy", "val_loss", "difference"} <= set(ids)
+    for name in ids:
+        for _ in range(2):
+            press(shown, f"th[data-column='{name}'] button")
+            direction = shown.execute_script(
+                "return document.querySelector(arguments[0]).ariaSort", f"th[data-column='{name}']"
+            )
+            cells = column(shown, name)
+            known = [cell for cell in cells if cell not in ("–", "")]
+            values = [float(c.split()[0].replace("−", "-")) if name != "key optimizer" else c for c in known]
+            if name != "runs":
+                assert values == sorted(values, reverse=direction == "descending"), name
+            assert cells[: len(known)] == known, "missing values are last"
+
+
+def test_filters_hide_and_restore_rows(shown: Any) -> None:
+    press(shown, "input[data-key='optimizer'][data-value='sgd']")
+    assert set(column(shown, "key optimizer")) == {"adamw"} and "4 of 8 configurations" in text(shown, "#filtered")
+    press(shown, "input[data-key='optimizer.lr'][data-value='0.01']")
+    assert "0.01" not in column(shown, "key optimizer.lr") and len(column(shown, "rank")) == 3
+    shown.refresh()  # the URL hash keeps the state
+    assert len(column(shown, "rank")) == 3
+    press(shown, "#clear")
+    assert len(column(shown, "rank")) == 8
+
+
+def test_shows_test_metrics_for_the_first_row_only(shown: Any) -> None:
+    assert "test accuracy 55.00 ± 0.00 %" in text(shown, "#selected").replace("\n", " ")
+    press(shown, "tr[data-rank='2']")
+    assert "#2" in text(shown, "#selected") and "test accuracy" not in text(shown, "#selected")
+    assert "for the first row only" in text(shown, "#selected")
+    assert "dlopt train -m optimizer=adamw optimizer.lr=0.1 seed=0,1,2" in text(shown, "#selected")
+
+
+def select(browser: Any, name: str, value: str) -> None:
+    script = """
+        const select = document.querySelector(`[data-choice=${arguments[0]}]`);
+        select.value = arguments[1];
+        select.dispatchEvent(new Event("change"));"""
+    browser.execute_script(script, name, value)
+
+
+def test_tooltips_show_curve_values(shown: Any, table: Table) -> None:
+    result = hover(shown, "#curves-chart .u-over", 0.95, 0.3)
+    assert result.startswith("epoch 3") and "#1 optimizer=adamw lr=0.01" in result
+    row = band(table.rows[0].records, "val_accuracy", "epoch", "range")
+    assert row is not None
+    expected = f"{100 * row.mean[-1]:.2f} % [{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3"
+    assert expected in result and expected == "90.00 % [89.00 %, 91.00 %] of 3"
+    assert len(result.splitlines()) > 6
+    select(shown, "band", "confidence")
+    row = band(table.rows[0].records, "val_accuracy", "epoch", "confidence")
+    assert row is not None
+    expected = f"[{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3"
+    assert expected in hover(shown, "#curves-chart .u-over", 0.95, 0.3)
+    for x, name in (("seconds", "seconds"), ("step", "updates")):
+        select(shown, "x", x)
+        assert hover(shown, "#curves-chart .u-over", 0.5, 0.5).startswith(name)
+    assert hover(shown, "#rates-chart .u-over", 0.5, 0.5).startswith("updates")
+    assert hover(shown, "#sensitivity-chart .u-over", 0.4, 0.5).startswith("learning rate")
+    press(shown, "#log")
+    press(shown, "#curves .legend button")
+    assert "#1 " not in hover(shown, "#curves-chart .u-over", 0.5, 0.5)
+    assert shown.execute_script("return document.querySelectorAll(\"#curves [aria-pressed='false']\").length") == 1
+
+
+def test_curves_against_seconds_match_those_of_the_image_files(shown: Any, table: Table) -> None:
+    """Slower seeds are 1, 1.1 and 1.2 s per epoch: an epoch takes 1.1 s on average."""
+    select(shown, "x", "seconds")
+    row = band(table.rows[0].records, "val_accuracy", "seconds", "range")
+    assert row is not None and row.x.tolist() == pytest.approx([1.1, 2.2, 3.3])
+    for at, x, mean in ((0.02, 1.1, row.mean[0]), (0.5, 2.2, row.mean[1]), (0.98, 3.3, row.mean[2])):
+        result = hover(shown, "#curves-chart .u-over", at, 0.5)
+        seconds, label, reading = result.splitlines()[:3]  # the best is first; others are 0.05 s per epoch slower
+        assert float(seconds.split()[1]) == pytest.approx(x, abs=0.16)
+        assert label.startswith("#1 ") and reading.startswith(f"{100 * mean:.2f} %")
+
+
+def test_zoom_by_dragging_and_by_keys(shown: Any) -> None:
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.common.by import By
+
+    def read(*keys: str) -> str:
+        ActionChains(shown).send_keys(*keys).perform()
+        return text(shown, "#tip").partition("\n")[0]
+
+    chart = shown.find_element(By.CSS_SELECTOR, "#curves-chart .u-over")
+    shown.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+    width, hidden = chart.rect["width"], "return document.querySelector('#curves-chart .reset').hidden"
+    assert shown.execute_script(hidden)
+    drag = ActionChains(shown).move_to_element_with_offset(chart, round(-0.1 * width), 0)
+    drag.click_and_hold().move_by_offset(round(0.6 * width), 3).release().perform()
+    assert not shown.execute_script(hidden)
+    shown.execute_script("document.querySelector('#curves-chart .plot').focus()")
+    assert read(Keys.HOME) == "epoch 2"
+    press(shown, "#log")  # draws another chart, without the zoom
+    shown.execute_script("document.querySelector('#curves-chart .plot').focus()")
+    assert read(Keys.ARROW_RIGHT) == "epoch 1" and read(Keys.ARROW_RIGHT) == "epoch 2" and read(Keys.END) == "epoch 3"
+    assert read("+") and not shown.execute_script(hidden) and read(Keys.HOME) == "epoch 2"
+    assert read("0", Keys.HOME) == "epoch 1" and shown.execute_script(hidden)
+
+
+def test_plots_the_checked_rows_in_constant_colours(shown: Any) -> None:
+    def colours(selector: str) -> dict[str, str]:
+        script = """
+            return [...document.querySelectorAll(arguments[0])].map((each) =>
+                [each.closest("tr, span, button").textContent.trim(), each.getAttribute("stroke")])"""
+        return dict(shown.execute_script(script, selector))
+
+    before = colours("#curves .legend line")
+    assert len(before) == 6
+    first = next(iter(before))
+    best = {name: next(before[row] for row in before if f"optimizer={name}" in row) for name in ("adamw", "sgd")}
+    assert {name.split(",")[0]: colour for name, colour in colours("#sensitivity .legend line").items()} == best
+    press(shown, "tr[data-rank='1'] input")
+    assert colours("#curves .legend line") == {row: colour for row, colour in before.items() if row != first}
+    press(shown, "tr[data-rank='7'] input")
+    after = colours("#curves .legend line")
+    assert len(after) == 6 and before.items() - after.items() == {(first, before[first])}
+    assert list(after.values()) == list(before.values())  # in the colour that became free
+
+
+def test_columns_that_do_not_fit_are_hidden_by_name_until_they_are_chosen(shown: Any) -> None:
+    is_cut = """
+        const scroll = document.querySelector("#leaderboard .scroll"), frame = scroll.parentElement;
+        return [scroll.scrollWidth > scroll.clientWidth + 2, frame.classList.contains("more")]"""
+    heads = "return [...document.querySelectorAll('#leaderboard th')].map((head) => head.dataset.column)"
+    for width in (1700, 1000):
+        narrow(shown, width)
+        shown.refresh()
+        WebDriverWait(shown, 20).until(lambda page: page.execute_script(is_cut) == [False, False])
+        names = "training" in text(shown, "#leaderboard .columns summary")
+        assert names == (width == 1000) != ("train_loss" in shown.execute_script(heads))
+    for name in ("train_loss", "train_accuracy"):
+        press(shown, f"[data-show='{name}']")
+    assert {"train_loss", "train_accuracy"} <= set(shown.execute_script(heads))
+    WebDriverWait(shown, 20).until(lambda page: page.execute_script(is_cut) == [True, True])
+    press(shown, "[data-show='val_loss']")
+    assert "val_loss" not in shown.execute_script(heads)
+
+
+def test_dark_screen_and_white_paper(shown: Any) -> None:
+    """The charts follow the colours of the page; paper is white, whatever the screen."""
+    shown.execute_script("""
+        window.printed = null;
+        addEventListener("beforeprint", () => { window.printed = [
+            getComputedStyle(document.documentElement).getPropertyValue("--paper"),
+            document.querySelector("#curves-chart canvas").width]; });""")
+    pixels = "return document.querySelector('#curves-chart canvas').toDataURL()"
+    light = shown.execute_script(pixels)
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    try:
+        shown.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+        WebDriverWait(shown, 20).until(lambda page: page.execute_script(pixels) != light)
+        assert shown.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
+        shown.execute_cdp_cmd("Page.printToPDF", {})
+        assert shown.execute_script("return window.printed") == ["#ffffff", 1380]
+        assert shown.execute_script("return document.documentElement.className") == ""
+    finally:
+        shown.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_time_to_target_matches_metrics(shown: Any, table: Table) -> None:
+    def rows() -> dict[str, list[str]]:
+        script = """
+            const rows = [...document.querySelectorAll("#times tbody tr")];
+            return rows.map((row) => [...row.cells].map((cell) => cell.textContent));"""
+        return {cells[0]: cells[2:] for cells in shown.execute_script(script)}
+
+    for target in (70, 42, 85):
+        shown.execute_script(
+            """
+            const input = document.querySelector("#target");
+            input.value = arguments[0];
+            input.dispatchEvent(new Event("change"));""",
+            target,
+        )
+        result = rows()
+        for rank, row in enumerate(table.rows, 1):
+            expected = time_to_target(row, "val_accuracy", target / 100)
+            reached, steps, _ = result[str(rank)]
+            assert reached == f"{expected.count} of {expected.runs}"
+            assert steps.split(" ")[0] == ("–" if expected.steps is None else f"{expected.steps.mean:.4g}")
+        ranks = [str(table.rows.index(row) + 1) for row, _ in fastest(table, target / 100)]
+        assert list(result)[: len(ranks)] == ranks
+
+
+def test_parallel_coordinates_highlight_brushed_lines(shown: Any) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    kept = "return document.querySelectorAll('#parallel-chart path.kept').length"
+    assert shown.execute_script(kept) == 7
+    handle = shown.find_element(By.CSS_SELECTOR, "[data-axis='val_accuracy']")
+    shown.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
+    half = handle.rect["height"] / 2
+    drag = ActionChains(shown).move_to_element_with_offset(handle, 0, round(-half + 3))
+    drag.click_and_hold().move_by_offset(0, round(half * 0.4)).release().perform()
+    assert 0 < shown.execute_script(kept) < 7
+    ActionChains(shown).move_to_element_with_offset(handle, 0, 0).click().perform()
+    assert shown.execute_script(kept) == 7
+
+
+def test_failed_runs_show_reason_as_plain_text(shown: Any) -> None:
+    assert text(shown, "#failed").count("<img src=x onerror=alert(1)>") == 3
+    assert shown.execute_script("return document.images.length") == 0
+
+
+def test_fits_the_width_of_a_phone(shown: Any) -> None:
+    narrow(shown)
+    shown.refresh()
+    assert shown.execute_script("return document.documentElement.scrollWidth <= innerWidth"), (
+        "the page scrolls sideways"
+    )
+    heads = "return [...document.querySelectorAll('th')].slice(1, 3).map((head) => head.dataset.column)"
+    assert shown.execute_script(heads) == ["rank", "val_accuracy"]
+    small = shown.execute_script("""
+        return [...document.querySelectorAll("p, td, th, li, svg text")].filter((each) => each.textContent.trim() &&
+            each.getClientRects().length && parseFloat(getComputedStyle(each).fontSize) < 11).length""")
+    assert small == 0
+
+
+def test_watched_page_reloads(browser: Any, table: Table, tmp_path: Path) -> None:
+    path = tmp_path / "index.html"
+    data = page_data(table, title="before", made="now", target=0.7, test=False, refresh=3)
+    path.write_text(page(data))
+    browser.get(path.as_uri())
+    path.write_text(page({**data, "title": "after"}))
+    from selenium.common.exceptions import WebDriverException
+
+    wait = WebDriverWait(browser, 60, ignored_exceptions=[WebDriverException])  # while the page changes
+    wait.until(lambda result: result.title == "after")
+    browser.get("about:blank")
+
+
+def test_page_without_data(browser: Any, tmp_path: Path) -> None:
+    make_run(tmp_path / "0", accuracies=(), status=None)
+    for i, result in enumerate((gather(*RunReader().read([tmp_path])), gather([], []))):
+        path = tmp_path / f"{i}.html"
+        path.write_text(page(page_data(result, title="t", made="now", target=None, test=False, refresh=None)))
+        browser.get(path.as_uri())
+        assert json.dumps(browser.get_log("browser")) == "[]"
+        assert text(browser, "#counts")
+
+
+@requires("node")
+def test_small_losses_are_not_rounded_to_zero() -> None:
+    source = (files("dlopt.results") / "page" / "base.js").read_text(encoding="utf-8")
+    functions = source[source.index("function formatNumber") : source.index("function formatValue")]
+    values = 'formatStatistic("val_loss", [2.18e-5, 4.4e-7, 3]), formatDifference("val_loss", -1.9e-6), '
+    values += 'formatMetric("val_loss", 0.5), formatMetric("val_loss", 0), formatDifference("val_accuracy", 0.012)'
+    script = f"{functions}\nconsole.log(JSON.stringify([{values}]))"
+    output = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout
+    assert json.loads(output) == ["2.18e-5 ± 4.4e-7", "−1.9e-6", "0.5000", "0.0000", "+1.20"]

@@ -1,0 +1,108 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from dlopt.results import drawing
+from dlopt.results.drawing import metric_label
+from dlopt.results.plots import PLOTS, plots
+from dlopt.results.table import Table
+from tests.results.folders import TARGETS, make_run, table
+
+
+def sweep(folder: Path, tops: dict[tuple[str, float], float], seeds: int = 2) -> Table:
+    for (optimizer, lr), top in tops.items():
+        for seed in range(seeds):
+            accuracies = (0.5, top + 0.01 * seed)
+            make_run(folder / f"{optimizer}-{lr}-{seed}", optimizer=optimizer, lr=lr, seed=seed, accuracies=accuracies)
+    return table(folder)
+
+
+def test_plots_everything_with_data(tmp_path: Path) -> None:
+    tops = {(o, lr): 0.5 + 0.1 * (o == "sgd") + 0.05 * i for i, lr in enumerate((0.01, 0.1, 1.0)) for o in TARGETS}
+    result = plots(sweep(tmp_path, tops), 0.6)
+    assert set(result) == set(PLOTS) - {"learning_curves_updates"}  # epochs have equal lengths
+    [axis] = result["learning_curves"].axes
+    assert axis.get_xlabel() == "epoch" and axis.get_ylabel() == "validation accuracy [%]"
+    best = axis.get_lines()[0]
+    assert list(best.get_ydata()) == pytest.approx([50, 70.5]) and best.get_label() == "optimizer=sgd lr=1"
+    [legend] = result["learning_curves"].legends
+    assert legend.get_title().get_text() == "mean of 2 runs each; band: lowest to highest run"
+    for figure in result.values():
+        figure.savefig(io.BytesIO(), format="pdf")
+    assert set(plots(sweep(tmp_path, {}), 0.6, ["importance"])) == {"importance"}
+
+
+def test_long_names_stay_inside_the_figure(tmp_path: Path) -> None:
+    for i in range(6):
+        weights = f"outputs/pretrained_{i}/2026-11-22_10-00-00/checkpoints/best.pt"
+        config = {"init_from": weights, "optimizer.weight_decay": 0.001 * i, "model.widths": [8] * (10 + i)}
+        make_run(tmp_path / str(i), lr=0.1 * (i + 1), config=config, accuracies=(0.5, 0.8 + 0.01 * i))
+    for name, figure in plots(table(tmp_path), 0.7, ["learning_curves", "time_to_target"]).items():
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()
+        assert box.x0 >= 0 and box.x1 <= figure.get_figwidth(), name
+        assert box.y0 >= 0 and box.y1 <= figure.get_figheight() + 0.1, name
+
+
+def test_tick_labels_do_not_overlap(tmp_path: Path) -> None:
+    for i, lr in enumerate((0.1, 0.101, 0.102, 0.5)):
+        make_run(tmp_path / str(i), lr=lr, config={"optimizer.weight_decay": 0.1 * i})
+    [axis] = plots(table(tmp_path), None, ["parallel_coordinates"])["parallel_coordinates"].axes
+    rates = [note for note in axis.texts if note.xy[0] == 0]  # type: ignore[attr-defined]
+    assert [note.get_text() for note in rates] == ["0.5", "0.102"]
+
+
+def test_optimizers_have_the_colours_of_their_best_configurations(tmp_path: Path) -> None:
+    """The eighth row is not among the curves, so its optimizer has a colour that no curve has."""
+    tops = {("adamw", 0.01 * i): 0.9 - 0.01 * i for i in range(1, 8)} | {("sgd", 0.1): 0.3, ("sgd", 0.01): 0.2}
+    result = plots(sweep(tmp_path, tops), None)
+    curves = [line.get_color() for line in result["learning_curves"].axes[0].get_lines()]
+    assert "optimizer=adamw" in str(result["learning_curves"].axes[0].get_lines()[0].get_label())
+    adamw, sgd = (bars.lines[0].get_color() for bars in result["lr_sensitivity"].axes[0].containers)
+    assert adamw == curves[0] and sgd not in curves
+
+
+def test_plots_against_updates_where_epochs_differ(tmp_path: Path) -> None:
+    make_run(tmp_path / "0")
+    folder = make_run(tmp_path / "1", config={"data.batch_size": 128})
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    halved = [json.dumps(line | {"step": line["step"] // 2}) + "\n" for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(halved))
+    assert "learning_curves_updates" in plots(table(tmp_path), None)
+
+
+def test_pale_bars_of_configurations_that_do_not_always_reach_the_target(tmp_path: Path) -> None:
+    for lr, tops in ((0.1, (0.8, 0.8)), (0.2, (0.9, 0.5))):
+        for seed, top in enumerate(tops):
+            make_run(tmp_path / f"{lr}-{seed}", lr=lr, seed=seed, accuracies=(top,))
+    result = plots(table(tmp_path), 0.8)["time_to_target"]
+    assert [bar.get_alpha() for bar in result.axes[0].patches] == [0.4, 1.0]  # from the bottom
+    assert [label.get_text() for label in result.axes[0].get_yticklabels()] == ["lr=0.2  (1/2)", "lr=0.1  (2/2)"]
+    assert "time to validation accuracy ≥ 80 %" in result.get_suptitle()
+
+
+def test_single_run_has_only_curves(tmp_path: Path) -> None:
+    make_run(tmp_path / "0")
+    assert set(plots(table(tmp_path), None)) == {"learning_curves", "learning_curves_seconds", "learning_rates"}
+
+
+def test_metric_labels() -> None:
+    assert metric_label("val_accuracy") == "validation accuracy" and metric_label("train_loss") == "training loss"
+
+
+def test_losses_of_diverging_rates_have_a_logarithmic_axis(tmp_path: Path) -> None:
+    for lr, loss in {0.1: 0.2, 1.0: 0.3, 10.0: 1e4}.items():
+        make_run(tmp_path / str(lr), lr=lr, accuracies=(1 - loss,), losses=(loss,))
+    for by, scale in (("val_loss", "log"), ("val_accuracy", "linear")):
+        [figure] = plots(table(tmp_path, by), None, ["lr_sensitivity"]).values()
+        assert figure.axes[0].get_yscale() == scale
+
+
+def test_names_are_no_mathtext(tmp_path: Path) -> None:
+    for i in range(8):
+        name, config = f"{i}", {"optimizer.variant": f"$^{i % 4}^$", "clip.what": f"_$^{i}^$"}
+        make_run(tmp_path / name, lr=0.1 * (i // 4 + 1), accuracies=(0.1 * i, 0.1 * i), config=config)
+    for figure in plots(table(tmp_path), 0.3).values():
+        drawing.encoded(figure, "png", dpi=20)

@@ -1,0 +1,198 @@
+import json
+import os
+import sys
+from pathlib import Path
+from subprocess import run
+
+import pytest
+
+from dlopt.results.reading import Damaged, Record, RunReader, find, printable, read, text, varying_keys
+from dlopt.training.stopping import Best
+from tests.commands.line import HeldByAnotherProcess
+from tests.results.folders import make_run
+
+
+def record(path: Path) -> Record:
+    result = read(path)
+    assert isinstance(result, Record), result
+    return result
+
+
+def test_reads_config_metrics_and_history(tmp_path: Path) -> None:
+    result = record(make_run(tmp_path / "run", optimizer="adamw", lr=0.01, accuracies=(0.5, 0.9, 0.8)))
+    assert (result.status, result.reason, result.commit) == ("finished", None, "c" * 40)
+    assert result.config["optimizer"] == "adamw" and result.config["optimizer.betas"] == (0.9, 0.999)
+    assert result.config["clip"] == "none" and result.config["model.widths"] == (64, 64)
+    assert "optimizer._target_" not in result.config
+    assert result.overrides == ("optimizer=adamw", "optimizer.lr=0.01", "seed=0")
+    expected = {"val_accuracy": 0.9, "val_loss": 0.1, "train_accuracy": 0.8, "epochs": 3, "steps": 30, "best_epoch": 2}
+    assert {key: result.metrics[key] for key in expected} == pytest.approx(expected)
+    assert result.metrics["gap"] == result.metrics["accuracy_gap"] == 0  # of the best epoch
+    assert result.metrics["test_accuracy"] == 0.75 and result.metrics["seconds"] == 3
+    assert [line["step"] for line in result.history] == [10, 20, 30]
+
+
+def test_run_without_summary_has_metrics_of_best_epoch(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", accuracies=(0.5, 0.9, 0.8), status=None)
+    result = record(path)
+    assert result.status == "unfinished" and result.metrics["val_accuracy"] == 0.9 and result.metrics["epochs"] == 3
+    with HeldByAnotherProcess(path):
+        assert record(path).status == "running"
+
+
+def test_resumed_run_is_running_despite_old_summary(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", status="interrupted")
+    assert record(path).status == "interrupted"
+    with HeldByAnotherProcess(path):
+        assert record(path).status == "running"
+
+
+def test_best_epoch_follows_monitor_and_ignores_non_finite_values(tmp_path: Path) -> None:
+    path = make_run(
+        tmp_path / "run", status=None, accuracies=(0.9, 0.5), losses=(2.0, 1.0), config={"monitor": "val_loss"}
+    )
+    assert record(path).metrics["val_accuracy"] == 0.5
+    line = {"epoch": 3, "step": 30, "val_loss": None, "val_accuracy": float("nan"), "note": "<b>", "odd": True}
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert record(path).history[-1] == {"epoch": 3, "step": 30}
+
+
+def test_ties_of_the_best_epoch_are_broken_by_the_loss_as_in_training(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", accuracies=(0.5, 0.9, 0.9, 0.9), losses=(2.0, 0.4, 0.3, 0.35))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    best = Best("val_accuracy")
+    for i, line in enumerate(lines):
+        line |= {"train_loss": 0.1 * i, "val_macro_f1": 0.1 * i}
+        best.update(line)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((path / "summary.json").read_text())
+    summary |= {"best_epoch": best.epoch, "best_val_loss": best.val_loss}
+    (path / "summary.json").write_text(json.dumps(summary))
+    metrics = record(path).metrics
+    assert (metrics["best_epoch"], metrics["val_loss"], metrics["val_macro_f1"]) == (3, 0.3, 0.2)
+    assert metrics["gap"] == pytest.approx(0.3 - 0.2)
+    (path / "summary.json").unlink()
+    assert record(path).metrics["best_epoch"] == 3
+
+
+def test_ignores_incomplete_last_line_of_a_killed_run(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", status=None)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "st')
+    assert len(record(path).history) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.yaml", b"a: [1", "config.yaml is damaged"),
+        ("config.yaml", b"- a", "holds no keys"),
+        ("config.yaml", b"\xff\xfe\x00", "config.yaml is damaged"),
+        ("config.yaml", b"a: !!python/object/apply:os.system ['touch x']", "config.yaml is damaged"),
+        ("config.yaml", None, "config.yaml is missing"),
+        ("config.yaml", b"[" * 100_000, "config.yaml is damaged: is nested"),
+        ("config.yaml", b"seed: " + b"9" * 1000, "config.yaml is damaged: has an integer"),
+        ("config.yaml", b"a: &a [*a]", "config.yaml is damaged: has aliases"),
+        ("environment.json", b"[" * 100_000, "environment.json is damaged"),
+        ("summary.json", b"{", "summary.json is damaged"),
+        ("summary.json", b"[]", "summary.json is damaged"),
+        ("summary.json", b'{"status": "wonderful"}', "status is 'wonderful'"),
+        ("metrics.jsonl", b'{"epoch": 1}\n', "line 1: no epoch and step"),
+        ("metrics.jsonl", b'\0\0\0\n{"epoch": 1, "step": 1}\n', "damaged in line 1"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n\n", "damaged in line 1"),
+    ],
+)
+def test_reports_damaged_files(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:
+    path = make_run(tmp_path / "run")
+    (path / name).unlink() if content is None else (path / name).write_bytes(content)
+    result = read(path)
+    assert isinstance(result, Damaged) and reason in result.reason
+
+
+def test_finds_run_folders_recursively_without_duplicates(tmp_path: Path) -> None:
+    for number in (0, 2, 10):
+        make_run(tmp_path / "sweep" / str(number))
+    make_run(tmp_path / "single")
+    (tmp_path / "sweep/report").mkdir()
+    make_run(tmp_path / "sweep/0/tensorboard/0")  # subfolders of a run contain no runs
+    make_run(tmp_path / "report/tensorboard/7")  # elsewhere, any folder name is allowed
+    (tmp_path / "sweep/2/metrics.jsonl").write_text("?\n?\n")
+    (tmp_path / "sweep/loop").symlink_to(tmp_path, target_is_directory=True)
+    assert [path.name for path in find(tmp_path)] == ["7", "single", "0", "2", "10"]
+    records, damaged = RunReader().read([tmp_path / "sweep", tmp_path, tmp_path / "sweep/0"])
+    assert [each.path.name for each in records] == ["0", "10", "7", "single"]
+    assert [each.path.name for each in damaged] == ["2"]
+
+
+def test_rereads_only_changed_runs(tmp_path: Path) -> None:
+    for number in range(3):
+        make_run(tmp_path / str(number), status=None)
+    reader = RunReader()
+    before, _ = reader.read([tmp_path])
+    with (tmp_path / "1/metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "step": 40}\n')
+    after, _ = reader.read([tmp_path])
+    assert [old is new for old, new in zip(before, after, strict=True)] == [True, False, True]
+    assert len(after[1].history) == 4
+
+
+def test_varying_keys_exclude_seeds_and_keys_implied_by_choices() -> None:
+    sgd = {"seed": 0, "optimizer": "sgd", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "name": "a"}
+    configs = [
+        sgd,
+        {**sgd, "optimizer.lr": 0.2, "seed": 1},
+        {"seed": 0, "optimizer": "adamw", "optimizer.lr": 0.1, "optimizer.betas": (0.9, 0.99), "name": "b"},
+    ]
+    assert varying_keys(configs) == ["optimizer", "optimizer.lr"]
+    assert varying_keys([*configs, {**sgd, "optimizer.momentum": 0.5}]) == [
+        "optimizer",
+        "optimizer.lr",
+        "optimizer.momentum",
+    ]
+    assert varying_keys(configs[:1]) == []
+
+
+def test_formats_values_as_in_overrides() -> None:
+    assert [text(value) for value in (True, None, 0.1, 3, (64, 64), "a")] == [
+        "true",
+        "null",
+        "0.1",
+        "3",
+        "[64,64]",
+        "a",
+    ]
+    assert printable("a\x1b[31m\nb\tgröße") == "a�[31m�b�größe"
+
+
+def test_does_not_import_torch() -> None:
+    code = "import sys, dlopt.results.reading, dlopt.commands.runs; sys.exit('torch' in sys.modules)"
+    assert run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "environment.json", "metrics.jsonl", "overrides.yaml"])
+def test_does_not_wait_for_a_fifo(tmp_path: Path, name: str) -> None:
+    path = make_run(tmp_path / "run")
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    result = read(path)
+    assert isinstance(result, Record) if name == "overrides.yaml" else isinstance(result, Damaged)
+
+
+def test_ignores_metrics_beyond_the_range_of_floats(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    summary = json.loads((path / "summary.json").read_text()) | {"seconds": 10**4000}
+    (path / "summary.json").write_text(json.dumps(summary))
+    assert "seconds" not in record(path).metrics or record(path).metrics["seconds"] < 1e308
+
+
+def test_folders_of_other_tools_are_no_runs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "wandb/offline-run-1/files").mkdir(parents=True)
+    (run / "wandb/offline-run-1/files/config.yaml").write_text("optimizer.lr: {value: 0.1}")
+    other = tmp_path / "lightning_logs"
+    other.mkdir()
+    (other / "config.yaml").write_text("seed_everything: true")
+    records, damaged = RunReader().read([tmp_path])
+    assert [each.path for each in records] == [run]
+    assert [each.path for each in damaged] == [other] and "another tool" in damaged[0].reason

@@ -1,0 +1,176 @@
+import csv
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.errors import UserError
+from dlopt.results.page import page, page_data, summary_csv
+from dlopt.results.table import Table
+from tests.results.folders import make_run, table
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two optimizers x two rates x three seeds; adamw at 0.1 is best, sgd at 1.0 fails for seed 2."""
+    i = 0
+    for optimizer, lr, top in (("sgd", 0.1, 0.8), ("sgd", 1.0, 0.6), ("adamw", 0.1, 0.9), ("adamw", 1.0, 0.7)):
+        for seed in range(3):
+            fails = (optimizer, lr, seed) == ("sgd", 1.0, 2)
+            make_run(
+                tmp_path / "sweep" / str(i), optimizer=optimizer, lr=lr, seed=seed, test=top - 0.05,
+                accuracies=(0.5, top + 0.01 * seed), status="failed" if fails else "finished", reason="the loss is nan",
+            )  # fmt: skip
+            i += 1
+    return tmp_path / "sweep"
+
+
+def read_csv(result: Table, **options: Any) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(summary_csv(result, 0.7, **{"test": False, **options}))))
+
+
+def test_ranks_configurations_by_mean_over_seeds(sweep: Path) -> None:
+    result = table(sweep)
+    assert result.by == "val_accuracy" and result.keys == ["optimizer", "optimizer.lr"]
+    assert [row.label for row in result.rows] == [
+        "optimizer=adamw lr=0.1", "optimizer=sgd lr=0.1", "optimizer=adamw lr=1", "optimizer=sgd lr=1",
+    ]  # fmt: skip
+    first, second = result.rows[:2]
+    assert first.value is not None and (first.value.mean, first.value.count) == (pytest.approx(0.91), 3)
+    assert first.value.std == pytest.approx(0.01) and second.difference is not None
+    assert second.difference.mean == pytest.approx(-0.1) and second.difference.count == 3
+    assert second.difference.low == pytest.approx(-0.1)  # paired: seeds have the same effect on both
+    assert result.rows[3].failed == 1 and [run.path.name for run in result.failed] == ["5"]
+    assert result.counts() == {"finished": 11, "failed": 1}
+
+
+def test_groups_rates_of_1_whether_saved_as_integer_or_float(tmp_path: Path) -> None:
+    for seed, lr in enumerate((1, 1.0, 0.5)):
+        make_run(tmp_path / str(seed), lr=lr, seed=seed)
+    result = table(tmp_path)
+    assert result.keys == ["optimizer.lr"] and sorted(len(row.runs) for row in result.rows) == [1, 2]
+
+
+def test_ranks_by_validation_metrics_only(sweep: Path) -> None:
+    assert table(sweep, "val_loss").lower and not table(sweep).lower
+    assert table(sweep, "best_val_loss").by == "val_loss"
+    with pytest.raises(UserError, match="by=test_accuracy: ranking by a test metric"):
+        table(sweep, "test_accuracy")
+    with pytest.raises(UserError, match=r"by=val_f1: the runs have no such metric; allowed: .*val_accuracy"):
+        table(sweep, "val_f1")
+
+
+def test_commands_repeat_rows_and_runs(tmp_path: Path) -> None:
+    odd = ["name='it''s'", "hydra.run.dir=x", "resume=auto", "+data.train.x=$(touch x)"]
+    for seed in (0, 1):
+        make_run(tmp_path / "a" / str(seed), lr=0.1, seed=seed)
+        typed = ["optimizer.lr=0.2", f"seed={seed}", f"model.widths=[{seed}]", *odd]
+        make_run(tmp_path / "b" / str(seed), lr=0.2, seed=seed, overrides=typed)
+    for i, line in enumerate(["optimizer.lr=0.3\x1b[0m", "optimizer.lr=0.3\nrm -r x", "--multirun", "a b"]):
+        make_run(tmp_path / f"c{i}", lr=0.3 + i, overrides=[line])
+    rows = {row.values["optimizer.lr"]: row for row in table(tmp_path).rows}
+    assert rows[0.1].command == "dlopt train -m optimizer=sgd optimizer.lr=0.1 seed=0,1"
+    assert shlex.split(rows[0.2].command or "") == [
+        "dlopt", "train", "optimizer.lr=0.2", "seed=0", "model.widths=[0]", "+data.train.x=$(touch x)",
+    ]  # fmt: skip
+    assert [rows[0.3 + i].command for i in range(4)] == [None] * 4
+
+
+def test_summary_csv(sweep: Path) -> None:
+    rows = read_csv(table(sweep))
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
+    first, last = rows[0], rows[-1]
+    assert (first["optimizer"], first["optimizer.lr"], first["runs"], first["failed"]) == ("adamw", "0.1", "3", "0")
+    assert float(first["val_accuracy"]) == pytest.approx(0.91) and float(first["val_accuracy_std"]) == pytest.approx(
+        0.01
+    )
+    assert (last["ended"], last["failed"]) == ("2", "1")
+    assert (first["target"], first["reached"], first["steps_to_target"], first["seconds_to_target"]) == (
+        "0.7", "3", "20.0", "2.0"
+    )  # fmt: skip
+    assert float(rows[1]["difference"]) == pytest.approx(-0.1) and rows[1]["pairs"] == "3"
+    assert first["command"].startswith("dlopt train -m optimizer=adamw") and "sweep/8" in first["folders"]
+
+
+def test_test_metrics_of_the_first_row_only_by_default(sweep: Path) -> None:
+    assert [bool(row["test_accuracy"]) for row in read_csv(table(sweep))] == [True, False, False, False]
+    assert all(row["test_accuracy"] for row in read_csv(table(sweep), test=True))
+    for test in (False, True):
+        data = page_data(table(sweep), title="t", made="now", target=0.7, test=test, refresh=None)
+        assert [row["test"] is not None for row in data["rows"]] == [True, test, test, test]
+        assert ("test_accuracy" in json.dumps(data["runs"])) is False
+
+
+def test_csv_escapes_formulas(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", config={"optimizer.weight_decay": "=1+1"})
+    make_run(tmp_path / "1", config={"optimizer.weight_decay": -0.5})
+    assert {row["optimizer.weight_decay"] for row in read_csv(table(tmp_path))} == {"'=1+1", "-0.5"}
+
+
+def test_table_without_metrics(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", accuracies=(), status=None)
+    make_run(tmp_path / "1", lr=0.5, accuracies=(), status="failed")
+    result = table(tmp_path)
+    assert [row.value for row in result.rows] == [None, None]
+    assert page(page_data(result, title="t", made="now", target=None, test=False, refresh=None))
+    assert len(read_csv(result)) == 2
+
+
+# -- the page
+
+
+def data_of(text: str) -> dict[str, Any]:
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert match is not None
+    result: dict[str, Any] = json.loads(match[1])
+    return result
+
+
+def test_page_escapes_untrusted_data(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{script}}"
+    make_run(tmp_path / "0", status="failed", reason=evil, config={"optimizer.weight_decay": evil})
+    make_run(tmp_path / "1<b>")
+    text = page(page_data(table(tmp_path), title=evil, made="now", target=None, test=False, refresh=None))
+    assert evil in [run["reason"] for run in data_of(text)["runs"]]
+    assert text.count("<script") == 2 and text.count("</script>") == 2 and "<img" not in text
+
+
+def test_page_needs_no_network(sweep: Path) -> None:
+    text = page(page_data(table(sweep), title="t", made="now", target=None, test=False, refresh=None))
+    assert (
+        not re.search(r"(src|href)=\"(?!data:)", text)
+        and "@import" not in text
+        and "url(" not in text.replace("url(#", "")
+    )
+    addresses = set(re.findall(r"https?://[^\s\"')]+", text))
+    assert addresses == {"http://www.w3.org/2000/svg", "https://github.com/leeoniya/uPlot"}  # a namespace, a banner
+    assert "Copyright (c) 2022 Leon Sorokin" in text and len(text) < 150_000
+    assert "default-src 'none'" in text and "unsafe-inline" not in text
+
+
+def test_thins_long_curves_but_keeps_new_best_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = tuple(0.5 + 0.4 * (i == 71) + 0.3 * (i == 33) for i in range(200))
+    make_run(tmp_path / "0", accuracies=curve)
+    monkeypatch.setattr("dlopt.results.page._POINTS", 300)
+    data = page_data(table(tmp_path), title="t", made="now", target=0.7, test=False, refresh=None)
+    epochs = data["runs"][0]["curve"]["epoch"]
+    assert len(epochs) < 50 and {1, 34, 72, 200} <= set(epochs)
+
+
+def test_runs_on_several_devices_form_one_configuration_without_a_device(tmp_path: Path) -> None:
+    for seed, device in enumerate(("cpu", "cuda")):
+        make_run(tmp_path / device, seed=seed, config={"device": device})
+    result = table(tmp_path)
+    assert len(result.rows) == 1 and not result.keys
+
+
+def test_csv_distinguishes_the_epochs_of_the_config_from_those_that_were_run(tmp_path: Path) -> None:
+    for epochs in (5, 7):
+        make_run(tmp_path / str(epochs), accuracies=(0.5,) * (epochs - 2), config={"epochs": epochs})
+    result = table(tmp_path)
+    rows = list(csv.DictReader(io.StringIO(summary_csv(result, None, test=False))))
+    assert [(row["config.epochs"], float(row["epochs"])) for row in rows] == [("5", 3), ("7", 5)]
