@@ -88,6 +88,14 @@ class RunFolder:
             raise UserError(f"hydra.run.dir={self.path}: cannot write to this folder: {error.strerror}") from None
         return file
 
+    @staticmethod
+    def to_resume(path: str) -> Path:
+        """Returns the checkpoint that `resume=PATH` names: a file, or the last one of a run folder."""
+        for file in (Path(path, "checkpoints", "last.pt"), Path(path, "last.pt")):
+            if file.is_file():
+                return file
+        return Path(path)
+
     def history(self) -> list[str]:
         """Reads the overrides of the run, after the flags that name its config files."""
         overrides = self._load("overrides.yaml")

@@ -145,7 +145,7 @@ def _start(run: "Run", processes: int, *, console: bool) -> int:
         _record_machine(run.folder)
     if processes > 1:
         resume = run.experiment.settings.resume
-        checkpoint = None if resume == "auto" else resume
+        checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
         return launch.run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
     watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
     with Interruption(run.experiment.settings.max_time) as interruption, watch:

@@ -74,8 +74,11 @@ ALLOWED = {  # file or folder -> words that are the field's there
     "dlopt/hydra_plugins/": {"setup"},  # Hydra's interface
     "docs/conf.py": {"setup"},  # Sphinx's interface
     "dlopt/commands/eval.py": {"member"},  # of an ensemble
-    "dlopt/analysis/": {"figure", "figures"},  # of matplotlib
-    "tests/analysis/": {"figure", "figures"},
+    **{  # of matplotlib
+        f"{top}/{room}/": {"figure", "figures"}
+        for top in ("dlopt", "tests")
+        for room in ("analysis", "lab", "results")
+    },
 }
 _CODE = re.compile(r"`[^`\n]*`")
 

@@ -321,7 +321,7 @@ def _print_next(title: str, sweep: Path, statuses: Sequence[str] = ()) -> int:
 
 
 def _show(entries: Sequence[Entry], **ranking: Any) -> None:
-    from dlopt.commands.report import show_leaderboard
+    from dlopt.results.terminal import show_leaderboard
 
     board = leaderboard(entries, **ranking)
     show_leaderboard(board, board.metric.replace("best_val_", "test_"))
@@ -400,7 +400,7 @@ def _check_search(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
 
 
 def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
-    from dlopt.commands.report import show_front
+    from dlopt.results.terminal import show_front
 
     if len(spec.objectives) > 1:
         pareto_indices = front([values for _, _, values, _ in rows], spec.directions)

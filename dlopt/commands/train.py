@@ -20,13 +20,14 @@ from dlopt.config.inherit import inherit
 from dlopt.config.overrides import is_typed, parse_overrides
 from dlopt.config.plan import Plan, checked
 from dlopt.config.resolve import resolve_saved, show_config
-from dlopt.config.resuming import newest_unfinished, refuse_other_config
+from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
 from dlopt.interruption import killed_by_signals
 from dlopt.job import execute, print_error
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 from dlopt.table import SERIES, function
+from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -202,7 +203,9 @@ def _run(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None) ->
         ConsoleView().finish(folder.summary() or {}, [f"this run is already finished: {folder.path}"])
         return 0
     if plan.experiment.settings.resume == "auto" and prepared.is_new:
-        print("resume=auto: no unfinished run of this config found; starting a new run", flush=True)
+        done = newest_finished(folder.path.parent, plan.saved)
+        hint = "" if done is None else f"; {_how_to_extend(done)}"
+        print(f"resume=auto: no unfinished run of this config found; starting a new run{hint}", flush=True)
     if prepared.is_new and (folder.config() is not None or folder.is_live()):
         # Another process has started a run in this folder since `prepare`.
         raise UserError(f"hydra.run.dir={folder.path}: another run is active in this folder")
@@ -221,6 +224,11 @@ def _run(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None) ->
     return outcome
 
 
+def _how_to_extend(done: RunFolder) -> str:
+    path = short_path(done.path)
+    return f"{path} has finished and differs only in its length: to extend it, add hydra.run.dir={path}"
+
+
 def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[RunFolder, Mapping[str, Any] | None]:
     """Returns the run folder, created if missing, and the checkpoint to resume from, if any.
 
@@ -231,6 +239,8 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
     from dlopt.training.checkpoint import Checkpoints
 
     target, resume = RunFolder(path), saved["resume"]
+    if resume not in (None, "auto"):
+        resume = str(RunFolder.to_resume(resume))
     if is_typed and target.is_live():
         raise UserError(f"hydra.run.dir={path}: another run is active in this folder")
     if is_typed:

@@ -2,7 +2,7 @@
 
 A command declares a key of its own once, as a keyword-only parameter with a type and one line of help:
 `updates: Annotated[Count, "N: timed updates"] = 20`. Parsing checks the value against the type; `--help`, shell
-completion and the reference show the line. "N" stands for a value; "--" instead makes the key a flag: `--paths`.
+completion and the reference show the line. "N" is a placeholder; "--" instead makes the key a flag: `--paths`.
 """
 
 import inspect
@@ -47,7 +47,7 @@ def own_keys(target: Callable[..., Any]) -> list[OwnKey]:
 def usage(module: ModuleType) -> str:
     """Returns the help of a command: `module.USAGE` with its tables filled in.
 
-    In a table, `{find_lr}` stands for the keys that the function declares, `{_READS}` for a sequence of keys, and
+    In a table, `{find_lr}` expands to the keys that the function declares, `{_READS}` to a sequence of keys, and
     `tta=none :: no augmentation` is a row.
     """
     lines: list[str] = []

@@ -147,6 +147,8 @@ def explain_grammar(line: str, following: str) -> str:
     correct = f"{key}={quoted_value(os.path.expanduser(value))}"
     advice = f"the value must be quoted for Hydra, inside the quotes for the shell: {correct!r}"
     sign = _unpaired(value)
+    if sign in ("[", "(", "{") and following and "=" not in following:
+        return f"{line!r}: {sign} is not closed; a list has no spaces, or the whole argument is quoted: {line}..."
     fault = f"{sign} is not {'opened' if sign in ')]}' else 'closed'}; as plain text, " if sign else ""
     return f"{line!r}: {fault}{advice}"
 

@@ -36,6 +36,11 @@ def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | No
     return newest(parent, is_resumable)
 
 
+def newest_finished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
+    """Returns the newest finished run below `parent` that `resume=auto` in its folder would extend to this config."""
+    return newest(parent, lambda folder: folder.is_finished() and not differences(folder.config() or {}, config))
+
+
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns by dotted key the (saved, current) values that differ, without those of keys that `may_change`."""
     old, new = flatten({**_BEFORE, **saved}), flatten(current)

@@ -63,6 +63,11 @@ _KEYS = {
     "ema_decay": "ema={}",
     "model_ema use_ema": "ema=0.999",
     "random_seed manual_seed seed_everything": "seed={}",
+    # config files
+    "config config_file cfg_file": (
+        "experiment={} (a recipe: experiment/NAME.yaml in the folder of --config-dir; also --config-name NAME, "
+        "--cfg job to print the config, from=RUN for that of a run)"
+    ),
     # output
     "logger report_to": "tracking=[{}] (tensorboard, mlflow, wandb)",
     "wandb use_wandb": "tracking=[wandb]",

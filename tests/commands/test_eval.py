@@ -20,8 +20,8 @@ from sklearn import metrics
 from torch.nn import functional as F
 
 from dlopt import cli
-from dlopt.commands.eval import confusion_table, plot_confusion
 from dlopt.config.parsing import parse
+from dlopt.results.confusion import confusion_table, plot_confusion
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.commands.line import SMALL, Result, dlopt, entries, refused

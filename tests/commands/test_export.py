@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.commands import export
 from dlopt.config.parsing import parse
 from dlopt.errors import RunError
+from dlopt.training import exporting
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.commands.line import SMALL, dlopt, entries, refused
@@ -96,10 +96,10 @@ def test_onnx(run: Path, kind: str, tmp_path: Path) -> None:
 def test_removes_file_with_wrong_outputs(run: Path) -> None:
     before = entries(run)
     line = ("export", f"checkpoint={CHECKPOINT}", "format=torch_export", "output=wrong.pt2")
-    with mock.patch.object(export, "_read", lambda form, path, trained, inputs: torch.zeros(len(inputs), 10)):
+    with mock.patch.object(exporting, "_read", lambda form, path, trained, inputs: torch.zeros(len(inputs), 10)):
         result = dlopt(run, *line)
     assert result.code == 1 and "differ from the model's" in result.err
-    with mock.patch.object(export, "_read", side_effect=RuntimeError("Got: 16 Expected: 2")):
+    with mock.patch.object(exporting, "_read", side_effect=RuntimeError("Got: 16 Expected: 2")):
         result = dlopt(run, *line)
     assert result.code == 1 and "does not accept 16 inputs: Got: 16 Expected: 2" in result.err
     assert entries(run) == before
@@ -115,7 +115,7 @@ class Branching(torch.nn.Module):
 def test_reports_unconvertible_model(tmp_path: Path) -> None:
     trained = mock.Mock(normalize=torch.nn.Identity(), module=Branching())
     with pytest.raises(RunError, match="format=torch_export: torch cannot convert this model"):
-        export.write("torch_export", trained, torch.ones(2, 1, 4, 4), {}, tmp_path / "model.pt2")
+        exporting.write("torch_export", trained, torch.ones(2, 1, 4, 4), {}, tmp_path / "model.pt2")
 
 
 def test_exact_statistics_are_not_exported(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_exact_statistics_are_not_exported(tmp_path: Path) -> None:
 
 
 def test_reports_missing_packages(run: Path) -> None:
-    with mock.patch.object(export, "find_spec", lambda name: None):
+    with mock.patch("dlopt.commands.export.find_spec", lambda name: None):
         message = refused(run, "export", f"checkpoint={CHECKPOINT}", "format=onnx")
     assert "onnx and onnxscript" in message and "dlopt[export]" in message
 

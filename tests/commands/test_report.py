@@ -16,11 +16,12 @@ import pytest
 from rich.console import Console
 
 import dlopt as package
-from dlopt.commands.report import _Options, _update, show_front, show_leaderboard
+from dlopt.commands.report import _Options, _update
 from dlopt.results.exports import destination
 from dlopt.results.leaderboard import Entry, leaderboard
 from dlopt.results.page import serve
 from dlopt.results.reading import RunReader
+from dlopt.results.terminal import show_front, show_leaderboard
 from tests.commands.line import dlopt, refused
 from tests.commands.terminal import in_terminal, plain
 from tests.results.folders import make_run

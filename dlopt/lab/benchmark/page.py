@@ -59,7 +59,7 @@ def _picture(figure: "Figure", description: str) -> Html:
 
 
 def _document(results: Results, body: Html) -> str:
-    style = read_text("page.css") + files("dlopt.analysis.benchmark").joinpath("page.css").read_text(encoding="utf-8")
+    style = read_text("page.css") + files("dlopt.lab.benchmark").joinpath("page.css").read_text(encoding="utf-8")
     title = escaped(f"Optimizer benchmark, {results.tier} tier")
     version = escaped(f"Written by dlopt {dlopt.__version__}")
     content = f"<header><h1>{title}</h1></header>\n<main>\n{body}\n</main>\n<footer>{version}</footer>"

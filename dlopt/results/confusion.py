@@ -1,0 +1,51 @@
+"""Confusion matrices as CSV and as plots."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dlopt.results import drawing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+_MAX_COUNTED_CLASSES = 20  # the cells of larger confusion matrices are too small for their counts
+_MAX_NAMED_CLASSES = 60  # the names of more classes are unreadable
+
+
+def confusion_table(confusion: "Tensor", classes: Sequence[str]) -> str:
+    """Formats counts [true, predicted] as CSV: one row per true class, one column per predicted class."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true \\ predicted", *classes])
+    for name, row in zip(classes, confusion.tolist(), strict=True):
+        writer.writerow([name, *row])
+    return text.getvalue()
+
+
+def plot_confusion(confusion: "Tensor", classes: Sequence[str], title: str) -> "Figure":
+    """Plots counts [true, predicted], coloured by the fraction of the true class; small matrices show the counts."""
+    count = len(classes)
+    classes = [name.encode(errors="backslashreplace").decode() for name in classes]  # folders' names may not be UTF-8
+    fractions = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).tolist()
+    size = min(max(3.2 + 0.42 * count, 5.0), 14.0)
+    figure = drawing.figure(size + 0.8, size)
+    axes = figure.add_subplot()
+    image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.8)
+    if count <= _MAX_COUNTED_CLASSES:
+        for y, row in enumerate(confusion.tolist()):
+            for x, number in enumerate(row):
+                colour = "white" if fractions[y][x] > 0.5 else "black"
+                if number:
+                    axes.text(x, y, f"{number}", ha="center", va="center", fontsize=8, color=colour)
+    if count <= _MAX_NAMED_CLASSES:
+        longest = max(len(name) for name in classes)
+        axes.set_xticks(range(count), classes, rotation=90 if longest > 3 else 0, fontsize=8, parse_math=False)
+        axes.set_yticks(range(count), classes, fontsize=8, parse_math=False)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title, fontsize=11)
+    return figure

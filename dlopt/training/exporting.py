@@ -1,0 +1,135 @@
+"""File formats of exported models: safetensors, ONNX and torch.export."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.errors import RunError
+from dlopt.training.restore import Trained
+
+
+def deployed(trained: "Trained") -> "nn.Module":
+    """Returns the model with its normalization: images [B, *window] of 0..255 (or vectors) -> outputs [B, K].
+
+    A model of a text maps tokens [B, T] to outputs [B, T, K].
+    """
+    from torch import nn
+
+    class Deployed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalize = nn.Identity() if trained.task.vocabulary is not None else trained.normalize
+            self.model = trained.module
+
+        def forward(self, images: "Tensor") -> "Tensor":
+            outputs: Tensor = self.model(self.normalize(images))
+            return outputs
+
+    return Deployed().eval()
+
+
+def write(format: str, trained: "Trained", inputs: "Tensor", metadata: Mapping[str, Any], path: Path) -> None:
+    """Exports the model for inputs like `inputs` [B, *window], with a dynamic batch size.
+
+    Raises `RunError` if torch cannot convert the model.
+    """
+
+    module = deployed(trained)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    if format == "safetensors":
+        from safetensors.torch import save
+
+        # Clones, because safetensors refuses tensors that share memory.
+        path.write_bytes(save({name: value.clone().contiguous() for name, value in module.state_dict().items()}, texts))
+        return
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    try:
+        with _quiet(), torch.no_grad():
+            if format == "torch_export":
+                program = torch.export.export(module, (inputs,), dynamic_shapes=batch)
+                torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(metadata))})
+            else:
+                _write_onnx(module, inputs, batch, texts, path)
+    except OSError:
+        raise
+    except Exception as error:  # tracing runs the model's code, which may raise anything
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0]}"
+        raise RunError(f"format={format}: torch cannot convert this model: {reason}") from error
+
+
+def read(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
+    """Runs the exported file on `inputs`; returns None if its runtime is not installed.
+
+    Raises `RunError` if the file does not accept them: torch may specialize a model to the traced batch size.
+    """
+    try:
+        return _read(format, path, trained, inputs)
+    except Exception as error:  # any error of the other tool
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"format={format}: the exported file does not accept {len(inputs)} inputs: {reason}") from error
+
+
+def _read(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
+
+    if format == "safetensors":
+        from safetensors.torch import load_file
+
+        module = copy.deepcopy(deployed(trained))
+        module.load_state_dict({name: torch.zeros_like(value) for name, value in module.state_dict().items()})
+        module.load_state_dict(load_file(path))
+        with torch.inference_mode():
+            outputs: Tensor = module(inputs)
+        return outputs
+    if format == "torch_export":
+        with _quiet(), torch.inference_mode():
+            outputs = torch.export.load(path).module()(inputs)
+        return outputs
+    if find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])
+
+
+def _write_onnx(module: "nn.Module", inputs: "Tensor", batch: Any, texts: Mapping[str, str], path: Path) -> None:
+    import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    program = torch.onnx.export(
+        module,
+        (inputs,),
+        dynamo=True,
+        dynamic_shapes=batch,
+        input_names=["images"],
+        output_names=["outputs"],
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, dict(texts))
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the output and the warnings of torch's exporters, which do not concern the user of a model."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
