@@ -27,7 +27,7 @@ from dlopt.interruption import killed_by_signals
 from dlopt.job import execute, print_error
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 from dlopt.table import SERIES, function
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.layout import short_path, waiting
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -77,7 +77,9 @@ def train(arguments: list[str]) -> int:
     if world is not None:
         return _lead(composer, config, parsed.overrides, typed, world)
     refuse_unread_hydra(parsed.overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
-    return _run(checked(config, parsed.overrides, flags=composer.flags))
+    with waiting("loading PyTorch ..."):
+        run = checked(config, parsed.overrides, flags=composer.flags)
+    return _run(run)
 
 
 def _check_flags(parsed: Namespace) -> None:

@@ -179,7 +179,9 @@ class Catalogue:
         entry, value = _entry(node)
         file, _, target_package = entry.removeprefix("override ").removeprefix("optional ").partition("@")
         if entry.startswith("override "):
-            name = file.strip("/") + (f"@{target_package}" if target_package else "")
+            group = file.strip("/")
+            is_usual = target_package in ("", f"_global_.{group.replace('/', '.')}")
+            name = group if is_usual else f"{group}@{target_package}"
             return {name: Key(name, value or "null", _comment(node, lines))}
         config = file if value is None else f"{file}/{value}"
         config = config.strip("/") if file.startswith("/") else f"{folder}/{config}"

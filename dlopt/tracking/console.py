@@ -78,7 +78,8 @@ class _Display:
     steps: int
     step: int
     samples_per_step: float
-    evaluation: tuple[int, int] | None = None
+    unit: str
+    evaluation: tuple[str, int, int] | None = None  # split, batch, batches
     train: Mapping[str, float | None] = field(default_factory=dict)
     val: Mapping[str, float | None] = field(default_factory=dict)
     # (time, step). The estimate of the time left starts after the first step, which compiles and warms up.
@@ -98,8 +99,8 @@ class _Display:
             self._throughput = latest if self._throughput is None else 0.7 * self._throughput + 0.3 * latest
             self._recent = (now, step)
 
-    def evaluate(self, batch: int, batches: int) -> None:
-        self.evaluation = (batch, batches)
+    def evaluate(self, split: str, batch: int, batches: int) -> None:
+        self.evaluation = (split, batch, batches)
         # Evaluation time must not count as training time in the throughput.
         self._recent = None if self._clock_start is None else (perf_counter(), self.step)
 
@@ -113,7 +114,7 @@ class _Display:
         epoch = min((max(self.step, 1) - 1) // self.steps_per_epoch + 1, self.epochs)
         epoch_start = (epoch - 1) * self.steps_per_epoch
         epoch_steps = min(self.steps_per_epoch, self.steps - epoch_start)
-        throughput = f"{self._throughput:,.0f} samples/s" if self._throughput is not None else ""
+        throughput = f"{self._throughput:,.0f} {self.unit}/s" if self._throughput is not None else ""
         # Columns: name (5), count "12/200", bar (4 to 60 cells), and the rest for the time left or the throughput.
         count_width = 2 * len(str(max(self.epochs, self.steps_per_epoch))) + 1
         bar_width = max(min(options.max_width - 7 - count_width - 2 - 20, 60), 4)
@@ -127,7 +128,8 @@ class _Display:
             step = self.step - epoch_start
             rows.append(("step", step, epoch_steps, step, epoch_steps, throughput))
         else:
-            rows.append(("eval", *self.evaluation, *self.evaluation, ""))
+            split, batch, batches = self.evaluation
+            rows.append((split, batch, batches, batch, batches, ""))
         for name, number, of, completed, total, text in rows:
             bar = ProgressBar(total=max(total, 1), completed=completed, width=bar_width, complete_style="cyan")
             grid.add_row(name, f"{number}/{of}", bar, text)
@@ -227,7 +229,7 @@ class ConsoleView(Screen):
         self._print_block(layout.header(config, choices, facts), Text(""))
         if not self.terminal:
             return
-        self._display = _Display(facts["epochs"], facts["steps_per_epoch"], facts["steps"], first_step, per_step)
+        self._display = _Display(facts["epochs"], facts["steps_per_epoch"], facts["steps"], first_step, per_step, unit)
         self._start_live(lambda: cast(_Display, self._display), redirect=True)
         self._due = perf_counter() + _REDRAW_SECONDS
 
@@ -238,9 +240,9 @@ class ConsoleView(Screen):
             self._display.advance(step, now)
             self._redraw()
 
-    def evaluating(self, batch: int, batches: int) -> None:
+    def evaluating(self, batch: int, batches: int, split: str) -> None:
         if perf_counter() >= self._due and self._display is not None:
-            self._display.evaluate(batch, batches)
+            self._display.evaluate(split, batch, batches)
             self._redraw()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
@@ -259,12 +261,12 @@ class ConsoleView(Screen):
         pause = max(_REDRAW_SECONDS, (end - start) / _REDRAW_FRACTION)
         self._due = float("inf") if self._output.is_closed else end + pause
 
-    def epoch(self, metrics: Mapping[str, Any], best: bool) -> None:
+    def epoch(self, metrics: Mapping[str, Any], best: bool, evaluation_seconds: float) -> None:
         width = self._console.width if self.terminal else self._width
         if width != self._rows_width:  # the first row, or a resized terminal
             self._rows_width = width
             self._print(self._rows.header(metrics, width))
-        self._print(self._rows.row(metrics, best))
+        self._print(self._rows.row(metrics, best, evaluation_seconds))
         if (display := self._display) is not None:
             display.step = metrics["step"]
             display.train = _renamed(metrics, train_loss="loss", train_accuracy="accuracy", lr="lr")

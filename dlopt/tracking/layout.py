@@ -1,10 +1,12 @@
 """Formats numbers, configs, results and tables for terminals of any width."""
 
+import contextlib
 import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,19 @@ def format_count(noun: str, count: int) -> str:
     return f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"
 
 
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Shows a line on a terminal while the block runs."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 def short_path(path: Path) -> str:
     """Returns the path relative to the folder of the user's shell if it is below it, else the absolute path."""
     absolute, shell = Path(os.path.abspath(path)), os.environ.get(SHELL_FOLDER) or os.getcwd()
@@ -129,8 +144,8 @@ def header_rows(
     """Summarizes a run: overrides, data, model, optimizer and schedule, length and device, folder.
 
     `facts`: what the config does not contain: `overrides` (of the command line), `parameters`, `trainable`, `train`,
-    `val`, `test` (samples), `epochs`, `steps_per_epoch`, `steps`, `device`, `precision`, `threads`, `folder`. Empty
-    rows are left out.
+    `val`, `test` (samples), `unit` (of their counts), `inputs` (3x32x32, 10 classes), `epochs`, `steps_per_epoch`,
+    `steps`, `device`, `precision`, `threads`, `folder`. Empty rows are left out.
     """
     names, values = _choices(config, choices), settings(config)
 
@@ -141,10 +156,19 @@ def header_rows(
         return [f"{group} {names[group]}" for group in groups if names.get(group, "none") not in ("none", "default")]
 
     samples = [f"{facts[split]:,} {split}" for split in ("train", "val", "test") if facts.get(split)]
+    unit = facts.get("unit", "images")
+    if samples and unit not in ("images", "samples"):
+        samples[-1] += f" {unit}"
     schedule = [f"schedule {names['schedule']}"] if names.get("schedule") else []
     rows: dict[str, list[str | None]] = {
         "overrides": [shlex.quote(override) for override in facts.get("overrides", ())],
-        "data": [names.get("data"), ", ".join(samples), *settings_of("data.batch_size"), *choices_of("augmentation")],
+        "data": [
+            names.get("data"),
+            ", ".join(samples),
+            facts.get("inputs"),
+            *settings_of("data.batch_size"),
+            *choices_of("augmentation"),
+        ],
         "model": [names.get("model"), _parameters(facts), *choices_of("init")],
         "optimizer": [
             names.get("optimizer"),
@@ -237,9 +261,11 @@ class EpochRows:
                 self._widths.pop(expendable, None)
         return Text(" ".join(titles[key].rjust(width) for key, width in self._widths.items()), "bold", no_wrap=True)
 
-    def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
+    def row(self, metrics: Mapping[str, Any], best: bool, evaluation_seconds: float = 0.0) -> Text:
+        """Formats an evaluated epoch; `evaluation_seconds` of its time are not part of the throughput."""
         steps, seconds = metrics["step"] - self._last[0], metrics.get("seconds", 0.0) - self._last[1]
-        throughput = self._samples_per_step * steps / seconds if seconds > 0 else None
+        training = seconds - evaluation_seconds
+        throughput = self._samples_per_step * steps / training if training > 0 else None
         values = {**metrics, "epoch_seconds": seconds, "throughput": throughput}
         self._last = (metrics["step"], metrics.get("seconds", 0.0))
         cells = [self._cell(key, values.get(key)).rjust(width) for key, width in self._widths.items()]

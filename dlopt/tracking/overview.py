@@ -150,8 +150,7 @@ class Overview(Screen):
             metric = layout.format_metric(self._metric, value)
             rows.append(Text(f"best   {self._metric} {metric}  job {number}: {label}"))
         for number, running in list(self._running.items())[:_MAX_ROWS]:
-            # The label is last, because narrow terminals truncate the line.
-            texts = [f"job {number}", *_format_metrics(running.metrics), running.label]
+            texts = [f"job {number}", running.label, *_format_metrics(running.metrics)]  # narrow terminals cut the end
             rows.append(Text("  ".join(texts), "dim"))
         for row in rows:
             row.no_wrap, row.overflow = True, "ellipsis"
@@ -161,6 +160,6 @@ class Overview(Screen):
 def _format_metrics(metrics: Mapping[str, Any]) -> list[str]:
     return [
         f"{key} {layout.format_metric(key, metrics[key]) if key != 'epoch' else metrics[key]}"
-        for key in ("epoch", "train_loss", "val_loss", "val_accuracy")
+        for key in ("epoch", "val_accuracy", "val_loss", "train_loss")
         if isinstance(metrics.get(key), int | float)
     ]

@@ -179,10 +179,10 @@ class Tracking:
         if self._console is not None:
             self._console.advance(step)
 
-    def evaluating(self, batch: int, batches: int) -> None:
-        """Call after every evaluated batch; `batch` counts from 1."""
+    def evaluating(self, batch: int, batches: int, split: str = "val") -> None:
+        """Call after every evaluated batch of `split` (val or test); `batch` counts from 1."""
         if self._console is not None:
-            self._console.evaluating(batch, batches)
+            self._console.evaluating(batch, batches, split)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Call at logging points with values by TensorBoard tag (`train/loss`, `lr`, `grad_norm/global`, ...)."""
@@ -201,10 +201,11 @@ class Tracking:
         if self._tensorboard is not None and histograms:
             self._tensorboard.histograms(step, histograms)
 
-    def epoch(self, metrics: Mapping[str, Any], *, best: bool = False) -> None:
+    def epoch(self, metrics: Mapping[str, Any], *, best: bool = False, evaluation_seconds: float = 0.0) -> None:
         """Records an evaluated epoch with the keys of metrics.jsonl; `best` marks it as the best so far.
 
-        The sinks receive `train_loss` as `train/loss` and so on, without the tags that `step` writes.
+        `evaluation_seconds`: of the time since the last one; not part of the throughput. The sinks receive
+        `train_loss` as `train/loss` and so on, without the tags that `step` writes.
         """
         if self._metrics is not None:
             self._metrics.write(metrics)
@@ -214,7 +215,7 @@ class Tracking:
         if self._log is not None:
             self._log.write(layout.format_epoch(metrics, self._epochs, best=best))
         if self._console is not None:
-            self._console.epoch(metrics, best)
+            self._console.epoch(metrics, best, evaluation_seconds)
 
     def rewind(self, epoch: int, step: int) -> None:
         """Removes what was written after `epoch` evaluated epochs and `step` updates: the run has rolled back there."""

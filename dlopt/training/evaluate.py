@@ -211,16 +211,18 @@ def validation(
     extra = extra_metrics(experiment, workload.dataset, workload.loss)
     batches = evaluation_batches(workload, samples)
 
-    def with_progress() -> Iterator[tuple[Tensor, Tensor]]:
-        for done, batch in enumerate(batches.epoch(0), 1):
-            yield batch
-            on_batch(done, len(batches))
-
     def validate(interruption: Interruption) -> dict[str, float] | None:
         with evaluation_weights(optimizer, average):
-            return _evaluate(workload, with_progress(), "val", interruption, extra and extra())
+            return _evaluate(workload, _reporting(batches, on_batch), "val", interruption, extra and extra())
 
     return validate
+
+
+def _reporting(batches: Batches, on_batch: Callable[[int, int], None]) -> Iterator[Batch]:
+    """Yields all batches; calls `on_batch(done, total)` after each."""
+    for done, batch in enumerate(batches.epoch(0), 1):
+        yield batch
+        on_batch(done, len(batches))
 
 
 def _evaluate(
@@ -245,8 +247,11 @@ def _evaluate(
         )
 
 
-def test_metrics(workload: Workload) -> dict[str, Any]:
-    """Returns test_loss, for classes test_accuracy, and what the task derives; {} without a test set."""
+def test_metrics(workload: Workload, on_batch: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Returns test_loss, for classes test_accuracy, and what the task derives; {} without a test set.
+
+    `on_batch(done, total)` is called after each batch, except with test-time augmentation.
+    """
     if workload.dataset.test is None:
         return {}
     settings = workload.experiment.settings.evaluate
@@ -254,7 +259,8 @@ def test_metrics(workload: Workload) -> dict[str, Any]:
         outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload))
         metrics = report(outputs, workload.loss, workload.task).metrics
         return {name: metrics[name] for name in ("test_loss", "test_accuracy") if name in metrics}
-    return _evaluate(workload, evaluation_batches(workload, workload.dataset.test).epoch(0), "test") or {}
+    batches = evaluation_batches(workload, workload.dataset.test)
+    return _evaluate(workload, _reporting(batches, on_batch) if on_batch else batches.epoch(0), "test") or {}
 
 
 def check_crops(workload: Workload) -> None:

@@ -55,6 +55,7 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
         "parallel": workload.parallel.name,
         "processes": workload.parallel.processes,
         "unit": _unit(workload),
+        "inputs": _inputs(workload),
     }
     if workload.device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
@@ -75,7 +76,14 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
     pretrained = describe_pretrained(workload.experiment, data_spec(workload)["window"])
     growth, init = workload.growth, workload.experiment.init.arguments
     rates = None if growth is None else describe_rates(growth, init["base_width"])
-    described = [line for line in (chosen, pretrained, rates) if line]
+    size, samples = workload.experiment.data_settings.batch_size, len(dataset.train)
+    small = (
+        f"warning: data.batch_size={size}: larger than the training set; every epoch is one update of all {samples:,} "
+        "samples; use a smaller batch, or data.batch_size=full to request this"
+        if isinstance(size, int) and size > samples
+        else None
+    )
+    described = [line for line in (chosen, pretrained, rates, small) if line]
     for line in [*described, *dataset.notes, *workload.parallel.notes, *small_batch_warnings(workload)]:
         tracking.message(line)
     if trainer.progress.step > 0 or not workload.parallel.is_main:
@@ -103,6 +111,14 @@ def _unit(workload: Workload) -> str:
     if workload.task.vocabulary is not None:
         return f"{workload.task.unit}s"
     return "images" if len(workload.dataset.train.shape) == 3 else "samples"
+
+
+def _inputs(workload: Workload) -> str:
+    """Describes the shape of the inputs and the size of the outputs: 3x32x32, 10 classes."""
+    task, shape = workload.task, "x".join(map(str, data_spec(workload)["window"]))
+    if task.vocabulary is not None:
+        return f"{shape} {task.unit}s at once, vocabulary {task.vocabulary:,}"
+    return f"{shape}, {task.classes:,} classes" if task.classes is not None else shape
 
 
 def summarize(trainer: "Trainer", workload: Workload, status: "Status") -> dict[str, Any]:

@@ -6,6 +6,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -348,11 +349,13 @@ class Trainer:
             **self.train_metrics.means("train"),
             **self.sampler_metrics(),
         }
+        trained = time.perf_counter()  # the metrics above have waited for the device
         if evaluated and self.validate is not None:
             validation_metrics = self.validate(stop)
             if validation_metrics is None:
                 return False
             metrics |= validation_metrics
+        evaluation_seconds = time.perf_counter() - trained
         self.train_metrics = self.train_metrics.fresh()
         progress.epoch, progress.position = epoch, 0
         clock.stop()
@@ -363,7 +366,7 @@ class Trainer:
                 improved = self.best.update(metrics)
                 self.stopping.update(metrics)
                 self.step.schedule.update(metrics)
-            self.tracking.epoch(metrics, best=improved)
+            self.tracking.epoch(metrics, best=improved, evaluation_seconds=evaluation_seconds)
         # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch.
         save_due = intervals.save_every_epochs is not None and epoch % intervals.save_every_epochs == 0
         if improved or save_due or last or self.stopping.should_stop:
@@ -504,15 +507,15 @@ class Trainer:
 
 def _test_best(trainer: Trainer, workload: Workload) -> dict[str, Any]:
     """Tests the best model, which stays loaded in `workload.module`. Raises `RunError`."""
-    mode = workload.parallel
+    mode, progress = workload.parallel, partial(trainer.tracking.evaluating, split="test")
     try:
         if trainer.best.epoch is None:
             with evaluation_weights(trainer.step.optimizer, trainer.average):
-                return test_metrics(workload)
+                return test_metrics(workload, progress)
         state = mode.broadcast(load(trainer.checkpoints.best) if mode.is_main else None)
         assert state is not None
         mode.load_model(workload.module, state["ema"] or state["model"])
-        return test_metrics(workload)
+        return test_metrics(workload, progress)
     except UserError as error:
         advice = "fix the cause and repeat the command with resume=auto"
         raise RunError(f"training is finished, but the test failed: {error}; {advice}") from error

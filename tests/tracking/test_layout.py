@@ -110,12 +110,12 @@ CONFIG = {
 def test_header_summarizes_the_run() -> None:
     facts: dict[str, Any] = {"parameters": 272474, "trainable": 650, "train": 1437, "val": 0, "test": 360, "epochs": 1}
     facts |= {"steps_per_epoch": 23, "parallel": "ddp", "processes": 2, "overrides": ["seed=3", "packages=[mine]"]}
-    facts |= {"device": "cpu", "threads": 2, "precision": "bf16"}
+    facts |= {"device": "cpu", "threads": 2, "precision": "bf16", "inputs": "1x8x8, 10 classes", "unit": "images"}
     choices = {"data": "digits", "model": "mlp", "optimizer": "sgd", "schedule": "cosine", "clip": "none"}
     lines = rendered(layout.header(CONFIG, choices, {**facts, "folder": "out/1"}), 100)
     assert [line.rstrip() for line in lines] == [
         "overrides  seed=3  'packages=[mine]'",
-        "data       digits  1,437 train, 360 test  batch_size 64",
+        "data       digits  1,437 train, 360 test  1x8x8, 10 classes  batch_size 64",
         "model      mlp  272,474 parameters (650 trainable)",
         "optimizer  sgd  lr 0.1  schedule cosine",
         "run        1 epoch of 23 steps  parallel ddp (2 processes)  cpu (2 threads)  bf16  seed 3",
