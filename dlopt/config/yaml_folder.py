@@ -25,9 +25,10 @@ class YamlFolder(ConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         path = os.path.join(self.path, self._normalize_file_name(config_path))
         try:
-            header, config = read(path)
+            os.stat(path)
         except (OSError, ValueError):
             raise ConfigLoadError(f"Config not found : {path}") from None
+        header, config = read(path)
         package = self._get_header_dict(header)
         return ConfigResult(config=config, path=self.full_path(), provider=self.provider, header=package)
 
@@ -53,7 +54,7 @@ class YamlFolder(ConfigSource):
 
 
 def read(path: str) -> tuple[str, Any]:
-    """Returns the first characters of a file and its config, a copy. Raises `OSError` and `ValueError` for its path."""
+    """Returns the first characters of a file and its config, a copy."""
     status = os.stat(path)
     header, content = _load(path, (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
     return header, pickle.loads(content)

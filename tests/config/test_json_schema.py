@@ -98,4 +98,4 @@ def test_prints_the_schema_with_own_choices(tmp_path: Path) -> None:
     entries = written["properties"]["defaults"]["items"]["anyOf"][1]["properties"]
     assert "mine" in entries["override /optimizer"]["enum"]
     assert "speed" in written["properties"]["optimizer"]["else"]["properties"]
-    assert "takes no overrides" in refused(tmp_path, "template", "schema", "epochs=3")
+    assert "needs one name" in refused(tmp_path, "template", "schema", "epochs=3")
