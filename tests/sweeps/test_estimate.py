@@ -58,7 +58,7 @@ class Clock:
 def test_extrapolates_to_all_updates(
     share: float | None, horizon: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of eight updates in 0.6 s give an estimate of 2.4 s; a finished run needs no extrapolation."""
+    """Two of eight updates in 0.6 s give an estimate from 2.4 s, with a margin; a finished run needs neither."""
     summary = {"status": "finished" if share is None else "interrupted", "seconds": 0.6, "steps": 2}
     state = {"progress": {"horizon": horizon}}
 
@@ -77,7 +77,7 @@ def test_extrapolates_to_all_updates(
     monkeypatch.setattr("dlopt.training.checkpoint.Checkpoints.load_newest", lambda self: state)
     estimate = estimate_job([{"seed": 0, "schedule_epochs": 5.0, "epochs": 1, "steps": None}], {})
     assert estimate is not None and estimate.start_up == pytest.approx(0.4)
-    assert (estimate.low, estimate.high) == pytest.approx((0.6, 0.6) if share is None else (2.4, 2.4))
+    assert (estimate.low, estimate.high) == pytest.approx((0.6, 0.6) if share is None else (2.4, 1.5 * 2.4))
 
 
 class Probe:
@@ -138,3 +138,8 @@ def test_probes_different_configs_and_fewer_than_there_are_jobs(
 )
 def test_estimate_adds_up(estimate: Estimate | None, jobs: int, at_once: int, line: str) -> None:
     assert estimate_line(estimate, jobs, at_once) == line
+
+
+def test_what_precedes_all_jobs_is_counted_once() -> None:
+    line = estimate_line(Estimate(2.0, 3.0, once=5.0), 4, 1)
+    assert line == "4 jobs of about 2.0 s to 3.0 s each and 5.0 s to start: about 13.0 s to 17.0 s in total"
