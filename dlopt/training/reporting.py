@@ -78,8 +78,7 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
     rates = None if growth is None else describe_rates(growth, init["base_width"])
     size, samples = workload.experiment.data_settings.batch_size, len(dataset.train)
     small = (
-        f"warning: data.batch_size={size}: larger than the training set; every epoch is one update of all {samples:,} "
-        "samples; use a smaller batch, or data.batch_size=full to request this"
+        f"warning: data.batch_size={size} exceeds the {samples:,} training samples: every epoch is one update"
         if isinstance(size, int) and size > samples
         else None
     )
