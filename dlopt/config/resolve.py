@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from dlopt.config.choices import Catalogue
 from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.schema import show
 from dlopt.config.trust import leaves
@@ -50,7 +51,9 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     values = dict(leaves(raw))
     for key, value in values.items():
         if value == "???":
-            raise UserError(f"{key}: a value is required; set {key}=VALUE")
+            group = key.partition(".")[0]
+            choice = choices_of(config).get(group, "") if "hydra" in config else ""
+            raise UserError(f"{key}: a value is required; set {key}=VALUE{_meaning(group, choice, key)}")
     try:
         plain: Any = OmegaConf.to_container(task, resolve=True)
     except OmegaConfBaseException as error:
@@ -65,6 +68,14 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     for group, key in former_keys(plain, {*map(key_of, typed), *_set_by_recipe(config)}):
         del plain[group][key], raw[group][key]
     return plain, _redact(plain, raw, _environment_values(plain, raw))
+
+
+def _meaning(group: str, choice: str, key: str) -> str:
+    """Returns the comment of a key in the file of one of dlopt's choices, after a colon."""
+    catalogue = Catalogue()
+    keys = (each for found in catalogue.choices(group) if found.name == choice for each in catalogue.keys(found))
+    comment = next((each.comment for each in keys if each.name == key), "")
+    return f": {comment}" if comment else ""
 
 
 def _set_by_recipe(config: DictConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Checks combinations of settings. Each message names the key, its value, and which key to change."""
 
 import os
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
@@ -108,8 +109,11 @@ def _check_diagnostics(settings: Settings) -> None:
 def _check_monitor(key: str, monitor: str) -> None:
     allowed = (*_MONITORS, *_EXTRA)
     if monitor not in allowed and not monitor.startswith(_CLASS):
+        close = get_close_matches(monitor, allowed, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"{key}={monitor}: there is no validation metric of this name; allowed: {', '.join(allowed)}, {_CLASS}NAME"
+            f"{key}={monitor}: there is no validation metric of this name; {hint}"
+            f"allowed: {', '.join(allowed)}, {_CLASS}NAME"
         )
 
 

@@ -198,9 +198,11 @@ def _read(path: Path, delimiter: str) -> tuple[list[str], list[tuple[int, list[s
     if not rows:
         raise UserError(f"data.file={path}: has no rows")
     for line, row in rows:
-        if len(row) != len(header) or not all(row):
-            what = "an empty field" if len(row) == len(header) else f"{len(row)} fields instead of {len(header)}"
-            raise UserError(f"data.file={path}, line {line}: has {what}")
+        if len(row) != len(header):
+            raise UserError(f"data.file={path}, line {line}: has {len(row)} fields instead of {len(header)}")
+        if not all(row):
+            name = header[row.index("")]
+            raise UserError(f"data.file={path}, line {line}: has an empty field, {name}; fill it in or remove the line")
     return header, rows
 
 

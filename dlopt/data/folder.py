@@ -243,9 +243,13 @@ def listed_images(
     """Calls `image_files` on listings. Raises `UserError` unless all splits have the classes of train."""
     classes = listings["train"].classes
     for listing in listings.values():
+        extras = sorted(set(listing.classes) - set(classes))
         for missing in sorted(set(classes) - set(listing.classes)):
-            raise UserError(f"data.root={root}: the class folder {listing.folder / missing} is missing; train has it")
-        for extra in sorted(set(listing.classes) - set(classes)):
+            other = f", and {listing.folder} has {extras[0]}, which train lacks" if extras else ""
+            raise UserError(
+                f"data.root={root}: the class folder {listing.folder / missing} is missing; train has it{other}"
+            )
+        for extra in extras:
             raise UserError(f"data.root={root}: train has no class folder like {listing.folder / extra}")
     labels = torch.arange(len(classes))
     lists = {

@@ -8,6 +8,7 @@ import shutil
 import sysconfig
 import tempfile
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -157,7 +158,9 @@ def _files(entry: str, pattern: str) -> list[Path]:
     except (NotImplementedError, ValueError):
         raise UserError(f"data.pattern={pattern}: must be a pattern of names in the folder, such as *.txt") from None
     if not found:
-        raise UserError(f"data.pattern={pattern}: no file in {entry} has such a name")
+        suffixes = Counter(each.suffix for each in path.rglob("*") if each.is_file() and each.suffix)
+        hint = "".join(f"; it has *{suffix}: set data.pattern='*{suffix}'" for suffix, _ in suffixes.most_common(1))
+        raise UserError(f"data.pattern={pattern}: no file in {entry} has such a name{hint}")
     return found
 
 
