@@ -5,13 +5,33 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dlopt.plain import read_regular
 
+_in_use = 0
 
+
+@contextlib.contextmanager
+def disk_in_use() -> Iterator[None]:
+    """Marks the time in which the main thread reads or writes files: a slow disk is no reason to call it hung."""
+    global _in_use
+    counts = threading.current_thread() is threading.main_thread()
+    _in_use += counts
+    try:
+        yield
+    finally:
+        _in_use -= counts
+
+
+def is_disk_in_use() -> bool:
+    return _in_use > 0
+
+
+@disk_in_use()
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Writes a file and its checksum; after a crash at any moment the file on disk matches its checksum.
 
@@ -24,6 +44,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         _publish(temporary, path, sha256(temporary))
 
 
+@disk_in_use()
 def link(source: Path, target: Path) -> None:
     """Makes `target` a hard link to `source`, or a copy if the file system has no hard links."""
     with temporary_sibling(target) as temporary:
@@ -36,6 +57,7 @@ def link(source: Path, target: Path) -> None:
         _publish(temporary, target, digests[0] if len(digests) == 1 else sha256(source))
 
 
+@disk_in_use()
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces the contents of `path`: after a crash the file is the old one or the new one. Raises OSError."""
     with temporary_sibling(path) as temporary:

@@ -4,6 +4,8 @@ Losses divide by the number of samples, never by a sum of class weights: the los
 samples, then add up to the loss of the batch.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -85,6 +87,8 @@ class PixelCrossEntropy(nn.Module):
 
     outputs [N, K]; targets float [N, K] in 0..1. The minimum is the entropy of the targets, which is above 0 for grey.
     """
+
+    predicts_pixels: ClassVar[bool] = True
 
     def __init__(self, *, classes: int | None) -> None:
         super().__init__()

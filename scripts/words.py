@@ -75,9 +75,7 @@ ALLOWED = {  # file or folder -> words that are the field's there
     "docs/conf.py": {"setup"},  # Sphinx's interface
     "dlopt/commands/eval.py": {"member"},  # of an ensemble
     **{  # of matplotlib
-        f"{top}/{room}/": {"figure", "figures"}
-        for top in ("dlopt", "tests")
-        for room in ("analysis", "lab", "results")
+        f"{top}/{room}/": {"figure", "figures"} for top in ("dlopt", "tests") for room in ("analysis", "lab", "results")
     },
 }
 _CODE = re.compile(r"`[^`\n]*`")

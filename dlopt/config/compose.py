@@ -190,9 +190,7 @@ class Composer:
                 if key.startswith(("hydra.", "hydra/")):
                     raise UserError(f"{line}: one value is needed, for all jobs; write a list as [a,b]")
                 if not multirun:
-                    raise UserError(
-                        f"{line}: several values need -m (one run each); for a list, write [a,b]"
-                    )
+                    raise UserError(f"{line}: several values need -m (one run each); for a list, write [a,b]")
                 continue
             if key == "hydra":
                 raise UserError(f"{line}: a block of keys; set them one by one: hydra.run.dir=FOLDER")

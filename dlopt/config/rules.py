@@ -43,20 +43,32 @@ def check_combinations(experiment: Experiment) -> None:
             f"scale_lr={settings.scale_lr}: {experiment.optimizer.choice} has no learning rate to scale; set "
             "optimizer.lr to a number, or scale_lr=none"
         )
-    if settings.ema is not None and hasattr(experiment.optimizer.target, "eval"):
+    if settings.ema is not None and _is_schedule_free(experiment.optimizer):
         raise UserError(
             f"ema={settings.ema}: {experiment.optimizer.target.__name__} evaluates an average of its own; use ema=null "
             "or another optimizer"
         )
     _check_device(experiment)
     _check_batch(experiment)
-    if experiment.model.arguments.get("pretrained") and experiment.init.target.__name__ != "default":
+    if experiment.model.arguments.get("pretrained") and not _keeps_weights(experiment.init):
         raise UserError(
             f"{experiment.init.choice}: would overwrite the pretrained weights; "
             "use init=default or model.pretrained=false"
         )
-    if experiment.loss.target.__name__ == "PixelCrossEntropy":
+    if getattr(experiment.loss.target, "predicts_pixels", False):
         _check_pixels(experiment)
+
+
+def _keeps_weights(init: Component) -> bool:
+    from dlopt.init import default  # late: it imports torch
+
+    return init.target is default
+
+
+def _is_schedule_free(optimizer: Component) -> bool:
+    from dlopt.optim.traits import is_schedule_free  # late: it imports torch
+
+    return is_schedule_free(optimizer.target)
 
 
 def _learning_rate(optimizer: Component) -> Any:

@@ -95,6 +95,10 @@ class Component:
     def takes(self, name: str) -> bool:
         return name in parameters_of(self.target)
 
+    def is_a(self, *kinds: type) -> bool:
+        """Returns whether the target is one of these classes, or derived from one."""
+        return isinstance(self.target, type) and issubclass(self.target, kinds)
+
     def partial(self, **extra: Any) -> "Component":
         return dataclasses.replace(self, arguments={**self.arguments, **extra})
 

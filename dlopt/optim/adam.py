@@ -1,6 +1,7 @@
 """Variants of Adam."""
 
 import math
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from dlopt.optim.common import (
     move,
     refuse_complex,
 )
+from dlopt.optim.traits import ADAPTIVE, ELEMENTWISE, OptimizerTraits
 from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive
 
 
@@ -49,8 +51,7 @@ class CautiousAdamW(RealOptimizer):
     u * g > 0 keeps nnz of a tensor's d entries. The weight decay is not masked.
     """
 
-    elementwise: ClassVar[bool] = False  # nnz is that of the whole tensor
-    normalizes_entries: ClassVar[bool] = True
+    traits: ClassVar[OptimizerTraits] = replace(ADAPTIVE, scope="tensor")  # nnz is that of the whole tensor
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class AdaBelief(RealOptimizer):
     With 1e-8, which they use for image classification, sqrt(s) is at least 0.003, often more than the gradients.
     """
 
-    normalizes_entries: ClassVar[bool] = True
+    traits: ClassVar[OptimizerTraits] = ADAPTIVE
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class LAMB(RealOptimizer):
     `bias_correction=False` corresponds to the authors' code.
     """
 
-    elementwise: ClassVar[bool] = False
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
 
     def __init__(
         self,
@@ -192,7 +193,7 @@ class NAdam(torch.optim.NAdam):
     after which the products are rounded differently.
     """
 
-    evaluations: ClassVar[str] = "once"
+    traits: ClassVar[OptimizerTraits] = ADAPTIVE
 
     def __init__(
         self,
@@ -225,7 +226,7 @@ class Adan(RealOptimizer):
     group: the first update of a parameter without an earlier gradient comes out too short.)
     """
 
-    normalizes_entries: ClassVar[bool] = True
+    traits: ClassVar[OptimizerTraits] = ADAPTIVE
 
     def __init__(
         self,
@@ -274,7 +275,7 @@ class AdEMAMix(RealOptimizer):
     of the run.
     """
 
-    normalizes_entries: ClassVar[bool] = True
+    traits: ClassVar[OptimizerTraits] = ADAPTIVE
 
     def __init__(
         self,
@@ -320,7 +321,7 @@ class ADOPT(RealOptimizer):
     updates after it. (pytorch-optimizer's ADOPT clips at (t + 1)^(1/4) and has one count for all parameters.)
     """
 
-    normalizes_entries: ClassVar[bool] = True
+    traits: ClassVar[OptimizerTraits] = ADAPTIVE
 
     def __init__(
         self,
@@ -365,8 +366,7 @@ class MARS(RealOptimizer):
     also updates kernels and vectors, as in the algorithm, and the first gradient counts as unchanged.
     """
 
-    elementwise: ClassVar[bool] = False
-    normalizes_entries: ClassVar[bool] = True
+    traits: ClassVar[OptimizerTraits] = replace(ADAPTIVE, scope="tensor")
 
     def __init__(
         self,
@@ -410,8 +410,7 @@ class Adafactor(torch.optim.Adafactor):
     bounds the mean of the averages, and changes the second moment of gradients below 3e-4 in float32.
     """
 
-    evaluations: ClassVar[str] = "once"
-    elementwise: ClassVar[bool] = False
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
 
     def __init__(
         self,

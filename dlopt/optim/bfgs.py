@@ -23,6 +23,7 @@ from dlopt.optim.common import (
     refuse_group_rates,
     trainable,
 )
+from dlopt.optim.traits import OptimizerTraits
 from dlopt.parameters import real_views
 from dlopt.ranges import Count, Fraction, NonNegative, Positive, Probability
 
@@ -50,8 +51,7 @@ class BFGS(torch.optim.Optimizer):
     the initial step length. Models with more than `max_parameters` parameters are rejected.
     """
 
-    evaluations: ClassVar[str] = "many"
-    elementwise: ClassVar[bool] = False
+    traits: ClassVar[OptimizerTraits] = OptimizerTraits(evaluations="many")
 
     def __init__(
         self,
@@ -209,8 +209,7 @@ class LBFGS(torch.optim.LBFGS):
     In contrast to torch's class it can be copied and pickled, and trains parameters that are added later.
     """
 
-    evaluations: ClassVar[str] = "many"
-    elementwise: ClassVar[bool] = False
+    traits: ClassVar[OptimizerTraits] = OptimizerTraits(evaluations="many")
 
     def __init__(
         self,

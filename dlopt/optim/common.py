@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,8 +107,6 @@ def chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 class ForeachOptimizer(torch.optim.Optimizer):
     """Base of optimizers that use one gradient per step and update the parameters chunk by chunk."""
-
-    evaluations: ClassVar[str] = "once"
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:

@@ -5,6 +5,7 @@ All see a tensor along each of its modes (dimensions), as a matrix [size of the 
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, count_steps, evaluate, gradients
+from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
 from dlopt.random import generator
 from dlopt.ranges import Count, Fraction, NonNegative, Positive, PositiveFraction, Seed
 
@@ -67,7 +69,7 @@ class Shampoo(RealOptimizer):
     `update_every` ones.
     """
 
-    elementwise: ClassVar[bool] = False
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
 
     def __init__(
         self,
@@ -130,7 +132,7 @@ class SOAP(RealOptimizer):
     and modes larger than `max_size`, are not rotated: AdamW. (pytorch-optimizer's SOAP orthogonalizes in float32.)
     """
 
-    elementwise: ClassVar[bool] = False
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
 
     def __init__(
         self,
@@ -205,7 +207,7 @@ class Kron(RealOptimizer):
     global generator, which a checkpoint does not hold.)
     """
 
-    elementwise: ClassVar[bool] = False
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
 
     def __init__(
         self,

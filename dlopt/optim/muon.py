@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import compress
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +23,7 @@ from dlopt.optim.common import (
     refuse_complex,
     without_global_step_hooks,
 )
+from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
 from dlopt.ranges import Count, Fraction, NonNegative, Positive
 
 
@@ -59,8 +61,6 @@ class Muon(torch.optim.Optimizer):
     `lr`: its other parameters get `rest_lr` * group lr / `lr`.
     """
 
-    evaluations: ClassVar[str] = "once"
-    elementwise: ClassVar[bool] = False
     _is_built = False  # `Optimizer.__init__` adds groups that are split already
 
     def __init__(
@@ -132,9 +132,8 @@ class Muon(torch.optim.Optimizer):
         return self._rest.param_groups[-len(groups) :]
 
     @property
-    def capturable(self) -> bool:
-        """Whether a CUDA graph can capture an update: none of its decisions depends on tensor values."""
-        return not self._keys["cautious"]
+    def traits(self) -> OptimizerTraits:
+        return replace(ELEMENTWISE, scope="tensor", capturable=not self._keys["cautious"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not self._is_built:
@@ -246,7 +245,7 @@ class Scion(RealOptimizer):
     weights on the balls; dlopt's `init` stays as it is.
     """
 
-    elementwise: ClassVar[bool] = False
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from dlopt.optim.common import (
     refuse_group_rates,
     trainable,
 )
+from dlopt.optim.traits import OptimizerTraits
 from dlopt.ranges import Count, NonNegative, Positive, PositiveFraction
 
 _ROWS = 64  # rows of the Hessian per batched backward pass
@@ -33,9 +34,7 @@ _ROWS = 64  # rows of the Hessian per batched backward pass
 class _SecondOrder(torch.optim.Optimizer):
     """Base of the Newton methods: real parameters with one learning rate."""
 
-    evaluations: ClassVar[str] = "many"
-    elementwise: ClassVar[bool] = False
-    ignores_clipping: ClassVar[bool] = True
+    traits: ClassVar[OptimizerTraits] = OptimizerTraits(evaluations="many", ignores_clipping=True)
 
     def __init__(self, params: ParamsT, name: str, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)

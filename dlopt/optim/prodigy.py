@@ -1,6 +1,7 @@
 """Prodigy."""
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, evaluate, gradients
+from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
 from dlopt.ranges import NonNegative, OpenFraction, Positive
 
 
@@ -24,8 +26,7 @@ class Prodigy(RealOptimizer):
     update. (pytorch-optimizer accumulates r in float32.)
     """
 
-    elementwise: ClassVar[bool] = False
-    couples_layers: ClassVar[bool] = True
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="model")
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dlopt.errors import UserError
 from dlopt.optim.common import Closure, Tensors, chunks, evaluate, gradients, needs_closure, without_global_step_hooks
+from dlopt.optim.traits import OptimizerTraits, is_schedule_free, optimizer_traits
 from dlopt.ranges import NonNegative, Positive
 
 
@@ -21,9 +22,7 @@ class SAM(torch.optim.Optimizer):
     `lr` replaces the learning rate of the base; groups with another one keep their ratio to it.
     """
 
-    evaluations: ClassVar[str] = "many"
-    uses_all_gradients: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = False
+    traits: ClassVar[OptimizerTraits] = OptimizerTraits(evaluations="many", uses_all_gradients=True)
 
     def __init__(
         self,
@@ -33,8 +32,7 @@ class SAM(torch.optim.Optimizer):
         rho: NonNegative = 0.05,
         adaptive: bool = False,
     ) -> None:
-        many = getattr(base, "evaluations", "once") != "once" or isinstance(base, torch.optim.LBFGS)
-        if many or hasattr(base, "train"):
+        if optimizer_traits(base).evaluations == "many" or is_schedule_free(type(base)):
             raise UserError(
                 f"optimizer.base={type(base).__name__}: not supported by SAM, whose base must use one gradient per "
                 f"step and train the weights that are evaluated; use for example sgd or adamw"

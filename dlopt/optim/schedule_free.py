@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from dlopt.errors import UserError, install
 from dlopt.optim.common import fill_defaults, refuse_complex
+from dlopt.optim.traits import OptimizerTraits
 from dlopt.ranges import Fraction, NonNegative, OpenFraction, Positive
 
 try:
@@ -24,7 +25,7 @@ except ModuleNotFoundError:
 
 
 class _KeepsTrainingPoint:
-    moves_at_zero_lr: ClassVar[bool] = True  # towards the average
+    traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope="element")  # moves towards the average at any rate
     param_groups: list[dict[str, Any]]
     state: Any
 
@@ -53,8 +54,6 @@ class _KeepsTrainingPoint:
 class ScheduleFreeSGD(_KeepsTrainingPoint, schedulefree.SGDScheduleFree):
     """Schedule-free SGD. `momentum` interpolates between the last iterate (0) and the average (1)."""
 
-    evaluations: ClassVar[str] = "once"
-
     def __init__(
         self,
         params: ParamsT,
@@ -74,8 +73,7 @@ class ScheduleFreeSGD(_KeepsTrainingPoint, schedulefree.SGDScheduleFree):
 class ScheduleFreeAdamW(_KeepsTrainingPoint, schedulefree.AdamWScheduleFree):
     """Schedule-free AdamW. betas[0] interpolates between the last iterate (0) and the average (1)."""
 
-    evaluations: ClassVar[str] = "once"
-    normalizes_entries: ClassVar[bool] = True
+    traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope="element", normalizes_entries=True)
 
     def __init__(
         self,

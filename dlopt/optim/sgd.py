@@ -1,5 +1,6 @@
 """Variants of SGD: with momentum, with a rate per tensor, and by the signs of the gradient or of a momentum."""
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dlopt.optim.common import ForeachOptimizer, RealOptimizer, buffers, gradients, make_cautious, move
+from dlopt.optim.traits import ADAPTIVE, ELEMENTWISE, OptimizerTraits
 from dlopt.ranges import Fraction, NonNegative, OpenFraction, Positive
 
 
@@ -24,6 +26,8 @@ class SGDW(ForeachOptimizer):
     There, a changed rate affects new gradients only. At a constant rate, eta = 1, the updates are those of this class
     with alpha = lr * (1 - momentum) and lambda = lr * weight_decay.
     """
+
+    traits: ClassVar[OptimizerTraits] = ELEMENTWISE
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.1, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0005
@@ -51,8 +55,7 @@ class LARS(ForeachOptimizer):
     `adapt_vectors`: their norms mean little, and a bias that starts at zero would stay near zero for long.
     """
 
-    elementwise: ClassVar[bool] = False
-    moves_at_zero_lr: ClassVar[bool] = True  # by the momentum
+    traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope="tensor")  # the momentum moves weights at a rate of zero
 
     def __init__(
         self,
@@ -105,8 +108,6 @@ class Lion(RealOptimizer):
     `cautious` moves no weight against its gradient (C-Lion, see `dlopt.optim.common.make_cautious`).
     """
 
-    normalizes_entries: ClassVar[bool] = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -119,8 +120,9 @@ class Lion(RealOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "cautious": cautious})
 
     @property
-    def elementwise(self) -> bool:
-        return not any(group["cautious"] for group in self.param_groups)  # which counts entries of the whole tensor
+    def traits(self) -> OptimizerTraits:
+        cautious = any(group["cautious"] for group in self.param_groups)  # counts entries of the whole tensor
+        return replace(ADAPTIVE, scope="tensor" if cautious else "element")
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
@@ -140,8 +142,7 @@ class Signum(RealOptimizer):
     signSGD (algorithm 1).
     """
 
-    elementwise: ClassVar[bool] = True
-    normalizes_entries: ClassVar[bool] = True
+    traits: ClassVar[OptimizerTraits] = ADAPTIVE
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.0001, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0
@@ -166,7 +167,7 @@ class Rprop(RealOptimizer):
     gradient to zero.
     """
 
-    moves_at_zero_lr: ClassVar[bool] = True  # lr is the first step size only
+    traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope="element")  # lr is the first step size only
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Sophia."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from dlopt.optim.common import (
     sampled_loss,
     trainable,
 )
+from dlopt.optim.traits import OptimizerTraits
 from dlopt.random import generator, stream
 from dlopt.ranges import Count, Fraction, NonNegative, Positive, Seed
 
@@ -38,9 +39,6 @@ class Sophia(RealOptimizer):
     Where h <= 0 the step is the sign of m. u and the labels depend on `seed` and on the update only.
     """
 
-    evaluations: ClassVar[str] = "many"
-    elementwise: ClassVar[bool] = False
-
     def __init__(
         self,
         params: ParamsT,
@@ -59,9 +57,9 @@ class Sophia(RealOptimizer):
         super().__init__(params, {**defaults, **estimate})
 
     @property
-    def samples_labels(self) -> bool:
-        """Whether `step` calls `closure.sampled_loss`."""
-        return bool(self.param_groups[0]["hessian"] == "gnb")
+    def traits(self) -> OptimizerTraits:
+        samples = bool(self.param_groups[0]["hessian"] == "gnb")
+        return OptimizerTraits(evaluations="many", samples_labels=samples)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -79,7 +77,7 @@ class Sophia(RealOptimizer):
         params = trainable(self)
         if not params:
             return
-        estimate = self._gauss_newton if self.samples_labels else self._hutchinson
+        estimate = self._gauss_newton if self.traits.samples_labels else self._hutchinson
         for h, new in zip(buffers(self, params, "hessian"), estimate(first, params, closure), strict=True):
             h.lerp_(torch.zeros_like(h) if new is None else new, 1 - first["betas"][1])
 

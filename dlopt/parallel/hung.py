@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 
 from dlopt.errors import FAILED
+from dlopt.files import is_disk_in_use
 from dlopt.interruption import SIGNALS
 
 HUNG_SECONDS = 20.0  # in one call; srun waits another minute for the other ranks, then kills them
 _POLL_SECONDS = 0.5
-_WRITING = ("checkpoint", "sharded", "shard_files", "files")  # modules whose calls may take long: they write to disks
 
 
 @contextlib.contextmanager
@@ -58,14 +58,9 @@ def _watch(signals: socket.socket, end: Callable[[], None]) -> None:
 
 
 def _main_position() -> tuple[int, int] | None:
-    """Returns an identifier of the main thread's current call; None while it writes a checkpoint."""
-    frame = innermost = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None:
-        package, _, module = str(frame.f_globals.get("__name__")).rpartition(".")
-        if package.startswith("dlopt") and module in _WRITING:
-            return None
-        frame = frame.f_back
-    return None if innermost is None else (id(innermost), innermost.f_lasti)
+    """Returns an identifier of the main thread's current call; None while it reads or writes files."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return None if frame is None or is_disk_in_use() else (id(frame), frame.f_lasti)
 
 
 def _end() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed
 
 from dlopt.errors import RunError
-from dlopt.files import reason, sha256, sync_folder
+from dlopt.files import disk_in_use, reason, sha256, sync_folder
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ class ShardWriter:
         if self._group is None:
             self._group = distributed.new_group(backend="gloo", timeout=timedelta(minutes=self.minutes))
 
+    @disk_in_use()
     def write(self, parent: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, Files]:
         """Writes DTensors to a new folder in `parent`.
 

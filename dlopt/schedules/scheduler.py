@@ -8,6 +8,7 @@ import torch
 
 from dlopt.errors import UserError
 from dlopt.metric_names import lower_is_better
+from dlopt.optim.traits import is_schedule_free
 from dlopt.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.schedules.horizon import Factor, Horizon
 
@@ -30,15 +31,15 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         cycle_momentum = getattr(self._component, "cycle_momentum", False)
         groups = optimizer.param_groups
         # Schedule-free optimizers use this key to interpolate between points: changed, it would move their average.
-        is_schedule_free = hasattr(optimizer, "train")
-        if cycle_momentum is True and (is_schedule_free or not all("momentum" in g or "betas" in g for g in groups)):
+        averages = is_schedule_free(type(optimizer))
+        if cycle_momentum is True and (averages or not all("momentum" in g or "betas" in g for g in groups)):
             raise UserError(
                 f"schedule.cycle_momentum=true: {type(optimizer).__name__} has neither momentum nor betas to cycle; "
                 f"set auto or false"
             )
         # auto leaves a momentum of 0 off: gradient descent must not become another method.
         self._cycles = [cycle_momentum is True or bool(cycle_momentum and _momentum(g)) for g in groups]
-        self.cycles_momentum = any(self._cycles) and not is_schedule_free
+        self.cycles_momentum = any(self._cycles) and not averages
         self._horizons = [group.get("horizon", 1.0) for group in groups]
         # Rules may give the first group another rate than optimizer.lr, such as the smallest one with layer_decay.
         lr = getattr(optimizer, "base", optimizer).defaults.get("lr")  # SAM has the groups of its base

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from dlopt.optim.traits import is_schedule_free
 from dlopt.parallel.shards import local
 
 
@@ -66,11 +68,12 @@ def evaluation_weights(optimizer: torch.optim.Optimizer, average: ExponentialAve
         with average.swapped_in():
             yield
         return
-    if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
+    if not is_schedule_free(type(optimizer)):
         yield
         return
-    optimizer.eval()
+    switching: Any = optimizer
+    switching.eval()
     try:
         yield
     finally:
-        optimizer.train()
+        switching.train()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dlopt.errors import NewerError, RunError, UserError
-from dlopt.files import digest_file, link, reason, recorded_digests, sha256, write
+from dlopt.files import digest_file, disk_in_use, link, reason, recorded_digests, sha256, write
 from dlopt.parallel.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import sharded
@@ -61,6 +61,7 @@ class Checkpoints:
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
+    @disk_in_use()
     def save(self, state: dict[str, Any], *, best: bool, snapshot: str | None = None) -> None:
         """Writes `state` as last.pt, and also as best.pt if `best`. Raises `RunError` on failure.
 
@@ -81,6 +82,7 @@ class Checkpoints:
         self._thread = Thread(target=self._save_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
+    @disk_in_use()
     def wait(self) -> None:
         """Waits for an asynchronous save. Raises `RunError` if it failed."""
         if self._thread is not None:
@@ -129,6 +131,7 @@ class Checkpoints:
                 raise
             raise _write_error(self.last, reason(error)) from error
 
+    @disk_in_use()
     def load_newest(self) -> dict[str, Any] | None:
         """Loads the newest intact checkpoint; None if there is no file. Raises `RunError` if all are damaged."""
         self.wait()
@@ -149,6 +152,7 @@ class Checkpoints:
             )
         return None
 
+    @disk_in_use()
     def set_aside(self, state: Mapping[str, Any]) -> str | None:
         """Makes `state` last.pt, and renames the checkpoints after it to abandoned-N-NAME.pt; returns abandoned-N.
 
@@ -176,6 +180,7 @@ class Checkpoints:
         progress = sharded.load_without_shards(self.best).get("progress") or {}
         return self.best.exists() and progress.get("epoch", epoch) == epoch  # without it, the file is damaged
 
+    @disk_in_use()
     def restore_best(self, state: dict[str, Any]) -> None:
         """Writes `state`, the best so far, to best.pt unless it is there.
 
@@ -235,6 +240,7 @@ def _copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
+@disk_in_use()
 def load(path: Path) -> dict[str, Any]:
     """Loads a checkpoint to the CPU, without unpickling code. Raises `UserError` that says what is wrong with it."""
     if path.is_dir():

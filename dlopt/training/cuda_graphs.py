@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt.graphs import GraphedFunction, Recorder
+from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.metrics import MetricSum
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step, StepSettings
-
-_FUSED_OPTIMIZERS = ("SGD", "Adam", "AdamW")  # in torch.optim, with fused CUDA kernels
 
 
 def obstacle(
@@ -39,7 +38,7 @@ def obstacle(
         return "an update communicates between processes"
     if observed:
         return "diagnostics and profile use hooks, which a replay does not run"
-    if not settings.evaluates_once or not _is_capturable(optimizer):
+    if not settings.evaluates_once or not optimizer_traits(optimizer).capturable:
         return f"{type(optimizer).__name__} has control flow on the host"
     if precision.name == "fp16":
         return "precision=fp16 adapts its loss scale on the host"
@@ -54,13 +53,6 @@ def obstacle(
         if not known or isinstance(layer, nn.RNNBase):  # cuDNN keeps dropout states of its own
             return f"{type(layer).__name__} may have control flow on the host"
     return None
-
-
-def _is_capturable(optimizer: Optimizer) -> bool:
-    if getattr(optimizer, "capturable", False):  # declared by dlopt's optimizers
-        return True
-    is_fused = type(optimizer).__module__.startswith("torch.") and type(optimizer).__name__ in _FUSED_OPTIMIZERS
-    return is_fused and all(group.get("fused") for group in optimizer.param_groups)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dlopt.config.schema import Component
 from dlopt.errors import UserError
 from dlopt.init import WidthGrowth, weights
 from dlopt.models.airbench import Divide
+from dlopt.optim.traits import optimizer_traits
 from dlopt.parameters import Grouping, Rule
 from dlopt.training.model_check import build_on_meta
 
 _WIDTH_KEYS = {"width": 1, "widths": 1, "widen": 16, "hidden": 1}  # features or channels of the first layer per unit
-_TORCH_OPTIMIZERS = ("Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")  # they have no attribute
 
 
 def width_growth(model: Component, runtime: dict[str, Any]) -> WidthGrowth:
@@ -68,11 +68,9 @@ def with_rates(grouping: Grouping, growth: WidthGrowth, base_width: int, argumen
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raises `UserError` for an optimizer for which table 3's rates of Adam are not defined."""
-    kind = type(optimizer)
-    is_torch = any(base.__module__.startswith("torch.") and base.__name__ in _TORCH_OPTIMIZERS for base in kind.mro())
-    if not getattr(kind, "normalizes_entries", is_torch):
+    if not optimizer_traits(optimizer).normalizes_entries:
         raise UserError(
-            f"init=mup: sets learning rates for Adam and its relatives, not for {kind.__name__}; "
+            f"init=mup: sets learning rates for Adam and its relatives, not for {type(optimizer).__name__}; "
             "use optimizer=adamw, adopt, ademamix, lion, ..., or another init"
         )
 

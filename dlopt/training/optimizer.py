@@ -14,6 +14,7 @@ from dlopt.graphs import Recorder
 from dlopt.losses import sampling_obstacle
 from dlopt.optim import SAM
 from dlopt.optim.common import buffers
+from dlopt.optim.traits import UNKNOWN, optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.parameters import parameter_groups
@@ -37,7 +38,7 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     if experiment.auto_lr:
         raise UserError("optimizer.lr=auto: only `dlopt train` runs a range test; set a number")
     arguments, base = dict(component.arguments), None
-    if component.target is SAM:  # the groups are those of its base: their multipliers refer to the base's arguments
+    if component.is_a(SAM):  # the groups are those of its base: their multipliers refer to the base's arguments
         base = arguments["base"]
         arguments = {**base.arguments, **({} if arguments.get("lr") is None else {"lr": arguments["lr"]})}
     if settings.scale_lr != "none":
@@ -134,29 +135,26 @@ def _same_strides(tensor: Tensor, parameter: Tensor) -> bool:
     return tensor.is_meta or tensor.stride() == parameter.stride()
 
 
-_NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon")  # in torch.optim, which has no such attribute
-
-
 def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
-    """Raises `UserError` if an update needs more of the model than one rank has."""
-    kind = type(optimizer)
-    name = f"parallel={parallel.name}: {kind.__name__}"
+    """Raises `UserError` if an update needs, or may need, more of the model than one rank has."""
+    name, traits = f"parallel={parallel.name}: {type(optimizer).__name__}", optimizer_traits(optimizer)
     advice = "use parallel=ddp or an elementwise optimizer (sgd, adamw, ...)"
-    is_torch = kind.__module__.startswith("torch.")
-    elementwise = getattr(optimizer, "elementwise", not (is_torch and kind.__name__ in _NOT_ELEMENTWISE))
-    if parallel.sharding == "tensors" and not elementwise:
-        raise UserError(f"{name} needs full tensors or the full model, but each rank has a shard; {advice}")
-    if parallel.sharding == "layers" and _couples_layers(optimizer):
-        raise UserError(f"{name} needs all layers, but each rank has some of them; {advice}")
-
-
-def _couples_layers(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(getattr(optimizer, "couples_layers", _evaluations(optimizer) == "many"))
+    missing = {"tensors": traits.scope != "element", "layers": traits.scope == "model"}
+    if not missing.get(parallel.sharding):
+        return
+    if traits is UNKNOWN:
+        raise UserError(
+            f"{name} does not say what its updates depend on, and each rank has a part of the model; {advice}, or, if "
+            "each element is updated from its own gradients only, add to the class: "
+            'traits = dlopt.optim.OptimizerTraits(scope="element")'
+        )
+    needs = "full tensors or the full model" if parallel.sharding == "tensors" else "all layers"
+    raise UserError(f"{name} needs {needs}, but each rank has a part of them; {advice}")
 
 
 def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:
     """Raises `UserError` if the optimizer needs labels drawn from the predictions, which the run cannot provide."""
-    if not getattr(optimizer, "samples_labels", False):
+    if not optimizer_traits(optimizer).samples_labels:
         return
     name = type(optimizer).__name__
     if parallel.processes > 1:
@@ -169,15 +167,9 @@ def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss:
         raise UserError(f"{obstacle}, or an optimizer that draws no labels (sophia: optimizer.hessian=hutchinson)")
 
 
-def _evaluations(optimizer: torch.optim.Optimizer) -> str:
-    """Returns whether the optimizer evaluates the loss `once` or `many` times per update."""
-    default = "many" if isinstance(optimizer, torch.optim.LBFGS) else "once"
-    return getattr(optimizer, "evaluations", default)
-
-
 def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool:
     """Returns whether the optimizer evaluates the loss once per update. Raises `UserError` for many with fp16."""
-    once = _evaluations(optimizer) == "once"
+    once = optimizer_traits(optimizer).evaluations == "once"
     if not once and workload.precision.name == "fp16":
         raise UserError(
             f"precision=fp16: {type(optimizer).__name__} evaluates the loss several times per update, "
@@ -192,9 +184,10 @@ def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> 
         experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
     )
     # Frozen parameters have no gradients, which must not matter to the others: not in norms over all layers.
-    is_independent = experiment.clip.target in (Unclipped, ByValue, Adaptive) and not _couples_layers(optimizer)
-    moves = getattr(optimizer, "moves_at_zero_lr", isinstance(optimizer, torch.optim.Rprop))
-    return Scheduler(optimizer, factor, freezes=workload.parallel.processes == 1 and is_independent and not moves)
+    traits = optimizer_traits(optimizer)
+    is_independent = experiment.clip.target in (Unclipped, ByValue, Adaptive) and traits.scope != "model"
+    freezes = workload.parallel.processes == 1 and is_independent and traits.rests_at_zero_lr
+    return Scheduler(optimizer, factor, freezes=freezes)
 
 
 def build_step(
@@ -213,7 +206,7 @@ def build_step(
     """Builds the step; also returns why it is not replayed from a CUDA graph (None: it is). Raises `UserError`."""
     settings, mode, device = workload.experiment.settings, workload.parallel, workload.device
     clip = workload.experiment.clip
-    if getattr(optimizer, "ignores_clipping", False) and clip.target is not Unclipped:
+    if optimizer_traits(optimizer).ignores_clipping and clip.target is not Unclipped:
         raise UserError(
             f"{clip.choice}: {type(optimizer).__name__} computes the gradient "
             "of its step itself, which would not be clipped; use clip=none or another optimizer"

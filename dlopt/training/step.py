@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from dlopt.losses import sampled_cross_entropy
+from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import EpochBatches, MetricRecord, Mode
 from dlopt.parallel.shards import local
 from dlopt.random import stream
@@ -139,6 +140,7 @@ class Step:
         self._loss = precision.autocast(network.loss)
         self._sampled_loss = precision.autocast(sampled_cross_entropy)
         self._generators = _generators(self.parameters) if is_stochastic(network.module) else []
+        self._checks_all = optimizer_traits(optimizer).uses_all_gradients
         self._may_undo = skip is not None or settings.halve_on_out_of_memory
         buffers = network.module.buffers() if self._may_undo else ()
         self._buffers = [local(buffer) for buffer in buffers if not buffer.is_meta]  # batch-norm statistics
@@ -226,7 +228,7 @@ class Step:
         # scaler non-finite gradients are normal: it skips the update and reduces its scale.
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if record is not None or getattr(self.optimizer, "uses_all_gradients", False):
+        if record is not None or self._checks_all:
             self.check(loss, self.number, self.rate, gradients=self.scaler is None)
         for observer in self.observers:
             observer.after_evaluation()

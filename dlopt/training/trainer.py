@@ -21,6 +21,7 @@ from dlopt.data.batches import Batches
 from dlopt.errors import RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.interruption import Interruption
+from dlopt.optim.traits import is_schedule_free
 from dlopt.parallel.mode import EpochBatches, Mode
 from dlopt.parallel.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
@@ -452,7 +453,7 @@ class Trainer:
     def _evaluated_weights(self) -> dict[str, Any] | None:
         """Returns the weights to validate and test if they differ from the trained ones (EMA, schedule-free)."""
         optimizer = self.step.optimizer
-        if self.average is None and not hasattr(optimizer, "eval"):
+        if self.average is None and not is_schedule_free(type(optimizer)):
             return None
         with evaluation_weights(optimizer, self.average):
             weights = self._gathered(self.module.state_dict())

@@ -1,17 +1,25 @@
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from dlopt.errors import UserError
+from dlopt.optim.traits import OptimizerTraits
 from dlopt.parallel.mode import Mode
 from dlopt.training.build import Workload
 from dlopt.training.build import build_workload as build
 from dlopt.training.checkpoint import load
-from dlopt.training.optimizer import build_optimizer, build_schedule, check_label_sampling, evaluates_once
+from dlopt.training.optimizer import (
+    build_optimizer,
+    build_schedule,
+    check_label_sampling,
+    check_optimizer,
+    evaluates_once,
+)
 from dlopt.training.precision import Precision
 from dlopt.training.progress import Length
 from dlopt.training.trainer import probe_trainer
@@ -255,3 +263,31 @@ def test_buffers_are_synchronized_before_they_are_averaged(tmp_path: Path, monke
     trainer = probe_trainer(build_workload("ema=0.9"), tmp_path)
     assert trainer.average is not None
     assert list(trainer.step.post_hooks) == [synchronize, trainer.average.update]
+
+
+@pytest.mark.parametrize(("sharding", "scope", "needs"), [
+    ("tensors", "model", "full tensors or the full model"), ("tensors", "tensor", "full tensors or the full model"),
+    ("layers", "model", "all layers"),
+])  # fmt: skip
+def test_modes_that_split_the_model_refuse_optimizers_that_need_it(sharding: Any, scope: Any, needs: str) -> None:
+    class Mine(torch.optim.SGD):
+        traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope=scope, rests_at_zero_lr=True)
+
+    mode = Mode(torch.device("cpu"), "filter")
+    mode.sharding = sharding
+    optimizer = Mine([torch.zeros(2, requires_grad=True)], lr=0.1)
+    with pytest.raises(UserError, match=rf"parallel=filter: Mine needs {needs}, but"):
+        check_optimizer(mode, optimizer)
+
+
+@pytest.mark.parametrize("sharding", ["tensors", "layers"])
+def test_modes_that_split_the_model_refuse_optimizers_without_traits(sharding: Any) -> None:
+    class Mine(torch.optim.SGD):
+        """States no traits."""
+
+    mode = Mode(torch.device("cpu"), "fsdp")
+    optimizer = Mine([torch.zeros(2, requires_grad=True)], lr=0.1)
+    check_optimizer(mode, optimizer)
+    mode.sharding = sharding
+    with pytest.raises(UserError, match=r'Mine does not say .* add to the class: traits = .*\(scope="element"\)$'):
+        check_optimizer(mode, optimizer)

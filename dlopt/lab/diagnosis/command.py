@@ -148,6 +148,8 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
     from dlopt.analysis.diagnosis import measuring
     from dlopt.analysis.diagnosis.measuring import has_skips, prepare
     from dlopt.lab.diagnosis.verdicts import Facts
+    from dlopt.models.recurrent import LSTM
+    from dlopt.training.clipping import Unclipped
 
     workload, training = prepare(subject.experiment, Path(os.devnull), subject.state)
     diagnosis = measuring.diagnose(subject.label, workload, training, **keys)
@@ -160,8 +162,8 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
         activation=max(activations, key=activations.count) if activations else None,
         has_skips=has_skips(model),
         is_recurrent=bool(diagnosis.before.lags),
-        is_gated=model.target.__name__ == "LSTM",
-        clip="none" if subject.experiment.clip.target.__name__ == "Unclipped" else "some",
+        is_gated=model.is_a(LSTM),
+        clip="none" if subject.experiment.clip.is_a(Unclipped) else "some",
         gradient_norms=diagnosis.trace.norms or diagnosis.before.total_norms,
     )
     return diagnosis, facts

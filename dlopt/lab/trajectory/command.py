@@ -242,8 +242,11 @@ def _refuse_others(overrides: Sequence[str]) -> None:
 
 
 def _check_job(config: DictConfig, job: Combination) -> _PathJob:
+    import torch
+
     from dlopt.analysis.lr_range import uses_line_search
     from dlopt.config.experiment import GROUPS
+    from dlopt.optim import Muon
     from dlopt.optim.newton import UndampedNewton
     from dlopt.schedules import Warmup
 
@@ -258,7 +261,7 @@ def _check_job(config: DictConfig, job: Combination) -> _PathJob:
     warmup = {key: plain["schedule"].pop(key) for key in own_names(Warmup) if key in plain["schedule"]}
     overridden = set(map(key_of, job.overrides))
     optimizer = component("optimizer", plain["optimizer"], GROUPS["optimizer"].runtime, packages)
-    if optimizer.target.__name__ == "Muon":
+    if optimizer.is_a(Muon, torch.optim.Muon):
         name = choices_of(config)["optimizer"]
         raise UserError(f"optimizer={name}: not supported on test functions; it orthogonalizes matrices, not vectors")
     if "weight_decay" in optimizer.arguments and "optimizer.weight_decay" not in overridden:

@@ -1,0 +1,79 @@
+"""What training has to know about an optimizer: `OptimizerTraits`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from dlopt.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimizerTraits:
+    """The traits of an optimizer: the attribute or property `traits` of its class.
+
+    An optimizer without traits, and a trait that is not named, has the default, which is the careful value: it may cost
+    speed, or a mode of parallelism, but never a wrong result.
+
+    Attributes:
+        scope: what the update of an element depends on: the gradients of this element alone ("element"), of its tensor
+            ("tensor"), or of other tensors ("model"). Shards of tensors need "element", shards of models no "model".
+        evaluations: of the loss in an update: "once", or "many", by `step(closure)`.
+        uses_all_gradients: with many evaluations: all their gradients enter the update, so none may be non-finite (a
+            line search may reject one).
+        ignores_clipping: the gradient of the update is that of `closure.loss()`, not the clipped one of the closure.
+        samples_labels: `step` calls `closure.sampled_loss`.
+        rests_at_zero_lr: at a learning rate of zero an update changes no weight.
+        normalizes_entries: the size of an update does not depend on the scale of the gradient, entry by entry (Adam).
+        capturable: a CUDA graph can capture an update: none of its decisions depends on the value of a tensor.
+    """
+
+    scope: Literal["element", "tensor", "model"] = "model"
+    evaluations: Literal["once", "many"] = "once"
+    uses_all_gradients: bool = False
+    ignores_clipping: bool = False
+    samples_labels: bool = False
+    rests_at_zero_lr: bool = False
+    normalizes_entries: bool = False
+    capturable: bool = False
+
+
+UNKNOWN = OptimizerTraits()
+ELEMENTWISE = OptimizerTraits(scope="element", rests_at_zero_lr=True)  # as SGD
+ADAPTIVE = replace(ELEMENTWISE, normalizes_entries=True)  # as Adam
+
+_OF_TORCH = {
+    "SGD": ELEMENTWISE, "ASGD": ELEMENTWISE, "SparseAdam": ELEMENTWISE, "Adadelta": ELEMENTWISE,
+    "Adagrad": ADAPTIVE, "Adam": ADAPTIVE, "AdamW": ADAPTIVE, "Adamax": ADAPTIVE, "NAdam": ADAPTIVE,
+    "RMSprop": ADAPTIVE, "RAdam": ELEMENTWISE,  # whose first five updates are those of gradient descent
+    "Rprop": OptimizerTraits(scope="element"),  # its step sizes start at lr, and do not follow it
+    "Adafactor": OptimizerTraits(scope="tensor", rests_at_zero_lr=True),
+    "Muon": OptimizerTraits(scope="tensor", rests_at_zero_lr=True),
+    "LBFGS": OptimizerTraits(evaluations="many"),
+}  # fmt: skip
+
+
+def optimizer_traits(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
+    """Returns the traits of an optimizer; those of torch's classes are known, but not of classes derived from them.
+
+    Raises `UserError` for traits that are not `OptimizerTraits`.
+    """
+    kind = type(optimizer)
+    declared: Any = getattr(optimizer, "traits", None)
+    if isinstance(declared, OptimizerTraits):
+        return declared
+    if declared is not None:
+        raise UserError(f"{kind.__qualname__}.traits={declared!r}: must be a dlopt.optim.OptimizerTraits")
+    if kind.__module__.startswith("torch.optim."):
+        fused = all(group.get("fused") for group in optimizer.param_groups)  # torch's fused kernels for CUDA
+        return replace(_OF_TORCH.get(kind.__name__, UNKNOWN), capturable=fused)
+    return UNKNOWN
+
+
+def is_schedule_free(kind: Callable[..., Any]) -> bool:
+    """Whether the weights to evaluate are other ones than those to train, as in the package `schedulefree`.
+
+    `optimizer.eval()` then puts the former into the model, and `optimizer.train()` the latter.
+    """
+    return hasattr(kind, "eval") and hasattr(kind, "train")
