@@ -20,7 +20,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.overrides import quoted
 from dlopt.config.plan import checked
 from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
-from dlopt.job import claim, start
+from dlopt.job import start
 from dlopt.openmp import adapt_waiting
 from dlopt.parallel.rendezvous import current
 from dlopt.processor import set_deterministic, set_threads
@@ -108,10 +108,9 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
     prepared = prepare(checked(config, lines))
     folder = prepared.folder.path
     if not prepared.is_done:
-        processes, lock = claim(prepared.run)
         try:
-            with _preserve_global_state(), lock:
-                code = start(prepared.run, processes, console=console)
+            with _preserve_global_state():
+                code = start(prepared.run, console=console)
         except UserError:
             if prepared.is_new and not prepared.folder.is_live():
                 prepared.before.erase(folder)

@@ -6,7 +6,7 @@ Imports torch lazily, so that `--help`, `--version` and shell completion are fas
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import dlopt
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
@@ -65,33 +65,28 @@ Shell completion: eval "$(dlopt train -sc install=bash)"
 
 
 def main() -> None:
-    """Entry point of the `dlopt` command."""
+    """Entry point of the `dlopt` command: runs the command of `sys.argv`, and prints its error in one line."""
     end_on_signals()
     try:
-        code = _exit_code()
+        _open_streams()
+        command, arguments = find(sys.argv[1:])
+        code = command(arguments)
+    except (UserError, RunError) as error:
+        print(f"dlopt: {error}", file=sys.stderr)
+        code = error.code
+    except BrokenPipeError:  # `dlopt ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    except OSError as error:
+        if (message := refused_path(error)) is None:
+            raise
+        print(f"dlopt: {message}", file=sys.stderr)  # a path of the command line
+        code = USER_ERROR
     except KeyboardInterrupt as error:
         print(f"dlopt: {error or 'interrupted'}", file=sys.stderr)
         code = error.code if isinstance(error, Interrupted) else INTERRUPTED
     end_with(code)
     sys.exit(code)
-
-
-def _exit_code() -> int:
-    """Runs the command of `sys.argv`; prints its error in one line."""
-    _open_streams()
-    try:
-        return run(sys.argv[1:])
-    except (UserError, RunError) as error:
-        print(f"dlopt: {error}", file=sys.stderr)
-        return error.code
-    except BrokenPipeError:  # `dlopt ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except OSError as error:
-        if (message := refused_path(error)) is None:
-            raise
-        print(f"dlopt: {message}", file=sys.stderr)  # a path of the command line
-        return USER_ERROR
 
 
 def _open_streams() -> None:
@@ -116,17 +111,24 @@ def _usage() -> str:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs `dlopt ARGUMENTS`; returns the exit code. Raises `UserError` and `RunError`."""
+    command, remaining = find(arguments)
+    return command(remaining)
+
+
+Command = Callable[[list[str]], int]
+
+
+def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
+    """Returns the function of a command line, and its arguments. Raises `UserError`."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage(), end="")
-        return DONE
+        return _printed(_usage()), []
     if arguments[0] in ("-V", "--version"):
-        print(f"dlopt {dlopt.__version__}")
-        return DONE
+        return _printed(f"dlopt {dlopt.__version__}\n"), []
     for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command
         if argument in ("-sc", "--shell-completion"):
             from dlopt.commands.completion import complete
 
-            return complete(list(arguments[index:]), COMMANDS)
+            return lambda words: complete(words, COMMANDS), list(arguments[index:])
     name = arguments[0]
     if name in SYNONYMS:
         raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
@@ -138,7 +140,14 @@ def run(arguments: Sequence[str]) -> int:
     if _HELP & set(arguments[1:]) and hasattr(module, "USAGE"):  # the help of `train` depends on --config-dir
         from dlopt.commands.usage import usage
 
-        print(usage(module), end="")
+        return _printed(usage(module)), []
+    command: Command = getattr(module, function)
+    return command, list(arguments[1:])
+
+
+def _printed(text: str) -> Command:
+    def command(_: list[str]) -> int:
+        print(text, end="")
         return DONE
-    code: int = getattr(module, function)(list(arguments[1:]))
-    return code
+
+    return command

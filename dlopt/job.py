@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,46 +32,65 @@ if TYPE_CHECKING:
 CODE_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
 
 
+class NotStartedError(UserError):
+    """A run that cannot start, for example because another process has it: its folder stays as it is."""
+
+
+@dataclass
+class Outcome:
+    """What became of a run."""
+
+    code: int = FAILED
+
+
 def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> int:
-    """Runs in this process and returns the exit code. Reports an error in one message and records it in the folder.
+    """Runs in this process and returns the exit code; see `reported`."""
+    with reported(run, may_diverge=may_diverge) as outcome:
+        outcome.code = start(run, console=console and not is_quiet())
+    return outcome.code
+
+
+def is_quiet() -> bool:
+    return os.environ.get(launch.QUIET) == "1"
+
+
+@contextlib.contextmanager
+def reported(run: "Run", *, may_diverge: bool = False) -> Iterator[Outcome]:
+    """Context of `start`: turns an error into one message, a record in the run's folder, and an exit code.
 
     `may_diverge`: divergence is a result of the run like any other, and only recorded.
     """
     from dlopt.training.nonfinite import Diverged
 
-    console = console and os.environ.get(launch.QUIET) != "1"
     # A folder that existed before keeps the reason of a UserError; a new one is removed.
     records_user_errors = _is_job_of_sweep(run)
+    outcome = Outcome()
     try:
-        processes, lock = claim(run)
-    except UserError as error:
+        yield outcome
+    except NotStartedError as error:
         print_error(str(error))
-        return USER_ERROR
-    with lock:
-        try:
-            return start(run, processes, console=console)
-        except KeyboardInterrupt:
-            if rendezvous.is_main():
-                print_error(f"interrupted; {RunFolder(run.folder).how_to_resume(rendezvous.is_launched())}")
-            return INTERRUPTED
-        except Exception as error:
-            code, reason = failure(error)
-            if not rendezvous.first_to_fail():
-                return code
-            diverged, frames = isinstance(error, Diverged), None
-            if reason is None:
-                frames = traceback.format_exc()
-                with contextlib.suppress(OSError):
-                    (run.folder / "traceback.txt").write_text(frames)
-                reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
-                print_error(f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}")
-            elif not (may_diverge and diverged):
-                print_error(reason)
-            if code == FAILED or records_user_errors:
-                _record_failure(run.folder, reason, diverged=diverged)
-            if frames is not None:
-                print(frames, file=sys.stderr)
-            return code
+        outcome.code = error.code
+    except KeyboardInterrupt:
+        if rendezvous.is_main():
+            print_error(f"interrupted; {RunFolder(run.folder).how_to_resume(rendezvous.is_launched())}")
+        outcome.code = INTERRUPTED
+    except Exception as error:
+        outcome.code, reason = failure(error)
+        if not rendezvous.first_to_fail():
+            return
+        diverged, frames = isinstance(error, Diverged), None
+        if reason is None:
+            frames = traceback.format_exc()
+            with contextlib.suppress(OSError):
+                (run.folder / "traceback.txt").write_text(frames)
+            reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
+            print_error(f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}")
+        elif not (may_diverge and diverged):
+            print_error(reason)
+        if outcome.code == FAILED or records_user_errors:
+            _record_failure(run.folder, reason, diverged=diverged)
+        if frames is not None:
+            print(frames, file=sys.stderr)
 
 
 def failure(error: Exception) -> tuple[int, str | None]:
@@ -96,30 +116,60 @@ def _is_job_of_sweep(run: "Run") -> bool:
     return run.overrides is None if rendezvous.current() is None else os.environ.get(launch.RECORD) == "1"
 
 
-def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
-    """Returns the number of processes of the run (1: this one) and the lock on its folder. Raises `UserError`."""
+def _claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
+    """Returns the number of processes of the run (1: this one) and the lock on its folder."""
     processes = 1
-    if rendezvous.current() is None:
-        processes = launch.count_processes(run.experiment.parallel.arguments, run.experiment.settings.device)
-    # With child processes, rank 0 takes the lock: a lock held here would refuse it.
-    locks_here = rendezvous.is_main() and processes == 1
-    return processes, RunFolder(run.folder).lock() if locks_here else contextlib.nullcontext()
-
-
-def start(run: "Run", processes: int, *, console: bool) -> int:
-    """Runs a claimed run and returns the exit code. Raises `UserError`, `RunError` and unexpected exceptions.
-
-    A resumed run that is refused keeps the files that describe it.
-    """
-    former = _description(run)
     try:
-        code = _start(run, processes, console=console)
+        if rendezvous.current() is None:
+            processes = launch.count_processes(run.experiment.parallel.arguments, run.experiment.settings.device)
+        # With child processes, rank 0 takes the lock: a lock held here would refuse it.
+        locks_here = rendezvous.is_main() and processes == 1
+        return processes, RunFolder(run.folder).lock() if locks_here else contextlib.nullcontext()
+    except UserError as error:
+        raise NotStartedError(str(error)) from None
+
+
+def start(run: "Run", *, console: bool) -> int:
+    """Describes a run in its folder, trains, and returns the exit code.
+
+    Raises `UserError`, `RunError` and unexpected exceptions. A resumed run that is refused keeps the files that
+    describe it.
+    """
+    from dlopt.training.precision import torch_defaults
+    from dlopt.training.trainer import train_run
+
+    processes, lock = _claim(run)
+    with lock, _described(run) as outcome:
+        if processes > 1:
+            resume = run.experiment.settings.resume
+            checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
+            outcome.code = launch.run_group(
+                run.folder, processes, checkpoint, record=run.overrides is None, console=console
+            )
+            return outcome.code
+        is_shown = console and rendezvous.is_main()
+        watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
+        with Interruption(run.experiment.settings.max_time) as interruption, watch, torch_defaults():
+            summary = train_run(run, interruption, console=is_shown, **tools(run, console=is_shown))
+            rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
+    return CODE_OF[summary["status"]]
+
+
+@contextlib.contextmanager
+def _described(run: "Run") -> Iterator[Outcome]:
+    """Writes the files that describe a run; a refused run that was resumed gets its former ones back."""
+    former, outcome = _description(run), Outcome()
+    try:
+        if run.overrides is not None and rendezvous.is_main():
+            describe(run.folder, run.experiment.config, run.overrides, run.choices)
+        elif rendezvous.is_main():
+            _record_machine(run.folder)
+        yield outcome
     except UserError:
         _restore(former)
         raise
-    if code == USER_ERROR:  # of child processes
+    if outcome.code == USER_ERROR:  # of child processes
         _restore(former)
-    return code
 
 
 def _description(run: "Run") -> dict[Path, bytes | None]:
@@ -137,47 +187,26 @@ def _restore(files: Mapping[Path, bytes | None]) -> None:
             path.unlink(missing_ok=True) if data is None else write_atomically(path, data)
 
 
-def _start(run: "Run", processes: int, *, console: bool) -> int:
-    is_main = rendezvous.is_main()
-    if run.overrides is not None and is_main:
-        describe(run.folder, run.experiment.config, run.overrides, run.choices)
-    elif is_main:
-        _record_machine(run.folder)
-    if processes > 1:
-        resume = run.experiment.settings.resume
-        checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
-        return launch.run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
-    watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
-    with Interruption(run.experiment.settings.max_time) as interruption, watch:
-        status = run_job(run, interruption, console=console and is_main)["status"]
-        rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
-    return CODE_OF[status]
+def tools(run: "Run", *, console: bool) -> dict[str, Any]:
+    """Returns the observers, the learning-rate range test and the picture that the settings enable, for `train_run`.
 
-
-def run_job(run: "Run", interruption: Interruption | None = None, *, console: bool = True) -> dict[str, Any]:
-    """Trains with the observers, the learning-rate range test and the picture that the settings enable.
-
-    They are passed in because the trainer does not import `dlopt.analysis`. See `dlopt.training.trainer.train_run`.
+    They are passed in because the trainer does not import `dlopt.analysis`.
     """
-    from dlopt.training import trainer
-    from dlopt.training.precision import torch_defaults
-
     settings = run.experiment.settings
-    tools: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     if settings.diagnostics or settings.profile:
         from dlopt.analysis.instruments import observers
 
-        tools["observe"] = observers
+        chosen["observe"] = observers
     if run.experiment.auto_lr:
         from dlopt.analysis.lr_range import find_lr
 
-        tools["find_lr"] = find_lr
+        chosen["find_lr"] = find_lr
     # A picture for the person who watches the run: jobs of sweeps, comparisons and calls of the library have a report,
     # or draw themselves; tracking=[] requests the fewest files.
     if console and settings.tracking and not _is_job_of_sweep(run):
-        tools["draw"] = _draw
-    with torch_defaults():
-        return trainer.train_run(run, interruption, console=console, **tools)
+        chosen["draw"] = _draw
+    return chosen
 
 
 def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict[str, Path]:

@@ -514,13 +514,13 @@ def test_cleanup_of_a_resumed_run(place: str, tmp_path: Path, monkeypatch: pytes
 
 def test_signal_after_the_run_leaves_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the end of the training and its exit code."""
-    execute = job.execute
+    start = job.start
 
     def interrupted(*arguments: Any, **keys: Any) -> int:
-        execute(*arguments, **keys)
+        start(*arguments, **keys)
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr("dlopt.commands.train.execute", interrupted)
+    monkeypatch.setattr("dlopt.commands.train.start", interrupted)
     assert dlopt(tmp_path, "train", *SMALL, IN_RUN).code == 75
     assert RunFolder(tmp_path / "run").is_finished()
 

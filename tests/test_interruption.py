@@ -148,11 +148,11 @@ def run_instead(command: Callable[[list[str]], int], monkeypatch: pytest.MonkeyP
 MOMENTS = 12
 SENDS_WHEN_STARTED = """
 from dlopt import cli
-main = cli.run
+find = cli.find
 def started(arguments):
     print("started", flush=True)
-    return main(arguments)
-cli.run = started
+    return find(arguments)
+cli.find = started
 cli.main()
 """
 

@@ -44,8 +44,8 @@ def test_one_update_changes_trainable_parameters(tmp_path: Path) -> None:
     workload = build("model.widths=[4,4,8]", "data.batch_size=100")
     trainer = probe_trainer(workload, tmp_path)
     before = {name: p.detach().clone() for name, p in workload.module.named_parameters()}
-    inputs, targets = next(iter(trainer.batches.epoch(0)))
-    trainer.step.update(inputs, targets, 0, trainer.train_metrics)
+    batch = next(iter(trainer.batches.epoch(0)))
+    trainer.update(batch, 0)
     moved = {name for name, p in workload.module.named_parameters() if not torch.equal(p, before[name])}
     still = {"whiten.weight"} | {f"stage{i}.norm{j}.weight" for i in (1, 2, 3) for j in (1, 2)}
     assert moved == set(before) - still

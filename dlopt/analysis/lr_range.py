@@ -106,12 +106,12 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
         rates, losses, smoothed = [], [], []
         average, best, diverged = 0.0, math.inf, False
         workload.module.train()
-        for number, (inputs, targets) in enumerate(islice(endless_batches(trainer), keys.updates)):
+        for number, batch in enumerate(islice(endless_batches(trainer), keys.updates)):
             rates.append(keys.rate(number))
             for index, rate in constant.items():
                 group = trainer.step.optimizer.param_groups[index]
                 group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
-            trainer.step.update(inputs, targets, number, trainer.train_metrics)
+            trainer.update(batch, number)
             losses.append(trainer.train_metrics.since_last("")["loss"])
             average = keys.smoothing * average + (1 - keys.smoothing) * losses[-1]
             smoothed.append(average / (1 - keys.smoothing ** (number + 1)))  # corrects the bias of the zero start
@@ -237,7 +237,7 @@ def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
     if rate is None:
         raise UserError("optimizer.lr=auto: no learning rate reduced the loss; set optimizer.lr to a number")
     tracking.message(f"optimizer.lr=auto: found {rate:.3g} (see find_lr.png) in {len(result.rates)} updates")
-    if workload.parallel.is_main:
+    if workload.parallel.ranks.is_main:
         with suppress(OSError):  # a full disk is reported by the first checkpoint
             write(result, folder, "Learning-rate range test")
     return rate

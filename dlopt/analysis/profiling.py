@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from dlopt.analysis.communication import collective_times
 from dlopt.analysis.model_summary import kept_for_backward
-from dlopt.parallel.mode import EpochBatches
+from dlopt.data.batches import Batch
 from dlopt.processor import synchronized_time
 from dlopt.tracking.layout import format_bytes
 from dlopt.training.build import Workload
-from dlopt.training.step import Network, Observer, Step
+from dlopt.training.step import EpochBatches, Network, Observer, Step
 
 _TOP = 10
 _PREFIX = "dlopt: "
@@ -183,7 +183,7 @@ class TimedBatches:
         self.inner = batches
         self.profiling = profiling
 
-    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[Batch]:
         batches = iter(self.inner.epoch(epoch, start, step))
         while True:
             with self.profiling.timer("data"):

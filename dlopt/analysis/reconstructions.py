@@ -25,7 +25,7 @@ def write(workload: Workload, folder: Path) -> Path | None:
     None where there is nothing to draw: other tasks, vectors, and models whose weights are distributed.
     """
     is_image = len(workload.shape) == 3 and workload.shape[0] in (1, 3)
-    if workload.task.kind != "reconstruction" or not is_image or workload.parallel.processes > 1:
+    if workload.task.kind != "reconstruction" or not is_image or workload.parallel.ranks.processes > 1:
         return None
     figure = draw(*reconstruct(workload, _COUNT))
     write_atomically(folder / PICTURE, drawing.encoded(figure, "png", dpi=120))

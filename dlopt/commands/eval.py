@@ -118,7 +118,7 @@ def _evaluate_checkpoints(
     ]
     mode = join_processes(choose_device(experiments[0].settings.device), processes)
     tested = _test(paths, _restored(paths, states, experiments, mode), average, views, tta)
-    if not mode.is_main:
+    if not mode.ranks.is_main:
         return DONE
     names, epochs = [str(path) for path in paths], [state["progress"]["epoch"] for state in states]
     is_one = len(paths) == 1
@@ -157,7 +157,7 @@ def _evaluate_weights(
     if tested.report.confusion is not None:
         lines += advice(workload.module, tested.report.metrics["test_accuracy"], len(tested.report.confusion))
     record = _record({"init_from": str(path)}, tta, views, None if views is None else tested.average)
-    return _finish(record, tested, output, lines) if mode.is_main else DONE
+    return _finish(record, tested, output, lines) if mode.ranks.is_main else DONE
 
 
 def _record(source: Mapping[str, Any], tta: str, views: Any, average: "Average | None") -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _restored(
         with fitting(path):
             workload = build_workload(experiment, state["normalize"], parallel=mode)
             _check_classes(path, state["progress"]["data"]["classes"], workload.dataset.classes)
-            workload.module.load_state_dict(state["ema"] or state["model"])
+            workload.load(state)
         yield workload
 
 

@@ -71,10 +71,10 @@ def _predict(
         )
     if trained.task.kind == "reconstruction":
         raise UserError(f"checkpoint={path}: its model reconstructs images; `dlopt eval checkpoint={path}` draws some")
-    if trained.warning is not None and trained.mode.is_main:
+    if trained.warning is not None and trained.mode.ranks.is_main:
         print_error(trained.warning)
     rows = _rows(files, trained, batch_size, max_errors)
-    if not trained.mode.is_main:
+    if not trained.mode.ranks.is_main:
         for _ in rows:  # takes part in gathering each batch
             pass
         return DONE
@@ -124,7 +124,7 @@ def _rows(files: Sequence[str], trained: "Trained", batch_size: int, max_errors:
     mode = trained.mode
     errors = 0
     for paths, images in _decode_batches(files, trained, batch_size):
-        for path, result in mode.gather_lists(_classify(paths, images, trained)):
+        for path, result in mode.ranks.gather(_classify(paths, images, trained)):
             if not isinstance(result, str):
                 cells = [f"{value:.6g}" for value in result]
                 if trained.classes is not None:
@@ -133,7 +133,7 @@ def _rows(files: Sequence[str], trained: "Trained", batch_size: int, max_errors:
                 yield [path, *cells]
                 continue
             errors += 1
-            if mode.is_main:
+            if mode.ranks.is_main:
                 print_error(f"skipped: {result}")
             if errors > max_errors:
                 raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")
@@ -173,11 +173,11 @@ def _decode_batches(
         except UserError as error:
             return error
 
-    shard = trained.mode.evaluation_shard
+    shard = trained.mode.split.evaluation_shard
     batches = [files[start : start + size] for start in range(0, len(files), size)]
     if shard is not None:
         batches = [batch[cast(slice, shard(len(batch)))] for batch in batches]
-    with ThreadPoolExecutor(max(1, usable_cores() // trained.mode.local_processes)) as pool:
+    with ThreadPoolExecutor(max(1, usable_cores() // trained.mode.ranks.local_processes)) as pool:
         upcoming = [pool.submit(read, path) for path in batches[0]]
         for paths, next_paths in zip(batches, [*batches[1:], []], strict=True):
             current, upcoming = upcoming, [pool.submit(read, path) for path in next_paths]

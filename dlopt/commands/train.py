@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,10 @@ from dlopt.config.overrides import is_typed, parse_overrides
 from dlopt.config.plan import Plan, checked
 from dlopt.config.resolve import resolve_saved, show_config
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
-from dlopt.errors import FAILED, USER_ERROR, UserError
+from dlopt.errors import DONE, FAILED, USER_ERROR, UserError
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
 from dlopt.interruption import killed_by_signals
-from dlopt.job import execute, print_error
+from dlopt.job import Outcome, execute, is_quiet, print_error, reported, start
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 from dlopt.table import SERIES, function
 from dlopt.tracking.layout import short_path, waiting
@@ -78,8 +78,13 @@ def train(arguments: list[str]) -> int:
         return _lead(composer, config, parsed.overrides, typed, world)
     refuse_unread_hydra(parsed.overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
     with waiting("loading PyTorch ..."):
-        run = checked(config, parsed.overrides, flags=composer.flags)
-    return _run(run)
+        plan = checked(config, parsed.overrides, flags=composer.flags)
+    if plan.experiment.settings.dry_run:
+        return _estimate(plan)
+    with attempt(plan) as outcome:
+        if outcome.run is not None:
+            outcome.code = start(outcome.run, console=not is_quiet())
+    return outcome.code
 
 
 def _check_flags(parsed: Namespace) -> None:
@@ -101,9 +106,14 @@ def _lead(composer: Composer, config: DictConfig, overrides: list[str], typed: l
     try:
         refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
         _refuse_address_of_file(config, typed)
-        code = _run(
-            checked(config, overrides, flags=composer.flags), send=lambda message: store.set("run", json.dumps(message))
-        )
+        plan = checked(config, overrides, flags=composer.flags)
+        if plan.experiment.settings.dry_run:
+            code = _estimate(plan)
+        else:
+            with attempt(plan, send=lambda message: store.set("run", json.dumps(message))) as outcome:
+                if outcome.run is not None:
+                    outcome.code = start(outcome.run, console=not is_quiet())
+            code = outcome.code
     except UserError as error:
         print_error(str(error))
         code = USER_ERROR
@@ -189,21 +199,28 @@ def _estimate(plan: Plan) -> int:
     return 0
 
 
-def _run(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None) -> int:
-    """Runs a plan in its folder; returns the exit code.
+@dataclass
+class Attempt(Outcome):
+    """A run to start; None: there is nothing to do."""
+
+    run: "Run | None" = None
+
+
+@contextlib.contextmanager
+def attempt(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None) -> Iterator[Attempt]:
+    """Context in which a plan is started in its folder; a new folder is removed if the run is refused.
 
     Args:
         send: sends other ranks the message with which they join the run.
     """
-    if plan.experiment.settings.dry_run:
-        return _estimate(plan)
     prepared = prepare(plan)
     run, folder = prepared.run, prepared.folder
     if prepared.is_done:
         from dlopt.tracking.console import ConsoleView
 
         ConsoleView().finish(folder.summary() or {}, [f"this run is already finished: {folder.path}"])
-        return 0
+        yield Attempt(DONE)
+        return
     if plan.experiment.settings.resume == "auto" and prepared.is_new:
         done = newest_finished(folder.path.parent, plan.saved)
         hint = "" if done is None else f"; {_how_to_extend(done)}"
@@ -211,19 +228,21 @@ def _run(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None) ->
     if prepared.is_new and (folder.config() is not None or folder.is_live()):
         # Another process has started a run in this folder since `prepare`.
         raise UserError(f"hydra.run.dir={folder.path}: another run is active in this folder")
-    outcome = USER_ERROR
+    tried = Attempt(USER_ERROR, run)
     try:
         assert plan.config is not None
         with job_environment(plan.config, folder.path):
             if send is not None:
                 send({"config": plan.saved, "folder": str(folder.path), "choices": plan.choices})
-            outcome = execute(run)
+            with reported(run) as outcome:
+                yield tried
+                outcome.code = tried.code
+            tried.code = outcome.code
     finally:
         # A run that has saved is never erased, not even if a signal came between its end and its exit code.
         has_saved = (folder.checkpoints / "last.pt").exists()
-        if outcome == USER_ERROR and prepared.is_new and not has_saved and not folder.is_live():
+        if tried.code == USER_ERROR and prepared.is_new and not has_saved and not folder.is_live():
             prepared.before.erase(folder.path)
-    return outcome
 
 
 def _how_to_extend(done: RunFolder) -> str:

@@ -33,6 +33,30 @@ class Position(TypedDict):
     epoch: NotRequired[int | Tensor]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """This process's samples of a training batch, or of a micro-batch. Unpacks into inputs and targets.
+
+    Attributes:
+        inputs: [B, ...], on the device.
+        targets: [B, ...], on the device.
+        total: samples of the batch on all processes.
+        shard: the positions of this process's samples among them; None: all of them, or several slices.
+        weight: of its mean loss in the loss of the update.
+        is_last: whether it is the last micro-batch of its update.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    total: int
+    shard: slice | None = None
+    weight: float = 1.0
+    is_last: bool = True
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.inputs, self.targets))
+
+
 class Augment(Protocol):
     def __call__(self, inputs: Tensor, targets: Tensor, **position: Unpack[Position]) -> tuple[Tensor, Tensor]:
         """Augments one rank's samples of a global batch."""
@@ -140,8 +164,8 @@ class Batches:
         """Returns the number of batches in an epoch."""
         return -(-self.count // self.batch_size)
 
-    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields this rank's (inputs, targets) of each batch of epoch `epoch`, from batch number `start`.
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[Batch]:
+        """Yields this rank's samples of each batch of epoch `epoch`, from batch number `start`.
 
         `step` is the global update number of the first yielded batch. Each batch is augmented with random numbers
         seeded by (seed, update number), so that a resumed run draws the same ones.
@@ -161,13 +185,13 @@ class Batches:
             zip(fetched, all_indices, shards, totals, strict=True)
         ):
             if self._graph is not None and total == self.batch_size:
-                batch = self._graph(indices, stream(self._seed, step + number), epoch)
+                samples = self._graph(indices, stream(self._seed, step + number), epoch)
             else:
                 rng = None if self._augment is None else generator(self._device, self._seed, step + number)
-                batch = self._build(inputs, indices, rng, total, shard, epoch)
+                samples = self._build(inputs, indices, rng, total, shard, epoch)
             if loss_aware is not None:
                 loss_aware.serve(step + number, order[number * self.batch_size :][shard])
-            yield batch
+            yield Batch(*samples, total)
 
     def _build(
         self,

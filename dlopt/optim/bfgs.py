@@ -77,6 +77,8 @@ class BFGS(torch.optim.Optimizer):
         params, group = trainable(self), self.param_groups[0]
         if not params:
             return before
+        # The parameters become one vector: B couples all of them, across layers. Its state belongs to the first
+        # parameter, because a state dict has no place for the state of an optimizer as a whole.
         state, start, gradient = self.state[params[0]], flat(params), flat_gradient(params)
         inverse: Tensor | None = state.get("inverse_hessian")
         if inverse is not None and len(inverse) != len(start):
@@ -98,6 +100,9 @@ class BFGS(torch.optim.Optimizer):
             value, slope = torch.stack([torch.as_tensor(loss).to(g), g @ direction]).tolist()  # one synchronization
             return LinePoint(t, value, slope, g)
 
+        # The closure evaluates the same batch at every point, with the same dropout masks and without touching the
+        # running statistics of batch norm. Otherwise the search would compare different functions, and might see the
+        # loss rise along a descent direction.
         origin = line_point(0.0, before, gradient)
         if not origin.slope < 0:  # at a stationary point, or not finite
             return before
@@ -124,6 +129,8 @@ def broyden(inverse: Tensor | None, p: Tensor, q: Tensor, xi: float) -> Tensor |
     bq = inverse @ q
     qbq = float(q @ bq)
     v = p / pq - bq / qbq
+    # The three rank-one terms of the update as one product X^T diag(s) X: B is read and written once instead of three
+    # times, and stays symmetric, since each term is.
     rows = torch.stack([p, bq, v])
     scales = torch.tensor([1 / pq, -1 / qbq, xi * qbq], dtype=p.dtype, device=p.device)
     return inverse.addmm_((rows * scales.unsqueeze(1)).T, rows)
@@ -158,6 +165,8 @@ def strong_wolfe(
             low, high = point, low
             break
         guess = _minimizer(low, point)
+        # The cubic through both points extrapolates here, which is wild where the curve is nearly straight. So the next
+        # step is at most nine intervals further (More & Thuente 1994 allow four), and at least 1 % beyond this point.
         longest = point.t + 9 * (point.t - low.t)
         t = longest if guess is None or guess <= point.t else min(max(guess, 1.01 * point.t), longest)
         low = point
@@ -174,6 +183,8 @@ def strong_wolfe(
         else:
             if abs(point.slope) <= -c2 * start.slope:
                 return point
+            # The loss rises from the new `low` towards `high`: the minimizer lies on the other side, towards the former
+            # `low`, which becomes the new end of the interval.
             if point.slope * (high.t - low.t) >= 0:
                 high = low
             low = point

@@ -158,6 +158,8 @@ class SOAP(RealOptimizer):
             state = self.state[p]
             modes = [mode for mode, size in enumerate(p.shape) if p.ndim > 1 and size <= group["max_size"]]
             if count > 1:
+                # Adam's second moment is that of rotated gradients, so it has to rotate with the basis; its first
+                # moment stays in the coordinates of the parameters, and is rotated anew in each update, exactly.
                 t = count - 1  # updates, including this one
                 bases = [state.get(f"basis{mode}") for mode in range(p.ndim)]
                 m.lerp_(grad, 1 - beta1)
@@ -183,6 +185,10 @@ class SOAP(RealOptimizer):
         for mode in modes:
             basis = state[f"basis{mode}"]
             product = state[f"gram{mode}"] @ basis
+            # Rayleigh quotients of the columns: the estimated eigenvalues. One power iteration followed by QR converges
+            # to the eigenvectors column by column, largest first, if the columns come in that order. V has to follow
+            # the permutation, since its entries belong to columns; it is not rotated by the small remaining change, as
+            # in the paper.
             order = (basis * product).sum(0).argsort(descending=True)
             state["exp_avg_sq"].copy_(state["exp_avg_sq"].index_select(mode, order))
             product = product[:, order]
@@ -284,6 +290,8 @@ def update_factors(factors: list[Tensor], gradient: Tensor, noise: Tensor, lr: f
     A gradient of zeros does not change them: the factors would grow by `lr` at every such step, without bound.
     """
     rate, wide = lr * gradient.any().to(gradient.dtype), torch.promote_types(gradient.dtype, torch.float32)
+    # At the minimum A = B: the whitened gradients then have the covariance of white noise under the inverse. No
+    # covariance is inverted: one side multiplies with the triangular factors, the other one solves with them.
     whitened = multiply_modes(gradient, factors)
     inverse = noise
     for factor in factors:  # Q^-T noise; each mode goes to the end, as in multiply_modes
@@ -302,6 +310,8 @@ def update_factors(factors: list[Tensor], gradient: Tensor, noise: Tensor, lr: f
             step = rate / (a + b).max().clamp_(min=tiny)
             factor.sub_((a - b) * factor * step)
         else:
+            # Relative to the spectral norm, for which one power iteration gives a bound from below in two products: the
+            # step is then independent of the scale of the gradients, as the group structure asks.
             step = rate / _norm_bound(a + b).clamp_(min=tiny)
             factor.sub_((a - b).triu_() @ factor * step)
 

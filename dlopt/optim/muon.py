@@ -39,6 +39,8 @@ def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, e
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:  # the Gram matrix is smaller
         x = x.mT
+    # The coefficients are chosen for singular values in (0, 1]. The Frobenius norm, which is cheap, bounds the largest
+    # one, so that all of them start there.
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
@@ -165,6 +167,8 @@ class Muon(torch.optim.Optimizer):
             if group["use_muon"]:
                 self._step_matrices(group)
         if self._rest is not None:
+            # Two optimizers behind one interface: schedules, checkpoints and parameter groups see this one only. The
+            # inner one shares groups and state, so that nothing has to be copied between them, in either direction.
             self._rest.state = self.state  # one state, which is saved
             for group in self._rest.param_groups:
                 if group.get("momentum"):  # torch's fused SGD fails if only some parameters of a group have a momentum

@@ -121,6 +121,10 @@ class Newton(_SecondOrder):
     def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor | None:
         hessian = _hessian(gradient, params)
         gradient = gradient.detach()
+        # A negative curvature of the loss would turn the Newton direction uphill. Eigenvalues would say how much to add
+        # to the diagonal, at many times the cost of a Cholesky factorization, which fails exactly if the matrix is not
+        # positive definite. So the shift doubles until it succeeds: a few factorizations, of which the last one is used
+        # to solve.
         diagonal, increase = hessian.diagonal(), 1e-3 * (float(hessian.norm()) or 1.0)  # 1: of a linear loss
         if not math.isfinite(increase):
             return None
@@ -172,6 +176,8 @@ def _hessian(gradient: Tensor, params: list[Tensor]) -> Tensor:
         rows = min(_ROWS, n - start)
         basis = torch.zeros(rows, n, dtype=gradient.dtype, device=gradient.device)
         basis[:, start : start + rows].fill_diagonal_(1)
+        # Rows of the Hessian are gradients of the entries of the gradient. Many at a time share one batched backward
+        # pass; all at once would hold n copies of the activations.
         blocks = torch.autograd.grad(
             gradient, params, basis, retain_graph=True, is_grads_batched=True, allow_unused=True
         )
@@ -230,6 +236,8 @@ def _conjugate_gradients(
             break
         a_direction = product(direction)
         curvature, direction_square = torch.stack([direction @ a_direction, direction @ direction]).tolist()
+        # Along this direction the quadratic model has no minimum. What has been found so far is still a descent
+        # direction; going on would divide by a curvature that is zero, or negative, up to rounding.
         if curvature <= torch.finfo(b.dtype).eps * direction_square:
             return b if i == 0 else x
         alpha = residual_square / curvature

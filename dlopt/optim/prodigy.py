@@ -54,6 +54,8 @@ class Prodigy(RealOptimizer):
         d = first["d"]
         terms, norms = zip(*(self._accumulate(group, params, d) for group, params in parts), strict=True)
         device = terms[0].device
+        # d is one number for the whole model: all groups and chunks contribute before the first parameter moves. This
+        # is the only time that the host waits for the device.
         inner, norm = torch.stack([torch.stack([t.to(device) for t in each]).sum() for each in (terms, norms)]).tolist()
         r = math.sqrt(first["betas"][1]) * first["r"] + inner
         for group, params in parts:

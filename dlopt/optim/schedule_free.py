@@ -31,6 +31,8 @@ class _KeepsTrainingPoint:
 
     @torch.no_grad()
     def eval(self) -> None:
+        # The package computes y from x and z when it switches back, which changes the last bits: a run that validates,
+        # or is saved, would then differ from one that does not.
         for group in self.param_groups:
             if group["train_mode"]:
                 for p in group["params"]:

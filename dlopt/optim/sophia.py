@@ -64,6 +64,8 @@ class Sophia(RealOptimizer):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         closure, first = needs_closure(self, closure), self.param_groups[0]
+        # First the gradient at the present weights, then the estimate of the Hessian at the same ones. The closure's
+        # gradients stay in the parameters: the estimates use torch.autograd.grad, which leaves them alone.
         loss = evaluate(closure)
         if first["step"] % first["update_every"] == 0:
             self._estimate_hessian(first, closure)

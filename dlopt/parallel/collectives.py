@@ -67,6 +67,9 @@ class ModelGroup:
         `reduce_grad`: the ranks use the result differently, as if `copy` followed; backward is one reduce-scatter.
         """
 
+        # Where every rank goes on with the same computation, all have the same gradient of the gathered tensor, and
+        # each needs its slice of it only: a sum would count it once per rank. Where they differ, it is the sum that is
+        # needed.
         def backward(gradient: Tensor) -> Tensor:
             return reduce_scatter(gradient, dim, self) if reduce_grad else self._equal_shard(gradient, dim)
 

@@ -6,7 +6,7 @@ holds the classifier.
 """
 
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,17 +18,16 @@ from dlopt.parallel.collectives import ModelGroup, with_adjoint
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
 from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, check_precision, join_mode
+from dlopt.parallel.shards import LayerShards
 from dlopt.parallel.split_layers import convert
 
 
 class ColumnParallel(ModelParallel):
     """Each rank of a model group holds one column; the other column is on the meta device."""
 
-    sharding: Literal["replicated", "tensors", "layers"] = "layers"
-
     def __init__(self, group: ProcessGroup, device: torch.device, **options: Any) -> None:
         super().__init__(group, device, split=split_columns, **options)
-        self.is_replica = self.data_rank > 0  # the first model group holds the same layers
+        self.state = LayerShards(group, device, is_replica=self.split.rank > 0)  # the first group holds the same layers
 
     def distribute_parameters(self, model: nn.Module, plan: ShardingPlan) -> None:
         """Keeps plain parameters: every tensor is on exactly one rank of a model group."""

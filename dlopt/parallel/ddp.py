@@ -1,8 +1,9 @@
 """Data parallelism (DDP): every rank holds the full model and a shard of each batch; gradients are averaged."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Unpack
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from dlopt.data.batches import Batch
 from dlopt.errors import UserError
 from dlopt.parallel.dropout import replace_dropout
-from dlopt.parallel.mode import MetricRecord, MicroSteps, Mode
+from dlopt.parallel.mode import Mode, ModeTraits, Placed
 from dlopt.parallel.process_group import GroupMode, ProcessGroup, ProcessKeys, join_mode
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.step_timing import StepTiming, SyncWaitTimer
@@ -59,7 +61,7 @@ class DataParallel(GroupMode):
     """Data parallelism with PyTorch's DistributedDataParallel.
 
     DDP averages gradients with equal weights. Each rank therefore weights its mean loss by its fraction of the samples
-    times the number of ranks: the average over ranks is the mean over the global batch.
+    times the number of ranks (`BatchSplit.scale`): the average over ranks is the mean over the global batch.
     """
 
     def __init__(
@@ -77,16 +79,17 @@ class DataParallel(GroupMode):
         self.sync_batchnorm = sync_batchnorm
         self.compression = compression
         self.options: Mapping[str, Any] = options  # of DistributedDataParallel
-        self.batch_norm_shards = 1 if sync_batchnorm else group.size
+        self.split = replace(self.split, scale=group.size)
+        self.traits = ModeTraits(batch_norm_shards=1 if sync_batchnorm else group.size)
         self._wait_timer: SyncWaitTimer | None = None
         self._no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext  # backward without gradient averaging
 
-    def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Placed:
         if self.sync_batchnorm:
             synchronize(model, self.device)
         replace_dropout(model, self.dropout)
         # No broadcast of buffers in each forward: synchronized batch-norm statistics are equal anyway, and
-        # `buffer_synchronization` averages the others.
+        # `Placed.after_update` averages the others.
         broadcast = "forward_sync_buffers" if _HAS_FORWARD_SYNC_BUFFERS else "broadcast_buffers"
         options: dict[str, Any] = {**self.options, broadcast: False}
         placed = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
@@ -98,16 +101,16 @@ class DataParallel(GroupMode):
         self._no_sync = placed.no_sync
         self._wait_timer = SyncWaitTimer(self.device)
         self._wait_timer.attach(model)
-        return placed
+        timing = StepTiming(self.group, self.device, self._wait_timer)
+        return Placed(placed, buffer_averaging(model, self.group.size), timing=timing)
 
-    def buffer_synchronization(self, model: nn.Module) -> Callable[[], None] | None:
-        return buffer_averaging(model, self.processes)
-
-    def forward_backward(
-        self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None
-    ) -> Tensor:
+    @contextmanager
+    def micro_batch(self, micro_batch: Batch) -> Iterator[None]:
+        # Only the last backward averages gradients: it waits for the other ranks, the earlier ones accumulate locally.
+        waits = (self._wait_timer or nullcontext()) if micro_batch.is_last else self._no_sync()
         try:
-            loss = self.run_micro_batches(step, inputs, targets, record, scale=self.processes)
+            with self.dropout.of(micro_batch), waits:
+                yield
         except RuntimeError as error:
             # torch has no exception type for this.
             if not str(error).startswith("Expected to have finished reduction"):
@@ -116,11 +119,6 @@ class DataParallel(GroupMode):
                 "parallel.find_unused_parameters=false: the model did not use all parameters in the previous update; "
                 "set parallel.find_unused_parameters=true, or freeze these parameters (optimizer.groups)"
             ) from None
-        return self.sum_loss(loss) / self.processes
 
-    def backward_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        # Only the last backward averages gradients: it waits for the other ranks, the earlier ones accumulate locally.
-        return (self._wait_timer or nullcontext()) if is_last else self._no_sync()
-
-    def step_timing(self) -> StepTiming:
-        return StepTiming(self.group, self.device, self._wait_timer)
+    def reduce(self, loss: Tensor) -> Tensor:
+        return self.ranks.sum_loss(loss) / self.group.size  # the gradients are averaged

@@ -1,11 +1,13 @@
 """Dropout whose masks depend on the position in the global batch: all numbers of ranks drop the same activations."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dlopt.data.batches import Batch
 from dlopt.errors import UserError
 from dlopt.parallel.batch_shards import MicroBatchShard
 from dlopt.parallel.chain import ActivationSpec
@@ -13,10 +15,19 @@ from dlopt.parallel.collectives import ShardSpec
 
 
 class CurrentShard:
-    """The micro-batch shard that the model is processing; set by the mode and read by every dropout of the model."""
+    """Which samples the model is processing, for every dropout in it: a model's forward takes only the inputs."""
 
     def __init__(self) -> None:
         self.shard: MicroBatchShard | None = None  # None: the samples are not sharded
+
+    @contextmanager
+    def of(self, micro_batch: Batch) -> Iterator[None]:
+        """Context in which the model processes a micro-batch."""
+        self.shard = None if micro_batch.shard is None else MicroBatchShard(micro_batch.total, micro_batch.shard)
+        try:
+            yield
+        finally:
+            self.shard = None
 
     def __deepcopy__(self, memo: object) -> "CurrentShard":
         return self  # copies of a model process the same samples
@@ -50,9 +61,12 @@ class GlobalDropout(nn.Module):
                 f"dropout got {len(inputs)} samples on a rank that has {shard.samples}: the leading dimension must be "
                 "the sample under data parallelism"
             )
-        # The local samples go into a zero tensor of the global shape, the dropout runs on all of it, and the local
-        # slice is kept. This works for every kind of dropout (elementwise, channelwise, alpha) without a case for each.
-        # The order of dimensions in memory is preserved, because torch may draw masks in memory order.
+        # A generator is a stream: the mask of a sample depends on how many numbers were drawn before. To drop what a
+        # single process drops, a rank has to draw for the samples of the others, too, which costs time and memory that
+        # grow with the number of ranks. It is the price of runs that are equal whatever their number of processes. The
+        # local samples go into a zero tensor of the global shape, the dropout runs on all of it, and the local slice is
+        # kept. This works for every kind of dropout (elementwise, channelwise, alpha) without a case for each. The
+        # order of dimensions in memory is preserved, because torch may draw masks in memory order.
         shape, spec = [shard.total, *inputs.shape[1:]], self.feature_spec and self.feature_spec(inputs)
         if spec is not None:
             shape[spec.dim] = spec.size

@@ -5,10 +5,10 @@ Each unit of the model is all-gathered before it computes and resharded afterwar
 Rajbhandari et al. 2020, "ZeRO" (stage 3); Zhao et al. 2023, "PyTorch FSDP".
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from dlopt.errors import UserError
 from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import replace_dropout
-from dlopt.parallel.mode import Mode
+from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, check_precision, join_mode
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.parallel.sync_batchnorm import synchronize
+from dlopt.parallel.shards import TensorShards
+from dlopt.parallel.step_timing import StepTiming
+from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
 from dlopt.parameters import NORMS
 from dlopt.ranges import Count, Natural
 
@@ -55,24 +57,22 @@ def fully_sharded(*, device: torch.device, accumulate: int, precision: str, **ke
 class FullySharded(DataParallel):
     """Data parallelism whose parameters are DTensors, sharded along dimension 0."""
 
-    sharding: Literal["replicated", "tensors", "layers"] = "tensors"
-
     def __init__(
         self, group: ProcessGroup, device: torch.device, *, accumulate: int, low_precision: bool, keys: ShardingKeys
     ) -> None:
         super().__init__(group, device, accumulate=accumulate, sync_batchnorm=keys["sync_batchnorm"], name="fsdp")
+        self.state = TensorShards()
         self.low_precision = low_precision
         self.keys = keys
 
-    def checkpoint_writer(self) -> ShardWriter:
-        return ShardWriter(self.rank, minutes=self.group.minutes)
-
-    def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Placed:
         from torch.distributed.fsdp import FSDPModule
 
         if self.sync_batchnorm:
             synchronize(model, self.device)
         replace_dropout(model, self.dropout)
+        # Order matters: batch norms and dropouts are replaced while they are plain modules; sharding comes last, since
+        # it replaces the parameters, and hooks every unit that it has seen.
         model.to(memory_format=torch.contiguous_format)  # FSDP2 requires it; layers follow the format of their inputs
         self._shard(model)
         if not self.keys["sync_every_micro_batch"]:
@@ -91,14 +91,19 @@ class FullySharded(DataParallel):
                     module.reshard()
             return outputs
 
-        return call
+        return Placed(
+            call,
+            buffer_averaging(model, self.group.size),
+            timing=StepTiming(self.group, self.device),
+            writer=ShardWriter(self.group.rank, minutes=self.group.minutes),
+        )
 
     def _shard(self, model: nn.Module) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-        shards = self.keys["shards"] or self.processes
-        replicas = self.processes // shards
+        shards = self.keys["shards"] or self.group.size
+        replicas = self.group.size // shards
         # With replicas: HSDP. Gradients are reduce-scattered within a shard group and averaged over the replicas.
         dims = {"shard": shards} if replicas == 1 else {"replicate": replicas, "shard": shards}
         mesh = init_device_mesh(self.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))

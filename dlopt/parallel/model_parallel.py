@@ -5,17 +5,17 @@ The ranks of a model group hold one model together and process the same samples;
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
 from dlopt.parallel.dropout import replace_dropout
-from dlopt.parallel.mode import MetricRecord, MicroSteps
+from dlopt.parallel.mode import ModeTraits, Placed
 from dlopt.parallel.process_group import GroupMode, ProcessGroup
-from dlopt.parallel.shards import local
+from dlopt.parallel.shards import TensorShards, local
 from dlopt.parallel.split_layers import distribute
+from dlopt.parallel.step_timing import StepTiming
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
 
 _BUCKET_BYTES = 25 * 2**20  # of gradients per all-reduce, as in DDP
@@ -41,10 +41,6 @@ SplitFunction = Callable[[nn.Module, tuple[int, ...], ModelGroup], ShardingPlan]
 class ModelParallel(GroupMode):
     """`data_degree` model groups, each of which holds one model that `split` has split in place."""
 
-    sharding: Literal["replicated", "tensors", "layers"] = "tensors"
-    compiles = False
-    supports_loss_aware_samplers = False
-
     def __init__(
         self,
         group: ProcessGroup,
@@ -58,28 +54,33 @@ class ModelParallel(GroupMode):
     ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
-        super().__init__(group, device, name, accumulate=accumulate)
-        self.split = split
-        shape = data_degree, group.size // data_degree
-        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "model"))
-        self.data_degree, self.data_rank = data_degree, self.mesh.get_local_rank("data")
+        self.mesh = init_device_mesh(
+            device.type, (data_degree, group.size // data_degree), mesh_dim_names=("data", "model")
+        )
+        rank = self.mesh.get_local_rank("data")
+        super().__init__(group, device, name, accumulate=accumulate, data_rank=rank, data_degree=data_degree)
+        self.split_model = split
+        self.data_degree = data_degree
         self.model_group = ModelGroup(self.mesh.get_group("model"))
-        self.counts = self.model_group.rank == 0  # all ranks of a model group have the same losses
+        self.state = TensorShards()
+        self.ranks.counts = self.model_group.rank == 0  # all ranks of a model group have the same losses
         self.sync_batchnorm = sync_batchnorm and data_degree > 1
-        self.batch_norm_shards = 1 if sync_batchnorm else data_degree
+        batch_norm_shards = 1 if sync_batchnorm else data_degree
+        self.traits = ModeTraits(compiles=False, observes_losses=False, batch_norm_shards=batch_norm_shards)
         self._partial_grads: list[nn.Parameter] = []
         self._parameters: list[nn.Parameter] = []
 
-    def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        plan = self.split(model, input_shape, self.model_group)
+    def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Placed:
+        plan = self.split_model(model, input_shape, self.model_group)
         if self.sync_batchnorm:
             synchronize(model, self.device, self.mesh.get_group("data"))
         replace_dropout(model, self.dropout, plan.dropouts)
         self.distribute_parameters(model, plan)
         named = dict(model.named_parameters())
         self._parameters, self._partial_grads = list(named.values()), [named[name] for name in plan.partial_grads]
-        self.notes = (self._placement_note(named), *plan.notes)
-        return model
+        after_update = buffer_averaging(model, self.data_degree, self.mesh.get_group("data"))
+        notes = (self._placement_note(named), *plan.notes)
+        return Placed(model, after_update, notes, StepTiming(self.group, self.device))
 
     def distribute_parameters(self, model: nn.Module, plan: ShardingPlan) -> None:
         """Turns the parameters into DTensors, which the optimizer and the checkpoint see."""
@@ -90,25 +91,19 @@ class ModelParallel(GroupMode):
         held = sum(local(p).numel() for p in named.values() if not p.is_meta)
         replicated = sum(p.numel() for p in named.values() if not p.is_meta and local(p).numel() == p.numel())
         line = f"parallel={self.name}: {total} parameters over {self.model_group.size} processes; {held} on this one"
-        if self.sharding == "tensors":
+        if self.state.sharding == "tensors":
             line += f" ({replicated} replicated)"
         return line + (f"; {self.data_degree} data-parallel groups" if self.data_degree > 1 else "")
 
-    def buffer_synchronization(self, model: nn.Module) -> Callable[[], None] | None:
-        return buffer_averaging(model, self.data_degree, self.mesh.get_group("data"))
-
-    def forward_backward(
-        self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None
-    ) -> Tensor:
-        # Summed over groups and micro-batches, the weighted losses are the mean over the global batch.
-        loss = self.run_micro_batches(step, inputs, targets, record)
-        # Within the model group first: the sum over groups below then adds complete gradients, on every rank.
+    def reduce(self, loss: Tensor) -> Tensor:
+        # Summed over groups and micro-batches, the weighted losses are the mean over the global batch. Within the
+        # model group first: the sum over groups below then adds complete gradients, on every rank.
         partial = [local(p.grad) for p in self._partial_grads if p.grad is not None]
         all_reduce_buckets(partial, self.model_group.process_group)
         if self.data_degree > 1:
             gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
             all_reduce_buckets(gradients, self.mesh.get_group("data"))
-        return self.sum_loss(loss if self.counts else torch.zeros_like(loss))
+        return self.ranks.sum_loss(loss)
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ Schedules (torch.distributed.pipelining): GPipe (Huang et al. 2019) runs all for
 (Narayanan et al. 2019, "PipeDream") alternates them and holds activations of at most as many micro-batches as stages.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Unpack
 
@@ -13,18 +14,19 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dlopt.data.batches import Augment, Batch
 from dlopt.errors import UserError
 from dlopt.parallel import chain as chains
-from dlopt.parallel.batch_shards import ShardedAugment, micro_batch_bounds
+from dlopt.parallel.batch_shards import BatchShard, BatchSplit, ShardedAugment, micro_batch_bounds
 from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
-from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
+from dlopt.parallel.mode import MicroLoss, Mode, ModeTraits, Placed
 from dlopt.parallel.process_group import GroupMode, ProcessGroup, ProcessKeys, check_precision, join_mode
+from dlopt.parallel.shards import LayerShards
+from dlopt.parallel.step_timing import StepTiming
 from dlopt.processor import usable_cores
 from dlopt.ranges import Count
 
 Schedule = Literal["1f1b", "gpipe"]
-MicroLoss = Callable[[Tensor, Tensor], Tensor]
-"""(outputs, targets) of a micro-batch -> its mean loss."""
 
 _PROBE_SAMPLES = 64  # largest batch for timing layers
 
@@ -69,13 +71,8 @@ def pipeline(
 class PipelineMode(GroupMode):
     """Rank r holds stage r; the layers of other stages are on the meta device.
 
-    Every rank therefore knows all parameters by name and order, which states and optimizers rely on. Batch norm sees
-    one micro-batch at a time, as in a single process with accumulate = micro-batches.
+    Batch norm sees one micro-batch at a time, as in a single process with accumulate = micro-batches.
     """
-
-    sharding: Literal["replicated", "tensors", "layers"] = "layers"
-    compiles = False
-    supports_loss_aware_samplers = False
 
     def __init__(
         self,
@@ -90,42 +87,34 @@ class PipelineMode(GroupMode):
         threads: int | str,
     ) -> None:
         super().__init__(group, device, "pipeline")
-        self.data_rank, self.data_degree = 0, 1
-        self.micro_batches_in_flight = in_flight
+        self.is_last = self.ranks.counts = group.rank == group.size - 1  # it computes the losses
+        self.split = StageSplit(needs_samples=group.rank == 0 or self.is_last)
+        self.state = LayerShards(group, device)
+        self.traits = ModeTraits(compiles=False, observes_losses=False, micro_batches=in_flight)
         self.schedule = schedule
-        self.split = split
+        self.first_layers = split
         self.probe_samples = probe_samples
         self.low_precision = low_precision
         self.threads = threads
-        self.is_last = self.counts = self.rank == self.processes - 1  # it computes the losses
         self._schedules: dict[tuple[int, int], Any] = {}
         self._micro_loss: MicroLoss = lambda outputs, targets: outputs.sum()
 
-    # -- sharding a batch: the first rank needs the inputs and the last one the targets; the others load no samples
-
-    @property
-    def batch_shard(self) -> BatchShard | None:
-        return None if self.rank == 0 or self.is_last else lambda total: slice(0, 0)
-
-    def shard_augmentation(self, augment: Any) -> Any:
-        return augment if self.batch_shard is None else augment and ShardedAugment(augment, 1, 0, 1)
-
     # -- the model
 
-    def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        chain = chains.flatten(model, self.processes)
+    def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Placed:
+        chain = chains.flatten(model, self.group.size)
         inputs = self._probe_inputs(model, input_shape)
         chains.trace(chain, inputs[:2], self._forward_context)
-        stages = self._partition(chain, inputs)
+        stages, notes = self._partition(chain, inputs)
         for number, layers in enumerate(stages):
-            if number != self.rank:
+            if number != self.group.rank:
                 for layer in chain[layers]:
                     layer.module.to("meta")
-        self.stage = Stage(chain, stages[self.rank], ActivationSpec.of(inputs), self._forward_context)
+        self.stage = Stage(chain, stages[self.group.rank], ActivationSpec.of(inputs), self._forward_context)
         self._output = chain[-1].output
         self._dtype = next(model.parameters()).dtype
         self._model = model
-        return self._evaluate
+        return Placed(self._evaluate, notes=notes, timing=StepTiming(self.group, self.device))
 
     def _probe_inputs(self, model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
         """Returns random inputs for timing; kernels can be faster on zeros than on training data."""
@@ -141,17 +130,19 @@ class PipelineMode(GroupMode):
     def _forward_context(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.low_precision else nullcontext()
 
-    def _partition(self, chain: list[ChainLayer], inputs: Tensor) -> list[slice]:
-        """Returns the layers of each stage."""
-        stages = self.processes
+    def _partition(self, chain: list[ChainLayer], inputs: Tensor) -> tuple[list[slice], tuple[str, ...]]:
+        """Returns the layers of each stage, and notes for the user."""
+        stages = self.group.size
         times = []
-        if self.is_main:  # only one rank measures: all ranks must arrive at the same partition
+        if self.ranks.is_main:  # only one rank measures: all ranks must arrive at the same partition
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
                 times = chains.time_layers(chain, inputs, self._forward_context)
-        times = self.broadcast(times)
-        split = self.split
-        starts = chains.balance(times, stages) if split is None else chains.named_starts(split, chain, stages)
+        # Measured times differ from rank to rank, and with them the balanced partition: two stages might then hold the
+        # same layer, or none of them.
+        times = self.ranks.broadcast(times)
+        named = self.first_layers
+        starts = chains.balance(times, stages) if named is None else chains.named_starts(named, chain, stages)
         slices = chains.stage_slices(starts, len(chain))
         chains.check_tied_weights([chain[layers] for layers in slices])
         seconds = [sum(times[layers]) for layers in slices]
@@ -161,50 +152,48 @@ class PipelineMode(GroupMode):
             f"{chain[s.start].name} .. {chain[s.stop - 1].name} ({t / total:.0%})"
             for s, t in zip(slices, seconds, strict=True)
         ]
-        self.notes = (f"pipeline stages (fraction of the time): {'; '.join(names)}",)
-        if self.micro_batches_in_flight < stages:
-            self.notes += (
-                f"warning: accumulate={self.micro_batches_in_flight} leaves some of the {stages} stages idle; "
-                f"accumulate={4 * stages} would keep them busy (batch norm sees one micro-batch at a time)",
+        notes = [f"pipeline stages (fraction of the time): {'; '.join(names)}"]
+        if self.traits.micro_batches < stages:
+            notes.append(
+                f"warning: accumulate={self.traits.micro_batches} leaves some of the {stages} stages idle; "
+                f"accumulate={4 * stages} would keep them busy (batch norm sees one micro-batch at a time)"
             )
-        return slices
+        return slices, tuple(notes)
 
     def _set_threads(self, fractions: list[float]) -> None:
         """Divides this machine's cores among its stages in proportion to their work."""
         if self.threads != "auto" or self.device.type != "cpu":
             return
         local_rank = self.group.world.local_rank
-        on_this_machine = fractions[self.rank - local_rank :][: self.local_processes]
+        on_this_machine = fractions[self.group.rank - local_rank :][: self.ranks.local_processes]
         torch.set_num_threads(chains.divide_cores(usable_cores(), on_this_machine)[local_rank])
 
     # -- one update
 
-    def forward_backward(
-        self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None
-    ) -> Tensor:
+    def run_stages(self, batch: Batch, loss: MicroLoss) -> tuple[list[Tensor], int]:
         # Only the last rank has the outputs, and with them losses and metrics; the others contribute zeros to the sums.
-        bounds = micro_batch_bounds(self.batch_total, self.micro_batches_in_flight)
+        bounds = micro_batch_bounds(batch.total, self.traits.micro_batches)
         losses: list[Tensor] = []
-        # A schedule requires micro-batches of one size. There are at most two sizes, and the larger ones come first.
+        # torch's schedule knows the micro-batches of a stage only, and drives forward and backward of different ones at
+        # a time. So it, and not the step, owns the loop over them; the step hands it the loss. A schedule requires
+        # micro-batches of one size. There are at most two sizes, and the larger ones come first.
         for size in sorted({stop - start for start, stop in bounds}, reverse=True):
             same = [(start, stop) for start, stop in bounds if stop - start == size]
             samples = slice(same[0][0], same[-1][1])
-            loss = partial(step.micro_loss, record=record)
-            losses += self._run_schedule(size, len(same), inputs[samples], targets[samples], loss)
-        if record is not None and not self.is_last:
-            for _ in bounds:
-                record.add_empty(self.device)
-        total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=self._dtype, device=self.device)
-        return self.sum_loss(total)
+            part = Batch(batch.inputs[samples], batch.targets[samples], size, weight=size / batch.total)
+            losses += self._run_schedule(part, len(same), loss)
+        return losses or [torch.zeros((), dtype=self._dtype, device=self.device)], len(bounds)
 
-    def _run_schedule(self, size: int, count: int, inputs: Tensor, targets: Tensor, loss: MicroLoss) -> list[Tensor]:
-        """Runs forward and backward of `count` micro-batches of `size` samples; returns their weighted losses."""
-        weight = size / self.batch_total
-        self._micro_loss = lambda outputs, targets: loss(outputs, targets) * weight
+    def reduce(self, loss: Tensor) -> Tensor:
+        return self.ranks.sum_loss(loss)  # every gradient is complete on the rank that holds its layer
+
+    def _run_schedule(self, part: Batch, count: int, loss: MicroLoss) -> list[Tensor]:
+        """Runs forward and backward of `count` micro-batches of `part.total` samples; returns their weighted losses."""
+        self._micro_loss = lambda outputs, targets: loss(outputs, targets) * part.weight
         losses: list[Tensor] = []
-        schedule = self._schedule(size, count)
-        arguments = (inputs.contiguous(),) if self.rank == 0 else ()
-        of_last_rank = {"target": targets, "losses": losses} if self.is_last else {}
+        schedule = self._schedule(part.total, count)
+        arguments = (part.inputs.contiguous(),) if self.group.rank == 0 else ()
+        of_last_rank = {"target": part.targets, "losses": losses} if self.is_last else {}
         schedule.step(*arguments, **of_last_rank, return_outputs=False)
         return [loss.detach() for loss in losses]
 
@@ -216,13 +205,13 @@ class PipelineMode(GroupMode):
 
             stage = PipelineStage(
                 self.stage,
-                self.rank,
-                self.processes,
+                self.group.rank,
+                self.group.size,
                 self.device,
-                input_args=self.stage.input_spec.empty(size, self.device).requires_grad_(self.rank > 0),
+                input_args=self.stage.input_spec.empty(size, self.device).requires_grad_(self.group.rank > 0),
                 output_args=self.stage.output_spec.empty(size, self.device).requires_grad_(),
             )
-            kind = Schedule1F1B if self.schedule == "1f1b" and count >= self.processes else ScheduleGPipe
+            kind = Schedule1F1B if self.schedule == "1f1b" and count >= self.group.size else ScheduleGPipe
             self._schedules[size, count] = kind(
                 stage, count, loss_fn=lambda outputs, targets: self._micro_loss(outputs, targets), scale_grads=False
             )
@@ -234,27 +223,41 @@ class PipelineMode(GroupMode):
         """Returns the model's outputs on all ranks, without a graph."""
         # A batch norm in training mode (exact statistics) must see the whole batch at once.
         undivided = any(isinstance(m, _BatchNorm) and m.training for m in self._model.modules())
-        number = 1 if undivided else min(self.micro_batches_in_flight, len(inputs))
+        number = 1 if undivided else min(self.traits.micro_batches, len(inputs))
         outputs, sends = [], []
         with torch.no_grad():
             for micro_batch in inputs.tensor_split(number):
                 values = micro_batch
-                if self.rank > 0:
+                if self.group.rank > 0:
                     values = self.stage.input_spec.empty(len(micro_batch), self.device)
-                    distributed.recv(values, self.rank - 1)
+                    distributed.recv(values, self.group.rank - 1)
                 values = self.stage(values)
                 if self.is_last:
                     outputs.append(values)
                 else:
                     # Asynchronous, so this stage starts the next micro-batch at once. The list keeps buffers alive.
-                    sends.append((distributed.isend(values, self.rank + 1), values))
+                    sends.append((distributed.isend(values, self.group.rank + 1), values))
             for work, _ in sends:
                 assert work is not None  # this rank is in the group
                 work.wait()
             assert self._output is not None
             result = torch.cat(outputs) if outputs else self._output.empty(len(inputs), self.device)
-            distributed.broadcast(result, self.processes - 1)
+            distributed.broadcast(result, self.group.size - 1)
         return result
+
+
+@dataclass(frozen=True)
+class StageSplit(BatchSplit):
+    """The first rank needs the inputs of a batch and the last one the targets; the others load no samples."""
+
+    needs_samples: bool = True
+
+    @property
+    def shard(self) -> BatchShard | None:
+        return None if self.needs_samples else lambda total: slice(0, 0)
+
+    def augmentation(self, augment: Augment | None) -> Augment | None:
+        return augment if self.needs_samples or augment is None else ShardedAugment(augment, 1, 0, 1)
 
 
 class Stage(nn.Module):

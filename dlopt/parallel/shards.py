@@ -1,12 +1,11 @@
-"""States and norms of models that are sharded over processes: by tensors (DTensor) or by layers.
+"""Norms and states of a model, by how a mode shards it: not at all, by tensors (DTensor), or by layers.
 
-The first half accepts plain tensors and DTensors, and imports torch's DTensor only where needed, because the import is
-slow. The second half is for modes in which each rank holds some layers and has the others on the meta device: every
-rank knows all parameters by name and order.
+The functions accept plain tensors and DTensors, and import torch's DTensor only where needed, because the import is
+slow.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -27,30 +26,6 @@ def local(tensor: Tensor) -> Tensor:
     if not is_sharded_tensor(tensor):
         return tensor
     return tensor.detach().to_local()  # type: ignore[attr-defined]
-
-
-def full_state(state: T) -> T:
-    """Returns a state with full tensors on every rank. All ranks call this together."""
-    return tree_map_only(Tensor, lambda tensor: tensor.full_tensor() if is_sharded_tensor(tensor) else tensor, state)
-
-
-def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-    """Loads full tensors by name; each rank keeps its shards, or the tensors of its layers."""
-    # Meta tensors are loaded as themselves, so names and strictness are those of the full model.
-    current = model.state_dict()
-    model.load_state_dict({name: _shard_like(value, current.get(name)) for name, value in state.items()}, strict=strict)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads an optimizer's full state for this rank's layers: tensors of a parameter's shape are sharded as it is."""
-    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    parameters = {n: p for saved, group in groups for n, p in zip(saved["params"], group["params"], strict=True)}
-    shards = {
-        number: {name: _shard_like(value, parameters.get(number)) for name, value in values.items()}
-        for number, values in state["state"].items()
-        if number not in parameters or not parameters[number].is_meta
-    }
-    optimizer.load_state_dict({**state, "state": shards})
 
 
 def _shard_like(value: Any, like: Tensor | None) -> Any:
@@ -105,29 +80,6 @@ def _all_reduce(values: Tensor, axes: Sequence[tuple[Any, int, int]]) -> Tensor:
     return values
 
 
-# -- modes in which each rank holds some layers
-
-
-def stage_norm(tensors: Sequence[Tensor], group: "ProcessGroup", device: torch.device, *, is_replica: bool) -> Tensor:
-    """Returns the 2-norm of all ranks' tensors as one vector.
-
-    `is_replica`: another rank holds the same layers, which count once.
-    """
-    held = [] if is_replica else [tensor for tensor in tensors if not tensor.is_meta]
-    norm = torch.nn.utils.get_total_norm(held) if held else torch.zeros((), device=device)
-    return torch.linalg.vector_norm(group.all_gather(norm.to(device=device, dtype=torch.float64).reshape(1)))
-
-
-def stage_full_state(state: T, group: "ProcessGroup", *, is_replica: bool) -> T:
-    """Returns, on rank 0, the state with the tensors of all ranks. All ranks call this together."""
-    states: list[Any] | None = [None] * group.size if group.rank == 0 else None
-    on_cpu = None if is_replica else tree_map_only(Tensor, lambda t: t if t.is_meta else t.cpu(), state)
-    distributed.gather_object(on_cpu, states, dst=0)
-    for other in (states or [])[1:]:
-        state = state if other is None else _merge(state, other)
-    return state
-
-
 def _merge(state: Any, other: Any) -> Any:
     """Returns `state`, completed with the entries and tensors that only `other` holds."""
     if isinstance(state, dict):
@@ -136,3 +88,93 @@ def _merge(state: Any, other: Any) -> Any:
         numbered = all(isinstance(key, int) for key in both)  # an optimizer's parameters, in the order of one process
         return {key: both[key] for key in (sorted(both) if numbered else both)}
     return other if isinstance(state, Tensor) and state.is_meta else state
+
+
+# -- norms and states, by how a model is sharded
+
+
+class FullState:
+    """Norms and states of a model that every process holds as a whole (single, ddp)."""
+
+    sharding: Literal["replicated", "tensors", "layers"] = "replicated"
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Returns the 2-norm of all parameters, or of their gradients, as one vector: a scalar, equal on all ranks.
+
+        A rank may hold shards of the tensors, or only some of them; replicas count once.
+        """
+        return torch.nn.utils.get_total_norm(tensors)
+
+    def full(self, state: T) -> T:
+        """Returns the state of a model or an optimizer with full tensors, as in a single process.
+
+        All ranks call this together; only the main rank needs the result.
+        """
+        return state
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Loads a full state, which all ranks pass; each rank keeps its shards."""
+        model.load_state_dict(state, strict=strict)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Loads the full state of an optimizer, as `load_model` does."""
+        optimizer.load_state_dict(dict(state))
+
+
+class TensorShards(FullState):
+    """Parameters are DTensors of which each process holds a shard (fsdp, filter, spatial, hybrid)."""
+
+    sharding: Literal["replicated", "tensors", "layers"] = "tensors"
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        return total_norm(tensors)
+
+    def full(self, state: T) -> T:
+        return tree_map_only(
+            Tensor, lambda tensor: tensor.full_tensor() if is_sharded_tensor(tensor) else tensor, state
+        )
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        # Meta tensors are loaded as themselves, so names and strictness are those of the full model.
+        current = model.state_dict()
+        shards = {name: _shard_like(value, current.get(name)) for name, value in state.items()}
+        model.load_state_dict(shards, strict=strict)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+        parameters = {n: p for saved, group in groups for n, p in zip(saved["params"], group["params"], strict=True)}
+        shards = {
+            number: {name: _shard_like(value, parameters.get(number)) for name, value in values.items()}
+            for number, values in state["state"].items()
+            if number not in parameters or not parameters[number].is_meta
+        }
+        optimizer.load_state_dict({**state, "state": shards})
+
+
+class LayerShards(TensorShards):
+    """Each process holds some layers and has the others on the meta device (pipeline, columns).
+
+    Every rank therefore knows all parameters by name and order. `is_replica`: another rank holds the same layers, which
+    count once.
+    """
+
+    sharding: Literal["replicated", "tensors", "layers"] = "layers"
+
+    def __init__(self, group: "ProcessGroup", device: torch.device, *, is_replica: bool = False) -> None:
+        self.group = group
+        self.device = device
+        self.is_replica = is_replica
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        held = [] if self.is_replica else [tensor for tensor in tensors if not tensor.is_meta]
+        norm = torch.nn.utils.get_total_norm(held) if held else torch.zeros((), device=self.device)
+        norms = self.group.all_gather(norm.to(device=self.device, dtype=torch.float64).reshape(1))
+        return torch.linalg.vector_norm(norms)
+
+    def full(self, state: T) -> T:
+        states: list[Any] | None = [None] * self.group.size if self.group.rank == 0 else None
+        on_cpu = None if self.is_replica else tree_map_only(Tensor, lambda t: t if t.is_meta else t.cpu(), state)
+        distributed.gather_object(on_cpu, states, dst=0)
+        for other in (states or [])[1:]:
+            state = state if other is None else _merge(state, other)
+        return state

@@ -29,7 +29,9 @@ class SyncWaitTimer:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def attach(self, model: nn.Module) -> None:
-        # The first parameter belongs to the layer that forward uses first, so backward computes its gradient last.
+        # DDP returns from backward when all gradients are averaged. The moment when this rank has nothing left to
+        # compute is not visible from outside, only from the hook of the gradient that comes last. The first parameter
+        # belongs to the layer that forward uses first, so backward computes its gradient last.
         first = next((p for p in model.parameters() if p.requires_grad), None)
         if first is not None:
             first.register_post_accumulate_grad_hook(self._mark_ready)

@@ -22,7 +22,7 @@ from dlopt.training.build import Workload, evaluation_batches
 
 @contextmanager
 def exact_statistics(
-    module: nn.Module, model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+    module: nn.Module, model: Callable[[Tensor], Tensor], batches: Iterable[Iterable[Tensor]]
 ) -> Iterator[None]:
     """Context in which every batch norm holds the mean and variance of its inputs over all of `batches`.
 
@@ -43,7 +43,7 @@ def exact_statistics(
 def _compute_exact(
     module: nn.Module,
     model: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Iterable[Tensor]],
     norms: list[_BatchNorm],
 ) -> None:
     pools = [PooledMoments() for _ in norms]
@@ -99,9 +99,9 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
     `batches`: the training batches, whose sampler may select some of the training samples.
     """
     data, count = workload.experiment.data_settings, batches.count
-    micro_batches = max(workload.experiment.settings.accumulate, workload.parallel.micro_batches_in_flight)
+    micro_batches = max(workload.experiment.settings.accumulate, workload.parallel.traits.micro_batches)
     smallest = _smallest_micro_batch(count, batches.batch_size, micro_batches)
-    shards = workload.parallel.batch_norm_shards
+    shards = workload.parallel.traits.batch_norm_shards
     if shards > 1:
         slices = [local_slice(start, start + smallest, rank, shards) for rank in range(shards) for start in (0, 1)]
         smallest = min(each.stop - each.start for each in slices)
@@ -130,7 +130,7 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
         for norm in names:
             stack.enter_context(norm.register_forward_pre_hook(record))
         workload.model(inputs)
-    if layers := workload.parallel.gather_lists(single_value_layers):  # a rank may have only some of the layers
+    if layers := workload.parallel.ranks.gather(single_value_layers):  # a rank may have only some of the layers
         if smallest > 1:
             raise UserError(
                 f"model.norm_ghost_batch=1: leaves batch norm {layers[0]} one value per channel; use 2 or more, or null"
@@ -139,7 +139,7 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
             f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, "
             f"and batch norm {layers[0]} one value per channel; "
             "use larger batches, data.drop_last=true, model.norm=group"
-            + (", or parallel.sync_batchnorm=true" if workload.parallel.batch_norm_shards > 1 else "")
+            + (", or parallel.sync_batchnorm=true" if workload.parallel.traits.batch_norm_shards > 1 else "")
         )
 
 
@@ -167,7 +167,7 @@ def small_batch_warnings(workload: Workload) -> list[str]:
     count = len(workload.dataset.train)
     size = count if data.batch_size == "full" else min(data.batch_size, count)
     mode = workload.parallel
-    device_batch = size // mode.batch_norm_shards // max(settings.accumulate, mode.micro_batches_in_flight)
+    device_batch = size // mode.traits.batch_norm_shards // max(settings.accumulate, mode.traits.micro_batches)
     if device_batch >= SMALL_NORM_BATCH or not any(isinstance(m, _BatchNorm) for m in workload.module.modules()):
         return []
     return [

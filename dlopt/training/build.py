@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,14 @@ from dlopt.data.task import Task
 from dlopt.data.windows import Windows
 from dlopt.errors import UserError, refused_path
 from dlopt.init import WidthGrowth
-from dlopt.parallel.mode import Mode
+from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parameters import freeze
 from dlopt.processor import choose_device, keep_freed_memory, set_deterministic, set_threads
 from dlopt.random import generator, stream
 from dlopt.training import rng, speed
+from dlopt.training.checkpoint import evaluated_weights
 from dlopt.training.model_check import check_memory, check_outputs, check_reads
 from dlopt.training.mup import width_growth
 from dlopt.training.precision import Precision, choose_precision
@@ -48,12 +50,14 @@ class Workload:
     dataset: Dataset
     normalize: nn.Module
     module: nn.Module
+    placed: Placed
     model: Callable[[Tensor], Tensor]  # calls the module: wrapped by the parallel mode, compiled
     loss: nn.Module
     memory_format: torch.memory_format
     augment: Pipeline | None
     compile_obstacle: str = ""  # why the model is not compiled; empty: it is
     statistics_batches: Batches | None = None  # training split, for norm_statistics=exact
+    opened: WeakSet[Batches] = field(default_factory=WeakSet)  # they may have worker processes
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +89,15 @@ class Workload:
     def network(self) -> Network:
         return Network(self.module, self.model, self.loss)
 
+    def close(self) -> None:
+        """Ends the worker processes of all batches."""
+        for batches in list(self.opened):
+            batches.close()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Loads the weights of a checkpoint that its run has evaluated. All ranks call this with the same state."""
+        self.parallel.state.load_model(self.module, evaluated_weights(state))
+
     def with_lr(self, lr: float) -> "Workload":
         """Returns a copy with a learning rate in place of optimizer.lr=auto."""
         optimizer = self.experiment.optimizer.partial(lr=lr)
@@ -103,7 +116,7 @@ def build_mode(experiment: Experiment) -> Mode:
         threads=settings.threads,
     )
     world = current()
-    if world is not None and mode.processes == 1:
+    if world is not None and mode.ranks.processes == 1:
         raise UserError(
             f"parallel={mode.name}: {world.launcher} started {world.size} processes, which would train the same model; "
             "use parallel=ddp, or start one process"
@@ -122,7 +135,7 @@ def build_workload(
     """
     settings = experiment.settings
     parallel = Mode(choose_device(settings.device)) if parallel is None else parallel
-    set_threads(settings.threads, parallel.local_processes)
+    set_threads(settings.threads, parallel.ranks.local_processes)
     keep_freed_memory()
     set_deterministic(settings.deterministic)
     device = parallel.device
@@ -135,7 +148,7 @@ def build_workload(
         if (message := refused_path(error)) is None:
             raise
         raise UserError(f"{experiment.data.choice}: {message}") from None
-    processes, random_crops = parallel.local_processes, _crops_at_random(experiment)
+    processes, random_crops = parallel.ranks.local_processes, _crops_at_random(experiment)
     dataset = prepare(source, experiment.data_settings, device=device, processes=processes, random_crops=random_crops)
     augment = _build_augmentation(experiment, dataset)
     dataset = with_task(experiment, dataset, dataset.train.shape if augment is None else augment.output_shape)
@@ -154,7 +167,7 @@ def build_workload(
     runtime = model_arguments(task, shape)
     is_new = normalization is None
     freezes = any(rule.freeze for rule in experiment.grouping.groups)
-    has_gradients = is_new and device.type == "cpu" and parallel.processes == 1 and not freezes
+    has_gradients = is_new and device.type == "cpu" and parallel.ranks.processes == 1 and not freezes
     check_memory(experiment.model, runtime, has_gradients=has_gradients)
     module = _build_model(experiment, dataset, normalize, shape)
     check_reads(experiment, module, task)
@@ -167,14 +180,14 @@ def build_workload(
     if has_convolutions:
         module = module.to(memory_format=memory_format)
     loss: nn.Module = experiment.loss.build(classes=task.classes)
-    if settings.threads == "auto" and device.type == "cpu" and parallel.processes == 1:
+    if settings.threads == "auto" and device.type == "cpu" and parallel.ranks.processes == 1:
         size = experiment.data_settings.batch_size
         samples = len(dataset.train) if size == "full" else size
         if speed.prefers_one_thread(module, shape, samples // settings.accumulate):
             set_threads(1)
     compile_obstacle = speed.compile_obstacle(experiment, parallel, module, shape, len(dataset.train))
     freeze(module, experiment.grouping)  # before `place`: DDP waits for all gradients that are required at that time
-    model = parallel.place(module, shape)
+    placed = parallel.place(module, shape)
     return Workload(
         experiment=experiment,
         parallel=parallel,
@@ -182,7 +195,8 @@ def build_workload(
         dataset=dataset,
         normalize=normalize,
         module=module,
-        model=model if compile_obstacle else torch.compile(model),
+        placed=placed,
+        model=placed.model if compile_obstacle else torch.compile(placed.model),
         loss=precision.place(loss),
         memory_format=memory_format,
         augment=augment,
@@ -288,7 +302,7 @@ def load_weights(module: nn.Module, path: Path, mode: Mode | None = None, *, com
             f"init_from={path}: an untrained part cannot be tested; the file lacks, or has with another shape: "
             f"{', '.join(match.missing)}"
         )
-    (mode or Mode(torch.device("cpu"))).load_model(module, match.weights, strict=False)
+    (mode or Mode(torch.device("cpu"))).state.load_model(module, match.weights, strict=False)
     return match.lines
 
 
@@ -312,17 +326,19 @@ def training_batches(workload: Workload) -> Batches:
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     reader, augment = crop_when_reading(workload.augment, samples, seed)
-    return Batches(
+    batches = Batches(
         samples,
         _delivery(workload, compiled=compiled, recorder=speed.data_recorder(experiment, workload.device)),
         batch_size=data.batch_size,
         sampler=sampler,
         drop_last=data.drop_last,
-        augment=mode.shard_augmentation(augment),
+        augment=mode.split.augmentation(augment),
         seed=seed,
-        shard=mode.batch_shard,
+        shard=mode.split.shard,
         reader=reader,
     )
+    workload.opened.add(batches)
+    return batches
 
 
 def evaluation_batches(
@@ -333,12 +349,14 @@ def evaluation_batches(
     `shared`: shard the samples over processes; false: every process has all. `batch_size`: None: that of training.
     """
     shape = samples.shape if workload.augment is None else workload.augment.output_shape
-    shard = workload.parallel.evaluation_shard if shared else None
+    shard = workload.parallel.split.evaluation_shard if shared else None
     size = workload.experiment.data_settings.batch_size if batch_size is None else batch_size
     if shared and workload.device.type == "cuda" and workload.dataset.in_memory and size != "full":
         size = max(size, _MIN_EVALUATION_BATCH)
     augment = None if shape == samples.shape else CentreCrop(shape)
-    return Batches(samples, _delivery(workload), batch_size=size, augment=augment, shard=shard)
+    batches = Batches(samples, _delivery(workload), batch_size=size, augment=augment, shard=shard)
+    workload.opened.add(batches)
+    return batches
 
 
 def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
@@ -350,7 +368,7 @@ def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
         normalize=workload.normalize,
         memory_format=workload.memory_format,
         dtype=workload.precision.dtype,
-        processes=workload.parallel.local_processes,
+        processes=workload.parallel.ranks.local_processes,
         **acceleration,
     )
 
@@ -361,10 +379,12 @@ _MIN_SHARDED_PARAMETERS = 100_000_000  # one process quickly gathers and writes 
 def checkpoint_writer(workload: Workload) -> ShardWriter | None:
     """Returns the writer of sharded checkpoints; None: rank 0 writes a single file. Raises `UserError`."""
     sharded, mode = workload.experiment.settings.checkpoint.sharded, workload.parallel
-    writer = mode.checkpoint_writer()
+    writer = workload.placed.writer
     if writer is None:
         if sharded is True:
-            reason = "one process has nothing to shard" if mode.processes == 1 else f"not with parallel={mode.name}"
+            reason = (
+                "one process has nothing to shard" if mode.ranks.processes == 1 else f"not with parallel={mode.name}"
+            )
             raise UserError(
                 f"checkpoint.sharded=true: {reason}; "
                 "use parallel=fsdp with several processes, or checkpoint.sharded=auto"
@@ -381,7 +401,7 @@ def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler
     if not isinstance(sampler, LossAwareSampler):
         return None
     choice = experiment.sampler.choice
-    if not mode.supports_loss_aware_samplers:
+    if not mode.traits.observes_losses:
         raise UserError(
             f"{choice}: parallel={mode.name} does not exchange the losses that it needs; "
             "use parallel=ddp or another sampler"
@@ -391,5 +411,5 @@ def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler
             f"on_divergence=skip: {choice} needs the losses of every update; "
             "use on_divergence=rollback or another sampler"
         )
-    sampler.maximum = mode.maximum_over_ranks
+    sampler.maximum = mode.ranks.maximum
     return sampler

@@ -240,6 +240,11 @@ def _copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
+def evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the weights of a checkpoint that the run has evaluated: the average, if there is one."""
+    return dict(state["ema"] or state["model"])
+
+
 @disk_in_use()
 def load(path: Path) -> dict[str, Any]:
     """Loads a checkpoint to the CPU, without unpickling code. Raises `UserError` that says what is wrong with it."""

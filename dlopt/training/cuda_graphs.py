@@ -1,20 +1,20 @@
 """Replays updates from a CUDA graph: the speed of small models on small batches is limited by kernel launches."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from dlopt.data.batches import Batch
 from dlopt.graphs import GraphedFunction, Recorder
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
-from dlopt.training.metrics import MetricSum
 from dlopt.training.precision import Precision
-from dlopt.training.step import Step, StepSettings
+from dlopt.training.step import Record, Step, StepSettings
 
 
 def obstacle(
@@ -34,7 +34,7 @@ def obstacle(
     """
     if mode.device.type != "cuda":
         return f"CUDA graphs are not available on {mode.device.type}"
-    if mode.processes > 1:
+    if mode.ranks.processes > 1:
         return "an update communicates between processes"
     if observed:
         return "diagnostics and profile use hooks, which a replay does not run"
@@ -89,62 +89,59 @@ class GraphedStep(Step):
         self._capture = capture
         self._eager_hooks = [hook for hook in self.post_hooks if hook not in capture.post_hooks]
         self._graphed_update = GraphedFunction("the update", self._captured_update, capture.recorder)
-        self._static: tuple[Tensor, Tensor] | None = None  # the graph's inputs and targets
-        self._flag = torch.zeros((), device=device)  # set by the graph if a gradient is not finite
+        self._static: Batch | None = None  # the graph's inputs and targets
+        self.check.immediate = False  # would read a value on the host
+        self.check.preallocates = False  # a graph would reuse, or clear, the flags of other updates
         self._frozen = 0
+        self._is_seeded = False
         self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         self._use_rate_tensors(self.optimizer)
         self.optimizer.register_state_dict_post_hook(_convert_rates_to_floats)
         self.optimizer.register_load_state_dict_post_hook(self._use_rate_tensors)
 
-    def update(
-        self, inputs: Tensor, targets: Tensor, number: int, metrics: MetricSum, *, log_norm: bool = False
-    ) -> None:
-        if not self._copy_batch(inputs, targets):
-            super().update(inputs, targets, number, metrics, log_norm=log_norm)
-            return
-        self.begin(inputs, targets, number, metrics, log_norm=log_norm)
+    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> Record:
+        static = self._copied(batch)
+        if static is None:
+            return super().update(batch, number, log_norm=log_norm)
+        self._begin(static, number, log_norm=self._capture.log_norm)
         if self.schedule.frozen != self._frozen:  # the schedule froze parameters: the backward pass has changed
             self._frozen = self.schedule.frozen
             self._graphed_update.reset()
         self._seed()
-        record = self._graphed_update()
-        for tensors in record.micro_batches:
-            metrics.add(*(tensor.clone() for tensor in tensors))
-        self.check.defer(record.loss.clone(), number, self.rate, record.flag.clone())
-        self.norm = record.norm
+        self._is_seeded = True
+        # A replay continues the generator from the seed set before it: seeding on the host would not be in the graph.
+        record = self._graphed_update().clone()  # the next replay overwrites it
+        self._is_seeded = False
         self.schedule.step()
-        for hook in self._eager_hooks:
-            hook()
-        if self.after_step is not None:  # graphs have no gradient scaler
-            self.after_step()
+        return self._end(record, self._eager_hooks)
 
-    def _captured_update(self) -> "_StaticRecord":
-        """Runs the update on the static batch. Seeding and metric accumulation stay on the host."""
-        assert self._static is not None
-        record = _StaticRecord(flag=self._flag)
-        self.optimizer.zero_grad()
-        record.loss = self.mode.forward_backward(self, *self._static, record)
-        self._flag.zero_()
-        self.check.flag_nonfinite(self._flag)
-        record.norm = self._clip_gradients(self._capture.log_norm)
+    def _captured_update(self) -> Record:
+        """Runs the update on the static batch: the closure of an eager update, and the optimizer."""
+        self._restart()
+        self()
         self.optimizer.step()
         for hook in self._capture.post_hooks:
             hook()
-        return record
+        assert self.record is not None
+        return self.record
 
-    def _copy_batch(self, inputs: Tensor, targets: Tensor) -> bool:
-        """Copies a batch into the static tensors; returns False if its shape or dtype differs from theirs."""
+    def _seed(self) -> None:
+        if not self._is_seeded:  # seeding is not captured; each replay continues from the seed set before it
+            super()._seed()
+
+    def _copied(self, batch: Batch) -> Batch | None:
+        """Copies a batch into the static tensors; returns None if its shape or dtype differs from theirs."""
         if self._static is None:
-            if len(targets) != self._capture.batch_size:
-                return False
-            self._static = torch.empty_like(inputs), torch.empty_like(targets)
-        for static, tensor in zip(self._static, (inputs, targets), strict=True):
+            if len(batch.targets) != self._capture.batch_size:
+                return None
+            inputs, targets = (torch.empty_like(tensor) for tensor in batch)
+            self._static = Batch(inputs, targets, batch.total)
+        for static, tensor in zip(self._static, batch, strict=True):
             if static.shape != tensor.shape or static.dtype != tensor.dtype:
-                return False
-        self._static[0].copy_(inputs)
-        self._static[1].copy_(targets)
-        return True
+                return None
+        for static, tensor in zip(self._static, batch, strict=True):
+            static.copy_(tensor)
+        return self._static
 
     def _use_rate_tensors(self, optimizer: Optimizer) -> None:
         """Puts the learning rates into the static tensors, at the start and after a state is loaded.
@@ -156,22 +153,6 @@ class GraphedStep(Step):
             if "capturable" in group:
                 group["capturable"] = True
         self._graphed_update.reset()
-
-
-@dataclass
-class _StaticRecord:
-    """A `MetricRecord` of the tensors that every replay overwrites."""
-
-    flag: Tensor
-    micro_batches: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # loss, outputs, targets
-    norm: Tensor | None = None
-    loss: Tensor = field(init=False)
-
-    def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
-        self.micro_batches.append((loss, outputs, targets))
-
-    def add_empty(self, device: torch.device) -> None:
-        raise AssertionError("with one process no micro-batch is empty")
 
 
 def _convert_rates_to_floats(optimizer: Optimizer, state: dict[str, Any]) -> None:

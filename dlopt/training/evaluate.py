@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
-from dlopt.data.batches import Batches, Delivery
+from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import prepare
 from dlopt.data.task import Task
@@ -24,6 +24,7 @@ from dlopt.training.metrics import (
     TOP,
     ClassMetrics,
     ExtraMetrics,
+    Measured,
     MetricSum,
     Reduce,
     RegressionMetrics,
@@ -37,7 +38,7 @@ from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenC
 def evaluate(
     module: nn.Module,
     model: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Iterable[Tensor]],
     loss: nn.Module,
     *,
     task: Task,
@@ -66,11 +67,11 @@ def evaluate(
             outputs = model(inputs)  # even without samples: the forward pass may contain collectives
             if len(targets):
                 outputs = _promoted(outputs)  # the loss is never computed in bf16 or fp16
-                metrics.add(loss(outputs, targets), outputs, targets)
+                metrics.add(metrics.measure(loss(outputs, targets), outputs, targets))
                 if extra is not None:
                     extra.add(outputs, targets)
             else:
-                metrics.add_empty(inputs.device)
+                metrics.add(Measured.of_no_samples(outputs.sum()))
             if interruption:
                 return None
     finally:
@@ -80,7 +81,7 @@ def evaluate(
 
 
 Average = Literal["probabilities", "logits"]
-Batch = tuple[Tensor, Tensor]  # outputs, targets
+Outputs = tuple[Tensor, Tensor]  # outputs and targets of a batch
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class TestReport:
     confusion: Tensor | None
 
 
-def combine(members: Sequence[Sequence[Batch]], average: Average) -> list[Batch]:
+def combine(members: Sequence[Sequence[Outputs]], average: Average) -> list[Outputs]:
     """Averages the outputs of models (an ensemble) on the same samples; returns those of a single model unchanged."""
     if len(members) == 1:
         return list(members[0])
@@ -102,13 +103,13 @@ def combine(members: Sequence[Sequence[Batch]], average: Average) -> list[Batch]
     return combined
 
 
-def report(batches: Sequence[Batch], loss: nn.Module, task: Task) -> TestReport:
+def report(batches: Sequence[Outputs], loss: nn.Module, task: Task) -> TestReport:
     """Computes all test metrics of outputs; loss and accuracy equal those in the summary of a run."""
     accumulator = MetricSum(task)
     with torch.inference_mode():
         loss.eval()
         for outputs, targets in batches:
-            accumulator.add(loss(outputs, targets), outputs, targets)
+            accumulator.add(accumulator.measure(loss(outputs, targets), outputs, targets))
     metrics = accumulator.means("test")
     if not task.has_labels:
         return TestReport(metrics, None)
@@ -179,7 +180,7 @@ Validate = Callable[[Interruption], dict[str, float] | None]
 
 def reduction(workload: Workload) -> Reduce | None:
     """Returns the sum over ranks; None for one process."""
-    return workload.parallel.sum_over_ranks if workload.parallel.processes > 1 else None
+    return workload.parallel.ranks.sum if workload.parallel.ranks.processes > 1 else None
 
 
 def validation(
@@ -241,7 +242,7 @@ def _evaluate(
             workload.loss,
             task=workload.task,
             prefix=prefix,
-            interruption=None if interruption is None else workload.parallel.evaluation_stop(interruption),
+            interruption=None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption),
             reduce=reduction(workload),
             extra=extra,
         )
@@ -277,9 +278,9 @@ def check_tta(workload: Workload) -> None:
     if tta == "none" or workload.dataset.test is None:
         return
     _refuse_tta(workload, "evaluate.tta", tta)
-    if workload.parallel.processes > 1:
+    if (processes := workload.parallel.ranks.processes) > 1:
         raise UserError(
-            f"evaluate.tta={tta}: the final test with {workload.parallel.processes} processes does not support it; "
+            f"evaluate.tta={tta}: the final test with {processes} processes does not support it; "
             f"use evaluate.tta=none, then dlopt eval tta={tta}"
         )
     _build_transform(workload, CHOICES[tta](), workload.dataset.test, key="evaluate.tta")
@@ -302,7 +303,7 @@ def choose_average(average: Average | None, workload: Workload, *, key: str = "a
 
 def predict_test_set(
     workload: Workload, choice: Flip | ShiftFlip | TenCrop | MultiScaleTenCrop | None, average: Average
-) -> list[Batch]:
+) -> list[Outputs]:
     """Returns outputs (fp32 or fp64, on the device) and targets of the test set, in its order, batch by batch.
 
     choice: the test-time augmentation whose outputs are averaged; None: as in the final test of `dlopt train`.
@@ -325,14 +326,14 @@ def predict_test_set(
 
 
 @torch.inference_mode()
-def _outputs(workload: Workload, model: Callable[[Tensor], Tensor], batches: Batches) -> list[Batch]:
+def _outputs(workload: Workload, model: Callable[[Tensor], Tensor], batches: Batches) -> list[Outputs]:
     """Returns outputs and targets batch by batch; each process computes those of its samples."""
     workload.module.eval()
     own = [(_promoted(model(inputs)), targets) if len(targets) else None for inputs, targets in batches.epoch(0)]
     mode = workload.parallel
-    if mode.evaluation_shard is None:
+    if mode.split.evaluation_shard is None:
         return [batch for batch in own if batch is not None]
-    ranks = mode.gather_lists([[batch and tuple(tensor.cpu() for tensor in batch) for batch in own]])
+    ranks = mode.ranks.gather([[batch and tuple(tensor.cpu() for tensor in batch) for batch in own]])
     gathered = []
     for shards in zip(*ranks, strict=True):
         outputs, targets = (torch.cat(column) for column in zip(*(s for s in shards if s is not None), strict=True))
@@ -381,5 +382,5 @@ def _image_batches(workload: Workload, samples: Samples, transform: TestTransfor
         assert decoded is not None
         samples, in_memory = decoded, False
     mode, dtype = workload.parallel, workload.precision.dtype
-    delivery = Delivery(workload.device, in_memory, data.workers, dtype=dtype, processes=mode.local_processes)
-    return Batches(samples, delivery, batch_size=data.batch_size, shard=mode.evaluation_shard)
+    delivery = Delivery(workload.device, in_memory, data.workers, dtype=dtype, processes=mode.ranks.local_processes)
+    return Batches(samples, delivery, batch_size=data.batch_size, shard=mode.split.evaluation_shard)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,30 @@ Reduce = Callable[[Sequence[float]], Sequence[float]]
 # Bounds on the tensors that wait for a flush. Larger ones save little, and evict a small model from the cache.
 _MAX_PENDING_STEPS = 128
 _MAX_PENDING_OUTPUTS = 1 << 20  # elements: 4 MiB in fp32
+_MAX_KEPT_OUTPUTS = 1 << 16  # of a micro-batch; an update has many, and those of a text are large
+
+
+class Measured(NamedTuple):
+    """What the metrics need of a micro-batch, on the device."""
+
+    loss: Tensor  # mean over the samples
+    samples: int
+    outputs: Tensor | None = None  # None: not needed, or `correct` is known
+    targets: Tensor | None = None
+    correct: Tensor | None = None  # number of correct predictions
+
+    @staticmethod
+    def of_no_samples(loss: Tensor) -> "Measured":
+        """A micro-batch of which this rank has no samples: all ranks must reduce the same number of entries."""
+        return Measured(torch.zeros_like(loss.detach()), 0)
+
+    def clone(self) -> "Measured":
+        outputs, targets, correct = (None if part is None else part.clone() for part in self[2:])
+        return Measured(self.loss.clone(), self.samples, outputs, targets, correct)
+
+
+Measure = Callable[[Tensor, Tensor, Tensor], Measured]
+"""(mean loss, outputs, targets) of a micro-batch, detached -> what the metrics need of it."""
 
 
 class MetricSum:
@@ -54,9 +78,8 @@ class MetricSum:
         self.correct = 0
         self.count = 0
         self._keeps_outputs = task.classes is not None or on_flush is not None
-        self._pending: list[tuple[Tensor, Tensor | None, Tensor | None]] = []  # loss, outputs, targets of a step
+        self._pending: list[Measured] = []
         self._max_pending = 0
-        self._update_start: int | None = None  # number of pending entries before the current update
         self._flushed: list[tuple[Tensor, list[int]]] = []  # (losses and number correct, samples) of many steps
         self._reported = (0.0, 0, 0)
 
@@ -64,33 +87,27 @@ class MetricSum:
         """Returns an empty accumulator with the same settings."""
         return MetricSum(self.task, self.on_flush, self.reduce)
 
-    def begin_update(self) -> None:
-        """Marks the start of an update, which `discard_update` can remove."""
-        if len(self._pending) >= self._max_pending:
-            self._flush()
-        self._update_start = len(self._pending)
+    def measure(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> Measured:
+        """Returns what has to be added of a batch: mean loss (scalar), outputs [B, K], targets [B] (or [B, K]:
+        probabilities).
 
-    def discard_update(self) -> None:
-        """Removes what was added since `begin_update`."""
-        assert self._update_start is not None
-        del self._pending[self._update_start :]
-
-    def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
-        """Adds a batch: mean loss (scalar), outputs [B, K], targets [B] (or [B, K]: probabilities).
-
-        With several predictions per sample: outputs [B, T, K], targets [B, T].
+        With several predictions per sample: outputs [B, T, K], targets [B, T]. Adds nothing.
         """
+        if not self._keeps_outputs:
+            return Measured(loss, len(targets))
+        if self.on_flush is None and outputs.numel() > _MAX_KEPT_OUTPUTS:
+            return Measured(loss, len(targets), correct=_count_correct(outputs, _labels(targets)))
+        return Measured(loss, len(targets), outputs, targets)
+
+    def add(self, *measured: Measured) -> None:
+        """Adds what `measure` has returned: of a batch, or of each micro-batch of an update."""
         pending = self._pending
         if not pending:
-            self._max_pending = max(min(_MAX_PENDING_STEPS, _MAX_PENDING_OUTPUTS // max(outputs.numel(), 1)), 1)
-        pending.append((loss, outputs if self._keeps_outputs else None, targets))
-        # While an update may be discarded, its entries stay pending; the next `begin_update` flushes.
-        if len(pending) >= self._max_pending and self._update_start is None:
+            kept = sum(each.outputs.numel() for each in measured if each.outputs is not None)
+            self._max_pending = max(min(_MAX_PENDING_STEPS, _MAX_PENDING_OUTPUTS // max(kept, 1)), 1)
+        pending += measured
+        if len(pending) >= self._max_pending:
             self._flush()
-
-    def add_empty(self, device: torch.device) -> None:
-        """Adds a batch of which this rank has no samples: all ranks must reduce the same number of entries."""
-        self._pending.append((torch.zeros((), device=device), None, None))
 
     def sync(self) -> None:
         """Adds all pending steps to the totals: one device-to-host transfer, and one all-reduce with several ranks."""
@@ -108,6 +125,7 @@ class MetricSum:
         if self.reduce is not None:
             *losses, all_correct, all_count = self.reduce([*losses, correct, count])
             correct, count = round(all_correct), round(all_count)
+        # A float64 sum in the order of the updates, whatever the interval of logging and checkpoints.
         for loss in losses:  # one by one: a sum of partial sums would depend on when `sync` was called
             self.loss += loss
         self.correct += correct
@@ -115,23 +133,22 @@ class MetricSum:
 
     def _flush(self) -> None:
         """Reduces the pending tensors on the device, without synchronization."""
-        pending, self._pending, self._update_start = self._pending, [], None
+        pending, self._pending = self._pending, []
         if not pending:
             return
-        losses = torch.stack([loss for loss, _, _ in pending])
+        losses = torch.stack([each.loss for each in pending])
         losses = losses.double() if losses.device.type != "mps" else losses  # MPS has no float64
-        correct = losses.new_zeros(1)
-        kept = [(outputs, targets) for _, outputs, targets in pending if outputs is not None and targets is not None]
+        correct = [each.correct for each in pending if each.correct is not None]
+        kept = [(e.outputs, e.targets) for e in pending if e.outputs is not None and e.targets is not None]
         if kept:
             outputs = _concatenated([outputs for outputs, _ in kept])
             if self.task.classes is not None:
-                labels = _concatenated([t.argmax(1) if t.is_floating_point() else t for _, t in kept])
-                predictions = outputs.argmax(-1)
-                correct = (predictions == labels).sum().to(losses.dtype).reshape(1)
+                correct.append(_count_correct(outputs, _concatenated([_labels(targets) for _, targets in kept])))
             if self.on_flush is not None:
                 self.on_flush(outputs, _concatenated([targets for _, targets in kept]))
-        counts = [0 if targets is None else len(targets) for _, _, targets in pending]
-        self._flushed.append((torch.cat([losses, correct]), counts))
+        number = torch.stack(correct).sum() if correct else losses.new_zeros(())
+        values = torch.cat([losses, number.to(losses.dtype).reshape(1)])
+        self._flushed.append((values, [each.samples for each in pending]))
 
     def means(self, prefix: str) -> dict[str, float]:
         """Returns {prefix}_loss and, for a classifier, {prefix}_accuracy (a fraction) over all samples so far.
@@ -168,6 +185,15 @@ class MetricSum:
         totals = ("loss", self.loss), ("right", self.correct), ("count", self.count)
         loss, correct, count = (state.get(f"reported_{name}", value) for name, value in totals)
         self._reported = loss, correct, count
+
+
+def _labels(targets: Tensor) -> Tensor:
+    """Returns the labels [B] of targets [B], or [B, K] with probabilities."""
+    return targets.argmax(1) if targets.is_floating_point() else targets
+
+
+def _count_correct(outputs: Tensor, labels: Tensor) -> Tensor:
+    return (outputs.argmax(-1) == labels).sum()
 
 
 def _concatenated(tensors: list[Tensor]) -> Tensor:

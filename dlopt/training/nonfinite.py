@@ -54,22 +54,21 @@ class NonFiniteCheck:
         self._flag = torch.zeros((), device=device)  # for immediate checks
         self.latest = 0  # latest update, from 1
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []  # update, learning rate, loss, flag
-        self._free_flags: list[Tensor] = []  # preallocated: one kernel launch for many flags
+        self.preallocates = True  # one kernel launch for many flags
+        self._free_flags: list[Tensor] = []
         self._stacked: list[tuple[list[tuple[int, float]], Tensor]] = []
 
-    def __call__(self, loss: Tensor, step: int, rate: float, *, gradients: bool) -> None:
+    def __call__(self, loss: Tensor, step: int, rate: float, *, gradients: bool) -> Tensor | None:
         """Checks update `step` (from 0), whose gradients are in the parameters. Raises `Diverged`.
 
-        `gradients`: false for a loss only, where a loss scaler checks the gradients.
+        If checks are not immediate, returns the flag for `defer`. `gradients`: false for a loss only, where a loss
+        scaler checks the gradients.
         """
         if not self.immediate:
-            if not self._free_flags:
-                self._free_flags = list(torch.zeros(_MAX_PENDING, device=self._one.device).unbind())
-            flag = self._free_flags.pop()
+            flag = self._new_flag()
             if gradients:
                 self.flag_nonfinite(flag)
-            self.defer(loss, step, rate, flag)
-            return
+            return flag
         self.latest = step + 1
         if gradients:
             self.flag_nonfinite(self._flag)
@@ -78,10 +77,20 @@ class NonFiniteCheck:
             self._flag.zero_()
             location = self.locate(math.isfinite(value))
             raise Diverged(_message(value, step, rate, location), step + 1, before_update=True)
+        return None
+
+    def _new_flag(self) -> Tensor:
+        if not self.preallocates:
+            return torch.zeros_like(self._one)
+        if not self._free_flags:
+            self._free_flags = list(torch.zeros(_MAX_PENDING, device=self._one.device).unbind())
+        return self._free_flags.pop()
 
     def flag_nonfinite(self, flag: Tensor) -> None:
         """Sets `flag` to 1 if a gradient is not finite, with one kernel, which leaves the gradients unchanged."""
         gradients = [gradient for p in self.parameters if (gradient := p.grad) is not None]
+        # torch's gradient scaler has the one kernel that looks at all gradients and writes a single flag. It also
+        # divides by a scale, here 1, which changes no value.
         if self.norm is not None:
             flag.copy_(~self.norm(gradients).isfinite())
         elif gradients:
@@ -177,10 +186,10 @@ def locate(
 
     `forward` repeats the forward pass.
     """
-    if mode.processes > 1:
+    if mode.ranks.processes > 1:
         text = _locate_on_this_rank(module, inputs, mode, loss_is_finite)
-        first = next(((rank, each) for rank, each in enumerate(mode.gather_lists([text])) if each is not None), None)
-        unknown = "the loss itself" if mode.sharding == "replicated" else "an activation or the loss itself"
+        first = next(((rank, each) for rank, each in enumerate(mode.ranks.gather([text])) if each is not None), None)
+        unknown = "the loss itself" if mode.state.sharding == "replicated" else "an activation or the loss itself"
         return f"first: {unknown}" if first is None else f"first on rank {first[0]}: {first[1]}"
     if weight := first_nonfinite_weight(module):
         return f"first: the weights {weight}"
@@ -196,7 +205,7 @@ def _locate_on_this_rank(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_
     """Describes the first non-finite tensor of this rank's samples and parameters; None: there is none."""
     if weight := first_nonfinite_weight(module):
         return f"the weights {weight}"
-    if loss_is_finite or mode.sharding != "replicated":  # layers of shards would communicate in the forward pass
+    if loss_is_finite or mode.state.sharding != "replicated":  # layers of shards would communicate in the forward pass
         gradient = first_nonfinite_gradient(module)
         return None if gradient is None else f"the gradient of {gradient}"
     if not len(inputs) or not is_finite([inputs]):

@@ -25,6 +25,7 @@ from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.build import Workload
 from dlopt.training.clipping import Adaptive, ByValue, Unclipped
 from dlopt.training.cuda_graphs import Capture, GraphedStep
+from dlopt.training.metrics import Measure
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Length
 from dlopt.training.step import Network, Observer, Step, StepSettings
@@ -140,7 +141,7 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     name, traits = f"parallel={parallel.name}: {type(optimizer).__name__}", optimizer_traits(optimizer)
     advice = "use parallel=ddp or an elementwise optimizer (sgd, adamw, ...)"
     missing = {"tensors": traits.scope != "element", "layers": traits.scope == "model"}
-    if not missing.get(parallel.sharding):
+    if not missing.get(parallel.state.sharding):
         return
     if traits is UNKNOWN:
         raise UserError(
@@ -148,7 +149,7 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
             "each element is updated from its own gradients only, add to the class: "
             'traits = dlopt.optim.OptimizerTraits(scope="element")'
         )
-    needs = "full tensors or the full model" if parallel.sharding == "tensors" else "all layers"
+    needs = "full tensors or the full model" if parallel.state.sharding == "tensors" else "all layers"
     raise UserError(f"{name} needs {needs}, but each rank has a part of them; {advice}")
 
 
@@ -157,7 +158,7 @@ def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss:
     if not optimizer_traits(optimizer).samples_labels:
         return
     name = type(optimizer).__name__
-    if parallel.processes > 1:
+    if parallel.ranks.processes > 1:
         raise UserError(
             f"parallel={parallel.name}: {name} draws labels from the predictions, and their gradients are not averaged "
             "over ranks; use parallel=single or another optimizer"
@@ -186,7 +187,7 @@ def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> 
     # Frozen parameters have no gradients, which must not matter to the others: not in norms over all layers.
     traits = optimizer_traits(optimizer)
     is_independent = experiment.clip.target in (Unclipped, ByValue, Adaptive) and traits.scope != "model"
-    freezes = workload.parallel.processes == 1 and is_independent and traits.rests_at_zero_lr
+    freezes = workload.parallel.ranks.processes == 1 and is_independent and traits.rests_at_zero_lr
     return Scheduler(optimizer, factor, freezes=freezes)
 
 
@@ -199,6 +200,7 @@ def build_step(
     average: ExponentialAverage | None,
     stopping: Stopping,
     skip: Callable[[Diverged], bool] | None,
+    measure: Measure,
     observers: Sequence[Observer],
     checks: bool,
     batch_size: int,
@@ -212,9 +214,9 @@ def build_step(
             "of its step itself, which would not be clipped; use clip=none or another optimizer"
         )
     halves = settings.on_out_of_memory == "halve"
-    if halves and mode.processes > 1:
+    if halves and (processes := mode.ranks.processes) > 1:
         raise UserError(
-            f"on_out_of_memory=halve: not supported with {mode.processes} processes, which need equal micro-batches; "
+            f"on_out_of_memory=halve: not supported with {processes} processes, which need equal micro-batches; "
             "set accumulate instead"
         )
     check_now = device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip"
@@ -234,10 +236,11 @@ def build_step(
     # The order matters: the average includes buffers, which have to be synchronized before.
     average_weights = None if average is None else average.update
     after_update = getattr(stopping, "after_update", None)
-    hooks = [mode.buffer_synchronization(workload.module), average_weights]
+    hooks = [workload.placed.after_update, average_weights]
     args = network, optimizer, schedule, mode, step_settings
     kwargs = {
         "precision": workload.precision,
+        "measure": measure,
         "clip": clip.build(model=workload.module),
         "post_hooks": [hook for hook in hooks if hook],
         "after_step": after_update,

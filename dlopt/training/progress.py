@@ -14,6 +14,7 @@ from dlopt.parallel.step_timing import StepTiming
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dlopt.data.batches import Batch
     from dlopt.training.trainer import Trainer
 
 
@@ -118,7 +119,7 @@ class Clock:
 
     def __init__(self, trainer: "Trainer") -> None:
         self.trainer = trainer
-        self.timing: StepTiming | None = trainer.mode.step_timing()
+        self.timing: StepTiming | None = trainer.timing
         self._since = time.perf_counter()
         self._restart()
 
@@ -136,12 +137,15 @@ class Clock:
         self.trainer.train_metrics.sync()
         self._restart()
 
-    def metrics(self) -> dict[str, float]:
-        """Returns the metrics since the last logging point: lr, train/..., gradient norm, throughput, step timing."""
+    def metrics(self, norm: "Tensor | None") -> dict[str, float]:
+        """Returns the metrics since the last logging point: lr, train/..., gradient norm, throughput, step timing.
+
+        `norm`: of the gradient of the latest update, if it was computed.
+        """
         trainer, train_metrics = self.trainer, self.trainer.train_metrics
         metrics = {"lr": float(trainer.step.rate)} | train_metrics.since_last("train/")
-        if trainer.step.norm is not None:
-            metrics["grad_norm/global"] = float(trainer.step.norm)
+        if norm is not None:
+            metrics["grad_norm/global"] = float(norm)
         now = time.perf_counter()
         samples = train_metrics.count - self._count
         metrics["throughput/samples_per_second"] = samples / max(now - self._log_since, 1e-9)
@@ -149,7 +153,7 @@ class Clock:
         return metrics if self.timing is None else {**metrics, **self.timing.metrics(trainer.progress.step)}
 
 
-def endless_batches(trainer: "Trainer") -> "Iterator[tuple[Tensor, Tensor]]":
+def endless_batches(trainer: "Trainer") -> "Iterator[Batch]":
     """Yields the batches that follow the trainer's progress, epoch after epoch."""
     progress = trainer.progress
     epoch, position, step = progress.epoch, progress.position, progress.step

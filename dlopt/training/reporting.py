@@ -53,14 +53,14 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
         "device": str(workload.device),
         "precision": workload.precision.name,
         "parallel": workload.parallel.name,
-        "processes": workload.parallel.processes,
+        "processes": workload.parallel.ranks.processes,
         "unit": _unit(workload),
         "inputs": _inputs(workload),
     }
     if workload.device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
     environment = read_json(run.folder / "environment.json")
-    if workload.parallel.is_main and dataset.facts and environment is not None:
+    if workload.parallel.ranks.is_main and dataset.facts and environment is not None:
         write_json(run.folder / "environment.json", {**environment, "data": dataset.facts})
     tracking.begin(
         dict(workload.experiment.config),
@@ -83,9 +83,9 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
         else None
     )
     described = [line for line in (chosen, pretrained, rates, small) if line]
-    for line in [*described, *dataset.notes, *workload.parallel.notes, *small_batch_warnings(workload)]:
+    for line in [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]:
         tracking.message(line)
-    if trainer.progress.step > 0 or not workload.parallel.is_main:
+    if trainer.progress.step > 0 or not workload.parallel.ranks.is_main:
         return
     if len(dataset.train.shape) == 3 and settings.tracking:
         inputs, _ = next(iter(trainer.batches.epoch(0)))
@@ -96,7 +96,7 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
 
 def _emulation_warning(trainer: "Trainer", workload: Workload) -> str:
     cost = "is slower than fp32"
-    if workload.parallel.sharding == "replicated":  # otherwise this process has only a part of the model
+    if workload.parallel.state.sharding == "replicated":  # otherwise this process has only a part of the model
         batch = next(iter(trainer.batches.epoch(0)))
         cost = f"takes {bf16_slowdown(workload.module, workload.loss, *batch):.1f} times as long as fp32 (measured)"
     return (
@@ -135,7 +135,7 @@ def summarize(trainer: "Trainer", workload: Workload, status: "Status") -> dict[
         "seconds": progress.seconds,
         "parameters": sum(p.numel() for p in workload.module.parameters()),
         "parallel": workload.parallel.name,
-        "processes": workload.parallel.processes,
+        "processes": workload.parallel.ranks.processes,
         "resumed_from": progress.resumed_from,
         **({} if progress.found_lr is None else {"found_lr": progress.found_lr}),
         **trainer.recovery.summary(),

@@ -16,7 +16,7 @@ from dlopt.data.task import Task
 from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device, set_threads
 from dlopt.training.build import model_arguments
-from dlopt.training.checkpoint import load
+from dlopt.training.checkpoint import evaluated_weights, load
 from dlopt.training.precision import Precision, choose_precision
 
 
@@ -67,7 +67,7 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     experiment = parse(resolve_saved(with_changes(state["config"], overrides, path)))
     settings = experiment.settings
     mode = join(choose_device(settings.device))
-    set_threads(settings.threads, mode.local_processes)
+    set_threads(settings.threads, mode.ranks.local_processes)
     device = mode.device
     precision = choose_precision(settings.precision, device)
     sample, window = tuple(facts["sample"]), tuple(facts["window"])
@@ -77,7 +77,7 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     module: nn.Module = experiment.model.build(**model_arguments(task, window))
     loss: nn.Module = experiment.loss.build(classes=task.classes)
     normalize.load_state_dict(state["normalize"])
-    module.load_state_dict(state["ema"] or state["model"])
+    module.load_state_dict(evaluated_weights(state))
     return Trained(
         mode=mode,
         normalize=precision.place(normalize).eval(),

@@ -32,7 +32,7 @@ def compile_obstacle(
     settings = experiment.settings
     if settings.compile is False:
         return "compile=false"
-    if not parallel.compiles:
+    if not parallel.traits.compiles:
         if settings.compile is True:
             raise UserError(f"compile=true: parallel={parallel.name} communicates between layers; use compile=auto")
         return f"parallel={parallel.name} communicates between layers"

@@ -8,9 +8,8 @@ and the optimizer then steps without it. This is what allows gradient scaling: `
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from copy import copy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,16 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
+from dlopt.data.batches import Batch
+from dlopt.errors import UserError
 from dlopt.losses import sampled_cross_entropy
 from dlopt.optim.traits import optimizer_traits
-from dlopt.parallel.mode import EpochBatches, MetricRecord, Mode
+from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
 from dlopt.training.clipping import Clip, Unclipped, gradient_norm
-from dlopt.training.metrics import MetricSum
+from dlopt.training.metrics import Measure, Measured
 from dlopt.training.nonfinite import Diverged, NonFiniteCheck, check_weights, locate
 from dlopt.training.precision import Precision
 
@@ -63,6 +64,36 @@ class StepSettings:
     halve_on_out_of_memory: bool = False
 
 
+@dataclass
+class Record:
+    """What an update has computed, as tensors on the device.
+
+    Attributes:
+        loss: mean over the global batch, at the weights before the update; None if the update was skipped.
+        micro_batches: what the metrics need of each micro-batch of this process.
+        norm: of the gradient before clipping, if it was computed.
+        flags: (loss, whether a gradient is not finite) of each evaluation whose check is deferred.
+    """
+
+    loss: Tensor | None
+    micro_batches: list[Measured]
+    norm: Tensor | None = None
+    flags: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def clone(self) -> "Record":
+        flags = [(loss.clone(), flag.clone()) for loss, flag in self.flags]
+        loss, norm = (None if each is None else each.clone() for each in (self.loss, self.norm))
+        return Record(loss, [each.clone() for each in self.micro_batches], norm, flags)
+
+
+class EpochBatches(Protocol):
+    """The training batches of this rank (`dlopt.data.batches.Batches`)."""
+
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[Batch]:
+        """Yields the batches of one epoch from batch `start` on, which is used by update `step`."""
+        ...
+
+
 class Observer:
     """Base of diagnostics and profiler: observes updates and must not change their results."""
 
@@ -92,10 +123,11 @@ class Step:
 
     Args:
         schedule: stepped after every update.
-        mode: runs forward and backward (`Mode.forward_backward` calls `micro_batch`).
+        mode: splits a batch into micro-batches and reduces their losses and gradients over processes.
+        measure: keeps what the metrics need of a micro-batch.
         clip: clips the reduced gradients.
-        post_hooks: called after every update that was not skipped (buffer synchronization, weight averaging, stopping
-            rules).
+        post_hooks: called after every update that was not skipped (buffer synchronization, weight averaging).
+        after_step: called after every update that has changed the weights (stopping rules).
         skip: decides whether to skip an update with non-finite gradients; None: raise the error.
     """
 
@@ -108,6 +140,7 @@ class Step:
         settings: StepSettings,
         *,
         precision: Precision,
+        measure: Measure,
         clip: Clip | None = None,
         post_hooks: Sequence[Callable[[], None]] = (),
         after_step: Callable[[], None] | None = None,
@@ -119,6 +152,7 @@ class Step:
         self.schedule = schedule
         self.mode = mode
         self.settings = settings
+        self.measure = measure
         self.clip = Unclipped() if clip is None else clip
         self.post_hooks = post_hooks
         self.after_step = after_step
@@ -128,12 +162,12 @@ class Step:
         self.accumulate = settings.accumulate
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self.rate = schedule.rate  # learning rate of the latest update
-        self.norm: Tensor | None = None  # norm of its gradient before clipping, if computed
+        self.record: Record | None = None  # of the latest update; None until its first evaluation has ended
         self.check = NonFiniteCheck(
             self.parameters,
             immediate=settings.check_now,
             locate=self._locate,
-            norm=None if mode.sharding == "replicated" else mode.norm,
+            norm=None if mode.state.sharding == "replicated" else mode.state.norm,
         )
         self._model = precision.autocast(network.model)
         self._eager_model = precision.autocast(network.module)
@@ -146,21 +180,17 @@ class Step:
         self._buffers = [local(buffer) for buffer in buffers if not buffer.is_meta]  # batch-norm statistics
         self._saved_buffers = [buffer.clone() for buffer in self._buffers]
         self._scale = None if self.scaler is None or after_step is None else self.scaler.get_scale()
-        self._record: MetricRecord | None = None  # until the update's first evaluation has used it
         self._evaluations = 0  # of the loss, in all updates of the run
 
     # -- the update
 
-    def update(
-        self, inputs: Tensor, targets: Tensor, number: int, metrics: MetricSum, *, log_norm: bool = False
-    ) -> None:
-        """Runs update `number` (from 0) on this rank's samples of a batch; adds its loss and outputs to `metrics`.
+    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> Record:
+        """Runs update `number` (from 0) on this process's samples of a batch.
 
-        `log_norm`: compute `norm`, the norm of the gradient before clipping. Raises `Diverged`.
+        `log_norm`: compute the norm of the gradient before clipping. Raises `Diverged`.
         """
-        with self._observed(inputs, targets, number) if self.observers else _NO_CONTEXT:
-            self.begin(inputs, targets, number, metrics, log_norm=log_norm)
-            skipped = False
+        with self._observed(batch, number) if self.observers else _NO_CONTEXT:
+            self._begin(batch, number, log_norm=log_norm)
             try:
                 if not self.settings.evaluates_once:
                     self.optimizer.step(self)  # type: ignore[arg-type]
@@ -174,76 +204,87 @@ class Step:
             except Diverged as error:
                 if self.skip is None or not error.before_update or not self.skip(error):
                     raise
-                self._undo_evaluation(metrics)
-                skipped = True
+                self._restore_buffers()
+                self.record = Record(None, [])
             # A skipped update counts: schedule, data and seeds depend on the update's number only.
             self.schedule.step()
-            for hook in () if skipped else self.post_hooks:
-                hook()
-            if self.after_step is not None and not (skipped or self._was_skipped_by_scaler()):
-                self.after_step()
-
-    def _was_skipped_by_scaler(self) -> bool:
-        """Returns whether the gradient scaler has skipped this update: then it reduces its scale. Synchronizes."""
-        if self.scaler is None:
-            return False
-        former, self._scale = self._scale, self.scaler.get_scale()
-        return former is not None and self._scale < former
-
-    def begin(
-        self, inputs: Tensor, targets: Tensor, number: int, metrics: MetricSum, *, log_norm: bool = False
-    ) -> None:
-        """Sets the batch of update `number`, whose first evaluation is added to `metrics`."""
-        self.batch = inputs, targets
-        self.number = number
-        self.rate = self.schedule.rate
-        self._log_norm = log_norm
-        self._record = metrics
-        if self._may_undo:
-            metrics.begin_update()
-            if self._buffers:
-                torch._foreach_copy_(self._saved_buffers, self._buffers)
-        if self._generators:
-            self._draw_seed = stream(self.settings.seed, number)
+            assert self.record is not None  # the optimizer has called the closure
+            return self._end(self.record, self.post_hooks)
 
     def __call__(self) -> Tensor:
         """Computes the mean loss of the batch, returned detached, and its clipped gradients, in the parameters."""
-        record, self._record = self._record, None
+        is_first = self.record is None
         self._evaluations += 1
         self.optimizer.zero_grad()
         for observer in self.observers:
             observer.before_evaluation()
-        with frozen_statistics(self.module) if record is None else _NO_CONTEXT:
+        # In every evaluation, not once per update: a line search compares losses of different weights, which must not
+        # differ by their dropout masks, nor count the batch once per evaluation in the statistics of batch norm.
+        self._seed()
+        with _NO_CONTEXT if is_first else frozen_statistics(self.module):
             while True:
-                self._seed()
                 try:
-                    loss = self.mode.forward_backward(self, *self.batch, record)
+                    loss, micro_batches = self.forward_backward(self.batch)
                     break
                 except torch.OutOfMemoryError:
-                    if not self.settings.halve_on_out_of_memory or self.accumulate >= len(self.batch[1]):
+                    if not self.settings.halve_on_out_of_memory or self.accumulate >= len(self.batch.targets):
                         raise
                 # Outside the except clause, in which the exception's traceback would keep the activations alive.
-                self._halve_micro_batches(record)
+                self._halve_micro_batches()
         # The order matters: clipping needs unscaled gradients, and would turn one non-finite entry into many. With a
         # scaler non-finite gradients are normal: it skips the update and reduces its scale.
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if record is not None or self._checks_all:
-            self.check(loss, self.number, self.rate, gradients=self.scaler is None)
+        if self.record is None:
+            self.record = Record(loss, micro_batches)
+        if is_first or self._checks_all:
+            flag = self.check(loss, self.number, self.rate, gradients=self.scaler is None)
+            if flag is not None:
+                self.record.flags.append((loss, flag))
         for observer in self.observers:
             observer.after_evaluation()
-        self.norm = self._clip_gradients(self._log_norm)
+        self.record.norm = self._clip_gradients()
         for observer in self.observers:
             observer.after_clipping()
         return loss
 
+    def forward_backward(self, batch: Batch) -> tuple[Tensor, list[Measured]]:
+        """Adds the gradients of the global batch's mean loss to the parameters.
+
+        Returns that loss, detached and equal on all ranks, and what the metrics need of each micro-batch.
+        """
+        measured: list[Measured] = []
+        # Only a pipeline runs its micro-batches itself, several at a time.
+        staged = self.mode.run_stages(batch, lambda outputs, targets: self._measured(measured, outputs, targets))
+        if staged is not None:
+            losses, count = staged
+            measured += [Measured.of_no_samples(losses[0])] * (count - len(measured))
+            return self.mode.reduce(torch.stack(losses).sum()), measured
+        losses = []
+        for micro_batch in self.mode.split.micro_batches(batch, self.accumulate):
+            with self.mode.micro_batch(micro_batch):
+                outputs = self._model(micro_batch.inputs)
+                if len(micro_batch.targets):
+                    # Each part is weighted by its samples: parts differ in size, and a mean of means would weight the
+                    # samples of small ones more.
+                    loss = self._measured(measured, outputs, micro_batch.targets)
+                    if micro_batch.weight != 1.0:
+                        loss = loss * micro_batch.weight
+                else:  # the other ranks wait for this one in collectives; its gradients are zero
+                    loss = outputs.sum() * 0.0
+                    measured.append(Measured.of_no_samples(loss))
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                losses.append(loss.detach())
+                # Backward has freed the activations; without this, the outputs, which are large for a text, would live
+                # until those of the next micro-batch have been computed.
+                del outputs, loss
+        return self.mode.reduce(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), measured
+
     def loss(self) -> Tensor:
         """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""
-        self._evaluations += 1
         # Fused attention kernels have no second derivatives.
-        with torch.enable_grad(), frozen_statistics(self.module), sdpa_kernel(SDPBackend.MATH):
-            self._seed()
-            return self.mode.differentiable_loss(self, *self.batch)
+        with sdpa_kernel(SDPBackend.MATH):
+            return self._differentiable(self.batch, self._loss)
 
     def sampled_loss(self, seed: int) -> tuple[Tensor, int]:
         """Returns the mean cross-entropy, with its graph, for classes drawn from the model's predictions on the batch,
@@ -251,41 +292,11 @@ class Step:
 
         Each prediction has its own random number, so that the draw does not depend on the micro-batches.
         """
-        self._evaluations += 1
         inputs, targets = self.batch
         shape = targets.shape[:1] if targets.is_floating_point() else targets.shape  # mixed labels: [B, K]
         draw = torch.Generator(targets.device).manual_seed(seed)
         noise = torch.rand(shape, generator=draw, device=targets.device)
-        sampling = copy(self)
-        sampling._loss = self._sampled_loss
-        with torch.enable_grad(), frozen_statistics(self.module):
-            self._seed()
-            return self.mode.differentiable_loss(sampling, inputs, noise), noise.numel()
-
-    # -- called by the parallel mode (see `dlopt.parallel.mode.MicroSteps`)
-
-    def micro_batch(self, inputs: Tensor, targets: Tensor, weight: float, record: MetricRecord | None) -> Tensor:
-        loss = self.micro_loss(self._model(inputs), targets, record)
-        if weight != 1.0:
-            loss = loss * weight
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        return loss.detach()
-
-    def empty_micro_batch(self, inputs: Tensor, record: MetricRecord | None) -> Tensor:
-        if record is not None:
-            record.add_empty(inputs.device)
-        loss = self._model(inputs).sum() * 0.0
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        return loss.detach()
-
-    def micro_loss(self, outputs: Tensor, targets: Tensor, record: MetricRecord | None) -> Tensor:
-        loss = self._loss(outputs, targets)
-        if record is not None:
-            record.add(loss.detach(), outputs.detach(), targets)
-        return loss
-
-    def differentiable_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self._loss(self._eager_model(inputs), targets)  # torch.compile has no second derivatives
+        return self._differentiable(Batch(inputs, noise, self.batch.total), self._sampled_loss), noise.numel()
 
     # -- checks and state
 
@@ -316,44 +327,100 @@ class Step:
 
     # -- parts of an update
 
+    def _begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
+        self._restart()
+        self.batch, self.number = batch, number
+        self.rate = self.schedule.rate
+        self._log_norm = log_norm
+        # The forward pass changes running statistics before anyone can know that the update will be skipped. Weights
+        # need no copy: they are unchanged until the check has passed.
+        if self._buffers:
+            torch._foreach_copy_(self._saved_buffers, self._buffers)
+        if self._generators:
+            self._draw_seed = stream(self.settings.seed, number)
+
+    def _restart(self) -> None:
+        """Makes the next evaluation the first one of an update."""
+        self.record = None
+
+    def _end(self, record: Record, hooks: Sequence[Callable[[], None]]) -> Record:
+        """Hands the deferred checks over, and calls the hooks of an update that was not skipped."""
+        for loss, flag in record.flags:
+            self.check.defer(loss, self.number, self.rate, flag)
+        if record.loss is None:
+            return record
+        for hook in hooks:
+            hook()
+        if self.after_step is not None and not self._was_skipped_by_scaler():
+            self.after_step()
+        return record
+
+    def _was_skipped_by_scaler(self) -> bool:
+        """Returns whether the gradient scaler has skipped this update: then it reduces its scale. Synchronizes."""
+        if self.scaler is None:
+            return False
+        former, self._scale = self._scale, self.scaler.get_scale()
+        return former is not None and self._scale < former
+
     @contextmanager
-    def _observed(self, inputs: Tensor, targets: Tensor, number: int) -> Iterator[None]:
-        contexts = [observer.around(self, inputs, targets, number) for observer in self.observers]
+    def _observed(self, batch: Batch, number: int) -> Iterator[None]:
+        contexts = [observer.around(self, batch.inputs, batch.targets, number) for observer in self.observers]
         with ExitStack() as stack:
             for context in contexts:
                 if context is not None:
                     stack.enter_context(context)
             yield
 
+    def _measured(self, measured: list[Measured], outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean loss of a micro-batch with its graph, and appends what the metrics need of it."""
+        loss = self._loss(outputs, targets)
+        measured.append(self.measure(loss.detach(), outputs.detach(), targets))
+        return loss
+
+    def _differentiable(self, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Returns the mean of `loss` over the batch with its graph, repeating the random numbers of the update."""
+        if self.mode.ranks.processes > 1:
+            raise UserError(
+                f"parallel={self.mode.name}: {type(self.optimizer).__name__} needs Hessian-vector products, which are "
+                "not averaged over ranks; use parallel=single or another optimizer"
+            )
+        self._evaluations += 1
+        self._seed()
+        with torch.enable_grad(), frozen_statistics(self.module):
+            # The uncompiled model: torch.compile has no second derivatives.
+            parts = self.mode.split.micro_batches(batch, self.accumulate)
+            losses = [part.weight * loss(self._eager_model(part.inputs), part.targets) for part in parts]
+            return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
     def _seed(self) -> None:
         """Gives all evaluations of an update the same random numbers, which depend on its number only (resuming)."""
         for generator in self._generators:
             generator.manual_seed(self._draw_seed)
 
-    def _clip_gradients(self, log_norm: bool) -> Tensor | None:
+    def _clip_gradients(self) -> Tensor | None:
         """Returns the norm before clipping if clipping or logging needs it."""
-        norm = gradient_norm(self.parameters, self.mode.norm) if log_norm else None
-        clipped = self.clip(self.parameters, self.mode.norm)
+        norm = gradient_norm(self.parameters, self.mode.state.norm) if self._log_norm else None
+        clipped = self.clip(self.parameters, self.mode.state.norm)
         return norm if clipped is None else clipped
 
-    def _undo_evaluation(self, metrics: MetricSum) -> None:
-        metrics.discard_update()
+    def _restore_buffers(self) -> None:
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._saved_buffers)
 
-    def _halve_micro_batches(self, record: MetricRecord | None) -> None:
+    def _halve_micro_batches(self) -> None:
         """Undoes the failed evaluation, frees its memory, and doubles the number of micro-batches."""
         self.optimizer.zero_grad()
-        if isinstance(record, MetricSum):
-            self._undo_evaluation(record)
-        if self.batch[1].is_cuda:
+        if self.record is None:  # further evaluations leave them unchanged
+            self._restore_buffers()
+        self._seed()
+        if self.batch.targets.is_cuda:
             torch.cuda.empty_cache()
         self.accumulate *= 2
-        size = -(-len(self.batch[1]) // self.accumulate)
+        size = -(-len(self.batch.targets) // self.accumulate)
         log.warning("out of memory at update %d: continuing with micro-batches of %d samples", self.number + 1, size)
 
     def _locate(self, loss_is_finite: bool) -> str:
-        return locate(self.module, self.batch[0], self.mode, self.loss, loss_is_finite=loss_is_finite)
+        return locate(self.module, self.batch.inputs, self.mode, self.loss, loss_is_finite=loss_is_finite)
 
 
 @contextmanager

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from dlopt.config.experiment import Experiment
-from dlopt.data.batches import Batches
+from dlopt.data.batches import Batch, Batches
 from dlopt.errors import RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.interruption import Interruption
 from dlopt.optim.traits import is_schedule_free
-from dlopt.parallel.mode import EpochBatches, Mode
+from dlopt.parallel.mode import Mode
 from dlopt.parallel.rendezvous import is_launched
+from dlopt.parallel.step_timing import StepTiming
 from dlopt.tracking.tracking import Tracking
 from dlopt.training import rng
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
@@ -45,7 +46,7 @@ from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
 from dlopt.training.progress import Clock, Intervals, Length, Progress, check_horizon, run_length
 from dlopt.training.reporting import log_header, open_tracking, summarize
-from dlopt.training.step import Observer, Step
+from dlopt.training.step import EpochBatches, Network, Observer, Record, Step
 from dlopt.training.stopping import Best, Stopping
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Run:
 
 def train_run(
     run: Run,
-    interruption: Interruption | None = None,
+    interruption: Interruption,
     *,
     console: bool = True,
     observe: Observe | None = None,
@@ -83,7 +84,7 @@ def train_run(
     """Trains, tests the best model, and returns the summary, which is also written to summary.json.
 
     Args:
-        interruption: stops the run with a checkpoint when it becomes true; None: on a signal, or after `max_time`.
+        interruption: stops the run with a checkpoint when it becomes true: on a signal, or after `max_time`.
         console: show progress.
         observe: builds observers (diagnostics, profiler).
         find_lr: runs the range test for optimizer.lr=auto.
@@ -94,19 +95,16 @@ def train_run(
         RunError: the run failed later.
     """
     settings = run.experiment.settings
-    if interruption is None:
-        with Interruption(settings.max_time) as interruption:
-            return train_run(run, interruption, console=console, observe=observe, find_lr=find_lr, draw=draw)
     mode = build_mode(run.experiment)
-    state = mode.broadcast(run.checkpoint)  # rank 0 has loaded it
+    state = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
     workload = build_workload(run.experiment, None if state is None else state["normalize"], parallel=mode)
     check_crops(workload)
     batches = training_batches(workload)
     length = run_length(settings, len(batches), state)
     horizon_note = None if state is None else check_horizon(run.experiment, length, state)
-    is_shown = mode.is_main
+    is_shown = mode.ranks.is_main
     with (
-        contextlib.closing(batches),
+        contextlib.closing(workload),
         open_tracking(run, state, console) if is_shown else Tracking(None, sinks=[], console=False) as tracking,
     ):
         found_lr = None
@@ -126,7 +124,7 @@ def train_run(
         log_header(trainer, workload, length, run)
         if horizon_note is not None:
             tracking.message(horizon_note)
-        stop = mode.synchronized_stop(interruption)
+        stop = mode.ranks.synchronized_stop(interruption)
         status = trainer.fit(stop)
         summary = summarize(trainer, workload, status)
         if status == "interrupted":
@@ -171,11 +169,11 @@ def build_trainer(
     average = None
     if settings.ema is not None:
         average = ExponentialAverage(workload.module, settings.ema, warmup=settings.ema_warmup)
-    stopping: Stopping = experiment.stopping.build(model=workload.module, norm=mode.norm)
+    stopping: Stopping = experiment.stopping.build(model=workload.module, norm=mode.state.norm)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         settings.checkpoint.keep,
-        writes=mode.is_main,
+        writes=mode.ranks.is_main,
         asynchronous=settings.checkpoint.asynchronous,
         shards=checkpoint_writer(workload),
     )
@@ -183,12 +181,20 @@ def build_trainer(
         settings.on_divergence,
         attempts=settings.recovery.attempts,
         lr_factor=settings.recovery.lr_factor,
-        load_newest=lambda: mode.broadcast(checkpoints.load_newest() if mode.is_main else None),
+        load_newest=lambda: mode.ranks.broadcast(checkpoints.load_newest() if mode.ranks.is_main else None),
         log=tracking.message,
     )
-    network, rank_batches = workload.network, mode.track_batches(batches)
+    network: Network = workload.network
+    observed: EpochBatches = batches
     for observer in observers:
-        network, rank_batches = observer.instrument(network, rank_batches)
+        network, observed = observer.instrument(network, observed)
+    update_sampler = None
+    if sampler is not None:
+
+        def update_sampler(outputs: torch.Tensor, targets: torch.Tensor) -> None:
+            sampler.observe(sample_losses(workload.loss, outputs, targets))
+
+    train_metrics = MetricSum(workload.task, update_sampler, reduction(workload))
     step, graph_obstacle = build_step(
         workload,
         network,
@@ -197,19 +203,14 @@ def build_trainer(
         average=average,
         stopping=stopping,
         skip=recovery.skip if checks and settings.on_divergence == "skip" else None,
-        observers=observers if mode.is_main else (),
+        measure=train_metrics.measure,
+        observers=observers if mode.ranks.is_main else (),
         checks=checks,
         batch_size=batches.batch_size,
     )
-    update_sampler = None
-    if sampler is not None:
-
-        def update_sampler(outputs: torch.Tensor, targets: torch.Tensor) -> None:
-            sampler.observe(sample_losses(workload.loss, outputs, targets))
-
     return Trainer(
         step=step,
-        batches=rank_batches,
+        batches=observed,
         validate=validation(workload, optimizer, average, tracking.evaluating),
         tracking=tracking,
         checkpoints=checkpoints,
@@ -229,7 +230,8 @@ def build_trainer(
         average=average,
         sampler=sampler,
         sampler_metrics=getattr(batches.sampler, "metrics", dict),
-        train_metrics=MetricSum(workload.task, update_sampler, reduction(workload)),
+        train_metrics=train_metrics,
+        timing=workload.placed.timing,
         progress=Progress(horizon=length.horizon, data=data_spec(workload), found_lr=found_lr),
         graph_obstacle=graph_obstacle,
     )
@@ -269,6 +271,7 @@ class Trainer:
     normalize: nn.Module
     config: Mapping[str, Any]
     train_metrics: MetricSum
+    timing: StepTiming | None = None
     average: ExponentialAverage | None = None
     sampler: Any = None  # a loss-aware sampler, whose state belongs to the checkpoint
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
@@ -294,7 +297,7 @@ class Trainer:
         steps, log_every = self.intervals.steps, self.intervals.log_every_steps
         with self._error_handling():
             needs_checkpoint = self.recovery.policy == "rollback" or bool(self.progress.resumed_from)
-            if needs_checkpoint and not self.mode.broadcast(self.checkpoints.last.exists()):
+            if needs_checkpoint and not self.mode.ranks.broadcast(self.checkpoints.last.exists()):
                 self.save()  # to roll back to; or, if the run was resumed in a new folder, to resume from
             clock = Clock(self)
             if self.stopping.should_stop and self.progress.position == 0 and self.progress.step < steps:
@@ -304,17 +307,20 @@ class Trainer:
                 self.module.train()
                 progress = self.progress  # replaced by a rollback
                 try:
-                    for inputs, targets in self.batches.epoch(progress.epoch, progress.position, progress.step):
+                    for batch in self.batches.epoch(progress.epoch, progress.position, progress.step):
                         if progress.step == steps or self.stopping.should_stop:
                             break  # resumed after the last update of a partial epoch: only its evaluation is missing
                         logs = log_every is not None and (progress.step + 1) % log_every == 0
-                        self.step.update(inputs, targets, progress.step, self.train_metrics, log_norm=logs)
+                        record = self.step.update(batch, progress.step, log_norm=logs)
+                        self.train_metrics.add(*record.micro_batches)
                         progress.step += 1
                         progress.position += 1
                         self.tracking.advance(progress.step)
                         if logs:
                             self.step.check_updates()  # before metrics that may be NaN are logged
-                            self.tracking.step(progress.step, clock.metrics())
+                            self.tracking.step(progress.step, clock.metrics(record.norm))
+                        # Between updates only: all ranks have counted the same updates when they read the flag, and
+                        # a checkpoint never holds half an update.
                         if stop or self.stopping.should_stop:
                             break
                         if self._is_save_due():
@@ -333,6 +339,12 @@ class Trainer:
                 if self.stopping.should_stop and progress.step < steps:
                     return "stopped_early"
             return "finished"
+
+    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> Record:
+        """Runs one update and adds its metrics, for loops other than `fit`. See `Step.update`."""
+        record = self.step.update(batch, number, log_norm=log_norm)
+        self.train_metrics.add(*record.micro_batches)
+        return record
 
     def _end_epoch(self, clock: "Clock", stop: Interruption) -> bool:
         """Evaluates, updates best model, stopping rule and schedule, logs, and saves, each if due.
@@ -400,6 +412,7 @@ class Trainer:
         state = recovery.rollback(error)
         # These two must survive: the checkpoint has their values from before the rollback.
         recovery_state, resumed_from = recovery.state_dict(), self.progress.resumed_from
+        # Deferred checks and sums are of updates that the checkpoint does not have, and that will be made again.
         self.step.check.reset()
         self.train_metrics = self.train_metrics.fresh()
         self.load_state_dict(state)
@@ -448,7 +461,7 @@ class Trainer:
 
     def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
         """Gathers full tensors (a collective), unless every rank saves its own shards."""
-        return self.mode.full_state(state) if self.checkpoints.shards is None else state
+        return self.mode.state.full(state) if self.checkpoints.shards is None else state
 
     def _evaluated_weights(self) -> dict[str, Any] | None:
         """Returns the weights to validate and test if they differ from the trained ones (EMA, schedule-free)."""
@@ -463,11 +476,12 @@ class Trainer:
         """Restores all but the normalization, which `build_workload` has loaded: initial weights may depend on it."""
         progress = dict(state["progress"])
         self._check_data(progress.get("data", {}))
+        # The average is loaded through the model, which then gets its own weights: the order of these two matters.
         if self.average is not None:
             # Through the model: the mode shards the full tensors of the state as it shards the model.
-            self.mode.load_model(self.module, state["ema"])
+            self.mode.state.load_model(self.module, state["ema"])
             self.average.restart(progress["step"] - progress["recovery"]["skipped"])  # skipped updates do not count
-        self.mode.load_model(self.module, state["model"])
+        self.mode.state.load_model(self.module, state["model"])
         self.load_optimizer(state["optimizer"])
         self.step.schedule.load_state_dict(state["schedule"])
         step_keys = ("lr", "scaler", "accumulate", *self.step.cost())
@@ -483,7 +497,7 @@ class Trainer:
         if self.best.epoch == self.progress.epoch and self.progress.position == 0:
             self.checkpoints.restore_best(dict(state))
         # Rank 0 looks for best.pt: other nodes may not see the folder.
-        if self.best.epoch is not None and not self.mode.broadcast(self.checkpoints.has_best(self.best.epoch)):
+        if self.best.epoch is not None and not self.mode.ranks.broadcast(self.checkpoints.has_best(self.best.epoch)):
             log.warning("best.pt of epoch %d is missing; the best model is chosen from later epochs", self.best.epoch)
             self.best = Best(self.best.monitor)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
@@ -503,7 +517,7 @@ class Trainer:
         optimizer, keys = self.step.optimizer, ("fused", "foreach", "capturable")
         kernels = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
         groups = [{**saved, **kernel} for saved, kernel in zip(state["param_groups"], kernels, strict=True)]
-        self.mode.load_optimizer(optimizer, {**state, "param_groups": groups})
+        self.mode.state.load_optimizer(optimizer, {**state, "param_groups": groups})
 
 
 def _test_best(trainer: Trainer, workload: Workload) -> dict[str, Any]:
@@ -513,9 +527,9 @@ def _test_best(trainer: Trainer, workload: Workload) -> dict[str, Any]:
         if trainer.best.epoch is None:
             with evaluation_weights(trainer.step.optimizer, trainer.average):
                 return test_metrics(workload, progress)
-        state = mode.broadcast(load(trainer.checkpoints.best) if mode.is_main else None)
+        state = mode.ranks.broadcast(load(trainer.checkpoints.best) if mode.ranks.is_main else None)
         assert state is not None
-        mode.load_model(workload.module, state["ema"] or state["model"])
+        workload.load(state)
         return test_metrics(workload, progress)
     except UserError as error:
         advice = "fix the cause and repeat the command with resume=auto"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dlopt.errors import UserError
 from dlopt.files import reason
 from dlopt.models.foreign import differences, fold_biases, translations
-from dlopt.training.checkpoint import load
+from dlopt.training.checkpoint import evaluated_weights, load
 
 # Keys under which training scripts nest the weights; as in timm, averaged weights come first.
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "weights", "params")
@@ -37,8 +37,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise UserError(f"init_from={path}: cannot be loaded as weights: {reason(error)}") from None
     if isinstance(state, Mapping) and {"format", "model", "progress"} <= state.keys():
-        state = load(path)  # again, to verify the checksum and to load shards
-        return dict(state["ema"] or state["model"])
+        return evaluated_weights(load(path))  # again, to verify the checksum and to load shards
     if (weights := _find(state)) is not None:
         return weights
     keys = f" (its keys: {', '.join(map(str, list(state)[:5]))})" if isinstance(state, Mapping) else ""

@@ -63,3 +63,16 @@ def test_imports_only_lower_layers(name: str) -> None:
 def test_every_module_has_a_layer() -> None:
     rooms = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or [*path.glob("*.py")]}
     assert rooms - {"__init__"} == set(FLOOR)
+
+
+def test_no_circles_between_rooms() -> None:
+    """Rooms of one floor may use each other, but only in one direction."""
+    below: dict[str, set[str]] = {}
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if name in FLOOR:
+            below.setdefault(name, set()).update(room(each) for each in imported(path) if room(each) != name)
+    while free := [name for name, rooms in below.items() if not rooms & below.keys()]:
+        for name in free:
+            del below[name]
+    assert not below, {name: rooms & below.keys() for name, rooms in below.items()}

@@ -11,9 +11,9 @@ import pytest
 from dlopt.config.parsing import parse
 from dlopt.parallel import rendezvous
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.trainer import Run, train_run
+from dlopt.training.trainer import Run
 from tests.parallel.ranks import run_ranks
-from tests.training.runs import Composed, composed, experiment, metrics, start
+from tests.training.runs import Composed, composed, experiment, metrics, run_job, start
 
 # 96 training samples
 BASE = [
@@ -39,7 +39,7 @@ def run_distributed(processes: int, folder: Path, cases: Cases) -> None:
 def run_all(folder: str, experiments: dict[str, Composed]) -> None:
     """Runs all experiments; called on all ranks."""
     for name, plain in experiments.items():
-        summary = train_run(Run(parse(*plain), Path(folder) / name), console=False)
+        summary = run_job(Run(parse(*plain), Path(folder) / name))
         assert summary["status"] in ("finished", "stopped_early")
         rendezvous.leave()
 
@@ -47,7 +47,7 @@ def run_all(folder: str, experiments: dict[str, Composed]) -> None:
 def resume_run(folder: Path, *overrides: str) -> dict[str, Any]:
     """Called on all ranks: resumes the run in `folder` from the checkpoint that rank 0 loads."""
     state = Checkpoints(folder / "checkpoints").load_newest() if os.environ["DLOPT_RANK"] == "0" else None
-    summary = train_run(Run(experiment(*overrides), folder, state), console=False)
+    summary = run_job(Run(experiment(*overrides), folder, state))
     rendezvous.leave()
     return summary
 

@@ -16,7 +16,7 @@ from dlopt.parallel.collectives import ModelGroup
 from dlopt.parallel.dropout import CurrentShard, replace_dropout
 from dlopt.parallel.model_parallel import SplitFunction, all_reduce_buckets
 from dlopt.parallel.process_group import ProcessGroup
-from dlopt.parallel.shards import full_state, local
+from dlopt.parallel.shards import TensorShards, local
 from dlopt.parallel.split_layers import distribute
 
 SHAPE, CLASSES = (2, 8, 8), 10
@@ -75,10 +75,10 @@ def assert_equal(
     parameters, buffers = dict(full.named_parameters()), dict(full.named_buffers())
     assert [n for n, _ in split.named_parameters()] == list(parameters)
     for key, parameter in split.named_parameters():
-        check(full_state(parameter.grad), parameters[key].grad, f"gradient of {key}")
-        check(full_state(parameter.detach()), parameters[key].detach(), key)
+        check(TensorShards().full(parameter.grad), parameters[key].grad, f"gradient of {key}")
+        check(TensorShards().full(parameter.detach()), parameters[key].detach(), key)
     for key, buffer in split.named_buffers():
-        check(full_state(buffer), buffers[key], key)
+        check(TensorShards().full(buffer), buffers[key], key)
     with torch.no_grad():
         check(split.eval()(inputs), full.eval()(inputs), "outputs of evaluation")
 

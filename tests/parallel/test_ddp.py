@@ -4,22 +4,22 @@ import json
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dlopt.data.batches import Batch
 from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.ddp import data_parallel
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.trainer import Run, train_run
+from dlopt.training.trainer import Run
 from tests.parallel.equality import MLP, RESNET, Cases, compare, metric_values, run_distributed
 from tests.parallel.ranks import run_ranks
 from tests.support.choices import names
-from tests.training.runs import at_update, experiment, metrics, resume, start, terminate
+from tests.training.runs import at_update, experiment, metrics, resume, run_job, start, terminate
 
 SYNC = "parallel.sync_batchnorm=true"
 DDP = ["parallel=ddp"]
@@ -101,7 +101,7 @@ def interrupt_and_resume(folder: str, left_by_one: str, overrides: list[str]) ->
     assert (summary["status"], summary["steps"]) == ("interrupted", 6)  # synchronized with the next loss
     rendezvous.leave()
     state = Checkpoints(Path(left_by_one) / "checkpoints").load_newest() if rank == 0 else None
-    train_run(Run(experiment(*lines), Path(left_by_one), state), console=False)
+    run_job(Run(experiment(*lines), Path(left_by_one), state))
     rendezvous.leave()
 
 
@@ -156,19 +156,16 @@ class HalfUsed(nn.Module):
 def leave_parameters_unused() -> None:
     """Called on all ranks."""
     mode = data_parallel(**ARGUMENTS)
-    model = mode.place(HalfUsed(), (3,))
+    model = mode.place(HalfUsed(), (3,)).model
 
-    def micro_batch(inputs: Tensor, *_: object) -> Tensor:
-        loss = model(inputs).sum()
-        loss.backward()
-        return loss.detach()
+    def backward() -> None:
+        [part] = mode.split.micro_batches(Batch(torch.ones(2, 3), torch.ones(2), 4), 1)
+        with mode.micro_batch(part):
+            model(part.inputs).sum().backward()
 
-    step: Any = SimpleNamespace(micro_batch=micro_batch)
-    mode.batch_total = 4  # type: ignore[attr-defined]
-    batch = torch.ones(2, 3), torch.ones(2)
-    mode.forward_backward(step, *batch, None)
+    backward()
     with pytest.raises(UserError, match=r"^parallel\.find_unused_parameters=false: the model did not use all param"):
-        mode.forward_backward(step, *batch, None)
+        backward()
 
 
 def test_unused_parameters_raise_one_line(tmp_path: Path) -> None:
@@ -177,7 +174,7 @@ def test_unused_parameters_raise_one_line(tmp_path: Path) -> None:
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     mode = data_parallel(**ARGUMENTS)
-    assert (mode.name, mode.processes, mode.batch_shard) == ("ddp", 1, None)
+    assert (mode.name, mode.ranks.processes, mode.split.shard) == ("ddp", 1, None)
     with pytest.raises(UserError, match=r"^parallel.processes=2: "):
         data_parallel(**{**ARGUMENTS, "processes": 2})
     monkeypatch.setenv("RANK", "0")

@@ -111,4 +111,4 @@ def test_invalid_setups_raise_one_line(
 
 
 def test_one_process_needs_no_group() -> None:
-    assert (fully_sharded(**ARGUMENTS).name, fully_sharded(**ARGUMENTS).processes) == ("fsdp", 1)
+    assert (fully_sharded(**ARGUMENTS).name, fully_sharded(**ARGUMENTS).ranks.processes) == ("fsdp", 1)

@@ -12,10 +12,10 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.hybrid import hybrid
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.trainer import Run, train_run
+from dlopt.training.trainer import Run
 from tests.parallel.equality import BASE, MLP, RESNET, Cases, compare, resume_run
 from tests.parallel.ranks import run_ranks
-from tests.training.runs import experiment, start
+from tests.training.runs import experiment, run_job, start
 
 FILTER, SPATIAL, COLUMNS = (["parallel=filter"], ["parallel=spatial"], ["parallel=columns"])
 MESH = ["parallel=hybrid", "parallel.model_degree=2"]
@@ -95,7 +95,7 @@ def relay(tmp_path: Path, processes: int, both: list[str], modes: list[list[str]
     run_ranks("tests.parallel.test_model_parallel:run_legs", processes, tmp_path, str(tmp_path / "relay"), both, legs)
     state = Checkpoints(tmp_path / "relay" / "checkpoints").load_newest()
     epochs = f"epochs={len(modes) + 2}"
-    train_run(Run(experiment(*both, epochs), tmp_path / "relay", state), console=False)
+    run_job(Run(experiment(*both, epochs), tmp_path / "relay", state))
     start(tmp_path / "whole", *both, epochs)
     ends = [Checkpoints(tmp_path / name / "checkpoints").load_newest() for name in ("relay", "whole")]
     for one, other in zip(*(_tensors(each) for each in ends), strict=True):
@@ -145,7 +145,7 @@ def refused(cases: list[tuple[list[str], str]]) -> None:
     """Called on all ranks."""
     for overrides, message in cases:
         with pytest.raises(UserError, match=f"^{re.escape(message)}"), tempfile.TemporaryDirectory() as folder:
-            train_run(Run(experiment(*BASE, *overrides), Path(folder)), console=False)
+            run_job(Run(experiment(*BASE, *overrides), Path(folder)))
         rendezvous.leave()
 
 

@@ -96,13 +96,12 @@ def test_stages_of_a_machine_divide_its_cores(
     numbers: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    world = SimpleNamespace(local_rank=1)
-    mode: Any = SimpleNamespace(
-        threads=threads, device=torch.device(device), rank=2, local_processes=2, group=SimpleNamespace(world=world)
-    )
+    group = SimpleNamespace(rank=2, world=SimpleNamespace(local_rank=1))
+    ranks = SimpleNamespace(local_processes=2)
+    mode: Any = SimpleNamespace(threads=threads, device=torch.device(device), ranks=ranks, group=group)
     PipelineMode._set_threads(mode, [0.5, 0.125, 0.375])
     assert numbers == chosen
 
 
 def test_one_process_needs_no_group() -> None:
-    assert (pipeline(**ARGUMENTS).name, pipeline(**ARGUMENTS).processes) == ("pipeline", 1)
+    assert (pipeline(**ARGUMENTS).name, pipeline(**ARGUMENTS).ranks.processes) == ("pipeline", 1)

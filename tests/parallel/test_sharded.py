@@ -15,12 +15,12 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.training import sharded
 from dlopt.training.checkpoint import Checkpoints, load
-from dlopt.training.trainer import Run, train_run
+from dlopt.training.trainer import Run
 from tests.commands.line import dlopt, refused
 from tests.parallel.equality import MLP, metric_values, resume_run
 from tests.parallel.ranks import ROOT, run_ranks
 from tests.processes import run_dlopt, start_dlopt
-from tests.training.runs import at_update, experiment, metrics, result, same, start, terminate, timeless
+from tests.training.runs import at_update, experiment, metrics, result, run_job, same, start, terminate, timeless
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
 SYNC = "parallel.sync_batchnorm=true"
@@ -90,7 +90,7 @@ def assert_ended_like(run: Path, whole: Path) -> None:
 
 def resume_in_one_process(run: Path, epochs: int) -> None:
     state = Checkpoints(run / "checkpoints").load_newest()
-    train_run(Run(experiment(*CASE, f"epochs={epochs}"), run, state), console=False)
+    run_job(Run(experiment(*CASE, f"epochs={epochs}"), run, state))
 
 
 def test_shards_resume_in_any_mode(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dlopt.parallel.fsdp import FullySharded
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.rendezvous import current
-from dlopt.parallel.shards import full_state, load_model, load_optimizer, local, total_norm
+from dlopt.parallel.shards import FullState, TensorShards, local, total_norm
 from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.clipping import Adaptive, ByNorm, ByValue, gradient_norm
 from dlopt.training.optimizer import check_optimizer
@@ -69,7 +69,7 @@ def set_gradients(full: nn.Module, sharded: nn.Module, step: int) -> None:
 
 
 def assert_same(full: nn.Module, sharded: nn.Module, what: str) -> None:
-    actual = full_state(dict(sharded.state_dict()))
+    actual = TensorShards().full(dict(sharded.state_dict()))
     for name, value in full.state_dict().items():
         assert torch.allclose(actual[name], value, rtol=1e-12, atol=1e-14), (what, name)
 
@@ -94,7 +94,7 @@ def check_placement(group: ProcessGroup) -> None:
     }  # fmt: skip
     mode = FullySharded(group, torch.device("cpu"), accumulate=1, low_precision=False, keys=keys)
     full, sharded = net(), net()
-    call = mode.place(sharded, (1, 3, 3))
+    call = mode.place(sharded, (1, 3, 3)).model
     assert_same(full, sharded, "placement")
     local_size, total = (sum(kind(p).numel() for p in sharded.parameters()) for kind in (local, lambda p: p))
     assert total == sum(p.numel() for p in full.parameters()) and local_size < 0.7 * total
@@ -110,11 +110,14 @@ def check_updates(choice: str, plain: Composed) -> None:
     optimizers = optimizer_of(plain, full), optimizer_of(plain, sharded)
     for step in range(4):
         if step == 2:
-            saved, weights = full_state(optimizers[1].state_dict()), full_state(dict(sharded.state_dict()))
+            saved, weights = (
+                TensorShards().full(optimizers[1].state_dict()),
+                TensorShards().full(dict(sharded.state_dict())),
+            )
             assert_same_states(saved, optimizers[0].state_dict())
             optimizers = optimizers[0], optimizer_of(plain, sharded)
-            load_optimizer(optimizers[1], saved)
-            load_model(sharded, weights)
+            TensorShards().load_optimizer(optimizers[1], saved)
+            TensorShards().load_model(sharded, weights)
         set_gradients(full, sharded, step)
         for optimizer in optimizers:
             optimizer.step()
@@ -143,7 +146,7 @@ def check_clipping() -> None:
         clip(list(sharded.parameters()), total_norm)
         for a, b in zip(full.parameters(), sharded.parameters(), strict=True):
             assert a.grad is not None and b.grad is not None
-            torch.testing.assert_close(full_state(b.grad), a.grad, rtol=1e-12, atol=0)
+            torch.testing.assert_close(TensorShards().full(b.grad), a.grad, rtol=1e-12, atol=0)
         assert not torch.equal(gradient_norm(list(full.parameters())), expected)
 
 
@@ -189,30 +192,29 @@ def test_two_processes_match_one(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_shards:run_all", 2, tmp_path, plain)
 
 
-class Layers(Mode):
-    sharding = "layers"
-
-
-class Tensors(Mode):
-    sharding = "tensors"
+def mode(name: str, sharding: Any) -> Mode:
+    """Returns a mode of one process that shards the model, as far as checks of optimizers can tell."""
+    mode = Mode(torch.device("cpu"), name)
+    mode.state = FullState()
+    mode.state.sharding = sharding
+    return mode
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_optimizers_that_need_full_tensors_are_refused(choice: str) -> None:
     model = nn.Linear(2, 2)
     optimizer = optimizer_of(composed(f"optimizer={choice}"), model)
-    cpu = torch.device("cpu")
-    modes = (Tensors(cpu, "fsdp"), NEEDS_FULL_TENSORS | NEEDS_FULL_MODEL), (Layers(cpu, "pipeline"), NEEDS_FULL_MODEL)
-    for mode, refused in modes:
-        if choice not in refused:
-            check_optimizer(mode, optimizer)
+    refused = {"fsdp": NEEDS_FULL_TENSORS | NEEDS_FULL_MODEL, "pipeline": NEEDS_FULL_MODEL}
+    for each in (mode("fsdp", "tensors"), mode("pipeline", "layers")):
+        if choice not in refused[each.name]:
+            check_optimizer(each, optimizer)
             continue
-        with pytest.raises(UserError, match=rf"^parallel={mode.name}: \w+ (needs|looks) [^\n]+; use parallel=ddp"):
-            check_optimizer(mode, optimizer)
+        with pytest.raises(UserError, match=rf"^parallel={each.name}: \w+ needs [^\n]+; use parallel=ddp"):
+            check_optimizer(each, optimizer)
 
 
 def test_torch_optimizers_that_need_full_tensors_are_refused() -> None:
     parameter = nn.Parameter(torch.zeros(2, 2))
     for optimizer in (torch.optim.LBFGS([parameter]), torch.optim.Adafactor([parameter]), LBFGS([parameter], lr=1.0)):
         with pytest.raises(UserError, match="parallel=fsdp"):
-            check_optimizer(Tensors(torch.device("cpu"), "fsdp"), optimizer)
+            check_optimizer(mode("fsdp", "tensors"), optimizer)

@@ -10,10 +10,10 @@ from torch import nn
 from dlopt.parallel import rendezvous
 from dlopt.parallel.sync_batchnorm import buffer_averaging
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.trainer import Run, train_run
+from dlopt.training.trainer import Run
 from tests.parallel.models import join_all
 from tests.parallel.ranks import run_ranks
-from tests.training.runs import SMALL, at_update, experiment, result, same, terminate, timeless
+from tests.training.runs import SMALL, at_update, experiment, result, run_job, same, terminate, timeless
 
 # 90 training samples: batches of 25, 25, 25, 15, sharded unequally
 CASE = [
@@ -45,10 +45,10 @@ def resume_run(folder: Path, *overrides: str, until: int | None = None) -> None:
     state = Checkpoints(folder / "checkpoints").load_newest() if is_main else None
     run = Run(experiment(*overrides), folder, state)
     if until is None:
-        train_run(run, console=False)
+        run_job(run)
     else:
         with at_update(until, terminate if is_main else lambda: None):
-            summary = train_run(run, console=False)
+            summary = run_job(run)
         # The next update's losses carry the request to all ranks; after the last update, its evaluation does.
         assert summary["status"] == "interrupted" and until <= summary["steps"] <= until + 1
     rendezvous.leave()

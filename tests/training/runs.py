@@ -19,11 +19,14 @@ from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.job import run_job
+from dlopt.data.batches import Batch
+from dlopt.interruption import Interruption
+from dlopt.job import tools
 from dlopt.training import checkpoint
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.step import Step
-from dlopt.training.trainer import Run
+from dlopt.training.precision import torch_defaults
+from dlopt.training.step import Record, Step
+from dlopt.training.trainer import Run, train_run
 
 SMALL = [
     "data.subset=120",
@@ -57,13 +60,19 @@ def composed(*overrides: str) -> Composed:
 
 def start(folder: Path, *overrides: str) -> dict[str, Any]:
     """Starts a new run in `folder`; returns its summary."""
-    return run_job(Run(experiment(*overrides), folder), console=False)
+    return run_job(Run(experiment(*overrides), folder))
 
 
 def resume(folder: Path, *overrides: str) -> dict[str, Any]:
     """Resumes from the newest checkpoint in `folder`, or starts if there is none."""
     state = Checkpoints(folder / "checkpoints").load_newest()
-    return run_job(Run(experiment(*overrides), folder, state), console=False)
+    return run_job(Run(experiment(*overrides), folder, state))
+
+
+def run_job(run: Run) -> dict[str, Any]:
+    """Trains as a job does, in this process."""
+    with Interruption(run.experiment.settings.max_time) as interruption, torch_defaults():
+        return train_run(run, interruption, console=False, **tools(run, console=False))
 
 
 @contextmanager
@@ -71,10 +80,11 @@ def at_update(number: int, action: Callable[[], object]) -> Iterator[None]:
     """Calls `action` after update `number` (from 1) of the run."""
     original = Step.update
 
-    def update(self: Step, inputs: torch.Tensor, targets: torch.Tensor, count: int, *others: Any, **keys: Any) -> None:
-        original(self, inputs, targets, count, *others, **keys)
+    def update(self: Step, batch: Batch, count: int, **keys: Any) -> Record:
+        record = original(self, batch, count, **keys)
         if count + 1 == number:
             action()
+        return record
 
     with patch.object(Step, "update", update):
         yield

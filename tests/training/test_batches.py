@@ -10,8 +10,8 @@ def build_workload(*overrides: str) -> Workload:
 
 
 def test_order_and_augmentation_have_independent_streams() -> None:
-    def first(*overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return next(training_batches(build_workload("augmentation=crop_flip", *overrides)).epoch(0))
+    def first(*overrides: str) -> tuple[torch.Tensor, ...]:
+        return tuple(next(training_batches(build_workload("augmentation=crop_flip", *overrides)).epoch(0)))
 
     reference = first()
     assert same(first(), reference)

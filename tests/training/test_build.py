@@ -49,7 +49,7 @@ def test_ranks_of_a_machine_share_its_cores(memory: str, module: str, monkeypatc
 
     monkeypatch.setattr(f"dlopt.data.{module}.worker_count", worker_count)
     mode = Mode(torch.device("cpu"))
-    mode.local_processes = 4
+    mode.ranks.local_processes = 4
     training_batches(build(experiment(*SMALL, f"data.memory={memory}"), parallel=mode))
     assert set(shared_by) == {4}
 
@@ -96,8 +96,8 @@ def test_complex_weights_stay_complex(overrides: list[str], tmp_path: Path) -> N
     module, average = trainer.module, trainer.average
     before = module.weight.detach().clone()
     assert before.is_complex() and before.imag.any()
-    for number, (inputs, targets) in enumerate(trainer.batches.epoch(0)):
-        trainer.step.update(inputs, targets, number, trainer.train_metrics)
+    for number, batch in enumerate(trainer.batches.epoch(0)):
+        trainer.update(batch, number)
     assert (module.weight.imag != before.imag).any()
     assert average is not None
     with average.swapped_in():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dlopt.data.batches import Batch
 from dlopt.models.airbench import AirBench
 from dlopt.optim import Muon
 from dlopt.parallel.mode import Mode
@@ -20,8 +21,9 @@ from dlopt.training.cuda_graphs import Capture, GraphedStep, obstacle
 from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
-from dlopt.training.step import Network, Step, StepSettings
+from dlopt.training.step import Network, Record, Step, StepSettings
 from tests.recorded import SimulatedRecorder
+from tests.support.steps import train, whole
 from tests.tasks import CLASSIFICATION
 from tests.training.runs import SMALL, result, same, start, timeless
 
@@ -41,9 +43,9 @@ def net(dropout: float = 0.3) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def batch(number: int, size: int = SIZE) -> tuple[Tensor, Tensor]:
+def batch(number: int, size: int = SIZE) -> Batch:
     draws = torch.Generator().manual_seed(number)
-    return torch.randn(size, 3, 6, 6, generator=draws), torch.randint(5, (size,), generator=draws)
+    return whole(torch.randn(size, 3, 6, 6, generator=draws), torch.randint(5, (size,), generator=draws))
 
 
 class Run:
@@ -68,27 +70,29 @@ class Run:
             Network(self.model, self.model, nn.CrossEntropyLoss()), self.optimizer, self.schedule, Mode(CPU),
             StepSettings(accumulate=accumulate, seed=3, check_now=False),
         )  # fmt: skip
+        self.sums, self.rates = MetricSum(CLASSIFICATION), []
+        self.record: Record | None = None
         keys: Any = {
-            "precision": Precision("fp32", CPU), "clip": clip or ByNorm(max_norm=1.0), "post_hooks": average,
+            "precision": Precision("fp32", CPU), "measure": self.sums.measure, "clip": clip or ByNorm(max_norm=1.0),
+            "post_hooks": average,
         }  # fmt: skip
         self.step: Step = (
             Step(*arguments, **keys)
             if recorder is None
             else GraphedStep(*arguments, **keys, capture=Capture(recorder, SIZE, log_norm=True, post_hooks=average))
         )
-        self.sums, self.rates = MetricSum(CLASSIFICATION), []
 
     def go(self, steps: range, sizes: Callable[[int], int] = lambda step: SIZE) -> "Run":
         for step in steps:
-            self.step.update(*batch(step, sizes(step)), step, self.sums, log_norm=True)
+            self.record = train(self.step, batch(step, sizes(step)), step, self.sums, log_norm=True)
             self.rates.append(float(self.step.rate))
         return self
 
     def left(self) -> list[Tensor]:
         tensors = [*self.model.state_dict().values(), *self.average._averages]
-        assert self.step.norm is not None
+        assert self.record is not None and self.record.norm is not None
         means = torch.tensor([*self.sums.means("").values(), *self.rates])
-        return [*(each.clone() for each in tensors), means, self.step.norm.clone()]
+        return [*(each.clone() for each in tensors), means, self.record.norm]
 
 
 def equal(a: Run, b: Run) -> bool:
@@ -158,7 +162,7 @@ def test_deferred_check_detects_nonfinite_updates() -> None:
     run = Run(OPTIMIZERS["sgd"], recorder, clip=Unclipped()).go(range(6))
     run.step.check_updates()
     inputs, targets = batch(6)
-    run.step.update(inputs * float("nan"), targets, 6, run.sums)
+    train(run.step, whole(inputs * float("nan"), targets), 6, run.sums)
     run.go(range(7, 9))
     with pytest.raises(Diverged, match="update 7") as caught:
         run.step.check_updates()
@@ -236,15 +240,17 @@ class Theirs(nn.Linear):
     pass
 
 
-class Two(Mode):
-    processes = 2
+def of_two_processes() -> Mode:
+    mode = Mode(CUDA)
+    mode.ranks.processes = 2
+    return mode
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
         ({"mode": Mode(CPU)}, "not available on cpu"),
-        ({"mode": Two(CUDA)}, "communicates between processes"),
+        ({"mode": of_two_processes()}, "communicates between processes"),
         ({"observed": True}, "diagnostics"),
         ({"make": lambda p: torch.optim.SGD(p, lr=0.1, fused=False)}, "SGD has control flow on the host"),
         ({"make": lambda p: torch.optim.LBFGS(p)}, "LBFGS"),

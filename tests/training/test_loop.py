@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlopt.data.batches import Batch
 from dlopt.data.task import Task
 from dlopt.errors import RunError, UserError
 from dlopt.interruption import Interruption
@@ -28,6 +29,7 @@ from dlopt.training.progress import Intervals, Progress
 from dlopt.training.step import Network, Step, StepSettings
 from dlopt.training.stopping import Best, Early, Never
 from dlopt.training.trainer import Trainer
+from tests.support.steps import whole
 from tests.tasks import CLASSIFICATION
 from tests.training.runs import same
 
@@ -48,14 +50,14 @@ class Batches:
     def __len__(self) -> int:
         return PER_EPOCH
 
-    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[Batch]:
         self.requests.append((epoch, start, step))
         inputs, targets = samples()
         order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(epoch))
         for number, part in enumerate(order.split(SIZE)[start:]):
             if step + number == self.bad_at:
                 raise UserError("data.root=images: 7.png is damaged")
-            yield inputs[part], targets[part]
+            yield whole(inputs[part], targets[part])
 
 
 @dataclass
@@ -129,6 +131,7 @@ def training(
         Mode(cpu),
         StepSettings(check_now=check_now),
         precision=Precision("fp32", cpu),
+        measure=MetricSum(CLASSIFICATION).measure,
         post_hooks=() if average is None else (average.update,),
     )
     inputs, targets = samples()

@@ -93,7 +93,7 @@ def changes(lines: list[str], width: int, updates: int = 4) -> dict[str, float]:
 
     before = outputs()
     for number, batch in enumerate(islice(endless_batches(trainer), updates)):
-        trainer.step.update(*batch, number, trainer.train_metrics)
+        trainer.update(batch, number)
     return {name: (after - before[name]).square().mean().sqrt().item() for name, after in outputs().items()}
 
 
@@ -117,7 +117,7 @@ def test_the_best_learning_rate_does_not_move_with_the_width(gpt: list[str]) -> 
             trainer = probe_trainer(build_workload(experiment(*lines)), Path())
             losses = []
             for number, batch in enumerate(islice(endless_batches(trainer), 60)):
-                trainer.step.update(*batch, number, trainer.train_metrics)
+                trainer.update(batch, number)
                 losses.append(trainer.train_metrics.since_last("")["loss"])
             ends[rate] = sum(losses[-10:])
         return min(ends, key=ends.__getitem__)

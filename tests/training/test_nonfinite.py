@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,17 +14,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dlopt.data.batches import Batch
 from dlopt.errors import RunError, UserError
+from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
-from dlopt.training.metrics import MetricSum
+from dlopt.training.metrics import Measured, MetricSum
 from dlopt.training.nonfinite import Diverged, Recovery, first_nonfinite_output, is_finite
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step
 from dlopt.training.stopping import Tolerance
 from tests.parallel.ranks import run_ranks
+from tests.support.steps import CPU, batch, begin, equal, make_step, net, train, whole
 from tests.tasks import CLASSIFICATION
-from tests.training.runs import SMALL, at_update, experiment, in_fork, result, resume, same, start, terminate, timeless
-from tests.training.test_step import CPU, batch, equal, make_step, net
+from tests.training.runs import (
+    SMALL,
+    at_update,
+    experiment,
+    in_fork,
+    result,
+    resume,
+    run_job,
+    same,
+    start,
+    terminate,
+    timeless,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -56,7 +70,7 @@ def test_one_nonfinite_gradient_entry_raises_before_the_update(name: str, bad: f
     before = copy.deepcopy(model.state_dict())
     update = make_step(model, optimizer)
     with pytest.raises(Diverged, match=rf"gradient is not finite at update 8 .* of 0\.125 \(.*pass: {name}\)") as error:
-        update.update(*batch(0), 7, MetricSum(CLASSIFICATION))
+        update.update(batch(0), 7)
     assert error.value.before_update and error.value.step == 8
     parameters = dict(model.named_parameters())
     assert all(torch.equal(before[key], value) for key, value in parameters.items())
@@ -69,7 +83,7 @@ def test_check_does_not_change_gradients() -> None:
     evaluate = make_step(model, sgd(model))
     entries = torch.tensor([1e-42, -0.0, 1e38, -1e-30, 3.0, -7.5])
     model.weight.register_hook(lambda gradient: entries.expand(3, 6).clone())
-    evaluate.begin(*batch(0), 0, MetricSum(CLASSIFICATION))
+    begin(evaluate, batch(0), 0)
     evaluate()
     assert model.weight.grad is not None
     assert torch.equal(model.weight.grad.view(torch.int32), entries.expand(3, 6).contiguous().view(torch.int32))
@@ -80,7 +94,7 @@ def test_large_finite_gradients_pass() -> None:
     model = nn.Linear(6, 3)
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
     update = make_step(model, sgd(model, lr=1e-30))
-    update.update(*batch(0), 0, MetricSum(CLASSIFICATION))
+    update.update(batch(0), 0)
 
 
 def test_checks_before_clipping() -> None:
@@ -90,7 +104,7 @@ def test_checks_before_clipping() -> None:
     spoil(model[4].weight, NAN)  # type: ignore[arg-type]
     update = make_step(model, sgd(model), clip=ByNorm(max_norm=1.0))
     with pytest.raises(Diverged, match=r"pass: 4\.weight\)"):
-        update.update(*batch(0), 0, MetricSum(CLASSIFICATION))
+        update.update(batch(0), 0)
 
 
 class Bad(nn.Module):
@@ -116,7 +130,7 @@ def test_names_the_first_layer_with_a_nonfinite_output(place: int) -> None:
     model = nn.Sequential(*layers)
     update = make_step(model, sgd(model))
     with pytest.raises(Diverged, match=rf"loss became nan .*first: the output of {place} \(Bad\)"):
-        update.update(*batch(0), 0, MetricSum(CLASSIFICATION))
+        update.update(batch(0), 0)
 
 
 def test_names_inputs_and_weights() -> None:
@@ -124,11 +138,11 @@ def test_names_inputs_and_weights() -> None:
     inputs, targets = batch(0)
     inputs[3, 2] = INF
     with pytest.raises(Diverged, match="the inputs are not finite"):
-        make_step(model, sgd(model)).update(inputs, targets, 0, MetricSum(CLASSIFICATION))
+        make_step(model, sgd(model)).update(whole(inputs, targets), 0)
     with torch.no_grad():
         model[4].bias[1] = NAN  # type: ignore[index]
     with pytest.raises(Diverged, match=r"first: the weights 4\.bias"):
-        make_step(model, sgd(model)).update(*batch(0), 0, MetricSum(CLASSIFICATION))
+        make_step(model, sgd(model)).update(batch(0), 0)
 
 
 def test_names_a_recurrent_layer() -> None:
@@ -155,7 +169,7 @@ def test_names_the_update_immediately_or_deferred(which: int, at_once: bool) -> 
                     parameter.nan_to_num_()
             for state in update.optimizer.state.values():
                 state.clear()
-            update.update(inputs, targets, step, MetricSum(CLASSIFICATION))
+            update.update(whole(inputs, targets), step)
         update.check_updates()
     assert error.value.before_update is at_once
     if not at_once:
@@ -166,7 +180,7 @@ def test_finite_gradients_may_overflow_the_weights() -> None:
     model = nn.Linear(6, 3)
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=3e38))
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e10))
-    update.update(*batch(0), 4, MetricSum(CLASSIFICATION))
+    update.update(batch(0), 4)
     with pytest.raises(Diverged, match=r"weights are not finite after update 5 .*first: weight"):
         update.check_weights()
 
@@ -177,7 +191,7 @@ def test_lbfgs_is_checked_before_its_first_step() -> None:
     spoil(model[0].weight, NAN)  # type: ignore[arg-type]
     before = copy.deepcopy(model)
     with pytest.raises(Diverged, match=r"0\.weight"):
-        make_step(model, optimizer, evaluates_once=False).update(*batch(0), 0, MetricSum(CLASSIFICATION))
+        make_step(model, optimizer, evaluates_once=False).update(batch(0), 0)
     assert equal(model, before)
 
 
@@ -198,10 +212,10 @@ def test_fp16_fails_below_the_smallest_loss_scale() -> None:
             return scaler
 
     update = make_step(model, sgd(model), precision=Scaled("fp32", CPU), check_now=False)
-    update.update(*batch(0), 0, MetricSum(CLASSIFICATION))
+    update.update(batch(0), 0)
     update.check_updates()
     for step in range(1, 4):
-        update.update(*batch(0), step, MetricSum(CLASSIFICATION))
+        update.update(batch(0), step)
     with pytest.raises(Diverged, match="precision=fp16"):
         update.check_updates()
 
@@ -217,11 +231,11 @@ def test_updates_that_the_scaler_skips_do_not_count_as_small() -> None:
     rule = Tolerance(model, tolerance=1e9, iterations=10)
     update = make_step(model, sgd(model), precision=Scaled("fp32", CPU), check_now=False, after_step=rule.after_update)
     for step in range(3):
-        update.update(*batch(0), step, MetricSum(CLASSIFICATION))
+        update.update(batch(0), step)
         assert rule.count == 0
     handle.remove()
     for step in range(3, 5):
-        update.update(*batch(0), step, MetricSum(CLASSIFICATION))
+        update.update(batch(0), step)
     assert rule.count == 2
 
 
@@ -240,22 +254,22 @@ def test_skipped_update_changes_nothing(how: str) -> None:
     hooks = [rule.after_update]
     update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip, post_hooks=hooks)
     sums = MetricSum(CLASSIFICATION)
-    update.update(*batch(0), 0, sums)
+    train(update, batch(0), 0, sums)
     before = copy.deepcopy((model.state_dict(), update.optimizer.state_dict()["state"]))
     if how == "loss":
         model[5].calls = 0
-        update.update(*batch(1), 1, sums)
+        train(update, batch(1), 1, sums)
         model[5].calls = 10**6
     else:
         handle = model[0].bias.register_hook(lambda gradient: gradient * NAN)  # type: ignore[union-attr]
-        update.update(*batch(1), 1, sums)
+        train(update, batch(1), 1, sums)
         handle.remove()
     assert same(before, (model.state_dict(), update.optimizer.state_dict()["state"]))
     assert update.optimizer.param_groups[0]["lr"] == 0.125 / 3
     assert (skipping.skipped, sums.means("t").keys()) == (1, {"t_loss", "t_accuracy"})
     assert rule.count == 1, "only the first update"
     assert sums.count == 10 and math.isfinite(sums.loss)
-    update.update(*batch(2), 2, sums)
+    train(update, batch(2), 2, sums)
     assert not same(before[0], model.state_dict())
 
 
@@ -265,9 +279,9 @@ def test_limits_skipped_updates_in_a_row() -> None:
     skipping = recovery("skip", attempts=2)
     update = make_step(model, sgd(model), skip=skipping.skip)
     for step in (0, 1):
-        update.update(*batch(step), step, MetricSum(CLASSIFICATION))
+        update.update(batch(step), step)
     with pytest.raises(Diverged, match="at update 3 "):
-        update.update(*batch(2), 2, MetricSum(CLASSIFICATION))
+        update.update(batch(2), 2)
     other = recovery("skip", attempts=2)
     assert all(other.skip(Diverged("", step, before_update=True)) for step in (1, 2, 4, 5, 9))
     assert other.skipped == 5
@@ -279,17 +293,17 @@ def test_limits_skipped_updates_in_a_row() -> None:
 @contextmanager
 def explosions(bad: Callable[[int, float], bool], on: str = "loss") -> Iterator[None]:
     """Makes the loss (or one gradient) NaN in updates (from 1) with learning rates for which `bad` is true."""
-    original = Step.micro_batch
+    original = Step.forward_backward
 
-    def micro_batch(self: Step, *arguments: Any) -> Tensor:
-        value = original(self, *arguments)
+    def forward_backward(self: Step, batch: Batch) -> tuple[Tensor, list[Measured]]:
+        value, measured = original(self, batch)
         if bad(self.number + 1, self.optimizer.param_groups[0]["lr"]):
             if on == "loss":
-                return value * NAN
+                return value * NAN, measured
             self.parameters[0].grad.view(-1)[0] = NAN  # type: ignore[union-attr]
-        return value
+        return value, measured
 
-    with patch.object(Step, "micro_batch", micro_batch):
+    with patch.object(Step, "forward_backward", forward_backward):
         yield
 
 
@@ -414,15 +428,14 @@ def test_rollback_with_a_loss_aware_sampler(tmp_path: Path) -> None:
 def memory_for(samples: int) -> Iterator[list[int]]:
     """Raises out-of-memory errors for more than `samples` samples."""
     seen: list[int] = []
-    original = Step.micro_batch
 
-    def micro_batch(self: Step, inputs: Tensor, *arguments: Any) -> Tensor:
-        if len(inputs) > samples:
+    def micro_batch(self: Mode, micro_batch: Batch) -> AbstractContextManager[None]:
+        if len(micro_batch.inputs) > samples:
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB")
-        seen.append(len(inputs))
-        return original(self, inputs, *arguments)
+        seen.append(len(micro_batch.inputs))
+        return nullcontext()
 
-    with patch.object(Step, "micro_batch", micro_batch):
+    with patch.object(Mode, "micro_batch", micro_batch):
         yield seen
 
 
@@ -473,33 +486,31 @@ def one_rank_diverges(folder: str) -> None:
     import os
 
     from dlopt.parallel import rendezvous
-    from dlopt.training.trainer import Run, train_run
+    from dlopt.training.trainer import Run
 
     rank = int(os.environ["DLOPT_RANK"])
     replicated = ["parallel=ddp", "parallel.sync_batchnorm=true"]
     split = ["parallel=filter", "model.norm=batch"]
     modes = {"inputs": replicated, "gradient": replicated, "split": split, "skip": [*split, "on_divergence=skip"]}
-    original, made = Step.micro_batch, Step.__init__
+    original, made = Step.forward_backward, Step.__init__
 
     def is_time(step: Step, on: str) -> bool:
         return rank == 1 and step.number + 1 == 6 and on == kind
 
-    def micro_batch(self: Step, inputs: Tensor, targets: Tensor, *arguments: Any) -> Tensor:
+    def forward_backward(self: Step, batch: Batch) -> tuple[Tensor, list[Measured]]:
         if is_time(self, "inputs"):
-            inputs = inputs.clone()
-            inputs[0] = NAN
-            self.batch = inputs, targets
-        return original(self, inputs, targets, *arguments)
+            batch.inputs[0] = NAN
+        return original(self, batch)
 
     def make(self: Step, *arguments: Any, **named: Any) -> None:
         made(self, *arguments, **named)
         if kind != "inputs":
             self.parameters[0].register_hook(lambda gradient: gradient * NAN if is_time(self, kind) else gradient)
 
-    with patch.object(Step, "micro_batch", micro_batch), patch.object(Step, "__init__", make):
+    with patch.object(Step, "forward_backward", forward_backward), patch.object(Step, "__init__", make):
         for kind, mode in modes.items():
             try:
-                summary = train_run(Run(experiment(*RUN, *mode), Path(folder) / kind), console=False)
+                summary = run_job(Run(experiment(*RUN, *mode), Path(folder) / kind))
                 print(json.dumps([summary["skipped_updates"]]))
             except Diverged as error:
                 print(json.dumps([error.step, error.before_update, str(error)]))
@@ -536,4 +547,4 @@ def test_locates_the_divergence_of_a_model_that_reads_tokens() -> None:
         model[2].weight.fill_(3e38)
     step = make_step(model, sgd(model))
     with pytest.raises(Diverged, match="first: the output of"):
-        step.update(torch.full((8, 3), 4), torch.zeros(8, dtype=torch.int64), 0, MetricSum(CLASSIFICATION))
+        step.update(whole(torch.full((8, 3), 4), torch.zeros(8, dtype=torch.int64)), 0)

@@ -9,7 +9,7 @@ from torch import nn
 
 from dlopt.errors import UserError
 from dlopt.optim.traits import OptimizerTraits
-from dlopt.parallel.mode import Mode
+from dlopt.parallel.mode import Mode, Placed
 from dlopt.training.build import Workload
 from dlopt.training.build import build_workload as build
 from dlopt.training.checkpoint import load
@@ -134,7 +134,7 @@ def test_refuses_to_draw_labels_without_class_probabilities() -> None:
         with pytest.raises(UserError, match=message):
             build_optimizer(workload)
     workload, mode = build_workload(*sophia), Mode(torch.device("cpu"), "ddp")
-    mode.processes = 2
+    mode.ranks.processes = 2
     with pytest.raises(UserError, match=r"parallel=ddp: Sophia draws labels .*; use parallel=single"):
         check_label_sampling(mode, build_optimizer(workload), workload.loss)
 
@@ -259,7 +259,7 @@ def test_gradients_with_other_strides_disable_the_fused_kernel() -> None:
 def test_buffers_are_synchronized_before_they_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def synchronize() -> None: ...
 
-    monkeypatch.setattr(Mode, "buffer_synchronization", lambda self, model: synchronize)
+    monkeypatch.setattr(Mode, "place", lambda self, model, shape: Placed(model, synchronize))
     trainer = probe_trainer(build_workload("ema=0.9"), tmp_path)
     assert trainer.average is not None
     assert list(trainer.step.post_hooks) == [synchronize, trainer.average.update]
@@ -274,7 +274,7 @@ def test_modes_that_split_the_model_refuse_optimizers_that_need_it(sharding: Any
         traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope=scope, rests_at_zero_lr=True)
 
     mode = Mode(torch.device("cpu"), "filter")
-    mode.sharding = sharding
+    mode.state.sharding = sharding
     optimizer = Mine([torch.zeros(2, requires_grad=True)], lr=0.1)
     with pytest.raises(UserError, match=rf"parallel=filter: Mine needs {needs}, but"):
         check_optimizer(mode, optimizer)
@@ -288,6 +288,6 @@ def test_modes_that_split_the_model_refuse_optimizers_without_traits(sharding: A
     mode = Mode(torch.device("cpu"), "fsdp")
     optimizer = Mine([torch.zeros(2, requires_grad=True)], lr=0.1)
     check_optimizer(mode, optimizer)
-    mode.sharding = sharding
+    mode.state.sharding = sharding
     with pytest.raises(UserError, match=r'Mine does not say .* add to the class: traits = .*\(scope="element"\)$'):
         check_optimizer(mode, optimizer)

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,9 +17,8 @@ from torch import Tensor
 
 import dlopt.training.trainer
 from dlopt import files as durable
-from dlopt.data.batches import Batches
+from dlopt.data.batches import Batch, Batches
 from dlopt.errors import RunError, UserError
-from dlopt.job import run_job
 from dlopt.tracking import Tracking
 from dlopt.training import checkpoint, rng
 from dlopt.training import trainer as loop
@@ -36,6 +36,7 @@ from tests.training.runs import (
     in_fork,
     result,
     resume,
+    run_job,
     same,
     start,
     terminate,
@@ -275,12 +276,12 @@ def augmentation_stream_lost() -> AbstractContextManager[Any]:
 
 
 def dropout_stream_lost() -> AbstractContextManager[Any]:
-    original = Step.begin
+    original = Step._begin
 
-    def begin(self: Step, inputs: Tensor, targets: Tensor, number: int, sums: Any, **keys: Any) -> None:
-        original(self, inputs, targets, number - 6, sums, **keys)
+    def begin(self: Step, batch: Batch, number: int, **keys: Any) -> None:
+        original(self, batch, number - 6, **keys)
 
-    return patch.object(Step, "begin", begin)
+    return patch.object(Step, "_begin", begin)
 
 
 def optimizer_lost() -> AbstractContextManager[Any]:
@@ -318,12 +319,12 @@ def test_negative_controls(whole: Path, tmp_path: Path, lost: Callable[[], Abstr
 @contextmanager
 def drawing() -> Iterator[None]:
     """A step that draws from Python's global generator, as a user's model may."""
-    original = Step.micro_batch
+    original = Step.forward_backward
 
-    def micro_batch(self: Step, inputs: Tensor, *arguments: Any) -> Tensor:
-        return original(self, inputs * (1 + 0.1 * random.random()), *arguments)
+    def forward_backward(self: Step, batch: Batch) -> Any:
+        return original(self, replace(batch, inputs=batch.inputs * (1 + 0.1 * random.random())))
 
-    with patch.object(Step, "micro_batch", micro_batch):
+    with patch.object(Step, "forward_backward", forward_backward):
         yield
 
 
@@ -454,7 +455,7 @@ def test_does_not_test_the_best_model_of_an_abandoned_course(tmp_path: Path) -> 
     state = checkpoint.load(tmp_path / "checkpoints/step-12.pt")
     state["progress"]["best"]["epoch"] = 1 if result(tmp_path, "best.pt")["progress"]["epoch"] > 1 else 2
     with at_update(13, terminate):
-        assert run_job(Run(experiment(*overrides), tmp_path, state), console=False)["best_epoch"] is None
+        assert run_job(Run(experiment(*overrides), tmp_path, state))["best_epoch"] is None
 
 
 @pytest.mark.parametrize("name", ["whole", "new"])
@@ -467,7 +468,7 @@ def test_killed_before_the_first_save_after_resuming_from_an_earlier_checkpoint(
 
     def until() -> None:
         with at_update(6, kill):
-            run_job(Run(experiment(*overrides), tmp_path / name, state), console=False)
+            run_job(Run(experiment(*overrides), tmp_path / name, state))
 
     assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
     assert set(resume(tmp_path / name, *overrides)["resumed_from"]) == {4}

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 import dlopt
 from dlopt import job
 from dlopt.errors import RunError, UserError
-from dlopt.parallel.mode import Mode
+from dlopt.parallel.ranks import Ranks
 from dlopt.training.build import Workload, build_workload, training_batches
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.nonfinite import Diverged
@@ -459,20 +458,28 @@ def test_signals_to_a_process_group(tmp_path: Path, number: signal.Signals, extr
         assert same(left[key], right[key]), key
 
 
-def test_few_frames_between_loop_and_backward(tmp_path: Path) -> None:
-    """A reader finds `backward()` from the loop in five frames."""
-    package = str(Path(dlopt.__file__).parent)
-    stacks: list[list[str]] = []
-    original = torch.Tensor.backward
+SHOWS_STACK = """
+import sys, traceback, torch
+from pathlib import Path
+import dlopt
+from dlopt.cli import main
 
-    def backward(self: torch.Tensor, *arguments: Any, **keys: Any) -> None:
-        stacks.append([each.name for each in traceback.extract_stack() if each.filename.startswith(package)])
-        original(self, *arguments, **keys)
+package, original = str(Path(dlopt.__file__).parent), torch.Tensor.backward
+def backward(self, *arguments, **keys):
+    print([each.name for each in traceback.extract_stack() if each.filename.startswith(package)], file=sys.stderr)
+    original(self, *arguments, **keys)
+torch.Tensor.backward = backward
+main()
+"""
 
-    with patch.object(torch.Tensor, "backward", backward):
-        start(tmp_path, *SMALL, "steps=1")
-    [stack] = stacks
-    assert stack[stack.index("fit") :] == ["fit", "update", "__call__", "forward_backward", "micro_batch"]
+
+def test_few_frames_between_main_and_backward(tmp_path: Path) -> None:
+    """A reader who follows the calls of a run finds `backward()` in eight frames."""
+    command = [sys.executable, "-c", SHOWS_STACK, "train", *SMALL, "steps=1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(dlopt.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    frames = ["main", "train", "start", "train_run", "fit", "update", "__call__", "forward_backward"]
+    assert (done.returncode, done.stderr) == (0, f"{frames}\n")
 
 
 def test_rollback_keeps_the_best_epoch_where_only_rank_0_sees_its_file(tmp_path: Path) -> None:
@@ -488,7 +495,7 @@ def test_rollback_keeps_the_best_epoch_where_only_rank_0_sees_its_file(tmp_path:
         explosions(lambda step, lr: step == 6 and lr > 0.05),
         patch.object(Trainer, "_roll_back", roll_back),
         patch.object(Checkpoints, "has_best", lambda self, epoch: False),
-        patch.object(Mode, "broadcast", lambda self, value: True if value is False else value),
+        patch.object(Ranks, "broadcast", lambda self, value: True if value is False else value),
     ):
         start(tmp_path, *RUN, "on_divergence=rollback")
     assert epochs == [1]

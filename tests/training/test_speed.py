@@ -1,7 +1,6 @@
 """Tests of the values chosen for `auto`, and of the refusals of `true`."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
+from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training import speed
 from dlopt.training.build import build_workload
 from dlopt.training.cuda_graphs import GraphedStep
@@ -27,7 +27,9 @@ def experiment(*overrides: str) -> Experiment:
 
 
 def mode(device: str = "cuda", *, compiles: bool = True) -> Any:
-    return SimpleNamespace(device=torch.device(device), compiles=compiles, name="filter", processes=1)
+    mode = Mode(torch.device(device), "filter")
+    mode.traits = ModeTraits(compiles=compiles)
+    return mode
 
 
 def net(*overrides: str) -> nn.Module:
@@ -124,8 +126,8 @@ def test_captured_updates_equal_eager_ones_on_gpu(tmp_path: Path, optimizer: str
         assert isinstance(trainer.step, GraphedStep) == (graphs == "true")
         step = 0
         for epoch in range(2):
-            for inputs, targets in trainer.batches.epoch(epoch, 0, step):
-                trainer.step.update(inputs, targets, step, trainer.train_metrics)
+            for batch in trainer.batches.epoch(epoch, 0, step):
+                trainer.update(batch, step)
                 step += 1
         trainer.step.check_updates()
         if isinstance(trainer.step, GraphedStep):

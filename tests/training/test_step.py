@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,65 +13,19 @@ from torch.nn import functional as F
 
 from dlopt.errors import RunError
 from dlopt.optim import SAM
-from dlopt.parallel.mode import Mode
 from dlopt.random import stream
-from dlopt.schedules import Scheduler
-from dlopt.training.clipping import ByNorm, ByValue, Clip, gradient_norm
+from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
 from dlopt.training.metrics import MetricSum
-from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
-from dlopt.training.step import Network, Step, StepSettings, is_stochastic
+from dlopt.training.step import Step, is_stochastic
+from tests.support.steps import CPU, SEED, batch, begin, equal, make_step, net, train, whole
 from tests.tasks import CLASSIFICATION
 from tests.training.runs import same
 
-CPU = torch.device("cpu")
-SEED = 11
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
 }
-
-
-def net(dropout: float = 0.3, norm: bool = True) -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout)]
-    return nn.Sequential(*layers, nn.Linear(8, 3))
-
-
-def batch(number: int, size: int = 10, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    draws = torch.Generator().manual_seed(number)
-    return torch.randn(size, 6, generator=draws, dtype=dtype), torch.randint(3, (size,), generator=draws)
-
-
-def make_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    factor: Callable[[int], float] = lambda t: 1.0,
-    loss: nn.Module | None = None,
-    precision: Precision | None = None,
-    clip: Clip | None = None,
-    post_hooks: Sequence[Callable[[], None]] = (),
-    after_step: Callable[[], None] | None = None,
-    skip: Callable[[Diverged], bool] | None = None,
-    **settings: Any,
-) -> Step:
-    return Step(
-        Network(model, model, loss or nn.CrossEntropyLoss()),
-        optimizer,
-        Scheduler(optimizer, factor),
-        Mode(CPU),
-        StepSettings(**{"seed": SEED, **settings}),
-        precision=precision or Precision("fp32", CPU),
-        clip=clip,
-        post_hooks=post_hooks,
-        after_step=after_step,
-        skip=skip,
-    )
-
-
-def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -89,7 +43,7 @@ def test_updates_equal_plain_loop(name: str, accumulate: int) -> None:
         MetricSum(CLASSIFICATION),
     )
     for step in range(5):
-        update.update(*batch(step, size=10 - step), step, sums)
+        train(update, batch(step, size=10 - step), step, sums)
 
     optimizer = make(reference.parameters())
     base = optimizer.param_groups[0]["lr"]
@@ -119,11 +73,11 @@ def test_accumulated_gradients_equal_those_of_the_full_batch(accumulate: int, si
     model = net(dropout=0.0, norm=False).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     inputs, targets = batch(1, size, torch.float64)
-    whole = F.cross_entropy(model(inputs), targets)
-    expected = torch.autograd.grad(whole, list(model.parameters()))
+    loss = F.cross_entropy(model(inputs), targets)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
     evaluate = make_step(model, optimizer, accumulate=accumulate)
-    evaluate.begin(inputs, targets, 0, MetricSum(CLASSIFICATION))
-    torch.testing.assert_close(evaluate(), whole.detach(), rtol=1e-13, atol=0)
+    begin(evaluate, whole(inputs, targets), 0)
+    torch.testing.assert_close(evaluate(), loss.detach(), rtol=1e-13, atol=0)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
 
@@ -132,11 +86,11 @@ def test_fewer_samples_than_micro_batches() -> None:
     model = net(dropout=0.0, norm=False)
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=8)
     inputs, targets = batch(1, 3)
-    evaluate.begin(inputs, targets, 0, MetricSum(CLASSIFICATION))
+    begin(evaluate, whole(inputs, targets), 0)
     torch.testing.assert_close(evaluate(), F.cross_entropy(model(inputs), targets).detach())
 
 
-class Record(nn.Module):
+class Kept(nn.Module):
     """Records its inputs."""
 
     def __init__(self) -> None:
@@ -160,12 +114,12 @@ class Times(nn.Module):
 
 
 def test_evaluations_of_an_update_share_random_numbers() -> None:
-    record = Record()
+    record = Kept()
     model = nn.Sequential(nn.Dropout(0.5), record, nn.Linear(6, 3))
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     inputs, targets = torch.ones(50, 6), torch.zeros(50, dtype=torch.int64)
     for step in (0, 1):
-        evaluate.begin(inputs, targets, step, MetricSum(CLASSIFICATION))
+        begin(evaluate, whole(inputs, targets), step)
         torch.rand(step)  # whatever else draws has no part in it
         first = evaluate()
         assert torch.equal(evaluate(), first)
@@ -188,11 +142,11 @@ def test_only_the_first_evaluation_updates_statistics(norm: str) -> None:
     inputs, targets = torch.randn(5, 24, generator=draws) + 2, torch.zeros(5, dtype=torch.int64)
     expected = copy.deepcopy(layer)
     expected(inputs.view(5, 6, 4))
-    evaluate.begin(inputs, targets, 0, MetricSum(CLASSIFICATION))
+    begin(evaluate, whole(inputs, targets), 0)
     losses = [evaluate(), evaluate(), evaluate.loss().detach(), evaluate()]
     assert all(torch.equal(loss, losses[0]) for loss in losses), "normalized with the batch's statistics every time"
     assert equal(layer, expected)
-    evaluate.begin(inputs, targets, 1, MetricSum(CLASSIFICATION))
+    begin(evaluate, whole(inputs, targets), 1)
     evaluate()
     expected(inputs.view(5, 6, 4))
     assert equal(layer, expected), "the next step moves them again"
@@ -201,11 +155,13 @@ def test_only_the_first_evaluation_updates_statistics(norm: str) -> None:
 def test_metrics_count_the_first_evaluation_only() -> None:
     model = net()
     evaluate, sums = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0)), MetricSum(CLASSIFICATION)
-    evaluate.begin(*batch(0), 0, sums)
+    begin(evaluate, batch(0), 0)
     evaluate.loss()
     first = evaluate()
     evaluate()
     evaluate.loss()
+    assert evaluate.record is not None
+    sums.add(*evaluate.record.micro_batches)
     sums.sync()
     assert sums.count == 10
     assert sums.loss / 10 == float(first)
@@ -221,7 +177,7 @@ def test_lbfgs_equals_plain_loop() -> None:
 
     update, sums = make_step(model, make(model), evaluates_once=False), MetricSum(CLASSIFICATION)
     for step in range(3):
-        update.update(*batch(step, dtype=torch.float64), step, sums)
+        train(update, batch(step, dtype=torch.float64), step, sums)
 
     optimizer = make(reference)
     for step in range(3):
@@ -247,7 +203,7 @@ def test_lbfgs_with_dropout_and_batch_norm() -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=10, line_search_fn="strong_wolfe")
     evaluate = make_step(model, optimizer, evaluates_once=False)
     inputs, targets = batch(0, 30)
-    evaluate.update(inputs, targets, 0, MetricSum(CLASSIFICATION))
+    evaluate.update(whole(inputs, targets), 0)
     after = evaluate.loss().item()
     assert int(model[1].num_batches_tracked) == 1  # type: ignore[arg-type]
     torch.manual_seed(0)
@@ -262,7 +218,7 @@ def test_loss_is_twice_differentiable() -> None:
     parameters = list(model.parameters())
     evaluate = make_step(model, torch.optim.SGD(parameters, lr=1.0), accumulate=3)
     inputs, targets = batch(0, dtype=torch.float64)
-    evaluate.begin(inputs, targets, 4, MetricSum(CLASSIFICATION))
+    begin(evaluate, whole(inputs, targets), 4)
     direction = [torch.randn_like(p) for p in parameters]
 
     def product(loss: Tensor) -> tuple[Tensor, ...]:
@@ -289,7 +245,7 @@ def test_labels_drawn_from_the_predictions_do_not_depend_on_the_micro_batches() 
     for accumulate, labels in ((1, targets), (3, targets), (4, mixed)):
         model = net(dropout=0.0, norm=False).double()
         step = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=accumulate)
-        step.begin(inputs, labels, 0, MetricSum(CLASSIFICATION))
+        begin(step, whole(inputs, labels), 0)
         step()
         before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         loss, count = step.sampled_loss(7)
@@ -307,9 +263,10 @@ def test_reports_the_gradient_norm_before_clipping() -> None:
     unclipped = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     norms = []
     for each in (unclipped, evaluate):
-        each.begin(*batch(0), 0, MetricSum(CLASSIFICATION), log_norm=True)
+        begin(each, batch(0), 0, log_norm=True)
         each()
-        norms.append(each.norm)
+        assert each.record is not None
+        norms.append(each.record.norm)
     assert norms[0] is not None and norms[1] is not None
     assert torch.equal(norms[0], norms[1])
     assert float(gradient_norm(evaluate.parameters)) < float(norms[1]) / 2
@@ -319,7 +276,7 @@ def test_clips_before_the_update() -> None:
     model = net(dropout=0.0)
     before = [p.detach().clone() for p in model.parameters()]
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-4))
-    evaluate.update(*batch(0), 0, MetricSum(CLASSIFICATION))
+    evaluate.update(batch(0), 0)
     moved = [float((p.detach() - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True)]
     assert 0 < max(moved) <= 1.01e-4
 
@@ -330,7 +287,7 @@ def test_nonfinite_loss_raises_before_the_update(bad: float) -> None:
     trained = copy.deepcopy(list(model.parameters()))
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.125), loss=Times(bad))
     with pytest.raises(RunError, match=rf"{bad} at update 8 with a learning rate of 0\.125.*optimizer\.lr"):
-        update.update(*batch(0), 7, MetricSum(CLASSIFICATION))
+        update.update(batch(0), 7)
     assert all(map(torch.equal, model.parameters(), trained))
 
 
@@ -338,9 +295,9 @@ def test_deferred_check_detects_nonfinite_loss() -> None:
     model = net(dropout=0.0, norm=False)
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), check_now=False)
     inputs, targets = batch(0)
-    update.update(inputs, targets, 0, MetricSum(CLASSIFICATION))
+    update.update(whole(inputs, targets), 0)
     update.check_updates()
-    update.update(inputs * float("inf"), targets, 1, MetricSum(CLASSIFICATION))
+    update.update(whole(inputs * float("inf"), targets), 1)
     with pytest.raises(RunError, match="update 2"):
         update.check_updates()
 
@@ -352,7 +309,7 @@ def test_post_hooks_see_the_new_weights() -> None:
         model, torch.optim.SGD(model.parameters(), lr=0.1), post_hooks=[lambda: seen.append(copy.deepcopy(model))]
     )
     for step in range(3):
-        update.update(*batch(step), step, MetricSum(CLASSIFICATION))
+        update.update(batch(step), step)
     assert len(seen) == 3 and equal(seen[-1], model) and not equal(seen[0], seen[1])
 
 
@@ -361,24 +318,27 @@ def test_frozen_parameters_do_not_change() -> None:
     model[0].requires_grad_(False)
     before = copy.deepcopy(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    make_step(model, torch.optim.SGD(trainable, lr=0.1)).update(*batch(0), 0, MetricSum(CLASSIFICATION))
+    make_step(model, torch.optim.SGD(trainable, lr=0.1)).update(batch(0), 0)
     assert equal(model[0], before[0]) and not equal(model[4], before[4])
 
 
 def test_bfloat16_autocast_keeps_weights_and_loss_in_float32() -> None:
     model = net(dropout=0.0)
-    record = Record()
+    record = Kept()
     model.append(record)
     precision = Precision("bf16", torch.device("cpu"))
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), precision=precision)
     sums = MetricSum(CLASSIFICATION)
-    evaluate.update(*batch(0), 0, sums)
+    train(evaluate, batch(0), 0, sums)
     assert record.seen[0].dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters())
     assert evaluate.loss().dtype == torch.float32
     reference = net(dropout=0.0)
     torch.testing.assert_close(
-        sums.means("t")["t_loss"], F.cross_entropy(reference(batch(0)[0]), batch(0)[1]).item(), rtol=0.02, atol=0
+        sums.means("t")["t_loss"],
+        F.cross_entropy(reference(batch(0).inputs), batch(0).targets).item(),
+        rtol=0.02,
+        atol=0,
     )
 
 
@@ -424,12 +384,12 @@ def test_skips_an_update_whose_second_gradient_is_not_finite() -> None:
     model = net(dropout=0.0)
     optimizer = SAM(base=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     update = make_step(model, optimizer, skip=lambda error: error.step == 2, evaluates_once=False)
-    update.update(*batch(0), 0, MetricSum(CLASSIFICATION))
+    update.update(batch(0), 0)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
     factors = iter([1.0, math.nan])
     model[0].bias.register_hook(lambda gradient: gradient * next(factors))  # type: ignore[union-attr]
-    update.update(*batch(1), 1, sums := MetricSum(CLASSIFICATION))
-    assert same(before, (model.state_dict(), optimizer.state_dict()["state"])) and not sums.count
+    assert update.update(batch(1), 1).micro_batches == []
+    assert same(before, (model.state_dict(), optimizer.state_dict()["state"]))
 
 
 def test_gradients_are_unscaled_before_they_are_clipped() -> None:
@@ -441,9 +401,7 @@ def test_gradients_are_unscaled_before_they_are_clipped() -> None:
     scaled = copy.deepcopy(plain)
     for model, precision in ((plain, Precision("fp32", CPU)), (scaled, Scaled("fp32", CPU))):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        make_step(model, optimizer, precision=precision, clip=ByNorm(max_norm=0.1)).update(
-            *batch(0), 0, MetricSum(CLASSIFICATION)
-        )
+        make_step(model, optimizer, precision=precision, clip=ByNorm(max_norm=0.1)).update(batch(0), 0)
     torch.testing.assert_close(scaled.weight, plain.weight, rtol=1e-5, atol=1e-7)
 
 
@@ -451,6 +409,5 @@ def test_sampled_loss_counts_every_token() -> None:
     """Sophia-G scales its estimate by the number of predictions (Liu et al. 2024, algorithm 2)."""
     model = nn.Sequential(nn.Embedding(7, 7))
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    update.batch = torch.randint(7, (4, 5)), torch.randint(7, (4, 5))
-    update.number = 0
+    begin(update, whole(torch.randint(7, (4, 5)), torch.randint(7, (4, 5))))
     assert update.sampled_loss(0)[1] == 20

@@ -125,10 +125,10 @@ def test_exports_to_onnx(rich: bool, lines: list[str], tmp_path: Path, capsys: p
 
 
 def test_batches_do_not_depend_on_their_delivery(lines: list[str]) -> None:
-    def batches(*extra: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(*extra: str) -> list[tuple[torch.Tensor, ...]]:
         loop = training_batches(build_workload(experiment(*lines, *extra)))
         try:
-            return list(loop.epoch(1))
+            return [tuple(batch) for batch in loop.epoch(1)]
         finally:
             loop.close()
 

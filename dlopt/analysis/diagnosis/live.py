@@ -35,14 +35,14 @@ _KEPT = 2000  # values of a histogram
 
 def check(workload: Workload, kinds: Sequence[Kind]) -> None:
     """Raises `UserError` for diagnostics that the parallel mode or torch.compile does not support."""
-    if workload.parallel.sharding != "replicated":
+    if workload.parallel.state.sharding != "replicated":
         raise UserError(
             f"diagnostics=[{','.join(kinds)}]: with parallel={workload.parallel.name} no process has the whole model; "
             "use parallel=single or ddp"
         )
     if hasattr(workload.model, "_orig_mod") and set(kinds) - {"curvature"}:  # torch.compile's
         raise UserError(f"diagnostics=[{','.join(kinds)}]: hooks do not run in a compiled model; set compile=false")
-    if "curvature" in kinds and workload.parallel.processes > 1:
+    if "curvature" in kinds and workload.parallel.ranks.processes > 1:
         raise UserError(
             f"diagnostics=[{','.join(kinds)}]: curvature needs second derivatives, which are not averaged over ranks; "
             "remove curvature, or use parallel=single"
@@ -126,7 +126,7 @@ class Diagnostics(Observer):
             moved, sizes = (norms_by_layer(self._layers, values).tolist() for values in (steps, before))
             ratios = {name: m / s for name, m, s in zip(self._layers, moved, sizes, strict=True) if s > 0}
             metrics |= {f"gradients/update_to_weight/{name}": ratio for name, ratio in ratios.items()}
-            if self.workload.parallel.processes == 1:
+            if self.workload.parallel.ranks.processes == 1:
                 metrics["gradients/noise_scale"] = self._noise_scale(step.parameters, inputs, targets)
         if with_curvature:
             metrics |= self._curvature(step.parameters, inputs, targets, flat(list(steps.values())))

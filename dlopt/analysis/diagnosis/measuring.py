@@ -36,6 +36,7 @@ from dlopt.analysis.diagnosis.layers import (
 )
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
+from dlopt.data.batches import Batch
 from dlopt.errors import RunError, UserError
 from dlopt.parallel.mode import Mode
 from dlopt.training.build import Workload, build_workload, load_weights
@@ -43,8 +44,6 @@ from dlopt.training.clipping import gradient_norm
 from dlopt.training.progress import endless_batches
 from dlopt.training.step import Observer, Step, frozen_statistics
 from dlopt.training.trainer import Trainer, probe_trainer
-
-Batch = tuple[Tensor, Tensor]
 
 STEP_FRACTIONS = tuple(i / 4 for i in range(-2, 11))
 """Fractions of an update at which the loss is evaluated: from half an update back to 2.5 updates ahead."""
@@ -92,7 +91,7 @@ class ClippedNorm(Observer):
 
     def after_clipping(self) -> None:
         assert self._step is not None
-        self.norm = float(gradient_norm(self._step.parameters, self._step.mode.norm))
+        self.norm = float(gradient_norm(self._step.parameters, self._step.mode.state.norm))
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def snapshot(
             gradients = dict(zip(trained, values, strict=True))
             losses.append(float(loss.detach()))
             totals.append(float(norms([list(gradients.values())])[0]))
-            if len(targets) == len(batches[0][1]):  # the noise scale requires equal batches
+            if len(targets) == len(batches[0].targets):  # the noise scale requires equal batches
                 spread.add([[gradients[p] for p in group] for group in groups.values()])
         spectrum = None
         if eigenvalues:
@@ -182,7 +181,7 @@ def snapshot(
             iterations = max(iterations, eigenvalues)
             spectrum = largest_eigenvalues(loss_of_batch, trained, count=eigenvalues, iterations=iterations)
     order = [layer.name for layer in probe.layers if layer.name in layers]
-    total, by_group = spread.noise_scale(len(batches[0][1]))
+    total, by_group = spread.noise_scale(len(batches[0].targets))
     columns = dict(zip(groups, spread.norms().T.tolist(), strict=True))
     scales = dict(zip(groups, by_group, strict=True))
     return Snapshot(
@@ -227,10 +226,10 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
     parameters = training_step.parameters
     curvature_updates = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()
     workload.module.train()
-    for number, (inputs, targets) in enumerate(islice(endless_batches(trainer), updates)):
+    for number, batch in enumerate(islice(endless_batches(trainer), updates)):
         before = {p: p.detach().clone() for p in parameters}
         try:
-            training_step.update(inputs, targets, progress.step + number, trainer.train_metrics, log_norm=True)
+            record = trainer.update(batch, progress.step + number, log_norm=True)
             training_step.check_updates()
         except UserError:
             raise
@@ -242,7 +241,7 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
         for name, ratio in zip(layers, ratios.tolist(), strict=True):
             trace.ratios.setdefault(name, []).append(ratio)
         trace.losses.append(trainer.train_metrics.since_last("")["loss"])
-        trace.norms.append(math.nan if training_step.norm is None else float(training_step.norm))
+        trace.norms.append(math.nan if record.norm is None else float(record.norm))
         trace.clipped.append(clipped.norm)
         trace.rates.append(float(training_step.rate))
         if number in curvature_updates:
@@ -251,9 +250,9 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
                     for p, start in before.items():
                         p.copy_(start)
                 deltas = list(step.values())
-                product = hessian_product(loss_of(workload, inputs, targets), parameters)
+                product = hessian_product(loss_of(workload, *batch), parameters)
                 trace.curvatures[number] = curvature_along(product, flat(deltas))
                 if number == updates - 1:
-                    loss = partial(loss_of, workload, inputs, targets)
+                    loss = partial(loss_of, workload, *batch)
                     trace.along = losses_along(loss, parameters, deltas, STEP_FRACTIONS)
     return trace

@@ -67,7 +67,7 @@ def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank:
     """
     parallel = build_mode(experiment)
     device = parallel.device
-    set_threads(experiment.settings.threads, parallel.local_processes)
+    set_threads(experiment.settings.threads, parallel.ranks.local_processes)
     keep_freed_memory()
     torch.ones(64, 64).mm(torch.ones(64, 64))  # BLAS allocates its buffers on first use; they belong to the baseline
     baseline = _memory(device)
@@ -89,8 +89,8 @@ def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank:
         for _ in range(settings.profiled):
             update()
     communicating, waiting = _communication(update, settings.profiled, device, parallel)
-    [all_ranks_samples] = parallel.sum_over_ranks([float(samples)])
-    is_sharded = parallel.batch_shard is not None
+    [all_ranks_samples] = parallel.ranks.sum([float(samples)])
+    is_sharded = parallel.split.shard is not None
     return {
         "threads": torch.get_num_threads(),
         "samples": (all_ranks_samples if is_sharded else samples) / settings.updates,  # of the global batch
@@ -109,12 +109,12 @@ def updates_of(trainer: Trainer, device: torch.device) -> Callable[[], int]:
     batches, progress = endless_batches(trainer), trainer.progress
 
     def update() -> int:
-        inputs, targets = next(batches)
-        trainer.step.update(inputs, targets, progress.step, trainer.train_metrics)
+        batch = next(batches)
+        trainer.update(batch, progress.step)
         progress.step += 1
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return len(targets)
+        return len(batch.targets)
 
     return update
 
@@ -129,7 +129,7 @@ def seconds_of(call: Callable[[], object], count: int = 1) -> float:
 
 def _communication(update: Callable[[], int], number: int, device: torch.device, parallel: Mode) -> tuple[float, float]:
     """Returns the fractions of time with a collective in flight, and with a collective in flight and no computation."""
-    if parallel.processes == 1:
+    if parallel.ranks.processes == 1:
         return 0.0, 0.0
     from torch.profiler import ProfilerActivity, profile
 
@@ -145,7 +145,7 @@ def _communication(update: Callable[[], int], number: int, device: torch.device,
 
 
 def _barrier(parallel: Mode) -> None:
-    if parallel.processes > 1:
+    if parallel.ranks.processes > 1:
         distributed.barrier()
 
 

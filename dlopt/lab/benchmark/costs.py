@@ -55,5 +55,5 @@ def test_trial(folder: Path) -> None:
     state = load(best)
     workload: Workload = build_workload(parse(resolve_saved(saved), saved), state["normalize"])
     with torch.no_grad():
-        workload.parallel.load_model(workload.module, state["ema"] or state["model"])
+        workload.load(state)
     write_json(path, test_metrics(workload), indent=None)

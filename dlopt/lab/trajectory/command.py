@@ -395,7 +395,7 @@ def _draw_landscape(
     experiment = saved_experiment(state["config"], changes, path)
     with fitting(path):
         workload = build_workload(experiment, state["normalize"])
-        workload.module.load_state_dict(state["ema"] or state["model"])
+        workload.load(state)
     found = None if directions == "random" else _path_plane(workload, path, is_required=directions == "path")
     if found is None:
         plane, epoch = random_plane(workload.module, span, generator("cpu", seed)), state["progress"]["epoch"]

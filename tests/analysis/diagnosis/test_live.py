@@ -46,7 +46,7 @@ def _reports(tmp_path: Path, *typed: str, steps: int = 7) -> dict[int, tuple[dic
     batches = [batch for epoch in range(steps) for batch in trainer.batches.epoch(epoch)]
     workload.module.train()
     for number, batch in enumerate(batches[:steps]):
-        trainer.step.update(*batch, number, trainer.train_metrics)
+        trainer.update(batch, number)
     return reports
 
 

@@ -54,7 +54,7 @@ def test_trace_updates_makes_the_updates_of_training(tmp_path: Path) -> None:
             trace = trace_updates(workload, training, 6, with_curvature=True)
         else:
             for step, batch in enumerate([*training.batches.epoch(0, 0, 0), *training.batches.epoch(1, 0, 4)][:6]):
-                training.step.update(*batch, step, training.train_metrics)
+                training.update(batch, step)
         weights.append({name: value.clone() for name, value in workload.module.state_dict().items()})
     assert same(weights[0], weights[1])
     assert len(trace.losses) == len(trace.norms) == 6 and all(len(each) == 6 for each in trace.ratios.values())
@@ -78,7 +78,8 @@ def test_snapshot_metrics(tmp_path: Path) -> None:
     def loss_at(vector: Tensor) -> Tensor:
         parts = vector.split([p.numel() for p in parameters])
         weights = {n: part.view_as(p) for n, part, p in zip(names, parts, parameters, strict=True)}
-        return workload.loss(torch.func.functional_call(workload.module, weights, (batches[0][0],)), batches[0][1])
+        inputs, targets = batches[0]
+        return workload.loss(torch.func.functional_call(workload.module, weights, (inputs,)), targets)
 
     dense = torch.autograd.functional.hessian(loss_at, flat)
     assert isinstance(dense, Tensor)
@@ -91,8 +92,8 @@ def test_gradient_norm_does_not_depend_on_the_number_of_batches(tmp_path: Path) 
     once, often = (snapshot(workload, [batch] * n, 0, eigenvalues=0, iterations=1).layers for n in (1, 4))
     for one, several in zip(once, often, strict=True):
         assert several.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-9)
-    outputs = workload.module(batch[0])
-    [gradient] = torch.autograd.grad(workload.loss(outputs, batch[1]), outputs)
+    outputs = workload.module(batch.inputs)
+    [gradient] = torch.autograd.grad(workload.loss(outputs, batch.targets), outputs)
     assert once[-1].gradient_norm == pytest.approx(float(gradient.norm()), rel=1e-9)
 
 
@@ -195,8 +196,8 @@ def test_prepares_gpu_checkpoint_on_a_cpu(tmp_path: Path) -> None:
     state = load(tmp_path / "checkpoints/last.pt")
     state["optimizer"]["param_groups"][0]["capturable"] = True
     _, training = prepare(experiment(*lines), tmp_path / "other", state)
-    inputs, targets = next(iter(training.batches.epoch(1)))
-    training.step.update(inputs, targets, training.progress.step, training.train_metrics)
+    batch = next(iter(training.batches.epoch(1)))
+    training.update(batch, training.progress.step)
     assert not training.step.optimizer.param_groups[0]["capturable"]
 
 

@@ -1,0 +1,81 @@
+"""A small network, its batches, and steps that train it in one process."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.data.batches import Batch
+from dlopt.parallel.mode import Mode
+from dlopt.schedules import Scheduler
+from dlopt.training.clipping import Clip
+from dlopt.training.metrics import MetricSum
+from dlopt.training.nonfinite import Diverged
+from dlopt.training.precision import Precision
+from dlopt.training.step import Network, Record, Step, StepSettings
+from tests.tasks import CLASSIFICATION
+
+CPU = torch.device("cpu")
+SEED = 11  # of the random numbers of a step's model
+
+
+def net(dropout: float = 0.3, norm: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(8, 3))
+
+
+def whole(inputs: Tensor, targets: Tensor) -> Batch:
+    """Returns the batch of one process."""
+    return Batch(inputs, targets, len(targets))
+
+
+def batch(number: int, size: int = 10, dtype: torch.dtype = torch.float32) -> Batch:
+    """Returns random inputs and labels for `net`."""
+    draws = torch.Generator().manual_seed(number)
+    return whole(torch.randn(size, 6, generator=draws, dtype=dtype), torch.randint(3, (size,), generator=draws))
+
+
+def make_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    factor: Callable[[int], float] = lambda t: 1.0,
+    loss: nn.Module | None = None,
+    precision: Precision | None = None,
+    clip: Clip | None = None,
+    post_hooks: Sequence[Callable[[], None]] = (),
+    after_step: Callable[[], None] | None = None,
+    skip: Callable[[Diverged], bool] | None = None,
+    **settings: Any,
+) -> Step:
+    return Step(
+        Network(model, model, loss or nn.CrossEntropyLoss()),
+        optimizer,
+        Scheduler(optimizer, factor),
+        Mode(CPU),
+        StepSettings(**{"seed": SEED, **settings}),
+        precision=precision or Precision("fp32", CPU),
+        measure=MetricSum(CLASSIFICATION).measure,
+        clip=clip,
+        post_hooks=post_hooks,
+        after_step=after_step,
+        skip=skip,
+    )
+
+
+def train(step: Step, batch: Batch, number: int, sums: MetricSum, *, log_norm: bool = False) -> Record:
+    """Runs an update and adds its metrics, as the trainer does."""
+    record = step.update(batch, number, log_norm=log_norm)
+    sums.add(*record.micro_batches)
+    return record
+
+
+def begin(step: Step, batch: Batch, number: int = 0, *, log_norm: bool = False) -> None:
+    """Starts an update, of which a test calls the evaluations itself."""
+    step._begin(batch, number, log_norm=log_norm)
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
