@@ -10,6 +10,7 @@ resuming and must therefore be lost. Exits with 1 on any other result.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +34,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 from dlopt import job  # noqa: E402
+from dlopt.data.batches import Batch  # noqa: E402
 from dlopt.errors import RunError, UserError  # noqa: E402
 from dlopt.folders import RunFolder  # noqa: E402
 from dlopt.training import trainer  # noqa: E402
@@ -211,7 +214,7 @@ class Campaign:
     def signals(self) -> Iterator[FaultResult]:
         stages = {
             "while building": (trainer, "training_batches"),
-            "during training": (Step, "begin"),
+            "during training": (Step, "update"),
             "during an evaluation": (Trainer, "_end_epoch"),
             "during a save": (Checkpoints, "save"),
         }
@@ -222,9 +225,7 @@ class Campaign:
                 reading, writing = os.pipe()
 
                 announcement = announce_call(owner, function, writing, 1 if function == "training_batches" else 3)
-                child = faults.fork(
-                    lambda folder=folder, announcement=announcement: self.run_for_long(folder, announcement)
-                )  # type: ignore[misc]
+                child = faults.fork(partial(self.run_for_long, folder, announcement))
                 os.close(writing)
                 os.read(reading, 1)
                 started = time.monotonic()
@@ -342,12 +343,13 @@ def announce_call(owner: Any, name: str, writing: int, calls: int) -> Iterator[N
 @contextlib.contextmanager
 def random_inputs() -> Iterator[None]:
     """Makes the model draw from Python's generator, as a custom model may."""
-    original = Step.micro_batch
+    original = Step.update
 
-    def micro_batch(self: Step, inputs: Any, *arguments: Any) -> Any:
-        return original(self, inputs * (1 + 0.1 * random.random()), *arguments)
+    def update(self: Step, batch: Batch, *arguments: Any, **named: Any) -> Any:
+        inputs = batch.inputs * (1 + 0.1 * random.random())
+        return original(self, dataclasses.replace(batch, inputs=inputs), *arguments, **named)
 
-    with patch.object(Step, "micro_batch", micro_batch):
+    with patch.object(Step, "update", update):
         yield
 
 

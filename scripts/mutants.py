@@ -107,10 +107,10 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
                     changed = ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
                 elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
                     changed = node.operand
-                elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
-                    changed = ast.Constant(node.value + 1)
                 elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
                     changed = ast.Constant(not node.value)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+                    changed = ast.Constant(node.value + 1)
                 elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                     yield mutant(node, "pass")
                 elif isinstance(node, ast.If):
@@ -251,7 +251,7 @@ def try_mutant(
         left_out = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", ".*cache")
         shutil.copytree(ROOT, copy, ignore=left_out)
     start = time.monotonic()
-    tests = covered.get((mutant.file, mutant.line), [])[:MOST_TESTS] + own_tests(mutant.file)
+    tests = [*covered.get((mutant.file, mutant.line), [])[:MOST_TESTS], *own_tests(mutant.file)]
     result = outcome(mutant, tests, copy) if tests else "not covered"
     return mutant, result, time.monotonic() - start
 

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -118,7 +119,7 @@ def measure(workload: str, candidate: str, situation: str, seconds: float) -> li
         processes = [
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(runs)
         ]
-        others = []
+        others: list[subprocess.Popen[bytes]] = []
         try:
             for process in processes:
                 assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -126,9 +127,10 @@ def measure(workload: str, candidate: str, situation: str, seconds: float) -> li
             start.touch()
             return [float(process.stdout.readline()) for process in processes if process.stdout is not None]
         finally:
-            for process in [*processes, *others]:
-                process.kill()
-                process.wait()
+            started: list[subprocess.Popen[Any]] = [*processes, *others]
+            for each in started:
+                each.kill()
+                each.wait()
 
 
 def count_regions(workload: str, candidate: str) -> float:
@@ -167,7 +169,8 @@ def main() -> None:
     parser.add_argument("--count", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        return work(*arguments.work[:2], Path(arguments.work[2]), float(arguments.work[3]))
+        workload, candidate, start, seconds = arguments.work
+        return work(workload, candidate, Path(start), float(seconds))
     if arguments.count:
         return _count(*arguments.count)
     workloads, console = arguments.only.split(","), Console()

@@ -135,9 +135,10 @@ def waiting_fraction(samples: Samples, batch: int, workers: int, steps: int, dev
         input_shape=samples.shape,
     )
     reader, augment = crop_when_reading(pipeline, samples, 0)
+    normalize = Standardize(per="channel", input_shape=samples.shape)
     batches = Batches(
         samples,
-        Delivery(torch.device(device), False, workers, normalize=Standardize(input_shape=samples.shape).to(device)),
+        Delivery(torch.device(device), False, workers, normalize=normalize.to(device)),
         batch_size=batch,
         sampler=Random(targets=samples.targets, seed=0, epoch_size=None),
         augment=augment,

@@ -7,13 +7,13 @@ Runs updates with diagnostics (statistics, histograms, TensorBoard) and plain up
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dlopt.analysis.diagnosis.live import CURVATURE_INTERVAL, Diagnostics, Kind
 from dlopt.config.compose import Composer
@@ -39,14 +39,14 @@ def measure(typed: list[str], kinds: tuple[Kind, ...], rounds: int) -> tuple[flo
         # The same model and optimizer with and without the observer.
         plain = probe_trainer(workload, Path(folder))
         observed = probe_trainer(workload, Path(folder), observers=[observer])
-        batches: list[tuple[Tensor, Tensor]] = list(plain.batches.epoch(0))[:8]
+        batches = list(itertools.islice(plain.batches.epoch(0), 8))
         workload.module.train()
         times: dict[bool, list[float]] = {False: [], True: []}
         for step in range(2 * (rounds + 2)):
             is_observed = bool(step % 2)
             trainer = observed if is_observed else plain
             start = time.perf_counter()
-            trainer.step.update(*batches[step % len(batches)], CURVATURE_INTERVAL * every * step, trainer.train_metrics)
+            trainer.update(batches[step % len(batches)], CURVATURE_INTERVAL * every * step)
             if workload.device.type == "cuda":
                 torch.cuda.synchronize()
             times[is_observed].append(time.perf_counter() - start)

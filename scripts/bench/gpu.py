@@ -41,7 +41,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import Component
 from dlopt.data.loading import materialize
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.interruption import Interruption
 from dlopt.training import speed
 from dlopt.training.build import Workload, build_workload
@@ -141,19 +141,26 @@ def read(path: Path | None, scratch: Path) -> Dataset:
     dataset: Dataset = experiment.data.build(**vars(experiment.data_settings))
     assert dataset.test is not None
     print("reading the images ...")
-    return Dataset(materialize(dataset.train), None, materialize(dataset.test), dataset.classes, in_memory=True)
+    return Dataset(loaded(dataset.train), None, loaded(dataset.test), dataset.classes, in_memory=True)
+
+
+def loaded(samples: Samples | None) -> InMemory:
+    """Reads all images into memory."""
+    assert samples is not None
+    images = materialize(samples)
+    assert isinstance(images, InMemory)  # not a text
+    return images
 
 
 def updates(training: Trainer) -> Callable[[], None]:
     """Returns a function that makes the next update, with full batches only."""
     size = training.batches.batch_size  # type: ignore[attr-defined]
-    source = (batch for batch in endless_batches(training) if len(batch[1]) == size)
+    source = (batch for batch in endless_batches(training) if len(batch.targets) == size)
     step = itertools.count()
     training.module.train()
 
     def update() -> None:
-        inputs, targets = next(source)
-        training.step.update(inputs, targets, next(step), training.train_metrics)
+        training.update(next(source), next(step))
 
     return update
 
@@ -235,7 +242,7 @@ def loader_loop(bench: Bench) -> tuple[int, Callable[[], None]]:
             image, target = super().__getitem__(index)
             return transform(image), target
 
-    train_set = materialize(bench.dataset.train)
+    train_set = loaded(bench.dataset.train)
     size = 16 if bench.rehearse else 128
     loader = DataLoader(
         Images(train_set.inputs, train_set.targets), batch_size=size, shuffle=True, drop_last=True,
@@ -260,7 +267,7 @@ def loader_loop(bench: Bench) -> tuple[int, Callable[[], None]]:
 
 def device_loop(bench: Bench) -> tuple[int, Callable[[], None]]:
     """Builds a minimal loop: all images on the device, one random shift and flip per batch."""
-    train_set = materialize(bench.dataset.train)
+    train_set = loaded(bench.dataset.train)
     images, labels = train_set.inputs.to(bench.device), train_set.targets.to(bench.device)
     size = 16 if bench.rehearse else 128
     _, update = plain_step(bench)
@@ -321,7 +328,7 @@ def published(bench: Bench, ours: float) -> list[Row]:
     folder = bench.folder / "airbench"
     (folder / "cifar10").mkdir(parents=True, exist_ok=True)
     for name, split in (("train", bench.dataset.train), ("test", bench.dataset.test)):
-        samples = materialize(split)  # type: ignore[arg-type]
+        samples = loaded(split)
         content = {"images": samples.inputs.permute(0, 2, 3, 1).contiguous(), "labels": samples.targets}
         torch.save({**content, "classes": bench.dataset.classes}, folder / "cifar10" / f"{name}.pt")
     code = bench.airbench.read_text().replace("range(200)", f"range({bench.runs})")
@@ -389,7 +396,8 @@ def recipe(bench: Bench) -> list[Row]:
     folder = bench.folder / "recipe"
     folder.mkdir()
     start = bench.wait()
-    summary = train_run(Run(bench.experiment(*typed), folder), console=False)
+    with Interruption() as interruption:
+        summary = train_run(Run(bench.experiment(*typed), folder), interruption, console=False)
     return [
         entry("ResNet-20 recipe, 200 epochs including test", bench.wait() - start, "s", "<= 90"),
         entry("ResNet-20 recipe, error", 100 * (1 - summary["test_accuracy"]), "%", "published: 8.75"),

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
@@ -33,17 +32,17 @@ def tasks(typed: list[str], folder: Path) -> tuple[Callable[[], object], Callabl
     """Returns an update and an evaluation of the network, each on one batch."""
     lines = [*typed, "threads=1", "optimizer.lr=0.001", "augmentation=none"]
     trainer = probe_trainer(build_workload(parse(to_plain(Composer().compose(lines), lines)[0])), folder)
-    batch: tuple[Tensor, Tensor] = next(iter(trainer.batches.epoch(0)))
+    batch = next(trainer.batches.epoch(0))
     module, numbers = trainer.step.module, iter(range(10**9))
 
     def update() -> object:
         module.train()
-        return trainer.step.update(*batch, next(numbers), trainer.train_metrics)
+        return trainer.update(batch, next(numbers))
 
     @torch.inference_mode()
     def evaluation() -> object:
         module.eval()
-        return module(batch[0])
+        return module(batch.inputs)
 
     return update, evaluation
 

@@ -204,7 +204,7 @@ def dlopt(job: Job) -> Callable[[], None]:
         workload = build_workload(experiment)
         with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
             training = probe_trainer(workload, Path(folder))
-            training.tracking.advance = job.count_step  # type: ignore[method-assign]
+            training.tracking.advance = job.count_step  # type: ignore[method-assign, assignment]
             training.fit(interruption)
 
     return run
@@ -217,7 +217,7 @@ def lightning(job: Job) -> Callable[[], None]:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-    class Module(L.LightningModule):  # type: ignore[misc]
+    class Module(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.model = job.model()
@@ -262,10 +262,12 @@ def timm(job: Job) -> Callable[[], None]:
     from timm.utils import AverageMeter
 
     on_gpu = job.device.type == "cuda"
+    images: Any = PILImages(*job.images)  # any dataset will do, whatever the annotation says
+    unchanged: Any = None
     loader = create_loader(
-        PILImages(*job.images), input_size=(3, 32, 32), batch_size=job.batch, is_training=True, use_prefetcher=on_gpu,
-        hflip=0.5, scale=(1.0, 1.0), ratio=(1.0, 1.0), color_jitter=None, interpolation="bilinear", mean=tuple(MEAN),
-        std=tuple(STD), num_workers=2, persistent_workers=True, pin_memory=on_gpu, device=job.device,
+        images, input_size=(3, 32, 32), batch_size=job.batch, is_training=True, use_prefetcher=on_gpu,
+        hflip=0.5, scale=(1.0, 1.0), ratio=(1.0, 1.0), color_jitter=unchanged, interpolation="bilinear",
+        mean=tuple(MEAN), std=tuple(STD), num_workers=2, persistent_workers=True, pin_memory=on_gpu, device=job.device,
     )  # fmt: skip
 
     def all_epochs() -> Iterator[Any]:

@@ -38,7 +38,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.data.batches import Batches, Delivery
+from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import InMemory
 from dlopt.data.task import Task
 from dlopt.interruption import Interruption
@@ -67,12 +67,13 @@ class FixedBatches:
     """Repeats the same few batches."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]], steps: int) -> None:
-        self.batches, self.steps = batches, steps
+        self.batches = [Batch(inputs, targets, len(targets)) for inputs, targets in batches]
+        self.steps = steps
 
     def __len__(self) -> int:
         return self.steps
 
-    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[Batch]:
         return itertools.islice(itertools.cycle(self.batches), self.steps)
 
 
@@ -96,6 +97,7 @@ def training(
         folder, sinks=[] if log_every is None else ["tensorboard"], console=False, log_every_steps=log_every
     )
     tracking.begin({}, {}, epochs=1, steps_per_epoch=len(batches), steps=steps)
+    train_metrics = MetricSum(Task("classification", 10))
     step = Step(
         Network(module, module, nn.CrossEntropyLoss()),
         optimizer,
@@ -103,6 +105,7 @@ def training(
         Mode(CPU),
         StepSettings(check_now=check_now),
         precision=Precision(precision, CPU),
+        measure=train_metrics.measure,
     )
     return Trainer(
         step=step,
@@ -117,7 +120,7 @@ def training(
         recovery=Recovery("stop", attempts=1, lr_factor=1.0, load_newest=lambda: None, log=print),
         intervals=Intervals(steps, save_every_epochs=None, log_every_steps=log_every),
         progress=Progress(horizon=steps),
-        train_metrics=MetricSum(Task("classification", 10)),
+        train_metrics=train_metrics,
     ), tracking
 
 
@@ -140,7 +143,7 @@ def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
     mlp = experiment("model=mlp", "model.widths=[32]", "model.norm=none").model
 
     def model() -> nn.Module:
-        return mlp.build(input_shape=(1, 8, 8), classes=10)  # type: ignore[no-any-return]
+        return mlp.build(input_shape=(1, 8, 8), classes=10)
 
     def by_hand(**options: bool) -> float:
         module, loss_of = model(), nn.CrossEntropyLoss()
@@ -161,13 +164,13 @@ def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
                 marks: list[float] = []
                 timed = run.batches.epoch
 
-                def marked(epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+                def marked(epoch: int, start: int = 0, step: int = 0) -> Iterator[Batch]:
                     source = timed(epoch, start, step)
                     marks.append(time.perf_counter())
                     yield from source  # the epoch's end (a checkpoint) is not part of a step
                     marks.append(time.perf_counter())
 
-                run.batches.epoch = marked
+                run.batches.epoch = marked  # type: ignore[method-assign]
                 with tracking, Interruption() as interruption:
                     run.fit(interruption)
                 return (marks[1] - marks[0]) / (steps + 1) * 1e6
@@ -175,7 +178,12 @@ def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
         return measure
 
     fused = functools.partial(by_hand, fused=True)
-    candidates = {"by hand": by_hand, "by hand, fused": fused, "logging off": engine(None), "logging on": engine(50)}
+    candidates: dict[str, Callable[[], float]] = {
+        "by hand": by_hand,
+        "by hand, fused": fused,
+        "logging off": engine(None),
+        "logging on": engine(50),
+    }
     measurements = interleave(candidates, rounds)
     medians = {name: statistics.median(values) for name, values in measurements.items()}
     over_plain = {
@@ -194,7 +202,7 @@ def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
 
 
 def resnet20() -> nn.Module:
-    return experiment("model=resnet20").model.build(input_shape=(3, 32, 32), classes=10)  # type: ignore[no-any-return]
+    return experiment("model=resnet20").model.build(input_shape=(3, 32, 32), classes=10)
 
 
 COUNT = 2560  # images of one measurement
@@ -331,9 +339,9 @@ def _synchronization_on_cuda(data: list[tuple[Tensor, Tensor]], steps: int) -> d
         warnings.simplefilter("always")
         run, tracking = training(module, batches, Path(folder), log_every=10**6, check_now=False)
         with tracking, Interruption():
-            for step, (x, y) in enumerate(batches.epoch(0)):
+            for step, batch in enumerate(batches.epoch(0)):
                 torch.cuda.set_sync_debug_mode("warn" if step else "default")
-                run.step.update(x, y, step, run.train_metrics)
+                run.update(batch, step)
                 tracking.advance(step + 1)
             torch.cuda.set_sync_debug_mode("default")
     waits = sum("synchroniz" in str(warning.message) for warning in caught)

@@ -73,8 +73,8 @@ def dlopt_steps(*overrides: str) -> Steps:
     numbers = itertools.count()
 
     def run(steps: int) -> None:
-        for (inputs, targets), number in zip(itertools.islice(batches, steps), numbers, strict=False):
-            trainer.step.update(inputs, targets, number, trainer.train_metrics)
+        for batch, number in zip(itertools.islice(batches, steps), numbers, strict=False):
+            trainer.update(batch, number)
         trainer.train_metrics.sync()
 
     return run
@@ -117,8 +117,8 @@ class NanoBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.size()
-        heads = (each.view(B, T, HEADS, C // HEADS).transpose(1, 2) for each in self.c_attn(self.ln_1(x)).split(C, 2))
-        y = F.scaled_dot_product_attention(*heads, attn_mask=None, dropout_p=0, is_causal=True)
+        q, k, v = (each.view(B, T, HEADS, C // HEADS).transpose(1, 2) for each in self.c_attn(self.ln_1(x)).split(C, 2))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0, is_causal=True)
         x = x + self.dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C)))
         return x + self.dropout(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)))))
 

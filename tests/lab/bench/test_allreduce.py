@@ -23,7 +23,7 @@ def rank() -> None:
     mode = build_mode(experiment("parallel=ddp", "device=cpu", "threads=1"))
     with pytest.raises(RunError, match=r"^allreduce: 1\.09951e\+12 MiB cannot be allocated \("):
         next(measure_all_reduce([1 << 60], 1, torch.device("cpu")))
-    times = itertools.count(step=mode.rank + 1)
+    times = itertools.count(step=mode.ranks.rank + 1)
     [row] = measure_all_reduce([4_000_000], 3, torch.device("cpu"), clock=lambda device: float(next(times)))
     print(row.size, row.ranks, row.seconds, row.algorithm, row.bus, file=sys.stderr)
 
