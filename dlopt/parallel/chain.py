@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dlopt.errors import UserError
 from dlopt.models.layers import evaluation_mode
+from dlopt.parallel.dropout import GlobalDropout
 from dlopt.processor import synchronized_time
 
 _REPETITIONS = 3
@@ -55,7 +55,8 @@ class ChainLayer:
     name: str
     module: nn.Module
     output: ActivationSpec | None = None  # None before `trace`
-    dropouts: list[tuple[nn.Module, ActivationSpec]] = field(default_factory=list)  # in call order, with their inputs
+    # In the order of the calls, with the shape of one sample.
+    dropouts: list[tuple[GlobalDropout, tuple[int, ...]]] = field(default_factory=list)
 
 
 def flatten(model: nn.Module, stages: int) -> list[ChainLayer]:
@@ -108,8 +109,8 @@ def trace(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardContext) 
 
 
 def _record_dropout(layer: ChainLayer, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    if isinstance(module, _DropoutNd) and module.p > 0:
-        layer.dropouts.append((module, ActivationSpec.of(inputs[0])))
+    if isinstance(module, GlobalDropout):
+        layer.dropouts.append((module, tuple(inputs[0].shape[1:])))
 
 
 def time_layers(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardContext) -> list[float]:

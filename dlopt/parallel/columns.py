@@ -10,11 +10,11 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.parallel.collectives import ModelGroup, with_adjoint
+from dlopt.parallel.dropout import CurrentShard, GlobalDropout, convert_dropout
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
 from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, check_precision, join_mode
@@ -53,21 +53,20 @@ class OneColumnAlexNet(TwoColumnAlexNet):
 
 
 class ColumnDropout(nn.Module):
-    """Dropout of one column. Draws the masks of all columns in order, as a single process does, and keeps its own."""
+    """Dropout of one column. Draws for all columns in order, as a single process does."""
 
-    def __init__(self, dropout: _DropoutNd, model_group: ModelGroup) -> None:
+    def __init__(self, dropout: GlobalDropout, model_group: ModelGroup) -> None:
         super().__init__()
         self.dropout = dropout
         self.model_group = model_group
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if not self.training:
-            return inputs
-        outputs = [
-            self.dropout(inputs if rank == self.model_group.rank else torch.zeros_like(inputs))
-            for rank in range(self.model_group.size)
-        ]
-        return outputs[self.model_group.rank]
+        for _ in range(self.model_group.rank):
+            self.dropout.discard(inputs.shape, inputs.device)
+        outputs: Tensor = self.dropout(inputs)
+        for _ in range(self.model_group.rank + 1, self.model_group.size):
+            self.dropout.discard(inputs.shape, inputs.device)
+        return outputs
 
 
 def gather_to_first(shard: Tensor, model_group: ModelGroup) -> Tensor:
@@ -127,9 +126,10 @@ def split_columns(model: nn.Module, input_shape: tuple[int, ...], model_group: M
             column.to("meta")
     if model_group.rank > 0:
         model.head.to("meta")
+    convert_dropout(model, CurrentShard())
     for parent in list(model.columns[model_group.rank].modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, _DropoutNd):
+            if isinstance(child, GlobalDropout):
                 parent._modules[name] = ColumnDropout(child, model_group)
     convert(model, OneColumnAlexNet, model_group=model_group)
     return ShardingPlan({}, {})

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.data.batches import Batch
 from dlopt.errors import UserError
-from dlopt.parallel.dropout import replace_dropout
+from dlopt.parallel.dropout import convert_dropout
 from dlopt.parallel.mode import Mode, ModeTraits, Placed
 from dlopt.parallel.process_group import GroupMode, ProcessGroup, ProcessKeys, join_mode
 from dlopt.parallel.rendezvous import current
@@ -87,7 +87,7 @@ class DataParallel(GroupMode):
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Placed:
         if self.sync_batchnorm:
             synchronize(model, self.device)
-        replace_dropout(model, self.dropout)
+        convert_dropout(model, self.dropout)
         # No broadcast of buffers in each forward: synchronized batch-norm statistics are equal anyway, and
         # `Placed.after_update` averages the others.
         broadcast = "forward_sync_buffers" if _HAS_FORWARD_SYNC_BUFFERS else "broadcast_buffers"

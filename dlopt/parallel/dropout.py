@@ -1,17 +1,22 @@
-"""Dropout whose masks depend on the position in the global batch: all numbers of ranks drop the same activations."""
+"""Dropout whose masks are a hash of the position in the global batch: equal on any number of ranks."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.data.batches import Batch
-from dlopt.errors import UserError
 from dlopt.parallel.batch_shards import MicroBatchShard
-from dlopt.parallel.chain import ActivationSpec
 from dlopt.parallel.collectives import ShardSpec
+
+FeatureSpec = Callable[[Tensor], ShardSpec]
+"""Maps an input to the features that it holds, where features are sharded over ranks."""
+
+_LEVELS = 1 << 16  # of the probability: an activation is dropped by 16 random bits
+_SELU_LIMIT = -1.7580993408473766  # the value of SELU at minus infinity, which alpha dropout sets (-lambda * alpha)
 
 
 class CurrentShard:
@@ -33,73 +38,136 @@ class CurrentShard:
         return self  # copies of a model process the same samples
 
 
-class GlobalDropout(nn.Module):
-    """Any of torch's dropout modules, drawn for the samples of all ranks; this rank keeps the masks of its own.
+class GlobalDropout(_DropoutNd):
+    """A dropout of torch with other random numbers: those of a sample depend on its position in the global batch.
 
-    All ranks draw equally many numbers, whatever their shards: generators that start equal stay equal. The leading
-    dimension of the input must be the sample.
+    A generator is a stream, in which the mask of a sample depends on how many numbers were drawn before: to drop what a
+    single process drops, a rank would have to draw for the samples of all others. So a call draws one key of 32 bits
+    per sample of the global batch and one per two features, and the hash of their sum decides. This costs as many
+    operations as the rank has activations, and as many random numbers as the global batch has samples. All ranks draw
+    equally many, whatever their shards: generators that start equal stay equal.
 
-    `feature_spec`: maps an input to the features that it holds, where features are sharded over ranks.
+    The leading dimension of the input must be the sample. The probability is rounded to a multiple of 2^-16.
+
+    Attributes:
+        mask_dims: leading dimensions of the input along which the mask varies; None: all.
+        is_alpha: keeps mean and variance of SELU units (Klambauer et al. 2017, equation 12).
     """
 
-    def __init__(
-        self, dropout: _DropoutNd, current: CurrentShard, feature_spec: Callable[[Tensor], ShardSpec] | None = None
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.current = current
-        self.feature_spec = feature_spec
+    mask_dims: int | None = None
+    is_alpha = False
+    current: CurrentShard
+    feature_spec: FeatureSpec | None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        shard = self.current.shard
-        if (shard is None and self.feature_spec is None) or not self.training or self.dropout.p == 0:
-            return self.dropout(inputs)
-        if shard is None:
-            shard = MicroBatchShard(len(inputs), slice(0, len(inputs)))
+        p = self._level / _LEVELS
+        if not self.training or p == 0:
+            return inputs
+        if p == 1:
+            return inputs * 0.0
+        dropped = self._mask(inputs)
+        if not self.is_alpha:
+            return inputs.masked_fill(dropped, 0.0) * (1 / (1 - p))
+        scale = ((_SELU_LIMIT**2 * p + 1) * (1 - p)) ** -0.5
+        return inputs.masked_fill(dropped, _SELU_LIMIT) * scale - _SELU_LIMIT * p * scale
+
+    @property
+    def _level(self) -> int:
+        return round(self.p * _LEVELS)
+
+    def _mask(self, inputs: Tensor) -> Tensor:
+        """Returns which activations to drop, in a shape that broadcasts to that of the inputs."""
+        spec = None if self.feature_spec is None else self.feature_spec(inputs)
+        shape = self._mask_shape(inputs.shape, spec)
+        shard = self.current.shard or MicroBatchShard(len(inputs), slice(0, len(inputs)))
         if len(inputs) != shard.samples:
             raise RuntimeError(
                 f"dropout got {len(inputs)} samples on a rank that has {shard.samples}: the leading dimension must be "
                 "the sample under data parallelism"
             )
-        # A generator is a stream: the mask of a sample depends on how many numbers were drawn before. To drop what a
-        # single process drops, a rank has to draw for the samples of the others, too, which costs time and memory that
-        # grow with the number of ranks. It is the price of runs that are equal whatever their number of processes. The
-        # local samples go into a zero tensor of the global shape, the dropout runs on all of it, and the local slice is
-        # kept. This works for every kind of dropout (elementwise, channelwise, alpha) without a case for each. The
-        # order of dimensions in memory is preserved, because torch may draw masks in memory order.
-        shape, spec = [shard.total, *inputs.shape[1:]], self.feature_spec and self.feature_spec(inputs)
+        samples, features = self._keys(shard.total, shape, inputs.device)
+        bits = hashed(samples[shard.local] + features).view(torch.int16)  # two features per word
+        dropped = bits[:, : math.prod(shape)] < self._level - _LEVELS // 2
+        dropped = dropped.view(len(inputs), *shape)
+        is_sharded = spec is not None and (self.mask_dims is None or spec.dim < self.mask_dims)
+        return spec.select(dropped) if spec is not None and is_sharded else dropped
+
+    def _mask_shape(self, inputs: torch.Size, spec: ShardSpec | None) -> list[int]:
+        """Returns the shape of one sample's mask, for the features of all ranks."""
+        shape = list(inputs)
         if spec is not None:
             shape[spec.dim] = spec.size
-            if _has_ambiguous_format(inputs.shape) and not _has_ambiguous_format(shape):
-                raise UserError(
-                    "model.dropout: with one channel or one pixel per process, the masks cannot match those of a "
-                    "single process; use fewer processes, a wider model, or model.dropout=0"
-                )
-        full = ActivationSpec.of(inputs).restore_order(inputs.new_zeros(shape))
-        if spec is None:
-            full[shard.local] = inputs
-            return self.dropout(full)[shard.local]
-        full[shard.local] = spec.insert(full[shard.local], inputs)
-        return spec.select(self.dropout(full)[shard.local])
+        varies = len(shape) if self.mask_dims is None else self.mask_dims
+        return [size if dim < varies else 1 for dim, size in enumerate(shape)][1:]
+
+    def _keys(self, total: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        words = (math.prod(shape) + 1) // 2
+        low, high = -(1 << 31), 1 << 31
+        samples = torch.randint(low, high, (total, 1), dtype=torch.int32, device=device)
+        return samples, torch.randint(low, high, (words,), dtype=torch.int32, device=device)
+
+    def discard(self, inputs: torch.Size, device: torch.device) -> None:
+        """Draws the random numbers of a call with inputs of this shape, which another rank makes."""
+        if self.training and 0 < self._level < _LEVELS:
+            self._keys(inputs[0], self._mask_shape(inputs, None), device)
 
 
-def _has_ambiguous_format(shape: Sequence[int]) -> bool:
-    """Whether features or maps of this shape have the same memory layout channels-first and channels-last."""
-    return len(shape) > 2 and (shape[1] == 1 or math.prod(shape[2:]) == 1)
+class Dropout(GlobalDropout, nn.Dropout):
+    pass
 
 
-def replace_dropout(
-    module: nn.Module,
-    current: CurrentShard,
-    feature_specs: Mapping[nn.Module, Callable[[Tensor], ShardSpec]] | None = None,
+class Dropout1d(GlobalDropout, nn.Dropout1d):
+    mask_dims = 2
+
+
+class Dropout2d(GlobalDropout, nn.Dropout2d):
+    mask_dims = 2
+
+
+class Dropout3d(GlobalDropout, nn.Dropout3d):
+    mask_dims = 2
+
+
+class AlphaDropout(GlobalDropout, nn.AlphaDropout):
+    is_alpha = True
+
+
+class FeatureAlphaDropout(GlobalDropout, nn.FeatureAlphaDropout):
+    mask_dims, is_alpha = 2, True
+
+
+_KINDS: dict[type[nn.Module], type[GlobalDropout]] = {
+    nn.Dropout: Dropout,
+    nn.Dropout1d: Dropout1d,
+    nn.Dropout2d: Dropout2d,
+    nn.Dropout3d: Dropout3d,
+    nn.AlphaDropout: AlphaDropout,
+    nn.FeatureAlphaDropout: FeatureAlphaDropout,
+}
+
+
+def hashed(words: Tensor) -> Tensor:
+    """Hashes int32 words in place: each bit depends on all bits (Wellons, hash-prospector, two rounds)."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        words = _xor_shifted(words, shift).mul_(factor)
+    return _xor_shifted(words, 15)
+
+
+def _xor_shifted(words: Tensor, shift: int) -> Tensor:
+    # torch shifts signed words only, and fills them with the sign; the mask makes the shift a logical one.
+    return words.bitwise_xor_((words >> shift).bitwise_and_((1 << (32 - shift)) - 1))
+
+
+def convert_dropout(
+    module: nn.Module, current: CurrentShard, feature_specs: Mapping[nn.Module, FeatureSpec] | None = None
 ) -> None:
-    """Replaces every dropout in `module` by a `GlobalDropout`; a shared dropout stays shared.
+    """Turns torch's dropouts in `module` into a `GlobalDropout`, in place; subclasses of a user stay as they are.
 
-    `feature_specs`: see `GlobalDropout`, by dropout.
+    `feature_specs`: by dropout, where its features are sharded over ranks.
     """
     specs = feature_specs or {}
-    replaced: dict[nn.Module, GlobalDropout] = {}
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, _DropoutNd) and not isinstance(parent, GlobalDropout):
-                parent._modules[name] = replaced.setdefault(child, GlobalDropout(child, current, specs.get(child)))
+    for each in module.modules():
+        kind = type(each) if isinstance(each, GlobalDropout) else _KINDS.get(type(each))
+        if kind is not None:
+            each.__class__ = kind
+            each.current, each.feature_spec = current, specs.get(each)  # type: ignore[assignment]

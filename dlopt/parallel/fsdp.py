@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.parallel.ddp import DataParallel
-from dlopt.parallel.dropout import replace_dropout
+from dlopt.parallel.dropout import convert_dropout
 from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, check_precision, join_mode
 from dlopt.parallel.rendezvous import current
@@ -70,8 +70,8 @@ class FullySharded(DataParallel):
 
         if self.sync_batchnorm:
             synchronize(model, self.device)
-        replace_dropout(model, self.dropout)
-        # Order matters: batch norms and dropouts are replaced while they are plain modules; sharding comes last, since
+        convert_dropout(model, self.dropout)
+        # Order matters: batch norms are replaced while they are plain modules; sharding comes last, since
         # it replaces the parameters, and hooks every unit that it has seen.
         model.to(memory_format=torch.contiguous_format)  # FSDP2 requires it; layers follow the format of their inputs
         self._shard(model)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dlopt.data.batches import Batch
 from dlopt.parallel.batch_shards import BatchSplit
+from dlopt.parallel.dropout import CurrentShard, convert_dropout
 from dlopt.parallel.ranks import Ranks
 from dlopt.parallel.shards import FullState
 
@@ -88,6 +89,7 @@ class Mode:
         become DTensors (all of them: optimizers do not mix them with plain tensors), or move to the meta device where
         another rank holds them. All ranks call this together. Raises `UserError` for a model that cannot be placed.
         """
+        convert_dropout(model, CurrentShard())
         return Placed(model)
 
     def micro_batch(self, micro_batch: Batch) -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
-from dlopt.parallel.dropout import replace_dropout
+from dlopt.parallel.dropout import convert_dropout
 from dlopt.parallel.mode import ModeTraits, Placed
 from dlopt.parallel.process_group import GroupMode, ProcessGroup
 from dlopt.parallel.shards import TensorShards, local
@@ -25,7 +25,7 @@ _BUCKET_BYTES = 25 * 2**20  # of gradients per all-reduce, as in DDP
 class ShardingPlan:
     """How a model was split in place.
 
-    `shard_specs`: by name of a sharded parameter or buffer. `dropouts`: see `dropout.replace_dropout`. `partial_grads`:
+    `shard_specs`: by name of a sharded parameter or buffer. `dropouts`: see `convert_dropout`. `partial_grads`:
     names of replicated parameters whose gradients must be summed over the model group.
     """
 
@@ -74,7 +74,7 @@ class ModelParallel(GroupMode):
         plan = self.split_model(model, input_shape, self.model_group)
         if self.sync_batchnorm:
             synchronize(model, self.device, self.mesh.get_group("data"))
-        replace_dropout(model, self.dropout, plan.dropouts)
+        convert_dropout(model, self.dropout, plan.dropouts)
         self.distribute_parameters(model, plan)
         named = dict(model.named_parameters())
         self._parameters, self._partial_grads = list(named.values()), [named[name] for name in plan.partial_grads]

@@ -19,6 +19,7 @@ from dlopt.errors import UserError
 from dlopt.parallel import chain as chains
 from dlopt.parallel.batch_shards import BatchShard, BatchSplit, ShardedAugment, micro_batch_bounds
 from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
+from dlopt.parallel.dropout import GlobalDropout, convert_dropout
 from dlopt.parallel.mode import MicroLoss, Mode, ModeTraits, Placed
 from dlopt.parallel.process_group import GroupMode, ProcessGroup, ProcessKeys, check_precision, join_mode
 from dlopt.parallel.shards import LayerShards
@@ -102,6 +103,7 @@ class PipelineMode(GroupMode):
     # -- the model
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Placed:
+        convert_dropout(model, self.dropout)
         chain = chains.flatten(model, self.group.size)
         inputs = self._probe_inputs(model, input_shape)
         chains.trace(chain, inputs[:2], self._forward_context)
@@ -263,8 +265,8 @@ class StageSplit(BatchSplit):
 class Stage(nn.Module):
     """The layers of one stage as one module. Inputs and outputs are contiguous, as pipeline messages must be.
 
-    Random generators advance as in a single process: the stage also draws the dropout masks of the other stages, in the
-    order of the full model, and discards them.
+    Random generators advance as in a single process: the stage also draws the random numbers of the dropouts of the
+    other stages, in the order of the full model, and discards them.
     """
 
     def __init__(
@@ -289,8 +291,6 @@ class Stage(nn.Module):
         self._discard_draws(self._later, inputs)
         return values.contiguous()
 
-    @torch.no_grad()
-    def _discard_draws(self, dropouts: Sequence[tuple[nn.Module, ActivationSpec]], inputs: Tensor) -> None:
-        for dropout, spec in dropouts:
-            if dropout.training:
-                dropout(spec.restore_order(torch.zeros_like(spec.empty(len(inputs), inputs.device))))
+    def _discard_draws(self, dropouts: Sequence[tuple[GlobalDropout, tuple[int, ...]]], inputs: Tensor) -> None:
+        for dropout, sample in dropouts:
+            dropout.discard(torch.Size((len(inputs), *sample)), inputs.device)

@@ -13,7 +13,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.parallel import rendezvous
 from dlopt.parallel.collectives import ModelGroup
-from dlopt.parallel.dropout import CurrentShard, replace_dropout
+from dlopt.parallel.dropout import CurrentShard, convert_dropout
 from dlopt.parallel.model_parallel import SplitFunction, all_reduce_buckets
 from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.shards import TensorShards, local
@@ -43,6 +43,7 @@ def randomized(model: nn.Module) -> nn.Module:
     """Returns the model in fp64, with norms and biases moved away from 0 and 1."""
     torch.manual_seed(1)
     model = model.double()
+    convert_dropout(model, CurrentShard())  # as in a single process
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.ndim == 1 and tensor.is_floating_point():
@@ -93,7 +94,7 @@ def compare(
         full = randomized(model)
         split_model = copy.deepcopy(full)
         plan = split(split_model, tuple(shape), model_group)
-        replace_dropout(split_model, CurrentShard(), plan.dropouts)
+        convert_dropout(split_model, CurrentShard(), plan.dropouts)
         distribute(split_model, mesh, plan.shard_specs)
         named = dict(split_model.named_parameters())
         torch.manual_seed(3)

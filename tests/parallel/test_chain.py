@@ -23,6 +23,7 @@ from dlopt.parallel.chain import (
     time_layers,
     trace,
 )
+from dlopt.parallel.dropout import CurrentShard, convert_dropout
 
 
 def net() -> nn.Sequential:
@@ -58,6 +59,7 @@ def test_flattened_layers_are_in_call_order() -> None:
 
 def test_trace_and_timing_leave_the_model_unchanged() -> None:
     model = net().train()
+    convert_dropout(model, CurrentShard())
     state_before = {name: value.clone() for name, value in model.state_dict().items()}
     chain = flatten(model, 2)
     inputs = torch.randn(3, 1, 4, 4).contiguous(memory_format=torch.channels_last)
@@ -67,7 +69,7 @@ def test_trace_and_timing_leave_the_model_unchanged() -> None:
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert [layer.output and layer.output.shape for layer in chain] == [(4, 2, 2)] * 3 + [(16,), (8,), (8,), (2,)]
-    assert [len(layer.dropouts) for layer in chain] == [0, 0, 1, 0, 0, 0, 0]
+    assert [layer.dropouts for layer in chain] == [[], [], [(model[0][2], (4, 2, 2))], [], [], [], []]
 
 
 def test_activation_spec_restores_memory_order() -> None:

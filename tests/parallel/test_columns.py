@@ -10,7 +10,7 @@ import torch
 from dlopt.analysis.communication import Traffic
 from dlopt.errors import UserError
 from dlopt.parallel.columns import split_columns
-from dlopt.parallel.dropout import CurrentShard, replace_dropout
+from dlopt.parallel.dropout import CurrentShard, convert_dropout
 from dlopt.parallel.filter import split_filters
 from tests.parallel.models import SHAPE, build, join_all, randomized, train_step
 from tests.parallel.ranks import run_ranks
@@ -25,7 +25,7 @@ def columns_match_single_process() -> None:
     split, filters = copy.deepcopy(full), copy.deepcopy(full)
     inputs = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(3)).double()
     split_columns(split, SHAPE, model_group)
-    replace_dropout(split, CurrentShard())
+    convert_dropout(split, CurrentShard())
     expected = train_step(full, inputs)
     with Traffic() as columns_traffic:
         outputs = train_step(split, inputs)
@@ -38,7 +38,7 @@ def columns_match_single_process() -> None:
         torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(split.eval()(inputs), full.eval()(inputs), rtol=1e-10, atol=1e-10)
     plan = split_filters(filters, SHAPE, model_group)
-    replace_dropout(filters, CurrentShard(), plan.dropouts)
+    convert_dropout(filters, CurrentShard(), plan.dropouts)
     with Traffic() as filter_traffic:
         train_step(filters, inputs)
     # By hand: each rank's half of 256 maps of 2x2, of 256 features and of 32 (twice: hidden and last), there and back;

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,12 +20,14 @@ from torch.nn import functional as F
 
 import dlopt
 from dlopt import job
+from dlopt.data.batches import Batches
 from dlopt.errors import RunError, UserError
+from dlopt.interruption import Interruption
 from dlopt.parallel.ranks import Ranks
 from dlopt.training.build import Workload, build_workload, training_batches
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.trainer import Run, Trainer
+from dlopt.training.trainer import Run, Trainer, train_run
 from tests.training.runs import (
     RICH,
     SMALL,
@@ -425,6 +428,21 @@ LONG = [*RICH, "epochs=50"]
 
 
 WORKERS = ["data.memory=false", "data.workers=2"]
+
+
+def test_ends_all_loader_workers(tmp_path: Path) -> None:
+    """Also those of the loader that evaluates, and while something still holds the loaders."""
+    kept: set[Batches] = set()
+
+    def observe(workload: Workload, *_: object) -> tuple[()]:
+        kept.update(workload.opened)
+        object.__setattr__(workload, "opened", kept)
+        return ()
+
+    before = set(multiprocessing.active_children())
+    with Interruption() as interruption:
+        train_run(Run(experiment(*RICH, *WORKERS, "epochs=1"), tmp_path), interruption, console=False, observe=observe)
+    assert len(kept) >= 2 and set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.slow
