@@ -37,8 +37,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COVERAGE = ROOT / "outputs" / "mutants"
-TARGETS = ("dlopt/optim", "dlopt/schedules", "dlopt/training/step.py", "dlopt/parallel", "dlopt/config/rules.py")
-TESTS = ("tests/optim", "tests/schedules", "tests/training", "tests/parallel", "tests/config")
+TARGETS = (
+    "dlopt/optim",
+    "dlopt/schedules",
+    "dlopt/training",
+    "dlopt/parallel",
+    "dlopt/data/batches.py",
+    "dlopt/config/rules.py",
+)
+TESTS = ("tests/optim", "tests/schedules", "tests/training", "tests/parallel", "tests/data", "tests/config")
 ELSEWHERE = {"dlopt/config/rules.py": "tests/config/test_bad_input.py"}  # tests that refuse combinations of settings
 PRELOAD = ("torch", "torch._dynamo", "torch.utils.tensorboard", "scipy.optimize", "hypothesis", "hydra", "rich.console")
 KILLED = ("killed", "timeout")

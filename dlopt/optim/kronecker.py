@@ -159,7 +159,7 @@ class SOAP(RealOptimizer):
             modes = [mode for mode, size in enumerate(p.shape) if p.ndim > 1 and size <= group["max_size"]]
             if count > 1:
                 # Adam's second moment is that of rotated gradients, so it has to rotate with the basis; its first
-                # moment stays in the coordinates of the parameters, and is rotated anew in each update, exactly.
+                # moment stays in the coordinates of the parameters, and is rotated again in each update, exactly.
                 t = count - 1  # updates, including this one
                 bases = [state.get(f"basis{mode}") for mode in range(p.ndim)]
                 m.lerp_(grad, 1 - beta1)

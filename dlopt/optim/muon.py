@@ -167,7 +167,7 @@ class Muon(torch.optim.Optimizer):
             if group["use_muon"]:
                 self._step_matrices(group)
         if self._rest is not None:
-            # Two optimizers behind one interface: schedules, checkpoints and parameter groups see this one only. The
+            # Two optimizers with one interface: schedules, checkpoints and parameter groups see this one only. The
             # inner one shares groups and state, so that nothing has to be copied between them, in either direction.
             self._rest.state = self.state  # one state, which is saved
             for group in self._rest.param_groups:

@@ -237,7 +237,7 @@ def _conjugate_gradients(
         a_direction = product(direction)
         curvature, direction_square = torch.stack([direction @ a_direction, direction @ direction]).tolist()
         # Along this direction the quadratic model has no minimum. What has been found so far is still a descent
-        # direction; going on would divide by a curvature that is zero, or negative, up to rounding.
+        # direction; the next step would divide by a curvature that is zero, or negative, up to rounding.
         if curvature <= torch.finfo(b.dtype).eps * direction_square:
             return b if i == 0 else x
         alpha = residual_square / curvature

@@ -67,7 +67,7 @@ class ModelGroup:
         `reduce_grad`: the ranks use the result differently, as if `copy` followed; backward is one reduce-scatter.
         """
 
-        # Where every rank goes on with the same computation, all have the same gradient of the gathered tensor, and
+        # Where every rank continues with the same computation, all have the same gradient of the gathered tensor, and
         # each needs its slice of it only: a sum would count it once per rank. Where they differ, it is the sum that is
         # needed.
         def backward(gradient: Tensor) -> Tensor:
