@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
-from dlopt.commands.reads import COMPOSITION, refuse_unread_hydra
+from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.commands.train import prepare
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import quoted

@@ -126,7 +126,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         return _printed(f"dlopt {dlopt.__version__}\n"), []
     for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command
         if argument in ("-sc", "--shell-completion"):
-            from dlopt.commands.completion import complete
+            from dlopt.completion import complete
 
             return lambda words: complete(words, COMMANDS), list(arguments[index:])
     name = arguments[0]
@@ -138,7 +138,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     path, _, function = commands[name].partition(":")
     module = importlib.import_module(path)
     if _HELP & set(arguments[1:]) and hasattr(module, "USAGE"):  # the help of `train` depends on --config-dir
-        from dlopt.commands.usage import usage
+        from dlopt.command_line.usage import usage
 
         return _printed(usage(module)), []
     command: Command = getattr(module, function)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -100,14 +99,6 @@ class RunFolder:
         """Reads the overrides of the run, after the flags that name its config files."""
         overrides = self._load("overrides.yaml")
         return [str(override) for override in overrides] if isinstance(overrides, list) else []
-
-    def how_to_resume(self, is_ranks: bool = False) -> str:
-        """Returns the command that resumes the run. `is_ranks`: torchrun or srun has started its processes."""
-        if (self.path.parent / SPACE).is_file():
-            return "add resume=auto to the command of the sweep"
-        words = [word for word in self.history() if not word.startswith("resume=")]
-        launcher = "the same launcher, and " if is_ranks else ""
-        return f"resume with: {launcher}{shlex.join(['dlopt', 'train', *words, 'resume=auto'])}"
 
     def _load(self, name: str) -> Any:
         try:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dlopt import environment
+from dlopt.config.resuming import how_to_resume
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.files import read_json, write_atomically, write_json
 from dlopt.folders import FORMAT, RunFolder
@@ -72,7 +73,7 @@ def reported(run: "Run", *, may_diverge: bool = False) -> Iterator[Outcome]:
         outcome.code = error.code
     except KeyboardInterrupt:
         if rendezvous.is_main():
-            print_error(f"interrupted; {RunFolder(run.folder).how_to_resume(rendezvous.is_launched())}")
+            print_error(f"interrupted; {how_to_resume(RunFolder(run.folder), rendezvous.is_launched())}")
         outcome.code = INTERRUPTED
     except Exception as error:
         outcome.code, reason = failure(error)

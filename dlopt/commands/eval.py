@@ -8,8 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dlopt.commands.command import Line, fitting, on_checkpoint, on_experiment, saved_experiment, writing
-from dlopt.commands.processes import join_processes, over_processes, take_process_keys
+from dlopt.command_line.line import Line, fitting, on_checkpoint, on_experiment, saved_experiment, writing
+from dlopt.command_line.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import DONE, UserError

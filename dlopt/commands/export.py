@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import dlopt
-from dlopt.commands.command import on_checkpoint, read_dataset, refuse_folder, saved_experiment, writing
+from dlopt.command_line.line import on_checkpoint, read_dataset, refuse_folder, saved_experiment, writing
 from dlopt.errors import DONE, RunError, UserError, install
 from dlopt.files import temporary_sibling
 from dlopt.job import print_error

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dlopt.analysis.range_test import RangeTest
-from dlopt.commands.command import Line, on_experiment, output_folder, writing
-from dlopt.commands.reads import RECIPE, UPDATE
+from dlopt.command_line.line import Line, on_experiment, output_folder, writing
+from dlopt.command_line.reads import RECIPE, UPDATE
 from dlopt.errors import DONE, USER_ERROR, RunError, UserError
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.rendezvous import current, is_main, leave

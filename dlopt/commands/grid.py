@@ -2,7 +2,7 @@
 
 from hydra.types import RunMode
 
-from dlopt.commands.command import read_line
+from dlopt.command_line.line import read_line
 from dlopt.config.overrides import grid
 from dlopt.config.plan import with_params
 from dlopt.errors import DONE, UserError

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from dlopt.commands.command import on_checkpoint, refuse_folder, writing
-from dlopt.commands.processes import join_processes, over_processes, take_process_keys
+from dlopt.command_line.line import on_checkpoint, refuse_folder, writing
+from dlopt.command_line.processes import join_processes, over_processes, take_process_keys
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.files import temporary_sibling
 from dlopt.job import print_error

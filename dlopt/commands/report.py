@@ -12,9 +12,9 @@ from typing import Annotated
 
 from rich.console import Console
 
-from dlopt.commands.command import take_own, writing
+from dlopt.command_line.line import take_own, writing
+from dlopt.command_line.usage import own_keys
 from dlopt.commands.runs import split_folders
-from dlopt.commands.usage import own_keys
 from dlopt.config.overrides import key_of
 from dlopt.errors import DONE, UserError, suggest
 from dlopt.files import write_atomically

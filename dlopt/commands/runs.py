@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from dlopt.commands.command import take_own
+from dlopt.command_line.line import take_own
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.job import print_error

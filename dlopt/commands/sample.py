@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlopt.commands.command import on_checkpoint
+from dlopt.command_line.line import on_checkpoint
 from dlopt.config.overrides import key_of, value_of, without
 from dlopt.errors import DONE, UserError
 from dlopt.ranges import Count, NonNegative, Seed

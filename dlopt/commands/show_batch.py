@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 from annotated_types import Interval
 
-from dlopt.commands.command import Line, on_experiment, output_folder, read_dataset, refuse_folder, writing
-from dlopt.commands.reads import RECIPE
+from dlopt.command_line.line import Line, on_experiment, output_folder, read_dataset, refuse_folder, writing
+from dlopt.command_line.reads import RECIPE
 from dlopt.errors import DONE, UserError
 from dlopt.tracking.layout import short_path
 

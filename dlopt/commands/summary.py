@@ -3,8 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlopt.commands.command import Line, on_experiment, read_dataset
-from dlopt.commands.reads import RECIPE
+from dlopt.command_line.line import Line, on_experiment, read_dataset
+from dlopt.command_line.reads import RECIPE
 from dlopt.errors import DONE, UserError
 from dlopt.ranges import Count
 from dlopt.tracking.layout import format_bytes, plain_table, show_table

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import dlopt
-from dlopt.commands.command import read_line
+from dlopt.command_line.line import read_line
 from dlopt.errors import DONE, UserError, suggest
 
 TEMPLATES = {  # name -> file in dlopt/templates/

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dlopt.commands.processes import prepare_rank
-from dlopt.commands.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
+from dlopt.command_line.processes import prepare_rank
+from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.compose import Composer, job_environment, typed_folder
 from dlopt.config.flags import parse_arguments, show_info
 from dlopt.config.inherit import inherit
@@ -44,7 +44,7 @@ def train(arguments: list[str]) -> int:
     """Runs `dlopt train` with the given arguments; returns the exit code. Raises `UserError`."""
     parsed = parse_arguments(arguments)
     if parsed.help:
-        from dlopt.commands.help import help_page
+        from dlopt.commands.options import help_page
 
         print(help_page(parsed.config_dir))
         return 0
@@ -67,7 +67,7 @@ def train(arguments: list[str]) -> int:
         return 0
     config = None if parsed.multirun else composer.compose(parsed.overrides)
     if config is None or config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
-        from dlopt.commands.sweep import sweep
+        from dlopt.sweeps.run import sweep
 
         return sweep(composer, parsed)
     for key, path in SERIES.items():

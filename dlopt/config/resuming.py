@@ -8,7 +8,7 @@ from typing import Any
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import without
 from dlopt.errors import UserError
-from dlopt.folders import RunFolder, newest
+from dlopt.folders import SPACE, RunFolder, newest
 from dlopt.plain import flatten
 from dlopt.roles import Role
 
@@ -22,6 +22,15 @@ def may_change(key: str) -> bool:
 
 # What runs did before these keys existed; saved configs lack them.
 _BEFORE = {"ema_warmup": False}
+
+
+def how_to_resume(folder: RunFolder, is_ranks: bool = False) -> str:
+    """Returns the command that resumes the run. `is_ranks`: torchrun or srun has started its processes."""
+    if (folder.path.parent / SPACE).is_file():
+        return "add resume=auto to the command of the sweep"
+    launcher = "the same launcher, and " if is_ranks else ""
+    words = without(folder.history(), "resume")
+    return f"resume with: {launcher}{shlex.join(['dlopt', 'train', *words, 'resume=auto'])}"
 
 
 def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:

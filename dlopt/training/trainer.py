@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dlopt.config.experiment import Experiment
+from dlopt.config.resuming import how_to_resume
 from dlopt.data.batches import Batch, Batches
 from dlopt.errors import RunError, UserError
 from dlopt.folders import RunFolder
@@ -128,7 +129,7 @@ def train_run(
         status = trainer.fit(stop)
         summary = summarize(trainer, workload, status)
         if status == "interrupted":
-            how = RunFolder(run.folder).how_to_resume(is_launched())
+            how = how_to_resume(RunFolder(run.folder), is_launched())
             tracking.message(f"{stop.reason}: stopped; {how}")
         elif settings.evaluate.test:
             summary |= _test_best(trainer, workload)

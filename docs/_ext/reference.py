@@ -22,8 +22,8 @@ from unittest import mock
 from markup import block, code, docstring, table, text
 
 from dlopt.cli import USAGE, run
+from dlopt.command_line.usage import declaring, own_keys
 from dlopt.commands.options import choices_of, every_group
-from dlopt.commands.usage import declaring, own_keys
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, Settings
 from dlopt.config.schema import accepted, parameters_of, show

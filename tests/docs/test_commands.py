@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from dlopt.commands.grid import overrides_of
-from dlopt.commands.sweep import SweepRequest
 from dlopt.config.plan import Plan
+from dlopt.sweeps.run import SweepRequest
 from dlopt.table import COMMANDS
 from tests.commands.line import SMALL, dlopt
 from tests.docs.pages import ROOT, block_after, blocks

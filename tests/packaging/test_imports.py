@@ -8,10 +8,11 @@ import pytest
 ROOT = Path(__file__).parents[2] / "dlopt"
 FLOORS = [
     ["__main__"],
-    ["cli"],
+    ["cli", "completion"],
     ["lab"],  # uses what is below as a user would
     ["commands", "hydra_plugins", "api"],
     ["sweeps"],
+    ["command_line"],
     ["job"],
     ["analysis"],
     ["training", "results"],

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.table import Table
 
-from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
-from dlopt.commands.processes import run_rank
-from dlopt.commands.reads import LEARNING_RATE, RECIPE, UPDATE
+from dlopt.command_line.line import Line, on_experiment, output_folder, refuse_empty, writing
+from dlopt.command_line.processes import run_rank
+from dlopt.command_line.reads import LEARNING_RATE, RECIPE, UPDATE
 from dlopt.config.overrides import group_of, is_typed, key_of, value_of, without
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_json

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt import environment
-from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
-from dlopt.commands.reads import refuse_unread_hydra
-from dlopt.commands.sweep import build_pool, refuse_ranks
-from dlopt.commands.usage import own_names
+from dlopt.command_line.line import Line, output_folder, read_line, refuse_empty
+from dlopt.command_line.reads import refuse_unread_hydra
+from dlopt.command_line.usage import own_names
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of, value_of, without
 from dlopt.config.plan import Plan, as_job, checked, plan
@@ -43,6 +42,7 @@ from dlopt.results.leaderboard import distinguishes
 from dlopt.roles import Role
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import Estimate, estimate_job, format_range
+from dlopt.sweeps.run import build_pool, refuse_ranks
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.commands.reads import refuse_unread_hydra, refuse_untested
+from dlopt.command_line.reads import refuse_unread_hydra, refuse_untested
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import parse_arguments
 from dlopt.config.keys import role_of

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from dlopt.commands.command import (
+from dlopt.command_line.line import (
     Combination,
     Line,
     fitting,
@@ -22,7 +22,7 @@ from dlopt.commands.command import (
     skipped_keys,
     writing,
 )
-from dlopt.commands.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
+from dlopt.command_line.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
 from dlopt.config.saved import checkpoint_file, typed_values
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_json

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Interval
 from omegaconf import DictConfig
 
-from dlopt.commands.command import (
+from dlopt.command_line.line import (
     Combination,
     Line,
     fitting,
@@ -22,8 +22,8 @@ from dlopt.commands.command import (
     skipped_keys,
     writing,
 )
-from dlopt.commands.reads import LEARNING_RATE, RECIPE, refuse_unread_hydra
-from dlopt.commands.usage import own_names
+from dlopt.command_line.reads import LEARNING_RATE, RECIPE, refuse_unread_hydra
+from dlopt.command_line.usage import own_names
 from dlopt.config.compose import Composer
 from dlopt.config.flags import CONFIG_NAME
 from dlopt.config.overrides import group_of, key_of, without

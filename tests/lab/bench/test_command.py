@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dlopt.commands.command import Line
+from dlopt.command_line.line import Line
 from dlopt.config.compose import Composer
 from dlopt.errors import UserError
 from dlopt.lab.bench import command as bench

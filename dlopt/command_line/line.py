@@ -15,8 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.commands.reads import refuse_unread, refuse_unread_hydra
-from dlopt.commands.usage import own_keys, own_names
+from dlopt.command_line.reads import refuse_unread, refuse_unread_hydra
+from dlopt.command_line.usage import own_keys, own_names
 from dlopt.config.compose import Composer
 from dlopt.config.flags import CONFIG_NAME, parse_arguments
 from dlopt.config.overrides import grid, is_typed, key_of, without

@@ -8,8 +8,8 @@ import pytest
 
 from dlopt import cli
 from dlopt.api import train
+from dlopt.command_line.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
-from dlopt.commands.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.config.compose import Composer
 from dlopt.config.keys import ROLES
 from dlopt.config.resolve import to_plain

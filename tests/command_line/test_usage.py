@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import pytest
 
-from dlopt.commands.command import take_own
-from dlopt.commands.usage import declaring, own_keys, two_columns, typed_words, usage
+from dlopt.command_line.line import take_own
+from dlopt.command_line.usage import declaring, own_keys, two_columns, typed_words, usage
 from dlopt.errors import UserError
 from dlopt.ranges import Count
 from dlopt.table import COMMANDS

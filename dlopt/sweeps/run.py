@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.commands.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
+from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
 from dlopt.config.overrides import (

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.commands.command import output_folder, read_line, writing
+from dlopt.command_line.line import output_folder, read_line, writing
 from dlopt.errors import UserError
 from tests.commands.line import refused
 

@@ -9,12 +9,12 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
-from dlopt.commands.options import wrap_row
+from dlopt.command_line.layout import two_columns
 from dlopt.config.schema import parameters_of, show
 
 _WIDTH = 118  # columns of a table in a wide terminal
@@ -68,14 +68,6 @@ def typed_words(module: ModuleType) -> Iterator[str]:
     for target in declaring(module):
         yield from (key.line if key.is_flag else f"{key.name}=" for key in own_keys(target))
     yield from re.findall(r"^ *([\w.]+=)\S* :: ", module.USAGE, re.MULTILINE)
-
-
-def two_columns(rows: Iterable[tuple[str, str]], *, indent: int = 2, limit: int = 34, width: int = 0) -> list[str]:
-    """Formats rows; wraps the right column to `width` (default: the terminal's); a long left one has its own line."""
-    rows = list(rows)
-    width = width or max(shutil.get_terminal_size().columns, 60)
-    column = min(max(len(left) for left, _ in rows), limit) + 2
-    return [line for left, right in rows for line in wrap_row(" " * indent + left, right, indent + column - 2, width)]
 
 
 def _key(name: str, parameter: inspect.Parameter) -> OwnKey:
