@@ -14,7 +14,7 @@ from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.precision import Precision
-from dlopt.training.step import Record, Step, StepSettings
+from dlopt.training.step import Step, StepSettings, UpdateRecord
 
 
 def obstacle(
@@ -99,7 +99,7 @@ class GraphedStep(Step):
         self.optimizer.register_state_dict_post_hook(_convert_rates_to_floats)
         self.optimizer.register_load_state_dict_post_hook(self._use_rate_tensors)
 
-    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> Record:
+    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
         static = self._copied(batch)
         if static is None:
             return super().update(batch, number, log_norm=log_norm)
@@ -115,7 +115,7 @@ class GraphedStep(Step):
         self.schedule.step()
         return self._end(record, self._eager_hooks)
 
-    def _captured_update(self) -> Record:
+    def _captured_update(self) -> UpdateRecord:
         """Runs the update on the static batch: the closure of an eager update, and the optimizer."""
         self._restart()
         self()

@@ -65,7 +65,7 @@ class StepSettings:
 
 
 @dataclass
-class Record:
+class UpdateRecord:
     """What an update has computed, as tensors on the device.
 
     Attributes:
@@ -80,10 +80,10 @@ class Record:
     norm: Tensor | None = None
     flags: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def clone(self) -> "Record":
+    def clone(self) -> "UpdateRecord":
         flags = [(loss.clone(), flag.clone()) for loss, flag in self.flags]
         loss, norm = (None if each is None else each.clone() for each in (self.loss, self.norm))
-        return Record(loss, [each.clone() for each in self.micro_batches], norm, flags)
+        return UpdateRecord(loss, [each.clone() for each in self.micro_batches], norm, flags)
 
 
 class EpochBatches(Protocol):
@@ -162,7 +162,7 @@ class Step:
         self.accumulate = settings.accumulate
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self.rate = schedule.rate  # learning rate of the latest update
-        self.record: Record | None = None  # of the latest update; None until its first evaluation has ended
+        self.record: UpdateRecord | None = None  # of the latest update; None until its first evaluation has ended
         self.check = NonFiniteCheck(
             self.parameters,
             immediate=settings.check_now,
@@ -184,7 +184,7 @@ class Step:
 
     # -- the update
 
-    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> Record:
+    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
         """Runs update `number` (from 0) on this process's samples of a batch.
 
         `log_norm`: compute the norm of the gradient before clipping. Raises `Diverged`.
@@ -205,7 +205,7 @@ class Step:
                 if self.skip is None or not error.before_update or not self.skip(error):
                     raise
                 self._restore_buffers()
-                self.record = Record(None, [])
+                self.record = UpdateRecord(None, [])
             # A skipped update counts: schedule, data and seeds depend on the update's number only.
             self.schedule.step()
             assert self.record is not None  # the optimizer has called the closure
@@ -236,7 +236,7 @@ class Step:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.record is None:
-            self.record = Record(loss, micro_batches)
+            self.record = UpdateRecord(loss, micro_batches)
         if is_first or self._checks_all:
             flag = self.check(loss, self.number, self.rate, gradients=self.scaler is None)
             if flag is not None:
@@ -343,7 +343,7 @@ class Step:
         """Makes the next evaluation the first one of an update."""
         self.record = None
 
-    def _end(self, record: Record, hooks: Sequence[Callable[[], None]]) -> Record:
+    def _end(self, record: UpdateRecord, hooks: Sequence[Callable[[], None]]) -> UpdateRecord:
         """Hands the deferred checks over, and calls the hooks of an update that was not skipped."""
         for loss, flag in record.flags:
             self.check.defer(loss, self.number, self.rate, flag)

@@ -47,7 +47,7 @@ from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
 from dlopt.training.progress import Clock, Intervals, Length, Progress, check_horizon, run_length
 from dlopt.training.reporting import log_header, open_tracking, summarize
-from dlopt.training.step import EpochBatches, Network, Observer, Record, Step
+from dlopt.training.step import EpochBatches, Network, Observer, Step, UpdateRecord
 from dlopt.training.stopping import Best, Stopping
 
 log = logging.getLogger(__name__)
@@ -341,7 +341,7 @@ class Trainer:
                     return "stopped_early"
             return "finished"
 
-    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> Record:
+    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
         """Runs one update and adds its metrics, for loops other than `fit`. See `Step.update`."""
         record = self.step.update(batch, number, log_norm=log_norm)
         self.train_metrics.add(*record.micro_batches)

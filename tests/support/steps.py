@@ -13,7 +13,7 @@ from dlopt.training.clipping import Clip
 from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
-from dlopt.training.step import Network, Record, Step, StepSettings
+from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
 from tests.tasks import CLASSIFICATION
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def make_step(
     )
 
 
-def train(step: Step, batch: Batch, number: int, sums: MetricSum, *, log_norm: bool = False) -> Record:
+def train(step: Step, batch: Batch, number: int, sums: MetricSum, *, log_norm: bool = False) -> UpdateRecord:
     """Runs an update and adds its metrics, as the trainer does."""
     record = step.update(batch, number, log_norm=log_norm)
     sums.add(*record.micro_batches)

@@ -25,7 +25,7 @@ from dlopt.job import tools
 from dlopt.training import checkpoint
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.precision import torch_defaults
-from dlopt.training.step import Record, Step
+from dlopt.training.step import Step, UpdateRecord
 from dlopt.training.trainer import Run, train_run
 
 SMALL = [
@@ -80,7 +80,7 @@ def at_update(number: int, action: Callable[[], object]) -> Iterator[None]:
     """Calls `action` after update `number` (from 1) of the run."""
     original = Step.update
 
-    def update(self: Step, batch: Batch, count: int, **keys: Any) -> Record:
+    def update(self: Step, batch: Batch, count: int, **keys: Any) -> UpdateRecord:
         record = original(self, batch, count, **keys)
         if count + 1 == number:
             action()

@@ -21,7 +21,7 @@ from dlopt.training.cuda_graphs import Capture, GraphedStep, obstacle
 from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
-from dlopt.training.step import Network, Record, Step, StepSettings
+from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
 from tests.recorded import SimulatedRecorder
 from tests.support.steps import train, whole
 from tests.tasks import CLASSIFICATION
@@ -71,7 +71,7 @@ class Run:
             StepSettings(accumulate=accumulate, seed=3, check_now=False),
         )  # fmt: skip
         self.sums, self.rates = MetricSum(CLASSIFICATION), []
-        self.record: Record | None = None
+        self.record: UpdateRecord | None = None
         keys: Any = {
             "precision": Precision("fp32", CPU), "measure": self.sums.measure, "clip": clip or ByNorm(max_norm=1.0),
             "post_hooks": average,
