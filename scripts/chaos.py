@@ -41,8 +41,8 @@ from dlopt.training import trainer  # noqa: E402
 from dlopt.training.checkpoint import Checkpoints  # noqa: E402
 from dlopt.training.step import Step  # noqa: E402
 from dlopt.training.trainer import Run, Trainer  # noqa: E402
-from tests.reliability import faults  # noqa: E402
-from tests.training.runs import RICH, experiment, result, resume, same, start, timeless  # noqa: E402
+from tests.support import faults  # noqa: E402
+from tests.support.runs import RICH, experiment, result, resume, same, start, timeless  # noqa: E402
 
 OVERRIDES = [*RICH, "epochs=50", "checkpoint.every_steps=7", "checkpoint.keep=3"]  # 200 updates
 STREAMED = ["data.memory=false", "data.workers=2"]
@@ -354,7 +354,7 @@ def random_inputs() -> Iterator[None]:
 
 
 def stop_at(step: int) -> AbstractContextManager[Any]:
-    from tests.training.runs import at_update, terminate
+    from tests.support.runs import at_update, terminate
 
     return at_update(step, terminate)
 

@@ -13,14 +13,14 @@ from hypothesis import settings
 
 from dlopt.parallel import launch
 from dlopt.sweeps.pool import PRELOADED
-from tests import processes
+from tests.support import processes
 from tests.support.requires import requires
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before torch is first imported, and for the commands that tests start
 
 os.fsync = lambda descriptor: None  # type: ignore[assignment]  # half of a small run's time; no test cuts the power
-PRELOADED.append("tests.preload")
+PRELOADED.append("tests.support.preload")
 launch.start_rank = processes.start_rank
 
 settings.register_profile("fixed", deadline=None, max_examples=25, derandomize=True)

@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 import dlopt
 from dlopt import load, openmp, train
 from dlopt.errors import RunError, UserError
-from tests.training.runs import SMALL, at_update, same, timeless
+from tests.support.runs import SMALL, at_update, same, timeless
 
 LINES = [*SMALL, "model.dropout=0.2", "augmentation=crop_flip", "epochs=2", "deterministic=true"]
 
@@ -61,7 +61,7 @@ def test_train_returns_the_result(tmp_path: Path) -> None:
 
 def test_model_accepts_raw_images() -> None:
     from dlopt.training.build import build_workload
-    from tests.training.runs import experiment
+    from tests.support.runs import experiment
 
     result = train([*LINES, "hydra.run.dir=run"])
     test = build_workload(experiment(*LINES)).dataset.test

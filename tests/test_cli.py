@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import dlopt as package
 from dlopt import cli
 from dlopt.table import COMMANDS
-from tests.commands.line import SMALL, dlopt, entries, refused
+from tests.support.line import SMALL, dlopt, entries, refused
 
 DLOPT = [sys.executable, "-m", "dlopt"]
 ROOT = Path(package.__file__).parents[1]

@@ -21,10 +21,11 @@ from dlopt.lab.comparison.claims import judge, numbers
 from dlopt.lab.comparison.command import comparison_of
 from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, finals, mean, read
 from dlopt.results.drawing import label
-from tests.commands.line import dlopt
+from tests.support.comparisons import GALLERY, SHIPPED
+from tests.support.line import dlopt
 
 FOLDER = config_folder() / "experiment" / "lecture"
-GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
+
 LECTURES = sorted(
     path.stem for path in FOLDER.glob("*.yaml") if path.stem[0] != "_" and "\ncomparison:\n" in path.read_text()
 )
@@ -77,9 +78,6 @@ def test_header_lists_command_and_number_of_runs(name: str) -> None:
     assert f"{runs} runs, " in "\n".join(header)
     assert comparison.get("claims") or name == "parallel_comparison"  # too long for several seeds
     assert comparison["see"].endswith((".", ")", "?")) and len(comparison["see"]) < 300
-
-
-SHIPPED = sorted(path.stem for path in GALLERY.glob("*.json"))
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -11,7 +11,7 @@ import pytest
 
 from dlopt import environment
 from dlopt.job import _record_machine
-from tests.commands.line import SMALL, dlopt
+from tests.support.line import SMALL, dlopt
 from tests.support.requires import require, requires
 
 GIT = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")

@@ -11,7 +11,7 @@ from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, load_weights, training_batches
 from dlopt.training.build import build_workload as build
 from dlopt.training.optimizer import build_optimizer
-from tests.training.runs import SMALL, experiment
+from tests.support.runs import SMALL, experiment
 
 
 def build_workload(*overrides: str) -> Workload:

@@ -24,7 +24,7 @@ from dlopt.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, new
 from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import World
 from dlopt.training import checkpoint
-from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
+from tests.support.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
 
 IN_RUN = "hydra.run.dir=run"
 

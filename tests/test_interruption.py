@@ -15,7 +15,7 @@ import pytest
 import dlopt as package
 from dlopt.folders import RunFolder, make
 from dlopt.interruption import SIGNALS, Interruption
-from tests.commands.line import SMALL, dlopt, entries
+from tests.support.line import SMALL, dlopt, entries
 
 
 def send(number: signal.Signals) -> None:

@@ -9,7 +9,7 @@ import pytest
 from dlopt.files import read_json
 from dlopt.folders import RunFolder
 from dlopt.plain import check_yaml, expanded_size, load_yaml, read_regular
-from tests.commands.line import SMALL, refused
+from tests.support.line import SMALL, refused
 
 
 def bomb(levels: int = 12) -> str:

@@ -23,8 +23,8 @@ from dlopt.errors import UserError
 from dlopt.optim import Muon
 from dlopt.training.build import build_workload, training_batches
 from dlopt.training.optimizer import build_optimizer
-from tests.parallel.ranks import run_ranks
-from tests.training.runs import SMALL, experiment, metrics, result, resume, same, start
+from tests.support.ranks import run_ranks
+from tests.support.runs import SMALL, experiment, metrics, result, resume, same, start
 
 QUICK = RangeTest(updates=40)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dlopt.analysis.model_summary import summarize
-from tests.training.runs import experiment
+from tests.support.runs import experiment
 
 
 def _meta(module: nn.Module, *shape: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from dlopt.analysis.profiling import Profile, ProfiledOperation, state_bytes, table
 from dlopt.errors import UserError
-from tests.training.runs import SMALL, at_update, experiment, result, resume, same, start, terminate
+from tests.support.runs import SMALL, at_update, experiment, result, resume, same, start, terminate
 
 PROFILED = ["profile=true", "profile_steps=[1,5]", "epochs=2"]
 

@@ -6,7 +6,7 @@ import pytest
 
 from dlopt.command_line.line import output_folder, read_line, writing
 from dlopt.errors import UserError
-from tests.commands.line import refused
+from tests.support.line import refused
 
 
 def test_read_line() -> None:

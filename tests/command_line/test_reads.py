@@ -19,7 +19,7 @@ from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
 from dlopt.plain import flatten, is_below
 from dlopt.table import COMMANDS
-from tests.commands.line import SMALL, dlopt, refused
+from tests.support.line import SMALL, dlopt, refused
 
 HYDRA = (
     "hydra.run.dir", "hydra.sweep.dir", "hydra/launcher", "hydra/sweeper", "hydra.launcher.n_jobs",

@@ -24,10 +24,10 @@ from dlopt.config.parsing import parse
 from dlopt.results.confusion import confusion_table, plot_confusion
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
-from tests.commands.line import SMALL, Result, dlopt, entries, refused
-from tests.parallel.ranks import run_ranks
-from tests.processes import start
-from tests.tracking.test_mlflow import free_port
+from tests.support.line import SMALL, Result, dlopt, entries, refused
+from tests.support.ports import free_port
+from tests.support.processes import start
+from tests.support.ranks import run_ranks
 
 RUN = (
     "model=resnet20",

@@ -15,7 +15,7 @@ from dlopt.errors import RunError
 from dlopt.training import exporting
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
-from tests.commands.line import SMALL, dlopt, entries, refused
+from tests.support.line import SMALL, dlopt, entries, refused
 
 CHECKPOINT = "run/checkpoints/best.pt"
 

@@ -6,7 +6,7 @@ import pytest
 
 from dlopt.commands.grid import overrides_of
 from dlopt.errors import UserError
-from tests.commands.line import dlopt, refused
+from tests.support.line import dlopt, refused
 
 
 def test_order_of_the_jobs() -> None:

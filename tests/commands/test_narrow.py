@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.line import SMALL
-from tests.commands.terminal import in_terminal, plain
-from tests.results.folders import make_run
+from tests.support.folders import make_run
+from tests.support.line import SMALL
+from tests.support.terminal import in_terminal, plain
 
 NET = [key for key in SMALL if not key.startswith(("epochs=", "tracking="))]
 

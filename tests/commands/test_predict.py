@@ -16,8 +16,8 @@ from dlopt.config.parsing import parse
 from dlopt.files import write
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
-from tests.commands.line import dlopt, entries, refused
-from tests.parallel.ranks import run_ranks
+from tests.support.line import dlopt, entries, refused
+from tests.support.ranks import run_ranks
 
 CHECKPOINT = "run/checkpoints/best.pt"
 

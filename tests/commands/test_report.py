@@ -22,9 +22,9 @@ from dlopt.results.leaderboard import Entry, leaderboard
 from dlopt.results.page import serve
 from dlopt.results.reading import RunReader
 from dlopt.results.terminal import show_front, show_leaderboard
-from tests.commands.line import dlopt, refused
-from tests.commands.terminal import in_terminal, plain
-from tests.results.folders import make_run
+from tests.support.folders import make_run
+from tests.support.line import dlopt, refused
+from tests.support.terminal import in_terminal, plain
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.line import HeldByAnotherProcess, dlopt, entries, refused
-from tests.commands.terminal import in_terminal, plain
-from tests.results.folders import make_run
+from tests.support.folders import make_run
+from tests.support.line import HeldByAnotherProcess, dlopt, entries, refused
+from tests.support.terminal import in_terminal, plain
 
 
 @pytest.fixture

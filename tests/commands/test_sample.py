@@ -10,8 +10,8 @@ from dlopt.commands.sample import sample
 from dlopt.errors import RunError, UserError
 from dlopt.models.generation import draw, generate
 from dlopt.models.gpt import GPT
-from tests.models.test_gpt import CONTEXT, OPTIONS, gpt
-from tests.training.runs import start
+from tests.support.gpt import CONTEXT, OPTIONS, gpt
+from tests.support.runs import start
 
 TINY = [
     "data.sequence_length=8", "model=gpt_nano", "model.width=12", "model.depth=1", "threads=1", "device=cpu",

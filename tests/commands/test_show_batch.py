@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands.line import dlopt, entries, refused
+from tests.support.line import dlopt, entries, refused
 
 
 def test_writes_two_plots(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from dlopt.tracking import Tracking, read_metrics, read_summary
 from dlopt.training.checkpoint import is_intact
-from tests.commands.line import SMALL
+from tests.support.line import SMALL
 from tests.support.requires import requires
 
 ROOT = Path(__file__).parents[2]

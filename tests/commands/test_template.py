@@ -9,7 +9,7 @@ import yaml
 
 from dlopt.commands.template import TEMPLATES
 from dlopt.parallel.rendezvous import World, current
-from tests.commands.line import SMALL, dlopt, refused
+from tests.support.line import SMALL, dlopt, refused
 
 
 def printed(folder: Path, name: str) -> str:

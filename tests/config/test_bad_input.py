@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands.line import dlopt, refused
+from tests.support.line import dlopt, refused
 
 TINY = ("model=mlp", "model.widths=[4]", "data.subset=40", "steps=1", "threads=1", "tracking=[]")
 

@@ -14,9 +14,9 @@ from dlopt.config.compose import Composer
 from dlopt.config.experiment import GROUPS
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from tests.commands.line import dlopt, only
 from tests.support import choices
-from tests.test_comparisons import SHIPPED
+from tests.support.comparisons import SHIPPED
+from tests.support.line import dlopt, only
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = [f"{group}={name}" for group in sorted(GROUPS) for name in choices.names(group)]

@@ -6,7 +6,7 @@ import pytest
 
 from dlopt.config.trust import check_expansion
 from dlopt.errors import UserError
-from tests.commands.line import refused
+from tests.support.line import refused
 
 
 def test_refuses_an_exponential_chain(tmp_path: Path) -> None:

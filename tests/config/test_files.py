@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dlopt.config.choices import config_folder
-from tests.commands.line import SMALL, dlopt, only, refused
+from tests.support.line import SMALL, dlopt, only, refused
 
 
 def write(path: Path, text: str) -> None:

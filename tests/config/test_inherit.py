@@ -12,7 +12,7 @@ from dlopt.config.inherit import inherit
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.errors import UserError
 from dlopt.job import describe
-from tests.commands.line import SMALL, dlopt, only, refused
+from tests.support.line import SMALL, dlopt, only, refused
 
 RUN = (
     "optimizer=adamw", "optimizer.lr=0.02", "model=mlp", "model.widths=[4,8]", "seed=3", "ema=0.99", "order_seed=7",

@@ -13,8 +13,8 @@ from dlopt.config.compose import Composer
 from dlopt.config.json_schema import schema
 from dlopt.config.plan import plan
 from dlopt.errors import UserError
-from tests.commands.line import dlopt, refused
 from tests.support.choices import CONF
+from tests.support.line import dlopt, refused
 
 FILES = sorted(path for path in (CONF / "experiment").rglob("*.yaml"))
 

@@ -9,8 +9,8 @@ import torchvision
 from dlopt.config.compose import Composer
 from dlopt.config.pretrained import describe_pretrained
 from dlopt.config.resolve import choices_of
-from tests.commands.line import dlopt, refused
-from tests.training.runs import experiment
+from tests.support.line import dlopt, refused
+from tests.support.runs import experiment
 
 PRETRAINED = ("model=torchvision", "model.name=efficientnet_b3", "model.pretrained=true")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

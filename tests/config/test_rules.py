@@ -7,7 +7,7 @@ import torch
 
 from dlopt.config import rules
 from dlopt.errors import UserError
-from tests.training.runs import experiment
+from tests.support.runs import experiment
 
 
 def test_precisions_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.config.saved import typed_values, with_changes
 from dlopt.errors import UserError
 from dlopt.training import checkpoint
-from tests.commands.line import SMALL, dlopt, refused
+from tests.support.line import SMALL, dlopt, refused
 
 PATH = Path("best.pt")
 

@@ -16,7 +16,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.config.schema import ALLOWED_PACKAGES, resolve_target
 from dlopt.errors import UserError
 from dlopt.training import checkpoint
-from tests.commands.line import SMALL, dlopt, only, refused
+from tests.support.line import SMALL, dlopt, only, refused
 
 
 class Payload:

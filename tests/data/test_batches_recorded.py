@@ -16,8 +16,8 @@ from dlopt.data.loading import prefetch
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
 from dlopt.data.samples import InMemory
-from tests.recorded import SimulatedRecorder
-from tests.training.runs import in_fork
+from tests.support.recorded import SimulatedRecorder
+from tests.support.runs import in_fork
 
 CONF = Path(__file__).parents[2] / "conf" / "augmentation"
 CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml") if path.stem != "none")

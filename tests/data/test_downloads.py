@@ -15,24 +15,8 @@ import torchvision
 from dlopt.data import downloads
 from dlopt.data.downloads import cifar10, cifar100, fashion_mnist, mnist, read_idx
 from dlopt.errors import UserError
+from tests.support.idx import idx_bytes, write
 from tests.support.requires import requires
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-
-
-def write(folder: Path, zipped: bool, train: int = 12, test: int = 5) -> dict[str, np.ndarray]:
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(0)
-    arrays = {}
-    for prefix, count in (("train", train), ("t10k", test)):
-        arrays[f"{prefix}-images-idx3-ubyte"] = draw.integers(0, 256, (count, 4, 3))
-        arrays[f"{prefix}-labels-idx1-ubyte"] = np.arange(count) % 10
-    for name, array in arrays.items():
-        data = idx_bytes(array)
-        (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(data) if zipped else data)
-    return arrays
 
 
 @pytest.mark.parametrize("place", [".", "raw", "MNIST/raw"])

@@ -14,7 +14,7 @@ from dlopt.data.features import _natural, breast_cancer, diabetes, table, wine
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
-from tests.commands.line import dlopt
+from tests.support.line import dlopt
 
 DEFAULTS: dict[str, Any] = {
     "delimiter": ",",

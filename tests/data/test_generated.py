@@ -16,7 +16,7 @@ from dlopt.data.generated import copying, linear, polynomial, recall
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import DataSettings, prepare
 from dlopt.errors import UserError
-from tests.commands.line import dlopt
+from tests.support.line import dlopt
 
 # -- functions of one variable
 

@@ -24,8 +24,7 @@ from dlopt.data.samplers.hard import expected_draws
 from dlopt.errors import UserError
 from dlopt.losses import MSE, CrossEntropy
 from dlopt.training.metrics import MetricSum, sample_losses
-from tests.tasks import REGRESSION
-from tests.training.runs import (
+from tests.support.runs import (
     RICH,
     STEPS_PER_EPOCH,
     at_update,
@@ -38,6 +37,7 @@ from tests.training.runs import (
     terminate,
     timeless,
 )
+from tests.support.tasks import REGRESSION
 
 LOSSES = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=40)
 FLOORS = st.sampled_from([0.05, 0.2, 0.5, 1.0])

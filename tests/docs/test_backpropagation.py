@@ -8,7 +8,7 @@ import torch
 
 from dlopt.losses import CrossEntropy
 from dlopt.models.mlp import MLP
-from tests.docs.pages import ROOT
+from tests.support.pages import ROOT
 
 NORM = {"norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None, "norm_eps": 1e-5, "norm_momentum": 0.1}
 PATH = ROOT / "docs/examples/backpropagation.py"

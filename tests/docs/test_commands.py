@@ -22,8 +22,8 @@ from dlopt.commands.grid import overrides_of
 from dlopt.config.plan import Plan
 from dlopt.sweeps.run import SweepRequest
 from dlopt.table import COMMANDS
-from tests.commands.line import SMALL, dlopt
-from tests.docs.pages import ROOT, block_after, blocks
+from tests.support.line import SMALL, dlopt
+from tests.support.pages import ROOT, block_after, blocks
 
 DATE = "outputs/train/DATE"
 LITTLE = {  # what makes a line of that command one of a moment; what is typed later wins

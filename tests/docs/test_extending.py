@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from dlopt.config.experiment import GROUPS
-from tests.commands.line import SMALL, dlopt, refused
-from tests.docs.pages import ROOT, block_after
+from tests.support.line import SMALL, dlopt, refused
+from tests.support.pages import ROOT, block_after
 
 TUTORIAL = "docs/tutorials/write_an_optimizer.md"
 DATA = "docs/howto/custom_data.md"

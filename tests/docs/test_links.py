@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.docs.pages import PAGES, ROOT, anchors, prose
+from tests.support.pages import PAGES, ROOT, anchors, prose
 
 
 def links(page: Path) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, config_folder
 from dlopt.table import COMMANDS
-from tests.docs.pages import ROOT
+from tests.support.pages import ROOT
 
 CATALOGUE = Catalogue()
 UNTYPED = {"hydra.sweeper._recursive_", "hydra.sweeper.params", "hydra.sweeper.n_trials"}  # read by Hydra itself

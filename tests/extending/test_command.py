@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import block_after
-from tests.extending.test_extending import dlopt
+from tests.support.pages import block_after
+from tests.support.theirs import dlopt
 
 
 @pytest.fixture

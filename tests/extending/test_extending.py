@@ -5,15 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Done, run_dlopt
+from tests.support.theirs import HERE, dlopt
 
-HERE = Path(__file__).parent
 FOLDER = ["--config-dir", str(HERE / "theirs/conf"), "allow_packages=[theirs]"]
-
-
-def dlopt(place: Path, *arguments: str) -> Done:
-    environment = {"PYTHONPATH": str(place), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    return run_dlopt(place, *arguments, environment=environment)
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.line import SMALL
-from tests.processes import run_dlopt
+from tests.support.line import SMALL
+from tests.support.processes import run_dlopt
 
 ROOT = Path(__file__).resolve().parents[2]
 

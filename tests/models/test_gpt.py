@@ -13,26 +13,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
 from dlopt.init import WidthGrowth, gpt2, mup
 from dlopt.models.gpt import GPT, KeyValueCache
-
-VOCABULARY, CONTEXT = 13, 7
-OPTIONS = [
-    {},
-    {"norm": "rms", "positions": "rotary", "activation": "swiglu", "qk_norm": True, "tied_embeddings": False},
-    {"positions": "rotary", "bias": False, "attention_scale": "linear", "expansion": 2.5},
-]
-
-
-def gpt(**changed: Any) -> GPT:
-    keys: dict[str, Any] = {
-        "width": 12, "depth": 2, "heads": 3, "expansion": 4.0, "norm": "layer", "positions": "learned",
-        "activation": "gelu", "qk_norm": False, "attention_scale": "sqrt", "tied_embeddings": True, "bias": True,
-        "dropout": 0.0, "input_shape": (CONTEXT,), "vocabulary": VOCABULARY,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = GPT(**{**keys, **changed}).double()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return model
+from tests.support.gpt import OPTIONS, gpt
 
 
 def reference(model: GPT, tokens: list[int], options: dict[str, Any]) -> Tensor:

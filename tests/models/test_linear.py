@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dlopt.models import linear
 from dlopt.models.linear import Linear
-from tests.training.runs import in_fork
+from tests.support.runs import in_fork
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch lacks oneDNN")
 

@@ -15,9 +15,9 @@ from dlopt.errors import UserError
 from dlopt.losses import PixelCrossEntropy
 from dlopt.models.layers import ACTIVATIONS
 from dlopt.models.mlp import MLP, Polynomials, ResidualMLP
-from tests.commands.line import dlopt, refused
-from tests.data.test_downloads import write
-from tests.training.runs import experiment
+from tests.support.idx import write
+from tests.support.line import dlopt, refused
+from tests.support.runs import experiment
 
 # -- perceptrons
 

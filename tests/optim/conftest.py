@@ -7,7 +7,7 @@ import torch
 from hydra.utils import get_object
 from torch import Tensor, nn
 
-from tests.training.runs import composed
+from tests.support.runs import composed
 
 
 def _build(node: dict[str, Any], params: Any) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
 """Import layers: commands import components, never the other way round."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,15 @@ def test_no_circles_between_rooms() -> None:
         for name in free:
             del below[name]
     assert not below, {name: rooms & below.keys() for name, rooms in below.items()}
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several of them need is in tests/support."""
+    tests = Path(__file__).parents[1]
+    found = {
+        f"{path.relative_to(tests)}: {node.module}"
+        for path in tests.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and re.search(r"^tests\.(.*\.)?test_", f"{node.module}.")
+    }
+    assert not found

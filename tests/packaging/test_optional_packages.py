@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.errors import install
-from tests.commands.line import SMALL, dlopt
+from tests.support.line import SMALL, dlopt
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dlopt.parallel.batch_shards import (
+    BatchSplit,
     ShardedAugment,
     joined,
     local_slice,
@@ -87,3 +88,12 @@ def test_sharded_augmentation_matches_full_batch(total: int, ranks: int, accumul
         )
         assert torch.equal(augmented, full[local])
         assert torch.equal(labels, targets[local])
+
+
+def test_only_several_ranks_shard_the_augmentation() -> None:
+    def augment(*_: Any, **__: Any) -> Any: ...
+
+    assert BatchSplit().augmentation(augment) is augment
+    sharded = BatchSplit(accumulate=3, rank=1, ranks=2).augmentation(augment)
+    assert sharded == ShardedAugment(augment, 3, 1, 2)
+    assert BatchSplit(rank=1, ranks=2).augmentation(None) is None

@@ -12,9 +12,8 @@ from dlopt.errors import UserError
 from dlopt.parallel.columns import split_columns
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
 from dlopt.parallel.filter import split_filters
-from tests.parallel.models import SHAPE, build, join_all, randomized, train_step
-from tests.parallel.ranks import run_ranks
-from tests.parallel.test_filter import RankOfThree
+from tests.support.ranks import run_ranks
+from tests.support.split_models import SHAPE, RankOfThree, build, join_all, randomized, train_step
 
 ALEXNET = ["model=two_column_alexnet", "model.hidden=32", "model.norm=batch"]
 

@@ -16,10 +16,10 @@ from dlopt.parallel import rendezvous
 from dlopt.parallel.ddp import data_parallel
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run
-from tests.parallel.equality import MLP, RESNET, Cases, compare, metric_values, run_distributed
-from tests.parallel.ranks import run_ranks
 from tests.support.choices import names
-from tests.training.runs import at_update, experiment, metrics, resume, run_job, start, terminate
+from tests.support.equality import MLP, RESNET, Cases, compare, metric_values, run_distributed
+from tests.support.ranks import run_ranks
+from tests.support.runs import at_update, experiment, metrics, resume, run_job, start, terminate
 
 SYNC = "parallel.sync_batchnorm=true"
 DDP = ["parallel=ddp"]

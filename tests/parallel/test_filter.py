@@ -12,10 +12,9 @@ from dlopt.errors import UserError
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKind
 from dlopt.models.preact import PreActBlock, PreActBottleneck
 from dlopt.models.resnet import BasicBlock, Bottleneck
-from dlopt.parallel.collectives import ModelGroup
 from dlopt.parallel.filter import Splitter, split_filters
-from tests.parallel.models import build, compare, join_all
-from tests.parallel.ranks import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.split_models import RankOfThree, build, compare, join_all
 
 MODELS = {
     "options A": ["model=resnet20", "model.depth=8", "model.dropout=0.2"],
@@ -108,13 +107,6 @@ def run_all() -> None:
 
 def test_two_ranks_match_single_process_with_one_collective_per_block_and_direction(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_filter:run_all", 2, tmp_path)
-
-
-class RankOfThree(ModelGroup):
-    """Rank 0 of three, without a process group."""
-
-    def __init__(self) -> None:
-        self.group, self.rank, self.size = None, 0, 3
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from torch import nn
 
 from dlopt.errors import UserError
 from dlopt.parallel.fsdp import fsdp_units, fully_sharded
-from tests.parallel.equality import MLP, RESNET, Cases, compare, run_distributed
-from tests.training.runs import metrics, start
+from tests.support.equality import MLP, RESNET, Cases, compare, run_distributed
+from tests.support.runs import metrics, start
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
 SYNC_FSDP = [*FSDP, "parallel.sync_batchnorm=true"]

@@ -19,8 +19,8 @@ from dlopt.errors import INTERRUPTED, USER_ERROR, RunError
 from dlopt.losses import MSE
 from dlopt.parallel import launch
 from dlopt.parallel.launch import count_processes, end_with_torchrun, group_code, python_module, run_processes
-from tests.parallel.ranks import ROOT
-from tests.processes import Done, run_dlopt
+from tests.support.processes import Done, run_dlopt
+from tests.support.ranks import ROOT
 
 
 def is_rank_1() -> bool:

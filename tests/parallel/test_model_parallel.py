@@ -13,9 +13,9 @@ from dlopt.parallel import rendezvous
 from dlopt.parallel.hybrid import hybrid
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run
-from tests.parallel.equality import BASE, MLP, RESNET, Cases, compare, resume_run
-from tests.parallel.ranks import run_ranks
-from tests.training.runs import experiment, run_job, start
+from tests.support.equality import BASE, MLP, RESNET, Cases, compare, resume_run
+from tests.support.ranks import run_ranks
+from tests.support.runs import experiment, run_job, start
 
 FILTER, SPATIAL, COLUMNS = (["parallel=filter"], ["parallel=spatial"], ["parallel=columns"])
 MESH = ["parallel=hybrid", "parallel.model_degree=2"]

@@ -12,9 +12,9 @@ import torch
 from dlopt.errors import RunError
 from dlopt.parallel import rendezvous
 from dlopt.training.checkpoint import load
-from tests.parallel.equality import MLP, metric_values, resume_run
-from tests.parallel.ranks import run_ranks
-from tests.training.runs import at_update, metrics, resume, start, terminate
+from tests.support.equality import MLP, metric_values, resume_run
+from tests.support.ranks import run_ranks
+from tests.support.runs import at_update, metrics, resume, start, terminate
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100", "parallel.sync_batchnorm=true"]
 PIPELINE = ["parallel=pipeline"]

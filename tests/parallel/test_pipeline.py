@@ -10,8 +10,8 @@ import torch
 
 from dlopt.errors import UserError
 from dlopt.parallel.pipeline import PipelineMode, pipeline
-from tests.parallel.equality import MLP, RESNET, Cases, compare, run_distributed
-from tests.training.runs import metrics, start
+from tests.support.equality import MLP, RESNET, Cases, compare, run_distributed
+from tests.support.runs import metrics, start
 
 PIPELINE = ["parallel=pipeline"]
 TWO_LAYERS = ["model.widths=[12,8]"]  # dropout and batch norm on both stages

@@ -14,8 +14,8 @@ import torch
 from dlopt.errors import UserError
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.process_group import join
-from tests.commands.line import SMALL, dlopt, refused
-from tests.parallel.ranks import ROOT
+from tests.support.line import SMALL, dlopt, refused
+from tests.support.ranks import ROOT
 
 MODES = ("ddp", "fsdp", "filter", "columns", "pipeline", "spatial", "hybrid")
 

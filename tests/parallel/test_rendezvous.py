@@ -9,8 +9,8 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.process_group import join
 from dlopt.parallel.rendezvous import World, caused_by_peer, current, first_to_fail, missing_ranks, slurm_master
-from tests.commands.line import SMALL, refused
-from tests.parallel.ranks import run_ranks
+from tests.support.line import SMALL, refused
+from tests.support.ranks import run_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {

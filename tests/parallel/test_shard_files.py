@@ -23,9 +23,9 @@ from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import sharded
 from dlopt.training.checkpoint import FORMAT, KEYS, Checkpoints, is_intact, load
 from dlopt.training.weights import read_weights
-from tests.training.runs import same
-from tests.training.test_checkpoint import Crashes, Payload
-from tests.training.test_checkpoint import state as small_state
+from tests.support.checkpoints import Crashes, Payload
+from tests.support.checkpoints import state as small_state
+from tests.support.runs import same
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
 

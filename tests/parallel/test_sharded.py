@@ -16,11 +16,11 @@ from dlopt.parallel import rendezvous
 from dlopt.training import sharded
 from dlopt.training.checkpoint import Checkpoints, load
 from dlopt.training.trainer import Run
-from tests.commands.line import dlopt, refused
-from tests.parallel.equality import MLP, metric_values, resume_run
-from tests.parallel.ranks import ROOT, run_ranks
-from tests.processes import run_dlopt, start_dlopt
-from tests.training.runs import at_update, experiment, metrics, result, run_job, same, start, terminate, timeless
+from tests.support.equality import MLP, metric_values, resume_run
+from tests.support.line import dlopt, refused
+from tests.support.processes import run_dlopt, start_dlopt
+from tests.support.ranks import ROOT, run_ranks
+from tests.support.runs import at_update, experiment, metrics, result, run_job, same, start, terminate, timeless
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
 SYNC = "parallel.sync_batchnorm=true"

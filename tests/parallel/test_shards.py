@@ -21,9 +21,9 @@ from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.clipping import Adaptive, ByNorm, ByValue, gradient_norm
 from dlopt.training.optimizer import check_optimizer
 from dlopt.training.stopping import Tolerance
-from tests.parallel.ranks import run_ranks
 from tests.support.choices import names
-from tests.training.runs import Composed, composed
+from tests.support.ranks import run_ranks
+from tests.support.runs import Composed, composed
 
 CHOICES = names("optimizer")
 NEEDS_FULL_TENSORS = {"adafactor", "dmuon", "kron", "lamb", "lars", "mars", "muon", "scion", "shampoo", "soap"}

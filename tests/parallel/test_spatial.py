@@ -11,9 +11,8 @@ from dlopt.analysis.communication import Traffic
 from dlopt.errors import UserError
 from dlopt.parallel.model_parallel import all_reduce_buckets
 from dlopt.parallel.spatial import split_rows
-from tests.parallel.models import build, compare, join_all, train_step
-from tests.parallel.ranks import run_ranks
-from tests.parallel.test_filter import RankOfThree
+from tests.support.ranks import run_ranks
+from tests.support.split_models import RankOfThree, build, compare, join_all, train_step
 
 MODELS = {
     "basic": ["model=resnet20", "model.depth=8", "model.dropout=0.2"],

@@ -11,9 +11,9 @@ from dlopt.parallel import rendezvous
 from dlopt.parallel.sync_batchnorm import buffer_averaging
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run
-from tests.parallel.models import join_all
-from tests.parallel.ranks import run_ranks
-from tests.training.runs import SMALL, at_update, experiment, result, run_job, same, terminate, timeless
+from tests.support.ranks import run_ranks
+from tests.support.runs import SMALL, at_update, experiment, result, run_job, same, terminate, timeless
+from tests.support.split_models import join_all
 
 # 90 training samples: batches of 25, 25, 25, 15, sharded unequally
 CASE = [

@@ -10,7 +10,7 @@ from torch import nn
 from dlopt.parallel import rendezvous
 from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.step_timing import StepTiming, SyncWaitTimer
-from tests.parallel.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dlopt.errors import UserError
 from dlopt.models.layers import GhostBatchNorm2d
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
-from tests.parallel.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 SPLITS = [[3, 5], [8, 0], [1, 1], [0, 2]]
 VARIANTS: list[dict[str, Any]] = [

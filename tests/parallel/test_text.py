@@ -10,8 +10,8 @@ from dlopt.parallel.collectives import ModelGroup
 from dlopt.parallel.columns import split_columns
 from dlopt.parallel.filter import split_filters
 from dlopt.parallel.spatial import split_rows
-from tests.models.test_gpt import CONTEXT, gpt
-from tests.parallel.equality import BASE, Cases, compare
+from tests.support.equality import BASE, Cases, compare
+from tests.support.gpt import CONTEXT, gpt
 
 RICH = [
     "model.norm=rms", "model.positions=rotary", "model.activation=swiglu", "model.qk_norm=true", "model.dropout=0.2",

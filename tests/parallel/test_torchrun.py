@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dlopt.training.checkpoint import load
-from tests.parallel.ranks import ROOT
-from tests.training.runs import same, timeless
+from tests.support.ranks import ROOT
+from tests.support.runs import same, timeless
 
 EPOCHS, COUNT = 8, 24
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.ranks import ROOT
+from tests.support.ranks import ROOT
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ import pytest
 from dlopt import job
 from dlopt.training.checkpoint import Checkpoints, load
 from dlopt.training.trainer import Run
-from tests.reliability.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again
-from tests.training.runs import RICH, experiment, in_fork, resume, same, start, timeless
-from tests.training.runs import result as result_of
+from tests.support.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again
+from tests.support.runs import RICH, experiment, in_fork, resume, same, start, timeless
+from tests.support.runs import result as result_of
 
 needs_mounts = pytest.mark.skipif(not can_mount(), reason="needs root and mount (Debian package mount)")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from dlopt.parallel import rendezvous
-from tests.parallel.ranks import ROOT
-from tests.reliability.faults import fork
-from tests.tracking.test_mlflow import free_port
-from tests.training.runs import RICH, STEPS_PER_EPOCH, at_update, metrics, resume
+from tests.support.faults import fork
+from tests.support.ports import free_port
+from tests.support.ranks import ROOT
+from tests.support.runs import RICH, STEPS_PER_EPOCH, at_update, metrics, resume
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

@@ -10,8 +10,8 @@ import torch
 from dlopt import api
 from dlopt.results import curves
 from dlopt.schedules.scheduler import Scheduler
-from tests.commands.line import SMALL, dlopt, only
-from tests.schedules.test_schedules import make
+from tests.support.line import SMALL, dlopt, only
+from tests.support.schedules import make
 
 CHOICES = {"model": "mlp", "data": "digits", "optimizer": "sgd"}
 PNG = b"\x89PNG"

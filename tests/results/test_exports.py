@@ -8,7 +8,7 @@ import pytest
 from dlopt.errors import UserError
 from dlopt.results.exports import SUFFIXES, ReportContent, destination, render
 from dlopt.results.plots import PLOTS
-from tests.results.folders import make_run, table
+from tests.support.folders import make_run, table
 
 STARTS = {".html": b"<!DOCTYPE", ".csv": b"rank,", ".tex": b"% ", ".md": b"| ", ".pdf": b"%PDF", ".png": b"\x89PNG",
           ".svg": b"<?xml"}  # fmt: skip

@@ -12,8 +12,8 @@ import pytest
 from dlopt.results.page import page, page_data
 from dlopt.results.reading import RunReader
 from dlopt.results.table import Table, band, fastest, gather, time_to_target
-from tests.results.browser import chromium, narrow
-from tests.results.folders import make_run
+from tests.support.browser import chromium, narrow
+from tests.support.folders import make_run
 from tests.support.requires import requires
 
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.results import paper
-from tests.results.folders import make_run, table
+from tests.support.folders import make_run, table
 from tests.support.requires import requires
 
 EVIL = r"a_b & 50% #1 {x} ^2 ~ \input{secret} $|<>"

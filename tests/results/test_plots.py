@@ -8,7 +8,7 @@ from dlopt.results import drawing
 from dlopt.results.drawing import metric_label
 from dlopt.results.plots import PLOTS, plots
 from dlopt.results.table import Table
-from tests.results.folders import TARGETS, make_run, table
+from tests.support.folders import TARGETS, make_run, table
 
 
 def sweep(folder: Path, tops: dict[tuple[str, float], float], seeds: int = 2) -> Table:

@@ -14,8 +14,8 @@ from dlopt.config.resolve import to_plain
 from dlopt.results.page import page_data, summary_csv
 from dlopt.results.table import against_published, published_error, recipe_label
 from dlopt.tracking.layout import settings
-from tests.commands.line import dlopt
-from tests.results.folders import make_run, table
+from tests.support.folders import make_run, table
+from tests.support.line import dlopt
 
 RECIPE: dict[str, Any] = {"published": [{"error": 24.0, "when": {"epochs": 3}}], "name": "recipe"}
 

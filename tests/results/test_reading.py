@@ -8,8 +8,8 @@ import pytest
 
 from dlopt.results.reading import Damaged, Record, RunReader, find, printable, read, text, varying_keys
 from dlopt.training.stopping import Best
-from tests.commands.line import HeldByAnotherProcess
-from tests.results.folders import make_run
+from tests.support.folders import make_run
+from tests.support.line import HeldByAnotherProcess
 
 
 def record(path: Path) -> Record:

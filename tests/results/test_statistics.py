@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from dlopt.results.table import band, default_spread, default_target, fastest, importance, sensitivities, time_to_target
-from tests.results.folders import make_run, table
+from tests.support.folders import make_run, table
 
 
 def test_band_is_students_t_interval(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from dlopt.errors import UserError
 from dlopt.results.page import page, page_data, summary_csv
 from dlopt.results.table import Table
-from tests.results.folders import make_run, table
+from tests.support.folders import make_run, table
 
 
 @pytest.fixture

@@ -1,48 +1,25 @@
-import functools
 import itertools
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import get_method, get_object
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from torch.optim import lr_scheduler
 
 from dlopt import schedules
 from dlopt.config.schema import parameters_of
 from dlopt.errors import UserError
-from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmup, build
+from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmup
 from tests.support.choices import names
+from tests.support.schedules import EPOCH, STEPS, make, values
 
-CONF = Path(__file__).parents[2] / "conf"
 CHOICES = names("schedule")
 PURE = [name for name in CHOICES if name != "plateau"]
 NO_WARMUP = Warmup(warmup_epochs=None, warmup_steps=0, warmup_fraction=0.0, warmup_start=0.0, warmup_shape="linear")
-STEPS, EPOCH = 240, 24
-
-
-@functools.cache
-def values(name: str) -> dict[str, Any]:
-    """Returns the keys of a choice, which the caller must not change."""
-    with initialize_config_dir(str(CONF), version_base=None):
-        config = compose(overrides=[f"+schedule={name}"]).schedule
-    loaded = OmegaConf.to_container(config)
-    assert isinstance(loaded, dict)
-    return {str(key): value for key, value in loaded.items()}
-
-
-def make(name: str, steps: int = STEPS, epoch: float = EPOCH, **typed: Any) -> Factor:
-    assert not set(typed) - set(values(name)), typed
-    keys = {**values(name), **typed}
-    target = get_object(keys.pop("_target_"))
-    warmup = Warmup(**{key: keys.pop(key) for key in Warmup.__dataclass_fields__})
-    return build(partial(target, **keys), warmup, steps=steps, steps_per_epoch=epoch)
 
 
 def curve(factor: Factor, steps: int = STEPS) -> list[float]:
@@ -142,6 +119,10 @@ TORCH = {
     "one_cycle, three linear phases": (
         partial(make, "one_cycle", three_phase=True, anneal="linear", pct_start=0.4),
         lambda o: lr_scheduler.OneCycleLR(o, 1.0, STEPS, pct_start=0.4, anneal_strategy="linear", three_phase=True),
+    ),
+    "one_cycle, two of three phases": (
+        partial(make, "one_cycle", three_phase=True, pct_start=0.5),
+        lambda o: lr_scheduler.OneCycleLR(o, 1.0, STEPS, pct_start=0.5, three_phase=True),
     ),
     "warmup": (
         partial(make, "cosine", warmup_steps=19),

@@ -14,7 +14,7 @@ from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
-from tests.tasks import CLASSIFICATION
+from tests.support.tasks import CLASSIFICATION
 
 CPU = torch.device("cpu")
 SEED = 11  # of the random numbers of a step's model

@@ -11,8 +11,8 @@ import pytest
 
 from dlopt.folders import RunFolder
 from dlopt.training.checkpoint import load
-from tests.parallel.ranks import ROOT
-from tests.training.runs import same, timeless
+from tests.support.ranks import ROOT
+from tests.support.runs import same, timeless
 
 LINE = [
     "model=mlp", "model.widths=[8]", "data.subset=100", "threads=1", "tracking=[]", "epochs=40", "seed=0,1",

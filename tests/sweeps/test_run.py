@@ -15,7 +15,7 @@ import yaml
 
 import dlopt as package
 from dlopt.config.compose import Composer
-from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, refused
+from tests.support.line import SMALL, HeldByAnotherProcess, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 
 TINY = [*[each for each in SMALL if not each.startswith("epochs")], "epochs=1", "tracking=[]", "hydra.sweep.dir=sweep"]

@@ -9,7 +9,7 @@ import pytest
 from dlopt.errors import FAILED, UserError
 from dlopt.sweeps import slurm as launcher
 from dlopt.sweeps.pool import build_pool
-from tests.commands.line import dlopt, refused
+from tests.support.line import dlopt, refused
 
 WriteTool = Callable[[str, str], None]
 

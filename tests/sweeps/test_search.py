@@ -17,7 +17,7 @@ from dlopt.sweeps import search as module
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.search import Search, build_study_spec
 from dlopt.sweeps.study import STUDY_LOCK, WORKERS, ClaimedJob
-from tests.commands.line import SMALL, Result, dlopt, refused
+from tests.support.line import SMALL, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 from tests.sweeps.spaces import composer
 from tests.sweeps.worker import make_spec, study_of

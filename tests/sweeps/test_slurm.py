@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from tests.cluster.test_slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
+from tests.support.slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
 
 
 def begin_sweep(cluster: Cluster, *arguments: str) -> "subprocess.Popen[str]":  # noqa: F811

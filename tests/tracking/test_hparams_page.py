@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dlopt.tracking import Tracking
-from tests.results.browser import chromium
+from tests.support.browser import chromium
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from dlopt.tracking.overview import Overview
-from tests.commands.terminal import plain
+from tests.support.terminal import plain
 
 
 class Terminal(io.StringIO):

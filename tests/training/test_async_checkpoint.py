@@ -16,8 +16,8 @@ import torch
 from dlopt.errors import RunError
 from dlopt.training import checkpoint
 from dlopt.training.checkpoint import Checkpoints, load
-from tests.training.runs import RICH, at_update, in_fork, result, resume, same, start, terminate, timeless
-from tests.training.test_checkpoint import names, state, with_checksums
+from tests.support.checkpoints import names, state, with_checksums
+from tests.support.runs import RICH, at_update, in_fork, result, resume, same, start, terminate, timeless
 
 ASYNC = "checkpoint.asynchronous=true"
 

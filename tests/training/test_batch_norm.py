@@ -7,7 +7,7 @@ from dlopt.errors import UserError
 from dlopt.training.batch_norm import _smallest_micro_batch, check_norm_batches, norm_statistics
 from dlopt.training.build import Workload, evaluation_batches, training_batches
 from dlopt.training.build import build_workload as build
-from tests.training.runs import SMALL, experiment, same
+from tests.support.runs import SMALL, experiment, same
 
 
 def build_workload(*overrides: str) -> Workload:

@@ -2,7 +2,7 @@ import torch
 
 from dlopt.training.build import Workload, evaluation_batches, training_batches
 from dlopt.training.build import build_workload as build
-from tests.training.runs import SMALL, experiment, same
+from tests.support.runs import SMALL, experiment, same
 
 
 def build_workload(*overrides: str) -> Workload:

@@ -16,11 +16,12 @@ from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device
+from dlopt.training import build as build_module
 from dlopt.training import model_check
 from dlopt.training.build import Workload, load_weights, training_batches
 from dlopt.training.build import build_workload as build
 from dlopt.training.trainer import probe_trainer
-from tests.training.runs import SMALL, experiment, same
+from tests.support.runs import SMALL, experiment, same
 
 
 def build_workload(*overrides: str) -> Workload:
@@ -237,3 +238,17 @@ def test_keeps_and_lists_a_head_with_another_shape(save: Callable[[Any], Path]) 
 def test_rejects_weights_without_a_match(save: Callable[[Any], Path]) -> None:
     with pytest.raises(UserError, match=r"init_from=.*weights\.pt: none"):
         load_weights(net(), save({"other": torch.zeros(3)}))
+
+
+@pytest.mark.parametrize(("choice", "crops"), [("none", False), ("crop_flip", False), ("inception", True)])
+def test_images_stay_in_files_only_for_random_crops(choice: str, crops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    original = build_module.prepare
+
+    def prepare(*arguments: Any, random_crops: bool, **keys: Any) -> Dataset:
+        seen.append(random_crops)
+        return original(*arguments, random_crops=random_crops, **keys)
+
+    monkeypatch.setattr(build_module, "prepare", prepare)
+    build_workload(f"augmentation={choice}")
+    assert seen == [crops]

@@ -22,10 +22,10 @@ from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
-from tests.recorded import SimulatedRecorder
+from tests.support.recorded import SimulatedRecorder
+from tests.support.runs import SMALL, result, same, start, timeless
 from tests.support.steps import train, whole
-from tests.tasks import CLASSIFICATION
-from tests.training.runs import SMALL, result, same, start, timeless
+from tests.support.tasks import CLASSIFICATION
 
 SIZE = 8
 Make = Callable[[Any], torch.optim.Optimizer]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dlopt.training import trainer
-from tests.commands.line import dlopt, refused
-from tests.training.runs import SMALL, start
+from tests.support.line import dlopt, refused
+from tests.support.runs import SMALL, start
 
 CONVOLUTIONS = ("model=airbench94", "model.widths=[4,4,4]", "data.subset=60", "epochs=1", "threads=1", "tracking=[]")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dlopt.training.build import build_workload
 from dlopt.training.nonfinite import NonFiniteCheck
-from tests.training.runs import experiment, start
+from tests.support.runs import experiment, start
 
 FILE = Path(__file__).with_name("golden.json")
 COMMON = ["precision=fp64", "steps=30", "device=cpu", "threads=1", "tracking=[]", "data.workers=0", "seed=3"]

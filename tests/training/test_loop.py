@@ -29,9 +29,9 @@ from dlopt.training.progress import Intervals, Progress
 from dlopt.training.step import Network, Step, StepSettings
 from dlopt.training.stopping import Best, Early, Never
 from dlopt.training.trainer import Trainer
+from tests.support.runs import same
 from tests.support.steps import whole
-from tests.tasks import CLASSIFICATION
-from tests.training.runs import same
+from tests.support.tasks import CLASSIFICATION
 
 COUNT, SIZE = 23, 5  # 5 batches an epoch, the last of 3 samples
 PER_EPOCH = 5

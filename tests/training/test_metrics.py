@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dlopt.training import metrics
 from dlopt.training.metrics import MetricSum
-from tests.tasks import CLASSIFICATION, REGRESSION
+from tests.support.tasks import CLASSIFICATION, REGRESSION
 
 Batch = tuple[Tensor, Tensor, Tensor]
 sizes = st.lists(st.integers(1, 7), min_size=1, max_size=12)

@@ -14,7 +14,7 @@ from dlopt.training.mup import describe_rates
 from dlopt.training.optimizer import build_optimizer
 from dlopt.training.progress import endless_batches
 from dlopt.training.trainer import probe_trainer
-from tests.training.runs import experiment, start
+from tests.support.runs import experiment, start
 
 TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))
 MLP = ("model=mlp", "model.norm=none", "data.subset=600", "data.batch_size=64", "threads=1", "device=cpu")

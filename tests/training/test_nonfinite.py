@@ -23,13 +23,13 @@ from dlopt.training.nonfinite import Diverged, Recovery, first_nonfinite_output,
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step
 from dlopt.training.stopping import Tolerance
-from tests.parallel.ranks import run_ranks
-from tests.support.steps import CPU, batch, begin, equal, make_step, net, train, whole
-from tests.tasks import CLASSIFICATION
-from tests.training.runs import (
+from tests.support.ranks import run_ranks
+from tests.support.runs import (
+    RUN,
     SMALL,
     at_update,
     experiment,
+    explosions,
     in_fork,
     result,
     resume,
@@ -39,6 +39,8 @@ from tests.training.runs import (
     terminate,
     timeless,
 )
+from tests.support.steps import CPU, batch, begin, equal, make_step, net, train, whole
+from tests.support.tasks import CLASSIFICATION
 
 NAN, INF = float("nan"), float("inf")
 
@@ -290,26 +292,6 @@ def test_limits_skipped_updates_in_a_row() -> None:
 # -- whole runs
 
 
-@contextmanager
-def explosions(bad: Callable[[int, float], bool], on: str = "loss") -> Iterator[None]:
-    """Makes the loss (or one gradient) NaN in updates (from 1) with learning rates for which `bad` is true."""
-    original = Step.forward_backward
-
-    def forward_backward(self: Step, batch: Batch) -> tuple[Tensor, list[Measured]]:
-        value, measured = original(self, batch)
-        if bad(self.number + 1, self.optimizer.param_groups[0]["lr"]):
-            if on == "loss":
-                return value * NAN, measured
-            self.parameters[0].grad.view(-1)[0] = NAN  # type: ignore[union-attr]
-        return value, measured
-
-    with patch.object(Step, "forward_backward", forward_backward):
-        yield
-
-
-RUN = [*SMALL, "model.norm=none", "epochs=4", "schedule=constant", "optimizer.lr=0.08"]
-
-
 @pytest.mark.parametrize(("on", "check"), [("loss", "auto"), ("gradient", "step")])
 def test_failed_run_has_a_finite_checkpoint(tmp_path: Path, on: str, check: str) -> None:
     with explosions(lambda step, lr: step == 10, on), pytest.raises(RunError, match=r"at update 10 .* of 0\.08"):
@@ -461,7 +443,7 @@ def test_halving_micro_batches_gives_the_same_result(tmp_path: Path, caplog: Any
 
 def test_resuming_keeps_the_micro_batch_size(tmp_path: Path) -> None:
     lines = [*RUN, "on_out_of_memory=halve", "model.norm=batch"]
-    from tests.training.runs import terminate
+    from tests.support.runs import terminate
 
     with memory_for(9):
         start(tmp_path / "whole", *lines)

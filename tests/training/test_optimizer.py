@@ -23,7 +23,7 @@ from dlopt.training.optimizer import (
 from dlopt.training.precision import Precision
 from dlopt.training.progress import Length
 from dlopt.training.trainer import probe_trainer
-from tests.training.runs import SMALL, experiment, resume, start
+from tests.support.runs import SMALL, experiment, resume, start
 
 
 def build_workload(*overrides: str) -> Workload:

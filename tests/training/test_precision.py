@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.training.precision import Precision, bf16_slowdown, choose_precision
-from tests.training.runs import SMALL, metrics, start
+from tests.support.runs import SMALL, metrics, start
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,7 @@ from dlopt.training.progress import run_length
 from dlopt.training.step import Step
 from dlopt.training.trainer import Run
 from tests.support.choices import names
-from tests.training.runs import (
+from tests.support.runs import (
     RICH,
     SMALL,
     STEPS_PER_EPOCH,

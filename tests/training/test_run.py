@@ -28,11 +28,14 @@ from dlopt.training.build import Workload, build_workload, training_batches
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.trainer import Run, Trainer, train_run
-from tests.training.runs import (
+from tests.support.runs import (
+    REGRESSION,
     RICH,
+    RUN,
     SMALL,
     at_update,
     experiment,
+    explosions,
     metrics,
     result,
     resume,
@@ -41,41 +44,8 @@ from tests.training.runs import (
     terminate,
     timeless,
 )
-from tests.training.test_nonfinite import RUN, explosions
 
 PLAIN = [*SMALL, "model.norm=none", "schedule=constant", "precision=fp64", "epochs=3"]
-
-
-class Numbers(torch.utils.data.Dataset[tuple[Tensor, float]]):
-    """A regression: the sum of the inputs."""
-
-    def __init__(self, count: int) -> None:
-        self.inputs = torch.randn(count, 5, generator=torch.Generator().manual_seed(count))
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, float]:
-        return self.inputs[index], float(self.inputs[index].sum())
-
-
-REGRESSION = [
-    "data=custom",
-    "data.train._target_=tests.training.test_run.Numbers",
-    "+data.train.count=60",
-    "data.test={_target_:tests.training.test_run.Numbers,count:17}",
-    "data.batch_size=16",
-    "data.workers=0",
-    "allow_packages=[tests]",
-    "model=mlp",
-    "model.widths=[]",
-    "normalize=none",
-    "loss=mse",
-    "tracking=[]",
-    "device=cpu",
-    "threads=1",
-    "epochs=4",
-]
 
 
 def means(module: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from dlopt.training.cuda_graphs import GraphedStep
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step
 from dlopt.training.trainer import probe_trainer
-from tests.commands.line import refused
+from tests.support.line import refused
 
 
 def experiment(*overrides: str) -> Experiment:

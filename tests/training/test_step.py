@@ -1,8 +1,10 @@
 """Tests of the step against hand-written PyTorch loops."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +20,9 @@ from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
 from dlopt.training.metrics import MetricSum
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step, is_stochastic
+from tests.support.runs import same
 from tests.support.steps import CPU, SEED, batch, begin, equal, make_step, net, train, whole
-from tests.tasks import CLASSIFICATION
-from tests.training.runs import same
+from tests.support.tasks import CLASSIFICATION
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -411,3 +413,21 @@ def test_sampled_loss_counts_every_token() -> None:
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
     begin(update, whole(torch.randint(7, (4, 5)), torch.randint(7, (4, 5))))
     assert update.sampled_loss(0)[1] == 20
+
+
+def test_memory_that_runs_out_between_micro_batches_leaves_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first half of the batch is repeated, but counts once in batch norm."""
+    whole = net(dropout=0.0)
+    model = copy.deepcopy(whole)
+    make_step(whole, torch.optim.SGD(whole.parameters(), lr=0.1), accumulate=4).update(batch(0), 0)
+    step = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), accumulate=2, halve_on_out_of_memory=True)
+    calls = itertools.count(1)
+
+    def micro_batch(*_: object) -> AbstractContextManager[None]:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return nullcontext()
+
+    monkeypatch.setattr(step.mode, "micro_batch", micro_batch)
+    step.update(batch(0), 0)
+    assert step.accumulate == 4 and equal(model, whole)

@@ -17,7 +17,7 @@ from dlopt.errors import UserError
 from dlopt.training.build import build_workload, training_batches
 from tests.support.choices import names
 from tests.support.requires import requires
-from tests.training.runs import experiment, in_fork, resume, same, start
+from tests.support.runs import experiment, in_fork, resume, same, start
 
 TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))
 

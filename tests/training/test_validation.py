@@ -22,8 +22,7 @@ from dlopt.training.metrics import (
     calibration_gaps,
     extra_metrics,
 )
-from tests.training.runs import SMALL, experiment, metrics, start
-from tests.training.test_run import REGRESSION
+from tests.support.runs import REGRESSION, SMALL, experiment, metrics, start
 
 CLASSES = ("a", "b", "c", "d", "e", "f", "g")
 NAMES = ["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy"]

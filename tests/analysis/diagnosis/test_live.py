@@ -15,7 +15,7 @@ from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.step import Step
 from dlopt.training.trainer import probe_trainer
-from tests.training.runs import RICH, SMALL, experiment, result, resume, same, start
+from tests.support.runs import RICH, SMALL, experiment, result, resume, same, start
 
 DIAGNOSTICS = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
 

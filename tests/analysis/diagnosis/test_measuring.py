@@ -21,7 +21,7 @@ from dlopt.analysis.diagnosis.measuring import (
 )
 from dlopt.lab.diagnosis.plots import clipping_factor, plots, spread_layers
 from dlopt.training.checkpoint import load
-from tests.training.runs import SMALL, experiment, same, start
+from tests.support.runs import SMALL, experiment, same, start
 
 DEVICE = ["threads=1", "device=cpu"]
 MLP = [*SMALL, "model.widths=[8,8]", "model.activation=tanh", "precision=fp64"]

@@ -13,9 +13,9 @@ from dlopt.interruption import Interruption
 from dlopt.lab.bench.command import bench
 from dlopt.parallel import launch
 from dlopt.training.build import build_mode
-from tests.commands.line import dlopt, refused
-from tests.parallel.ranks import run_ranks
-from tests.training.runs import experiment
+from tests.support.line import dlopt, refused
+from tests.support.ranks import run_ranks
+from tests.support.runs import experiment
 
 
 def rank() -> None:

@@ -16,7 +16,7 @@ from dlopt.errors import UserError
 from dlopt.lab.bench import command as bench
 from dlopt.lab.bench import device, modes
 from dlopt.lab.bench.modes import ModeResult
-from tests.commands.line import dlopt, refused
+from tests.support.line import dlopt, refused
 
 SMALL = ["model=mlp", "model.widths=[8]", "model.norm=none", "data.subset=60", "data.batch_size=16", "data.workers=0"]
 

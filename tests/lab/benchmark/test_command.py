@@ -23,8 +23,8 @@ from dlopt.lab.benchmark.command import _reference, _refuse_protocol, compare
 from dlopt.lab.benchmark.reading import has_ended
 from dlopt.lab.benchmark.results import Results, TrialRecord, read
 from dlopt.sweeps.jobs import result_of
-from tests.commands.line import dlopt, refused
-from tests.processes import start
+from tests.support.line import dlopt, refused
+from tests.support.processes import start
 
 LINE = {
     "defaults": [

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from dlopt.sweeps.estimate import Estimate
-from tests.commands.line import Result, dlopt, refused
+from tests.support.line import Result, dlopt, refused
 
 RECIPE = """\
 # @package _global_

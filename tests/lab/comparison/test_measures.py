@@ -9,7 +9,7 @@ from torch import nn
 from dlopt.errors import UserError
 from dlopt.lab.comparison import measures
 from dlopt.training.build import Workload, build_workload
-from tests.training.runs import experiment
+from tests.support.runs import experiment
 
 LINES = ("data.subset=64", "data.val_split=0.0", "data.batch_size=16", "threads=1")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.line import SMALL, dlopt, only, refused
+from tests.support.line import SMALL, dlopt, only, refused
 
 NET = ("model=mlp", "model.widths=[6,6]", "model.activation=tanh", "model.norm=none", "data.subset=60", "threads=1")
 SHORT = ("data.batch_size=20", "updates=2", "batches=2", "eigenvalues=1", "iterations=3")

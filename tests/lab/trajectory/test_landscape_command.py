@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.line import SMALL, dlopt, refused
+from tests.support.line import SMALL, dlopt, refused
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from dlopt.config.choices import config_folder
 from dlopt.lab.trajectory.command import trajectory
 from dlopt.lab.trajectory.paths import Trajectory
 from dlopt.results import drawing
-from tests.commands.line import dlopt, refused
 from tests.support.choices import names
+from tests.support.line import dlopt, refused
 
 MUON = {"muon", "dmuon"}
 OPTIMIZERS = [name for name in names("optimizer") if name not in MUON]

@@ -4,9 +4,9 @@ import os
 
 import torch.distributed.fsdp  # noqa: F401
 
-import tests.parallel.equality  # noqa: F401
+import tests.support.equality  # noqa: F401
 from dlopt.parallel import launch
-from tests import processes
+from tests.support import processes
 
 os.fsync = lambda descriptor: None  # type: ignore[assignment]  # see conftest.py
 launch.start_rank = processes.start_rank

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 from dlopt import files as durable
-from tests.training.runs import in_fork
+from tests.support.runs import in_fork
 
 _CLONE_NEWNS = 0x00020000
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.processes import start
+from tests.support.processes import start
 
 ROOT = Path(__file__).resolve().parents[2]
 

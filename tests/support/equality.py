@@ -12,8 +12,8 @@ from dlopt.config.parsing import parse
 from dlopt.parallel import rendezvous
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run
-from tests.parallel.ranks import run_ranks
-from tests.training.runs import Composed, composed, experiment, metrics, run_job, start
+from tests.support.ranks import run_ranks
+from tests.support.runs import Composed, composed, experiment, metrics, run_job, start
 
 # 96 training samples
 BASE = [
@@ -33,7 +33,7 @@ Cases = dict[str, tuple[list[str], list[str]]]
 def run_distributed(processes: int, folder: Path, cases: Cases) -> None:
     """Runs all cases in folders of their names. Composes them here: each rank would need the same time again."""
     experiments = {name: composed(*overrides, *distributed) for name, (overrides, distributed) in cases.items()}
-    run_ranks("tests.parallel.equality:run_all", processes, folder, str(folder), experiments)
+    run_ranks("tests.support.equality:run_all", processes, folder, str(folder), experiments)
 
 
 def run_all(folder: str, experiments: dict[str, Composed]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
@@ -24,6 +26,7 @@ from dlopt.interruption import Interruption
 from dlopt.job import tools
 from dlopt.training import checkpoint
 from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.metrics import Measured
 from dlopt.training.precision import torch_defaults
 from dlopt.training.step import Step, UpdateRecord
 from dlopt.training.trainer import Run, train_run
@@ -136,3 +139,55 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and a == b
+
+
+@contextmanager
+def explosions(bad: Callable[[int, float], bool], on: str = "loss") -> Iterator[None]:
+    """Makes the loss (or one gradient) NaN in updates (from 1) with learning rates for which `bad` is true."""
+    original = Step.forward_backward
+
+    def forward_backward(self: Step, batch: Batch) -> tuple[Tensor, list[Measured]]:
+        value, measured = original(self, batch)
+        if bad(self.number + 1, self.optimizer.param_groups[0]["lr"]):
+            if on == "loss":
+                return value * math.nan, measured
+            self.parameters[0].grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
+        return value, measured
+
+    with patch.object(Step, "forward_backward", forward_backward):
+        yield
+
+
+RUN = [*SMALL, "model.norm=none", "epochs=4", "schedule=constant", "optimizer.lr=0.08"]
+
+
+class Numbers(torch.utils.data.Dataset[tuple[Tensor, float]]):
+    """A regression: the sum of the inputs."""
+
+    def __init__(self, count: int) -> None:
+        self.inputs = torch.randn(count, 5, generator=torch.Generator().manual_seed(count))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        return self.inputs[index], float(self.inputs[index].sum())
+
+
+REGRESSION = [
+    "data=custom",
+    "data.train._target_=tests.support.runs.Numbers",
+    "+data.train.count=60",
+    "data.test={_target_:tests.support.runs.Numbers,count:17}",
+    "data.batch_size=16",
+    "data.workers=0",
+    "allow_packages=[tests]",
+    "model=mlp",
+    "model.widths=[]",
+    "normalize=none",
+    "loss=mse",
+    "tracking=[]",
+    "device=cpu",
+    "threads=1",
+    "epochs=4",
+]

@@ -108,3 +108,10 @@ def compare(
             all_reduce_buckets([local(named[key].grad) for key in partial_grads], model_group.process_group)  # type: ignore[arg-type]
 
         assert_equal(name, full, split_model, inputs, reduce_gradients)
+
+
+class RankOfThree(ModelGroup):
+    """Rank 0 of three, without a process group."""
+
+    def __init__(self) -> None:
+        self.group, self.rank, self.size = None, 0, 3

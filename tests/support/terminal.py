@@ -9,7 +9,7 @@ import sys
 import termios
 from pathlib import Path
 
-from tests.processes import start
+from tests.support.processes import start
 
 
 def in_terminal(folder: Path, columns: int, *arguments: str, **changes: str) -> tuple[int, str]:

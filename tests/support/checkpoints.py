@@ -1,0 +1,90 @@
+"""Small checkpoints, their file names, and crashes while they are written."""
+
+import io
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlopt.training.checkpoint import Checkpoints
+
+
+def state(step: int, *, best_epoch: int | None = None, epoch: int | None = None) -> dict[str, Any]:
+    weights = torch.full((300,), float(step))
+    return {
+        "model": {"weight": weights},
+        "optimizer": {"state": {}, "param_groups": []},
+        "schedule": {},
+        "ema": None,
+        "rng": {},
+        "progress": {
+            "epoch": step if epoch is None else epoch,
+            "position": 0,
+            "step": step,
+            "best": {"epoch": best_epoch},
+        },
+        "config": {"name": "try"},
+        "normalize": {},
+    }
+
+
+def names(checkpoints: Checkpoints) -> set[str]:
+    return {path.name for path in checkpoints.folder.iterdir()}
+
+
+def with_checksums(*files: str) -> set[str]:
+    return {name for file in files for name in (file, f"{file}.sha256")}
+
+
+class Crashes:
+    """Kills the process at the n-th call that changes the file system, before or after it."""
+
+    def __init__(self, at: int, after: bool) -> None:
+        self.left, self.after = at, after
+
+    def install(self) -> None:
+        for name in ("replace", "fsync", "link", "unlink"):
+            setattr(os, name, self._wrap(getattr(os, name)))
+        torch.save = self._half(torch.save)
+
+    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            self.left -= 1
+            if self.left == 0 and not self.after:
+                self._die()
+            try:
+                return function(*arguments, **named)
+            finally:
+                if self.left == 0:
+                    self._die()
+
+        return call
+
+    def _half(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        def call(value: Any, file: Any) -> None:
+            buffer = io.BytesIO()
+            save(value, buffer)
+            data = buffer.getvalue()
+            file.write(data[: len(data) // 2])
+            file.flush()
+            self.left -= 1
+            if self.left == 0:
+                self._die()
+            file.write(data[len(data) // 2 :])
+
+        return call
+
+    @staticmethod
+    def _die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.marker,))
