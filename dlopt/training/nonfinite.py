@@ -111,7 +111,10 @@ class NonFiniteCheck:
             self._pending = []
 
     def flush(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Raises `Diverged` for the first non-finite update since the last call. Synchronizes with the device."""
+        """Raises `Diverged` for the first non-finite update since the last call, and forgets the later ones.
+
+        Synchronizes with the device.
+        """
         self._stack_pending()
         stacked, self._stacked = self._stacked, []
         for updates, losses_and_flags in stacked:
@@ -125,10 +128,6 @@ class NonFiniteCheck:
                 self.latest,
                 before_update=False,
             )
-
-    def reset(self) -> None:
-        """Drops pending updates, which a rollback has undone."""
-        self._pending, self._stacked = [], []
 
 
 def _message(value: float, step: int, rate: float, location: str) -> str:

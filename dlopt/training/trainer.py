@@ -413,8 +413,7 @@ class Trainer:
         state = recovery.rollback(error)
         # These two must survive: the checkpoint has their values from before the rollback.
         recovery_state, resumed_from = recovery.state_dict(), self.progress.resumed_from
-        # Deferred checks and sums are of updates that the checkpoint does not have, and that will be made again.
-        self.step.check.reset()
+        # The sums are of updates that the checkpoint does not have, and that will be made again.
         self.train_metrics = self.train_metrics.fresh()
         self.load_state_dict(state)
         self.progress.resumed_from = resumed_from

@@ -252,3 +252,10 @@ def test_images_stay_in_files_only_for_random_crops(choice: str, crops: bool, mo
     monkeypatch.setattr(build_module, "prepare", prepare)
     build_workload(f"augmentation={choice}")
     assert seen == [crops]
+
+
+def test_statistics_per_pixel_need_images_of_one_size() -> None:
+    lines = ["normalize=standardize", "normalize.per=pixel", "augmentation=inception"]
+    build_workload(*lines)
+    with pytest.raises(UserError, match=r"^normalize\.per=pixel: fitted to samples of .*8, 8.*, not .*6, 6"):
+        build_workload(*lines, "augmentation.operations.0.size=6")

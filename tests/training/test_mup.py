@@ -52,6 +52,8 @@ def test_learning_rates_of_a_gpt(gpt: list[str]) -> None:
     assert workload.growth is not None
     line = "muP: optimizer.lr / 4 for 9 hidden and output weights (width 64, init.base_width=16)"
     assert describe_rates(workload.growth, 16) == line
+    assert "optimizer.lr / 1 for" in describe_rates(workload.growth, 64)
+    assert "optimizer.lr * 2 for" in describe_rates(workload.growth, 128)
 
 
 def test_initial_weights_of_an_mlp() -> None:

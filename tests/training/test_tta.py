@@ -1,14 +1,19 @@
 """Tests of test-time augmentation: crop positions against torchvision, weights by hand."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional
 
+from dlopt.data.samples import InMemory
 from dlopt.errors import UserError
-from dlopt.training.evaluate import mean_outputs
-from dlopt.training.tta import Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, ten_crop
+from dlopt.training import tta
+from dlopt.training.evaluate import _build_transform, mean_outputs
+from dlopt.training.tta import Flip, MultiScaleTenCrop, ShiftFlip, Size, TenCrop, ten_crop
 
 
 def images(height: int = 12, width: int = 15) -> Tensor:
@@ -46,6 +51,8 @@ def test_flip_uses_the_centre_crop() -> None:
     centre = functional.center_crop(source, [8, 9])
     expected = (centre + functional.horizontal_flip(centre)) / 2
     torch.testing.assert_close(average(Flip(), (8, 9), source), expected)
+    whole = (source + functional.horizontal_flip(source)) / 2
+    torch.testing.assert_close(average(Flip(), (source.shape[2], source.shape[3]), source), whole)
 
 
 @pytest.mark.parametrize("shift", [1, 3])
@@ -107,3 +114,20 @@ def test_probabilities_are_averaged_by_unequal_weights() -> None:
     expected = sum(weight * each.softmax(1) for weight, each in zip(weights, outputs, strict=True))
     mean = mean_outputs(zip(weights, outputs, strict=True), "probabilities")
     torch.testing.assert_close(mean.exp(), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("augmented", [None, (3, 6, 10)])
+def test_transforms_get_height_and_width(augmented: tuple[int, ...] | None) -> None:
+    seen: list[tuple[Size, Size]] = []
+
+    class Choice(Flip):
+        def build(self, window: Size, image: Size) -> tta.TestTransform:
+            seen.append((window, image))
+            return super().build(window, image)
+
+    augment = None if augmented is None else SimpleNamespace(output_shape=augmented)
+    workload: Any = SimpleNamespace(augment=augment)
+    samples = InMemory(torch.zeros(2, 3, 8, 12, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
+    transform = _build_transform(workload, Choice(), samples)
+    window = (8, 12) if augmented is None else (6, 10)
+    assert seen == [(window, (8, 12))] and transform.crop_size == window
