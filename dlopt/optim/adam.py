@@ -337,6 +337,9 @@ class ADOPT(RealOptimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         counts = dict(zip(params, count_steps(self, params), strict=True))
         for p in params:
+            # Adam divides a gradient by a second moment that contains it, and their correlation is why it does not
+            # converge for some betas (section 3). So the first gradient moves nothing here, and each later one is
+            # divided by the squares of older ones only.
             if counts[p] == 1:
                 assert p.grad is not None
                 self.state[p]["exp_avg_sq"] = p.grad.square()
@@ -387,7 +390,7 @@ class MARS(RealOptimizer):
         previous = buffers(self, params, "previous_grad")
         for old, grad, count in zip(previous, grads, counts, strict=True):
             if count == 1:
-                old.copy_(grad)
+                old.copy_(grad)  # against zero, the difference would be the whole gradient
         corrected = torch._foreach_sub(grads, previous)
         torch._foreach_mul_(corrected, group["gamma"] * beta1 / (1 - beta1))
         torch._foreach_add_(corrected, grads)

@@ -178,6 +178,7 @@ def count_steps(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[
     counts = []
     for p in params:
         state = optimizer.state[p]
+        # The bias correction needs the count on the host, and reading it from a GPU would wait for the device.
         state["step"] = state["step"] + 1 if "step" in state else torch.tensor(1.0)
         counts.append(int(state["step"]))
     return counts
@@ -186,6 +187,8 @@ def count_steps(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[
 def move(group: dict[str, Any], params: list[Tensor], updates: Tensors) -> None:
     """theta <- (1 - lr * weight_decay) * theta - lr * update: a step with decoupled weight decay."""
     lr = float(group["lr"])
+    # Before the update: the decay shrinks the weights at which the gradient was computed (Loshchilov & Hutter 2019,
+    # algorithm 2), and not the update itself.
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
     torch._foreach_add_(params, updates, alpha=-lr)

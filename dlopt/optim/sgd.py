@@ -88,6 +88,7 @@ class LARS(ForeachOptimizer):
             weights, norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
             denominators = torch.add(norms, weights, alpha=coupled).clamp_min_(1e-30)  # zero only if the update is zero
             scaled = (weights / denominators).mul_(lr * group["trust_coefficient"])
+            # A tensor of zeros has no scale of its own: a rate of zero would keep it at zero for ever.
             rates = list(torch.where(weights > 0, scaled, lr).unbind())
             torch._foreach_addcmul_(velocities, grads, rates)
             if coupled:

@@ -28,6 +28,8 @@ def end_if_hung(end: Callable[[], None] | None = None) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # Python runs signal handlers between two bytecodes of the main thread, and a collective in C++ never returns to
+    # them. But the interpreter writes the number of a signal into this socket at once, whatever the thread does.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -51,6 +53,7 @@ def _watch(signals: socket.socket, end: Callable[[], None]) -> None:
         with contextlib.suppress(TimeoutError):
             received = signals.recv(1)
             continue
+        # The position includes the instruction: a long loop moves between instructions, a call that hangs stays at one.
         if (current := _main_position()) is None or current != position:
             position, since = current, time.monotonic()
         elif time.monotonic() - since > HUNG_SECONDS:

@@ -86,6 +86,8 @@ class GroupRanks(Ranks):
     def sum_loss(self, loss: Tensor) -> Tensor:
         """Returns the sum over the ranks that count. The stop flag is part of the same collective."""
         loss = loss if self.counts else torch.zeros_like(loss)
+        # Gathered and then added in the order of the ranks: the sum of an all-reduce depends on its algorithm, and the
+        # ranks must agree to the last bit, since a line search branches on this number.
         pair = torch.stack([loss, loss.new_full((), self.stop.flag())])
         losses, flags = self.group.all_gather(pair).sum(0).unbind()
         self.stop.take(flags)
@@ -133,6 +135,7 @@ class StopFlag:
         event = torch.cuda.Event()
         event.record()
         self._pending.append((on_host, event))
+        # All ranks read the flag of the same update, because all have taken equally many: they stop together.
         if len(self._pending) > _LAG:
             on_host, event = self._pending.popleft()
             event.synchronize()

@@ -81,6 +81,7 @@ class InputSplitLayer(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         shard = self.model_group.scatter(inputs) if self.scatter_input else inputs
+        # After the sum: a bias in each rank's term would be added once per rank.
         return self.add_bias(self.model_group.reduce(self.partial_output(shard)))
 
     def partial_output(self, shard: Tensor) -> Tensor:

@@ -110,6 +110,7 @@ class _Normalize(torch.autograd.Function):
         channels, axes = inputs.shape[1], [0, *range(2, inputs.ndim)]
         shape = (1, channels, *(1 for _ in axes[1:]))
         gradient = gradient.to(mean.dtype)
+        # Computed again from the inputs, which are kept anyway, instead of saving another tensor of their size.
         normalized = (inputs.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
         bias_grad, weight_grad = gradient.sum(axes), (gradient * normalized).sum(axes)
         # The input gradient needs both sums over the global batch; weight and bias gradients stay local terms.

@@ -56,6 +56,8 @@ class ExponentialAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        # The values change places, and not the tensors: the optimizer, a compiled model and a CUDA graph hold the
+        # tensors.
         weights = [value.clone() for value in self._values]
         torch._foreach_copy_(self._values, self._averages)
         torch._foreach_copy_(self._averages, weights)

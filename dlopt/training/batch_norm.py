@@ -51,6 +51,9 @@ def _compute_exact(
         stack.enter_context(evaluation_mode(module))
         for norm, pool in zip(norms, pools, strict=True):
             stack.enter_context(norm.register_forward_pre_hook(partial(_pool_inputs, pool)))
+            # As in training, each layer sees inputs that the layers before it have normalized by the statistics of the
+            # batch. With running statistics instead, an error of the first layer would shift the moments of all later
+            # ones.
             norm.training, norm.track_running_stats = True, False  # use the batch's statistics, update nothing
             stack.callback(setattr, norm, "track_running_stats", True)
         for inputs, _ in batches:
@@ -73,6 +76,7 @@ def _set_running_stats(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None
 
 def _pool_inputs(pool: PooledMoments, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Merges the moments per channel of the inputs of `norm`."""
+    # Sums over the whole training set: in fp32 they would lose digits with the number of batches.
     values = inputs[0].double() if inputs[0].device.type != "mps" else inputs[0].float()
     moments: Any = getattr(norm, "moments", None)
     if moments is not None:  # a layer that normalizes over several processes

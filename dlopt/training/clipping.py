@@ -40,6 +40,8 @@ class ByNorm:
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> Tensor:
         total = gradient_norm(parameters, norm)
+        # As torch's clip_grad_norm_ does. Multiplying by 1 costs less than asking whether to multiply, for which the
+        # host would have to wait for the norm.
         factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)
         if gradients := _local_gradients(parameters):
             torch._foreach_mul_(gradients, factor)

@@ -155,6 +155,8 @@ def mean_outputs(weighted: Iterable[tuple[float, Tensor]], average: Average) -> 
         if average == "logits":
             total = outputs * weight if total is None else total.add_(outputs, alpha=weight)
         else:
+            # The logarithm of the sum of w * p, from log w + log p: a probability that fp32 rounds to zero would have
+            # an infinite loss.
             term = outputs.log_softmax(1) + math.log(weight)
             total = term if total is None else torch.logaddexp(total, term)
     assert total is not None
@@ -333,6 +335,8 @@ def _outputs(workload: Workload, model: Callable[[Tensor], Tensor], batches: Bat
     mode = workload.parallel
     if mode.split.evaluation_shard is None:
         return [batch for batch in own if batch is not None]
+    # Batch by batch, because the ranks hold adjacent slices of each batch, not of the data set: joined per batch, the
+    # outputs are in its order, as `dlopt predict` writes them and an ensemble pairs them.
     ranks = mode.ranks.gather([[batch and tuple(tensor.cpu() for tensor in batch) for batch in own]])
     gathered = []
     for shards in zip(*ranks, strict=True):

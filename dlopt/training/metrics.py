@@ -123,6 +123,7 @@ class MetricSum:
             correct += round(next(numbers))
             count += sum(counts)
         if self.reduce is not None:
+            # Step by step, since ranks have different numbers of samples in a step; all have the same number of steps.
             *losses, all_correct, all_count = self.reduce([*losses, correct, count])
             correct, count = round(all_correct), round(all_count)
         # A float64 sum in the order of the updates, whatever the interval of logging and checkpoints.
@@ -136,6 +137,7 @@ class MetricSum:
         pending, self._pending = self._pending, []
         if not pending:
             return
+        # Concatenating many steps replaces several small kernels per step by several per flush.
         losses = torch.stack([each.loss for each in pending])
         losses = losses.double() if losses.device.type != "mps" else losses  # MPS has no float64
         correct = [each.correct for each in pending if each.correct is not None]

@@ -72,6 +72,7 @@ class NonFiniteCheck:
         self.latest = step + 1
         if gradients:
             self.flag_nonfinite(self._flag)
+        # Reads both on the host, before the optimizer runs: the weights are still those that explain the value.
         value = loss.item()
         if not math.isfinite(value) or (gradients and self._flag.item()):
             self._flag.zero_()
@@ -100,6 +101,7 @@ class NonFiniteCheck:
         """Keeps the loss of update `step` (from 0), and the flag for its gradients, until `flush`."""
         self.latest = step + 1
         self._pending.append((step, rate, loss, flag))
+        # Stacked on the device, many flags are one transfer at the logging point, and one tensor to keep until then.
         if len(self._pending) == _MAX_PENDING:
             self._stack_pending()
 

@@ -54,6 +54,7 @@ class Precision:
 
     def scaler(self) -> torch.amp.GradScaler | None:
         """Returns a loss scaler for fp16, whose gradients underflow (Micikevicius et al. 2018)."""
+        # bf16 has the exponents of fp32, so its gradients do not underflow.
         return torch.amp.GradScaler(self.device.type) if self.name == "fp16" else None
 
 

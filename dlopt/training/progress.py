@@ -46,6 +46,7 @@ def run_length(settings: Settings, steps_per_epoch: int, state: Mapping[str, Any
         epochs, done = progress["epoch"], progress["step"]
         first = done - progress["position"]
         horizon = progress["horizon"] if settings.schedule_epochs is None else horizon
+    # From the first update of the epoch in which the checkpoint lies: this epoch counts as a whole one.
     epochs += max(math.ceil((steps - first) / steps_per_epoch), 0)
     return Length(steps, epochs, steps_per_epoch, horizon, done)
 

@@ -154,6 +154,8 @@ class Best:
     def update(self, metrics: Mapping[str, Any]) -> bool:
         """Returns whether these metrics are the best so far."""
         value, loss = monitored_loss(metrics, self.monitor), _finite(metrics.get("val_loss"))
+        # Small validation sets have many equal accuracies, between which the loss decides; of equal losses the first
+        # stays.
         if value == math.inf or (value, loss) >= (self.value, _finite(self.val_loss)):
             return False
         self.value, self.epoch = value, metrics["epoch"]
