@@ -23,10 +23,9 @@ from typing import Any
 
 import dlopt
 from dlopt.results.leaderboard import Difference, Statistic, direction_of, student_t
-from dlopt.results.reading import ENDED, Record, brief, is_number, number_in, printable, short_key, text
-from dlopt.results.table import (
+from dlopt.results.ranking import (
     Configuration,
-    Table,
+    Ranking,
     against_published,
     command,
     command_from,
@@ -37,6 +36,7 @@ from dlopt.results.table import (
     time_to_target,
     tolerance_text,
 )
+from dlopt.results.reading import ENDED, Record, brief, is_number, number_in, printable, short_key, text
 from dlopt.tracking.layout import short_path
 
 SCRIPTS = ("base.js", "leaderboard.js", "charts.js", "curves.js", "plots.js", "main.js")
@@ -101,7 +101,7 @@ def _escaped_json(data: Mapping[str, Any]) -> str:
 # -- CSV and JSON
 
 
-def columns(table: Table) -> list[str]:
+def columns(table: Ranking) -> list[str]:
     """Returns the metrics of the leaderboard: the ranking metric, validation and training metrics, costs."""
     known = {name for record in table.records for name in record.metrics}
     # Omit costs that are equal for all ended runs; failed runs cost less in any case.
@@ -110,11 +110,11 @@ def columns(table: Table) -> list[str]:
     return list(dict.fromkeys([*(name for name in (table.by, *FIRST) if name in known), *costs]))
 
 
-def test_columns(table: Table) -> list[str]:
+def test_columns(table: Ranking) -> list[str]:
     return [name for name in _TEST if any(name in record.metrics for record in table.records)]
 
 
-def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
+def summary_csv(table: Ranking, target: float | None, *, test: bool) -> str:
     """Renders a CSV line per configuration, with means and sample standard deviations over seeds."""
     metrics, tests = columns(table), test_columns(table)
     # The epochs of the config and those that were run are two columns.
@@ -140,7 +140,7 @@ def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
         if target is not None:
             reached = time_to_target(row, table.by, target)
             cells += [target, reached.count, _mean_and_std(reached.steps)[0], _mean_and_std(reached.seconds)[0]]
-        cells += [" ".join(short_path(run.path) for run in row.records), row.command or ""]
+        cells += [" ".join(short_path(run.path) for run in row.runs), row.command or ""]
         writer.writerow([_cell(cell) for cell in cells])
     return output.getvalue()
 
@@ -159,11 +159,11 @@ def _cell(value: Any) -> Any:
 
 
 def page_data(
-    table: Table, *, title: str, made: str, target: float | None, test: bool, refresh: float | None
+    table: Ranking, *, title: str, made: str, target: float | None, test: bool, refresh: float | None
 ) -> dict[str, Any]:
     """Returns the JSON data of the page's script."""
     metrics, tests = columns(table), test_columns(table)
-    row_of = {run.path: i for i, row in enumerate(table.rows) for run in row.records}
+    row_of = {run.path: i for i, row in enumerate(table.rows) for run in row.runs}
     distinct = {run.path for row in table.rows for run in row.distinct}
     curves = _curves(table.records)
     values = sum(len(record.history) for record in table.records) * (len(curves) + len(_AXES))
@@ -222,7 +222,7 @@ def page_data(
 
 def _row(row: Configuration, metrics: Sequence[str], tests: Sequence[str]) -> dict[str, Any]:
     return {
-        "id": str(row.records[0].path),
+        "id": str(row.runs[0].path),
         "label": row.label,
         "values": {key: _value(value) for key, value in row.values.items()},
         "metrics": {name: values for name in metrics if (values := _listed(row.statistic(name))) is not None},

@@ -11,8 +11,8 @@ from dlopt.results import drawing
 from dlopt.results.leaderboard import Statistic
 from dlopt.results.page import test_columns
 from dlopt.results.plots import key_labels
+from dlopt.results.ranking import Ranking
 from dlopt.results.reading import brief, printable
-from dlopt.results.table import Table
 
 _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -23,7 +23,7 @@ _NOTE = "mean ± sample standard deviation over seeds"
 _DIFFERENCE_NOTE = "difference to the first row: paired over seeds, with its 95 % confidence interval"
 
 
-def latex(table: Table, *, made: str, test: bool, top: int) -> str:
+def latex(table: Ranking, *, made: str, test: bool, top: int) -> str:
     """Renders a `tabular` with the rules of booktabs; `made`: a comment on the origin of the numbers."""
     heads, rows = _cells(table, test=test, top=top)
     keys, best = len(table.keys), {row.value.mean for row in table.ranked[:1] if row.value is not None}
@@ -42,7 +42,7 @@ def tabular(heads: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int =
     return [*lines, *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule", r"\end{tabular}"]
 
 
-def markdown(table: Table, *, made: str, test: bool, top: int) -> str:
+def markdown(table: Ranking, *, made: str, test: bool, top: int) -> str:
     """Renders a Markdown table, with notes below it."""
     heads, rows = _cells(table, test=test, top=top)
     keys = len(table.keys)
@@ -51,7 +51,7 @@ def markdown(table: Table, *, made: str, test: bool, top: int) -> str:
     return "\n".join([*body, "", f"{'; '.join([*_notes(table, top), printable(made)])}.", ""])
 
 
-def _notes(table: Table, top: int) -> list[str]:
+def _notes(table: Ranking, top: int) -> list[str]:
     notes = [_NOTE] * any(len(row.runs) > 1 for row in table.rows)
     notes += [_DIFFERENCE_NOTE] * _is_compared(table)
     counts = [row.count(table.by) for row in table.rows[:top]]
@@ -59,11 +59,11 @@ def _notes(table: Table, top: int) -> list[str]:
     return notes + [f"the first {top} of {len(table.rows)} configurations"] * (len(table.rows) > top)
 
 
-def _is_compared(table: Table) -> bool:
+def _is_compared(table: Ranking) -> bool:
     return any(row.difference is not None for row in table.rows)
 
 
-def _cells(table: Table, *, test: bool, top: int) -> tuple[list[str], list[list[str]]]:
+def _cells(table: Ranking, *, test: bool, top: int) -> tuple[list[str], list[list[str]]]:
     """Returns the headers and the rows: the keys as text, then numbers."""
     metrics = [table.by, *test_columns(table)[:1]]
     heads = [*key_labels(table.keys), "runs", *(drawing.metric_label(name) + _unit(name) for name in metrics)]

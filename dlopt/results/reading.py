@@ -18,7 +18,7 @@ from typing import Any
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.plain import flatten, load_yaml, read_regular
-from dlopt.results.leaderboard import ENDED, canonical, direction_of, distinguishes, is_number
+from dlopt.results.leaderboard import ENDED, Record, canonical, direction_of, distinguishes, is_number
 from dlopt.tracking.layout import format_value as text
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
@@ -31,24 +31,6 @@ _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
 _OWN_FILES = ("overrides.yaml", "environment.json")
 _RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb has a config.yaml of its own
 _MAX_METRICS = 1 << 28  # bytes of metrics.jsonl: a million epochs
-
-
-@dataclass(frozen=True)
-class Record:
-    """One run: `config` has dotted keys and each group's choice under the group's name; `history` has evaluated epochs.
-
-    `metrics`: of the best epoch (`val_loss`, `val_accuracy`), of the run (`epochs`, `steps`, `seconds`, `parameters`)
-    and of the test (`test_loss`, `test_accuracy`), without missing or non-finite values.
-    """
-
-    path: Path
-    status: str
-    config: Mapping[str, Any]
-    metrics: Mapping[str, float]
-    history: tuple[Mapping[str, float], ...]
-    overrides: tuple[str, ...]
-    reason: str | None
-    commit: str | None
 
 
 @dataclass(frozen=True)

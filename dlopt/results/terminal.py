@@ -11,8 +11,8 @@ from rich.text import Text
 from dlopt.results.exports import ReportContent
 from dlopt.results.leaderboard import Difference, Leaderboard, Row, Statistic
 from dlopt.results.page import columns, test_columns
+from dlopt.results.ranking import PublishedRow, Ranking, against_published, recipe_label
 from dlopt.results.reading import brief, printable, short_key
-from dlopt.results.table import PublishedRow, Table, against_published, recipe_label
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
 from dlopt.tracking.layout import FittedTable, plain_table
@@ -75,11 +75,11 @@ def _grid(report: ReportContent, dropped: Collection[str]) -> Grid:
     return grid
 
 
-def _metrics(table: Table) -> list[str]:
+def _metrics(table: Ranking) -> list[str]:
     return [name for name in columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
 
 
-def _hidden(table: Table, dropped: Collection[str]) -> list[str]:
+def _hidden(table: Ranking, dropped: Collection[str]) -> list[str]:
     """Names what the printed table leaves out, and gives the test metric of the best row if its column is hidden."""
     lines = []
     if "test" in dropped and table.rows:
@@ -89,7 +89,7 @@ def _hidden(table: Table, dropped: Collection[str]) -> list[str]:
     return [*lines, *([f"hidden: {', '.join(names)}; index.html has all columns"] if names else [])]
 
 
-def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
+def _published_grid(rows: Sequence[PublishedRow], table: Ranking) -> Grid:
     """Returns measured and published test errors in %, the unit of the papers."""
     grid = plain_table(fold=["recipe"], right=["runs", "test error %", "median", "published", "difference"])
     for row in rows:

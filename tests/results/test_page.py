@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dlopt.results.page import page, page_data
+from dlopt.results.ranking import Ranking, band, fastest, gather, time_to_target
 from dlopt.results.reading import RunReader
-from dlopt.results.table import Table, band, fastest, gather, time_to_target
 from tests.support.browser import chromium, narrow
 from tests.support.folders import make_run
 from tests.support.requires import requires
@@ -22,7 +22,7 @@ EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+def table(tmp_path_factory: pytest.TempPathFactory) -> Ranking:
     """adamw and sgd at four rates, three seeds each; sgd at 10 fails with HTML markup as the reason."""
     folder = tmp_path_factory.mktemp("sweep")
     tops = {("sgd", 0.01): 0.6, ("sgd", 0.1): 0.8, ("sgd", 1.0): 0.7, ("sgd", 10.0): 0.2,
@@ -39,7 +39,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 
 @pytest.fixture(scope="module")
-def file(table: Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(table: Ranking, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "index.html"
     path.write_text(page(page_data(table, title=EVIL, made="now", target=0.7, test=False, refresh=None)))
     return path
@@ -90,7 +90,7 @@ def hover(browser: Any, selector: str, x: float, y: float) -> str:
     return text(browser, "#tip")
 
 
-def test_leaderboard_has_the_order_of_the_table(shown: Any, table: Table) -> None:
+def test_leaderboard_has_the_order_of_the_table(shown: Any, table: Ranking) -> None:
     assert column(shown, "rank") == [str(i) for i in range(1, 9)]
     assert column(shown, "key optimizer.lr")[:3] == ["0.01", "0.1", "0.1"]
     assert column(shown, "val_accuracy")[0] == "90.00 ± 1.00 %"
@@ -145,7 +145,7 @@ def select(browser: Any, name: str, value: str) -> None:
     browser.execute_script(script, name, value)
 
 
-def test_tooltips_show_curve_values(shown: Any, table: Table) -> None:
+def test_tooltips_show_curve_values(shown: Any, table: Ranking) -> None:
     result = hover(shown, "#curves-chart .u-over", 0.95, 0.3)
     assert result.startswith("epoch 3") and "#1 optimizer=adamw lr=0.01" in result
     row = band(table.rows[0].records, "val_accuracy", "epoch", "range")
@@ -169,7 +169,7 @@ def test_tooltips_show_curve_values(shown: Any, table: Table) -> None:
     assert shown.execute_script("return document.querySelectorAll(\"#curves [aria-pressed='false']\").length") == 1
 
 
-def test_curves_against_seconds_match_those_of_the_image_files(shown: Any, table: Table) -> None:
+def test_curves_against_seconds_match_those_of_the_image_files(shown: Any, table: Ranking) -> None:
     """Slower seeds are 1, 1.1 and 1.2 s per epoch: an epoch takes 1.1 s on average."""
     select(shown, "x", "seconds")
     row = band(table.rows[0].records, "val_accuracy", "seconds", "range")
@@ -265,7 +265,7 @@ def test_dark_screen_and_white_paper(shown: Any) -> None:
         shown.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_time_to_target_matches_metrics(shown: Any, table: Table) -> None:
+def test_time_to_target_matches_metrics(shown: Any, table: Ranking) -> None:
     def rows() -> dict[str, list[str]]:
         script = """
             const rows = [...document.querySelectorAll("#times tbody tr")];
@@ -325,7 +325,7 @@ def test_fits_the_width_of_a_phone(shown: Any) -> None:
     assert small == 0
 
 
-def test_watched_page_reloads(browser: Any, table: Table, tmp_path: Path) -> None:
+def test_watched_page_reloads(browser: Any, table: Ranking, tmp_path: Path) -> None:
     path = tmp_path / "index.html"
     data = page_data(table, title="before", made="now", target=0.7, test=False, refresh=3)
     path.write_text(page(data))

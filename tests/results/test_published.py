@@ -12,7 +12,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.results.page import page_data, summary_csv
-from dlopt.results.table import against_published, published_error, recipe_label
+from dlopt.results.ranking import against_published, published_error, recipe_label
 from dlopt.tracking.layout import settings
 from tests.support.folders import make_run, table
 from tests.support.line import dlopt

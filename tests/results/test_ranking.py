@@ -10,7 +10,7 @@ import pytest
 
 from dlopt.errors import UserError
 from dlopt.results.page import page, page_data, summary_csv
-from dlopt.results.table import Table
+from dlopt.results.ranking import Ranking
 from tests.support.folders import make_run, table
 
 
@@ -29,7 +29,7 @@ def sweep(tmp_path: Path) -> Path:
     return tmp_path / "sweep"
 
 
-def read_csv(result: Table, **options: Any) -> list[dict[str, str]]:
+def read_csv(result: Ranking, **options: Any) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(summary_csv(result, 0.7, **{"test": False, **options}))))
 
 
