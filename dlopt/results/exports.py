@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from dlopt.errors import UserError
 from dlopt.folders import refuse_url
 from dlopt.results import drawing, paper
-from dlopt.results.page import page, page_data, summary_csv
+from dlopt.results.columns import summary_csv
+from dlopt.results.page import page
 from dlopt.results.plots import PLOTS, plots
 from dlopt.results.ranking import Ranking
 
@@ -109,10 +110,8 @@ def outdated(to: Destination, files: Collection[Path]) -> list[Path]:
 def _text(form: Format, report: ReportContent) -> str:
     if form == "html":
         return page(
-            page_data(
-                report.ranking, title=report.title, made=report.made, target=report.target, test=report.test,
-                refresh=report.refresh,
-            )
+            report.ranking, title=report.title, made=report.made, target=report.target, test=report.test,
+            refresh=report.refresh,
         )  # fmt: skip
     if form == "csv":
         return summary_csv(report.ranking, report.target, test=report.test)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from dlopt.results import drawing
+from dlopt.results.columns import test_columns
 from dlopt.results.leaderboard import Statistic
-from dlopt.results.page import test_columns
 from dlopt.results.plots import key_labels
 from dlopt.results.ranking import Ranking
 from dlopt.results.reading import brief, printable

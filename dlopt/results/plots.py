@@ -16,6 +16,7 @@ from dlopt.results.ranking import (
     Configuration,
     Ranking,
     Sensitivity,
+    Spread,
     band,
     default_spread,
     fastest,
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 6  # configurations in a plot of curves
-SPREADS = {"range": "lowest to highest run", "confidence": "95 % confidence interval"}
+SPREADS: Mapping[Spread, str] = {
+    "range": "lowest to highest run",
+    "std": "± standard deviation",
+    "error": "± standard error",
+    "confidence": "95 % confidence interval",
+}
 _AGAINST = {"epoch": "epoch", "step": "update", "seconds": "seconds of training"}
 _WIDTH = 6.4  # inches: the text of a plot is legible over the width of a page
 
@@ -203,9 +209,9 @@ def parallel_coordinates(ranking: Ranking) -> "Figure | None":
     from matplotlib.collections import LineCollection
 
     keys = list(ranking.keys)[:8]
-    scales = [_Scale([row.values.get(key) for row in rows]) for key in keys]
+    scales = [Scale([row.values.get(key) for row in rows]) for key in keys]
     metrics = [_scale(ranking.by) * row.value.mean for row in rows if row.value is not None]
-    scales.append(_Scale(metrics))
+    scales.append(Scale(metrics))
     figure, axis = _figure(4.2, max(_WIDTH, 1.8 * len(scales) + 1))
     shades = drawing.shades("#d9d9d9", "#9ecae1", "#08306b")
     lines = [
@@ -218,7 +224,7 @@ def parallel_coordinates(ranking: Ranking) -> "Figure | None":
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for x, scale in enumerate(scales):
         axis.axvline(x, color="0.3", linewidth=0.8)
-        for position, label in scale.ticks:
+        for position, label, _ in scale.ticks:
             short = _wrapped(label if len(label) <= 48 else f"{label[:47]}…", 24)
             offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
             axis.annotate(short, (x, position), fontsize="small", bbox=box, **offset)
@@ -230,8 +236,8 @@ def parallel_coordinates(ranking: Ranking) -> "Figure | None":
     return figure
 
 
-class _Scale:
-    """Maps the values of one axis to 0..1, with labelled ticks."""
+class Scale:
+    """Maps the values of one axis to 0..1, with ticks: position, label and value."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         known = [value for value in values if value is not None]
@@ -239,13 +245,13 @@ class _Scale:
         if not self.is_number:
             names = sorted({text(value) for value in values})
             self.positions = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
-            self.ticks = _apart([(position, name) for name, position in self.positions.items()])
+            self.ticks = _apart([(position, name, name) for name, position in self.positions.items()])
             return
         self.low, self.high = min(known), max(known)
         self.log = self.low > 0 and self.high / self.low >= 20
         spaced = np.geomspace if self.log else np.linspace
-        tick_values = sorted(set(known)) if len(set(known)) <= 8 else spaced(self.low, self.high, 5)
-        self.ticks = _apart([(self(value), f"{value:.4g}") for value in tick_values])
+        tick_values = sorted(set(known)) if len(set(known)) <= 8 else spaced(self.low, self.high, 5).tolist()
+        self.ticks = _apart([(self(value), f"{value:.4g}", value) for value in tick_values])
 
     def __call__(self, value: Any) -> float:
         if not self.is_number:
@@ -257,12 +263,12 @@ class _Scale:
         return float((value - self.low) / (self.high - self.low))
 
 
-def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+def _apart(ticks: Sequence[tuple[float, str, Any]]) -> list[tuple[float, str, Any]]:
     """Returns the ticks from the highest down whose labels do not overlap."""
-    kept: list[tuple[float, str]] = []
-    for position, label in reversed(ticks):
-        if not kept or kept[-1][0] - position > 0.045:
-            kept.append((position, label))
+    kept: list[tuple[float, str, Any]] = []
+    for tick in reversed(ticks):
+        if not kept or kept[-1][0] - tick[0] > 0.045:
+            kept.append(tick)
     return kept
 
 

@@ -285,7 +285,8 @@ def band(runs: Sequence[Record], metric: str) -> Band | None:
 def _mean_positions(positions: np.ndarray) -> np.ndarray:
     """Adds up the mean distances of the epochs; `positions`: [runs, epochs], NaN where a run has none."""
     widths = np.diff(positions, axis=1, prepend=0.0)
-    return np.cumsum(np.nansum(widths, 0) / np.maximum(np.isfinite(widths).sum(0), 1))
+    mean = np.cumsum(np.nansum(widths, 0) / np.maximum(np.isfinite(widths).sum(0), 1))
+    return np.where(np.isfinite(positions).any(0), mean, np.nan)
 
 
 @lru_cache
@@ -465,9 +466,16 @@ def fastest(ranking: Ranking, target: float) -> list[tuple[Configuration, Reache
 
 def default_target(ranking: Ranking) -> float | None:
     """Returns a target that half of the configurations reach, rounded to the easier side."""
-    means = sorted(row.value.mean for row in ranking.ranked if row.value is not None)
-    if not means:
-        return None
-    median = means[len(means) // 2] if ranking.lower else means[(len(means) - 1) // 2]
-    scale = 10.0 ** (2 - math.floor(math.log10(abs(median)))) if median else 1.0
-    return (math.ceil(median * scale) if ranking.lower else math.floor(median * scale)) / scale
+    return _target(ranking, 0.5) if ranking.ranked else None
+
+
+def targets(ranking: Ranking) -> list[float]:
+    """Returns targets that 10, 25, 50, 75 and 90 % of the configurations reach, rounded to the easier side."""
+    return [_target(ranking, fraction) for fraction in (0.1, 0.25, 0.5, 0.75, 0.9)] if ranking.ranked else []
+
+
+def _target(ranking: Ranking, fraction: float) -> float:
+    means = [row.value.mean for row in ranking.ranked if row.value is not None]  # the best first
+    value = means[min(int(fraction * len(means)), len(means) - 1)]
+    scale = 10.0 ** (2 - math.floor(math.log10(abs(value)))) if value else 1.0
+    return (math.ceil(value * scale) if ranking.lower else math.floor(value * scale)) / scale

@@ -1,17 +1,23 @@
 """Results on a terminal: the table of a report, the leaderboard and the Pareto front of a sweep."""
 
 from collections.abc import Collection, Sequence
-from functools import partial
 from typing import IO
 
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from dlopt.results.columns import (
+    PUBLISHED,
+    difference_text,
+    metric_columns,
+    published_rows,
+    statistic_text,
+    test_columns,
+)
 from dlopt.results.exports import ReportContent
-from dlopt.results.leaderboard import Difference, Leaderboard, Row, Statistic
-from dlopt.results.page import columns, test_columns
-from dlopt.results.ranking import PublishedRow, Ranking, against_published, recipe_label
+from dlopt.results.leaderboard import Leaderboard, Statistic
+from dlopt.results.ranking import Ranking
 from dlopt.results.reading import brief, printable, short_key
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
@@ -24,11 +30,11 @@ _WIDTH = 130  # columns of a sweep's leaderboard in a file
 
 def show_report(report: ReportContent, console: Console) -> None:
     """Prints the leaderboard; on a terminal hides columns until it fits, the least important ones first."""
-    table = report.table
+    table = report.ranking
     dropped = _unfitting(report, console) if console.is_terminal else []
     grids = [_grid(report, dropped)]
-    if published := against_published(table):
-        grids.append(_published_grid(published[: report.top], table))
+    if published := published_rows(table):
+        grids.append(_published_grid(published[: report.top]))
     if not console.is_terminal:
         unlimited = console.options.update(width=1000)
         console.width = max(console.measure(grid, options=unlimited).maximum for grid in grids)
@@ -52,7 +58,7 @@ def _unfitting(report: ReportContent, console: Console) -> list[str]:
 
 
 def _grid(report: ReportContent, dropped: Collection[str]) -> Grid:
-    table = report.table
+    table = report.ranking
     metrics = [name for name in _metrics(table) if name == table.by or name not in dropped]
     tests = [] if "test" in dropped else test_columns(table)[:1]
     keys = list(table.keys)[:_MAX_KEYS]
@@ -69,14 +75,14 @@ def _grid(report: ReportContent, dropped: Collection[str]) -> Grid:
         cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
         values = [_statistic(name, row.statistic(name)) for name in metrics]
         values += [_statistic(name, row.statistic(name)) if report.test or rank == 1 else "" for name in tests]
-        difference = [_difference(table.by, row.difference).replace(" %", "")] if compared else []  # percentage points
+        difference = [difference_text(table.by, row.difference)] if compared else []
         style = "bold" if rank == 1 and row.value is not None else ""
         grid.add_row(str(rank), *map(Text, cells), row.count(table.by), *values, *map(Text, difference), style=style)
     return grid
 
 
 def _metrics(table: Ranking) -> list[str]:
-    return [name for name in columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
+    return [name for name in metric_columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
 
 
 def _hidden(table: Ranking, dropped: Collection[str]) -> list[str]:
@@ -89,31 +95,22 @@ def _hidden(table: Ranking, dropped: Collection[str]) -> list[str]:
     return [*lines, *([f"hidden: {', '.join(names)}; index.html has all columns"] if names else [])]
 
 
-def _published_grid(rows: Sequence[PublishedRow], table: Ranking) -> Grid:
-    """Returns measured and published test errors in %, the unit of the papers."""
-    grid = plain_table(fold=["recipe"], right=["runs", "test error %", "median", "published", "difference"])
+def _published_grid(rows: Sequence[Sequence[str]]) -> Grid:
+    grid = plain_table(fold=PUBLISHED[:1], right=PUBLISHED[1:])
     for row in rows:
-        error, difference = "-", ""
-        median = "" if row.median is None else f"{row.median:.2f}"
-        if row.measured is not None:
-            error, difference = row.measured.show("{:.2f}".format), f"{row.measured.mean - row.published:+.2f}"
-        recipe, count = Text(printable(recipe_label(row, table))), row.row.count("test_accuracy")
-        grid.add_row(recipe, count, error, median, f"{row.published:.2f}", difference)
+        grid.add_row(*map(Text, row))
     return grid
 
 
 def _statistic(name: str, statistic: Statistic | None) -> str:
-    if statistic is None:
-        return "-"
-    if name == "seconds":
+    """Formats a statistic in little space: times and counts without their standard deviation."""
+    if statistic is not None and name == "seconds":
         return layout.format_duration(statistic.mean)
-    if name == "steps":
-        return f"{statistic.mean:,.0f}"
-    return statistic.show(partial(layout.format_metric, name)).replace(" % ±", " ±")
+    return f"{statistic.mean:,.0f}" if statistic is not None and name == "steps" else statistic_text(name, statistic)
 
 
 def _notes(report: ReportContent) -> list[str]:
-    table = report.table
+    table = report.ranking
     counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in table.counts().items())
     rows = layout.format_count("configurations", len(table.rows))
     lines = [f"{rows}, {layout.format_count('runs', len(table.records))}: {counts}"]
@@ -154,23 +151,11 @@ def show_leaderboard(board: Leaderboard, test: str, *, stream: IO[str] | None = 
     table.add_column("test", justify="right")
     for rank, row in enumerate(rows[:_MAX_ROWS], 1):
         tested = row.statistic(test) if rank == 1 else None
-        cells = [str(rank), layout.round_floats(row.label), _spread(board.metric, row), row.count(board.metric)]
-        cells += [_difference(board.metric, row.difference)] if is_paired else []
+        cells = [str(rank), layout.round_floats(row.label)]
+        cells += [statistic_text(board.metric, row.value), row.count(board.metric)]
+        cells += [difference_text(board.metric, row.difference)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.format_metric(test, tested.mean))
     _print(table, stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
-
-
-def _spread(metric: str, row: Row) -> str:
-    assert row.value is not None
-    return row.value.show(partial(layout.format_metric, metric))
-
-
-def _difference(metric: str, difference: Difference | None) -> str:
-    return "" if difference is None else difference.show(partial(_signed, metric))
-
-
-def _signed(metric: str, value: float) -> str:
-    return f"{'+' if value >= 0 else '-'}{layout.format_metric(metric, abs(value))}"
 
 
 def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[str]) -> None:

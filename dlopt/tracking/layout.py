@@ -23,6 +23,7 @@ from dlopt.plain import flatten
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
 _LONG_FLOAT = re.compile(r"(?<![\w.])\d+\.\d{5,}(e[+-]?\d+)?(?![\w.])")
+_COUNTS = ("epochs", "steps", "best_epoch", "parameters")
 _REPORT_KEY = "published"  # read by `dlopt report` only: not shown as a setting
 
 
@@ -68,9 +69,13 @@ def format_clock(seconds: float) -> str:
 
 
 def format_metric(name: str, value: float | None) -> str:
-    """Formats a metric by its name: accuracies in percent, learning rates with `format_lr`, others as numbers."""
+    """Formats a metric by its name: accuracies in percent, times, counts, learning rates, others as numbers."""
     if name == "lr":
         return format_lr(value)
+    if value is not None and name == "seconds":
+        return format_duration(value)
+    if value is not None and name in _COUNTS:
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
     return format_percent(value) if "accuracy" in name or name.endswith(("top1", "top5")) else format_number(value)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from dlopt.results.reading import RunReader
 from dlopt.results.ranking import Ranking, gather
+from dlopt.results.reading import RunReader
 
 TARGETS = {"sgd": "torch.optim.SGD", "adamw": "torch.optim.AdamW"}
 
