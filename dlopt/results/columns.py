@@ -8,6 +8,7 @@ from typing import Any
 from dlopt.results.leaderboard import ENDED, Difference, Statistic
 from dlopt.results.ranking import Ranking, against_published, recipe_label, time_to_target
 from dlopt.results.reading import number_in, printable, text
+from dlopt.results.tables import Table
 from dlopt.tracking import layout
 from dlopt.tracking.layout import short_path
 
@@ -46,20 +47,17 @@ def difference_text(name: str, difference: Difference | None) -> str:
     return "" if difference is None else difference.show(signed)
 
 
-PUBLISHED = ("recipe", "runs", "test error %", "median", "published", "difference")
-
-
-def published_rows(ranking: Ranking) -> list[list[str]]:
-    """Returns measured and published test errors in %, the unit of the papers; the columns are `PUBLISHED`."""
+def published_table(ranking: Ranking, top: int | None = None) -> Table:
+    """Returns measured and published test errors in %, the unit of the papers, of the first `top` rows."""
     rows = []
-    for each in against_published(ranking):
+    for each in against_published(ranking)[:top]:
         error, difference = "-", ""
         if each.measured is not None:
             error, difference = each.measured.show("{:.2f}".format), f"{each.measured.mean - each.published:+.2f}"
         median = "" if each.median is None else f"{each.median:.2f}"
-        name, count = printable(recipe_label(each, ranking)), each.row.count("test_accuracy")
+        name, count = recipe_label(each, ranking), each.row.count("test_accuracy")
         rows.append([name, count, error, median, f"{each.published:.2f}", difference])
-    return rows
+    return Table(["recipe", "runs", "test error %", "median", "published", "difference"], rows)
 
 
 def summary_csv(ranking: Ranking, target: float | None, *, test: bool) -> str:

@@ -19,10 +19,11 @@ from markupsafe import Markup
 
 import dlopt
 from dlopt.results import drawing
-from dlopt.results.columns import PUBLISHED, published_rows
+from dlopt.results.columns import published_table
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import Ranking, importance
 from dlopt.results.reading import printable
+from dlopt.results.tables import Bold
 from dlopt.tracking.layout import format_count, short_path
 
 FOLDER = Path(__file__).with_name("page")
@@ -42,7 +43,7 @@ def page(ranking: Ranking, *, title: str, made: str, target: float | None, test:
         "report.html", FOLDER,
         title=title, made=made, refresh=refresh, version=dlopt.__version__,
         counts=f"{', '.join(sizes)}: {counts}",
-        published_heads=PUBLISHED, published=published_rows(ranking),
+        published=published_table(ranking),
         importance=importance(ranking), damaged=ranking.damaged,
         metric=drawing.metric_name(ranking.by), configurations=len(ranking.ranked),
         style=Markup(read_text("vendor/uPlot.min.css") + read_text("page.css")),
@@ -58,10 +59,16 @@ def render(template: str, folder: Path, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        finalize=_finalize,
     )
     environment.filters.update(csp_hash=_csp_hash, short_path=short_path)
     return environment.get_template(template).render(values)
+
+
+def _finalize(value: Any) -> Any:
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return Markup("<b>{}</b>").format(printable(value)) if isinstance(value, Bold) else printable(value)
 
 
 def read_text(name: str) -> str:

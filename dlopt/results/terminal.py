@@ -7,18 +7,12 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dlopt.results.columns import (
-    PUBLISHED,
-    difference_text,
-    metric_columns,
-    published_rows,
-    statistic_text,
-    test_columns,
-)
+from dlopt.results.columns import difference_text, metric_columns, published_table, statistic_text, test_columns
 from dlopt.results.exports import ReportContent
 from dlopt.results.leaderboard import Leaderboard, Statistic
 from dlopt.results.ranking import Ranking
 from dlopt.results.reading import brief, printable, short_key
+from dlopt.results.tables import Table
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
 from dlopt.tracking.layout import FittedTable, plain_table
@@ -32,14 +26,14 @@ def show_report(report: ReportContent, console: Console) -> None:
     """Prints the leaderboard; on a terminal hides columns until it fits, the least important ones first."""
     table = report.ranking
     dropped = _unfitting(report, console) if console.is_terminal else []
-    grids = [_grid(report, dropped)]
-    if published := published_rows(table):
-        grids.append(_published_grid(published[: report.top]))
+    grids = [FittedTable(_grid(report, dropped))]
+    if (published := published_table(table, report.top)).rows:
+        grids.append(published.grid())
     if not console.is_terminal:
         unlimited = console.options.update(width=1000)
-        console.width = max(console.measure(grid, options=unlimited).maximum for grid in grids)
+        console.width = max(console.measure(grid.table, options=unlimited).maximum for grid in grids)
     for grid in grids:
-        console.print(FittedTable(grid))
+        console.print(grid)
     for line in _hidden(table, dropped):
         console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
     for line in _notes(report):
@@ -95,13 +89,6 @@ def _hidden(table: Ranking, dropped: Collection[str]) -> list[str]:
     return [*lines, *([f"hidden: {', '.join(names)}; index.html has all columns"] if names else [])]
 
 
-def _published_grid(rows: Sequence[Sequence[str]]) -> Grid:
-    grid = plain_table(fold=PUBLISHED[:1], right=PUBLISHED[1:])
-    for row in rows:
-        grid.add_row(*map(Text, row))
-    return grid
-
-
 def _statistic(name: str, statistic: Statistic | None) -> str:
     """Formats a statistic in little space: times and counts without their standard deviation."""
     if statistic is not None and name == "seconds":
@@ -155,23 +142,22 @@ def show_leaderboard(board: Leaderboard, test: str, *, stream: IO[str] | None = 
         cells += [statistic_text(board.metric, row.value), row.count(board.metric)]
         cells += [difference_text(board.metric, row.difference)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.format_metric(test, tested.mean))
-    _print(table, stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
+    _print(FittedTable(table), stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
 
 
 def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[str]) -> None:
     """Prints the Pareto front of a multi-objective search, if any job has finished."""
     if not rows:
         return
-    table = plain_table("Pareto front", fold=["configuration"], right=[metric.replace("_", " ") for metric in metrics])
-    for label, values in rows:
-        table.add_row(layout.round_floats(label), *map(layout.format_metric, metrics, values))
-    _print(table)
+    heads = ["configuration", *(metric.replace("_", " ") for metric in metrics)]
+    cells = [[layout.round_floats(label), *map(layout.format_metric, metrics, values)] for label, values in rows]
+    _print(Table(heads, cells, title="Pareto front").grid())
 
 
-def _print(table: Grid, stream: IO[str] | None = None, more: str = "") -> None:
+def _print(table: FittedTable, stream: IO[str] | None = None, more: str = "") -> None:
     output, console, terminal = open_console(stream)
     console.width = console.width if terminal else _WIDTH
     with console.capture() as capture:
-        console.print(FittedTable(table))
+        console.print(table)
     output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()) + more)
     output.flush()

@@ -11,7 +11,7 @@ import pytest
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.results.columns import published_rows, summary_csv
+from dlopt.results.columns import published_table, summary_csv
 from dlopt.results.page import page
 from dlopt.results.ranking import against_published, published_error, recipe_label
 from dlopt.tracking.layout import settings
@@ -94,7 +94,7 @@ def test_groups_seeds_and_omits_runs_without_published_result(tmp_path: Path) ->
     assert recipe_label(published, result) == "recipe lr=0.1"
     rows = list(csv.DictReader(io.StringIO(summary_csv(result, None, test=False))))
     assert {row["published_error_percent"] for row in rows} == {"24.0", ""}
-    assert published_rows(result) == [["recipe lr=0.1", "2", "24.00 ± 1.41", "24.00", "24.00", "+0.00"]]
+    assert published_table(result).rows == [["recipe lr=0.1", "2", "24.00 ± 1.41", "24.00", "24.00", "+0.00"]]
     text = page(result, title="t", made="m", target=None, test=False, refresh=None)
     assert "24.00 ± 1.41</td>" in text
 

@@ -18,6 +18,7 @@ from dlopt.lab.benchmark.table import latex
 from dlopt.results import drawing
 from dlopt.results.page import read_text, render
 from dlopt.results.reading import printable, short_key
+from dlopt.results.tables import Bold
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,7 +103,7 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
 
 
 def _bold(text: str, is_bold: bool = True) -> str:
-    return Markup("<b>{}</b>").format(printable(text)) if is_bold else text
+    return Bold(text) if is_bold else text
 
 
 def _small(text: str) -> Markup:
