@@ -5,11 +5,13 @@ import io
 from functools import partial
 from typing import Any
 
+from dlopt import formats
+from dlopt.formats import format_value as text
+from dlopt.formats import printable
 from dlopt.results.leaderboard import ENDED, Difference, Statistic
 from dlopt.results.ranking import Ranking, against_published, recipe_label, time_to_target
-from dlopt.results.reading import number_in, printable, text
+from dlopt.results.reading import number_in
 from dlopt.results.tables import Table
-from dlopt.tracking import layout
 from dlopt.tracking.layout import short_path
 
 FIRST = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "accuracy_gap", "gap")
@@ -34,7 +36,7 @@ def statistic_text(name: str, statistic: Statistic | None) -> str:
     """Formats 90.00 ± 1.00 %; the unit stands once."""
     if statistic is None:
         return "-"
-    shown = statistic.show(partial(layout.format_metric, name))
+    shown = statistic.show(partial(formats.format_metric, name))
     return shown.replace(" % ±", " ±").replace(" s ±", " ±")
 
 
@@ -42,7 +44,7 @@ def difference_text(name: str, difference: Difference | None) -> str:
     """Formats -5.00 [-5.06, +4.62]; differences of accuracies are in percentage points, without a unit."""
 
     def signed(value: float) -> str:
-        return f"{'+' if value >= 0 else '-'}{layout.format_metric(name, abs(value))}".removesuffix(" %")
+        return f"{'+' if value >= 0 else '-'}{formats.format_metric(name, abs(value))}".removesuffix(" %")
 
     return "" if difference is None else difference.show(signed)
 

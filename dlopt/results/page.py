@@ -18,13 +18,13 @@ import jinja2
 from markupsafe import Markup
 
 import dlopt
+from dlopt.formats import format_count, printable
 from dlopt.results import drawing
 from dlopt.results.columns import published_table
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import Ranking, importance
-from dlopt.results.reading import printable
 from dlopt.results.tables import Bold
-from dlopt.tracking.layout import format_count, short_path
+from dlopt.tracking.layout import short_path
 
 FOLDER = Path(__file__).with_name("page")
 SCRIPTS = ("base.js", "leaderboard.js", "charts.js", "curves.js", "plots.js", "main.js")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dlopt.formats import brief, format_metric, printable
 from dlopt.results import drawing
 from dlopt.results.columns import FIRST, difference_text, metric_columns, statistic_text, test_columns
 from dlopt.results.leaderboard import ENDED, Record
@@ -27,8 +28,8 @@ from dlopt.results.ranking import (
     time_to_target,
     tolerance_text,
 )
-from dlopt.results.reading import brief, is_number, printable, short_key
-from dlopt.tracking.layout import format_metric, short_path
+from dlopt.results.reading import is_number, short_key
+from dlopt.tracking.layout import short_path
 
 # Columns that are hidden, the first ones first, until the table fits the page; the reader may choose others.
 _EXPENDABLE = ("train_loss", "train_accuracy", "gap", "accuracy_gap", "parameters", "epochs", "steps", "seconds")

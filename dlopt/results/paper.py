@@ -4,12 +4,12 @@ A row has the keys that vary, the ranking metric, the test metric (of the first 
 selecting a row by it would be model selection on the test set) and the paired difference to the first row.
 """
 
+from dlopt.formats import brief, printable
 from dlopt.results import drawing
 from dlopt.results.columns import difference_text, statistic_text, test_columns
 from dlopt.results.leaderboard import Statistic
 from dlopt.results.plots import key_labels
 from dlopt.results.ranking import Ranking
-from dlopt.results.reading import brief, printable
 from dlopt.results.tables import Bold, Table
 
 _NOTE = "mean ± sample standard deviation over seeds"

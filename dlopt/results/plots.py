@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dlopt.formats import format_value as text
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS, MARKERS, literal, metric_label, style
 from dlopt.results.ranking import (
@@ -24,7 +25,7 @@ from dlopt.results.ranking import (
     sensitivities,
     tolerance_text,
 )
-from dlopt.results.reading import is_number, text
+from dlopt.results.reading import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,6 +18,8 @@ import numpy as np
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, key_of
 from dlopt.errors import UserError, install
+from dlopt.formats import brief, printable
+from dlopt.formats import format_value as text
 from dlopt.results.leaderboard import (
     Row,
     Statistic,
@@ -28,7 +30,7 @@ from dlopt.results.leaderboard import (
     statistic,
     student_t,
 )
-from dlopt.results.reading import OPEN, Damaged, Record, brief, printable, short_key, text, varying_keys
+from dlopt.results.reading import OPEN, Damaged, Record, short_key, varying_keys
 from dlopt.roles import Role
 from dlopt.tracking.layout import short_path
 

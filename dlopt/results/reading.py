@@ -17,9 +17,9 @@ from typing import Any
 
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
+from dlopt.formats import format_value as text
 from dlopt.plain import flatten, load_yaml, read_regular
 from dlopt.results.leaderboard import ENDED, Record, canonical, direction_of, distinguishes, is_number
-from dlopt.tracking.layout import format_value as text
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
 OPEN = ("running", "interrupted", "unfinished")
@@ -224,7 +224,7 @@ def _fingerprint(path: Path) -> object:
     return (*states, None if has_summary else RunFolder(path).is_live())
 
 
-# -- keys in which runs differ, and the formatting of their values
+# -- keys in which runs differ
 
 
 def varying_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -248,16 +248,6 @@ def short_key(key: str, keys: Iterable[str]) -> str:
     """Returns the last component of a key (`lr` for `optimizer.lr`) if it is unique among `keys`."""
     name = key.rpartition(".")[2]
     return name if sum(other.rpartition(".")[2] == name for other in keys) == 1 else key
-
-
-def brief(value: Any) -> str:
-    """Formats a value for labels, with four significant digits."""
-    return f"{value:.4g}" if isinstance(value, float) else text(value)
-
-
-def printable(value: str) -> str:
-    """Replaces characters that would control a terminal or break a table."""
-    return "".join(character if character.isprintable() else "�" for character in value)
 
 
 # -- conditions: optimizer=adamw, val_accuracy>0.9, optimizer.lr<=0.1, model=resnet*

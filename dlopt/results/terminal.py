@@ -7,11 +7,13 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from dlopt import formats
+from dlopt.formats import brief, printable
 from dlopt.results.columns import difference_text, metric_columns, published_table, statistic_text, test_columns
 from dlopt.results.exports import ReportContent
 from dlopt.results.leaderboard import Leaderboard, Statistic
 from dlopt.results.ranking import Ranking
-from dlopt.results.reading import brief, printable, short_key
+from dlopt.results.reading import short_key
 from dlopt.results.tables import Table
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
@@ -92,15 +94,15 @@ def _hidden(table: Ranking, dropped: Collection[str]) -> list[str]:
 def _statistic(name: str, statistic: Statistic | None) -> str:
     """Formats a statistic in little space: times and counts without their standard deviation."""
     if statistic is not None and name == "seconds":
-        return layout.format_duration(statistic.mean)
+        return formats.format_duration(statistic.mean)
     return f"{statistic.mean:,.0f}" if statistic is not None and name == "steps" else statistic_text(name, statistic)
 
 
 def _notes(report: ReportContent) -> list[str]:
     table = report.ranking
     counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in table.counts().items())
-    rows = layout.format_count("configurations", len(table.rows))
-    lines = [f"{rows}, {layout.format_count('runs', len(table.records))}: {counts}"]
+    rows = formats.format_count("configurations", len(table.rows))
+    lines = [f"{rows}, {formats.format_count('runs', len(table.records))}: {counts}"]
     if len(table.rows) > report.top:
         lines[0] += f"; {len(table.rows) - report.top} more rows on the HTML page"
     if table.ranked and (failed := table.ranked[0].failed):
@@ -138,10 +140,10 @@ def show_leaderboard(board: Leaderboard, test: str, *, stream: IO[str] | None = 
     table.add_column("test", justify="right")
     for rank, row in enumerate(rows[:_MAX_ROWS], 1):
         tested = row.statistic(test) if rank == 1 else None
-        cells = [str(rank), layout.round_floats(row.label)]
+        cells = [str(rank), formats.round_floats(row.label)]
         cells += [statistic_text(board.metric, row.value), row.count(board.metric)]
         cells += [difference_text(board.metric, row.difference)] if is_paired else []
-        table.add_row(*cells, "" if tested is None else layout.format_metric(test, tested.mean))
+        table.add_row(*cells, "" if tested is None else formats.format_metric(test, tested.mean))
     _print(FittedTable(table), stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
 
 
@@ -150,7 +152,7 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[st
     if not rows:
         return
     heads = ["configuration", *(metric.replace("_", " ") for metric in metrics)]
-    cells = [[layout.round_floats(label), *map(layout.format_metric, metrics, values)] for label, values in rows]
+    cells = [[formats.round_floats(label), *map(formats.format_metric, metrics, values)] for label, values in rows]
     _print(Table(heads, cells, title="Pareto front").grid())
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from dlopt.formats import format_metric
 from dlopt.results.page import page
 from dlopt.results.ranking import Ranking, band, fastest, gather, targets, time_to_target
 from dlopt.results.reading import RunReader
-from dlopt.tracking.layout import format_metric
 from tests.support.browser import chromium, narrow
 from tests.support.folders import make_run
 

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 import dlopt
 from dlopt.files import write_atomically
+from dlopt.formats import printable
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.figures import draw
 from dlopt.lab.benchmark.findings import findings
@@ -17,7 +18,7 @@ from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Summary, ranks, sum
 from dlopt.lab.benchmark.table import latex
 from dlopt.results import drawing
 from dlopt.results.page import read_text, render
-from dlopt.results.reading import printable, short_key
+from dlopt.results.reading import short_key
 from dlopt.results.tables import Bold
 
 if TYPE_CHECKING:

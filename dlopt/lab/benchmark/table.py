@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
+from dlopt.formats import printable
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Measure, Results
 from dlopt.lab.benchmark.scores import Summary, summarize
-from dlopt.results.reading import printable
 from dlopt.results.tables import Bold, Table
 
 WIDTH = 100  # characters; more is hard to read
