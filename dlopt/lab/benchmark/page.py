@@ -103,10 +103,6 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bold(text: str, is_bold: bool = True) -> str:
-    return Bold(text) if is_bold else text
-
-
 def _small(text: str) -> Markup:
     return Markup("<small>{}</small>").format(text)
 
@@ -118,7 +114,7 @@ def _lines(parts: Iterable[str]) -> str:
 def _name(results: Results, optimizer: str) -> str:
     if optimizer in results.shipped:
         return Markup("{} {}").format(printable(optimizer), _small("shipped"))
-    return _bold(optimizer, bool(results.shipped))
+    return Bold(optimizer) if results.shipped else optimizer
 
 
 def _scores(results: Results, summary: Summary) -> Rows:
@@ -126,7 +122,7 @@ def _scores(results: Results, summary: Summary) -> Rows:
     for standing in summary.standings["updates"]:
         name = standing.optimizer
         scores = {measure: formats.interval(summary.score(name, measure)) for measure in summary.measures}
-        cells = [_bold(text, summary.is_best(name, measure)) for measure, text in scores.items()]
+        cells = [Bold(text) if summary.is_best(name, measure) else text for measure, text in scores.items()]
         targets, trials, *costs = formats.standing(standing, len(results.workloads))
         rows.append([_name(results, name), *cells, targets, trials, formats.percent(standing.failed), *costs])
     return rows
@@ -138,7 +134,8 @@ def _updates(results: Results, summary: Summary) -> Rows:
 
     def cell(optimizer: str, workload: str) -> str:
         rank, text = ranked[workload][optimizer], formats.updates(times[optimizer][workload])
-        return text if rank is None else Markup("{}{}").format(_bold(text, rank == 1), _small(f" ({rank:g})"))
+        pattern = "<b>{}</b>{}" if rank == 1 else "{}{}"
+        return text if rank is None else Markup(pattern).format(text, _small(f" ({rank:g})"))
 
     return [[_name(results, each), *(cell(each, workload) for workload in results.workloads)] for each in summary.order]
 

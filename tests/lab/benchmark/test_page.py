@@ -143,6 +143,7 @@ def test_page_states_what_was_compared() -> None:
         "3 studies of 10 trials",
         "dlopt benchmark optimizer=muon,sgd", "torch 2.15.0", "tag(log, interval(0.0001, 1.0))", "arXiv:2306.07179",
         "muon <small>shipped</small>", "<b>mine</b>", "loss<br>accuracy", " ± 0.0", "0.9 ± 0",
+        "</b><small> (1)</small>",
     ):  # fmt: skip
         assert part in text
     explained = re.findall(r"<dt>(.*?)</dt>", text)
