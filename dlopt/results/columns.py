@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from dlopt import formats
+from dlopt.formats import format_count, printable
 from dlopt.formats import format_value as text
-from dlopt.formats import printable
-from dlopt.results.leaderboard import ENDED, Difference, Statistic
+from dlopt.results.leaderboard import ENDED, Difference, Record, Statistic
 from dlopt.results.ranking import Ranking, against_published, recipe_label, time_to_target
 from dlopt.results.reading import number_in
 from dlopt.results.tables import Table
@@ -47,6 +47,19 @@ def difference_text(name: str, difference: Difference | None) -> str:
         return f"{'+' if value >= 0 else '-'}{formats.format_metric(name, abs(value))}".removesuffix(" %")
 
     return "" if difference is None else difference.show(signed)
+
+
+def counts_text(ranking: Ranking) -> str:
+    """Formats 2 configurations, 6 runs: 5 finished, 1 failed."""
+    counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in ranking.counts().items())
+    sizes = format_count("configurations", len(ranking.rows)), format_count("runs", len(ranking.records))
+    return f"{', '.join(sizes)}: {counts}"
+
+
+def failure_text(run: Record) -> str:
+    """Returns why a run failed or did not finish."""
+    killed = "no summary: the process was killed or the machine went down"
+    return printable(run.reason or (killed if run.status == "unfinished" else "no reason recorded"))
 
 
 def published_table(ranking: Ranking, top: int | None = None) -> Table:

@@ -18,9 +18,9 @@ import jinja2
 from markupsafe import Markup
 
 import dlopt
-from dlopt.formats import format_count, printable
+from dlopt.formats import printable
 from dlopt.results import drawing
-from dlopt.results.columns import published_table
+from dlopt.results.columns import counts_text, published_table
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import Ranking, importance
 from dlopt.results.tables import Bold
@@ -37,12 +37,10 @@ def page(ranking: Ranking, *, title: str, made: str, target: float | None, test:
     data = page_data(ranking, target=target, test=test, refresh=refresh)
     library = f"/*\n{read_text('vendor/uPlot.LICENSE')}*/\n{read_text('vendor/uPlot.iife.min.js')}"
     script = "\n".join(["(() => {", '"use strict";', library, *map(read_text, SCRIPTS), "})();"])
-    counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in ranking.counts().items())
-    sizes = format_count("configurations", len(ranking.rows)), format_count("runs", len(ranking.records))
     return render(
         "report.html", FOLDER,
         title=title, made=made, refresh=refresh, version=dlopt.__version__,
-        counts=f"{', '.join(sizes)}: {counts}",
+        counts=counts_text(ranking),
         published=published_table(ranking),
         importance=importance(ranking), damaged=ranking.damaged,
         metric=drawing.metric_name(ranking.by), configurations=len(ranking.ranked),

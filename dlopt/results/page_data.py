@@ -11,7 +11,7 @@ import numpy as np
 
 from dlopt.formats import brief, format_metric, printable
 from dlopt.results import drawing
-from dlopt.results.columns import FIRST, difference_text, metric_columns, statistic_text, test_columns
+from dlopt.results.columns import FIRST, difference_text, failure_text, metric_columns, statistic_text, test_columns
 from dlopt.results.leaderboard import ENDED, Record
 from dlopt.results.plots import SPREADS, Scale
 from dlopt.results.ranking import (
@@ -36,7 +36,6 @@ _EXPENDABLE = ("train_loss", "train_accuracy", "gap", "accuracy_gap", "parameter
 _POINTS = 400_000  # values of curves per page; curves are thinned above it
 _FEWEST_POINTS = 12
 _MOST_AXES = 9  # keys of the parallel coordinates
-_KILLED = "no summary: the process was killed or the machine went down"
 
 
 def page_data(ranking: Ranking, *, target: float | None, test: bool, refresh: float | None) -> dict[str, Any]:
@@ -158,9 +157,8 @@ def _ranked_by(ranking: Ranking) -> str:
 
 
 def _failure(run: Record, label: str) -> list[str | None]:
-    reason = run.reason or (_KILLED if run.status == "unfinished" else "no reason recorded")
     seed = printable(brief(run.config.get("seed")))
-    return [printable(short_path(run.path)), label, seed, printable(reason), command(run) or command_from(run)]
+    return [printable(short_path(run.path)), label, seed, failure_text(run), command(run) or command_from(run)]
 
 
 # -- curves

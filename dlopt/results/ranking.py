@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -266,10 +266,12 @@ def band(runs: Sequence[Record], metric: str) -> Band | None:
     if not curves:
         return None
     epochs = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
-    *positions, values = (
-        np.stack([np.interp(epochs, curve[:, 0], curve[:, i], left=np.nan, right=np.nan) for curve in curves])
-        for i in range(len(names))
-    )
+    *positions, values = np.moveaxis(np.stack([_at(epochs, curve) for curve in curves]), 2, 0)
+    if len(curves) == 1:
+        spreads = dict.fromkeys(get_args(Spread), (values[0], values[0]))
+        return Band(
+            dict(zip(AXES, (each[0] for each in positions), strict=True)), values[0], spreads, np.ones(len(epochs), int)
+        )
     count = np.isfinite(values).sum(0)
     kept = 2 * count >= len(curves)
     values, count = values[:, kept], count[kept]
@@ -282,6 +284,13 @@ def band(runs: Sequence[Record], metric: str) -> Band | None:
     spreads["range"] = np.nanmin(values, 0), np.nanmax(values, 0)
     x = {name: _mean_positions(each[:, kept]) for name, each in zip(AXES, positions, strict=True)}
     return Band(x, mean, spreads, count)
+
+
+def _at(epochs: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """Interpolates the columns of a curve, of which the first is its epochs; NaN outside of it."""
+    if np.array_equal(epochs, curve[:, 0]):
+        return curve
+    return np.stack([np.interp(epochs, curve[:, 0], column, left=np.nan, right=np.nan) for column in curve.T], 1)
 
 
 def _mean_positions(positions: np.ndarray) -> np.ndarray:

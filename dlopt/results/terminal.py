@@ -9,7 +9,15 @@ from rich.text import Text
 
 from dlopt import formats
 from dlopt.formats import brief, printable
-from dlopt.results.columns import difference_text, metric_columns, published_table, statistic_text, test_columns
+from dlopt.results.columns import (
+    counts_text,
+    difference_text,
+    failure_text,
+    metric_columns,
+    published_table,
+    statistic_text,
+    test_columns,
+)
 from dlopt.results.exports import ReportContent
 from dlopt.results.leaderboard import Leaderboard, Statistic
 from dlopt.results.ranking import Ranking
@@ -100,9 +108,7 @@ def _statistic(name: str, statistic: Statistic | None) -> str:
 
 def _notes(report: ReportContent) -> list[str]:
     table = report.ranking
-    counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in table.counts().items())
-    rows = formats.format_count("configurations", len(table.rows))
-    lines = [f"{rows}, {formats.format_count('runs', len(table.records))}: {counts}"]
+    lines = [counts_text(table)]
     if len(table.rows) > report.top:
         lines[0] += f"; {len(table.rows) - report.top} more rows on the HTML page"
     if table.ranked and (failed := table.ranked[0].failed):
@@ -110,9 +116,7 @@ def _notes(report: ReportContent) -> list[str]:
     best = table.ranked[0].command if table.ranked else None
     lines += [] if best is None else [f"best: {best}"]
     for run in table.failed[:5]:
-        killed = "no summary: the process was killed or the machine went down"
-        reason = run.reason or (killed if run.status == "unfinished" else "no reason recorded")
-        lines.append(f"{run.status}: {layout.short_path(run.path)}: {reason}")
+        lines.append(f"{run.status}: {layout.short_path(run.path)}: {failure_text(run)}")
     lines += [f"... and {len(table.failed) - 5} more failed or unfinished runs"] if len(table.failed) > 5 else []
     lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in table.damaged]
     return lines
