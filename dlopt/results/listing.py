@@ -133,9 +133,7 @@ def _cell(key: str, record: Record) -> Text:
         return Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
     if value is None:
         return Text("-")
-    if key == "seconds" and reading.is_number(value):
-        return Text(formats.format_duration(value))
-    if key.startswith(_SPLITS) and reading.is_number(value):
+    if key.startswith((*_SPLITS, "seconds")) and reading.is_number(value):
         return Text(formats.format_metric(key, value))
     content = printable(formats.brief(value))
     half = _MAX_CELL // 2

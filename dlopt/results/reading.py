@@ -20,6 +20,7 @@ from dlopt.folders import RunFolder
 from dlopt.formats import format_value as text
 from dlopt.plain import flatten, load_yaml, read_regular
 from dlopt.results.leaderboard import ENDED, Record, canonical, direction_of, distinguishes, is_number
+from dlopt.tracking.layout import choices_of_groups
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
 OPEN = ("running", "interrupted", "unfinished")
@@ -169,10 +170,10 @@ def _status(path: Path, summary: Mapping[str, Any] | None) -> str:
 def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
     """Flattens a config to dotted keys in its order, each group's choice before its keys."""
     flat: dict[str, Any] = {}
+    chosen = choices_of_groups(config, choices)
     for key, value in config.items():
-        target = value.get("_target_") if isinstance(value, Mapping) else None
-        if choice := choices.get(key) or str(target or "").rpartition(".")[2]:
-            flat[key] = str(choice)
+        if key in chosen:
+            flat[key] = chosen[key]
         if isinstance(value, Mapping):
             inner = {name: item for name, item in flatten(value, key).items() if not name.endswith("._target_")}
             flat |= {name: canonical(item) for name, item in inner.items() if not isinstance(item, Mapping)}

@@ -1,7 +1,7 @@
 """Results on a terminal: the table of a report, the leaderboard and the Pareto front of a sweep."""
 
 from collections.abc import Collection, Sequence
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -18,7 +18,6 @@ from dlopt.results.columns import (
     statistic_text,
     test_columns,
 )
-from dlopt.results.exports import ReportContent
 from dlopt.results.leaderboard import Leaderboard, Statistic
 from dlopt.results.ranking import Ranking
 from dlopt.results.reading import short_key
@@ -27,30 +26,33 @@ from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
 from dlopt.tracking.layout import FittedTable, plain_table
 
+if TYPE_CHECKING:
+    from dlopt.results.exports import ReportContent
+
 _MAX_KEYS = 6  # config keys in the printed table
 _MAX_ROWS = 12  # of a sweep's leaderboard
 _WIDTH = 130  # columns of a sweep's leaderboard in a file
 
 
-def show_report(report: ReportContent, console: Console) -> None:
+def show_report(report: "ReportContent", console: Console) -> None:
     """Prints the leaderboard; on a terminal hides columns until it fits, the least important ones first."""
-    table = report.ranking
+    ranking = report.ranking
     dropped = _unfitting(report, console) if console.is_terminal else []
     grids = [FittedTable(_grid(report, dropped))]
-    if (published := published_table(table, report.top)).rows:
+    if (published := published_table(ranking, report.top)).rows:
         grids.append(published.grid())
     if not console.is_terminal:
         unlimited = console.options.update(width=1000)
         console.width = max(console.measure(grid.table, options=unlimited).maximum for grid in grids)
     for grid in grids:
         console.print(grid)
-    for line in _hidden(table, dropped):
+    for line in _hidden(ranking, dropped):
         console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
     for line in _notes(report):
         console.print(Text(printable(line)), soft_wrap=True)
 
 
-def _unfitting(report: ReportContent, console: Console) -> list[str]:
+def _unfitting(report: "ReportContent", console: Console) -> list[str]:
     """Returns the columns to hide; none if the terminal is too narrow for any table, which then becomes a list."""
     expendable = ["steps", "val_loss", "seconds", *([] if report.test else ["test"])]
     candidates = [expendable[:count] for count in range(len(expendable) + 1)]
@@ -61,41 +63,44 @@ def _unfitting(report: ReportContent, console: Console) -> list[str]:
     return expendable if fitted[-1][1].fits(console, console.width, folded=True) else []
 
 
-def _grid(report: ReportContent, dropped: Collection[str]) -> Grid:
-    table = report.ranking
-    metrics = [name for name in _metrics(table) if name == table.by or name not in dropped]
-    tests = [] if "test" in dropped else test_columns(table)[:1]
-    keys = list(table.keys)[:_MAX_KEYS]
-    compared = any(row.difference is not None for row in table.rows)
+def _grid(report: "ReportContent", dropped: Collection[str]) -> Grid:
+    ranking = report.ranking
+    metrics = [name for name in _metrics(ranking) if name == ranking.by or name not in dropped]
+    tests = [] if "test" in dropped else test_columns(ranking)[:1]
+    keys = list(ranking.keys)[:_MAX_KEYS]
+    compared = any(row.difference is not None for row in ranking.rows)
     grid = plain_table(right=["#"])
     for key in keys:
-        grid.add_column(Text(printable(short_key(key, table.keys))), overflow="fold")
+        grid.add_column(Text(printable(short_key(key, ranking.keys))), overflow="fold")
     grid.add_column("runs", justify="right")
     for name in (*metrics, *tests):
         grid.add_column(name.replace("_", " "), justify="right")
     if compared:
         grid.add_column(Text("vs. best [95 % CI]"), justify="right")
-    for rank, row in enumerate(table.rows[: report.top], 1):
+    for rank, row in enumerate(ranking.rows[: report.top], 1):
         cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
         values = [_statistic(name, row.statistic(name)) for name in metrics]
         values += [_statistic(name, row.statistic(name)) if report.test or rank == 1 else "" for name in tests]
-        difference = [difference_text(table.by, row.difference)] if compared else []
+        difference = [difference_text(ranking.by, row.difference)] if compared else []
         style = "bold" if rank == 1 and row.value is not None else ""
-        grid.add_row(str(rank), *map(Text, cells), row.count(table.by), *values, *map(Text, difference), style=style)
+        grid.add_row(str(rank), *map(Text, cells), row.count(ranking.by), *values, *map(Text, difference), style=style)
     return grid
 
 
-def _metrics(table: Ranking) -> list[str]:
-    return [name for name in metric_columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
+def _metrics(ranking: Ranking) -> list[str]:
+    return [name for name in metric_columns(ranking) if name in (ranking.by, "val_loss", "seconds", "steps")]
 
 
-def _hidden(table: Ranking, dropped: Collection[str]) -> list[str]:
+def _hidden(ranking: Ranking, dropped: Collection[str]) -> list[str]:
     """Names what the printed table leaves out, and gives the test metric of the best row if its column is hidden."""
     lines = []
-    if "test" in dropped and table.rows:
-        values = [(name, table.rows[0].statistic(name)) for name in test_columns(table)[:1]]
+    if "test" in dropped and ranking.rows:
+        values = [(name, ranking.rows[0].statistic(name)) for name in test_columns(ranking)[:1]]
         lines += [f"{name.replace('_', ' ')} of the best: {_statistic(name, value)}" for name, value in values if value]
-    names = [*list(table.keys)[_MAX_KEYS:], *(name for name in _metrics(table) if name in dropped and name != table.by)]
+    names = [
+        *list(ranking.keys)[_MAX_KEYS:],
+        *(name for name in _metrics(ranking) if name in dropped and name != ranking.by),
+    ]
     return [*lines, *([f"hidden: {', '.join(names)}; index.html has all columns"] if names else [])]
 
 
@@ -106,19 +111,19 @@ def _statistic(name: str, statistic: Statistic | None) -> str:
     return f"{statistic.mean:,.0f}" if statistic is not None and name == "steps" else statistic_text(name, statistic)
 
 
-def _notes(report: ReportContent) -> list[str]:
-    table = report.ranking
-    lines = [counts_text(table)]
-    if len(table.rows) > report.top:
-        lines[0] += f"; {len(table.rows) - report.top} more rows on the HTML page"
-    if table.ranked and (failed := table.ranked[0].failed):
-        lines.append(f"#1: {failed} of {len(table.ranked[0].runs)} runs failed; its mean is that of the others")
-    best = table.ranked[0].command if table.ranked else None
+def _notes(report: "ReportContent") -> list[str]:
+    ranking = report.ranking
+    lines = [counts_text(ranking)]
+    if len(ranking.rows) > report.top:
+        lines[0] += f"; {len(ranking.rows) - report.top} more rows on the HTML page"
+    if ranking.ranked and (failed := ranking.ranked[0].failed):
+        lines.append(f"#1: {failed} of {len(ranking.ranked[0].runs)} runs failed; its mean is that of the others")
+    best = ranking.ranked[0].command if ranking.ranked else None
     lines += [] if best is None else [f"best: {best}"]
-    for run in table.failed[:5]:
+    for run in ranking.failed[:5]:
         lines.append(f"{run.status}: {layout.short_path(run.path)}: {failure_text(run)}")
-    lines += [f"... and {len(table.failed) - 5} more failed or unfinished runs"] if len(table.failed) > 5 else []
-    lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in table.damaged]
+    lines += [f"... and {len(ranking.failed) - 5} more failed or unfinished runs"] if len(ranking.failed) > 5 else []
+    lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in ranking.damaged]
     return lines
 
 

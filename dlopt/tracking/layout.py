@@ -60,7 +60,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat if key.rpartition(".")[2] != "_target_" and value != {}}
 
 
-def _choices(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str]:
+def choices_of_groups(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str]:
     """Returns the choice of each group; where `choices` has none, the last part of the group's `_target_`."""
     groups = {key: value if isinstance(value, Mapping) else {} for key, value in config.items()}
     targets = {key: str(group.get("_target_") or "").rpartition(".")[2] for key, group in groups.items()}
@@ -72,7 +72,7 @@ def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, 
 
     Seeds that are equal to `seed` are left out as well: TensorBoard shows five columns by default.
     """
-    flat: dict[str, str | bool | float] = {**_choices(config, choices)}
+    flat: dict[str, str | bool | float] = {**choices_of_groups(config, choices)}
     for key, value in settings(config).items():
         is_derived_seed = key.endswith("_seed") and value == config.get("seed")
         if value is not None and key != _REPORT_KEY and not is_derived_seed:
@@ -89,7 +89,7 @@ def header_rows(
     `val`, `test` (samples), `unit` (of their counts), `inputs` (3x32x32, 10 classes), `epochs`, `steps_per_epoch`,
     `steps`, `device`, `precision`, `threads`, `folder`. Empty rows are left out.
     """
-    names, values = _choices(config, choices), settings(config)
+    names, values = choices_of_groups(config, choices), settings(config)
 
     def settings_of(*keys: str) -> list[str]:
         return [f"{key.rpartition('.')[2]} {format_value(values[key])}" for key in keys if values.get(key) is not None]

@@ -274,7 +274,7 @@ def test_leaderboard_shows_test_metric_of_first_row_only() -> None:
     lines = board().splitlines()
     first, second = (next(line for line in lines if f"optimizer.lr={lr}" in line) for lr in (0.1, 0.2))
     assert "80.50 ± 0.71 %" in first and "60.00 %" in first
-    assert "-10.00 [-10.00, -10.00]" in second and "70.50 %" in second
+    assert "-10.00 [-10.00, -10.00]" in second and "70.50 ± 0.71 %" in second
     assert "70.00 %" not in second
 
 
