@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dlopt.analysis.communication import collective_times
 from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.data.batches import Batch
+from dlopt.formats import format_bytes
 from dlopt.processor import synchronized_time
-from dlopt.tracking.layout import format_bytes
 from dlopt.training.build import Workload
 from dlopt.training.step import EpochBatches, Network, Observer, Step
 

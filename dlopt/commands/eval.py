@@ -14,10 +14,10 @@ from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
+from dlopt.formats import format_percent
 from dlopt.plain import without_nan
 from dlopt.results.confusion import confusion_table, plot_confusion
 from dlopt.tracking.console import ConsoleView
-from dlopt.tracking.layout import format_percent
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment

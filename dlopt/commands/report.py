@@ -22,8 +22,8 @@ from dlopt.interruption import Interruption
 from dlopt.ranges import Count
 from dlopt.results.exports import Destination, Format, ReportContent, destination, outdated, render
 from dlopt.results.page import serve
+from dlopt.results.ranking import default_target, gather
 from dlopt.results.reading import Damaged, Record, RunReader
-from dlopt.results.table import default_target, gather
 from dlopt.results.terminal import show_report
 from dlopt.tracking import layout
 

@@ -10,11 +10,13 @@ from typing import Annotated, Any
 from dlopt.command_line.line import take_own
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
+from dlopt.formats import format_bytes, printable
+from dlopt.formats import format_value as text
 from dlopt.job import print_error
 from dlopt.ranges import Count
 from dlopt.results import reading
 from dlopt.results.listing import Query, columns_of, show_table
-from dlopt.results.reading import Condition, Record, printable, text, value_of
+from dlopt.results.reading import Condition, Record, value_of
 from dlopt.tracking.layout import short_path
 
 USAGE = """\
@@ -137,8 +139,8 @@ def _clean(arguments: list[str]) -> int:
         print(f"{len(records)} run{'' if len(records) == 1 else 's'}: nothing to remove")
         return DONE
     for path, size in sizes.items():
-        print(f"{_size(size):>9}  {printable(short_path(path))}")
-    total = f"{len(sizes)} checkpoint{'' if len(sizes) == 1 else 's'}, {_size(sum(sizes.values()))}"
+        print(f"{format_bytes(size):>9}  {printable(short_path(path))}")
+    total = f"{len(sizes)} checkpoint{'' if len(sizes) == 1 else 's'}, {format_bytes(sum(sizes.values()))}"
     if not _Cleaning(**own).yes and not _confirm(f"remove {total}? [y/N] "):
         print("nothing was removed")
         return DONE
@@ -194,11 +196,3 @@ def _remove(checkpoints: Iterable[Path]) -> Iterable[Path]:
         except OSError as error:
             raise RunError(f"{path}: cannot remove: {error.strerror}") from None
         yield path
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

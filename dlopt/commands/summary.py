@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from dlopt.command_line.line import Line, on_experiment, read_dataset
 from dlopt.command_line.reads import RECIPE
 from dlopt.errors import DONE, UserError
+from dlopt.formats import format_bytes
 from dlopt.ranges import Count
-from dlopt.tracking.layout import format_bytes, plain_table, show_table
+from dlopt.tracking.layout import plain_table, show_table
 
 if TYPE_CHECKING:
     from torch import nn

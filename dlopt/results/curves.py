@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.files import read_json, write_atomically
+from dlopt.formats import format_metric
 from dlopt.results import drawing
 from dlopt.tracking import read_metrics, read_summary
-from dlopt.tracking.layout import format_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

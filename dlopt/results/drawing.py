@@ -72,7 +72,12 @@ _LABELS = {  # metrics and keys whose names do not explain themselves
 
 def metric_label(metric: str) -> str:
     """Returns the axis label of a metric: val_accuracy -> validation accuracy."""
-    words = _LABELS.get(metric, metric.replace("_", " ").replace("lr", "learning rate"))
+    return _LABELS.get(metric) or metric_name(metric)
+
+
+def metric_name(metric: str) -> str:
+    """Returns the short name of a metric, for the head of a column."""
+    words = metric.replace("_", " ").replace("lr", "learning rate")
     return words.replace("val ", "validation ").replace("train ", "training ")
 
 

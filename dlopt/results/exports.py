@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 from dlopt.errors import UserError
 from dlopt.folders import refuse_url
 from dlopt.results import drawing, paper
-from dlopt.results.page import page, page_data, summary_csv
+from dlopt.results.columns import summary_csv
+from dlopt.results.page import page
 from dlopt.results.plots import PLOTS, plots
-from dlopt.results.table import Table
+from dlopt.results.ranking import Ranking
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ _NAMES: Mapping[Format, str] = {
 class ReportContent:
     """Export options. `refresh`: seconds after which the page reloads; `top`: rows of a table for a paper."""
 
-    table: Table
+    ranking: Ranking
     title: str
     made: str
     target: float | None
@@ -109,15 +110,13 @@ def outdated(to: Destination, files: Collection[Path]) -> list[Path]:
 def _text(form: Format, report: ReportContent) -> str:
     if form == "html":
         return page(
-            page_data(
-                report.table, title=report.title, made=report.made, target=report.target, test=report.test,
-                refresh=report.refresh,
-            )
+            report.ranking, title=report.title, made=report.made, target=report.target, test=report.test,
+            refresh=report.refresh,
         )  # fmt: skip
     if form == "csv":
-        return summary_csv(report.table, report.target, test=report.test)
+        return summary_csv(report.ranking, report.target, test=report.test)
     render_table = paper.latex if form == "latex" else paper.markdown
-    return render_table(report.table, made=f"{report.title}, {report.made}", test=report.test, top=report.top)
+    return render_table(report.ranking, made=f"{report.title}, {report.made}", test=report.test, top=report.top)
 
 
 def _figures(to: Destination, report: ReportContent) -> dict[str, "Figure"]:
@@ -125,7 +124,7 @@ def _figures(to: Destination, report: ReportContent) -> dict[str, "Figure"]:
     plot = to.plot
     if plot is None and to.is_file and to.formats != ("pdf",):
         plot = "learning_curves"
-    figures = plots(report.table, report.target, None if plot is None else [plot])
+    figures = plots(report.ranking, report.target, None if plot is None else [plot])
     if (plot is not None or to.is_file) and not figures and report.refresh is None:
         raise UserError(f"plot={plot or 'learning_curves'}: these runs have no data for it")
     return figures

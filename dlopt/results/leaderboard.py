@@ -1,13 +1,14 @@
 """Ranks configurations over seeds: means, standard deviations, paired differences, Pareto fronts.
 
-Pure functions from `Entry`s to `Row`s, without files or output. Rows are ranked by a validation metric: ranking by test
-metrics would select on the test set.
+Pure functions from `Record`s to `Row`s, without files or output. Rows are ranked by a validation metric: ranking by
+test metrics would select on the test set.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from dlopt.config.keys import is_seed, role_of
@@ -27,17 +28,28 @@ _NOT_COMPARED = ("max_time",)  # interrupts a run, which a later one continues t
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One run: `config` of config.yaml (nested or flat), command-line `overrides`, `metrics` of summary.json."""
+class Record:
+    """One run.
 
-    name: str
+    Attributes:
+        path: its folder; a name for a run without one.
+        status: one of `reading.STATUSES`.
+        config: of config.yaml, nested or with dotted keys; in records that `reading.read` returns, dotted, with each
+            group's choice under the group's name.
+        metrics: of the best epoch (`val_loss`, `val_accuracy`), of the run (`epochs`, `steps`, `seconds`, `parameters`)
+            and of the test (`test_loss`, `test_accuracy`), without missing or non-finite values.
+        history: the evaluated epochs.
+        overrides: of the command line.
+    """
+
+    path: Path
+    status: str
     config: Mapping[str, Any]
     metrics: Mapping[str, Any]
+    history: tuple[Mapping[str, float], ...] = ()
     overrides: Sequence[str] = ()
-
-    @property
-    def status(self) -> str:
-        return str(self.metrics.get("status", "unfinished"))
+    reason: str | None = None
+    commit: str | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -53,6 +65,11 @@ class Entry:
     def seeds(self) -> Seeds:
         """Values of all seed keys; pairs runs of two configurations."""
         return tuple((key, value) for key, value in sorted(flatten(self.config).items()) if is_seed(key))
+
+
+def job_record(path: Path, config: Mapping[str, Any], summary: Mapping[str, Any], overrides: Sequence[str]) -> Record:
+    """Returns the record of a sweep's job, with the metrics as summary.json names them (`best_val_loss`)."""
+    return Record(path, str(summary.get("status", "unfinished")), config, summary, overrides=overrides)
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class Row:
 
     label: str
     overrides: Sequence[str]
-    runs: Sequence[Entry]
+    runs: Sequence[Record]
     value: Statistic | None = None  # of the ranking metric; None if no run has it
     difference: Difference | None = None  # to the first row over common seeds; None for the first row
 
@@ -131,7 +148,7 @@ def direction_of(metric: str) -> Direction:
 
 
 def leaderboard(
-    entries: Sequence[Entry], *, metric: str | None = None, direction: Direction | None = None
+    entries: Sequence[Record], *, metric: str | None = None, direction: Direction | None = None
 ) -> Leaderboard:
     """Ranks configurations by the mean of `metric` over seeds, best first, those without a value last.
 
@@ -151,9 +168,9 @@ def leaderboard(
     return Leaderboard(metric, direction, [rows[0], *compared])
 
 
-def _grouped(entries: Sequence[Entry]) -> list[Row]:
+def _grouped(entries: Sequence[Record]) -> list[Row]:
     """Groups runs by configuration, in order of first appearance."""
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[Record]] = {}
     for entry in entries:
         flat = flatten(entry.config)
         kept = {key: canonical(value) for key, value in flat.items() if distinguishes(key)}
@@ -163,7 +180,7 @@ def _grouped(entries: Sequence[Entry]) -> list[Row]:
     for runs in groups.values():
         own = [line for line in runs[0].overrides if line not in common and not line.startswith("--")]
         typed = [line for line in own if distinguishes(key_of(line))]
-        label = " ".join(typed) or (runs[0].name if len(groups) > 1 else "as configured")
+        label = " ".join(typed) or (str(runs[0].path) if len(groups) > 1 else "as configured")
         rows.append(Row(label, typed, runs))
     return rows
 

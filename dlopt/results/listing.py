@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dlopt import formats
+from dlopt.formats import format_value as text
+from dlopt.formats import printable
 from dlopt.results import reading
 from dlopt.results.leaderboard import direction_of
-from dlopt.results.reading import Condition, Damaged, Record, RunReader, printable, text, value_of
-from dlopt.tracking import layout
+from dlopt.results.reading import Condition, Damaged, Record, RunReader, value_of
 from dlopt.tracking.layout import FittedTable, plain_table, short_path
 
 _METRICS = ("val_accuracy", "val_loss", "epochs", "seconds")  # default columns, the most important first
@@ -82,7 +84,7 @@ def show_table(query: Query, records: Sequence[Record]) -> None:
     console.print(FittedTable(_table(records, ["status", *columns] if is_chosen else columns)))
     counts = Counter(record.status.replace("_", " ") for record in records)
     statuses = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    console.print(f"{layout.format_count('runs', len(records))}: {statuses}", style="dim")
+    console.print(f"{formats.format_count('runs', len(records))}: {statuses}", style="dim")
     if hidden:
         console.print(f"hidden: {', '.join(map(printable, hidden))}; show with columns=[KEY,...]", style="dim")
 
@@ -131,10 +133,8 @@ def _cell(key: str, record: Record) -> Text:
         return Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
     if value is None:
         return Text("-")
-    if key == "seconds" and reading.is_number(value):
-        return Text(layout.format_duration(value))
-    if key.startswith(_SPLITS) and reading.is_number(value):
-        return Text(layout.format_metric(key, value))
-    content = printable(reading.brief(value))
+    if key.startswith((*_SPLITS, "seconds")) and reading.is_number(value):
+        return Text(formats.format_metric(key, value))
+    content = printable(formats.brief(value))
     half = _MAX_CELL // 2
     return Text(content if len(content) <= _MAX_CELL else f"{content[: half - 1]}…{content[-half:]}")

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dlopt.formats import format_value as text
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS, MARKERS, literal, metric_label, style
-from dlopt.results.reading import is_number, text
-from dlopt.results.table import (
+from dlopt.results.ranking import (
     Configuration,
+    Ranking,
     Sensitivity,
-    Table,
+    Spread,
     band,
     default_spread,
     fastest,
@@ -24,20 +25,26 @@ from dlopt.results.table import (
     sensitivities,
     tolerance_text,
 )
+from dlopt.results.reading import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHOWN = 6  # configurations in a plot of curves
-SPREADS = {"range": "lowest to highest run", "confidence": "95 % confidence interval"}
+SPREADS: Mapping[Spread, str] = {
+    "range": "lowest to highest run",
+    "std": "± standard deviation",
+    "error": "± standard error",
+    "confidence": "95 % confidence interval",
+}
 _AGAINST = {"epoch": "epoch", "step": "update", "seconds": "seconds of training"}
 _WIDTH = 6.4  # inches: the text of a plot is legible over the width of a page
 
 
-def plots(table: Table, target: float | None, names: Iterable[str] | None = None) -> dict[str, "Figure"]:
+def plots(ranking: Ranking, target: float | None, names: Iterable[str] | None = None) -> dict[str, "Figure"]:
     """Returns the plots with data: all, or those of `names`."""
-    figures = {name: PLOTS[name](table, target) for name in (PLOTS if names is None else names)}
+    figures = {name: PLOTS[name](ranking, target) for name in (PLOTS if names is None else names)}
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -67,32 +74,32 @@ def key_labels(keys: Sequence[str]) -> list[str]:
     return [label if labels.count(label) == 1 else key for label, key in zip(labels, keys, strict=True)]
 
 
-def _rows(table: Table) -> Sequence[Configuration]:
-    return (table.ranked or table.rows)[:SHOWN]
+def _rows(ranking: Ranking) -> Sequence[Configuration]:
+    return (ranking.ranked or ranking.rows)[:SHOWN]
 
 
-def learning_curves(table: Table, against: str) -> "Figure | None":
+def learning_curves(ranking: Ranking, against: str) -> "Figure | None":
     """Plots the ranking metric of the best configurations against epochs, updates or seconds."""
     figure, axis = _figure(3.6)
-    if not _curves(axis, table, table.by, against):
+    if not _curves(axis, ranking, ranking.by, against):
         return None
-    axis.set_ylabel(_label(table.by))
-    counts = sorted({len(row.distinct) for row in _rows(table)})
+    axis.set_ylabel(_label(ranking.by))
+    counts = sorted({len(row.distinct) for row in _rows(ranking)})
     runs = " to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))
-    note = f"mean of {runs} runs each; band: {SPREADS[default_spread(table)]}" if counts[-1] > 1 else ""
-    return _with_legend(figure, axis, table, note)
+    note = f"mean of {runs} runs each; band: {SPREADS[default_spread(ranking)]}" if counts[-1] > 1 else ""
+    return _with_legend(figure, axis, ranking, note)
 
 
-def _against_updates(table: Table) -> "Figure | None":
+def _against_updates(ranking: Ranking) -> "Figure | None":
     """Plots against updates; None if all epochs have the same length, because the plot against epochs is the same."""
-    lines = (line for row in _rows(table) for run in row.records for line in run.history)
+    lines = (line for row in _rows(ranking) for run in row.runs for line in run.history)
     lengths = {round(line["step"] / line["epoch"], 3) for line in lines if line["epoch"] > 0}
-    return learning_curves(table, "step") if len(lengths) > 1 else None
+    return learning_curves(ranking, "step") if len(lengths) > 1 else None
 
 
-def learning_rates(table: Table) -> "Figure | None":
+def learning_rates(ranking: Ranking) -> "Figure | None":
     figure, axis = _figure(3.2)
-    if not _curves(axis, table, "lr", "epoch"):
+    if not _curves(axis, ranking, "lr", "epoch"):
         return None
     curves = [np.asarray(line.get_ydata(), dtype=float) for line in axis.get_lines()]
     rates = np.concatenate(curves)
@@ -103,29 +110,30 @@ def learning_rates(table: Table) -> "Figure | None":
     else:
         axis.set_ylim(bottom=0)
     axis.set_ylabel("learning rate")
-    return _with_legend(figure, axis, table, "at the end of each epoch")
+    return _with_legend(figure, axis, ranking, "at the end of each epoch")
 
 
-def _curves(axis: "Axes", table: Table, name: str, against: str) -> bool:
+def _curves(axis: "Axes", ranking: Ranking, name: str, against: str) -> bool:
     """Plots the means over seeds with bands; returns whether there is any."""
-    scale, spread = _scale(name), default_spread(table)
-    for i, row in enumerate(_rows(table)):
-        curve = band(row.distinct, name, against, spread)
+    scale, spread = _scale(name), default_spread(ranking)
+    for i, row in enumerate(_rows(ranking)):
+        curve = band(row.distinct, name)
         if curve is None:
             continue
-        marker = MARKERS[i % len(MARKERS)] if len(curve.x) < 10 else None
+        x, (low, high) = curve.x[against], curve.spreads[spread]
+        marker = MARKERS[i % len(MARKERS)] if len(x) < 10 else None
         line = style(i, linewidth=1.8, marker=marker, markersize=4)
-        axis.plot(curve.x, scale * curve.mean, label=_wrapped(row.label, 78), **line)
+        axis.plot(x, scale * curve.mean, label=_wrapped(row.label, 78), **line)
         band_style = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
-        axis.fill_between(curve.x, scale * curve.low, scale * curve.high, **band_style)
+        axis.fill_between(x, scale * low, scale * high, **band_style)
     axis.set_xlabel(_AGAINST[against])
     if against != "seconds":
         drawing.integer_ticks(axis)
     return bool(axis.get_lines())
 
 
-def _with_legend(figure: "Figure", axis: "Axes", table: Table, note: str) -> "Figure":
-    labels, total = axis.get_legend_handles_labels()[1], len(table.rows)
+def _with_legend(figure: "Figure", axis: "Axes", ranking: Ranking, note: str) -> "Figure":
+    labels, total = axis.get_legend_handles_labels()[1], len(ranking.rows)
     title = "; ".join(filter(None, [f"best {len(labels)} of {total} configurations" * (total > len(labels)), note]))
     columns = 2 if len(labels) > 1 and max(map(len, labels)) < 32 else 1
     lines = sum(label.count("\n") + 1 for label in labels)
@@ -135,28 +143,28 @@ def _with_legend(figure: "Figure", axis: "Axes", table: Table, note: str) -> "Fi
     return figure
 
 
-def importance_bars(table: Table) -> "Figure | None":
-    importances = importance(table)
+def importance_bars(ranking: Ranking) -> "Figure | None":
+    importances = importance(ranking)
     if importances is None or importances.missing:
         return None
     keys = sorted(importances.fractions, key=lambda key: importances.fractions[key])
     figure, axis = _figure(1.7 + 0.4 * len(keys))
     axis.barh(key_labels(keys), [100 * importances.fractions[key] for key in keys], color=COLOURS[0])
-    axis.set_xlabel(f"explained variance of {metric_label(table.by)} [%]")
+    axis.set_xlabel(f"explained variance of {metric_label(ranking.by)} [%]")
     axis.set_xlim(0, 100)
     axis.grid(visible=False, axis="y")
-    title = f"functional ANOVA of {len(table.ranked)} configurations, main effects"
+    title = f"functional ANOVA of {len(ranking.ranked)} configurations, main effects"
     explained = f"the model explains {100 * importances.explained:.0f} % of the variance of held-out ones"
     axis.set_title(f"{title}\n{explained}", fontsize="small")
     return figure
 
 
-def lr_sensitivity(table: Table) -> "Figure | None":
+def lr_sensitivity(ranking: Ranking) -> "Figure | None":
     """Plots the best metric at each learning rate by optimizer, and the ranges of good rates below the curves."""
-    results = sensitivities(table)
+    results = sensitivities(ranking)
     if not results:
         return None
-    scale = _scale(table.by)
+    scale = _scale(ranking.by)
     figure = drawing.figure(_WIDTH, 3.8 + 0.25 * len(results))
     axis, strip = figure.subplots(2, 1, sharex=True, height_ratios=[16, len(results) + 0.5])
     for y, (i, result) in enumerate(zip(_optimizer_styles(results), results, strict=True)):
@@ -171,9 +179,9 @@ def lr_sensitivity(table: Table) -> "Figure | None":
             axis.plot(result.failed, bottom, "x", color=colour, transform=axis.get_xaxis_transform())
     axis.set_xscale("log")
     values = [value.mean for result in results for _, value, _ in result.points]
-    if table.lower and drawing.spans_decades(values):  # of rates at which runs diverge without becoming infinite
+    if ranking.lower and drawing.spans_decades(values):  # of rates at which runs diverge without becoming infinite
         drawing.logarithmic(axis)
-    axis.set_ylabel(_label(table.by))
+    axis.set_ylabel(_label(ranking.by))
     drawing.clean_axes(axis)
     strip.set_ylim(len(results) - 0.4, -0.6)
     strip.set_yticks(range(len(results)), [literal(result.optimizer) for result in results], fontsize="small")
@@ -182,7 +190,7 @@ def lr_sensitivity(table: Table) -> "Figure | None":
     strip.tick_params(left=False)
     note = "best over the other keys; error bars: standard deviation over seeds"
     failed = "; ×: failed runs" if any(result.failed for result in results) else ""
-    strips = f"below: good rates, at most {tolerance_text(table)} (or one standard deviation) worse than the best"
+    strips = f"below: good rates, at most {tolerance_text(ranking)} (or one standard deviation) worse than the best"
     axis.set_title(f"{note}{failed}\n{strips}", fontsize="small")
     return figure
 
@@ -194,17 +202,17 @@ def _optimizer_styles(results: Sequence[Sensitivity]) -> list[int]:
     return [row if row < SHOWN else next(free) for row in best]
 
 
-def parallel_coordinates(table: Table) -> "Figure | None":
+def parallel_coordinates(ranking: Ranking) -> "Figure | None":
     """Plots a line per configuration through the values of its keys to its metric; darker is better."""
-    rows = table.ranked
-    if len(table.keys) < 2 or len(rows) < 2:
+    rows = ranking.ranked
+    if len(ranking.keys) < 2 or len(rows) < 2:
         return None
     from matplotlib.collections import LineCollection
 
-    keys = list(table.keys)[:8]
-    scales = [_Scale([row.values.get(key) for row in rows]) for key in keys]
-    metrics = [_scale(table.by) * row.value.mean for row in rows if row.value is not None]
-    scales.append(_Scale(metrics))
+    keys = list(ranking.keys)[:8]
+    scales = [Scale([row.values.get(key) for row in rows]) for key in keys]
+    metrics = [_scale(ranking.by) * row.value.mean for row in rows if row.value is not None]
+    scales.append(Scale(metrics))
     figure, axis = _figure(4.2, max(_WIDTH, 1.8 * len(scales) + 1))
     shades = drawing.shades("#d9d9d9", "#9ecae1", "#08306b")
     lines = [
@@ -217,11 +225,11 @@ def parallel_coordinates(table: Table) -> "Figure | None":
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for x, scale in enumerate(scales):
         axis.axvline(x, color="0.3", linewidth=0.8)
-        for position, label in scale.ticks:
+        for position, label, _ in scale.ticks:
             short = _wrapped(label if len(label) <= 48 else f"{label[:47]}…", 24)
             offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
             axis.annotate(short, (x, position), fontsize="small", bbox=box, **offset)
-    axis.set_xticks(range(len(scales)), [*key_labels(keys), _label(table.by)], fontsize="small")
+    axis.set_xticks(range(len(scales)), [*key_labels(keys), _label(ranking.by)], fontsize="small")
     axis.set_yticks([])
     axis.grid(visible=False)
     axis.set_xlim(-0.2, len(scales) - 0.6)
@@ -229,8 +237,8 @@ def parallel_coordinates(table: Table) -> "Figure | None":
     return figure
 
 
-class _Scale:
-    """Maps the values of one axis to 0..1, with labelled ticks."""
+class Scale:
+    """Maps the values of one axis to 0..1, with ticks: position, label and value."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         known = [value for value in values if value is not None]
@@ -238,13 +246,13 @@ class _Scale:
         if not self.is_number:
             names = sorted({text(value) for value in values})
             self.positions = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
-            self.ticks = _apart([(position, name) for name, position in self.positions.items()])
+            self.ticks = _apart([(position, name, name) for name, position in self.positions.items()])
             return
         self.low, self.high = min(known), max(known)
         self.log = self.low > 0 and self.high / self.low >= 20
         spaced = np.geomspace if self.log else np.linspace
-        tick_values = sorted(set(known)) if len(set(known)) <= 8 else spaced(self.low, self.high, 5)
-        self.ticks = _apart([(self(value), f"{value:.4g}") for value in tick_values])
+        tick_values = sorted(set(known)) if len(set(known)) <= 8 else spaced(self.low, self.high, 5).tolist()
+        self.ticks = _apart([(self(value), f"{value:.4g}", value) for value in tick_values])
 
     def __call__(self, value: Any) -> float:
         if not self.is_number:
@@ -256,18 +264,18 @@ class _Scale:
         return float((value - self.low) / (self.high - self.low))
 
 
-def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+def _apart(ticks: Sequence[tuple[float, str, Any]]) -> list[tuple[float, str, Any]]:
     """Returns the ticks from the highest down whose labels do not overlap."""
-    kept: list[tuple[float, str]] = []
-    for position, label in reversed(ticks):
-        if not kept or kept[-1][0] - position > 0.045:
-            kept.append((position, label))
+    kept: list[tuple[float, str, Any]] = []
+    for tick in reversed(ticks):
+        if not kept or kept[-1][0] - tick[0] > 0.045:
+            kept.append(tick)
     return kept
 
 
-def times(table: Table, target: float | None) -> "Figure | None":
+def times(ranking: Ranking, target: float | None) -> "Figure | None":
     """Plots updates and seconds to the target for the configurations that reach it."""
-    drawn = [] if target is None else fastest(table, target)[:15][::-1]
+    drawn = [] if target is None else fastest(ranking, target)[:15][::-1]
     if target is None or not drawn:
         return None
     labels = [f"{_wrapped(row.label, 48)}  ({result.count}/{result.runs})" for row, result in drawn]
@@ -283,22 +291,22 @@ def times(table: Table, target: float | None) -> "Figure | None":
         axis.set_xlabel({"steps": "updates", "seconds": "seconds of training"}[name])
         axis.set_yticks([])
     panels[0].set_yticks(range(len(drawn)), labels, fontsize="small")
-    unit = " %" if _scale(table.by) == 100 else ""
-    goal = f"{metric_label(table.by)} {'≤' if table.lower else '≥'} {_scale(table.by) * target:g}{unit}"
+    unit = " %" if _scale(ranking.by) == 100 else ""
+    goal = f"{metric_label(ranking.by)} {'≤' if ranking.lower else '≥'} {_scale(ranking.by) * target:g}{unit}"
     note = "pale: not all runs reach it" * any(result.count < result.runs for _, result in drawn)
     title = f"time to {goal} (runs that reach it / all runs); {note}".removesuffix("; ")
     figure.suptitle(title, fontsize="medium")
     return figure
 
 
-PLOTS: Mapping[str, Callable[[Table, float | None], "Figure | None"]] = {
-    "learning_curves": lambda table, _: learning_curves(table, "epoch"),
-    "learning_curves_updates": lambda table, _: _against_updates(table),
-    "learning_curves_seconds": lambda table, _: learning_curves(table, "seconds"),
-    "learning_rates": lambda table, _: learning_rates(table),
-    "importance": lambda table, _: importance_bars(table),
-    "parallel_coordinates": lambda table, _: parallel_coordinates(table),
-    "lr_sensitivity": lambda table, _: lr_sensitivity(table),
+PLOTS: Mapping[str, Callable[[Ranking, float | None], "Figure | None"]] = {
+    "learning_curves": lambda ranking, _: learning_curves(ranking, "epoch"),
+    "learning_curves_updates": lambda ranking, _: _against_updates(ranking),
+    "learning_curves_seconds": lambda ranking, _: learning_curves(ranking, "seconds"),
+    "learning_rates": lambda ranking, _: learning_rates(ranking),
+    "importance": lambda ranking, _: importance_bars(ranking),
+    "parallel_coordinates": lambda ranking, _: parallel_coordinates(ranking),
+    "lr_sensitivity": lambda ranking, _: lr_sensitivity(ranking),
     "time_to_target": times,
 }
 """Plots by the name of their files."""

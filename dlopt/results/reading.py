@@ -17,9 +17,10 @@ from typing import Any
 
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
+from dlopt.formats import format_value as text
 from dlopt.plain import flatten, load_yaml, read_regular
-from dlopt.results.leaderboard import ENDED, canonical, direction_of, distinguishes, is_number
-from dlopt.tracking.layout import format_value as text
+from dlopt.results.leaderboard import ENDED, Record, canonical, direction_of, distinguishes, is_number
+from dlopt.tracking.layout import choices_of_groups
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
 OPEN = ("running", "interrupted", "unfinished")
@@ -31,24 +32,6 @@ _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
 _OWN_FILES = ("overrides.yaml", "environment.json")
 _RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb has a config.yaml of its own
 _MAX_METRICS = 1 << 28  # bytes of metrics.jsonl: a million epochs
-
-
-@dataclass(frozen=True)
-class Record:
-    """One run: `config` has dotted keys and each group's choice under the group's name; `history` has evaluated epochs.
-
-    `metrics`: of the best epoch (`val_loss`, `val_accuracy`), of the run (`epochs`, `steps`, `seconds`, `parameters`)
-    and of the test (`test_loss`, `test_accuracy`), without missing or non-finite values.
-    """
-
-    path: Path
-    status: str
-    config: Mapping[str, Any]
-    metrics: Mapping[str, float]
-    history: tuple[Mapping[str, float], ...]
-    overrides: tuple[str, ...]
-    reason: str | None
-    commit: str | None
 
 
 @dataclass(frozen=True)
@@ -187,10 +170,10 @@ def _status(path: Path, summary: Mapping[str, Any] | None) -> str:
 def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
     """Flattens a config to dotted keys in its order, each group's choice before its keys."""
     flat: dict[str, Any] = {}
+    chosen = choices_of_groups(config, choices)
     for key, value in config.items():
-        target = value.get("_target_") if isinstance(value, Mapping) else None
-        if choice := choices.get(key) or str(target or "").rpartition(".")[2]:
-            flat[key] = str(choice)
+        if key in chosen:
+            flat[key] = chosen[key]
         if isinstance(value, Mapping):
             inner = {name: item for name, item in flatten(value, key).items() if not name.endswith("._target_")}
             flat |= {name: canonical(item) for name, item in inner.items() if not isinstance(item, Mapping)}
@@ -242,7 +225,7 @@ def _fingerprint(path: Path) -> object:
     return (*states, None if has_summary else RunFolder(path).is_live())
 
 
-# -- keys in which runs differ, and the formatting of their values
+# -- keys in which runs differ
 
 
 def varying_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -266,16 +249,6 @@ def short_key(key: str, keys: Iterable[str]) -> str:
     """Returns the last component of a key (`lr` for `optimizer.lr`) if it is unique among `keys`."""
     name = key.rpartition(".")[2]
     return name if sum(other.rpartition(".")[2] == name for other in keys) == 1 else key
-
-
-def brief(value: Any) -> str:
-    """Formats a value for labels, with four significant digits."""
-    return f"{value:.4g}" if isinstance(value, float) else text(value)
-
-
-def printable(value: str) -> str:
-    """Replaces characters that would control a terminal or break a table."""
-    return "".join(character if character.isprintable() else "�" for character in value)
 
 
 # -- conditions: optimizer=adamw, val_accuracy>0.9, optimizer.lr<=0.1, model=resnet*

@@ -1,46 +1,58 @@
 """Results on a terminal: the table of a report, the leaderboard and the Pareto front of a sweep."""
 
 from collections.abc import Collection, Sequence
-from functools import partial
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dlopt.results.exports import ReportContent
-from dlopt.results.leaderboard import Difference, Leaderboard, Row, Statistic
-from dlopt.results.page import columns, test_columns
-from dlopt.results.reading import brief, printable, short_key
-from dlopt.results.table import PublishedRow, Table, against_published, recipe_label
+from dlopt import formats
+from dlopt.formats import brief, printable
+from dlopt.results.columns import (
+    counts_text,
+    difference_text,
+    failure_text,
+    metric_columns,
+    published_table,
+    statistic_text,
+    test_columns,
+)
+from dlopt.results.leaderboard import Leaderboard, Statistic
+from dlopt.results.ranking import Ranking
+from dlopt.results.reading import short_key
+from dlopt.results.tables import Table
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
 from dlopt.tracking.layout import FittedTable, plain_table
+
+if TYPE_CHECKING:
+    from dlopt.results.exports import ReportContent
 
 _MAX_KEYS = 6  # config keys in the printed table
 _MAX_ROWS = 12  # of a sweep's leaderboard
 _WIDTH = 130  # columns of a sweep's leaderboard in a file
 
 
-def show_report(report: ReportContent, console: Console) -> None:
+def show_report(report: "ReportContent", console: Console) -> None:
     """Prints the leaderboard; on a terminal hides columns until it fits, the least important ones first."""
-    table = report.table
+    ranking = report.ranking
     dropped = _unfitting(report, console) if console.is_terminal else []
-    grids = [_grid(report, dropped)]
-    if published := against_published(table):
-        grids.append(_published_grid(published[: report.top], table))
+    grids = [FittedTable(_grid(report, dropped))]
+    if (published := published_table(ranking, report.top)).rows:
+        grids.append(published.grid())
     if not console.is_terminal:
         unlimited = console.options.update(width=1000)
-        console.width = max(console.measure(grid, options=unlimited).maximum for grid in grids)
+        console.width = max(console.measure(grid.table, options=unlimited).maximum for grid in grids)
     for grid in grids:
-        console.print(FittedTable(grid))
-    for line in _hidden(table, dropped):
+        console.print(grid)
+    for line in _hidden(ranking, dropped):
         console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
     for line in _notes(report):
         console.print(Text(printable(line)), soft_wrap=True)
 
 
-def _unfitting(report: ReportContent, console: Console) -> list[str]:
+def _unfitting(report: "ReportContent", console: Console) -> list[str]:
     """Returns the columns to hide; none if the terminal is too narrow for any table, which then becomes a list."""
     expendable = ["steps", "val_loss", "seconds", *([] if report.test else ["test"])]
     candidates = [expendable[:count] for count in range(len(expendable) + 1)]
@@ -51,84 +63,67 @@ def _unfitting(report: ReportContent, console: Console) -> list[str]:
     return expendable if fitted[-1][1].fits(console, console.width, folded=True) else []
 
 
-def _grid(report: ReportContent, dropped: Collection[str]) -> Grid:
-    table = report.table
-    metrics = [name for name in _metrics(table) if name == table.by or name not in dropped]
-    tests = [] if "test" in dropped else test_columns(table)[:1]
-    keys = list(table.keys)[:_MAX_KEYS]
-    compared = any(row.difference is not None for row in table.rows)
+def _grid(report: "ReportContent", dropped: Collection[str]) -> Grid:
+    ranking = report.ranking
+    metrics = [name for name in _metrics(ranking) if name == ranking.by or name not in dropped]
+    tests = [] if "test" in dropped else test_columns(ranking)[:1]
+    keys = list(ranking.keys)[:_MAX_KEYS]
+    compared = any(row.difference is not None for row in ranking.rows)
     grid = plain_table(right=["#"])
     for key in keys:
-        grid.add_column(Text(printable(short_key(key, table.keys))), overflow="fold")
+        grid.add_column(Text(printable(short_key(key, ranking.keys))), overflow="fold")
     grid.add_column("runs", justify="right")
     for name in (*metrics, *tests):
         grid.add_column(name.replace("_", " "), justify="right")
     if compared:
         grid.add_column(Text("vs. best [95 % CI]"), justify="right")
-    for rank, row in enumerate(table.rows[: report.top], 1):
+    for rank, row in enumerate(ranking.rows[: report.top], 1):
         cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
         values = [_statistic(name, row.statistic(name)) for name in metrics]
         values += [_statistic(name, row.statistic(name)) if report.test or rank == 1 else "" for name in tests]
-        difference = [_difference(table.by, row.difference).replace(" %", "")] if compared else []  # percentage points
+        difference = [difference_text(ranking.by, row.difference)] if compared else []
         style = "bold" if rank == 1 and row.value is not None else ""
-        grid.add_row(str(rank), *map(Text, cells), row.count(table.by), *values, *map(Text, difference), style=style)
+        grid.add_row(str(rank), *map(Text, cells), row.count(ranking.by), *values, *map(Text, difference), style=style)
     return grid
 
 
-def _metrics(table: Table) -> list[str]:
-    return [name for name in columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
+def _metrics(ranking: Ranking) -> list[str]:
+    return [name for name in metric_columns(ranking) if name in (ranking.by, "val_loss", "seconds", "steps")]
 
 
-def _hidden(table: Table, dropped: Collection[str]) -> list[str]:
+def _hidden(ranking: Ranking, dropped: Collection[str]) -> list[str]:
     """Names what the printed table leaves out, and gives the test metric of the best row if its column is hidden."""
     lines = []
-    if "test" in dropped and table.rows:
-        values = [(name, table.rows[0].statistic(name)) for name in test_columns(table)[:1]]
+    if "test" in dropped and ranking.rows:
+        values = [(name, ranking.rows[0].statistic(name)) for name in test_columns(ranking)[:1]]
         lines += [f"{name.replace('_', ' ')} of the best: {_statistic(name, value)}" for name, value in values if value]
-    names = [*list(table.keys)[_MAX_KEYS:], *(name for name in _metrics(table) if name in dropped and name != table.by)]
+    names = [
+        *list(ranking.keys)[_MAX_KEYS:],
+        *(name for name in _metrics(ranking) if name in dropped and name != ranking.by),
+    ]
     return [*lines, *([f"hidden: {', '.join(names)}; index.html has all columns"] if names else [])]
 
 
-def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
-    """Returns measured and published test errors in %, the unit of the papers."""
-    grid = plain_table(fold=["recipe"], right=["runs", "test error %", "median", "published", "difference"])
-    for row in rows:
-        error, difference = "-", ""
-        median = "" if row.median is None else f"{row.median:.2f}"
-        if row.measured is not None:
-            error, difference = row.measured.show("{:.2f}".format), f"{row.measured.mean - row.published:+.2f}"
-        recipe, count = Text(printable(recipe_label(row, table))), row.row.count("test_accuracy")
-        grid.add_row(recipe, count, error, median, f"{row.published:.2f}", difference)
-    return grid
-
-
 def _statistic(name: str, statistic: Statistic | None) -> str:
-    if statistic is None:
-        return "-"
-    if name == "seconds":
-        return layout.format_duration(statistic.mean)
-    if name == "steps":
-        return f"{statistic.mean:,.0f}"
-    return statistic.show(partial(layout.format_metric, name)).replace(" % ±", " ±")
+    """Formats a statistic in little space: times and counts without their standard deviation."""
+    if statistic is not None and name == "seconds":
+        return formats.format_duration(statistic.mean)
+    return f"{statistic.mean:,.0f}" if statistic is not None and name == "steps" else statistic_text(name, statistic)
 
 
-def _notes(report: ReportContent) -> list[str]:
-    table = report.table
-    counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in table.counts().items())
-    rows = layout.format_count("configurations", len(table.rows))
-    lines = [f"{rows}, {layout.format_count('runs', len(table.records))}: {counts}"]
-    if len(table.rows) > report.top:
-        lines[0] += f"; {len(table.rows) - report.top} more rows on the HTML page"
-    if table.ranked and (failed := table.ranked[0].failed):
-        lines.append(f"#1: {failed} of {len(table.ranked[0].runs)} runs failed; its mean is that of the others")
-    best = table.ranked[0].command if table.ranked else None
+def _notes(report: "ReportContent") -> list[str]:
+    ranking = report.ranking
+    lines = [counts_text(ranking)]
+    if len(ranking.rows) > report.top:
+        lines[0] += f"; {len(ranking.rows) - report.top} more rows on the HTML page"
+    if ranking.ranked and (failed := ranking.ranked[0].failed):
+        lines.append(f"#1: {failed} of {len(ranking.ranked[0].runs)} runs failed; its mean is that of the others")
+    best = ranking.ranked[0].command if ranking.ranked else None
     lines += [] if best is None else [f"best: {best}"]
-    for run in table.failed[:5]:
-        killed = "no summary: the process was killed or the machine went down"
-        reason = run.reason or (killed if run.status == "unfinished" else "no reason recorded")
-        lines.append(f"{run.status}: {layout.short_path(run.path)}: {reason}")
-    lines += [f"... and {len(table.failed) - 5} more failed or unfinished runs"] if len(table.failed) > 5 else []
-    lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in table.damaged]
+    for run in ranking.failed[:5]:
+        lines.append(f"{run.status}: {layout.short_path(run.path)}: {failure_text(run)}")
+    lines += [f"... and {len(ranking.failed) - 5} more failed or unfinished runs"] if len(ranking.failed) > 5 else []
+    lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in ranking.damaged]
     return lines
 
 
@@ -154,39 +149,26 @@ def show_leaderboard(board: Leaderboard, test: str, *, stream: IO[str] | None = 
     table.add_column("test", justify="right")
     for rank, row in enumerate(rows[:_MAX_ROWS], 1):
         tested = row.statistic(test) if rank == 1 else None
-        cells = [str(rank), layout.round_floats(row.label), _spread(board.metric, row), row.count(board.metric)]
-        cells += [_difference(board.metric, row.difference)] if is_paired else []
-        table.add_row(*cells, "" if tested is None else layout.format_metric(test, tested.mean))
-    _print(table, stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
-
-
-def _spread(metric: str, row: Row) -> str:
-    assert row.value is not None
-    return row.value.show(partial(layout.format_metric, metric))
-
-
-def _difference(metric: str, difference: Difference | None) -> str:
-    return "" if difference is None else difference.show(partial(_signed, metric))
-
-
-def _signed(metric: str, value: float) -> str:
-    return f"{'+' if value >= 0 else '-'}{layout.format_metric(metric, abs(value))}"
+        cells = [str(rank), formats.round_floats(row.label)]
+        cells += [statistic_text(board.metric, row.value), row.count(board.metric)]
+        cells += [difference_text(board.metric, row.difference)] if is_paired else []
+        table.add_row(*cells, "" if tested is None else formats.format_metric(test, tested.mean))
+    _print(FittedTable(table), stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
 
 
 def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[str]) -> None:
     """Prints the Pareto front of a multi-objective search, if any job has finished."""
     if not rows:
         return
-    table = plain_table("Pareto front", fold=["configuration"], right=[metric.replace("_", " ") for metric in metrics])
-    for label, values in rows:
-        table.add_row(layout.round_floats(label), *map(layout.format_metric, metrics, values))
-    _print(table)
+    heads = ["configuration", *(metric.replace("_", " ") for metric in metrics)]
+    cells = [[formats.round_floats(label), *map(formats.format_metric, metrics, values)] for label, values in rows]
+    _print(Table(heads, cells, title="Pareto front").grid())
 
 
-def _print(table: Grid, stream: IO[str] | None = None, more: str = "") -> None:
+def _print(table: FittedTable, stream: IO[str] | None = None, more: str = "") -> None:
     output, console, terminal = open_console(stream)
     console.width = console.width if terminal else _WIDTH
     with console.capture() as capture:
-        console.print(FittedTable(table))
+        console.print(table)
     output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()) + more)
     output.flush()

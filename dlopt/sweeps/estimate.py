@@ -16,10 +16,10 @@ from typing import Any
 
 from dlopt.errors import USER_ERROR, RunError, UserError
 from dlopt.folders import RunFolder
+from dlopt.formats import format_count, format_duration
 from dlopt.job import describe
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import result_of
-from dlopt.tracking.layout import format_count, format_duration
 from dlopt.tracking.metrics import METRICS, parse_metrics
 
 _JOBS_PER_PROBE = 4  # so that the probes take less time than the jobs

@@ -27,10 +27,10 @@ from omegaconf import OmegaConf
 from dlopt.config.schema import check_arguments
 from dlopt.errors import DONE, INTERRUPTED, UserError
 from dlopt.folders import RunFolder
+from dlopt.formats import format_count
 from dlopt.interruption import SIGNALS, Interruption
 from dlopt.ranges import Count
 from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, prepare, record_failure, record_pruned, result_of
-from dlopt.tracking.layout import format_count
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview
 

@@ -36,7 +36,7 @@ from dlopt.files import write_atomically
 from dlopt.folders import SPACE, FolderSnapshot, RunFolder, make, make_new, newest
 from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import current
-from dlopt.results.leaderboard import Entry, front, leaderboard
+from dlopt.results.leaderboard import Record, front, job_record, leaderboard
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
@@ -231,7 +231,7 @@ def _grid(request: SweepRequest) -> int:
             record_dead(each)
         request.run_grid(folder, jobs)
     pairs = list(zip(folders, jobs, strict=True))
-    _show([Entry(job.subfolder, job.saved, each.summary() or {}, job.lines) for each, job in pairs])
+    _show([job_record(Path(job.subfolder), job.saved, each.summary() or {}, job.lines) for each, job in pairs])
     statuses = _statuses(folder, jobs)
     _print_next(f"\nsweep folder: {short_path(folder)}", folder, statuses)
     if any(status in ("failed", "interrupted") for status in statuses):
@@ -320,7 +320,7 @@ def _print_next(title: str, sweep: Path, statuses: Sequence[str] = ()) -> int:
     return DONE
 
 
-def _show(entries: Sequence[Entry], **ranking: Any) -> None:
+def _show(entries: Sequence[Record], **ranking: Any) -> None:
     from dlopt.results.terminal import show_leaderboard
 
     board = leaderboard(entries, **ranking)
@@ -411,7 +411,7 @@ def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
         entries = []
         for number, label, values, run in rows:
             summary = {**(RunFolder(run).summary() or {"status": "finished"}), metric: values[0]}
-            entries.append(Entry(f"job {number}", {"job": number}, summary, [f"job {number}:", label]))
+            entries.append(job_record(Path(f"job {number}"), {"job": number}, summary, [f"job {number}:", label]))
         _show(entries, metric=metric, direction=spec.directions[0])
     _print_next(f"\nsweep folder: {short_path(sweep)}", sweep, _statuses(sweep))
 

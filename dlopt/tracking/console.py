@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dlopt import formats
 from dlopt.tracking import layout
 
 _REDRAW_SECONDS = 0.1
@@ -108,7 +109,7 @@ class _Display:
         if self._clock_start is None or self.step <= self._clock_start[1]:
             return ""
         seconds = (perf_counter() - self._clock_start[0]) / (self.step - self._clock_start[1])
-        return f"{layout.format_clock(seconds * max(self.steps - self.step, 0))} left"
+        return f"{formats.format_clock(seconds * max(self.steps - self.step, 0))} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         epoch = min((max(self.step, 1) - 1) // self.steps_per_epoch + 1, self.epochs)
@@ -135,7 +136,7 @@ class _Display:
             grid.add_row(name, f"{number}/{of}", bar, text)
         yield grid
         for name, metrics in (("train", self.train), ("val", self.val)):
-            text = "   ".join(f"{key} {layout.format_metric(key, value)}" for key, value in metrics.items())
+            text = "   ".join(f"{key} {formats.format_metric(key, value)}" for key, value in metrics.items())
             yield Text.assemble((f"{name:7}", "bold"), text or "-", no_wrap=True, overflow="crop")
 
 

@@ -1,9 +1,7 @@
-"""Formats numbers, configs, results and tables for terminals of any width."""
+"""Formats configs, results and tables for terminals of any width."""
 
 import contextlib
-import math
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,65 +16,20 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.folders import SHELL_FOLDER
+from dlopt.formats import (
+    format_count,
+    format_duration,
+    format_lr,
+    format_metric,
+    format_number,
+    format_percent,
+    format_value,
+)
 from dlopt.plain import flatten
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
-_LONG_FLOAT = re.compile(r"(?<![\w.])\d+\.\d{5,}(e[+-]?\d+)?(?![\w.])")
 _REPORT_KEY = "published"  # read by `dlopt report` only: not shown as a setting
-
-
-def format_number(value: float | None) -> str:
-    """Four decimals for usual losses; scientific notation for very small and large values."""
-    if value is None or not math.isfinite(value):
-        return "-" if value is None else str(value)
-    if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.2e}"
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
-
-
-def format_percent(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.2f} %"
-
-
-def format_lr(value: float | None) -> str:
-    """Four significant digits, no trailing zeros."""
-    return "-" if value is None else f"{value:.4g}"
-
-
-def round_floats(text: str) -> str:
-    """Rounds numbers with many decimals to four significant digits: lr=0.12369483267621112 to lr=0.1237."""
-    return _LONG_FLOAT.sub(lambda match: f"{float(match[0]):.4g}", text)
-
-
-def format_bytes(count: float) -> str:
-    """1.5 MiB; 1,020 KiB."""
-    power = min(int(math.log2(max(count, 1))) // 10, 4)
-    return f"{float(f'{count / 1024**power:.3g}'):,g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
-def format_duration(seconds: float) -> str:
-    """7.2 s, 12:34, 1:02:03."""
-    return f"{seconds:.1f} s" if seconds < 60 else format_clock(seconds)
-
-
-def format_clock(seconds: float) -> str:
-    """0:07, 12:34, 1:02:03."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def format_metric(name: str, value: float | None) -> str:
-    """Formats a metric by its name: accuracies in percent, learning rates with `format_lr`, others as numbers."""
-    if name == "lr":
-        return format_lr(value)
-    return format_percent(value) if "accuracy" in name or name.endswith(("top1", "top5")) else format_number(value)
-
-
-def format_count(noun: str, count: int) -> str:
-    """1 epoch, 1,200 steps. `noun` is a plural."""
-    return f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"
 
 
 @contextlib.contextmanager
@@ -107,7 +60,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat if key.rpartition(".")[2] != "_target_" and value != {}}
 
 
-def _choices(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str]:
+def choices_of_groups(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str]:
     """Returns the choice of each group; where `choices` has none, the last part of the group's `_target_`."""
     groups = {key: value if isinstance(value, Mapping) else {} for key, value in config.items()}
     targets = {key: str(group.get("_target_") or "").rpartition(".")[2] for key, group in groups.items()}
@@ -119,23 +72,12 @@ def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, 
 
     Seeds that are equal to `seed` are left out as well: TensorBoard shows five columns by default.
     """
-    flat: dict[str, str | bool | float] = {**_choices(config, choices)}
+    flat: dict[str, str | bool | float] = {**choices_of_groups(config, choices)}
     for key, value in settings(config).items():
         is_derived_seed = key.endswith("_seed") and value == config.get("seed")
         if value is not None and key != _REPORT_KEY and not is_derived_seed:
             flat[key] = value if isinstance(value, str | bool | int | float) else format_value(value)
     return flat
-
-
-def format_value(value: Any) -> str:
-    """Formats a value as in an override: true, null, [64,64]."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(format_value, value)) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{format_value(item)}" for key, item in value.items()) + "}"
-    return "null" if value is None else str(value)
 
 
 def header_rows(
@@ -147,7 +89,7 @@ def header_rows(
     `val`, `test` (samples), `unit` (of their counts), `inputs` (3x32x32, 10 classes), `epochs`, `steps_per_epoch`,
     `steps`, `device`, `precision`, `threads`, `folder`. Empty rows are left out.
     """
-    names, values = _choices(config, choices), settings(config)
+    names, values = choices_of_groups(config, choices), settings(config)
 
     def settings_of(*keys: str) -> list[str]:
         return [f"{key.rpartition('.')[2]} {format_value(values[key])}" for key in keys if values.get(key) is not None]

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dlopt.tracking import layout
+from dlopt import formats
 from dlopt.tracking.console import Screen
 
 _MAX_ROWS = 12  # running jobs on display
@@ -50,7 +50,7 @@ class Overview(Screen):
             self._start_live(self._renderable, redirect=False)
 
     def started(self, number: int, label: str) -> None:
-        label = layout.round_floats(label)
+        label = formats.round_floats(label)
         self._running[number] = _Running(label, time.monotonic())
         if self._live is None:
             self.message(f"job {number}: {label}")
@@ -63,7 +63,7 @@ class Overview(Screen):
         self, number: int, label: str, status: str, metrics: Mapping[str, Any], reason: str = "", known: bool = False
     ) -> None:
         """Counts a job and prints its result. `known`: it had ended before this process started; nothing is printed."""
-        label = layout.round_floats(label)
+        label = formats.round_floats(label)
         running = self._running.pop(number, None)
         self._counts["finished" if status == "stopped_early" else status] += 1
         self._update_best(number, label, status, metrics)
@@ -74,11 +74,11 @@ class Overview(Screen):
         texts = [f"job {number} {status.replace('_', ' ')}" + (f": {reason}" if reason else "")]
         value = metrics.get(self._metric or "")
         if self._metric is not None and isinstance(value, int | float):
-            texts.append(f"{self._metric} {layout.format_metric(self._metric, value)}")
+            texts.append(f"{self._metric} {formats.format_metric(self._metric, value)}")
         if running is not None:
             self._durations.append(time.monotonic() - running.since)
             if not reason:
-                texts.append(f"in {layout.format_clock(self._durations[-1])}")
+                texts.append(f"in {formats.format_clock(self._durations[-1])}")
         if self._live is not None:  # the live display has the rest
             texts.append(label)
         else:
@@ -95,7 +95,7 @@ class Overview(Screen):
             self._done_before = sum(counts.values())
         self._counts.update({status: count - self._counts[status] for status, count in counts.items()})
         for number, label, metrics in jobs:
-            self._update_best(number, layout.round_floats(label), "finished", metrics)
+            self._update_best(number, formats.round_floats(label), "finished", metrics)
 
     def _update_best(self, number: int, label: str, status: str, metrics: Mapping[str, Any]) -> None:
         if self._metric is None and metrics.get("best_val_accuracy") is not None:
@@ -132,7 +132,7 @@ class Overview(Screen):
             in_progress = sum(min((now - job.since) / mean, 0.95) for job in self._running.values())
             done, remaining = done + in_progress, remaining - in_progress
         left = (now - self._start_time) / done * remaining
-        return f"{layout.format_clock(left)} left" if left else ""
+        return f"{formats.format_clock(left)} left" if left else ""
 
     def refresh(self) -> None:
         if self._live is not None:
@@ -147,7 +147,7 @@ class Overview(Screen):
         rows = []
         if self._best is not None and self._metric is not None:
             value, number, label = self._best
-            metric = layout.format_metric(self._metric, value)
+            metric = formats.format_metric(self._metric, value)
             rows.append(Text(f"best   {self._metric} {metric}  job {number}: {label}"))
         for number, running in list(self._running.items())[:_MAX_ROWS]:
             texts = [f"job {number}", running.label, *_format_metrics(running.metrics)]  # narrow terminals cut the end
@@ -159,7 +159,7 @@ class Overview(Screen):
 
 def _format_metrics(metrics: Mapping[str, Any]) -> list[str]:
     return [
-        f"{key} {layout.format_metric(key, metrics[key]) if key != 'epoch' else metrics[key]}"
+        f"{key} {formats.format_metric(key, metrics[key]) if key != 'epoch' else metrics[key]}"
         for key in ("epoch", "val_accuracy", "val_loss", "train_loss")
         if isinstance(metrics.get(key), int | float)
     ]

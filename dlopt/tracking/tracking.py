@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dlopt import formats
 from dlopt.errors import UserError
 from dlopt.tracking import layout
 from dlopt.tracking.console import ConsoleView
@@ -252,7 +253,7 @@ class Tracking:
         finally:
             if self._log is not None:
                 metrics = ", ".join(
-                    f"{key} {layout.format_metric(key, value)}"
+                    f"{key} {formats.format_metric(key, value)}"
                     for key, value in summary.items()
                     if key.startswith(("best_val_", "test_")) and isinstance(value, int | float)
                 )

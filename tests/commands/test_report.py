@@ -18,7 +18,7 @@ from rich.console import Console
 import dlopt as package
 from dlopt.commands.report import _Options, _update
 from dlopt.results.exports import destination
-from dlopt.results.leaderboard import Entry, leaderboard
+from dlopt.results.leaderboard import Record, job_record, leaderboard
 from dlopt.results.page import serve
 from dlopt.results.reading import RunReader
 from dlopt.results.terminal import show_front, show_leaderboard
@@ -232,10 +232,10 @@ def test_watch_updates_until_interrupted(runs: Path) -> None:
 # -- what a sweep ends with
 
 
-def entry(lr: float, seed: int, accuracy: float, test: float) -> Entry:
+def entry(lr: float, seed: int, accuracy: float, test: float) -> Record:
     values = {"status": "finished", "best_val_accuracy": accuracy, "test_accuracy": test}
     config = {"optimizer": {"lr": lr}, "seed": seed}
-    return Entry(f"{lr}/{seed}", config, values, [f"optimizer.lr={lr}", f"seed={seed}"])
+    return job_record(Path(f"{lr}/{seed}"), config, values, [f"optimizer.lr={lr}", f"seed={seed}"])
 
 
 def board() -> str:
@@ -273,14 +273,16 @@ def test_watch_waits_for_the_first_metrics(tmp_path: Path) -> None:
 def test_leaderboard_shows_test_metric_of_first_row_only() -> None:
     lines = board().splitlines()
     first, second = (next(line for line in lines if f"optimizer.lr={lr}" in line) for lr in (0.1, 0.2))
-    assert "80.50 % ± 0.71 %" in first and "60.00 %" in first
-    assert "-10.00 % [-10.00 %, -10.00 %]" in second and "70.50 %" in second
+    assert "80.50 ± 0.71 %" in first and "60.00 %" in first
+    assert "-10.00 [-10.00, -10.00]" in second and "70.50 ± 0.71 %" in second
     assert "70.00 %" not in second
 
 
 def test_leaderboard_shows_failed_runs_of_all_rows() -> None:
     runs = [entry(lr, seed, 0.9 - lr, 0.5) for lr in (0.1, 0.2) for seed in (0, 1)]
-    failed = [Entry("x", {"optimizer": {"lr": lr}, "seed": 2}, {"status": "failed"}) for lr in (0.1, 0.2)]
+    failed = [
+        job_record(Path("x"), {"optimizer": {"lr": lr}, "seed": 2}, {"status": "failed"}, ()) for lr in (0.1, 0.2)
+    ]
     stream = io.StringIO()
     show_leaderboard(leaderboard([*runs, *failed]), "test_accuracy", stream=stream)
     assert stream.getvalue().count("2 of 3, 1 failed") == 2

@@ -22,6 +22,7 @@ FLOORS = [
     [
         "errors",
         "files",
+        "formats",
         "graphs",
         "interruption",
         "locks",

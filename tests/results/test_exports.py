@@ -77,5 +77,5 @@ def test_plot_without_data_is_refused_unless_runs_may_follow(report: ReportConte
     to = destination(tmp_path, "i.png", None, "importance")
     with pytest.raises(UserError, match="plot=importance: these runs have no data for it"):
         render(to, report)
-    watched = ReportContent(report.table, "title", "now", None, test=False, refresh=5.0, top=20)
+    watched = ReportContent(report.ranking, "title", "now", None, test=False, refresh=5.0, top=20)
     assert render(to, watched) == {}

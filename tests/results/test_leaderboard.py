@@ -3,16 +3,18 @@
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy import stats
 
 from dlopt.results.leaderboard import (
-    Entry,
+    Record,
     Seeds,
     direction_of,
     front,
+    job_record,
     leaderboard,
     paired_difference,
     statistic,
@@ -20,10 +22,11 @@ from dlopt.results.leaderboard import (
 )
 
 
-def entry(lr: float, seed: int, accuracy: float | None, status: str = "finished", **more: Any) -> Entry:
+def entry(lr: float, seed: int, accuracy: float | None, status: str = "finished", **more: Any) -> Record:
     config = {"seed": seed, "init_seed": seed, "optimizer": {"lr": lr}, "threads": seed + 1}
     metrics = {"status": status, "best_val_accuracy": accuracy, "test_accuracy": 0.5, **more}
-    return Entry(f"{lr}/{seed}", config, metrics, [f"optimizer.lr={lr}", f"seed={seed}", "epochs=3", f"threads={seed}"])
+    typed = [f"optimizer.lr={lr}", f"seed={seed}", "epochs=3", f"threads={seed}"]
+    return job_record(Path(f"{lr}/{seed}"), config, metrics, typed)
 
 
 def test_groups_seeds_of_a_configuration() -> None:
@@ -41,7 +44,10 @@ def test_groups_seeds_of_a_configuration() -> None:
 
 def test_groups_equal_settings_of_different_types() -> None:
     runs = [entry(lr, seed, 0.9) for seed, lr in enumerate((1, 1.0, True))]
-    runs += [Entry(str(betas), {"betas": betas, "seed": i}, {}) for i, betas in enumerate(([0, 0.9], [0.0, 0.9]))]
+    runs += [
+        job_record(Path(str(betas)), {"betas": betas, "seed": i}, {}, ())
+        for i, betas in enumerate(([0, 0.9], [0.0, 0.9]))
+    ]
     assert sorted(len(row.runs) for row in leaderboard(runs).rows) == [1, 2, 2]
 
 
@@ -49,7 +55,7 @@ def test_groups_equal_settings_of_different_types() -> None:
     "key", ["compile", "check", "profile", "diagnostics", "recovery.attempts", "data.root", "name", "max_time"]
 )
 def test_keys_of_the_machine_and_of_logging_split_no_row(key: str) -> None:
-    def runs(key: str) -> list[Entry]:
+    def runs(key: str) -> list[Record]:
         found = [entry(lr, seed, 0.9 + lr) for lr in (0.01, 0.02) for seed in range(3)]
         return [replace(each, config={**each.config, key: each.config["seed"]}, overrides=()) for each in found]
 
@@ -141,5 +147,8 @@ def test_statistics_of_diverged_runs_do_not_overflow() -> None:
 
 
 def test_a_limit_of_time_distinguishes_no_configurations() -> None:
-    runs = [Entry(str(seed), {"seed": seed, "max_time": 10 * seed}, {"status": "finished"}) for seed in range(3)]
+    runs = [
+        job_record(Path(str(seed)), {"seed": seed, "max_time": 10 * seed}, {"status": "finished"}, ())
+        for seed in range(3)
+    ]
     assert len(leaderboard(runs).rows) == 1

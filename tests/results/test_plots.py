@@ -7,11 +7,11 @@ import pytest
 from dlopt.results import drawing
 from dlopt.results.drawing import metric_label
 from dlopt.results.plots import PLOTS, plots
-from dlopt.results.table import Table
+from dlopt.results.ranking import Ranking
 from tests.support.folders import TARGETS, make_run, table
 
 
-def sweep(folder: Path, tops: dict[tuple[str, float], float], seeds: int = 2) -> Table:
+def sweep(folder: Path, tops: dict[tuple[str, float], float], seeds: int = 2) -> Ranking:
     for (optimizer, lr), top in tops.items():
         for seed in range(seeds):
             accuracies = (0.5, top + 0.01 * seed)

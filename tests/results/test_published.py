@@ -11,8 +11,9 @@ import pytest
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.results.page import page_data, summary_csv
-from dlopt.results.table import against_published, published_error, recipe_label
+from dlopt.results.columns import published_table, summary_csv
+from dlopt.results.page import page
+from dlopt.results.ranking import against_published, published_error, recipe_label
 from dlopt.tracking.layout import settings
 from tests.support.folders import make_run, table
 from tests.support.line import dlopt
@@ -93,8 +94,9 @@ def test_groups_seeds_and_omits_runs_without_published_result(tmp_path: Path) ->
     assert recipe_label(published, result) == "recipe lr=0.1"
     rows = list(csv.DictReader(io.StringIO(summary_csv(result, None, test=False))))
     assert {row["published_error_percent"] for row in rows} == {"24.0", ""}
-    data = page_data(result, title="t", made="m", target=None, test=False, refresh=None)
-    assert data["published"] == [["recipe lr=0.1", [pytest.approx(24.0), pytest.approx(1.414, rel=1e-3), 2], 24.0, "2"]]
+    assert published_table(result).rows == [["recipe lr=0.1", "2", "24.00 ± 1.41", "24.00", "24.00", "+0.00"]]
+    text = page(result, title="t", made="m", target=None, test=False, refresh=None)
+    assert "24.00 ± 1.41</td>" in text
 
 
 def test_csv_has_no_published_columns_without_published_results(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from subprocess import run
 
 import pytest
 
-from dlopt.results.reading import Damaged, Record, RunReader, find, printable, read, text, varying_keys
+from dlopt.formats import format_value as text
+from dlopt.formats import printable
+from dlopt.results.reading import Damaged, Record, RunReader, find, read, varying_keys
 from dlopt.training.stopping import Best
 from tests.support.folders import make_run
 from tests.support.line import HeldByAnotherProcess

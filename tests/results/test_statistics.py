@@ -4,12 +4,22 @@ import math
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from dlopt.results.table import band, default_spread, default_target, fastest, importance, sensitivities, time_to_target
+from dlopt.results.ranking import (
+    Spread,
+    band,
+    default_spread,
+    default_target,
+    fastest,
+    importance,
+    sensitivities,
+    time_to_target,
+)
 from tests.support.folders import make_run, table
 
 
@@ -18,15 +28,23 @@ def test_band_is_students_t_interval(tmp_path: Path) -> None:
     for seed, curve in enumerate(curves):
         make_run(tmp_path / str(seed), seed=seed, accuracies=curve)
     [row] = table(tmp_path).rows
-    result = band(row.records, "val_accuracy", "epoch", "confidence")
+    result = band(row.runs, "val_accuracy")
     assert result is not None
     values = np.array(curves)
-    low, high = scipy.stats.t.interval(0.95, 2, values.mean(0), scipy.stats.sem(values, axis=0))
-    for mine, theirs in ((result.x, [1, 2, 3]), (result.mean, values.mean(0)), (result.low, low), (result.high, high)):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-12)
-    steps = band(row.records, "val_accuracy", "step", "range")
-    assert steps is not None and steps.x.tolist() == [10, 20, 30]
-    assert (steps.low.tolist(), steps.high.tolist()) == (values.min(0).tolist(), values.max(0).tolist())
+    mean, error = values.mean(0), scipy.stats.sem(values, axis=0)
+    np.testing.assert_allclose(result.mean, mean, rtol=1e-12)
+    expected: dict[Spread, Any] = {
+        "confidence": scipy.stats.t.interval(0.95, 2, mean, error),
+        "std": (mean - scipy.stats.tstd(values), mean + scipy.stats.tstd(values)),
+        "error": (mean - error, mean + error),
+    }
+    for spread, bounds in expected.items():
+        np.testing.assert_allclose(result.spreads[spread], bounds, rtol=1e-12)
+    low, high = result.spreads["range"]
+    assert (low.tolist(), high.tolist()) == (values.min(0).tolist(), values.max(0).tolist())
+    assert {name: x.tolist() for name, x in result.x.items()} == {
+        "epoch": [1, 2, 3], "step": [10, 20, 30], "seconds": [1, 2, 3]
+    }  # fmt: skip
 
 
 def test_repetitions_of_runs_do_not_narrow_the_band(tmp_path: Path) -> None:
@@ -52,12 +70,14 @@ def test_band_requires_half_of_the_runs(tmp_path: Path) -> None:
     make_run(tmp_path / "1", seed=1, accuracies=(0.3, 0.4, 0.5), config={"epochs": 4})
     make_run(tmp_path / "2", seed=2, accuracies=(0.2, 0.3, 0.7, 0.8), config={"epochs": 4})
     [row] = table(tmp_path).rows
-    result = band(row.records, "val_accuracy", "epoch", "confidence")
+    result = band(row.runs, "val_accuracy")
     assert result is not None
     assert (
-        result.x.tolist() == [1, 2, 3] and result.count.tolist() == [3, 3, 2] and result.mean[2] == pytest.approx(0.6)
+        result.x["epoch"].tolist() == [1, 2, 3]
+        and result.count.tolist() == [3, 3, 2]
+        and result.mean[2] == pytest.approx(0.6)
     )
-    assert band(row.records, "nothing", "epoch", "range") is None
+    assert band(row.runs, "nothing") is None
 
 
 def test_band_against_seconds_averages_equal_epochs(tmp_path: Path) -> None:
@@ -66,8 +86,8 @@ def test_band_against_seconds_averages_equal_epochs(tmp_path: Path) -> None:
     make_run(tmp_path / "1", seed=1, accuracies=(0.0, 0.2, 0.4), seconds=2.0, config={"epochs": 4})
     make_run(tmp_path / "2", seed=2, accuracies=(0.2, 0.4, 0.6, 0.8), seconds=6.0, config={"epochs": 4})
     [row] = table(tmp_path).rows
-    result = band(row.records, "val_accuracy", "seconds", "range")
-    assert result is not None and result.x.tolist() == [3, 6, 9, 12.5]  # the last epoch: 1 s and 6 s
+    result = band(row.runs, "val_accuracy")
+    assert result is not None and result.x["seconds"].tolist() == [3, 6, 9, 12.5]  # the last epoch: 1 s and 6 s
     assert result.mean.tolist() == pytest.approx([0.1, 0.3, 0.5, 0.75])
 
 
@@ -154,7 +174,7 @@ def test_time_to_a_generalization_gap(tmp_path: Path) -> None:
     changed = [{**line, "train_loss": line["val_loss"] - 0.3 + 0.1 * i} for i, line in enumerate(lines)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
     [row] = table(tmp_path, "gap").rows
-    result, curve = time_to_target(row, "gap", 0.25), band(row.records, "gap", "epoch", "range")
+    result, curve = time_to_target(row, "gap", 0.25), band(row.runs, "gap")
     assert result.count == 1 and result.steps is not None and result.steps.mean == 20
     assert curve is not None and curve.mean.tolist() == pytest.approx([0.3, 0.2, 0.1])
 

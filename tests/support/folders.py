@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from dlopt.results.ranking import Ranking, gather
 from dlopt.results.reading import RunReader
-from dlopt.results.table import Table, gather
 
 TARGETS = {"sgd": "torch.optim.SGD", "adamw": "torch.optim.AdamW"}
 
@@ -71,7 +71,7 @@ def make_run(
     return path
 
 
-def table(folder: Path, by: str | None = None) -> Table:
+def table(folder: Path, by: str | None = None) -> Ranking:
     """Reads the runs below a folder into a table."""
     return gather(*RunReader().read([folder]), by)
 

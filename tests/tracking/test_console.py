@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.tracking import layout, read_metrics, read_summary
+from dlopt import formats
+from dlopt.tracking import read_metrics, read_summary
 from tests.support.requires import requires
 
 DRIVE = Path(__file__).with_name("drive.py")
@@ -190,5 +191,5 @@ def test_a_dumb_terminal_of_60_columns_gets_short_lines(tmp_path: Path, terminal
     terminal = open_terminal(terminals, 60, tmp_path, 0.0, "TERM=dumb")
     screen = terminal.wait(r"^rc=0=")
     rows = [line for line in screen.splitlines() if re.match(r" +\d/3 ", line)]
-    assert [row.split()[:2] for row in rows] == [[f"{n}/3", layout.format_number(0.23 / n)] for n in (1, 2, 3)]
+    assert [row.split()[:2] for row in rows] == [[f"{n}/3", formats.format_number(0.23 / n)] for n in (1, 2, 3)]
     assert all(row.endswith("*") and len(row) <= 60 for row in rows)

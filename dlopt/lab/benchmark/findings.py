@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from dlopt.formats import printable
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.formats import MEASURE_LABELS, names
 from dlopt.lab.benchmark.results import Measure, Results
 from dlopt.lab.benchmark.scores import Summary
 from dlopt.lab.benchmark.symptoms import symptoms
-from dlopt.results.reading import printable
 
 _FEW_STUDIES = 3  # up to which the bootstrap is coarse
 

@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dlopt.formats import format_value as text
+from dlopt.formats import printable
 from dlopt.lab.benchmark.results import Measure
 from dlopt.lab.benchmark.scores import Interval, Standing
 from dlopt.results.leaderboard import statistic
-from dlopt.results.reading import printable, text
 
 MEASURE_LABELS: Mapping[Measure, str] = {
     "updates": "updates", "evaluations": "evaluations of the loss", "time": "time",

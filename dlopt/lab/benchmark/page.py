@@ -1,36 +1,44 @@
 """Writes the results of a benchmark as a self-contained HTML page, with its figures and a LaTeX table."""
 
 import base64
-from collections.abc import Mapping
-from importlib.resources import files
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 import dlopt
 from dlopt.files import write_atomically
-from dlopt.lab.benchmark import sections
+from dlopt.formats import printable
+from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.figures import draw
-from dlopt.lab.benchmark.markup import Html, escaped, tag
-from dlopt.lab.benchmark.results import Results
-from dlopt.lab.benchmark.scores import Summary, summarize
+from dlopt.lab.benchmark.findings import findings
+from dlopt.lab.benchmark.results import Measure, Results, best_trial
+from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Summary, ranks, summarize
 from dlopt.lab.benchmark.table import latex
 from dlopt.results import drawing
-from dlopt.results.page import document, read_text
+from dlopt.results.page import read_text, render
+from dlopt.results.reading import short_key
+from dlopt.results.tables import Bold
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FORMATS = ("png", "pdf")
+_HEADS: Mapping[Measure, str] = {
+    "updates": "Score in updates", "evaluations": "Score in evaluations", "time": "Score in time",
+}  # fmt: skip
+Rows = list[list[str]]
 
 
 def write(results: Results, folder: Path) -> list[Path]:
     """Writes index.html, table.tex and figures/NAME.png and .pdf; returns their paths. Raises OSError."""
-    if results.optimizers:
-        summary = summarize(results)
-        figures = draw(results, summary)
-        contents = {"index.html": page(results, summary, figures), "table.tex": latex(results, summary)}
-    else:
-        figures, contents = {}, {"index.html": _document(results, tag("p", "There are no results yet."))}
+    summary = summarize(results) if results.optimizers else None
+    figures = {} if summary is None else draw(results, summary)
+    pictures = {name: _picture(figure) for name, figure in figures.items()}
+    contents = {"index.html": page(results, summary, pictures)}
+    if summary is not None:
+        contents["table.tex"] = latex(results, summary)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     written = {folder / name: text.encode() for name, text in contents.items()}
     for name, figure in figures.items():
@@ -40,12 +48,20 @@ def write(results: Results, folder: Path) -> list[Path]:
     return [*written]
 
 
-def page(results: Results, summary: Summary, figures: Mapping[str, "Figure"]) -> str:
-    pictures = {name: _picture(figure, sections.DESCRIPTIONS[name]) for name, figure in figures.items()}
-    return _document(results, sections.body(results, summary, pictures))
+def page(results: Results, summary: Summary | None, pictures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Renders the page; `pictures`: `source` and `width` by the figure's name, those without data are missing."""
+    folder = Path(__file__).parent
+    tables = {} if summary is None else _tables(results, summary)
+    return render(
+        "page.html", folder,
+        title=f"Optimizer benchmark, {results.tier} tier", version=dlopt.__version__,
+        style=Markup(read_text("page.css") + (folder / "page.css").read_text(encoding="utf-8")), script=None,
+        results=results, summary=summary, workloads=list(results.workloads), pictures=pictures,
+        max_ratio=round(MAX_RATIO), resamples=RESAMPLES, fact=_fact, **tables,
+    )  # fmt: skip
 
 
-def _picture(figure: "Figure", description: str) -> Html:
+def _picture(figure: "Figure") -> dict[str, Any]:
     drawing.fix_layout(figure)
     patches = figure.patch, *(axes.patch for axes in figure.axes)
     white = [patch for patch in patches if tuple(patch.get_facecolor()[:3]) == (1.0, 1.0, 1.0)]
@@ -55,12 +71,119 @@ def _picture(figure: "Figure", description: str) -> Html:
     for patch in white:
         patch.set_alpha(1)
     source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-    return Html(f'<img src="{source}" alt="{escaped(description)}" width="{96 * figure.get_figwidth():.0f}">')
+    return {"source": source, "width": f"{96 * figure.get_figwidth():.0f}"}
 
 
-def _document(results: Results, body: Html) -> str:
-    style = read_text("page.css") + files("dlopt.lab.benchmark").joinpath("page.css").read_text(encoding="utf-8")
-    title = escaped(f"Optimizer benchmark, {results.tier} tier")
-    version = escaped(f"Written by dlopt {dlopt.__version__}")
-    content = f"<header><h1>{title}</h1></header>\n<main>\n{body}\n</main>\n<footer>{version}</footer>"
-    return document(title, style, content)
+# -- the tables: a row per optimizer, in the order of the score in updates
+
+
+def _tables(results: Results, summary: Summary) -> dict[str, Any]:
+    missing = {
+        optimizer: [name for name in results.workloads if not results.cell(optimizer, name).records]
+        for optimizer in summary.order
+    }
+    tested = [name for name in results.workloads if any(results.cell(each, name).tests for each in summary.order)]
+    spaces = {optimizer: results.spaces.get(optimizer, {}) for optimizer in summary.order}
+    return {
+        "own_facts": {key: value for key, value in results.facts.items() if key not in ("command", "reference")},
+        "missing": [f"{optimizer} ({', '.join(names)})" for optimizer, names in missing.items() if names],
+        "compared": [
+            [name, drawing.metric_label(each.metric), formats.number(each.target), str(each.updates)]
+            for name, each in results.workloads.items()
+        ],
+        "spaces": [(name, "; ".join(f"{key} {value}" for key, value in each.items())) for name, each in spaces.items()],
+        "heads": {measure: _HEADS[measure] for measure in summary.measures},
+        "scores": _scores(results, summary),
+        "findings": findings(results, summary),
+        "updates": _updates(results, summary),
+        "hyperparameters": _hyperparameters(results, summary),
+        "costs": _costs(results, summary),
+        "tested": tested,
+        "tests": _tests(results, summary, tested),
+    }  # fmt: skip
+
+
+def _small(text: str) -> Markup:
+    return Markup("<small>{}</small>").format(text)
+
+
+def _lines(parts: Iterable[str]) -> str:
+    return Markup("<br>").join(map(printable, parts)) or formats.NONE
+
+
+def _name(results: Results, optimizer: str) -> str:
+    if optimizer in results.shipped:
+        return Markup("{} {}").format(printable(optimizer), _small("shipped"))
+    return Bold(optimizer) if results.shipped else optimizer
+
+
+def _scores(results: Results, summary: Summary) -> Rows:
+    rows = []
+    for standing in summary.standings["updates"]:
+        name = standing.optimizer
+        scores = {measure: formats.interval(summary.score(name, measure)) for measure in summary.measures}
+        cells = [Bold(text) if summary.is_best(name, measure) else text for measure, text in scores.items()]
+        targets, trials, *costs = formats.standing(standing, len(results.workloads))
+        rows.append([_name(results, name), *cells, targets, trials, formats.percent(standing.failed), *costs])
+    return rows
+
+
+def _updates(results: Results, summary: Summary) -> Rows:
+    times = summary.times["updates"]
+    ranked = {workload: ranks(times, workload) for workload in results.workloads}
+
+    def cell(optimizer: str, workload: str) -> str:
+        rank, text = ranked[workload][optimizer], formats.updates(times[optimizer][workload])
+        pattern = "<b>{}</b>{}" if rank == 1 else "{}{}"
+        return text if rank is None else Markup(pattern).format(text, _small(f" ({rank:g})"))
+
+    return [[_name(results, each), *(cell(each, workload) for workload in results.workloads)] for each in summary.order]
+
+
+def _hyperparameters(results: Results, summary: Summary) -> Rows:
+    rows = []
+    for optimizer in summary.order:
+        best = [
+            best_trial(results.cell(optimizer, name).records, spec.metric) for name, spec in results.workloads.items()
+        ]
+        keys = [*dict.fromkeys(key for record in best if record for key in record.values)]
+        columns = [[formats.drawn_value(record.values.get(key)) for key in keys] if record else [] for record in best]
+        short = [short_key(key, keys) for key in keys]
+        rows.append([_name(results, optimizer), _lines(short), *map(_lines, columns)])
+    return rows
+
+
+def _costs(results: Results, summary: Summary) -> Rows:
+    rows = []
+    for optimizer in summary.order:
+        costs = [results.cell(optimizer, workload).cost for workload in results.workloads]
+        cells = [
+            formats.NONE if cost is None
+            else Markup("{:.2f}<br>{}").format(cost.time, _small(f"{cost.low:.2f}–{cost.high:.2f}"))
+            for cost in costs
+        ]  # fmt: skip
+        standing = summary.standing(optimizer)
+        together = [formats.number(standing.cost, ".2f"), formats.number(standing.state, ".1f")]
+        rows.append([_name(results, optimizer), *cells, *together])
+    return rows
+
+
+def _tests(results: Results, summary: Summary, workloads: Sequence[str]) -> Rows:
+    rows = []
+    for optimizer in summary.order:
+        tested = [results.cell(optimizer, name).tests.values() for name in workloads]
+        metrics = [*dict.fromkeys(metric for each in tested for test in each for metric in test)]
+        columns = [
+            [formats.mean_and_std([test[each] for test in cell if test.get(each) is not None]) for each in metrics]
+            for cell in tested
+        ]
+        labels = [metric.removeprefix("test_").replace("_", " ") for metric in metrics]
+        rows.append([_name(results, optimizer), _lines(labels), *map(_lines, columns)])
+    return rows
+
+
+def _fact(value: Any) -> str:
+    """Formats a fact about the results: lists and mappings with commas."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_fact(each)}" for key, each in value.items())
+    return ", ".join(map(_fact, value)) if isinstance(value, list | tuple) else str(value)

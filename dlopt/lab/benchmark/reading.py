@@ -17,7 +17,8 @@ from dlopt.lab.benchmark.protocol import BASELINES, Trial, WorkloadSpec, target_
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
 from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
-from dlopt.tracking.metrics import read_metrics
+from dlopt.results.leaderboard import Record
+from dlopt.results.reading import Damaged, read
 
 MANIFEST = "benchmark.json"
 COST = "cost.json"  # in the folder of an optimizer and a workload
@@ -102,17 +103,14 @@ def has_ended(folder: RunFolder) -> bool:
 
 
 def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Results:
-    """Reads all trials of the manifest that have ended."""
+    """Reads all trials of the manifest that have ended. Raises `UserError` for an unreadable one."""
     workloads, cells = {}, {}
     for name, spec in manifest.workloads.items():
         updates = 0
         for optimizer, space in manifest.optimizers.items():
-            records, curves = [], {}
-            for trial, run in _ended(folder, manifest, name, optimizer):
-                curve, evaluations = _read_curve(run, spec.metric)
-                updates = updates or _full_length(run, curve)
-                records.append(_record(run, trial, space, spec, curve, evaluations))
-                curves[trial.study, trial.number] = curve
+            runs = dict(_ended(folder, manifest, name, optimizer))
+            updates = updates or next(filter(None, (_full_length(run) for run in runs.values())), 0)
+            records = [_record(run, trial, space, spec) for trial, run in runs.items()]
             best = best_trial(records, spec.metric)
             cost = read_json(folder / optimizer / name / COST)
             tests = {
@@ -122,7 +120,7 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
             cells[optimizer, name] = Cell(
                 tuple(records),
                 None if cost is None else UpdateCost(**cost),
-                () if best is None else curves[best.study, best.trial],
+                () if best is None else _curve(runs[Trial(name, optimizer, best.study, best.trial)], spec.metric),
                 {study: test for study, test in tests.items() if test is not None},
             )
         workloads[name] = WorkloadTarget(spec.metric, math.nan if spec.target is None else spec.target, updates)
@@ -138,62 +136,56 @@ def targets(folder: Path, manifest: Manifest) -> dict[str, float]:
         updates = 0
         for optimizer in BASELINES:
             for trial, run in _ended(folder, manifest, name, optimizer):
-                curve, _ = _read_curve(run, spec.metric)
-                updates = max(updates, _full_length(run, curve))
-                curves[optimizer, trial.study].append(curve)
+                updates = max(updates, _full_length(run))
+                curves[optimizer, trial.study].append(_curve(run, spec.metric))
         found[name] = target_of([*curves.values()], updates, lower_is_better(spec.metric))
     return found
 
 
-def _ended(folder: Path, manifest: Manifest, workload: str, optimizer: str) -> Iterator[tuple[Trial, RunFolder]]:
+def _ended(folder: Path, manifest: Manifest, workload: str, optimizer: str) -> Iterator[tuple[Trial, Record]]:
     """Yields the trials that have ended, study by study."""
     for study, number in product(range(manifest.studies), range(manifest.trials)):
         trial = Trial(workload, optimizer, study, number)
-        run = RunFolder(folder / trial.subfolder)
-        if has_ended(run):
-            yield trial, run
+        path = folder / trial.subfolder
+        if not has_ended(RunFolder(path)):
+            continue
+        run = read(path)
+        if isinstance(run, Damaged):
+            raise UserError(f"{path}: {run.reason}; remove the folder and repeat the command")
+        yield trial, run
 
 
-def _read_curve(run: RunFolder, metric: str) -> tuple[Curve, list[int]]:
-    """Returns the curve of a metric against updates, and the evaluations of the loss at each of its points."""
-    points = [line for line in read_metrics(run.path) if metric in line]
-    curve = tuple((line["step"], math.nan if line[metric] is None else float(line[metric])) for line in points)
-    return curve, [line.get("evaluations", line["step"]) for line in points]
+def _curve(run: Record, metric: str) -> Curve:
+    """Returns the curve of a metric against updates; NaN where it is not finite."""
+    return tuple((int(line["step"]), line.get(metric, math.nan)) for line in run.history)
 
 
-def _full_length(run: RunFolder, curve: Curve) -> int:
+def _full_length(run: Record) -> int:
     """Returns the updates of a run without early end; 0 if it failed before its first validation."""
-    config = run.config() or {}
-    if config.get("steps") is not None:
-        return int(config["steps"])
-    every = (config.get("evaluate") or {}).get("every_epochs", 1)
-    return round(config.get("epochs", 0) / every * curve[0][0]) if curve else 0
+    if (steps := run.config.get("steps")) is not None:
+        return int(steps)
+    first = run.history[0]["step"] if run.history else 0
+    return round(run.config.get("epochs", 0) / run.config.get("evaluate.every_epochs", 1) * first)
 
 
-def _record(
-    run: RunFolder, trial: Trial, space: Mapping[str, str], spec: WorkloadSpec, curve: Curve, evaluations: Sequence[int]
-) -> TrialRecord:
-    summary = run.summary() or {}
-    points = zip(curve, evaluations, strict=True)
-    reached = ((updates, count) for (updates, value), count in points if _is_reached(value, spec))
-    updates, evaluated = next(reached, (math.inf, math.inf))
-    values = [value for _, value in curve if math.isfinite(value)]
-    failure = " ".join(str(summary.get("reason", "failed")).split()) if summary.get("status") == "failed" else ""
-    first = values[0] if values else None
-    best = min(values, default=None) if lower_is_better(spec.metric) else max(values, default=None)
-    last = None if failure or not curve or not math.isfinite(curve[-1][1]) else curve[-1][1]
-    return TrialRecord(trial.study, trial.number, _values(run, space), updates, evaluated, first, best, last, failure)
+def _record(run: Record, trial: Trial, space: Mapping[str, str], spec: WorkloadSpec) -> TrialRecord:
+    lower, metric = lower_is_better(spec.metric), spec.metric
+    target = math.nan if spec.target is None else spec.target
+    known = [line for line in run.history if metric in line]
+    reached = [line for line in known if (line[metric] <= target if lower else line[metric] >= target)]
+    steps = (reached[0]["step"], reached[0].get("evaluations", reached[0]["step"])) if reached else (math.inf, math.inf)
+    values = [line[metric] for line in known]
+    failure = " ".join((run.reason or "failed").split()) if run.status == "failed" else ""
+    best = (min if lower else max)(values, default=None)
+    last = None if failure or not run.history else run.history[-1].get(metric)
+    return TrialRecord(
+        trial.study, trial.number, _values(run, space), *steps, next(iter(values), None), best, last, failure
+    )
 
 
-def _is_reached(value: float, spec: WorkloadSpec) -> bool:
-    if spec.target is None or not math.isfinite(value):
-        return False
-    return value <= spec.target if lower_is_better(spec.metric) else value >= spec.target
-
-
-def _values(run: RunFolder, space: Mapping[str, str]) -> dict[str, Any]:
+def _values(run: Record, space: Mapping[str, str]) -> dict[str, Any]:
     """Returns the drawn values of a trial, from its overrides."""
-    typed = {key_of(line): value_of(line) for line in run.history()}
+    typed = {key_of(line): value_of(line) for line in run.overrides}
     return {key: yaml.safe_load(typed[key]) for key, text in space.items() if key in typed and typed[key] != text}
 
 

@@ -5,16 +5,13 @@ import textwrap
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from dlopt.formats import printable
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Measure, Results
 from dlopt.lab.benchmark.scores import Summary, summarize
-from dlopt.results.paper import escaped, number_cell, tabular
-from dlopt.results.reading import printable
-from dlopt.tracking.layout import FittedTable, plain_table
+from dlopt.results.tables import Bold, Table
 
 WIDTH = 100  # characters; more is hard to read
 _NAME = 24  # characters of an optimizer
@@ -33,14 +30,14 @@ def lines(results: Results, width: int = WIDTH) -> list[str]:
     for finding in findings(results, summary):
         start = "warning: " if finding.is_warning else ""
         text += textwrap.wrap(start + finding.text, width, subsequent_indent="  ", break_on_hyphens=False)
-    for grid in _updates(results, summary, width):
-        text += ["", *_rendered(grid, width)]
+    for table in _updates(results, summary, width):
+        text += ["", *_rendered(table, width)]
     return text
 
 
-def _rendered(grid: Table, width: int) -> list[str]:
+def _rendered(table: Table, width: int) -> list[str]:
     file = io.StringIO()
-    Console(file=file, width=width, highlight=False, color_system=None).print(FittedTable(grid))
+    Console(file=file, width=width, highlight=False, color_system=None).print(table.grid())
     return file.getvalue().rstrip("\n").split("\n")
 
 
@@ -56,21 +53,21 @@ def _note(results: Results, width: int) -> list[str]:
     return textwrap.wrap(" ".join(texts), width)
 
 
-def _name(results: Results, optimizer: str, width: int) -> Text:
+def _name(results: Results, optimizer: str, width: int) -> str:
     mark = _SHIPPED if optimizer in results.shipped else ""
-    return Text(formats.abbreviated(optimizer, width - len(mark)) + mark)
+    return formats.abbreviated(optimizer, width - len(mark)) + mark
 
 
 def _scores(results: Results, summary: Summary) -> Table:
     is_wide = "evaluations" in summary.measures
     form = formats.short_interval if is_wide else formats.interval
     scores = [_HEADS[measure] for measure in summary.measures]
-    grid = plain_table(left=["optimizer"], right=[*scores, "targets", "trials", "cost", "state"])
+    rows = []
     for standing in summary.standings["updates"]:
         cells = [form(summary.score(standing.optimizer, measure)) for measure in summary.measures]
-        cells += formats.standing(standing, len(results.workloads))
-        grid.add_row(_name(results, standing.optimizer, _SHORT_NAME if is_wide else _NAME), *cells)
-    return grid
+        name = _name(results, standing.optimizer, _SHORT_NAME if is_wide else _NAME)
+        rows.append([name, *cells, *formats.standing(standing, len(results.workloads))])
+    return Table(["optimizer", *scores, "targets", "trials", "cost", "state"], rows)
 
 
 def _updates(results: Results, summary: Summary, total: int) -> list[Table]:
@@ -86,15 +83,16 @@ def _updates(results: Results, summary: Summary, total: int) -> list[Table]:
     longest = max(len(_name(results, optimizer, _NAME)) for optimizer in summary.order)
     room = total - sum(widths.values())  # for the names, if there is only one table
     width = min(longest, room) if room >= _SHORT_NAME else longest
-    grids = []
+    title = "Updates to the target (median over studies)"
+    tables = []
     for workloads in _blocks(widths, total - width):
-        grid = plain_table("Updates to the target (median over studies)", left=["optimizer"])
-        for workload in workloads:
-            grid.add_column(Text(columns[workload][0]), justify="right")
-        for i, optimizer in enumerate(summary.order, 1):
-            grid.add_row(_name(results, optimizer, width), *(columns[workload][i] for workload in workloads))
-        grids.append(grid)
-    return grids
+        heads = ["optimizer", *(columns[workload][0] for workload in workloads)]
+        rows = [
+            [_name(results, optimizer, width), *(columns[workload][i] for workload in workloads)]
+            for i, optimizer in enumerate(summary.order, 1)
+        ]
+        tables.append(Table(heads, rows, title=title))
+    return tables
 
 
 def _blocks(widths: Mapping[str, int], width: int) -> list[list[str]]:
@@ -132,27 +130,22 @@ def latex(results: Results, summary: Summary) -> str:
 def _latex_scores(results: Results, summary: Summary) -> list[str]:
     rows = []
     for standing in summary.standings["updates"]:
-        name, others = standing.optimizer, formats.standing(standing, len(results.workloads))
-        scores = [
-            number_cell(formats.interval(summary.score(name, measure)), is_bold=summary.is_best(name, measure))
-            for measure in summary.measures
-        ]
-        rows.append([escaped(name), *scores, *map(_plain, others)])
-    return tabular(["optimizer", *summary.measures, "targets", "trials", "cost", "state"], rows)
+        cells = [standing.optimizer]
+        for measure in summary.measures:
+            text = formats.interval(summary.score(standing.optimizer, measure))
+            cells.append(Bold(text) if summary.is_best(standing.optimizer, measure) else text)
+        rows.append([*cells, *formats.standing(standing, len(results.workloads))])
+    return Table(["optimizer", *summary.measures, "targets", "trials", "cost", "state"], rows).latex()
 
 
 def _latex_updates(results: Results, summary: Summary) -> list[str]:
-    table = summary.times["updates"]
-    best = {workload: min(row[workload] for row in table.values()) for workload in results.workloads}
+    times = summary.times["updates"]
+    best = {workload: min(row[workload] for row in times.values()) for workload in results.workloads}
     rows = []
     for optimizer in summary.order:
-        cells = []
-        for workload, value in table[optimizer].items():
-            text = _plain(formats.updates(value))
-            cells.append(rf"\textbf{{{text}}}" if value == best[workload] and text != "--" else text)
-        rows.append([escaped(optimizer), *cells])
-    return tabular(["optimizer", *results.workloads], rows)
-
-
-def _plain(text: str) -> str:
-    return "--" if text == formats.NONE else text.replace(" %", r"\,\%")
+        cells = [optimizer]
+        for workload, value in times[optimizer].items():
+            text = formats.updates(value)
+            cells.append(Bold(text) if value == best[workload] else text)
+        rows.append(cells)
+    return Table(["optimizer", *results.workloads], rows).latex()

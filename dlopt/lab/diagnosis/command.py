@@ -26,11 +26,12 @@ from dlopt.command_line.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unrea
 from dlopt.config.saved import checkpoint_file, typed_values
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_json
+from dlopt.formats import format_count
 from dlopt.parallel.rendezvous import current
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural
 from dlopt.results import drawing
-from dlopt.tracking.layout import FittedTable, format_count, plain_table, short_path, standard_output
+from dlopt.tracking.layout import FittedTable, plain_table, short_path, standard_output
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,9 @@ import torch
 
 from dlopt.analysis.diagnosis.layers import LayerStatistics, Moments
 from dlopt.analysis.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, Snapshot
+from dlopt.formats import format_count
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS
-from dlopt.tracking.layout import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -29,16 +29,11 @@ function setVisible(section, visible) {
   return visible;
 }
 
-// -- metrics
+// -- numbers: texts come with the data; these are for what the pointer and the axes show
 
-const NAMES = { lr: "learning rate", epoch: "epoch", step: "updates", seconds: "seconds" };
-
-function metricTitle(name) {
-  return NAMES[name] || name.replace(/^val_/, "validation ").replace(/^train_/, "training ").replaceAll("_", " ");
-}
+const AXES = { epoch: "epoch", step: "updates", seconds: "seconds" };
 
 function formatNumber(value, count = 4) {
-  if (value === null || value === undefined) return "–";
   if (value !== 0 && (Math.abs(value) < 1e-4 || Math.abs(value) >= 1e6)) {
     return value.toExponential(count - 1).replace(/\.?0+e/, "e").replace("e+", "e");
   }
@@ -46,52 +41,16 @@ function formatNumber(value, count = 4) {
   return String(Number(value.toPrecision(count)));
 }
 
-function isFraction(name) {
-  return name.includes("accuracy");
-}
-
-function isLoss(name) {
-  return /(loss|gap)$/.test(name);
-}
-
 function formatTick(name, value) {
-  return isFraction(name) ? `${formatNumber(100 * value)} %` : formatNumber(value);
+  return data.percent.includes(name) ? `${formatNumber(100 * value)} %` : formatNumber(value);
 }
 
 function formatMetric(name, value) {
-  if (value === null || value === undefined) return "–";
-  if (isFraction(name)) return `${(100 * value).toFixed(2)} %`;
-  if (name === "seconds") return `${formatSeconds(value)} s`;
-  const size = Math.abs(value);
-  const isUsual = size === 0 || (size >= 1e-3 && size < 1000); // four decimals would round a smaller loss to zero
-  return isLoss(name) && isUsual ? value.toFixed(size < 100 ? 4 : 1) : formatNumber(value);
-}
-
-function formatSeconds(value) {
-  return value < 1 ? value.toFixed(2) : value < 100 ? value.toFixed(1) : Math.round(value).toLocaleString("en");
-}
-
-// [mean, std, count] -> 95.90 ± 0.30 %
-function formatStatistic(name, values) {
-  if (!values) return "–";
-  const [mean, std] = values;
-  if (std === null) return formatMetric(name, mean);
-  const unit = isFraction(name) ? " %" : name === "seconds" ? " s" : "";
-  const deviation = unit || isLoss(name) ? formatMetric(name, std) : formatNumber(std, 2);
-  return `${formatMetric(name, mean).replace(unit, "")} ± ${deviation}`;
-}
-
-// Formats differences with a sign; those of accuracies are in percentage points, without a unit.
-function formatDifference(name, value) {
-  return (value > 0 ? "+" : value < 0 ? "−" : "±") + formatMetric(name, Math.abs(value)).replace(" %", "");
+  return data.percent.includes(name) ? `${(100 * value).toFixed(2)} %` : formatNumber(value);
 }
 
 function formatValue(value) {
-  return typeof value === "number" ? formatNumber(value) : value === undefined ? "–" : String(value);
-}
-
-function count(number, noun) {
-  return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+  return typeof value === "number" ? formatNumber(value) : value === undefined ? "–" : value;
 }
 
 function extent(values) {
@@ -107,7 +66,7 @@ function extent(values) {
 // -- view state, stored in the URL hash so that it survives reloads
 
 const state = { sort: ["rank", 1], off: {}, range: {}, shown: null, hidden: [], selected: null, metric: null, x: "epoch",
-  band: data.spread, log: false, target: data.target, all: false, open: null, columns: null, choosing: false, zooms: {} }; // zooms: chart -> {key, x: [low, high], y: [low, high] or null}
+  band: data.spread, log: false, target: null, all: false, open: null, columns: null, choosing: false, zooms: {} }; // zooms: chart -> {key, x: [low, high], y: [low, high] or null}
 
 function restoreState() {
   try {

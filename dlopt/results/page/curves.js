@@ -1,54 +1,11 @@
 // Sections with line charts: learning curves, learning rates, learning-rate sensitivity.
 
-const BANDS = { range: "lowest to highest run", std: "± standard deviation", error: "± standard error", confidence: "95 % confidence interval", none: "none" };
-
-function studentT(degrees) {
-  return degrees <= data.t.length ? data.t[degrees - 1] : 1.96 + 2.46 / degrees;
-}
-
-// Returns the value at x between two of the sorted points [x, value], or null outside.
-function interpolate(points, x) {
-  const last = points.length - 1;
-  if (x < points[0][0] || x > points[last][0]) return null;
-  let low = 0, high = last;
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (points[middle][0] <= x) low = middle; else high = middle;
-  }
-  const [a, b] = [points[low], points[high]];
-  return b[0] === a[0] || x === a[0] ? a[1] : a[1] + ((x - a[0]) / (b[0] - a[0])) * (b[1] - a[1]);
-}
-
-// Returns [x, mean, low, high, count] at every epoch that at least half of the runs reach (see `band` in table.py).
-function aggregate(runs, metric, x, band) {
-  const curves = runs.map(({ curve }) => {
-    const kept = curve.epoch.map((_, i) => i).filter((i) => curve[metric] && curve[metric][i] !== null && curve[x][i] !== null);
-    const pairs = (name) => kept.map((i) => [curve.epoch[i], curve[name][i]]);
-    return kept.length ? { at: pairs(x), values: pairs(metric) } : null;
-  }).filter(Boolean);
-  const epochs = [...new Set(curves.flatMap((curve) => curve.values.map(([epoch]) => epoch)))].sort((a, b) => a - b);
-  const result = [];
-  let position = 0, before = curves.map(() => 0);
-  for (const epoch of epochs) {
-    const values = curves.map((curve) => interpolate(curve.values, epoch)).filter((value) => value !== null);
-    if (2 * values.length < curves.length) continue;
-    const at = curves.map((curve) => interpolate(curve.at, epoch));
-    const widths = at.map((value, i) => (value === null || before[i] === null ? null : value - before[i])).filter((value) => value !== null);
-    if (widths.length) position += widths.reduce((a, b) => a + b, 0) / widths.length;
-    before = at;
-    const n = values.length, [mean, std] = meanAndStd(values);
-    const half = n < 2 ? 0 : { std, error: std / Math.sqrt(n), confidence: (studentT(n - 1) * std) / Math.sqrt(n) }[band] || 0;
-    const [low, high] = band === "range" ? extent(values) : [mean - half, mean + half];
-    result.push([position, mean, low, high, n]);
-  }
-  return result;
-}
-
-function meanAndStd(values) {
-  const known = values.filter((value) => value !== null && value !== undefined), n = known.length;
-  if (!n) return null;
-  const mean = known.reduce((a, b) => a + b, 0) / n;
-  return [mean, n > 1 ? Math.sqrt(known.reduce((sum, value) => sum + (value - mean) ** 2, 0) / (n - 1)) : null, n];
+// Returns the points [x, mean, low, high, count] of a row's curve.
+function curvePoints(row, metric, x, band) {
+  const curve = row.curves[metric];
+  if (!curve || !curve.x[x]) return [];
+  const [low, high] = curve.spreads[band] || [curve.mean, curve.mean];
+  return curve.mean.map((mean, i) => [curve.x[x][i], mean, low[i], high[i], curve.count[i]]);
 }
 
 // -- sections
@@ -62,29 +19,29 @@ function renderCurves(update) {
   const metrics = data.curves.filter((name) => name !== "lr");
   if (!setVisible("curves", metrics.length > 0)) return;
   if (!metrics.includes(state.metric)) state.metric = metrics.includes(data.by) ? data.by : metrics[0];
-  if (!BANDS[state.band]) state.band = data.spread;
-  const { metric, x, band } = state, seeds = data.rows.some((row) => row.runs.length > 1);
+  if (!data.spreads[state.band]) state.band = data.spread;
+  const { metric, x, band } = state, seeds = data.repeated;
   const container = html("div", { class: "chart", id: "curves-chart" });
-  const note = seeds ? `Mean over seeds, up to the epoch that at least half of the runs reach. Band: ${BANDS[band]}. ` : "";
+  const note = seeds ? `Mean over seeds, up to the epoch that at least half of the runs reach. Band: ${data.spreads[band]}. ` : "";
   sectionBody("curves").replaceChildren(
     html("div", { class: "controls" },
-      selectControl("metric", "metric", Object.fromEntries(metrics.map((name) => [name, metricTitle(name)])), update),
+      selectControl("metric", "metric", Object.fromEntries(metrics.map((name) => [name, data.titles[name]])), update),
       selectControl("x", "x-axis", { epoch: "epochs", step: "updates", seconds: "seconds" }, update),
-      seeds ? selectControl("band", "band", BANDS, update) : null,
+      seeds ? selectControl("band", "band", data.spreads, update) : null,
       html("label", {}, html("input", { type: "checkbox", id: "log", checked: state.log, onchange: (event) => { state.log = event.target.checked; update(); } }), "log scale")),
     container, legend(update), html("p", { class: "note" }, note, html("span", { class: "screen" }, "Drag to zoom; double-click to reset.")));
-  drawChart(container, curveLines((row) => aggregate(row.distinct, metric, x, band)), { id: "curves", key: `${metric} ${x} ${state.log}`,
-    name: `${metricTitle(metric)} against ${metricTitle(x)}`, nameX: metricTitle(x), nameY: metricTitle(metric), logY: state.log, integers: x !== "seconds",
+  drawChart(container, curveLines((row) => curvePoints(row, metric, x, band)), { id: "curves", key: `${metric} ${x} ${state.log}`,
+    name: `${data.titles[metric]} against ${AXES[x]}`, nameX: AXES[x], nameY: data.titles[metric], logY: state.log, integers: x !== "seconds",
     textY: (tick) => formatTick(metric, tick), read: (p) => formatPoint(metric, p) });
 }
 
 function renderLearningRates(update) {
   if (!setVisible("rates", data.curves.includes("lr"))) return;
   const container = html("div", { class: "chart", id: "rates-chart" }), x = state.x;
-  const lines = curveLines((row) => aggregate(row.distinct, "lr", x, "none"));
+  const lines = curveLines((row) => curvePoints(row, "lr", x, "none"));
   const tops = lines.filter((line) => line.points.length).map((line) => extent(line.points.map((p) => p[1]))[1]);
   sectionBody("rates").replaceChildren(container, legend(update));
-  drawChart(container, lines, { id: "rates", key: x, name: `learning rate against ${metricTitle(x)}`, nameX: metricTitle(x), nameY: "learning rate",
+  drawChart(container, lines, { id: "rates", key: x, name: `learning rate against ${AXES[x]}`, nameX: AXES[x], nameY: "learning rate",
     logY: Math.max(...tops) > 20 * Math.min(...tops), integers: x !== "seconds", height: 260, textY: (tick) => formatNumber(tick), read: (p) => formatNumber(p[1]) });
 }
 
@@ -113,25 +70,22 @@ function legend(update) {
 function optimizerStyles() {
   const plotted = plottedRows();
   let free = Math.max(SHOWN, ...plotted.map(({ slot }) => slot + 1));
-  return data.sensitivity.map((optimizer) => {
-    const best = data.rows[Math.min(...optimizer.points.map(([, , row]) => row))];
-    const found = plotted.find(({ row }) => row === best);
+  return data.sensitivity.optimizers.map((optimizer) => {
+    const found = plotted.find(({ row }) => row === data.rows[optimizer.row]);
     return styleOf(found ? found.slot : free++);
   });
 }
 
 function renderSensitivity() {
-  if (!setVisible("sensitivity", data.sensitivity.length > 0)) return;
-  const container = html("div", { class: "chart", id: "sensitivity-chart" }), styles = optimizerStyles();
-  const lines = data.sensitivity.map((optimizer, i) => ({ label: optimizer.name, style: styles[i], marks: true,
-    points: optimizer.best.map(([lr, mean, std, count]) => [lr, mean, mean - (std || 0), mean + (std || 0), count]) }));
-  const [low, high] = extent(data.sensitivity.flatMap((optimizer) => optimizer.points.map(([, mean]) => mean)));
-  const range = ({ good: [low, high] }) => (low === high ? formatNumber(low) : `${formatNumber(low)} to ${formatNumber(high)}`);
+  const { optimizers, log } = data.sensitivity;
+  if (!setVisible("sensitivity", optimizers.length > 0)) return;
+  const container = html("div", { class: "chart", id: "sensitivity-chart" }), styles = optimizerStyles(), title = data.titles[data.by];
+  const lines = optimizers.map((optimizer, i) => ({ label: optimizer.name, style: styles[i], marks: true, points: optimizer.best }));
   sectionBody("sensitivity").replaceChildren(container,
-    html("div", { class: "legend" }, ...lines.map((line, i) => html("span", { class: "swatch" }, swatch(line.style), `${line.label}, good rates: `, html("b", {}, range(data.sensitivity[i]))))),
+    html("div", { class: "legend" }, ...lines.map((line, i) => html("span", { class: "swatch" }, swatch(line.style), `${line.label}, good rates: `, html("b", {}, optimizers[i].good_text)))),
     html("p", { class: "note" }, `Best configuration at each learning rate (others: small dots), in the colour of the optimizer's best configuration. Band: ± standard deviation over seeds. Bars: good rates, adjacent to the best and at most ${data.tolerance} worse (or one standard deviation over seeds, if larger). ×: failed runs. Filters do not apply.`));
-  drawChart(container, lines, { id: "sensitivity", key: "", name: `${metricTitle(data.by)} against learning rate by optimizer`, nameX: "learning rate", nameY: metricTitle(data.by),
-    logX: true, logY: data.lower && low > 0 && high > 100 * low, more: data.sensitivity.flatMap((optimizer) => optimizer.failed), footer: 0.6 * lines.length + 0.6, height: 340 + 14 * lines.length, textY: (tick) => formatTick(data.by, tick), read: (p) => formatStatistic(data.by, [p[1], p[3] > p[2] ? p[3] - p[1] : null]),
+  drawChart(container, lines, { id: "sensitivity", key: "", name: `${title} against learning rate by optimizer`, nameX: "learning rate", nameY: title,
+    logX: true, logY: log, more: optimizers.flatMap((optimizer) => optimizer.failed), footer: 0.6 * lines.length + 0.6, height: 340 + 14 * lines.length, textY: (tick) => formatTick(data.by, tick), read: (p) => p[5],
     extra: (u, scale) => drawRates(u, scale * devicePixelRatio, styles) });
 }
 
@@ -146,8 +100,8 @@ function drawRates(u, scale, styles) {
   context.lineWidth = 6 * scale;
   context.font = `${14 * scale}px sans-serif`;
   context.textAlign = "center";
-  data.sensitivity.forEach((optimizer, i) => {
-    const y = top + height - (8 + 10 * (data.sensitivity.length - 1 - i)) * scale;
+  data.sensitivity.optimizers.forEach((optimizer, i) => {
+    const y = top + height - (8 + 10 * (data.sensitivity.optimizers.length - 1 - i)) * scale;
     context.fillStyle = context.strokeStyle = colourOf(styles[i].colour);
     context.globalAlpha = 0.5;
     for (const [lr, mean] of optimizer.points) {

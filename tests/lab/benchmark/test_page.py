@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.lab.benchmark import figures, page, sections, table
-from dlopt.lab.benchmark.markup import Html
+from dlopt.lab.benchmark import figures, page, table
 from dlopt.lab.benchmark.results import Cell, Results
 from dlopt.lab.benchmark.scores import summarize
 from tests.lab.benchmark.synthetic import make
 
 EVIL = "<script>alert(1)</script>&\"'{x}$y_%#~^\\\n\x1b[31m"
-STUBS = {name: Html("<img>") for name in sections.DESCRIPTIONS}
+STUBS = {name: {"source": "data:,", "width": "1"} for name in figures.FIGURES}
 _VOID = {"meta", "link", "br", "img"}
 
 
@@ -44,7 +43,7 @@ class _Checker(HTMLParser):
 
 
 def body(results: Results) -> str:
-    return sections.body(results, summarize(results), STUBS)
+    return page.page(results, summarize(results), STUBS)
 
 
 def hostile() -> Results:
@@ -53,15 +52,19 @@ def hostile() -> Results:
 
 
 def test_writes_a_self_contained_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "draw", lambda *results: {"scores": figures.scores(*results)})  # the others take seconds
-    monkeypatch.setattr(sections, "sensitivity", lambda *_: Html(""))
+    drawn = ("scores", "profiles", "sensitivity")  # the others take seconds
+    monkeypatch.setattr(page, "draw", lambda *results: {name: figures.FIGURES[name](*results) for name in drawn})
     paths = page.write(hostile(), tmp_path)
     names = [path.relative_to(tmp_path).as_posix() for path in paths]
-    assert names == ["index.html", "table.tex", "figures/scores.png", "figures/scores.pdf"]
+    assert names == [
+        "index.html",
+        "table.tex",
+        *(f"figures/{name}.{form}" for name in drawn for form in ("png", "pdf")),
+    ]
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(paths)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert all(link.startswith("data:") for link in _Checker(text).links)
-    assert text.count("<img") == 1 and "default-src 'none'" in text
+    assert text.count("<img") == 3 and "default-src 'none'" in text
 
 
 @pytest.mark.filterwarnings("error")
@@ -69,7 +72,7 @@ def test_hostile_names_are_escaped() -> None:
     results = hostile()
     text = body(results)
     checked = _Checker(text)
-    assert not checked.links and "<script" not in text and "\x1b" not in text
+    assert set(checked.links) == {"data:,"} and "<script" not in text and "\x1b" not in text
     assert sum("alert(1)" in data for data in checked.texts) > 10
     drawn = figures.draw(results, summarize(results))
     assert set(drawn) == set(figures.FIGURES)
@@ -140,6 +143,7 @@ def test_page_states_what_was_compared() -> None:
         "3 studies of 10 trials",
         "dlopt benchmark optimizer=muon,sgd", "torch 2.15.0", "tag(log, interval(0.0001, 1.0))", "arXiv:2306.07179",
         "muon <small>shipped</small>", "<b>mine</b>", "loss<br>accuracy", " ± 0.0", "0.9 ± 0",
+        "</b><small> (1)</small>",
     ):  # fmt: skip
         assert part in text
     explained = re.findall(r"<dt>(.*?)</dt>", text)

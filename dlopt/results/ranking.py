@@ -11,15 +11,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, key_of
 from dlopt.errors import UserError, install
+from dlopt.formats import brief, printable
+from dlopt.formats import format_value as text
 from dlopt.results.leaderboard import (
-    Entry,
     Row,
     Statistic,
     canonical,
@@ -29,7 +30,7 @@ from dlopt.results.leaderboard import (
     statistic,
     student_t,
 )
-from dlopt.results.reading import OPEN, Damaged, Record, brief, printable, short_key, text, varying_keys
+from dlopt.results.reading import OPEN, Damaged, Record, short_key, varying_keys
 from dlopt.roles import Role
 from dlopt.tracking.layout import short_path
 
@@ -47,28 +48,27 @@ _PUBLISHED_WITH_ANY = ("precision", "deterministic", "max_time")
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration(Row):
-    """A row of the leaderboard with the records of its runs, which differ only in their seeds.
+    """A row of the leaderboard.
 
-    `distinct`: the records without repetitions (equal seeds and equal curves), which would narrow intervals.
+    `distinct`: the runs without repetitions (equal seeds and equal curves), which would narrow intervals.
     """
 
     values: Mapping[str, Any]  # of the keys in which configurations differ
-    records: tuple[Record, ...]
     distinct: tuple[Record, ...]
 
     @property
     def command(self) -> str | None:
         """Shell command that repeats these runs; None if unknown."""
-        overrides = [_repeatable(run.overrides, "seed") for run in self.records]
-        seeds = sorted({seed for run in self.records if isinstance(seed := run.config.get("seed"), int)})
-        are_equal = all(lines == overrides[0] for lines in overrides) and 1 < len(seeds) == len(self.records)
+        overrides = [_repeatable(run.overrides, "seed") for run in self.runs]
+        seeds = sorted({seed for run in self.runs if isinstance(seed := run.config.get("seed"), int)})
+        are_equal = all(lines == overrides[0] for lines in overrides) and 1 < len(seeds) == len(self.runs)
         if overrides[0] is None or not are_equal:
-            return command(self.records[0])
+            return command(self.runs[0])
         return _shell(["-m", *overrides[0], f"seed={','.join(map(str, seeds))}"])
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class Ranking:
     """Data of the plots and the page. Rows without a value (failed or running) come last."""
 
     by: str
@@ -94,24 +94,22 @@ class Table:
         return dict(Counter(record.status for record in self.records).most_common())
 
 
-def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Table:
+def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Ranking:
     """Groups and ranks runs by metric `by` (None: val_accuracy, or val_loss if no run has it). Raises `UserError`."""
     by = _ranking_metric(records, by)
     # Runs on several devices form one configuration.
     keys = [key for key in varying_keys([record.config for record in records]) if key != "device"]
-    known = {str(record.path): record for record in records}
     rows = []
-    for row in leaderboard([_entry(record) for record in records], metric=by).rows:
-        runs = tuple(known[run.name] for run in row.runs)
-        values = {key: runs[0].config[key] for key in keys if key in runs[0].config}
+    for row in leaderboard(records, metric=by).rows:
+        values = {key: row.runs[0].config[key] for key in keys if key in row.runs[0].config}
         label = " ".join(f"{short_key(key, keys)}={brief(value)}" for key, value in values.items())
         firsts: dict[object, Record] = {}
-        for run, entry in zip(runs, row.runs, strict=True):
-            firsts.setdefault((entry.seeds, tuple((line["epoch"], line.get(by)) for line in run.history)), run)
-        label = printable(label or short_path(runs[0].path))
-        own = {"label": label, "values": values, "records": runs, "distinct": tuple(firsts.values())}
+        for run in row.runs:
+            firsts.setdefault((run.seeds, tuple((line["epoch"], line.get(by)) for line in run.history)), run)
+        label = printable(label or short_path(row.runs[0].path))
+        own = {"label": label, "values": values, "distinct": tuple(firsts.values())}
         rows.append(Configuration(**vars(row) | own))
-    return Table(by, keys, rows, records, damaged)
+    return Ranking(by, keys, rows, records, damaged)
 
 
 def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
@@ -125,12 +123,6 @@ def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
     if by not in allowed:
         raise UserError(f"by={by}: the runs have no such metric; allowed: {', '.join(allowed) or 'none'}")
     return by
-
-
-def _entry(record: Record) -> Entry:
-    status = "stopped_early" if record.status == "pruned" else record.status
-    metrics = {**record.metrics, "status": status, "pruned": record.status == "pruned"}
-    return Entry(str(record.path), record.config, metrics, record.overrides)
 
 
 def command(run: Record) -> str | None:
@@ -203,14 +195,14 @@ def _mapping(pairs: Any) -> dict[str, Any]:
     return dict(pairs) if is_pairs else {}
 
 
-def against_published(table: Table) -> list[PublishedRow]:
-    """Returns the configurations with a published result, in the table's order.
+def against_published(ranking: Ranking) -> list[PublishedRow]:
+    """Returns the configurations with a published result, in the ranking's order.
 
     Shows all their test metrics, because no configuration is selected by them.
     """
     rows = []
-    for row in table.rows:
-        run, accuracy = row.records[0], row.statistic("test_accuracy")
+    for row in ranking.rows:
+        run, accuracy = row.runs[0], row.statistic("test_accuracy")
         error = published_error(run.config, run.overrides)
         if error is None:
             continue
@@ -223,10 +215,10 @@ def against_published(table: Table) -> list[PublishedRow]:
     return rows
 
 
-def recipe_label(published: PublishedRow, table: Table) -> str:
+def recipe_label(published: PublishedRow, ranking: Ranking) -> str:
     """Returns the recipe's name with the keys in which it differs from other rows of that name."""
-    name = str(published.row.records[0].config.get("name", published.row.label))
-    same_name = [row for row in table.rows if row.records[0].config.get("name") == name]
+    name = str(published.row.runs[0].config.get("name", published.row.label))
+    same_name = [row for row in ranking.rows if row.runs[0].config.get("name") == name]
     if len(same_name) == 1:
         return name
     values = published.row.values
@@ -237,54 +229,80 @@ def recipe_label(published: PublishedRow, table: Table) -> str:
 # -- curves, importance of keys, good learning rates, time to a target
 
 
-Spread = Literal["range", "confidence"]
+Spread = Literal["range", "std", "error", "confidence"]
+AXES = ("epoch", "step", "seconds")
 
 
 @dataclass(frozen=True)
 class Band:
-    """Mean over runs with a band (zero width for a single run)."""
+    """Mean over runs with bands [low, high] by their spread, which have no width for a single run.
 
-    x: np.ndarray
+    `x`: the positions on each of `AXES`.
+    """
+
+    x: Mapping[str, np.ndarray]
     mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    spreads: Mapping[Spread, tuple[np.ndarray, np.ndarray]]
     count: np.ndarray
 
 
-def default_spread(table: Table) -> Spread:
+def default_spread(ranking: Ranking) -> Spread:
     """Selects the band: the range for few seeds, the confidence interval for many."""
-    seeds = max((len(row.distinct) for row in table.rows), default=0)
+    seeds = max((len(row.distinct) for row in ranking.rows), default=0)
     return "confidence" if seeds >= _MANY_SEEDS else "range"
 
 
-def band(runs: Sequence[Record], metric: str, against: str, spread: Spread) -> Band | None:
+def band(runs: Sequence[Record], metric: str) -> Band | None:
     """Computes the mean of `metric` at every epoch that at least half of the runs reach.
 
-    `spread`: from the lowest to the highest run, or Student's 95 % confidence interval of the mean. `against`: `epoch`,
-    `step` or `seconds`. Epochs are `step` or `seconds` apart by their mean over the runs, so that every point averages
-    the same epochs on each axis: averaging at equal seconds would jump where a slower run begins or ends.
+    The bands: from the lowest to the highest run (`range`), the mean plus and minus the standard deviation (`std`) or
+    the standard error (`error`), and Student's 95 % confidence interval of the mean. Epochs are `step` or `seconds`
+    apart by their mean over the runs, so that every point averages the same epochs on each axis: averaging at equal
+    seconds would jump where a slower run begins or ends.
     """
-    names = ("epoch", against, metric)
-    points = [[[line[name] for name in names] for line in run.history if line.keys() >= set(names)] for run in runs]
+    names = (*AXES, metric)
+    points = [[[line.get(name, np.nan) for name in names] for line in run.history if metric in line] for run in runs]
     curves = [np.array(curve, dtype=float) for curve in points if curve]
     if not curves:
         return None
     epochs = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
-    positions, values = (
-        np.stack([np.interp(epochs, curve[:, 0], curve[:, i], left=np.nan, right=np.nan) for curve in curves])
-        for i in (1, 2)
-    )
+    *positions, values = np.moveaxis(np.stack([_at(epochs, curve) for curve in curves]), 2, 0)
+    if len(curves) == 1:
+        spreads = dict.fromkeys(get_args(Spread), (values[0], values[0]))
+        return Band(
+            dict(zip(AXES, (each[0] for each in positions), strict=True)), values[0], spreads, np.ones(len(epochs), int)
+        )
     count = np.isfinite(values).sum(0)
     kept = 2 * count >= len(curves)
-    positions, values, count = positions[:, kept], values[:, kept], count[kept]
-    widths = np.diff(positions, axis=1, prepend=0.0)
-    x = np.cumsum(np.nansum(widths, 0) / np.maximum(np.isfinite(widths).sum(0), 1))
+    values, count = values[:, kept], count[kept]
     mean = np.nanmean(values, 0)
-    if spread == "range":
-        return Band(x, mean, np.nanmin(values, 0), np.nanmax(values, 0), count)
     deviation = np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(count - 1, 1))
-    half = np.array([student_t(0.95, n - 1) if n > 1 else 0.0 for n in count]) * deviation / np.sqrt(count)
-    return Band(x, mean, mean - half, mean + half, count)
+    error = deviation / np.sqrt(count)
+    quantiles = np.array([_student_t(n - 1) if n > 1 else 0.0 for n in count.tolist()])
+    halves: dict[Spread, np.ndarray] = {"std": deviation, "error": error, "confidence": quantiles * error}
+    spreads = {spread: (mean - half, mean + half) for spread, half in halves.items()}
+    spreads["range"] = np.nanmin(values, 0), np.nanmax(values, 0)
+    x = {name: _mean_positions(each[:, kept]) for name, each in zip(AXES, positions, strict=True)}
+    return Band(x, mean, spreads, count)
+
+
+def _at(epochs: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """Interpolates the columns of a curve, of which the first is its epochs; NaN outside of it."""
+    if np.array_equal(epochs, curve[:, 0]):
+        return curve
+    return np.stack([np.interp(epochs, curve[:, 0], column, left=np.nan, right=np.nan) for column in curve.T], 1)
+
+
+def _mean_positions(positions: np.ndarray) -> np.ndarray:
+    """Adds up the mean distances of the epochs; `positions`: [runs, epochs], NaN where a run has none."""
+    widths = np.diff(positions, axis=1, prepend=0.0)
+    mean = np.cumsum(np.nansum(widths, 0) / np.maximum(np.isfinite(widths).sum(0), 1))
+    return np.where(np.isfinite(positions).any(0), mean, np.nan)
+
+
+@lru_cache
+def _student_t(degrees: int) -> float:
+    return student_t(0.95, degrees)
 
 
 @dataclass(frozen=True)
@@ -301,7 +319,7 @@ class Importance:
 
 
 @lru_cache(maxsize=1)  # the plot and the page share it
-def importance(table: Table) -> Importance | None:
+def importance(ranking: Ranking) -> Importance | None:
     """Computes the functional ANOVA (Hutter, Hoos & Leyton-Brown 2014) of the configurations' means with Optuna.
 
     Numbers are replaced by their rank among the key's values, which gives each value the same weight on any scale. Keys
@@ -309,7 +327,7 @@ def importance(table: Table) -> Importance | None:
     which is the model of this analysis, cannot predict the configurations left out of its trees: the fractions would
     describe noise.
     """
-    keys, rows = table.keys, table.ranked
+    keys, rows = ranking.keys, ranking.ranked
     means = [row.value.mean for row in rows if row.value is not None]
     if len(rows) < _MIN_CONFIGURATIONS or not keys or min(means) == max(means):
         return None
@@ -361,9 +379,9 @@ def _explained(points: Sequence[Mapping[str, Any]], means: Sequence[float]) -> f
 _WORSE, _WORSE_ACCURACY = 0.05, 0.01  # than the best: the metric of a good learning rate
 
 
-def tolerance_text(table: Table) -> str:
+def tolerance_text(ranking: Ranking) -> str:
     """Formats how much worse than the best a good learning rate may be."""
-    return f"{100 * _WORSE:g} %" if table.lower else f"{100 * _WORSE_ACCURACY:g} percentage point"
+    return f"{100 * _WORSE:g} %" if ranking.lower else f"{100 * _WORSE_ACCURACY:g} percentage point"
 
 
 @dataclass(frozen=True)
@@ -371,14 +389,14 @@ class Sensitivity:
     """Metric of one optimizer against its learning rate: all configurations, the best at each rate, good rates."""
 
     optimizer: str
-    points: Sequence[tuple[float, Statistic, int]]  # learning rate, metric, row of the table
+    points: Sequence[tuple[float, Statistic, int]]  # learning rate, metric, row of the ranking
     best: Sequence[tuple[float, Statistic]]  # by learning rate
     good: tuple[float, float]  # the lowest and the highest good rate around the best
     tolerance: float
     failed: Sequence[float]  # learning rates at which runs failed
 
 
-def sensitivities(table: Table) -> list[Sensitivity]:
+def sensitivities(ranking: Ranking) -> list[Sensitivity]:
     """Computes the sensitivity of each optimizer with several learning rates.
 
     Good rates are adjacent to the best rate with a metric at most `tolerance` worse: 5 % of the best for losses, 0.01
@@ -387,27 +405,27 @@ def sensitivities(table: Table) -> list[Sensitivity]:
     """
     results = []
     by_optimizer: dict[str, list[tuple[int, Configuration]]] = {}
-    for i, row in enumerate(table.rows):
+    for i, row in enumerate(ranking.rows):
         by_optimizer.setdefault(text(row.values.get("optimizer", "")), []).append((i, row))
     for group, rows in by_optimizer.items():
-        rates = [(row.records[0].config.get(_LR), row.value, i) for i, row in rows]
+        rates = [(row.runs[0].config.get(_LR), row.value, i) for i, row in rows]
         points = sorted(
             ((float(lr), value, i) for lr, value, i in rates if is_number(lr) and lr > 0 and value is not None),
             key=lambda point: point[0],
         )
         if len({lr for lr, _, _ in points}) < 2:
             continue
-        runs = [run for _, row in rows for run in row.records if run.status == "failed"]
+        runs = [run for _, row in rows for run in row.runs if run.status == "failed"]
         failed = sorted({float(lr) for run in runs if is_number(lr := run.config.get(_LR)) and lr > 0})
-        name = group or text(rows[0][1].records[0].config.get("optimizer", "optimizer"))
-        results.append(_sensitivity(name, points, failed, table))
+        name = group or text(rows[0][1].runs[0].config.get("optimizer", "optimizer"))
+        results.append(_sensitivity(name, points, failed, ranking))
     return results
 
 
 def _sensitivity(
-    name: str, points: Sequence[tuple[float, Statistic, int]], failed: Sequence[float], table: Table
+    name: str, points: Sequence[tuple[float, Statistic, int]], failed: Sequence[float], ranking: Ranking
 ) -> Sensitivity:
-    sign = 1 if table.lower else -1
+    sign = 1 if ranking.lower else -1
     best: dict[float, Statistic] = {}
     for lr, value, _ in points:
         if lr not in best or sign * value.mean < sign * best[lr].mean:
@@ -416,7 +434,7 @@ def _sensitivity(
     spread = statistics.median_low([value.std for _, value, _ in points if value.std is not None] or [0.0])
     rates, costs = list(best), [sign * value.mean for value in best.values()]
     top = costs.index(min(costs))
-    tolerance = max(spread, _WORSE * abs(costs[top]) if table.lower else _WORSE_ACCURACY)
+    tolerance = max(spread, _WORSE * abs(costs[top]) if ranking.lower else _WORSE_ACCURACY)
     low = high = top
     while low > 0 and costs[low - 1] - costs[top] <= tolerance:
         low -= 1
@@ -447,21 +465,28 @@ def time_to_target(row: Configuration, by: str, target: float) -> Reached:
     return Reached(len(reached), len(runs), statistic([line["step"] for line in reached]), statistic(seconds))
 
 
-def fastest(table: Table, target: float) -> list[tuple[Configuration, Reached]]:
+def fastest(ranking: Ranking, target: float) -> list[tuple[Configuration, Reached]]:
     """Returns the configurations that reach the target, by the fraction of runs that do, then by mean updates.
 
     The mean over a few lucky runs of a configuration is not comparable with that of one whose runs all reach it.
     """
-    results = [(row, time_to_target(row, table.by, target)) for row in table.ranked]
+    results = [(row, time_to_target(row, ranking.by, target)) for row in ranking.ranked]
     reached = [(-each.count / each.runs, each.steps.mean, i) for i, (_, each) in enumerate(results) if each.steps]
     return [results[i] for *_, i in sorted(reached)]
 
 
-def default_target(table: Table) -> float | None:
+def default_target(ranking: Ranking) -> float | None:
     """Returns a target that half of the configurations reach, rounded to the easier side."""
-    means = sorted(row.value.mean for row in table.ranked if row.value is not None)
-    if not means:
-        return None
-    median = means[len(means) // 2] if table.lower else means[(len(means) - 1) // 2]
-    scale = 10.0 ** (2 - math.floor(math.log10(abs(median)))) if median else 1.0
-    return (math.ceil(median * scale) if table.lower else math.floor(median * scale)) / scale
+    return _target(ranking, 0.5) if ranking.ranked else None
+
+
+def targets(ranking: Ranking) -> list[float]:
+    """Returns targets that 10, 25, 50, 75 and 90 % of the configurations reach, rounded to the easier side."""
+    return [_target(ranking, fraction) for fraction in (0.1, 0.25, 0.5, 0.75, 0.9)] if ranking.ranked else []
+
+
+def _target(ranking: Ranking, fraction: float) -> float:
+    means = [row.value.mean for row in ranking.ranked if row.value is not None]  # the best first
+    value = means[min(int(fraction * len(means)), len(means) - 1)]
+    scale = 10.0 ** (2 - math.floor(math.log10(abs(value)))) if value else 1.0
+    return (math.ceil(value * scale) if ranking.lower else math.floor(value * scale)) / scale

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from dlopt.errors import UserError
-from dlopt.results.page import page, page_data, summary_csv
-from dlopt.results.table import Table
+from dlopt.results.columns import difference_text, statistic_text, summary_csv
+from dlopt.results.leaderboard import Difference, Statistic
+from dlopt.results.page import page
+from dlopt.results.page_data import page_data
+from dlopt.results.ranking import Ranking
 from tests.support.folders import make_run, table
 
 
@@ -29,7 +32,7 @@ def sweep(tmp_path: Path) -> Path:
     return tmp_path / "sweep"
 
 
-def read_csv(result: Table, **options: Any) -> list[dict[str, str]]:
+def read_csv(result: Ranking, **options: Any) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(summary_csv(result, 0.7, **{"test": False, **options}))))
 
 
@@ -100,9 +103,11 @@ def test_test_metrics_of_the_first_row_only_by_default(sweep: Path) -> None:
     assert [bool(row["test_accuracy"]) for row in read_csv(table(sweep))] == [True, False, False, False]
     assert all(row["test_accuracy"] for row in read_csv(table(sweep), test=True))
     for test in (False, True):
-        data = page_data(table(sweep), title="t", made="now", target=0.7, test=test, refresh=None)
-        assert [row["test"] is not None for row in data["rows"]] == [True, test, test, test]
-        assert ("test_accuracy" in json.dumps(data["runs"])) is False
+        data = page_data(table(sweep), target=0.7, test=test, refresh=None)
+        facts = [[name for name, _ in row["facts"]] for row in data["rows"]]
+        assert ["test accuracy" in names for names in facts] == [True, test, test, test]
+        assert [row["cells"].get("test_accuracy") is not None for row in data["rows"]] == [test] * 4
+        assert "test_accuracy" not in json.dumps([row["runs"] for row in data["rows"]])
 
 
 def test_csv_escapes_formulas(tmp_path: Path) -> None:
@@ -116,7 +121,7 @@ def test_table_without_metrics(tmp_path: Path) -> None:
     make_run(tmp_path / "1", lr=0.5, accuracies=(), status="failed")
     result = table(tmp_path)
     assert [row.value for row in result.rows] == [None, None]
-    assert page(page_data(result, title="t", made="now", target=None, test=False, refresh=None))
+    assert page(result, title="t", made="now", target=None, test=False, refresh=None)
     assert len(read_csv(result)) == 2
 
 
@@ -134,13 +139,13 @@ def test_page_escapes_untrusted_data(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{script}}"
     make_run(tmp_path / "0", status="failed", reason=evil, config={"optimizer.weight_decay": evil})
     make_run(tmp_path / "1<b>")
-    text = page(page_data(table(tmp_path), title=evil, made="now", target=None, test=False, refresh=None))
-    assert evil in [run["reason"] for run in data_of(text)["runs"]]
+    text = page(table(tmp_path), title=evil, made="now", target=None, test=False, refresh=None)
+    assert [evil in failure for failure in data_of(text)["failed"]] == [True]
     assert text.count("<script") == 2 and text.count("</script>") == 2 and "<img" not in text
 
 
 def test_page_needs_no_network(sweep: Path) -> None:
-    text = page(page_data(table(sweep), title="t", made="now", target=None, test=False, refresh=None))
+    text = page(table(sweep), title="t", made="now", target=None, test=False, refresh=None)
     assert (
         not re.search(r"(src|href)=\"(?!data:)", text)
         and "@import" not in text
@@ -152,13 +157,24 @@ def test_page_needs_no_network(sweep: Path) -> None:
     assert "default-src 'none'" in text and "unsafe-inline" not in text
 
 
-def test_thins_long_curves_but_keeps_new_best_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thins_long_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     curve = tuple(0.5 + 0.4 * (i == 71) + 0.3 * (i == 33) for i in range(200))
     make_run(tmp_path / "0", accuracies=curve)
-    monkeypatch.setattr("dlopt.results.page._POINTS", 300)
-    data = page_data(table(tmp_path), title="t", made="now", target=0.7, test=False, refresh=None)
-    epochs = data["runs"][0]["curve"]["epoch"]
-    assert len(epochs) < 50 and {1, 34, 72, 200} <= set(epochs)
+    monkeypatch.setattr("dlopt.results.page_data._POINTS", 300)
+    data = page_data(table(tmp_path), target=0.7, test=False, refresh=None)
+    epochs = data["rows"][0]["curves"]["val_accuracy"]["x"]["epoch"]
+    assert len(epochs) < 50 and {1, 200} <= set(epochs)
+    [first, *_] = data["times"]  # the time to the target is that of all epochs
+    assert first["target"] == "70.00 %"
+    assert first["entries"] == [[0, 1, "1 of 1", False, ["340", 1.0], ["34.0 s", 1.0]]]
+
+
+def test_small_losses_are_not_rounded_to_zero() -> None:
+    assert statistic_text("val_loss", Statistic(2.18e-5, 4.4e-7, 3)) == "2.18e-05 ± 4.40e-07"
+    assert difference_text("val_loss", Difference(-1.9e-6, None, None, 1)) == "-1.90e-06"
+    assert statistic_text("val_loss", Statistic(0.5, None, 1)) == "0.5000"
+    assert difference_text("val_accuracy", Difference(0.012, 0.0, 0.024, 3)) == "+1.20 [+0.00, +2.40]"
+    assert statistic_text("seconds", Statistic(8.8, 0.8, 3)) == "8.8 ± 0.8 s"
 
 
 def test_runs_on_several_devices_form_one_configuration_without_a_device(tmp_path: Path) -> None:

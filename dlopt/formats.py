@@ -1,0 +1,87 @@
+"""Formats numbers and values: one form for each kind, on terminals, pages and in files."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_LONG_FLOAT = re.compile(r"(?<![\w.])\d+\.\d{5,}(e[+-]?\d+)?(?![\w.])")
+_COUNTS = ("epochs", "steps", "best_epoch", "parameters")
+
+
+def format_number(value: float | None) -> str:
+    """Four decimals for usual losses; scientific notation for very small and large values."""
+    if value is None or not math.isfinite(value):
+        return "-" if value is None else str(value)
+    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def format_percent(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.2f} %"
+
+
+def format_lr(value: float | None) -> str:
+    """Four significant digits, no trailing zeros."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def round_floats(text: str) -> str:
+    """Rounds numbers with many decimals to four significant digits: lr=0.12369483267621112 to lr=0.1237."""
+    return _LONG_FLOAT.sub(lambda match: f"{float(match[0]):.4g}", text)
+
+
+def format_bytes(count: float) -> str:
+    """1.5 MiB; 1,020 KiB."""
+    power = min(int(math.log2(max(count, 1))) // 10, 4)
+    return f"{float(f'{count / 1024**power:.3g}'):,g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def format_duration(seconds: float) -> str:
+    """7.2 s, 12:34, 1:02:03."""
+    return f"{seconds:.1f} s" if seconds < 60 else format_clock(seconds)
+
+
+def format_clock(seconds: float) -> str:
+    """0:07, 12:34, 1:02:03."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_metric(name: str, value: float | None) -> str:
+    """Formats a metric by its name: accuracies in percent, times, counts, learning rates, others as numbers."""
+    if name == "lr":
+        return format_lr(value)
+    if value is not None and name == "seconds":
+        return format_duration(value)
+    if value is not None and name in _COUNTS:
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return format_percent(value) if "accuracy" in name or name.endswith(("top1", "top5")) else format_number(value)
+
+
+def format_count(noun: str, count: int) -> str:
+    """1 epoch, 1,200 steps. `noun` is a plural."""
+    return f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"
+
+
+def format_value(value: Any) -> str:
+    """Formats a value as in an override: true, null, [64,64]."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(format_value, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{format_value(item)}" for key, item in value.items()) + "}"
+    return "null" if value is None else str(value)
+
+
+def brief(value: Any) -> str:
+    """Formats a value for labels, with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else format_value(value)
+
+
+def printable(value: str) -> str:
+    """Replaces characters that would control a terminal or break a table."""
+    return "".join(character if character.isprintable() else "�" for character in value)

@@ -1,0 +1,119 @@
+"""The columns of a leaderboard and the texts of its cells, for the terminal, the page, papers and CSV files."""
+
+import csv
+import io
+from functools import partial
+from typing import Any
+
+from dlopt import formats
+from dlopt.formats import format_count, printable
+from dlopt.formats import format_value as text
+from dlopt.results.leaderboard import ENDED, Difference, Record, Statistic
+from dlopt.results.ranking import Ranking, against_published, recipe_label, time_to_target
+from dlopt.results.reading import number_in
+from dlopt.results.tables import Table
+from dlopt.tracking.layout import short_path
+
+FIRST = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "accuracy_gap", "gap")
+_COST = ("epochs", "steps", "seconds", "parameters")
+_TEST = ("test_accuracy", "test_loss")
+
+
+def metric_columns(ranking: Ranking) -> list[str]:
+    """Returns the metrics of the leaderboard: the ranking metric, validation and training metrics, costs."""
+    known = {name for record in ranking.records for name in record.metrics}
+    # Omit costs that are equal for all ended runs; failed runs cost less in any case.
+    ended = [record.metrics for record in ranking.records if record.status in ENDED]
+    costs = [name for name in _COST if len({metrics.get(name) for metrics in ended}) > 1]
+    return list(dict.fromkeys([*(name for name in (ranking.by, *FIRST) if name in known), *costs]))
+
+
+def test_columns(ranking: Ranking) -> list[str]:
+    return [name for name in _TEST if any(name in record.metrics for record in ranking.records)]
+
+
+def statistic_text(name: str, statistic: Statistic | None) -> str:
+    """Formats 90.00 ± 1.00 %; the unit stands once."""
+    if statistic is None:
+        return "-"
+    shown = statistic.show(partial(formats.format_metric, name))
+    return shown.replace(" % ±", " ±").replace(" s ±", " ±")
+
+
+def difference_text(name: str, difference: Difference | None) -> str:
+    """Formats -5.00 [-5.06, +4.62]; differences of accuracies are in percentage points, without a unit."""
+
+    def signed(value: float) -> str:
+        return f"{'+' if value >= 0 else '-'}{formats.format_metric(name, abs(value))}".removesuffix(" %")
+
+    return "" if difference is None else difference.show(signed)
+
+
+def counts_text(ranking: Ranking) -> str:
+    """Formats 2 configurations, 6 runs: 5 finished, 1 failed."""
+    counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in ranking.counts().items())
+    sizes = format_count("configurations", len(ranking.rows)), format_count("runs", len(ranking.records))
+    return f"{', '.join(sizes)}: {counts}"
+
+
+def failure_text(run: Record) -> str:
+    """Returns why a run failed or did not finish."""
+    killed = "no summary: the process was killed or the machine went down"
+    return printable(run.reason or (killed if run.status == "unfinished" else "no reason recorded"))
+
+
+def published_table(ranking: Ranking, top: int | None = None) -> Table:
+    """Returns measured and published test errors in %, the unit of the papers, of the first `top` rows."""
+    rows = []
+    for each in against_published(ranking)[:top]:
+        error, difference = "-", ""
+        if each.measured is not None:
+            error, difference = each.measured.show("{:.2f}".format), f"{each.measured.mean - each.published:+.2f}"
+        median = "" if each.median is None else f"{each.median:.2f}"
+        name, count = recipe_label(each, ranking), each.row.count("test_accuracy")
+        rows.append([name, count, error, median, f"{each.published:.2f}", difference])
+    return Table(["recipe", "runs", "test error %", "median", "published", "difference"], rows)
+
+
+def summary_csv(ranking: Ranking, target: float | None, *, test: bool) -> str:
+    """Renders a CSV line per configuration, with means and sample standard deviations over seeds."""
+    metrics, tests = metric_columns(ranking), test_columns(ranking)
+    # The epochs of the config and those that were run are two columns.
+    header = ["rank", *(f"config.{key}" if key in metrics else key for key in ranking.keys), "runs", "ended", "failed"]
+    header += [f"{name}{end}" for name in (*metrics, *tests) for end in ("", "_std")]
+    header += ["difference", "difference_low", "difference_high", "pairs"]
+    known = {id(result.row): result for result in against_published(ranking)}
+    header += ["test_error_percent", "published_error_percent"] if known else []
+    header += [] if target is None else ["target", "reached", "steps_to_target", "seconds_to_target"]
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow([*header, "folders", "command"])
+    for rank, row in enumerate(ranking.rows, 1):
+        visible = metrics + (tests if test or rank == 1 else [])
+        cells: list[Any] = [rank, *(text(row.values[key]) if key in row.values else "" for key in ranking.keys)]
+        cells += [len(row.runs), sum(run.has_ended for run in row.runs), row.failed]
+        for name in (*metrics, *tests):
+            cells += _mean_and_std(row.statistic(name) if name in visible else None)
+        cells += [""] * 4 if row.difference is None else vars(row.difference).values()
+        if known:
+            reference = known.get(id(row))
+            cells += [reference and reference.measured and reference.measured.mean, reference and reference.published]
+        if target is not None:
+            reached = time_to_target(row, ranking.by, target)
+            cells += [target, reached.count, _mean_and_std(reached.steps)[0], _mean_and_std(reached.seconds)[0]]
+        cells += [" ".join(short_path(run.path) for run in row.runs), row.command or ""]
+        writer.writerow([_cell(cell) for cell in cells])
+    return output.getvalue()
+
+
+def _mean_and_std(statistic: Statistic | None) -> list[float | None]:
+    return [None, None] if statistic is None else [statistic.mean, statistic.std]
+
+
+def _cell(value: Any) -> Any:
+    """Quotes text that a spreadsheet would evaluate as a formula."""
+    if not isinstance(value, str):
+        return "" if value is None else value
+    value = printable(value)
+    is_formula = value[:1] in ("=", "+", "-", "@") and number_in(value) is None
+    return f"'{value}" if is_formula else value

@@ -1,0 +1,268 @@
+"""Computes what the page of a report shows. Its script draws these numbers and texts, and computes none of its own.
+
+Shows test metrics only for the first row unless `test` is true, because comparing them would select on the test set.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dlopt.formats import brief, format_metric, printable
+from dlopt.results import drawing
+from dlopt.results.columns import FIRST, difference_text, failure_text, metric_columns, statistic_text, test_columns
+from dlopt.results.leaderboard import ENDED, Record
+from dlopt.results.plots import SPREADS, Scale
+from dlopt.results.ranking import (
+    AXES,
+    Configuration,
+    Ranking,
+    band,
+    command,
+    command_from,
+    default_spread,
+    fastest,
+    sensitivities,
+    targets,
+    time_to_target,
+    tolerance_text,
+)
+from dlopt.results.reading import is_number, short_key
+from dlopt.tracking.layout import short_path
+
+# Columns that are hidden, the first ones first, until the table fits the page; the reader may choose others.
+_EXPENDABLE = ("train_loss", "train_accuracy", "gap", "accuracy_gap", "parameters", "epochs", "steps", "seconds")
+_POINTS = 400_000  # values of curves per page; curves are thinned above it
+_FEWEST_POINTS = 12
+_MOST_AXES = 9  # keys of the parallel coordinates
+
+
+def page_data(ranking: Ranking, *, target: float | None, test: bool, refresh: float | None) -> dict[str, Any]:
+    """Returns the JSON data of the page's script."""
+    metrics, tests = metric_columns(ranking), test_columns(ranking)
+    curves = _curve_names(ranking)
+    labels = {run.path: row.label for row in ranking.rows for run in row.runs}
+    rows = [
+        _row(ranking, row, rank, metrics, tests if test or rank == 1 else [], is_all=test)
+        for rank, row in enumerate(ranking.rows, 1)
+    ]
+    for data, curve in zip(rows, _curves(ranking, curves), strict=True):
+        data["curves"] = curve
+    return {
+        "refresh": refresh,
+        "by": ranking.by,
+        "lower": ranking.lower,
+        "titles": {name: drawing.metric_name(name) for name in (ranking.by, *curves)},
+        "percent": [name for name in (ranking.by, *curves) if "accuracy" in name],
+        "keys": list(ranking.keys),
+        "columns": _columns(ranking, metrics, tests if test else []),
+        "expendable": [name for name in _EXPENDABLE if name in metrics and name != ranking.by],
+        "ranked": _ranked_by(ranking),
+        "rows": rows,
+        "curves": curves,
+        "spreads": {**SPREADS, "none": "none"},
+        "spread": default_spread(ranking),
+        "repeated": any(len(row.runs) > 1 for row in ranking.rows),
+        "sensitivity": _sensitivity(ranking),
+        "tolerance": tolerance_text(ranking),
+        "parallel": _parallel(ranking),
+        "times": [] if target is None or ranking.by not in curves else _times(ranking, target),
+        "failed": [_failure(run, labels[run.path]) for run in ranking.failed],
+    }  # fmt: skip
+
+
+# -- the leaderboard
+
+
+def _columns(ranking: Ranking, metrics: Sequence[str], tests: Sequence[str]) -> list[dict[str, Any]]:
+    columns: list[dict[str, Any]] = [{"id": "rank", "name": "#", "number": True}]
+    for key in ranking.keys:
+        numbers = all(is_number(row.values.get(key, 0)) for row in ranking.rows)
+        columns.append({"id": f"key {key}", "name": short_key(key, ranking.keys), "full": key, "number": numbers})
+    columns.append({"id": "runs", "name": "runs", "number": True})
+    for name in (*metrics, *tests):
+        higher = (name == ranking.by and not ranking.lower) or (name != ranking.by and name.endswith("accuracy"))
+        columns.append({"id": name, "name": drawing.metric_name(name), "number": True, "higher": higher})
+        if name == ranking.by and any(row.difference is not None for row in ranking.rows):
+            unit = " (points)" if "accuracy" in name else ""
+            columns.append({"id": "difference", "name": f"difference to #1{unit}", "number": True})
+    return columns
+
+
+def _row(
+    ranking: Ranking, row: Configuration, rank: int, metrics: Sequence[str], tests: Sequence[str], *, is_all: bool
+) -> dict[str, Any]:
+    """Returns a configuration. `cells`: by column, the value to sort by and the text; `facts`: title and text."""
+    statistics = {name: row.statistic(name) for name in (*metrics, *tests)}
+    cells: dict[str, list[Any]] = {"rank": [rank, str(rank)], "runs": [len(row.runs), str(len(row.runs))]}
+    for key in ranking.keys:
+        known = key in row.values
+        cells[f"key {key}"] = [_value(row.values[key]), printable(brief(row.values[key]))] if known else [None, "-"]
+    for name in (*metrics, *(tests if is_all else ())):
+        found = statistics[name]
+        cells[name] = [None if found is None else found.mean, statistic_text(name, found)]
+    difference = row.difference
+    shown = difference_text(ranking.by, difference) if difference else "" if rank == 1 else "-"
+    cells["difference"] = [None if difference is None else difference.mean, shown]
+    named = dict.fromkeys([ranking.by, "val_loss", "best_epoch", "epochs", "seconds"])
+    names = [name for name in named if any(name in run.metrics for run in row.runs)]
+    if not tests:
+        about = "Test metrics are shown for the first row only, to avoid selection on the test set. Show all with "
+        about += "dlopt report test=true."
+    else:
+        about = "" if is_all else "Test metrics are shown for #1 only, which was selected on the validation set."
+    return {
+        "id": str(row.runs[0].path),
+        "rank": rank,
+        "label": row.label,
+        "values": {key: _value(value) for key, value in row.values.items()},
+        "ranked": row.value is not None,
+        "cells": cells,
+        "note": ", ".join(f"{count} {status}" for status, count in _not_ended(row).items()),
+        "bad": row.failed > 0,
+        "facts": [[drawing.metric_name(name), statistic_text(name, found)]
+                  for name, found in statistics.items() if found is not None or name in metrics],
+        "about": about if tests or rank > 1 else "",
+        "command": row.command,
+        "heads": [drawing.metric_name(name) for name in names],
+        "runs": [
+            {
+                "path": printable(short_path(run.path)),
+                "seed": printable(brief(run.config.get("seed"))),
+                "status": run.status.replace("_", " "),
+                "metrics": [format_metric(name, run.metrics.get(name)) for name in names],
+                "command": command(run),
+                "from": command_from(run),
+            }
+            for run in row.runs
+        ],
+    }  # fmt: skip
+
+
+def _not_ended(row: Configuration) -> dict[str, int]:
+    statuses = [run.status for run in row.runs if run.status not in ENDED]
+    return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+
+
+def _value(value: Any) -> Any:
+    return value if is_number(value) else printable(brief(value))
+
+
+def _ranked_by(ranking: Ranking) -> str:
+    spread = ": mean ± standard deviation over seeds" if any(len(row.runs) > 1 for row in ranking.rows) else ""
+    paired = any(row.difference is not None and row.difference.low is not None for row in ranking.rows)
+    note = " Differences to #1 are paired over seeds, with 95 % confidence intervals." if paired else ""
+    return f"Ranked by {drawing.metric_name(ranking.by)} of the best epoch{spread}.{note}"
+
+
+def _failure(run: Record, label: str) -> list[str | None]:
+    seed = printable(brief(run.config.get("seed")))
+    return [printable(short_path(run.path)), label, seed, failure_text(run), command(run) or command_from(run)]
+
+
+# -- curves
+
+
+def _curve_names(ranking: Ranking) -> list[str]:
+    """Returns the metrics logged per epoch, those of `FIRST` first."""
+    lines = [record.history[i] for i in (0, -1) for record in ranking.records if record.history]
+    names = dict.fromkeys(name for line in lines for name in line)
+    ordered = dict.fromkeys([*(name for name in FIRST if name in names), *names])
+    return [name for name in ordered if name not in AXES]
+
+
+def _curves(ranking: Ranking, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the curves of each row by metric, thinned to evenly spaced epochs if there are many."""
+    bands = [{name: band(row.distinct, name) for name in names} for row in ranking.rows]
+    total = sum(len(each.mean) * (4 + 9 * (each.count.max() > 1)) for row in bands for each in row.values() if each)
+    step = max(total / _POINTS, 1.0)  # evaluated epochs per plotted point
+    results = []
+    for row in bands:
+        curves = {}
+        for name, each in row.items():
+            if each is None:
+                continue
+            count = min(max(round(len(each.mean) / step), _FEWEST_POINTS), len(each.mean))
+            kept = np.unique(np.linspace(0, len(each.mean) - 1, count).round().astype(int))
+            curves[name] = {
+                "x": {axis: _rounded(x[kept]) for axis, x in each.x.items() if np.isfinite(x).all()},
+                "mean": _rounded(each.mean[kept]),
+                "spreads": {spread: [_rounded(bound[kept]) for bound in bounds] for spread, bounds
+                            in each.spreads.items()} if each.count.max() > 1 else {},
+                "count": each.count[kept].tolist(),
+            }  # fmt: skip
+        results.append(curves)
+    return results
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+# -- the learning rate, parallel coordinates, time to targets
+
+
+def _sensitivity(ranking: Ranking) -> dict[str, Any]:
+    found = sensitivities(ranking)
+    means = [value.mean for item in found for _, value, _ in item.points]
+    optimizers = [
+        {
+            "name": printable(item.optimizer),
+            "row": min(row for _, _, row in item.points),
+            "points": [[lr, value.mean] for lr, value, _ in item.points],
+            "best": [[lr, value.mean, value.mean - (value.std or 0.0), value.mean + (value.std or 0.0), value.count,
+                      statistic_text(ranking.by, value)] for lr, value in item.best],
+            "good": item.good,
+            "good_text": " to ".join(dict.fromkeys(f"{rate:.4g}" for rate in item.good)),
+            "failed": list(item.failed),
+        }
+        for item in found
+    ]  # fmt: skip
+    return {"optimizers": optimizers, "log": ranking.lower and drawing.spans_decades(means)}
+
+
+def _parallel(ranking: Ranking) -> dict[str, Any] | None:
+    """Returns the axes with their ticks, and the positions of each row on them (None: it has no value)."""
+    rows = ranking.ranked
+    if len(ranking.keys) < 2 or len(rows) < 2:
+        return None
+    keys = list(ranking.keys)[:_MOST_AXES]
+    values: list[list[Any]] = [[row.values.get(key) for row in rows] for key in keys]
+    values.append([row.value.mean for row in rows if row.value is not None])
+    scales = dict(zip([*keys, ranking.by], map(Scale, values), strict=True))
+    axes = [
+        {
+            "id": name,
+            "name": drawing.metric_name(name) if name == ranking.by else short_key(name, ranking.keys),
+            "full": name,
+            "ticks": [[at, format_metric(name, value) if name == ranking.by else printable(text)]
+                      for at, text, value in scale.ticks],
+        }
+        for name, scale in scales.items()
+    ]  # fmt: skip
+    columns = [[scale(value) for value in values] for scale, values in zip(scales.values(), values, strict=True)]
+    lines = [[None if math.isnan(at) else round(at, 4) for at in line] for line in zip(*columns, strict=True)]
+    return {"axes": axes, "lines": lines}
+
+
+def _times(ranking: Ranking, target: float) -> list[dict[str, Any]]:
+    """Returns for each target the configurations in their order: those that reach it first."""
+    rank = {id(row): i for i, row in enumerate(ranking.rows)}
+    results = []
+    for goal in dict.fromkeys([target, *targets(ranking)]):
+        first = fastest(ranking, goal)
+        reached = {id(row) for row, _ in first}
+        late = [(row, time_to_target(row, ranking.by, goal)) for row in ranking.rows if id(row) not in reached]
+        longest = {name: max((getattr(each, name).mean for _, each in first if getattr(each, name)), default=0.0) or 1.0
+                   for name in ("steps", "seconds")}  # fmt: skip
+        entries = []
+        for row, each in (*first, *late):
+            bars = [
+                None if value is None else [statistic_text(name, value), value.mean / longest[name]]
+                for name, value in (("steps", each.steps), ("seconds", each.seconds))
+            ]
+            is_pale = each.count < each.runs
+            entries.append([rank[id(row)], each.count, f"{each.count} of {each.runs}", is_pale, *bars])
+        results.append({"target": format_metric(ranking.by, goal), "entries": entries})
+    return results

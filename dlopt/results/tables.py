@@ -1,0 +1,71 @@
+"""A table of texts for terminals, LaTeX and Markdown; templates render it as HTML by `table` in macros.html."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from dlopt.formats import printable
+from dlopt.tracking.layout import FittedTable, plain_table
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+}  # fmt: skip
+
+_MATHEMATICS = re.compile(r"[±\[+]|-\d|\de\d")
+
+
+class Bold(str):
+    """A cell that stands out."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Heads and rows of texts: the first `texts` columns are aligned to the left, the others, numbers, to the right."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: int = 1
+    title: str | None = None
+
+    def grid(self) -> FittedTable:
+        """Returns the table for a terminal, where the texts may be wrapped inside words."""
+        grid = plain_table(self.title, fold=self.heads[: self.texts], right=self.heads[self.texts :])
+        for row in self.rows:
+            grid.add_row(*(Text(printable(cell), "bold" if isinstance(cell, Bold) else "") for cell in row))
+        return FittedTable(grid)
+
+    def latex(self) -> list[str]:
+        """Returns the lines of a `tabular` with the rules of booktabs."""
+        columns = "l" * self.texts + "r" * (len(self.heads) - self.texts)
+        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_escaped, self.heads)) + r" \\"]
+        rows = [[*map(_escaped, row[: self.texts]), *map(_number, row[self.texts :])] for row in self.rows]
+        body = [" & ".join(row) + r" \\" for row in rows]
+        return [*lines, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+
+    def markdown(self) -> list[str]:
+        """Returns the lines of a Markdown table."""
+        rule = [*["---"] * self.texts, *["---:"] * (len(self.heads) - self.texts)]
+        lines = [[printable(cell).replace("|", r"\|") for cell in cells] for cells in (self.heads, rule, *self.rows)]
+        return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _escaped(text: str) -> str:
+    """Escapes LaTeX's special characters; a bracket after a line's end would be read as its optional argument."""
+    return "{}" * text.startswith("[") + "".join(_SPECIAL.get(character, character) for character in printable(text))
+
+
+def _number(cell: str) -> str:
+    """Converts 0.83 ± 0.02 or 0.83 [0.71, 0.90] to LaTeX's mathematics; what has no sign is text."""
+    if cell == "-":
+        return "--"
+    if _MATHEMATICS.search(cell) is None:
+        text = _escaped(cell).replace(r" \%", r"\,\%")
+        return rf"\textbf{{{text}}}" if isinstance(cell, Bold) else text
+    inner = printable(cell).replace("±", r"\pm").replace(" [", r"\ [").replace(", ", r",\ ")
+    return rf"$\mathbf{{{inner}}}$" if isinstance(cell, Bold) else f"${inner}$"

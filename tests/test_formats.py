@@ -1,0 +1,51 @@
+"""Numbers and values as text."""
+
+import math
+
+import pytest
+
+from dlopt import formats
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.0000"), (2.30259, "2.3026"), (123.456, "123.5"), (1e-5, "1.00e-05"), (1e6, "1.00e+06"), (None, "-")],
+)
+def test_format_number(value: float | None, text: str) -> None:
+    assert formats.format_number(value) == text
+
+
+def test_non_finite_numbers_are_shown() -> None:
+    assert formats.format_number(math.nan) == "nan"
+    assert formats.format_number(-math.inf) == "-inf"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (59.2, "1:00"), (754, "12:34"), (3723, "1:02:03")])
+def test_format_clock(seconds: float, text: str) -> None:
+    assert formats.format_clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1,020 B"), (1010 << 10, "1,010 KiB"), (3 << 19, "1.5 MiB")]
+)
+def test_format_bytes(count: int, text: str) -> None:
+    assert formats.format_bytes(count) == text
+
+
+def test_round_floats() -> None:
+    label = "job 1: lr=0.12369483267621112 eps=1.2345678e-08 x=0.0005,12.5 path=run-1.23456789.pt version=1.2.345678"
+    assert formats.round_floats(label) == (
+        "job 1: lr=0.1237 eps=1.235e-08 x=0.0005,12.5 path=run-1.23456789.pt version=1.2.345678"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("val_accuracy", 0.9, "90.00 %"), ("lr", 0.00123456, "0.001235"), ("seconds", 8.84, "8.8 s"),
+        ("steps", 43.333, "43.33"), ("parameters", 1234567, "1,234,567"), ("val_loss", 0.5, "0.5000"),
+        ("seconds", None, "-"), ("epochs", None, "-"),
+    ],
+)  # fmt: skip
+def test_format_metric(name: str, value: float | None, text: str) -> None:
+    assert formats.format_metric(name, value) == text
