@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import sys
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,15 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
-from dlopt.config.choices import config_folder, search
-from dlopt.config.flags import CONFIG_NAME, VERSION_BASE
+from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, config_folder, search
 from dlopt.config.overrides import is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
-from dlopt.config.yaml_folder import YamlFolder
 from dlopt.errors import UserError, shorten, suggest
 from dlopt.folders import SHELL_FOLDER, refuse_url
 from dlopt.plain import check_yaml
@@ -61,7 +58,7 @@ class Composer:
         if config_dir is not None:
             _check_files(Path(config_dir))
         register_plugins()
-        token = search.set((None if config_dir is None else Path(config_dir),))
+        token = search.set(None if config_dir is None else Path(config_dir))
         try:
             with _global_hydra(None):
                 initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=VERSION_BASE)
@@ -88,16 +85,15 @@ class Composer:
 
     def compose(self, overrides: Iterable[str], multirun: bool = False) -> DictConfig:
         """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
-        parsed = self.parse(overrides)
         # A component given as a block replaces one that is not set: data.test={_target_:mine.Dataset,count:17}.
-        overrides = [f"++{text_of(each)}" if _is_component(each) else text_of(each) for each in parsed]
-        parsed = self.parse(overrides)
+        lines = [f"++{text_of(each)}" if _is_component(each) else text_of(each) for each in self.parse(overrides)]
+        parsed = self.parse(lines)
         self._check_overrides(parsed, multirun)
         try:
             config = self._compose(parsed, multirun)
             raw: Any = OmegaConf.to_container(config, resolve=False)
             check_expansion(raw)
-            check_hydra(config, overrides)
+            check_hydra(config, raw["hydra"], lines)
             if not multirun and (more := pretrained_overrides(config, parsed)):
                 config = self._compose([*parsed, *self.parse(more)])
             return config
@@ -110,8 +106,8 @@ class Composer:
             raise UserError(self._explain(parsed, error, multirun)) from None
         except yaml.YAMLError as error:
             raise UserError(f"a config file is not valid YAML: {' '.join(str(error).split())}") from None
-        except (UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{self._undecodable_file()} cannot be read: {first_lines(error)}") from None
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"a config file cannot be read: {first_lines(error)}") from None
 
     def _compose(self, overrides: list[Override], multirun: bool = False) -> DictConfig:
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
@@ -207,15 +203,6 @@ class Composer:
             if value == {}:
                 raise UserError(f"{line}: an empty block changes nothing; set its keys one by one")
 
-    def _undecodable_file(self) -> str:
-        """Finds the file in --config-dir that is not UTF-8; Hydra does not name it."""
-        for path in () if self.config_dir is None else sorted(Path(self.config_dir).rglob("*.yaml")):
-            try:
-                path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):
-                return str(path)
-        return "a config file"
-
     def _suggest(self, group: str, choice: str = "") -> str:
         names = self.choices(group)
         if group.startswith("hydra/"):
@@ -228,45 +215,30 @@ class Composer:
         groups = self.groups()
         # Groups first, as Hydra applies them.
         ordered = sorted(overrides, key=lambda override: override.key_or_group not in groups)
-
-        @functools.cache
-        def compose_first(count: int) -> DictConfig | Exception:
+        config = DictConfig({})
+        for count in range(len(ordered) + 1):
             try:
-                return self._compose(ordered[:count], multirun)
-            except _COMPOSITION_ERRORS as error:
-                return error
-
-        # Bisection: with an override at fault, every longer list fails as well.
-        count = bisect_left(
-            range(len(ordered) + 1), True, key=lambda count: isinstance(compose_first(count), Exception)
-        )
-        if count > len(ordered):
-            return first_lines(error)
-        error_at_fault = compose_first(count)
-        assert isinstance(error_at_fault, Exception)
-        if count == 0:  # a config file is at fault
-            if self.config_name != CONFIG_NAME and "primary config" in str(error_at_fault):
-                return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
-            return first_lines(error_at_fault)
-        config = compose_first(count - 1)
-        assert isinstance(config, DictConfig)
-        return self._explain_override(ordered[count - 1], config, error_at_fault)
+                config = self._compose(ordered[:count], multirun)
+            except _COMPOSITION_ERRORS as fault:
+                if count > 0:
+                    return self._explain_override(ordered[count - 1], config, fault)
+                if self.config_name != CONFIG_NAME and "primary config" in str(fault):
+                    return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
+                return first_lines(fault)  # a config file is at fault
+        return first_lines(error)
 
     def _explain_override(self, override: Override, config: DictConfig, error: Exception) -> str:
         """Explains the error of `override`; `config` is composed without it."""
         line, key, value = text_of(override), override.key_or_group, override.value()
         typed = value_of(override)
-        if key in self.groups() and isinstance(value, str):
-            if value not in self.choices(key):
-                if key == "data" and Path(value).expanduser().is_dir():
-                    return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
-                return f"{line}: unknown choice; {self._suggest(key, value)}"
-            return f"{line}: {first_lines(error)}"
-        if key.startswith("hydra/") and (names := self.choices(key)) and value not in names:
+        choices = self.choices(key) if key in self.groups() or key.startswith("hydra/") else []
+        if choices and value not in choices:
+            if key == "data" and Path(str(value)).expanduser().is_dir():
+                return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
             return f"{line}: unknown choice; {self._suggest(key, str(value))}"
         if key.startswith("hydra/sweeper/"):
             return f"{line}: only searches have this group; add hydra/sweeper=dlopt_optuna"
-        if "/" in key or "@" in key:
+        if "/" in key or "@" in key or choices:
             return f"{line}: {first_lines(error)}"
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(config, parent, throw_on_resolution_failure=False) if parent else config
@@ -331,7 +303,7 @@ def register_plugins() -> None:
     if folder not in namespace.__path__:
         namespace.__path__.append(folder)
     plugins = Plugins.instance()  # scans the namespace on first use only, so register explicitly
-    for plugin in (*importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS, YamlFolder):
+    for plugin in importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS:
         plugins.register(plugin)
 
 
@@ -395,8 +367,8 @@ def _check_files(folder: Path) -> None:
     group_files = [path for group in (*groups, "hydra") for path in (folder / group).rglob("*.yaml")]
     for path in sorted([*folder.glob("*.yaml"), *group_files]):
         try:
-            check_yaml(path)
-        except ValueError as error:
+            check_yaml(path).decode()
+        except ValueError as error:  # includes UnicodeDecodeError
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} {error}") from None
         except OSError as error:
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} cannot be read: {error}") from None

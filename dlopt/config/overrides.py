@@ -85,6 +85,13 @@ def _parse(line: str) -> "Override":
     return override
 
 
+def refuse_several(overrides: "Iterable[Override]", reason: str = "one value is needed") -> None:
+    """Raises `UserError` for a key with several values."""
+    for override in overrides:
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: {reason}; write a list as [a,b]")
+
+
 def listed_values(override: "Override") -> list[str]:
     """Returns the values of a list, range or glob as on the command line. Raises `UserError` for duplicates.
 

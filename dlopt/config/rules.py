@@ -5,9 +5,13 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from dlopt.config.experiment import Experiment, Settings
 from dlopt.config.schema import Component
 from dlopt.errors import UserError, install
+from dlopt.init import default
+from dlopt.optim.traits import is_schedule_free
 
 _MAX_NAME = 100
 _PER_CORE = 64  # threads and data workers per core; larger values are almost certainly typos
@@ -43,32 +47,20 @@ def check_combinations(experiment: Experiment) -> None:
             f"scale_lr={settings.scale_lr}: {experiment.optimizer.choice} has no learning rate to scale; set "
             "optimizer.lr to a number, or scale_lr=none"
         )
-    if settings.ema is not None and _is_schedule_free(experiment.optimizer):
+    if settings.ema is not None and is_schedule_free(experiment.optimizer.target):
         raise UserError(
             f"ema={settings.ema}: {experiment.optimizer.target.__name__} evaluates an average of its own; use ema=null "
             "or another optimizer"
         )
     _check_device(experiment)
     _check_batch(experiment)
-    if experiment.model.arguments.get("pretrained") and not _keeps_weights(experiment.init):
+    if experiment.model.arguments.get("pretrained") and experiment.init.target is not default:
         raise UserError(
             f"{experiment.init.choice}: would overwrite the pretrained weights; "
             "use init=default or model.pretrained=false"
         )
     if getattr(experiment.loss.target, "predicts_pixels", False):
         _check_pixels(experiment)
-
-
-def _keeps_weights(init: Component) -> bool:
-    from dlopt.init import default  # late: it imports torch
-
-    return init.target is default
-
-
-def _is_schedule_free(optimizer: Component) -> bool:
-    from dlopt.optim.traits import is_schedule_free  # late: it imports torch
-
-    return is_schedule_free(optimizer.target)
 
 
 def _learning_rate(optimizer: Component) -> Any:
@@ -138,8 +130,6 @@ def extra_metric(monitor: str) -> str | None:
 
 
 def _check_device(experiment: Experiment) -> None:
-    import torch
-
     settings = experiment.settings
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: no CUDA device is available; use device=cpu or device=auto")

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
-from dlopt.config.overrides import parse_overrides, quoted
+from dlopt.config.overrides import parse_overrides, quoted, refuse_several
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_flag
 from dlopt.errors import UserError
@@ -25,9 +25,7 @@ def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
         if not is_override or Path(argument).is_file():  # a path may contain an equals sign
             raise UserError(f"{argument}: an override is key=value; for a checkpoint: checkpoint={argument}")
     parsed = parse_overrides(map(quoted, arguments))
-    for override in parsed:
-        if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: one value is needed; write a list as [a,b]")
+    refuse_several(parsed)
     return {override.get_key_element(): override.value() for override in parsed}
 
 

@@ -29,9 +29,11 @@ _MAX_VALUES = 10_000
 _REFERENCE = re.compile(r"\$\{\s*(\.*)([\w./-]+)\s*\}")  # ${a.b}, ${.a}; references inside resolvers count as well
 
 
-def check_hydra(config: DictConfig, typed: Iterable[str]) -> None:
-    """Raises `UserError` if Hydra's node names code, or sets environment variables from a file. `typed`: overrides."""
-    hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)
+def check_hydra(config: DictConfig, hydra: Mapping[str, Any], typed: Iterable[str]) -> None:
+    """Raises `UserError` if Hydra's node names code, or sets environment variables from a file.
+
+    `hydra`: the node as plain values, not resolved; `typed`: overrides.
+    """
     for key, value in leaves(hydra, "hydra"):
         name = key.rsplit(".", 1)[-1]
         if name == "_target_":
