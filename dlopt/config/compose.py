@@ -33,15 +33,15 @@ from dlopt.config.resolve import first_lines
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
-from dlopt.errors import UserError, shorten, suggest
+from dlopt.errors import UserError, did_you_mean, shorten, suggest
 from dlopt.folders import SHELL_FOLDER, refuse_url
-from dlopt.plain import check_yaml
+from dlopt.plain import check_yaml, join
 
 # AssertionError: Hydra asserts that an interpolated choice is a string.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
 _MOST = 200  # remembered configs, of some 30 kB each
-# Configs of dlopt's own files, by the state of these files, then by name, mode and choices.
-_memories: dict[Any, dict[Any, bytes]] = {}
+# Pickled configs by name, mode, choices, and the state of dlopt's files; those that need other files by `Composer`.
+_memory: dict[tuple[Any, ...], bytes] = {}
 
 
 class Composer:
@@ -59,15 +59,15 @@ class Composer:
             _check_files(Path(config_dir))
         register_plugins()
         token = search.set(None if config_dir is None else Path(config_dir))
+        state = GlobalHydra.instance()
+        former, state.hydra = state.hydra, None  # a notebook may use Hydra as well
         try:
-            with _global_hydra(None):
-                initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=VERSION_BASE)
-                self._loader = GlobalHydra.instance().config_loader()
+            initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=VERSION_BASE)
+            self._loader = state.config_loader()
         finally:
+            state.hydra = former
             search.reset(token)
-        self._memory: dict[Any, bytes] = {}
-        # Other folders may have defaults lists that depend on the environment or the time.
-        self._shared = self._memory if config_dir is not None else _memories.setdefault(_state_of_files(), {})
+        self._files = _state_of_files()
         self._subgroups = functools.cache(self._loader.list_groups)
 
     @property
@@ -134,13 +134,14 @@ class Composer:
         for_hydra = ("hydra.searchpath", "hydra.job.env_copy")
         if any(each.package or each.is_delete() or key_of(each) in for_hydra for each in values):
             return None
-        memory = self._shared if all(map(_is_own, choices)) else self._memory
-        key = (self.config_name, mode, *map(text_of, choices))
-        if key not in memory:
-            if len(memory) >= _MOST:
-                memory.clear()
-            memory[key] = pickle.dumps(self._load([text_of(each) for each in choices], mode))
-        config: DictConfig = pickle.loads(memory[key])  # ten times faster than OmegaConf's own copy
+        # Other folders may have defaults lists that depend on the environment or the time.
+        is_shared = self.config_dir is None and all(map(_is_own, choices))
+        key = (self._files if is_shared else self, self.config_name, mode, *map(text_of, choices))
+        if key not in _memory:
+            if len(_memory) >= _MOST:
+                _memory.clear()
+            _memory[key] = pickle.dumps(self._load([text_of(each) for each in choices], mode))
+        config: DictConfig = pickle.loads(_memory[key])  # ten times faster than OmegaConf's own copy
         if config.hydra.searchpath:  # its folders may have other groups and choices
             return None
         try:
@@ -241,7 +242,7 @@ class Composer:
         if "/" in key or "@" in key or choices:
             return f"{line}: {first_lines(error)}"
         parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(config, parent, throw_on_resolution_failure=False) if parent else config
+        node = OmegaConf.select(config, parent, throw_on_resolution_failure=False)
         while node is None and "." in parent:  # explain the first part of the key that does not exist
             parent, _, name = parent.rpartition(".")
             node = OmegaConf.select(config, parent, throw_on_resolution_failure=False)
@@ -252,8 +253,7 @@ class Composer:
                 return f"{line}: unknown key; {parent} holds a value, not keys"
             if group.lower() not in names and (hint := for_key(name, typed)):  # trainer.max_epochs
                 return f"{line}: unknown key; {hint}"
-            close = get_close_matches(group.lower(), names, n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]}.{rest}? " if close else ""
+            hint = did_you_mean(group, names, suffix=f".{rest}")
             return f"{line}: unknown group; {hint}groups: {shorten(group, self.groups(), 'dlopt options')}"
         names = [str(name) for name in node if name not in ("_target_", "hydra")]
         if name in names and override.is_add():
@@ -265,10 +265,10 @@ class Composer:
         if hint := for_key(key, typed):
             return f"{line}: unknown key; {hint}"
         names += [] if parent else sorted(self.more_keys)
-        close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-        prefix = f"{parent}." if parent else ""
-        hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _suggest_in_groups(name, config)
-        if not hint and parent in self.groups():
+        hint = did_you_mean(name, names, join(parent, ""))
+        if not hint and not parent:
+            hint = _suggest_in_groups(name, config)
+        elif not hint and parent in self.groups():
             hint = _suggest_choices(parent, name, self.choices(parent))
         if not names and str(node.get("_target_")).startswith("dlopt."):
             return f"{line}: unknown key; {hint}the chosen {parent} has no keys"
@@ -276,17 +276,6 @@ class Composer:
             return f"{line}: unknown key; add a new key with a plus sign: +{line}"
         command = f"dlopt options {parent}" if parent in self.groups() else "dlopt train --help"
         return f"{line}: unknown key; {hint}allowed: {shorten(name, names, command)}"
-
-
-@contextlib.contextmanager
-def _global_hydra(hydra_instance: Any) -> Iterator[None]:
-    """Makes `hydra_instance` the global one, and restores the former: a notebook may use Hydra as well."""
-    state = GlobalHydra.instance()
-    former, state.hydra = state.hydra, hydra_instance
-    try:
-        yield
-    finally:
-        state.hydra = former
 
 
 def register_plugins() -> None:

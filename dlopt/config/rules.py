@@ -1,7 +1,6 @@
 """Checks combinations of settings. Each message names the key, its value, and which key to change."""
 
 import os
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from dlopt.config.experiment import Experiment, Settings
 from dlopt.config.schema import Component
-from dlopt.errors import UserError, install
+from dlopt.errors import UserError, did_you_mean, install
 from dlopt.init import default
 from dlopt.optim.traits import is_schedule_free
 
@@ -113,10 +112,8 @@ def _check_diagnostics(settings: Settings) -> None:
 def _check_monitor(key: str, monitor: str) -> None:
     allowed = (*_MONITORS, *_EXTRA)
     if monitor not in allowed and not monitor.startswith(_CLASS):
-        close = get_close_matches(monitor, allowed, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"{key}={monitor}: there is no validation metric of this name; {hint}"
+            f"{key}={monitor}: there is no validation metric of this name; {did_you_mean(monitor, allowed)}"
             f"allowed: {', '.join(allowed)}, {_CLASS}NAME"
         )
 
