@@ -260,16 +260,16 @@ def check_own(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str
 
 def take_own(function: Callable[..., Any], arguments: Sequence[str], name: str) -> tuple[dict[str, Any], list[str]]:
     """Splits the arguments of a command into its own keys and flags, checked, and the others. Raises `UserError`."""
-    keys = {key.line.partition("=")[0]: key for key in own_keys(function)}
-    flags = {line: key.name for line, key in keys.items() if key.is_flag}
+    keys = own_keys(function)
+    flags = {key.line: key.name for key in keys if key.is_flag}
+    names = [key.name for key in keys if not key.is_flag]
     for argument in arguments:
         if argument.startswith("-") and argument not in flags:
             raise UserError(f"{argument}: unknown flag; see `dlopt {name} --help`")
-    typed = [each for each in arguments if each.partition("=")[0] in keys and each not in flags]
+    typed = [each for each in arguments if key_of(each) in names]
     given = dict.fromkeys((flags[each] for each in arguments if each in flags), True)
-    return check_own(function, typed_values(typed) | given), [
-        each for each in arguments if each not in typed and each not in flags
-    ]
+    rest = [each for each in arguments if each not in typed and each not in flags]
+    return check_own(function, typed_values(typed) | given), rest
 
 
 def refuse_empty(**lists: Sequence[Any]) -> None:

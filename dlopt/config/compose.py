@@ -17,7 +17,7 @@ import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log, env_override
 from hydra.errors import ConfigCompositionException, HydraException
@@ -324,7 +324,7 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
 def _is_component(override: Override) -> bool:
     """Returns whether an override sets a key to a block with a callable."""
     value = override.value()
-    return isinstance(value, dict) and "_target_" in value and text_of(override)[0] not in "+~"
+    return isinstance(value, dict) and "_target_" in value and override.type is OverrideType.CHANGE
 
 
 def _set(config: DictConfig, override: Override) -> None:
