@@ -341,10 +341,10 @@ def _is_own(choice: Override) -> bool:
     return (config_folder() / choice.key_or_group / f"{choice.value()}.yaml").is_file()
 
 
-def _state_of_files() -> tuple[Any, ...]:
-    """Returns what differs when a YAML file of dlopt has changed."""
+def _state_of_files() -> str:
+    """Returns what differs when a YAML file of dlopt has changed, as a string, which is hashed only once."""
     files = ((path, path.stat()) for path in config_folder().rglob("*.yaml"))
-    return tuple((str(path), status.st_mtime_ns, status.st_size) for path, status in files)
+    return " ".join(f"{path} {status.st_mtime_ns} {status.st_size}" for path, status in files)
 
 
 def _check_files(folder: Path) -> None:

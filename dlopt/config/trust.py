@@ -44,7 +44,7 @@ def check_hydra(config: DictConfig, hydra: Mapping[str, Any], typed: Iterable[st
         if key.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
             _check_logging(key, name, str(value))
         # Only a value that is one interpolation can resolve to a block; with other text around it, it is a string.
-        if isinstance(value, str) and value.startswith("${") and _is_block(config, key):
+        if isinstance(value, str) and value.startswith("${") and value.endswith("}") and _is_block(config, key):
             raise UserError(f"{key}={value}: a block of Hydra's config must not be an interpolation")
     if hydra["job"]["env_set"] and not any(is_below(key_of(line), ("hydra.job.env_set",)) for line in typed):
         raise UserError("hydra.job.env_set: set in a config file, but accepted from the command line only")
