@@ -21,7 +21,9 @@ def complete(arguments: list[str], commands: Mapping[str, str]) -> int:
     if len(action) != 1 or not re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", action[0]):
         raise UserError(f"{' '.join(['-sc', *action])}: use -sc install=SHELL (or uninstall); bash, zsh or fish")
     if not action[0].startswith("query="):
-        _hydra_main(arguments)
+        from dlopt.config.flags import hydra_main  # slow to import; other completions do not need Hydra
+
+        hydra_main(arguments)
         return 0
     line = os.environ.get("COMP_LINE")
     if line is None:
@@ -64,18 +66,14 @@ def _candidates(program: str, words: list[str], arguments: list[str], commands: 
 
 def _overrides(line: str, prefix: str, arguments: list[str]) -> list[str]:
     """Returns Hydra's completions, without fragments of choices and `_target_`, unless `prefix` has an underscore."""
+    from dlopt.config.flags import hydra_main
+
     os.environ["COMP_LINE"], os.environ["COMP_POINT"] = line, str(len(line))
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        _hydra_main(arguments)
+        hydra_main(arguments)
     words = output.getvalue().split()
     return [word for word in words if not re.search(r"[.=/]_[^.=/]*=?$", word) or re.search(r"[.=/]_[^.=/]*$", prefix)]
-
-
-def _hydra_main(arguments: list[str]) -> None:
-    from dlopt.config.flags import hydra_main  # slow to import; the other completions do not need Hydra
-
-    hydra_main(arguments)
 
 
 def _checkpoints(prefix: str) -> list[str]:

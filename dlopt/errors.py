@@ -45,9 +45,13 @@ def refused_path(error: OSError) -> str | None:
 def suggest(name: str, names: Iterable[str], more: str, *, prefix: str = "", title: str = "allowed") -> str:
     """Returns the hint for an unknown name: "did you mean PREFIX+NAME? allowed: a, b". See `shorten` for `more`."""
     names = list(names)
+    return f"{did_you_mean(name, names, prefix)}{title}: {shorten(name, names, more)}"
+
+
+def did_you_mean(name: str, names: Sequence[str], prefix: str = "", suffix: str = "") -> str:
+    """Returns "did you mean PREFIX+NAME+SUFFIX? " for the most similar of `names`; "" if none is similar."""
     close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-    hint = f"did you mean {prefix}{close[0]}? " if close else ""
-    return f"{hint}{title}: {shorten(name, names, more)}"
+    return f"did you mean {prefix}{close[0]}{suffix}? " if close else ""
 
 
 def shorten(name: str, names: Sequence[str], more: str) -> str:

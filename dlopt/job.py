@@ -159,33 +159,24 @@ def start(run: "Run", *, console: bool) -> int:
 @contextlib.contextmanager
 def _described(run: "Run") -> Iterator[Outcome]:
     """Writes the files that describe a run; a refused run that was resumed gets its former ones back."""
-    former, outcome = _description(run), Outcome()
+    is_described_here, outcome = run.overrides is not None and rendezvous.is_main(), Outcome()
+    names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
+    paths = [run.folder / name for name in names] if is_described_here and run.checkpoint is not None else []
+    former = {path: path.read_bytes() if path.is_file() else None for path in paths}
     try:
-        if run.overrides is not None and rendezvous.is_main():
+        if run.overrides is not None and is_described_here:
             describe(run.folder, run.experiment.config, run.overrides, run.choices)
         elif rendezvous.is_main():
             _record_machine(run.folder)
         yield outcome
     except UserError:
-        _restore(former)
+        outcome.code = USER_ERROR
         raise
-    if outcome.code == USER_ERROR:  # of child processes
-        _restore(former)
-
-
-def _description(run: "Run") -> dict[Path, bytes | None]:
-    """Reads the files of an earlier run that `describe` will replace; None: a file that is missing."""
-    if run.overrides is None or run.checkpoint is None or not rendezvous.is_main():
-        return {}
-    names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
-    paths = [run.folder / name for name in names]
-    return {path: path.read_bytes() if path.is_file() else None for path in paths}
-
-
-def _restore(files: Mapping[Path, bytes | None]) -> None:
-    for path, data in files.items():
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True) if data is None else write_atomically(path, data)
+    finally:
+        if outcome.code == USER_ERROR:  # here, or in child processes
+            for path, data in former.items():
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True) if data is None else write_atomically(path, data)
 
 
 def tools(run: "Run", *, console: bool) -> dict[str, Any]:

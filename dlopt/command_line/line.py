@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.command_line.reads import refuse_unread, refuse_unread_hydra
 from dlopt.command_line.usage import own_keys, own_names
+from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
-from dlopt.config.flags import CONFIG_NAME, parse_arguments
-from dlopt.config.overrides import grid, is_typed, key_of, without
+from dlopt.config.flags import parse_arguments
+from dlopt.config.overrides import grid, is_typed, key_of, refuse_several, without
 from dlopt.config.plan import plan
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values, with_changes
@@ -68,18 +69,31 @@ class Line:
         """Returns the checked keyword-only arguments of `target` and the line without them. Raises `UserError`."""
         names = own_names(target)
         self.composer.more_keys.update(names)
-        taken = [override for override in self.overrides if key_of(override) in names]
-        typed = replace(self, overrides=taken)
-        typed.refuse_several("one value is needed")
-        values = {override.get_key_element(): override.value() for override in self.composer.parse(taken)}
-        rest = replace(self, overrides=[override for override in self.overrides if override not in taken])
-        return check_own(target, values), rest
+        taken = self.composer.parse(override for override in self.overrides if key_of(override) in names)
+        refuse_several(taken)
+        values = {override.get_key_element(): override.value() for override in taken}
+        return check_own(target, values), replace(self, overrides=without(self.overrides, *names))
 
-    def call(self, function: Callable[..., int], command: str = "", reads: Sequence[str] | None = None) -> int:
-        """Calls `function(line, **own_keys)`. `reads`: see `refuse_unread`; None: `function` refuses other keys."""
+    def call(
+        self,
+        function: Callable[..., int],
+        command: str = "",
+        reads: Sequence[str] | None = None,
+        *,
+        hints: Mapping[str, str] | None = None,
+        several: str = "",
+    ) -> int:
+        """Calls `function(line, **own_keys)`.
+
+        Args:
+            reads, hints: see `refuse_unread`; None: `function` refuses the keys that it does not read.
+            several: error message for several values of a key; "": allowed.
+        """
         own, rest = self.take(function)
+        if several:
+            refuse_several(self.composer.parse(rest.overrides), several)
         if reads is not None:
-            refuse_unread(rest.overrides, command, reads, own=own_names(function))
+            refuse_unread(rest.overrides, command, reads, own=own_names(function), hints=hints)
         return function(rest, **own)
 
     def refuse_config_files(self, reason: str) -> None:
@@ -88,12 +102,6 @@ class Line:
         for flag, value in typed.items():
             if value not in (None, CONFIG_NAME):
                 raise UserError(f"{flag}={value}: not read {reason}")
-
-    def refuse_several(self, reason: str) -> None:
-        """Raises `UserError` for a key with several values."""
-        for override in self.composer.parse(self.overrides):
-            if override.is_sweep_override():
-                raise UserError(f"{override.input_line}: {reason}; write a list as [a,b]")
 
     def refuse_rest(self, command: str, *targets: Callable[..., Any]) -> None:
         """Raises `UserError` for an override that none of the `targets` has taken."""
@@ -183,12 +191,8 @@ def on_experiment(
     def decorate(function: Callable[..., int]) -> Command:
         @functools.wraps(function)
         def command(arguments: list[str]) -> int:
-            own, rest = read_line(arguments, several=several).take(function)
-            if one:
-                rest.refuse_several(several)
-            if reads is not None:
-                refuse_unread(rest.overrides, f"dlopt {name}", reads, own=own_names(function), hints=hints)
-            return function(rest, **own)
+            line = read_line(arguments, several=several)
+            return line.call(function, f"dlopt {name}", reads, hints=hints, several=several if one else "")
 
         return command
 
@@ -256,16 +260,16 @@ def check_own(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str
 
 def take_own(function: Callable[..., Any], arguments: Sequence[str], name: str) -> tuple[dict[str, Any], list[str]]:
     """Splits the arguments of a command into its own keys and flags, checked, and the others. Raises `UserError`."""
-    keys = {key.line.partition("=")[0]: key for key in own_keys(function)}
-    flags = {line: key.name for line, key in keys.items() if key.is_flag}
+    keys = own_keys(function)
+    flags = {key.line: key.name for key in keys if key.is_flag}
+    names = [key.name for key in keys if not key.is_flag]
     for argument in arguments:
         if argument.startswith("-") and argument not in flags:
             raise UserError(f"{argument}: unknown flag; see `dlopt {name} --help`")
-    typed = [each for each in arguments if each.partition("=")[0] in keys and each not in flags]
+    typed = [each for each in arguments if key_of(each) in names]
     given = dict.fromkeys((flags[each] for each in arguments if each in flags), True)
-    return check_own(function, typed_values(typed) | given), [
-        each for each in arguments if each not in typed and each not in flags
-    ]
+    rest = [each for each in arguments if each not in typed and each not in flags]
+    return check_own(function, typed_values(typed) | given), rest
 
 
 def refuse_empty(**lists: Sequence[Any]) -> None:

@@ -51,15 +51,12 @@ def refuse_unread(
         key = key_of(line)
         if group_of(line) not in _TRAIN or is_below(key, (*reads, *own)):
             continue
-        advice = {**_about_folders(own), **(hints or {})}
+        folders = dict.fromkeys(("hydra.run", "hydra.sweep"), "set output= instead") if "output" in own else {}
+        advice = folders | dict(hints or {})
         hint = next((text for name, text in advice.items() if is_below(key, [name])), "")
         if not hint and role_of(key) is Role.COMMAND:
             raise UserError(f"{line}: only available in `dlopt train`")
         raise UserError(f"{line}: {command} does not read this key{f'; {hint}' if hint else ''}")
-
-
-def _about_folders(own: Sequence[str]) -> dict[str, str]:
-    return dict.fromkeys(("hydra.run", "hydra.sweep"), "set output= instead") if "output" in own else {}
 
 
 def refuse_unread_hydra(

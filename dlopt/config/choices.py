@@ -10,7 +10,7 @@ Its YAML files cannot replace dlopt's own. `_target_` may name its callables: in
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -23,8 +23,10 @@ import dlopt
 from dlopt.errors import UserError
 from dlopt.plain import join
 
-# While a `Composer` starts Hydra: (--config-dir,), for the plug-in that completes the search path.
-search: ContextVar[tuple[Path | None] | None] = ContextVar("search", default=None)
+CONFIG_NAME = "train"  # the primary config
+VERSION_BASE = "1.3"  # of Hydra
+# While a `Composer` starts Hydra: --config-dir, for the plug-in that completes the search path.
+search: ContextVar[Path | None] = ContextVar("search", default=None)
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SELF = yaml.ScalarNode("tag:yaml.org,2002:str", "_self_")
@@ -37,16 +39,10 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else installed.parents[1] / "conf"
 
 
-@dataclass(frozen=True)
-class Extension:
-    package: str
-    folder: Path
-
-
 @functools.cache
-def extensions() -> tuple[Extension, ...]:
-    """Lists the installed extensions without importing them. Raises `UserError` for a package without `conf` folder."""
-    installed = []
+def extensions() -> Mapping[str, Path]:
+    """Maps installed extensions to their `conf` folders, without importing them. Raises `UserError` without folder."""
+    installed = {}
     for entry in sorted(entry_points(group="dlopt"), key=lambda entry: entry.name):
         package = entry.value.split(":")[0].split(".")[0]
         spec = find_spec(package)
@@ -57,8 +53,8 @@ def extensions() -> tuple[Extension, ...]:
                 f"{entry.name}: this installed package registers as a dlopt extension, but the folder {package}/conf "
                 "is missing; update or uninstall it"
             )
-        installed.append(Extension(package, folders[0]))
-    return tuple(installed)
+        installed[package] = folders[0]
+    return installed
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,8 @@ class Catalogue:
         if config_dir is not None and not Path(config_dir).is_dir():
             raise UserError(f"--config-dir={config_dir}: no such folder")
         typed = [Path(config_dir)] if config_dir is not None else []
-        self._folders = [config_folder(), *(extension.folder for extension in extensions()), *typed]
-        self._primary = self._find("train") or config_folder() / "train.yaml"
+        self._folders = [config_folder(), *extensions().values(), *typed]
+        self._primary = config_folder() / f"{CONFIG_NAME}.yaml"
 
     def groups(self) -> dict[str, str | None]:
         """Maps each group to its default choice (None: no choice), in the order of train.yaml's defaults list."""

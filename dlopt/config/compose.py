@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import sys
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +17,7 @@ import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log, env_override
 from hydra.errors import ConfigCompositionException, HydraException
@@ -27,24 +26,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
-from dlopt.config.choices import config_folder, search
-from dlopt.config.flags import CONFIG_NAME, VERSION_BASE
+from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, config_folder, search
 from dlopt.config.overrides import is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
-from dlopt.config.yaml_folder import YamlFolder
-from dlopt.errors import UserError, shorten, suggest
+from dlopt.errors import UserError, did_you_mean, shorten, suggest
 from dlopt.folders import SHELL_FOLDER, refuse_url
-from dlopt.plain import check_yaml
+from dlopt.plain import check_yaml, join
 
 # AssertionError: Hydra asserts that an interpolated choice is a string.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
 _MOST = 200  # remembered configs, of some 30 kB each
-# Configs of dlopt's own files, by the state of these files, then by name, mode and choices.
-_memories: dict[Any, dict[Any, bytes]] = {}
+# Pickled configs by name, mode, choices, and the state of dlopt's files; those that need other files by `Composer`.
+_memory: dict[tuple[Any, ...], bytes] = {}
 
 
 class Composer:
@@ -61,16 +58,16 @@ class Composer:
         if config_dir is not None:
             _check_files(Path(config_dir))
         register_plugins()
-        token = search.set((None if config_dir is None else Path(config_dir),))
+        token = search.set(None if config_dir is None else Path(config_dir))
+        state = GlobalHydra.instance()
+        former, state.hydra = state.hydra, None  # a notebook may use Hydra as well
         try:
-            with _global_hydra(None):
-                initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=VERSION_BASE)
-                self._loader = GlobalHydra.instance().config_loader()
+            initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=VERSION_BASE)
+            self._loader = state.config_loader()
         finally:
+            state.hydra = former
             search.reset(token)
-        self._memory: dict[Any, bytes] = {}
-        # Other folders may have defaults lists that depend on the environment or the time.
-        self._shared = self._memory if config_dir is not None else _memories.setdefault(_state_of_files(), {})
+        self._files = _state_of_files()
         self._subgroups = functools.cache(self._loader.list_groups)
 
     @property
@@ -88,16 +85,15 @@ class Composer:
 
     def compose(self, overrides: Iterable[str], multirun: bool = False) -> DictConfig:
         """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
-        parsed = self.parse(overrides)
         # A component given as a block replaces one that is not set: data.test={_target_:mine.Dataset,count:17}.
-        overrides = [f"++{text_of(each)}" if _is_component(each) else text_of(each) for each in parsed]
-        parsed = self.parse(overrides)
+        lines = [f"++{text_of(each)}" if _is_component(each) else text_of(each) for each in self.parse(overrides)]
+        parsed = self.parse(lines)
         self._check_overrides(parsed, multirun)
         try:
             config = self._compose(parsed, multirun)
             raw: Any = OmegaConf.to_container(config, resolve=False)
             check_expansion(raw)
-            check_hydra(config, overrides)
+            check_hydra(config, raw["hydra"], lines)
             if not multirun and (more := pretrained_overrides(config, parsed)):
                 config = self._compose([*parsed, *self.parse(more)])
             return config
@@ -110,8 +106,8 @@ class Composer:
             raise UserError(self._explain(parsed, error, multirun)) from None
         except yaml.YAMLError as error:
             raise UserError(f"a config file is not valid YAML: {' '.join(str(error).split())}") from None
-        except (UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{self._undecodable_file()} cannot be read: {first_lines(error)}") from None
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"a config file cannot be read: {first_lines(error)}") from None
 
     def _compose(self, overrides: list[Override], multirun: bool = False) -> DictConfig:
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
@@ -138,13 +134,14 @@ class Composer:
         for_hydra = ("hydra.searchpath", "hydra.job.env_copy")
         if any(each.package or each.is_delete() or key_of(each) in for_hydra for each in values):
             return None
-        memory = self._shared if all(map(_is_own, choices)) else self._memory
-        key = (self.config_name, mode, *map(text_of, choices))
-        if key not in memory:
-            if len(memory) >= _MOST:
-                memory.clear()
-            memory[key] = pickle.dumps(self._load([text_of(each) for each in choices], mode))
-        config: DictConfig = pickle.loads(memory[key])  # ten times faster than OmegaConf's own copy
+        # Other folders may have defaults lists that depend on the environment or the time.
+        is_shared = self.config_dir is None and all(map(_is_own, choices))
+        key = (self._files if is_shared else self, self.config_name, mode, *map(text_of, choices))
+        if key not in _memory:
+            if len(_memory) >= _MOST:
+                _memory.clear()
+            _memory[key] = pickle.dumps(self._load([text_of(each) for each in choices], mode))
+        config: DictConfig = pickle.loads(_memory[key])  # ten times faster than OmegaConf's own copy
         if config.hydra.searchpath:  # its folders may have other groups and choices
             return None
         try:
@@ -207,15 +204,6 @@ class Composer:
             if value == {}:
                 raise UserError(f"{line}: an empty block changes nothing; set its keys one by one")
 
-    def _undecodable_file(self) -> str:
-        """Finds the file in --config-dir that is not UTF-8; Hydra does not name it."""
-        for path in () if self.config_dir is None else sorted(Path(self.config_dir).rglob("*.yaml")):
-            try:
-                path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):
-                return str(path)
-        return "a config file"
-
     def _suggest(self, group: str, choice: str = "") -> str:
         names = self.choices(group)
         if group.startswith("hydra/"):
@@ -228,48 +216,33 @@ class Composer:
         groups = self.groups()
         # Groups first, as Hydra applies them.
         ordered = sorted(overrides, key=lambda override: override.key_or_group not in groups)
-
-        @functools.cache
-        def compose_first(count: int) -> DictConfig | Exception:
+        config = DictConfig({})
+        for count in range(len(ordered) + 1):
             try:
-                return self._compose(ordered[:count], multirun)
-            except _COMPOSITION_ERRORS as error:
-                return error
-
-        # Bisection: with an override at fault, every longer list fails as well.
-        count = bisect_left(
-            range(len(ordered) + 1), True, key=lambda count: isinstance(compose_first(count), Exception)
-        )
-        if count > len(ordered):
-            return first_lines(error)
-        error_at_fault = compose_first(count)
-        assert isinstance(error_at_fault, Exception)
-        if count == 0:  # a config file is at fault
-            if self.config_name != CONFIG_NAME and "primary config" in str(error_at_fault):
-                return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
-            return first_lines(error_at_fault)
-        config = compose_first(count - 1)
-        assert isinstance(config, DictConfig)
-        return self._explain_override(ordered[count - 1], config, error_at_fault)
+                config = self._compose(ordered[:count], multirun)
+            except _COMPOSITION_ERRORS as fault:
+                if count > 0:
+                    return self._explain_override(ordered[count - 1], config, fault)
+                if self.config_name != CONFIG_NAME and "primary config" in str(fault):
+                    return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
+                return first_lines(fault)  # a config file is at fault
+        return first_lines(error)
 
     def _explain_override(self, override: Override, config: DictConfig, error: Exception) -> str:
         """Explains the error of `override`; `config` is composed without it."""
         line, key, value = text_of(override), override.key_or_group, override.value()
         typed = value_of(override)
-        if key in self.groups() and isinstance(value, str):
-            if value not in self.choices(key):
-                if key == "data" and Path(value).expanduser().is_dir():
-                    return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
-                return f"{line}: unknown choice; {self._suggest(key, value)}"
-            return f"{line}: {first_lines(error)}"
-        if key.startswith("hydra/") and (names := self.choices(key)) and value not in names:
+        choices = self.choices(key) if key in self.groups() or key.startswith("hydra/") else []
+        if choices and value not in choices:
+            if key == "data" and Path(str(value)).expanduser().is_dir():
+                return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
             return f"{line}: unknown choice; {self._suggest(key, str(value))}"
         if key.startswith("hydra/sweeper/"):
             return f"{line}: only searches have this group; add hydra/sweeper=dlopt_optuna"
-        if "/" in key or "@" in key:
+        if "/" in key or "@" in key or choices:
             return f"{line}: {first_lines(error)}"
         parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(config, parent, throw_on_resolution_failure=False) if parent else config
+        node = OmegaConf.select(config, parent, throw_on_resolution_failure=False)
         while node is None and "." in parent:  # explain the first part of the key that does not exist
             parent, _, name = parent.rpartition(".")
             node = OmegaConf.select(config, parent, throw_on_resolution_failure=False)
@@ -280,8 +253,7 @@ class Composer:
                 return f"{line}: unknown key; {parent} holds a value, not keys"
             if group.lower() not in names and (hint := for_key(name, typed)):  # trainer.max_epochs
                 return f"{line}: unknown key; {hint}"
-            close = get_close_matches(group.lower(), names, n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]}.{rest}? " if close else ""
+            hint = did_you_mean(group, names, suffix=f".{rest}")
             return f"{line}: unknown group; {hint}groups: {shorten(group, self.groups(), 'dlopt options')}"
         names = [str(name) for name in node if name not in ("_target_", "hydra")]
         if name in names and override.is_add():
@@ -293,10 +265,10 @@ class Composer:
         if hint := for_key(key, typed):
             return f"{line}: unknown key; {hint}"
         names += [] if parent else sorted(self.more_keys)
-        close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-        prefix = f"{parent}." if parent else ""
-        hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _suggest_in_groups(name, config)
-        if not hint and parent in self.groups():
+        hint = did_you_mean(name, names, join(parent, ""))
+        if not hint and not parent:
+            hint = _suggest_in_groups(name, config)
+        elif not hint and parent in self.groups():
             hint = _suggest_choices(parent, name, self.choices(parent))
         if not names and str(node.get("_target_")).startswith("dlopt."):
             return f"{line}: unknown key; {hint}the chosen {parent} has no keys"
@@ -304,17 +276,6 @@ class Composer:
             return f"{line}: unknown key; add a new key with a plus sign: +{line}"
         command = f"dlopt options {parent}" if parent in self.groups() else "dlopt train --help"
         return f"{line}: unknown key; {hint}allowed: {shorten(name, names, command)}"
-
-
-@contextlib.contextmanager
-def _global_hydra(hydra_instance: Any) -> Iterator[None]:
-    """Makes `hydra_instance` the global one, and restores the former: a notebook may use Hydra as well."""
-    state = GlobalHydra.instance()
-    former, state.hydra = state.hydra, hydra_instance
-    try:
-        yield
-    finally:
-        state.hydra = former
 
 
 def register_plugins() -> None:
@@ -331,7 +292,7 @@ def register_plugins() -> None:
     if folder not in namespace.__path__:
         namespace.__path__.append(folder)
     plugins = Plugins.instance()  # scans the namespace on first use only, so register explicitly
-    for plugin in (*importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS, YamlFolder):
+    for plugin in importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS:
         plugins.register(plugin)
 
 
@@ -363,7 +324,7 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
 def _is_component(override: Override) -> bool:
     """Returns whether an override sets a key to a block with a callable."""
     value = override.value()
-    return isinstance(value, dict) and "_target_" in value and text_of(override)[0] not in "+~"
+    return isinstance(value, dict) and "_target_" in value and override.type is OverrideType.CHANGE
 
 
 def _set(config: DictConfig, override: Override) -> None:
@@ -380,10 +341,10 @@ def _is_own(choice: Override) -> bool:
     return (config_folder() / choice.key_or_group / f"{choice.value()}.yaml").is_file()
 
 
-def _state_of_files() -> tuple[Any, ...]:
-    """Returns what differs when a YAML file of dlopt has changed."""
+def _state_of_files() -> str:
+    """Returns what differs when a YAML file of dlopt has changed, as a string, which is hashed only once."""
     files = ((path, path.stat()) for path in config_folder().rglob("*.yaml"))
-    return tuple((str(path), status.st_mtime_ns, status.st_size) for path, status in files)
+    return " ".join(f"{path} {status.st_mtime_ns} {status.st_size}" for path, status in files)
 
 
 def _check_files(folder: Path) -> None:
@@ -395,8 +356,8 @@ def _check_files(folder: Path) -> None:
     group_files = [path for group in (*groups, "hydra") for path in (folder / group).rglob("*.yaml")]
     for path in sorted([*folder.glob("*.yaml"), *group_files]):
         try:
-            check_yaml(path)
-        except ValueError as error:
+            check_yaml(path).decode()
+        except ValueError as error:  # includes UnicodeDecodeError
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} {error}") from None
         except OSError as error:
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} cannot be read: {error}") from None

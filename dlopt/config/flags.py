@@ -1,7 +1,6 @@
 """Hydra's flags of `dlopt train` and the other commands that compose a config; what Hydra's main prints for them."""
 
 import contextlib
-import functools
 import logging
 import sys
 from argparse import ArgumentParser, Namespace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import dlopt
-from dlopt.config.choices import config_folder
+from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, config_folder
 from dlopt.config.overrides import quoted
 from dlopt.config.synonyms import for_flag
 from dlopt.errors import USER_ERROR, UserError
@@ -18,8 +17,6 @@ from dlopt.errors import USER_ERROR, UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-CONFIG_NAME = "train"
-VERSION_BASE = "1.3"
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -27,7 +24,11 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     """Parses overrides and Hydra's flags (-m, --cfg, --config-dir, ...), in any order. Raises `UserError`."""
     parser = _parser()
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    parser.error = functools.partial(_raise_flag_error, arguments, flags)  # type: ignore[method-assign]
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(for_flag(arguments, flags) or f"{message}; `dlopt train --help` lists the flags")
+
+    parser.error = refuse  # type: ignore[method-assign]
     parsed: Namespace = parser.parse_intermixed_args(arguments)
     parsed.overrides = [quoted(line) for line in parsed.overrides]
     if parsed.experimental_rerun is not None:
@@ -57,10 +58,6 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--info", "-i", const="all", nargs="?", choices=INFO)
     parser.add_argument("--version", action="version", version=f"dlopt {dlopt.__version__}")
     return parser
-
-
-def _raise_flag_error(arguments: list[str], flags: list[str], message: str) -> NoReturn:
-    raise UserError(for_flag(arguments, flags) or f"{message}; `dlopt train --help` lists the flags")
 
 
 def show_info(parsed: Namespace) -> None:

@@ -16,7 +16,7 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, ConfigGroup
-from dlopt.config.schema import adapter_of, annotation_of, parameters_of, resolve_target, trusted_packages
+from dlopt.config.schema import adapter_of, annotation_of, named_parameters, resolve_target, trusted_packages
 from dlopt.config.settings import Settings
 from dlopt.errors import UserError
 
@@ -106,9 +106,7 @@ def _parameters(path: str | None) -> dict[str, Any]:
         target = resolve_target("_target_", path, trusted_packages())
     except UserError:
         return {}
-    kinds = {name: parameter.kind for name, parameter in parameters_of(target).items()}
-    named = [name for name, kind in kinds.items() if kind.name not in ("VAR_KEYWORD", "VAR_POSITIONAL")]
-    return {name: annotation_of(target, name) for name in named}
+    return {name: annotation_of(target, name) for name in named_parameters(target)}
 
 
 def _of_type(annotation: Any, definitions: dict[str, Any]) -> dict[str, Any]:

@@ -41,11 +41,6 @@ def text_of(override: "str | Override") -> str:
     return override if isinstance(override, str) else str(override.input_line)
 
 
-def is_choice(override: "str | Override", group: str) -> bool:
-    """Returns whether an override names a choice of the group, not one of its keys."""
-    return key_of(override) == group.replace("/", ".")
-
-
 def is_typed(key: str, overrides: "Iterable[str | Override]") -> bool:
     """Returns whether the command line sets the key or chooses for the group."""
     return any(key_of(override) == key for override in overrides)
@@ -83,6 +78,13 @@ def _parse(line: str) -> "Override":
 
     [override] = OverridesParser.create().parse_overrides([line])
     return override
+
+
+def refuse_several(overrides: "Iterable[Override]", reason: str = "one value is needed") -> None:
+    """Raises `UserError` for a key with several values."""
+    for override in overrides:
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: {reason}; write a list as [a,b]")
 
 
 def listed_values(override: "Override") -> list[str]:

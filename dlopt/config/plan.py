@@ -1,7 +1,17 @@
 """A run as one value: composed and checked once, then run in this process, or described in the folder of a job.
 
-A process that runs a job of a sweep, or a rank of a parallel run, reads the config of the plan from the run's folder,
-where `dlopt.job.describe` saves it. Nothing is composed again.
+The way of an override, `optimizer.lr=0.1`, from the command line to its use:
+
+1. `flags.parse_arguments` separates Hydra's flags; `inherit` replaces `from=RUN` by the overrides of that run.
+2. `overrides.parse_overrides` turns the text into Hydra's `Override`. No other module takes the text apart.
+3. `compose.Composer` refuses what Hydra accepts but nobody means, and sets the value in the config of the choices.
+4. `trust` checks what interpolations expand to and that Hydra's node names no code, before anything is resolved.
+5. `resolve.to_plain` resolves the config to plain values; the form to save keeps secrets as interpolations.
+6. `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`rules`).
+7. The result, an `Experiment` of components, is part of the `Plan`; `Component.build` passes the value to its callable.
+
+A job of a sweep, or a rank of a parallel run, enters at step 5 with the config that `dlopt.job.describe` has saved in
+the run's folder, because it must run what was checked. Nothing is composed again.
 """
 
 import re

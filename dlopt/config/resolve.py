@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,9 +15,8 @@ from dlopt.config.choices import Catalogue
 from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.schema import show
 from dlopt.config.trust import leaves
-from dlopt.config.yaml_folder import read
 from dlopt.errors import UserError
-from dlopt.plain import is_below
+from dlopt.plain import is_below, load_yaml
 
 _TARGET = "._target_"
 
@@ -84,8 +84,7 @@ def _set_by_recipe(config: DictConfig) -> dict[str, Any]:
     for source in config.hydra.runtime.config_sources if name is not None else ():
         path = os.path.join(source.path, "experiment", f"{name}.yaml")
         if os.path.isfile(path):
-            content: Any = OmegaConf.to_container(read(path)[1], resolve=False)
-            return dict(leaves(content))
+            return dict(leaves(load_yaml(Path(path)) or {}))
     return {}
 
 

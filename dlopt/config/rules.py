@@ -1,13 +1,16 @@
 """Checks combinations of settings. Each message names the key, its value, and which key to change."""
 
 import os
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from dlopt.config.experiment import Experiment, Settings
 from dlopt.config.schema import Component
-from dlopt.errors import UserError, install
+from dlopt.errors import UserError, did_you_mean, install
+from dlopt.init import default
+from dlopt.optim.traits import is_schedule_free
 
 _MAX_NAME = 100
 _PER_CORE = 64  # threads and data workers per core; larger values are almost certainly typos
@@ -43,32 +46,20 @@ def check_combinations(experiment: Experiment) -> None:
             f"scale_lr={settings.scale_lr}: {experiment.optimizer.choice} has no learning rate to scale; set "
             "optimizer.lr to a number, or scale_lr=none"
         )
-    if settings.ema is not None and _is_schedule_free(experiment.optimizer):
+    if settings.ema is not None and is_schedule_free(experiment.optimizer.target):
         raise UserError(
             f"ema={settings.ema}: {experiment.optimizer.target.__name__} evaluates an average of its own; use ema=null "
             "or another optimizer"
         )
     _check_device(experiment)
     _check_batch(experiment)
-    if experiment.model.arguments.get("pretrained") and not _keeps_weights(experiment.init):
+    if experiment.model.arguments.get("pretrained") and experiment.init.target is not default:
         raise UserError(
             f"{experiment.init.choice}: would overwrite the pretrained weights; "
             "use init=default or model.pretrained=false"
         )
     if getattr(experiment.loss.target, "predicts_pixels", False):
         _check_pixels(experiment)
-
-
-def _keeps_weights(init: Component) -> bool:
-    from dlopt.init import default  # late: it imports torch
-
-    return init.target is default
-
-
-def _is_schedule_free(optimizer: Component) -> bool:
-    from dlopt.optim.traits import is_schedule_free  # late: it imports torch
-
-    return is_schedule_free(optimizer.target)
 
 
 def _learning_rate(optimizer: Component) -> Any:
@@ -121,10 +112,8 @@ def _check_diagnostics(settings: Settings) -> None:
 def _check_monitor(key: str, monitor: str) -> None:
     allowed = (*_MONITORS, *_EXTRA)
     if monitor not in allowed and not monitor.startswith(_CLASS):
-        close = get_close_matches(monitor, allowed, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"{key}={monitor}: there is no validation metric of this name; {hint}"
+            f"{key}={monitor}: there is no validation metric of this name; {did_you_mean(monitor, allowed)}"
             f"allowed: {', '.join(allowed)}, {_CLASS}NAME"
         )
 
@@ -138,8 +127,6 @@ def extra_metric(monitor: str) -> str | None:
 
 
 def _check_device(experiment: Experiment) -> None:
-    import torch
-
     settings = experiment.settings
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: no CUDA device is available; use device=cpu or device=auto")

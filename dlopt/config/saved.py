@@ -1,7 +1,6 @@
 """Shared by the commands on checkpoints: parses their arguments and changes keys of a saved config."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
-from dlopt.config.overrides import parse_overrides, quoted
+from dlopt.config.overrides import parse_overrides, quoted, refuse_several
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_flag
-from dlopt.errors import UserError
+from dlopt.errors import UserError, did_you_mean
 
 
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
@@ -25,9 +24,7 @@ def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
         if not is_override or Path(argument).is_file():  # a path may contain an equals sign
             raise UserError(f"{argument}: an override is key=value; for a checkpoint: checkpoint={argument}")
     parsed = parse_overrides(map(quoted, arguments))
-    for override in parsed:
-        if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: one value is needed; write a list as [a,b]")
+    refuse_several(parsed)
     return {override.get_key_element(): override.value() for override in parsed}
 
 
@@ -59,9 +56,8 @@ def refuse_others(keys: Iterable[str], may_change: Sequence[str], command_keys: 
     for key in keys:
         if key.split(".")[0] in may_change:
             continue
-        close = get_close_matches(key, [*names, *may_change], n=1, cutoff=0.6)
         raise UserError(
-            f"{key}: {f'did you mean {close[0]}? ' if close else ''}the config is the checkpoint's; only "
+            f"{key}: {did_you_mean(key, [*names, *may_change])}the config is the checkpoint's; only "
             f"{', '.join(may_change)} may be changed; keys of this command: {', '.join(names)}"
         )
 

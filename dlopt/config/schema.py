@@ -66,7 +66,7 @@ _EMPTY = inspect.Parameter.empty
 
 def trusted_packages() -> tuple[str, ...]:
     """Returns the packages whose callables a config may name without `allow_packages`."""
-    return (*ALLOWED_PACKAGES, *(extension.package for extension in extensions()))
+    return (*ALLOWED_PACKAGES, *extensions())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +201,7 @@ def check_arguments(
     """
     parameters = parameters_of(target)
     takes_any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    named = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    allowed = [name for name in named if name not in runtime]
+    allowed = [name for name in named_parameters(target) if name not in runtime]
     for name, value in values.items():
         if name not in allowed and not (takes_any_key and name not in runtime):
             raise UserError(_explain_unknown_key(join(key, name), str(name), value, (*allowed, *related)))
@@ -213,11 +212,6 @@ def check_arguments(
         name: _check_value(join(key, name), value, annotation_of(target, name), runtime, packages)
         for name, value in values.items()
     }
-
-
-def accepted(target: Callable[..., Any], name: str) -> str:
-    """Describes the values that an argument accepts: `a number > 0`."""
-    return _describe(annotation_of(target, name))
 
 
 def annotation_of(target: Callable[..., Any], name: str) -> Any:
@@ -274,6 +268,11 @@ def parameters_of(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
         hints = {}
     parameters = [p.replace(annotation=hints.get(n, p.annotation)) for n, p in signature.parameters.items()]
     return {unpacked.name: unpacked for parameter in parameters for unpacked in _unpack(parameter)}
+
+
+def named_parameters(target: Callable[..., Any]) -> list[str]:
+    """Returns the names of the parameters except `*args` and `**kwargs`."""
+    return [name for name, p in parameters_of(target).items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
 
 
 def _unpack(parameter: inspect.Parameter) -> list[inspect.Parameter]:

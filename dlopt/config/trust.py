@@ -29,9 +29,11 @@ _MAX_VALUES = 10_000
 _REFERENCE = re.compile(r"\$\{\s*(\.*)([\w./-]+)\s*\}")  # ${a.b}, ${.a}; references inside resolvers count as well
 
 
-def check_hydra(config: DictConfig, typed: Iterable[str]) -> None:
-    """Raises `UserError` if Hydra's node names code, or sets environment variables from a file. `typed`: overrides."""
-    hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)
+def check_hydra(config: DictConfig, hydra: Mapping[str, Any], typed: Iterable[str]) -> None:
+    """Raises `UserError` if Hydra's node names code, or sets environment variables from a file.
+
+    `hydra`: the node as plain values, not resolved; `typed`: overrides.
+    """
     for key, value in leaves(hydra, "hydra"):
         name = key.rsplit(".", 1)[-1]
         if name == "_target_":
@@ -42,7 +44,7 @@ def check_hydra(config: DictConfig, typed: Iterable[str]) -> None:
         if key.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
             _check_logging(key, name, str(value))
         # Only a value that is one interpolation can resolve to a block; with other text around it, it is a string.
-        if isinstance(value, str) and value.startswith("${") and _is_block(config, key):
+        if isinstance(value, str) and value.startswith("${") and value.endswith("}") and _is_block(config, key):
             raise UserError(f"{key}={value}: a block of Hydra's config must not be an interpolation")
     if hydra["job"]["env_set"] and not any(is_below(key_of(line), ("hydra.job.env_set",)) for line in typed):
         raise UserError("hydra.job.env_set: set in a config file, but accepted from the command line only")

@@ -18,15 +18,10 @@ class Folders(SearchPathPlugin):
     """Adds the config folders of installed packages, and that of --config-dir, to the search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for extension in extensions():
-            search_path.append(f"dlopt-{extension.package}", f"file://{extension.folder}")
+        for package, folder in extensions().items():
+            search_path.append(f"dlopt-{package}", f"file://{folder}")
         if (typed := search.get()) is not None:
-            from dlopt.config.yaml_folder import serve
-
-            [folder] = typed
-            if folder is not None:
-                search_path.append("command-line", f"file://{folder.resolve()}")
-            serve(search_path)
+            search_path.append("command-line", f"file://{typed.resolve()}")
 
 
 class _PoolLauncher(Launcher):

@@ -48,7 +48,6 @@ def described(config: DictConfig | None) -> Any:
     if config is None:
         return None
     found: Any = OmegaConf.to_container(config, resolve=False)
-    del found["hydra"]["runtime"]["config_sources"]  # the folders have a scheme of their own
     return found, OmegaConf.is_struct(config), OmegaConf.is_readonly(config.hydra), OmegaConf.get_type(config.hydra)
 
 

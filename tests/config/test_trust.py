@@ -110,7 +110,7 @@ def test_typed(override: str, mode: str, tmp_path: Path, pickled: Path, marker: 
 def test_malicious_launcher_would_run_unchecked(
     tmp_path: Path, pickled: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compose, "check_hydra", lambda config, typed: None)
+    monkeypatch.setattr(compose, "check_hydra", lambda *_: None)
     inner = f"++hydra.launcher.extra={{{LOAD}}}".replace("PICKLED", str(pickled))
     with contextlib.suppress(Exception):
         dlopt(tmp_path, "train", *SMALL, "-m", "seed=0,1", inner)
@@ -120,7 +120,7 @@ def test_malicious_launcher_would_run_unchecked(
 def test_callbacks_do_not_run_even_unchecked(
     tmp_path: Path, pickled: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compose, "check_hydra", lambda config, typed: None)
+    monkeypatch.setattr(compose, "check_hydra", lambda *_: None)
     monkeypatch.setattr("dlopt.commands.train.refuse_unread_hydra", lambda *_: None)
     typed = [*SMALL, "epochs=1", f"+hydra.callbacks.x={{{LOAD}}}".replace("PICKLED", str(pickled))]
     assert dlopt(tmp_path, "train", *typed).code == 0
