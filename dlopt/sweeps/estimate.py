@@ -20,7 +20,7 @@ from dlopt.job import describe
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import result_of
 from dlopt.tracking.layout import format_count, format_duration
-from dlopt.tracking.metrics import METRICS, parse_metrics
+from dlopt.tracking.metrics import read_metrics
 
 _JOBS_PER_PROBE = 4  # so that the probes take less time than the jobs
 _PROBES = 3  # at most
@@ -125,7 +125,7 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
             if time.monotonic() > start + _PROBE_TIMEOUT:
                 process.kill()
                 return None
-            if is_enough(_metrics(folder), config["epochs"], config["steps"]):
+            if is_enough(read_metrics(folder.path), config["epochs"], config["steps"]):
                 process.stop()
             time.sleep(0.1)
         elapsed = time.monotonic() - start
@@ -145,15 +145,8 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
         if state is None:
             return None
         updates = state["progress"]["horizon"]
-        fastest, average = per_update(_metrics(folder), seconds, steps)
+        fastest, average = per_update(read_metrics(folder.path), seconds, steps)
         return Estimate(fastest * updates, _MARGIN * average * updates, start_up)
-
-
-def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    try:
-        return parse_metrics((folder.path / METRICS).read_bytes())
-    except OSError:
-        return []
 
 
 def print_estimate(

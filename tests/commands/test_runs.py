@@ -163,7 +163,7 @@ def test_clean_keeps_best_and_last(kept: Path) -> None:
     assert result.code == 0
     gone = {f"outputs/night/0/checkpoints/step-{n}.pt{end}" for n in (9, 10) for end in ("", ".sha256")}
     assert before - entries(kept) == gone
-    assert "outputs/night/0/checkpoints/step-9.pt" in result.out and "removed 2 checkpoints, 19 kB" in result.out
+    assert "outputs/night/0/checkpoints/step-9.pt" in result.out and "removed 2 checkpoints, 18.6 KiB" in result.out
     assert "nothing to remove" in dlopt(kept, "runs", "clean", "outputs/night", "optimizer=sgd", "--yes").out
 
 
@@ -203,5 +203,5 @@ def test_clean_reports_freed_bytes(kept: Path) -> None:
     folder = kept / "outputs/night/0/checkpoints"
     (folder / "step-9.pt").unlink()
     os.link(folder / "best.pt", folder / "abandoned-1-best.pt")
-    assert "10 kB" in dlopt(kept, "runs", "clean", "outputs/night/0", "--yes").out
+    assert "9.77 KiB" in dlopt(kept, "runs", "clean", "outputs/night/0", "--yes").out
     assert (folder / "best.pt").exists() and not (folder / "abandoned-1-best.pt").exists()
