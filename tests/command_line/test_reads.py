@@ -45,7 +45,7 @@ ON_CHECKPOINTS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "sample": (sample._READS, ("seed",)),
     "export format=onnx": (export._READS, ()),
     "consolidate": ((), ()),
-    "diagnose": (diagnose._READS, ()),
+    "diagnose": (diagnose._READS_OF_CHECKPOINTS, ()),
     "trajectory": (trajectory._READS_OF_LANDSCAPES, ("seed",)),
 }
 OTHERS = {"train", "benchmark", "grid"}  # the tests below
@@ -133,6 +133,7 @@ def test_only_typed_keys_are_refused() -> None:
         ("trajectory checkpoint=x.pt --config-dir=.", "--config-dir=.: not read with checkpoint="),
         ("diagnose checkpoint=x.pt --config-dir=.", "--config-dir=.: not read with checkpoint="),
         ("diagnose checkpoint=x.pt --config-name=trajectory", "--config-name=trajectory: not read with checkpoint="),
+        ("diagnose checkpoint=x.pt init_from=y.pt", "does not read this key; the weights are those of the checkpoint"),
         ("grid 0 -m seed=0,1", "-m: not needed here"),
         ("grid 0 --cfg=job seed=0,1", "--cfg: only available in `dlopt train`"),
         ("grid 0 --info=all seed=0,1", "--info: only available in `dlopt train`"),
