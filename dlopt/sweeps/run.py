@@ -259,8 +259,9 @@ def _grid(request: SweepRequest) -> int:
             record_dead(run)
         request.run_grid(folder, jobs)
     show_board([Entry(plan.subfolder, plan.saved, run.summary() or {}, plan.lines) for run, plan in jobs])
-    # "failed" stands as well for a job that died without a word.
-    statuses = {(run.summary() or {}).get("status", "running" if run.is_live() else "failed") for run, _ in jobs}
+    # A sweeper that chooses its jobs at run time is judged by the runs that it has left.
+    runs = [run for run, _ in jobs] or [RunFolder(path.parent) for path in folder.glob("*/config.yaml")]
+    statuses = {(run.summary() or {}).get("status", "running" if run.is_live() else "failed") for run in runs}
     print_next(f"\nsweep folder: {short_path(folder)}", folder, has_failed="failed" in statuses)
     if statuses & {"failed", "interrupted"}:
         print("resume=auto added to this command runs the failed and interrupted jobs again")

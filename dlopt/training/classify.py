@@ -17,7 +17,7 @@ from dlopt.training.restore import Trained
 def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterator[tuple[str, list[float] | str]]:
     """Yields each path with the probabilities of its classes, or with the error of an unreadable file.
 
-    A regression has the outputs instead. Each process classifies its shard of a batch, and yields all of them.
+    A regression has the outputs instead. Each process classifies its shard of a batch; all of them yield all results.
     """
     channels, height, width = trained.sample
 

@@ -38,7 +38,7 @@ class Tested:
 
 
 @dataclass(frozen=True)
-class _Member:
+class _Predictions:
     path: Path
     average: Average
     classes: tuple[str, ...] | None
@@ -46,7 +46,7 @@ class _Member:
     task: Task
     batches: Sequence[Outputs]
 
-    def check_matches(self, first: "_Member") -> None:
+    def check_matches(self, first: "_Predictions") -> None:
         """Raises `UserError` unless the two models were tested on the same samples and have outputs of one kind."""
         if self.average != first.average:
             raise UserError(
@@ -69,25 +69,25 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
         workloads: built one by one, because an ensemble may not fit into memory.
         views: test-time augmentation, the choice `tta`; None: none.
     """
-    members: list[_Member] = []
+    models: list[_Predictions] = []
     for path, workload in zip(paths, workloads, strict=True):
         chosen = choose_average(average, workload)
         if not workload.task.has_labels:
             return Tested(unlabelled_report(workload, tta=tta, members=len(paths)), chosen, None, workload)
         batches = predict_test_set(workload, views, chosen)
-        members.append(_Member(path, chosen, workload.dataset.classes, workload.loss, workload.task, batches))
-        members[-1].check_matches(members[0])
-    first = members[0]
-    combined = _combine([member.batches for member in members], first.average)
+        models.append(_Predictions(path, chosen, workload.dataset.classes, workload.loss, workload.task, batches))
+        models[-1].check_matches(models[0])
+    first = models[0]
+    combined = _combine([model.batches for model in models], first.average)
     return Tested(report(combined, first.loss, first.task), first.average, first.classes)
 
 
-def _combine(members: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:
+def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:
     """Averages the outputs of models on the same samples; returns those of a single model unchanged."""
-    if len(members) == 1:
-        return members[0]
-    weight = 1 / len(members)
+    if len(models) == 1:
+        return models[0]
+    weight = 1 / len(models)
     return [
         (mean_outputs([(weight, outputs) for outputs, _ in batches], average), batches[0][1])
-        for batches in zip(*members, strict=True)
+        for batches in zip(*models, strict=True)
     ]
