@@ -83,15 +83,13 @@ def estimate_job(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str
     for config in configs:
         timed = {key: value for key, value in config.items() if key not in _NOT_TIMED}
         different.setdefault(repr(timed), config)
-    count = min(_PROBES, len(different), -(-len(configs) // _JOBS_PER_PROBE))
-    probed = {round(i * (len(different) - 1) / max(count - 1, 1)) for i in range(count)}
+    candidates = list(different.values())
+    count = min(_PROBES, len(candidates), -(-len(configs) // _JOBS_PER_PROBE))
     estimates: list[Estimate | None] = []
     errors: list[UserError | RunError] = []
-    for number, config in enumerate(different.values()):
-        if number not in probed:
-            continue
+    for i in range(count):  # evenly spaced, from the first to the last
         try:
-            estimates.append(_probe(config, choices))
+            estimates.append(_probe(candidates[round(i * (len(candidates) - 1) / max(count - 1, 1))], choices))
         except (UserError, RunError) as error:
             errors.append(error)
     if not estimates and isinstance(errors[0], UserError):

@@ -129,19 +129,16 @@ class SweepRequest:
                 "model; use parallel=ddp, or one process"
             )
 
-    def run_grid(self, folder: Path, placed: "Sequence[Placed]") -> None:
+    def run_grid(self, folder: Path, jobs: Sequence[Job]) -> None:
         """Runs the jobs as they were checked. A launcher or sweeper of another package composes them again."""
-        if self.pool is None or not placed:
+        if self.pool is None or not jobs:
             run_with_hydra(self, folder, [listed(override) for override in self.swept])
             return
         if self.pool.is_local:
             pools.warm_up()
-        names = labels([plan.lines for _, plan in placed])
-        jobs = [
-            Job(number, run, plan, name) for number, ((run, plan), name) in enumerate(zip(placed, names, strict=True))
-        ]
         size = self.config.hydra.sweeper.get("max_batch_size") or len(jobs)
-        for batch in (jobs[first : first + size] for first in range(0, len(jobs), size)):
+        for first in range(0, len(jobs), size):
+            batch = jobs[first : first + size]
             run_jobs(batch, len(batch), self.pool)
 
     def estimate(self, jobs: Sequence[Plan], total: int) -> int:
@@ -232,12 +229,11 @@ def show_board(entries: Sequence[Entry], **ranking: Any) -> None:
 
 # -- grids
 
-Placed = tuple[RunFolder, Plan]
-"""A job in the folder of its sweep."""
 
-
-def _placed(sweep: Path, plans: Sequence[Plan]) -> list[Placed]:
-    return [(RunFolder(sweep / plan.subfolder), plan) for plan in plans]
+def _jobs(sweep: Path, plans: Sequence[Plan]) -> list[Job]:
+    """Returns the jobs of a grid in the folder `sweep`."""
+    named = enumerate(zip(plans, labels([plan.lines for plan in plans]), strict=True))
+    return [Job(number, RunFolder(sweep / plan.subfolder), plan, label) for number, (plan, label) in named]
 
 
 def _grid(request: SweepRequest) -> int:
@@ -247,20 +243,21 @@ def _grid(request: SweepRequest) -> int:
             print(f"job {number}: {label}")
         return request.estimate(plans, len(plans))
     folder = request.find_folder(
-        lambda candidate: bool(plans) and _is_unfinished(candidate, _placed(candidate.path, plans)),
-        lambda path, key: _check_folder(RunFolder(path), key, _placed(path, plans), request.config.resume),
+        lambda candidate: bool(plans) and _is_unfinished(candidate, _jobs(candidate.path, plans)),
+        lambda path, key: _check_folder(RunFolder(path), key, _jobs(path, plans), request.config.resume),
     )
-    jobs = _placed(folder, plans)
-    if jobs and all(run.is_done(plan.saved) for run, plan in jobs):
+    jobs = _jobs(folder, plans)
+    if jobs and all(job.is_done for job in jobs):
         return print_next(f"this sweep is already finished: {folder}", folder)
     with RunFolder(folder).lock():
         write_atomically(folder / SPACE, yaml.safe_dump([plan.lines for plan in plans], allow_unicode=True).encode())
-        for run, _ in jobs:
-            record_dead(run)
+        for job in jobs:
+            record_dead(job.folder)
         request.run_grid(folder, jobs)
-    show_board([Entry(plan.subfolder, plan.saved, run.summary() or {}, plan.lines) for run, plan in jobs])
+    rows = [(job.plan, job.folder.summary() or {}) for job in jobs]
+    show_board([Entry(plan.subfolder, plan.saved, summary, plan.lines) for plan, summary in rows])
     # A sweeper that chooses its jobs at run time is judged by the runs that it has left.
-    runs = [run for run, _ in jobs] or [RunFolder(path.parent) for path in folder.glob("*/config.yaml")]
+    runs = [job.folder for job in jobs] or [RunFolder(path.parent) for path in folder.glob("*/config.yaml")]
     statuses = {(run.summary() or {}).get("status", "running" if run.is_live() else "failed") for run in runs}
     print_next(f"\nsweep folder: {short_path(folder)}", folder, has_failed="failed" in statuses)
     if statuses & {"failed", "interrupted"}:
@@ -286,41 +283,42 @@ def _plans(request: SweepRequest) -> list[Plan]:
     return jobs
 
 
-def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Placed], resume: str | None) -> None:
+def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str | None) -> None:
     if sweep.is_live():
         raise UserError(f"{key}: another sweep is active in this folder")
-    for run, _ in jobs:
-        run.refuse_newer(key)
-    for run, plan in jobs:
-        if run.has_run():
+    for job in jobs:
+        job.folder.refuse_newer(key)
+    for job in jobs:
+        folder, saved = job.folder, job.plan.saved
+        if folder.has_run():
             if resume != "auto":
                 raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
-            former = run.config() or plan.saved
-            refuse_other_config(former, plan.saved, str(run.path), run.history())
-            if any(former.get(name) != plan.saved[name] for name in ("epochs", "steps")):
-                _check_length(run, plan)
+            former = folder.config() or saved
+            refuse_other_config(former, saved, str(folder.path), folder.history())
+            if any(former.get(name) != saved[name] for name in ("epochs", "steps")):
+                _check_length(job)
 
 
-def _check_length(folder: RunFolder, job: Plan) -> None:
+def _check_length(job: Job) -> None:
     """Raises `UserError` if the job would train its added epochs at learning rate 0."""
     from dlopt.training.checkpoint import Checkpoints
     from dlopt.training.progress import check_lengthened
 
-    state = Checkpoints(folder.checkpoints).load_newest()
+    state = Checkpoints(job.folder.checkpoints).load_newest()
     if state is not None:
-        check_lengthened(job.experiment, state)
+        check_lengthened(job.plan.experiment, state)
 
 
-def _is_unfinished(sweep: RunFolder, jobs: Sequence[Placed]) -> bool:
+def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
     """Returns whether the folder contains the same jobs, some of them unfinished."""
     space = read_space(sweep.path)
     if sweep.is_live() or not isinstance(space, list) or len(space) != len(jobs):
         return False
-    if all(run.is_done(plan.saved) for run, plan in jobs):
+    if all(job.is_done for job in jobs):
         return False
-    for lines, (run, plan) in zip(space, jobs, strict=True):
-        old = run.config()
-        if differences(old, plan.saved) if old is not None else _values(lines) != _values(plan.lines):
+    for lines, job in zip(space, jobs, strict=True):
+        old = job.folder.config()
+        if differences(old, job.plan.saved) if old is not None else _values(lines) != _values(job.plan.lines):
             return False
     return True
 

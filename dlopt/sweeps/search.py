@@ -26,7 +26,7 @@ from dlopt.ranges import Count, Seed
 from dlopt.results.leaderboard import Direction, Entry, direction_of, front
 from dlopt.results.terminal import show_front
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, JobResult, build_job, record_dead
+from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, build_job, record_dead
 from dlopt.sweeps.pool import JobSource
 from dlopt.sweeps.run import SweepRequest, print_next, read_space, show_board
 from dlopt.sweeps.space import Space, parse_space
@@ -274,7 +274,9 @@ def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> N
 class Search(JobSource):
     """Claims the study's jobs and records their results. `build` (overrides, number, label) composes a job."""
 
-    def __init__(self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job]) -> None:
+    def __init__(
+        self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job | InvalidJob]
+    ) -> None:
         self._spec, self._study, self._build = spec, study, build
         self._claims: dict[int, ClaimedJob] = {}
         self.interrupted = 0  # jobs
@@ -282,7 +284,7 @@ class Search(JobSource):
         self.overview = Overview(spec.total, spec.objectives[0], spec.directions[0])
         self._logged: set[str] = set()  # metrics in the lines of metrics.jsonl, if there is a pruner
 
-    def next(self) -> Job | None:
+    def next(self) -> Job | InvalidJob | None:
         now = time.monotonic()
         if now < self._last_empty_claim + _RETRY_SECONDS:  # do not query the storage at every poll of the pool
             return None
@@ -298,7 +300,7 @@ class Search(JobSource):
             return None
         self._claims[claim.number] = claim
         job = self._build(space.overrides(claim.values), claim.number, space.label(claim.values))
-        if claim.is_takeover and not job.error:
+        if claim.is_takeover and isinstance(job, Job):
             record_dead(job.folder)
         return job
 
@@ -316,7 +318,7 @@ class Search(JobSource):
         value = -float(value) if self._spec.negate_pruning_metric else float(value)
         return self._study.report(self._claims[job.number], int(metrics["epoch"]), value)
 
-    def ended(self, job: Job, result: JobResult) -> None:
+    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
         """Records the result. Raises `RunError` if no job of this search can have the metrics that it compares."""
         claim = self._claims[job.number]
         if result.status == "interrupted":
