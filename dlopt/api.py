@@ -13,9 +13,9 @@ import torch
 from hydra.types import RunMode
 from torch import Tensor, nn
 
+from dlopt.attempt import prepare
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
-from dlopt.commands.train import prepare
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import quoted
 from dlopt.config.plan import checked

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from dlopt import job
+from dlopt import attempt, job
 from dlopt.config.resuming import differences
 from dlopt.errors import UserError
 from dlopt.files import write
@@ -214,8 +214,7 @@ def test_a_restarted_launcher_continues_the_run_that_it_has_started_from_a_check
     if not has_saved:
         for path in (first / "checkpoints").iterdir():
             path.unlink()
-    worlds = iter([None, World("torchrun", 0, 2, 0, 2, restarts=1)])  # the second one when it looks for its folder
-    monkeypatch.setattr("dlopt.commands.train.current", lambda: next(worlds))
+    monkeypatch.setattr("dlopt.attempt.current", lambda: World("torchrun", 0, 2, 0, 2, restarts=1))
     train(tmp_path, *line, "epochs=3")
     run = first if place or has_saved else max(tmp_path.glob("outputs/train/*"))
     assert [each["epoch"] for each in lines(run)] == [1, 2, 3]
@@ -483,17 +482,15 @@ def test_relative_folders_are_relative_to_the_working_directory(tmp_path: Path) 
 
 
 def test_folder_taken_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dlopt.commands import train as command
+    prepare = attempt.prepare
 
-    prepare = command.prepare
-
-    def taken_meanwhile(*arguments: Any) -> command.Prepared:
+    def taken_meanwhile(*arguments: Any) -> attempt.Prepared:
         monkeypatch.undo()
         ready = prepare(*arguments)
         train(tmp_path, IN_RUN)
         return ready
 
-    monkeypatch.setattr(command, "prepare", taken_meanwhile)
+    monkeypatch.setattr(attempt, "prepare", taken_meanwhile)
     result = dlopt(tmp_path, "train", *SMALL, IN_RUN)
     assert result.code == 2 and "active in this folder" in result.err
     assert RunFolder(tmp_path / "run").is_finished() and len(lines(tmp_path / "run")) == 2

@@ -6,6 +6,8 @@ FOLDER/rank-N.json.
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +19,12 @@ import torch
 from torch import nn
 
 from dlopt.analysis.range_test import RangeTest
-from dlopt.analysis.ranks import RankOutcome, run_rank
+from dlopt.analysis.ranks import RankOutcome, run_rank, run_ranks
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
-from dlopt.errors import RunError, UserError
+from dlopt.errors import USER_ERROR, RunError, UserError
 from dlopt.parallel import rendezvous
+from dlopt.parallel.launch import count_processes
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS
 from dlopt.tracking.tracking import Tracking
@@ -243,12 +246,40 @@ def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
     return rate
 
 
+def measure(experiment: Experiment, keys: RangeTest) -> LearningRates | None:
+    """Runs a range test here, or in as many processes as the experiment has; None on ranks > 0 of a launcher."""
+    world = rendezvous.current()
+    # A launcher has started the processes already, maybe more than this machine has GPUs.
+    processes = 1 if world else count_processes(experiment.parallel.arguments, experiment.settings.device)
+    if processes > 1:
+        return _measure_in_ranks(experiment, keys, processes)
+    result = test_range(experiment, keys, Path(os.devnull))
+    if world is not None:
+        rendezvous.leave()
+    return result if rendezvous.is_main() else None
+
+
+def _measure_in_ranks(experiment: Experiment, keys: RangeTest, processes: int) -> LearningRates:
+    """Starts one process per rank and returns the result of rank 0."""
+    with tempfile.TemporaryDirectory(prefix="dlopt-find-lr-", ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
+        (scratch / "sweep.json").write_text(json.dumps(asdict(keys)))
+        codes = run_ranks("dlopt.analysis.lr_range", scratch, experiment.config, processes, {})
+        results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
+    for result in results:
+        if "error" in result:
+            raise UserError(result["error"]) if USER_ERROR in codes else RunError(result["error"])
+    if any(codes) or not results:
+        raise RunError(f"the processes of the test failed with exit codes {', '.join(map(str, codes))}")
+    return LearningRates(**results[0])
+
+
 def test_range(experiment: Experiment, keys: RangeTest, folder: Path) -> LearningRates:
     """Runs a range test in this process, or as one rank of several. `folder` is not written."""
     return find(build_workload(experiment, parallel=build_mode(experiment)), keys, folder)
 
 
-def _measure(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:
+def _measure_rank(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:
     keys = RangeTest(**json.loads((folder / "sweep.json").read_text()))
     return asdict(test_range(experiment, keys, folder))
 
@@ -256,8 +287,8 @@ def _measure(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:
 def _explain(error: Exception) -> RankOutcome | None:
     if not isinstance(error, UserError | RunError):
         return None
-    return {"error": str(error)}, 2 if isinstance(error, UserError) else 1
+    return {"error": str(error)}, error.code
 
 
 if __name__ == "__main__":
-    rendezvous.end_process(run_rank(_measure, _explain))
+    rendezvous.end_process(run_rank(_measure_rank, _explain))

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
 
 from dlopt.augment.operation import Draws, FixedStrengthDraws, image_shape, leaves
-from dlopt.augment.pipeline import Pipeline
-from dlopt.data.batches import Augment
+from dlopt.augment.pipeline import Pipeline, crop_when_reading
+from dlopt.data.batches import Augment, Position
+from dlopt.data.samples import Samples
 from dlopt.random import generator
 
 if TYPE_CHECKING:
@@ -95,6 +96,20 @@ def batch_picture(
                 row.images.append(result)
                 row.captions.append("" if targets.is_floating_point() else _caption(target, classes))
     return _grid(rows, title, [groups, headers] if any(groups) else [headers], tile, white)
+
+
+def reading_crops(pipeline: Pipeline, samples: Samples, order: Tensor, seed: int) -> Augment:
+    """Returns the augmentation of the samples `order`, which crops whole image files as training does."""
+    reader, others = crop_when_reading(pipeline, samples, seed)
+    if reader is None:
+        return pipeline
+
+    def augment(inputs: Tensor, targets: Tensor, **position: Unpack[Position]) -> tuple[Tensor, Tensor]:
+        updates = torch.full_like(order, int(position["epoch"]))
+        crops = reader.fetch(torch.stack([order, updates, position["indices"]], 1))
+        return (crops, targets) if others is None else others(crops, targets, **position)
+
+    return augment
 
 
 def _caption(target: Tensor, classes: Sequence[str]) -> str:

@@ -2,8 +2,8 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
     from dlopt.parallel.mode import Mode
     from dlopt.training.build import Workload
+    from dlopt.training.ensemble import Tested
     from dlopt.training.evaluate import Average, TestReport
 
 _READS = (
@@ -78,16 +79,6 @@ _OutputKey = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class _Tested:
-    """The result of a checkpoint, an ensemble, or a file of weights."""
-
-    report: "TestReport"
-    average: "Average"
-    classes: tuple[str, ...] | None
-    workload: "Workload | None" = None  # of a task without labels, whose outputs are not kept
-
-
 def evaluate(arguments: list[str]) -> int:
     """Runs `dlopt eval` with the given arguments; returns the exit code. Raises `UserError`."""
     keys = set(map(key_of, arguments))
@@ -109,6 +100,7 @@ def _evaluate_checkpoints(
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
     from dlopt.processor import choose_device
     from dlopt.training.checkpoint import load
+    from dlopt.training.ensemble import test
 
     views, processes = _views(tta, changes), take_process_keys(changes, "eval")
     states = [load(path) for path in paths]
@@ -117,7 +109,7 @@ def _evaluate_checkpoints(
         saved_experiment(state["config"], {**size, **changes}, path) for path, state in zip(paths, states, strict=True)
     ]
     mode = join_processes(choose_device(experiments[0].settings.device), processes)
-    tested = _test(paths, _restored(paths, states, experiments, mode), average, views, tta)
+    tested = test(paths, _restored(paths, states, experiments, mode), average, views, tta)
     if not mode.ranks.is_main:
         return DONE
     names, epochs = [str(path) for path in paths], [state["progress"]["epoch"] for state in states]
@@ -141,6 +133,7 @@ def _evaluate_weights(
     from dlopt.models.foreign import advice
     from dlopt.processor import choose_device
     from dlopt.training.build import build_workload, load_weights
+    from dlopt.training.ensemble import test
 
     parsed = {key_of(override): override for override in line.composer.parse(line.overrides)}
     own = {key: override for key, override in parsed.items() if key.startswith(("tta.", "parallel"))}
@@ -153,7 +146,7 @@ def _evaluate_weights(
     mode = join_processes(choose_device(experiment.settings.device), processes)
     workload = build_workload(experiment, parallel=mode)
     lines = load_weights(workload.module, path, complete=True)
-    tested = _test([path], [workload], average, views, tta)
+    tested = test([path], [workload], average, views, tta)
     if tested.report.confusion is not None:
         lines += advice(workload.module, tested.report.metrics["test_accuracy"], len(tested.report.confusion))
     record = _record({"init_from": str(path)}, tta, views, None if views is None else tested.average)
@@ -164,10 +157,10 @@ def _record(source: Mapping[str, Any], tta: str, views: Any, average: "Average |
     return {**source, "tta": {"name": tta, **({} if views is None else vars(views))}, "average": average}
 
 
-def _finish(record: dict[str, Any], tested: _Tested, folder: Path | str | None, lines: list[str]) -> int:
+def _finish(record: dict[str, Any], tested: "Tested", folder: Path | str | None, lines: list[str]) -> int:
     """Prints the metrics and writes them to `folder`, if any, in addition to `record`."""
     report = tested.report
-    classes = [] if tested.classes is None or report.confusion is None else _per_class(report, tested.classes)
+    classes = [] if tested.classes is None else report.per_class(tested.classes)
     if classes:
         lines.append(_class_line(classes))
     if folder is not None:
@@ -214,30 +207,6 @@ def _restored(
         yield workload
 
 
-def _test(
-    paths: Sequence[Path], workloads: "Iterable[Workload]", average: "Average | None", views: Any, tta: Tta
-) -> _Tested:
-    """Tests each model and reports the metrics of the average of their outputs."""
-    from dlopt.training import evaluate as testing
-
-    members: list[dict[str, Any]] = []
-    for path, workload in zip(paths, workloads, strict=True):
-        chosen = testing.choose_average(average, workload)
-        if not workload.task.has_labels:
-            summary = testing.unlabelled_report(workload, tta=tta, members=len(paths))
-            return _Tested(summary, chosen, None, workload)
-        batches = testing.predict_test_set(workload, views, chosen)
-        kept = {"classes": workload.dataset.classes, "loss": workload.loss, "task": workload.task}
-        members.append({"path": path, "batches": batches, "average": chosen, **kept})
-        if chosen != members[0]["average"]:
-            raise UserError(f"checkpoint={path}: trained with a different loss than {paths[0]}; use average=logits")
-    testing.check_same_samples(members)
-    first = members[0]
-    batches = testing.combine([member["batches"] for member in members], first["average"])
-    summary = testing.report(batches, first["loss"], first["task"])
-    return _Tested(summary, first["average"], first["classes"])
-
-
 def _check_classes(path: Path, trained: Sequence[str] | None, classes: Sequence[str] | None) -> None:
     """Raises `UserError` if the model was trained with other classes than those of the data."""
     if trained is None or classes is None:
@@ -248,18 +217,6 @@ def _check_classes(path: Path, trained: Sequence[str] | None, classes: Sequence[
                 f"checkpoint={path}: trained with other classes than those of the data: class {number} is {old} in the "
                 f"checkpoint, {new} in the data"
             )
-
-
-def _per_class(report: "TestReport", classes: Sequence[str]) -> list[dict[str, Any]]:
-    from dlopt.training.metrics import class_accuracies, f1_scores
-
-    assert report.confusion is not None
-    columns = (report.confusion.sum(1), class_accuracies(report.confusion), f1_scores(report.confusion))
-    rows = zip(classes, *(column.tolist() for column in columns), strict=True)
-    return [
-        {"class": name, "samples": samples, "accuracy": without_nan(accuracy), "f1": without_nan(f1)}
-        for name, samples, accuracy, f1 in rows
-    ]
 
 
 def _class_line(per_class: Sequence[Mapping[str, Any]]) -> str:

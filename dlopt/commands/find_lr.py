@@ -1,24 +1,16 @@
 """`dlopt find-lr`: runs a learning-rate range test, plots it and suggests learning rates."""
 
-import json
-import os
-import tempfile
-from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dlopt.analysis.range_test import RangeTest
 from dlopt.command_line.line import Line, on_experiment, output_folder, writing
 from dlopt.command_line.reads import RECIPE, UPDATE
-from dlopt.errors import DONE, USER_ERROR, RunError, UserError
-from dlopt.parallel.launch import count_processes
-from dlopt.parallel.rendezvous import current, is_main, leave
+from dlopt.errors import DONE, UserError
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
     from dlopt.analysis.lr_range import LearningRates
-    from dlopt.config.experiment import Experiment
 
 _READS = (*UPDATE, *RECIPE, "scale_lr")  # scale_lr: only none
 USAGE = """\
@@ -62,7 +54,7 @@ def find_lr(
     ] = None,
 ) -> int:
     """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
-    from dlopt.analysis.lr_range import check, trial, write
+    from dlopt.analysis.lr_range import check, measure, trial, write
 
     arguments, line = line.take(RangeTest)
     range_test = RangeTest(**arguments)
@@ -74,7 +66,7 @@ def find_lr(
             f"scale_lr={experiment.settings.scale_lr}: the test finds the learning rate for this batch size; set "
             "scale_lr=none, here and in the training"
         )
-    result = _run(experiment, range_test)
+    result = measure(experiment, range_test)
     if result is None:  # rank > 0: rank 0 reports
         return DONE
     folder = output_folder(output, "find-lr")
@@ -85,39 +77,6 @@ def find_lr(
     for path in paths:
         print(short_path(path))
     return DONE
-
-
-def _run(experiment: "Experiment", range_test: RangeTest) -> "LearningRates | None":
-    """Runs the test here or in child processes; returns None on ranks > 0 of a launcher."""
-    from dlopt.analysis.lr_range import test_range
-
-    world = current()
-    # A launcher has started the processes already, maybe more than this machine has GPUs.
-    processes = 1 if world else count_processes(experiment.parallel.arguments, experiment.settings.device)
-    if processes > 1:
-        return _run_ranks(experiment, range_test, processes)
-    result = test_range(experiment, range_test, Path(os.devnull))
-    if world is not None:
-        leave()
-    return result if is_main() else None
-
-
-def _run_ranks(experiment: "Experiment", range_test: RangeTest, processes: int) -> "LearningRates":
-    """Starts one process per rank and returns the result of rank 0."""
-    from dlopt.analysis.lr_range import LearningRates
-    from dlopt.analysis.ranks import run_ranks
-
-    with tempfile.TemporaryDirectory(prefix="dlopt-find-lr-", ignore_cleanup_errors=True) as name:
-        scratch = Path(name)
-        (scratch / "sweep.json").write_text(json.dumps(asdict(range_test)))
-        codes = run_ranks("dlopt.analysis.lr_range", scratch, experiment.config, processes, {})
-        results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
-    for result in results:
-        if "error" in result:
-            raise UserError(result["error"]) if USER_ERROR in codes else RunError(result["error"])
-    if any(codes) or not results:
-        raise RunError(f"the processes of the test failed with exit codes {', '.join(map(str, codes))}")
-    return LearningRates(**results[0])
 
 
 def _print(result: "LearningRates") -> None:

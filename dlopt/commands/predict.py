@@ -3,9 +3,8 @@
 import csv
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.command_line.line import on_checkpoint, refuse_folder, writing
 from dlopt.command_line.processes import join_processes, over_processes, take_process_keys
@@ -15,8 +14,6 @@ from dlopt.job import print_error
 from dlopt.ranges import Count, Natural
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dlopt.training.restore import Trained
 
 _READS = ("device", "precision", "threads", "allow_packages", "parallel")
@@ -120,65 +117,20 @@ def _header(trained: "Trained") -> list[str]:
 
 
 def _rows(files: Sequence[str], trained: "Trained", batch_size: int, max_errors: int) -> Iterator[list[str]]:
-    """Yields one row per readable file, on every process all of them; each process classifies its shard of a batch."""
-    mode = trained.mode
+    """Yields one row per readable file, on every process all of them."""
+    from dlopt.training.classify import classify
+
     errors = 0
-    for paths, images in _decode_batches(files, trained, batch_size):
-        for path, result in mode.ranks.gather(_classify(paths, images, trained)):
-            if not isinstance(result, str):
-                cells = [f"{value:.6g}" for value in result]
-                if trained.classes is not None:
-                    best = max(range(len(result)), key=result.__getitem__)
-                    cells = [trained.classes[best], cells[best], *cells]
-                yield [path, *cells]
-                continue
-            errors += 1
-            if mode.ranks.is_main:
-                print_error(f"skipped: {result}")
-            if errors > max_errors:
-                raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")
-
-
-def _classify(
-    paths: Sequence[str], images: "Sequence[Tensor | UserError]", trained: "Trained"
-) -> list[tuple[str, list[float] | str]]:
-    """Returns each path with the values of its classes, or with the error of an unreadable file."""
-    import torch
-
-    from dlopt.losses import probabilities
-
-    readable = [image for image in images if not isinstance(image, UserError)]
-    values: Iterator[list[float]] = iter(())
-    if readable:
-        outputs = trained.outputs(torch.stack(readable))
-        values = iter((outputs if trained.classes is None else probabilities(outputs, trained.loss)).tolist())
-    return [
-        (path, str(image) if isinstance(image, UserError) else next(values))
-        for path, image in zip(paths, images, strict=True)
-    ]
-
-
-def _decode_batches(
-    files: Sequence[str], trained: "Trained", size: int
-) -> Iterator[tuple[Sequence[str], list["Tensor | UserError"]]]:
-    """Yields this process's paths and images of each batch; decodes the next one while the caller uses the current."""
-    from dlopt.data.images import decode
-    from dlopt.processor import usable_cores
-
-    channels, height, width = trained.sample
-
-    def read(path: str) -> "Tensor | UserError":
-        try:
-            return decode(path, (height, width), channels)
-        except UserError as error:
-            return error
-
-    shard = trained.mode.split.evaluation_shard
-    batches = [files[start : start + size] for start in range(0, len(files), size)]
-    if shard is not None:
-        batches = [batch[cast(slice, shard(len(batch)))] for batch in batches]
-    with ThreadPoolExecutor(max(1, usable_cores() // trained.mode.ranks.local_processes)) as pool:
-        upcoming = [pool.submit(read, path) for path in batches[0]]
-        for paths, next_paths in zip(batches, [*batches[1:], []], strict=True):
-            current, upcoming = upcoming, [pool.submit(read, path) for path in next_paths]
-            yield paths, [future.result() for future in current]
+    for path, result in classify(files, trained, batch_size):
+        if not isinstance(result, str):
+            cells = [f"{value:.6g}" for value in result]
+            if trained.classes is not None:
+                best = max(range(len(result)), key=result.__getitem__)
+                cells = [trained.classes[best], cells[best], *cells]
+            yield [path, *cells]
+            continue
+        errors += 1
+        if trained.mode.ranks.is_main:
+            print_error(f"skipped: {result}")
+        if errors > max_errors:
+            raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")

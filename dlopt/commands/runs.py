@@ -3,14 +3,13 @@
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from dlopt.command_line.line import take_own
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
-from dlopt.formats import format_bytes, printable
+from dlopt.formats import format_bytes, format_count, printable
 from dlopt.formats import format_value as text
 from dlopt.job import print_error
 from dlopt.ranges import Count
@@ -39,53 +38,47 @@ one line per run with the columns that fit; a pipe gets all columns and digits a
   condition :: KEY=VALUE, KEY!=VALUE (with wildcards * and ?), KEY>X, KEY>=X, KEY<X or KEY<=X. KEY is a key of the \
 config, a metric (val_accuracy and val_loss of the best epoch, steps, seconds, ...) or status: finished, \
 stopped_early, running, interrupted, unfinished (killed), failed
-  {_Listing}
+  {_list}
 
 dlopt runs clean:
   Lists the checkpoints step-N.pt and abandoned-*.pt and removes them after confirmation. Keeps best.pt and last.pt, and
   all checkpoints of runs that are running or have a damaged last.pt.
 
-  {_Cleaning}
+  {_clean}
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Listing:
-    """The keys of `dlopt runs`."""
-
-    sort: Annotated[str | None, "KEY: sort by a metric (best first) or by a key of the config (ascending)"] = None
-    columns: Annotated[
-        list[str] | None, "[KEY,...]: keys and metrics to show (default: those that differ between the runs)"
-    ] = None
-    limit: Annotated[Count | None, "N: show only the first N runs"] = None
-    paths: Annotated[bool, "--: print only the folders"] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Cleaning:
-    """The keys of `dlopt runs clean`."""
-
-    yes: Annotated[bool, "--: do not ask for confirmation"] = False
 
 
 def runs(arguments: list[str]) -> int:
     """Lists runs, or removes checkpoints. Raises `UserError`."""
-    if arguments[:1] == ["clean"]:
-        return _clean(arguments[1:])
-    folders, conditions, own = _parse(arguments, _Listing)
-    listing = _Listing(**own)
-    query = Query(folders, conditions, listing.sort, listing.columns, listing.limit)
+    command, rest = (_clean, arguments[1:]) if arguments[:1] == ["clean"] else (_list, arguments)
+    folders, conditions, own = _parse(rest, command)
+    return command(folders, conditions, **own)
+
+
+def _list(
+    folders: list[Path],
+    conditions: list[Condition],
+    *,
+    sort: Annotated[str | None, "KEY: sort by a metric (best first) or by a key of the config (ascending)"] = None,
+    columns: Annotated[
+        list[str] | None, "[KEY,...]: keys and metrics to show (default: those that differ between the runs)"
+    ] = None,
+    limit: Annotated[Count | None, "N: show only the first N runs"] = None,
+    paths: Annotated[bool, "--: print only the folders"] = False,
+) -> int:
+    """Lists runs: a table on a terminal, tab-separated values elsewhere. Raises `UserError`."""
+    query = Query(folders, conditions, sort, columns, limit)
     records, damaged = query.find()
-    if listing.paths:
+    if paths:
         for record in records:
             print(short_path(record.path))
     elif sys.stdout.isatty():
         show_table(query, records)
     else:
-        columns = columns_of(query, records)
-        print("\t".join(["run", "status", *columns]))
+        keys = columns_of(query, records)
+        print("\t".join(["run", "status", *keys]))
         for record in records:
-            values = ["" if (value := value_of(record, key)) is None else text(value) for key in columns]
+            values = ["" if (value := value_of(record, key)) is None else text(value) for key in keys]
             print("\t".join([printable(short_path(record.path)), record.status, *map(printable, values)]))
     if not records:
         print_error(_no_match(query))
@@ -128,20 +121,24 @@ def _no_match(query: Query) -> str:
 # -- dlopt runs clean
 
 
-def _clean(arguments: list[str]) -> int:
+def _clean(
+    folders: list[Path],
+    conditions: list[Condition],
+    *,
+    yes: Annotated[bool, "--: do not ask for confirmation"] = False,
+) -> int:
     """Lists removable checkpoints and removes them after confirmation. Raises `UserError`, `RunError`."""
-    folders, conditions, own = _parse(arguments, _Cleaning)
     records, damaged = Query(folders, conditions).find()
     sizes = {path: size for record in records for path, size in _removable(record).items()}
     for folder in damaged:
         _print_skipped(folder.path, folder.reason)
     if not sizes:
-        print(f"{len(records)} run{'' if len(records) == 1 else 's'}: nothing to remove")
+        print(f"{format_count('runs', len(records))}: nothing to remove")
         return DONE
     for path, size in sizes.items():
         print(f"{format_bytes(size):>9}  {printable(short_path(path))}")
-    total = f"{len(sizes)} checkpoint{'' if len(sizes) == 1 else 's'}, {format_bytes(sum(sizes.values()))}"
-    if not _Cleaning(**own).yes and not _confirm(f"remove {total}? [y/N] "):
+    total = f"{format_count('checkpoints', len(sizes))}, {format_bytes(sum(sizes.values()))}"
+    if not yes and not _confirm(f"remove {total}? [y/N] "):
         print("nothing was removed")
         return DONE
     removed = list(_remove(sizes))

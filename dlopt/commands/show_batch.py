@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Unpack
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
 
@@ -13,12 +13,8 @@ from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
-    from dlopt.augment import Pipeline
     from dlopt.config.experiment import Experiment
-    from dlopt.data.batches import Augment, Position
-    from dlopt.data.samples import Samples
 
 _READS = ("data", "augmentation", "seed", "order_seed", "augmentation_seed", *RECIPE)
 USAGE = """\
@@ -97,7 +93,7 @@ def _draw(experiments: Mapping[str, "Experiment"], tile: int) -> tuple["Image", 
     import torch
 
     from dlopt.augment import Pipeline
-    from dlopt.augment.show import batch_picture, operations_picture
+    from dlopt.augment.show import batch_picture, operations_picture, reading_crops
     from dlopt.random import generator
 
     experiment = next(iter(experiments.values()))
@@ -114,7 +110,7 @@ def _draw(experiments: Mapping[str, "Experiment"], tile: int) -> tuple["Image", 
         for label, each in experiments.items()
     }
     batch = batch_picture(
-        {label: _reading_crops(pipeline, train, order, seed) for label, pipeline in pipelines.items()},
+        {label: reading_crops(pipeline, train, order, seed) for label, pipeline in pipelines.items()},
         images,
         targets,
         seed=seed,
@@ -128,21 +124,3 @@ def _draw(experiments: Mapping[str, "Experiment"], tile: int) -> tuple["Image", 
         return batch, None
     title = f"augmentation={label}: its operations"
     return batch, operations_picture(pipeline, images, title=title, tile=tile, white=dataset.task.white)
-
-
-def _reading_crops(pipeline: "Pipeline", train: "Samples", order: "Tensor", seed: int) -> "Augment":
-    """Returns the augmentation of the samples `order`, which crops whole image files as training does."""
-    import torch
-
-    from dlopt.augment.pipeline import crop_when_reading
-
-    reader, others = crop_when_reading(pipeline, train, seed)
-    if reader is None:
-        return pipeline
-
-    def augment(inputs: "Tensor", targets: "Tensor", **position: "Unpack[Position]") -> "tuple[Tensor, Tensor]":
-        updates = torch.full_like(order, int(position["epoch"]))
-        crops = reader.fetch(torch.stack([order, updates, position["indices"]], 1))
-        return (crops, targets) if others is None else others(crops, targets, **position)
-
-    return augment

@@ -1,7 +1,7 @@
 """`dlopt summary`: prints the layers of a model with shapes, parameters, MACs and memory."""
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from dlopt.command_line.line import Line, on_experiment, read_dataset
 from dlopt.command_line.reads import RECIPE
@@ -11,11 +11,8 @@ from dlopt.ranges import Count
 from dlopt.tracking.layout import plain_table, show_table
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from dlopt.analysis.model_summary import ModelSummary
     from dlopt.config.experiment import Experiment
-    from dlopt.config.schema import Component
     from dlopt.data.task import Task
 
 _READS = ("model", "data", "augmentation", "precision", *RECIPE)
@@ -90,13 +87,14 @@ def _summarize(experiment: "Experiment", shape: tuple[int, ...], task: "Task", s
 
     from dlopt.analysis.model_summary import summarize
     from dlopt.training.build import model_arguments
+    from dlopt.training.model_check import model_on_meta
 
     batch_size = experiment.data_settings.batch_size
     batch = _UNKNOWN_BATCH if samples is None else samples
     if batch_size != "full":
         batch = batch_size if samples is None else min(batch_size, samples)
     dtype = torch.float64 if experiment.settings.precision == "fp64" else torch.float32
-    module = _model_on_meta(experiment.model, model_arguments(task, shape)).to(dtype)
+    module = model_on_meta(experiment.model, model_arguments(task, shape)).to(dtype)
     input_dtype = dtype if task.vocabulary is None else torch.int64
     try:
         return summarize(module, torch.empty(batch, *shape, device="meta", dtype=input_dtype))
@@ -105,33 +103,6 @@ def _summarize(experiment: "Experiment", shape: tuple[int, ...], task: "Task", s
     except (RuntimeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"input_shape={list(shape)}: the model does not support this shape: {reason}") from None
-
-
-def _model_on_meta(model: "Component", arguments: dict[str, Any]) -> "nn.Module":
-    """Builds the model on the meta device; a model that can only be built in memory is moved there."""
-    from dlopt.training.model_check import build_on_meta, check_memory
-
-    try:
-        return build_on_meta(model, arguments)
-    except UserError:
-        raise
-    except Exception:
-        check_memory(model, arguments, has_gradients=False)
-        return _on_meta(model.build(**arguments))
-
-
-def _on_meta(module: "nn.Module") -> "nn.Module":
-    """Moves the model to the meta device. Layers that share a parameter continue to do so, unlike in `Module.to`."""
-    first: dict[Any, str] = {}
-    shared: dict[str, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if first.setdefault(parameter, name) != name:
-            shared[name] = first[parameter]
-    module.to("meta")
-    for name, source in shared.items():
-        owner, _, key = name.rpartition(".")
-        setattr(module.get_submodule(owner), key, module.get_parameter(source))
-    return module
 
 
 def _print(name: str, shape: tuple[int, ...], summary: "ModelSummary") -> None:

@@ -20,7 +20,7 @@ from dlopt.formats import format_count, format_duration
 from dlopt.job import describe
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import result_of
-from dlopt.tracking.metrics import METRICS, parse_metrics
+from dlopt.tracking.metrics import read_metrics
 
 _JOBS_PER_PROBE = 4  # so that the probes take less time than the jobs
 _PROBES = 3  # at most
@@ -83,15 +83,13 @@ def estimate_job(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str
     for config in configs:
         timed = {key: value for key, value in config.items() if key not in _NOT_TIMED}
         different.setdefault(repr(timed), config)
-    count = min(_PROBES, len(different), -(-len(configs) // _JOBS_PER_PROBE))
-    probed = {round(i * (len(different) - 1) / max(count - 1, 1)) for i in range(count)}
+    candidates = list(different.values())
+    count = min(_PROBES, len(candidates), -(-len(configs) // _JOBS_PER_PROBE))
     estimates: list[Estimate | None] = []
     errors: list[UserError | RunError] = []
-    for number, config in enumerate(different.values()):
-        if number not in probed:
-            continue
+    for i in range(count):  # evenly spaced, from the first to the last
         try:
-            estimates.append(_probe(config, choices))
+            estimates.append(_probe(candidates[round(i * (len(candidates) - 1) / max(count - 1, 1))], choices))
         except (UserError, RunError) as error:
             errors.append(error)
     if not estimates and isinstance(errors[0], UserError):
@@ -125,7 +123,7 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
             if time.monotonic() > start + _PROBE_TIMEOUT:
                 process.kill()
                 return None
-            if is_enough(_metrics(folder), config["epochs"], config["steps"]):
+            if is_enough(read_metrics(folder.path), config["epochs"], config["steps"]):
                 process.stop()
             time.sleep(0.1)
         elapsed = time.monotonic() - start
@@ -145,15 +143,8 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
         if state is None:
             return None
         updates = state["progress"]["horizon"]
-        fastest, average = per_update(_metrics(folder), seconds, steps)
+        fastest, average = per_update(read_metrics(folder.path), seconds, steps)
         return Estimate(fastest * updates, _MARGIN * average * updates, start_up)
-
-
-def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    try:
-        return parse_metrics((folder.path / METRICS).read_bytes())
-    except OSError:
-        return []
 
 
 def print_estimate(

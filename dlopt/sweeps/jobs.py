@@ -23,9 +23,22 @@ class Job:
 
     number: int
     folder: RunFolder
-    plan: Plan | None  # None: see `error`
+    plan: Plan
     label: str
-    error: str = ""  # non-empty: the job cannot be composed
+
+    @property
+    def is_done(self) -> bool:
+        return self.folder.is_done(self.plan.saved)
+
+
+@dataclass(frozen=True)
+class InvalidJob:
+    """A job that cannot be composed, with the reason."""
+
+    number: int
+    folder: RunFolder
+    label: str
+    error: str
 
 
 @dataclass(frozen=True)
@@ -41,12 +54,12 @@ PlanJob = Callable[[Sequence[str], int], Plan]
 """Composes and checks the job of a sweep with these overrides and this number. Raises `UserError`."""
 
 
-def build_job(plan_job: PlanJob, sweep: Path, overrides: Sequence[str], number: int, label: str) -> Job:
-    """Composes a job in the folder `sweep`; on an error returns a job whose `error` is set."""
+def build_job(plan_job: PlanJob, sweep: Path, overrides: Sequence[str], number: int, label: str) -> Job | InvalidJob:
+    """Composes a job in the folder `sweep`."""
     try:
         plan = plan_job(overrides, number)
     except UserError as error:
-        return Job(number, RunFolder(sweep / str(number)), None, label, str(error))
+        return InvalidJob(number, RunFolder(sweep / str(number)), label, str(error))
     return Job(number, RunFolder(sweep / plan.subfolder), plan, label)
 
 
@@ -62,10 +75,9 @@ def prepare(job: Job) -> JobResult | None:
     Raises `UserError` if the folder holds a run with another config.
     """
     folder, plan = job.folder, job.plan
-    assert plan is not None
     if folder.has_run():
         refuse_other_config(folder.config() or plan.saved, plan.saved, str(folder.path), folder.history())
-        if folder.is_done(plan.saved):
+        if job.is_done:
             return result_of(folder, DONE)
         with contextlib.suppress(OSError):
             (folder.path / "summary.json").unlink(missing_ok=True)  # of the previous attempt

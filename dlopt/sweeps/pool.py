@@ -30,7 +30,7 @@ from dlopt.folders import RunFolder
 from dlopt.formats import format_count
 from dlopt.interruption import SIGNALS, Interruption
 from dlopt.ranges import Count
-from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, prepare, record_failure, record_pruned, result_of
+from dlopt.sweeps.jobs import OUTPUT, InvalidJob, Job, JobResult, prepare, record_failure, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview
 
@@ -65,7 +65,7 @@ class Pool:
 class JobSource:
     """Supplies the jobs of a sweep and receives their results."""
 
-    def next(self) -> Job | None:
+    def next(self) -> Job | InvalidJob | None:
         """Returns a job for a free slot; None if there is none now."""
         raise NotImplementedError
 
@@ -77,7 +77,7 @@ class JobSource:
         """Receives a new line of a running job's metrics; returns whether to stop the job."""
         return False
 
-    def ended(self, job: Job, result: JobResult) -> None:
+    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
         """Receives the result of a job."""
         raise NotImplementedError
 
@@ -152,15 +152,16 @@ class _Workers:
         ends = [process.sentinel for process in processes if isinstance(process, Forked)]
         connection.wait(ends, self._pool.poll_seconds)
 
-    def _prepare(self, slot: int, job: Job) -> None:
+    def _prepare(self, slot: int, job: Job | InvalidJob) -> None:
         """Starts a job, unless it is done, cannot run, or still runs in a process of an earlier sweep."""
+        if isinstance(job, InvalidJob):
+            self._ended(job, record_failure(job.folder, job.error))
+            return
         if (running := self._pool.find(job.folder.path)) is not None:
             self._overview.started(job.number, job.label)
             self._active[slot] = _Worker(job, running, is_adopted=True)
             return
         try:
-            if job.error:
-                raise UserError(job.error)
             result = prepare(job)
         except UserError as error:
             self._ended(job, record_failure(job.folder, str(error)))
@@ -173,7 +174,7 @@ class _Workers:
 
     def _start(self, slot: int, job: Job) -> None:
         try:
-            process = self._pool.start(slot, job.folder.path, {} if job.plan is None else job.plan.environment)
+            process = self._pool.start(slot, job.folder.path, job.plan.environment)
         except OSError as error:
             self._ended(job, record_failure(job.folder, f"the process could not be started: {error}", died=True))
         else:
@@ -195,15 +196,15 @@ class _Workers:
             if result is None:
                 self._start(slot, job)
                 return
-        elif worker.pruned_at is not None and code == -signal.SIGTERM and job.folder.summary() is None:
-            result = record_pruned(job.folder, worker.pruned_at)  # killed before its signal handler was installed
         else:
+            if worker.pruned_at is not None and code == -signal.SIGTERM and job.folder.summary() is None:
+                code = INTERRUPTED  # the signal came before the job's handler was installed
             result = result_of(job.folder, code)
         if worker.pruned_at is not None and result.status == "interrupted":
             result = record_pruned(job.folder, worker.pruned_at)
         self._ended(job, result)
 
-    def _ended(self, job: Job, result: JobResult, *, known: bool = False) -> None:
+    def _ended(self, job: Job | InvalidJob, result: JobResult, *, known: bool = False) -> None:
         self._source.ended(job, result)
         self._overview.ended(job.number, job.label, result.status, result.metrics, result.reason, known)
 

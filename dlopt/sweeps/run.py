@@ -2,7 +2,7 @@
 
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +25,6 @@ from dlopt.config.overrides import (
     listed,
     parse_overrides,
     quoted_value,
-    text_of,
     value_of,
 )
 from dlopt.config.plan import Plan, as_job, checked, with_params
@@ -33,10 +32,10 @@ from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
-from dlopt.folders import SPACE, FolderSnapshot, RunFolder, make, make_new, newest
+from dlopt.folders import SPACE, RunFolder, make, make_new, newest
 from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import current
-from dlopt.results.leaderboard import Record, front, job_record, leaderboard
+from dlopt.results.leaderboard import Record, job_record, leaderboard
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
@@ -46,11 +45,9 @@ from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
-    from dlopt.sweeps.search import Row
-    from dlopt.sweeps.study import StudySpec
 
 OWN = "hydra_plugins.dlopt_sweeps."
-SEARCH = f"{OWN}OptunaSweeper"  # a name only: `_search` runs it
+SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
 # Sweepers and launchers of other packages run their jobs through Hydra, which reads all of it but the run's folder.
 _READS_OF_HYDRA = (
     *COMPOSITION, "hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.job", "hydra.job_logging",
@@ -132,21 +129,16 @@ class SweepRequest:
                 "model; use parallel=ddp, or one process"
             )
 
-    def run_grid(self, folder: Path, jobs: Sequence[Plan]) -> None:
+    def run_grid(self, folder: Path, jobs: Sequence[Job]) -> None:
         """Runs the jobs as they were checked. A launcher or sweeper of another package composes them again."""
         if self.pool is None or not jobs:
             run_with_hydra(self, folder, [listed(override) for override in self.swept])
             return
         if self.pool.is_local:
             pools.warm_up()
-        names = labels([job.lines for job in jobs])
-        ready = [
-            Job(number, RunFolder(folder / job.subfolder), job, name)
-            for number, (job, name) in enumerate(zip(jobs, names, strict=True))
-        ]
         size = self.config.hydra.sweeper.get("max_batch_size") or len(jobs)
         for first in range(0, len(jobs), size):
-            batch = ready[first : first + size]
+            batch = jobs[first : first + size]
             run_jobs(batch, len(batch), self.pool)
 
     def estimate(self, jobs: Sequence[Plan], total: int) -> int:
@@ -180,11 +172,21 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     hydra = [line for line in lines if is_hydra(line)]
     request = SweepRequest(composer, config, parsed.overrides, hydra, swept, path, is_typed, pool)
     try:
-        return _search(request) if is_search else _grid(request)
+        return _load_search()(request) if is_search else _grid(request)
     except Interrupted:  # before the first job
         raise
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _load_search() -> Callable[[SweepRequest], int]:
+    try:
+        from dlopt.sweeps.search import search
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise UserError(f"hydra/sweeper=dlopt_optuna: requires optuna; {install('dlopt[sweep]')}") from None
+    return search
 
 
 def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
@@ -201,7 +203,7 @@ def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
     return None
 
 
-def _space(sweep: Path) -> Any:
+def read_space(sweep: Path) -> Any:
     """Reads sweep.yaml; None if it is missing or unreadable."""
     try:
         return yaml.safe_load((sweep / SPACE).read_text())
@@ -209,39 +211,63 @@ def _space(sweep: Path) -> Any:
         return None
 
 
+def print_next(title: str, sweep: Path, *, has_failed: bool = False) -> int:
+    """Prints `title` and the next commands; returns `DONE`."""
+    path = shlex.quote(short_path(sweep))
+    failed = [f"  dlopt runs {path} status=failed"] if has_failed else []
+    print(title, "next:", f"  dlopt report {path}", *failed, sep="\n")
+    return DONE
+
+
+def show_board(records: Sequence[Record], **ranking: Any) -> None:
+    """Prints the leaderboard of a sweep."""
+    from dlopt.results.terminal import show_leaderboard
+
+    board = leaderboard(records, **ranking)
+    show_leaderboard(board, board.metric.replace("best_val_", "test_"))
+
+
 # -- grids
 
 
+def _jobs(sweep: Path, plans: Sequence[Plan]) -> list[Job]:
+    """Returns the jobs of a grid in the folder `sweep`."""
+    named = enumerate(zip(plans, labels([plan.lines for plan in plans]), strict=True))
+    return [Job(number, RunFolder(sweep / plan.subfolder), plan, label) for number, (plan, label) in named]
+
+
 def _grid(request: SweepRequest) -> int:
-    jobs = _jobs(request)
+    plans = _plans(request)
     if request.config.dry_run:
-        for number, label in enumerate(labels([job.lines for job in jobs])):
+        for number, label in enumerate(labels([plan.lines for plan in plans])):
             print(f"job {number}: {label}")
-        return request.estimate(jobs, len(jobs))
+        return request.estimate(plans, len(plans))
     folder = request.find_folder(
-        lambda candidate: bool(jobs) and _is_unfinished(candidate, jobs),
-        lambda path, key: _check_folder(path, key, jobs, request.config.resume),
+        lambda candidate: bool(plans) and _is_unfinished(candidate, _jobs(candidate.path, plans)),
+        lambda path, key: _check_folder(RunFolder(path), key, _jobs(path, plans), request.config.resume),
     )
-    folders = [RunFolder(folder / job.subfolder) for job in jobs]
-    if jobs and all(each.is_done(job.saved) for each, job in zip(folders, jobs, strict=True)):
-        return _print_next(f"this sweep is already finished: {folder}", folder)
+    jobs = _jobs(folder, plans)
+    if jobs and all(job.is_done for job in jobs):
+        return print_next(f"this sweep is already finished: {folder}", folder)
     with RunFolder(folder).lock():
-        write_atomically(folder / SPACE, yaml.safe_dump([job.lines for job in jobs], allow_unicode=True).encode())
-        for each in folders:
-            record_dead(each)
+        write_atomically(folder / SPACE, yaml.safe_dump([plan.lines for plan in plans], allow_unicode=True).encode())
+        for job in jobs:
+            record_dead(job.folder)
         request.run_grid(folder, jobs)
-    pairs = list(zip(folders, jobs, strict=True))
-    _show([job_record(Path(job.subfolder), job.saved, each.summary() or {}, job.lines) for each, job in pairs])
-    statuses = _statuses(folder, jobs)
-    _print_next(f"\nsweep folder: {short_path(folder)}", folder, statuses)
-    if any(status in ("failed", "interrupted") for status in statuses):
+    rows = [(job.plan, job.folder.summary() or {}) for job in jobs]
+    show_board([job_record(Path(plan.subfolder), plan.saved, summary, plan.lines) for plan, summary in rows])
+    # A sweeper that chooses its jobs at run time is judged by the runs that it has left.
+    runs = [job.folder for job in jobs] or [RunFolder(path.parent) for path in folder.glob("*/config.yaml")]
+    statuses = {(run.summary() or {}).get("status", "running" if run.is_live() else "failed") for run in runs}
+    print_next(f"\nsweep folder: {short_path(folder)}", folder, has_failed="failed" in statuses)
+    if statuses & {"failed", "interrupted"}:
         print("resume=auto added to this command runs the failed and interrupted jobs again")
-    if not statuses or {"failed", "running"} & set(statuses):
+    if not statuses or statuses & {"failed", "running"}:
         return FAILED
     return INTERRUPTED if "interrupted" in statuses else DONE
 
 
-def _jobs(request: SweepRequest) -> list[Plan]:
+def _plans(request: SweepRequest) -> list[Plan]:
     """Expands a grid to its checked jobs, like Hydra's basic sweeper; [] for sweepers that choose jobs at run time."""
     sweeper = request.config.hydra.sweeper
     if not str(sweeper._target_).endswith("BasicSweeper"):
@@ -257,43 +283,42 @@ def _jobs(request: SweepRequest) -> list[Plan]:
     return jobs
 
 
-def _check_folder(sweep: Path, key: str, jobs: Sequence[Plan], resume: str | None) -> None:
-    if RunFolder(sweep).is_live():
+def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str | None) -> None:
+    if sweep.is_live():
         raise UserError(f"{key}: another sweep is active in this folder")
     for job in jobs:
-        RunFolder(sweep / job.subfolder).refuse_newer(key)
+        job.folder.refuse_newer(key)
     for job in jobs:
-        folder = RunFolder(sweep / job.subfolder)
+        folder, saved = job.folder, job.plan.saved
         if folder.has_run():
             if resume != "auto":
                 raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
-            former = folder.config() or job.saved
-            refuse_other_config(former, job.saved, str(folder.path), folder.history())
-            if any(former.get(name) != job.saved[name] for name in ("epochs", "steps")):
-                _check_length(folder, job)
+            former = folder.config() or saved
+            refuse_other_config(former, saved, str(folder.path), folder.history())
+            if any(former.get(name) != saved[name] for name in ("epochs", "steps")):
+                _check_length(job)
 
 
-def _check_length(folder: RunFolder, job: Plan) -> None:
+def _check_length(job: Job) -> None:
     """Raises `UserError` if the job would train its added epochs at learning rate 0."""
     from dlopt.training.checkpoint import Checkpoints
     from dlopt.training.progress import check_lengthened
 
-    state = Checkpoints(folder.checkpoints).load_newest()
+    state = Checkpoints(job.folder.checkpoints).load_newest()
     if state is not None:
-        check_lengthened(job.experiment, state)
+        check_lengthened(job.plan.experiment, state)
 
 
-def _is_unfinished(sweep: RunFolder, jobs: Sequence[Plan]) -> bool:
+def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
     """Returns whether the folder contains the same jobs, some of them unfinished."""
-    space = _space(sweep.path)
+    space = read_space(sweep.path)
     if sweep.is_live() or not isinstance(space, list) or len(space) != len(jobs):
         return False
-    folders = [RunFolder(sweep.path / job.subfolder) for job in jobs]
-    if all(folder.is_done(job.saved) for folder, job in zip(folders, jobs, strict=True)):
+    if all(job.is_done for job in jobs):
         return False
-    for lines, folder, job in zip(space, folders, jobs, strict=True):
-        old = folder.config()
-        if differences(old, job.saved) if old is not None else _values(lines) != _values(job.lines):
+    for lines, job in zip(space, jobs, strict=True):
+        old = job.folder.config()
+        if differences(old, job.plan.saved) if old is not None else _values(lines) != _values(job.plan.lines):
             return False
     return True
 
@@ -302,118 +327,6 @@ def _values(lines: Any) -> dict[str, str]:
     """Returns the overrides by key, without those that may change on resume."""
     lines = [str(line) for line in lines] if isinstance(lines, list) else []
     return {key_of(line): value_of(line) for line in lines if not may_change(key_of(line))}
-
-
-def _statuses(sweep: Path, jobs: Sequence[Plan] = ()) -> list[str]:
-    """Returns the status of each job; without `jobs`, of each run in the sweep's folder."""
-    folders = [RunFolder(sweep / job.subfolder) for job in jobs]
-    if not jobs:
-        folders = [RunFolder(path) for path in sweep.iterdir() if (path / "config.yaml").exists()]
-    return [(folder.summary() or {}).get("status", "running" if folder.is_live() else "failed") for folder in folders]
-
-
-def _print_next(title: str, sweep: Path, statuses: Sequence[str] = ()) -> int:
-    """Prints `title` and the next commands; returns `DONE`."""
-    path = shlex.quote(short_path(sweep))
-    failed = [f"  dlopt runs {path} status=failed"] if "failed" in statuses else []
-    print(title, "next:", f"  dlopt report {path}", *failed, sep="\n")
-    return DONE
-
-
-def _show(entries: Sequence[Record], **ranking: Any) -> None:
-    from dlopt.results.terminal import show_leaderboard
-
-    board = leaderboard(entries, **ranking)
-    show_leaderboard(board, board.metric.replace("best_val_", "test_"))
-
-
-# -- searches
-
-
-def _search(request: SweepRequest) -> int:
-    try:
-        from dlopt.sweeps.search import build_study_spec, probes, run_search, study_facts
-    except ModuleNotFoundError as error:
-        if error.name != "optuna":
-            raise
-        raise UserError(f"hydra/sweeper=dlopt_optuna: requires optuna; {install('dlopt[sweep]')}") from None
-
-    spec = build_study_spec(request.composer, request.config, [text_of(override) for override in request.swept])
-    jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
-    space = spec.space.describe()
-    facts = {**study_facts(spec, jobs[0].saved), "space": space}
-    if request.config.dry_run:
-        for key, values in space.items():
-            print(f"{key}: {values}")
-        print("values are drawn when a job starts")
-        return request.estimate(jobs, spec.total)
-    before = FolderSnapshot(request.path)
-    folder = request.find_folder(
-        lambda candidate: _is_unfinished_search(_space(candidate.path), facts, spec.total),
-        lambda path, key: _check_search(path, key, facts, request.config.resume),
-    )
-    saved = _space(folder)
-    if _is_same_search(saved, facts) and not _is_unfinished_search(saved, facts, spec.total):
-        return _print_next(f"this sweep is already finished: {folder}", folder)
-    try:
-        assert request.pool is not None  # has refused other launchers
-        if request.pool.is_local:
-            pools.warm_up()
-        outcome = run_search(spec, facts, folder, request.pool, request.plan_job)
-    except UserError:
-        if saved is None:
-            before.erase(folder)
-        raise
-    if outcome.elsewhere:
-        are = "job is" if outcome.elsewhere == 1 else "jobs are"
-        print(f"{outcome.elsewhere} {are} still running in other processes")
-    _show_search(folder, spec, outcome.rows)
-    return int(outcome.code)
-
-
-def _is_unfinished_search(saved: Any, facts: Mapping[str, Any], total: int) -> bool:
-    """Returns whether the contents of a sweep.yaml are of this search, with jobs left to run."""
-    return _is_same_search(saved, facts) and saved.get("finished", 0) < total
-
-
-def _is_same_search(saved: Any, facts: Mapping[str, Any]) -> bool:
-    from dlopt.sweeps.study import describe_differences
-
-    former = saved.get("facts") if isinstance(saved, dict) else None
-    return isinstance(former, dict) and not describe_differences(former, facts)
-
-
-def _check_search(sweep: Path, key: str, facts: Mapping[str, Any], resume: str | None) -> None:
-    """Raises `UserError` for a folder with another search. Joins one with live workers, without resume=auto."""
-    from dlopt.sweeps.study import describe_differences, has_live_worker
-
-    saved = _space(sweep)
-    if saved is None:
-        return
-    if not isinstance(saved, dict):
-        raise UserError(f"{key}: this folder contains a grid sweep, not a search")
-    different = describe_differences(saved.get("facts", {}), facts)
-    if different:
-        raise UserError(f"{key}: this folder contains a different search ({different}); use another folder")
-    if resume != "auto" and not has_live_worker(sweep):
-        raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
-
-
-def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
-    from dlopt.results.terminal import show_front
-
-    if len(spec.objectives) > 1:
-        pareto_indices = front([values for _, _, values, _ in rows], spec.directions)
-        pareto_rows = [(f"job {rows[i][0]}: {rows[i][1]}", rows[i][2]) for i in pareto_indices]
-        show_front(sorted(pareto_rows, key=lambda row: list(row[1])), spec.objectives)
-    else:
-        metric = spec.objectives[0]
-        entries = []
-        for number, label, values, run in rows:
-            summary = {**(RunFolder(run).summary() or {"status": "finished"}), metric: values[0]}
-            entries.append(job_record(Path(f"job {number}"), {"job": number}, summary, [f"job {number}:", label]))
-        _show(entries, metric=metric, direction=spec.directions[0])
-    _print_next(f"\nsweep folder: {short_path(sweep)}", sweep, _statuses(sweep))
 
 
 # -- launchers and sweepers of other packages

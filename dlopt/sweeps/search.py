@@ -14,21 +14,35 @@ from optuna.trial import TrialState
 
 from dlopt.config.compose import Composer
 from dlopt.config.keys import is_seed
-from dlopt.config.overrides import key_of
+from dlopt.config.overrides import key_of, text_of
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.files import write_atomically
-from dlopt.folders import SPACE
+from dlopt.folders import SPACE, FolderSnapshot, RunFolder
 from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
 from dlopt.plain import flatten, is_below
 from dlopt.ranges import Count, Seed
-from dlopt.results.leaderboard import Direction, direction_of
+from dlopt.results.leaderboard import Direction, direction_of, front, job_record
+from dlopt.results.terminal import show_front
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, JobResult, PlanJob, build_job, record_dead
-from dlopt.sweeps.pool import JobSource, Pool
+from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, build_job, record_dead
+from dlopt.sweeps.pool import JobSource
+from dlopt.sweeps.run import SweepRequest, print_next, read_space, show_board
 from dlopt.sweeps.space import Space, parse_space
-from dlopt.sweeps.study import STUDY_LOCK, WORKERS, ClaimedJob, Study, StudySpec, is_fact, storage_errors
+from dlopt.sweeps.study import (
+    STUDY_LOCK,
+    WORKERS,
+    ClaimedJob,
+    FinishedJob,
+    Study,
+    StudySpec,
+    describe_differences,
+    has_live_worker,
+    is_fact,
+    storage_errors,
+)
+from dlopt.tracking.layout import short_path
 from dlopt.tracking.overview import Overview
 
 _RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes, once no other job is left
@@ -46,6 +60,97 @@ class SearchSettings:
     storage: str | None
     study_name: str
     seed: Seed
+
+
+def search(request: SweepRequest) -> int:
+    """Runs the jobs of a search; returns the exit code. Raises `UserError` before it creates any file."""
+    spec = build_study_spec(request.composer, request.config, [text_of(override) for override in request.swept])
+    jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
+    space = spec.space.describe()
+    facts = {**study_facts(spec, jobs[0].saved), "space": space}
+    if request.config.dry_run:
+        for key, values in space.items():
+            print(f"{key}: {values}")
+        print("values are drawn when a job starts")
+        return request.estimate(jobs, spec.total)
+    before = FolderSnapshot(request.path)
+    folder = request.find_folder(
+        lambda candidate: bool(_jobs_left(read_space(candidate.path), facts, spec.total)),
+        lambda path, key: _check_folder(path, key, facts, request.config.resume),
+    )
+    saved = read_space(folder)
+    if _jobs_left(saved, facts, spec.total) == 0:
+        return print_next(f"this sweep is already finished: {folder}", folder)
+    try:
+        return _run(request, spec, facts, folder)
+    except UserError:
+        if saved is None:
+            before.erase(folder)
+        raise
+
+
+def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folder: Path) -> int:
+    """Runs jobs of the study until none is left to claim. Raises `UserError` before the first job starts."""
+    assert request.pool is not None  # has refused other launchers
+    if request.pool.is_local:
+        pools.warm_up()
+    with storage_errors(spec.storage):
+        study = Study(folder, spec, facts)
+        _write_sweep_file(folder, facts, study)
+        source = Search(spec, study, partial(build_job, request.plan_job, folder))
+        try:
+            pools.run(source, request.pool, source.overview)
+        finally:
+            _write_sweep_file(folder, facts, study)
+            study.close()
+        counts, finished = study.counts(), study.finished()
+    if elsewhere := counts[TrialState.RUNNING] - source.interrupted:
+        are = "job is" if elsewhere == 1 else "jobs are"
+        print(f"{elsewhere} {are} still running in other processes")
+    has_failed = counts[TrialState.FAIL] > 0
+    _show(spec, finished)
+    print_next(f"\nsweep folder: {short_path(folder)}", folder, has_failed=has_failed)
+    return FAILED if has_failed else INTERRUPTED if source.interrupted else DONE
+
+
+def _jobs_left(saved: Any, facts: Mapping[str, Any], total: int) -> int | None:
+    """Returns how many jobs of the search are not done. `saved`: content of sweep.yaml; None: of another search."""
+    former = saved.get("facts") if isinstance(saved, dict) else None
+    is_same = isinstance(former, dict) and not describe_differences(former, facts)
+    return max(total - saved.get("finished", 0), 0) if is_same else None
+
+
+def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str | None) -> None:
+    """Raises `UserError` for a folder with another search. Joins one with live workers, without resume=auto."""
+    saved = read_space(sweep)
+    if saved is None:
+        return
+    if not isinstance(saved, dict):
+        raise UserError(f"{key}: this folder contains a grid sweep, not a search")
+    different = describe_differences(saved.get("facts", {}), facts)
+    if different:
+        raise UserError(f"{key}: this folder contains a different search ({different}); use another folder")
+    if resume != "auto" and not has_live_worker(sweep):
+        raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
+
+
+def _show(spec: StudySpec, jobs: Sequence[FinishedJob]) -> None:
+    """Prints the leaderboard of the finished jobs, or their Pareto front."""
+    label = spec.space.label
+    if len(spec.objectives) > 1:
+        best = [jobs[i] for i in front([job.objectives for job in jobs], spec.directions)]
+        rows = [(f"job {job.number}: {label(job.values)}", job.objectives) for job in best]
+        show_front(sorted(rows, key=lambda row: list(row[1])), spec.objectives)
+        return
+    metric, records = spec.objectives[0], []
+    for job in jobs:
+        summary = {**(RunFolder(job.run).summary() or {"status": "finished"}), metric: job.objectives[0]}
+        words = [f"job {job.number}:", label(job.values)]
+        records.append(job_record(Path(f"job {job.number}"), {"job": job.number}, summary, words))
+    show_board(records, metric=metric, direction=spec.directions[0])
+
+
+# -- the search's config
 
 
 def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence[str]) -> StudySpec:
@@ -155,35 +260,7 @@ def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
     return {"objective": list(spec.objectives), "config": fixed}
 
 
-Row = tuple[int, str, Sequence[float], Path]
-
-
-@dataclass(frozen=True)
-class SearchOutcome:
-    """Result of a search. `rows`: the finished jobs of all processes: (job, varying overrides, objectives, folder)."""
-
-    failed: int
-    interrupted: int
-    elsewhere: int  # jobs that other processes are running
-    rows: Sequence[Row]
-
-    @property
-    def code(self) -> int:
-        return FAILED if self.failed else INTERRUPTED if self.interrupted else DONE
-
-
-def run_search(spec: StudySpec, facts: Mapping[str, Any], folder: Path, pool: Pool, plan_job: PlanJob) -> SearchOutcome:
-    """Runs jobs of the study until none is left to claim. Raises `UserError` before the first job starts."""
-    with storage_errors(spec.storage):
-        study = Study(folder, spec, facts)
-        _write_sweep_file(folder, facts, study)
-        search = Search(spec, study, partial(build_job, plan_job, folder))
-        try:
-            pools.run(search, pool, search.overview)
-        finally:
-            _write_sweep_file(folder, facts, study)
-            study.close()
-        return search.outcome()
+# -- its jobs
 
 
 def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> None:
@@ -197,20 +274,24 @@ def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> N
 class Search(JobSource):
     """Claims the study's jobs and records their results. `build` (overrides, number, label) composes a job."""
 
-    def __init__(self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job]) -> None:
+    def __init__(
+        self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job | InvalidJob]
+    ) -> None:
         self._spec, self._study, self._build = spec, study, build
         self._claims: dict[int, ClaimedJob] = {}
-        self._interrupted = 0
+        self.interrupted = 0  # jobs
         self._last_empty_claim, self._is_exhausted = float("-inf"), False
         self.overview = Overview(spec.total, spec.objectives[0], spec.directions[0])
         self._logged: set[str] = set()  # metrics in the lines of metrics.jsonl, if there is a pruner
 
-    def next(self) -> Job | None:
+    def next(self) -> Job | InvalidJob | None:
         now = time.monotonic()
         if now < self._last_empty_claim + _RETRY_SECONDS:  # do not query the storage at every poll of the pool
             return None
         counts = self._study.counts()
-        done = [(number, label, {self._spec.objectives[0]: values[0]}) for number, label, values, _ in self._rows()]
+        space, objective = self._spec.space, self._spec.objectives[0]
+        finished = self._study.finished()
+        done = [(job.number, space.label(job.values), {objective: job.objectives[0]}) for job in finished]
         self.overview.update_shared({status: counts[state] for status, state in _STATES.items()}, done)
         claim = self._study.claim()
         if claim is None:
@@ -218,15 +299,10 @@ class Search(JobSource):
             self._is_exhausted = self._study.counts()[TrialState.WAITING] == 0 and not self._study.awaits_orphans()
             return None
         self._claims[claim.number] = claim
-        space = self._spec.space
         job = self._build(space.overrides(claim.values), claim.number, space.label(claim.values))
-        if claim.is_takeover and not job.error:
+        if claim.is_takeover and isinstance(job, Job):
             record_dead(job.folder)
         return job
-
-    def _rows(self) -> list[Row]:
-        label = self._spec.space.label
-        return [(number, label(values), scores, run) for number, values, scores, run in self._study.finished()]
 
     def is_exhausted(self) -> bool:
         return self._is_exhausted
@@ -242,11 +318,11 @@ class Search(JobSource):
         value = -float(value) if self._spec.negate_pruning_metric else float(value)
         return self._study.report(self._claims[job.number], int(metrics["epoch"]), value)
 
-    def ended(self, job: Job, result: JobResult) -> None:
+    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
         """Records the result. Raises `RunError` if no job of this search can have the metrics that it compares."""
         claim = self._claims[job.number]
         if result.status == "interrupted":
-            self._interrupted += 1
+            self.interrupted += 1
             return  # the trial stays RUNNING: another process takes it over once this one has ended
         if result.status == "pruned":
             self._study.prune(claim)
@@ -276,11 +352,6 @@ class Search(JobSource):
         if is_unknown and not self._study.finished():
             raise RunError(reason)
         self.overview.message(f"job {claim.number}: {reason}")
-
-    def outcome(self) -> SearchOutcome:
-        counts = self._study.counts()
-        elsewhere = counts[TrialState.RUNNING] - self._interrupted
-        return SearchOutcome(counts[TrialState.FAIL], self._interrupted, elsewhere, self._rows())
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

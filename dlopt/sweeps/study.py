@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import optuna
 from optuna.exceptions import OptunaError, UpdateFinishedTrialError
@@ -65,6 +65,15 @@ class ClaimedJob:
     values: Mapping[str, Any]
     trial: optuna.trial.Trial
     is_takeover: bool  # a dead process had started it
+
+
+class FinishedJob(NamedTuple):
+    """A finished job, of this or another process. `run`: its folder."""
+
+    number: int
+    values: Mapping[str, Any]
+    objectives: Sequence[float]
+    run: Path
 
 
 class _JournalLock:
@@ -281,10 +290,9 @@ class Study:
     def counts(self) -> Counter[TrialState]:
         return Counter(trial.state for trial in self._trials())
 
-    def finished(self) -> list[tuple[int, Mapping[str, Any], Sequence[float], Path]]:
-        """Returns (number, values, objectives, run folder) of the finished jobs."""
+    def finished(self) -> list[FinishedJob]:
         trials = self._trials(TrialState.COMPLETE)
-        return [(trial.number, trial.params, trial.values, Path(trial.user_attrs["run"])) for trial in trials]
+        return [FinishedJob(each.number, each.params, each.values, Path(each.user_attrs["run"])) for each in trials]
 
     def awaits_orphans(self) -> bool:
         """Returns whether the owner of a running trial may have died before it recorded its name."""

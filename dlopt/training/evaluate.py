@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.interruption import Interruption
 from dlopt.losses import MSE, probabilities
+from dlopt.plain import without_nan
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.build import Workload, evaluation_batches
@@ -28,8 +29,10 @@ from dlopt.training.metrics import (
     MetricSum,
     Reduce,
     RegressionMetrics,
+    class_accuracies,
     confusion_matrix,
     extra_metrics,
+    f1_scores,
 )
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 
@@ -91,16 +94,14 @@ class TestReport:
     metrics: dict[str, float]
     confusion: Tensor | None
 
-
-def combine(members: Sequence[Sequence[Outputs]], average: Average) -> list[Outputs]:
-    """Averages the outputs of models (an ensemble) on the same samples; returns those of a single model unchanged."""
-    if len(members) == 1:
-        return list(members[0])
-    weight, combined = 1 / len(members), []
-    for batches in zip(*members, strict=True):
-        outputs = mean_outputs([(weight, outputs) for outputs, _ in batches], average)
-        combined.append((outputs, batches[0][1]))
-    return combined
+    def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Returns {class, samples, accuracy, f1} of each class; None for a value without samples."""
+        if self.confusion is None:
+            return []
+        columns = (self.confusion.sum(1), class_accuracies(self.confusion), f1_scores(self.confusion))
+        names = ("class", "samples", "accuracy", "f1")
+        rows = zip(classes, *(column.tolist() for column in columns), strict=True)
+        return [without_nan(dict(zip(names, row, strict=True))) for row in rows]
 
 
 def report(batches: Sequence[Outputs], loss: nn.Module, task: Task) -> TestReport:
@@ -161,19 +162,6 @@ def mean_outputs(weighted: Iterable[tuple[float, Tensor]], average: Average) -> 
             total = term if total is None else torch.logaddexp(total, term)
     assert total is not None
     return total
-
-
-def check_same_samples(members: Sequence[Mapping[str, Any]]) -> None:
-    """Raises `UserError` unless all `members` ({path, classes, batches}) were tested on the same samples."""
-    first = members[0]
-    for other in members[1:]:
-        if other["classes"] != first["classes"]:
-            raise UserError(f"checkpoint={other['path']}: its classes differ from those of {first['path']}")
-        same = len(other["batches"]) == len(first["batches"]) and all(
-            torch.equal(a, b) for (_, a), (_, b) in zip(other["batches"], first["batches"], strict=True)
-        )
-        if not same:
-            raise UserError(f"checkpoint={other['path']}: its test set differs from that of {first['path']}")
 
 
 Validate = Callable[[Interruption], dict[str, float] | None]

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from dlopt.errors import RunError
 from dlopt.training.restore import Trained
 
+_TOLERANCE = 1e-4  # relative to the largest output: other tools sum in a different order
+
 
 def deployed(trained: "Trained") -> "nn.Module":
     """Returns the model with its normalization: images [B, *window] of 0..255 (or vectors) -> outputs [B, K].
 
     A model of a text maps tokens [B, T] to outputs [B, T, K].
     """
-    from torch import nn
 
     class Deployed(nn.Module):
         def __init__(self) -> None:
@@ -43,7 +44,6 @@ def write(format: str, trained: "Trained", inputs: "Tensor", metadata: Mapping[s
 
     Raises `RunError` if torch cannot convert the model.
     """
-
     module = deployed(trained)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     if format == "safetensors":
@@ -68,20 +68,28 @@ def write(format: str, trained: "Trained", inputs: "Tensor", metadata: Mapping[s
         raise RunError(f"format={format}: torch cannot convert this model: {reason}") from error
 
 
-def read(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
-    """Runs the exported file on `inputs`; returns None if its runtime is not installed.
+def verify(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> float | None:
+    """Returns how far the outputs of the exported file are from the model's; None if its runtime is not installed.
 
-    Raises `RunError` if the file does not accept them: torch may specialize a model to the traced batch size.
+    Raises `RunError` if they differ, or if the file does not accept `inputs`: torch may specialize a model to the
+    traced batch size.
     """
     try:
-        return _read(format, path, trained, inputs)
+        outputs = _read(format, path, trained, inputs)
     except Exception as error:  # any error of the other tool
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"format={format}: the exported file does not accept {len(inputs)} inputs: {reason}") from error
+    if outputs is None:
+        return None
+    with torch.inference_mode():
+        expected = deployed(trained)(inputs)
+    difference = (outputs - expected).abs().max().item()
+    if not difference <= _TOLERANCE * max(expected.abs().max().item(), 1.0):  # also for a NaN
+        raise RunError(f"format={format}: outputs differ from the model's by {difference:.2g}; nothing was written")
+    return difference
 
 
 def _read(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
-
     if format == "safetensors":
         from safetensors.torch import load_file
 

@@ -56,6 +56,31 @@ def build_on_meta(model: Component, runtime: dict[str, Any]) -> nn.Module:
         return model.build(**runtime)
 
 
+def model_on_meta(model: Component, arguments: dict[str, Any]) -> nn.Module:
+    """Builds the model on the meta device; a model that can only be built in memory is moved there."""
+    try:
+        return build_on_meta(model, arguments)
+    except UserError:
+        raise
+    except Exception:
+        check_memory(model, arguments, has_gradients=False)
+        return _moved_to_meta(model.build(**arguments))
+
+
+def _moved_to_meta(module: nn.Module) -> nn.Module:
+    """Moves the model to the meta device. Layers that share a parameter continue to do so, unlike in `Module.to`."""
+    first: dict[Any, str] = {}
+    shared: dict[str, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            shared[name] = first[parameter]
+    module.to("meta")
+    for name, source in shared.items():
+        owner, _, key = name.rpartition(".")
+        setattr(module.get_submodule(owner), key, module.get_parameter(source))
+    return module
+
+
 def check_minimum_memory(model: Component, image_size: tuple[int, int] | None) -> None:
     """Like `check_memory`, before the data is known: counts the weights for one class and the smallest images.
 

@@ -10,14 +10,19 @@ from dlopt import cli
 from dlopt.api import train
 from dlopt.command_line.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
+from dlopt.commands import train as train_command
 from dlopt.config.compose import Composer
 from dlopt.config.keys import ROLES
+from dlopt.config.overrides import key_of
 from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
 from dlopt.lab.bench import command as bench
+from dlopt.lab.benchmark import command as benchmark
+from dlopt.lab.comparison import command as comparison
 from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
 from dlopt.plain import flatten, is_below
+from dlopt.sweeps import run as sweeps
 from dlopt.table import COMMANDS
 from tests.support.line import SMALL, dlopt, refused
 
@@ -45,10 +50,17 @@ ON_CHECKPOINTS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "sample": (sample._READS, ("seed",)),
     "export format=onnx": (export._READS, ()),
     "consolidate": ((), ()),
-    "diagnose": (diagnose._READS, ()),
+    "diagnose": (diagnose._READS_OF_CHECKPOINTS, ()),
     "trajectory": (trajectory._READS_OF_LANDSCAPES, ("seed",)),
 }
-OTHERS = {"train", "benchmark", "grid"}  # the tests below
+# These pass on the keys of a run. Of Hydra's keys they read:
+OF_RUNS: Mapping[str, Sequence[str]] = {
+    "train": train_command._READS_OF_HYDRA,
+    "train -m seed=0,1": sweeps._READS_OF_HYDRA,
+    "train experiment=lecture/capacity": comparison._READS_OF_HYDRA,
+    "benchmark optimizer=sgd": benchmark._READS_OF_HYDRA,
+}
+OTHERS = {"train", "benchmark", "grid"}  # the tests below; grid prints what train reads
 OF_RESULTS = {"report", "runs"}  # any key may select runs
 WITHOUT_CONFIG = {"options", "template"}
 
@@ -93,6 +105,27 @@ def test_a_command_on_a_checkpoint_refuses_what_it_does_not_read(
         assert str(caught.value).startswith(f"{key}"), caught.value
 
 
+@pytest.mark.parametrize("line", OF_RUNS)
+def test_what_runs_do_not_read_of_hydra_is_refused(line: str, tmp_path: Path) -> None:
+    values = {"hydra/launcher": "joblib", "hydra/sweeper": "dlopt_optuna", "hydra.job.chdir": "true"}
+    values["hydra.sweeper.params"] = "null"
+    unread = [key for key in HYDRA if not is_below(key_of(key), OF_RUNS[line])]
+    assert unread
+    for key in unread:
+        typed = f"{'+' if 'env_set' in key else ''}{key}={values.get(key, '1')}"
+        message = refused(tmp_path, *line.split(), typed)
+        assert message.startswith(f"dlopt: {typed}: ") and "does not read this key" in message
+
+
+@pytest.mark.parametrize("line", ["options", "template slurm", "template schema", "report ."])
+def test_a_command_without_runs_refuses_all_keys(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for key in keys_of_a_run():
+        with pytest.raises(UserError) as caught:
+            cli.run([*line.split(), f"{key}=none"])
+        assert key in str(caught.value)
+
+
 @pytest.mark.parametrize("line", [*ON_EXPERIMENTS, *ON_CHECKPOINTS])
 def test_a_command_reads_keys_that_exist(line: str) -> None:
     reads, _ = {**ON_EXPERIMENTS, **ON_CHECKPOINTS}[line]
@@ -133,6 +166,7 @@ def test_only_typed_keys_are_refused() -> None:
         ("trajectory checkpoint=x.pt --config-dir=.", "--config-dir=.: not read with checkpoint="),
         ("diagnose checkpoint=x.pt --config-dir=.", "--config-dir=.: not read with checkpoint="),
         ("diagnose checkpoint=x.pt --config-name=trajectory", "--config-name=trajectory: not read with checkpoint="),
+        ("diagnose checkpoint=x.pt init_from=y.pt", "does not read this key; the weights are those of the checkpoint"),
         ("grid 0 -m seed=0,1", "-m: not needed here"),
         ("grid 0 --cfg=job seed=0,1", "--cfg: only available in `dlopt train`"),
         ("grid 0 --info=all seed=0,1", "--info: only available in `dlopt train`"),

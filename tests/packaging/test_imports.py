@@ -13,6 +13,7 @@ FLOORS = [
     ["lab"],  # uses what is below as a user would
     ["commands", "hydra_plugins", "api"],
     ["sweeps"],
+    ["attempt"],
     ["command_line"],
     ["job"],
     ["analysis"],

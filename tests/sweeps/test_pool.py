@@ -15,7 +15,7 @@ from dlopt.config.plan import folder_name
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, JobResult, labels, record_dead, result_of
+from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, labels, record_dead, result_of
 from dlopt.sweeps.pool import Pool, build_pool, gpus, local, visible_gpus
 from dlopt.tracking.overview import Overview
 from tests.sweeps.worker import plan
@@ -118,12 +118,12 @@ class Ten(pools.JobSource):
         self.folder, self.given = folder, 0
         self.results: dict[int, JobResult] = {}
 
-    def next(self) -> Job | None:
+    def next(self) -> Job | InvalidJob | None:
         if self.is_exhausted():
             return None
         number, self.given = self.given, self.given + 1
         if number == 5:
-            return Job(5, RunFolder(self.folder / "5"), None, "five", error="cannot be composed")
+            return InvalidJob(5, RunFolder(self.folder / "5"), "five", "cannot be composed")
         return Job(number, RunFolder(self.folder / str(number)), plan([]), f"job={number}")
 
     def is_exhausted(self) -> bool:
@@ -133,7 +133,7 @@ class Ten(pools.JobSource):
         assert metrics == {"epoch": 1, "val_loss": 1.0}  # no torn line
         return job.number == 7
 
-    def ended(self, job: Job, result: JobResult) -> None:
+    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
         assert job.number not in self.results
         self.results[job.number] = result
 

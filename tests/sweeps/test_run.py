@@ -297,3 +297,21 @@ def test_a_launcher_of_another_package_starts_the_checked_jobs(tmp_path: Path, m
     assert [(number, folder) for number, _, folder in started] == [
         (number, str(tmp_path / f"sweep/{number}")) for number in range(3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"), [(["finished"], 0), (["finished", "failed"], 1), (["interrupted"], 75), ([], 1)]
+)
+def test_a_sweeper_of_another_package_is_judged_by_the_runs_in_its_folder(
+    statuses: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(request: object, folder: Path, overrides: list[str]) -> None:
+        for number, status in enumerate(statuses):
+            (folder / str(number)).mkdir()
+            (folder / str(number) / "config.yaml").write_text("seed: 0\n")
+            (folder / str(number) / "summary.json").write_text(json.dumps({"status": status}))
+
+    monkeypatch.setattr("dlopt.sweeps.run.run_with_hydra", run)
+    result = sweep(tmp_path, "hydra.sweeper._target_=hydra_plugins.mine.Sweeper")
+    assert result.code == code, result.err
+    assert ("dlopt runs sweep status=failed" in result.out) == ("failed" in statuses)

@@ -20,7 +20,7 @@ from dlopt.sweeps.study import STUDY_LOCK, WORKERS, ClaimedJob
 from tests.support.line import SMALL, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 from tests.sweeps.spaces import composer
-from tests.sweeps.worker import make_spec, study_of
+from tests.sweeps.worker import make_spec, plan, study_of
 
 TINY = [*[each for each in SMALL if not each.startswith("epochs")], "epochs=1", "tracking=[]"]
 SEARCH = ["hydra/sweeper=dlopt_optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.objective=best_val_loss"]
@@ -157,7 +157,7 @@ def test_pruner_stops_jobs_with_a_worse_metric(objective: str, watch: str, direc
         trial = study.ask()
         search = Search(spec, cast(Any, Recorded()), cast(Any, None))
         search._claims[number] = ClaimedJob(number, {}, trial, is_takeover=False)
-        job = Job(number, RunFolder(Path()), None, "")
+        job = Job(number, RunFolder(Path()), plan([]), "")
         prunes.append(search.should_stop(job, {"epoch": 1, spec.pruning_metric or "": value}))
         study.tell(trial, 0.0)
     assert [bool(each) for each in prunes] == [False, False, False, False, is_pruned]

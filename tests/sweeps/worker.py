@@ -71,7 +71,7 @@ def prepare(job: Job) -> jobs.JobResult | None:
     if job.folder.is_finished():
         return jobs.result_of(job.folder, DONE)
     job.folder.path.mkdir(exist_ok=True)
-    (job.folder.path / "overrides.json").write_text(json.dumps(job.plan.lines if job.plan else []))
+    (job.folder.path / "overrides.json").write_text(json.dumps(job.plan.lines))
     return None
 
 
@@ -80,8 +80,7 @@ def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
 
 
 def make_job(folder: Path, overrides: Sequence[str], number: int, label: str) -> Job:
-    error = "" if overrides else "a job without values"
-    return Job(number, RunFolder(folder / str(number)), plan(overrides), label, error=error)
+    return Job(number, RunFolder(folder / str(number)), plan(overrides), label)
 
 
 def plan(overrides: Sequence[str]) -> Plan:

@@ -16,7 +16,7 @@ from dlopt.lab.benchmark.protocol import Trial, WorkloadSpec, has_space, load_sp
 from dlopt.lab.benchmark.reading import has_ended
 from dlopt.locks import hold
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, JobResult, PlanJob, build_job
+from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, PlanJob, build_job
 from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.sweeps.samplers import halton_point
 from dlopt.sweeps.space import Space, parse_space
@@ -134,7 +134,7 @@ class _Trials(JobSource):
         self.overview = Overview(len(self.waiting), metric="")
         self._claims: dict[int, IO[str]] = {}
 
-    def next(self) -> Job | None:
+    def next(self) -> Job | InvalidJob | None:
         for number, trial in list(self.waiting.items()):
             folder = self._request.run_folder(trial)
             lock = claim(folder.path)
@@ -149,14 +149,14 @@ class _Trials(JobSource):
             return self._compose(trial, number)
         return None
 
-    def _compose(self, trial: Trial, number: int) -> Job:
+    def _compose(self, trial: Trial, number: int) -> Job | InvalidJob:
         values = self._request.candidates[trial.optimizer].values(trial.study, trial.number)
         drawn = ", ".join(f"{key.removeprefix('optimizer.')}={value}" for key, value in values.items())
         label = f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}: {drawn}"
         overrides = [*self._request.line(trial), f"hydra.sweep.subdir={trial.subfolder}"]
         return build_job(self._plan_job, self._request.folder, overrides, number, label)
 
-    def ended(self, job: Job, result: JobResult) -> None:
+    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
         if has_ended(job.folder):
             # Only the best model is needed later, for the test; the others serve to resume.
             for path in job.folder.checkpoints.glob("[!b]*"):

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from dlopt.lab.diagnosis.verdicts import Facts, Verdict
 
 _READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "check", "on_divergence")
+_INITIAL = dict.fromkeys(("init", "init_seed", "init_from"), "the weights are those of the checkpoint")
+_READS_OF_CHECKPOINTS = tuple(key for key in _READS if key not in _INITIAL)
 USAGE = """\
 Measure activations, gradients and curvature of a model, layer by layer
 
@@ -132,7 +134,7 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     from dlopt.training.checkpoint import load
 
     path = checkpoint_file(path)
-    refuse_unread(overrides, "dlopt diagnose", _READS, own=["output"])
+    refuse_unread(overrides, "dlopt diagnose", _READS_OF_CHECKPOINTS, own=["output"], hints=_INITIAL)
     values = typed_values(overrides)
     state = load(path)
     experiment = saved_experiment(state["config"], values, path)

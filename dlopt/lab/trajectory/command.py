@@ -22,7 +22,7 @@ from dlopt.command_line.line import (
     skipped_keys,
     writing,
 )
-from dlopt.command_line.reads import LEARNING_RATE, RECIPE, refuse_unread_hydra
+from dlopt.command_line.reads import RECIPE, refuse_unread_hydra
 from dlopt.command_line.usage import own_names
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from dlopt.schedules import Warmup
     from dlopt.training.build import Workload
 
-_READS = (*LEARNING_RATE, *RECIPE, "optimizer", "evaluate.every_epochs")
+# Of scale_lr only none is supported.
+_READS = (
+    "schedule", "schedule_epochs", "epochs", "steps", "scale_lr", *RECIPE, "optimizer", "evaluate.every_epochs",
+)  # fmt: skip
 _READS_OF_LANDSCAPES = ("data", "device", "threads", "allow_packages")
 USAGE = """\
 Plot optimizer paths, learning-rate schedules or loss landscapes

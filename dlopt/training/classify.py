@@ -1,0 +1,52 @@
+"""Classifies image files with a trained model."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dlopt.data.images import decode
+from dlopt.errors import UserError
+from dlopt.losses import probabilities
+from dlopt.processor import usable_cores
+from dlopt.training.restore import Trained
+
+
+def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterator[tuple[str, list[float] | str]]:
+    """Yields each path with the probabilities of its classes, or with the error of an unreadable file.
+
+    A regression has the outputs instead. Each process classifies its shard of a batch; all of them yield all results.
+    """
+    channels, height, width = trained.sample
+
+    def read(path: str) -> Tensor | UserError:
+        try:
+            return decode(path, (height, width), channels)
+        except UserError as error:
+            return error
+
+    shard = trained.mode.split.evaluation_shard
+    batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
+    if shard is not None:
+        batches = [batch[cast(slice, shard(len(batch)))] for batch in batches]
+    with ThreadPoolExecutor(max(1, usable_cores() // trained.mode.ranks.local_processes)) as pool:
+        upcoming = pool.map(read, batches[0])
+        for paths, following in zip(batches, [*batches[1:], []], strict=True):
+            images, upcoming = upcoming, pool.map(read, following)  # decodes the next batch while this one is computed
+            yield from trained.mode.ranks.gather(_classify(paths, list(images), trained))
+
+
+def _classify(
+    paths: Sequence[str], images: Sequence[Tensor | UserError], trained: Trained
+) -> list[tuple[str, list[float] | str]]:
+    readable = [image for image in images if not isinstance(image, UserError)]
+    values: Iterator[list[float]] = iter(())
+    if readable:
+        outputs = trained.outputs(torch.stack(readable))
+        values = iter((outputs if trained.classes is None else probabilities(outputs, trained.loss)).tolist())
+    return [
+        (path, str(image) if isinstance(image, UserError) else next(values))
+        for path, image in zip(paths, images, strict=True)
+    ]

@@ -1,0 +1,93 @@
+"""Tests one model, or the average of several (an ensemble), on the test set."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlopt.data.task import Task
+from dlopt.errors import UserError
+from dlopt.training.build import Workload
+from dlopt.training.evaluate import (
+    Average,
+    Outputs,
+    TestReport,
+    choose_average,
+    mean_outputs,
+    predict_test_set,
+    report,
+    unlabelled_report,
+)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The result of a checkpoint, an ensemble, or a file of weights.
+
+    `average`: what was averaged over crops and models. `workload`: of a task without labels, whose outputs, which are
+    large, are not kept.
+    """
+
+    report: TestReport
+    average: Average
+    classes: tuple[str, ...] | None
+    workload: Workload | None = None
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    path: Path
+    average: Average
+    classes: tuple[str, ...] | None
+    loss: nn.Module
+    task: Task
+    batches: Sequence[Outputs]
+
+    def check_matches(self, first: "_Predictions") -> None:
+        """Raises `UserError` unless the two models were tested on the same samples and have outputs of one kind."""
+        if self.average != first.average:
+            raise UserError(
+                f"checkpoint={self.path}: trained with a different loss than {first.path}; use average=logits"
+            )
+        if self.classes != first.classes:
+            raise UserError(f"checkpoint={self.path}: its classes differ from those of {first.path}")
+        same = len(self.batches) == len(first.batches) and all(
+            torch.equal(a, b) for (_, a), (_, b) in zip(self.batches, first.batches, strict=True)
+        )
+        if not same:
+            raise UserError(f"checkpoint={self.path}: its test set differs from that of {first.path}")
+
+
+def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average | None, views: Any, tta: str) -> Tested:
+    """Tests the models one by one, and reports the metrics of the average of their outputs. Raises `UserError`.
+
+    Args:
+        paths: of the models, for messages.
+        workloads: built one by one, because an ensemble may not fit into memory.
+        views: test-time augmentation, the choice `tta`; None: none.
+    """
+    models: list[_Predictions] = []
+    for path, workload in zip(paths, workloads, strict=True):
+        chosen = choose_average(average, workload)
+        if not workload.task.has_labels:
+            return Tested(unlabelled_report(workload, tta=tta, members=len(paths)), chosen, None, workload)
+        batches = predict_test_set(workload, views, chosen)
+        models.append(_Predictions(path, chosen, workload.dataset.classes, workload.loss, workload.task, batches))
+        models[-1].check_matches(models[0])
+    first = models[0]
+    combined = _combine([model.batches for model in models], first.average)
+    return Tested(report(combined, first.loss, first.task), first.average, first.classes)
+
+
+def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:
+    """Averages the outputs of models on the same samples; returns those of a single model unchanged."""
+    if len(models) == 1:
+        return models[0]
+    weight = 1 / len(models)
+    return [
+        (mean_outputs([(weight, outputs) for outputs, _ in batches], average), batches[0][1])
+        for batches in zip(*models, strict=True)
+    ]
