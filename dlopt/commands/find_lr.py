@@ -7,18 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dlopt.analysis.range_test import RangeTest
 from dlopt.command_line.line import Line, on_experiment, output_folder, writing
 from dlopt.command_line.reads import RECIPE, UPDATE
 from dlopt.errors import DONE, USER_ERROR, RunError, UserError
+from dlopt.instruments.range_test import RangeTest
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.rendezvous import current, is_main, leave
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from dlopt.analysis.lr_range import LearningRates
     from dlopt.config.experiment import Experiment
+    from dlopt.instruments.lr_range import LearningRates
 
 _READS = (*UPDATE, *RECIPE, "scale_lr")  # scale_lr: only none
 USAGE = """\
@@ -62,7 +62,7 @@ def find_lr(
     ] = None,
 ) -> int:
     """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
-    from dlopt.analysis.lr_range import check, trial, write
+    from dlopt.instruments.lr_range import check, trial, write
 
     arguments, line = line.take(RangeTest)
     range_test = RangeTest(**arguments)
@@ -89,7 +89,7 @@ def find_lr(
 
 def _run(experiment: "Experiment", range_test: RangeTest) -> "LearningRates | None":
     """Runs the test here or in child processes; returns None on ranks > 0 of a launcher."""
-    from dlopt.analysis.lr_range import test_range
+    from dlopt.instruments.lr_range import test_range
 
     world = current()
     # A launcher has started the processes already, maybe more than this machine has GPUs.
@@ -104,13 +104,13 @@ def _run(experiment: "Experiment", range_test: RangeTest) -> "LearningRates | No
 
 def _run_ranks(experiment: "Experiment", range_test: RangeTest, processes: int) -> "LearningRates":
     """Starts one process per rank and returns the result of rank 0."""
-    from dlopt.analysis.lr_range import LearningRates
-    from dlopt.analysis.ranks import run_ranks
+    from dlopt.instruments.lr_range import LearningRates
+    from dlopt.instruments.ranks import run_ranks
 
     with tempfile.TemporaryDirectory(prefix="dlopt-find-lr-", ignore_cleanup_errors=True) as name:
         scratch = Path(name)
         (scratch / "sweep.json").write_text(json.dumps(asdict(range_test)))
-        codes = run_ranks("dlopt.analysis.lr_range", scratch, experiment.config, processes, {})
+        codes = run_ranks("dlopt.instruments.lr_range", scratch, experiment.config, processes, {})
         results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
     for result in results:
         if "error" in result:
@@ -121,7 +121,7 @@ def _run_ranks(experiment: "Experiment", range_test: RangeTest, processes: int) 
 
 
 def _print(result: "LearningRates") -> None:
-    from dlopt.analysis.lr_range import describe_end
+    from dlopt.instruments.lr_range import describe_end
 
     reached = f" up to a learning rate of {result.rates[-1]:.3g}" if result.rates else ""
     screen = Screen()

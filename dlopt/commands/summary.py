@@ -12,10 +12,10 @@ from dlopt.tracking.layout import format_bytes, plain_table, show_table
 if TYPE_CHECKING:
     from torch import nn
 
-    from dlopt.analysis.model_summary import ModelSummary
     from dlopt.config.experiment import Experiment
     from dlopt.config.schema import Component
     from dlopt.data.task import Task
+    from dlopt.instruments.model_summary import ModelSummary
 
 _READS = ("model", "data", "augmentation", "precision", *RECIPE)
 USAGE = """\
@@ -87,7 +87,7 @@ def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], "Task", int]:
 def _summarize(experiment: "Experiment", shape: tuple[int, ...], task: "Task", samples: int | None) -> "ModelSummary":
     import torch
 
-    from dlopt.analysis.model_summary import summarize
+    from dlopt.instruments.model_summary import summarize
     from dlopt.training.build import model_arguments
 
     batch_size = experiment.data_settings.batch_size

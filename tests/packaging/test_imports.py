@@ -15,7 +15,7 @@ FLOORS = [
     ["sweeps"],
     ["command_line"],
     ["job"],
-    ["analysis"],
+    ["instruments"],
     ["training", "results"],
     ["parallel", "config", "augment", "init", "functions"],
     ["data", "models", "optim", "schedules", "losses", "tracking", "folders", "parameters", "environment"],

@@ -27,7 +27,7 @@ from dlopt.tracking.layout import plain_table, show_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dlopt.analysis.model_summary import Layer
+    from dlopt.lab.bench.layers import Layer
     from dlopt.lab.bench.simulation import ModeEstimate
 
 _READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "ema", "stopping", "check", "on_divergence")  # of parallel modes
@@ -221,7 +221,7 @@ def _bench_allreduce(
         raise UserError(f"processes={processes}: {world.launcher} started {world.size} processes")
 
     def run() -> int:
-        from dlopt.analysis.communication import measure_all_reduce
+        from dlopt.lab.bench.communication import measure_all_reduce
         from dlopt.training.build import build_mode
 
         keys = ["parallel=ddp", f"parallel.timeout_minutes={timeout_minutes}", f"device={device}", "threads=1"]
@@ -381,7 +381,7 @@ def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[
     """Returns the layers of a model; measured ones with their seconds per sample of a batch."""
     import torch
 
-    from dlopt.analysis import model_summary
+    from dlopt.lab.bench.layers import layers_of, timed
     from dlopt.lab.bench.simulation import per_sample
     from dlopt.processor import choose_device
 
@@ -392,13 +392,13 @@ def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[
         return experiment.model.build(input_shape=shape, classes=classes)
 
     if not is_measured:
-        return model_summary.layers_of(make, shape)
+        return layers_of(make, shape)
     device = choose_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     timed_batch = batch if device.type == "cuda" else 2  # CPUs are slow: time two samples
     module = make().to(device=device, dtype=dtype, memory_format=torch.channels_last)
     inputs = torch.randn(timed_batch, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    return per_sample(model_summary.timed(module, inputs), timed_batch)
+    return per_sample(timed(module, inputs), timed_batch)
 
 
 def _validate(counts: list[int]) -> list[dict[str, Any]]:

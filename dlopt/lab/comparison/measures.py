@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dlopt.analysis.diagnosis.layers import TimeLagProbe
 from dlopt.errors import UserError
+from dlopt.lab.diagnosis.probes import TimeLagProbe
 from dlopt.training.build import Workload, evaluation_batches
 from dlopt.training.step import frozen_statistics
 

@@ -35,8 +35,8 @@ from dlopt.tracking.layout import FittedTable, format_count, plain_table, short_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dlopt.analysis.diagnosis.measuring import Diagnosis, Snapshot
     from dlopt.config.experiment import Experiment
+    from dlopt.lab.diagnosis.measuring import Diagnosis, Snapshot
     from dlopt.lab.diagnosis.verdicts import Facts, Verdict
 
 _READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "check", "on_divergence")
@@ -145,8 +145,8 @@ def _check(subject: _Subject) -> None:
 
 
 def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "Facts"]:
-    from dlopt.analysis.diagnosis import measuring
-    from dlopt.analysis.diagnosis.measuring import has_skips, prepare
+    from dlopt.lab.diagnosis import measuring
+    from dlopt.lab.diagnosis.measuring import has_skips, prepare
     from dlopt.lab.diagnosis.verdicts import Facts
     from dlopt.models.recurrent import LSTM
     from dlopt.training.clipping import Unclipped

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dlopt.analysis.diagnosis.layers import LayerStatistics, Moments
-from dlopt.analysis.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, Snapshot
+from dlopt.instruments.layers import LayerStatistics, Moments
+from dlopt.lab.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, Snapshot
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS
 from dlopt.tracking.layout import format_count

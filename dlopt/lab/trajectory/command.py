@@ -244,8 +244,8 @@ def _refuse_others(overrides: Sequence[str]) -> None:
 def _check_job(config: DictConfig, job: Combination) -> _PathJob:
     import torch
 
-    from dlopt.analysis.lr_range import uses_line_search
     from dlopt.config.experiment import GROUPS
+    from dlopt.instruments.lr_range import uses_line_search
     from dlopt.optim import Muon
     from dlopt.optim.newton import UndampedNewton
     from dlopt.schedules import Warmup
@@ -313,7 +313,7 @@ class _Choice:
 
 def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
     from dlopt import schedules
-    from dlopt.analysis.lr_range import uses_line_search
+    from dlopt.instruments.lr_range import uses_line_search
     from dlopt.lab.trajectory.paths import RATES, best_rate, follow
 
     settings = job.settings

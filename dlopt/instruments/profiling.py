@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import resource
 import sys
@@ -15,9 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlopt.analysis.communication import collective_times
-from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.data.batches import Batch
+from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.processor import synchronized_time
 from dlopt.tracking.layout import format_bytes
 from dlopt.training.build import Workload
@@ -191,6 +191,34 @@ class TimedBatches:
             if batch is None:
                 return
             yield batch
+
+
+def collective_times(events: Iterable[Any], device: torch.device) -> tuple[float, float]:
+    """Returns the seconds with a collective in flight, and those of them in which this rank computed nothing.
+
+    `events`: from a torch profiler. Counts kernels on a GPU, and torch's operators and gloo's transfers on a CPU.
+    """
+    on_gpu = device.type == "cuda"
+    communicating, computing = [], []
+    for event in events:
+        interval = event.time_range.start, event.time_range.end
+        if (event.device_type == torch.autograd.DeviceType.CUDA) != on_gpu:
+            continue
+        if ("nccl" in event.name) if on_gpu else event.name.startswith("gloo:"):
+            communicating.append(interval)
+        elif on_gpu or event.name.startswith(("aten::", "dlopt::")):
+            computing.append(interval)
+    waiting = covered([*communicating, *computing]) - covered(computing)
+    return covered(communicating) * 1e-6, waiting * 1e-6
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Returns the length of the union of intervals."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(intervals):
+        total += max(stop - max(start, end), 0.0)
+        end = max(end, stop)
+    return total
 
 
 def _costliest(profiler: profile, device: torch.device, updates: int) -> list[ProfiledOperation]:

@@ -1,12 +1,10 @@
-"""Measures communication between ranks: bytes at torch's dispatcher, time from torch's profiler, and the bandwidth of
-an all-reduce.
+"""Measures communication between ranks: bytes at torch's dispatcher, and the bandwidth of an all-reduce.
 
-Bytes and time cover all collectives: those of DDP and FSDP as well as those of dlopt's own layers.
+Bytes cover all collectives: those of DDP and FSDP as well as those of dlopt's own layers.
 """
 
-import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt.errors import RunError
 from dlopt.processor import synchronized_time
-
-Interval = tuple[float, float]
 
 _WARMUP = 3  # all-reduces before the timed ones: the first ones open connections
 
@@ -76,34 +72,6 @@ def _bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
     return sum(_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
-
-
-def collective_times(events: Iterable[Any], device: torch.device) -> tuple[float, float]:
-    """Returns the seconds with a collective in flight, and those of them in which this rank computed nothing.
-
-    `events`: from a torch profiler. Counts kernels on a GPU, and torch's operators and gloo's transfers on a CPU.
-    """
-    on_gpu = device.type == "cuda"
-    communicating, computing = [], []
-    for event in events:
-        interval = event.time_range.start, event.time_range.end
-        if (event.device_type == torch.autograd.DeviceType.CUDA) != on_gpu:
-            continue
-        if ("nccl" in event.name) if on_gpu else event.name.startswith("gloo:"):
-            communicating.append(interval)
-        elif on_gpu or event.name.startswith(("aten::", "dlopt::")):
-            computing.append(interval)
-    waiting = covered([*communicating, *computing]) - covered(computing)
-    return covered(communicating) * 1e-6, waiting * 1e-6
-
-
-def covered(intervals: Iterable[Interval]) -> float:
-    """Returns the length of the union of intervals."""
-    total, end = 0.0, -math.inf
-    for start, stop in sorted(intervals):
-        total += max(stop - max(start, end), 0.0)
-        end = max(end, stop)
-    return total
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Learning-rate range test (Smith 2017, section 3.3): trains with a growing rate and suggests rates from the losses.
 
-`python -m dlopt.analysis.lr_range FOLDER` runs one rank: reads FOLDER/config.yaml and FOLDER/sweep.json and writes
+`python -m dlopt.instruments.lr_range FOLDER` runs one rank: reads FOLDER/config.yaml and FOLDER/sweep.json and writes
 FOLDER/rank-N.json.
 """
 
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dlopt.analysis.range_test import RangeTest
-from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import RunError, UserError
+from dlopt.instruments.range_test import RangeTest
+from dlopt.instruments.ranks import RankOutcome, run_rank
 from dlopt.parallel import rendezvous
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS
