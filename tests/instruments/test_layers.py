@@ -158,6 +158,3 @@ def test_norms_of_float32_neither_vanish_nor_overflow(scale: float) -> None:
     moments.add(values)
     assert moments.norm == pytest.approx(5 * scale) and moments.std == pytest.approx(3.5 * scale)
     assert norms([[values, values]]).tolist() == pytest.approx([math.sqrt(50) * scale])
-
-
-NONE = Norm(norm="none", norm_affine=False, norm_groups=1, norm_ghost_batch=None, norm_eps=1e-5, norm_momentum=0.1)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from dlopt.config.schema import show
@@ -149,15 +150,13 @@ def read(folder: Path, metrics: Sequence[str]) -> VariantOutcome:
     )
 
 
-def mean(values: Sequence[float]) -> float:
-    """Returns the mean, or NaN if any value is: a setting that diverges for one seed is not usable."""
-    return sum(values) / len(values)
-
-
 def finals(
     comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], variant: str, name: str
 ) -> dict[Any, list[float]]:
-    """Returns point of the axes -> final values of the metric, one per seed."""
+    """Returns point of the axes -> final values of the metric, one per seed.
+
+    Their mean is NaN if one of them is: a setting that diverges for one seed is not usable.
+    """
     values: dict[Any, list[float]] = {}
     for cell in comparison.cells():
         if cell.variant == variant:
@@ -171,7 +170,7 @@ def table(comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome])
     for variant in comparison.variants:
         columns = [finals(comparison, outcomes, variant, name) for name in comparison.metrics]
         for point in columns[0]:
-            rows.append([variant, *map(show, point), *(format_final(mean(column[point])) for column in columns)])
+            rows.append([variant, *map(show, point), *(format_final(fmean(column[point])) for column in columns)])
     return align_columns(rows)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from dlopt.lab.comparison.claims import (
     TEST_METRICS,
     Claim,
     Finding,
+    Measured,
     Side,
     Value,
     is_higher_better,
@@ -71,12 +73,10 @@ def evaluate(
     """Evaluates claims; a claim about several sides is decided by the least convincing one."""
     found = []
     for claim in claims:
-        second, second_point = _measured(comparison, outcomes, claim, claim.second)
-        pairs = []
-        for side in claim.first:
-            first, point = _measured(comparison, outcomes, claim, side)
-            pairs.append(judge(claim, (side, claim.second), (first, second), (point, second_point)))
-        found.append(weakest(pairs))
+        second = _measured(comparison, outcomes, claim, claim.second)
+        found.append(
+            weakest([judge(claim, _measured(comparison, outcomes, claim, side), second) for side in claim.first])
+        )
     return found
 
 
@@ -89,8 +89,8 @@ def _points(comparison: Comparison, side: Side) -> list[Point]:
 
 def _measured(
     comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], claim: Claim, side: Side
-) -> tuple[list[float], Mapping[str, Value]]:
-    """Returns the measured value per seed, and the point with the best mean over seeds.
+) -> Measured:
+    """Measures a side per seed, at the point with the best mean over seeds.
 
     The mean is that of `comparison.choose` or of the measured values themselves. Points at which fewer seeds diverge or
     miss the target come first.
@@ -102,10 +102,11 @@ def _measured(
     }
     if claim.measure in ("largest", "span"):
         [free] = [i for i, axis in enumerate(axes) if axis not in side.at]
-        return [
+        extents = [
             _extent(claim, [(float(point[free]), values[point][i]) for point in points])  # type: ignore[arg-type]
             for i in range(len(comparison.seeds))
-        ], dict(zip(axes, points[0], strict=True))
+        ]
+        return Measured(side, dict(zip(axes, points[0], strict=True)), extents)
     metric, scores = claim.metric, values
     if claim.measure == "value" and comparison.choose is not None:
         metric = comparison.choose
@@ -118,7 +119,7 @@ def _measured(
         return len(scores[point]) - len(finite), sign * math.fsum(finite) / max(len(finite), 1)
 
     best = min(points, key=cost)
-    return values[best], dict(zip(axes, best, strict=True))
+    return Measured(side, dict(zip(axes, best, strict=True)), values[best])
 
 
 def _value(outcome: VariantOutcome, claim: Claim, when: str | int) -> float:
@@ -143,8 +144,8 @@ def _reduced(x: Sequence[float], values: Sequence[float], when: str | int) -> fl
         return math.nan
     if isinstance(when, int):
         return dict(zip(x, values, strict=True)).get(float(when), math.nan)
-    mean = math.fsum(values) / len(values)
-    return {"first": values[0], "minimum": min(values), "maximum": max(values), "mean": mean}[when]
+    parts = {"first": values[0], "minimum": min(values), "maximum": max(values), "mean": statistics.fmean(values)}
+    return parts[when]
 
 
 def _reaches(claim: Claim, value: float) -> bool:
@@ -189,8 +190,8 @@ def _claim(finding: Finding) -> dict[str, Any]:
         "sentence": sentence(finding, label),
         "when_not": claim.when_not,
         "sides": [
-            {"variant": side.variant, "at": dict(point), "values": [_finite(value) for value in values]}
-            for side, point, values in zip(finding.sides, finding.points, (finding.first, finding.second), strict=True)
+            {"variant": each.side.variant, "at": dict(each.point), "values": [*map(_finite, each.values)]}
+            for each in (finding.first, finding.second)
         ],
     }
 

@@ -4,11 +4,12 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dlopt.config.schema import show
-from dlopt.lab.comparison.claims import TEST_METRICS, Finding, is_higher_better, short_sentence
-from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, are_numbers, finals, mean, on_axis
+from dlopt.lab.comparison.claims import TEST_METRICS, Finding, Value, is_higher_better, short_sentence
+from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, are_numbers, finals, on_axis
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 
@@ -97,8 +98,8 @@ def _curves(
         line = _line(i, len(comparison.variants), narrowing=len(comparison.axes) > 1)
         runs = [outcomes[VariantRun(variant, (), seed)] for seed in comparison.seeds]
         points = _common(runs, name, x_axis)
-        x, columns = [mean(positions) for positions, _ in points], [values for _, values in points]
-        axes.plot(x, [mean(column) for column in columns], **line, label=variant)
+        x, columns = [fmean(positions) for positions, _ in points], [values for _, values in points]
+        axes.plot(x, [fmean(column) for column in columns], **line, label=variant)
         if len(runs) > 1:
             low, high = [min(column) for column in columns], [max(column) for column in columns]
             axes.fill_between(x, low, high, color=line["color"], alpha=0.15, linewidth=0)
@@ -106,7 +107,7 @@ def _curves(
         if any(run.failed for run in runs):
             cross: dict[str, Any] = {"color": line["color"], "markersize": 12, "markeredgewidth": 3}
             if x:
-                axes.plot(x[-1], mean(columns[-1]), "x", **cross)
+                axes.plot(x[-1], fmean(columns[-1]), "x", **cross)
             else:
                 axes.plot(0.03 + 0.05 * i, 0.94, "x", transform=axes.transAxes, **cross)
             notes["diverged"] = _cross()
@@ -162,6 +163,38 @@ def _cross() -> "Artist":
     return _mark(linestyle="", marker="x", **_CROSS)
 
 
+def _columns(
+    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str, values: Sequence[Value]
+) -> dict[str, list[list[float]]]:
+    """Returns variant -> final metrics at each value of the only axis, one per seed."""
+    results = {variant: finals(comparison, outcomes, variant, name) for variant in comparison.variants}
+    return {variant: [points[(value,)] for value in values] for variant, points in results.items()}
+
+
+def _draw_seeds(
+    axes: "Axes",
+    position: float,
+    column: Sequence[float],
+    cross: tuple[float, str],
+    note: "tuple[str, Artist]",
+    **style: Any,
+) -> "dict[str, Artist]":
+    """Draws the range over the seeds, and a cross at (height, colour) if some diverged; returns the legend's entries.
+
+    `note`: the entry of the range.
+    """
+    finite = [value for value in column if not math.isnan(value)]
+    notes: dict[str, Artist] = {}
+    if len(finite) > 1:
+        axes.plot([position, position], [min(finite), max(finite)], **style)
+        notes |= [note]
+    if len(finite) < len(column):
+        height, colour = cross
+        axes.plot(position, height, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
+        notes["a seed diverged" if len(column) > 1 else "diverged"] = _cross()
+    return notes
+
+
 def _coincide(curves: Sequence[Sequence[float]]) -> bool:
     """Returns whether any two curves coincide in most of their points."""
     return any(
@@ -178,27 +211,18 @@ def _along(
     values = sorted(settings, key=float)  # type: ignore[arg-type]
     positions = [float(value) for value in values]  # type: ignore[arg-type]
     notes: dict[str, Artist] = {}
-    diverged = []
-    results = {variant: finals(comparison, outcomes, variant, name) for variant in comparison.variants}
-    coincide = _coincide([[mean(means[(value,)]) for value in values] for means in results.values()])
-    for i, variant in enumerate(comparison.variants):
-        line = _line(i, len(comparison.variants), narrowing=coincide)
+    results = _columns(comparison, outcomes, name, values)
+    means = {variant: [*map(fmean, columns)] for variant, columns in results.items()}
+    coincide = _coincide([*means.values()])
+    edge = 0.02 if is_higher_better(name) else 0.98
+    for i, (variant, columns) in enumerate(results.items()):
+        line = _line(i, len(results), narrowing=coincide)
         if coincide:
             line["markersize"] = 4 + line["linewidth"]
-        columns = [results[variant][(value,)] for value in values]
-        means = [mean(column) for column in columns]
-        axes.plot(positions, means, **line, marker=MARKERS[i % len(MARKERS)], label=variant)
+        axes.plot(positions, means[variant], **line, marker=MARKERS[i % len(MARKERS)], label=variant)
         for position, column in zip(positions, columns, strict=True):
-            finite = [value for value in column if not math.isnan(value)]
-            if len(finite) > 1:
-                axes.plot([position, position], [min(finite), max(finite)], color=line["color"], linewidth=4, alpha=0.3)
-                notes[f"mean and range over {len(comparison.seeds)} seeds"] = _band()
-            if len(finite) < len(column):
-                diverged.append((position, i, line["color"]))
-                notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
-    edge = 0.02 if is_higher_better(name) else 0.98
-    for position, i, colour in diverged:
-        axes.plot(position, abs(edge - 0.035 * i), "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
+            cross, note = (abs(edge - 0.035 * i), line["color"]), (f"mean and range over {len(column)} seeds", _band())
+            notes |= _draw_seeds(axes, position, column, cross, note, color=line["color"], linewidth=4, alpha=0.3)
     if min(positions) > 0 and max(positions) >= 8 * min(positions):
         axes.set_xscale("log")
     axes.set_xticks(positions, [show(value) for value in values])
@@ -217,27 +241,23 @@ def _bars(
     values, count = [*settings], len(comparison.variants)
     notes: dict[str, Artist] = {}
     heights = []
-    for i, variant in enumerate(comparison.variants):
-        results = finals(comparison, outcomes, variant, name)
+    for i, (variant, columns) in enumerate(_columns(comparison, outcomes, name, values).items()):
         colour = drawing.COLOURS[i % len(drawing.COLOURS)]
         positions = [k + (i - (count - 1) / 2) * 0.8 / count for k in range(len(values))]
-        columns = [results[(value,)] for value in values]
-        means = [mean(column) for column in columns]
+        means = [*map(fmean, columns)]
         heights += [value for value in means if not math.isnan(value)]
         hatch = ("", "//", "..", "xx")[i // len(drawing.COLOURS) % 4]
         axes.bar(positions, means, 0.74 / count, color=colour, label=variant, hatch=hatch, edgecolor="white")
-        for position, column in zip(positions, columns, strict=True):
-            finite = [value for value in column if not math.isnan(value)]
-            if len(finite) > 1:
-                axes.plot([position, position], [min(finite), max(finite)], color="black", linewidth=1.5)
-                notes[f"range over {len(comparison.seeds)} seeds"] = _mark(color="black", linewidth=1.5)
-            if len(finite) < len(column):
-                axes.plot(position, 0.03, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
-                notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
-            elif count * len(values) * len(comparison.metrics) <= 12:  # more labels would overlap
+        for position, column, mean in zip(positions, columns, means, strict=True):
+            line: dict[str, Any] = {"color": "black", "linewidth": 1.5}
+            note = (f"range over {len(column)} seeds", _mark(**line))
+            notes |= _draw_seeds(axes, position, column, (0.03, colour), note, **line)
+            if (
+                not math.isnan(mean) and count * len(values) * len(comparison.metrics) <= 12
+            ):  # more labels would overlap
                 style = {"ha": "center", "va": "bottom", "fontsize": 8}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
-                axes.annotate(f"{mean(column):.2g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
+                axes.annotate(f"{mean:.2g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
     if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
         drawing.logarithmic(axes)
     axes.set_xticks(range(len(values)), [show(value) for value in values])
@@ -260,7 +280,7 @@ def _heat_maps(
     maps = []
     for variant in comparison.variants:
         results = finals(comparison, outcomes, variant, name)
-        maps.append(np.array([[mean(results[row, column]) for column in columns] for row in rows]))
+        maps.append(np.array([[fmean(results[row, column]) for column in columns] for row in rows]))
     is_accuracy, is_higher = name.endswith("accuracy"), is_higher_better(name)
     stacked = np.stack(maps)  # gaps may be negative, and errors 0: they have no logarithm
     has_logarithm = not is_higher and not (stacked <= 0).any()
@@ -302,7 +322,7 @@ def _best(
     """Returns (row, column) of the best cell of a heat map by the mean over seeds of `metric`."""
     rows, columns = ([*values] for values in comparison.along.values())
     sign = 1 if is_higher_better(metric) else -1
-    means = {point: sign * mean(values) for point, values in finals(comparison, outcomes, variant, metric).items()}
+    means = {point: sign * fmean(values) for point, values in finals(comparison, outcomes, variant, metric).items()}
     usable = {point: value for point, value in means.items() if not math.isnan(value)} or means
     row, column = max(usable, key=lambda point: usable[point])
     return rows.index(row), columns.index(column)

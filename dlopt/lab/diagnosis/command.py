@@ -265,7 +265,7 @@ def _cell(value: float) -> str:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    return statistics.fmean(values) if values else math.nan
 
 
 def _median(values: Sequence[float]) -> float:

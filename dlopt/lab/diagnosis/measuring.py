@@ -29,7 +29,6 @@ from dlopt.instruments.curvature import (
 from dlopt.instruments.diagnostics import loss_of, preserved_state
 from dlopt.instruments.layers import LayerProbe, LayerStatistics, layer_parameters, norms, norms_by_layer
 from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag, TimeLagProbe
-from dlopt.parallel.mode import Mode
 from dlopt.training.build import Workload, build_workload, load_weights
 from dlopt.training.clipping import gradient_norm
 from dlopt.training.progress import endless_batches
@@ -97,14 +96,12 @@ class Diagnosis:
         return [self.before] if self.after is None else [self.before, self.after]
 
 
-def prepare(
-    experiment: Experiment, folder: Path, state: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
-) -> tuple[Workload, Trainer]:
+def prepare(experiment: Experiment, folder: Path, state: Mapping[str, Any] | None = None) -> tuple[Workload, Trainer]:
     """Builds data, model and optimizer as `dlopt train` does, or restores them from a checkpoint's `state`.
 
-    Writes nothing; `folder` is a placeholder for the run folder. `parallel`: see `build_workload`.
+    Writes nothing; `folder` is a placeholder for the run folder.
     """
-    workload = build_workload(experiment, None if state is None else state["normalize"], parallel=parallel)
+    workload = build_workload(experiment, None if state is None else state["normalize"])
     if state is not None and experiment.auto_lr:
         workload = workload.with_lr(state["progress"]["found_lr"])
     trainer = probe_trainer(workload, folder, state, observers=[ClippedNorm()])

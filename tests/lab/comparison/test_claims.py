@@ -106,12 +106,13 @@ def test_a_diverged_run_is_infinitely_worse() -> None:
 def test_parts_of_a_curve_and_times_to_a_target() -> None:
     falls = [outcome(4.0, 1.0, 3.0, 2.0)] * 2
     minimum = claim(lower={"variant": "a", "value": "minimum"}, than={"variant": "b", "value": 3})
-    assert judged(minimum, falls, falls).first == [1.0, 1.0] and judged(minimum, falls, falls).second == [3.0, 3.0]
+    found = judged(minimum, falls, falls)
+    assert (found.first.values, found.second.values) == ([1.0, 1.0], [3.0, 3.0])
     fast, slow = [outcome(4.0, 0.5)] * 2, [outcome(4.0, 2.0, 0.5)] * 2
     found = judged(claim(measure="step", target=0.6), fast, slow)
-    assert (found.first, found.second, found.verdict) == ([20.0, 20.0], [30.0, 30.0], "seen")
+    assert (found.first.values, found.second.values, found.verdict) == ([20.0, 20.0], [30.0, 30.0], "seen")
     assert "Updates to training loss at most 0.6: 20 (a) against 30 (b)" in sentence(found, label)
-    assert judged(claim(measure="step", target=0.1), fast, slow).first == [math.inf, math.inf]
+    assert judged(claim(measure="step", target=0.1), fast, slow).first.values == [math.inf, math.inf]
 
 
 def grid(values: dict[tuple[str, float], float], *claims: dict[str, Any], **keys: Any) -> tuple[Comparison, Any]:
@@ -133,13 +134,16 @@ LOSSES = {
 def test_each_side_is_taken_at_its_own_best_point() -> None:
     spec, runs = grid(LOSSES, claim(metric="test_loss"), choose="val_loss")
     [finding] = evaluate(spec, runs, spec.claims)
-    assert finding.points == ({"optimizer.lr": 10.0}, {"optimizer.lr": 0.1})  # chosen by validation, as 1 / test
+    assert (finding.first.point, finding.second.point) == (
+        {"optimizer.lr": 10.0},
+        {"optimizer.lr": 0.1},
+    )  # chosen by validation, as 1 / test
     with pytest.raises(UserError, match=r"comparison\.claims\.0: metric=test_loss: set comparison\.choose"):
         check(grid(LOSSES, claim(metric="test_loss"))[0], overridden=False)
     fixed = claim(metric="test_loss", at={"optimizer.lr": 1})
     spec, runs = grid(LOSSES, fixed)
     [finding] = evaluate(spec, runs, check(spec, overridden=False))
-    assert finding.verdict == "seen" and finding.second == [math.inf] * 3
+    assert finding.verdict == "seen" and finding.second.values == [math.inf] * 3
 
 
 def test_the_best_point_is_one_where_the_fewest_seeds_miss_the_target() -> None:
@@ -147,17 +151,17 @@ def test_the_best_point_is_one_where_the_fewest_seeds_miss_the_target() -> None:
     spec = comparison(written, along={"optimizer.lr": [0.1, 1.0]})
     losses = {cell: 0.5 if cell.point == (1.0,) and cell.seed < 2 else 2.0 for cell in spec.cells()}
     [finding] = evaluate(spec, {cell: outcome(loss) for cell, loss in losses.items()}, spec.claims)
-    assert [point["optimizer.lr"] for point in finding.points] == [1.0, 1.0]
-    assert finding.first == finding.second == [1, 1, math.inf] and finding.verdict == "not seen here"
+    assert [side.point["optimizer.lr"] for side in (finding.first, finding.second)] == [1.0, 1.0]
+    assert finding.first.values == finding.second.values == [1, 1, math.inf] and finding.verdict == "not seen here"
 
 
 def test_largest_usable_value_and_range() -> None:
     largest = claim(lower=None, higher="a", measure="largest", metric="test_loss", target=1.1, factor=10)
     spec, runs = grid(LOSSES, largest, largest | {"measure": "span"})
     found, span = evaluate(spec, runs, check(spec, overridden=False))
-    assert (found.first, found.second, found.verdict) == ([1.0] * 3, [0.1] * 3, "seen")
+    assert (found.first.values, found.second.values, found.verdict) == ([1.0] * 3, [0.1] * 3, "seen")
     assert "Largest learning rate with test loss at most 1.1: 1 (a) against 0.1 (b)" in sentence(found, label)
-    assert (span.first, span.second) == ([10.0] * 3, [1.0] * 3)
+    assert (span.first.values, span.second.values) == ([10.0] * 3, [1.0] * 3)
 
 
 def test_a_claim_about_several_sides_is_as_strong_as_the_weakest() -> None:
@@ -165,7 +169,7 @@ def test_a_claim_about_several_sides_is_as_strong_as_the_weakest() -> None:
             for s in range(3)}  # fmt: skip
     spec = comparison(claim(lower=None, higher=["b", "c"], than="a"), variants={"a": [], "b": [], "c": []})
     [finding] = evaluate(spec, runs, spec.claims)
-    assert finding.verdict == "seen" and finding.sides[0].variant == "c"
+    assert finding.verdict == "seen" and finding.first.side.variant == "c"
 
 
 def test_record_is_json_with_rows_and_verdicts() -> None:

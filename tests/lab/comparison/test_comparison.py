@@ -229,7 +229,7 @@ def test_evaluations_count_in_passes_over_the_training_set() -> None:
     written = {"claim": "c", "metric": "train_loss", "measure": "evaluation", "target": 1.0, "lower": "b", "than": "a"}
     claim = parse("claims.0", {**written, "factor": 2})
     [finding] = evaluate(spec, {VariantRun("a", (), 0): searching, VariantRun("b", (), 0): once}, [claim])
-    assert (finding.first, finding.second) == ([2.0], [5.0])
+    assert (finding.first.values, finding.second.values) == ([2.0], [5.0])
     panels = draw(spec, {VariantRun("a", (), 0): searching, VariantRun("b", (), 0): once}).axes
     assert [axes.get_xlabel() for axes in panels] == ["update", "evaluations of the training set", "seconds"]
     assert list(panels[1].lines[0].get_xdata()) == [3.0, 5.0]

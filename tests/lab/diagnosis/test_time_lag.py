@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from dlopt.lab.diagnosis.probes import TimeLagProbe
+from dlopt.models.layers import Norm
 from dlopt.models.recurrent import LSTMLayer, RecurrentLayer
+
+NONE = Norm(norm="none", norm_affine=False, norm_groups=1, norm_ghost_batch=None, norm_eps=1e-5, norm_momentum=0.1)
 
 
 def test_gradient_of_linear_recurrence_shrinks_by_the_weight_per_step() -> None:
