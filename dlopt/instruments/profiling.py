@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
 
 from dlopt.data.batches import Batch
 from dlopt.instruments.model_summary import kept_for_backward
@@ -165,11 +166,11 @@ class Profiling(Observer):
             self.result.peaks["optimizer"] = torch.cuda.max_memory_allocated(device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.result.memory = {
-            "weights": _bytes(module.parameters()),
-            "buffers": _bytes(module.buffers()),
-            "gradients": _bytes(p.grad for p in module.parameters() if p.grad is not None),
+            "weights": tensor_bytes([*module.parameters()]),
+            "buffers": tensor_bytes([*module.buffers()]),
+            "gradients": tensor_bytes([p.grad for p in module.parameters()]),
             "optimizer": state_bytes(optimizer),
-            "batch": _bytes([inputs, targets]),
+            "batch": tensor_bytes([inputs, targets]),
             "activations kept for the backward pass": sum(saved.values()),
             "peak of the process": peak * (1 if sys.platform == "darwin" else 1024),
         }
@@ -234,19 +235,12 @@ def _costliest(profiler: profile, device: torch.device, updates: int) -> list[Pr
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Returns the bytes of the tensors in an optimizer's state, also of those in lists (the history of L-BFGS)."""
-    return _bytes(_tensors(list(optimizer.state.values())))
+    return tensor_bytes(list(optimizer.state.values()))
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Returns the tensors in nested lists and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for child in children for tensor in _tensors(child)]
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def tensor_bytes(tree: Any) -> int:
+    """Returns the bytes of the tensors in nested lists, tuples and mappings."""
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def table(result: Profile, folder: Path) -> list[str]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt.errors import RunError
+from dlopt.instruments.profiling import tensor_bytes
 from dlopt.processor import synchronized_time
 
 _WARMUP = 3  # all-reduces before the timed ones: the first ones open connections
@@ -40,7 +41,7 @@ class Traffic(TorchDispatchMode):
             fraction = _fraction_sent(name, _group_size(args))
             if fraction > 0:
                 self.collectives += 1
-                self.sent += fraction * max(_bytes(value) for value in (*args, result))
+                self.sent += fraction * max(map(tensor_bytes, (*args, result)))
         return result
 
 
@@ -66,12 +67,6 @@ def _group_size(args: Sequence[Any]) -> int:
         if isinstance(argument, str) and argument not in ("sum", "avg", "product", "min", "max"):
             return int(distributed.distributed_c10d._resolve_process_group(argument).size())  # type: ignore[arg-type]
     return distributed.get_world_size()
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
 
 
 @dataclass(frozen=True)
