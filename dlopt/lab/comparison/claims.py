@@ -2,12 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import UserError
+from dlopt.lab.comparison.labels import label
 from dlopt.metric_names import lower_is_better
 from dlopt.ranges import Count, NonNegative
 from dlopt.results.leaderboard import mean_difference
@@ -85,7 +86,7 @@ def parse(key: str, written: Mapping[str, Any]) -> Claim:
         first, than = first[1:], first[0]
     elif than is None:
         raise UserError(f"{key}.than: a value is required: the variant to compare with")
-    common = {"at": keys.get("at", {}), "value": keys.get("value", "last")}
+    common = {"at": keys.get("at") or {}, "value": keys.get("value", "last")}
     claim = Claim(
         text=keys["claim"].rstrip("."),
         relation=relation,
@@ -113,7 +114,7 @@ def _schema(
     higher: Written | list[Written] | None = None,
     equal: list[Written] | None = None,
     than: Written | None = None,
-    at: dict[str, Value] = {},  # noqa: B006 - read only
+    at: dict[str, Value] | None = None,
     value: When = "last",
     measure: Measure = "value",
     target: float | None = None,
@@ -241,9 +242,6 @@ def weakest(findings: Sequence[Finding]) -> Finding:
 
 # -- sentences
 
-Label = Callable[[str], str]
-"""Formats the name of a metric or key for readers."""
-
 _PREFIX = {"seen": "Seen", "not seen here": "Not seen here", "the opposite": "The opposite is seen"}
 _MEASURES = {
     "value": "{metric}",
@@ -256,9 +254,9 @@ _MEASURES = {
 }
 
 
-def sentence(finding: Finding, label: Label) -> str:
+def sentence(finding: Finding) -> str:
     """Writes the outcome of a claim: verdict, measured values, interval."""
-    return f"{_PREFIX[finding.verdict]}: {finding.claim.text}. {numbers(finding, label)}"
+    return f"{_PREFIX[finding.verdict]}: {finding.claim.text}. {numbers(finding)}"
 
 
 def short_sentence(finding: Finding) -> str:
@@ -269,7 +267,7 @@ def short_sentence(finding: Finding) -> str:
     return f"{_PREFIX[finding.verdict]}: {finding.claim.text} ({values})."
 
 
-def numbers(finding: Finding, label: Label) -> str:
+def numbers(finding: Finding) -> str:
     """Writes the measured values of both sides, their difference and its interval."""
     claim, seeds = finding.claim, len(finding.first.values)
     sign = "at least" if is_higher_better(claim.metric) else "at most"
@@ -277,7 +275,7 @@ def numbers(finding: Finding, label: Label) -> str:
     what = _MEASURES[claim.measure].format(
         metric=label(claim.metric), axis=label(free), target="" if claim.target is None else f"{sign} {claim.target:g}"
     )
-    first, second = (side.average() + _where(claim, side, label) for side in (finding.first, finding.second))
+    first, second = (side.average() + _where(claim, side) for side in (finding.first, finding.second))
     margin = f"{claim.factor:.8g}x" if claim.factor is not None else f"{claim.difference:.3g}"
     parts = [f"{what[:1].upper()}{what[1:]}: {first} against {second}"]
     if finding.low is None or finding.high is None:
@@ -289,7 +287,7 @@ def numbers(finding: Finding, label: Label) -> str:
     return "; ".join(parts) + "."
 
 
-def _where(claim: Claim, measured: Measured, label: Label) -> str:
+def _where(claim: Claim, measured: Measured) -> str:
     side, free = measured.side, claim.measure in ("largest", "span")
     shown_at = [f"{label(axis)} {show(value)}" for axis, value in measured.point.items() if not free or axis in side.at]
     if side.value != "last":

@@ -27,7 +27,7 @@ from dlopt.files import write_atomically
 from dlopt.folders import RunFolder, make, make_new, newest
 from dlopt.job import execute
 from dlopt.lab.comparison.claims import TEST_METRICS, parse, sentence
-from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, format_final, read, table
+from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun, format_final, read
 from dlopt.lab.comparison.findings import check, evaluate, record
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
@@ -81,21 +81,21 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     screen.message(f"{comparison.title}: {len(plans)} runs in {short_path(folder)}")
     gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries
     try:
-        outcomes, code = _execute(plans, folder, comparison, screen)
+        results, code = _execute(plans, folder, comparison, screen)
     finally:
         gc.unfreeze()
     if code:
         return code
-    findings = evaluate(comparison, outcomes, claims)
-    write_atomically(folder / f"{PICTURE}.json", record(comparison, outcomes, findings).encode())
+    findings = evaluate(results, claims)
+    write_atomically(folder / f"{PICTURE}.json", record(results, findings).encode())
     for line in (
-        *table(comparison, outcomes),
+        *results.table(),
         comparison.see,
-        *(sentence(finding, drawing.label) for finding in findings),
+        *map(sentence, findings),
         *(f"Not evaluated: {claim.text}." for claim in comparison.claims if claim not in claims),
     ):
         screen.message(line)
-    for path in drawing.save(draw(comparison, outcomes, findings), folder, PICTURE):
+    for path in drawing.save(draw(results, findings), folder, PICTURE):
         print(short_path(path))
     return 0
 
@@ -192,10 +192,8 @@ def _is_unfinished(comparison: RunFolder, configs: Sequence[Mapping[str, Any]]) 
     return not any(old is not None and differences(old, new) for old, new in pairs)
 
 
-def _execute(
-    plans: Plans, folder: Path, comparison: Comparison, screen: Screen
-) -> tuple[dict[VariantRun, VariantOutcome], int]:
-    """Runs all cells; returns their outcomes and the exit code. A diverged run counts, any other failure stops."""
+def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen) -> tuple[Results, int]:
+    """Runs all cells; returns their results and the exit code. A diverged run counts, any other failure stops."""
     outcomes: dict[VariantRun, VariantOutcome] = {}
     for number, (cell, plan) in enumerate(plans.items()):
         subfolder = RunFolder(folder / str(number))
@@ -208,7 +206,7 @@ def _execute(
             if code == INTERRUPTED:
                 screen.message(f"stopped after {number} of {len(plans)} runs; resume with resume=auto")
             if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not diverged):
-                return outcomes, code
+                return Results(comparison, outcomes), code
         outcome = outcomes[cell] = read(subfolder.path, comparison.all_metrics)
         for name in comparison.all_metrics:
             if not outcome.may_have(name):  # it would be shown as diverged
@@ -219,4 +217,4 @@ def _execute(
         labels = [cell.variant, *(f"{k}={show(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
         metrics = ", ".join(f"{name} {format_final(outcome.final(name))}" for name in comparison.metrics)
         screen.message(f"  {number + 1}/{len(plans)} {', '.join(labels)}, seed {cell.seed}: {metrics}")
-    return outcomes, 0
+    return Results(comparison, outcomes), 0

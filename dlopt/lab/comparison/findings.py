@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dlopt.config.schema import show
@@ -21,8 +21,7 @@ from dlopt.lab.comparison.claims import (
     sentence,
     weakest,
 )
-from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, are_numbers, finals, matches
-from dlopt.results.drawing import label
+from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, matches
 
 Point = tuple[Value, ...]
 
@@ -67,16 +66,12 @@ def _problem(comparison: Comparison, claim: Claim) -> str | None:
     return None
 
 
-def evaluate(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], claims: Sequence[Claim]
-) -> list[Finding]:
+def evaluate(results: Results, claims: Sequence[Claim]) -> list[Finding]:
     """Evaluates claims; a claim about several sides is decided by the least convincing one."""
     found = []
     for claim in claims:
-        second = _measured(comparison, outcomes, claim, claim.second)
-        found.append(
-            weakest([judge(claim, _measured(comparison, outcomes, claim, side), second) for side in claim.first])
-        )
+        second = _measured(results, claim, claim.second)
+        found.append(weakest([judge(claim, _measured(results, claim, side), second) for side in claim.first]))
     return found
 
 
@@ -87,18 +82,16 @@ def _points(comparison: Comparison, side: Side) -> list[Point]:
     return [point for point in dict.fromkeys(cells) if all(matches(point[i], value) for i, value in fixed)]
 
 
-def _measured(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], claim: Claim, side: Side
-) -> Measured:
+def _measured(results: Results, claim: Claim, side: Side) -> Measured:
     """Measures a side per seed, at the point with the best mean over seeds.
 
     The mean is that of `comparison.choose` or of the measured values themselves. Points at which fewer seeds diverge or
     miss the target come first.
     """
+    comparison = results.comparison
     points, axes = _points(comparison, side), [*comparison.along]
     values = {
-        point: [_value(outcomes[VariantRun(side.variant, point, seed)], claim, side.value) for seed in comparison.seeds]
-        for point in points
+        point: [_value(run, claim, side.value) for run in results.over_seeds(side.variant, point)] for point in points
     }
     if claim.measure in ("largest", "span"):
         [free] = [i for i, axis in enumerate(axes) if axis not in side.at]
@@ -110,7 +103,7 @@ def _measured(
     metric, scores = claim.metric, values
     if claim.measure == "value" and comparison.choose is not None:
         metric = comparison.choose
-        scores = finals(comparison, outcomes, side.variant, metric)
+        scores = results.finals(side.variant, metric)
     sign = -1 if claim.measure == "value" and is_higher_better(metric) else 1
 
     def cost(point: Point) -> tuple[int, float]:
@@ -164,11 +157,12 @@ def _extent(claim: Claim, pairs: Sequence[tuple[float, float]]) -> float:
 # -- record
 
 
-def record(comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], findings: Sequence[Finding]) -> str:
+def record(results: Results, findings: Sequence[Finding]) -> str:
     """Formats comparison.json: the final metrics of every point per seed, and the claims with their verdicts."""
+    comparison = results.comparison
     rows = []
     for variant in comparison.variants:
-        columns = {name: finals(comparison, outcomes, variant, name) for name in comparison.metrics}
+        columns = {name: results.finals(variant, name) for name in comparison.metrics}
         for point in next(iter(columns.values())):
             metrics = {name: [_finite(value) for value in column[point]] for name, column in columns.items()}
             rows.append({"variant": variant, "at": dict(zip(comparison.along, point, strict=True)), **metrics})
@@ -186,8 +180,8 @@ def _claim(finding: Finding) -> dict[str, Any]:
     return {
         "claim": claim.text,
         "verdict": finding.verdict,
-        "outcome": numbers(finding, label),
-        "sentence": sentence(finding, label),
+        "outcome": numbers(finding),
+        "sentence": sentence(finding),
         "when_not": claim.when_not,
         "sides": [
             {"variant": each.side.variant, "at": dict(each.point), "values": [*map(_finite, each.values)]}

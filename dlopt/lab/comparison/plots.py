@@ -2,14 +2,15 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dlopt.config.schema import show
 from dlopt.lab.comparison.claims import TEST_METRICS, Finding, Value, is_higher_better, short_sentence
-from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, are_numbers, finals, on_axis
+from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, on_axis
+from dlopt.lab.comparison.labels import label
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 
@@ -23,12 +24,11 @@ _UNITS = {
 _CROSS: dict[str, Any] = {"markersize": 9, "markeredgewidth": 2.5}
 
 
-def draw(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], findings: Sequence[Finding] = ()
-) -> "Figure":
+def draw(results: Results, findings: Sequence[Finding] = ()) -> "Figure":
     """Plots a panel per metric, or for two keys in `along` a heat map per variant; the title ends with the findings."""
+    comparison = results.comparison
     if len(comparison.along) == 2:
-        return _heat_maps(comparison, outcomes, findings)
+        return _heat_maps(results, findings)
     shown = [(name, x) for name in comparison.metrics for x in (comparison.axes if not comparison.along else [""])]
     width = 9.5 if len(shown) > 1 else 8
     figure = _titled_figure(comparison, findings, width, 5)
@@ -36,12 +36,12 @@ def draw(
     notes: dict[str, Artist] = {}
     for axes, (name, x) in zip(panels, shown, strict=True):
         if not comparison.along:
-            notes |= _curves(axes, comparison, outcomes, name, x)
+            notes |= _curves(axes, results, name, x)
         elif are_numbers([*next(iter(comparison.along.values()))]):
-            notes |= _along(axes, comparison, outcomes, name)
+            notes |= _along(axes, results, name)
         else:
-            notes |= _bars(axes, comparison, outcomes, name)
-        axes.set_ylabel("\n".join(_evenly(drawing.label(name), 45)))
+            notes |= _bars(axes, results, name)
+        axes.set_ylabel("\n".join(_evenly(label(name), 45)))
     drawing.clean_axes(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
     labels, handles = [*labels, *notes], [*handles, *notes.values()]
@@ -88,15 +88,14 @@ def _line(i: int, count: int, *, narrowing: bool) -> dict[str, Any]:
     return style(i, dash=i // len(drawing.COLOURS), linewidth=width)
 
 
-def _curves(
-    axes: "Axes", comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str, x_axis: str
-) -> "dict[str, Artist]":
+def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str, Artist]":
     """Plots means and ranges over seeds; a cross marks the end of a diverged run. Returns entries for the legend."""
+    comparison = results.comparison
     notes: dict[str, Artist] = {}
     for i, variant in enumerate(comparison.variants):
         # Curves may coincide against updates: narrower lines on top keep all of them visible.
         line = _line(i, len(comparison.variants), narrowing=len(comparison.axes) > 1)
-        runs = [outcomes[VariantRun(variant, (), seed)] for seed in comparison.seeds]
+        runs = results.over_seeds(variant, ())
         points = _common(runs, name, x_axis)
         x, columns = [fmean(positions) for positions, _ in points], [values for _, values in points]
         axes.plot(x, [fmean(column) for column in columns], **line, label=variant)
@@ -163,12 +162,10 @@ def _cross() -> "Artist":
     return _mark(linestyle="", marker="x", **_CROSS)
 
 
-def _columns(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str, values: Sequence[Value]
-) -> dict[str, list[list[float]]]:
+def _columns(results: Results, name: str, values: Sequence[Value]) -> dict[str, list[list[float]]]:
     """Returns variant -> final metrics at each value of the only axis, one per seed."""
-    results = {variant: finals(comparison, outcomes, variant, name) for variant in comparison.variants}
-    return {variant: [points[(value,)] for value in values] for variant, points in results.items()}
+    finals = {variant: results.finals(variant, name) for variant in results.comparison.variants}
+    return {variant: [points[(value,)] for value in values] for variant, points in finals.items()}
 
 
 def _draw_seeds(
@@ -203,20 +200,19 @@ def _coincide(curves: Sequence[Sequence[float]]) -> bool:
     )
 
 
-def _along(
-    axes: "Axes", comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str
-) -> "dict[str, Artist]":
+def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     """Plots the final metric against the key's value; crosses at the edge mark diverged runs."""
+    comparison = results.comparison
     [(key, settings)] = comparison.along.items()
     values = sorted(settings, key=float)  # type: ignore[arg-type]
     positions = [float(value) for value in values]  # type: ignore[arg-type]
     notes: dict[str, Artist] = {}
-    results = _columns(comparison, outcomes, name, values)
-    means = {variant: [*map(fmean, columns)] for variant, columns in results.items()}
+    of_variants = _columns(results, name, values)
+    means = {variant: [*map(fmean, columns)] for variant, columns in of_variants.items()}
     coincide = _coincide([*means.values()])
     edge = 0.02 if is_higher_better(name) else 0.98
-    for i, (variant, columns) in enumerate(results.items()):
-        line = _line(i, len(results), narrowing=coincide)
+    for i, (variant, columns) in enumerate(of_variants.items()):
+        line = _line(i, len(of_variants), narrowing=coincide)
         if coincide:
             line["markersize"] = 4 + line["linewidth"]
         axes.plot(positions, means[variant], **line, marker=MARKERS[i % len(MARKERS)], label=variant)
@@ -227,21 +223,20 @@ def _along(
         axes.set_xscale("log")
     axes.set_xticks(positions, [show(value) for value in values])
     axes.minorticks_off()
-    axes.set_xlabel(drawing.label(key))
+    axes.set_xlabel(label(key))
     if _has_logarithm(name):
         drawing.logarithmic(axes)
     return notes
 
 
-def _bars(
-    axes: "Axes", comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str
-) -> "dict[str, Artist]":
+def _bars(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     """Plots the final metric for each category as groups of bars, a bar per variant with the range over seeds."""
+    comparison = results.comparison
     [(key, settings)] = comparison.along.items()
     values, count = [*settings], len(comparison.variants)
     notes: dict[str, Artist] = {}
     heights = []
-    for i, (variant, columns) in enumerate(_columns(comparison, outcomes, name, values).items()):
+    for i, (variant, columns) in enumerate(_columns(results, name, values).items()):
         colour = drawing.COLOURS[i % len(drawing.COLOURS)]
         positions = [k + (i - (count - 1) / 2) * 0.8 / count for k in range(len(values))]
         means = [*map(fmean, columns)]
@@ -261,15 +256,14 @@ def _bars(
     if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
         drawing.logarithmic(axes)
     axes.set_xticks(range(len(values)), [show(value) for value in values])
-    axes.set_xlabel(drawing.label(key))
+    axes.set_xlabel(label(key))
     axes.margins(y=0.1)
     return notes
 
 
-def _heat_maps(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], findings: Sequence[Finding]
-) -> "Figure":
+def _heat_maps(results: Results, findings: Sequence[Finding]) -> "Figure":
     """Plots a heat map per variant with a shared colour scale; a frame marks the best cell."""
+    comparison = results.comparison
     import numpy as np
     from matplotlib.patches import Rectangle
 
@@ -279,8 +273,8 @@ def _heat_maps(
     (row_key, rows), (column_key, columns) = comparison.along.items()
     maps = []
     for variant in comparison.variants:
-        results = finals(comparison, outcomes, variant, name)
-        maps.append(np.array([[fmean(results[row, column]) for column in columns] for row in rows]))
+        points = results.finals(variant, name)
+        maps.append(np.array([[fmean(points[row, column]) for column in columns] for row in rows]))
     is_accuracy, is_higher = name.endswith("accuracy"), is_higher_better(name)
     stacked = np.stack(maps)  # gaps may be negative, and errors 0: they have no logarithm
     has_logarithm = not is_higher and not (stacked <= 0).any()
@@ -299,30 +293,28 @@ def _heat_maps(
             text = "×" if math.isnan(value) else f"{100 * value:.1f}" if is_accuracy else f"{value:.2g}"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if is_bright else "white")
         if chooser is not None:
-            row, column = _best(comparison, outcomes, variant, chooser)
+            row, column = _best(results, variant, chooser)
             frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
             axes.add_patch(frame)
         axes.set_xticks(range(len(columns)), list(map(show, columns)))
         axes.set_yticks(range(len(rows)), list(map(show, rows)))
-        axes.set_xlabel(drawing.label(column_key))
-        axes.set_ylabel(drawing.label(row_key))
+        axes.set_xlabel(label(column_key))
+        axes.set_ylabel(label(row_key))
         axes.set_title("\n".join(_evenly(variant, 36)), fontsize=10)
     unit = " (%)" if is_accuracy else ""
     notes = ["brighter is better", "×: diverged"]
     if chooser is not None:
-        notes.append("frame: best" if chooser == name else f"frame: best {drawing.label(chooser)}")
+        notes.append("frame: best" if chooser == name else f"frame: best {label(chooser)}")
     seeds = f", mean of {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
-    figure.supxlabel(f"{drawing.label(name)}{unit}{seeds}   {'; '.join(notes)}", fontsize=9)
+    figure.supxlabel(f"{label(name)}{unit}{seeds}   {'; '.join(notes)}", fontsize=9)
     return figure
 
 
-def _best(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], variant: str, metric: str
-) -> tuple[int, int]:
+def _best(results: Results, variant: str, metric: str) -> tuple[int, int]:
     """Returns (row, column) of the best cell of a heat map by the mean over seeds of `metric`."""
-    rows, columns = ([*values] for values in comparison.along.values())
+    rows, columns = ([*values] for values in results.comparison.along.values())
     sign = 1 if is_higher_better(metric) else -1
-    means = {point: sign * fmean(values) for point, values in finals(comparison, outcomes, variant, metric).items()}
+    means = {point: sign * fmean(values) for point, values in results.finals(variant, metric).items()}
     usable = {point: value for point, value in means.items() if not math.isnan(value)} or means
     row, column = max(usable, key=lambda point: usable[point])
     return rows.index(row), columns.index(column)
