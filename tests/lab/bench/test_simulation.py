@@ -13,7 +13,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.lab.bench import simulation
-from dlopt.lab.bench.command import MODELS
+from dlopt.lab.bench.cluster_command import MODELS
 from dlopt.lab.bench.contention import fit_link, scale_to
 from dlopt.lab.bench.layers import Layer, layers_of, operations, parameters, timed
 from dlopt.lab.bench.modes import validate
