@@ -31,10 +31,10 @@ from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome,
 from dlopt.lab.comparison.findings import check, evaluate, record
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
-from dlopt.parallel.rendezvous import current
 from dlopt.results import drawing
 from dlopt.roles import Role
 from dlopt.sweeps.estimate import print_estimate
+from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 from dlopt.training.checkpoint import Checkpoints
@@ -61,8 +61,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
 
     Raises `UserError` before it creates any file, and after the first run for a metric that it does not have.
     """
-    if current() is not None:
-        raise UserError("comparison: cannot run inside torchrun or srun; start it from a shell")
+    refuse_ranks("comparison", "the comparison")
     refuse_unread_hydra(parsed.overrides, "a comparison", _READS_OF_HYDRA, _HINTS)
     comparison = comparison_of(composer, config, parsed.overrides)
     # The claims do not hold if an override changes the comparison or fixes one of its axes.
