@@ -52,7 +52,6 @@ _METRICS = (
     "epochs", "steps",
 )  # fmt: skip
 
-
 Plans = Mapping[VariantRun, Plan]
 
 

@@ -234,6 +234,7 @@ def _bars(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     comparison = results.comparison
     [(key, settings)] = comparison.along.items()
     values, count = [*settings], len(comparison.variants)
+    has_room = count * len(values) * len(comparison.metrics) <= 12  # more labels would overlap
     notes: dict[str, Artist] = {}
     heights = []
     for i, (variant, columns) in enumerate(_columns(results, name, values).items()):
@@ -247,9 +248,7 @@ def _bars(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
             line: dict[str, Any] = {"color": "black", "linewidth": 1.5}
             note = (f"range over {len(column)} seeds", _mark(**line))
             notes |= _draw_seeds(axes, position, column, (0.03, colour), note, **line)
-            if (
-                not math.isnan(mean) and count * len(values) * len(comparison.metrics) <= 12
-            ):  # more labels would overlap
+            if has_room and not math.isnan(mean):
                 style = {"ha": "center", "va": "bottom", "fontsize": 8}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
                 axes.annotate(f"{mean:.2g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
