@@ -1,6 +1,7 @@
 """Benchmarks a device: floating-point throughput against the size of matrix products and convolutions."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.benchmark import Timer
 
+from dlopt.processor import synchronized_time
 from dlopt.results import drawing
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def throughput(
     points = []
     for n in sizes:
         a, b = (torch.randn(n, n, device=device).to(DTYPES[precision]) for _ in range(2))
-        flops = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, seconds)  # type: ignore[misc]
+        flops = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device, seconds)  # type: ignore[misc]
         points.append(Throughput(str(device), precision, "matrix product", n, flops))
     for c in channels:
         maps = torch.randn(BATCH, c, PIXELS, PIXELS, device=device).to(DTYPES[precision])
@@ -53,14 +54,22 @@ def throughput(
             return torch.autograd.grad(functional.conv2d(maps, kernel, padding=1), (maps, kernel), upstream)
 
         work = 3 * 2 * 9 * c * c * BATCH * PIXELS * PIXELS
-        points.append(Throughput(str(device), precision, "convolution", c, work / _seconds(step, seconds)))
+        points.append(Throughput(str(device), precision, "convolution", c, work / _seconds(step, device, seconds)))
     return points
 
 
-def _seconds(compute: Callable[[], object], budget: float) -> float:
-    """Returns the seconds of one call: the lowest mean over blocks, as other processes can only slow a block down."""
-    timer = Timer("compute()", globals={"compute": compute}, num_threads=torch.get_num_threads())
-    return min(timer.blocked_autorange(min_run_time=budget).times)
+def _seconds(compute: Callable[[], object], device: torch.device, budget: float) -> float:
+    """Returns the seconds of one call: the lowest mean over rounds, as other processes can only slow a round down."""
+
+    def timed(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            compute()
+        return (synchronized_time(device) - start) / calls
+
+    timed(2)
+    calls = max(int(budget / 5 / timed(1)), 1)
+    return min(timed(calls) for _ in range(5)) if calls > 1 else min(timed(1) for _ in range(2))
 
 
 def draw(points: Sequence[Throughput], title: str) -> "Figure":

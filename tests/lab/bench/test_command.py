@@ -142,7 +142,7 @@ def test_simulation_prints_the_days_of_a_named_training(tmp_path: Path) -> None:
 def test_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
 
-    def seconds(compute: Any, budget: float) -> float:
+    def seconds(compute: Any, device: object, budget: float) -> float:
         compute()
         calls.append(budget)
         return 1e-3
