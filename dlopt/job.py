@@ -182,16 +182,16 @@ def _described(run: "Run") -> Iterator[Outcome]:
 def tools(run: "Run", *, console: bool) -> dict[str, Any]:
     """Returns the observers, the learning-rate range test and the picture that the settings enable, for `train_run`.
 
-    They are passed in because the trainer does not import `dlopt.analysis`.
+    They are passed in because the trainer does not import `dlopt.instruments`.
     """
     settings = run.experiment.settings
     chosen: dict[str, Any] = {}
     if settings.diagnostics or settings.profile:
-        from dlopt.analysis.instruments import observers
+        from dlopt.instruments.observers import observers
 
         chosen["observe"] = observers
     if run.experiment.auto_lr:
-        from dlopt.analysis.lr_range import find_lr
+        from dlopt.instruments.lr_range import find_lr
 
         chosen["find_lr"] = find_lr
     # A picture for the person who watches the run: jobs of sweeps, comparisons and calls of the library have a report,
@@ -202,7 +202,7 @@ def tools(run: "Run", *, console: bool) -> dict[str, Any]:
 
 
 def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict[str, Path]:
-    from dlopt.analysis import reconstructions  # late: matplotlib takes long to import
+    from dlopt.instruments import reconstructions  # late: matplotlib takes long to import
     from dlopt.results import curves
 
     pictures = {"curves": curves.write(folder, restarts)}

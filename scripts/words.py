@@ -75,7 +75,9 @@ ALLOWED = {  # file or folder -> words that are the field's there
     "docs/conf.py": {"setup"},  # Sphinx's interface
     "dlopt/commands/eval.py": {"member"},  # of an ensemble
     **{  # of matplotlib
-        f"{top}/{room}/": {"figure", "figures"} for top in ("dlopt", "tests") for room in ("analysis", "lab", "results")
+        f"{top}/{room}/": {"figure", "figures"}
+        for top in ("dlopt", "tests")
+        for room in ("instruments", "lab", "results")
     },
 }
 _CODE = re.compile(r"`[^`\n]*`")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -17,10 +18,9 @@ from dlopt.config.resolve import to_plain
 from dlopt.data.generated import polynomial
 from dlopt.data.samples import InMemory
 from dlopt.data.splits import prepare
-from dlopt.lab.comparison.claims import judge, numbers
+from dlopt.lab.comparison.claims import Measured, judge, numbers
 from dlopt.lab.comparison.command import comparison_of
-from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, finals, mean, read
-from dlopt.results.drawing import label
+from dlopt.lab.comparison.comparison import Results, read
 from tests.support.comparisons import GALLERY, SHIPPED
 from tests.support.line import dlopt
 
@@ -31,17 +31,9 @@ LECTURES = sorted(
 )
 
 
-class Results:
-    """Results of the runs of a comparison."""
-
-    def __init__(self, comparison: Comparison, outcomes: dict[VariantRun, VariantOutcome]) -> None:
-        self.comparison = comparison
-        self.outcomes = outcomes
-
-    def final(self, variant: str, *point: object, metric: str | None = None) -> float:
-        """Returns the mean final metric over seeds; NaN if one diverged."""
-        name = self.comparison.metrics[0] if metric is None else metric
-        return mean(finals(self.comparison, self.outcomes, variant, name)[point])
+def final(results: Results, variant: str, *point: object, metric: str | None = None) -> float:
+    """Returns the mean final metric over seeds; NaN if one diverged."""
+    return fmean(results.finals(variant, results.comparison.metrics[0] if metric is None else metric)[point])
 
 
 Run = Callable[..., Results]
@@ -94,10 +86,10 @@ def test_is_valid_and_shipped_numbers_support_the_verdict_but_not_of_an_inverted
         sides = next(side for side in claim.first if side.variant == first["variant"]), claim.second
         points = first["at"], second["at"]
         values = [float(value) for value in first["values"]], [float(value) for value in second["values"]]
-        finding = judge(claim, sides, values, points)
-        assert (finding.verdict, numbers(finding, label)) == (entry["verdict"], entry["outcome"])
+        finding = judge(claim, *map(Measured, sides, points, values))
+        assert (finding.verdict, numbers(finding)) == (entry["verdict"], entry["outcome"])
         if entry["verdict"] == "seen" and claim.relation != "equal":
-            assert judge(claim, sides, (values[1], values[0]), points).verdict == "the opposite"
+            assert judge(claim, *map(Measured, sides, points, values[::-1])).verdict == "the opposite"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +154,7 @@ def test_one_sample_per_device_is_too_few_without_synchronization(run: Run) -> N
     results = run("batch_norm_per_device", "comparison.seeds=[0]")
     own, virtual, sync = (
         {
-            n: (results.final(v, n, metric="val_accuracy"), results.final(v, n, metric="train_loss"))
+            n: (final(results, v, n, metric="val_accuracy"), final(results, v, n, metric="train_loss"))
             for n in ("1", "2", "8")
         }
         for v in results.comparison.variants

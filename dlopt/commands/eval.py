@@ -166,7 +166,7 @@ def _finish(record: dict[str, Any], tested: "Tested", folder: Path | str | None,
     if folder is not None:
         written = _write(Path(folder), {**record, **report.metrics, "classes": classes}, report, tested.classes)
         if tested.workload is not None:
-            from dlopt.analysis import reconstructions
+            from dlopt.instruments import reconstructions
             from dlopt.parallel.mode import Mode
 
             with writing(Path(folder)):

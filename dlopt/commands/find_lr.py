@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-from dlopt.analysis.range_test import RangeTest
 from dlopt.command_line.line import Line, on_experiment, output_folder, writing
 from dlopt.command_line.reads import RECIPE, UPDATE
 from dlopt.errors import DONE, UserError
+from dlopt.instruments.range_test import RangeTest
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from dlopt.analysis.lr_range import LearningRates
+    from dlopt.instruments.lr_range import LearningRates
 
 _READS = (*UPDATE, *RECIPE, "scale_lr")  # scale_lr: only none
 USAGE = """\
@@ -54,7 +54,7 @@ def find_lr(
     ] = None,
 ) -> int:
     """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
-    from dlopt.analysis.lr_range import check, measure, trial, write
+    from dlopt.instruments.lr_range import check, measure, trial, write
 
     arguments, line = line.take(RangeTest)
     range_test = RangeTest(**arguments)
@@ -80,7 +80,7 @@ def find_lr(
 
 
 def _print(result: "LearningRates") -> None:
-    from dlopt.analysis.lr_range import describe_end
+    from dlopt.instruments.lr_range import describe_end
 
     reached = f" up to a learning rate of {result.rates[-1]:.3g}" if result.rates else ""
     screen = Screen()

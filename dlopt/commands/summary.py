@@ -11,9 +11,9 @@ from dlopt.ranges import Count
 from dlopt.tracking.layout import plain_table, show_table
 
 if TYPE_CHECKING:
-    from dlopt.analysis.model_summary import ModelSummary
     from dlopt.config.experiment import Experiment
     from dlopt.data.task import Task
+    from dlopt.instruments.model_summary import ModelSummary
 
 _READS = ("model", "data", "augmentation", "precision", *RECIPE)
 USAGE = """\
@@ -85,7 +85,7 @@ def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], "Task", int]:
 def _summarize(experiment: "Experiment", shape: tuple[int, ...], task: "Task", samples: int | None) -> "ModelSummary":
     import torch
 
-    from dlopt.analysis.model_summary import summarize
+    from dlopt.instruments.model_summary import summarize
     from dlopt.training.build import model_arguments
     from dlopt.training.model_check import model_on_meta
 

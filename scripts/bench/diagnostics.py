@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from dlopt.analysis.diagnosis.live import CURVATURE_INTERVAL, Diagnostics, Kind
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
+from dlopt.instruments.diagnostics import CURVATURE_INTERVAL, Diagnostics, Kind
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import build_workload
 from dlopt.training.trainer import probe_trainer

@@ -16,7 +16,7 @@ FLOORS = [
     ["attempt"],
     ["command_line"],
     ["job"],
-    ["analysis"],
+    ["instruments"],
     ["training", "results"],
     ["parallel", "config", "augment", "init", "functions"],
     ["data", "models", "optim", "schedules", "losses", "tracking", "folders", "parameters", "environment"],

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.analysis.communication import Traffic
 from dlopt.errors import UserError
+from dlopt.lab.bench.communication import Traffic
 from dlopt.parallel.columns import split_columns
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
 from dlopt.parallel.filter import split_filters

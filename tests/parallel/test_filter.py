@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis.communication import Traffic
 from dlopt.errors import UserError
+from dlopt.lab.bench.communication import Traffic
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKind
 from dlopt.models.preact import PreActBlock, PreActBottleneck
 from dlopt.models.resnet import BasicBlock, Bottleneck

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from dlopt.analysis import model_summary
-from dlopt.analysis.model_summary import Layer
-from dlopt.analysis.ranks import run_rank, run_ranks
 from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError
+from dlopt.instruments.ranks import run_rank, run_ranks
+from dlopt.lab.bench.layers import Layer, timed
 from dlopt.lab.bench.rank import seconds_of, updates_of
 from dlopt.lab.bench.simulation import Link
 from dlopt.parallel import rendezvous
@@ -97,7 +96,7 @@ def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, An
     updates = [seconds_of(update) for _ in range(_UPDATES)]
     distributed.barrier()
     inputs, _ = next(iter(trainer.batches.epoch(0)))
-    layers = [asdict(layer) for layer in model_summary.timed(workload.module, inputs)]
+    layers = [asdict(layer) for layer in timed(workload.module, inputs)]
     distributed.barrier()
     return {"updates": updates, "layers": layers, "all_reduces": _all_reduces(update)}
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dlopt.analysis.ranks import run_ranks
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import to_plain
 from dlopt.errors import RunError, UserError
+from dlopt.instruments.ranks import run_ranks
 from dlopt.results import drawing
 from dlopt.tracking.layout import plain_table
 

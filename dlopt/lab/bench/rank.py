@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import distributed
 
-from dlopt.analysis import communication
-from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.errors import UserError
+from dlopt.instruments.profiling import collective_times
+from dlopt.instruments.ranks import RankOutcome, run_rank
+from dlopt.lab.bench.communication import Traffic
 from dlopt.parallel import rendezvous
 from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
@@ -85,7 +86,7 @@ def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank:
         samples += update()
         steps.append(time.perf_counter() - start)
     peak = float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
-    with communication.Traffic() as traffic:
+    with Traffic() as traffic:
         for _ in range(settings.profiled):
             update()
     communicating, waiting = _communication(update, settings.profiled, device, parallel)
@@ -140,7 +141,7 @@ def _communication(update: Callable[[], int], number: int, device: torch.device,
     events = list(profiler.events() or [])
     # Exclude events of the barrier and the profiler's start: the profiler's clock has a different origin.
     first = max((e.time_range.end for e in events), default=0.0) - seconds * 1e6
-    communicating, waiting = communication.collective_times([e for e in events if e.time_range.start >= first], device)
+    communicating, waiting = collective_times([e for e in events if e.time_range.start >= first], device)
     return min(communicating / seconds, 1.0), min(waiting / seconds, 1.0)
 
 

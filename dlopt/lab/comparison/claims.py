@@ -2,12 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import UserError
+from dlopt.lab.comparison.labels import label
 from dlopt.metric_names import lower_is_better
 from dlopt.ranges import Count, NonNegative
 from dlopt.results.leaderboard import mean_difference
@@ -53,15 +54,15 @@ class Claim:
     """
 
     text: str
-    when_not: str
     metric: str
     relation: Relation
     first: tuple[Side, ...]
     second: Side
-    measure: Measure
-    target: float | None
-    factor: float | None
-    difference: float | None
+    measure: Measure = "value"
+    target: float | None = None
+    factor: float | None = None
+    difference: float | None = None
+    when_not: str = ""
 
     @property
     def margin(self) -> float:
@@ -85,29 +86,24 @@ def parse(key: str, written: Mapping[str, Any]) -> Claim:
         first, than = first[1:], first[0]
     elif than is None:
         raise UserError(f"{key}.than: a value is required: the variant to compare with")
-    measure, target = keys.get("measure", "value"), keys.get("target")
-    if (measure == "value") == (target is not None):
-        raise UserError(f"{key}.target={target}: set it exactly if measure is not value (measure={measure})")
-    factor, difference = keys.get("factor"), keys.get("difference")
-    if (factor is None) == (difference is None):
-        raise UserError(f"{key}: set factor (1.5: at least 1.5x) or difference (0.01), one of them, as margin")
-    if factor is not None and factor < 1:
-        raise UserError(f"{key}.factor={factor}: must be >= 1")
-    if factor is not None and measure == "value" and "gap" in keys["metric"]:
-        raise UserError(f"{key}.factor={factor}: a gap may be negative; set difference instead")
-    common = {"at": keys.get("at", {}), "value": keys.get("value", "last")}
-    return Claim(
+    common = {"at": keys.get("at") or {}, "value": keys.get("value", "last")}
+    claim = Claim(
         text=keys["claim"].rstrip("."),
-        when_not=keys.get("when_not", ""),
-        metric=keys["metric"],
         relation=relation,
         first=tuple(_side(f"{key}.{relation}", side, common) for side in first),
         second=_side(f"{key}.than", than, common),
-        measure=measure,
-        target=target,
-        factor=factor,
-        difference=difference,
+        **{name: value for name, value in keys.items() if name in Claim.__dataclass_fields__},
     )
+    target, factor = claim.target, claim.factor
+    if (claim.measure == "value") == (target is not None):
+        raise UserError(f"{key}.target={target}: set it exactly if measure is not value (measure={claim.measure})")
+    if (factor is None) == (claim.difference is None):
+        raise UserError(f"{key}: set factor (1.5: at least 1.5x) or difference (0.01), one of them, as margin")
+    if factor is not None and factor < 1:
+        raise UserError(f"{key}.factor={factor}: must be >= 1")
+    if factor is not None and claim.measure == "value" and "gap" in claim.metric:
+        raise UserError(f"{key}.factor={factor}: a gap may be negative; set difference instead")
+    return claim
 
 
 def _schema(
@@ -119,12 +115,12 @@ def _schema(
     equal: list[Written] | None = None,
     than: Written | None = None,
     at: dict[str, Value] | None = None,
-    value: When | None = None,
-    measure: Measure | None = None,
+    value: When = "last",
+    measure: Measure = "value",
     target: float | None = None,
     factor: float | None = None,
     difference: NonNegative | None = None,
-    when_not: str | None = None,
+    when_not: str = "",
 ) -> None:
     """Declares the keys of a claim in YAML."""
 
@@ -143,46 +139,57 @@ def is_higher_better(metric: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A side with its values, one per seed (infinite: diverged, or the target was not reached).
+
+    `point`: where they were measured: axis -> value.
+    """
+
+    side: Side
+    point: Mapping[str, Value]
+    values: Sequence[float]
+
+    def average(self) -> str:
+        """Formats the mean over the seeds with a value."""
+        finite = [value for value in self.values if math.isfinite(value)]
+        if not finite:
+            return "diverged or not reached"
+        lost = f" ({len(self.values) - len(finite)} of {len(self.values)} diverged or not reached)"
+        return f"{statistics.fmean(finite):.3g}" + lost * (len(finite) < len(self.values))
+
+
+@dataclass(frozen=True)
 class Finding:
     """The outcome of a claim.
 
     Args:
-        first, second: measured values of both sides, one per seed; infinite: diverged, or the target was not reached.
-        points: where the sides were measured: axis -> value.
         effect, low, high: difference in the claim's direction (of logarithms, if the margin is a factor) with its
             interval; None with fewer than two seeds.
     """
 
     claim: Claim
-    sides: tuple[Side, Side]
-    first: Sequence[float]
-    second: Sequence[float]
-    points: tuple[Mapping[str, Value], Mapping[str, Value]]
+    first: Measured
+    second: Measured
     verdict: Verdict
     effect: float
     low: float | None
     high: float | None
 
 
-def judge(
-    claim: Claim,
-    sides: tuple[Side, Side],
-    values: tuple[Sequence[float], Sequence[float]],
-    points: tuple[Mapping[str, Value], Mapping[str, Value]],
-) -> Finding:
+def judge(claim: Claim, first: Measured, second: Measured) -> Finding:
     """Compares the values of two sides, paired by seed.
 
     The interval is Student's 95 % interval of the mean difference. If a run diverged (an infinite value), it is the
     range over seeds instead. "seen": the whole interval is beyond the margin (for `equal`: within, unless all runs
     diverged). "the opposite": the whole interval is on the other side of zero (for `equal`: outside the margin).
     """
-    effects = [_effect(claim, a, b) for a, b in zip(*values, strict=True)]
+    effects = [_effect(claim, a, b) for a, b in zip(first.values, second.values, strict=True)]
     effect, low, high = _interval(effects)
     verdict: Verdict = "not seen here"
     margin, rounding = claim.margin, 1e-9
     if low is not None and high is not None:
         if claim.relation == "equal":
-            if max(-low, high) <= margin + rounding and any(math.isfinite(each) for side in values for each in side):
+            if max(-low, high) <= margin + rounding and any(map(math.isfinite, (*first.values, *second.values))):
                 verdict = "seen"
             elif low > margin or high < -margin:
                 verdict = "the opposite"
@@ -190,7 +197,7 @@ def judge(
             verdict = "seen"
         elif high < 0:
             verdict = "the opposite"
-    return Finding(claim, sides, *values, points, verdict, effect, low, high)
+    return Finding(claim, first, second, verdict, effect, low, high)
 
 
 def _effect(claim: Claim, a: float, b: float) -> float:
@@ -235,9 +242,6 @@ def weakest(findings: Sequence[Finding]) -> Finding:
 
 # -- sentences
 
-Label = Callable[[str], str]
-"""Formats the name of a metric or key for readers."""
-
 _PREFIX = {"seen": "Seen", "not seen here": "Not seen here", "the opposite": "The opposite is seen"}
 _MEASURES = {
     "value": "{metric}",
@@ -250,53 +254,42 @@ _MEASURES = {
 }
 
 
-def sentence(finding: Finding, label: Label) -> str:
+def sentence(finding: Finding) -> str:
     """Writes the outcome of a claim: verdict, measured values, interval."""
-    return f"{_PREFIX[finding.verdict]}: {finding.claim.text}. {numbers(finding, label)}"
+    return f"{_PREFIX[finding.verdict]}: {finding.claim.text}. {numbers(finding)}"
 
 
 def short_sentence(finding: Finding) -> str:
     """Writes the outcome for a plot, without the names of the sides."""
-    values = f"{_average(finding.first)} against {_average(finding.second)}"
+    values = f"{finding.first.average()} against {finding.second.average()}"
     if finding.low is not None and finding.high is not None:
         values += f"; {_with_interval(finding, '95 %:')}"
     return f"{_PREFIX[finding.verdict]}: {finding.claim.text} ({values})."
 
 
-def numbers(finding: Finding, label: Label) -> str:
+def numbers(finding: Finding) -> str:
     """Writes the measured values of both sides, their difference and its interval."""
-    claim = finding.claim
+    claim, seeds = finding.claim, len(finding.first.values)
     sign = "at least" if is_higher_better(claim.metric) else "at most"
-    free = next((axis for axis in finding.points[0] if axis not in finding.sides[0].at), "value")
+    free = next((axis for axis in finding.first.point if axis not in finding.first.side.at), "value")
     what = _MEASURES[claim.measure].format(
         metric=label(claim.metric), axis=label(free), target="" if claim.target is None else f"{sign} {claim.target:g}"
     )
-    first = _average(finding.first) + _where(finding, 0, label)
-    second = _average(finding.second) + _where(finding, 1, label)
+    first, second = (side.average() + _where(claim, side) for side in (finding.first, finding.second))
     margin = f"{claim.factor:.8g}x" if claim.factor is not None else f"{claim.difference:.3g}"
     parts = [f"{what[:1].upper()}{what[1:]}: {first} against {second}"]
     if finding.low is None or finding.high is None:
-        parts.append("no interval: one seed" if len(finding.first) == 1 else "no interval: negative values")
+        parts.append("no interval: one seed" if seeds == 1 else "no interval: negative values")
     else:
         kind = "ratio" if claim.factor is not None else "difference"
         values = _with_interval(finding, "95 % interval")
-        parts.append(f"{kind} {values}, {len(finding.first)} seeds, margin {margin}")
+        parts.append(f"{kind} {values}, {seeds} seeds, margin {margin}")
     return "; ".join(parts) + "."
 
 
-def _average(values: Sequence[float]) -> str:
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return "diverged or not reached"
-    text = f"{math.fsum(finite) / len(finite):.3g}"
-    lost = len(values) - len(finite)
-    return text if not lost else f"{text} ({lost} of {len(values)} diverged or not reached)"
-
-
-def _where(finding: Finding, i: int, label: Label) -> str:
-    side, point = finding.sides[i], finding.points[i]
-    free = finding.claim.measure in ("largest", "span")
-    shown_at = [f"{label(axis)} {show(value)}" for axis, value in point.items() if not free or axis in side.at]
+def _where(claim: Claim, measured: Measured) -> str:
+    side, free = measured.side, claim.measure in ("largest", "span")
+    shown_at = [f"{label(axis)} {show(value)}" for axis, value in measured.point.items() if not free or axis in side.at]
     if side.value != "last":
         shown_at.append(f"epoch {side.value}" if isinstance(side.value, int) else side.value)
     return f" ({', '.join([side.variant, *shown_at])})"

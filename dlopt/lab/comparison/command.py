@@ -6,7 +6,9 @@ Only this command reads the key `comparison` of an experiment file.
 
 import gc
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,14 @@ from dlopt.files import write_atomically
 from dlopt.folders import RunFolder, make, make_new, newest
 from dlopt.job import execute
 from dlopt.lab.comparison.claims import TEST_METRICS, parse, sentence
-from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, format_final, read, table
+from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun, format_final, read
 from dlopt.lab.comparison.findings import check, evaluate, record
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
-from dlopt.parallel.rendezvous import current
 from dlopt.results import drawing
 from dlopt.roles import Role
 from dlopt.sweeps.estimate import print_estimate
+from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 from dlopt.training.checkpoint import Checkpoints
@@ -50,11 +52,7 @@ _METRICS = (
     "epochs", "steps",
 )  # fmt: skip
 
-
-@dataclass(frozen=True)
-class _Run:
-    cell: VariantRun
-    plan: Plan
+Plans = Mapping[VariantRun, Plan]
 
 
 def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
@@ -62,40 +60,40 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
 
     Raises `UserError` before it creates any file, and after the first run for a metric that it does not have.
     """
-    if current() is not None:
-        raise UserError("comparison: cannot run inside torchrun or srun; start it from a shell")
+    refuse_ranks("comparison", "the comparison")
     refuse_unread_hydra(parsed.overrides, "a comparison", _READS_OF_HYDRA, _HINTS)
     comparison = comparison_of(composer, config, parsed.overrides)
     # The claims do not hold if an override changes the comparison or fixes one of its axes.
     axes = config.comparison.get("along") or {}
     changes = [key for key in map(key_of, parsed.overrides) if group_of(key) == "comparison" or key in axes]
     claims = check(comparison, overridden=bool(changes))
-    runs = _runs(composer, comparison, parsed.overrides)
+    plans = _plan(composer, comparison, parsed.overrides)
     if config.dry_run is True:
-        for number, run in enumerate(runs):
-            print(f"job {number}: {' '.join(without(run.plan.lines, 'dry_run'))}")
-        print_estimate([run.plan.saved for run in runs], runs[0].plan.choices, len(runs), in_process=True)
+        for number, plan in enumerate(plans.values()):
+            print(f"job {number}: {' '.join(without(plan.lines, 'dry_run'))}")
+        first, *_ = plans.values()
+        print_estimate([plan.saved for plan in plans.values()], first.choices, len(plans), in_process=True)
         return 0
-    folder = _folder(config, parsed.overrides, runs)
+    folder = _folder(config, parsed.overrides, [plan.saved for plan in plans.values()])
     screen = Screen()
-    screen.message(f"{comparison.title}: {len(runs)} runs in {short_path(folder)}")
+    screen.message(f"{comparison.title}: {len(plans)} runs in {short_path(folder)}")
     gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries
     try:
-        outcomes, code = _execute(runs, folder, comparison, screen)
+        results, code = _execute(plans, folder, comparison, screen)
     finally:
         gc.unfreeze()
     if code:
         return code
-    findings = evaluate(comparison, outcomes, claims)
-    write_atomically(folder / f"{PICTURE}.json", record(comparison, outcomes, findings).encode())
+    findings = evaluate(results, claims)
+    write_atomically(folder / f"{PICTURE}.json", record(results, findings).encode())
     for line in (
-        *table(comparison, outcomes),
+        *results.table(),
         comparison.see,
-        *(sentence(finding, drawing.label) for finding in findings),
+        *map(sentence, findings),
         *(f"Not evaluated: {claim.text}." for claim in comparison.claims if claim not in claims),
     ):
         screen.message(line)
-    for path in drawing.save(draw(comparison, outcomes, findings), folder, PICTURE):
+    for path in drawing.save(draw(results, findings), folder, PICTURE):
         print(short_path(path))
     return 0
 
@@ -144,66 +142,69 @@ def _refuse_protected(line: str, key: str) -> None:
         raise UserError(f"comparison: {line}: may only be given on the command line")
 
 
-def _runs(composer: Composer, comparison: Comparison, overrides: list[str]) -> list[_Run]:
+def _plan(composer: Composer, comparison: Comparison, overrides: list[str]) -> Plans:
     common = [line for line in overrides if key_of(line) != "seed" and group_of(line) not in ("comparison", "hydra")]
-    runs: list[_Run] = []
-    for cell in comparison.cells():
-        lines = [*common, *parse_arguments(comparison.overrides(cell)).overrides]
-        # Composing takes as long as a small run, and the runs of a setting differ only in their seed.
-        if not runs or (cell.variant, cell.point) != (runs[-1].cell.variant, runs[-1].cell.point):
-            config = composer.compose(lines)
-        config.seed = cell.seed
-        plan = checked(config, lines, overrides, composer.flags)
-        refuse_untested(plan.saved, overrides)
-        runs.append(_Run(cell, plan))
-    return runs
+    plans: dict[VariantRun, Plan] = {}
+    # Composing takes as long as a small run, and the runs of a setting differ only in their seed.
+    for _, cells in groupby(comparison.cells(), lambda cell: (cell.variant, cell.point)):
+        config = None
+        for cell in cells:
+            lines = [*common, *parse_arguments(comparison.overrides(cell)).overrides]
+            config = composer.compose(lines) if config is None else config
+            config.seed = cell.seed
+            plans[cell] = plan = checked(config, lines, overrides, composer.flags)
+            refuse_untested(plan.saved, overrides)
+    return plans
 
 
-def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
-    """Returns the folder of the comparison, created if missing; its runs are in subfolders 0, 1, ..."""
+def _folder(config: DictConfig, overrides: list[str], configs: Sequence[Mapping[str, Any]]) -> Path:
+    """Returns the folder of the comparison, created if missing; its runs are in subfolders 0, 1, ...
+
+    `configs`: of the runs, to save.
+    """
     path, is_typed = typed_folder(config, "hydra.run.dir", overrides)
     if not is_typed:
-        unfinished = newest(path.parent, lambda each: _is_unfinished(each, runs)) if config.resume == "auto" else None
+        unfinished = (
+            newest(path.parent, lambda each: _is_unfinished(each, configs)) if config.resume == "auto" else None
+        )
         return make_new(path, "hydra.run.dir") if unfinished is None else unfinished.path
     if not path.is_dir():
         return make(path, "hydra.run.dir")
-    for number, run in enumerate(runs):
+    for number, saved in enumerate(configs):
         folder = RunFolder(path / str(number))
         if folder.has_run():
-            if run.plan.saved["resume"] != "auto":
+            if saved["resume"] != "auto":
                 raise UserError(f"hydra.run.dir={path}: this folder contains runs; resume them with resume=auto")
-            refuse_other_config(folder.config() or run.plan.saved, run.plan.saved, str(folder.path), folder.history())
+            refuse_other_config(folder.config() or saved, saved, str(folder.path), folder.history())
     return path
 
 
-def _is_unfinished(comparison: RunFolder, runs: list[_Run]) -> bool:
-    """Returns whether the folder contains some of the `runs` but no results yet."""
-    folders = [RunFolder(comparison.path / str(number)) for number in range(len(runs))]
+def _is_unfinished(comparison: RunFolder, configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether the folder contains some of the runs but no results yet."""
+    folders = [RunFolder(comparison.path / str(number)) for number in range(len(configs))]
     if (comparison.path / f"{PICTURE}.json").exists() or not any(folder.has_run() for folder in folders):
         return False
     if any(folder.is_live() for folder in folders):
         return False
-    saved = [(folder.config(), run.plan.saved) for folder, run in zip(folders, runs, strict=True)]
-    return not any(old is not None and differences(old, new) for old, new in saved)
+    pairs = [(folder.config(), saved) for folder, saved in zip(folders, configs, strict=True)]
+    return not any(old is not None and differences(old, new) for old, new in pairs)
 
 
-def _execute(
-    runs: list[_Run], folder: Path, comparison: Comparison, screen: Screen
-) -> tuple[dict[VariantRun, VariantOutcome], int]:
-    """Runs all cells; returns their outcomes and the exit code. A diverged run counts, any other failure stops."""
+def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen) -> tuple[Results, int]:
+    """Runs all cells; returns their results and the exit code. A diverged run counts, any other failure stops."""
     outcomes: dict[VariantRun, VariantOutcome] = {}
-    for number, run in enumerate(runs):
-        subfolder, cell = RunFolder(folder / str(number)), run.cell
-        if not (subfolder.has_run() and subfolder.is_done(run.plan.saved)):
+    for number, (cell, plan) in enumerate(plans.items()):
+        subfolder = RunFolder(folder / str(number))
+        if not (subfolder.has_run() and subfolder.is_done(plan.saved)):
             subfolder.path.mkdir(exist_ok=True)
             state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            job = Run(run.plan.experiment, subfolder.path, state, run.plan.choices, run.plan.typed)
+            job = Run(plan.experiment, subfolder.path, state, plan.choices, plan.typed)
             code = execute(job, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code == INTERRUPTED:
-                screen.message(f"stopped after {number} of {len(runs)} runs; resume with resume=auto")
+                screen.message(f"stopped after {number} of {len(plans)} runs; resume with resume=auto")
             if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not diverged):
-                return outcomes, code
+                return Results(comparison, outcomes), code
         outcome = outcomes[cell] = read(subfolder.path, comparison.all_metrics)
         for name in comparison.all_metrics:
             if not outcome.may_have(name):  # it would be shown as diverged
@@ -213,5 +214,5 @@ def _execute(
                 )
         labels = [cell.variant, *(f"{k}={show(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
         metrics = ", ".join(f"{name} {format_final(outcome.final(name))}" for name in comparison.metrics)
-        screen.message(f"  {number + 1}/{len(runs)} {', '.join(labels)}, seed {cell.seed}: {metrics}")
-    return outcomes, 0
+        screen.message(f"  {number + 1}/{len(plans)} {', '.join(labels)}, seed {cell.seed}: {metrics}")
+    return Results(comparison, outcomes), 0

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from dlopt.config.schema import show
@@ -149,30 +150,33 @@ def read(folder: Path, metrics: Sequence[str]) -> VariantOutcome:
     )
 
 
-def mean(values: Sequence[float]) -> float:
-    """Returns the mean, or NaN if any value is: a setting that diverges for one seed is not usable."""
-    return sum(values) / len(values)
+@dataclass(frozen=True)
+class Results:
+    """A comparison and the outcomes of its runs."""
 
+    comparison: Comparison
+    outcomes: Mapping[VariantRun, VariantOutcome]
 
-def finals(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], variant: str, name: str
-) -> dict[Any, list[float]]:
-    """Returns point of the axes -> final values of the metric, one per seed."""
-    values: dict[Any, list[float]] = {}
-    for cell in comparison.cells():
-        if cell.variant == variant:
-            values.setdefault(cell.point, []).append(outcomes[cell].final(name))
-    return values
+    def over_seeds(self, variant: str, point: tuple[Value, ...]) -> list[VariantOutcome]:
+        return [self.outcomes[VariantRun(variant, point, seed)] for seed in self.comparison.seeds]
 
+    def finals(self, variant: str, name: str) -> dict[Any, list[float]]:
+        """Returns point of the axes -> final values of the metric, one per seed.
 
-def table(comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome]) -> list[str]:
-    """Formats a table: a line per variant and point of the axes, with final metrics averaged over seeds."""
-    rows = [["variant", *comparison.along, *comparison.metrics]]
-    for variant in comparison.variants:
-        columns = [finals(comparison, outcomes, variant, name) for name in comparison.metrics]
-        for point in columns[0]:
-            rows.append([variant, *map(show, point), *(format_final(mean(column[point])) for column in columns)])
-    return align_columns(rows)
+        Their mean is NaN if one of them is: a setting that diverges for one seed is not usable.
+        """
+        points = product(*self.comparison.along.values())
+        return {point: [run.final(name) for run in self.over_seeds(variant, point)] for point in points}
+
+    def table(self) -> list[str]:
+        """Formats a table: a line per variant and point of the axes, with final metrics averaged over seeds."""
+        metrics = self.comparison.metrics
+        rows = [["variant", *self.comparison.along, *metrics]]
+        for variant in self.comparison.variants:
+            columns = [self.finals(variant, name) for name in metrics]
+            for point in columns[0]:
+                rows.append([variant, *map(show, point), *(format_final(fmean(column[point])) for column in columns)])
+        return align_columns(rows)
 
 
 def format_final(value: float) -> str:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from dlopt.config.schema import show
@@ -11,6 +12,7 @@ from dlopt.lab.comparison.claims import (
     TEST_METRICS,
     Claim,
     Finding,
+    Measured,
     Side,
     Value,
     is_higher_better,
@@ -19,8 +21,7 @@ from dlopt.lab.comparison.claims import (
     sentence,
     weakest,
 )
-from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, are_numbers, finals, matches
-from dlopt.results.drawing import label
+from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, matches
 
 Point = tuple[Value, ...]
 
@@ -65,18 +66,12 @@ def _problem(comparison: Comparison, claim: Claim) -> str | None:
     return None
 
 
-def evaluate(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], claims: Sequence[Claim]
-) -> list[Finding]:
+def evaluate(results: Results, claims: Sequence[Claim]) -> list[Finding]:
     """Evaluates claims; a claim about several sides is decided by the least convincing one."""
     found = []
     for claim in claims:
-        second, second_point = _measured(comparison, outcomes, claim, claim.second)
-        pairs = []
-        for side in claim.first:
-            first, point = _measured(comparison, outcomes, claim, side)
-            pairs.append(judge(claim, (side, claim.second), (first, second), (point, second_point)))
-        found.append(weakest(pairs))
+        second = _measured(results, claim, claim.second)
+        found.append(weakest([judge(claim, _measured(results, claim, side), second) for side in claim.first]))
     return found
 
 
@@ -87,29 +82,28 @@ def _points(comparison: Comparison, side: Side) -> list[Point]:
     return [point for point in dict.fromkeys(cells) if all(matches(point[i], value) for i, value in fixed)]
 
 
-def _measured(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], claim: Claim, side: Side
-) -> tuple[list[float], Mapping[str, Value]]:
-    """Returns the measured value per seed, and the point with the best mean over seeds.
+def _measured(results: Results, claim: Claim, side: Side) -> Measured:
+    """Measures a side per seed, at the point with the best mean over seeds.
 
     The mean is that of `comparison.choose` or of the measured values themselves. Points at which fewer seeds diverge or
     miss the target come first.
     """
+    comparison = results.comparison
     points, axes = _points(comparison, side), [*comparison.along]
     values = {
-        point: [_value(outcomes[VariantRun(side.variant, point, seed)], claim, side.value) for seed in comparison.seeds]
-        for point in points
+        point: [_value(run, claim, side.value) for run in results.over_seeds(side.variant, point)] for point in points
     }
     if claim.measure in ("largest", "span"):
         [free] = [i for i, axis in enumerate(axes) if axis not in side.at]
-        return [
+        extents = [
             _extent(claim, [(float(point[free]), values[point][i]) for point in points])  # type: ignore[arg-type]
             for i in range(len(comparison.seeds))
-        ], dict(zip(axes, points[0], strict=True))
+        ]
+        return Measured(side, dict(zip(axes, points[0], strict=True)), extents)
     metric, scores = claim.metric, values
     if claim.measure == "value" and comparison.choose is not None:
         metric = comparison.choose
-        scores = finals(comparison, outcomes, side.variant, metric)
+        scores = results.finals(side.variant, metric)
     sign = -1 if claim.measure == "value" and is_higher_better(metric) else 1
 
     def cost(point: Point) -> tuple[int, float]:
@@ -118,7 +112,7 @@ def _measured(
         return len(scores[point]) - len(finite), sign * math.fsum(finite) / max(len(finite), 1)
 
     best = min(points, key=cost)
-    return values[best], dict(zip(axes, best, strict=True))
+    return Measured(side, dict(zip(axes, best, strict=True)), values[best])
 
 
 def _value(outcome: VariantOutcome, claim: Claim, when: str | int) -> float:
@@ -143,8 +137,8 @@ def _reduced(x: Sequence[float], values: Sequence[float], when: str | int) -> fl
         return math.nan
     if isinstance(when, int):
         return dict(zip(x, values, strict=True)).get(float(when), math.nan)
-    mean = math.fsum(values) / len(values)
-    return {"first": values[0], "minimum": min(values), "maximum": max(values), "mean": mean}[when]
+    parts = {"first": values[0], "minimum": min(values), "maximum": max(values), "mean": statistics.fmean(values)}
+    return parts[when]
 
 
 def _reaches(claim: Claim, value: float) -> bool:
@@ -163,11 +157,12 @@ def _extent(claim: Claim, pairs: Sequence[tuple[float, float]]) -> float:
 # -- record
 
 
-def record(comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], findings: Sequence[Finding]) -> str:
+def record(results: Results, findings: Sequence[Finding]) -> str:
     """Formats comparison.json: the final metrics of every point per seed, and the claims with their verdicts."""
+    comparison = results.comparison
     rows = []
     for variant in comparison.variants:
-        columns = {name: finals(comparison, outcomes, variant, name) for name in comparison.metrics}
+        columns = {name: results.finals(variant, name) for name in comparison.metrics}
         for point in next(iter(columns.values())):
             metrics = {name: [_finite(value) for value in column[point]] for name, column in columns.items()}
             rows.append({"variant": variant, "at": dict(zip(comparison.along, point, strict=True)), **metrics})
@@ -185,12 +180,12 @@ def _claim(finding: Finding) -> dict[str, Any]:
     return {
         "claim": claim.text,
         "verdict": finding.verdict,
-        "outcome": numbers(finding, label),
-        "sentence": sentence(finding, label),
+        "outcome": numbers(finding),
+        "sentence": sentence(finding),
         "when_not": claim.when_not,
         "sides": [
-            {"variant": side.variant, "at": dict(point), "values": [_finite(value) for value in values]}
-            for side, point, values in zip(finding.sides, finding.points, (finding.first, finding.second), strict=True)
+            {"variant": each.side.variant, "at": dict(each.point), "values": [*map(_finite, each.values)]}
+            for each in (finding.first, finding.second)
         ],
     }
 

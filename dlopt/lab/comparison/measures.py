@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dlopt.analysis.diagnosis.layers import TimeLagProbe
 from dlopt.errors import UserError
+from dlopt.lab.diagnosis.probes import TimeLagProbe
 from dlopt.training.build import Workload, evaluation_batches
 from dlopt.training.step import frozen_statistics
 
@@ -16,7 +16,7 @@ _COMPANIES = 8  # batches in which a sample's gradient is measured
 _IDLE = 1e-4  # a unit is idle if the loss changes by less than this fraction when it is removed
 
 
-def _samples(workload: Workload, count: int = _SAMPLES) -> tuple[Tensor, Tensor]:
+def spread_samples(workload: Workload, count: int = _SAMPLES) -> tuple[Tensor, Tensor]:
     """Returns normalized inputs and targets of evenly spaced training samples."""
     train = workload.dataset.train
     indices = torch.linspace(0, len(train) - 1, min(count, len(train))).long()
@@ -41,7 +41,7 @@ def sample_dependence(workload: Workload) -> float:
     sqrt(E ||g - E g||^2) / ||E g|| over random batches that contain the sample, in training mode; mean over samples. 0
     without batch norm (with batches of the run's size).
     """
-    inputs, targets = _samples(workload)
+    inputs, targets = spread_samples(workload)
     size, generator = _batch_size(workload), torch.Generator().manual_seed(0)
     workload.module.train()
     ratios = []
@@ -65,7 +65,7 @@ def gradient_bias(workload: Workload) -> float:
     E is exact over a partition of 256 training samples into batches of the run's size, and averaged over ten
     partitions, in training mode. Without batch norm the gradient of the mean is the mean of the gradients: 0.
     """
-    inputs, targets = _samples(workload)
+    inputs, targets = spread_samples(workload)
     size, generator = _batch_size(workload), torch.Generator().manual_seed(0)
     count = len(targets) // size * size
     inputs, targets = inputs[:count], targets[:count]
@@ -82,7 +82,7 @@ def gradient_bias(workload: Workload) -> float:
 
 def gradient_ratio(workload: Workload) -> float:
     """Measures the gradient norm of the first weight matrix relative to the last one's: small if gradients vanish."""
-    inputs, targets = _samples(workload)
+    inputs, targets = spread_samples(workload)
     matrices = [p for p in workload.module.parameters() if p.requires_grad and p.ndim > 1]
     workload.module.train()
     with frozen_statistics(workload.module):
@@ -96,7 +96,7 @@ def memory_gradient(workload: Workload) -> float:
 
     Raises `UserError` for other models.
     """
-    inputs, targets = _samples(workload)
+    inputs, targets = spread_samples(workload)
     workload.module.train()
     probe = TimeLagProbe(workload.module)
     with probe.recording():
@@ -124,7 +124,7 @@ def _losses_without_units(workload: Workload) -> tuple[float, Tensor]:
 
     Raises `UserError` for models without such units, and for sequences, whose second dimension is the position.
     """
-    inputs, targets = _samples(workload, 1000)
+    inputs, targets = spread_samples(workload, 1000)
     workload.module.eval()
     widths: dict[nn.Module, int] = {}
     dimensions: set[int] = set()
@@ -168,7 +168,7 @@ def input_sensitivity(workload: Workload) -> float:
 
     Raises `UserError` for texts, which have no derivative.
     """
-    inputs, _ = _samples(workload)
+    inputs, _ = spread_samples(workload)
     if not inputs.is_floating_point():
         raise UserError("comparison.metrics: input_sensitivity needs data of real numbers; texts have no derivative")
     inputs = inputs.clone().requires_grad_()

@@ -2,13 +2,15 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations, pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dlopt.config.schema import show
-from dlopt.lab.comparison.claims import TEST_METRICS, Finding, is_higher_better, short_sentence
-from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, are_numbers, finals, mean, on_axis
+from dlopt.lab.comparison.claims import TEST_METRICS, Finding, Value, is_higher_better, short_sentence
+from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, on_axis
+from dlopt.lab.comparison.labels import label
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 
@@ -22,12 +24,11 @@ _UNITS = {
 _CROSS: dict[str, Any] = {"markersize": 9, "markeredgewidth": 2.5}
 
 
-def draw(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], findings: Sequence[Finding] = ()
-) -> "Figure":
+def draw(results: Results, findings: Sequence[Finding] = ()) -> "Figure":
     """Plots a panel per metric, or for two keys in `along` a heat map per variant; the title ends with the findings."""
+    comparison = results.comparison
     if len(comparison.along) == 2:
-        return _heat_maps(comparison, outcomes, findings)
+        return _heat_maps(results, findings)
     shown = [(name, x) for name in comparison.metrics for x in (comparison.axes if not comparison.along else [""])]
     width = 9.5 if len(shown) > 1 else 8
     figure = _titled_figure(comparison, findings, width, 5)
@@ -35,12 +36,12 @@ def draw(
     notes: dict[str, Artist] = {}
     for axes, (name, x) in zip(panels, shown, strict=True):
         if not comparison.along:
-            notes |= _curves(axes, comparison, outcomes, name, x)
+            notes |= _curves(axes, results, name, x)
         elif are_numbers([*next(iter(comparison.along.values()))]):
-            notes |= _along(axes, comparison, outcomes, name)
+            notes |= _along(axes, results, name)
         else:
-            notes |= _bars(axes, comparison, outcomes, name)
-        axes.set_ylabel("\n".join(_evenly(drawing.label(name), 45)))
+            notes |= _bars(axes, results, name)
+        axes.set_ylabel("\n".join(_evenly(label(name), 45)))
     drawing.clean_axes(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
     labels, handles = [*labels, *notes], [*handles, *notes.values()]
@@ -87,18 +88,17 @@ def _line(i: int, count: int, *, narrowing: bool) -> dict[str, Any]:
     return style(i, dash=i // len(drawing.COLOURS), linewidth=width)
 
 
-def _curves(
-    axes: "Axes", comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str, x_axis: str
-) -> "dict[str, Artist]":
+def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str, Artist]":
     """Plots means and ranges over seeds; a cross marks the end of a diverged run. Returns entries for the legend."""
+    comparison = results.comparison
     notes: dict[str, Artist] = {}
     for i, variant in enumerate(comparison.variants):
         # Curves may coincide against updates: narrower lines on top keep all of them visible.
         line = _line(i, len(comparison.variants), narrowing=len(comparison.axes) > 1)
-        runs = [outcomes[VariantRun(variant, (), seed)] for seed in comparison.seeds]
+        runs = results.over_seeds(variant, ())
         points = _common(runs, name, x_axis)
-        x, columns = [mean(positions) for positions, _ in points], [values for _, values in points]
-        axes.plot(x, [mean(column) for column in columns], **line, label=variant)
+        x, columns = [fmean(positions) for positions, _ in points], [values for _, values in points]
+        axes.plot(x, [fmean(column) for column in columns], **line, label=variant)
         if len(runs) > 1:
             low, high = [min(column) for column in columns], [max(column) for column in columns]
             axes.fill_between(x, low, high, color=line["color"], alpha=0.15, linewidth=0)
@@ -106,7 +106,7 @@ def _curves(
         if any(run.failed for run in runs):
             cross: dict[str, Any] = {"color": line["color"], "markersize": 12, "markeredgewidth": 3}
             if x:
-                axes.plot(x[-1], mean(columns[-1]), "x", **cross)
+                axes.plot(x[-1], fmean(columns[-1]), "x", **cross)
             else:
                 axes.plot(0.03 + 0.05 * i, 0.94, "x", transform=axes.transAxes, **cross)
             notes["diverged"] = _cross()
@@ -162,6 +162,36 @@ def _cross() -> "Artist":
     return _mark(linestyle="", marker="x", **_CROSS)
 
 
+def _columns(results: Results, name: str, values: Sequence[Value]) -> dict[str, list[list[float]]]:
+    """Returns variant -> final metrics at each value of the only axis, one per seed."""
+    finals = {variant: results.finals(variant, name) for variant in results.comparison.variants}
+    return {variant: [points[(value,)] for value in values] for variant, points in finals.items()}
+
+
+def _draw_seeds(
+    axes: "Axes",
+    position: float,
+    column: Sequence[float],
+    cross: tuple[float, str],
+    note: "tuple[str, Artist]",
+    **style: Any,
+) -> "dict[str, Artist]":
+    """Draws the range over the seeds, and a cross at (height, colour) if some diverged; returns the legend's entries.
+
+    `note`: the entry of the range.
+    """
+    finite = [value for value in column if not math.isnan(value)]
+    notes: dict[str, Artist] = {}
+    if len(finite) > 1:
+        axes.plot([position, position], [min(finite), max(finite)], **style)
+        notes |= [note]
+    if len(finite) < len(column):
+        height, colour = cross
+        axes.plot(position, height, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
+        notes["a seed diverged" if len(column) > 1 else "diverged"] = _cross()
+    return notes
+
+
 def _coincide(curves: Sequence[Sequence[float]]) -> bool:
     """Returns whether any two curves coincide in most of their points."""
     return any(
@@ -170,86 +200,69 @@ def _coincide(curves: Sequence[Sequence[float]]) -> bool:
     )
 
 
-def _along(
-    axes: "Axes", comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str
-) -> "dict[str, Artist]":
+def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     """Plots the final metric against the key's value; crosses at the edge mark diverged runs."""
+    comparison = results.comparison
     [(key, settings)] = comparison.along.items()
     values = sorted(settings, key=float)  # type: ignore[arg-type]
     positions = [float(value) for value in values]  # type: ignore[arg-type]
     notes: dict[str, Artist] = {}
-    diverged = []
-    results = {variant: finals(comparison, outcomes, variant, name) for variant in comparison.variants}
-    coincide = _coincide([[mean(means[(value,)]) for value in values] for means in results.values()])
-    for i, variant in enumerate(comparison.variants):
-        line = _line(i, len(comparison.variants), narrowing=coincide)
+    of_variants = _columns(results, name, values)
+    means = {variant: [*map(fmean, columns)] for variant, columns in of_variants.items()}
+    coincide = _coincide([*means.values()])
+    edge = 0.02 if is_higher_better(name) else 0.98
+    for i, (variant, columns) in enumerate(of_variants.items()):
+        line = _line(i, len(of_variants), narrowing=coincide)
         if coincide:
             line["markersize"] = 4 + line["linewidth"]
-        columns = [results[variant][(value,)] for value in values]
-        means = [mean(column) for column in columns]
-        axes.plot(positions, means, **line, marker=MARKERS[i % len(MARKERS)], label=variant)
+        axes.plot(positions, means[variant], **line, marker=MARKERS[i % len(MARKERS)], label=variant)
         for position, column in zip(positions, columns, strict=True):
-            finite = [value for value in column if not math.isnan(value)]
-            if len(finite) > 1:
-                axes.plot([position, position], [min(finite), max(finite)], color=line["color"], linewidth=4, alpha=0.3)
-                notes[f"mean and range over {len(comparison.seeds)} seeds"] = _band()
-            if len(finite) < len(column):
-                diverged.append((position, i, line["color"]))
-                notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
-    edge = 0.02 if is_higher_better(name) else 0.98
-    for position, i, colour in diverged:
-        axes.plot(position, abs(edge - 0.035 * i), "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
+            cross, note = (abs(edge - 0.035 * i), line["color"]), (f"mean and range over {len(column)} seeds", _band())
+            notes |= _draw_seeds(axes, position, column, cross, note, color=line["color"], linewidth=4, alpha=0.3)
     if min(positions) > 0 and max(positions) >= 8 * min(positions):
         axes.set_xscale("log")
     axes.set_xticks(positions, [show(value) for value in values])
     axes.minorticks_off()
-    axes.set_xlabel(drawing.label(key))
+    axes.set_xlabel(label(key))
     if _has_logarithm(name):
         drawing.logarithmic(axes)
     return notes
 
 
-def _bars(
-    axes: "Axes", comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], name: str
-) -> "dict[str, Artist]":
+def _bars(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     """Plots the final metric for each category as groups of bars, a bar per variant with the range over seeds."""
+    comparison = results.comparison
     [(key, settings)] = comparison.along.items()
     values, count = [*settings], len(comparison.variants)
+    has_room = count * len(values) * len(comparison.metrics) <= 12  # more labels would overlap
     notes: dict[str, Artist] = {}
     heights = []
-    for i, variant in enumerate(comparison.variants):
-        results = finals(comparison, outcomes, variant, name)
+    for i, (variant, columns) in enumerate(_columns(results, name, values).items()):
         colour = drawing.COLOURS[i % len(drawing.COLOURS)]
         positions = [k + (i - (count - 1) / 2) * 0.8 / count for k in range(len(values))]
-        columns = [results[(value,)] for value in values]
-        means = [mean(column) for column in columns]
+        means = [*map(fmean, columns)]
         heights += [value for value in means if not math.isnan(value)]
         hatch = ("", "//", "..", "xx")[i // len(drawing.COLOURS) % 4]
         axes.bar(positions, means, 0.74 / count, color=colour, label=variant, hatch=hatch, edgecolor="white")
-        for position, column in zip(positions, columns, strict=True):
-            finite = [value for value in column if not math.isnan(value)]
-            if len(finite) > 1:
-                axes.plot([position, position], [min(finite), max(finite)], color="black", linewidth=1.5)
-                notes[f"range over {len(comparison.seeds)} seeds"] = _mark(color="black", linewidth=1.5)
-            if len(finite) < len(column):
-                axes.plot(position, 0.03, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
-                notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
-            elif count * len(values) * len(comparison.metrics) <= 12:  # more labels would overlap
+        for position, column, mean in zip(positions, columns, means, strict=True):
+            line: dict[str, Any] = {"color": "black", "linewidth": 1.5}
+            note = (f"range over {len(column)} seeds", _mark(**line))
+            notes |= _draw_seeds(axes, position, column, (0.03, colour), note, **line)
+            if has_room and not math.isnan(mean):
                 style = {"ha": "center", "va": "bottom", "fontsize": 8}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
-                axes.annotate(f"{mean(column):.2g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
+                axes.annotate(f"{mean:.2g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
     if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
         drawing.logarithmic(axes)
     axes.set_xticks(range(len(values)), [show(value) for value in values])
-    axes.set_xlabel(drawing.label(key))
+    axes.set_xlabel(label(key))
     axes.margins(y=0.1)
     return notes
 
 
-def _heat_maps(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], findings: Sequence[Finding]
-) -> "Figure":
+def _heat_maps(results: Results, findings: Sequence[Finding]) -> "Figure":
     """Plots a heat map per variant with a shared colour scale; a frame marks the best cell."""
+    comparison = results.comparison
     import numpy as np
     from matplotlib.patches import Rectangle
 
@@ -259,8 +272,8 @@ def _heat_maps(
     (row_key, rows), (column_key, columns) = comparison.along.items()
     maps = []
     for variant in comparison.variants:
-        results = finals(comparison, outcomes, variant, name)
-        maps.append(np.array([[mean(results[row, column]) for column in columns] for row in rows]))
+        points = results.finals(variant, name)
+        maps.append(np.array([[fmean(points[row, column]) for column in columns] for row in rows]))
     is_accuracy, is_higher = name.endswith("accuracy"), is_higher_better(name)
     stacked = np.stack(maps)  # gaps may be negative, and errors 0: they have no logarithm
     has_logarithm = not is_higher and not (stacked <= 0).any()
@@ -279,30 +292,28 @@ def _heat_maps(
             text = "×" if math.isnan(value) else f"{100 * value:.1f}" if is_accuracy else f"{value:.2g}"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if is_bright else "white")
         if chooser is not None:
-            row, column = _best(comparison, outcomes, variant, chooser)
+            row, column = _best(results, variant, chooser)
             frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
             axes.add_patch(frame)
         axes.set_xticks(range(len(columns)), list(map(show, columns)))
         axes.set_yticks(range(len(rows)), list(map(show, rows)))
-        axes.set_xlabel(drawing.label(column_key))
-        axes.set_ylabel(drawing.label(row_key))
+        axes.set_xlabel(label(column_key))
+        axes.set_ylabel(label(row_key))
         axes.set_title("\n".join(_evenly(variant, 36)), fontsize=10)
     unit = " (%)" if is_accuracy else ""
     notes = ["brighter is better", "×: diverged"]
     if chooser is not None:
-        notes.append("frame: best" if chooser == name else f"frame: best {drawing.label(chooser)}")
+        notes.append("frame: best" if chooser == name else f"frame: best {label(chooser)}")
     seeds = f", mean of {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
-    figure.supxlabel(f"{drawing.label(name)}{unit}{seeds}   {'; '.join(notes)}", fontsize=9)
+    figure.supxlabel(f"{label(name)}{unit}{seeds}   {'; '.join(notes)}", fontsize=9)
     return figure
 
 
-def _best(
-    comparison: Comparison, outcomes: Mapping[VariantRun, VariantOutcome], variant: str, metric: str
-) -> tuple[int, int]:
+def _best(results: Results, variant: str, metric: str) -> tuple[int, int]:
     """Returns (row, column) of the best cell of a heat map by the mean over seeds of `metric`."""
-    rows, columns = ([*values] for values in comparison.along.values())
+    rows, columns = ([*values] for values in results.comparison.along.values())
     sign = 1 if is_higher_better(metric) else -1
-    means = {point: sign * mean(values) for point, values in finals(comparison, outcomes, variant, metric).items()}
+    means = {point: sign * fmean(values) for point, values in results.finals(variant, metric).items()}
     usable = {point: value for point, value in means.items() if not math.isnan(value)} or means
     row, column = max(usable, key=lambda point: usable[point])
     return rows.index(row), columns.index(column)

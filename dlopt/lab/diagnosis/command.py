@@ -36,8 +36,8 @@ from dlopt.tracking.layout import FittedTable, plain_table, short_path, standard
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dlopt.analysis.diagnosis.measuring import Diagnosis, Snapshot
     from dlopt.config.experiment import Experiment
+    from dlopt.lab.diagnosis.measuring import Diagnosis, Snapshot
     from dlopt.lab.diagnosis.verdicts import Facts, Verdict
 
 _READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "check", "on_divergence")
@@ -148,8 +148,8 @@ def _check(subject: _Subject) -> None:
 
 
 def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "Facts"]:
-    from dlopt.analysis.diagnosis import measuring
-    from dlopt.analysis.diagnosis.measuring import has_skips, prepare
+    from dlopt.lab.diagnosis import measuring
+    from dlopt.lab.diagnosis.measuring import has_skips, prepare
     from dlopt.lab.diagnosis.verdicts import Facts
     from dlopt.models.recurrent import LSTM
     from dlopt.training.clipping import Unclipped
@@ -268,7 +268,7 @@ def _cell(value: float) -> str:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    return statistics.fmean(values) if values else math.nan
 
 
 def _median(values: Sequence[float]) -> float:

@@ -5,14 +5,14 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
-from statistics import median_high
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dlopt.analysis.diagnosis.layers import LayerStatistics, Moments
-from dlopt.analysis.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, Snapshot
 from dlopt.formats import format_count
+from dlopt.instruments.layers import LayerStatistics, Moments
+from dlopt.lab.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, Snapshot
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS
 
@@ -191,7 +191,7 @@ def _updates(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         if _was_clipped(diagnosis):
             norm.plot(updates, trace.clipped, color=colour, linestyle=":", label=None if several else "after clipping")
         if several:
-            ratio.plot(updates, [*map(median_high, zip(*trace.ratios.values(), strict=True))], color=colour)
+            ratio.plot(updates, [*map(median, zip(*trace.ratios.values(), strict=True))], color=colour)
         else:
             _plot_by_layer(figure, ratio, updates, trace.ratios)
     ratio.axhline(1e-3, color="0.5", linewidth=1, linestyle=":")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dlopt.analysis.diagnosis.layers import LayerStatistics, TimeLag
+from dlopt.instruments.layers import LayerStatistics
+from dlopt.lab.diagnosis.probes import TimeLag
 
 Label = Literal["healthy", "vanishing", "exploding", "saturated", "dead"]
 

@@ -1,4 +1,4 @@
-"""Trajectories of optimizers on functions of two variables, and learning-rate curves of schedules.
+"""Trajectories of optimizers on functions of two variables.
 
 Optimizers run through the same `step(closure)` as in training. Trajectories are plotted over the contours of the
 function, with their distance to the minimum, and animated.
@@ -323,60 +323,3 @@ def _verdict(trajectory: Trajectory) -> str:
         remaining = float(trajectory.distances[-1] / trajectory.distances[0])
         remarks.insert(0, f"minimum not reached: {remaining:.2g} of the initial distance left")
     return "; ".join(remarks)
-
-
-# -- learning-rate curves
-
-_POINTS = 4000  # more points are not visible
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Learning-rate curve: `rates[i]` holds from `epochs[i]` (fractional) to `epochs[i + 1]`."""
-
-    label: str
-    epochs: Sequence[float]
-    rates: Sequence[float]
-
-
-def curve(
-    label: str, factor: Factor, *, lr: float, steps: int, steps_per_epoch: float, evaluate_every: float = 1.0
-) -> Curve:
-    """Computes the rates of updates 0..steps-1 (at most about 4000 of them, evenly spread), up to the end of the last.
-
-    A schedule that follows a validation metric gets the same metric every `evaluate_every` epochs, i.e. no improvement.
-    """
-    component: Any = getattr(factor, "component", factor)
-    stride = math.ceil(steps / _POINTS)
-    between = max(round(evaluate_every * steps_per_epoch), 1)
-    epochs, rates, evaluations = [], [], 0
-    for t in range(0, steps, stride):
-        while hasattr(component, "update") and (evaluations + 1) * between <= t:
-            component.update({component.monitor: 0.5})
-            evaluations += 1
-        epochs.append(t / steps_per_epoch)
-        rates.append(lr * factor(t))
-    return Curve(label, [*epochs, steps / steps_per_epoch], [*rates, rates[-1]])
-
-
-def draw_schedules(
-    curves: Sequence[Curve], *, title: str, subtitle: str = "", steps_per_epoch: float, log_y: bool
-) -> "Figure":
-    """Plots all curves in one figure; a logarithmic axis omits rates of zero."""
-    figure = drawing.figure(9.5, 5)
-    axes = figure.add_subplot()
-    for i, curve in enumerate(curves):
-        width = 3.0 - 1.6 * i / max(len(curves) - 1, 1)  # a curve below another shows at its sides
-        axes.plot(curve.epochs, curve.rates, label=curve.label, drawstyle="steps-post", **style(i, linewidth=width))
-    axes.set_title(drawing.title_with_subtitle(title, subtitle), fontsize=11)
-    epoch = f"epoch ({steps_per_epoch:g} update{'' if steps_per_epoch == 1 else 's'} each)"
-    axes.set(xlabel=epoch, ylabel="learning rate", xlim=(0, max(curve.epochs[-1] for curve in curves)))
-    if log_y:
-        axes.set_yscale("log", nonpositive="mask")
-        top = max(max(curve.rates) for curve in curves)
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], top * 1e-6))
-    else:
-        axes.set_ylim(bottom=0)
-    drawing.clean_axes(axes)
-    figure.legend(loc="outside right upper", frameon=False, handlelength=3.5)
-    return figure

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.analysis.communication import Bandwidth, measure_all_reduce
 from dlopt.errors import RunError, UserError
 from dlopt.interruption import Interruption
 from dlopt.lab.bench.command import bench
+from dlopt.lab.bench.communication import Bandwidth, measure_all_reduce
 from dlopt.parallel import launch
 from dlopt.training.build import build_mode
 from tests.support.line import dlopt, refused

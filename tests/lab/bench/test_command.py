@@ -13,16 +13,15 @@ from rich.console import Console
 from dlopt.command_line.line import Line
 from dlopt.config.compose import Composer
 from dlopt.errors import UserError
-from dlopt.lab.bench import command as bench
-from dlopt.lab.bench import device, modes
+from dlopt.lab.bench import device, modes, modes_command
 from dlopt.lab.bench.modes import ModeResult
 from tests.support.line import dlopt, refused
 
 SMALL = ["model=mlp", "model.widths=[8]", "model.norm=none", "data.subset=60", "data.batch_size=16", "data.workers=0"]
 
 
-def rows(*overrides: str) -> list[bench._ModeRow]:
-    return bench._rows(Line(Composer(), list(overrides)))
+def rows(*overrides: str) -> list[modes_command._ModeRow]:
+    return modes_command._rows(Line(Composer(), list(overrides)))
 
 
 def labels(*overrides: str) -> list[str]:

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis import model_summary
-from dlopt.analysis.model_summary import Layer
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.lab.bench import simulation
-from dlopt.lab.bench.command import MODELS
+from dlopt.lab.bench.cluster_command import MODELS
 from dlopt.lab.bench.contention import fit_link, scale_to
+from dlopt.lab.bench.layers import Layer, layers_of, operations, parameters, timed
 from dlopt.lab.bench.modes import validate
 from dlopt.lab.bench.simulation import Cluster, ddp, draw, fsdp, pipeline, single, spatial
 from dlopt.lab.bench.simulation import filter_parallel as filters
@@ -54,9 +53,9 @@ def efficiency(cost: simulation.ModeCost, layers: Sequence[Layer] = CHAIN, clust
 def test_counts_match_published_models(model: Any, millions: float, gmacs: float) -> None:
     overrides, shape, classes, _ = MODELS[model]
     experiment = parse(to_plain(Composer().compose(overrides), overrides)[0])
-    result = model_summary.layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
-    assert model_summary.parameters(result) / 1e6 == pytest.approx(millions, abs=0.06)
-    assert model_summary.operations(result) / 2e9 == pytest.approx(gmacs, rel=0.02)
+    result = layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
+    assert parameters(result) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert operations(result) / 2e9 == pytest.approx(gmacs, rel=0.02)
     assert [each.role for each in result].count("first") == [each.role for each in result].count("last") > 10
 
 
@@ -64,13 +63,13 @@ def test_layers_of_a_small_network() -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 4))
 
-    convolution, relu, pool, _, linear = model_summary.layers_of(make, (3, 8, 8))
+    convolution, relu, pool, _, linear = layers_of(make, (3, 8, 8))
     assert (convolution.operations, convolution.parameters, convolution.units) == (2 * 8 * 64 * 75, 8 * 76, 8)
     assert convolution.halo == 2 * 3 * 8 and relu.halo == pool.halo == 0 and convolution.rows == 8
     assert (linear.operations, linear.kind, linear.rows) == (2 * 128 * 4, "linear", 1)
-    timed = model_summary.timed(make(), torch.randn(4, 3, 8, 8))
-    assert [replace(each, forward=0.0, backward=0.0) for each in timed] == model_summary.layers_of(make, (3, 8, 8))
-    assert all(each.forward > 0 and each.backward > 0 for each in timed)
+    measured = timed(make(), torch.randn(4, 3, 8, 8))
+    assert [replace(each, forward=0.0, backward=0.0) for each in measured] == layers_of(make, (3, 8, 8))
+    assert all(each.forward > 0 and each.backward > 0 for each in measured)
 
 
 @pytest.mark.parametrize("devices", [8, 64])
@@ -133,10 +132,10 @@ def test_measured_layers_cost_in_every_mode_what_counted_ones_do() -> None:
     """Modes process the batches of whole groups at once, or micro-batches; the times are for 64 samples."""
     measured = simulation.per_sample([replace(each, forward=64e-5, backward=128e-5) for each in CHAIN], 64)
     for devices in (8, 64):
-        for counted, timed in zip(
+        for counted, again in zip(
             *(simulation.estimates(layers, 64, devices, REAL) for layers in (CHAIN, measured)), strict=True
         ):
-            assert (timed.step, timed.efficiency) == pytest.approx((counted.step, counted.efficiency)), timed.mode
+            assert (again.step, again.efficiency) == pytest.approx((counted.step, counted.efficiency)), again.mode
 
 
 def test_modes_of_few_or_indivisible_devices() -> None:

@@ -9,9 +9,8 @@ from scipy import stats
 
 from dlopt.errors import UserError
 from dlopt.lab.comparison.claims import parse, sentence
-from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun
+from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun
 from dlopt.lab.comparison.findings import check, evaluate, record
-from dlopt.results.drawing import label
 
 
 def claim(**keys: Any) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def outcome(*values: float, failed: bool = False, metric: str = "train_loss", **
 def judged(written: dict[str, Any], a: list[VariantOutcome], b: list[VariantOutcome]) -> Any:
     spec = comparison(written, seeds=[*range(len(a))])
     runs = {VariantRun(v, (), seed): run for v, each in (("a", a), ("b", b)) for seed, run in enumerate(each)}
-    [finding] = evaluate(spec, runs, check(spec, overridden=False))
+    [finding] = evaluate(Results(spec, runs), check(spec, overridden=False))
     return finding
 
 
@@ -65,14 +64,14 @@ def test_interval_is_students_t_of_paired_seeds() -> None:
     logs = [math.log(y / x) for x, y in zip(a, b, strict=True)]
     expected = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
     assert (finding.low, finding.high) == pytest.approx((expected.low, expected.high))
-    text = sentence(finding, label)
+    text = sentence(finding)
     assert text.startswith("Seen: A is lower. Training loss: 1.05 (a) against 2.05 (b); ratio 1.98x, 95 % interval ")
     assert f"{math.exp(expected.low):.3g}x to {math.exp(expected.high):.3g}x, 4 seeds, margin 1.4x." in text
 
 
 def test_one_seed_proves_nothing() -> None:
     finding = judged(claim(), [outcome(1.0)], [outcome(9.0)])
-    assert finding.verdict == "not seen here" and "no interval: one seed" in sentence(finding, label)
+    assert finding.verdict == "not seen here" and "no interval: one seed" in sentence(finding)
 
 
 @pytest.mark.parametrize("margin", [{"factor": 1.1}, {"factor": None, "difference": 0.1}])
@@ -80,7 +79,7 @@ def test_a_diverged_run_has_an_infinitely_worse_accuracy(margin: dict[str, Any])
     written = claim(metric="val_accuracy", lower=None, higher="a", **margin)
     trained, failed = outcome(0.9, metric="val_accuracy"), outcome(failed=True)
     finding = judged(written, [trained] * 3, [failed] * 3)
-    assert finding.verdict == "seen" and "unbounded" in sentence(finding, label)
+    assert finding.verdict == "seen" and "unbounded" in sentence(finding)
     assert judged(written, [failed] * 3, [trained] * 3).verdict == "the opposite"
     assert judged(written, [failed] * 3, [failed] * 3).verdict == "not seen here"
 
@@ -99,19 +98,20 @@ def test_a_diverged_run_is_infinitely_worse() -> None:
     assert judged(claim(), [trained] * 3, [failed, failed, outcome(9.0)]).verdict == "seen"
     assert judged(claim(), [trained] * 3, [failed, failed, trained]).verdict == "not seen here"  # one seed is equal
     assert judged(claim(), [failed] * 3, [failed] * 3).verdict == "not seen here"
-    text = sentence(judged(claim(), [trained] * 3, [failed, failed, outcome(9.0)]), label)
+    text = sentence(judged(claim(), [trained] * 3, [failed, failed, outcome(9.0)]))
     assert "against 9 (2 of 3 diverged or not reached) (b)" in text and "range 9x to unbounded" in text
 
 
 def test_parts_of_a_curve_and_times_to_a_target() -> None:
     falls = [outcome(4.0, 1.0, 3.0, 2.0)] * 2
     minimum = claim(lower={"variant": "a", "value": "minimum"}, than={"variant": "b", "value": 3})
-    assert judged(minimum, falls, falls).first == [1.0, 1.0] and judged(minimum, falls, falls).second == [3.0, 3.0]
+    found = judged(minimum, falls, falls)
+    assert (found.first.values, found.second.values) == ([1.0, 1.0], [3.0, 3.0])
     fast, slow = [outcome(4.0, 0.5)] * 2, [outcome(4.0, 2.0, 0.5)] * 2
     found = judged(claim(measure="step", target=0.6), fast, slow)
-    assert (found.first, found.second, found.verdict) == ([20.0, 20.0], [30.0, 30.0], "seen")
-    assert "Updates to training loss at most 0.6: 20 (a) against 30 (b)" in sentence(found, label)
-    assert judged(claim(measure="step", target=0.1), fast, slow).first == [math.inf, math.inf]
+    assert (found.first.values, found.second.values, found.verdict) == ([20.0, 20.0], [30.0, 30.0], "seen")
+    assert "Updates to training loss at most 0.6: 20 (a) against 30 (b)" in sentence(found)
+    assert judged(claim(measure="step", target=0.1), fast, slow).first.values == [math.inf, math.inf]
 
 
 def grid(values: dict[tuple[str, float], float], *claims: dict[str, Any], **keys: Any) -> tuple[Comparison, Any]:
@@ -132,45 +132,48 @@ LOSSES = {
 
 def test_each_side_is_taken_at_its_own_best_point() -> None:
     spec, runs = grid(LOSSES, claim(metric="test_loss"), choose="val_loss")
-    [finding] = evaluate(spec, runs, spec.claims)
-    assert finding.points == ({"optimizer.lr": 10.0}, {"optimizer.lr": 0.1})  # chosen by validation, as 1 / test
+    [finding] = evaluate(Results(spec, runs), spec.claims)
+    assert (finding.first.point, finding.second.point) == (
+        {"optimizer.lr": 10.0},
+        {"optimizer.lr": 0.1},
+    )  # chosen by validation, as 1 / test
     with pytest.raises(UserError, match=r"comparison\.claims\.0: metric=test_loss: set comparison\.choose"):
         check(grid(LOSSES, claim(metric="test_loss"))[0], overridden=False)
     fixed = claim(metric="test_loss", at={"optimizer.lr": 1})
     spec, runs = grid(LOSSES, fixed)
-    [finding] = evaluate(spec, runs, check(spec, overridden=False))
-    assert finding.verdict == "seen" and finding.second == [math.inf] * 3
+    [finding] = evaluate(Results(spec, runs), check(spec, overridden=False))
+    assert finding.verdict == "seen" and finding.second.values == [math.inf] * 3
 
 
 def test_the_best_point_is_one_where_the_fewest_seeds_miss_the_target() -> None:
     written = claim(measure="epoch", target=1.0, lower="a", than="b", factor=1)
     spec = comparison(written, along={"optimizer.lr": [0.1, 1.0]})
     losses = {cell: 0.5 if cell.point == (1.0,) and cell.seed < 2 else 2.0 for cell in spec.cells()}
-    [finding] = evaluate(spec, {cell: outcome(loss) for cell, loss in losses.items()}, spec.claims)
-    assert [point["optimizer.lr"] for point in finding.points] == [1.0, 1.0]
-    assert finding.first == finding.second == [1, 1, math.inf] and finding.verdict == "not seen here"
+    [finding] = evaluate(Results(spec, {cell: outcome(loss) for cell, loss in losses.items()}), spec.claims)
+    assert [side.point["optimizer.lr"] for side in (finding.first, finding.second)] == [1.0, 1.0]
+    assert finding.first.values == finding.second.values == [1, 1, math.inf] and finding.verdict == "not seen here"
 
 
 def test_largest_usable_value_and_range() -> None:
     largest = claim(lower=None, higher="a", measure="largest", metric="test_loss", target=1.1, factor=10)
     spec, runs = grid(LOSSES, largest, largest | {"measure": "span"})
-    found, span = evaluate(spec, runs, check(spec, overridden=False))
-    assert (found.first, found.second, found.verdict) == ([1.0] * 3, [0.1] * 3, "seen")
-    assert "Largest learning rate with test loss at most 1.1: 1 (a) against 0.1 (b)" in sentence(found, label)
-    assert (span.first, span.second) == ([10.0] * 3, [1.0] * 3)
+    found, span = evaluate(Results(spec, runs), check(spec, overridden=False))
+    assert (found.first.values, found.second.values, found.verdict) == ([1.0] * 3, [0.1] * 3, "seen")
+    assert "Largest learning rate with test loss at most 1.1: 1 (a) against 0.1 (b)" in sentence(found)
+    assert (span.first.values, span.second.values) == ([10.0] * 3, [1.0] * 3)
 
 
 def test_a_claim_about_several_sides_is_as_strong_as_the_weakest() -> None:
     runs = {VariantRun(v, (), s): outcome(x * (1 + 0.01 * s)) for v, x in zip("abc", (1.0, 4.0, 1.9), strict=True)
             for s in range(3)}  # fmt: skip
     spec = comparison(claim(lower=None, higher=["b", "c"], than="a"), variants={"a": [], "b": [], "c": []})
-    [finding] = evaluate(spec, runs, spec.claims)
-    assert finding.verdict == "seen" and finding.sides[0].variant == "c"
+    [finding] = evaluate(Results(spec, runs), spec.claims)
+    assert finding.verdict == "seen" and finding.first.side.variant == "c"
 
 
 def test_record_is_json_with_rows_and_verdicts() -> None:
     spec, runs = grid(LOSSES, claim(metric="test_loss", at={"optimizer.lr": 1}, when_not="Elsewhere."))
-    saved = json.loads(record(spec, runs, evaluate(spec, runs, spec.claims)))
+    saved = json.loads(record(Results(spec, runs), evaluate(Results(spec, runs), spec.claims)))
     assert saved["rows"][0] == {"variant": "a", "at": {"optimizer.lr": 0.1}, "test_loss": [1.0, 1.01, 1.02]}
     assert saved["rows"][4]["test_loss"] == [None] * 3
     [entry] = saved["claims"]

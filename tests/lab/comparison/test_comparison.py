@@ -11,7 +11,7 @@ from matplotlib.mathtext import MathTextParser
 
 from dlopt.lab.comparison import plots as comparison_plots
 from dlopt.lab.comparison.claims import parse
-from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, table
+from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun
 from dlopt.lab.comparison.findings import evaluate
 from dlopt.lab.comparison.plots import draw, restarts
 
@@ -46,7 +46,7 @@ def test_axis_points_may_set_several_keys_and_have_numeric_names() -> None:
     spec = comparison(along={"samples": {"1": ["p=8", "g=1"], "8": ["p=1", "g=8"]}}, seeds=[0])
     assert spec.overrides(VariantRun("b", ("8",), 0)) == ["p=1", "g=8", "x=1", "seed=0"]
     outcomes = {cell: outcome([2.0 if cell.variant == "a" else 2.001]) for cell in spec.cells()}
-    [axes] = draw(spec, outcomes).axes
+    [axes] = draw(Results(spec, outcomes)).axes
     assert list(axes.lines[0].get_xdata()) == [1, 8] and axes.get_xlabel() == "samples"
     assert axes.lines[0].get_linewidth() > 2 * axes.lines[1].get_linewidth()  # a is wider, as b coincides with it
 
@@ -60,7 +60,7 @@ def test_titles_may_have_any_characters(letter: str) -> None:
 
 def test_log_ticks_are_plain_numbers() -> None:
     spec = comparison(along={"lr": [0.1, 0.2]}, seeds=[0])
-    [axes] = (figure := draw(spec, {cell: outcome([0.5 + cell.point[0]]) for cell in spec.cells()})).axes
+    [axes] = (figure := draw(Results(spec, {cell: outcome([0.5 + cell.point[0]]) for cell in spec.cells()}))).axes
     figure.canvas.draw()
     assert {"0.6", "0.7"} <= {label.get_text() for label in axes.get_yticklabels(which="both")}
 
@@ -71,7 +71,7 @@ def test_curves_show_mean_and_range_over_seeds() -> None:
     outcomes = {
         VariantRun(v, (), seed): outcome(values) for v, pair in curves.items() for seed, values in enumerate(pair)
     }
-    figure = draw(spec, outcomes)
+    figure = draw(Results(spec, outcomes))
     [axes] = figure.axes
     first, second = (line for line in axes.lines if line.get_label() in ("a", "b"))
     assert list(first.get_xdata()) == [1, 2] and list(first.get_ydata()) == [3.0, 1.5]
@@ -88,7 +88,7 @@ def test_curves_average_equal_epochs_after_a_value_that_is_not_finite() -> None:
     spec = comparison(variants={"a": []})
     curves = ([4.0, 3.0, 2.0], [4.0, None, 1.0])
     outcomes = {VariantRun("a", (), seed): outcome(values) for seed, values in enumerate(curves)}  # type: ignore[arg-type]
-    line = draw(spec, outcomes).axes[0].lines[0]
+    line = draw(Results(spec, outcomes)).axes[0].lines[0]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 3], [4.0, 1.5])
 
 
@@ -99,10 +99,12 @@ def test_metrics_to_be_maximized_have_linear_axes_and_are_brighter_when_larger()
         )
 
     spec = comparison(metrics=["val_r2"])
-    axes = draw(spec, {cell: run(0.5) for cell in spec.cells()}).axes[0]
+    axes = draw(Results(spec, {cell: run(0.5) for cell in spec.cells()})).axes[0]
     assert axes.get_yscale() == "linear" and list(axes.lines[0].get_ydata()) == [-0.5, 0.0]
     spec = comparison(metrics=["val_r2"], along={"lr": [1, 2], "decay": [1, 2]}, seeds=[0])
-    image = draw(spec, {cell: run(0.6 + 0.1 * math.prod(cell.point)) for cell in spec.cells()}).axes[0].images[0]  # type: ignore[arg-type]
+    image = (
+        draw(Results(spec, {cell: run(0.6 + 0.1 * math.prod(cell.point)) for cell in spec.cells()})).axes[0].images[0]
+    )  # type: ignore[arg-type]
     brightness = image.norm(image.get_array())
     assert brightness[0, 0] < brightness[0, 1] < brightness[1, 1]
 
@@ -114,7 +116,7 @@ def test_the_calibration_error_is_no_error_rate() -> None:
 
 def test_lines_along_a_key_go_from_left_to_right() -> None:
     spec = comparison(along={"lr": [1, 0.1, 10]}, seeds=[0])
-    line = draw(spec, {cell: outcome([float(cell.point[0])]) for cell in spec.cells()}).axes[0].lines[0]  # type: ignore[arg-type]
+    line = draw(Results(spec, {cell: outcome([float(cell.point[0])]) for cell in spec.cells()})).axes[0].lines[0]  # type: ignore[arg-type]
     assert list(line.get_xdata()) == list(line.get_ydata()) == [0.1, 1, 10]
 
 
@@ -125,20 +127,20 @@ def test_metrics_along_a_key_have_gaps_for_diverged_seeds() -> None:
         for cell in spec.cells()
     }
     spec = comparison(along=spec.along, metrics=["test_loss"])
-    [axes] = (figure := draw(spec, outcomes)).axes
+    [axes] = (figure := draw(Results(spec, outcomes))).axes
     line = next(line for line in axes.lines if line.get_label() == "a")
     assert list(line.get_ydata())[:2] == pytest.approx([0.6, 1.5]) and math.isnan(line.get_ydata()[2])
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "learning rate"
     entries = {text.get_text() for text in figure.legends[0].get_texts()}
     assert entries == {"a", "b", "mean and range over 2 seeds", "a seed diverged"}
-    assert table(spec, outcomes)[3].split() == ["a", "10.0", "diverged"]
-    assert table(spec, outcomes)[0].split() == ["variant", "optimizer.lr", "test_loss"]
+    assert Results(spec, outcomes).table()[3].split() == ["a", "10.0", "diverged"]
+    assert Results(spec, outcomes).table()[0].split() == ["variant", "optimizer.lr", "test_loss"]
 
 
 def test_categories_are_bars() -> None:
     spec = comparison(along={"schedule": ["cosine", "step"]})
     outcomes = {cell: outcome([1.0 + cell.seed], failed=cell.point == ("step",)) for cell in spec.cells()}
-    [axes] = (figure := draw(spec, outcomes)).axes
+    [axes] = (figure := draw(Results(spec, outcomes))).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cosine", "step"]
     assert [bar.get_height() for bar in axes.patches][::2] == [1.5, 1.5]  # of a and b with cosine
     assert axes.get_xscale() == axes.get_yscale() == "linear" and axes.get_ylim()[0] == 0
@@ -161,7 +163,8 @@ def test_nothing_leaves_the_frame(along: dict[str, Any]) -> None:
     text = "A title that is longer than one line of the figure has characters, so it wraps " * 2
     spec = comparison(title=text, see=text * 2, along=along, variants=names, claims=[claim])
     runs = {cell: outcome([2.0, 1.0], failed=cell == VariantRun(first, cell.point, 1)) for cell in spec.cells()}
-    figure = draw(spec, runs, evaluate(spec, runs, [claim]))
+    results = Results(spec, runs)
+    figure = draw(results, evaluate(results, [claim]))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     frame = figure.bbox.padded(1)
@@ -177,14 +180,14 @@ def test_two_keys_plot_heat_maps_with_best_cell_framed() -> None:
         cell: outcome([], failed=cell.point == (2, 0.3), test_accuracy=0.1 * cell.point[0] + cell.point[1])
         for cell in spec.cells()
     }
-    maps = draw(spec, outcomes).axes
+    maps = draw(Results(spec, outcomes)).axes
     assert [axes.get_title() for axes in maps] == ["a", "b"]
     values = maps[0].images[0].get_array()
     assert values.shape == (2, 3) and bool(values.mask[1, 2]) and float(values[0, 2]) == pytest.approx(0.4)
     assert not maps[0].patches  # choosing by a test metric would select on the test set
     outcomes = {cell: replace(run, history=[{"epoch": 1, "step": 1, "val_loss": -run.summary["test_accuracy"]}])
                 for cell, run in outcomes.items()}  # fmt: skip
-    maps = draw(replace(spec, choose="val_loss"), outcomes).axes
+    maps = draw(Results(replace(spec, choose="val_loss"), outcomes)).axes
     [frame] = maps[0].patches
     assert frame.get_xy() == (1.5, -0.5)  # 0.1 * 1 + 0.3, since the cell beyond it diverged
     assert maps[0].get_xlabel() == "decay" and maps[0].get_ylabel() == "learning rate"
@@ -200,7 +203,7 @@ def test_heat_maps_of_errors_of_0_are_brightest_where_the_error_is_lowest() -> N
         )  # type: ignore[index]
         for cell in spec.cells()
     }
-    image = draw(spec, outcomes).axes[0].images[0]
+    image = draw(Results(spec, outcomes)).axes[0].images[0]
     brightness = image.norm(image.get_array())
     assert not brightness.mask.any() and list(brightness[0]) == pytest.approx([1, 1 / 3, 0])
 
@@ -208,7 +211,7 @@ def test_heat_maps_of_errors_of_0_are_brightest_where_the_error_is_lowest() -> N
 @pytest.mark.parametrize("along", [{}, {"lr": [0.1, 0.2]}, {"a": ["x", "y"]}, {"lr": [1, 2], "a": ["x", "y"]}])
 def test_draws_a_comparison_in_which_all_runs_diverged(along: dict[str, Any]) -> None:
     spec = comparison(along=along)
-    figure = draw(spec, {cell: outcome([], failed=True) for cell in spec.cells()})
+    figure = draw(Results(spec, {cell: outcome([], failed=True) for cell in spec.cells()}))
     FigureCanvasAgg(figure).draw()
 
 
@@ -228,9 +231,10 @@ def test_evaluations_count_in_passes_over_the_training_set() -> None:
     assert spec.axes == ["step", "evaluation", "seconds"]
     written = {"claim": "c", "metric": "train_loss", "measure": "evaluation", "target": 1.0, "lower": "b", "than": "a"}
     claim = parse("claims.0", {**written, "factor": 2})
-    [finding] = evaluate(spec, {VariantRun("a", (), 0): searching, VariantRun("b", (), 0): once}, [claim])
-    assert (finding.first, finding.second) == ([2.0], [5.0])
-    panels = draw(spec, {VariantRun("a", (), 0): searching, VariantRun("b", (), 0): once}).axes
+    results = Results(spec, {VariantRun("a", (), 0): searching, VariantRun("b", (), 0): once})
+    [finding] = evaluate(results, [claim])
+    assert (finding.first.values, finding.second.values) == ([2.0], [5.0])
+    panels = draw(results).axes
     assert [axes.get_xlabel() for axes in panels] == ["update", "evaluations of the training set", "seconds"]
     assert list(panels[1].lines[0].get_xdata()) == [3.0, 5.0]
 
@@ -238,7 +242,7 @@ def test_evaluations_count_in_passes_over_the_training_set() -> None:
 def test_plots_error_against_updates_and_seconds() -> None:
     lines = [{"epoch": i + 1, "step": 5 * i, "seconds": 2.0 * i, "val_accuracy": 0.5 + i / 4} for i in range(2)]
     spec = comparison(metrics=["val_error"], x="step_and_seconds", seeds=[0])
-    figure = draw(spec, {cell: VariantOutcome(lines, {"status": "finished"}, {}) for cell in spec.cells()})
+    figure = draw(Results(spec, {cell: VariantOutcome(lines, {"status": "finished"}, {}) for cell in spec.cells()}))
     updates, time = figure.axes
     assert (updates.get_xlabel(), time.get_xlabel()) == ("update", "seconds")
     assert list(updates.lines[0].get_xdata()) == [0, 5] and list(time.lines[0].get_xdata()) == [0, 2]

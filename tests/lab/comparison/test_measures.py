@@ -93,7 +93,9 @@ def test_models_without_the_measured_quantity_are_refused(name: str, model: tupl
 
 
 def test_texts_have_no_input_sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measures, "_samples", lambda workload: (torch.ones(2, 3, dtype=torch.long), torch.ones(2)))
+    monkeypatch.setattr(
+        measures, "spread_samples", lambda workload: (torch.ones(2, 3, dtype=torch.long), torch.ones(2))
+    )
     with pytest.raises(UserError, match=r"comparison\.metrics: input_sensitivity needs data of real numbers"):
         measures.input_sensitivity(workload())
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dlopt import init
-from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics
+from dlopt.instruments.layers import LayerProbe, LayerStatistics
 from dlopt.models.layers import Activation
 from dlopt.models.layers import activation as make_activation
 

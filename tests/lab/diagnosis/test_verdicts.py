@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, Moments, TimeLag
+from dlopt.instruments.layers import LayerProbe, LayerStatistics, Moments
+from dlopt.lab.diagnosis.probes import TimeLag
 from dlopt.lab.diagnosis.verdicts import Facts, Verdict, advice, clipping_norm, healthy, verdicts
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.analysis.lr_range import (
+from dlopt.errors import UserError
+from dlopt.instruments.lr_range import (
     LearningRates,
     RangeTest,
     check,
@@ -19,7 +20,6 @@ from dlopt.analysis.lr_range import (
     trial,
     write,
 )
-from dlopt.errors import UserError
 from dlopt.optim import Muon
 from dlopt.training.build import build_workload, training_batches
 from dlopt.training.optimizer import build_optimizer
@@ -161,7 +161,7 @@ def test_auto_lr_is_kept_after_resume(tmp_path: Path) -> None:
 
 def rank(folder: str) -> None:
     """Runs the range test on one of two ranks."""
-    from dlopt.analysis.lr_range import test_range
+    from dlopt.instruments.lr_range import test_range
 
     typed = experiment(*SMALL, "data.batch_size=24", "parallel=ddp", "precision=fp64", "model.norm=none")
     print(json.dumps(vars(test_range(typed, QUICK, Path(folder)))))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis.model_summary import summarize
+from dlopt.instruments.model_summary import summarize
 from tests.support.runs import experiment
 
 

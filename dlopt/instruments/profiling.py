@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import resource
 import sys
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
 
-from dlopt.analysis.communication import collective_times
-from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.data.batches import Batch
 from dlopt.formats import format_bytes
+from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.processor import synchronized_time
 from dlopt.training.build import Workload
 from dlopt.training.step import EpochBatches, Network, Observer, Step
@@ -165,11 +166,11 @@ class Profiling(Observer):
             self.result.peaks["optimizer"] = torch.cuda.max_memory_allocated(device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.result.memory = {
-            "weights": _bytes(module.parameters()),
-            "buffers": _bytes(module.buffers()),
-            "gradients": _bytes(p.grad for p in module.parameters() if p.grad is not None),
+            "weights": tensor_bytes([*module.parameters()]),
+            "buffers": tensor_bytes([*module.buffers()]),
+            "gradients": tensor_bytes([p.grad for p in module.parameters()]),
             "optimizer": state_bytes(optimizer),
-            "batch": _bytes([inputs, targets]),
+            "batch": tensor_bytes([inputs, targets]),
             "activations kept for the backward pass": sum(saved.values()),
             "peak of the process": peak * (1 if sys.platform == "darwin" else 1024),
         }
@@ -193,6 +194,34 @@ class TimedBatches:
             yield batch
 
 
+def collective_times(events: Iterable[Any], device: torch.device) -> tuple[float, float]:
+    """Returns the seconds with a collective in flight, and those of them in which this rank computed nothing.
+
+    `events`: from a torch profiler. Counts kernels on a GPU, and torch's operators and gloo's transfers on a CPU.
+    """
+    on_gpu = device.type == "cuda"
+    communicating, computing = [], []
+    for event in events:
+        interval = event.time_range.start, event.time_range.end
+        if (event.device_type == torch.autograd.DeviceType.CUDA) != on_gpu:
+            continue
+        if ("nccl" in event.name) if on_gpu else event.name.startswith("gloo:"):
+            communicating.append(interval)
+        elif on_gpu or event.name.startswith(("aten::", "dlopt::")):
+            computing.append(interval)
+    waiting = covered([*communicating, *computing]) - covered(computing)
+    return covered(communicating) * 1e-6, waiting * 1e-6
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Returns the length of the union of intervals."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(intervals):
+        total += max(stop - max(start, end), 0.0)
+        end = max(end, stop)
+    return total
+
+
 def _costliest(profiler: profile, device: torch.device, updates: int) -> list[ProfiledOperation]:
     """Returns the operations with the largest self time."""
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -206,19 +235,12 @@ def _costliest(profiler: profile, device: torch.device, updates: int) -> list[Pr
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Returns the bytes of the tensors in an optimizer's state, also of those in lists (the history of L-BFGS)."""
-    return _bytes(_tensors(list(optimizer.state.values())))
+    return tensor_bytes(list(optimizer.state.values()))
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Returns the tensors in nested lists and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for child in children for tensor in _tensors(child)]
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def tensor_bytes(tree: Any) -> int:
+    """Returns the bytes of the tensors in nested lists, tuples and mappings."""
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def table(result: Profile, folder: Path) -> list[str]:

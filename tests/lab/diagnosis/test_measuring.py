@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.analysis.diagnosis.curvature import flat
-from dlopt.analysis.diagnosis.measuring import (
+from dlopt.instruments.curvature import flat
+from dlopt.lab.diagnosis.measuring import (
     STEP_FRACTIONS,
     Diagnosis,
     diagnose,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis.diagnosis import layers
-from dlopt.analysis.diagnosis.layers import AttentionProbe
+from dlopt.lab.diagnosis import probes
+from dlopt.lab.diagnosis.probes import AttentionProbe
 from dlopt.models.gpt import CausalAttention, CausalSelfAttention
 from dlopt.models.vit import SelfAttention
 
@@ -58,7 +58,7 @@ def test_causal_attention_against_a_plain_softmax() -> None:
 
 
 def test_equal_scores_have_the_largest_entropy_and_large_scores_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_MOST_WEIGHTS", 1)  # one sample at a time
+    monkeypatch.setattr(probes, "_MOST_WEIGHTS", 1)  # one sample at a time
     attend, eye = CausalAttention(1.0), torch.eye(6).expand(2, 3, 6, 6)
     largest = sum(math.log(t) for t in range(1, 7)) / 6
     for queries, value in ((torch.zeros(2, 3, 6, 6), largest), (1e4 * eye, 0.0)):

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from dlopt.analysis.profiling import Profile, ProfiledOperation, state_bytes, table
 from dlopt.errors import UserError
+from dlopt.instruments.profiling import Profile, ProfiledOperation, collective_times, covered, state_bytes, table
 from tests.support.runs import SMALL, at_update, experiment, result, resume, same, start, terminate
 
 PROFILED = ["profile=true", "profile_steps=[1,5]", "epochs=2"]
@@ -88,3 +90,23 @@ def test_table_lists_parts_and_top_operations() -> None:
     assert lines[2].endswith("20%")
     assert lines[4].split() == ["aten::mm", "7", "4.000", "40.0%"]
     assert "weights 1 MiB" in lines[5] and "optimizer 2 MiB" in lines[6]
+
+
+def event(name: str, start: float, end: float) -> SimpleNamespace:
+    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=DeviceType.CPU)
+
+
+def test_union_and_length_of_intervals() -> None:
+    assert covered([(4, 6), (0, 2), (1, 3), (6, 7)]) == 6
+    assert covered([(0, 5), (1, 2), (4, 6)]) == 6
+    assert covered([]) == 0
+
+
+def test_waiting_excludes_overlapping_computation() -> None:
+    """A transfer of 10 µs that overlaps with 4 µs of computation; c10d's library call does not count as computation."""
+    events = [
+        event("gloo:all_reduce", 10, 20), event("gloo:all_reduce", 12, 18), event("c10d::allreduce_", 10, 11),
+        event("aten::mm", 5, 13), event("aten::add_", 19, 25), event("DistributedDataParallel.forward", 0, 30),
+    ]  # fmt: skip
+    communicating, waiting = collective_times(events, torch.device("cpu"))
+    assert (communicating, waiting) == pytest.approx((10e-6, 6e-6))

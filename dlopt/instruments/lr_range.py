@@ -1,6 +1,6 @@
 """Learning-rate range test (Smith 2017, section 3.3): trains with a growing rate and suggests rates from the losses.
 
-`python -m dlopt.analysis.lr_range FOLDER` runs one rank: reads FOLDER/config.yaml and FOLDER/sweep.json and writes
+`python -m dlopt.instruments.lr_range FOLDER` runs one rank: reads FOLDER/config.yaml and FOLDER/sweep.json and writes
 FOLDER/rank-N.json.
 """
 
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dlopt.analysis.range_test import RangeTest
-from dlopt.analysis.ranks import RankOutcome, run_rank, run_ranks
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import USER_ERROR, RunError, UserError
+from dlopt.instruments.range_test import RangeTest
+from dlopt.instruments.ranks import RankOutcome, run_rank, run_ranks
 from dlopt.parallel import rendezvous
 from dlopt.parallel.launch import count_processes
 from dlopt.results import drawing
@@ -264,7 +264,7 @@ def _measure_in_ranks(experiment: Experiment, keys: RangeTest, processes: int) -
     with tempfile.TemporaryDirectory(prefix="dlopt-find-lr-", ignore_cleanup_errors=True) as name:
         scratch = Path(name)
         (scratch / "sweep.json").write_text(json.dumps(asdict(keys)))
-        codes = run_ranks("dlopt.analysis.lr_range", scratch, experiment.config, processes, {})
+        codes = run_ranks("dlopt.instruments.lr_range", scratch, experiment.config, processes, {})
         results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
     for result in results:
         if "error" in result:

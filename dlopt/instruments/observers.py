@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlopt.analysis.diagnosis.live import Diagnostics
-from dlopt.analysis.profiling import Profile, Profiling, table
 from dlopt.errors import UserError
+from dlopt.instruments.diagnostics import Diagnostics
+from dlopt.instruments.profiling import Profile, Profiling, table
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload
 from dlopt.training.progress import Length

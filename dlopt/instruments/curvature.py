@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlopt.analysis.diagnosis.layers import norms
+from dlopt.instruments.layers import norms
 
 Product = Callable[[Tensor], Tensor]
 """v [n] -> H v [n]."""

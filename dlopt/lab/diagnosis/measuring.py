@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dlopt.analysis.diagnosis.curvature import (
+from dlopt.config.experiment import Experiment
+from dlopt.config.schema import Component
+from dlopt.data.batches import Batch
+from dlopt.errors import RunError, UserError
+from dlopt.instruments.curvature import (
     GradientSpread,
     Spectrum,
     curvature_along,
@@ -23,26 +26,13 @@ from dlopt.analysis.diagnosis.curvature import (
     losses_along,
     restoring,
 )
-from dlopt.analysis.diagnosis.layers import (
-    AttentionEntropy,
-    AttentionProbe,
-    LayerProbe,
-    LayerStatistics,
-    TimeLag,
-    TimeLagProbe,
-    layer_parameters,
-    norms,
-    norms_by_layer,
-)
-from dlopt.config.experiment import Experiment
-from dlopt.config.schema import Component
-from dlopt.data.batches import Batch
-from dlopt.errors import RunError, UserError
-from dlopt.parallel.mode import Mode
+from dlopt.instruments.diagnostics import loss_of, preserved_state
+from dlopt.instruments.layers import LayerProbe, LayerStatistics, layer_parameters, norms, norms_by_layer
+from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag, TimeLagProbe
 from dlopt.training.build import Workload, build_workload, load_weights
 from dlopt.training.clipping import gradient_norm
 from dlopt.training.progress import endless_batches
-from dlopt.training.step import Observer, Step, frozen_statistics
+from dlopt.training.step import Observer, Step
 from dlopt.training.trainer import Trainer, probe_trainer
 
 STEP_FRACTIONS = tuple(i / 4 for i in range(-2, 11))
@@ -106,14 +96,12 @@ class Diagnosis:
         return [self.before] if self.after is None else [self.before, self.after]
 
 
-def prepare(
-    experiment: Experiment, folder: Path, state: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
-) -> tuple[Workload, Trainer]:
+def prepare(experiment: Experiment, folder: Path, state: Mapping[str, Any] | None = None) -> tuple[Workload, Trainer]:
     """Builds data, model and optimizer as `dlopt train` does, or restores them from a checkpoint's `state`.
 
-    Writes nothing; `folder` is a placeholder for the run folder. `parallel`: see `build_workload`.
+    Writes nothing; `folder` is a placeholder for the run folder.
     """
-    workload = build_workload(experiment, None if state is None else state["normalize"], parallel=parallel)
+    workload = build_workload(experiment, None if state is None else state["normalize"])
     if state is not None and experiment.auto_lr:
         workload = workload.with_lr(state["progress"]["found_lr"])
     trainer = probe_trainer(workload, folder, state, observers=[ClippedNorm()])
@@ -196,22 +184,6 @@ def snapshot(
         lags=lag.lags(),
         attention=attention.entropies(),
     )
-
-
-def loss_of(workload: Workload, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Computes the mean loss of the uncompiled model, so that hooks fire and second derivatives exist."""
-    autocast = workload.precision.autocast
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        loss: Tensor = autocast(workload.loss)(autocast(workload.module)(inputs), targets)
-    return loss
-
-
-@contextlib.contextmanager
-def preserved_state(workload: Workload) -> Iterator[None]:
-    """Context in which BatchNorm does not update its running statistics; restores the random generators on exit."""
-    devices = [workload.device] if workload.device.type == "cuda" else []
-    with frozen_statistics(workload.module), torch.random.fork_rng(devices), torch.enable_grad():
-        yield
 
 
 def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_curvature: bool) -> UpdateTrace:

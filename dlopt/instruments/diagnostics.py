@@ -7,8 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dlopt.analysis.diagnosis.curvature import (
+from dlopt.errors import UserError
+from dlopt.instruments.curvature import (
     GradientSpread,
     curvature_along,
     flat,
@@ -16,11 +18,9 @@ from dlopt.analysis.diagnosis.curvature import (
     lanczos,
     random_vector,
 )
-from dlopt.analysis.diagnosis.layers import LayerProbe, layer_parameters, norms, norms_by_layer
-from dlopt.analysis.diagnosis.measuring import loss_of, preserved_state
-from dlopt.errors import UserError
+from dlopt.instruments.layers import LayerProbe, layer_parameters, norms, norms_by_layer
 from dlopt.training.build import Workload
-from dlopt.training.step import Observer, Step
+from dlopt.training.step import Observer, Step, frozen_statistics
 
 Kind = Literal["gradients", "activations", "curvature"]
 Report = Callable[[int, Mapping[str, float], Mapping[str, Tensor]], None]
@@ -156,3 +156,19 @@ class Diagnostics(Observer):
         if spectrum.vectors.isfinite().all():
             self._vector = spectrum.vectors[0]
         return metrics
+
+
+def loss_of(workload: Workload, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Computes the mean loss of the uncompiled model, so that hooks fire and second derivatives exist."""
+    autocast = workload.precision.autocast
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        loss: Tensor = autocast(workload.loss)(autocast(workload.module)(inputs), targets)
+    return loss
+
+
+@contextlib.contextmanager
+def preserved_state(workload: Workload) -> Iterator[None]:
+    """Context in which BatchNorm does not update its running statistics; restores the random generators on exit."""
+    devices = [workload.device] if workload.device.type == "cuda" else []
+    with frozen_statistics(workload.module), torch.random.fork_rng(devices), torch.enable_grad():
+        yield

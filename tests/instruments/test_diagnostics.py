@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.analysis.diagnosis.live import Diagnostics
-from dlopt.analysis.diagnosis.measuring import prepare
 from dlopt.errors import UserError
+from dlopt.instruments.diagnostics import Diagnostics
+from dlopt.lab.diagnosis.measuring import prepare
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.step import Step
@@ -94,7 +94,7 @@ def test_eigenvalue_converges_over_measurements(tmp_path: Path) -> None:
     reports = _reports(tmp_path, *typed, steps=21)
     workload, training = prepare(experiment(*SMALL, *typed), tmp_path)
     [batch] = training.batches.epoch(0)
-    from dlopt.analysis.diagnosis.measuring import snapshot
+    from dlopt.lab.diagnosis.measuring import snapshot
 
     spectrum = snapshot(workload, [batch], 0, eigenvalues=1, iterations=60).spectrum
     assert spectrum is not None

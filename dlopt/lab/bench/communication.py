@@ -1,23 +1,20 @@
-"""Measures communication between ranks: bytes at torch's dispatcher, time from torch's profiler, and the bandwidth of
-an all-reduce.
+"""Measures communication between ranks: bytes at torch's dispatcher, and the bandwidth of an all-reduce.
 
-Bytes and time cover all collectives: those of DDP and FSDP as well as those of dlopt's own layers.
+Bytes cover all collectives: those of DDP and FSDP as well as those of dlopt's own layers.
 """
 
-import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt.errors import RunError
+from dlopt.instruments.profiling import tensor_bytes
 from dlopt.processor import synchronized_time
-
-Interval = tuple[float, float]
 
 _WARMUP = 3  # all-reduces before the timed ones: the first ones open connections
 
@@ -44,7 +41,7 @@ class Traffic(TorchDispatchMode):
             fraction = _fraction_sent(name, _group_size(args))
             if fraction > 0:
                 self.collectives += 1
-                self.sent += fraction * max(_bytes(value) for value in (*args, result))
+                self.sent += fraction * max(map(tensor_bytes, (*args, result)))
         return result
 
 
@@ -70,40 +67,6 @@ def _group_size(args: Sequence[Any]) -> int:
         if isinstance(argument, str) and argument not in ("sum", "avg", "product", "min", "max"):
             return int(distributed.distributed_c10d._resolve_process_group(argument).size())  # type: ignore[arg-type]
     return distributed.get_world_size()
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
-
-
-def collective_times(events: Iterable[Any], device: torch.device) -> tuple[float, float]:
-    """Returns the seconds with a collective in flight, and those of them in which this rank computed nothing.
-
-    `events`: from a torch profiler. Counts kernels on a GPU, and torch's operators and gloo's transfers on a CPU.
-    """
-    on_gpu = device.type == "cuda"
-    communicating, computing = [], []
-    for event in events:
-        interval = event.time_range.start, event.time_range.end
-        if (event.device_type == torch.autograd.DeviceType.CUDA) != on_gpu:
-            continue
-        if ("nccl" in event.name) if on_gpu else event.name.startswith("gloo:"):
-            communicating.append(interval)
-        elif on_gpu or event.name.startswith(("aten::", "dlopt::")):
-            computing.append(interval)
-    waiting = covered([*communicating, *computing]) - covered(computing)
-    return covered(communicating) * 1e-6, waiting * 1e-6
-
-
-def covered(intervals: Iterable[Interval]) -> float:
-    """Returns the length of the union of intervals."""
-    total, end = 0.0, -math.inf
-    for start, stop in sorted(intervals):
-        total += max(stop - max(start, end), 0.0)
-        end = max(end, stop)
-    return total
 
 
 @dataclass(frozen=True)

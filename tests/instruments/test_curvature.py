@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.analysis.diagnosis.curvature import (
+from dlopt.instruments.curvature import (
     GradientSpread,
     curvature_along,
     flat,
@@ -16,7 +16,7 @@ from dlopt.analysis.diagnosis.curvature import (
     losses_along,
     noise_scale,
 )
-from dlopt.analysis.diagnosis.layers import norms
+from dlopt.instruments.layers import norms
 
 
 def _problem() -> tuple[nn.Module, Tensor, Tensor, list[Tensor]]:

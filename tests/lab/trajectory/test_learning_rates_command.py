@@ -9,7 +9,7 @@ import pytest
 from dlopt.cli import run
 from dlopt.errors import UserError
 from dlopt.lab.trajectory.command import trajectory
-from dlopt.lab.trajectory.paths import Curve
+from dlopt.lab.trajectory.learning_rates import Curve
 from dlopt.results import drawing
 
 
@@ -21,7 +21,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     def draw(curves: Sequence[Curve], **words: Any) -> None:
         arguments.update(words, curves={each.label: each for each in curves})
 
-    monkeypatch.setattr("dlopt.lab.trajectory.paths.draw_schedules", draw)
+    monkeypatch.setattr("dlopt.lab.trajectory.learning_rates.draw_schedules", draw)
     monkeypatch.setattr(drawing, "save", lambda figure, folder, name: [folder / f"{name}.png"])
     monkeypatch.chdir(tmp_path)
     return arguments

@@ -1,1 +1,0 @@
-"""Analysis and plots of runs, models and optimizers."""

@@ -1,1 +1,0 @@
-"""Diagnosis of activations and gradients, layer by layer."""

@@ -1,0 +1,53 @@
+"""`dlopt bench device=[...]`: measures the throughput of devices against the size of the operation."""
+
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+from dlopt.command_line.line import Line, output_folder, refuse_empty
+from dlopt.errors import DONE
+from dlopt.lab.bench.output import Output, save
+from dlopt.ranges import Count, Positive
+
+_PRECISIONS: list[Literal["fp32", "bf16", "fp16", "fp64"]] = ["fp32", "bf16"]
+_SIZES = [64, 128, 256, 512, 1024, 2048]
+_CHANNELS = [8, 16, 32, 64, 128, 256]
+
+
+def bench_devices(
+    line: Line,
+    *,
+    device: Annotated[list[Literal["cpu", "cuda"]], "[NAME,...]: cpu and cuda"],
+    precision: Annotated[
+        list[Literal["fp32", "bf16", "fp16", "fp64"]], "[NAME,...]: any of fp32, bf16, fp16, fp64"
+    ] = _PRECISIONS,
+    sizes: Annotated[list[Count], "[N,...]: rows of the square matrices"] = _SIZES,
+    channels: Annotated[list[Count], "[N,...]: channels of the convolutions"] = _CHANNELS,
+    threads: Annotated[Count | Literal["auto"], "N: CPU threads"] = "auto",
+    seconds: Annotated[Positive, "X: time per measurement"] = 0.5,
+    output: Output = None,
+) -> int:
+    line.refuse_rest("dlopt bench device=[...]", bench_devices)
+    refuse_empty(device=device, precision=precision, sizes=sizes, channels=channels)
+    import torch
+
+    from dlopt.lab.bench import device as device_bench
+    from dlopt.processor import set_threads
+
+    set_threads(threads)
+    grid = {"sizes": sorted(set(sizes)), "channels": sorted(set(channels))}
+    points = []
+    for name in dict.fromkeys(device):
+        if name == "cuda" and not torch.cuda.is_available():
+            print("cuda: no CUDA device available, skipped")
+            continue
+        for dtype in dict.fromkeys(precision):
+            for point in device_bench.throughput(torch.device(name), dtype, seconds=seconds, **grid):
+                print(f"{name}  {dtype}  {point.kind:14}  {point.size:6}  {point.flops / 1e9:10.1f} GFLOP/s")
+                points.append(point)
+    if not points:
+        return DONE
+    devices = [f"cpu: {torch.get_num_threads()} threads"] if "cpu" in device else []
+    devices += [torch.cuda.get_device_name(0)] if any(p.device == "cuda" for p in points) else []
+    figure = device_bench.draw(points, "Throughput vs. size (" + ", ".join(devices) + ")")
+    save(figure, output_folder(output, "bench"), "throughput", [asdict(p) for p in points])
+    return DONE

@@ -1,0 +1,51 @@
+"""`dlopt bench allreduce=[...]`: measures the bandwidth between processes, also on several nodes."""
+
+from typing import Annotated, Literal
+
+from dlopt.command_line.line import Line, refuse_empty
+from dlopt.command_line.processes import run_rank
+from dlopt.errors import DONE, UserError
+from dlopt.lab.bench.modes_command import process_count
+from dlopt.parallel import launch
+from dlopt.parallel.rendezvous import current
+from dlopt.ranges import Count, Positive
+from dlopt.tracking.layout import plain_table, show_table
+
+
+def bench_all_reduce(
+    line: Line,
+    *,
+    allreduce: Annotated[list[Positive], "[X,...]: sizes in MiB"],
+    processes: Annotated[Count | None, "N: processes on this machine (default: 2); srun and torchrun set it"] = None,
+    repeats: Annotated[Count, "N: timed all-reduces per size; the result is the median"] = 20,
+    device: Annotated[Literal["auto", "cpu", "cuda"], "NAME: cuda uses NCCL, cpu uses gloo"] = "auto",
+    timeout_minutes: Annotated[Positive, "X: how long processes wait for each other"] = 10.0,
+) -> int:
+    """Runs in the processes of a launcher, or starts `processes` that do."""
+    line.refuse_rest("dlopt bench allreduce=[...]", bench_all_reduce)
+    refuse_empty(allreduce=allreduce)
+    world = current()
+    if world is None:
+        count = process_count(f"processes={2 if processes is None else processes}")
+        sizes = ",".join(map(str, allreduce))
+        keys = [f"allreduce=[{sizes}]", f"repeats={repeats}", f"device={device}", f"timeout_minutes={timeout_minutes}"]
+        return launch.group_code(*launch.run_processes(launch.python_module("dlopt", "bench", *keys), count, {}))
+    if processes not in (None, world.size):
+        raise UserError(f"processes={processes}: {world.launcher} started {world.size} processes")
+
+    def run() -> int:
+        from dlopt.lab.bench.communication import measure_all_reduce
+        from dlopt.training.build import build_mode
+
+        keys = ["parallel=ddp", f"parallel.timeout_minutes={timeout_minutes}", f"device={device}", "threads=1"]
+        mode = build_mode(line.experiment(keys)[0])
+        table = plain_table(right=["MiB", "ms", "GB/s", "bus GB/s"])
+        for row in measure_all_reduce([round(size * 2**20) for size in allreduce], repeats, mode.device):
+            rates = [f"{rate / 1e9:.3g}" for rate in (row.algorithm, row.bus)]
+            table.add_row(f"{row.size / 2**20:.4g}", f"{row.seconds * 1e3:.3f}", *rates)
+        if world.is_main:
+            print(f"all-reduce on {mode.device.type}: {world.size} processes, {world.local_size} per node")
+            show_table(table)
+        return DONE
+
+    run_rank(run)

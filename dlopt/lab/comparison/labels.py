@@ -1,0 +1,21 @@
+"""Labels of metrics and keys for readers, with those of the probes."""
+
+from dlopt.results import drawing
+
+_PROBES = {
+    "input_drift": "drift of the layers' inputs per epoch (standard deviations)",
+    "gradient_variance": "variance of mini-batch gradients (1: random order)",
+    "effective_rate": "effective learning rate (median weight)",
+    "gradient_bias": "bias of batch gradients (relative)",
+    "gradient_ratio": "gradient norm of the first layer / last layer",
+    "idle_units": "idle hidden units (fraction)",
+    "input_sensitivity": "sensitivity to inputs (norm of the Jacobian)",
+    "memory_gradient": "gradient at the first step / last step",
+    "sample_dependence": "dependence of a sample's gradient on its batch (relative)",
+    "unit_dependence": "relative increase of the loss without one unit",
+}
+
+
+def label(name: str) -> str:
+    """Returns the label of a metric, a probe or a config key."""
+    return _PROBES.get(name) or drawing.label(name)

@@ -1,0 +1,96 @@
+"""`dlopt trajectory checkpoint=...`: plots the loss on a plane through the weights of a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Interval
+
+from dlopt.command_line.line import fitting, on_checkpoint, output_folder, saved_experiment, writing
+from dlopt.errors import DONE, UserError
+from dlopt.lab.trajectory.output import Output, progress
+from dlopt.ranges import Count, Positive, Seed
+from dlopt.results import drawing
+
+if TYPE_CHECKING:
+    from dlopt.lab.trajectory.landscape import Plane
+    from dlopt.training.build import Workload
+
+READS = ("data", "device", "threads", "allow_packages")
+_MIN_CHECKPOINTS = 3  # two differences span a plane
+
+
+@on_checkpoint("trajectory", READS)
+def draw_landscape(
+    path: Path,
+    changes: dict[str, Any],
+    *,
+    directions: Annotated[
+        Literal["auto", "random", "path"],
+        "NAME: path: plane of the largest variance of the training's checkpoints (PCA), with the optimizer path; "
+        "random: two random directions with filter normalization (Li et al. 2018); auto: path if there are at least "
+        "three checkpoints, else random (default: auto)",
+    ] = "auto",
+    points: Annotated[int, Interval(ge=3, le=501), "N: grid of N x N points"] = 21,
+    samples: Annotated[Count, "N: training samples for the loss"] = 500,
+    span: Annotated[Positive, "X: range of random directions, relative to the filter norms"] = 1.0,
+    seed: Annotated[Seed, "N: seed of random directions"] = 0,
+    output: Output = None,
+) -> int:
+    from dlopt.lab.comparison.measures import spread_samples
+    from dlopt.lab.trajectory.landscape import draw, random_plane, surface
+    from dlopt.random import generator
+    from dlopt.training.build import build_workload
+    from dlopt.training.checkpoint import load
+
+    state = load(path)
+    experiment = saved_experiment(state["config"], changes, path)
+    with fitting(path):
+        workload = build_workload(experiment, state["normalize"])
+        workload.load(state)
+    found = None if directions == "random" else _path_plane(workload, path, is_required=directions == "path")
+    if found is None:
+        plane, epoch = random_plane(workload.module, span, generator("cpu", seed)), state["progress"]["epoch"]
+        title = f"Loss landscape of {path}, epoch {epoch}"
+    else:
+        plane, epoch = found
+        title = f"Loss landscape of {path.parent.parent}, path to epoch {epoch}"
+    folder = output_folder(output, "trajectory")
+    inputs, targets = spread_samples(workload, samples)
+    autocast = workload.precision.autocast
+    model, loss = autocast(workload.model), autocast(workload.loss)
+    with progress() as show:
+        heights = surface(
+            workload.module,
+            lambda: loss(model(inputs), targets),
+            plane,
+            points,
+            lambda n: show(f"{n}/{points**2} points"),
+        )
+    subtitle = f"{len(targets)} training samples, {points} x {points} points"
+    with writing(folder):
+        written = drawing.save(draw(plane, heights, title=title, subtitle=subtitle), folder, "landscape")
+    print(*written, sep="\n")
+    return DONE
+
+
+def _path_plane(workload: "Workload", path: Path, *, is_required: bool) -> "tuple[Plane, int] | None":
+    """Returns the plane of the checkpoints in the folder of `path`, and the last one's epoch; None: they are too few.
+
+    The path is that of the weights, also if their average is evaluated.
+    """
+    from dlopt.lab.comparison.probes import checkpoints
+    from dlopt.lab.trajectory.landscape import trajectory_plane
+
+    states: list[Mapping[str, Any]] = list(checkpoints(path.parent.parent))
+    if len(states) >= _MIN_CHECKPOINTS:
+        names = [name for name, _ in workload.module.named_parameters()]
+        weights = [[state["model"][name].to(workload.device) for name in names] for state in states]
+        plane = trajectory_plane(weights, [state["progress"]["step"] for state in states])
+        return plane, states[-1]["progress"]["epoch"]
+    if is_required:
+        raise UserError(
+            f"directions=path: needs {_MIN_CHECKPOINTS} checkpoints, but {path.parent} contains {len(states)}; "
+            "train with checkpoint.keep=100"
+        )
+    return None

@@ -1,0 +1,232 @@
+"""`dlopt trajectory function=...`: runs optimizers on a function of two variables and plots their paths."""
+
+import itertools
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Interval
+from omegaconf import DictConfig
+
+from dlopt.command_line.line import Combination, Line, output_folder, skipped_keys, writing
+from dlopt.command_line.reads import refuse_unread_hydra
+from dlopt.command_line.usage import own_names
+from dlopt.config.choices import CONFIG_NAME
+from dlopt.config.compose import Composer
+from dlopt.config.overrides import group_of, key_of
+from dlopt.config.resolve import choices_of, to_plain
+from dlopt.config.schema import Component, check_arguments, component, trusted_packages
+from dlopt.errors import DONE, UserError, suggest
+from dlopt.lab.trajectory.output import Output, progress
+from dlopt.ranges import Seed
+from dlopt.results import drawing
+
+if TYPE_CHECKING:
+    from dlopt.functions import Function
+    from dlopt.lab.trajectory.paths import Trajectory
+    from dlopt.schedules import Warmup
+
+_GROUPS = ("function", "optimizer", "schedule")
+_LINE_SEARCH_EVALUATIONS = 25  # default for L-BFGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathSettings:
+    """The keys of conf/trajectory.yaml."""
+
+    steps: Annotated[int, Interval(ge=1, le=100_000), "N: number of updates (default: 50)"]
+    seed: Annotated[Seed, "N: seed of noisy functions (default: 0)"]
+    tune_lr: Annotated[
+        bool,
+        "BOOL: choose the learning rate of each path, unless optimizer.lr is given (default: true): on a quadratic the "
+        "closed-form optimum of gradient descent and momentum, elsewhere the fastest of a grid whose path stays in the "
+        "picture",
+    ]
+    animation: Annotated[Literal["gif", "mp4"] | None, "gif|mp4: also save an animation (default: null)"]
+    output: Output
+    allow_packages: Annotated[list[str], "[a,b]: packages of your own functions and optimizers (default: [])"]
+
+
+@dataclass(frozen=True)
+class _PathJob:
+    function_name: str
+    label: str
+    settings: PathSettings
+    function: Component
+    optimizer: Component
+    schedule: Component
+    warmup: "Warmup"
+    tunes_lr: bool
+    has_constant_lr: bool
+    fixes_momentum: bool  # typed
+
+
+def draw_paths(line: Line) -> int:
+    """Saves the plot of the paths; the config is conf/trajectory.yaml, unless --config-name names another."""
+    from dlopt.lab.trajectory.paths import animate, draw_trajectories, table
+
+    if line.composer.config_name == CONFIG_NAME:
+        line = replace(line, composer=Composer("trajectory", line.composer.config_dir))
+    _refuse_others(line.overrides)
+    jobs = line.jobs(_GROUPS, len(drawing.COLOURS))
+    path_jobs = [_check_job(line.composer.compose(job.overrides), job) for job in jobs]
+    settings = path_jobs[0].settings
+    if any(path_job.settings != settings for path_job in path_jobs):
+        raise UserError("steps, seed, tune_lr, animation, output: one value is needed, the same for all paths")
+    if settings.animation == "mp4" and shutil.which("ffmpeg") is None:
+        raise UserError("animation=mp4: ffmpeg is not installed; use animation=gif")
+    function = _common_function(path_jobs)
+    paths: dict[str, Trajectory] = {}
+    rates: dict[str, float | None] = {}
+    notes: dict[str, str] = {}
+    for path_job in path_jobs:
+        path, choice = _follow(path_job)
+        label = ", ".join([path_job.label, *(f"{key} {value:.3g}" for key, value in choice.keys.items())])
+        paths[label], rates[label] = path, choice.rate
+        if choice.note:
+            notes.setdefault(choice.note, path_job.label)
+    name = path_jobs[0].function_name.replace("_", " ")
+    title = f"{'Path' if len(paths) == 1 else 'Paths'} on {name}"
+    hidden = ("function=", "output=", "animation=")
+    subtitle = " ".join(override for override in line.fixed() if not override.startswith(hidden))
+    folder = output_folder(settings.output, "trajectory")
+    with writing(folder):
+        figure = draw_trajectories(function, paths, title=title, subtitle=subtitle)
+        written = drawing.save(figure, folder, "paths")
+        if settings.animation is not None:
+            animation = folder / f"paths.{settings.animation}"
+            animate(function, paths, animation, title=name)
+            written.append(animation)
+    skipped = skipped_keys([(path_job.label, job) for path_job, job in zip(path_jobs, jobs, strict=True)])
+    print(*table(paths, rates), *notes, *written, *skipped, sep="\n")
+    return DONE
+
+
+def _refuse_others(overrides: Sequence[str]) -> None:
+    """Raises `UserError` for keys of `dlopt train`, which have no effect here."""
+    allowed = [*PathSettings.__dataclass_fields__, *_GROUPS]
+    refuse_unread_hydra(overrides, "dlopt trajectory", ("hydra.searchpath",), {}, allowed)
+    for line in overrides:
+        key = group_of(line)
+        if key not in (*allowed, "hydra"):
+            hint = suggest(key, allowed, "dlopt trajectory --help")
+            raise UserError(f"{line}: unknown key of optimizer paths; {hint}")
+
+
+def _check_job(config: DictConfig, job: Combination) -> _PathJob:
+    import torch
+
+    from dlopt.config.experiment import GROUPS
+    from dlopt.instruments.lr_range import uses_line_search
+    from dlopt.optim import Muon
+    from dlopt.optim.newton import UndampedNewton
+    from dlopt.schedules import Warmup
+
+    plain, _ = to_plain(config, job.overrides)
+    # `data` is set by optimizer=gradient_descent (full batch) and has no effect here.
+    keys = {key: value for key, value in plain.items() if key not in (*_GROUPS, "data")}
+    settings = PathSettings(**check_arguments("", PathSettings, keys, related=_GROUPS))
+    packages = (*trusted_packages(), *settings.allow_packages)
+    for name in _GROUPS:
+        if not isinstance(plain[name], dict) or "_target_" not in plain[name]:
+            raise UserError(f"{name}: choose one; `dlopt options {name}` lists all")
+    warmup = {key: plain["schedule"].pop(key) for key in own_names(Warmup) if key in plain["schedule"]}
+    overridden = set(map(key_of, job.overrides))
+    optimizer = component("optimizer", plain["optimizer"], GROUPS["optimizer"].runtime, packages)
+    if optimizer.is_a(Muon, torch.optim.Muon):
+        name = choices_of(config)["optimizer"]
+        raise UserError(f"optimizer={name}: not supported on test functions; it orthogonalizes matrices, not vectors")
+    if "weight_decay" in optimizer.arguments and "optimizer.weight_decay" not in overridden:
+        optimizer = optimizer.partial(weight_decay=0.0)  # the decay pulls towards the origin, not to the minimum
+    if "max_iter" in optimizer.arguments and "optimizer.max_iter" not in overridden:
+        optimizer = optimizer.partial(max_iter=1, max_eval=_LINE_SEARCH_EVALUATIONS)  # L-BFGS: plot every iteration
+    choices = choices_of(config)
+    return _PathJob(
+        function_name=choices["function"],
+        label=job.label({group: choices[group] for group in _GROUPS}, "optimizer"),
+        settings=settings,
+        function=component("function", plain["function"], (), packages),
+        optimizer=optimizer,
+        schedule=component("schedule", plain["schedule"], GROUPS["schedule"].runtime, packages),
+        warmup=Warmup(**check_arguments("schedule", Warmup, warmup)),
+        tunes_lr=settings.tune_lr
+        and "lr" in optimizer.arguments
+        and "optimizer.lr" not in overridden
+        and not uses_line_search(optimizer)
+        and optimizer.target is not UndampedNewton,  # whose step has a length of its own
+        has_constant_lr=choices["schedule"] == "constant" and not any(key[:9] == "schedule." for key in overridden),
+        fixes_momentum="optimizer.momentum" in overridden,
+    )
+
+
+def _common_function(path_jobs: Sequence[_PathJob]) -> "Function":
+    """Returns the function of all paths; only its noise may differ between them."""
+    import torch
+
+    functions: list[Any] = [path_job.function.build() for path_job in path_jobs]
+    first = functions[0]
+    left, right, bottom, top = first.window
+    points = torch.tensor([[left, bottom], [right, top], [left, top], [0.3, 0.7]], dtype=torch.float64)
+    for function in functions[1:]:
+        same = torch.equal(function(points), first(points)) and function.window == first.window
+        if type(function) is not type(first) or not same:
+            raise UserError("function: one plot shows one function; only its noise (batch_size, ...) may vary")
+    return first
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The learning rate of a path (None with a line search), the keys that were chosen for it, and how."""
+
+    rate: float | None
+    keys: Mapping[str, float]
+    note: str = ""
+
+
+def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
+    from dlopt import schedules
+    from dlopt.instruments.lr_range import uses_line_search
+    from dlopt.lab.trajectory.paths import RATES, best_rate, follow
+
+    settings = job.settings
+    function = job.function.build()
+
+    def run(optimizer: Component) -> "Trajectory":
+        factor = schedules.build(job.schedule.build, job.warmup, steps=settings.steps, steps_per_epoch=1)
+        build = lambda params: optimizer.build(params=params)  # noqa: E731
+        return follow(function, build, steps=settings.steps, seed=settings.seed, factor=factor)
+
+    if not job.tunes_lr:
+        rate = None if uses_line_search(job.optimizer) else job.optimizer.arguments.get("lr")
+        return run(job.optimizer), _Choice(rate, {})
+    keys = _closed_form(job, function)
+    if keys is not None:
+        name = "Polyak 1964" if "momentum" in keys else "2 / (L + mu) for gradient descent"
+        note = f"{'lr and momentum' if 'momentum' in keys else 'lr'} in closed form for this quadratic: {name}"
+        return run(job.optimizer.partial(**keys)), _Choice(keys["lr"], keys, note)
+    tried = itertools.count(1)
+    with progress() as show:
+
+        def trial(lr: float) -> "Trajectory":
+            show(f"{job.label}: trying learning rate {next(tried)}")
+            return run(job.optimizer.partial(lr=lr))
+
+        try:
+            rate = best_rate(trial, function)
+        except ValueError as error:
+            raise UserError(f"optimizer of {job.label}: {error}; set optimizer.lr") from None
+    path = run(job.optimizer.partial(lr=rate))
+    inside = "whose path stays in the picture" if path.is_within(function.window) else "(every path leaves the window)"
+    note = f"other lr: of {len(RATES)} from {RATES[0]:g} to {RATES[-1]:g}, the fastest {inside}; set optimizer.lr"
+    return path, _Choice(rate, {"lr": rate}, note)
+
+
+def _closed_form(job: _PathJob, function: "Function") -> Mapping[str, float] | None:
+    """Returns the optimal keys on a quadratic without noise, at a constant learning rate; None elsewhere."""
+    from dlopt.functions import Quadratic
+    from dlopt.lab.trajectory.paths import optimum
+
+    if not isinstance(function, Quadratic) or function.curvatures is None or not job.has_constant_lr:
+        return None
+    return optimum(job.optimizer, *function.curvatures, fixed_momentum=job.fixes_momentum)
