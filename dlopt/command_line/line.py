@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.command_line.reads import refuse_unread, refuse_unread_hydra
 from dlopt.command_line.usage import own_keys, own_names
+from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
-from dlopt.config.flags import CONFIG_NAME, parse_arguments
+from dlopt.config.flags import parse_arguments
 from dlopt.config.overrides import grid, is_typed, key_of, without
 from dlopt.config.plan import plan
 from dlopt.config.resolve import resolve_saved

@@ -32,7 +32,7 @@ from dlopt.tracking.layout import short_path, waiting
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from dlopt.training.trainer import Run
+    from dlopt.training.progress import Run
 
 _READS_OF_HYDRA = (*COMPOSITION, "hydra.run", "hydra.job", "hydra.job_logging", "hydra.verbose")
 # How the ranks of torchrun and srun find each other before rank 0 has sent them the run.
@@ -127,7 +127,7 @@ def _lead(composer: Composer, config: DictConfig, overrides: list[str], typed: l
 def _follow(parsed: Namespace, world: World) -> int:
     """Ranks > 0: receive the run from rank 0, which also composes it and reports config errors."""
     from dlopt.config.parsing import parse
-    from dlopt.training.trainer import Run
+    from dlopt.training.progress import Run
 
     if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
         return USER_ERROR if parsed.multirun else 0
@@ -175,7 +175,7 @@ class Prepared:
 
 def prepare(plan: Plan) -> Prepared:
     """Finds or creates the folder of a checked run. Raises `UserError`."""
-    from dlopt.training.trainer import Run
+    from dlopt.training.progress import Run
 
     config, saved = plan.config, plan.saved
     assert config is not None

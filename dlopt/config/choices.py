@@ -23,6 +23,9 @@ import dlopt
 from dlopt.errors import UserError
 from dlopt.plain import join
 
+CONFIG_NAME = "train"
+VERSION_BASE = "1.3"  # of Hydra: which of its defaults apply
+
 # While a `Composer` starts Hydra: (--config-dir,), for the plug-in that completes the search path.
 search: ContextVar[tuple[Path | None] | None] = ContextVar("search", default=None)
 

@@ -27,8 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
-from dlopt.config.choices import config_folder, search
-from dlopt.config.flags import CONFIG_NAME, VERSION_BASE
+from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, config_folder, search
 from dlopt.config.overrides import is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines

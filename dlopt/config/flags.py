@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import dlopt
-from dlopt.config.choices import config_folder
+from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, config_folder
 from dlopt.config.overrides import quoted
 from dlopt.config.synonyms import for_flag
 from dlopt.errors import USER_ERROR, UserError
@@ -18,8 +18,6 @@ from dlopt.errors import USER_ERROR, UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-CONFIG_NAME = "train"
-VERSION_BASE = "1.3"
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 

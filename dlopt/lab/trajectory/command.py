@@ -24,8 +24,8 @@ from dlopt.command_line.line import (
 )
 from dlopt.command_line.reads import LEARNING_RATE, RECIPE, refuse_unread_hydra
 from dlopt.command_line.usage import own_names
+from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
-from dlopt.config.flags import CONFIG_NAME
 from dlopt.config.overrides import group_of, key_of, without
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
