@@ -145,12 +145,12 @@ def _convert(inputs: "Tensor", dtype: str | None) -> "Tensor":
 def _verify(outputs: "Tensor | None", trained: "Trained", inputs: "Tensor", source: str, format: str) -> str:
     import torch
 
-    from dlopt.training.exporting import deployed
+    from dlopt.training.exporting import Deployed
 
     if outputs is None:
         return f"not verified: requires onnxruntime; {install('dlopt[export]')}"
     with torch.inference_mode():
-        expected = deployed(trained)(inputs)
+        expected = Deployed(trained)(inputs)
     error = (outputs - expected).abs().max().item()
     if not error <= _TOLERANCE * max(expected.abs().max().item(), 1.0):  # also for a NaN
         raise RunError(f"format={format}: outputs differ from the model's by {error:.2g}; nothing was written")

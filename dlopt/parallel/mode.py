@@ -11,8 +11,8 @@ micro-batch, and `reduce` sums what the processes have computed. To write a mode
 function that builds it in a YAML file under `conf/parallel/`, as `ddp.py` does.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,10 +137,8 @@ class GroupMode(Mode):
         self.split = BatchSplit(accumulate, rank, degree)
         self.dropout = CurrentShard()
 
-    @contextmanager
-    def micro_batch(self, micro_batch: Batch) -> Iterator[None]:
-        with self.dropout.of(micro_batch):
-            yield
+    def micro_batch(self, micro_batch: Batch) -> AbstractContextManager[Any]:
+        return self.dropout.of(micro_batch)
 
 
 def join_mode(

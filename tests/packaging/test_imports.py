@@ -16,7 +16,7 @@ FLOORS = [
     "sweeps", "command_line",
     "job", "analysis",
     "training", "results",
-    "parallel", "augment", "functions", "config", "init",
+    "parallel", "augment", "config", "init",
     "tracking", "folders", "data", "models", "schedules", "optim", "losses", "environment",
     "files", "parameters", "processor", "interruption",
     "errors", "graphs", "locks", "metric_names", "openmp", "plain", "random", "ranges", "roles", "table",
