@@ -18,7 +18,7 @@ from dlopt.parallel.rendezvous import current
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from dlopt.training.trainer import Run
+    from dlopt.training.progress import Run
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Prepared:
 
 def prepare(plan: Plan) -> Prepared:
     """Finds or creates the folder of a checked run. Raises `UserError`."""
-    from dlopt.training.trainer import Run
+    from dlopt.training.progress import Run
 
     config, saved = plan.config, plan.saved
     assert config is not None

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -146,21 +145,15 @@ def _dlopt_commit() -> str | None:
 
 
 def _git(*arguments: str) -> bytes | None:
-    """Returns the output of a Git command, up to one byte more than `MAX_DIFF_BYTES`; None if it fails."""
+    """Returns the output of a Git command; None if it fails."""
     command = ["git", "-c", "core.fsmonitor=false", *arguments]
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # a run does not write to the repository
-    with contextlib.suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryFile() as output:
-        subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            timeout=_GIT_SECONDS,
-            check=True,
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            command, stdin=null, stdout=pipe, stderr=null, env=environment, timeout=_GIT_SECONDS, check=True
         )
-        output.seek(0)
-        return output.read(MAX_DIFF_BYTES + 1)
+        return done.stdout
     return None
 
 

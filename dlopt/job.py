@@ -28,7 +28,7 @@ from dlopt.parallel.hung import end_if_hung
 
 if TYPE_CHECKING:
     from dlopt.training.build import Workload
-    from dlopt.training.trainer import Run
+    from dlopt.training.progress import Run
 
 CODE_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
 
@@ -268,7 +268,7 @@ def main() -> int:
     from dlopt.config.parsing import parse
     from dlopt.config.resolve import resolve_saved
     from dlopt.training.checkpoint import Checkpoints, load
-    from dlopt.training.trainer import Run
+    from dlopt.training.progress import Run
 
     folder = RunFolder(Path(sys.argv[1]))
     try:

@@ -38,15 +38,15 @@ def hold(path: Path) -> IO[str]:
 
 
 @contextlib.contextmanager
-def taken(path: Path) -> Iterator[bool]:
-    """Tries to take the lock for the block; yields whether that succeeded, False if the file is missing."""
+def taken(path: Path) -> Iterator[bool | None]:
+    """Tries to take the lock for the block; yields whether that succeeded, None if the file is missing or read-only."""
     if _is_held_here(path):
         yield False
         return
     try:
         file = path.open("r+")
     except OSError:
-        yield False
+        yield None
         return
     with file:
         yield _is_locked(file)
@@ -54,14 +54,8 @@ def taken(path: Path) -> Iterator[bool]:
 
 def is_held(path: Path) -> bool:
     """Returns whether a process holds the lock; False if the file is missing or not writable."""
-    if _is_held_here(path):
-        return True
-    try:
-        file = path.open("r+")
-    except OSError:
-        return False
-    with file:
-        return not _is_locked(file)
+    with taken(path) as is_taken:
+        return is_taken is False
 
 
 def _key(path: Path) -> tuple[int, str]:

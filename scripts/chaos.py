@@ -39,8 +39,9 @@ from dlopt.errors import RunError, UserError  # noqa: E402
 from dlopt.folders import RunFolder  # noqa: E402
 from dlopt.training import trainer  # noqa: E402
 from dlopt.training.checkpoint import Checkpoints  # noqa: E402
+from dlopt.training.progress import Run  # noqa: E402
 from dlopt.training.step import Step  # noqa: E402
-from dlopt.training.trainer import Run, Trainer  # noqa: E402
+from dlopt.training.trainer import Trainer  # noqa: E402
 from tests.support import faults  # noqa: E402
 from tests.support.runs import RICH, experiment, result, resume, same, start, timeless  # noqa: E402
 

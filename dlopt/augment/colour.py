@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dlopt.augment.operation import DrawnStep, Draws, Operation, PixelStep, Shape, image_shape
+from dlopt.data.normalization import covariance
 from dlopt.data.samples import Samples
 from dlopt.ranges import NonNegative, Probability
 
@@ -155,11 +156,5 @@ def colour_statistics(train: Samples) -> tuple[Tensor, Tensor]:
     """
     _, height, width = image_shape(train.shape)
     stride = -(-len(train) // max(10_000, 2**26 // (height * width)))
-    count, total, outer = 0, torch.zeros(()), torch.zeros(())
-    for indices in torch.arange(0, len(train), stride).split(512):
-        pixels = train.fetch(indices).cpu().transpose(0, 1).flatten(1).double() / 255.0
-        count += pixels.shape[1]
-        total = total + pixels.sum(1)
-        outer = outer + pixels @ pixels.T
-    mean = total / count
-    return mean, outer / count - torch.outer(mean, mean)
+    batches = torch.arange(0, len(train), stride).split(512)
+    return covariance(train.fetch(indices).cpu().movedim(1, -1).flatten(0, 2).double() / 255.0 for indices in batches)

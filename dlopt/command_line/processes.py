@@ -76,8 +76,7 @@ def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
 
 def join_processes(device: "torch.device", keys: "ProcessKeys") -> "Mode":
     """Returns the mode of this process: one rank of its launcher's, or a single process."""
-    from dlopt.parallel.mode import Mode
-    from dlopt.parallel.process_group import GroupMode, join_mode
+    from dlopt.parallel.mode import GroupMode, Mode, join_mode
 
     return Mode(device) if current() is None else join_mode("ddp", device, partial(GroupMode, name="ddp"), keys)
 

@@ -122,7 +122,7 @@ def _lead(composer: Composer, config: DictConfig, overrides: list[str], typed: l
 def _follow(parsed: Namespace, world: World) -> int:
     """Ranks > 0: receive the run from rank 0, which also composes it and reports config errors."""
     from dlopt.config.parsing import parse
-    from dlopt.training.trainer import Run
+    from dlopt.training.progress import Run
 
     if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
         return USER_ERROR if parsed.multirun else 0

@@ -4,13 +4,16 @@ import contextlib
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from dlopt.files import write_atomically
 from dlopt.locks import locked
+
+FileState = tuple[int, int, int, int]
+"""Inode, size, and the times of the last change of content and of metadata: equal if a file is unchanged."""
 
 _DIGEST = 32  # bytes of SHA-256 before the arrays, to detect damaged files
 
@@ -43,17 +46,19 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def save(path: Path, data: bytes) -> bool:
     """Writes `data` to `path` atomically; returns whether that succeeded."""
-    with contextlib.suppress(OSError):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-            return True
-        except OSError:
-            os.unlink(temporary)
-    return False
+        write_atomically(path, data)
+    except OSError:
+        return False
+    return True
+
+
+def file_state(path: bytes | str | Path) -> FileState:
+    """Returns the state of a file or folder. Raises OSError."""
+    stat = os.stat(path)
+    # ctime too: copying tools can set mtime back.
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Literal, Unpack
 import numpy as np
 import torch
 
-from dlopt.data.cache import cache_file, load_arrays, save_arrays
+from dlopt.data.cache import FileState, cache_file, file_state, load_arrays, save_arrays
 from dlopt.data.images import EXTENSIONS
 from dlopt.data.samples import Dataset, Files, ImageList
 from dlopt.data.verify import ImageKeys, image_files
@@ -26,7 +26,7 @@ CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a c
 # Nanoseconds. A folder that changed just before the scan may change again within the same tick of its time stamp, so
 # its listing is not cached.
 _SETTLED = 3 * 10**9
-_VERSION = "1"
+_VERSION = "2"
 _SPLITS = ("train", "val", "test")
 _SUFFIXES = tuple(EXTENSIONS)
 _IMAGENET_NAMES = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", a line per class
@@ -55,7 +55,7 @@ def scan(folder: Path) -> Listing:
     if (listing := _cached(folder, path)) is not None:
         return listing
     begun = time.time_ns()
-    visited: dict[bytes, tuple[int, int, int]] = {}
+    visited: dict[bytes, FileState] = {}
     base = os.fsencode(folder)
     classes: dict[bytes, np.ndarray] = {}
     with reading("data.root"):
@@ -69,7 +69,7 @@ def scan(folder: Path) -> Listing:
     counts = np.array([len(images) for images in classes.values()])
     listing = Listing(folder, tuple(map(os.fsdecode, classes)), counts, np.concatenate(list(classes.values())))
     states = np.array(list(visited.values()))
-    if len(listing.paths) >= CACHE_MIN_IMAGES and begun - states[:, 1:].max() > _SETTLED:
+    if len(listing.paths) >= CACHE_MIN_IMAGES and begun - states[:, 2:].max() > _SETTLED:
         arrays = {"folders": np.array(list(visited)), "states": states, "counts": counts, "paths": listing.paths}
         save_arrays(path, arrays | {"classes": np.array(list(classes))})
     return listing
@@ -83,16 +83,11 @@ def _cached(folder: Path, path: Path) -> Listing | None:
     base = os.fsencode(folder)
     try:
         for name, state in zip(arrays["folders"], arrays["states"].tolist(), strict=True):
-            if list(_state(os.stat(os.path.join(base, bytes(name))))) != state:
+            if list(file_state(os.path.join(base, bytes(name)))) != state:
                 return None
     except OSError:
         return None
     return Listing(folder, tuple(map(os.fsdecode, arrays["classes"])), arrays["counts"], arrays["paths"])
-
-
-def _state(stat: os.stat_result) -> tuple[int, int, int]:
-    # ctime too: copying tools can set mtime back.
-    return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def images_below(folder: str) -> list[str]:
@@ -111,7 +106,7 @@ def reading(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {where}: cannot be read ({error.strerror})") from error
 
 
-def _images(base: bytes, name: bytes, visited: dict[bytes, tuple[int, int, int]]) -> list[bytes]:
+def _images(base: bytes, name: bytes, visited: dict[bytes, FileState]) -> list[bytes]:
     images: list[bytes] = []
     pending: list[tuple[bytes, tuple[int, ...]]] = [(name, ())]
     while pending:
@@ -123,7 +118,7 @@ def _images(base: bytes, name: bytes, visited: dict[bytes, tuple[int, int, int]]
 
 
 def _list_folder(
-    base: bytes, name: bytes, visited: dict[bytes, tuple[int, int, int]], ancestors: tuple[int, ...]
+    base: bytes, name: bytes, visited: dict[bytes, FileState], ancestors: tuple[int, ...]
 ) -> tuple[list[bytes], list[bytes]]:
     """Returns the (images, folders) in the folder `name`, relative to `base`.
 
@@ -131,7 +126,7 @@ def _list_folder(
     """
     images, folders = [], []
     # stat before listing: a change in between then invalidates the cached listing.
-    visited[name] = _state(os.stat(os.path.join(base, name)))
+    visited[name] = file_state(os.path.join(base, name))
     if visited[name][0] in ancestors:
         return [], []
     with os.scandir(os.path.join(base, name)) as entries:

@@ -5,15 +5,16 @@ buffers' dtype.
 """
 
 import hashlib
+import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.cache import cache_file, exclusive, load_arrays, save_arrays
+from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.data.loading import chunks
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.errors import UserError
@@ -206,6 +207,21 @@ class PooledMoments:
         self.count = total
 
 
+def covariance(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns mean [D] and covariance [D, D] (divided by N) of the rows of all chunks [n, D], float64."""
+    chunks = iter(chunks)
+    first = next(chunks)
+    start = first.mean(0)  # sums about a value near the mean avoid cancellation
+    count, total, products = 0, torch.zeros_like(start), start.new_zeros(len(start), len(start))
+    for chunk in itertools.chain([first], chunks):
+        rows = chunk - start
+        count += len(rows)
+        total += rows.sum(0)
+        products.addmm_(rows.T, rows)  # in place: the largest matrices fill half a gigabyte
+    offset = total / count
+    return start + offset, products.div_(count).sub_(torch.outer(offset, offset))
+
+
 def _extremes(samples: Samples) -> tuple[Tensor, Tensor]:
     low = torch.full((samples.shape[0],), math.inf, dtype=torch.float64)
     high = -low
@@ -258,8 +274,7 @@ def _digest(files: Files) -> str:
     for index in range(len(files)):
         path = files.path(index)
         try:
-            stat = os.stat(path)
-            state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+            state = repr(file_state(path))
         except OSError:
             state = "-"  # decoding the file will report the error
         digest.update(os.fsencode(os.path.abspath(path)) + b"\0" + state.encode() + b"\0")

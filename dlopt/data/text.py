@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Interval
 
-from dlopt.data.cache import cache_file, exclusive
+from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.data.windows import Windows
@@ -202,7 +202,7 @@ def _map_joined(paths: Sequence[Path]) -> np.ndarray:
 
     Reads the files into memory if the cache cannot be written.
     """
-    states = [f"{path.absolute()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
+    states = [f"{path.absolute()} {file_state(path)}" for path in paths]
     target = cache_file("text", *states).with_suffix(".bin")
     try:
         with exclusive(target):

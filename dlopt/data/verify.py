@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlopt.data.cache import cache_file, exclusive, load_arrays, save, save_arrays
+from dlopt.data.cache import FileState, cache_file, exclusive, file_state, load_arrays, save, save_arrays
 from dlopt.data.images import decode, size_pair
 from dlopt.data.loading import Loader, worker_count
 from dlopt.data.samples import Files, ImageList
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 _MAX_LISTED = 20  # images named on the console
 _BATCH = 32  # images decoded between two checks of the cap
 _PROGRESS = 10.0  # seconds between progress messages
-_VERSION = "1"
+_VERSION = "2"
 
 
 class ImageKeys(TypedDict):
@@ -139,12 +139,11 @@ class _Checks:
         return readable
 
 
-def _state(path: str) -> tuple[int, int, int, int]:
+def _state(path: str) -> FileState:
     try:
-        stat = os.stat(path)
+        return file_state(path)
     except OSError:
         return 0, 0, 0, 0
-    return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _cached(path: Path, images: ImageList, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +153,7 @@ def _cached(path: Path, images: ImageList, states: np.ndarray) -> tuple[np.ndarr
     arrays = load_arrays(path)
     if arrays is not None and {"paths", "states", "good"} == set(arrays):
         _, rows, cached_rows = np.intersect1d(images.paths, arrays["paths"], return_indices=True)
-        same = (states[rows] == arrays["states"][cached_rows]).all(1) & (states[rows, 0] > 0)
+        same = (states[rows] == arrays["states"][cached_rows]).all(1) & (states[rows, 1] > 0)
         good[rows[same]], known[rows[same]] = arrays["good"][cached_rows[same]], True
     return good, (~known).nonzero()[0]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.data.loading import chunks
+from dlopt.data.normalization import covariance
 from dlopt.data.samples import Samples
 from dlopt.errors import UserError
 from dlopt.ranges import Positive
@@ -86,19 +87,6 @@ class ZCAWhiten(PCAWhiten):
 def mean_and_covariance(samples: Samples, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns mean [D] and covariance [D, D] (divided by N) of the flattened samples (images in 0..1), in float64."""
     device = device if device.type == "cuda" else torch.device("cpu")  # not every accelerator has float64
-    features = math.prod(samples.shape)
-    start: Tensor | None = None
-    total = torch.zeros(features, dtype=torch.float64, device=device)
-    products = torch.zeros(features, features, dtype=torch.float64, device=device)
-    for chunk in chunks(samples):
-        rows = chunk.flatten(1).to(device).to(torch.float64)
-        if chunk.dtype == torch.uint8:
-            rows /= 255
-        if start is None:
-            start = rows.mean(0)  # sums about a value near the mean avoid cancellation
-        rows -= start
-        total += rows.sum(0)
-        products.addmm_(rows.T, rows)
-    assert start is not None  # no dataset is empty
-    offset = total / len(samples)
-    return start + offset, products.div_(len(samples)).sub_(torch.outer(offset, offset))
+    return covariance(
+        chunk.flatten(1).to(device).double() / (255 if chunk.dtype == torch.uint8 else 1) for chunk in chunks(samples)
+    )

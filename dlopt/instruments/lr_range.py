@@ -109,7 +109,7 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
         rates, losses, smoothed = [], [], []
         average, best, diverged = 0.0, math.inf, False
         workload.module.train()
-        for number, batch in enumerate(islice(endless_batches(trainer), keys.updates)):
+        for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), keys.updates)):
             rates.append(keys.rate(number))
             for index, rate in constant.items():
                 group = trainer.step.optimizer.param_groups[index]

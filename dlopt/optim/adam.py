@@ -110,6 +110,19 @@ def _adam_updates(
     return list(updates)
 
 
+def _gradient_changes(
+    optimizer: torch.optim.Optimizer, params: list[Tensor], grads: list[Tensor], counts: list[int]
+) -> list[Tensor]:
+    """Returns the changes of the gradients since the previous update, zero at the first, and keeps the gradients."""
+    previous = buffers(optimizer, params, "previous_grad")
+    changes = torch._foreach_sub(grads, previous)
+    for change, old, grad, count in zip(changes, previous, grads, counts, strict=True):
+        if count == 1:
+            change.zero_()  # against a previous gradient of zero, the change would be the whole gradient
+        old.copy_(grad)  # one by one: FSDP's tensors have no foreach copy
+    return list(changes)
+
+
 class AdaBelief(RealOptimizer):
     """Adam with the variance of the gradient around its average in place of its square (Zhuang et al. 2020,
     algorithm 2), with decoupled weight decay.
@@ -243,25 +256,17 @@ class Adan(RealOptimizer):
         lr, (beta1, beta2, beta3) = float(group["lr"]), group["betas"]
         grads, counts = gradients(params), count_steps(self, params)
         averages, changes = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_diff")
-        squares, previous = buffers(self, params, "exp_avg_sq"), buffers(self, params, "previous_grad")
-        for old, grad, count in zip(previous, grads, counts, strict=True):
-            if count == 1:
-                old.copy_(grad)  # no change at the first gradient
-        difference = torch._foreach_sub(grads, previous)
+        squares, difference = buffers(self, params, "exp_avg_sq"), _gradient_changes(self, params, grads, counts)
         torch._foreach_lerp_(averages, grads, 1 - beta1)
         torch._foreach_lerp_(changes, difference, 1 - beta2)
         torch._foreach_mul_(difference, beta2)
         torch._foreach_add_(difference, grads)
         torch._foreach_mul_(squares, beta3)
         torch._foreach_addcmul_(squares, difference, difference, 1 - beta3)
-        for old, grad in zip(previous, grads, strict=True):
-            old.copy_(grad)  # FSDP's tensors have no foreach copy
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, [math.sqrt(1 - beta3**t) for t in counts])
-        torch._foreach_add_(denominators, group["eps"])
-        updates = torch._foreach_div(averages, [1 - beta1**t for t in counts])
-        torch._foreach_add_(updates, torch._foreach_mul(changes, [beta2 / (1 - beta2**t) for t in counts]))
-        torch._foreach_div_(updates, denominators)
+        # _adam_updates divides all of its first argument by 1 - beta1^t
+        weights = [beta2 * (1 - beta1**t) / (1 - beta2**t) for t in counts]
+        mixed = torch._foreach_add(averages, torch._foreach_mul(changes, weights))
+        updates = _adam_updates(mixed, squares, counts, (beta1, beta3), group["eps"])
         torch._foreach_add_(params, updates, alpha=-lr)
         torch._foreach_div_(params, 1 + lr * group["weight_decay"])
 
@@ -387,17 +392,12 @@ class MARS(RealOptimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1 = group["betas"][0]
         grads, counts = gradients(params), count_steps(self, params)
-        previous = buffers(self, params, "previous_grad")
-        for old, grad, count in zip(previous, grads, counts, strict=True):
-            if count == 1:
-                old.copy_(grad)  # against zero, the difference would be the whole gradient
-        corrected = torch._foreach_sub(grads, previous)
+        corrected = _gradient_changes(self, params, grads, counts)
         torch._foreach_mul_(corrected, group["gamma"] * beta1 / (1 - beta1))
         torch._foreach_add_(corrected, grads)
         norms = torch._foreach_norm(corrected)
         torch._foreach_clamp_min_(norms, 1.0)
         torch._foreach_div_(corrected, norms)
-        torch._foreach_copy_(previous, grads)
         averages, squares = _moments(self, params, corrected, group["betas"])
         move(group, params, _adam_updates(averages, squares, counts, group["betas"], group["eps"]))
 

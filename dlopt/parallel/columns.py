@@ -15,9 +15,9 @@ from dlopt.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.parallel.collectives import ModelGroup, with_adjoint
 from dlopt.parallel.dropout import CurrentShard, GlobalDropout, convert_dropout
-from dlopt.parallel.mode import Mode
+from dlopt.parallel.mode import Mode, check_precision, join_mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, check_precision, join_mode
+from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
 from dlopt.parallel.shards import LayerShards
 from dlopt.parallel.split_layers import convert
 
@@ -40,15 +40,14 @@ class OneColumnAlexNet(TwoColumnAlexNet):
 
     def forward(self, images: Tensor) -> Tensor:
         column = self.columns[self.model_group.rank]
-        segments = list(column.children())
         maps = images
         if torch.is_grad_enabled() and not all(p.requires_grad for p in column.parameters()):
             # The backward of each exchange needs all ranks, also those that would stop at frozen layers.
             maps = images.detach().requires_grad_()
-        for segment in segments[:-1]:
+        for segment in column.children():
             maps = self.model_group.gather(segment(maps), reduce_grad=True)
-        features = gather_to_first(segments[-1](maps), self.model_group)
-        outputs = self.head(features) if self.model_group.rank == 0 else features
+        # The other rank's outputs are empty, but in the graph: its backward, too, must reach the exchanges.
+        outputs = self.head(maps) if self.model_group.rank == 0 else maps[:, :0]
         return broadcast_from_first(outputs, (len(images), self.head.out_features), self.model_group)
 
 
@@ -67,36 +66,6 @@ class ColumnDropout(nn.Module):
         for _ in range(self.model_group.rank + 1, self.model_group.size):
             self.dropout.discard(inputs.shape, inputs.device)
         return outputs
-
-
-def gather_to_first(shard: Tensor, model_group: ModelGroup) -> Tensor:
-    """Concatenates the features [B, F] of all ranks on rank 0; the others get [B, 0], which keeps them in the graph."""
-    others = range(1, model_group.size) if shard.numel() else range(0)
-    shape, group = shard.shape, model_group.process_group
-
-    def forward(shard: Tensor) -> Tensor:
-        shard = shard.detach().contiguous()
-        if model_group.rank > 0:
-            if others:
-                distributed.send(shard, model_group.global_rank(0), group=group)
-            return shard[:, :0].clone()
-        shards = [shard, *(torch.empty_like(shard) for _ in range(1, model_group.size))]
-        for rank in others:
-            distributed.recv(shards[rank], model_group.global_rank(rank), group=group)
-        return torch.cat(shards, dim=1)
-
-    def backward(gradient: Tensor) -> Tensor:
-        if model_group.rank > 0:
-            received = gradient.new_empty(shape)
-            if others:
-                distributed.recv(received, model_group.global_rank(0), group=group)
-            return received
-        shards = [shard.contiguous() for shard in gradient.tensor_split(model_group.size, dim=1)]
-        for rank in others:
-            distributed.send(shards[rank], model_group.global_rank(rank), group=group)
-        return shards[0]
-
-    return with_adjoint(shard, forward, backward)
 
 
 def broadcast_from_first(outputs: Tensor, shape: tuple[int, int], model_group: ModelGroup) -> Tensor:

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dlopt.data.batches import Batch
 from dlopt.errors import UserError
 from dlopt.parallel.dropout import convert_dropout
-from dlopt.parallel.mode import Mode, ModeTraits, Placed
-from dlopt.parallel.process_group import GroupMode, ProcessGroup, ProcessKeys, join_mode
+from dlopt.parallel.mode import GroupMode, Mode, ModeTraits, Placed, join_mode
+from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.step_timing import StepTiming, SyncWaitTimer
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize

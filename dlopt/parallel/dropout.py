@@ -109,7 +109,8 @@ class GlobalDropout(_DropoutNd):
     def discard(self, inputs: torch.Size, device: torch.device) -> None:
         """Draws the random numbers of a call with inputs of this shape, which another rank makes."""
         if self.training and 0 < self._level < _LEVELS:
-            self._keys(inputs[0], self._mask_shape(inputs, None), device)
+            total = inputs[0] if self.current.shard is None else self.current.shard.total
+            self._keys(total, self._mask_shape(inputs, None), device)
 
 
 class Dropout(GlobalDropout, nn.Dropout):

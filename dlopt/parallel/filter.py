@@ -28,9 +28,9 @@ from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.mlp import ResidualPair
 from dlopt.parallel.chain import is_sequential
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
-from dlopt.parallel.mode import Mode
+from dlopt.parallel.mode import Mode, check_precision, join_mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import ProcessKeys, check_precision, join_mode
+from dlopt.parallel.process_group import ProcessKeys
 from dlopt.parallel.split_layers import (
     PROJECTED,
     InputSplitConv2d,

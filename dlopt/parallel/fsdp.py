@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from dlopt.errors import UserError
 from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import convert_dropout
-from dlopt.parallel.mode import Mode, Placed
-from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, check_precision, join_mode
+from dlopt.parallel.mode import Mode, Placed, check_precision, join_mode
+from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import TensorShards

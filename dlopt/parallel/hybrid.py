@@ -12,9 +12,9 @@ import torch
 from dlopt.errors import UserError
 from dlopt.parallel.columns import ColumnParallel
 from dlopt.parallel.filter import split_filters
-from dlopt.parallel.mode import Mode
+from dlopt.parallel.mode import Mode, check_precision
 from dlopt.parallel.model_parallel import ModelParallel
-from dlopt.parallel.process_group import ProcessKeys, check_precision, join
+from dlopt.parallel.process_group import ProcessKeys, join
 from dlopt.ranges import Count
 
 

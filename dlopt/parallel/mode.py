@@ -7,27 +7,27 @@ A mode has three parts, each of which can be read alone:
     split  this process's samples of a batch, micro-batch by micro-batch (`batch_shards.py`)
 
 What is its own: `place` brings a model onto the processes, `micro_batch` surrounds the forward and backward of one
-micro-batch, and `reduce` sums what the processes have computed. To write a mode, subclass `GroupMode`
-(`process_group.py`) and name the function that builds it in a YAML file under `conf/parallel/`, as `ddp.py` does.
+micro-batch, and `reduce` sums what the processes have computed. To write a mode, subclass `GroupMode` and name the
+function that builds it in a YAML file under `conf/parallel/`, as `ddp.py` does.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dlopt.data.batches import Batch
+from dlopt.errors import UserError
 from dlopt.parallel.batch_shards import BatchSplit
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
-from dlopt.parallel.ranks import Ranks
+from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, join
+from dlopt.parallel.ranks import GroupRanks, Ranks
+from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import FullState
-
-if TYPE_CHECKING:
-    from dlopt.parallel.shard_files import ShardWriter
-    from dlopt.parallel.step_timing import StepTiming
+from dlopt.parallel.step_timing import StepTiming
 
 MicroLoss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) of a micro-batch -> its mean loss."""
@@ -67,8 +67,8 @@ class Placed:
     model: Callable[[Tensor], Tensor]
     after_update: Callable[[], None] | None = None
     notes: tuple[str, ...] = ()
-    timing: "StepTiming | None" = None
-    writer: "ShardWriter | None" = None
+    timing: StepTiming | None = None
+    writer: ShardWriter | None = None
 
 
 class Mode:
@@ -110,3 +110,49 @@ class Mode:
         `loss`: the sum of this rank's weighted losses. The result is equal on all ranks, which branch on it.
         """
         return loss
+
+
+class GroupMode(Mode):
+    """Base of all distributed modes: this process is one rank of a process group.
+
+    Batches are split over `data_degree` ranks, of which this is `data_rank`: by default over all.
+    """
+
+    ranks: GroupRanks
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        device: torch.device,
+        name: str,
+        *,
+        accumulate: int = 1,
+        data_rank: int | None = None,
+        data_degree: int | None = None,
+    ) -> None:
+        super().__init__(device, name)
+        self.group = group
+        self.ranks = GroupRanks(group)
+        rank, degree = group.rank if data_rank is None else data_rank, data_degree or group.size
+        self.split = BatchSplit(accumulate, rank, degree)
+        self.dropout = CurrentShard()
+
+    def micro_batch(self, micro_batch: Batch) -> AbstractContextManager[Any]:
+        return self.dropout.of(micro_batch)
+
+
+def join_mode(
+    name: str, device: torch.device, build: Callable[[ProcessGroup, torch.device], Mode], keys: ProcessKeys
+) -> Mode:
+    """Joins the process group (see `join`) and builds its mode; in a single process, returns that of one process."""
+    joined = join(name, device, **keys)
+    return Mode(device, name) if joined is None else build(*joined)
+
+
+def check_precision(mode: str, precision: str) -> None:
+    """Raises `UserError` for fp16: every rank has its own loss scaler, which sees the overflows of its shards only."""
+    if precision == "fp16":
+        raise UserError(
+            f"precision=fp16: not supported with parallel={mode}, whose ranks would diverge in their loss scales; "
+            "use precision=bf16"
+        )

@@ -11,8 +11,8 @@ from torch import Tensor, distributed, nn
 
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
 from dlopt.parallel.dropout import convert_dropout
-from dlopt.parallel.mode import ModeTraits, Placed
-from dlopt.parallel.process_group import GroupMode, ProcessGroup
+from dlopt.parallel.mode import GroupMode, ModeTraits, Placed
+from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.shards import TensorShards, local
 from dlopt.parallel.split_layers import distribute
 from dlopt.parallel.step_timing import StepTiming

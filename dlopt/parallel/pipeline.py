@@ -20,8 +20,8 @@ from dlopt.parallel import chain as chains
 from dlopt.parallel.batch_shards import BatchShard, BatchSplit, ShardedAugment, micro_batch_bounds
 from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
 from dlopt.parallel.dropout import GlobalDropout, convert_dropout
-from dlopt.parallel.mode import MicroLoss, Mode, ModeTraits, Placed
-from dlopt.parallel.process_group import GroupMode, ProcessGroup, ProcessKeys, check_precision, join_mode
+from dlopt.parallel.mode import GroupMode, MicroLoss, Mode, ModeTraits, Placed, check_precision, join_mode
+from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
 from dlopt.parallel.shards import LayerShards
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.processor import usable_cores

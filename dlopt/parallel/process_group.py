@@ -1,7 +1,6 @@
-"""The process group of a run, and the base of modes of several processes."""
+"""The process group of a run, and how a process joins it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import count
 from typing import Annotated, TypedDict, Unpack
@@ -10,12 +9,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, distributed
 
-from dlopt.data.batches import Batch
 from dlopt.errors import UserError
-from dlopt.parallel.batch_shards import BatchSplit
-from dlopt.parallel.dropout import CurrentShard
-from dlopt.parallel.mode import Mode
-from dlopt.parallel.ranks import GroupRanks
 from dlopt.parallel.rendezvous import World, current, join_store
 from dlopt.ranges import Count, Positive
 
@@ -94,51 +88,3 @@ def join(mode: str, device: torch.device, **keys: Unpack[ProcessKeys]) -> tuple[
         raise UserError(f"parallel={mode}: device={device.type} is not supported; set device=cpu")
     address, port = keys["master_addr"], keys["master_port"]
     return ProcessGroup(world, device, minutes=keys["timeout_minutes"], address=address, port=port), device
-
-
-def join_mode(
-    name: str, device: torch.device, build: Callable[[ProcessGroup, torch.device], Mode], keys: ProcessKeys
-) -> Mode:
-    """Joins the process group (see `join`) and builds its mode; in a single process, returns that of one process."""
-    joined = join(name, device, **keys)
-    return Mode(device, name) if joined is None else build(*joined)
-
-
-def check_precision(mode: str, precision: str) -> None:
-    """Raises `UserError` for fp16: every rank has its own loss scaler, which sees the overflows of its shards only."""
-    if precision == "fp16":
-        raise UserError(
-            f"precision=fp16: not supported with parallel={mode}, whose ranks would diverge in their loss scales; "
-            "use precision=bf16"
-        )
-
-
-class GroupMode(Mode):
-    """Base of all distributed modes: this process is one rank of a process group.
-
-    Batches are split over `data_degree` ranks, of which this is `data_rank`: by default over all.
-    """
-
-    ranks: GroupRanks
-
-    def __init__(
-        self,
-        group: ProcessGroup,
-        device: torch.device,
-        name: str,
-        *,
-        accumulate: int = 1,
-        data_rank: int | None = None,
-        data_degree: int | None = None,
-    ) -> None:
-        super().__init__(device, name)
-        self.group = group
-        self.ranks = GroupRanks(group)
-        rank, degree = group.rank if data_rank is None else data_rank, data_degree or group.size
-        self.split = BatchSplit(accumulate, rank, degree)
-        self.dropout = CurrentShard()
-
-    @contextmanager
-    def micro_batch(self, micro_batch: Batch) -> Iterator[None]:
-        with self.dropout.of(micro_batch):
-            yield

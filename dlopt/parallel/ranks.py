@@ -3,15 +3,13 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
 from dlopt.interruption import Interruption
-
-if TYPE_CHECKING:
-    from dlopt.parallel.process_group import ProcessGroup
+from dlopt.parallel.process_group import ProcessGroup
 
 T = TypeVar("T")
 
@@ -57,7 +55,7 @@ class GroupRanks(Ranks):
     `counts`: whether sums over ranks include this one; false: another rank has the same values.
     """
 
-    def __init__(self, group: "ProcessGroup") -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self.rank, self.processes = group.rank, group.size
         self.local_processes = group.world.local_size
@@ -147,7 +145,7 @@ class EvaluationStopFlag:
     """The same flag within an evaluation, where no loss is reduced: reading it is a collective that all ranks call."""
 
     stop: StopFlag
-    group: "ProcessGroup"
+    group: ProcessGroup
 
     def __bool__(self) -> bool:
         if not self.stop:

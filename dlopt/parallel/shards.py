@@ -5,14 +5,13 @@ slow.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map_only
 
-if TYPE_CHECKING:
-    from dlopt.parallel.process_group import ProcessGroup
+from dlopt.parallel.process_group import ProcessGroup
 
 T = TypeVar("T")
 
@@ -160,7 +159,7 @@ class LayerShards(TensorShards):
 
     sharding: Literal["replicated", "tensors", "layers"] = "layers"
 
-    def __init__(self, group: "ProcessGroup", device: torch.device, *, is_replica: bool = False) -> None:
+    def __init__(self, group: ProcessGroup, device: torch.device, *, is_replica: bool = False) -> None:
         self.group = group
         self.device = device
         self.is_replica = is_replica

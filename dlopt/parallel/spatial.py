@@ -25,9 +25,9 @@ from dlopt.models.resnet import ZeroPadShortcut
 from dlopt.parallel.chain import is_sequential
 from dlopt.parallel.collectives import ModelGroup, ShardSpec, is_channels_last, with_adjoint
 from dlopt.parallel.filter import Splitter, named_children, replace_by_shard
-from dlopt.parallel.mode import Mode
+from dlopt.parallel.mode import Mode, check_precision, join_mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import ProcessKeys, check_precision, join_mode
+from dlopt.parallel.process_group import ProcessKeys
 from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, convert, transform_input
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, moments
 

@@ -3,14 +3,11 @@
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from dlopt.parallel.process_group import ProcessGroup
-
+from dlopt.parallel.process_group import ProcessGroup
 
 _LIMIT = 1024  # pairs of CUDA events kept between two logging points
 
@@ -74,7 +71,7 @@ class StepTiming:
     that waits for a message uses no processor time; on a GPU, nothing is reported.
     """
 
-    def __init__(self, group: "ProcessGroup", device: torch.device, wait_timer: SyncWaitTimer | None = None) -> None:
+    def __init__(self, group: ProcessGroup, device: torch.device, wait_timer: SyncWaitTimer | None = None) -> None:
         self.group = group
         self.device = device
         self.wait_timer = wait_timer

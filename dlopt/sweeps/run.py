@@ -1,21 +1,17 @@
 """`dlopt train -m`: checks all jobs before the first one starts, and runs each in a separate process."""
 
-import shlex
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
 from hydra.core.utils import env_override
-from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
+from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
 from dlopt.config.overrides import (
@@ -27,24 +23,24 @@ from dlopt.config.overrides import (
     quoted_value,
     value_of,
 )
-from dlopt.config.plan import Plan, as_job, checked, with_params
-from dlopt.config.resolve import choices_of, to_plain
+from dlopt.config.plan import Plan, with_params
+from dlopt.config.resolve import to_plain
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
-from dlopt.folders import SPACE, RunFolder, make, make_new, newest
+from dlopt.folders import SPACE, RunFolder
 from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import current
-from dlopt.results.leaderboard import Record, job_record, leaderboard
+from dlopt.results.leaderboard import job_record
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.estimate import print_estimate
 from dlopt.sweeps.grid import run_jobs
 from dlopt.sweeps.jobs import Job, labels, record_dead
+from dlopt.sweeps.request import SweepRequest, print_next, read_space, show_board
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from dlopt.config.experiment import Experiment
+    pass
 
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
@@ -53,98 +49,6 @@ _READS_OF_HYDRA = (
     *COMPOSITION, "hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.job", "hydra.job_logging",
     "hydra.hydra_logging", "hydra.verbose", "hydra.callbacks", "hydra.env", "hydra.output_subdir",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SweepRequest:
-    """A composed sweep.
-
-    Attributes:
-        overrides: of the command line; `hydra`: those of Hydra's config, which every job is composed with; `swept`:
-            those of the jobs.
-        path: hydra.sweep.dir; `is_typed`: given on the command line.
-        pool: the worker pool of the launcher; None for a launcher of another package.
-        sized: models whose size was checked.
-    """
-
-    composer: Composer
-    config: DictConfig
-    overrides: list[str]
-    hydra: list[str]
-    swept: list[Override]
-    path: Path
-    is_typed: bool
-    pool: pools.Pool | None
-    sized: set[str] = field(default_factory=set)
-
-    def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
-        """Returns the folder of the sweep, created if missing. `check(path, key)` refuses an unsuitable one."""
-        if not self.is_typed:
-            unfinished = newest(self.path.parent, is_unfinished) if self.config.resume == "auto" else None
-            if unfinished is None:
-                return make_new(self.path, "hydra.sweep.dir")
-            check(unfinished.path, "resume=auto")
-            return unfinished.path
-        check(self.path, f"hydra.sweep.dir={self.path}")
-        return make(self.path, "hydra.sweep.dir", exist_ok=True)
-
-    def plan_job(self, overrides: Sequence[str], number: int) -> Plan:
-        """Composes and checks a job. Raises `UserError`."""
-        config = self.composer.compose([*self.hydra, *overrides])
-        self._refuse_recipe(config)
-        job = as_job(checked(config, overrides, self.overrides, self.composer.flags), number, overrides)
-        refuse_untested(job.saved, overrides)
-        self._check_size(job.experiment)
-        if job.saved["resume"] not in (None, "auto"):
-            raise UserError(f"resume={job.saved['resume']}: not supported in a sweep; use resume=auto")
-        return job
-
-    def _refuse_recipe(self, config: DictConfig) -> None:
-        """Raises `UserError` for a job that is a series of runs itself."""
-        name = config.hydra.runtime.choices.get("experiment")
-        if config.get("comparison") is not None:
-            raise UserError(
-                f"experiment={name}: a comparison is a series of runs already; leave out -m, or sweep its base config "
-                "with comparison=null"
-            )
-        sweepers = [OmegaConf.to_container(each.hydra.sweeper, resolve=False) for each in (config, self.config)]
-        if config.hydra.mode == RunMode.MULTIRUN and sweepers[0] != sweepers[1]:
-            raise UserError(f"experiment={name}: a study is a sweep already; run one at a time: experiment={name}")
-
-    def _check_size(self, experiment: "Experiment") -> None:
-        """Raises `UserError` for a model that does not fit into memory, and for tasks that would train the same one."""
-        from dlopt.data.images import size_pair
-        from dlopt.training.model_check import check_minimum_memory
-
-        size = size_pair(experiment.data_settings.image_size)
-        is_local = self.pool is not None and self.pool.is_local  # other machines may have more memory
-        if is_local and (key := f"{experiment.model} {size}") not in self.sized:
-            self.sized.add(key)
-            check_minimum_memory(experiment.model, size)
-        launcher = self.config.hydra.launcher
-        tasks = launcher.get("nodes", 1) * launcher.get("tasks_per_node", 1)
-        if tasks > 1 and "processes" not in experiment.parallel.arguments:
-            raise UserError(
-                f"hydra.launcher: nodes x tasks_per_node starts {tasks} processes per job, which would train the same "
-                "model; use parallel=ddp, or one process"
-            )
-
-    def run_grid(self, folder: Path, jobs: Sequence[Job]) -> None:
-        """Runs the jobs as they were checked. A launcher or sweeper of another package composes them again."""
-        if self.pool is None or not jobs:
-            run_with_hydra(self, folder, [listed(override) for override in self.swept])
-            return
-        if self.pool.is_local:
-            pools.warm_up()
-        size = self.config.hydra.sweeper.get("max_batch_size") or len(jobs)
-        for first in range(0, len(jobs), size):
-            batch = jobs[first : first + size]
-            run_jobs(batch, len(batch), self.pool)
-
-    def estimate(self, jobs: Sequence[Plan], total: int) -> int:
-        slots = 1 if self.pool is None else self.pool.slots
-        print_estimate([job.saved for job in jobs], choices_of(self.config), total, slots)
-        return DONE
 
 
 def refuse_ranks(command: str, what: str) -> None:
@@ -203,30 +107,6 @@ def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
     return None
 
 
-def read_space(sweep: Path) -> Any:
-    """Reads sweep.yaml; None if it is missing or unreadable."""
-    try:
-        return yaml.safe_load((sweep / SPACE).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return None
-
-
-def print_next(title: str, sweep: Path, *, has_failed: bool = False) -> int:
-    """Prints `title` and the next commands; returns `DONE`."""
-    path = shlex.quote(short_path(sweep))
-    failed = [f"  dlopt runs {path} status=failed"] if has_failed else []
-    print(title, "next:", f"  dlopt report {path}", *failed, sep="\n")
-    return DONE
-
-
-def show_board(records: Sequence[Record], **ranking: Any) -> None:
-    """Prints the leaderboard of a sweep."""
-    from dlopt.results.terminal import show_leaderboard
-
-    board = leaderboard(records, **ranking)
-    show_leaderboard(board, board.metric.replace("best_val_", "test_"))
-
-
 # -- grids
 
 
@@ -234,6 +114,19 @@ def _jobs(sweep: Path, plans: Sequence[Plan]) -> list[Job]:
     """Returns the jobs of a grid in the folder `sweep`."""
     named = enumerate(zip(plans, labels([plan.lines for plan in plans]), strict=True))
     return [Job(number, RunFolder(sweep / plan.subfolder), plan, label) for number, (plan, label) in named]
+
+
+def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> None:
+    """Runs the jobs as they were checked. A launcher or sweeper of another package composes them again."""
+    if request.pool is None or not jobs:
+        run_with_hydra(request, folder, [listed(override) for override in request.swept])
+        return
+    if request.pool.is_local:
+        pools.warm_up()
+    size = request.config.hydra.sweeper.get("max_batch_size") or len(jobs)
+    for first in range(0, len(jobs), size):
+        batch = jobs[first : first + size]
+        run_jobs(batch, len(batch), request.pool)
 
 
 def _grid(request: SweepRequest) -> int:
@@ -253,7 +146,7 @@ def _grid(request: SweepRequest) -> int:
         write_atomically(folder / SPACE, yaml.safe_dump([plan.lines for plan in plans], allow_unicode=True).encode())
         for job in jobs:
             record_dead(job.folder)
-        request.run_grid(folder, jobs)
+        _run_jobs(request, folder, jobs)
     rows = [(job.plan, job.folder.summary() or {}) for job in jobs]
     show_board([job_record(Path(plan.subfolder), plan.saved, summary, plan.lines) for plan, summary in rows])
     # A sweeper that chooses its jobs at run time is judged by the runs that it has left.

@@ -28,7 +28,7 @@ from dlopt.results.terminal import show_front
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, build_job, record_dead
 from dlopt.sweeps.pool import JobSource
-from dlopt.sweeps.run import SweepRequest, print_next, read_space, show_board
+from dlopt.sweeps.request import SweepRequest, print_next, read_space, show_board
 from dlopt.sweeps.space import Space, parse_space
 from dlopt.sweeps.study import (
     STUDY_LOCK,

@@ -20,31 +20,29 @@ from dlopt.training.restore import Trained
 _TOLERANCE = 1e-4  # relative to the largest output: other tools sum in a different order
 
 
-def deployed(trained: "Trained") -> "nn.Module":
-    """Returns the model with its normalization: images [B, *window] of 0..255 (or vectors) -> outputs [B, K].
+class Deployed(nn.Module):
+    """A model with its normalization: images [B, *window] of 0..255 (or vectors) -> outputs [B, K].
 
     A model of a text maps tokens [B, T] to outputs [B, T, K].
     """
 
-    class Deployed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.normalize = nn.Identity() if trained.task.vocabulary is not None else trained.normalize
-            self.model = trained.module
+    def __init__(self, trained: Trained) -> None:
+        super().__init__()
+        self.normalize = nn.Identity() if trained.task.vocabulary is not None else trained.normalize
+        self.model = trained.module
+        self.eval()
 
-        def forward(self, images: "Tensor") -> "Tensor":
-            outputs: Tensor = self.model(self.normalize(images))
-            return outputs
-
-    return Deployed().eval()
+    def forward(self, images: Tensor) -> Tensor:
+        outputs: Tensor = self.model(self.normalize(images))
+        return outputs
 
 
-def write(format: str, trained: "Trained", inputs: "Tensor", metadata: Mapping[str, Any], path: Path) -> None:
+def write(format: str, trained: Trained, inputs: Tensor, metadata: Mapping[str, Any], path: Path) -> None:
     """Exports the model for inputs like `inputs` [B, *window], with a dynamic batch size.
 
     Raises `RunError` if torch cannot convert the model.
     """
-    module = deployed(trained)
+    module = Deployed(trained)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     if format == "safetensors":
         from safetensors.torch import save
@@ -68,7 +66,7 @@ def write(format: str, trained: "Trained", inputs: "Tensor", metadata: Mapping[s
         raise RunError(f"format={format}: torch cannot convert this model: {reason}") from error
 
 
-def verify(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> float | None:
+def verify(format: str, path: Path, trained: Trained, inputs: Tensor) -> float | None:
     """Returns how far the outputs of the exported file are from the model's; None if its runtime is not installed.
 
     Raises `RunError` if they differ, or if the file does not accept `inputs`: torch may specialize a model to the
@@ -82,18 +80,18 @@ def verify(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> flo
     if outputs is None:
         return None
     with torch.inference_mode():
-        expected = deployed(trained)(inputs)
+        expected = Deployed(trained)(inputs)
     difference = (outputs - expected).abs().max().item()
     if not difference <= _TOLERANCE * max(expected.abs().max().item(), 1.0):  # also for a NaN
         raise RunError(f"format={format}: outputs differ from the model's by {difference:.2g}; nothing was written")
     return difference
 
 
-def _read(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
+def _read(format: str, path: Path, trained: Trained, inputs: Tensor) -> Tensor | None:
     if format == "safetensors":
         from safetensors.torch import load_file
 
-        module = copy.deepcopy(deployed(trained))
+        module = copy.deepcopy(Deployed(trained))
         module.load_state_dict({name: torch.zeros_like(value) for name, value in module.state_dict().items()})
         module.load_state_dict(load_file(path))
         with torch.inference_mode():
@@ -111,7 +109,7 @@ def _read(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Ten
     return torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])
 
 
-def _write_onnx(module: "nn.Module", inputs: "Tensor", batch: Any, texts: Mapping[str, str], path: Path) -> None:
+def _write_onnx(module: nn.Module, inputs: Tensor, batch: Any, texts: Mapping[str, str], path: Path) -> None:
     import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     program = torch.onnx.export(

@@ -74,18 +74,18 @@ class MetricSum:
         self.task = task
         self.on_flush = on_flush
         self.reduce = reduce
+        self._keeps_outputs = task.classes is not None or on_flush is not None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all samples."""
         self.loss = 0.0
         self.correct = 0
         self.count = 0
-        self._keeps_outputs = task.classes is not None or on_flush is not None
         self._pending: list[Measured] = []
         self._max_pending = 0
         self._flushed: list[tuple[Tensor, list[int]]] = []  # (losses and number correct, samples) of many steps
         self._reported = (0.0, 0, 0)
-
-    def fresh(self) -> "MetricSum":
-        """Returns an empty accumulator with the same settings."""
-        return MetricSum(self.task, self.on_flush, self.reduce)
 
     def measure(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> Measured:
         """Returns what has to be added of a batch: mean loss (scalar), outputs [B, K], targets [B] (or [B, K]:

@@ -1,24 +1,36 @@
-"""Length, progress and timing of a run."""
+"""A run: its experiment and folder, its length, progress and timing."""
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
 
 from dlopt import schedules
 from dlopt.config.experiment import Experiment, Settings
+from dlopt.data.batches import Batch
 from dlopt.errors import UserError
 from dlopt.parallel.step_timing import StepTiming
+from dlopt.training.metrics import MetricSum
+from dlopt.training.step import EpochBatches
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dlopt.data.batches import Batch
-    from dlopt.training.trainer import Trainer
-
+Status = Literal["finished", "stopped_early", "interrupted"]
 
 _ZERO = 1e-12  # learning-rate factors below are rounding errors of 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """An experiment and its folder."""
+
+    experiment: Experiment
+    folder: Path
+    checkpoint: Mapping[str, Any] | None = None  # state to resume from
+    choices: Mapping[str, str] = field(default_factory=dict)  # config group -> choice, for display
+    overrides: Sequence[str] | None = None  # of the command line; None: the folder already describes the run
 
 
 @dataclass(frozen=True)
@@ -116,50 +128,54 @@ class Intervals:
 
 
 class Clock:
-    """Measures training time, and computes the metrics of a logging point."""
+    """Measures training time, and computes the metrics of a logging point.
 
-    def __init__(self, trainer: "Trainer") -> None:
-        self.trainer = trainer
-        self.timing: StepTiming | None = trainer.timing
+    Args:
+        progress: to which training time is added.
+        metrics: of the training samples so far.
+        timing: of the updates of all ranks; None: there is one rank.
+    """
+
+    def __init__(self, progress: Progress, metrics: MetricSum, timing: StepTiming | None) -> None:
+        self.progress = progress
+        self.train_metrics = metrics
+        self.timing = timing
         self._since = time.perf_counter()
         self._restart()
 
     def _restart(self) -> None:
         self._log_since = self._since
-        self._count = self.trainer.train_metrics.count
+        self._count = self.train_metrics.count
         if self.timing is not None:
-            self.timing.restart(self.trainer.progress.step)
+            self.timing.restart(self.progress.step)
 
     def stop(self) -> None:
         """Adds the time since the last call to that of the run, and starts a new logging interval."""
         now = time.perf_counter()
-        self.trainer.progress.seconds += now - self._since
+        self.progress.seconds += now - self._since
         self._since = now
-        self.trainer.train_metrics.sync()
+        self.train_metrics.sync()
         self._restart()
 
-    def metrics(self, norm: "Tensor | None") -> dict[str, float]:
+    def metrics(self, lr: float, norm: Tensor | None) -> dict[str, float]:
         """Returns the metrics since the last logging point: lr, train/..., gradient norm, throughput, step timing.
 
         `norm`: of the gradient of the latest update, if it was computed.
         """
-        trainer, train_metrics = self.trainer, self.trainer.train_metrics
-        metrics = {"lr": float(trainer.step.rate)} | train_metrics.since_last("train/")
+        metrics = {"lr": lr} | self.train_metrics.since_last("train/")
         if norm is not None:
             metrics["grad_norm/global"] = float(norm)
-        now = time.perf_counter()
-        samples = train_metrics.count - self._count
-        metrics["throughput/samples_per_second"] = samples / max(now - self._log_since, 1e-9)
-        self._log_since, self._count = now, train_metrics.count
-        return metrics if self.timing is None else {**metrics, **self.timing.metrics(trainer.progress.step)}
+        now, count = time.perf_counter(), self.train_metrics.count
+        metrics["throughput/samples_per_second"] = (count - self._count) / max(now - self._log_since, 1e-9)
+        self._log_since, self._count = now, count
+        return metrics if self.timing is None else {**metrics, **self.timing.metrics(self.progress.step)}
 
 
-def endless_batches(trainer: "Trainer") -> "Iterator[Batch]":
-    """Yields the batches that follow the trainer's progress, epoch after epoch."""
-    progress = trainer.progress
+def endless_batches(batches: EpochBatches, progress: Progress) -> Iterator[Batch]:
+    """Yields the batches that follow `progress`, epoch after epoch."""
     epoch, position, step = progress.epoch, progress.position, progress.step
     while True:
-        for batch in trainer.batches.epoch(epoch, position, step):
+        for batch in batches.epoch(epoch, position, step):
             yield batch
             step += 1
         epoch, position = epoch + 1, 0

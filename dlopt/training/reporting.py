@@ -1,7 +1,7 @@
 """Output of a run: the header that describes it, and the summary at its end."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,15 +14,15 @@ from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.mup import describe_rates
+from dlopt.training.nonfinite import Recovery
 from dlopt.training.precision import bf16_slowdown
-from dlopt.training.progress import Length
+from dlopt.training.progress import Length, Progress, Run, Status
 from dlopt.training.speed import describe_auto
+from dlopt.training.step import EpochBatches
+from dlopt.training.stopping import Best
 
-if TYPE_CHECKING:
-    from dlopt.training.trainer import Run, Status, Trainer
 
-
-def open_tracking(run: "Run", state: Mapping[str, Any] | None, console: bool) -> Tracking:
+def open_tracking(run: Run, state: Mapping[str, Any] | None, console: bool) -> Tracking:
     settings, progress = run.experiment.settings, None if state is None else state["progress"]
     # Before metrics are removed, because last.pt must never be of a later update than these.
     abandoned = state and Checkpoints(run.folder / "checkpoints").set_aside(state)
@@ -38,9 +38,9 @@ def open_tracking(run: "Run", state: Mapping[str, Any] | None, console: bool) ->
     return tracking
 
 
-def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run") -> None:
-    """Logs data, model and device, the values chosen for `auto`, warnings, and a sample of the training images."""
-    dataset, settings, tracking = workload.dataset, workload.experiment.settings, trainer.tracking
+def log_header(run: Run, workload: Workload, length: Length, progress: Progress, tracking: Tracking) -> None:
+    """Logs data, model and device."""
+    dataset = workload.dataset
     parameters = list(workload.module.parameters())
     tokens = workload.task.predictions  # of a sample; 1 for labels
     facts: dict[str, Any] = {
@@ -67,12 +67,20 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
         facts,
         epochs=length.epochs,
         steps_per_epoch=length.steps_per_epoch,
-        first_step=trainer.progress.step,
+        first_step=progress.step,
         steps=length.steps,
         choices=run.choices,
-        seconds=trainer.progress.seconds,
+        seconds=progress.seconds,
     )
-    chosen = describe_auto(workload.experiment, workload.precision, workload.compile_obstacle, trainer.graph_obstacle)
+
+
+def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
+    """Returns the values chosen for `auto`, in a line, notes on the data and the parallel mode, and warnings.
+
+    `graph_obstacle`: why updates are not replayed from a CUDA graph; None: they are.
+    """
+    dataset = workload.dataset
+    chosen = describe_auto(workload.experiment, workload.precision, workload.compile_obstacle, graph_obstacle)
     pretrained = describe_pretrained(workload.experiment, data_spec(workload)["window"])
     growth, init = workload.growth, workload.experiment.init.arguments
     rates = None if growth is None else describe_rates(growth, init["base_width"])
@@ -83,21 +91,22 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
         else None
     )
     described = [line for line in (chosen, pretrained, rates, small) if line]
-    for line in [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]:
-        tracking.message(line)
-    if trainer.progress.step > 0 or not workload.parallel.ranks.is_main:
-        return
-    if len(dataset.train.shape) == 3 and settings.tracking:
-        inputs, _ = next(iter(trainer.batches.epoch(0)))
+    return [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]
+
+
+def show_first_batch(workload: Workload, batches: EpochBatches, tracking: Tracking) -> None:
+    """Logs training images, and a warning if the processor emulates the precision."""
+    if len(workload.dataset.train.shape) == 3 and workload.experiment.settings.tracking:
+        inputs, _ = next(iter(batches.epoch(0)))
         tracking.images(inputs[:64].float().cpu())
     if workload.precision.is_emulated:
-        tracking.message(_emulation_warning(trainer, workload))
+        tracking.message(_emulation_warning(workload, batches))
 
 
-def _emulation_warning(trainer: "Trainer", workload: Workload) -> str:
+def _emulation_warning(workload: Workload, batches: EpochBatches) -> str:
     cost = "is slower than fp32"
     if workload.parallel.state.sharding == "replicated":  # otherwise this process has only a part of the model
-        batch = next(iter(trainer.batches.epoch(0)))
+        batch = next(iter(batches.epoch(0)))
         cost = f"takes {bf16_slowdown(workload.module, workload.loss, *batch):.1f} times as long as fp32 (measured)"
     return (
         f"warning: precision=bf16: this processor emulates bf16, which {cost}; use precision=fp32, or precision=auto, "
@@ -120,9 +129,8 @@ def _inputs(workload: Workload) -> str:
     return f"{shape}, {task.classes:,} classes" if task.classes is not None else shape
 
 
-def summarize(trainer: "Trainer", workload: Workload, status: "Status") -> dict[str, Any]:
+def summarize(workload: Workload, status: Status, progress: Progress, best: Best, recovery: Recovery) -> dict[str, Any]:
     """Returns the content of summary.json before the test; accuracies are left out in a regression."""
-    best, progress = trainer.best, trainer.progress
     summary = {
         "status": status,
         "epochs": progress.epoch,
@@ -138,7 +146,7 @@ def summarize(trainer: "Trainer", workload: Workload, status: "Status") -> dict[
         "processes": workload.parallel.ranks.processes,
         "resumed_from": progress.resumed_from,
         **({} if progress.found_lr is None else {"found_lr": progress.found_lr}),
-        **trainer.recovery.summary(),
+        **recovery.summary(),
     }
     if extra_metric(best.monitor) is not None and best.epoch is not None:
         summary[f"best_{best.monitor}"] = best.metric

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from dlopt.config.experiment import Experiment
 from dlopt.config.resuming import how_to_resume
 from dlopt.data.batches import Batch, Batches
 from dlopt.errors import RunError, UserError
@@ -45,14 +44,13 @@ from dlopt.training.evaluate import Validate, check_crops, check_tta, reduction,
 from dlopt.training.metrics import MetricSum, sample_losses
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
-from dlopt.training.progress import Clock, Intervals, Length, Progress, check_horizon, run_length
-from dlopt.training.reporting import log_header, open_tracking, summarize
+from dlopt.training.progress import Clock, Intervals, Length, Progress, Run, Status, check_horizon, run_length
+from dlopt.training.reporting import log_header, notes, open_tracking, show_first_batch, summarize
 from dlopt.training.step import EpochBatches, Network, Observer, Step, UpdateRecord
 from dlopt.training.stopping import Best, Stopping
 
 log = logging.getLogger(__name__)
 
-Status = Literal["finished", "stopped_early", "interrupted"]
 Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
 """Returns the observers of a run, given its length and folder. Raises `UserError`."""
 FindLr = Callable[[Workload, Tracking, Path], float]
@@ -60,17 +58,6 @@ FindLr = Callable[[Workload, Tracking, Path], float]
 Draw = Callable[[Workload, Path, Sequence[float]], Mapping[str, Path]]
 """Draws a finished run (with its best model) into its folder, with the restarts of the schedule (in epochs).
 Returns the paths by description."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """An experiment and its folder."""
-
-    experiment: Experiment
-    folder: Path
-    checkpoint: Mapping[str, Any] | None = None  # state to resume from
-    choices: Mapping[str, str] = field(default_factory=dict)  # config group -> choice, for display
-    overrides: Sequence[str] | None = None  # of the command line; None: the folder already describes the run
 
 
 def train_run(
@@ -122,12 +109,16 @@ def train_run(
         trainer = build_trainer(workload, run.folder, batches, length, tracking, found_lr=found_lr, observers=observers)
         if state is not None:
             trainer.load_state_dict(state)
-        log_header(trainer, workload, length, run)
+        log_header(run, workload, length, trainer.progress, tracking)
+        for line in notes(workload, trainer.graph_obstacle):
+            tracking.message(line)
+        if trainer.progress.step == 0 and is_shown:
+            show_first_batch(workload, trainer.batches, tracking)
         if horizon_note is not None:
             tracking.message(horizon_note)
         stop = mode.ranks.synchronized_stop(interruption)
         status = trainer.fit(stop)
-        summary = summarize(trainer, workload, status)
+        summary = summarize(workload, status, trainer.progress, trainer.best, trainer.recovery)
         if status == "interrupted":
             how = how_to_resume(RunFolder(run.folder), is_launched())
             tracking.message(f"{stop.reason}: stopped; {how}")
@@ -300,7 +291,7 @@ class Trainer:
             needs_checkpoint = self.recovery.policy == "rollback" or bool(self.progress.resumed_from)
             if needs_checkpoint and not self.mode.ranks.broadcast(self.checkpoints.last.exists()):
                 self.save()  # to roll back to; or, if the run was resumed in a new folder, to resume from
-            clock = Clock(self)
+            clock = self._clock()
             if self.stopping.should_stop and self.progress.position == 0 and self.progress.step < steps:
                 return "stopped_early"  # resumed a run that was killed between its last checkpoint and its summary
             # position > 0 after the last update: the run was interrupted before it evaluated the last epoch.
@@ -319,7 +310,7 @@ class Trainer:
                         self.tracking.advance(progress.step)
                         if logs:
                             self.step.check_updates()  # before metrics that may be NaN are logged
-                            self.tracking.step(progress.step, clock.metrics(record.norm))
+                            self.tracking.step(progress.step, clock.metrics(float(self.step.rate), record.norm))
                         # Between updates only: all ranks have counted the same updates when they read the flag, and
                         # a checkpoint never holds half an update.
                         if stop or self.stopping.should_stop:
@@ -335,7 +326,7 @@ class Trainer:
                         return "interrupted"
                 except Diverged as error:
                     self._roll_back(error)
-                    clock = Clock(self)
+                    clock = self._clock()
                     continue
                 if self.stopping.should_stop and progress.step < steps:
                     return "stopped_early"
@@ -347,7 +338,10 @@ class Trainer:
         self.train_metrics.add(*record.micro_batches)
         return record
 
-    def _end_epoch(self, clock: "Clock", stop: Interruption) -> bool:
+    def _clock(self) -> Clock:
+        return Clock(self.progress, self.train_metrics, self.timing)
+
+    def _end_epoch(self, clock: Clock, stop: Interruption) -> bool:
         """Evaluates, updates best model, stopping rule and schedule, logs, and saves, each if due.
 
         Returns False if the evaluation was interrupted. The state is then unchanged: a resumed run evaluates again.
@@ -370,7 +364,7 @@ class Trainer:
                 return False
             metrics |= validation_metrics
         evaluation_seconds = time.perf_counter() - trained
-        self.train_metrics = self.train_metrics.fresh()
+        self.train_metrics.clear()
         progress.epoch, progress.position = epoch, 0
         clock.stop()
         improved = False
@@ -414,7 +408,7 @@ class Trainer:
         # These two must survive: the checkpoint has their values from before the rollback.
         recovery_state, resumed_from = recovery.state_dict(), self.progress.resumed_from
         # The sums are of updates that the checkpoint does not have, and that will be made again.
-        self.train_metrics = self.train_metrics.fresh()
+        self.train_metrics.clear()
         self.load_state_dict(state)
         self.progress.resumed_from = resumed_from
         # The checkpoint may include the factors of earlier rollbacks: multiply by the missing ones only.

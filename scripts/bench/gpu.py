@@ -46,8 +46,8 @@ from dlopt.interruption import Interruption
 from dlopt.training import speed
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.evaluate import test_metrics
-from dlopt.training.progress import endless_batches
-from dlopt.training.trainer import Run, Trainer, probe_trainer, train_run
+from dlopt.training.progress import Run, endless_batches
+from dlopt.training.trainer import Trainer, probe_trainer, train_run
 
 Row = dict[str, Any]  # name, value, unit, goal
 
@@ -155,7 +155,7 @@ def loaded(samples: Samples | None) -> InMemory:
 def updates(training: Trainer) -> Callable[[], None]:
     """Returns a function that makes the next update, with full batches only."""
     size = training.batches.batch_size  # type: ignore[attr-defined]
-    source = (batch for batch in endless_batches(training) if len(batch.targets) == size)
+    source = (batch for batch in endless_batches(training.batches, training.progress) if len(batch.targets) == size)
     step = itertools.count()
     training.module.train()
 
@@ -361,7 +361,7 @@ def data_path(bench: Bench) -> list[Row]:
     for name, (typed, goal) in jobs.items():
         _, training = bench.training(*typed)
         update_seconds = bench.seconds_per_call(updates(training), warm=8, calls=20)
-        source = endless_batches(training)
+        source = endless_batches(training.batches, training.progress)
         fetch_seconds = bench.seconds_per_call(lambda source=source: next(source), warm=8, calls=100)  # type: ignore[misc]
         percentage = 100 * fetch_seconds / update_seconds
         rows.append(entry(f"data path, fraction of an update of {name}", percentage, "%", goal))

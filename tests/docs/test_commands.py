@@ -20,7 +20,7 @@ from PIL import Image
 
 from dlopt.commands.grid import overrides_of
 from dlopt.config.plan import Plan
-from dlopt.sweeps.run import SweepRequest
+from dlopt.sweeps.request import SweepRequest
 from dlopt.table import COMMANDS
 from tests.support.line import SMALL, dlopt
 from tests.support.pages import ROOT, block_after, blocks

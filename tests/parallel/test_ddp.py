@@ -15,7 +15,7 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.ddp import data_parallel
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.trainer import Run
+from dlopt.training.progress import Run
 from tests.support.choices import names
 from tests.support.equality import MLP, RESNET, Cases, compare, metric_values, run_distributed
 from tests.support.ranks import run_ranks

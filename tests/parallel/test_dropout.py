@@ -147,8 +147,12 @@ def test_probability_of_zero_and_one_draws_nothing() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 1e-6, 0.3, 1.0])
 @pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d])
-def test_discard_draws_as_a_call(p: float, kind: type[nn.Dropout]) -> None:
-    inputs, dropout = torch.randn(4, 6, 3), converted(kind(p))
+@pytest.mark.parametrize("total", [4, 9])
+def test_discard_draws_as_a_call(p: float, kind: type[nn.Dropout], total: int) -> None:
+    """Also where the rank has four samples of more: model groups with different samples draw for all of them."""
+    current = CurrentShard()
+    current.shard = MicroBatchShard(total, slice(0, 4))
+    inputs, dropout = torch.randn(4, 6, 3), converted(kind(p), current)
     assert isinstance(dropout, GlobalDropout)
     for module in (dropout, copy.deepcopy(dropout).eval()):
         torch.manual_seed(0)

@@ -12,7 +12,7 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.hybrid import hybrid
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.trainer import Run
+from dlopt.training.progress import Run
 from tests.support.equality import BASE, MLP, RESNET, Cases, compare, resume_run
 from tests.support.ranks import run_ranks
 from tests.support.runs import experiment, run_job, start

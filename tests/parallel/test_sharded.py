@@ -15,7 +15,7 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.training import sharded
 from dlopt.training.checkpoint import Checkpoints, load
-from dlopt.training.trainer import Run
+from dlopt.training.progress import Run
 from tests.support.equality import MLP, metric_values, resume_run
 from tests.support.line import dlopt, refused
 from tests.support.processes import run_dlopt, start_dlopt

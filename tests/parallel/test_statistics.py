@@ -10,7 +10,7 @@ from torch import nn
 from dlopt.parallel import rendezvous
 from dlopt.parallel.sync_batchnorm import buffer_averaging
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.trainer import Run
+from dlopt.training.progress import Run
 from tests.support.ranks import run_ranks
 from tests.support.runs import SMALL, at_update, experiment, result, run_job, same, terminate, timeless
 from tests.support.split_models import join_all

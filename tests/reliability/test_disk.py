@@ -12,7 +12,7 @@ import pytest
 
 from dlopt import job
 from dlopt.training.checkpoint import Checkpoints, load
-from dlopt.training.trainer import Run
+from dlopt.training.progress import Run
 from tests.support.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again
 from tests.support.runs import RICH, experiment, in_fork, resume, same, start, timeless
 from tests.support.runs import result as result_of

@@ -28,8 +28,9 @@ from dlopt.training import checkpoint
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.metrics import Measured
 from dlopt.training.precision import torch_defaults
+from dlopt.training.progress import Run
 from dlopt.training.step import Step, UpdateRecord
-from dlopt.training.trainer import Run, train_run
+from dlopt.training.trainer import train_run
 
 SMALL = [
     "data.subset=120",

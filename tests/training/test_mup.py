@@ -94,7 +94,7 @@ def changes(lines: list[str], width: int, updates: int = 4) -> dict[str, float]:
         return seen
 
     before = outputs()
-    for number, batch in enumerate(islice(endless_batches(trainer), updates)):
+    for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), updates)):
         trainer.update(batch, number)
     return {name: (after - before[name]).square().mean().sqrt().item() for name, after in outputs().items()}
 
@@ -118,7 +118,7 @@ def test_the_best_learning_rate_does_not_move_with_the_width(gpt: list[str]) -> 
             lines = *gpt, *init, "init.std=0.1", f"model.width={width}", f"optimizer.lr={rate}", "steps=60"
             trainer = probe_trainer(build_workload(experiment(*lines)), Path())
             losses = []
-            for number, batch in enumerate(islice(endless_batches(trainer), 60)):
+            for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), 60)):
                 trainer.update(batch, number)
                 losses.append(trainer.train_metrics.since_last("")["loss"])
             ends[rate] = sum(losses[-10:])

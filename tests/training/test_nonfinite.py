@@ -468,7 +468,7 @@ def one_rank_diverges(folder: str) -> None:
     import os
 
     from dlopt.parallel import rendezvous
-    from dlopt.training.trainer import Run
+    from dlopt.training.progress import Run
 
     rank = int(os.environ["DLOPT_RANK"])
     replicated = ["parallel=ddp", "parallel.sync_batchnorm=true"]

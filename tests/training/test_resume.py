@@ -23,9 +23,8 @@ from dlopt.tracking import Tracking
 from dlopt.training import checkpoint, rng
 from dlopt.training import trainer as loop
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.progress import run_length
+from dlopt.training.progress import Run, run_length
 from dlopt.training.step import Step
-from dlopt.training.trainer import Run
 from tests.support.choices import names
 from tests.support.runs import (
     RICH,

@@ -27,7 +27,8 @@ from dlopt.parallel.ranks import Ranks
 from dlopt.training.build import Workload, build_workload, training_batches
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.trainer import Run, Trainer, train_run
+from dlopt.training.progress import Run
+from dlopt.training.trainer import Trainer, train_run
 from tests.support.runs import (
     REGRESSION,
     RICH,

@@ -107,7 +107,7 @@ def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank:
 def updates_of(trainer: Trainer, device: torch.device) -> Callable[[], int]:
     """Returns a function that makes the next update, synchronizes with the device, and returns this rank's samples."""
     trainer.module.train()
-    batches, progress = endless_batches(trainer), trainer.progress
+    batches, progress = endless_batches(trainer.batches, trainer.progress), trainer.progress
 
     def update() -> int:
         batch = next(batches)

@@ -38,7 +38,7 @@ from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.trainer import Run
+from dlopt.training.progress import Run
 
 PICTURE = "comparison"
 _READS_OF_HYDRA = ("hydra.run", "hydra.mode", "hydra.job.name")  # its runs share this process and its environment

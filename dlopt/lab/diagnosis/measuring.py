@@ -198,7 +198,7 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
     parameters = training_step.parameters
     curvature_updates = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()
     workload.module.train()
-    for number, batch in enumerate(islice(endless_batches(trainer), updates)):
+    for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), updates)):
         before = {p: p.detach().clone() for p in parameters}
         try:
             record = trainer.update(batch, progress.step + number, log_norm=True)

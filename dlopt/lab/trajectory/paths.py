@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt.config.schema import Component
-from dlopt.functions import Function, Window
+from dlopt.lab.trajectory.functions import Function, Window
 from dlopt.optim import SGDW, LossClosure
 from dlopt.random import generator
 from dlopt.results import drawing

@@ -23,7 +23,7 @@ from dlopt.ranges import Seed
 from dlopt.results import drawing
 
 if TYPE_CHECKING:
-    from dlopt.functions import Function
+    from dlopt.lab.trajectory.functions import Function
     from dlopt.lab.trajectory.paths import Trajectory
     from dlopt.schedules import Warmup
 
@@ -224,7 +224,7 @@ def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
 
 def _closed_form(job: _PathJob, function: "Function") -> Mapping[str, float] | None:
     """Returns the optimal keys on a quadratic without noise, at a constant learning rate; None elsewhere."""
-    from dlopt.functions import Quadratic
+    from dlopt.lab.trajectory.functions import Quadratic
     from dlopt.lab.trajectory.paths import optimum
 
     if not isinstance(function, Quadratic) or function.curvatures is None or not job.has_constant_lr:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.optim import SGD, Optimizer
 
 from dlopt.config.schema import Component
-from dlopt.functions import Quadratic, Rosenbrock, Window
+from dlopt.lab.trajectory.functions import Quadratic, Rosenbrock, Window
 from dlopt.lab.trajectory.paths import (
     RATES,
     Trajectory,

@@ -12,7 +12,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import component
 from dlopt.errors import UserError
-from dlopt.functions import DigitPair, Quadratic
+from dlopt.lab.trajectory.functions import DigitPair, Quadratic
 
 NAMES = sorted(path.stem for path in (config_folder() / "function").glob("*.yaml"))
 
