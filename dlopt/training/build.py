@@ -154,9 +154,9 @@ def build_workload(
     dataset = with_task(experiment, dataset, dataset.train.shape if augment is None else augment.output_shape)
     task = dataset.task
     shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
-    normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.dtype)
+    normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.data_dtype)
     if normalization is None:
-        kind = f"{experiment.normalize.target.__qualname__} {experiment.normalize.arguments} {precision.dtype}"
+        kind = f"{experiment.normalize.target.__qualname__} {experiment.normalize.arguments} {precision.data_dtype}"
         fit(normalize, dataset, count=experiment.data_settings.statistics_samples, kind=kind)
     else:
         normalize.load_state_dict(normalization)
@@ -196,8 +196,8 @@ def build_workload(
         normalize=normalize,
         module=module,
         placed=placed,
-        model=placed.model if compile_obstacle else torch.compile(placed.model),
-        loss=precision.place(loss),
+        model=placed.model if compile_obstacle else speed.compiled(placed.model, settings.compile),
+        loss=precision.place_data(loss),
         memory_format=memory_format,
         augment=augment,
         compile_obstacle=compile_obstacle,
