@@ -169,7 +169,7 @@ def build_workload(
     freezes = any(rule.freeze for rule in experiment.grouping.groups)
     has_gradients = is_new and device.type == "cpu" and parallel.ranks.processes == 1 and not freezes
     check_memory(experiment.model, runtime, has_gradients=has_gradients)
-    module = _build_model(experiment, dataset, normalize, shape)
+    module = build_model(experiment, dataset, normalize, shape)
     check_reads(experiment, module, task)
     if is_new:  # a checkpoint can be used although its model has other outputs
         check_outputs(experiment, module, shape, dataset, device)
@@ -262,7 +262,7 @@ def data_spec(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+def build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """Builds and initializes the model on the CPU, for the same initial weights on every device."""
     seed = experiment.settings.init_seed
     rng.seed_all(stream(seed, WEIGHTS))

@@ -11,7 +11,7 @@ from dlopt.errors import UserError
 from dlopt.parallel.process_group import check_precision
 from dlopt.training import checkpoint
 from dlopt.training.precision import Precision, bf16_slowdown, choose_precision
-from tests.support.line import dlopt, only, refused
+from tests.support.line import dlopt, refused
 from tests.support.runs import SMALL, at_update, metrics, result, resume, same, start, terminate
 
 CPU = torch.device("cpu")
@@ -146,9 +146,9 @@ def test_pure_bf16_keeps_shared_weights_shared() -> None:
 @pytest.mark.parametrize("typed", [[], ["precision=fp32"]], ids=["bf16_pure", "fp32"])
 def test_a_pure_bf16_checkpoint_is_evaluated(tmp_path: Path, typed: list[str]) -> None:
     summary = start(tmp_path / "run", *PURE)
-    result = dlopt(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", *typed)
+    result = dlopt(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", "output=out", *typed)
     assert result.code == 0, result.err
-    tested = json.loads(only(tmp_path, "**/eval*.json").read_text())
+    tested = json.loads((tmp_path / "out/eval.json").read_text())
     assert tested["test_loss"] == pytest.approx(summary["test_loss"], rel=0.02 if typed else 1e-6)
 
 
