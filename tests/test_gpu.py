@@ -52,11 +52,13 @@ def weights(trainer: Trainer) -> Tensor:
 # The fraction of two updates by which they may differ from those in fp64 on the CPU. Methods that use the signs of the
 # gradients may move a few of the 900 weights the other way; a wrong update differs by about its own size.
 TOLERANCE = 0.1
-DIVERGES = {"newton_undamped"}  # in fp64, too: the Hessian of this network is singular
+# newton_undamped diverges, in fp64, too. The preconditioners of soap are singular here (25 samples, 64 inputs): which of
+# their eigenvectors it finds depends on rounding.
+EXCLUDED = {"newton_undamped", "soap"}
 
 
 @on_each_device
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in DIVERGES])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in EXCLUDED])
 def test_two_updates_of_every_optimizer_equal_those_on_the_cpu(tmp_path: Path, device: str, optimizer: str) -> None:
     # Without batch norm, after which a bias has a gradient of exactly zero, and its sign is that of a rounding error.
     keys = ("model.norm=none", f"optimizer={optimizer}", "schedule=constant", "schedule.warmup_epochs=0")
@@ -113,7 +115,7 @@ def test_replayed_updates_are_bitwise_identical(tmp_path: Path, device: str, opt
         "data.drop_last=true", "model.norm=batch", f"precision={precision}", f"optimizer={optimizer}",
         # A graph keeps the rate in a tensor of fp32, which represents these numbers.
         "optimizer.lr=0.125", "optimizer.weight_decay=0.0009765625", "schedule=constant", "schedule.warmup_epochs=0",
-        "deterministic=true",
+        "deterministic=true", *(("optimizer.rest_lr=0.0078125",) if optimizer == "muon" else ()),
     )  # fmt: skip
     eager = trained(tmp_path, device, *keys, "cuda_graphs=false", updates=9)
     with graphs(device):
