@@ -52,8 +52,8 @@ def weights(trainer: Trainer) -> Tensor:
 # The fraction of two updates by which they may differ from those in fp64 on the CPU. Methods that use the signs of the
 # gradients may move a few of the 900 weights the other way; a wrong update differs by about its own size.
 TOLERANCE = 0.1
-# newton_undamped diverges, in fp64, too. The preconditioners of soap are singular here (25 samples, 64 inputs): which of
-# their eigenvectors it finds depends on rounding.
+# newton_undamped diverges, in fp64, too. The preconditioners of soap are singular here (25 samples, 64 inputs): which
+# of their eigenvectors it finds depends on rounding.
 EXCLUDED = {"newton_undamped", "soap"}
 
 
