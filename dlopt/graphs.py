@@ -6,7 +6,7 @@ between replays has to be in a tensor that is filled in place (inputs, learning 
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -14,14 +14,21 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_WARMUP_RUNS = 3  # eager runs before capture: allocate memory, select and compile kernels
+# Eager runs before capture. The first one selects and compiles kernels, and creates the optimizer's state. The second
+# one runs as the captured one will, with that state: a kernel that CUDA loads only now would fail during capture. torch
+# recommends more (11) for DistributedDataParallel only, whose updates are not captured here.
+_WARMUP_RUNS = 2
 
 
 class Recorder:
-    """Captures functions into `torch.cuda.CUDAGraph`s."""
+    """Captures functions into `torch.cuda.CUDAGraph`s.
+
+    All graphs of a recorder share their memory: only the latest one may be replayed.
+    """
 
     def __init__(self) -> None:
         self._side: torch.cuda.Stream | None = None
+        self._pool: Any = None  # of memory, which all graphs of this recorder share
 
     def warm_up(self, function: Callable[[], T]) -> T:
         """Runs `function` eagerly on a side stream; later work on the current stream waits for it."""
@@ -39,13 +46,13 @@ class Recorder:
 
         `generators`: those that `function` draws from in addition to the device's default generator.
         """
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # releases the warm-up's memory: a graph allocates from a private pool
         graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         for generator in generators:
             graph.register_generator_state(generator)
         # thread_local: a thread that copies a checkpoint may call CUDA functions during capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # `torch.cuda.graph` synchronizes, and releases the memory of the eager runs.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = function()
         return graph.replay, results
 
@@ -64,17 +71,25 @@ class GraphedFunction(Generic[T]):
         self._recorder = recorder
         self._generators = generators
         self._can_capture = True
+        self._former: Callable[[], None] | None = None
+        self._replay: Callable[[], None] | None = None
         self.reset()
 
-    def reset(self) -> None:
-        """Discards the graph, which is captured again; for calls after the function's tensors were replaced."""
+    def reset(self, warmup_runs: int = _WARMUP_RUNS) -> None:
+        """Discards the graph, which is captured again after `warmup_runs` eager calls.
+
+        For calls after the function's tensors were replaced, or its operations have changed.
+        """
         self._runs = 0
-        self._replay: Callable[[], None] | None = None
+        self._warmup_runs = warmup_runs
+        # Kept until the next capture, which then finds its memory in the pool instead of allocating it.
+        self._former = self._replay or self._former
+        self._replay = None
         self._results: T | None = None
 
     def __call__(self) -> T:
         if self._replay is None:
-            if self._runs < _WARMUP_RUNS or not self._can_capture:
+            if self._runs < self._warmup_runs or not self._can_capture:
                 self._runs += 1
                 return self._recorder.warm_up(self._function)
             self._capture()
@@ -87,7 +102,8 @@ class GraphedFunction(Generic[T]):
     def _capture(self) -> None:
         try:
             self._replay, self._results = self._recorder.capture(self._function, self._generators)
+            self._former = None
         except RuntimeError as error:
-            self._can_capture = False
+            self._can_capture, self._former = False, None
             reason = str(error).strip().splitlines()[0]
             log.warning("%s could not be captured as a CUDA graph (%s); it runs eagerly", self.name, reason)

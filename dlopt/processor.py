@@ -75,6 +75,8 @@ def set_deterministic(enabled: bool, *, warn_only: bool = False) -> None:
     That function imports torch's compiler to set a flag there, which takes two seconds. Without the flag and without
     the compiler there is nothing to set: the compiler's default is off.
     """
+    if enabled:  # cuBLAS reproduces its sums with a fixed workspace only, and torch refuses any other
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if enabled or "torch._inductor" in sys.modules:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     else:

@@ -61,7 +61,7 @@ def _continue(
     from dlopt.random import generator
     from dlopt.training.restore import restore
 
-    if changes.get("precision") in ("bf16", "fp16"):
+    if changes.get("precision") in ("bf16", "bf16_pure", "fp16"):
         raise UserError(f"precision={changes['precision']}: samples are computed in fp32; use fp32, tf32 or fp64")
     trained = restore(path, changes)
     if trained.task.vocabulary is None:

@@ -88,12 +88,13 @@ def _summarize(experiment: "Experiment", shape: tuple[int, ...], task: "Task", s
     from dlopt.instruments.model_summary import summarize
     from dlopt.training.build import model_arguments
     from dlopt.training.model_check import model_on_meta
+    from dlopt.training.precision import Precision
 
     batch_size = experiment.data_settings.batch_size
     batch = _UNKNOWN_BATCH if samples is None else samples
     if batch_size != "full":
         batch = batch_size if samples is None else min(batch_size, samples)
-    dtype = torch.float64 if experiment.settings.precision == "fp64" else torch.float32
+    dtype = Precision(experiment.settings.precision, torch.device("meta")).dtype
     module = model_on_meta(experiment.model, model_arguments(task, shape)).to(dtype)
     input_dtype = dtype if task.vocabulary is None else torch.int64
     try:

@@ -52,6 +52,8 @@ def check_combinations(experiment: Experiment) -> None:
             "or another optimizer"
         )
     _check_device(experiment)
+    _check_precision(experiment)
+    _check_compile(settings)
     _check_batch(experiment)
     if experiment.model.arguments.get("pretrained") and experiment.init.target is not default:
         raise UserError(
@@ -137,7 +139,7 @@ def _check_device(experiment: Experiment) -> None:
         raise UserError(
             f"precision={settings.precision}: not supported on a CPU; use precision=bf16 or fp32, or device=cuda"
         )
-    if settings.device == "mps" and settings.precision in ("fp64", "tf32"):
+    if settings.device == "mps" and settings.precision in ("fp64", "tf32", "bf16_pure"):
         raise UserError(
             f"precision={settings.precision}: not supported on an Apple GPU; use precision=fp32, bf16 or fp16"
         )
@@ -149,6 +151,39 @@ def _check_device(experiment: Experiment) -> None:
     ):
         if isinstance(number, int) and number > per_core * cores:
             raise UserError(f"{key}={number}: this machine has {cores} cores; at most {per_core * cores}")
+
+
+def _check_precision(experiment: Experiment) -> None:
+    """Refuses what bf16 weights do not resolve."""
+    settings, key = experiment.settings, "precision=bf16_pure"
+    if settings.precision != "bf16_pure":
+        return
+    if settings.ema is not None:
+        raise UserError(
+            f"ema={settings.ema}: the average moves by less than the weights of {key} resolve; "
+            "use precision=bf16 or ema=null"
+        )
+    if is_schedule_free(experiment.optimizer.target):
+        raise UserError(
+            f"{key}: {experiment.optimizer.target.__name__} evaluates an average, which moves by less than bf16 "
+            "weights resolve; use precision=bf16 or another optimizer"
+        )
+    if "curvature" in settings.diagnostics:
+        raise UserError(f"diagnostics=[curvature]: {key} does not resolve second derivatives; use precision=bf16")
+
+
+def _check_compile(settings: Settings) -> None:
+    """Refuses what torch.compile's own CUDA graphs do not support: each pass overwrites the results of the previous."""
+    if settings.compile not in ("reduce-overhead", "max-autotune"):
+        return
+    advice = "use compile=max-autotune-no-cudagraphs"
+    if settings.cuda_graphs is True:
+        raise UserError(f"cuda_graphs=true: compile={settings.compile} records CUDA graphs of its own; {advice}")
+    if settings.accumulate > 1:
+        raise UserError(
+            f"accumulate={settings.accumulate}: the CUDA graphs of compile={settings.compile} overwrite the gradients "
+            f"of the previous micro-batch; {advice}"
+        )
 
 
 def _check_batch(experiment: Experiment) -> None:

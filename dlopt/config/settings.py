@@ -10,6 +10,7 @@ from dlopt.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.roles import Role
 
 Toggle = bool | Literal["auto"]
+Compile = Toggle | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 ExtraMetric = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy", "r2", "mae"]
 
 
@@ -62,8 +63,8 @@ class Settings:
     max_time: Annotated[Positive | None, Role.LENGTH]
     schedule_epochs: Annotated[Positive | None, Role.LENGTH]
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Role.PLACE]
-    precision: Annotated[Literal["fp32", "tf32", "bf16", "fp16", "fp64", "auto"], Role.IDENTITY]
-    compile: Annotated[Toggle, Role.PLACE]
+    precision: Annotated[Literal["fp32", "tf32", "bf16", "bf16_pure", "fp16", "fp64", "auto"], Role.IDENTITY]
+    compile: Annotated[Compile, Role.PLACE]
     cuda_graphs: Annotated[Toggle, Role.PLACE]
     channels_last: Annotated[Toggle, Role.PLACE]
     threads: Annotated[Count | Literal["auto"], Role.PLACE]

@@ -40,7 +40,7 @@ def check(workload: Workload, kinds: Sequence[Kind]) -> None:
             f"diagnostics=[{','.join(kinds)}]: with parallel={workload.parallel.name} no process has the whole model; "
             "use parallel=single or ddp"
         )
-    if hasattr(workload.model, "_orig_mod") and set(kinds) - {"curvature"}:  # torch.compile's
+    if not workload.compile_obstacle and set(kinds) - {"curvature"}:
         raise UserError(f"diagnostics=[{','.join(kinds)}]: hooks do not run in a compiled model; set compile=false")
     if "curvature" in kinds and workload.parallel.ranks.processes > 1:
         raise UserError(

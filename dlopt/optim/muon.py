@@ -189,7 +189,12 @@ class Muon(torch.optim.Optimizer):
             for p in params:
                 p.mul_(math.sqrt(len(p)) / p.norm().clamp(min=group["eps"]))  # zero weights stay zero
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            # A captured rate is a tensor, which a product with bf16 weights would round to bf16.
+            precise = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in params]
+            torch._foreach_mul_(precise, 1 - group["lr"] * group["weight_decay"])
+            for p, decayed in zip(params, precise, strict=True):
+                if p is not decayed:
+                    p.copy_(decayed)
         # Matrices of the same shape are orthogonalized together, in one batched product per iteration.
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, p in enumerate(params):
@@ -197,7 +202,8 @@ class Muon(torch.optim.Optimizer):
         for shape, indices in by_shape.items():
             stacked = torch.stack([as_matrix(moves[index], params[index]) for index in indices])
             orthogonal = orthogonalize(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
-            scaled = orthogonal.to(stacked.dtype) * (group["lr"] * _lr_factor(shape, group["adjust_lr_fn"]))
+            precise_type = torch.promote_types(stacked.dtype, torch.float32)
+            scaled = orthogonal.to(precise_type) * (group["lr"] * _lr_factor(shape, group["adjust_lr_fn"]))
             if group["cautious"]:
                 make_cautious(scaled, [as_matrix(grads[index], params[index]) for index in indices])
             for index, move in zip(indices, scaled, strict=True):

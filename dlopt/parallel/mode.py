@@ -150,9 +150,18 @@ def join_mode(
 
 
 def check_precision(mode: str, precision: str) -> None:
-    """Raises `UserError` for fp16: every rank has its own loss scaler, which sees the overflows of its shards only."""
+    """Raises `UserError` for precisions that a mode with a sharded model does not support.
+
+    fp16: every rank has its own loss scaler, which sees the overflows of its shards only. bf16_pure: shards of fp32
+    norm layers and bf16 weights do not share a buffer.
+    """
     if precision == "fp16":
         raise UserError(
             f"precision=fp16: not supported with parallel={mode}, whose ranks would diverge in their loss scales; "
             "use precision=bf16"
+        )
+    if precision == "bf16_pure":
+        raise UserError(
+            f"precision=bf16_pure: not supported with parallel={mode}, which shards all layers in one dtype; "
+            "use precision=bf16, or parallel=ddp"
         )

@@ -154,9 +154,9 @@ def build_workload(
     dataset = with_task(experiment, dataset, dataset.train.shape if augment is None else augment.output_shape)
     task = dataset.task
     shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
-    normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.dtype)
+    normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.data_dtype)
     if normalization is None:
-        kind = f"{experiment.normalize.target.__qualname__} {experiment.normalize.arguments} {precision.dtype}"
+        kind = f"{experiment.normalize.target.__qualname__} {experiment.normalize.arguments} {precision.data_dtype}"
         fit(normalize, dataset, count=experiment.data_settings.statistics_samples, kind=kind)
     else:
         normalize.load_state_dict(normalization)
@@ -169,7 +169,7 @@ def build_workload(
     freezes = any(rule.freeze for rule in experiment.grouping.groups)
     has_gradients = is_new and device.type == "cpu" and parallel.ranks.processes == 1 and not freezes
     check_memory(experiment.model, runtime, has_gradients=has_gradients)
-    module = _build_model(experiment, dataset, normalize, shape)
+    module = build_model(experiment, dataset, normalize, shape)
     check_reads(experiment, module, task)
     if is_new:  # a checkpoint can be used although its model has other outputs
         check_outputs(experiment, module, shape, dataset, device)
@@ -196,8 +196,8 @@ def build_workload(
         normalize=normalize,
         module=module,
         placed=placed,
-        model=placed.model if compile_obstacle else torch.compile(placed.model),
-        loss=precision.place(loss),
+        model=placed.model if compile_obstacle else speed.compiled(placed.model, settings.compile),
+        loss=precision.place_data(loss),
         memory_format=memory_format,
         augment=augment,
         compile_obstacle=compile_obstacle,
@@ -262,7 +262,7 @@ def data_spec(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+def build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """Builds and initializes the model on the CPU, for the same initial weights on every device."""
     seed = experiment.settings.init_seed
     rng.seed_all(stream(seed, WEIGHTS))

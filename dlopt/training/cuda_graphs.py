@@ -14,6 +14,7 @@ from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.precision import Precision
+from dlopt.training.speed import OWN_GRAPHS
 from dlopt.training.step import Step, StepSettings, UpdateRecord
 
 
@@ -26,8 +27,9 @@ def obstacle(
     *,
     precision: Precision,
     observed: bool = False,
+    compile: bool | str = False,
 ) -> str | None:
-    """Returns why updates cannot be captured; None: they can.
+    """Returns why updates cannot be captured; None: they can. `compile`: the key of the run.
 
     A captured update has no control flow that depends on tensor values, does not synchronize with the device, and
     differs between steps only in tensors and seeds. This is known of torch's and dlopt's layers only.
@@ -36,6 +38,8 @@ def obstacle(
         return f"CUDA graphs are not available on {mode.device.type}"
     if mode.ranks.processes > 1:
         return "an update communicates between processes"
+    if compile in OWN_GRAPHS:
+        return f"compile={compile} records graphs of its own; compile=max-autotune-no-cudagraphs does not"
     if observed:
         return "diagnostics and profile use hooks, which a replay does not run"
     if not settings.evaluates_once or not optimizer_traits(optimizer).capturable:
@@ -106,7 +110,8 @@ class GraphedStep(Step):
         self._begin(static, number, log_norm=self._capture.log_norm)
         if self.schedule.frozen != self._frozen:  # the schedule froze parameters: the backward pass has changed
             self._frozen = self.schedule.frozen
-            self._graphed_update.reset()
+            # One eager update: a compiled model compiles its new backward pass in it. All other kernels are known.
+            self._graphed_update.reset(warmup_runs=1)
         self._seed()
         self._is_seeded = True
         # A replay continues the generator from the seed set before it: seeding on the host would not be in the graph.

@@ -373,6 +373,6 @@ def _image_batches(workload: Workload, samples: Samples, transform: TestTransfor
         decoded = prepare(source, larger).test
         assert decoded is not None
         samples, in_memory = decoded, False
-    mode, dtype = workload.parallel, workload.precision.dtype
+    mode, dtype = workload.parallel, workload.precision.data_dtype
     delivery = Delivery(workload.device, in_memory, data.workers, dtype=dtype, processes=mode.ranks.local_processes)
     return Batches(samples, delivery, batch_size=data.batch_size, shard=mode.split.evaluation_shard)

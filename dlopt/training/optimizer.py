@@ -28,6 +28,7 @@ from dlopt.training.cuda_graphs import Capture, GraphedStep
 from dlopt.training.metrics import Measure
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Length
+from dlopt.training.speed import OWN_GRAPHS
 from dlopt.training.step import Network, Observer, Step, StepSettings
 from dlopt.training.stopping import Stopping
 
@@ -59,6 +60,12 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = component.build(params=groups, **({"fused": True} if fused else {}))
     except ValueError as error:  # third-party optimizers validate their arguments themselves
         raise UserError(f"{component.choice}: {error}") from None
+    if workload.precision.name == "bf16_pure" and isinstance(optimizer, torch.optim.NAdam):
+        # torch rounds it to the weights' dtype when it loads a state: a resumed run would differ.
+        raise UserError(
+            "precision=bf16_pure: NAdam's state has a product of momenta, which bf16 does not resolve; "
+            "use precision=bf16, or optimizer=adamw"
+        )
     check_optimizer(workload.parallel, optimizer)
     check_label_sampling(workload.parallel, optimizer, workload.loss)
     if growth is not None:
@@ -169,14 +176,24 @@ def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss:
 
 
 def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool:
-    """Returns whether the optimizer evaluates the loss once per update. Raises `UserError` for many with fp16."""
-    once = optimizer_traits(optimizer).evaluations == "once"
-    if not once and workload.precision.name == "fp16":
+    """Returns whether the optimizer evaluates the loss once per update. Raises `UserError`: a setting needs it."""
+    if optimizer_traits(optimizer).evaluations == "once":
+        return True
+    name = f"{type(optimizer).__name__} evaluates the loss several times per update"
+    precision, compile = workload.precision.name, workload.experiment.settings.compile
+    if precision == "fp16":
+        raise UserError(f"precision=fp16: {name}, which loss scaling does not support; use precision=bf16 or fp32")
+    if precision == "bf16_pure":
         raise UserError(
-            f"precision=fp16: {type(optimizer).__name__} evaluates the loss several times per update, "
-            "which loss scaling does not support; use precision=bf16 or fp32"
+            f"precision=bf16_pure: {name}, at weights that differ by less than bf16 resolves; "
+            "use precision=bf16 or fp32"
         )
-    return once
+    if compile in OWN_GRAPHS:
+        raise UserError(
+            f"compile={compile}: {name}, and its CUDA graphs overwrite the gradients of the previous one; "
+            "use compile=max-autotune-no-cudagraphs or compile=true"
+        )
+    return False
 
 
 def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> Scheduler:
@@ -229,8 +246,9 @@ def build_step(
     )
     observed = bool(observers or settings.diagnostics or settings.profile)  # only rank 0 has the observers
     reason = cuda_graphs.obstacle(
-        workload.module, optimizer, schedule, mode, step_settings, precision=workload.precision, observed=observed
-    )
+        workload.module, optimizer, schedule, mode, step_settings, precision=workload.precision, observed=observed,
+        compile=False if workload.compile_obstacle else settings.compile,
+    )  # fmt: skip
     if reason is not None and settings.cuda_graphs is True:
         raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
     # The order matters: the average includes buffers, which have to be synchronized before.

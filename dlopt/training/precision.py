@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from dlopt.errors import UserError
 
 _ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 _TIMED_VALUES = 1 << 18  # inputs of a timed pass; emulated, a ResNet-20 takes a second for so many
@@ -18,24 +21,52 @@ _TIMED_PASSES = 2
 
 @dataclass(frozen=True)
 class Precision:
-    """fp32, tf32 and fp64 compute in the dtype of the weights; bf16 and fp16 keep fp32 weights and use autocast."""
+    """fp32, tf32 and fp64 compute in the dtype of the weights; bf16 and fp16 keep fp32 weights and use autocast.
+
+    bf16_pure computes in bf16 without autocast: weights, gradients and the optimizer's state are bf16, too. Batch and
+    instance norm keep fp32 parameters and statistics (running averages move by less than bf16 resolves), and losses
+    and metrics are computed from fp32 outputs. There is no such value for fp16: the gradients of a mean loss underflow,
+    and torch's GradScaler accepts no fp16 gradients.
+    """
 
     name: str
     device: torch.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and inputs."""
+        """The dtype of weights and of the model's inputs."""
+        return torch.bfloat16 if self.name == "bf16_pure" else self.data_dtype
+
+    @property
+    def data_dtype(self) -> torch.dtype:
+        """The dtype of data before they enter the model, of their statistics, and of the loss's buffers."""
         return torch.float64 if self.name == "fp64" else torch.float32
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Moves the module to the device and its weights to `dtype`, complex ones to the complex dtype of its width.
+        """Moves the model to the device and its weights to `dtype`, complex ones to the complex dtype of its width.
 
-        `Module.to` would make complex weights real.
+        Raises `UserError` for complex weights with bf16_pure.
         """
+        module = self.place_data(module)
+        if self.dtype == self.data_dtype:
+            return module
+        if any(parameter.is_complex() for parameter in module.parameters()):
+            raise UserError(f"precision={self.name}: the model has complex weights; use precision=fp32")
+        for layer in module.modules():
+            if isinstance(layer, nn.LocalResponseNorm) and self.device.type == "cpu":
+                raise UserError(
+                    f"precision={self.name}: torch has no LocalResponseNorm in bf16 on a CPU; use precision=bf16"
+                )
+            if not isinstance(layer, _NormBase):
+                layer._apply(lambda t: t.to(self.dtype) if t.is_floating_point() else t, recurse=False)
+        return module
+
+    def place_data(self, module: nn.Module) -> nn.Module:
+        """Moves a normalization or a loss to the device and to `data_dtype`."""
 
         def convert(tensor: Tensor) -> Tensor:
-            dtype = self.dtype.to_complex() if tensor.is_complex() else self.dtype
+            # `Module.to` would make complex weights real.
+            dtype = self.data_dtype.to_complex() if tensor.is_complex() else self.data_dtype
             return tensor.to(self.device, dtype if tensor.is_floating_point() or tensor.is_complex() else None)
 
         return module._apply(convert)
@@ -43,10 +74,16 @@ class Precision:
     @property
     def is_emulated(self) -> bool:
         """Whether the processor computes bf16 in software, which is slower than fp32."""
-        return self.name == "bf16" and self.device.type == "cpu" and not _has_bf16(self.device)
+        return self.name in ("bf16", "bf16_pure") and self.device.type == "cpu" and not _has_bf16(self.device)
 
     def autocast(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function under autocast for bf16 and fp16; otherwise the function itself, without overhead."""
+        """Returns the function under autocast for bf16 and fp16, and with fp32 outputs for bf16_pure.
+
+        Otherwise returns the function itself, without overhead.
+        """
+        if self.name == "bf16_pure":
+            # A bf16 loss would have three digits, too few for metrics and for stopping rules.
+            return lambda *inputs: function(*inputs).float()
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
         if low is None:
             return function
@@ -82,30 +119,40 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def bf16_slowdown(
-    module: nn.Module, loss: nn.Module, inputs: Tensor, targets: Tensor, clock: Callable[[], float] = process_time
+    module: nn.Module,
+    loss: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    clock: Callable[[], float] = process_time,
+    *,
+    name: str = "bf16",
 ) -> float:
     """Returns the processor time of a pass in bf16 divided by that in fp32; other processes hardly change it.
+
+    `name`: bf16 or bf16_pure.
 
     A pass is forward and backward. Uses copies of the modules and at most `_TIMED_VALUES` values of the batch, and
     restores the random generator. Each time is the shortest of `_TIMED_PASSES` interleaved ones, after one untimed.
     """
-    module, loss = copy.deepcopy(module), copy.deepcopy(loss)
+    loss = copy.deepcopy(loss)
     samples = max(_TIMED_VALUES // inputs[0].numel(), 2)  # batch norm needs two
     inputs, targets = inputs[:samples], targets[:samples]
 
-    def forward_backward() -> None:
-        loss(module(inputs), targets).backward()
+    def forward_backward(precision: Precision) -> Callable[[], None]:
+        model = precision.autocast(precision.place(copy.deepcopy(module)))
+        converted = inputs.to(precision.dtype) if inputs.is_floating_point() else inputs
+        return lambda: precision.autocast(loss)(model(converted), targets).backward()
 
-    passes = {name: Precision(name, inputs.device).autocast(forward_backward) for name in ("bf16", "fp32")}
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    passes = {each: forward_backward(Precision(each, inputs.device)) for each in (name, "fp32")}
+    seconds: dict[str, list[float]] = {each: [] for each in passes}
     with torch.random.fork_rng([]):
         for number in range(1 + _TIMED_PASSES):
-            for name, run in passes.items():
+            for each, run in passes.items():
                 start = clock()
                 run()
                 if number > 0:
-                    seconds[name].append(clock() - start)
-    return min(seconds["bf16"]) / min(seconds["fp32"])
+                    seconds[each].append(clock() - start)
+    return min(seconds[name]) / min(seconds["fp32"])
 
 
 @contextlib.contextmanager

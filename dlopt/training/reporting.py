@@ -104,13 +104,14 @@ def show_first_batch(workload: Workload, batches: EpochBatches, tracking: Tracki
 
 
 def _emulation_warning(workload: Workload, batches: EpochBatches) -> str:
-    cost = "is slower than fp32"
+    cost, name = "is slower than fp32", workload.precision.name
     if workload.parallel.state.sharding == "replicated":  # otherwise this process has only a part of the model
         batch = next(iter(batches.epoch(0)))
-        cost = f"takes {bf16_slowdown(workload.module, workload.loss, *batch):.1f} times as long as fp32 (measured)"
+        slowdown = bf16_slowdown(workload.module, workload.loss, *batch, name=name)
+        cost = f"takes {slowdown:.1f} times as long as fp32 (measured)"
     return (
-        f"warning: precision=bf16: this processor emulates bf16, which {cost}; use precision=fp32, or precision=auto, "
-        "which selects bf16 only where the processor has it"
+        f"warning: precision={name}: this processor emulates bf16, which {cost}; use precision=fp32, or "
+        "precision=auto, which selects bf16 only where the processor has it"
     )
 
 

@@ -80,9 +80,9 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     module.load_state_dict(evaluated_weights(state))
     return Trained(
         mode=mode,
-        normalize=precision.place(normalize).eval(),
+        normalize=precision.place_data(normalize).eval(),
         module=precision.place(module).eval(),
-        loss=precision.place(loss).eval(),
+        loss=precision.place_data(loss).eval(),
         precision=precision,
         classes=classes,
         task=task,

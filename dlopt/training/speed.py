@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -18,6 +19,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.training.precision import Precision
 
 _WORTH_THREADS = 4e6  # FLOPs of a layer for a batch: some 100 microseconds of one core
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # torch.compile's modes that record CUDA graphs themselves
 _SAMPLES = 2  # some models squeeze a batch of one
 _WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compiling takes longer than it saves
 
@@ -27,16 +29,26 @@ def compile_obstacle(
 ) -> str:
     """Returns why the model is not compiled; empty: it is. `samples`: number of samples in an epoch.
 
-    Raises `UserError` for compile=true with a mode that cannot be compiled.
+    Raises `UserError` for a requested compilation that the parallel mode or the device does not support.
     """
     settings = experiment.settings
     if settings.compile is False:
         return "compile=false"
+    requested = None if settings.compile == "auto" else f"compile={str(settings.compile).lower()}"
     if not parallel.traits.compiles:
-        if settings.compile is True:
-            raise UserError(f"compile=true: parallel={parallel.name} communicates between layers; use compile=auto")
+        if requested is not None:
+            raise UserError(f"{requested}: parallel={parallel.name} communicates between layers; use compile=auto")
         return f"parallel={parallel.name} communicates between layers"
-    if settings.compile is True:
+    if settings.compile in OWN_GRAPHS and parallel.ranks.processes > 1:
+        raise UserError(
+            f"{requested}: its CUDA graphs cannot contain the communication of parallel={parallel.name}; "
+            "use compile=max-autotune-no-cudagraphs or compile=true"
+        )
+    if settings.compile == "reduce-overhead" and parallel.device.type != "cuda":
+        raise UserError(
+            f"{requested}: replays CUDA graphs, which {parallel.device.type} does not have; use compile=true"
+        )
+    if requested is not None:
         return ""
     if parallel.device.type != "cuda":
         return f"compiling takes longer than it saves on {parallel.device.type}"
@@ -49,6 +61,21 @@ def compile_obstacle(
     if 3 * forward_flops(module, shape) * total < _WORTH_COMPILING:  # the backward pass takes twice the forward's
         return "compiling takes longer than it saves in a run this short"
     return ""
+
+
+def compiled(model: Callable[[Tensor], Tensor], setting: bool | str) -> Callable[[Tensor], Tensor]:
+    """Returns the model under torch.compile. `setting`: true, auto, or one of torch's modes."""
+    if isinstance(setting, bool) or setting == "auto":
+        return torch.compile(model)
+    replayed = torch.compile(model, mode=setting)
+    if setting not in OWN_GRAPHS:
+        return replayed
+
+    def run(inputs: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # the results of earlier passes are not needed any more
+        return replayed(inputs).clone()  # metrics keep outputs, whose memory the next replay overwrites
+
+    return run
 
 
 def prefers_one_thread(module: nn.Module, shape: tuple[int, ...], samples: int) -> bool:

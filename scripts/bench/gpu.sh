@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs all GPU benchmarks in under ten minutes; prints a table and writes gpu.json and gpu.png to OUT.
+# Runs the GPU benchmarks that fit into eight minutes (--minutes), most important first. Prints a table; writes gpu.json
+# and gpu.png to OUT.
 #
 #   scripts/bench/gpu.sh [--wheels FOLDER] [--data CIFAR] [--out OUT] [--rehearse] [options of gpu.py]
 #

@@ -1,6 +1,7 @@
 """Benchmarks training on text: dlopt, the bare computation, and nanoGPT's loop, in tokens per second.
 
-    python scripts/bench/text.py [--rounds 5] [--steps 30] [--threads 2] [--compile] [--json FILE]
+    python scripts/bench/text.py [--rounds 5] [--steps 30] [--threads 2] [--compile] [--nanogpt CHECKOUT]
+                                  [--json FILE]
 
 The job is nanoGPT's recipe for CPUs (its README): 4 layers, 4 heads, 128 features, 64 bytes of context, 12 windows per
 update, no biases, no dropout, AdamW, fp32, on the source code of Python's standard library.
@@ -8,32 +9,34 @@ update, no biases, no dropout, AdamW, fp32, on the source code of Python's stand
     bare         forward, backward and fused AdamW on one fixed batch, with dlopt's model and malloc settings
     dlopt        the training step of `dlopt train`: batches, metrics, checks for NaN, schedule, fused AdamW
     dlopt clip   the same with clip=norm
-    nanogpt      nanoGPT's model.py and the loop of its train.py: get_batch, clipping, AdamW as it is on a CPU, the loss
-                 printed in every update (log_interval=1 in its recipe)
+    nanogpt      with --nanogpt CHECKOUT: nanoGPT's own train.py, which clips gradients and prints each loss
 
-nanoGPT is not a package, so its model and loop are written here. The candidates take turns, in both orders. Each
-measurement is a new process, because dlopt's malloc settings would also speed up the others, and because the same
-program differs by some percent from process to process. Reports medians by processor time, which other jobs on the
-machine disturb little, and by wall time.
+The candidates take turns, in both orders. Each measurement is a new process, because dlopt's malloc settings would also
+speed up the others, and because the same program differs by some percent from process to process. Reports medians by
+processor time, which other jobs on the machine disturb little, and by wall time.
 """
 
 import argparse
+import contextlib
 import functools
-import io
 import itertools
 import json
-import math
 import multiprocessing
+import pickle
+import runpy
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from dlopt.config.compose import Composer
@@ -105,79 +108,39 @@ def bare_steps(*overrides: str) -> Steps:
     return run
 
 
-class NanoBlock(nn.Module):
-    """A block of nanoGPT's model.py."""
+def measure_nanogpt(checkout: Path, threads: int, compile: bool, steps: int) -> tuple[float, float]:
+    """Runs nanoGPT's own train.py, unchanged, and returns the seconds of `steps` updates after a warm-up.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
-        self.c_attn, self.c_proj = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.c_fc, self.mlp_proj = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
-        self.dropout = nn.Dropout(0.0)
+    It prints a line after each update, at which the clocks are read.
+    """
+    set_threads(threads)  # beside other processes, waiting threads sleep in all candidates: they would take their time
+    marks: list[tuple[float, float]] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.size()
-        q, k, v = (each.view(B, T, HEADS, C // HEADS).transpose(1, 2) for each in self.c_attn(self.ln_1(x)).split(C, 2))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0, is_causal=True)
-        x = x + self.dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C)))
-        return x + self.dropout(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)))))
+    def mark(line: object = "", *_: object, **__: object) -> None:
+        if str(line).startswith("iter "):
+            marks.append((time.process_time(), time.perf_counter()))
 
-
-class NanoGPT(nn.Module):
-    """nanoGPT's model.py without biases, with a vocabulary of bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wte, self.wpe, self.drop = nn.Embedding(256, WIDTH), nn.Embedding(CONTEXT, WIDTH), nn.Dropout(0.0)
-        self.h = nn.ModuleList([NanoBlock() for _ in range(DEPTH)])
-        self.ln_f, self.lm_head = nn.LayerNorm(WIDTH, bias=False), nn.Linear(WIDTH, 256, bias=False)
-        self.wte.weight = self.lm_head.weight
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                std = 0.02 / math.sqrt(2 * DEPTH) if name.endswith("proj.weight") else 0.02
-                nn.init.normal_(parameter, std=std)
-
-    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        pos = torch.arange(0, idx.size(1), dtype=torch.long)
-        x = self.drop(self.wte(idx) + self.wpe(pos))
-        for block in self.h:
-            x = block(x)
-        logits = self.lm_head(self.ln_f(x))
-        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
-
-
-def nanogpt_steps(threads: int, *overrides: str) -> Steps:
     dataset = python_source(sequence_length=CONTEXT, val_split=0.05, test_split=0.05)
-    data = np.asarray(dataset.train.tokens, dtype=np.uint16)  # type: ignore[attr-defined]
-    set_threads(threads)
-    torch.manual_seed(1337)
-    model = compiled(NanoGPT(), overrides)
-    optimizer = torch.optim.AdamW(groups(model), lr=RATE, betas=BETAS)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-
-    def get_batch() -> tuple[torch.Tensor, torch.Tensor]:
-        ix = torch.randint(len(data) - CONTEXT, (BATCH,)).tolist()
-        x = torch.stack([torch.from_numpy(data[i : i + CONTEXT].astype(np.int64)) for i in ix])
-        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + CONTEXT].astype(np.int64)) for i in ix])
-        return x, y
-
-    def run(steps: int) -> None:
-        sink = io.StringIO()
-        inputs, targets = get_batch()
-        for number in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = RATE
-            _, loss = model(inputs, targets)
-            inputs, targets = get_batch()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            print(f"iter {number}: loss {loss.item():.4f}", file=sink)
-
-    return run
+    keys = {
+        "dataset": "python", "device": "cpu", "dtype": "float32", "compile": compile, "eval_iters": 1,
+        "log_interval": 1, "block_size": CONTEXT, "batch_size": BATCH, "gradient_accumulation_steps": 1,
+        "n_layer": DEPTH, "n_head": HEADS, "n_embd": WIDTH, "dropout": 0.0, "bias": False, "learning_rate": RATE,
+        "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": DECAY, "max_iters": WARM_UP + steps - 1,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), patch("builtins.print", mark):
+        for file in ("train.py", "model.py", "configurator.py"):
+            Path(file).symlink_to(checkout / file)
+        data = Path("data/python")
+        data.mkdir(parents=True)
+        for name, part in (("train", dataset.train), ("val", dataset.val)):
+            np.asarray(part.tokens, dtype=np.uint16).tofile(data / f"{name}.bin")  # type: ignore[union-attr]
+        (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 256}))
+        sys.argv = ["train.py", *(f"--{key}={value}" for key, value in keys.items())]
+        sys.path.insert(0, folder)  # for `from model import GPT`
+        runpy.run_path("train.py", run_name="__main__")
+    (cpu, wall), (last_cpu, last_wall) = marks[WARM_UP - 1], marks[-1]
+    assert len(marks) == WARM_UP + steps, len(marks)
+    return last_cpu - cpu, last_wall - wall
 
 
 def measure(build: Callable[[], Steps], steps: int) -> tuple[float, float]:
@@ -195,21 +158,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--nanogpt", type=Path, metavar="CHECKOUT")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.nanogpt is not None and not (options.nanogpt / "train.py").is_file():
+        parser.error(f"--nanogpt {options.nanogpt}: must be a checkout of nanoGPT; it has no train.py")
     keys = (f"threads={options.threads}", f"compile={str(options.compile).lower()}")
-    builds: dict[str, Callable[[], Steps]] = {
-        "bare": functools.partial(bare_steps, *keys),
-        "dlopt": functools.partial(dlopt_steps, *keys),
-        "dlopt clip": functools.partial(dlopt_steps, *keys, "clip=norm"),
-        "nanogpt": functools.partial(nanogpt_steps, options.threads, *keys),
+    candidates: dict[str, Callable[[int], tuple[float, float]]] = {
+        "bare": functools.partial(measure, functools.partial(bare_steps, *keys)),
+        "dlopt": functools.partial(measure, functools.partial(dlopt_steps, *keys)),
+        "dlopt clip": functools.partial(measure, functools.partial(dlopt_steps, *keys, "clip=norm")),
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in builds}
+    if options.nanogpt is not None:
+        original = (options.nanogpt.resolve(), options.threads, options.compile)
+        candidates["nanogpt"] = functools.partial(measure_nanogpt, *original)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     spawn = multiprocessing.get_context("spawn")
     for number in range(options.rounds):
-        for name in list(builds)[:: 1 if number % 2 else -1]:
+        for name in list(candidates)[:: 1 if number % 2 else -1]:
             with ProcessPoolExecutor(1, mp_context=spawn) as process:
-                times[name].append(process.submit(measure, builds[name], options.steps).result())
+                times[name].append(process.submit(candidates[name], options.steps).result())
     tokens = options.steps * BATCH * CONTEXT
     rates = {
         name: {

@@ -20,13 +20,18 @@ def run(*command: str, folder: Path, timeout: int = 900) -> "subprocess.Complete
     )  # fmt: skip
 
 
+SPLIT = ("set-up", "CUDA graphs captured", "steady updates", "one steady update", "evaluation")
+
+
 @pytest.mark.slow
 def test_gpu_benchmarks_rehearse_on_a_cpu(tmp_path: Path) -> None:
     result = run(str(BENCH / "gpu.sh"), "--rehearse", "--out", "out", folder=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     measured = json.loads((tmp_path / "out/gpu.json").read_text())
     names = " ".join(each["name"] for each in measured["rows"])
-    for part in ("matrix product", "ResNet-20, batch 128: dlopt", "speed recipe, mean accuracy", "data path", "peers:"):
+    parts = ("matrix product", "ResNet-20, batch 128: dlopt", "speed recipe, mean accuracy", "data path", "peers:")
+    split = (f"{name}, split: {part}" for name in ("speed recipe", "speed recipe in bf16_pure") for part in SPLIT)
+    for part in (*parts, *split):
         assert part in names
     assert all(each["value"] is not None and each["value"] >= 0 for each in measured["rows"])
     assert (tmp_path / "out/gpu.png").stat().st_size > 1000

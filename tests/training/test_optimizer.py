@@ -121,6 +121,9 @@ def test_evaluates_once() -> None:
     assert evaluates_once(workload, torch.optim.SGD(parameters, lr=1.0))
     with pytest.raises(UserError, match=r"precision=fp16: LBFGS .*=bf16 or fp32"):
         evaluates_once(workload, lbfgs)
+    workload.precision = Precision("bf16_pure", torch.device("cpu"))
+    with pytest.raises(UserError, match=r"precision=bf16_pure: LBFGS .*=bf16 or fp32"):
+        evaluates_once(workload, lbfgs)
 
 
 def test_refuses_to_draw_labels_without_class_probabilities() -> None:

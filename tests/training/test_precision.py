@@ -1,4 +1,5 @@
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -6,10 +7,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dlopt.errors import UserError
+from dlopt.parallel.process_group import check_precision
+from dlopt.training import checkpoint
 from dlopt.training.precision import Precision, bf16_slowdown, choose_precision
-from tests.support.runs import SMALL, metrics, start
+from tests.support.line import dlopt, refused
+from tests.support.runs import SMALL, at_update, metrics, result, resume, same, start, terminate
 
 CPU = torch.device("cpu")
+CONF = Path(__file__).resolve().parents[2] / "conf"
+OPTIMIZERS = sorted(file.stem for file in (CONF / "optimizer").glob("[!_]*.yaml") if file.stem != "custom")
+REFUSED = {  # with precision=bf16_pure, and the class that the message names
+    "bfgs": "BFGS", "dfp": "BFGS", "lbfgs": "LBFGS", "nadam": "NAdam", "newton": "Newton", "newton_cg": "NewtonCG",
+    "newton_undamped": "UndampedNewton", "sam": "SAM", "schedule_free_adamw": "ScheduleFreeAdamW",
+    "schedule_free_sgd": "ScheduleFreeSGD", "sophia": "Sophia",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -19,6 +31,7 @@ CPU = torch.device("cpu")
         ("tf32", torch.float32, torch.float32),
         ("bf16", torch.float32, torch.bfloat16),
         ("fp64", torch.float64, torch.float64),
+        ("bf16_pure", torch.bfloat16, torch.float32),
     ],
 )
 def test_dtypes(name: str, weights: torch.dtype, outputs: torch.dtype) -> None:
@@ -86,12 +99,102 @@ def test_emulated_bf16_is_warned_about(tmp_path: Path, monkeypatch: pytest.Monke
     keys = [*SMALL, "precision=bf16", "epochs=1", "augmentation=crop_flip", "model.dropout=0.3"]
     start(tmp_path / "fast", *keys)
     monkeypatch.setattr("dlopt.training.precision._has_bf16", lambda device: False)
-    monkeypatch.setattr("dlopt.training.reporting.bf16_slowdown", lambda *arguments: 12.34)
+    monkeypatch.setattr("dlopt.training.reporting.bf16_slowdown", lambda *arguments, name: 12.34)
     start(tmp_path / "slow", *keys)
     log = (tmp_path / "slow" / "train.log").read_text()
     assert log.count("takes 12.3 times as long as fp32 (measured); use precision=fp32") == 1
     assert log.index("12.3") < log.index("epoch 1")
     assert metrics(tmp_path / "slow")[0]["train_loss"] == metrics(tmp_path / "fast")[0]["train_loss"]
+
+
+PURE = [*SMALL, "precision=bf16_pure", "model.norm=batch", "augmentation=crop_flip", "model.dropout=0.3", "epochs=4"]
+
+
+def test_pure_bf16_keeps_only_batch_norm_in_fp32(tmp_path: Path) -> None:
+    start(tmp_path, *PURE, "optimizer=adamw")
+    state = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    norms = {name: value.dtype for name, value in state["model"].items() if value.ndim == 1 and "norm" in name}
+    others = {value.dtype for name, value in state["model"].items() if name not in norms and value.ndim}
+    assert set(norms.values()) == {torch.float32} and others == {torch.bfloat16}
+    [moments] = [values["exp_avg"] for values in state["optimizer"]["state"].values() if values["exp_avg"].ndim == 2][
+        :1
+    ]
+    assert moments.dtype == torch.bfloat16
+    assert {value.dtype for value in state["normalize"].values()} == {torch.float32}
+
+
+def test_pure_bf16_reports_losses_in_fp32(tmp_path: Path) -> None:
+    start(tmp_path, *PURE)
+    loss = metrics(tmp_path)[-1]["val_loss"]
+    assert torch.tensor(loss).bfloat16().item() != pytest.approx(loss, rel=1e-6)
+
+
+def test_norm_layers_are_not_rounded_to_bf16() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    nn.init.constant_(module[1].weight, 1.001)
+    placed = Precision("bf16_pure", CPU).place(module)
+    assert placed[1].weight.tolist() == pytest.approx([1.001] * 4, rel=1e-6)  # type: ignore[index, union-attr]
+
+
+def test_pure_bf16_keeps_shared_weights_shared() -> None:
+    module = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    module[1].weight = module[0].weight
+    placed = Precision("bf16_pure", CPU).place(module)
+    assert placed[0].weight is placed[1].weight and placed[1].weight.dtype == torch.bfloat16  # type: ignore[index]
+
+
+@pytest.mark.parametrize("typed", [[], ["precision=fp32"]], ids=["bf16_pure", "fp32"])
+def test_a_pure_bf16_checkpoint_is_evaluated(tmp_path: Path, typed: list[str]) -> None:
+    summary = start(tmp_path / "run", *PURE)
+    result = dlopt(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", "output=out", *typed)
+    assert result.code == 0, result.err
+    tested = json.loads((tmp_path / "out/eval.json").read_text())
+    assert tested["test_loss"] == pytest.approx(summary["test_loss"], rel=0.02 if typed else 1e-6)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_trains_and_resumes_in_pure_bf16_or_is_refused(tmp_path: Path, optimizer: str) -> None:
+    keys = [*PURE, f"optimizer={optimizer}", "schedule=constant"]
+    if optimizer in REFUSED:
+        with pytest.raises(UserError, match=f"precision=bf16_pure: {REFUSED[optimizer]}"):
+            start(tmp_path, *keys)
+        return
+    start(tmp_path / "whole", *keys)
+    losses = [line["train_loss"] for line in metrics(tmp_path / "whole")]
+    assert losses[-1] < losses[0]
+    with at_update(7, terminate):
+        start(tmp_path / "resumed", *keys)
+    resume(tmp_path / "resumed", *keys)
+    assert same(result(tmp_path / "whole"), result(tmp_path / "resumed"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("ema=0.9", "ema=0.9: the average moves by less than the weights of precision=bf16_pure resolve"),
+        ("diagnostics=[curvature]", "diagnostics=[curvature]: precision=bf16_pure does not resolve second derivatives"),
+        ("model=alexnet", "precision=bf16_pure: torch has no LocalResponseNorm in bf16 on a CPU"),
+    ],
+)
+def test_pure_bf16_refuses_what_it_cannot_resolve(tmp_path: Path, typed: str, message: str) -> None:
+    keys = [key for key in SMALL if not key.startswith("model.")]
+    if typed.startswith("diagnostics"):
+        keys.remove("tracking=[]")
+    assert message in refused(tmp_path, "train", *keys, "precision=bf16_pure", typed, "hydra.run.dir=run")
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "filter", "columns", "pipeline", "spatial", "hybrid"])
+def test_pure_bf16_refuses_modes_that_shard_the_model(mode: str) -> None:
+    with pytest.raises(UserError, match=f"precision=bf16_pure: not supported with parallel={mode}"):
+        check_precision(mode, "bf16_pure")
+
+
+def test_slowdown_of_pure_bf16_is_measured_with_bf16_weights() -> None:
+    dtypes = set()
+    module = nn.Linear(3, 4)
+    module.register_forward_pre_hook(lambda layer, inputs: dtypes.add(layer.weight.dtype))
+    slowdown = bf16_slowdown(module, nn.CrossEntropyLoss(), torch.randn(8, 3), torch.zeros(8).long(), name="bf16_pure")
+    assert slowdown > 0 and dtypes == {torch.bfloat16, torch.float32} and module.weight.dtype == torch.float32
 
 
 @pytest.mark.gpu

@@ -81,6 +81,52 @@ def test_compile_true_rejects_modes_that_communicate_between_layers() -> None:
         speed.compile_obstacle(experiment("compile=true"), mode(compiles=False), net(), (3, 32, 32), 100)
 
 
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (
+            "compile=max-autotune cuda_graphs=true",
+            "cuda_graphs=true: compile=max-autotune records CUDA graphs of its own",
+        ),
+        ("compile=reduce-overhead accumulate=2", "accumulate=2: the CUDA graphs of compile=reduce-overhead overwrite"),
+        ("compile=reduce-overhead device=cpu", "compile=reduce-overhead: replays CUDA graphs, which cpu does not have"),
+        ("compile=max-autotune optimizer=lbfgs", "compile=max-autotune: LBFGS evaluates the loss several times"),
+        ("compile=fast", "allowed: true | false | auto | reduce-overhead | max-autotune | max-autotune-no-cudagraphs"),
+    ],
+)
+def test_modes_of_compilation_refuse_what_they_cannot_do(tmp_path: Path, typed: str, message: str) -> None:
+    line = ("model=mlp", "data.subset=40", "hydra.run.dir=run", *typed.split())
+    assert message in refused(tmp_path, "train", *line)
+
+
+def test_torch_graphs_are_refused_with_communication() -> None:
+    parallel = mode()
+    parallel.ranks.processes = 2
+    for name in speed.OWN_GRAPHS:
+        with pytest.raises(UserError, match=f"compile={name}: its CUDA graphs cannot contain the communication"):
+            speed.compile_obstacle(experiment(f"compile={name}"), parallel, net(), (3, 32, 32), 100)
+    assert not speed.compile_obstacle(
+        experiment("compile=max-autotune-no-cudagraphs"), parallel, net(), (3, 32, 32), 100
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "torch_mode", "copies"),
+    [
+        (True, None, False), ("auto", None, False), ("reduce-overhead", "reduce-overhead", True),
+        ("max-autotune", "max-autotune", True), ("max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs", False),
+    ],
+)  # fmt: skip
+def test_compiles_in_the_mode_of_torch(
+    setting: bool | str, torch_mode: str | None, copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs of torch's graphs are copied: the next replay overwrites them, and metrics keep them."""
+    modes, output = [], torch.ones(2)
+    monkeypatch.setattr(torch, "compile", lambda model, mode=None: modes.append(mode) or (lambda inputs: output))
+    result = speed.compiled(nn.Identity(), setting)(torch.zeros(2))
+    assert modes == [torch_mode] and torch.equal(result, output) and (result is not output) == copies
+
+
 def test_cuda_graphs_true_is_rejected_on_cpu(tmp_path: Path) -> None:
     line = ("cuda_graphs=true", "device=cpu", "model=mlp", "data.subset=40", "hydra.run.dir=run")
     message = "cuda_graphs=true: CUDA graphs are not available on cpu; use cuda_graphs=auto"
