@@ -158,10 +158,6 @@ NAMED: dict[Write, str] = {
 }
 
 
-def test_there_are_sixteen_kinds() -> None:
-    assert len(READ) + len(NAMED) + len([unreadable]) == 16
-
-
 @pytest.mark.parametrize("write", READ, ids=name_of)
 def test_reads_correctly(tmp_path: Path, write: Write) -> None:
     path = tmp_path / "image.jpg"

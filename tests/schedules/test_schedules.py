@@ -374,12 +374,6 @@ def test_scheduler_resumes_exactly(name: str) -> None:
     assert rates == whole[101:]
 
 
-def test_choices_need_only_the_horizon() -> None:
-    factor = schedules.cosine(final=0.0, decay_epochs=None, decay_steps=None, horizon=Horizon(10, 110, 10))
-    assert factor(60) == pytest.approx(0.5)
-    assert NO_WARMUP.length(10, 1) == 0
-
-
 def test_a_constant_warmup_stays_at_its_start() -> None:
     """He et al. 2016, section 4.2: ResNet-110 begins with a tenth of the learning rate for 400 updates."""
     factor = make("multistep", steps=1000, warmup_steps=400, warmup_start=0.1, warmup_shape="constant")

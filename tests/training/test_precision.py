@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.training.precision import Precision, bf16_slowdown, choose_precision
-from tests.support.runs import SMALL, metrics, start
+from tests.support.runs import metrics, start
+from tests.support.sizes import SMALL
 
 CPU = torch.device("cpu")
 

@@ -20,17 +20,16 @@ from dlopt import files as durable
 from dlopt.data.batches import Batch, Batches
 from dlopt.errors import RunError, UserError
 from dlopt.tracking import Tracking
-from dlopt.training import checkpoint, rng
+from dlopt.training import checkpoint
 from dlopt.training import trainer as loop
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.progress import run_length
 from dlopt.training.step import Step
 from dlopt.training.trainer import Run
 from tests.support.choices import names
+from tests.support.faults import flip_bit, no_generator_restored, no_position_restored
 from tests.support.runs import (
-    RICH,
-    SMALL,
-    STEPS_PER_EPOCH,
+    assert_same_run,
     at_update,
     experiment,
     in_fork,
@@ -42,22 +41,9 @@ from tests.support.runs import (
     terminate,
     timeless,
 )
+from tests.support.sizes import RICH, SMALL, STEPS_PER_EPOCH, without
 
 LAST = 4 * STEPS_PER_EPOCH
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert start(folder, *RICH)["status"] == "finished"
-    return folder
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    assert timeless(folder) == timeless(other)
-    for name in ("last.pt", "best.pt"):
-        assert same(result(folder, name), result(other, name)), name
 
 
 def stop_at(step: int, folder: Path, *overrides: str) -> dict[str, Any]:
@@ -254,7 +240,7 @@ def test_resumes_with_every_schedule(tmp_path: Path, schedule: str) -> None:
     ids=lambda extra: extra[0],
 )
 def test_resumes_other_recipes(tmp_path: Path, extra: list[str]) -> None:
-    overrides = [line for line in RICH if not (extra[0] == "model=resnet20" and line.startswith("model"))] + extra
+    overrides = [*(without(RICH, "model") if extra[0] == "model=resnet20" else RICH), *extra]
     start(tmp_path / "whole", *overrides)
     stop_at(3, tmp_path / "stopped", *overrides)
     resume(tmp_path / "stopped", *overrides)
@@ -263,11 +249,6 @@ def test_resumes_other_recipes(tmp_path: Path, extra: list[str]) -> None:
 
 
 # -- negative controls: without any of these states the result differs
-
-
-def sampler_position_lost() -> AbstractContextManager[Any]:
-    original = Batches.epoch
-    return patch.object(Batches, "epoch", lambda self, epoch, start=0, step=0: original(self, epoch, 0, step))
 
 
 def augmentation_stream_lost() -> AbstractContextManager[Any]:
@@ -303,7 +284,7 @@ def sums_lost() -> AbstractContextManager[Any]:
 
 
 LOSSES = [
-    sampler_position_lost, augmentation_stream_lost, dropout_stream_lost, optimizer_lost, average_lost,
+    no_position_restored, augmentation_stream_lost, dropout_stream_lost, optimizer_lost, average_lost,
     average_count_lost, sums_lost,
 ]  # fmt: skip
 
@@ -335,7 +316,7 @@ def test_restores_global_generators(tmp_path: Path, restored: bool) -> None:
         stop_at(6, tmp_path / "stopped", *RICH)
         with ExitStack() as stack:
             if not restored:
-                stack.enter_context(patch.object(rng, "restore", lambda state: None))
+                stack.enter_context(no_generator_restored())
             resume(tmp_path / "stopped", *RICH)
     equal = timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
     assert equal is restored
@@ -434,16 +415,9 @@ def test_second_sigint_exits_at_once(whole: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path, whole)
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.unlink()
-    path.write_bytes(data)
-
-
 def test_damaged_last_checkpoint_does_not_change_the_result(whole: Path, tmp_path: Path) -> None:
     stop_at(10, tmp_path, *RICH)
-    flip(tmp_path / "checkpoints/last.pt")
+    flip_bit(tmp_path / "checkpoints/last.pt", random.Random(0))
     assert resume(tmp_path, *RICH)["resumed_from"] == [8]
     assert_same_run(tmp_path, whole)
 
@@ -479,7 +453,7 @@ def test_killed_before_the_first_save_after_resuming_from_an_earlier_checkpoint(
 def test_never_restarts_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     stop_at(10, tmp_path, *RICH)
     for path in (tmp_path / "checkpoints").glob("*.pt"):
-        flip(path)
+        flip_bit(path, random.Random(0))
     with pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
         resume(tmp_path, *RICH)
 

@@ -293,17 +293,6 @@ def test_nonfinite_loss_raises_before_the_update(bad: float) -> None:
     assert all(map(torch.equal, model.parameters(), trained))
 
 
-def test_deferred_check_detects_nonfinite_loss() -> None:
-    model = net(dropout=0.0, norm=False)
-    update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), check_now=False)
-    inputs, targets = batch(0)
-    update.update(whole(inputs, targets), 0)
-    update.check_updates()
-    update.update(whole(inputs * float("inf"), targets), 1)
-    with pytest.raises(RunError, match="update 2"):
-        update.check_updates()
-
-
 def test_post_hooks_see_the_new_weights() -> None:
     model = net()
     seen = []

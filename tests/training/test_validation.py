@@ -22,7 +22,8 @@ from dlopt.training.metrics import (
     calibration_gaps,
     extra_metrics,
 )
-from tests.support.runs import REGRESSION, SMALL, experiment, metrics, start
+from tests.support.runs import REGRESSION, experiment, metrics, start
+from tests.support.sizes import SMALL
 
 CLASSES = ("a", "b", "c", "d", "e", "f", "g")
 NAMES = ["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy"]
