@@ -113,10 +113,7 @@ def test_variances_of_layers(choice: str) -> None:
 
 
 def test_kaiming_modes_and_gain() -> None:
-    for changes, expected in (
-        ({"mode": "fan_out"}, 2 / 300),
-        ({"mode": "fan_in", "gain": 3.0}, 9 / 200),
-    ):
+    for changes, expected in (({"mode": "fan_out"}, 2 / 300), ({"mode": "fan_in", "gain": 3.0}, 9 / 200)):
         weight = apply("kaiming_normal", mlp(), **changes).get_parameter("layer2.linear.weight")
         assert weight.var().item() == pytest.approx(expected, rel=0.03)
 
@@ -248,8 +245,7 @@ def test_whitening_dirac_copies_the_channels_of_every_group() -> None:
 
 @pytest.mark.parametrize("choice", ["kaiming_normal", "whitening"])
 @pytest.mark.parametrize(
-    "wrap",
-    [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm],
+    "wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm]
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_weights_computed_from_other_parameters_are_refused(wrap: Callable[..., nn.Module], choice: str) -> None:
@@ -321,11 +317,7 @@ def test_gain_uses_the_slope_of_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("activation", "expected"),  # 1 / sqrt(E[f(z)^2]), by integration over z
-    [
-        (nn.ReLU6(), math.sqrt(2)),
-        (nn.Hardswish(), 1.73666),
-        (nn.PReLU(init=0.25), math.sqrt(2 / (1 + 0.25**2))),
-    ],
+    [(nn.ReLU6(), math.sqrt(2)), (nn.Hardswish(), 1.73666), (nn.PReLU(init=0.25), math.sqrt(2 / (1 + 0.25**2)))],
 )
 def test_gain_of_activations_of_other_packages(activation: nn.Module, expected: float) -> None:
     """Previously 1, which made kaiming_normal shrink the signal of a MobileNet."""

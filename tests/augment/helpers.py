@@ -1,5 +1,7 @@
 """Images, and a function that runs operations with given strengths."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,8 +76,10 @@ def apply(
     pipeline: Pipeline, images: Tensor, targets: Tensor, seed: int = 0, part: slice | None = None
 ) -> tuple[Tensor, Tensor]:
     """Applies a pipeline to a shard of a batch, with the draws of the whole batch; the seed is the epoch, too."""
-    part, device = part or slice(0, len(images)), images.device.type
-    return pipeline(
-        images[part], targets[part], generator=generator(device, seed), total=len(images), shard=part,
-        indices=torch.arange(len(images), device=device)[part], epoch=seed,
-    )  # fmt: skip
+    total, device = len(images), images.device.type
+    if part is not None:
+        images, targets = images[part], targets[part]
+    part = part or slice(0, total)
+    indices = torch.arange(total, device=device)[part]
+    keys: dict[str, Any] = {"generator": generator(device, seed), "total": total, "shard": part}
+    return pipeline(images, targets, **keys, indices=indices, epoch=seed)

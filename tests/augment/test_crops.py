@@ -12,15 +12,7 @@ import torchvision.transforms.v2.functional as vision
 from PIL import Image
 from torch import Tensor
 
-from dlopt.augment import (
-    Draws,
-    HorizontalFlip,
-    Pipeline,
-    RandomCrop,
-    RandomResizedCrop,
-    RandomScaleCrop,
-    Rotate,
-)
+from dlopt.augment import Draws, HorizontalFlip, Pipeline, RandomCrop, RandomResizedCrop, RandomScaleCrop, Rotate
 from dlopt.augment.crops import CropReader, ResizingCrop
 from dlopt.augment.pipeline import crop_when_reading
 from dlopt.data.batches import Batches, Delivery

@@ -9,11 +9,7 @@ from dlopt.random import generator
 
 
 def mixed(
-    operations: list[Operation],
-    images: Tensor,
-    targets: Tensor,
-    total: int | None = None,
-    start: int = 0,
+    operations: list[Operation], images: Tensor, targets: Tensor, total: int | None = None, start: int = 0
 ) -> tuple[Tensor, Tensor]:
     pipeline = Pipeline(operations=operations, border="zero", input_shape=tuple(images.shape[1:]))
     return pipeline(

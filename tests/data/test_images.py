@@ -119,12 +119,6 @@ def test_damaged_exif_data_is_ignored(tmp_path: Path, exif: bytes) -> None:
     assert header_size(path) == (4, 6) and decode(path, None, 1).unique().tolist() == [77]
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 3000), (3000, 1)])
-def test_extreme_shapes(tmp_path: Path, height: int, width: int) -> None:
-    Image.new("L", (width, height), 77).save(tmp_path / "a.png")
-    assert decode(str(tmp_path / "a.png"), (8, 8), 1).unique().tolist() == [77]
-
-
 def test_error_names_a_broken_file_in_one_line(tmp_path: Path) -> None:
     """Files that are damaged in other ways are in test_hard_images.py."""
     Image.fromarray(gradient(64, 64)).save(tmp_path / "cut.png")

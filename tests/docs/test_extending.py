@@ -41,19 +41,6 @@ def test_an_optimizer_of_the_users(folder: Path) -> None:
     assert "finished" in result.out
 
 
-@pytest.mark.parametrize(
-    ("typed", "output"),
-    [
-        ("optimizer.lr=-1", "greater than 0"),
-        ("optimizer.lrr=1", "did you mean optimizer.lr"),
-        ("optimizer.momentum=1.5", "1.5"),
-    ],
-)
-def test_its_keys_are_checked_like_all_others(folder: Path, typed: str, output: str) -> None:
-    message = refused(folder, *LINE, typed)
-    assert typed in message and output in message
-
-
 def test_it_is_not_called_unless_the_package_is_trusted(folder: Path) -> None:
     message = refused(folder, *(each for each in LINE if "allow" not in each))
     assert "mine.optim.SignMomentum" in message and "allow_packages=[mine]" in message

@@ -12,18 +12,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.losses import sampled_cross_entropy
-from dlopt.optim import (
-    SOAP,
-    AdEMAMix,
-    Kron,
-    LossClosure,
-    Muon,
-    Prodigy,
-    Scion,
-    Shampoo,
-    Sophia,
-    adamw,
-)
+from dlopt.optim import SOAP, AdEMAMix, Kron, LossClosure, Muon, Prodigy, Scion, Shampoo, Sophia, adamw
 from dlopt.optim.kronecker import update_factors
 from dlopt.random import generator, stream
 from tests.support.updates import (

@@ -77,14 +77,8 @@ def test_frozen_columns_match_single_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["model=resnet20"],
-            "parallel=columns: CifarResNet has no columns; use ",
-        ),
-        (
-            ALEXNET,
-            "parallel=columns: 2 columns need as many processes, but there are 3; start 2",
-        ),
+        (["model=resnet20"], "parallel=columns: CifarResNet has no columns; use "),
+        (ALEXNET, "parallel=columns: 2 columns need as many processes, but there are 3; start 2"),
     ],
 )
 def test_unsupported_setups_raise_one_line(overrides: list[str], message: str) -> None:

@@ -48,10 +48,7 @@ def test_more_processes_than_gpus_from_a_launcher(mode: str, monkeypatch: pytest
         join(mode, torch.device("cuda"), processes=None, timeout_minutes=1.0, master_addr=None, master_port=None)
 
 
-RANKS = (
-    {"RANK": "0", "WORLD_SIZE": "2"},
-    {"SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2"},
-)
+RANKS = ({"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2"})
 
 
 @pytest.mark.parametrize("environment", RANKS)

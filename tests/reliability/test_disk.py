@@ -14,15 +14,7 @@ from dlopt import job
 from dlopt.training.checkpoint import load
 from dlopt.training.trainer import Run
 from tests.support.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again
-from tests.support.runs import (
-    assert_same_run,
-    execute,
-    experiment,
-    in_fork,
-    resume,
-    same,
-    start,
-)
+from tests.support.runs import assert_same_run, execute, experiment, in_fork, resume, same, start
 from tests.support.runs import result as result_of
 from tests.support.sizes import RICH
 

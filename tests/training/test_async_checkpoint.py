@@ -14,18 +14,9 @@ import pytest
 import torch
 
 from dlopt.errors import RunError
-from dlopt.training import checkpoint
 from dlopt.training.checkpoint import Checkpoints, load
 from tests.support.checkpoints import names, state, with_checksums
-from tests.support.runs import (
-    assert_same_run,
-    at_update,
-    in_fork,
-    resume,
-    same,
-    start,
-    terminate,
-)
+from tests.support.runs import assert_same_run, at_update, in_fork, resume, same, start, terminate
 from tests.support.sizes import RICH
 
 ASYNC = "checkpoint.asynchronous=true"
@@ -138,12 +129,3 @@ def test_failed_run_waits_for_its_save(tmp_path: Path) -> None:
         start(tmp_path, *RICH, ASYNC)
     assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 4
     assert not [each for each in threading.enumerate() if each.name == "checkpoint"]
-
-
-def test_copies_are_deep() -> None:
-    tensor = torch.ones(3)
-    given = {"a": [tensor, (1, tensor)], "b": {"c": None, 3: "x"}}
-    copied = checkpoint._copy_to_host(given)
-    assert same(copied, given)
-    tensor.zero_()
-    assert copied["a"][0].sum() == copied["a"][1][1].sum() == 3

@@ -112,12 +112,7 @@ INTERVALS = (
 
 
 def training(
-    *,
-    lr: float = 0.1,
-    ema: float | None = None,
-    loss: nn.Module | None = None,
-    check_now: bool = True,
-    **changed: Any,
+    *, lr: float = 0.1, ema: float | None = None, loss: nn.Module | None = None, check_now: bool = True, **changed: Any
 ) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
@@ -245,18 +240,6 @@ def test_checkpoint_intervals(epochs: int | None, steps: int | None, expected: l
     t = training(validate=None, save_every_epochs=epochs, save_every_steps=steps)
     _, _, checkpoints = run(t)
     assert checkpoints.steps == expected
-
-
-def test_always_saves_the_best() -> None:
-    _, tracking, checkpoints = run(training(save_every_epochs=None))
-    losses, best = [line["val_loss"] for line in tracking.epochs], math.inf
-    expected = []
-    for step, loss in zip((5, 10, 15), losses, strict=True):
-        if loss < best:
-            best = loss
-            expected.append(step)
-    assert checkpoints.best == expected
-    assert checkpoints.steps[-1] == 15
 
 
 def test_logs_an_epoch_before_its_checkpoint() -> None:

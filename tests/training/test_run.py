@@ -29,7 +29,6 @@ from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.trainer import Run, Trainer, train_run
 from tests.support.runs import (
-    REGRESSION,
     at_update,
     execute,
     experiment,
@@ -181,14 +180,6 @@ def test_bf16_metrics_are_close_to_fp32(tmp_path: Path) -> None:
         assert full["val_loss"] != low["val_loss"]
         assert low["val_loss"] == pytest.approx(full["val_loss"], rel=0.05)
     assert all(v.dtype == torch.float32 for k, v in result(tmp_path / "bf16")["model"].items() if "num" not in k)
-
-
-def test_regression(tmp_path: Path) -> None:
-    """A linear model finds the sum of its inputs; there are no accuracies."""
-    summary = start(tmp_path, *REGRESSION, "optimizer.lr=0.05", "epochs=30")
-    assert summary["test_loss"] < 1e-2
-    assert not any(key.endswith("accuracy") for key in summary)
-    assert all(not key.endswith("accuracy") for line in metrics(tmp_path) for key in line)
 
 
 @pytest.mark.parametrize(

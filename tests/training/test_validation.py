@@ -15,13 +15,7 @@ from torch import Tensor, nn
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.task import Task
 from dlopt.errors import UserError
-from dlopt.training.metrics import (
-    ClassMetrics,
-    RegressionMetrics,
-    _check_names,
-    calibration_gaps,
-    extra_metrics,
-)
+from dlopt.training.metrics import ClassMetrics, RegressionMetrics, _check_names, calibration_gaps, extra_metrics
 from tests.support.runs import REGRESSION, experiment, metrics, start
 from tests.support.sizes import SMALL
 
