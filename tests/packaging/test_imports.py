@@ -20,21 +20,10 @@ FLOORS = [
     ["parallel", "config", "augment", "init", "functions"],
     ["data", "models", "optim", "schedules", "losses", "tracking", "folders", "parameters", "environment"],
     [
-        "errors",
-        "files",
-        "graphs",
-        "interruption",
-        "locks",
-        "metric_names",
-        "openmp",
-        "plain",
-        "processor",
-        "random",
-        "ranges",
-        "roles",
-        "table",
+        "errors", "files", "graphs", "interruption", "locks", "metric_names", "openmp", "plain", "processor", "random",
+        "ranges", "roles", "table",
     ],
-]
+]  # fmt: skip
 FLOOR = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
