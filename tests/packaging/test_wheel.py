@@ -4,6 +4,7 @@ import email
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,11 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(dist: Path) -> Path:
     (path,) = dist.glob("*.whl")
     return path
+
+
+def test_containers_copy_the_wheel(dist: Path, wheel: Path) -> None:
+    [pattern] = re.findall(r"^COPY (\S+) ", (ROOT / "dlopt/templates/Dockerfile").read_text(), re.MULTILINE)
+    assert [*dist.glob(pattern)] == [wheel]
 
 
 def files(folder: str, prefix: str = "") -> set[str]:

@@ -156,23 +156,30 @@ def test_torch_optimizers_are_fused_unless_configured(overrides: list[str], fuse
     assert bool(optimizer.param_groups[0].get("fused")) is fused
 
 
+def convolutional(*more: str) -> tuple[Workload, torch.optim.Optimizer]:
+    """Returns a convolutional net in channels-last format and in fp64, and its optimizer."""
+    model = ["model=resnet20", "model.depth=8", "precision=fp64", "channels_last=true"]
+    workload = build_workload(experiment(*without(SMALL, "model"), *model, *more))
+    return workload, build_optimizer(workload)
+
+
+def update(workload: Workload, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    torch.manual_seed(seed)
+    inputs = torch.randn(6, *workload.dataset.train.shape, dtype=torch.float64)
+    optimizer.zero_grad()
+    workload.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.stride() == p.stride() for p in workload.module.parameters())
+    optimizer.step()
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad"])
 def test_fused_kernel_equals_loop(name: str) -> None:
-    """For a convolutional net in channels-last format."""
-    lines = without(SMALL, "model")
-    overrides = [*lines, "model=resnet20", "model.depth=8", f"optimizer={name}", "optimizer.weight_decay=0.01"]
-    weights = []
     loop = ["+optimizer.fused=false", *([] if name == "adamw" else ["+optimizer.foreach=false"])]
+    weights = []
     for more in ([], loop):
-        workload = build_workload(experiment(*overrides, *more, "precision=fp64", "channels_last=true"))
-        optimizer = build_optimizer(workload)
+        workload, optimizer = convolutional(f"optimizer={name}", "optimizer.weight_decay=0.01", *more)
         for step in range(4):
-            torch.manual_seed(step)
-            inputs = torch.randn(6, *workload.dataset.train.shape, dtype=torch.float64)
-            optimizer.zero_grad()
-            workload.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
-            assert all(p.grad is not None and p.grad.stride() == p.stride() for p in workload.module.parameters())
-            optimizer.step()
+            update(workload, optimizer, step)
         weights.append([p.detach().clone() for p in workload.module.parameters()])
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
@@ -211,20 +218,8 @@ def test_resuming_chooses_kernels_anew(tmp_path: Path) -> None:
 def test_loading_a_state_restores_its_layout(name: str) -> None:
     """Another mode may have saved it with other strides, for which a fused kernel would pair the wrong elements."""
 
-    def made(*more: str) -> tuple[Workload, torch.optim.Optimizer]:
-        lines = without(SMALL, "model")
-        model = ["model=resnet20", "model.depth=8", "precision=fp64", "channels_last=true"]
-        workload = build_workload(experiment(*lines, *model, f"optimizer={name}", *more))
-        return workload, build_optimizer(workload)
-
-    def update(workload: Workload, optimizer: torch.optim.Optimizer, seed: int) -> None:
-        torch.manual_seed(seed)
-        inputs = torch.randn(6, *workload.dataset.train.shape, dtype=torch.float64)
-        optimizer.zero_grad()
-        workload.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
-        optimizer.step()
-
-    (one, fused), (other, plain) = made(), made("+optimizer.fused=false")
+    choice = f"optimizer={name}"
+    (one, fused), (other, plain) = convolutional(choice), convolutional(choice, "+optimizer.fused=false")
     update(one, fused, 1)
     update(other, plain, 1)
     state = fused.state_dict()
