@@ -151,8 +151,9 @@ def test_keeps_the_latest_loss(parts: list[tuple[int, list[int], list[float]]], 
             if math.isfinite(value):
                 before = expected.get(index, (-1, 0.0))
                 expected[index] = (step, max(value, before[1]) if before[0] == step else value)
-    hard = observed(parts, [min(cut, sum(len(indices) for _, indices, _ in parts)) for cut in cuts])
-    assert {i: (int(hard._updates[i]), float(hard._losses[i])) for i in range(6) if hard._updates[i] >= 0} == expected
+    state = observed(parts, [min(cut, sum(len(indices) for _, indices, _ in parts)) for cut in cuts]).state_dict()
+    seen, losses = state["seen"].tolist(), state["losses"].tolist()
+    assert {i: (seen[i], losses[i]) for i in range(6) if seen[i] >= 0} == expected
 
 
 def test_samples_without_loss_count_as_average() -> None:
@@ -171,7 +172,7 @@ def test_batches_that_were_not_trained_on_are_dropped() -> None:
     hard.begin()
     hard.serve(0, torch.tensor([1]))
     hard.observe(torch.tensor([2.0]))
-    assert hard._losses.tolist() == [0, 2, 0, 0]
+    assert hard.state_dict()["losses"].tolist() == [0, 2, 0, 0]
 
 
 def test_current_epoch_is_fixed_and_part_of_the_state() -> None:
