@@ -25,7 +25,7 @@ FAMILIES: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "preact_resnet164": (["depth=11"], (3, 8, 8)),
     "vgg11": ([], (1, 28, 28)),
     "vgg11_bn": ([], (1, 8, 8)),
-    "airbench94": (["widths=[4,4,4]"], (3, 16, 16)),
+    "airbench94": (["widths=[4,4,4]"], (3, 32, 32)),
     "alexnet": (["hidden=32"], (1, 16, 16)),
     "two_column_alexnet": (["hidden=32"], (1, 16, 16)),
     "locally_connected": ([], (1, 8, 8)),
