@@ -20,6 +20,8 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before torch is first imported, and for the commands that tests start
 
 os.fsync = lambda descriptor: None  # type: ignore[assignment]  # half of a small run's time; no test cuts the power
+# Neither this replacement nor that of the launcher is in new interpreters: tests/parallel/test_launch.py and
+# tests/reliability/test_ranks.py train, save, kill and resume runs of several ranks there.
 PRELOADED.append("tests.support.preload")
 launch.start_rank = processes.start_rank
 

@@ -11,8 +11,9 @@ import pytest
 
 from dlopt import environment
 from dlopt.job import _record_machine
-from tests.support.line import SMALL, dlopt
+from tests.support.line import dlopt
 from tests.support.requires import require, requires
+from tests.support.sizes import TINY
 
 GIT = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
 
@@ -43,7 +44,7 @@ def saved(run: Path) -> dict[str, Any]:
 
 def test_a_run_records_the_repository_of_the_current_folder(repository: Path) -> None:
     commit, run = git(repository, "rev-parse", "HEAD"), repository / "run"
-    line = ("train", *SMALL, "schedule=constant", "tracking=[]", "hydra.run.dir=run", "resume=auto")
+    line = ("train", *TINY, "schedule=constant", "tracking=[]", "hydra.run.dir=run", "resume=auto")
     assert dlopt(repository, *line).code == 0
     clean = {"folder": str(repository), "commit": commit, "dirty": False, "diff": None}
     assert saved(run)["code"] == clean and not (run / "code.diff").exists()

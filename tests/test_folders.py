@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ from dlopt.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, new
 from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import World
 from dlopt.training import checkpoint
-from tests.support.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
+from tests.support.line import HeldByAnotherProcess, Result, dlopt, entries, only, refused
+from tests.support.sizes import TINY
 
 IN_RUN = "hydra.run.dir=run"
 
 
 def train(folder: Path, *arguments: str) -> Result:
-    result = dlopt(folder, "train", *SMALL, *arguments)
+    result = dlopt(folder, "train", *TINY, *arguments)
     assert result.code == 0, result.err
     return result
 
@@ -69,7 +69,7 @@ def test_files_of_a_run_folder(tmp_path: Path) -> None:
     assert {path.name for path in (run / "checkpoints").iterdir()} >= {
         "last.pt", "last.pt.sha256", "best.pt", "best.pt.sha256",
     }  # fmt: skip
-    assert yaml.safe_load((run / "overrides.yaml").read_text()) == [*SMALL, "name=mine", "tracking=[tensorboard]"]
+    assert yaml.safe_load((run / "overrides.yaml").read_text()) == [*TINY, "name=mine", "tracking=[tensorboard]"]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["widths"] == [4]
     assert {"torch", "python", "git_commit"} <= json.loads((run / "environment.json").read_text()).keys()
     assert [line["epoch"] for line in lines(run)] == [1, 2]
@@ -104,26 +104,21 @@ def test_commands_in_the_same_second_use_different_folders(tmp_path: Path) -> No
 # -- a folder with a run
 
 
-def test_finished_run_without_resume(tmp_path: Path) -> None:
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     train(tmp_path, IN_RUN)
     before = contents(tmp_path)
-    message = refused(tmp_path, "train", *SMALL, IN_RUN)
+    message = refused(tmp_path, "train", *TINY, IN_RUN)
     assert "finished" in message and "resume=auto" in message
-    assert contents(tmp_path) == before
-
-
-def test_finished_run_with_resume_prints_summary(tmp_path: Path) -> None:
-    train(tmp_path, IN_RUN)
-    before = contents(tmp_path)
     result = train(tmp_path, IN_RUN, "resume=auto")
     assert "finished" in result.out
     assert f"{json.loads((tmp_path / 'run/summary.json').read_text())['test_accuracy']:.2%}".split("%")[0] in result.out
+    train(tmp_path, IN_RUN, "resume=auto", "epochs=1")
     assert contents(tmp_path) == before
 
 
 def test_unfinished_run_without_resume(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
-    message = refused(tmp_path, "train", *SMALL, IN_RUN)
+    message = refused(tmp_path, "train", *TINY, IN_RUN)
     assert "unfinished" in message and "resume=auto" in message
 
 
@@ -141,7 +136,7 @@ def test_damaged_config_is_replaced_by_that_of_the_checkpoint(tmp_path: Path) ->
     stop_after_first_epoch(tmp_path, IN_RUN)
     (tmp_path / "run/config.yaml").write_text("")
     line = [IN_RUN, "resume=auto", "schedule_epochs=2"]
-    assert "now 0.02" in refused(tmp_path, "train", *SMALL, *line, "optimizer.lr=0.02")
+    assert "now 0.02" in refused(tmp_path, "train", *TINY, *line, "optimizer.lr=0.02")
     assert "new run" not in train(tmp_path, *line).out
     assert json.loads((tmp_path / "run/summary.json").read_text())["resumed_from"] == [1]
 
@@ -162,7 +157,8 @@ def test_resume_auto_finds_newest_unfinished_run(tmp_path: Path) -> None:
 
 def test_resumes_with_other_keys_of_the_machine_and_of_logging(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path)
-    changed = ("profile=true", "profile_steps=[0,2]", "cuda_graphs=false", "channels_last=false", "data.workers=0")
+    changed = ["profile=true", "profile_steps=[0,2]", "cuda_graphs=false", "channels_last=false", "data.workers=0"]
+    changed += ["epochs=3", "threads=auto", "log_every_steps=1", "tracking=[]", "checkpoint.keep=1", "device=cpu"]
     train(tmp_path, "resume=auto", "schedule_epochs=2", *changed)
     run = only(tmp_path, "outputs/train/*")
     assert json.loads((run / "summary.json").read_text())["resumed_from"] == [1]
@@ -182,14 +178,14 @@ def test_data_on_another_disk_are_the_same_data(tmp_path: Path) -> None:
     assert [line["epoch"] for line in lines(run)] == [1, 2]
     (run / "summary.json").unlink()
     (tmp_path / "there/b").rename(tmp_path / "there/c")
-    result = dlopt(tmp_path, "train", *SMALL, *keys, "data.root=there", "resume=auto", "schedule_epochs=2", "epochs=3")
+    result = dlopt(tmp_path, "train", *TINY, *keys, "data.root=there", "resume=auto", "schedule_epochs=2", "epochs=3")
     assert result.code == 2 and "with classes ['a', 'b'], now ['a', 'c']; see data.root" in result.err
 
 
 @pytest.mark.parametrize("changed", ["precision=bf16", "deterministic=true", "init_from=x.pt", "monitor=val_loss"])
 def test_other_keys_make_another_run(changed: str, tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
-    message = refused(tmp_path, "train", *SMALL, IN_RUN, "resume=auto", "schedule_epochs=2", changed)
+    message = refused(tmp_path, "train", *TINY, IN_RUN, "resume=auto", "schedule_epochs=2", changed)
     assert f"has another config ({changed.partition('=')[0]}: saved " in message
 
 
@@ -235,7 +231,7 @@ def test_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     for path in (tmp_path / "run/checkpoints").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-100])
     before = contents(tmp_path)
-    result = dlopt(tmp_path, "train", *SMALL, IN_RUN, "resume=auto", "schedule_epochs=2")
+    result = dlopt(tmp_path, "train", *TINY, IN_RUN, "resume=auto", "schedule_epochs=2")
     assert result.code == 1 and "all checkpoints in" in result.err and "Traceback" not in result.err
     assert contents(tmp_path) == before
 
@@ -246,7 +242,7 @@ def test_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
 def test_extended_run_keeps_its_schedule(tmp_path: Path) -> None:
     train(tmp_path, IN_RUN)
     before = {path: each[0] for path, each in contents(tmp_path).items()}
-    message = refused(tmp_path, "train", *SMALL, IN_RUN, "resume=auto", "epochs=3")
+    message = refused(tmp_path, "train", *TINY, IN_RUN, "resume=auto", "epochs=3")
     assert "schedule_epochs=3 to stretch the schedule, or schedule_epochs=2" in message
     assert {path: each[0] for path, each in contents(tmp_path).items()} == before
     train(tmp_path, IN_RUN, "resume=auto", "epochs=3", "schedule_epochs=2")
@@ -271,13 +267,6 @@ def test_extended_run_that_was_killed_is_not_finished(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 3
 
 
-def test_shortened_run_is_finished(tmp_path: Path) -> None:
-    train(tmp_path, IN_RUN)
-    before = contents(tmp_path)
-    train(tmp_path, IN_RUN, "resume=auto", "epochs=1")
-    assert contents(tmp_path) == before
-
-
 # -- another config
 
 
@@ -286,30 +275,13 @@ def test_shortened_run_is_finished(tmp_path: Path) -> None:
 )
 def test_refuses_other_config_with_differences(change: str, tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
-    message = refused(tmp_path, "train", *SMALL, IN_RUN, "schedule_epochs=2", "resume=auto", change)
+    message = refused(tmp_path, "train", *TINY, IN_RUN, "schedule_epochs=2", "resume=auto", change)
     key, _, value = change.partition("=")
     assert ("optimizer._target_" if key == "optimizer" else key) in message
     assert (value if key != "optimizer" else "torch.optim.Adam").strip("[]") in message
-    assert shlex.join(SMALL) in message  # how that run was started
-    message = refused(tmp_path, "train", *SMALL, "resume=run/checkpoints/last.pt", change)
+    assert shlex.join(TINY) in message  # how that run was started
+    message = refused(tmp_path, "train", *TINY, "resume=run/checkpoints/last.pt", change)
     assert "another config" in message
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        "epochs=3",
-        "threads=auto",
-        "log_every_steps=1",
-        "tracking=[]",
-        "data.workers=0",
-        "checkpoint.keep=1",
-        "device=cpu",
-    ],
-)
-def test_keys_that_may_change(change: str, tmp_path: Path) -> None:
-    stop_after_first_epoch(tmp_path, IN_RUN)
-    train(tmp_path, IN_RUN, "schedule_epochs=2", "resume=auto", change)
 
 
 def test_differences_names_dotted_keys() -> None:
@@ -343,16 +315,12 @@ def test_resume_path_copies_history(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
-def test_resume_path_in_the_same_folder(tmp_path: Path) -> None:
-    stop_after_first_epoch(tmp_path, IN_RUN)
-    train(tmp_path, IN_RUN, "schedule_epochs=2", "resume=run/checkpoints/last.pt")
-    assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
-
-
-def test_refuses_resume_path_into_another_run(tmp_path: Path) -> None:
+def test_resume_path_in_the_same_folder_but_not_into_another_run(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     train(tmp_path, "hydra.run.dir=other")
-    refused(tmp_path, "train", *SMALL, "hydra.run.dir=other", "resume=run/checkpoints/last.pt")
+    refused(tmp_path, "train", *TINY, "hydra.run.dir=other", "resume=run/checkpoints/last.pt")
+    train(tmp_path, IN_RUN, "schedule_epochs=2", "resume=run/checkpoints/last.pt")
+    assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
 # -- live folders
@@ -363,7 +331,7 @@ def test_refuses_live_folder_before_writing(tmp_path: Path) -> None:
     with HeldByAnotherProcess(tmp_path / "run") as process:
         before = contents(tmp_path)
         for resume in ("resume=auto", "resume=null"):
-            assert "active in this folder" in refused(tmp_path, "train", *SMALL, IN_RUN, resume, "schedule_epochs=2")
+            assert "active in this folder" in refused(tmp_path, "train", *TINY, IN_RUN, resume, "schedule_epochs=2")
         assert contents(tmp_path) == before
         process.kill()
         process.wait()
@@ -393,11 +361,11 @@ def test_the_lock_excludes_its_own_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_in_one_folder(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dlopt", "train", *SMALL, IN_RUN]
+    command = [sys.executable, "-m", "dlopt", "train", *TINY, IN_RUN]
     root = str(Path(__file__).parents[1])
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, **pipes) for _ in range(2)]
-    ends = [(process.communicate(timeout=120), process.returncode) for process in both]
+    ends = [(process.communicate(timeout=300), process.returncode) for process in both]
     assert sorted(code for _, code in ends) == [0, 2], ends
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "finished"
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
@@ -426,14 +394,14 @@ def test_refuses_urls(line: list[str], tmp_path: Path) -> None:
 def test_cleanup(place: str, tmp_path: Path) -> None:
     (tmp_path / "there/already").mkdir(parents=True)
     (tmp_path / "there/file").write_text("kept")
-    refused(tmp_path, "train", *SMALL, "data.subset=9", f"hydra.run.dir={place}")
+    refused(tmp_path, "train", *TINY, "data.subset=9", f"hydra.run.dir={place}")
     assert (tmp_path / "there/file").read_text() == "kept"
 
 
 def test_cleanup_in_an_unfinished_run(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN, "init_from=null")
     before = entries(tmp_path)
-    refused(tmp_path, "train", *SMALL, IN_RUN, "resume=auto", "schedule_epochs=2", "epochs=2", "init_from=")
+    refused(tmp_path, "train", *TINY, IN_RUN, "resume=auto", "schedule_epochs=2", "epochs=2", "init_from=")
     assert entries(tmp_path) == before
 
 
@@ -459,13 +427,13 @@ def test_snapshot_keeps_existing_files(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root, who writes everywhere")
 def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o500)
-    assert "cannot write to this folder" in refused(tmp_path, "train", *SMALL, IN_RUN)
+    assert "cannot write to this folder" in refused(tmp_path, "train", *TINY, IN_RUN)
 
 
 def test_full_disk(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").symlink_to("/dev/full")
-    assert "cannot write to this folder" in refused(tmp_path, "train", *SMALL, IN_RUN)
+    assert "cannot write to this folder" in refused(tmp_path, "train", *TINY, IN_RUN)
 
 
 def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,9 +444,8 @@ def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_relative_folders_are_relative_to_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    start = time.time()
     train(tmp_path / "elsewhere", "hydra.run.dir=../run")
-    assert (tmp_path / "run/summary.json").stat().st_mtime >= start - 1
+    assert (tmp_path / "run/summary.json").exists()
 
 
 def test_folder_taken_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,7 +458,7 @@ def test_folder_taken_by_another_process_is_kept(tmp_path: Path, monkeypatch: py
         return ready
 
     monkeypatch.setattr(attempt, "prepare", taken_meanwhile)
-    result = dlopt(tmp_path, "train", *SMALL, IN_RUN)
+    result = dlopt(tmp_path, "train", *TINY, IN_RUN)
     assert result.code == 2 and "active in this folder" in result.err
     assert RunFolder(tmp_path / "run").is_finished() and len(lines(tmp_path / "run")) == 2
 
@@ -505,7 +472,7 @@ def test_cleanup_of_a_resumed_run(place: str, tmp_path: Path, monkeypatch: pytes
         raise UserError("data.root=x: it is gone")
 
     monkeypatch.setattr("dlopt.training.trainer.train_run", refuse)
-    line = [*SMALL, "schedule_epochs=2", "resume=run/checkpoints/last.pt", place]
+    line = [*TINY, "schedule_epochs=2", "resume=run/checkpoints/last.pt", place]
     assert "it is gone" in refused(tmp_path, "train", *line)  # the history that was taken along is gone, too
 
 
@@ -518,7 +485,7 @@ def test_signal_after_the_run_leaves_its_folder(tmp_path: Path, monkeypatch: pyt
         raise Interrupted(signal.SIGTERM)
 
     monkeypatch.setattr("dlopt.commands.train.start", interrupted)
-    assert dlopt(tmp_path, "train", *SMALL, IN_RUN).code == 75
+    assert dlopt(tmp_path, "train", *TINY, IN_RUN).code == 75
     assert RunFolder(tmp_path / "run").is_finished()
 
 
@@ -539,7 +506,7 @@ def test_refuses_newer_folder_format(tmp_path: Path) -> None:
         [f"resume={run}/checkpoints/last.pt"],
         [f"from={run}"],
     ):
-        assert reason in refused(tmp_path, "train", *SMALL, *typed), typed
+        assert reason in refused(tmp_path, "train", *TINY, *typed), typed
     listed = dlopt(tmp_path, "runs", "outputs")
     assert "skipped: written by a newer dlopt" in listed.err and run.name not in listed.out
 
@@ -552,9 +519,9 @@ def test_refuses_newer_checkpoint_format(tmp_path: Path) -> None:
     write(newest, lambda file: torch.save({**state, "format": 99}, file))
     changed = ["checkpoint.every_steps=1", "data.batch_size=10"]
     for command in (
-        ["train", *SMALL, *changed, IN_RUN, "resume=auto"],
-        ["train", *SMALL, *changed, f"resume={newest}"],
+        ["train", *TINY, *changed, IN_RUN, "resume=auto"],
+        ["train", *TINY, *changed, f"resume={newest}"],
         ["eval", f"checkpoint={newest}"],
-        ["train", *SMALL, *changed, f"init_from={newest}", "hydra.run.dir=new"],
+        ["train", *TINY, *changed, f"init_from={newest}", "hydra.run.dir=new"],
     ):
         assert "written by a newer dlopt (format 99; this reads " in refused(tmp_path, *command)

@@ -66,10 +66,7 @@ def test_mse() -> None:
 def test_micro_batch_losses_add_up_to_the_batch_loss(seed: int, cut: int, smoothing: float, weighted: bool) -> None:
     outputs, targets = batch(seed=seed)
     weights = (0.5, 1.0, 2.0, 3.0, 4.0) if weighted else None
-    for loss in (
-        CrossEntropy(label_smoothing=smoothing, class_weights=weights, classes=CLASSES),
-        MSE(classes=CLASSES),
-    ):
+    for loss in (CrossEntropy(label_smoothing=smoothing, class_weights=weights, classes=CLASSES), MSE(classes=CLASSES)):
         parts = cut * loss(outputs[:cut], targets[:cut]) + (7 - cut) * loss(outputs[cut:], targets[cut:])
         torch.testing.assert_close(parts / 7, loss(outputs, targets))
 

@@ -21,7 +21,7 @@ def test_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(each) for each in CELLS])
     kernel: Any = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=120, allow_errors=True, resources=kernel).execute()
+    nbclient.NotebookClient(notebook, timeout=300, allow_errors=True, resources=kernel).execute()
     silent, shown, wrong = (cell.outputs for cell in notebook.cells)
 
     assert [output["output_type"] for output in silent] == ["execute_result"], silent

@@ -9,7 +9,8 @@ import pytest
 from dlopt.files import read_json
 from dlopt.folders import RunFolder
 from dlopt.plain import check_yaml, expanded_size, load_yaml, read_regular
-from tests.support.line import SMALL, refused
+from tests.support.line import refused
+from tests.support.sizes import TINY
 
 
 def bomb(levels: int = 12) -> str:
@@ -33,7 +34,7 @@ def test_refuses_bomb_in_config_dir(tmp_path: Path, name: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(bomb())
     begin = time.process_time()
-    message = refused(tmp_path, "train", "--config-dir", "conf", "optimizer=evil", *SMALL)
+    message = refused(tmp_path, "train", "--config-dir", "conf", "optimizer=evil", *TINY)
     assert name in message and "aliases" in message
     assert time.process_time() - begin < 5
 

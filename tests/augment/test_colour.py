@@ -8,10 +8,8 @@ from torch import Tensor
 from dlopt.augment import Brightness, Contrast, Draws, Operation, PCAColour, Saturation
 from dlopt.augment.colour import Colour, colour_statistics
 from dlopt.random import generator
-from tests.augment.helpers import Images, pictures, run, smooth_pictures
+from tests.augment.helpers import SIGNS, STRENGTHS, Images, pictures, run, smooth_pictures
 
-STRENGTHS = torch.tensor([1.0, 0.7, 0.25, 0.0, 0.5, 1.0])
-SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
 FACTORS = (1 + 0.8 * STRENGTHS * SIGNS).tolist()
 
 

@@ -1,7 +1,7 @@
 """Random crops: of images in memory against torchvision, and of whole image files against Pillow."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,34 +12,19 @@ import torchvision.transforms.v2.functional as vision
 from PIL import Image
 from torch import Tensor
 
-from dlopt.augment import (
-    Draws,
-    HorizontalFlip,
-    Operation,
-    Pipeline,
-    RandomCrop,
-    RandomResizedCrop,
-    RandomScaleCrop,
-    Rotate,
-)
+from dlopt.augment import Draws, HorizontalFlip, Pipeline, RandomCrop, RandomResizedCrop, RandomScaleCrop, Rotate
 from dlopt.augment.crops import CropReader, ResizingCrop
 from dlopt.augment.pipeline import crop_when_reading
-from dlopt.augment.warp import Affine
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
-from dlopt.data.splits import DataSettings, prepare
+from dlopt.data.splits import prepare
 from dlopt.errors import UserError
 from dlopt.random import generator
-from tests.augment.helpers import pictures, run
+from tests.augment.helpers import matrix, pictures, run
+from tests.support.data import data_settings
 
 TOLERANCE = 0.01  # of 255, by rounding
 CPU = torch.device("cpu")
-
-
-def matrix(operation: Operation, total: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
-    (step,) = operation.plan(Draws(generator("cpu", seed), total), shape)
-    assert isinstance(step, Affine)
-    return step.matrix(total, CPU)
 
 
 # -- images in memory
@@ -263,21 +248,6 @@ def test_batches_do_not_depend_on_workers_ranks_and_interruptions(files: Files) 
     assert not torch.equal(whole[0], batches(files, start=0)[1])
 
 
-def settings(memory: bool | Literal["auto"]) -> DataSettings:
-    return DataSettings(
-        batch_size=8,
-        val_split=0.0,
-        subset=None,
-        split_seed=0,
-        label_noise=0.0,
-        image_size=16,
-        memory=memory,
-        workers=0,
-        statistics_samples=None,
-        drop_last=False,
-    )
-
-
 def test_crops_must_come_first_and_need_the_files(files: Files) -> None:
     late = Pipeline(operations=[HorizontalFlip(p=0.5), CROPS[0]], border="zero", input_shape=files.shape)
     with pytest.raises(UserError, match=r"augmentation.operations.1: RandomScaleCrop must be the first operation"):
@@ -285,10 +255,11 @@ def test_crops_must_come_first_and_need_the_files(files: Files) -> None:
     memory: Samples = InMemory(pictures(4, 3, 16, 16), torch.zeros(4, dtype=torch.long))
     assert crop_when_reading(late, memory, 0) == (None, late)
     data = Dataset(files, None, None, None)
-    assert prepare(data, settings("auto")).in_memory
-    assert not prepare(data, settings("auto"), random_crops=True).in_memory
-    assert prepare(Dataset(memory, None, None, None), settings(True), random_crops=True).in_memory
+    auto, memory_only = (data_settings(memory=choice, image_size=16) for choice in ("auto", True))
+    assert prepare(data, auto).in_memory
+    assert not prepare(data, auto, random_crops=True).in_memory
+    assert prepare(Dataset(memory, None, None, None), memory_only, random_crops=True).in_memory
     with pytest.raises(UserError, match=r"data.memory=true: .* crops from the whole image; use data.memory=auto"):
-        prepare(data, settings(True), random_crops=True)
+        prepare(data, memory_only, random_crops=True)
     same_size = Files([files.path(0)] * 2, torch.arange(2), None, 3)
     assert whole_images(same_size) is None  # shows the whole images

@@ -30,12 +30,10 @@ from dlopt.augment import (
 )
 from dlopt.augment.warp import Affine
 from dlopt.random import generator
-from tests.augment.helpers import pictures, run, smooth_pictures
+from tests.augment.helpers import SIGNS, STRENGTHS, matrix, pictures, run, smooth_pictures
 
 TOLERANCE = 0.02
 BILINEAR = v2.InterpolationMode.BILINEAR
-STRENGTHS = torch.tensor([1.0, 0.7, 0.25, 0.0, 0.5, 1.0])
-SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
 
 
 def affine(
@@ -151,12 +149,6 @@ def test_one_warp_equals_sequential_warps_up_to_interpolation() -> None:
     assert (at_once - images)[inner].abs().mean() > 10
     reverse = run(chain[::-1], images, strength=strength)
     assert (at_once - reverse)[inner].abs().mean() > 2  # the order counts
-
-
-def matrix(operation: Operation, total: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
-    (step,) = operation.plan(Draws(generator("cpu", seed), total), shape)
-    assert isinstance(step, Affine)
-    return step.matrix(total, torch.device("cpu"))
 
 
 def test_drawn_parameters_have_their_distributions() -> None:

@@ -2,7 +2,6 @@ from itertools import pairwise
 
 import scipy.stats
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dlopt.augment import CutMix, Draws, Mixup, Operation, Pipeline
@@ -10,11 +9,7 @@ from dlopt.random import generator
 
 
 def mixed(
-    operations: list[Operation],
-    images: Tensor,
-    targets: Tensor,
-    total: int | None = None,
-    start: int = 0,
+    operations: list[Operation], images: Tensor, targets: Tensor, total: int | None = None, start: int = 0
 ) -> tuple[Tensor, Tensor]:
     pipeline = Pipeline(operations=operations, border="zero", input_shape=tuple(images.shape[1:]))
     return pipeline(
@@ -66,17 +61,6 @@ def test_cutmix_pastes_one_box_at_the_same_position() -> None:
         assert torch.equal(box, rows[:, None] & columns)
         for line in (rows, columns):
             assert line.int().diff().abs().sum() <= 2  # without a gap
-
-
-def test_loss_accepts_mixed_labels() -> None:
-    labels = torch.randint(0, 5, (12,))
-    _, targets = mixed([Mixup(alpha=0.4, p=1.0, classes=5)], numbered(12), labels)
-    logits = torch.randn(12, 5)
-    share = (targets * F.one_hot(labels, 5)).sum(1)
-    share = torch.where(labels == labels[torch.arange(12) ^ 1], 1.0, share)
-    losses = [F.cross_entropy(logits, each, reduction="none") for each in (labels, labels[torch.arange(12) ^ 1])]
-    want = (share * losses[0] + (1 - share) * losses[1]).mean()
-    assert torch.allclose(F.cross_entropy(logits, targets), want, atol=1e-6)
 
 
 def test_regression_targets_are_mixed_as_numbers() -> None:

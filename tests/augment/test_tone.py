@@ -8,10 +8,7 @@ from torch import Tensor
 from dlopt.augment import AutoContrast, Draws, Equalize, Operation, Posterize, Sharpness, Solarize
 from dlopt.augment.operation import FixedStrengthDraws, PixelStep
 from dlopt.random import generator
-from tests.augment.helpers import pictures, run, smooth_pictures
-
-STRENGTHS = torch.tensor([1.0, 0.75, 0.25, 0.0, 0.5, 1.0])
-SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
+from tests.augment.helpers import SIGNS, STRENGTHS, pictures, run, smooth_pictures
 
 
 @pytest.mark.parametrize("kind", ["noise", "smooth", "flat"])

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,26 +8,12 @@ from PIL import Image
 
 from dlopt.data.samples import InMemory
 from dlopt.data.splits import DataSettings
+from tests.support.data import data_settings
 
 
 @pytest.fixture
 def settings() -> Callable[..., DataSettings]:
-    def make(**changed: Any) -> DataSettings:
-        defaults: dict[str, Any] = {
-            "batch_size": 8,
-            "val_split": 0.0,
-            "subset": None,
-            "split_seed": 0,
-            "label_noise": 0.0,
-            "image_size": None,
-            "memory": "auto",
-            "workers": 0,
-            "statistics_samples": None,
-            "drop_last": False,
-        }
-        return DataSettings(**defaults | changed)
-
-    return make
+    return data_settings
 
 
 @pytest.fixture

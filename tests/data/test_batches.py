@@ -1,7 +1,6 @@
 import math
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -213,9 +212,7 @@ def test_workers_use_one_thread_and_survive_sigterm() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(int(first), number)
     assert [value.item() for value in run] == [first] * 11
-    begun = time.monotonic()
     loader.close()
-    assert time.monotonic() - begun < 4
     with pytest.raises(ProcessLookupError):
         os.kill(int(first), 0)
 

@@ -17,7 +17,7 @@ from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
 from dlopt.data.samples import InMemory
 from tests.support.recorded import SimulatedRecorder
-from tests.support.runs import in_fork
+from tests.support.runs import in_fork, same
 
 CONF = Path(__file__).parents[2] / "conf" / "augmentation"
 CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml") if path.stem != "none")
@@ -54,17 +54,11 @@ def drawn(batches: Batches, epochs: int = 3) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True)
-    )
-
-
 def test_replayed_batches_equal_eager_ones() -> None:
     """Also after an epoch's smaller last batch, with per-update seeds and the epoch as a tensor."""
     augment = pipeline(PadCrop(padding=2), AlternatingFlip())
     recorder = SimulatedRecorder()
-    assert equal(drawn(batches(augment, recorder=recorder)), drawn(batches(augment)))
+    assert same(drawn(batches(augment, recorder=recorder)), drawn(batches(augment)))
     assert (recorder.warmed, recorder.recorded) == (2, 1)
     assert recorder.replayed == 12 - 2  # four full batches in each epoch
 
@@ -78,7 +72,7 @@ def test_replayed_batches_share_memory() -> None:
 
 def test_replays_without_augmentation() -> None:
     recorder = SimulatedRecorder()
-    assert equal(drawn(batches(None, recorder=recorder)), drawn(batches(None)))
+    assert same(drawn(batches(None, recorder=recorder)), drawn(batches(None)))
     assert recorder.replayed > 0
 
 

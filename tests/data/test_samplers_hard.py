@@ -1,13 +1,9 @@
 """Loss-aware sampling: draws per sample, observed losses, and resuming."""
 
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -25,8 +21,7 @@ from dlopt.errors import UserError
 from dlopt.losses import MSE, CrossEntropy
 from dlopt.training.metrics import MetricSum, sample_losses
 from tests.support.runs import (
-    RICH,
-    STEPS_PER_EPOCH,
+    assert_same_run,
     at_update,
     in_fork,
     metrics,
@@ -37,6 +32,7 @@ from tests.support.runs import (
     terminate,
     timeless,
 )
+from tests.support.sizes import RICH, STEPS_PER_EPOCH
 from tests.support.tasks import REGRESSION
 
 LOSSES = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=40)
@@ -155,8 +151,9 @@ def test_keeps_the_latest_loss(parts: list[tuple[int, list[int], list[float]]], 
             if math.isfinite(value):
                 before = expected.get(index, (-1, 0.0))
                 expected[index] = (step, max(value, before[1]) if before[0] == step else value)
-    hard = observed(parts, [min(cut, sum(len(indices) for _, indices, _ in parts)) for cut in cuts])
-    assert {i: (int(hard._updates[i]), float(hard._losses[i])) for i in range(6) if hard._updates[i] >= 0} == expected
+    state = observed(parts, [min(cut, sum(len(indices) for _, indices, _ in parts)) for cut in cuts]).state_dict()
+    seen, losses = state["seen"].tolist(), state["losses"].tolist()
+    assert {i: (seen[i], losses[i]) for i in range(6) if seen[i] >= 0} == expected
 
 
 def test_samples_without_loss_count_as_average() -> None:
@@ -175,7 +172,7 @@ def test_batches_that_were_not_trained_on_are_dropped() -> None:
     hard.begin()
     hard.serve(0, torch.tensor([1]))
     hard.observe(torch.tensor([2.0]))
-    assert hard._losses.tolist() == [0, 2, 0, 0]
+    assert hard.state_dict()["losses"].tolist() == [0, 2, 0, 0]
 
 
 def test_current_epoch_is_fixed_and_part_of_the_state() -> None:
@@ -202,7 +199,7 @@ class Exchange:
     """Elementwise maximum over two ranks (threads)."""
 
     def __init__(self) -> None:
-        self.barrier, self.values = threading.Barrier(2, timeout=20), [torch.empty(0), torch.empty(0)]
+        self.barrier, self.values = threading.Barrier(2, timeout=300), [torch.empty(0), torch.empty(0)]
 
     def rank(self, number: int) -> Callable[[Tensor], Tensor]:
         def maximum(own: Tensor) -> Tensor:
@@ -321,12 +318,6 @@ def test_a_run_samples_by_its_losses(whole: Path, tmp_path: Path) -> None:
     assert int(draws.sum()) == 90 and int(draws.max()) > 1 and int(draws.min()) == 0
 
 
-def assert_same_run(folder: Path, other: Path) -> None:
-    assert timeless(folder) == timeless(other)
-    for name in ("last.pt", "best.pt"):
-        assert same(result(folder, name), result(other, name)), name
-
-
 @pytest.mark.parametrize("step", [2, 6, STEPS_PER_EPOCH, 11])
 def test_interrupted_and_resumed(whole: Path, tmp_path: Path, step: int) -> None:
     """Interrupts within epochs, and at the end of one (4)."""
@@ -381,24 +372,3 @@ def test_runs_with_the_other_samplers_resume(tmp_path: Path, name: str) -> None:
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     assert result(tmp_path / "whole")["progress"]["sampler"] is None
     assert ("batch_variation" in metrics(tmp_path / "whole")[0]) == (name == "diverse")
-
-
-@pytest.mark.slow
-def test_the_command_stopped_by_a_signal(tmp_path: Path) -> None:
-    """Two processes; the first is stopped in the middle of the run."""
-    line = [sys.executable, "-m", "dlopt", "train", *HARD, "epochs=120", "checkpoint.every_epochs=50"]
-
-    def run(folder: str) -> list[str]:
-        return [*line, "resume=auto", f"hydra.run.dir={tmp_path / folder}"]
-
-    with subprocess.Popen(run("stopped"), stdout=subprocess.DEVNULL) as process:
-        lines = tmp_path / "stopped/metrics.jsonl"
-        while process.poll() is None and not (lines.exists() and lines.stat().st_size > 5000):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75
-    for folder in ("stopped", "whole"):
-        subprocess.run(run(folder), check=True, stdout=subprocess.DEVNULL, timeout=300)
-    summary = json.loads((tmp_path / "stopped/summary.json").read_text())
-    assert summary["status"] == "finished" and len(summary["resumed_from"]) == 1
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")

@@ -43,8 +43,9 @@ def check_protocol(samples: Samples) -> None:
     assert samples.fetch(torch.tensor([], dtype=torch.int64)).shape == (0, *samples.shape)
 
 
-def test_in_memory_follows_the_protocol() -> None:
+def test_tensors_and_wrapped_datasets_follow_the_protocol() -> None:
     check_protocol(InMemory(torch.randint(0, 256, (5, 1, 2, 2), dtype=torch.uint8), torch.arange(5)))
+    check_protocol(Wrapped(Items([(torch.rand(3), i % 2) for i in range(5)]), None, "data.train"))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -103,10 +104,6 @@ def test_wrapped_inputs_of_every_kind(value: Any, expected: Tensor) -> None:
     samples = Wrapped(Items([(value, 0), (value, 1)]), None, "data.train")
     fetched = samples.fetch(torch.tensor([1]))
     assert samples.shape == expected.shape and fetched.dtype == expected.dtype and torch.equal(fetched[0], expected)
-
-
-def test_wrapped_follows_the_protocol() -> None:
-    check_protocol(Wrapped(Items([(torch.rand(3), i % 2) for i in range(5)]), None, "data.train"))
 
 
 def test_wrapped_images_are_resized() -> None:

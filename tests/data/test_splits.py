@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from dlopt.data.samples import Dataset, Files, InMemory, Samples
 from dlopt.data.splits import DataSettings, prepare, stratified
 from dlopt.errors import UserError
+from tests.support.data import data_settings
 
 Make = Callable[..., DataSettings]
-Numbered = Callable[..., InMemory]
 
 
 def hashes(samples: Samples) -> set[bytes]:
@@ -76,10 +76,7 @@ def test_seed_determines_the_selection() -> None:
 )
 def test_splits_are_disjoint(val_split: float, subset: int | float | None, seed: int) -> None:
     dataset = random_dataset([40, 30, 20, 10], test=20)
-    settings = DataSettings(
-        batch_size=8, val_split=val_split, subset=subset, split_seed=seed, label_noise=0.0, image_size=None,
-        memory="auto", workers=0, statistics_samples=None, drop_last=False,
-    )  # fmt: skip
+    settings = data_settings(val_split=val_split, subset=subset, split_seed=seed)
     parts = prepare(dataset, settings)
     assert parts.test is not None
     train, test = hashes(parts.train), hashes(parts.test)
@@ -88,13 +85,6 @@ def test_splits_are_disjoint(val_split: float, subset: int | float | None, seed:
     assert len(test) == 20 and train | val <= hashes(dataset.train)
     expected_count = 100 if subset is None else subset if isinstance(subset, int) else max(1, round(subset * 100))
     assert len(train) + len(val) == len(parts.train) + (len(parts.val) if parts.val else 0) == expected_count
-
-
-def test_validation_split_of_the_usual_size(settings: Make) -> None:
-    parts = prepare(random_dataset([400, 300, 200, 100]), settings(val_split=0.1))
-    assert parts.val is not None
-    assert torch.bincount(parts.val.targets).tolist() == [40, 30, 20, 10]
-    assert torch.bincount(parts.train.targets).tolist() == [360, 270, 180, 90]
 
 
 def test_label_noise_changes_a_fraction_of_the_training_labels_only(settings: Make) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dlopt.data import normalization
 from dlopt.data.normalization import Standardize
 from dlopt.data.samples import Dataset, Files, InMemory, Samples
+from tests.support.runs import same
 
 
 class Counted(Standardize):
@@ -42,27 +43,23 @@ def fitted(samples: Samples, count: int | None, kind: str = "a", in_memory: bool
     return normalize.state_dict()
 
 
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(value, other[name]) for name, value in one.items())
-
-
 def test_streamed_statistics_use_evenly_spaced_samples(files: Files) -> None:
     whole, part = fitted(files, None, "whole"), fitted(files, 8)
     assert Counted.seen == [24, 8]
-    assert not equal(whole, part)
+    assert not same(whole, part)
     means = [(-state["shift"] / state["scale"]).mean().item() for state in (part, whole)]
     assert means[0] == pytest.approx(means[1], rel=0.05)  # the first third alone would be a third as bright
 
 
 def test_statistics_in_memory_use_all_samples(files: Files) -> None:
     samples = InMemory(files.fetch(torch.arange(24)), files.targets)
-    assert equal(fitted(samples, 8, in_memory=True), fitted(files, None))
+    assert same(fitted(samples, 8, in_memory=True), fitted(files, None))
     assert Counted.seen == [24, 24]
 
 
 def test_second_run_uses_cached_statistics(files: Files) -> None:
     first = fitted(files, 8)
-    assert equal(first, fitted(files, 8)) and Counted.seen == [8]
+    assert same(first, fitted(files, 8)) and Counted.seen == [8]
     fitted(files, 8, "another normalization")
     fitted(files.select(torch.arange(1, 24)), 8)
     assert Counted.seen == [8, 8, 8]
@@ -71,7 +68,7 @@ def test_second_run_uses_cached_statistics(files: Files) -> None:
 def test_changed_image_invalidates_the_cache(files: Files) -> None:
     first = fitted(files, None)
     Image.fromarray(np.full((6, 6, 3), 255, dtype=np.uint8)).save(files.path(3))
-    assert not equal(first, fitted(files, None))
+    assert not same(first, fitted(files, None))
     assert Counted.seen == [24, 24]
 
 
@@ -79,4 +76,4 @@ def test_damaged_cache_is_ignored(files: Files, tmp_path: Path) -> None:
     first = fitted(files, 8)
     [kept] = (tmp_path / "cache/dlopt").glob("statistics-*.npz")
     kept.write_bytes(kept.read_bytes()[:-3] + b"abc")
-    assert equal(first, fitted(files, 8)) and Counted.seen == [8, 8]
+    assert same(first, fitted(files, 8)) and Counted.seen == [8, 8]

@@ -8,9 +8,9 @@ import torch
 
 from dlopt.losses import CrossEntropy
 from dlopt.models.mlp import MLP
+from tests.support.norm import NORM
 from tests.support.pages import ROOT
 
-NORM = {"norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None, "norm_eps": 1e-5, "norm_momentum": 0.1}
 PATH = ROOT / "docs/examples/backpropagation.py"
 
 
@@ -23,7 +23,7 @@ def test_gradients_equal_those_of_dlopt_in_float64() -> None:
     loss, gradient = example["cross_entropy"](logits, y)
     gradients = [each for pair in example["backward"](layers, inputs, gradient) for each in pair]
 
-    keys = {"widths": [8, 6], "activation": "relu", "dropout": 0.0, "norm": "none", **NORM}
+    keys = {"widths": [8, 6], "activation": "relu", "dropout": 0.0, **NORM, "norm": "none"}
     model = MLP(input_shape=(5,), classes=3, **keys).double()
     parameters = list(model.parameters())
     with torch.no_grad():

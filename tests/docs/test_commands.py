@@ -22,8 +22,9 @@ from dlopt.commands.grid import overrides_of
 from dlopt.config.plan import Plan
 from dlopt.sweeps.request import SweepRequest
 from dlopt.table import COMMANDS
-from tests.support.line import SMALL, dlopt
+from tests.support.line import dlopt
 from tests.support.pages import ROOT, block_after, blocks
+from tests.support.sizes import TINY
 
 DATE = "outputs/train/DATE"
 LITTLE = {  # what makes a line of that command one of a moment; what is typed later wins
@@ -103,7 +104,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "labels.csv").write_text(f"path,label\n{table}")
     (folder / "measurements.csv").write_text("width,length,species\n" + "1,2,a\n3,5,b\n" * 20)
     for name, run in (("train", DATE), ("night", "outputs/night"), ("base", "outputs/base")):
-        done = dlopt(folder, "train", *SMALL, f"name={name}", "checkpoint.keep=4", "epochs=4", f"hydra.run.dir={run}")
+        done = dlopt(folder, "train", *TINY, f"name={name}", "checkpoint.keep=4", "epochs=4", f"hydra.run.dir={run}")
         assert done.code == 0, done.err
     (folder / "start.py").write_text("def ")
     text = ("data=text", "data.file=labels.csv", "data.sequence_length=8", "model=gpt_nano", "steps=2", "tracking=[]")

@@ -12,28 +12,32 @@ CHOICES = names("model")
 SHAPES = {"polynomial": (1,), "alexnet_224": (3, 224, 224), "two_column_alexnet_224": (3, 224, 224)}
 
 DEEP = {"resnet1202", "preact_resnet1001", "resnet110", "preact_resnet110", "preact_resnet164", "resnet101"}
-# one choice of each family
-FAMILIES = [
-    "resnet20",
-    "plain20",
-    "resnet18",
-    "resnet50",
-    "mlp",
-    "residual_mlp",
-    "wrn_16_4",
-    "preact_resnet20",
-    "vgg11",
-]
-FAMILIES += [
-    "airbench94",
-    "preact_resnet164",
-    "alexnet",
-    "two_column_alexnet",
-    "rnn",
-    "lstm",
-    "locally_connected",
-    "vit",
-]
+# Small models of all families: other keys of a choice, and the shape of a sample.
+FAMILIES: dict[str, tuple[list[str], tuple[int, ...]]] = {
+    "mlp": (["widths=[16,12]", "activation=tanh"], (1, 8, 8)),
+    "residual_mlp": (["width=16", "blocks=2", "activation=tanh"], (1, 8, 8)),
+    "resnet20": (["depth=8"], (1, 16, 16)),
+    "plain20": (["depth=8"], (1, 16, 16)),
+    "resnet18": ([], (1, 16, 16)),
+    "resnet50": ([], (1, 16, 16)),
+    "wrn_16_4": (["depth=10", "widen=1"], (3, 8, 8)),
+    "preact_resnet20": (["depth=8"], (3, 8, 8)),
+    "preact_resnet164": (["depth=11"], (3, 8, 8)),
+    "vgg11": ([], (1, 28, 28)),
+    "vgg11_bn": ([], (1, 8, 8)),
+    "airbench94": (["widths=[4,4,4]"], (3, 32, 32)),
+    "alexnet": (["hidden=32"], (1, 16, 16)),
+    "two_column_alexnet": (["hidden=32"], (1, 16, 16)),
+    "locally_connected": ([], (1, 8, 8)),
+    "vit": (["width=12", "depth=2", "heads=2", "dropout=0.1"], (1, 8, 12)),
+    "vit, norms after the sums": (["width=12", "depth=2", "heads=2", "pre_norm=false"], (1, 8, 12)),
+    "rnn": (["layers=2", "hidden=16", "dropout=0.1"], (3, 8, 6)),
+    "lstm": (["layers=2", "hidden=16", "dropout=0.1"], (3, 8, 6)),
+}
+NORMS = ["batch", "layer", "group", "instance", "none"]
+UNSUPPORTED = {(name, "instance") for name in ("mlp", "residual_mlp", "vgg11", "vgg11_bn")}
+UNSUPPORTED |= {(name, kind) for name in ("rnn", "lstm") for kind in ("batch", "group", "instance")}
+CASES = [(name, kind) for name in FAMILIES for kind in NORMS if (name, kind) not in UNSUPPORTED]
 
 
 @pytest.mark.parametrize(
@@ -54,20 +58,28 @@ def test_every_choice_builds_on_meta_and_maps_a_batch_to_outputs(build: Callable
     assert choice in ("timm", "torchvision") or isinstance(model.get_submodule("head"), nn.Linear)
 
 
-@pytest.mark.parametrize("choice", FAMILIES)
-def test_every_model_with_hidden_layers_has_a_norm_key(build: Callable[..., nn.Module], choice: str) -> None:
-    counts = {}
-    for keys in (["norm=layer", "norm_affine=true"], ["norm=layer", "norm_affine=false"], ["norm=none"]):
-        with torch.device("meta"):
-            model = build(choice, *keys, input_shape=SHAPES.get(choice, (3, 32, 32)), classes=7)
-        norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
-        counts[tuple(keys)] = len(norms), sum(1 for module in norms for _ in module.parameters(recurse=False))
-    with_affine, without, none = counts.values()
-    assert with_affine[0] == without[0] > 0 and with_affine[1] == 2 * with_affine[0]
-    assert without[1] == 0 and none == (0, 0)
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_forward_and_backward_with_every_norm(build: Callable[..., nn.Module], name: str, kind: str) -> None:
+    keys, shape = FAMILIES[name]
+    counts = []
+    for affine in ("true", "false"):
+        overrides = [*keys, f"norm={kind}", f"norm_affine={affine}"]
+        model = build(name.partition(",")[0], *overrides, input_shape=shape, classes=3).double()
+        output = model(torch.randn(5, *shape, dtype=torch.float64))
+        assert output.shape == (5, 3)
+        output.square().sum().backward()
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+            assert parameter.grad.any() or "mlp" not in name, parameter_name
+        norms = [module for module in model.modules() if hasattr(module, "eps")]
+        counts.append((len(norms), sum(1 for module in norms for _ in module.parameters(recurse=False))))
+        biases = [module.bias is not None for module in model.modules() if isinstance(module, nn.Conv2d)]
+        assert "resnet" not in name or any(biases) == (kind == "none")
+    assert counts == ([(0, 0)] * 2 if kind == "none" else [(counts[0][0], 2 * counts[0][0]), (counts[0][0], 0)])
+    assert kind == "none" or counts[0][0] > 0
 
 
 def test_the_first_line_of_every_choice_describes_it() -> None:
-    assert set(FAMILIES) < set(CHOICES)
+    assert {name.partition(",")[0] for name in FAMILIES} < set(CHOICES)
     for choice in CHOICES:
         assert (CONF / f"{choice}.yaml").read_text().splitlines()[0].startswith("# "), choice

@@ -7,10 +7,9 @@ from torch import nn
 
 from dlopt.models.foreign import advice
 from dlopt.models.resnet import CifarResNet
+from tests.support.norm import NORM
 
-KEYS: dict[str, Any] = {"input_shape": (3, 8, 8), "classes": 10, "depth": 8, "width": 4, "dropout": 0.0}
-KEYS |= {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None}
-KEYS |= {"norm_eps": 1e-5, "norm_momentum": 0.1}
+KEYS: dict[str, Any] = {"input_shape": (3, 8, 8), "classes": 10, "depth": 8, "width": 4, "dropout": 0.0, **NORM}
 
 
 @pytest.mark.parametrize(("padding", "other"), [("end", "both"), ("both", "end")])

@@ -1,5 +1,6 @@
 """GPT against a plain float64 implementation, its cache, its sizes and its initialization."""
 
+import itertools
 import math
 from typing import Any
 
@@ -84,21 +85,14 @@ def test_equals_the_formulas(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_cached_logits_equal_uncached_ones(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("parts", [[3, 1, 1, 1, 1], [2, 3, 2]], ids=["token by token", "several tokens"])
+def test_cached_logits_equal_uncached_ones(options: dict[str, Any], parts: list[int]) -> None:
     model = gpt(**options).eval()
     tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [7, 2, 7, 1, 8, 2, 8]])
     caches = [KeyValueCache(), KeyValueCache()]
-    cached = [model.next_logits(part, caches) for part in tokens.split([3, 1, 1, 1, 1], dim=1)]
-    torch.testing.assert_close(torch.stack(cached, 1), model(tokens)[:, 2:], rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_several_tokens_after_those_in_the_cache(options: dict[str, Any]) -> None:
-    model = gpt(**options).eval()
-    tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [7, 2, 7, 1, 8, 2, 8]])
-    caches = [KeyValueCache(), KeyValueCache()]
-    cached = [model.next_logits(part, caches) for part in tokens.split([2, 3, 2], dim=1)]
-    torch.testing.assert_close(torch.stack(cached, 1), model(tokens)[:, [1, 4, 6]], rtol=1e-10, atol=1e-10)
+    cached = [model.next_logits(part, caches) for part in tokens.split(parts, dim=1)]
+    last = [end - 1 for end in itertools.accumulate(parts)]
+    torch.testing.assert_close(torch.stack(cached, 1), model(tokens)[:, last], rtol=1e-10, atol=1e-10)
 
 
 def test_sizes() -> None:

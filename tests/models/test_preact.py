@@ -7,15 +7,7 @@ from torch import nn
 
 from dlopt.errors import UserError
 from dlopt.models.preact import PreActBlock, PreActBottleneck, PreActResNet, WideResNet
-
-NORM: dict[str, Any] = {
-    "norm": "batch",
-    "norm_affine": True,
-    "norm_groups": 8,
-    "norm_ghost_batch": None,
-    "norm_eps": 1e-5,
-    "norm_momentum": 0.1,
-}
+from tests.support.norm import NORM
 
 
 def wide(**changes: Any) -> WideResNet:
@@ -59,16 +51,6 @@ def test_depth_of_a_wide_network_counts_its_convolutions() -> None:
     for depth in (10, 16, 22):
         kernels = [module for module in wide(depth=depth).modules() if isinstance(module, nn.Conv2d)]
         assert len(kernels) == depth - 1  # and the classifier; the three projections are counted
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("kind", ["batch", "layer", "group", "instance", "none"])
-@pytest.mark.parametrize("make", [wide, basic, bottleneck])
-def test_forward_and_backward_with_every_norm(make: Callable[..., nn.Module], kind: str, affine: bool) -> None:
-    model = make(norm=kind, norm_affine=affine).double()
-    model(images(4, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
 def test_wide_block_matches_the_formula() -> None:

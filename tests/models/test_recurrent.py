@@ -76,35 +76,7 @@ def test_layer_norm_in_the_lstm() -> None:
 
 
 @pytest.mark.parametrize("choice", ["rnn", "lstm"])
-@pytest.mark.parametrize("kind", ["layer", "none"])
-@pytest.mark.parametrize("affine", ["true", "false"])
-def test_forward_and_backward(build: Build, choice: str, kind: str, affine: str) -> None:
-    keys = ["layers=2", "hidden=16", "dropout=0.1", f"norm={kind}", f"norm_affine={affine}"]
-    model = build(choice, *keys, input_shape=(3, 8, 6), classes=4)
-    output = model(torch.randn(5, 3, 8, 6))
-    assert output.shape == (5, 4)
-    output.square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("choice", ["rnn", "lstm"])
 @pytest.mark.parametrize("kind", ["batch", "group", "instance"])
 def test_rejects_other_norms(build: Build, choice: str, kind: str) -> None:
     with pytest.raises(UserError, match=rf"model\.norm={kind}: .*layer or none"):
         build(choice, f"norm={kind}", input_shape=(1, 8, 8), classes=4)
-
-
-def test_large_recurrent_weights_make_the_gradient_explode() -> None:
-    """A linear recurrence multiplies the gradient by the spectral radius at every step; tanh near zero is linear."""
-    norms = {}
-    for radius in (0.5, 1.5):
-        layer = RecurrentLayer(5, 6, norm("none")).double()
-        with torch.no_grad():
-            layer.hidden.weight.copy_(radius * torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0])
-            layer.input.bias.zero_()
-        steps = torch.zeros(1, 30, 5, dtype=torch.float64, requires_grad=True)
-        layer(steps)[:, -1].sum().backward()
-        assert steps.grad is not None
-        norms[radius] = (steps.grad[0, 0].norm() / steps.grad[0, -1].norm()).item()
-    assert norms[0.5] < 0.5**29 * 100
-    assert norms[1.5] > 1.5**29 / 100

@@ -9,15 +9,7 @@ from torch import nn
 
 from dlopt.errors import UserError
 from dlopt.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcut
-
-NORM: dict[str, Any] = {
-    "norm": "batch",
-    "norm_affine": True,
-    "norm_groups": 8,
-    "norm_ghost_batch": None,
-    "norm_eps": 1e-5,
-    "norm_momentum": 0.1,
-}
+from tests.support.norm import NORM
 
 
 def cifar(**changes: Any) -> CifarResNet:
@@ -147,19 +139,6 @@ def test_residual_and_plain_block_match_the_formula() -> None:
         hidden = normalized(nn.functional.conv2d(maps, w1, padding=1)).relu()
         expected = normalized(nn.functional.conv2d(hidden, w2, padding=1))
         torch.testing.assert_close(block(maps), (expected + maps if residual else expected).relu())
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("kind", ["batch", "layer", "group", "instance", "none"])
-@pytest.mark.parametrize("make", [cifar, imagenet])
-def test_forward_and_backward_with_every_norm(make: Callable[..., nn.Module], kind: str, affine: bool) -> None:
-    model = make(norm=kind, norm_affine=affine, input_shape=(1, 16, 16))
-    model(images((1, 16, 16))).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    assert any(module.bias is not None for module in model.modules() if isinstance(module, nn.Conv2d)) == (
-        kind == "none"
-    )
 
 
 def test_rejects_instance_norm_over_one_pixel() -> None:

@@ -1,5 +1,5 @@
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,18 +63,3 @@ class Problem:
 @pytest.fixture
 def problem() -> Callable[[], Problem]:
     return Problem
-
-
-@pytest.fixture(scope="session")
-def run_quadratic() -> Callable[..., list[Tensor]]:
-    """Feeds scripted gradients to an optimizer and returns the parameter after each step."""
-
-    def run(optimizer: torch.optim.Optimizer, p: Tensor, grads: Iterable[Tensor]) -> list[Tensor]:
-        path = []
-        for g in grads:
-            p.grad = g.clone()
-            optimizer.step()
-            path.append(p.detach().clone())
-        return path
-
-    return run

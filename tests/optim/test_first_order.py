@@ -13,30 +13,18 @@ from torch import Tensor, nn
 from dlopt.errors import UserError
 from dlopt.optim import LAMB, LARS, SAM, SGDW, AdaBelief, Lion, LossClosure, Muon, Rprop
 from dlopt.optim.muon import orthogonalize
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-Gradients = list[Array]
-DRAW = np.random.default_rng(0)
-SHAPES = {"kernel": (3, 2, 2, 2), "matrix": (4, 3), "vector": (5,)}
-START = {name: DRAW.normal(size=shape) for name, shape in SHAPES.items()}
-GRADS = [{name: DRAW.normal(size=shape) for name, shape in SHAPES.items()} for _ in range(8)]
-
-
-def path(optimizer: Any, params: dict[str, nn.Parameter], grads: list[dict[str, Array]] = GRADS) -> list[Tensor]:
-    seen = []
-    for gradient in grads:
-        for name, p in params.items():
-            p.grad = torch.tensor(gradient[name])
-        optimizer.step()
-        seen.append(torch.cat([p.detach().reshape(-1) for p in params.values()]))
-    return seen
-
-
-def parameters() -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(torch.tensor(value)) for name, value in START.items()}
-
-
-# Each formula: initial weights, gradients -> the weights after every step.
+from tests.support.updates import (
+    GRADS,
+    SHAPES,
+    START,
+    Array,
+    Formula,
+    Gradients,
+    parameters,
+    path,
+    set_gradients,
+    written,
+)
 
 
 def sgd(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9, wd: float = 0.3) -> Iterator[Array]:
@@ -169,7 +157,7 @@ def lars(w: Array, gs: Gradients) -> Iterator[Array]:
         yield w
 
 
-FORMULAS: dict[str, tuple[str, list[str], Callable[..., Iterator[Array]]]] = {
+FORMULAS: dict[str, tuple[str, list[str], Formula]] = {
     "sgd": ("sgd", ["lr=0.1", "weight_decay=0.3"], sgd),
     "sgd without momentum": ("sgd", ["lr=0.1", "momentum=0.0"], lambda w, gs: sgd(w, gs, m=0, wd=0)),
     "nesterov": ("sgd", ["lr=0.1", "nesterov=true"], nesterov),
@@ -197,16 +185,15 @@ def test_formula_at_every_step(case: str, choose: Callable[..., Any]) -> None:
     choice, typed, formula = FORMULAS[case]
     params = parameters()
     ours = path(choose(choice, params.values(), *typed), params)
-    written = [list(formula(START[name], [g[name] for g in GRADS])) for name in SHAPES]
-    expected = [torch.cat([torch.tensor(w).reshape(-1) for w in weights]) for weights in zip(*written, strict=True)]
     # torch keeps NAdam's product of momenta as a float32 number
-    torch.testing.assert_close(ours, expected, rtol=2e-6 if choice == "nadam" else 1e-11, atol=1e-12)
+    torch.testing.assert_close(ours, written(formula), rtol=2e-6 if choice == "nadam" else 1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize(("momentum", "equal"), [(0.0, True), (0.9, False)])
 def test_sgdw_is_the_l2_loss_without_momentum_only(momentum: float, equal: bool) -> None:
     first, second = parameters()["vector"], parameters()["vector"]
-    inputs, targets = torch.tensor(DRAW.normal(size=(20, 5))), torch.tensor(DRAW.normal(size=20))
+    draw = np.random.default_rng(1)
+    inputs, targets = torch.tensor(draw.normal(size=(20, 5))), torch.tensor(draw.normal(size=20))
 
     def squared_error(p: Tensor) -> Tensor:
         return ((inputs @ p - targets) ** 2).mean()
@@ -353,8 +340,7 @@ def test_muon_equals_torch_for_matrices_and_adamw_otherwise() -> None:
     adamw = torch.optim.AdamW([second["vector"]], lr=0.01, weight_decay=0.3)
     for gradient in GRADS:
         for params in (first, second):
-            for name, p in params.items():
-                p.grad = torch.tensor(gradient[name])
+            set_gradients(params, gradient)
         kernel.grad = torch.tensor(gradient["kernel"].reshape(3, -1))
         for optimizer in (ours, torchs, adamw):
             optimizer.step()
@@ -478,7 +464,8 @@ def test_evaluations_do_not_change_schedule_free_training(
 
 def test_sgd_on_a_two_layer_net_equals_backpropagation_by_hand() -> None:
     """tanh hidden layer, softmax cross-entropy; heavy ball and L2 penalty; NumPy from the inputs to the weights."""
-    x, y = DRAW.normal(size=(16, 6)), DRAW.integers(3, size=16)
+    draw = np.random.default_rng(1)
+    x, y = draw.normal(size=(16, 6)), draw.integers(3, size=16)
     net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     w1, b1, w2, b2 = (p.detach().numpy().copy() for p in net.parameters())
     buffers = [np.zeros_like(w) for w in (w1, b1, w2, b2)]

@@ -1,8 +1,10 @@
 """What torch's own tests ask of every optimizer: copies, pickles, added and frozen groups, odd parameters, hooks."""
 
 import copy
+import importlib
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,69 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from dlopt import optim
 from dlopt.errors import UserError
-from dlopt.optim import (
-    ADOPT,
-    BFGS,
-    LAMB,
-    LARS,
-    LBFGS,
-    MARS,
-    SAM,
-    SGDW,
-    SOAP,
-    AdaBelief,
-    Adafactor,
-    Adan,
-    AdEMAMix,
-    Kron,
-    Lion,
-    LossClosure,
-    Muon,
-    NAdam,
-    Newton,
-    NewtonCG,
-    Prodigy,
-    Rprop,
-    Scion,
-    Shampoo,
-    Signum,
-    Sophia,
-    adamw,
-)
+from dlopt.optim import LARS, LBFGS, SAM, SOAP, Kron, LossClosure, Muon, NAdam, Scion, Shampoo
 
 Make = Callable[[list[Any]], torch.optim.Optimizer]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "LAMB": {"lr": 0.1}, "LARS": {"lr": 0.1}, "Lion": {"lr": 0.01}, "Signum": {"lr": 0.01}, "ADOPT": {"lr": 0.01},
+    "AdEMAMix": {"lr": 0.01, "warmup": 10}, "Adan": {"lr": 0.01}, "AdaBelief": {"lr": 0.01}, "MARS": {"lr": 0.01},
+    "Adafactor": {"lr": 0.01}, "Prodigy": {"d0": 0.001}, "Shampoo": {"lr": 0.1}, "SOAP": {"lr": 0.01},
+    "Kron": {"lr": 0.01}, "Sophia": {"lr": 0.01, "update_every": 2}, "Scion": {"lr": 0.001, "radius": 10.0},
+    "Muon": {"lr": 0.01, "rest_lr": 0.01}, "NAdam": {"lr": 0.01}, "Rprop": {"lr": 0.01}, "SGDW": {"lr": 0.1},
+    "BFGS": {}, "Newton": {}, "NewtonCG": {}, "LBFGS": {"max_iter": 2},
+}  # fmt: skip
 MAKERS: dict[str, Make] = {
-    "lamb": lambda params: LAMB(params, lr=0.1),
-    "lars": lambda params: LARS(params, lr=0.1),
-    "lion": lambda params: Lion(params, lr=0.01),
-    "lion_cautious": lambda params: Lion(params, lr=0.01, cautious=True),
-    "adamw_cautious": lambda params: adamw(params, lr=0.01, cautious=True),
-    "muon_cautious": lambda params: Muon(params, lr=0.01, rest_lr=0.01, cautious=True),
-    "signum": lambda params: Signum(params, lr=0.01),
-    "adopt": lambda params: ADOPT(params, lr=0.01),
-    "ademamix": lambda params: AdEMAMix(params, lr=0.01, warmup=10),
-    "adan": lambda params: Adan(params, lr=0.01),
-    "adabelief": lambda params: AdaBelief(params, lr=0.01),
-    "mars": lambda params: MARS(params, lr=0.01),
-    "adafactor": lambda params: Adafactor(params, lr=0.01),
-    "prodigy": lambda params: Prodigy(params, d0=0.001),
-    "shampoo": lambda params: Shampoo(params, lr=0.1),
-    "soap": lambda params: SOAP(params, lr=0.01),
-    "kron": lambda params: Kron(params, lr=0.01),
-    "sophia": lambda params: Sophia(params, lr=0.01, update_every=2),
-    "scion": lambda params: Scion(params, lr=0.001, radius=10.0),
-    "muon": lambda params: Muon(params, lr=0.01, rest_lr=0.01),
-    "muon_sgd": lambda params: Muon(params, lr=0.01, rest="sgd", rest_lr=0.01),
-    "nadam": lambda params: NAdam(params, lr=0.01),
-    "rprop": lambda params: Rprop(params, lr=0.01),
-    "sgdw": lambda params: SGDW(params, lr=0.1),
+    **{name.lower(): partial(getattr(optim, name), **keys) for name, keys in SETTINGS.items()},
+    "lion_cautious": partial(optim.Lion, lr=0.01, cautious=True),
+    "adamw_cautious": partial(optim.adamw, lr=0.01, cautious=True),
+    "muon_cautious": partial(Muon, lr=0.01, rest_lr=0.01, cautious=True),
+    "muon_sgd": partial(Muon, lr=0.01, rest="sgd", rest_lr=0.01),
     "sam": lambda params: SAM(base=torch.optim.SGD(params, lr=0.1, momentum=0.9)),
     "sam_nadam": lambda params: SAM(base=NAdam(params, lr=0.01)),
-    "bfgs": lambda params: BFGS(params),
-    "newton": lambda params: Newton(params),
-    "newton_cg": lambda params: NewtonCG(params),
-    "lbfgs": lambda params: LBFGS(params, max_iter=2),
 }
 ALL = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
@@ -344,16 +304,25 @@ def test_sam_runs_the_hooks_registered_on_it() -> None:
     assert calls == ["saving", "loaded"] and optimizer.state is optimizer.base.state
 
 
-@pytest.mark.parametrize("name", ["lamb", "adafactor", "schedule_free_adamw"])
-def test_complex_parameters_are_refused(name: str) -> None:
-    classes: dict[str, Any] = {"lamb": LAMB, "adafactor": Adafactor}
-    if name == "schedule_free_adamw":
-        pytest.importorskip("schedulefree")
-        from dlopt.optim.schedule_free import ScheduleFreeAdamW
+COMPLEX = ["LAMB", "Adafactor", "Muon", "Newton", "Rprop", "BFGS", "Lion", "SOAP", "Kron", "Scion", "Prodigy"]
 
-        classes[name] = ScheduleFreeAdamW
-    with pytest.raises(UserError, match=f"optimizer={name}: complex parameters"):
-        classes[name]([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+@pytest.mark.parametrize("name", [*COMPLEX, "ScheduleFreeAdamW"])
+def test_complex_parameters_are_refused(name: str) -> None:
+    if name.startswith("ScheduleFree"):
+        pytest.importorskip("schedulefree")
+    make = getattr(optim if name in COMPLEX else importlib.import_module("dlopt.optim.schedule_free"), name)
+    choice = {"ScheduleFreeAdamW": "schedule_free_adamw"}.get(name, name.lower())
+    with pytest.raises(UserError, match=f"optimizer={choice}: complex parameters"):
+        make([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("name", ["BFGS", "Lion", "SOAP", "Kron", "Scion", "Prodigy"])
+def test_sparse_gradients_are_refused(name: str) -> None:
+    p = nn.Parameter(torch.ones(3, 2))
+    p.grad = torch.ones(3, 2).to_sparse()
+    with pytest.raises(UserError, match="sparse gradients are not supported"):
+        getattr(optim, name)([p]).step(lambda: p.sum())
 
 
 def test_lbfgs_refuses_a_parameter_in_two_groups() -> None:

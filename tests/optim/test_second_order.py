@@ -153,12 +153,7 @@ def test_convergence_is_superlinear(make: Any) -> None:
     assert slow[-1] / slow[-2] > 0.9
 
 
-@given(
-    xi=st.floats(0, 1),
-    n=st.integers(1, 6),
-    seed=st.integers(0, 10_000),
-    first=st.booleans(),
-)
+@given(xi=st.floats(0, 1), n=st.integers(1, 6), seed=st.integers(0, 10_000), first=st.booleans())
 def test_secant_condition_and_positive_definiteness(xi: float, n: int, seed: int, first: bool) -> None:
     draw = torch.Generator().manual_seed(seed)
     p, q, root = (torch.randn(*s, generator=draw, dtype=torch.float64) for s in ((n,), (n,), (n, n)))

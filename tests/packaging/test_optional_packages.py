@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dlopt.errors import install
-from tests.support.line import SMALL, dlopt
+from tests.support.line import dlopt
+from tests.support.sizes import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +52,7 @@ for line in sys.argv[2:]:
 def test_a_missing_package_is_answered_with_its_extra(tmp_path: Path) -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         assert NEEDING.keys() == tomllib.load(file)["project"]["optional-dependencies"].keys() - {"docs", "test"}
-    assert dlopt(tmp_path, "train", *SMALL, "tracking=[]", "hydra.run.dir=run").code == 0
+    assert dlopt(tmp_path, "train", *TINY, "tracking=[]", "hydra.run.dir=run").code == 0
     shutil.copy(ROOT / "docs/gallery/paths.png", tmp_path / "a.png")
     (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"a.png,{i % 2}\n" for i in range(20)))
     bin_folder = tmp_path / "bin"

@@ -1,6 +1,6 @@
-"""scripts/setup, scripts/dlopt, scripts/test with stand-ins for uv and Python: logs calls, installs nothing.
+"""scripts/setup, scripts/dlopt and scripts/test: their syntax, and their calls of stand-ins for uv and Python.
 
-The PATH of these tests holds the tools named here and the stand-ins, nothing else of the machine.
+The PATH of the stand-ins holds the tools named here, nothing else of the machine; they log calls and install nothing.
 """
 
 import os
@@ -8,14 +8,19 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import dlopt
+from tests.support.requires import find
+
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("setup", "dlopt", "test")
+SCRIPTS = [*(ROOT / "scripts").rglob("*"), ROOT / ".ci/run", ROOT / "dlopt/templates/train.sbatch"]
+SHELL = [path for path in SCRIPTS if path.is_file() and re.match(rb"#!.*\b(ba|da)?sh\n", path.read_bytes()[:40])]
 TOOLS = ["sh", "cat", "chmod", "cp", "dirname", "env", "flock", "grep"]
 TOOLS += ["ls", "mkdir", "readlink", "rm", "sleep", "touch", "uname"]
 
@@ -45,7 +50,7 @@ case "$*" in
     *--offline*) ls .venv/lib/python3.13/site-packages | grep -q "^torch-2.0[+.]" ;;
     *--dry-run*) [ -z "$NO_TORCH_INDEX" ] ;;
     "pip install"*)
-        [ -z "$NO_NETWORK" ] || { echo "error: dns" >&2; exit 1; }
+        [ -z "$NO_NETWORK$NO_UV_NETWORK" ] || { echo "error: dns" >&2; exit 1; }
         case "$*" in *--torch-backend*) [ -z "$NO_TORCH_INDEX" ] || exit 1 ;; esac
         touch .venv/half; sleep "${SLEEP:-0}"; rm -f .venv/half
         cp "$STANDINS/command" .venv/bin/dlopt ;;
@@ -56,29 +61,27 @@ echo dlopt "$@"
 ls -l /proc/$$/fd | { grep -c '[p]yproject.toml' || :; }
 exit ${EXIT:-0}
 """
+# What the stand-in for dlopt prints: its arguments, and how many descriptors of the lock it inherited.
+DONE = (0, "dlopt train a b\n0\n")
 
 
 class Checkout:
     """A checkout in a path with a space, and the log of what the stand-ins were called with."""
 
-    def __init__(self, folder: Path, *, uv: bool) -> None:
+    def __init__(self, folder: Path, *, uv: bool = True) -> None:
         self.root = folder / "check out"
-        self.bin = folder / "bin"
-        self.standins = folder / "standins"
-        self.log = folder / "log"
+        self.bin, self.standins, self.log = folder / "bin", folder / "standins", folder / "log"
         for path in (self.root / "scripts", self.bin, self.standins):
             path.mkdir(parents=True)
-        for name in (*(f"scripts/{each}" for each in SCRIPTS), "pyproject.toml"):
+        for name in ("scripts/setup", "scripts/dlopt", "scripts/test", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root / name)
         for tool in TOOLS:
             self.bin.joinpath(tool).symlink_to(str(shutil.which(tool)))
         for name, text in (("python3", PYTHON), ("uv", UV), ("command", COMMAND)):
-            path = self.standins / name
-            path.write_text(text)
-            path.chmod(0o755)
-        shutil.copy(self.standins / "python3", self.bin / "python3")
-        if uv:
-            shutil.copy(self.standins / "uv", self.bin / "uv")
+            (self.standins / name).write_text(text)
+            (self.standins / name).chmod(0o755)
+        for name in ("python3", "uv") if uv else ("python3",):
+            shutil.copy(self.standins / name, self.bin / name)
         self.log.touch()
 
     @property
@@ -86,21 +89,16 @@ class Checkout:
         return self.root / ".venv"
 
     def start(self, *command: str, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
-        arguments = [str(self.root / "scripts/dlopt"), "train", "a b"] if not command else list(command)
-        environment = {"PATH": str(self.bin), "LOG": str(self.log), "STANDINS": str(self.standins)}
+        arguments = command or (str(self.root / "scripts/dlopt"), "train", "a b")
+        environment = {"PATH": str(self.bin), "LOG": str(self.log), "STANDINS": str(self.standins)} | variables
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(
-            arguments,
-            cwd=cwd or self.root,
-            env=environment | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+            arguments, cwd=cwd or self.root, env=environment, text=True, start_new_session=True, **pipes
         )
 
     def run(self, *command: str, cwd: Path | None = None, **variables: str) -> tuple[int, str, str]:
         process = self.start(*command, cwd=cwd, **variables)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=300)
         return process.returncode, output, errors
 
     def calls(self, pattern: str = "") -> list[str]:
@@ -110,9 +108,10 @@ class Checkout:
         return self.calls(r"^uv pip install -p .venv -c")
 
     def install_torch(self, version: str) -> None:
-        for folder in (self.venv / "lib/python3.13/site-packages").glob("torch-*"):
+        packages = self.venv / "lib/python3.13/site-packages"
+        for folder in packages.glob("torch-*"):
             folder.rmdir()
-        (self.venv / "lib/python3.13/site-packages" / f"torch-{version}.dist-info").mkdir(parents=True)
+        (packages / f"torch-{version}.dist-info").mkdir(parents=True)
 
     def edit_pyproject(self) -> None:
         path = self.root / "pyproject.toml"
@@ -121,49 +120,48 @@ class Checkout:
         os.utime(path, (later, later))
 
 
-# What the stand-in for dlopt prints: its arguments, and how many descriptors of the lock it inherited.
-DONE = (0, "dlopt train a b\n0\n")
-
-
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
-    return Checkout(tmp_path, uv=True)
+    return Checkout(tmp_path)
 
 
-@pytest.fixture
-def without_uv(tmp_path: Path) -> Checkout:
-    return Checkout(tmp_path, uv=False)
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
+def test_syntax(script: Path) -> None:
+    checkers = [["bash" if b"bash" in script.read_bytes()[:40] else "sh", "-n"]]
+    checkers += [["shellcheck", "--severity=warning"]] if find("shellcheck") else []
+    for command in checkers:
+        done = subprocess.run([*command, str(script)], capture_output=True, text=True)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_wrappers_are_short() -> None:
-    for name in ("dlopt", "test"):
-        assert len((ROOT / "scripts" / name).read_text().splitlines()) <= 25
+def test_the_real_command_through_a_symlink_from_another_folder(tmp_path: Path) -> None:
+    """In a checkout that is set up, scripts/dlopt is the dlopt of this environment, with its exit code."""
+    root = tmp_path / "check out"
+    (root / "scripts").mkdir(parents=True)
+    (root / ".venv/bin").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/dlopt", root / "scripts")
+    (root / "pyproject.toml").touch()
+    (root / ".venv/bin/python").symlink_to(sys.executable)
+    (root / ".venv/bin/dlopt").write_text(f'#!/bin/sh\nexec {sys.executable} -m dlopt "$@"\n')
+    (root / ".venv/bin/dlopt").chmod(0o755)
+    (root / ".venv/.dlopt").write_text(f"{root} sweep\n")
+    os.utime(root / "pyproject.toml", (1, 1))
+    (tmp_path / "link").symlink_to(root / "scripts/dlopt")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for arguments, code, output in ((["--version"], 0, f"dlopt {dlopt.__version__}\n"), (["trian"], 2, "")):
+        done = subprocess.run([tmp_path / "link", *arguments], cwd="/", env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, output), done.stderr
 
 
-def test_first_call_installs_and_only_the_command_writes_to_stdout(checkout: Checkout) -> None:
+def test_first_call_installs_and_later_calls_start_neither_uv_nor_python(checkout: Checkout) -> None:
     code, output, errors = checkout.run()
-    assert (code, output) == DONE and "setting up" in errors
+    assert (code, output) == DONE and "setting up" in errors  # only the command writes to stdout
     (install,) = checkout.installs()
     assert "-c scripts/constraints.txt -e .[sweep,schedulefree,timm]" in install
-
-
-def test_later_calls_start_neither_uv_nor_python(checkout: Checkout) -> None:
-    checkout.run()
     before = checkout.calls()
-    code, output, errors = checkout.run()
-    assert (code, output) == DONE and errors == "" and checkout.calls() == before
-
-
-def test_exit_code_is_that_of_the_command(checkout: Checkout) -> None:
-    assert checkout.run(EXIT="75")[0] == 75
-
-
-def test_through_a_symlink_from_another_folder(checkout: Checkout, tmp_path: Path) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(checkout.root / "scripts/dlopt")
-    assert checkout.run(str(link), "train", "a b", cwd=Path("/"))[:2] == DONE
-    assert checkout.run("sh", "scripts/dlopt", "train", "a b")[:2] == DONE
-    assert len(checkout.installs()) == 1
+    assert checkout.run() == (*DONE, "")
+    assert checkout.run("sh", "scripts/dlopt", "train", "a b", EXIT="75")[0] == 75
+    assert checkout.calls() == before
 
 
 def test_changed_pyproject_updates_in_place(checkout: Checkout) -> None:
@@ -178,15 +176,9 @@ def test_changed_pyproject_updates_in_place(checkout: Checkout) -> None:
     assert len(checkout.installs()) == 2
 
 
-def test_reports_and_retries_a_failed_installation(checkout: Checkout) -> None:
+def test_reports_a_failed_installation_and_retries_with_pip(checkout: Checkout) -> None:
     code, output, errors = checkout.run(NO_NETWORK="1")
     assert code != 0 and output == "" and "error: dns" in errors and "trying pip" in errors
-    assert checkout.run()[:2] == DONE
-
-
-def test_falls_back_to_pip(checkout: Checkout) -> None:
-    uv = checkout.bin / "uv"
-    uv.write_text(uv.read_text().replace("$NO_NETWORK", "$NO_UV_NETWORK"))
     code, output, errors = checkout.run(NO_UV_NETWORK="1")
     assert (code, output) == DONE and "trying pip" in errors
     assert checkout.calls("python -m pip install .* -c scripts/constraints.txt")
@@ -194,41 +186,38 @@ def test_falls_back_to_pip(checkout: Checkout) -> None:
 
 def test_concurrent_first_calls_install_once(checkout: Checkout) -> None:
     processes = [checkout.start(SLEEP="0.5") for _ in range(3)]
-    results = [(process.communicate(timeout=60)[0], process.returncode) for process in processes]
+    results = [(process.communicate(timeout=300)[0], process.returncode) for process in processes]
     assert [(code, output) for output, code in results] == [DONE] * 3
     assert len(checkout.installs()) == 1
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "timed out"
+def interrupt(checkout: Checkout) -> None:
+    process, half = checkout.start(SLEEP="600"), checkout.venv / "half"
+    while not half.exists():
+        assert process.poll() is None
         time.sleep(0.01)
-
-
-def test_interrupted_installation_starts_from_scratch(checkout: Checkout) -> None:
-    process = checkout.start(SLEEP="60")
-    half = checkout.venv / "half"
-    wait_for(half.exists)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert half.exists()
-    assert checkout.run()[:2] == DONE
-    assert not half.exists() and len(checkout.calls("^uv venv")) == 2
 
 
-def test_reinstalls_in_a_moved_checkout(checkout: Checkout, tmp_path: Path) -> None:
+def move(checkout: Checkout) -> None:
     checkout.run()
-    checkout.root = checkout.root.rename(tmp_path / "moved")
-    assert checkout.run()[:2] == DONE
-    assert len(checkout.calls("^uv venv")) == 2
+    checkout.root = checkout.root.rename(checkout.root.with_name("moved"))
 
 
-def test_recreates_environment_without_python(checkout: Checkout) -> None:
+def lose_python(checkout: Checkout) -> None:
     checkout.run()
     (checkout.venv / "bin/python").unlink()
+
+
+@pytest.mark.parametrize("breaks", [interrupt, move, lose_python], ids=lambda function: function.__name__)
+def test_installs_from_scratch_where_the_environment_cannot_be_used(
+    breaks: Callable[[Checkout], None], checkout: Checkout
+) -> None:
+    breaks(checkout)
     assert checkout.run()[:2] == DONE
-    assert len(checkout.calls("^uv venv")) == 2
+    assert not (checkout.venv / "half").exists() and len(checkout.calls("^uv venv")) == 2
 
 
 def test_environment_of_the_user_is_never_deleted(checkout: Checkout) -> None:
@@ -241,21 +230,15 @@ def test_environment_of_the_user_is_never_deleted(checkout: Checkout) -> None:
     assert not checkout.calls("^uv venv")
 
 
-def test_installs_uv_with_pip(without_uv: Checkout) -> None:
-    assert without_uv.run()[:2] == DONE
-    assert without_uv.calls("python -m venv .venv") and without_uv.calls("pip install .* uv$")
-    assert len(without_uv.installs()) == 1
-
-
-def test_uses_pip_of_the_interpreter_without_ensurepip(without_uv: Checkout) -> None:
-    assert without_uv.run(NO_ENSUREPIP="1")[:2] == DONE
-    assert without_uv.calls("--without-pip") and without_uv.calls("pip --python")
-
-
-def test_reports_missing_uv_and_pip(without_uv: Checkout) -> None:
-    code, output, errors = without_uv.run(NO_ENSUREPIP="1", NO_PIP="1")
+def test_installs_uv_with_pip(tmp_path: Path) -> None:
+    """Where Debian's ensurepip is missing, with the pip of the interpreter; without that, says what to install."""
+    plain, bare = Checkout(tmp_path / "plain", uv=False), Checkout(tmp_path / "bare", uv=False)
+    assert plain.run()[:2] == DONE
+    assert plain.calls("python -m venv .venv") and plain.calls("pip install .* uv$") and len(plain.installs()) == 1
+    code, output, errors = bare.run(NO_ENSUREPIP="1", NO_PIP="1")
     assert code == 1 and output == "" and "apt install python3-venv" in errors
-    assert without_uv.run()[:2] == DONE  # once it is installed
+    assert bare.run(NO_ENSUREPIP="1")[:2] == DONE
+    assert bare.calls("--without-pip") and bare.calls("pip --python")
 
 
 def test_dlopt_python_chooses_the_interpreter(checkout: Checkout) -> None:
@@ -266,49 +249,41 @@ def test_dlopt_python_chooses_the_interpreter(checkout: Checkout) -> None:
     assert checkout.calls("^uv venv .*-p >=3.11")
 
 
-def test_installs_cpu_torch_without_a_driver(checkout: Checkout) -> None:
-    assert checkout.run()[:2] == DONE
-    assert checkout.installs()[-1].endswith("--torch-backend auto")
-    checkout.edit_pyproject()
-    _, _, errors = checkout.run(NO_TORCH_INDEX="1")
-    assert "--torch-backend" not in checkout.installs()[-1] and "out of reach" in errors
+EXTRAS = "[sweep,schedulefree,timm]"
 
 
-def test_torch_with_a_driver_or_by_choice(checkout: Checkout) -> None:
-    assert checkout.run(DLOPT_TORCH="cu130")[:2] == DONE
-    assert checkout.installs()[-1].endswith("--torch-backend cu130")
-    checkout.edit_pyproject()
-    shutil.copy(checkout.standins / "command", checkout.bin / "nvidia-smi")
-    assert checkout.run()[0] == 0
-    assert "--torch-backend" not in checkout.installs()[-1] and len(checkout.calls("dry-run")) == 0
-
-
-@pytest.mark.parametrize("version", ["2.0", "2.0+cpu", "2.0+cu130"])
-def test_keeps_the_installed_torch_without_asking_for_it(checkout: Checkout, version: str) -> None:
-    checkout.run()
-    checkout.install_torch(version)
-    probes = len(checkout.calls("dry-run"))
-    code, _, errors = checkout.run(str(checkout.root / "scripts/test"), NO_TORCH_INDEX="1")
-    assert code == 0 and "trying pip" not in errors and "5 GB" not in errors
-    assert ",test]" in checkout.installs()[-1] and "--torch-backend" not in checkout.installs()[-1]
-    assert all("--offline" in call for call in checkout.calls("dry-run")[probes:])
-
-
-def test_replaces_an_old_torch_by_the_same_build(checkout: Checkout) -> None:
-    checkout.run()
-    for version, end in (("1.9+cpu", "--torch-backend cpu"), ("1.9", "[sweep,schedulefree,timm]")):
-        checkout.install_torch(version)
+@pytest.mark.parametrize(
+    ("installed", "has_driver", "variables", "end"),
+    [
+        (None, False, {}, "--torch-backend auto"),  # the builds for a CPU
+        (None, False, {"NO_TORCH_INDEX": "1"}, EXTRAS),
+        (None, False, {"DLOPT_TORCH": "cu130"}, "--torch-backend cu130"),
+        (None, True, {}, EXTRAS),
+        ("1.9+cpu", False, {}, "--torch-backend cpu"),  # too old: replaced by the same build
+        ("1.9", False, {}, EXTRAS),
+        ("1.9+cu130", False, {"NO_TORCH_INDEX": "1"}, EXTRAS),
+        ("2.0", False, {"NO_TORCH_INDEX": "1"}, EXTRAS),
+        ("2.0+cpu", False, {"NO_TORCH_INDEX": "1"}, EXTRAS),
+        ("2.0+cu130", False, {"NO_TORCH_INDEX": "1"}, EXTRAS),
+        ("2.0+cpu", False, {"DLOPT_TORCH": "cu130"}, "--torch-backend cu130"),
+    ],
+)
+def test_build_of_pytorch(
+    installed: str | None, has_driver: bool, variables: dict[str, str], end: str, checkout: Checkout
+) -> None:
+    if installed is not None:
+        checkout.run()
+        checkout.install_torch(installed)
         checkout.edit_pyproject()
-        assert checkout.run()[:2] == DONE
-        assert checkout.installs()[-1].endswith(end)
-    checkout.install_torch("1.9+cu130")
-    checkout.edit_pyproject()
-    _, _, errors = checkout.run(NO_TORCH_INDEX="1")
-    assert "--torch-backend" not in checkout.installs()[-1] and "out of reach" in errors
-    checkout.install_torch("2.0+cpu")
-    checkout.edit_pyproject()
-    assert checkout.run(DLOPT_TORCH="cu130")[:2] == DONE
-    assert checkout.installs()[-1].endswith("--torch-backend cu130")
+    if has_driver:
+        shutil.copy(checkout.standins / "command", checkout.bin / "nvidia-smi")
+    probes = len(checkout.calls("dry-run"))
+    code, output, errors = checkout.run(**variables)
+    assert (code, output) == DONE and checkout.installs()[-1].endswith(end)
+    keeps, probed = (installed or "").startswith("2.0"), checkout.calls("dry-run")[probes:]
+    assert ("out of reach" in errors) == ("NO_TORCH_INDEX" in variables and not keeps)
+    if has_driver or (keeps and "DLOPT_TORCH" not in variables):
+        assert all("--offline" in call for call in probed), "it stays without asking PyTorch's index for it"
 
 
 def test_test_command_adds_the_test_tools_and_keeps_them(checkout: Checkout) -> None:
@@ -316,8 +291,11 @@ def test_test_command_adds_the_test_tools_and_keeps_them(checkout: Checkout) -> 
     checkout.run()
     assert checkout.run(script)[0] == 0
     assert [",test]" in call for call in checkout.installs()] == [False, True]
+    (checkout.root / "tests/__pycache__").mkdir(parents=True)
+    checkout.run(script)
     checkout.run()
     assert len(checkout.installs()) == 2
+    assert len(checkout.calls("--collect-only")) == 1, "compiles a fresh clone once"
     checkout.edit_pyproject()
     checkout.run()
     assert ",test]" in checkout.installs()[-1]
@@ -336,19 +314,9 @@ def test_test_command_fails_if_a_step_fails_or_no_test_runs(checkout: Checkout) 
     assert len(checkout.calls("-m pytest -n")) == before + 1  # the other parts run nevertheless
 
 
-def test_test_command_compiles_a_fresh_clone_once(checkout: Checkout) -> None:
-    script = str(checkout.root / "scripts/test")
-    checkout.run(script)
-    (checkout.root / "tests/__pycache__").mkdir(parents=True)
-    checkout.run(script)
-    assert len(checkout.calls("--collect-only")) == 1
-    assert len(checkout.calls("-m pytest -n")) == 2
-
-
 def test_constraints_pin_every_requirement_without_addresses() -> None:
     lines = (ROOT / "scripts/constraints.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.+!]+( ; .+)?", pin) for pin in pins)
     assert not re.search(r"https?://|--hash|@ ", "\n".join(lines))
-    names = {re.split("==", pin)[0] for pin in pins}
-    assert {"torch", "torchvision", "hydra-core", "optuna", "pytest", "ruff"} <= names
+    assert {"torch", "torchvision", "hydra-core", "optuna", "pytest", "ruff"} <= {pin.split("==")[0] for pin in pins}

@@ -13,7 +13,7 @@ from dlopt.parallel.columns import split_columns
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
 from dlopt.parallel.filter import split_filters
 from tests.support.ranks import run_ranks
-from tests.support.split_models import SHAPE, RankOfThree, build, join_all, randomized, train_step
+from tests.support.split_models import SHAPE, FirstOf, build, join_all, randomized, train_step
 
 ALEXNET = ["model=two_column_alexnet", "model.hidden=32", "model.norm=batch"]
 
@@ -77,16 +77,10 @@ def test_frozen_columns_match_single_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["model=resnet20"],
-            "parallel=columns: CifarResNet has no columns; use ",
-        ),
-        (
-            ALEXNET,
-            "parallel=columns: 2 columns need as many processes, but there are 3; start 2",
-        ),
+        (["model=resnet20"], "parallel=columns: CifarResNet has no columns; use "),
+        (ALEXNET, "parallel=columns: 2 columns need as many processes, but there are 3; start 2"),
     ],
 )
 def test_unsupported_setups_raise_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        split_columns(build(*overrides), SHAPE, RankOfThree())
+        split_columns(build(*overrides), SHAPE, FirstOf(3))

@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,17 +11,14 @@ from torch import Tensor, nn
 from dlopt.data.batches import Batch
 from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
-from dlopt.parallel.ddp import data_parallel
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.choices import names
-from tests.support.equality import MLP, RESNET, Cases, compare, metric_values, run_distributed
+from tests.support.equality import Cases, compare, metric_values, run_distributed
+from tests.support.modes import DDP, SYNC_DDP, build_mode
 from tests.support.ranks import run_ranks
 from tests.support.runs import at_update, experiment, metrics, resume, run_job, start, terminate
-
-SYNC = "parallel.sync_batchnorm=true"
-DDP = ["parallel=ddp"]
-SYNC_DDP = [*DDP, SYNC]
+from tests.support.sizes import MLP, RESNET
 
 CASES: Cases = {
     "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], SYNC_DDP),
@@ -48,13 +43,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_four_processes_equal_one_with_empty_shards(tmp_path: Path) -> None:
     names = ["last batch of two", "no norm, empty shards"]
     compare(tmp_path, 4, {name: CASES[name] for name in names})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_fifty_steps(tmp_path: Path, accumulate: int) -> None:
-    case = [*RESNET, "data.batch_size=35", f"accumulate={accumulate}", "steps=50"]
-    compare(tmp_path, 2, {"fifty": (case, SYNC_DDP)})
 
 
 CHOICES = names("optimizer")
@@ -94,7 +82,7 @@ def test_compressed_gradients_train(tmp_path: Path, compression: str) -> None:
 
 def interrupt_and_resume(folder: str, left_by_one: str, overrides: list[str]) -> None:
     """Called on all ranks: a run that only rank 1 is requested to stop, then the run that a single process left."""
-    lines = [*overrides, "parallel=ddp", SYNC]
+    lines = [*overrides, *SYNC_DDP]
     rank = int(os.environ["DLOPT_RANK"])
     with at_update(5, terminate if rank == 1 else lambda: None):
         summary = start(Path(folder), *lines)
@@ -119,30 +107,6 @@ def test_ranks_stop_together_and_runs_resume_in_the_other_mode(tmp_path: Path) -
         assert json.loads((Path(folder) / "summary.json").read_text())["resumed_from"] == [step]
 
 
-ARGUMENTS: dict[str, Any] = {
-    "device": torch.device("cpu"), "accumulate": 1, "processes": None, "bucket_cap_mb": 25.0, "static_graph": False,
-    "find_unused_parameters": False, "compression": "none", "sync_batchnorm": True, "timeout_minutes": 1.0,
-    "master_addr": None, "master_port": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"processes": 3}, "parallel.processes=3: torchrun started 2 processes"),
-        ({"static_graph": True, "accumulate": 2}, "parallel.static_graph=true: not supported with accumulate=2"),
-        ({"device": torch.device("mps")}, "parallel=ddp: device=mps is not supported"),
-    ],
-)
-def test_invalid_setups_raise_one_line(
-    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        data_parallel(**{**ARGUMENTS, **arguments})
-
-
 class HalfUsed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +119,7 @@ class HalfUsed(nn.Module):
 
 def leave_parameters_unused() -> None:
     """Called on all ranks."""
-    mode = data_parallel(**ARGUMENTS)
+    mode = build_mode("ddp")
     model = mode.place(HalfUsed(), (3,)).model
 
     def backward() -> None:
@@ -170,17 +134,6 @@ def leave_parameters_unused() -> None:
 
 def test_unused_parameters_raise_one_line(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_ddp:leave_parameters_unused", 2, tmp_path)
-
-
-def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    mode = data_parallel(**ARGUMENTS)
-    assert (mode.name, mode.ranks.processes, mode.split.shard) == ("ddp", 1, None)
-    with pytest.raises(UserError, match=r"^parallel.processes=2: "):
-        data_parallel(**{**ARGUMENTS, "processes": 2})
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^parallel=single: torchrun started 2 processes"):
-        start(Path("unused"), *MLP)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from dlopt.models.preact import PreActBlock, PreActBottleneck
 from dlopt.models.resnet import BasicBlock, Bottleneck
 from dlopt.parallel.filter import Splitter, split_filters
 from tests.support.ranks import run_ranks
-from tests.support.split_models import RankOfThree, build, compare, join_all
+from tests.support.split_models import FirstOf, build, compare, join_all
 
 MODELS = {
     "options A": ["model=resnet20", "model.depth=8", "model.dropout=0.2"],
@@ -123,11 +123,11 @@ def test_two_ranks_match_single_process_with_one_collective_per_block_and_direct
 )
 def test_unsupported_models_raise_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        Splitter(RankOfThree()).split(build(*overrides))
+        Splitter(FirstOf(3)).split(build(*overrides))
 
 
 def test_unsupported_layers_are_refused() -> None:
     with pytest.raises(UserError, match=r"^parallel=filter: 1 is a Bilinear, which is not supported"):
-        Splitter(RankOfThree()).split(nn.Sequential(nn.Flatten(), nn.Bilinear(3, 3, 3)))
+        Splitter(FirstOf(3)).split(nn.Sequential(nn.Flatten(), nn.Bilinear(3, 3, 3)))
     with pytest.raises(UserError, match=r"^parallel=filter: 0 is a grouped convolution"):
-        Splitter(RankOfThree()).split(nn.Sequential(nn.Conv2d(6, 6, 1, groups=2)))
+        Splitter(FirstOf(3)).split(nn.Sequential(nn.Conv2d(6, 6, 1, groups=2)))

@@ -1,20 +1,15 @@
 """Fully sharded runs against single-process runs."""
 
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
-from dlopt.errors import UserError
-from dlopt.parallel.fsdp import fsdp_units, fully_sharded
-from tests.support.equality import MLP, RESNET, Cases, compare, run_distributed
-from tests.support.runs import metrics, start
+from dlopt.parallel.fsdp import fsdp_units
+from tests.support.equality import Cases, compare
+from tests.support.modes import FSDP, SYNC_FSDP
+from tests.support.sizes import MLP, RESNET
 
-FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
-SYNC_FSDP = [*FSDP, "parallel.sync_batchnorm=true"]
 KEPT = "parallel.reshard_after_forward=false"
 
 CASES: Cases = {
@@ -54,23 +49,6 @@ def test_four_processes_with_two_replicas(tmp_path: Path) -> None:
     compare(tmp_path, 4, {"two replicas": (case, [*SYNC_FSDP, "parallel.shards=2"])})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_fifty_steps(tmp_path: Path, accumulate: int) -> None:
-    case = [*RESNET, "data.batch_size=35", f"accumulate={accumulate}", "steps=50"]
-    compare(tmp_path, 2, {"fifty": (case, SYNC_FSDP)})
-
-
-@pytest.mark.slow
-def test_low_precision_trains(tmp_path: Path) -> None:
-    case = [*MLP, "model.dropout=0", "data.batch_size=32", "epochs=8", "precision=bf16"]
-    run_distributed(2, tmp_path, {"run": (case, SYNC_FSDP)})
-    losses = [line["train_loss"] for line in metrics(tmp_path / "run")]
-    start(tmp_path / "single", *case)
-    assert losses == pytest.approx([line["train_loss"] for line in metrics(tmp_path / "single")], rel=0.05)
-    assert losses[-1] < 0.7 * losses[0]
-
-
 def test_fsdp_units_skip_small_and_tied_blocks() -> None:
     tied = nn.Linear(4, 4)
     model = nn.Sequential(
@@ -81,34 +59,3 @@ def test_fsdp_units_skip_small_and_tied_blocks() -> None:
     model.again = tied
     assert fsdp_units(model, 20) == [model[0][0], model[2]]  # type: ignore[index]
     assert fsdp_units(model, 1) == [model[0][0], model[0][2], model[2]]  # type: ignore[index]
-
-
-ARGUMENTS: dict[str, Any] = {
-    "device": torch.device("cpu"), "accumulate": 1, "precision": "fp32", "processes": None, "shards": None,
-    "unit_parameters": 1, "reshard_after_forward": True, "sync_every_micro_batch": False, "cpu_offload": False,
-    "sync_batchnorm": True, "timeout_minutes": 1.0, "master_addr": None, "master_port": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"processes": 3}, "parallel.processes=3: torchrun started 4 processes"),
-        ({"shards": 3}, "parallel.shards=3: must divide the number of processes (4)"),
-        ({"shards": 8}, "parallel.shards=8: must divide the number of processes (4)"),
-        ({"cpu_offload": True}, "parallel.cpu_offload=true: requires a GPU"),
-        ({"precision": "fp16"}, "precision=fp16: not supported with parallel=fsdp"),
-        ({"device": torch.device("mps")}, "parallel=fsdp: device=mps is not supported"),
-    ],
-)
-def test_invalid_setups_raise_one_line(
-    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):
-        fully_sharded(**{**ARGUMENTS, **arguments})
-
-
-def test_one_process_needs_no_group() -> None:
-    assert (fully_sharded(**ARGUMENTS).name, fully_sharded(**ARGUMENTS).ranks.processes) == ("fsdp", 1)

@@ -10,16 +10,14 @@ import torch
 
 from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
-from dlopt.parallel.hybrid import hybrid
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.progress import Run
-from tests.support.equality import BASE, MLP, RESNET, Cases, compare, resume_run
+from tests.support.equality import Cases, compare, run_legs
+from tests.support.modes import COLUMNS, FILTER, MESH, SPATIAL, SYNC
 from tests.support.ranks import run_ranks
 from tests.support.runs import experiment, run_job, start
+from tests.support.sizes import BASE, MLP, RESNET
 
-FILTER, SPATIAL, COLUMNS = (["parallel=filter"], ["parallel=spatial"], ["parallel=columns"])
-MESH = ["parallel=hybrid", "parallel.model_degree=2"]
-SYNC = "parallel.sync_batchnorm=true"
 ALEXNET = [*BASE, "model=two_column_alexnet", "model.hidden=16", "augmentation=crop_flip"]
 IMAGES = [*BASE, "model=resnet20", "model.depth=8", "model.dropout=0.2", "augmentation=crop_flip"]
 
@@ -65,13 +63,6 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fifty_steps(tmp_path: Path) -> None:
-    case = [*RESNET, "data.batch_size=35", "steps=50"]
-    compare(tmp_path / "two", 2, {"filter": (case, FILTER), "spatial": (case, SPATIAL)})
-    compare(tmp_path / "four", 4, {"hybrid": ([*case, "accumulate=3"], [*MESH, SYNC])})
-
-
-@pytest.mark.slow
 def test_elementwise_optimizers(tmp_path: Path) -> None:
     # Without batch norm: some gradients before it are zero up to rounding, and Lion and Rprop follow their sign.
     both = [*MLP, "model.norm=none", "data.batch_size=35", "epochs=2"]
@@ -81,18 +72,12 @@ def test_elementwise_optimizers(tmp_path: Path) -> None:
     compare(tmp_path, 2, cases)
 
 
-def run_legs(folder: str, both: list[str], legs: list[tuple[list[str], int]]) -> None:
-    """Called on all ranks: one run whose legs resume each other in different modes."""
-    for mode, epochs in legs:
-        resume_run(Path(folder), *both, *mode, f"epochs={epochs}")
-
-
 def relay(tmp_path: Path, processes: int, both: list[str], modes: list[list[str]]) -> None:
     """One process starts a run, each of `modes` resumes it for an epoch, and one process finishes it."""
     both = [*both, "optimizer=adamw", "optimizer.lr=0.01", "data.batch_size=48"]  # two updates per epoch
     legs = [(mode, 1 + number) for number, mode in enumerate(modes, 1)]
     start(tmp_path / "relay", *both, "epochs=1")
-    run_ranks("tests.parallel.test_model_parallel:run_legs", processes, tmp_path, str(tmp_path / "relay"), both, legs)
+    run_legs(processes, tmp_path, tmp_path / "relay", both, legs)
     state = Checkpoints(tmp_path / "relay" / "checkpoints").load_newest()
     epochs = f"epochs={len(modes) + 2}"
     run_job(Run(experiment(*both, epochs), tmp_path / "relay", state))
@@ -118,29 +103,6 @@ def test_checkpoints_of_convolutional_models_resume_in_other_modes(tmp_path: Pat
     relay(tmp_path / "four", 4, IMAGES, [[*MESH, SYNC], SPATIAL, FILTER])
 
 
-ARGUMENTS: dict[str, Any] = {
-    "device": torch.device("cpu"), "accumulate": 1, "precision": "fp64", "processes": None, "data_degree": None,
-    "model_degree": 2, "inside": "filter", "sync_batchnorm": True, "timeout_minutes": 1.0, "master_addr": None,
-    "master_port": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {},
-            "parallel=hybrid: data_degree x model_degree = 1 x 2 = 2, but there is 1 process; set parallel.processes=2",
-        ),
-        ({"data_degree": 3}, "parallel=hybrid: data_degree x model_degree = 3 x 2 = 6, but there is 1 process"),
-        ({"precision": "fp16"}, "precision=fp16: not supported with parallel=hybrid"),
-    ],
-)
-def test_invalid_setups_raise_one_line(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        hybrid(**{**ARGUMENTS, **arguments})
-
-
 def refused(cases: list[tuple[list[str], str]]) -> None:
     """Called on all ranks."""
     for overrides, message in cases:
@@ -151,19 +113,13 @@ def refused(cases: list[tuple[list[str], str]]) -> None:
 
 def test_unsupported_combinations_raise_one_line(tmp_path: Path) -> None:
     cases = [
-        (
-            [*FILTER, "model=mlp", "optimizer=lamb"],
-            "parallel=filter: LAMB needs full tensors or the full model",
-        ),
+        ([*FILTER, "model=mlp", "optimizer=lamb"], "parallel=filter: LAMB needs full tensors or the full model"),
         ([*COLUMNS, "model=mlp"], "parallel=columns: MLP has no columns"),
         (
             [*MESH, "model=mlp", "parallel.data_degree=2"],
             "parallel=hybrid: data_degree x model_degree = 2 x 2 = 4, but there are 2",
         ),
         ([*SPATIAL, "model=locally_connected", "model.norm=group"], "parallel=spatial: layer1.1 is a GroupNorm, which"),
-        (
-            [*SPATIAL, "compile=true"],
-            "compile=true: parallel=spatial communicates between layers",
-        ),
+        ([*SPATIAL, "compile=true"], "compile=true: parallel=spatial communicates between layers"),
     ]
     run_ranks("tests.parallel.test_model_parallel:refused", 2, tmp_path, cases)

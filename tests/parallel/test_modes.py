@@ -12,21 +12,47 @@ import torch
 from dlopt.errors import RunError
 from dlopt.parallel import rendezvous
 from dlopt.training.checkpoint import load
-from tests.support.equality import MLP, metric_values, resume_run
+from tests.support.equality import compare, metric_values, resume_run, run_distributed
+from tests.support.modes import FILTER, MESH, PIPELINE, SPATIAL, SYNC, SYNC_DDP, SYNC_FSDP
 from tests.support.ranks import run_ranks
 from tests.support.runs import at_update, metrics, resume, start, terminate
+from tests.support.sizes import MLP, RESNET
 
-FSDP = ["parallel=fsdp", "parallel.unit_parameters=100", "parallel.sync_batchnorm=true"]
-PIPELINE = ["parallel=pipeline"]
-MODES = {
-    "fsdp": FSDP,
-    "pipeline": PIPELINE,
-    "filter": ["parallel=filter"],
-    "ddp": ["parallel=ddp", "parallel.sync_batchnorm=true"],
-    "spatial": ["parallel=spatial"],
-}
+MODES = {"fsdp": SYNC_FSDP, "pipeline": PIPELINE, "filter": FILTER, "ddp": SYNC_DDP, "spatial": SPATIAL}
 CASE = [*MLP, "augmentation=crop_flip", "data.batch_size=35", "epochs=6", "ema=0.9", "decay_norm_and_bias=false"]
 FREEZE = 'optimizer.groups=[{match: "layer1.*", freeze: true}]'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "accumulate", "mode"),
+    [
+        *((2, accumulate, mode) for accumulate in (1, 3) for mode in (SYNC_DDP, SYNC_FSDP)),
+        *((2, 3, [*PIPELINE, f"parallel.schedule={schedule}"]) for schedule in ("1f1b", "gpipe")),
+        (2, 1, FILTER),
+        (2, 1, SPATIAL),
+        (4, 3, [*MESH, SYNC]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_fifty_steps(tmp_path: Path, processes: int, accumulate: int, mode: list[str]) -> None:
+    case = [*RESNET, "data.batch_size=35", f"accumulate={accumulate}", "steps=50"]
+    compare(tmp_path, processes, {"fifty": (case, mode)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "mode", "share"),
+    [([*MLP, "epochs=8"], SYNC_FSDP, 0.7), ([*RESNET, "accumulate=2", "epochs=3"], PIPELINE, 1.0)],
+    ids=["fsdp", "pipeline"],
+)
+def test_low_precision_trains(tmp_path: Path, case: list[str], mode: list[str], share: float) -> None:
+    case = [*case, "model.dropout=0", "data.batch_size=32", "precision=bf16"]
+    run_distributed(2, tmp_path, {"run": (case, mode)})
+    start(tmp_path / "single", *case)
+    losses, single = ([line["train_loss"] for line in metrics(tmp_path / run)] for run in ("run", "single"))
+    assert losses == pytest.approx(single, rel=0.05)
+    assert losses[-1] < share * losses[0]
 
 
 def resume_in_all_modes(folder: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -14,8 +13,9 @@ import torch
 from dlopt.errors import UserError
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.process_group import join
-from tests.support.line import SMALL, dlopt, refused
+from tests.support.line import dlopt, refused
 from tests.support.ranks import ROOT
+from tests.support.sizes import TINY
 
 MODES = ("ddp", "fsdp", "filter", "columns", "pipeline", "spatial", "hybrid")
 
@@ -23,7 +23,7 @@ MODES = ("ddp", "fsdp", "filter", "columns", "pipeline", "spatial", "hybrid")
 @pytest.mark.parametrize("mode", MODES)
 def test_nccl_without_cuda(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = refused(tmp_path, "train", f"parallel={mode}", "parallel.processes=2", "device=cuda", *SMALL)
+    message = refused(tmp_path, "train", f"parallel={mode}", "parallel.processes=2", "device=cuda", *TINY)
     assert message == "dlopt: device=cuda: no CUDA device is available; use device=cpu or device=auto\n"
 
 
@@ -48,17 +48,14 @@ def test_more_processes_than_gpus_from_a_launcher(mode: str, monkeypatch: pytest
         join(mode, torch.device("cuda"), processes=None, timeout_minutes=1.0, master_addr=None, master_port=None)
 
 
-RANKS = (
-    {"RANK": "0", "WORLD_SIZE": "2"},
-    {"SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2"},
-)
+RANKS = ({"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2"})
 
 
 @pytest.mark.parametrize("environment", RANKS)
 def test_sweeps_inside_a_launcher(tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    message = refused(tmp_path, "train", "-m", *SMALL, "seed=0,1")
+    message = refused(tmp_path, "train", "-m", *TINY, "seed=0,1")
     assert message.startswith(
         "dlopt: -m: cannot run inside torchrun or srun, because every rank would start the sweep; "
     )
@@ -68,7 +65,7 @@ def test_sweeps_inside_a_launcher(tmp_path: Path, environment: dict[str, str], m
 def test_a_sweep_in_an_interactive_step_of_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}.items():
         monkeypatch.setenv(name, value)  # srun --pty bash
-    assert dlopt(tmp_path, "train", "-m", *SMALL, "seed=0,1", "dry_run=true").code == 0
+    assert dlopt(tmp_path, "train", "-m", *TINY, "seed=0,1", "dry_run=true").code == 0
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -84,12 +81,12 @@ def test_sweep_under_torchrun(tmp_path: Path) -> None:
         "dlopt",
         "train",
         "-m",
-        *SMALL,
+        *TINY,
         "device=cpu",
         "seed=0,1",
         f"hydra.sweep.dir={tmp_path}/sweep",
     ]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and not (tmp_path / "sweep").exists()
     assert lines(done) and set(lines(done)) == {
         "dlopt: -m: cannot run inside torchrun or srun, because every rank would start the sweep; start it from a shell"
@@ -99,21 +96,11 @@ def test_sweep_under_torchrun(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_sweep_job_starts_its_own_processes(tmp_path: Path) -> None:
     keys = ["parallel=ddp", "parallel.processes=2", "model.norm=none", "tracking=[]", "device=cpu", "seed=0,1"]
-    done = dlopt(tmp_path, "train", "-m", *SMALL, *keys, "hydra.sweep.dir=sweep")
+    done = dlopt(tmp_path, "train", "-m", *TINY, *keys, "hydra.sweep.dir=sweep")
     assert done.code == 0, done.err
     for job in ("0", "1"):
         summary = json.loads((tmp_path / "sweep" / job / "summary.json").read_text())
         assert (summary["status"], summary["processes"]) == ("finished", 2)
-
-
-@pytest.mark.slow
-def test_degrees_must_match_the_number_of_processes(tmp_path: Path) -> None:
-    keys = ["parallel=hybrid", "parallel.processes=3", "parallel.data_degree=2", "parallel.model_degree=2"]
-    line = [sys.executable, "-m", "dlopt", "train", *SMALL, *keys, "device=cpu", f"hydra.run.dir={tmp_path}/run"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.splitlines() == lines(done), done.stderr
-    assert re.match(r"dlopt: parallel=hybrid: data_degree x model_degree = 2 x 2 = 4, but there are 3 pro", done.stderr)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -133,8 +120,8 @@ def test_unreachable_master(tmp_path: Path, launcher: str) -> None:
         if launcher == "srun":
             keys += ["parallel.master_addr=127.0.0.1", f"parallel.master_port={port}"]
         environment = {**os.environ, **{name: str(value) for name, value in launcher_environment.items()}}
-        line = [sys.executable, "-m", "dlopt", "train", *SMALL, *keys]
-        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        line = [sys.executable, "-m", "dlopt", "train", *TINY, *keys]
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and len(lines(done)) == 1, done.stderr
     message = lines(done)[0]
     assert f"rank 1 of 2 could not reach 127.0.0.1:{port} within parallel.timeout_minutes=0.05" in message
@@ -151,8 +138,8 @@ def test_missing_ranks(tmp_path: Path) -> None:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
     keys = ["parallel=ddp", "parallel.timeout_minutes=0.05", f"parallel.master_port={port}", "device=cpu"]
-    line = [sys.executable, "-m", "dlopt", "train", *SMALL, *keys, f"hydra.run.dir={tmp_path}/run"]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    line = [sys.executable, "-m", "dlopt", "train", *TINY, *keys, f"hydra.run.dir={tmp_path}/run"]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     [message] = lines(done)
     assert done.returncode == 2 and "not all of the 2 ranks have joined within this time" in message
     assert not (tmp_path / "run").exists()
@@ -166,9 +153,9 @@ def test_port_in_use(tmp_path: Path) -> None:
         endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
         address, _, port = endpoint.partition(":")
         launcher_environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
-        line = [sys.executable, "-m", "dlopt", "train", *SMALL, "parallel=ddp", f"hydra.run.dir={tmp_path}/run"]
+        line = [sys.executable, "-m", "dlopt", "train", *TINY, "parallel=ddp", f"hydra.run.dir={tmp_path}/run"]
         environment = {**os.environ, **launcher_environment}
-        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert lines(done) == [f"dlopt: MASTER_PORT={port}: port in use at {address}; choose another one"]
     assert not (tmp_path / "run").exists()

@@ -9,8 +9,9 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.process_group import join
 from dlopt.parallel.rendezvous import World, caused_by_peer, current, first_to_fail, missing_ranks, slurm_master
-from tests.support.line import SMALL, refused
+from tests.support.line import refused
 from tests.support.ranks import run_ranks
+from tests.support.sizes import TINY
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {
@@ -74,7 +75,7 @@ def test_names_missing_variables(
         monkeypatch.delenv(name, raising=False)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", **address}.items():
         monkeypatch.setenv(name, value)
-    assert message in refused(tmp_path, "train", *SMALL, "parallel=ddp", "device=cpu")
+    assert message in refused(tmp_path, "train", *TINY, "parallel=ddp", "device=cpu")
 
 
 def test_restarts_are_read_from_the_environment() -> None:

@@ -4,10 +4,12 @@ import io
 import logging
 import os
 import pickle
+import random
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from dlopt.training.checkpoint import FORMAT, KEYS, Checkpoints, is_intact, load
 from dlopt.training.weights import read_weights
 from tests.support.checkpoints import Crashes, Payload
 from tests.support.checkpoints import state as small_state
+from tests.support.faults import empty, flip_bit, truncate
 from tests.support.runs import same
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
@@ -179,28 +182,20 @@ def test_unsharded_checkpoints_replace_shards(folder: Path) -> None:
 
 
 def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 4
-    file.write_bytes(data)
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:100])
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def remove(file: Path) -> None:
-    file.unlink()
+    flip_bit(file, random.Random(0))
 
 
 def remove_all(file: Path) -> None:
     shutil.rmtree(file.parent)
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, empty, remove, remove_all], ids=lambda f: f.__name__)
+DAMAGES = {
+    "flipped": flip, "truncated": partial(truncate, draws=random.Random(0)), "empty": partial(empty, draws=None),
+    "removed": Path.unlink, "all removed": remove_all,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
 def test_damaged_shard_is_reported_and_previous_checkpoint_loaded(
     folder: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
@@ -310,7 +305,6 @@ def crash(folder: Path, crashing_rank: int, boundary: int, after: bool) -> bool:
     """Kills a rank in a save, checks the files it leaves and that saving continues; returns whether it was killed."""
 
     def save(checkpoints: Checkpoints, rank: int) -> None:
-        os.fsync = lambda descriptor: None  # processes are killed here, not the disk: syncing would only take time
         for step in (8, 9):
             checkpoints.save(shard_state(state(step)), best=step == 8)
         if rank == crashing_rank:

@@ -16,15 +16,15 @@ from dlopt.parallel import rendezvous
 from dlopt.training import sharded
 from dlopt.training.checkpoint import Checkpoints, load
 from dlopt.training.progress import Run
-from tests.support.equality import MLP, metric_values, resume_run
+from tests.support.equality import metric_values, resume_run, run_legs
 from tests.support.line import dlopt, refused
+from tests.support.modes import FILTER, SPATIAL, SYNC_DDP, SYNC_FSDP
 from tests.support.processes import run_dlopt, start_dlopt
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.runs import at_update, experiment, metrics, result, run_job, same, start, terminate, timeless
+from tests.support.sizes import MLP
 
-FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
-SYNC = "parallel.sync_batchnorm=true"
-SHARDED = [*FSDP, SYNC, "checkpoint.sharded=true"]
+SHARDED = [*SYNC_FSDP, "checkpoint.sharded=true"]
 ASYNCHRONOUS = "checkpoint.asynchronous=true"
 CASE = [
     *MLP, "model.norm=batch", "augmentation=crop_flip", "data.batch_size=35", "ema=0.9", "optimizer=adamw",
@@ -35,7 +35,7 @@ CASE = [
 def train_all(folder: str) -> None:
     """Called on all ranks: the same run with one file, with shards, with asynchronous shards, and interrupted."""
     root, case = Path(folder), [*CASE, "epochs=4"]
-    resume_run(root / "one", *case, *FSDP, SYNC)
+    resume_run(root / "one", *case, *SYNC_FSDP)
     resume_run(root / "sharded", *case, *SHARDED)
     resume_run(root / "asynchronous", *case, *SHARDED, ASYNCHRONOUS)
     with at_update(4, terminate if os.environ["DLOPT_RANK"] == "1" else lambda: None):
@@ -67,12 +67,6 @@ def test_runs_are_bitwise_identical(finished: Path, name: str) -> None:
 # -- other modes
 
 
-def run_legs(folder: str, legs: list[tuple[list[str], int]]) -> None:
-    """Called on all ranks: one run whose legs resume each other."""
-    for mode, epochs in legs:
-        resume_run(Path(folder), *CASE, *mode, f"epochs={epochs}")
-
-
 def assert_ended_like(run: Path, whole: Path) -> None:
     """Compares a run with a single-process run in `whole`."""
     epochs = len(metrics(run))
@@ -96,9 +90,9 @@ def resume_in_one_process(run: Path, epochs: int) -> None:
 def test_shards_resume_in_any_mode(tmp_path: Path) -> None:
     run = tmp_path / "run"
     start(run, *CASE, "epochs=1")
-    modes = [SHARDED, ["parallel=filter"], [*SHARDED, ASYNCHRONOUS], ["parallel=ddp", SYNC], SHARDED]
+    modes = [SHARDED, FILTER, [*SHARDED, ASYNCHRONOUS], SYNC_DDP, SHARDED]
     legs = [(mode, number) for number, mode in enumerate(modes, 2)]
-    run_ranks("tests.parallel.test_sharded:run_legs", 2, tmp_path, str(run), legs)
+    run_legs(2, tmp_path, run, CASE, legs)
     resume_in_one_process(run, 7)
     assert_ended_like(run, tmp_path / "whole")
     assert len(json.loads((run / "summary.json").read_text())["resumed_from"]) == 6
@@ -109,10 +103,10 @@ def test_shards_resume_with_another_number_of_processes(tmp_path: Path) -> None:
     """Also with two replicas of two shards each (HSDP), and with parallel=spatial in between."""
     run = tmp_path / "run"
     copies = [*SHARDED, "parallel.shards=2"]
-    run_ranks("tests.parallel.test_sharded:run_legs", 2, tmp_path / "two", str(run), [(SHARDED, 1)])
-    legs = [(SHARDED, 2), (copies, 3), (["parallel=spatial"], 4), (copies, 5)]
-    run_ranks("tests.parallel.test_sharded:run_legs", 4, tmp_path / "four", str(run), legs)
-    run_ranks("tests.parallel.test_sharded:run_legs", 2, tmp_path / "again", str(run), [(SHARDED, 6)])
+    run_legs(2, tmp_path / "two", run, CASE, [(SHARDED, 1)])
+    legs = [(SHARDED, 2), (copies, 3), (SPATIAL, 4), (copies, 5)]
+    run_legs(4, tmp_path / "four", run, CASE, legs)
+    run_legs(2, tmp_path / "again", run, CASE, [(SHARDED, 6)])
     resume_in_one_process(run, 7)
     assert_ended_like(run, tmp_path / "whole")
 
@@ -131,7 +125,7 @@ def test_killed_during_saves_resumes_bitwise_identical(tmp_path: Path, asynchron
     for _ in range(2):
         process = start_dlopt(ROOT, *line(folder, option), log=log)
         last_step = step_of(folder)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while step_of(folder) in (None, last_step) and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -202,11 +196,6 @@ def test_invalid_consolidate_commands_raise(finished: Path, arguments: list[str]
     assert refused(finished, "consolidate", *arguments).startswith(f"dlopt: {message}")
 
 
-def test_consolidate_help(tmp_path: Path) -> None:
-    done = dlopt(tmp_path, "consolidate", "--help")
-    assert done.code == 0 and "dlopt consolidate checkpoint=PATH" in done.out
-
-
 @pytest.mark.slow
 def test_resume_in_a_new_folder_copies_the_best_checkpoint(finished: Path, tmp_path: Path) -> None:
     """`resume=PATH` in another folder takes the best model so far, whose shards are in the old one."""
@@ -221,8 +210,6 @@ def test_resume_in_a_new_folder_copies_the_best_checkpoint(finished: Path, tmp_p
 def test_clean_removes_shards(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "sharded", tmp_path / "run")
     checkpoints = tmp_path / "run/checkpoints"
-    for name in ("config.yaml", "summary.json"):
-        assert (tmp_path / "run" / name).exists() or name == "config.yaml"
     (tmp_path / "run/config.yaml").write_text(json.dumps(load(checkpoints / "last.pt")["config"]))
     best = load(checkpoints / "best.pt")["progress"]["step"]
     done = dlopt(tmp_path, "runs", "clean", "run", "--yes")

@@ -12,7 +12,7 @@ from dlopt.lab.bench.communication import Traffic
 from dlopt.parallel.model_parallel import all_reduce_buckets
 from dlopt.parallel.spatial import split_rows
 from tests.support.ranks import run_ranks
-from tests.support.split_models import RankOfThree, build, compare, join_all, train_step
+from tests.support.split_models import FirstOf, build, compare, join_all, train_step
 
 MODELS = {
     "basic": ["model=resnet20", "model.depth=8", "model.dropout=0.2"],
@@ -97,4 +97,4 @@ def test_two_ranks_match_single_process_and_send_only_boundary_rows(tmp_path: Pa
 )
 def test_unsupported_models_raise_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        split_rows(build(*overrides), (2, 8, 8), RankOfThree())
+        split_rows(build(*overrides), (2, 8, 8), FirstOf(3))

@@ -12,12 +12,13 @@ from dlopt.parallel.sync_batchnorm import buffer_averaging
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.ranks import run_ranks
-from tests.support.runs import SMALL, at_update, experiment, result, run_job, same, terminate, timeless
+from tests.support.runs import at_update, experiment, result, run_job, same, terminate, timeless
+from tests.support.sizes import SMALL, without
 from tests.support.split_models import join_all
 
 # 90 training samples: batches of 25, 25, 25, 15, sharded unequally
 CASE = [
-    *(line for line in SMALL if not line.startswith("model")),
+    *without(SMALL, "model"),
     "model=resnet20", "model.depth=8", "augmentation=crop_flip", "model.dropout=0.2", "ema=0.9", "epochs=2",
 ]  # fmt: skip
 

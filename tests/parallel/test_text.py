@@ -6,12 +6,13 @@ import pytest
 
 from dlopt.errors import UserError
 from dlopt.parallel import chain
-from dlopt.parallel.collectives import ModelGroup
 from dlopt.parallel.columns import split_columns
 from dlopt.parallel.filter import split_filters
 from dlopt.parallel.spatial import split_rows
-from tests.support.equality import BASE, Cases, compare
+from tests.support.equality import Cases, compare
 from tests.support.gpt import CONTEXT, gpt
+from tests.support.sizes import BASE, without
+from tests.support.split_models import FirstOf
 
 RICH = [
     "model.norm=rms", "model.positions=rotary", "model.activation=swiglu", "model.qk_norm=true", "model.dropout=0.2",
@@ -22,7 +23,7 @@ MODES = ("ddp", "fsdp", "pipeline", "filter")
 def lines(folder: Path) -> list[str]:
     path = folder / "a.txt"
     path.write_text("\n".join(f"def f{number}(x): return {number}" for number in range(60)))
-    kept = [line for line in BASE if not line.startswith(("data.subset", "data.val_split"))]
+    kept = without(BASE, "data.subset", "data.val_split")
     return [
         *kept, "data=text", f"data.file={path}", "data.sequence_length=12", "data.batch_size=30", "model=gpt_nano",
         "model.width=16", "model.heads=4", "model.depth=2", "optimizer=adamw", "optimizer.lr=0.01", "clip=norm",
@@ -55,16 +56,12 @@ def test_every_mode_equals_one_process(tmp_path: Path, processes: int) -> None:
 
 
 def test_names_what_cannot_be_split() -> None:
-    class Two(ModelGroup):
-        def __init__(self) -> None:
-            self.process_group, self.rank, self.size = None, 0, 2
-
     with pytest.raises(UserError, match=r"model\.heads=3 cannot be divided evenly among 2 processes"):
-        split_filters(gpt(), (CONTEXT,), Two())
+        split_filters(gpt(), (CONTEXT,), FirstOf(2))
     with pytest.raises(UserError, match="parallel=spatial: splits images"):
-        split_rows(gpt(), (CONTEXT,), Two())
+        split_rows(gpt(), (CONTEXT,), FirstOf(2))
     with pytest.raises(UserError, match="parallel=columns: GPT has no columns"):
-        split_columns(gpt(), (CONTEXT,), Two())
+        split_columns(gpt(), (CONTEXT,), FirstOf(2))
     tied = chain.flatten(gpt(), 2)
     with pytest.raises(UserError, match=r"parallel=pipeline: head shares weights.*model\.tied_embeddings=false"):
         chain.check_tied_weights([tied[:2], tied[2:]])

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from dlopt import job
-from dlopt.training.checkpoint import Checkpoints, load
+from dlopt.training.checkpoint import load
 from dlopt.training.progress import Run
 from tests.support.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again
-from tests.support.runs import RICH, experiment, in_fork, resume, same, start, timeless
+from tests.support.runs import assert_same_run, execute, experiment, in_fork, resume, same, start
 from tests.support.runs import result as result_of
+from tests.support.sizes import RICH
 
 needs_mounts = pytest.mark.skipif(not can_mount(), reason="needs root and mount (Debian package mount)")
 
@@ -30,17 +31,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same_run(folder: Path, other: Path) -> None:
-    assert timeless(folder) == timeless(other)
-    for name in ("last.pt", "best.pt"):
-        assert same(result_of(folder, name), result_of(other, name)), name
-
-
-def execute(folder: Path, *overrides: str) -> int:
-    state = Checkpoints(folder / "checkpoints").load_newest()
-    return job.execute(Run(experiment(*overrides), folder, state, overrides=[*overrides]), console=False)
-
-
 def in_private_mounts(function: Callable[[], None], error_file: Path) -> None:
     """Runs `function` in a process with private mounts, which writes errors to `error_file`."""
 
@@ -53,6 +43,12 @@ def in_private_mounts(function: Callable[[], None], error_file: Path) -> None:
             raise
 
     assert in_fork(work) == 0, error_file.read_text()
+
+
+@pytest.fixture(autouse=True)
+def outside_of_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the small disks hold the uncommitted changes of this checkout, too, as code.diff."""
+    monkeypatch.chdir(tmp_path)
 
 
 def one_line(text: str) -> str:

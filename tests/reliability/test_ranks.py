@@ -17,8 +17,9 @@ import pytest
 from dlopt.parallel import rendezvous
 from tests.support.faults import fork
 from tests.support.ports import free_port
-from tests.support.ranks import ROOT
-from tests.support.runs import RICH, STEPS_PER_EPOCH, at_update, metrics, resume
+from tests.support.ranks import ENDLESS, ROOT, TWO, command
+from tests.support.runs import at_update, metrics, resume
+from tests.support.sizes import RICH, STEPS_PER_EPOCH
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -50,7 +51,7 @@ def test_loader_workers_exit_with_a_killed_run(tmp_path: Path) -> None:
     reading, writing = os.pipe()
 
     def work() -> None:
-        with at_update(STEPS_PER_EPOCH + 1, lambda: (os.write(writing, b"x"), time.sleep(60))):
+        with at_update(STEPS_PER_EPOCH + 1, lambda: (os.write(writing, b"x"), time.sleep(600))):
             resume(tmp_path, *RICH, "data.memory=false", "data.workers=2")
 
     child = fork(work)
@@ -59,7 +60,7 @@ def test_loader_workers_exit_with_a_killed_run(tmp_path: Path) -> None:
     assert len(workers) >= 2
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert until(lambda: not any(map(is_alive, workers)), 2)
+    assert until(lambda: not any(map(is_alive, workers)), 60)
 
 
 class Store:
@@ -88,10 +89,7 @@ def test_missing_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- real processes
 
 
-def command(folder: Path, *overrides: str) -> list[str]:
-    small = ["data.subset=100", "data.workers=0", "model=mlp", "model.widths=[8]", "epochs=100000"]
-    lines = ["device=cpu", "threads=1", "tracking=[]", "parallel=ddp", "checkpoint.every_steps=50", *small, *overrides]
-    return [sys.executable, "-m", "dlopt", "train", f"hydra.run.dir={folder}", *lines]
+SAVING = [*ENDLESS, "checkpoint.every_steps=50"]
 
 
 @contextlib.contextmanager
@@ -133,19 +131,19 @@ def ranks(process: "subprocess.Popen[str]") -> list[int]:
 @pytest.mark.parametrize("who", ["rank", "launcher"])
 def test_killed(who: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with started(command(folder, "parallel.processes=2"), folder) as process:
+    with started(command(folder, TWO, *SAVING), folder) as process:
         pids = ranks(process)
         os.kill(process.pid if who == "launcher" else pids[1], signal.SIGKILL)
-        assert until(lambda: not any(map(is_alive, pids)), 20), "no rank outlives the others"
-        stderr = process.communicate(timeout=20)[1]
+        assert until(lambda: not any(map(is_alive, pids)), 60), "no rank outlives the others"
+        stderr = process.communicate(timeout=300)[1]
         assert process.returncode == (-9 if who == "launcher" else 1)
     if who == "rank":
         assert "rank 1 was killed by SIGKILL" in stderr
     before = len(lines(folder))
-    with started([*command(folder, "parallel.processes=2"), "resume=auto"], folder) as process:
-        assert until(lambda: len(lines(folder)) > before + 5, 60)
+    with started([*command(folder, TWO, *SAVING), "resume=auto"], folder) as process:
+        assert until(lambda: len(lines(folder)) > before + 5, 150)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=150)
         assert process.returncode == 75
     assert [line["epoch"] for line in metrics(folder)] == list(range(1, len(metrics(folder)) + 1))
 
@@ -153,10 +151,10 @@ def test_killed(who: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_error_names_a_stopped_rank(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    line = command(folder, "parallel.processes=2", "parallel.timeout_minutes=0.4")
+    line = command(folder, TWO, *SAVING, "parallel.timeout_minutes=0.4")
     with started(line, folder) as process:
         os.kill(ranks(process)[1], signal.SIGSTOP)
-        stderr = process.communicate(timeout=90)[1]
+        stderr = process.communicate(timeout=300)[1]
         assert process.returncode == 1
     assert "rank 1 exited, or did not respond within parallel.timeout_minutes" in stderr, stderr
     assert "Traceback" not in stderr
@@ -167,12 +165,12 @@ def test_error_names_a_stopped_rank(tmp_path: Path) -> None:
 def test_a_stopped_rank_ends_with_the_others(tmp_path: Path) -> None:
     """The launcher continues it: the run ends with a checkpoint, not after the timeout of 10 minutes."""
     folder = tmp_path / "run"
-    with started(command(folder, "parallel.processes=2"), folder) as process:
+    with started(command(folder, TWO, *SAVING), folder) as process:
         pids = ranks(process)
         os.kill(pids[1], signal.SIGSTOP)
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         assert process.returncode == 75
         assert not any(map(is_alive, pids))
 
@@ -185,12 +183,14 @@ def test_a_rank_of_a_launcher_ends_if_another_one_is_stopped(tmp_path: Path) -> 
     try:
         for rank in range(2):
             variables = {**os.environ, **address, "RANK": str(rank)}
-            processes.append(subprocess.Popen(command(folder), cwd=ROOT, env=variables, stderr=subprocess.PIPE))
+            processes.append(
+                subprocess.Popen(command(folder, *SAVING), cwd=ROOT, env=variables, stderr=subprocess.PIPE)
+            )
         assert until(lambda: len(lines(folder)) > 5, 150)
         processes[1].send_signal(signal.SIGSTOP)
         time.sleep(1)
         processes[0].send_signal(signal.SIGUSR1)
-        stderr = processes[0].communicate(timeout=60)[1].decode()
+        stderr = processes[0].communicate(timeout=300)[1].decode()
     finally:
         for process in processes:
             process.kill()
@@ -203,7 +203,7 @@ def test_a_rank_of_a_launcher_ends_if_another_one_is_stopped(tmp_path: Path) -> 
 def test_torchrun_restarts_a_killed_rank(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with started([*launcher, "--max-restarts", "2", *command(folder)[1:]], folder) as process:
+    with started([*launcher, "--max-restarts", "2", *command(folder, *SAVING)[1:]], folder) as process:
         os.kill(ranks(process)[1], signal.SIGKILL)
         before = len(lines(folder))
         assert until(lambda: len(lines(folder)) > before + 10, 120)
@@ -212,4 +212,4 @@ def test_torchrun_restarts_a_killed_rank(tmp_path: Path) -> None:
         assert epochs == list(range(1, len(epochs) + 1)), "no line lost or repeated"
         pids = ranks(process)
         process.kill()
-        assert until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10), "they would train on"
+        assert until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 60), "they would train on"

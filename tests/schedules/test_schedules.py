@@ -100,10 +100,7 @@ def test_closed_form_at_every_step(case: str) -> None:
 
 TORCH = {
     "step": (partial(make, "step", every_steps=30), lambda o: lr_scheduler.StepLR(o, 30)),
-    "multistep": (
-        partial(make, "multistep", milestones_steps=[7, 90]),
-        lambda o: lr_scheduler.MultiStepLR(o, [7, 90]),
-    ),
+    "multistep": (partial(make, "multistep", milestones_steps=[7, 90]), lambda o: lr_scheduler.MultiStepLR(o, [7, 90])),
     "exponential": (
         partial(make, "exponential", k=0.02, unit="steps"),
         lambda o: lr_scheduler.ExponentialLR(o, math.exp(-0.02)),
@@ -127,9 +124,7 @@ TORCH = {
     "warmup": (
         partial(make, "cosine", warmup_steps=19),
         lambda o: lr_scheduler.SequentialLR(
-            o,
-            [lr_scheduler.LinearLR(o, 1 / 20, 1.0, 19), lr_scheduler.CosineAnnealingLR(o, STEPS - 19)],
-            [19],
+            o, [lr_scheduler.LinearLR(o, 1 / 20, 1.0, 19), lr_scheduler.CosineAnnealingLR(o, STEPS - 19)], [19]
         ),
     ),
 }
@@ -372,12 +367,6 @@ def test_scheduler_resumes_exactly(name: str) -> None:
         rates.append(resumed_optimizer.param_groups[0]["lr"])
         resumed.step()
     assert rates == whole[101:]
-
-
-def test_choices_need_only_the_horizon() -> None:
-    factor = schedules.cosine(final=0.0, decay_epochs=None, decay_steps=None, horizon=Horizon(10, 110, 10))
-    assert factor(60) == pytest.approx(0.5)
-    assert NO_WARMUP.length(10, 1) == 0
 
 
 def test_a_constant_warmup_stays_at_its_start() -> None:

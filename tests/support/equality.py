@@ -15,17 +15,6 @@ from dlopt.training.progress import Run
 from tests.support.ranks import run_ranks
 from tests.support.runs import Composed, composed, experiment, metrics, run_job, start
 
-# 96 training samples
-BASE = [
-    "data.subset=120", "data.val_split=0.2", "data.workers=0", "tracking=[]", "threads=1", "device=cpu",
-    "precision=fp64", "schedule=constant", "optimizer.lr=0.05", "log_every_steps=3",
-]  # fmt: skip
-RESNET = [
-    *BASE, "model=resnet20", "model.depth=8", "model.dropout=0.2", "augmentation=crop_flip",
-    "optimizer.momentum=0.9", "optimizer.weight_decay=0.001",
-]  # fmt: skip
-MLP = [*BASE, "model=mlp", "model.widths=[12]", "model.dropout=0.3"]
-
 Cases = dict[str, tuple[list[str], list[str]]]
 """By name: (overrides of both runs, additional overrides of the distributed run)."""
 
@@ -50,6 +39,17 @@ def resume_run(folder: Path, *overrides: str) -> dict[str, Any]:
     summary = run_job(Run(experiment(*overrides), folder, state))
     rendezvous.leave()
     return summary
+
+
+def run_legs(processes: int, logs: Path, run: Path, both: list[str], legs: list[tuple[list[str], int]]) -> None:
+    """Resumes one run in several modes, one after the other: (overrides of the mode, number of epochs)."""
+    run_ranks("tests.support.equality:_run_legs", processes, logs, run, both, legs)
+
+
+def _run_legs(run: Path, both: list[str], legs: list[tuple[list[str], int]]) -> None:
+    """Called on all ranks."""
+    for mode, epochs in legs:
+        resume_run(run, *both, *mode, f"epochs={epochs}")
 
 
 def metric_values(line: dict[str, Any]) -> dict[str, float]:

@@ -18,12 +18,9 @@ import torch
 from dlopt import cli
 from dlopt.interruption import SIGNALS
 from dlopt.processor import set_deterministic
+from tests.support.sizes import TINY
 
-SMALL = ("model=mlp", "model.widths=[4]", "data.subset=40", "epochs=2", "threads=1", "tracking=[]")
-"""Overrides of a run that takes a fraction of a second, and writes the fewest files.
-
-A run with tracking also draws its curves, which takes as long as everything else.
-"""
+SMALL = TINY
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,17 @@ from typing import Any
 from tests.support.processes import start
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    """Returns the command line of a small run in `folder` with parallel=ddp."""
+    small = ["data.subset=100", "data.workers=0", "model=mlp", "model.widths=[8]", "device=cpu", "threads=1"]
+    lines = [*small, "tracking=[]", "parallel=ddp", *overrides]
+    return [sys.executable, "-m", "dlopt", "train", f"hydra.run.dir={folder}", *lines]
+
+
+TWO = "parallel.processes=2"
+ENDLESS = ["epochs=100000", "stopping=none"]
 
 
 def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 _PACKAGES = {
     "chromedriver": "chromium-driver", "chromium": "chromium", "g++": "g++", "git": "git", "initdb": "postgresql",
     "munged": "munge", "node": "nodejs", "nohup": "coreutils", "pdflatex": "texlive-latex-recommended",
-    "sbatch": "slurm-wlm", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "tmux": "tmux",
+    "sbatch": "slurm-wlm", "shellcheck": "shellcheck", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "tmux": "tmux",
 }  # fmt: skip
 
 

@@ -17,39 +17,31 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from dlopt import job
 from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batch
 from dlopt.interruption import Interruption
-from dlopt.job import tools
 from dlopt.training import checkpoint
+from dlopt.training.build import Workload, build_workload
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.metrics import Measured
 from dlopt.training.precision import torch_defaults
 from dlopt.training.progress import Run
 from dlopt.training.step import Step, UpdateRecord
 from dlopt.training.trainer import train_run
-
-SMALL = [
-    "data.subset=120",
-    "data.val_split=0.25",
-    "data.batch_size=25",  # 90 training samples: batches of 25, 25, 25, 15
-    "data.workers=0",
-    "model=mlp",
-    "model.widths=[12]",
-    "tracking=[]",
-    "threads=1",
-    "device=cpu",
-]
-# With all states that resuming restores: momentum, EMA, dropout, augmentation.
-RICH = [*SMALL, "augmentation=crop_flip", "model.dropout=0.3", "ema=0.9", "epochs=4"]
-STEPS_PER_EPOCH = 4
+from tests.support.sizes import RICH, RUN, SMALL, STEPS_PER_EPOCH  # noqa: F401  # used by importers
 
 
 def experiment(*overrides: str) -> Experiment:
     return parse(*copy.deepcopy(composed(*overrides)))
+
+
+def small_workload(*overrides: str) -> Workload:
+    """Builds data, model and loss of a small run with these overrides."""
+    return build_workload(experiment(*SMALL, *overrides))
 
 
 Composed = tuple[dict[str, Any], dict[str, Any]]
@@ -76,7 +68,7 @@ def resume(folder: Path, *overrides: str) -> dict[str, Any]:
 def run_job(run: Run) -> dict[str, Any]:
     """Trains as a job does, in this process."""
     with Interruption(run.experiment.settings.max_time) as interruption, torch_defaults():
-        return train_run(run, interruption, console=False, **tools(run, console=False))
+        return train_run(run, interruption, console=False, **job.tools(run, console=False))
 
 
 @contextmanager
@@ -142,6 +134,20 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Compares metrics and checkpoints of two runs bitwise, except times."""
+    assert timeless(folder) == timeless(other)
+    for name in ("last.pt", "best.pt"):
+        assert same(result(folder, name), result(other, name)), name
+
+
+def execute(folder: Path, *overrides: str) -> int:
+    """Runs a job that starts, or resumes from the newest checkpoint in `folder`; returns its exit code."""
+    folder.mkdir(exist_ok=True)
+    state = Checkpoints(folder / "checkpoints").load_newest()
+    return job.execute(Run(experiment(*overrides), folder, state, overrides=[*overrides]), console=False)
+
+
 @contextmanager
 def explosions(bad: Callable[[int, float], bool], on: str = "loss") -> Iterator[None]:
     """Makes the loss (or one gradient) NaN in updates (from 1) with learning rates for which `bad` is true."""
@@ -159,9 +165,6 @@ def explosions(bad: Callable[[int, float], bool], on: str = "loss") -> Iterator[
         yield
 
 
-RUN = [*SMALL, "model.norm=none", "epochs=4", "schedule=constant", "optimizer.lr=0.08"]
-
-
 class Numbers(torch.utils.data.Dataset[tuple[Tensor, float]]):
     """A regression: the sum of the inputs."""
 
@@ -176,19 +179,8 @@ class Numbers(torch.utils.data.Dataset[tuple[Tensor, float]]):
 
 
 REGRESSION = [
-    "data=custom",
-    "data.train._target_=tests.support.runs.Numbers",
-    "+data.train.count=60",
-    "data.test={_target_:tests.support.runs.Numbers,count:17}",
-    "data.batch_size=16",
-    "data.workers=0",
-    "allow_packages=[tests]",
-    "model=mlp",
-    "model.widths=[]",
-    "normalize=none",
-    "loss=mse",
-    "tracking=[]",
-    "device=cpu",
-    "threads=1",
-    "epochs=4",
-]
+    "data=custom", "data.train._target_=tests.support.runs.Numbers", "+data.train.count=60",
+    "data.test={_target_:tests.support.runs.Numbers,count:17}", "data.batch_size=16", "data.workers=0",
+    "allow_packages=[tests]", "model=mlp", "model.widths=[]", "normalize=none", "loss=mse", "tracking=[]",
+    "device=cpu", "threads=1", "epochs=4",
+]  # fmt: skip

@@ -110,8 +110,8 @@ def compare(
         assert_equal(name, full, split_model, inputs, reduce_gradients)
 
 
-class RankOfThree(ModelGroup):
-    """Rank 0 of three, without a process group."""
+class FirstOf(ModelGroup):
+    """Rank 0 of several, without a process group."""
 
-    def __init__(self) -> None:
-        self.group, self.rank, self.size = None, 0, 3
+    def __init__(self, size: int) -> None:
+        self.process_group, self.rank, self.size = None, 0, size

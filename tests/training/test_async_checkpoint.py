@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from dlopt.errors import RunError
-from dlopt.training import checkpoint
 from dlopt.training.checkpoint import Checkpoints, load
 from tests.support.checkpoints import names, state, with_checksums
-from tests.support.runs import RICH, at_update, in_fork, result, resume, same, start, terminate, timeless
+from tests.support.runs import assert_same_run, at_update, in_fork, resume, same, start, terminate
+from tests.support.sizes import RICH
 
 ASYNC = "checkpoint.asynchronous=true"
 
@@ -42,21 +42,22 @@ def slow_disk(seconds: float, fail: Callable[[int], bool] = lambda step: False) 
 
 
 def test_saves_the_state_at_the_time_of_the_call(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, asynchronous=True)
+    """`save` returns before the file is written: the disk waits for the end of the call."""
+    checkpoints, returned, original = Checkpoints(tmp_path, asynchronous=True), threading.Event(), torch.save
     given = state(1)
-    with slow_disk(0.2):
-        begin = time.monotonic()
+
+    def save(value: Any, file: Any) -> None:
+        assert returned.wait(300)
+        original(value, file)
+
+    with patch.object(torch, "save", save):
         checkpoints.save(given, best=True)
-        assert time.monotonic() - begin < 0.15
         given["model"]["weight"].zero_()
         given["progress"]["step"] = 99
+        returned.set()
         checkpoints.wait()
     assert same({key: load(checkpoints.best)[key] for key in state(1)}, state(1))
-    assert names_in(tmp_path) == with_checksums("last.pt", "best.pt")
-
-
-def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    assert names(checkpoints) == with_checksums("last.pt", "best.pt")
 
 
 def test_writes_in_order(tmp_path: Path) -> None:
@@ -85,19 +86,6 @@ def test_next_call_raises_the_error(tmp_path: Path, ask: str) -> None:
         checkpoints.wait()
     assert load(checkpoints.last)["progress"]["step"] == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    start(folder, *RICH)
-    return folder
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    assert timeless(folder) == timeless(other)
-    for name in ("last.pt", "best.pt"):
-        assert same(result(folder, name), result(other, name)), name
 
 
 def test_run_equals_a_synchronous_one(whole: Path, tmp_path: Path) -> None:
@@ -141,12 +129,3 @@ def test_failed_run_waits_for_its_save(tmp_path: Path) -> None:
         start(tmp_path, *RICH, ASYNC)
     assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 4
     assert not [each for each in threading.enumerate() if each.name == "checkpoint"]
-
-
-def test_copies_are_deep() -> None:
-    tensor = torch.ones(3)
-    given = {"a": [tensor, (1, tensor)], "b": {"c": None, 3: "x"}}
-    copied = checkpoint._copy_to_host(given)
-    assert same(copied, given)
-    tensor.zero_()
-    assert copied["a"][0].sum() == copied["a"][1][1].sum() == 3

@@ -5,13 +5,9 @@ from hypothesis import strategies as st
 
 from dlopt.errors import UserError
 from dlopt.training.batch_norm import _smallest_micro_batch, check_norm_batches, norm_statistics
-from dlopt.training.build import Workload, evaluation_batches, training_batches
-from dlopt.training.build import build_workload as build
-from tests.support.runs import SMALL, experiment, same
-
-
-def build_workload(*overrides: str) -> Workload:
-    return build(experiment(*SMALL, *overrides))
+from dlopt.training.build import build_workload, evaluation_batches, training_batches
+from tests.support.runs import experiment, same, small_workload
+from tests.support.sizes import SMALL, without
 
 
 @given(count=st.integers(1, 60), size=st.integers(1, 60), accumulate=st.integers(1, 12), drop_last=st.booleans())
@@ -43,7 +39,7 @@ def test_smallest_micro_batch(count: int, size: int, accumulate: int, drop_last:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_rejects_one_value_per_channel(overrides: list[str], refused: bool) -> None:
-    workload = build_workload("model.norm=batch", *overrides)
+    workload = small_workload("model.norm=batch", *overrides)
     before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     if refused:
         with pytest.raises(UserError, match=r"one value per channel"):
@@ -55,14 +51,14 @@ def test_rejects_one_value_per_channel(overrides: list[str], refused: bool) -> N
 
 
 def test_rejects_ghost_batches_of_one_value() -> None:
-    workload = build_workload("model.norm=batch", "model.norm_ghost_batch=1")
+    workload = small_workload("model.norm=batch", "model.norm_ghost_batch=1")
     with pytest.raises(UserError, match=r"model\.norm_ghost_batch=1: .*one value per channel"):
         check_norm_batches(workload, training_batches(workload))
 
 
 def test_allows_one_image_for_convolutions() -> None:
-    lines = [line for line in SMALL if not line.startswith("model")]
-    workload = build(experiment(*lines, "model=resnet20", "data.batch_size=1"))
+    lines = without(SMALL, "model")
+    workload = build_workload(experiment(*lines, "model=resnet20", "data.batch_size=1"))
     check_norm_batches(workload, training_batches(workload))
 
 
@@ -70,7 +66,7 @@ def test_allows_one_image_for_convolutions() -> None:
 def test_exact_statistics_of_a_set_that_leaves_one_sample(size: int) -> None:
     """With 90 training samples and data.drop_last=true, the single sample is in no training batch."""
     overrides = ["model.norm=batch", "norm_statistics=exact", "data.drop_last=true", f"data.batch_size={size}"]
-    workload = build_workload(*overrides)
+    workload = small_workload(*overrides)
     with norm_statistics(workload, workload.module, workload.model):
         first = next(m for m in workload.module.modules() if isinstance(m, torch.nn.BatchNorm1d))
         mean = first.running_mean.clone()  # type: ignore[union-attr]

@@ -1,17 +1,12 @@
 import torch
 
-from dlopt.training.build import Workload, evaluation_batches, training_batches
-from dlopt.training.build import build_workload as build
-from tests.support.runs import SMALL, experiment, same
-
-
-def build_workload(*overrides: str) -> Workload:
-    return build(experiment(*SMALL, *overrides))
+from dlopt.training.build import evaluation_batches, training_batches
+from tests.support.runs import same, small_workload
 
 
 def test_order_and_augmentation_have_independent_streams() -> None:
     def first(*overrides: str) -> tuple[torch.Tensor, ...]:
-        return tuple(next(training_batches(build_workload("augmentation=crop_flip", *overrides)).epoch(0)))
+        return tuple(next(training_batches(small_workload("augmentation=crop_flip", *overrides)).epoch(0)))
 
     reference = first()
     assert same(first(), reference)
@@ -23,7 +18,7 @@ def test_order_and_augmentation_have_independent_streams() -> None:
 
 
 def test_evaluation_batches_are_ordered_plain_and_complete() -> None:
-    workload = build_workload("augmentation=crop_flip", "data.drop_last=true")
+    workload = small_workload("augmentation=crop_flip", "data.drop_last=true")
     assert workload.dataset.val is not None
     batches = list(evaluation_batches(workload, workload.dataset.val).epoch(0))
     assert [len(targets) for _, targets in batches] == [25, 5]

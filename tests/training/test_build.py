@@ -1,7 +1,5 @@
 import contextlib
 import math
-import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,10 @@ from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device
 from dlopt.training import build as build_module
 from dlopt.training import model_check
-from dlopt.training.build import Workload, load_weights, training_batches
-from dlopt.training.build import build_workload as build
+from dlopt.training.build import build_workload, training_batches
 from dlopt.training.trainer import probe_trainer
-from tests.support.runs import SMALL, experiment, same
-
-
-def build_workload(*overrides: str) -> Workload:
-    return build(experiment(*SMALL, *overrides))
-
+from tests.support.runs import experiment, same, small_workload
+from tests.support.sizes import SMALL, without
 
 # -- the machine
 
@@ -51,7 +44,7 @@ def test_ranks_of_a_machine_share_its_cores(memory: str, module: str, monkeypatc
     monkeypatch.setattr(f"dlopt.data.{module}.worker_count", worker_count)
     mode = Mode(torch.device("cpu"))
     mode.ranks.local_processes = 4
-    training_batches(build(experiment(*SMALL, f"data.memory={memory}"), parallel=mode))
+    training_batches(build_workload(experiment(*SMALL, f"data.memory={memory}"), parallel=mode))
     assert set(shared_by) == {4}
 
 
@@ -59,16 +52,16 @@ def test_ranks_of_a_machine_share_its_cores(memory: str, module: str, monkeypatc
 
 
 def test_initial_weights_depend_on_init_seed_only() -> None:
-    first = dict(build_workload("seed=1", "init_seed=7").module.state_dict())
+    first = dict(small_workload("seed=1", "init_seed=7").module.state_dict())
     torch.rand(5)  # whatever was drawn before
-    assert same(first, dict(build_workload("seed=2", "init_seed=7").module.state_dict()))
-    assert not same(first, dict(build_workload("seed=1").module.state_dict()))
+    assert same(first, dict(small_workload("seed=2", "init_seed=7").module.state_dict()))
+    assert not same(first, dict(small_workload("seed=1").module.state_dict()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
 def test_initial_weights_do_not_depend_on_precision(precision: str) -> None:
-    reference = build_workload("precision=fp32").module
-    workload = build_workload(f"precision={precision}")
+    reference = small_workload("precision=fp32").module
+    workload = small_workload(f"precision={precision}")
     dtype = torch.float64 if precision == "fp64" else torch.float32
     for a, b in zip(reference.parameters(), workload.module.parameters(), strict=True):
         assert b.dtype == dtype and torch.equal(a.to(dtype), b)
@@ -93,7 +86,7 @@ class _Spectral(nn.Module):
 @pytest.mark.parametrize("overrides", [["clip=norm"], ["clip=value", "optimizer=adamw", "precision=fp64"]])
 def test_complex_weights_stay_complex(overrides: list[str], tmp_path: Path) -> None:
     checked = replace(experiment(*SMALL, "ema=0.9", *overrides), model=Component("model", _Spectral, {}))
-    trainer = probe_trainer(build(checked), tmp_path)
+    trainer = probe_trainer(build_workload(checked), tmp_path)
     module, average = trainer.module, trainer.average
     before = module.weight.detach().clone()
     assert before.is_complex() and before.imag.any()
@@ -109,15 +102,15 @@ def test_complex_weights_stay_complex(overrides: list[str], tmp_path: Path) -> N
 @pytest.mark.parametrize("widths", ["[1000000000]", "[1000000000,10000000000,100000000000]"])
 def test_refuses_a_model_that_exceeds_the_memory_before_building_it(widths: str) -> None:
     with pytest.raises(UserError, match=r"^model\.widths=\[1000000000.* (GiB are available|or more)"):
-        build_workload(f"model.widths={widths}")
+        small_workload(f"model.widths={widths}")
 
 
 def test_the_memory_check_counts_parameters_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = sum(parameter.numel() for parameter in build_workload().module.parameters())
+    parameters = sum(parameter.numel() for parameter in small_workload().module.parameters())
     for available, fits in ((8 * parameters, True), (8 * parameters - 1, False)):
         monkeypatch.setattr(model_check, "available_memory", lambda available=available: available)
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match=f"{parameters:,} parameters and"):
-            build_workload()
+            small_workload()
 
 
 @pytest.mark.parametrize("model", ["vit", "resnet20"])
@@ -157,13 +150,13 @@ def test_refuses_a_custom_model_with_another_number_of_outputs(reads: bool) -> N
         model = Component("model", _Outputs, {"count": count, "reads": reads})
         expected = r"_Outputs: returns \[batch, 12\] values, but the data has 10 classes; .*num_classes=10$"
         with contextlib.nullcontext() if count == 10 else pytest.raises(UserError, match=expected):
-            build(replace(checked, model=model))
+            build_workload(replace(checked, model=model))
 
 
 def test_refuses_a_custom_model_that_cannot_process_the_samples() -> None:
     model = Component("model", nn.Conv2d, {"in_channels": 3, "out_channels": 10, "kernel_size": 1})
     with pytest.raises(UserError, match=r"Conv2d: fails for inputs of shape \[batch, 1, 8, 8\]: .*3 channels"):
-        build(replace(experiment(*SMALL), model=model))
+        build_workload(replace(experiment(*SMALL), model=model))
 
 
 def test_number_of_outputs_follows_the_data() -> None:
@@ -180,8 +173,8 @@ def test_number_of_outputs_follows_the_data() -> None:
 @pytest.mark.parametrize("layout", ["auto", "true", "false"])
 @pytest.mark.parametrize("model", ["resnet20", "mlp"])
 def test_memory_format(layout: str, model: str) -> None:
-    lines = [line for line in SMALL if not line.startswith("model")]
-    workload = build(experiment(*lines, f"model={model}", f"channels_last={layout}"))
+    lines = without(SMALL, "model")
+    workload = build_workload(experiment(*lines, f"model={model}", f"channels_last={layout}"))
     expected = layout == "true" or (layout == "auto" and model == "resnet20")
     assert (workload.memory_format == torch.channels_last) is expected
     inputs, _ = next(training_batches(workload).epoch(0))
@@ -189,55 +182,14 @@ def test_memory_format(layout: str, model: str) -> None:
 
 
 def test_normalization_is_loaded_from_a_checkpoint() -> None:
-    first = build_workload()
+    first = small_workload()
     state = {name: value * 2 for name, value in first.normalize.state_dict().items()}
-    resumed = build(experiment(*SMALL), state)
+    resumed = build_workload(experiment(*SMALL), state)
     assert same(dict(resumed.normalize.state_dict()), state)
     assert not same(dict(first.normalize.state_dict()), state)
 
 
 # -- weights from a file
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Callable[[Any], Path]:
-    def write(content: Any) -> Path:
-        path = tmp_path / "weights.pt"
-        torch.save(content, path)
-        return path
-
-    return write
-
-
-class Net(nn.Module):
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.hidden, self.norm, self.head = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, classes)
-
-
-def net(classes: int = 3) -> Net:
-    return Net(classes)
-
-
-def test_loads_weights_of_the_same_model(save: Callable[[Any], Path]) -> None:
-    source, model = net(), net()
-    lines = load_weights(model, save(source.state_dict()))
-    assert same(dict(model.state_dict()), dict(source.state_dict()))
-    assert len(lines) == 1
-
-
-def test_keeps_and_lists_a_head_with_another_shape(save: Callable[[Any], Path]) -> None:
-    source, model = net(10), net(3)
-    head = model.head.weight.detach().clone()
-    lines = load_weights(model, save({**source.state_dict(), "extra": torch.zeros(1)}))
-    assert torch.equal(model.hidden.weight, source.hidden.weight) and torch.equal(model.head.weight, head)
-    output = "\n".join(lines)
-    assert re.search(r"head\.weight \(\S+ in the file\), head\.bias \(10 in the file\)", output) and "extra" in output
-
-
-def test_rejects_weights_without_a_match(save: Callable[[Any], Path]) -> None:
-    with pytest.raises(UserError, match=r"init_from=.*weights\.pt: none"):
-        load_weights(net(), save({"other": torch.zeros(3)}))
 
 
 @pytest.mark.parametrize(("choice", "crops"), [("none", False), ("crop_flip", False), ("inception", True)])
@@ -250,12 +202,12 @@ def test_images_stay_in_files_only_for_random_crops(choice: str, crops: bool, mo
         return original(*arguments, random_crops=random_crops, **keys)
 
     monkeypatch.setattr(build_module, "prepare", prepare)
-    build_workload(f"augmentation={choice}")
+    small_workload(f"augmentation={choice}")
     assert seen == [crops]
 
 
 def test_statistics_per_pixel_need_images_of_one_size() -> None:
     lines = ["normalize=standardize", "normalize.per=pixel", "augmentation=inception"]
-    build_workload(*lines)
+    small_workload(*lines)
     with pytest.raises(UserError, match=r"^normalize\.per=pixel: fitted to samples of .*8, 8.*, not .*6, 6"):
-        build_workload(*lines, "augmentation.operations.0.size=6")
+        small_workload(*lines, "augmentation.operations.0.size=6")

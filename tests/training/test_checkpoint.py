@@ -1,7 +1,9 @@
 import logging
 import os
 import pickle
+import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from dlopt.files import link
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.weights import read_weights
 from tests.support.checkpoints import Crashes, Payload, names, state, with_checksums
+from tests.support.faults import DAMAGES, flip_bit
 from tests.support.runs import in_fork, same
 
 
@@ -113,31 +116,7 @@ def test_resumed_run_does_not_keep_damaged_files(tmp_path: Path) -> None:
 
 
 def damage(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.unlink()  # a hard link may share the data; a disk damages one place
-    path.write_bytes(data)
-
-
-def truncate(path: Path) -> None:
-    data = path.read_bytes()
-    path.unlink()
-    path.write_bytes(data[: len(data) // 3])
-
-
-def empty(path: Path) -> None:
-    path.unlink()
-    path.write_bytes(b"")
-
-
-def zero_a_page(path: Path) -> None:
-    data = path.read_bytes()
-    path.unlink()
-    path.write_bytes(data[:500] + bytes(400) + data[900:])
-
-
-def lose_checksum(path: Path) -> None:
-    path.with_name(f"{path.name}.sha256").unlink()
+    flip_bit(path, random.Random(0))
 
 
 def empty_checksum(path: Path) -> None:
@@ -148,15 +127,11 @@ def binary_checksum(path: Path) -> None:
     path.with_name(f"{path.name}.sha256").write_bytes(bytes(range(256)))
 
 
-def dangle(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere.pt")
+SPOILED = {**{name: partial(spoil, draws=random.Random(0)) for name, spoil in DAMAGES.items()},
+           "empty checksum": empty_checksum, "binary checksum": binary_checksum}  # fmt: skip
 
 
-DAMAGES = [damage, truncate, empty, zero_a_page, lose_checksum, empty_checksum, binary_checksum, dangle]
-
-
-@pytest.mark.parametrize("spoil", DAMAGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
 def test_damaged_last_falls_back_to_the_previous(
     tmp_path: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -167,7 +142,7 @@ def test_damaged_last_falls_back_to_the_previous(
     assert "last.pt" in caplog.text and "trying the previous checkpoint" in caplog.text
 
 
-@pytest.mark.parametrize("spoil", DAMAGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
 def test_raises_if_all_are_damaged(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     checkpoints = folder_of(tmp_path, 1, 2)
     for name in ("last.pt", "step-1.pt"):
@@ -202,13 +177,6 @@ def test_detects_flipped_bits_of_the_checksum(tmp_path: Path, position: int) -> 
 # -- crashes
 
 
-@pytest.fixture
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disables fsync, which is slow, and not needed against a kill of the process."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.mark.usefixtures("no_sync")
 @pytest.mark.parametrize(
     ("keep", "after"),
     [(1, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, False), (2, False), (2, True)))],
@@ -245,7 +213,6 @@ def test_crash_at_any_call_leaves_intact_files(tmp_path: Path, keep: int, after:
     assert step == 10
 
 
-@pytest.mark.usefixtures("no_sync")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_crash_in_the_first_save(tmp_path: Path, after: bool) -> None:
     boundary, died, seen = 0, True, set()
@@ -264,7 +231,6 @@ def test_crash_in_the_first_save(tmp_path: Path, after: bool) -> None:
     assert seen == {None, 1}
 
 
-@pytest.mark.usefixtures("no_sync")
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
 def test_full_disk_gives_one_error_and_no_stray_files(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -407,7 +373,7 @@ def test_rejects_missing_files_folders_and_noise(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is a folder; set a file"):
         load(tmp_path)
     noise = tmp_path / "noise.pt"
-    noise.write_bytes(os.urandom(1000))
+    noise.write_bytes(random.Random(0).randbytes(1000))
     with pytest.raises(UserError, match="not a dlopt checkpoint"):
         load(sign(noise))
 

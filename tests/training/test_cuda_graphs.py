@@ -25,8 +25,10 @@ from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
+from tests.support.norm import NORM
 from tests.support.recorded import SimulatedRecorder
-from tests.support.runs import SMALL, result, same, start, timeless
+from tests.support.runs import result, same, start, timeless
+from tests.support.sizes import SMALL
 from tests.support.steps import train, whole
 from tests.support.tasks import CLASSIFICATION
 
@@ -255,11 +257,8 @@ def obstacle_of(
 def test_no_obstacle() -> None:
     for name, make in OPTIMIZERS.items():
         assert obstacle_of(make) is None, name
-    norm = {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None, "norm_eps": 1e-5}
-    model = AirBench(
-        input_shape=(3, 8, 8), classes=3, whiten_kernel=2, widths=(4, 4, 4), activation="gelu", norm_momentum=0.1,
-        **norm,  # type: ignore[arg-type]
-    )  # fmt: skip
+    keys: Any = {"input_shape": (3, 8, 8), "classes": 3, "whiten_kernel": 2, "widths": (4, 4, 4), "activation": "gelu"}
+    model = AirBench(**keys, **NORM)
     assert obstacle_of(model=model) is None
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from dlopt.training import trainer
 from tests.support.line import dlopt, refused
-from tests.support.runs import SMALL, start
+from tests.support.runs import start
+from tests.support.sizes import SMALL
 
 CONVOLUTIONS = ("model=airbench94", "model.widths=[4,4,4]", "data.subset=60", "epochs=1", "threads=1", "tracking=[]")
 

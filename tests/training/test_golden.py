@@ -27,49 +27,22 @@ FILE = Path(__file__).with_name("golden.json")
 COMMON = ["precision=fp64", "steps=30", "device=cpu", "threads=1", "tracking=[]", "data.workers=0", "seed=3"]
 RECIPES = {
     "residual net, momentum, crops": [
-        "model=resnet20",
-        "optimizer=sgd",
-        "optimizer.lr=0.02",
-        "optimizer.weight_decay=1e-4",
-        "decay_norm_and_bias=false",
-        "schedule=cosine_warmup",
-        "augmentation=crop_flip",
-        "data.subset=80",
-        "data.batch_size=12",
-        "ema=0.9",
+        "model=resnet20", "optimizer=sgd", "optimizer.lr=0.02", "optimizer.weight_decay=1e-4",
+        "decay_norm_and_bias=false", "schedule=cosine_warmup", "augmentation=crop_flip", "data.subset=80",
+        "data.batch_size=12", "ema=0.9",
     ],
     "dropout, AdamW, accumulation, clipping": [
-        "model=mlp",
-        "model.widths=[16,16]",
-        "model.dropout=0.2",
-        "model.activation=tanh",
-        "model.norm=none",
-        "init=xavier_uniform",
-        "optimizer=adamw",
-        "optimizer.lr=0.01",
-        "schedule=one_cycle",
-        "clip=norm",
-        "accumulate=3",
-        "loss.label_smoothing=0.1",
-        "data.subset=150",
-        "data.batch_size=32",
+        "model=mlp", "model.widths=[16,16]", "model.dropout=0.2", "model.activation=tanh", "model.norm=none",
+        "init=xavier_uniform", "optimizer=adamw", "optimizer.lr=0.01", "schedule=one_cycle", "clip=norm",
+        "accumulate=3", "loss.label_smoothing=0.1", "data.subset=150", "data.batch_size=32",
     ],
     "L-BFGS, squared error": [
-        "model=mlp",
-        "model.widths=[8]",
-        "model.norm=none",
-        "model.activation=tanh",
-        "init=xavier_uniform",
-        "optimizer=lbfgs",
-        "optimizer.max_iter=2",  # a line search would branch on the last bits
-        "optimizer.line_search_fn=null",
-        "optimizer.lr=0.2",
-        "schedule=constant",
-        "loss=mse",
-        "data.subset=100",
-        "data.batch_size=full",
+        "model=mlp", "model.widths=[8]", "model.norm=none", "model.activation=tanh", "init=xavier_uniform",
+        # a line search would branch on the last bits
+        "optimizer=lbfgs", "optimizer.max_iter=2", "optimizer.line_search_fn=null", "optimizer.lr=0.2",
+        "schedule=constant", "loss=mse", "data.subset=100", "data.batch_size=full",
     ],
-}
+}  # fmt: skip
 
 
 def losses(folder: Path, recipe: str) -> list[float]:

@@ -25,8 +25,6 @@ from dlopt.training.step import Step
 from dlopt.training.stopping import Tolerance
 from tests.support.ranks import run_ranks
 from tests.support.runs import (
-    RUN,
-    SMALL,
     at_update,
     experiment,
     explosions,
@@ -39,6 +37,7 @@ from tests.support.runs import (
     terminate,
     timeless,
 )
+from tests.support.sizes import RUN, SMALL
 from tests.support.steps import CPU, batch, begin, equal, make_step, net, train, whole
 from tests.support.tasks import CLASSIFICATION
 

@@ -10,8 +10,7 @@ from torch import nn
 from dlopt.errors import UserError
 from dlopt.optim.traits import OptimizerTraits
 from dlopt.parallel.mode import Mode, Placed
-from dlopt.training.build import Workload
-from dlopt.training.build import build_workload as build
+from dlopt.training.build import Workload, build_workload
 from dlopt.training.checkpoint import load
 from dlopt.training.optimizer import (
     build_optimizer,
@@ -23,11 +22,8 @@ from dlopt.training.optimizer import (
 from dlopt.training.precision import Precision
 from dlopt.training.progress import Length
 from dlopt.training.trainer import probe_trainer
-from tests.support.runs import SMALL, experiment, resume, start
-
-
-def build_workload(*overrides: str) -> Workload:
-    return build(experiment(*SMALL, *overrides))
+from tests.support.runs import experiment, resume, small_workload, start
+from tests.support.sizes import SMALL, without
 
 
 @pytest.mark.parametrize(
@@ -42,12 +38,12 @@ def build_workload(*overrides: str) -> Workload:
     ],
 )
 def test_learning_rate_by_batch_size(overrides: list[str], factor: float) -> None:
-    optimizer = build_optimizer(build_workload("optimizer.lr=0.2", *overrides))
+    optimizer = build_optimizer(small_workload("optimizer.lr=0.2", *overrides))
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.2 * factor, rel=1e-15)]
 
 
 def test_every_trainable_parameter_is_in_one_group() -> None:
-    workload = build_workload("model.norm=batch", "decay_norm_and_bias=false", "optimizer.weight_decay=0.1")
+    workload = small_workload("model.norm=batch", "decay_norm_and_bias=false", "optimizer.weight_decay=0.1")
     optimizer = build_optimizer(workload)
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(workload.module.parameters()))
@@ -59,14 +55,14 @@ def test_every_trainable_parameter_is_in_one_group() -> None:
 @pytest.mark.parametrize(("lr", "expected"), [("0.2", 0.1), ("null", 0.25)])
 def test_the_rate_of_sam_replaces_that_of_its_base(lr: str, expected: float) -> None:
     keys = ["optimizer=sam", f"optimizer.lr={lr}", "optimizer.base.lr=0.5", "scale_lr=linear", "scale_lr_reference=50"]
-    assert [group["lr"] for group in build_optimizer(build_workload(*keys)).param_groups] == [pytest.approx(expected)]
+    assert [group["lr"] for group in build_optimizer(small_workload(*keys)).param_groups] == [pytest.approx(expected)]
 
 
 def test_rules_of_sam_refer_to_its_base() -> None:
     """The weight decay is a key of the base; the learning rate of SAM replaces that of the base before it is scaled."""
     rules = "optimizer.groups=[{match: head.weight, lr: 10, weight_decay: 2}]"
     keys = ["optimizer=sam", "optimizer.lr=0.2", "optimizer.base.lr=0.5", "optimizer.base.weight_decay=0.1"]
-    workload = build_workload(*keys, rules, "decay_norm_and_bias=false", "scale_lr=linear", "scale_lr_reference=50")
+    workload = small_workload(*keys, rules, "decay_norm_and_bias=false", "scale_lr=linear", "scale_lr_reference=50")
     found = {
         parameter: (group["lr"], group["weight_decay"])
         for group in build_optimizer(workload).param_groups
@@ -79,7 +75,7 @@ def test_rules_of_sam_refer_to_its_base() -> None:
 
 @pytest.mark.parametrize("name", ["newton", "newton_cg", "newton_undamped"])
 def test_refuses_clipping_that_would_be_ignored(name: str, tmp_path: Path) -> None:
-    workload = build_workload(f"optimizer={name}", "clip=norm")
+    workload = small_workload(f"optimizer={name}", "clip=norm")
     with pytest.raises(UserError, match=r"clip=norm: .*Newton.* computes the gradient of its step itself"):
         probe_trainer(workload, tmp_path)
 
@@ -105,7 +101,7 @@ def test_freezes_finished_groups_only_where_others_do_not_depend_on_their_gradie
     overrides: list[str], freezes: bool
 ) -> None:
     """A norm over all layers would lack the gradients of the frozen ones. Some methods move at a learning rate of 0."""
-    workload = build_workload("optimizer.groups=[{match: '*1*', horizon: 0.5}]", "schedule=linear", *overrides)
+    workload = small_workload("optimizer.groups=[{match: '*1*', horizon: 0.5}]", "schedule=linear", *overrides)
     schedule = build_schedule(workload, build_optimizer(workload), Length(40, 4, 10, 40))
     for _ in range(30):
         schedule.step()
@@ -113,7 +109,7 @@ def test_freezes_finished_groups_only_where_others_do_not_depend_on_their_gradie
 
 
 def test_evaluates_once() -> None:
-    workload, parameters = build_workload(), [nn.Parameter(torch.zeros(2))]
+    workload, parameters = small_workload(), [nn.Parameter(torch.zeros(2))]
     assert evaluates_once(workload, torch.optim.SGD(parameters, lr=1.0))
     lbfgs = torch.optim.LBFGS(parameters)
     assert not evaluates_once(workload, lbfgs)
@@ -128,15 +124,15 @@ def test_evaluates_once() -> None:
 
 def test_refuses_to_draw_labels_without_class_probabilities() -> None:
     sophia = "optimizer=sophia", "optimizer.hessian=gnb"
-    assert not evaluates_once(build_workload(*sophia), build_optimizer(build_workload(*sophia)))
+    assert not evaluates_once(small_workload(*sophia), build_optimizer(small_workload(*sophia)))
     for extra, message in (
         (["loss=mse"], "loss=MSE: the outputs are no class probabilities; use loss=cross_entropy"),
         ([f"loss.class_weights=[{','.join('1' * 10)}]"], r"loss.class_weights: .*; set loss.class_weights=null"),
     ):
-        workload = build_workload(*sophia, *extra)
+        workload = small_workload(*sophia, *extra)
         with pytest.raises(UserError, match=message):
             build_optimizer(workload)
-    workload, mode = build_workload(*sophia), Mode(torch.device("cpu"), "ddp")
+    workload, mode = small_workload(*sophia), Mode(torch.device("cpu"), "ddp")
     mode.ranks.processes = 2
     with pytest.raises(UserError, match=r"parallel=ddp: Sophia draws labels .*; use parallel=single"):
         check_label_sampling(mode, build_optimizer(workload), workload.loss)
@@ -159,27 +155,34 @@ def test_refuses_to_draw_labels_without_class_probabilities() -> None:
     ],
 )
 def test_torch_optimizers_are_fused_unless_configured(overrides: list[str], fused: bool) -> None:
-    optimizer = build_optimizer(build_workload(*overrides))
+    optimizer = build_optimizer(small_workload(*overrides))
     assert bool(optimizer.param_groups[0].get("fused")) is fused
+
+
+def convolutional(*more: str) -> tuple[Workload, torch.optim.Optimizer]:
+    """Returns a convolutional net in channels-last format and in fp64, and its optimizer."""
+    model = ["model=resnet20", "model.depth=8", "precision=fp64", "channels_last=true"]
+    workload = build_workload(experiment(*without(SMALL, "model"), *model, *more))
+    return workload, build_optimizer(workload)
+
+
+def update(workload: Workload, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    torch.manual_seed(seed)
+    inputs = torch.randn(6, *workload.dataset.train.shape, dtype=torch.float64)
+    optimizer.zero_grad()
+    workload.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.stride() == p.stride() for p in workload.module.parameters())
+    optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad"])
 def test_fused_kernel_equals_loop(name: str) -> None:
-    """For a convolutional net in channels-last format."""
-    lines = [each for each in SMALL if not each.startswith("model")]
-    overrides = [*lines, "model=resnet20", "model.depth=8", f"optimizer={name}", "optimizer.weight_decay=0.01"]
-    weights = []
     loop = ["+optimizer.fused=false", *([] if name == "adamw" else ["+optimizer.foreach=false"])]
+    weights = []
     for more in ([], loop):
-        workload = build(experiment(*overrides, *more, "precision=fp64", "channels_last=true"))
-        optimizer = build_optimizer(workload)
+        workload, optimizer = convolutional(f"optimizer={name}", "optimizer.weight_decay=0.01", *more)
         for step in range(4):
-            torch.manual_seed(step)
-            inputs = torch.randn(6, *workload.dataset.train.shape, dtype=torch.float64)
-            optimizer.zero_grad()
-            workload.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
-            assert all(p.grad is not None and p.grad.stride() == p.stride() for p in workload.module.parameters())
-            optimizer.step()
+            update(workload, optimizer, step)
         weights.append([p.detach().clone() for p in workload.module.parameters()])
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
@@ -191,7 +194,7 @@ def test_fused_sgd_takes_gradients_that_begin_later(keys: str) -> None:
     weights = []
     for more in ([], ["+optimizer.fused=false", "+optimizer.foreach=false"]):
         own = [f"optimizer.{keys}"] if keys else []
-        workload = build_workload("optimizer=sgd", "precision=fp64", "optimizer.weight_decay=0.1", *own, *more)
+        workload = small_workload("optimizer=sgd", "precision=fp64", "optimizer.weight_decay=0.1", *own, *more)
         optimizer, params = build_optimizer(workload), list(workload.module.parameters())
         torch.manual_seed(0)
         for step in range(4):
@@ -218,20 +221,8 @@ def test_resuming_chooses_kernels_anew(tmp_path: Path) -> None:
 def test_loading_a_state_restores_its_layout(name: str) -> None:
     """Another mode may have saved it with other strides, for which a fused kernel would pair the wrong elements."""
 
-    def made(*more: str) -> tuple[Workload, torch.optim.Optimizer]:
-        lines = [each for each in SMALL if not each.startswith("model")]
-        model = ["model=resnet20", "model.depth=8", "precision=fp64", "channels_last=true"]
-        workload = build(experiment(*lines, *model, f"optimizer={name}", *more))
-        return workload, build_optimizer(workload)
-
-    def update(workload: Workload, optimizer: torch.optim.Optimizer, seed: int) -> None:
-        torch.manual_seed(seed)
-        inputs = torch.randn(6, *workload.dataset.train.shape, dtype=torch.float64)
-        optimizer.zero_grad()
-        workload.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
-        optimizer.step()
-
-    (one, fused), (other, plain) = made(), made("+optimizer.fused=false")
+    choice = f"optimizer={name}"
+    (one, fused), (other, plain) = convolutional(choice), convolutional(choice, "+optimizer.fused=false")
     update(one, fused, 1)
     update(other, plain, 1)
     state = fused.state_dict()
@@ -247,7 +238,7 @@ def test_loading_a_state_restores_its_layout(name: str) -> None:
 
 
 def test_gradients_with_other_strides_disable_the_fused_kernel() -> None:
-    workload = build_workload("optimizer=sgd")
+    workload = small_workload("optimizer=sgd")
     optimizer = build_optimizer(workload)
     for parameter in workload.module.parameters():
         parameter.grad = torch.randn(*reversed(parameter.shape)).permute(*range(parameter.ndim - 1, -1, -1))
@@ -263,7 +254,7 @@ def test_buffers_are_synchronized_before_they_are_averaged(tmp_path: Path, monke
     def synchronize() -> None: ...
 
     monkeypatch.setattr(Mode, "place", lambda self, model, shape: Placed(model, synchronize))
-    trainer = probe_trainer(build_workload("ema=0.9"), tmp_path)
+    trainer = probe_trainer(small_workload("ema=0.9"), tmp_path)
     assert trainer.average is not None
     assert list(trainer.step.post_hooks) == [synchronize, trainer.average.update]
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.parallel.process_group import check_precision
+from dlopt.parallel.mode import check_precision
 from dlopt.training import checkpoint
 from dlopt.training.precision import Precision, bf16_slowdown, choose_precision
 from tests.support.line import dlopt, refused
-from tests.support.runs import SMALL, at_update, metrics, result, resume, same, start, terminate
+from tests.support.runs import at_update, metrics, result, resume, same, start, terminate
+from tests.support.sizes import SMALL
 
 CPU = torch.device("cpu")
 CONF = Path(__file__).resolve().parents[2] / "conf"

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import dlopt
 from dlopt import job
 from dlopt.data.batches import Batches
-from dlopt.errors import RunError, UserError
+from dlopt.errors import UserError
 from dlopt.interruption import Interruption
 from dlopt.parallel.ranks import Ranks
 from dlopt.training.build import Workload, build_workload, training_batches
@@ -30,11 +30,8 @@ from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Run
 from dlopt.training.trainer import Trainer, train_run
 from tests.support.runs import (
-    REGRESSION,
-    RICH,
-    RUN,
-    SMALL,
     at_update,
+    execute,
     experiment,
     explosions,
     metrics,
@@ -45,6 +42,7 @@ from tests.support.runs import (
     terminate,
     timeless,
 )
+from tests.support.sizes import RICH, RUN, SMALL
 
 PLAIN = [*SMALL, "model.norm=none", "schedule=constant", "precision=fp64", "epochs=3"]
 
@@ -185,14 +183,6 @@ def test_bf16_metrics_are_close_to_fp32(tmp_path: Path) -> None:
     assert all(v.dtype == torch.float32 for k, v in result(tmp_path / "bf16")["model"].items() if "num" not in k)
 
 
-def test_regression(tmp_path: Path) -> None:
-    """A linear model finds the sum of its inputs; there are no accuracies."""
-    summary = start(tmp_path, *REGRESSION, "optimizer.lr=0.05", "epochs=30")
-    assert summary["test_loss"] < 1e-2
-    assert not any(key.endswith("accuracy") for key in summary)
-    assert all(not key.endswith("accuracy") for line in metrics(tmp_path) for key in line)
-
-
 @pytest.mark.parametrize(
     "extra",
     [
@@ -214,11 +204,6 @@ def test_unusual_sizes(tmp_path: Path, extra: list[str]) -> None:
     assert (summary["best_epoch"] is None) == (extra == ["data.val_split=0"])
 
 
-def test_drop_last(tmp_path: Path) -> None:
-    assert start(tmp_path / "a", *SMALL, "epochs=1")["steps"] == 4
-    assert start(tmp_path / "b", *SMALL, "epochs=1", "data.drop_last=true")["steps"] == 3
-
-
 def test_init_from(tmp_path: Path) -> None:
     """Starts at epoch 0 with a new optimizer, from the EMA of the other run."""
     start(tmp_path / "first", *RICH)
@@ -236,13 +221,12 @@ def test_init_from(tmp_path: Path) -> None:
 # -- files
 
 
-def test_the_run_folder(tmp_path: Path) -> None:
-    summary = start(tmp_path, *RICH)
-    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+def test_the_run_folder(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
     files = ("last.pt", "best.pt", "step-12.pt")
     kept = {f"checkpoints/{name}{ending}" for name in files for ending in ("", ".sha256")}
     assert names == {"metrics.jsonl", "summary.json", "train.log", *kept}
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert {
         *("status", "epochs", "steps", "best_epoch", "best_val_loss", "best_val_accuracy", "test_loss"),
         *("test_accuracy", "seconds", "parameters", "parallel", "processes", "resumed_from"),
@@ -250,28 +234,26 @@ def test_the_run_folder(tmp_path: Path) -> None:
     assert (summary["status"], summary["epochs"], summary["steps"]) == ("finished", 4, 16)
     assert (summary["parallel"], summary["processes"], summary["resumed_from"]) == ("single", 1, [])
     assert summary["parameters"] == sum(
-        value.numel() for name, value in result(tmp_path)["model"].items() if name.endswith(("weight", "bias"))
+        value.numel() for name, value in result(whole)["model"].items() if name.endswith(("weight", "bias"))
     )
 
 
-def test_metrics_lines(tmp_path: Path) -> None:
-    start(tmp_path, *RICH)
-    text = (tmp_path / "metrics.jsonl").read_text()
+def test_metrics_lines(whole: Path) -> None:
+    text = (whole / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text and text.endswith("}\n")
     keys = {"epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"}
-    lines = metrics(tmp_path)
+    lines = metrics(whole)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 4), (2, 8), (3, 12), (4, 16)]
     for line in lines:
-        assert keys <= set(line)
+        assert keys == set(line) and all(math.isfinite(value) for value in line.values())
         assert 0 <= line["train_accuracy"] <= 1 and 0 <= line["val_accuracy"] <= 1
         assert line["train_accuracy"] * 90 == pytest.approx(round(line["train_accuracy"] * 90))
         assert line["val_accuracy"] * 30 == pytest.approx(round(line["val_accuracy"] * 30))
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "step-12.pt"])
-def test_checkpoint_contents(tmp_path: Path, name: str) -> None:
-    start(tmp_path, *RICH, "checkpoint.keep=3")
-    state = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
+def test_checkpoint_contents(whole: Path, name: str) -> None:
+    state = torch.load(whole / "checkpoints" / name, weights_only=True)
     assert set(state) == KEYS
     assert {"epoch", "step", "position", "sums", "stopping"} <= set(state["progress"])
     model = build_workload(experiment(*RICH)).module
@@ -289,12 +271,6 @@ def test_stopping_early(tmp_path: Path) -> None:
 
 
 # -- status
-
-
-def execute(folder: Path, *overrides: str) -> int:
-    folder.mkdir(exist_ok=True)
-    state = Checkpoints(folder / "checkpoints").load_newest()
-    return job.execute(Run(experiment(*overrides), folder, state, overrides=[*overrides]), console=False)
 
 
 def status(folder: Path) -> str:
@@ -361,26 +337,6 @@ def test_crops_larger_than_the_evaluated_images(evaluations: list[str], is_refus
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_fails_and_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = torch.save
-
-    def full(state: Any, file: Any) -> None:
-        if state["progress"]["step"] == 12:
-            file.write(b"half of it")
-            raise OSError(28, "No space left on device")
-        save(state, file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(RunError, match=r"last\.pt could not be written: .*No space left"):
-            start(tmp_path, *RICH)
-    assert not list((tmp_path / "checkpoints").glob(".*"))
-    summary = resume(tmp_path, *RICH)
-    assert summary["resumed_from"] == [8]
-    start(tmp_path / "whole", *RICH)
-    assert timeless(tmp_path) == timeless(tmp_path / "whole")
-
-
 # -- real processes
 
 
@@ -389,7 +345,7 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes], lines: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not path.exists() or path.read_text().count("\n") < lines:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
@@ -431,14 +387,12 @@ def test_signals_to_a_process_group(tmp_path: Path, number: signal.Signals, extr
         if lines is not None:
             wait_for(folder / "metrics.jsonl", process, lines)
             os.killpg(process.pid, number)
-            begin = time.monotonic()
-            assert process.wait(30) == (-signal.SIGKILL if number == signal.SIGKILL else 75)
-            assert time.monotonic() - begin < 10
+            assert process.wait(300) == (-signal.SIGKILL if number == signal.SIGKILL else 75)
             if number != signal.SIGKILL:
                 assert status(folder) == "interrupted"
             resumed_from.append(load(folder / "checkpoints/last.pt")["progress"]["step"])
         else:
-            assert process.wait(120) == 0
+            assert process.wait(300) == 0
     assert json.loads((folder / "summary.json").read_text())["resumed_from"] == resumed_from
     start(tmp_path / "whole", *LONG)
     assert timeless(folder) == timeless(tmp_path / "whole")
@@ -466,7 +420,7 @@ def test_few_frames_between_main_and_backward(tmp_path: Path) -> None:
     """A reader who follows the calls of a run finds `backward()` in eight frames."""
     command = [sys.executable, "-c", SHOWS_STACK, "train", *SMALL, "steps=1"]
     environment = {**os.environ, "PYTHONPATH": str(Path(dlopt.__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     frames = ["main", "train", "start", "train_run", "fit", "update", "__call__", "forward_backward"]
     assert (done.returncode, done.stderr) == (0, f"{frames}\n")
 

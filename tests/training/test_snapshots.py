@@ -8,7 +8,8 @@ import pytest
 
 from dlopt.errors import UserError
 from dlopt.training.checkpoint import load
-from tests.support.runs import RICH, at_update, experiment, in_fork, resume, same, start
+from tests.support.runs import at_update, experiment, in_fork, resume, same, start
+from tests.support.sizes import RICH
 
 CYCLES = [*RICH, "schedule=cosine_restarts", "schedule.cycles=3", "schedule.T_mult=1", "epochs=6", "checkpoint.keep=1"]
 SNAPSHOTS = [*CYCLES, "checkpoint.at_restarts=true"]  # 24 updates, 8 to a cycle

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlopt.errors import RunError
 from dlopt.optim import SAM
 from dlopt.random import stream
 from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
@@ -102,17 +101,6 @@ class Kept(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         self.seen.append(inputs.detach().clone())
         return inputs
-
-
-class Times(nn.Module):
-    """Cross entropy times a factor."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.factor * F.cross_entropy(outputs, targets)
 
 
 def test_evaluations_of_an_update_share_random_numbers() -> None:
@@ -281,27 +269,6 @@ def test_clips_before_the_update() -> None:
     evaluate.update(batch(0), 0)
     moved = [float((p.detach() - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True)]
     assert 0 < max(moved) <= 1.01e-4
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nonfinite_loss_raises_before_the_update(bad: float) -> None:
-    model = net()
-    trained = copy.deepcopy(list(model.parameters()))
-    update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.125), loss=Times(bad))
-    with pytest.raises(RunError, match=rf"{bad} at update 8 with a learning rate of 0\.125.*optimizer\.lr"):
-        update.update(batch(0), 7)
-    assert all(map(torch.equal, model.parameters(), trained))
-
-
-def test_deferred_check_detects_nonfinite_loss() -> None:
-    model = net(dropout=0.0, norm=False)
-    update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), check_now=False)
-    inputs, targets = batch(0)
-    update.update(whole(inputs, targets), 0)
-    update.check_updates()
-    update.update(whole(inputs * float("inf"), targets), 1)
-    with pytest.raises(RunError, match="update 2"):
-        update.check_updates()
 
 
 def test_post_hooks_see_the_new_weights() -> None:

@@ -15,14 +15,9 @@ from torch import Tensor, nn
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.task import Task
 from dlopt.errors import UserError
-from dlopt.training.metrics import (
-    ClassMetrics,
-    RegressionMetrics,
-    _check_names,
-    calibration_gaps,
-    extra_metrics,
-)
-from tests.support.runs import REGRESSION, SMALL, experiment, metrics, start
+from dlopt.training.metrics import ClassMetrics, RegressionMetrics, _check_names, calibration_gaps, extra_metrics
+from tests.support.runs import REGRESSION, experiment, metrics, start
+from tests.support.sizes import SMALL
 
 CLASSES = ("a", "b", "c", "d", "e", "f", "g")
 NAMES = ["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy"]

@@ -18,15 +18,7 @@ from dlopt.models.vgg import VGG11
 from dlopt.models.vit import ViT
 from dlopt.training.build import load_weights
 from dlopt.training.weights import match_weights
-
-NORM: dict[str, Any] = {
-    "norm": "batch",
-    "norm_affine": True,
-    "norm_groups": 8,
-    "norm_ghost_batch": None,
-    "norm_eps": 1e-5,
-    "norm_momentum": 0.1,
-}
+from tests.support.norm import NORM
 
 
 def resnet(depth: int, size: int = 64) -> ResNet:
