@@ -21,8 +21,8 @@ def results() -> str:
     return "\n".join([
         _scores(found, summary),
         "The score is 1 for the fastest optimizer on all workloads and 0 for one that reaches no target, with its 95 %",
-        "interval over studies. Cost is the time of an update relative to SGD, and state the memory of the optimizer",
-        "relative to the parameters.",
+        "interval over studies. *Targets* counts the workloads whose target it reaches, *Trials* the trials that do. *Cost*",
+        "is the time of an update relative to SGD, and *State* the memory of the optimizer relative to the parameters.",
         "",
         *(f"- {text(each.text)}" for each in findings(found, summary)),
         "",
@@ -35,13 +35,18 @@ def results() -> str:
 
 def _scores(found: Results, summary: Summary) -> str:
     heads = ["Optimizer", *(f"Score in {each}" for each in summary.measures)]
-    heads += ["Targets reached", "Trials that reach the target", "Cost", "State"]
+    heads += ["Targets", "Trials", "Cost", "State"]
     rows = []
     for standing in summary.standings["updates"]:
         name = standing.optimizer
-        scores = [formats.interval(summary.score(name, measure)) for measure in summary.measures]
+        scores = [_unbroken(formats.interval(summary.score(name, measure))) for measure in summary.measures]
         rows.append([code(name), *map(text, [*scores, *formats.standing(standing, len(found.workloads))])])
     return table(heads, rows)
+
+
+def _unbroken(interval: str) -> str:
+    """Keeps an interval in one line of its cell, with no-break spaces."""
+    return interval.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _updates(found: Results, summary: Summary) -> str:

@@ -42,7 +42,13 @@ def test_the_address_of_the_repository_is_set_in_one_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [line for block in blocks("text") if block.page == FAQ for line in block.text.splitlines() if line]
+    "line",
+    [
+        line
+        for block in blocks("console")
+        if block.page == FAQ and block.text[0] != "$"
+        for line in block.text.splitlines()
+    ],
 )
 def test_messages_of_the_faq_are_those_of_the_code(line: str) -> None:
     """`...` is a value; every part between two of them is in a string of the code."""
