@@ -21,8 +21,8 @@ def results() -> str:
     return "\n".join([
         _scores(found, summary),
         "The score is 1 for the fastest optimizer on all workloads and 0 for one that reaches no target, with its 95 %",
-        "interval over studies. *Targets* counts the workloads whose target it reaches, *Trials* the trials that do. *Cost*",
-        "is the time of an update relative to SGD, and *State* the memory of the optimizer relative to the parameters.",
+        "interval over studies. *Targets* counts the workloads whose target it reaches, *Trials* the trials that do.",
+        "*Cost* is the time of an update relative to SGD, *State* the memory relative to the parameters.",
         "",
         *(f"- {text(each.text)}" for each in findings(found, summary)),
         "",
