@@ -6,11 +6,14 @@ strictly, and lets a small extension generate the reference without intersphinx 
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
+
+import extras  # noqa: E402
 
 import dlopt  # noqa: E402
 
@@ -18,10 +21,12 @@ project = "dlopt"
 author = "dlopt developers"
 copyright = author
 release = version = dlopt.__version__
+repository = extras.metadata()["urls"]["Repository"]
 
 extensions = ["myst_parser", "sphinx_copybutton", "sphinx_design"]
 source_suffix = {".md": "markdown", ".myst": "markdown"}  # .myst: generated
-exclude_patterns = ["_ext", "_static"]
+exclude_patterns = ["_ext", "_static", "_templates"]
+templates_path = ["_templates"]
 smartquotes = False  # two hyphens are a flag
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
@@ -29,32 +34,46 @@ copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = False
 
 html_theme = "furo"
+html_theme_options = {"source_edit_link": f"{repository}/edit/main/docs/{{filename}}"}
+html_context = {"repository": repository}
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "links.html",
+        "sidebar/scroll-end.html",
+    ]
+}
 html_title = f"dlopt {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["tables.js"]
+html_search_scorer = str(ROOT / "docs" / "_ext" / "scorer.js")
 html_show_copyright = False
 html_copy_source = False
 
+_WRITTEN_ELSEWHERE = {"changelog", "contributing"}  # pages that include a file of the repository
+
 
 def setup(app: Sphinx) -> None:
-    """Generates pages before Sphinx looks for them, and fills `<!-- generated -->` in the pages that it reads."""
-    import benchmark
-    import gallery
+    """Generates the reference before Sphinx looks for pages, and fills `<!-- generated -->` in its overviews."""
     import reference
 
     docs = Path(app.srcdir)
-    parts = {
-        "reference/commands": reference.commands_table,
-        "reference/groups": reference.choices_table,
-        "gallery": lambda: gallery.lectures(docs),
-        "claims": lambda: gallery.claims(docs),
-        "results": benchmark.results,
-    }
+    parts = {"reference/commands": reference.commands_table, "reference/groups": reference.choices_table}
 
     def fill(_: Sphinx, name: str, source: list[str]) -> None:
         if name in parts:
             source[0] = source[0].replace("<!-- generated -->", parts[name]())
 
+    def omit_edit_link(_: Sphinx, name: str, __: str, context: dict[str, Any], ___: object) -> None:
+        """Leaves out the link to a source that is not in the repository, or is not the text of the page."""
+        if context.get("page_source_suffix") == ".myst" or name in _WRITTEN_ELSEWHERE:
+            context["page_source_suffix"] = ""
+
     app.connect("builder-inited", lambda _: reference.write(docs))
     app.connect("env-get-outdated", lambda *_: list(parts))  # conf/ may have changed
     app.connect("source-read", fill)
+    app.connect("html-page-context", omit_edit_link)

@@ -1,22 +1,58 @@
 """Generates the results of the optimizer benchmark from the file that comes with dlopt."""
 
-from markup import block, code, text
+from markup import code, table, text
 
-from dlopt.lab.benchmark.results import load_reference
-from dlopt.lab.benchmark.table import lines
+from dlopt.lab.benchmark import formats
+from dlopt.lab.benchmark.findings import findings
+from dlopt.lab.benchmark.results import Results, load_reference
+from dlopt.lab.benchmark.scores import Summary, summarize
 
 
 def results() -> str:
-    """The table that `dlopt benchmark` prints, and how its results were made."""
+    """The scores of the optimizers, what they show, the updates to every target, and how the results were made."""
     found = load_reference("small")
     if found is None:
         return ""
+    summary = summarize(found)
     facts = found.facts
     commands = [each for each in str(facts["command"]).split("; ") if each]
     made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if key != "command")
     trials = sum(len(cell.records) for cell in found.cells.values())
     return "\n".join([
-        block("text", lines(found)),
-        f"{trials:,} trials, made by {' and '.join(map(code, commands))}, with {text(made)}.",
+        _scores(found, summary),
+        "The score is 1 for the fastest optimizer on all workloads and 0 for one that reaches no target, with its 95 %",
+        "interval over studies. *Targets* counts the workloads whose target it reaches, *Trials* the trials that do.",
+        "*Cost* is the time of an update relative to SGD, *State* the memory relative to the parameters.",
         "",
+        *(f"- {text(each.text)}" for each in findings(found, summary)),
+        "",
+        "Updates to the target, as the median over studies (-: not reached):",
+        "",
+        _updates(found, summary),
+        f"{trials:,} trials, made by {' and '.join(map(code, commands))}, with {text(made)}.",
     ])  # fmt: skip
+
+
+def _scores(found: Results, summary: Summary) -> str:
+    heads = ["Optimizer", *(f"Score in {each}" for each in summary.measures)]
+    heads += ["Targets", "Trials", "Cost", "State"]
+    rows = []
+    for standing in summary.standings["updates"]:
+        name = standing.optimizer
+        scores = [_unbroken(formats.interval(summary.score(name, measure))) for measure in summary.measures]
+        rows.append([code(name), *map(text, [*scores, *formats.standing(standing, len(found.workloads))])])
+    return table(heads, rows)
+
+
+def _unbroken(interval: str) -> str:
+    """Keeps an interval in one line of its cell, with no-break spaces."""
+    return interval.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _updates(found: Results, summary: Summary) -> str:
+    times = summary.times["updates"]
+    rows = [
+        [code(name), *(formats.updates(times[name][workload]) for workload in found.workloads)]
+        for name in summary.order
+    ]  # fmt: skip
+    return table(["Optimizer", *map(code, found.workloads)], rows)

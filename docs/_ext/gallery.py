@@ -2,18 +2,24 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from markup import block, code, table, text
-from reference import CATALOGUE, label
+from reference import CATALOGUE
 
 from dlopt.config.choices import Choice
 from dlopt.config.schema import show
 
 FOLDER = "lecture/"
+VERDICTS = {  # in the results -> as a reader expects
+    "seen": "supported",
+    "not seen here": "inconclusive",
+    "the opposite": "contradicted",
+}
 
 
 def lectures(docs: Path) -> str:
@@ -26,7 +32,7 @@ def _section(choice: Choice, docs: Path) -> str:
     recipe: dict[str, Any] = yaml.safe_load(choice.path.read_text(encoding="utf-8"))
     comparison = recipe.get("comparison") or {}
     name = choice.name.removeprefix(FOLDER)
-    lines = [f"(gallery-{name})=", f"## {text(choice.description)}", ""]
+    lines = [f"## {text(choice.description)}", ""]
     if (docs / "gallery" / f"{name}.png").exists():
         lines += [f"![{text(comparison.get('title', name))}](gallery/{name}.png)", ""]
     elif comparison:
@@ -39,34 +45,34 @@ def _section(choice: Choice, docs: Path) -> str:
         lines += [f"**What to see:** {text(' '.join(comparison['see'].split()))}", ""]
     for claim in _results(docs, name):
         said = f"{text(claim['claim'])}. {text(claim['outcome'])}{_limits(claim)}"
-        lines += [f"- **{_VERDICTS[claim['verdict']]}:** {said}"]
+        lines += [f"- **{_verdict(claim).capitalize()}:** {said}"]
     lines += [""]
     notes = [line for line in choice.header[1:] if line.strip() != command]
     lines += [_notes(notes), "", *_varied(recipe, comparison), ""]
     lines += [f"**What to change:** {', '.join(code(each) for each in _own(recipe))}", ""]
-    lines += [f"All keys: [{code(f'experiment={choice.name}')}](#{label('experiment', choice.name)})", ""]
+    lines += [f"Recipe: [{code(f'conf/experiment/{choice.name}.yaml')}](../conf/experiment/{choice.name}.yaml)", ""]
     return "\n".join(lines)
 
 
-_VERDICTS = {"seen": "Seen", "not seen here": "Not seen here", "the opposite": "The opposite"}
-
-
 def claims(docs: Path) -> str:
-    """Formats a table of all claims: the claim, the recipe, the outcome, and the verdict."""
+    """Formats a table of all claims (the claim, the recipe, the outcome, the verdict) below the numbers of verdicts."""
     rows, missing = [], []
+    verdicts: Counter[str] = Counter()
     for choice in CATALOGUE.choices("experiment"):
         if not choice.name.startswith(FOLDER):
             continue
         name = choice.name.removeprefix(FOLDER)
         found = _results(docs, name)
         recipe = yaml.safe_load(choice.path.read_text(encoding="utf-8"))
+        link = f"[{name}](gallery.md#{_anchor(choice.description)})"
         if recipe["comparison"].get("claims") and not found:
-            missing.append(f"[{name}](gallery.md#gallery-{name})")
+            missing.append(link)
         for claim in found:
             outcome = f"{text(claim['outcome'])}{_limits(claim)}"
-            link = f"[{name}](gallery.md#gallery-{name})"
-            rows.append((text(claim["claim"]), link, outcome, f"**{claim['verdict']}**"))
-    lines = [table(("Claim", "Recipe", "Outcome", "Verdict"), rows), ""]
+            verdicts[_verdict(claim)] += 1
+            rows.append((text(claim["claim"]), f"**{_verdict(claim)}**", outcome, link))
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+    lines = [f"{len(rows)} claims: {counted}.", "", table(("Claim", "Verdict", "Outcome", "Recipe"), rows), ""]
     if missing:
         lines.append(f"Not recorded here, because they take long or need other machines: {', '.join(missing)}.")
     return "\n".join(lines)
@@ -76,6 +82,15 @@ def _results(docs: Path, name: str) -> list[dict[str, Any]]:
     """Returns the claims in the results of a recipe, with verdicts; none if the gallery has no results of it."""
     path = docs / "gallery" / f"{name}.json"
     return list(json.loads(path.read_text(encoding="utf-8"))["claims"]) if path.exists() else []
+
+
+def _verdict(claim: dict[str, Any]) -> str:
+    return VERDICTS.get(claim["verdict"], claim["verdict"])
+
+
+def _anchor(heading: str) -> str:
+    """Returns the anchor of a heading, as Sphinx and the usual hosts of repositories name it."""
+    return re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
 
 
 def _limits(claim: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from dlopt.command_line.usage import declaring, own_keys
 from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, Settings
-from dlopt.config.schema import accepted, parameters_of, show
+from dlopt.config.schema import _describe, annotation_of, parameters_of, show
 from dlopt.lab.comparison.comparison import Comparison
 from dlopt.sweeps.search import SearchSettings
 from dlopt.table import COMMANDS
@@ -83,6 +83,11 @@ def _own_rows(target: Callable[..., Any]) -> list[tuple[str, str, str]]:
     parameters = parameters_of(target)
     keys = [key for key in own_keys(target) if not key.is_flag]
     return [(code(key.name), _default(parameters[key.name]), text(accepted(target, key.name))) for key in keys]
+
+
+def accepted(target: Callable[..., Any], name: str) -> str:
+    """Describes the values that an argument accepts, as the errors do: `a number > 0`."""
+    return _describe(annotation_of(target, name))
 
 
 def _summary(name: str) -> str:

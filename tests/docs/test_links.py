@@ -28,8 +28,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 def test_pictures_are_shown_somewhere() -> None:
     shown = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
-    lectures = {path.stem for path in (ROOT / "conf/experiment/lecture").glob("*.yaml")}  # in the generated gallery
-    assert {path for path in (ROOT / "docs").rglob("*.png") if path.stem not in lectures} <= shown
+    assert {*(ROOT / "docs").rglob("*.png")} <= shown
 
 
 def test_the_readme_is_no_longer_than_a_reader_wants() -> None:

@@ -7,19 +7,25 @@ import os
 import re
 import subprocess
 import sys
+import time
+import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
 from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, config_folder
 from dlopt.table import COMMANDS
+from tests.support.browser import chromium, narrow
 from tests.support.pages import ROOT
 
 CATALOGUE = Catalogue()
+SHOWN = {"seen": "supported", "not seen here": "inconclusive", "the opposite": "contradicted"}  # verdicts
 UNTYPED = {"hydra.sweeper._recursive_", "hydra.sweeper.params", "hydra.sweeper.n_trials"}  # read by Hydra itself
 pytestmark = pytest.mark.slow  # the build
 _LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
@@ -156,7 +162,56 @@ def test_the_table_of_claims_has_every_recorded_claim_with_its_verdict(site: Pat
     rows = table_rows(site / "claims.html")
     for path in (ROOT / "docs/gallery").glob("*.json"):
         for claim in json.loads(path.read_text())["claims"]:
-            assert any(row[:2] == (claim["claim"], path.stem) and row[3] == claim["verdict"] for row in rows), claim
+            verdict = SHOWN.get(claim["verdict"], claim["verdict"])
+            assert any((row[0], row[1], row[3]) == (claim["claim"], verdict, path.stem) for row in rows), claim
+
+
+def test_tables_sort_by_the_numbers_of_a_column(site: Path, browser: Any) -> None:
+    browser.get((site / "results.html").as_uri())
+    head = next(each for each in browser.find_elements("css selector", "th button") if each.text == "Score in time")
+    rows = "[...arguments[0].closest('table').tBodies[0].rows]"
+    column = f"return {rows}.map((row) => parseFloat(row.cells[2].textContent))"
+    given = browser.execute_script(column, head)
+    for reverse in (False, True):
+        browser.execute_script("arguments[0].click()", head)
+        assert browser.execute_script(column, head) == sorted(given, reverse=reverse) != given
+
+
+@pytest.mark.parametrize("name", ["index", "claims", "gallery", "faq", "coming_from", "results", "reference/settings"])
+def test_pages_are_as_wide_as_a_phone(site: Path, browser: Any, name: str) -> None:
+    narrow(browser)
+    browser.get((site / f"{name}.html").as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390  # tables scroll in themselves
+
+
+@pytest.mark.parametrize(
+    ("query", "page"),
+    [
+        ("early stopping", "howto/stop_and_clip.html"),
+        ("resume", "howto/resume.html"),
+        ("muon", "reference/groups/optimizer.html"),
+        ("lightning", "coming_from.html"),
+    ],
+)
+def test_search_finds_the_page_of_a_term_first(site: Path, browser: Any, query: str, page: str) -> None:
+    browser.get(f"{(site / 'search.html').as_uri()}?q={quote(query)}")
+    deadline = time.monotonic() + 30
+    while not (found := browser.find_elements("css selector", "#search-results li a")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert found[0].get_attribute("href").partition("#")[0].partition("?")[0].endswith(f"/{page}")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with chromium(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+def test_pages_link_to_the_repository_and_their_source(site: Path) -> None:
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    links = parsed(site / "faq.html").links
+    assert {repository, f"{repository}/issues", f"{repository}/edit/main/docs/faq.md"} <= {*links}
+    assert not [link for link in parsed(site / "reference/settings.html").links if "/edit/" in link]  # generated
 
 
 def table_rows(path: Path) -> list[tuple[str, ...]]:

@@ -1,0 +1,36 @@
+"""Generates the table of extras from pyproject.toml."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from markup import code, table
+
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+PURPOSES = {  # extra -> what it adds
+    "sweep": "searches with Optuna (`hydra/sweeper=dlopt_optuna`, pruners, samplers), `dlopt benchmark`",
+    "slurm": "one Slurm job per job of a sweep (`hydra/launcher=slurm`)",
+    "schedulefree": "the optimizers `schedule_free_adamw` and `schedule_free_sgd`",
+    "timm": "the models of timm (`model=timm model.name=resnet18`)",
+    "mlflow": "logging to MLflow (`tracking=[mlflow]`)",
+    "wandb": "logging to Weights & Biases (`tracking=[wandb]`)",
+    "export": "`dlopt export format=onnx` and `format=safetensors`",
+    "docs": "building this documentation",
+    "test": "running the tests; with the packages of the other extras that they use",
+}
+SHORT = {"test"}  # a list of packages that only developers need
+
+
+def metadata() -> dict[str, dict[str, list[str]]]:
+    found: dict[str, dict[str, list[str]]] = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    return found
+
+
+def extras() -> str:
+    """Every extra with the command that installs it, what it adds, and its packages."""
+    rows = []
+    for name, requirements in metadata()["optional-dependencies"].items():
+        packages = [code(re.split(r"[<>=\[]", each)[0]) for each in requirements]
+        shown = f"{len(packages)} packages" if name in SHORT else ", ".join(packages)
+        rows.append((code(f"pip install 'dlopt[{name}]'"), PURPOSES[name], shown))
+    return table(("Install", "Adds", "Packages"), rows)

@@ -1,0 +1,54 @@
+"""Writes the generated parts of the pages that are read in the repository, too: tables of claims, results, extras.
+
+    .venv/bin/python docs/generate.py
+
+They are between `<!-- generated: NAME -->` and `<!-- end -->`. The sources are pyproject.toml, the recipes in
+conf/experiment/lecture with their results in docs/gallery, and the benchmark results that come with dlopt. Run it after
+a change of one of them; a test compares the pages with their sources. The reference is generated when Sphinx builds
+the site.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+COMMAND = ".venv/bin/python docs/generate.py"
+sys.path[:0] = [str(ROOT), str(DOCS / "_ext")]
+
+import benchmark  # noqa: E402
+import extras  # noqa: E402
+import gallery  # noqa: E402
+
+PARTS: dict[str, Callable[[], str]] = {
+    "benchmark": benchmark.results,
+    "claims": lambda: gallery.claims(DOCS),
+    "extras": extras.extras,
+    "lectures": lambda: gallery.lectures(DOCS),
+}
+PAGES = (DOCS / "claims.md", DOCS / "gallery.md", DOCS / "quickstart.md", DOCS / "results.md")
+
+
+def generated(page: Path) -> str:
+    """Returns the text of a page with its generated parts as they should be."""
+
+    def fill(found: re.Match[str]) -> str:
+        return f"{found[1]}\n\n{PARTS[found[2]]().strip()}\n\n<!-- end -->"
+
+    return re.sub(
+        r"(<!-- generated: (\w+) -->).*?<!-- end -->", fill, page.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+
+
+def main() -> None:
+    for page in PAGES:
+        text = generated(page)
+        if text != page.read_text(encoding="utf-8"):
+            page.write_text(text, encoding="utf-8")
+            print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

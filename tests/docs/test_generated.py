@@ -1,0 +1,66 @@
+"""The tables in the pages of the repository are those of their sources, and the FAQ shows the messages of the code."""
+
+import ast
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.pages import ROOT, blocks
+
+SCRIPT = runpy.run_path(str(ROOT / "docs/generate.py"))
+PAGES: tuple[Path, ...] = SCRIPT["PAGES"]
+FAQ = "docs/faq.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_committed_tables_are_those_of_their_sources(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert len(text) > 2000 and "<!-- generated: " in text
+    assert SCRIPT["generated"](page) == text, f"{page.name} is stale; run: {SCRIPT['COMMAND']}"
+
+
+def test_every_page_with_generated_parts_is_written_by_the_script() -> None:
+    found = {page for page in (ROOT / "docs").rglob("*.md") if "<!-- generated: " in page.read_text(encoding="utf-8")}
+    assert found == set(PAGES)
+
+
+def test_every_extra_has_its_purpose() -> None:
+    extras = SCRIPT["extras"]
+    assert extras.PURPOSES.keys() == extras.metadata()["optional-dependencies"].keys()
+
+
+def test_the_address_of_the_repository_is_set_in_one_place() -> None:
+    address = SCRIPT["extras"].metadata()["urls"]["Repository"].removeprefix("https://")
+    folders = [path for name in ("conf", "dlopt", "docs", "scripts") for path in (ROOT / name).rglob("*")]
+    files = [
+        path for path in [*ROOT.glob("*"), *folders] if path.suffix in (".md", ".py", ".yaml", ".toml", ".cff", "")
+    ]
+    found = {path.name for path in files if path.is_file() and address in path.read_text(encoding="utf-8")}
+    assert found == {"pyproject.toml"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for block in blocks("console")
+        if block.page == FAQ and block.text[0] != "$"
+        for line in block.text.splitlines()
+    ],
+)
+def test_messages_of_the_faq_are_those_of_the_code(line: str) -> None:
+    """`...` is a value; every part between two of them is in a string of the code."""
+    parts = line.removeprefix("dlopt: ").split("...")
+    known = list(strings())
+    for part in parts:
+        assert any(part in each for each in known), part
+
+
+def strings() -> Iterator[str]:
+    """The constants of the package's code; those of a message with values are separate."""
+    for path in (ROOT / "dlopt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
