@@ -208,7 +208,7 @@ def check_arguments(
             raise UserError(_explain_unknown_key(join(key, name), str(name), value, (*allowed, *related)))
     for name in allowed:
         if name not in values and parameters[name].default is _EMPTY:
-            raise UserError(f"{join(key, name)}: a value is required ({_describe(parameters[name].annotation)})")
+            raise UserError(f"{join(key, name)}: a value is required ({describe_type(parameters[name].annotation)})")
     return {
         name: _check_value(join(key, name), value, annotation_of(target, name), runtime, packages)
         for name, value in values.items()
@@ -247,7 +247,7 @@ def _check_value(key: str, value: Any, annotation: Any, runtime: frozenset[str],
     try:
         checked = value if adapter is None else adapter.validate_json(json.dumps(value, default=str))
     except ValidationError as error:
-        raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {_describe(annotation)}") from None
+        raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {describe_type(annotation)}") from None
     if _exceeds_int64(checked):
         raise UserError(f"{key}={show(value)}: too large for a 64-bit integer")
     return checked
@@ -331,7 +331,7 @@ def _reason(error: ValidationError) -> str:
 _TYPE_MISMATCH = {"none_required", "bool_type", "int_type", "float_type", "string_type", "list_type", "literal_error"}
 
 
-def _describe(annotation: Any) -> str:
+def describe_type(annotation: Any) -> str:
     """Describes the values that an annotation allows: 'a number > 0', 'batch | layer', 'null'."""
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
@@ -341,17 +341,17 @@ def _describe(annotation: Any) -> str:
         return "null"
     if origin is typing.Annotated:
         bounds = [bound for extra in arguments[1:] for bound in _bounds(extra)]
-        return " ".join([_describe(arguments[0]), " and ".join(bounds)]).strip()
+        return " ".join([describe_type(arguments[0]), " and ".join(bounds)]).strip()
     if origin is typing.Literal:
         return " | ".join(show(argument) for argument in arguments)
     if origin in (typing.Union, types.UnionType):  # torch annotates lr as float | Tensor; a config has no tensors
-        return " | ".join(_describe(option) for option in arguments if getattr(option, "__name__", "") != "Tensor")
+        return " | ".join(describe_type(option) for option in arguments if getattr(option, "__name__", "") != "Tensor")
     if origin is list:
-        return f"a list [a,b,...], each {_describe(arguments[0])}"
+        return f"a list [a,b,...], each {describe_type(arguments[0])}"
     if origin is dict:
-        return f"a block {{name: {_describe(arguments[1])}}}"
+        return f"a block {{name: {describe_type(arguments[1])}}}"
     if origin is tuple:
-        return f"a list [{','.join(_describe(argument) for argument in arguments if argument is not ...)}]"
+        return f"a list [{','.join(describe_type(argument) for argument in arguments if argument is not ...)}]"
     plain = {int: "an integer", float: "a number", bool: "true | false", str: "a string"}
     return plain.get(annotation, getattr(annotation, "__name__", str(annotation)))
 

@@ -26,7 +26,7 @@ from dlopt.command_line.usage import declaring, own_keys
 from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, Settings
-from dlopt.config.schema import _describe, annotation_of, parameters_of, show
+from dlopt.config.schema import annotation_of, describe_type, parameters_of, show
 from dlopt.lab.comparison.comparison import Comparison
 from dlopt.sweeps.search import SearchSettings
 from dlopt.table import COMMANDS
@@ -87,7 +87,7 @@ def _own_rows(target: Callable[..., Any]) -> list[tuple[str, str, str]]:
 
 def accepted(target: Callable[..., Any], name: str) -> str:
     """Describes the values that an argument accepts, as the errors do: `a number > 0`."""
-    return _describe(annotation_of(target, name))
+    return describe_type(annotation_of(target, name))
 
 
 def _summary(name: str) -> str:
