@@ -131,6 +131,6 @@ def test_rejects_unsupported_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"diagnostics\.0=loss|diagnostics"):
         experiment("diagnostics=[loss]")
     workload, _ = prepare(experiment(*SMALL, *DIAGNOSTICS), tmp_path)
-    compiled = Workload(**{**vars(workload), "model": torch.compile(workload.module)})
+    compiled = Workload(**{**vars(workload), "compile_obstacle": ""})
     with pytest.raises(UserError, match="compile=false"):
         Diagnostics(compiled, ["activations"], 1, lambda *_: None)
