@@ -274,7 +274,7 @@ class Campaign:
         folder = self.new_folder()
         reading, writing = os.pipe()
 
-        child = faults.fork(lambda: self.run_for_long(folder, announce_call(Step, "begin", writing, 3)))
+        child = faults.fork(lambda: self.run_for_long(folder, announce_call(Step, "update", writing, 3)))
         os.close(writing)
         os.read(reading, 1)
         try:
