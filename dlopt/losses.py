@@ -4,7 +4,8 @@ Losses divide by the number of samples, never by a sum of class weights: the los
 samples, then add up to the loss of the batch.
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,22 @@ class CrossEntropy(nn.Module):
     outputs [N, K] or [N, T, K]; targets int64 [N] or [N, T], or probabilities [N, K] (mixed samples). Label smoothing e
     replaces q by q (1 - e) + e / K (Szegedy et al. 2016); class weights multiply the terms. Both apply in training
     only: evaluation uses the plain loss, so that runs can be compared.
+
+    `class_weights`: one per class, or balanced (see `balanced_weights`). `class_counts`: training samples per class;
+    None: the data are not loaded, so the loss is used for evaluation.
+
+    Many outputs, as those of a text with a large vocabulary, are processed in chunks: see `processes_in_chunks`.
     """
 
     weight: Tensor | None
 
     def __init__(
-        self, *, label_smoothing: Fraction, class_weights: tuple[NonNegative, ...] | None, classes: int | None
+        self,
+        *,
+        label_smoothing: Fraction,
+        class_weights: tuple[NonNegative, ...] | Literal["balanced"] | None,
+        classes: int | None,
+        class_counts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if classes is None:
@@ -35,6 +46,8 @@ class CrossEntropy(nn.Module):
                 "loss=cross_entropy: all samples have the same class, so the loss is always 0; "
                 "use data with two classes or more"
             )
+        if class_weights == "balanced":
+            class_weights = None if class_counts is None else balanced_weights(class_counts)
         if class_weights is not None and len(class_weights) != classes:
             raise UserError(
                 f"loss.class_weights={list(class_weights)}: {len(class_weights)} weights for {classes} classes; "
@@ -47,6 +60,9 @@ class CrossEntropy(nn.Module):
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.ndim == 3:
             outputs, targets = outputs.flatten(0, 1), targets.flatten()
+        if processes_in_chunks(outputs, targets):
+            smoothing, weight = (self.label_smoothing, self.weight) if self.training else (0.0, None)
+            return _ChunkedCrossEntropy.apply(outputs, targets, weight, smoothing)
         if not self.training:
             return F.cross_entropy(outputs, targets)
         if self.weight is None:
@@ -55,6 +71,86 @@ class CrossEntropy(nn.Module):
         outputs, weight = outputs.to(wide), self.weight.to(wide)
         loss = F.cross_entropy(outputs, targets, weight, label_smoothing=self.label_smoothing, reduction="sum")
         return loss / len(outputs)
+
+
+def balanced_weights(counts: Sequence[int]) -> tuple[float, ...]:
+    """Returns the weights n / (K n_k) of K classes with n_k of n samples, whose mean over the samples is 1.
+
+    As in scikit-learn, after King & Zeng 2001. Raises `UserError` for a class without samples.
+    """
+    if 0 in counts:
+        raise UserError(
+            f"loss.class_weights=balanced: class {list(counts).index(0)} has no training samples; "
+            "use loss.class_weights=null or a larger data.subset"
+        )
+    return tuple(sum(counts) / (len(counts) * count) for count in counts)
+
+
+_MAX_CHUNK = 1 << 24  # outputs: 64 MiB in fp32
+
+
+def processes_in_chunks(outputs: Tensor, targets: Tensor) -> bool:
+    """Returns whether cross entropy processes these outputs in chunks of rows, from 2^24 outputs on.
+
+    It then has no tensor in fp32 of the size of bf16 or fp16 outputs [N, K], and keeps no log probabilities for the
+    backward pass: only the outputs and their log sum of exponentials [N].
+    """
+    is_large = outputs.numel() > _MAX_CHUNK and not targets.is_floating_point()
+    return is_large and not torch._C._are_functorch_transforms_active()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The loss of `CrossEntropy` for labels, of outputs [N, K]. The second derivative is that of the plain loss."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, targets: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        weight = None if weight is None else weight.to(wide)
+        rows, classes = max(_MAX_CHUNK // outputs.shape[1], 1), outputs.shape[1]
+        normalizers, sums = [], []
+        for part, labels in zip(outputs.split(rows), targets.split(rows), strict=True):
+            values = part.to(wide)
+            normalizer = values.logsumexp(1)
+            losses = normalizer - values.gather(1, labels.unsqueeze(1)).squeeze(1)
+            if weight is not None:
+                losses = losses * weight[labels]
+            if smoothing:
+                spread = (
+                    normalizer * classes - values.sum(1)
+                    if weight is None
+                    else (normalizer * weight.sum() - (values * weight).sum(1))
+                )
+                losses = losses * (1 - smoothing) + spread * (smoothing / classes)
+            normalizers.append(normalizer)
+            sums.append(losses.sum())
+        ctx.save_for_backward(outputs, targets, weight, torch.cat(normalizers))
+        ctx.smoothing, ctx.rows = smoothing, rows
+        return torch.stack(sums).sum() / len(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        outputs, targets, weight, normalizers = ctx.saved_tensors
+        smoothing, classes = ctx.smoothing, outputs.shape[1]
+        if torch.is_grad_enabled():  # to be differentiated again
+            values = outputs.to(normalizers.dtype)
+            loss = F.cross_entropy(values, targets, weight, label_smoothing=smoothing, reduction="sum") / len(outputs)
+            return torch.autograd.grad(loss, outputs, gradient, create_graph=True)[0], None, None, None
+        result = torch.empty_like(outputs)
+        parts = (tensor.split(ctx.rows) for tensor in (outputs, targets, normalizers, result))
+        for part, labels, normalizer, slot in zip(*parts, strict=True):
+            # The softmax times the sum of the target distribution, minus the target distribution.
+            values = part.to(normalizer.dtype).sub(normalizer.unsqueeze(1)).exp_()
+            hits = normalizer.new_full((len(labels),), 1 - smoothing)
+            if weight is not None:
+                hits *= weight[labels]
+                total = hits + smoothing * weight.mean()
+                values = values.mul_(total.unsqueeze(1)).sub_(weight * (smoothing / classes))
+            elif smoothing:
+                values.sub_(smoothing / classes)
+            index = labels.unsqueeze(1)
+            values.scatter_(1, index, values.gather(1, index) - hits.unsqueeze(1))
+            slot.copy_(values.mul_(gradient / len(outputs)))
+        return result, None, None, None
 
 
 class MSE(nn.Module):

@@ -1,9 +1,18 @@
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlopt import losses
 from dlopt.errors import UserError
 from dlopt.losses import MSE, CrossEntropy, PixelCrossEntropy, sampled_cross_entropy
 
@@ -98,3 +107,121 @@ def test_targets_of_bf16_outputs_are_not_rounded() -> None:
     pixels, grey = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True), torch.tensor([[0.501]])
     PixelCrossEntropy(classes=None)(pixels, grey).backward()
     assert pixels.grad is not None and float(pixels.grad) == pytest.approx(0.5 - 0.501, rel=0.01)
+
+
+def test_balanced_weights_equal_those_of_scikit_learn() -> None:
+    targets = torch.tensor([0, 0, 0, 1, 2, 2, 0, 0])
+    counts = targets.bincount().tolist()
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=targets.numpy())
+    assert losses.balanced_weights(counts) == pytest.approx(expected.tolist(), rel=1e-12)
+    loss = CrossEntropy(label_smoothing=0.0, class_weights="balanced", classes=3, class_counts=counts)
+    assert loss.weight is not None and loss.weight[targets].mean() == pytest.approx(1.0)
+    with pytest.raises(UserError, match=r"^loss.class_weights=balanced: class 1 has no training samples"):
+        CrossEntropy(label_smoothing=0.0, class_weights="balanced", classes=3, class_counts=[2, 0, 1])
+
+
+# -- in chunks
+
+
+@pytest.fixture
+def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two rows of seven outputs."""
+    monkeypatch.setattr(losses, "_MAX_CHUNK", 20)
+
+
+WEIGHTS = (0.5, 1.0, 2.0, 0.0, 1.5, 0.25, 3.0)
+
+
+def logits(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(1)
+    outputs = torch.randn(11, 7, generator=draws, dtype=torch.float64).mul(4).to(dtype).requires_grad_()
+    return outputs, torch.randint(7, (11,), generator=draws)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_chunks_equal_the_whole(smoothing: float, weights: tuple[float, ...] | None) -> None:
+    """Value, gradient and second derivative equal those of torch."""
+    outputs, targets = logits()
+    weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    direction = torch.randn(11, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def derivatives(loss: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        return gradient, torch.autograd.grad((gradient * direction).sum(), outputs)[0]
+
+    actual = CrossEntropy(label_smoothing=smoothing, class_weights=weights, classes=7)(outputs, targets)
+    summed = F.cross_entropy(outputs, targets, weight, label_smoothing=smoothing, reduction="sum") / 11
+    assert torch.allclose(actual, summed, rtol=1e-12, atol=0)
+    expected = derivatives(summed)
+    for a, b in zip(derivatives(actual), expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+    (3 * CrossEntropy(label_smoothing=smoothing, class_weights=weights, classes=7)(outputs, targets)).backward()
+    assert outputs.grad is not None
+    assert torch.allclose(outputs.grad, 3 * expected[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_chunks_of_a_text_in_evaluation() -> None:
+    outputs, targets = (tensor.detach() for tensor in logits())
+    texts, labels = outputs[:10].view(2, 5, 7), targets[:10].view(2, 5)
+    loss = CrossEntropy(label_smoothing=0.2, class_weights=WEIGHTS, classes=7).eval()
+    assert float(loss(texts, labels)) == pytest.approx(float(F.cross_entropy(outputs[:10], targets[:10])), rel=1e-12)
+
+
+class Memory(TorchDispatchMode):
+    """Peak bytes of the tensors that operations allocate, and the largest allocation in fp32, by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.largest_fp32 = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        if tensor.dtype == torch.float32:
+            self.largest_fp32 = max(self.largest_fp32, tensor.numel())
+        weakref.finalize(storage, self.free, size)
+
+    def free(self, size: int) -> None:
+        self.live -= size
+
+
+def head_of_gpt2(dtype: torch.dtype, loss: Callable[[Tensor, Tensor], Tensor]) -> Memory:
+    """Runs head and loss of gpt2_small, forward and backward, on 8 texts of 1024 tokens; nothing is computed."""
+    head = nn.Linear(768, 50257, bias=False, device="meta", dtype=dtype)
+    features = torch.empty(8, 1024, 768, device="meta", dtype=dtype, requires_grad=True)
+    targets = torch.empty(8, 1024, device="meta", dtype=torch.int64)
+    with Memory() as memory:
+        loss(head(features), targets).backward()
+    return memory
+
+
+@pytest.mark.parametrize(("dtype", "before", "after"), [(torch.float32, 12, 8), (torch.bfloat16, 12, 4)])
+def test_memory_of_the_head_of_gpt2(dtype: torch.dtype, before: int, after: int) -> None:
+    """In bytes per output. The gradients of features and head, and a few chunks, add up to one byte."""
+    count = 8 * 1024 * 50257
+    loss = CrossEntropy(label_smoothing=0.0, class_weights=None, classes=50257)
+
+    def plain(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.float().flatten(0, 1), targets.flatten())
+
+    assert before <= head_of_gpt2(dtype, plain).peak / count < before + 1
+    memory = head_of_gpt2(dtype, loss)
+    assert after <= memory.peak / count < after + 1
+    if dtype == torch.bfloat16:
+        assert memory.largest_fp32 <= 1 << 24

@@ -173,7 +173,13 @@ def _check_precision(experiment: Experiment) -> None:
 
 
 def _check_compile(settings: Settings) -> None:
-    """Refuses what torch.compile's own CUDA graphs do not support: each pass overwrites the results of the previous."""
+    """Refuses what torch.compile and its CUDA graphs, in which each pass overwrites the previous, do not support."""
+    if settings.activation_checkpointing != "none" and settings.compile not in (False, "auto"):
+        raise UserError(
+            f"activation_checkpointing={settings.activation_checkpointing}: not supported with "
+            f"compile={str(settings.compile).lower()}, whose compiler decides what to recompute; use compile=false, or "
+            "activation_checkpointing=none"
+        )
     if settings.compile not in ("reduce-overhead", "max-autotune"):
         return
     advice = "use compile=max-autotune-no-cudagraphs"

@@ -11,6 +11,7 @@ from dlopt.roles import Role
 
 Toggle = bool | Literal["auto"]
 Compile = Toggle | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+Recomputation = Literal["none", "blocks", "all"]
 ExtraMetric = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy", "r2", "mae"]
 
 
@@ -66,6 +67,7 @@ class Settings:
     precision: Annotated[Literal["fp32", "tf32", "bf16", "bf16_pure", "fp16", "fp64", "auto"], Role.IDENTITY]
     compile: Annotated[Compile, Role.PLACE]
     cuda_graphs: Annotated[Toggle, Role.PLACE]
+    activation_checkpointing: Annotated[Recomputation, Role.PLACE] = "none"  # absent in older configs
     channels_last: Annotated[Toggle, Role.PLACE]
     threads: Annotated[Count | Literal["auto"], Role.PLACE]
     deterministic: Annotated[bool, Role.IDENTITY]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dlopt.parameters import real_views
+from dlopt.training.recompute import is_recomputing
 
 
 @dataclass
@@ -201,13 +202,15 @@ class LayerProbe:
 
     def _before(self, module: nn.Module, inputs: Any) -> None:
         tensor = _first_tensor(inputs)
+        if is_recomputing():  # activation checkpointing: the same values again
+            return
         if module in self._activations and module.training and tensor is not None and self._latest is not None:
             self._latest.start_activation(module)
             self._record(tensor, self._latest)
 
     def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
         tensor = _first_tensor(output)
-        if not module.training or tensor is None:
+        if not module.training or tensor is None or is_recomputing():
             return
         if layer := self._known.get(module):
             if not layer.calls:

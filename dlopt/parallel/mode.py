@@ -44,12 +44,14 @@ class ModeTraits:
         observes_losses: every rank computes the losses of its own samples, as loss-aware samplers need.
         batch_norm_shards: shards of a batch that batch norm normalizes separately.
         micro_batches: into which the mode itself splits a batch.
+        recomputes: a part of the model can run again in the backward pass (activation checkpointing).
     """
 
     compiles: bool = True
     observes_losses: bool = True
     batch_norm_shards: int = 1
     micro_batches: int = 1
+    recomputes: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Mode:
         self.ranks = Ranks()
         self.state: FullState = FullState()
         self.split = BatchSplit()
-        self.traits = ModeTraits()
+        self.traits = ModeTraits(recomputes=True)
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Placed:
         """Places `model` on the processes, for samples of `input_shape`.
@@ -136,6 +138,7 @@ class GroupMode(Mode):
         rank, degree = group.rank if data_rank is None else data_rank, data_degree or group.size
         self.split = BatchSplit(accumulate, rank, degree)
         self.dropout = CurrentShard()
+        self.traits = ModeTraits()
 
     def micro_batch(self, micro_batch: Batch) -> AbstractContextManager[Any]:
         return self.dropout.of(micro_batch)

@@ -35,6 +35,7 @@ from dlopt.training.checkpoint import evaluated_weights
 from dlopt.training.model_check import check_memory, check_outputs, check_reads
 from dlopt.training.mup import width_growth
 from dlopt.training.precision import Precision, choose_precision
+from dlopt.training.recompute import recompute
 from dlopt.training.rng import AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network
 from dlopt.training.weights import match_weights
@@ -179,7 +180,7 @@ def build_workload(
     module = precision.place(module)
     if has_convolutions:
         module = module.to(memory_format=memory_format)
-    loss: nn.Module = experiment.loss.build(classes=task.classes)
+    loss: nn.Module = experiment.loss.build(classes=task.classes, class_counts=class_counts(experiment, dataset))
     if settings.threads == "auto" and device.type == "cpu" and parallel.ranks.processes == 1:
         size = experiment.data_settings.batch_size
         samples = len(dataset.train) if size == "full" else size
@@ -187,6 +188,7 @@ def build_workload(
             set_threads(1)
     compile_obstacle = speed.compile_obstacle(experiment, parallel, module, shape, len(dataset.train))
     freeze(module, experiment.grouping)  # before `place`: DDP waits for all gradients that are required at that time
+    recompute(module, settings.activation_checkpointing, parallel, choice=experiment.model.choice)
     placed = parallel.place(module, shape)
     return Workload(
         experiment=experiment,
@@ -240,6 +242,17 @@ def with_task(experiment: Experiment, dataset: Dataset, shape: tuple[int, ...]) 
         what = "a text" if dataset.unlabelled is not None else "vectors"
         raise UserError(f"{experiment.model.choice}: reconstructs images, but the samples are {what}")
     return replace(dataset, unlabelled=Task("reconstruction", math.prod(shape)))
+
+
+def class_counts(experiment: Experiment, dataset: Dataset) -> list[int] | None:
+    """Returns the training samples per class, if the loss balances the classes. Raises `UserError` without labels."""
+    if experiment.loss.arguments.get("class_weights") != "balanced":
+        return None
+    task = dataset.task
+    if task.classes is None or not task.has_labels:
+        kind = task.shown_kind
+        raise UserError(f"loss.class_weights=balanced: needs labels, which a {kind} task has not; use null")
+    return torch.bincount(dataset.train.targets, minlength=task.classes).tolist()
 
 
 def model_arguments(task: Task, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.precision import Precision
+from dlopt.training.recompute import Recomputed
 from dlopt.training.speed import OWN_GRAPHS
 from dlopt.training.step import Step, StepSettings, UpdateRecord
 
@@ -52,7 +53,14 @@ def obstacle(
         return "on_out_of_memory=halve may change the size of micro-batches"
     if schedule.cycles_momentum:
         return "the schedule changes the momentum, which is a constant in a graph"
+    return layer_obstacle(module)
+
+
+def layer_obstacle(module: nn.Module) -> str | None:
+    """Returns why a graph cannot record the layers of a model; None: it can."""
     for layer in module.modules():
+        if isinstance(layer, Recomputed):
+            return "activation checkpointing restores the state of the random generator, which cannot be recorded"
         known = type(layer).__module__.startswith(("torch.nn.", "dlopt.models."))
         if not known or isinstance(layer, nn.RNNBase):  # cuDNN keeps dropout states of its own
             return f"{type(layer).__name__} may have control flow on the host"

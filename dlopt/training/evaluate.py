@@ -16,7 +16,7 @@ from dlopt.data.splits import prepare
 from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.interruption import Interruption
-from dlopt.losses import MSE, probabilities
+from dlopt.losses import MSE, CrossEntropy, probabilities, processes_in_chunks
 from dlopt.plain import without_nan
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
@@ -69,7 +69,10 @@ def evaluate(
         for inputs, targets in batches:
             outputs = model(inputs)  # even without samples: the forward pass may contain collectives
             if len(targets):
-                outputs = _promoted(outputs)  # the loss is never computed in bf16 or fp16
+                # The loss is never computed in bf16 or fp16. In chunks it promotes each of them.
+                chunked = isinstance(loss, CrossEntropy) and processes_in_chunks(outputs, targets)
+                if extra is not None or not chunked:
+                    outputs = _promoted(outputs)
                 metrics.add(metrics.measure(loss(outputs, targets), outputs, targets))
                 if extra is not None:
                     extra.add(outputs, targets)

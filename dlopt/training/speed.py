@@ -50,6 +50,8 @@ def compile_obstacle(
         )
     if requested is not None:
         return ""
+    if settings.activation_checkpointing != "none":
+        return f"activation_checkpointing={settings.activation_checkpointing}"
     if parallel.device.type != "cuda":
         return f"compiling takes longer than it saves on {parallel.device.type}"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")

@@ -103,6 +103,7 @@ TYPES = {
     "on_divergence=nope": ("on_divergence=nope", "stop | skip | rollback"),
     "check=always": ("check=always", "auto | step"),
     "on_out_of_memory=true": ("on_out_of_memory=true", "stop | halve"),
+    "activation_checkpointing=true": ("activation_checkpointing=true", "none | blocks | all"),
     "checkpoint.asynchronous=maybe": ("checkpoint.asynchronous=maybe", "true | false"),
     "model.activation=foo": ("model.activation=foo", "tanh"),
     "model.widths=5": ("model.widths=5", "a list"),
@@ -164,6 +165,7 @@ RANGES = {
 }
 COMBINATIONS = {
     "parallel=ddp parallel.processes=1000000": ("parallel.processes=1000000", "cores"),
+    "activation_checkpointing=blocks": ("activation_checkpointing=blocks: model=mlp has no repeated blocks",),
     "optimizer=newton model=resnet20": ("optimizer=newton", "newton_cg"),
     "schedule=cosine schedule.warmup_epochs=20 epochs=2 steps=null": ("schedule.warmup_epochs=20", "longer"),
     "accumulate=100 data.batch_size=10": ("accumulate=100", "data.batch_size=10"),

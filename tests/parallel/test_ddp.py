@@ -31,6 +31,10 @@ CASES: Cases = {
         SYNC_DDP,
     ),
     "hard examples": ([*MLP, "sampler=hard_examples", "data.batch_size=30", "accumulate=2", "epochs=4"], SYNC_DDP),
+    "activation checkpointing": (
+        [*RESNET, "data.batch_size=35", "accumulate=2", "steps=4"],
+        [*SYNC_DDP, "activation_checkpointing=all"],
+    ),
     "many evaluations": ([*MLP, "optimizer=sam", "data.batch_size=32", "epochs=2"], SYNC_DDP),
 }
 

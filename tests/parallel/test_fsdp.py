@@ -35,6 +35,10 @@ CASES: Cases = {
         [*SYNC_FSDP, KEPT],
     ),
     "exact statistics": ([*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2"], SYNC_FSDP),
+    "activation checkpointing": (
+        [*RESNET, "data.batch_size=35", "accumulate=2", "steps=4"],
+        [*SYNC_FSDP, "activation_checkpointing=blocks"],
+    ),
     "two points": ([*MLP, "optimizer=schedule_free_adamw", "data.batch_size=32", "epochs=2"], [*SYNC_FSDP, KEPT]),
 }
 

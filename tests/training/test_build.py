@@ -9,16 +9,18 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlopt.api import load
 from dlopt.config.schema import Component
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
+from dlopt.losses import CrossEntropy
 from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device
 from dlopt.training import build as build_module
 from dlopt.training import model_check
 from dlopt.training.build import build_workload, training_batches
 from dlopt.training.trainer import probe_trainer
-from tests.support.runs import experiment, same, small_workload
+from tests.support.runs import experiment, same, small_workload, start
 from tests.support.sizes import SMALL, without
 
 # -- the machine
@@ -211,3 +213,20 @@ def test_statistics_per_pixel_need_images_of_one_size() -> None:
     small_workload(*lines)
     with pytest.raises(UserError, match=r"^normalize\.per=pixel: fitted to samples of .*8, 8.*, not .*6, 6"):
         small_workload(*lines, "augmentation.operations.0.size=6")
+
+
+def test_balanced_class_weights_count_the_training_split(tmp_path: Path) -> None:
+    """Before and after loading; the validation samples and the noise-free labels do not count."""
+    lines = [*SMALL, "loss.class_weights=balanced", "data.label_noise=0.5", "epochs=1"]
+    workload = build_workload(experiment(*lines))
+    counts = workload.dataset.train.targets.bincount(minlength=10)
+    assert isinstance(workload.loss, CrossEntropy) and workload.loss.weight is not None
+    assert workload.loss.weight.tolist() == pytest.approx((90 / (10 * counts)).tolist(), rel=1e-6)
+    assert len(set(workload.loss.weight.tolist())) > 1
+    start(tmp_path, *lines)
+    load(tmp_path / "checkpoints" / "best.pt")  # without the data
+
+
+def test_balanced_class_weights_need_labels() -> None:
+    with pytest.raises(UserError, match=r"^loss.class_weights=balanced: needs labels, which a next token task has not"):
+        build_workload(experiment("data=python_source", "model=gpt_nano", "loss.class_weights=balanced", "device=cpu"))

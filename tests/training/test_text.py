@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dlopt import losses
 from dlopt.api import load
 from dlopt.commands.eval import evaluate
 from dlopt.commands.export import export
@@ -17,7 +18,7 @@ from dlopt.errors import UserError
 from dlopt.training.build import build_workload, training_batches
 from tests.support.choices import names
 from tests.support.requires import requires
-from tests.support.runs import experiment, in_fork, resume, same, start
+from tests.support.runs import experiment, in_fork, metrics, resume, same, start
 from tests.support.sizes import without
 
 TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))
@@ -61,6 +62,19 @@ def test_a_run_reports_bits_per_byte(lines: list[str], tmp_path: Path, capsys: p
     model = load(best)
     tokens = torch.tensor([list(b"def f1(x):\n    r")])
     assert model(tokens).shape == (1, 16, 256)
+
+
+def test_losses_in_chunks(lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose outputs are processed in chunks of 39 tokens, in training and in evaluation."""
+    lines = [*lines, "precision=fp64", "loss.label_smoothing=0.1"]
+    whole = start(tmp_path / "whole", *lines)
+    monkeypatch.setattr(losses, "_MAX_CHUNK", 10_000)
+    chunks = start(tmp_path / "chunks", *lines)
+    assert {"best_val_loss", "test_loss", "test_token_accuracy"} <= set(whole)
+    for name in whole.keys() - {"seconds", "status", "parallel", "resumed_from"}:
+        assert chunks[name] == pytest.approx(whole[name], rel=1e-9), name
+    for plain, chunked in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "chunks"), strict=True):
+        assert chunked["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-9)
 
 
 def test_a_resumed_run_is_bitwise_identical(lines: list[str], tmp_path: Path, monkeypatch: Any) -> None:

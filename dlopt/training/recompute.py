@@ -1,0 +1,184 @@
+"""Activation checkpointing: keeps fewer activations for the backward pass, which computes the others again.
+
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". Uses `torch.utils.checkpoint`, non-reentrant. The
+results do not change: a recomputation has the random numbers, the batch-norm mode and the buffers of the forward pass,
+and leaves no trace in them.
+"""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from dlopt.config.settings import Recomputation
+from dlopt.errors import UserError
+from dlopt.parallel.mode import Mode
+from dlopt.training.step import is_stochastic
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_running = 0  # recomputations in progress
+
+
+def is_recomputing() -> bool:
+    """Returns whether the current forward pass is a recomputation, in which hooks see the same values again."""
+    return _running > 0
+
+
+class _Recomputing:
+    """Context of a recomputation: the buffers and norm modes of the forward pass, which are put back afterwards.
+
+    Batch norm would otherwise count a batch twice. An optimizer that differentiates twice recomputes twice; it may also
+    run the backward pass when the mode of the norms has changed.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self._buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        self._norms = [m for layer in layers for m in layer.modules() if isinstance(m, _NormBase)]
+        self._forward = self._state()
+        self._present = self._forward
+
+    def __enter__(self) -> None:
+        global _running
+        self._present = self._state()
+        self._set(self._forward)
+        _running += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _running
+        _running -= 1
+        self._set(self._present)
+
+    def _state(self) -> tuple[list[Tensor], list[tuple[bool, float | None]]]:
+        copies = [buffer.detach().clone() for buffer in self._buffers]
+        return copies, [(norm.track_running_stats, norm.momentum) for norm in self._norms]
+
+    @torch.no_grad()
+    def _set(self, state: tuple[list[Tensor], list[tuple[bool, float | None]]]) -> None:
+        copies, modes = state
+        for buffer, copy in zip(self._buffers, copies, strict=True):
+            buffer.copy_(copy)
+        for norm, (tracks, momentum) in zip(self._norms, modes, strict=True):
+            norm.track_running_stats, norm.momentum = tracks, momentum
+
+
+def _recomputed(call: Callable[..., Any], layers: list[nn.Module], *inputs: Any, **keys: Any) -> Any:
+    """Calls the layers; keeps only their inputs for the backward pass."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # evaluation, or an export
+        return call(*inputs, **keys)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _Recomputing(layers)
+
+    stochastic = any(is_stochastic(layer) for layer in layers)
+    return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=stochastic, context_fn=contexts, **keys)
+
+
+class Recomputed(nn.Module):
+    """Mixed into the class of a layer whose activations are recomputed: names and state stay the same."""
+
+
+class _Block(Recomputed):
+    def forward(self, *inputs: Any, **keys: Any) -> Any:
+        return _recomputed(super().forward, [self], *inputs, **keys)
+
+
+class _Chain(Recomputed, nn.Sequential):
+    """A sequence of n layers in ceil(sqrt(n)) segments (section 4.1), of which the last one is not recomputed.
+
+    Its recomputation would follow its forward pass at once.
+    """
+
+    def forward(self, inputs: Any) -> Any:
+        *segments, last = _segments(self)
+        for segment in segments:
+            inputs = _recomputed(partial(_run, segment), segment, inputs)
+        return _run(last, inputs)
+
+
+def _run(layers: list[nn.Module], inputs: Any) -> Any:
+    for layer in layers:
+        inputs = layer(inputs)
+    return inputs
+
+
+def recompute(model: nn.Module, setting: Recomputation, mode: Mode, *, choice: str) -> None:
+    """Makes `model` recompute activations, in place. `choice`: the config choice of the model, for messages.
+
+    Call before the model is placed on the processes: FSDP gathers the weights of a block around its recomputation.
+    Raises `UserError` for a model or a parallel mode without support.
+    """
+    if setting == "none":
+        return
+    key = f"activation_checkpointing={setting}"
+    if not mode.traits.recomputes:
+        raise UserError(
+            f"{key}: parallel={mode.name} communicates between layers; use parallel=single, ddp or fsdp, or "
+            "activation_checkpointing=none"
+        )
+    if setting == "all":
+        if mode.state.sharding != "replicated":
+            raise UserError(
+                f"{key}: parallel={mode.name} gathers the weights block by block, a segment has several blocks; "
+                "use activation_checkpointing=blocks"
+            )
+        is_sequence = type(model).forward is nn.Sequential.forward
+        if not isinstance(model, nn.Sequential) or not is_sequence or len(_parts(model)) < 2:
+            raise UserError(f"{key}: {choice} is not a sequence of layers; use activation_checkpointing=blocks")
+        _mix_in(_Chain, model)
+        return
+    blocks = repeated_blocks(model)
+    if not blocks:
+        raise UserError(f"{key}: {choice} has no repeated blocks; use activation_checkpointing=all or none")
+    for block in blocks:
+        _mix_in(_Block, block)
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Returns the blocks of a model: the members of its attribute `blocks`, else its repeated modules.
+
+    Repeated modules are the outermost ones that have layers, are no containers, and whose class occurs at least twice.
+    """
+    members = getattr(model, "blocks", None)
+    if isinstance(members, nn.ModuleList | nn.Sequential):
+        return list(dict.fromkeys(members))
+    counts = Counter(type(module) for module in model.modules() if _has_layers(module))
+
+    def outermost(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if _has_layers(child) and counts[type(child)] > 1:
+                yield child
+            else:
+                yield from outermost(child)
+
+    return list(dict.fromkeys(outermost(model)))
+
+
+def _has_layers(module: nn.Module) -> bool:
+    is_container = type(module).forward in (kind.forward for kind in _CONTAINERS)
+    return not is_container and any(True for _ in module.children())
+
+
+def _parts(model: Iterable[nn.Module]) -> list[nn.Module]:
+    """Returns the layers of a sequence, in their order; those of nested plain sequences, too."""
+    return [part for child in model for part in (_parts(child) if type(child) is nn.Sequential else [child])]
+
+
+def _segments(model: Iterable[nn.Module]) -> list[list[nn.Module]]:
+    parts = _parts(model)
+    count = math.ceil(math.sqrt(len(parts)))
+    bounds = [len(parts) * index // count for index in range(count + 1)]
+    return [parts[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def _mix_in(mixin: type[Recomputed], module: nn.Module) -> None:
+    kind = type(module)
+    # The module of the class stays: dlopt knows by it whether a layer may have random numbers or host control flow.
+    module.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
