@@ -36,6 +36,7 @@ def check_combinations(experiment: Experiment) -> None:
     if "monitor" in experiment.stopping.arguments:
         _check_monitor("stopping.monitor", experiment.stopping.arguments["monitor"])
     _check_diagnostics(settings)
+    _check_evaluation(settings)
     if experiment.auto_lr and settings.scale_lr != "none":
         raise UserError(
             f"scale_lr={settings.scale_lr}: optimizer.lr=auto already chooses the learning rate for this batch size; "
@@ -108,6 +109,15 @@ def _check_diagnostics(settings: Settings) -> None:
         raise UserError(
             f"profile_steps=[{first},{last}]: too short, since the first update profiles memory and the others time; "
             f"set at least [{first},{first + 2}]"
+        )
+
+
+def _check_evaluation(settings: Settings) -> None:
+    every = settings.evaluate
+    if every.every_steps is not None and every.every_epochs != 1:
+        raise UserError(
+            f"evaluate.every_steps={every.every_steps} and evaluate.every_epochs={every.every_epochs}: exclude each "
+            "other; set evaluate.every_epochs=1 or evaluate.every_steps=null"
         )
 
 

@@ -21,6 +21,9 @@ class EvaluateSettings:
     metrics: Annotated[list[ExtraMetric], Role.PROTOCOL]
     tta: Annotated[Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"], Role.PROTOCOL]
     average: Annotated[Literal["probabilities", "logits"], Role.PROTOCOL]
+    # The defaults are for configs that were saved before these keys existed.
+    every_steps: Annotated[Count | None, Role.PROTOCOL] = None
+    samples: Annotated[Count | None, Role.PROTOCOL] = None
 
 
 @dataclass(frozen=True, kw_only=True)

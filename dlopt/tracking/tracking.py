@@ -104,7 +104,7 @@ class Tracking:
         sinks: Sequence[str],
         console: bool,
         log_every_steps: int | None = None,
-        resume_from: tuple[int, int] | None = None,
+        resume_from: tuple[float, int] | None = None,
     ) -> None:
         unknown = set(sinks) - set(SINKS)
         if unknown:
@@ -218,7 +218,7 @@ class Tracking:
         if self._console is not None:
             self._console.epoch(metrics, best, evaluation_seconds)
 
-    def rewind(self, epoch: int, step: int) -> None:
+    def rewind(self, epoch: float, step: int) -> None:
         """Removes what was written after `epoch` evaluated epochs and `step` updates: the run has rolled back there."""
         if self._metrics is not None:
             self._metrics.rewind(epoch, step)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import Dataset, Files, Samples
-from dlopt.data.splits import prepare
+from dlopt.data.splits import evaluation_subset, prepare
 from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.interruption import Interruption
@@ -195,12 +195,17 @@ def validation(
             raise UserError(
                 f"evaluate.metrics=[{names}]: needs a validation set; set data.val_split=0.1 or evaluate.metrics=[]"
             )
+        if (count := settings.evaluate.samples) is not None:
+            raise UserError(
+                f"evaluate.samples={count}: needs a validation set; set data.val_split=0.1 or evaluate.samples=null"
+            )
         for component, other in ((experiment.stopping, "stopping=none"), (experiment.schedule, "schedule=cosine")):
             if "monitor" in component.arguments:
                 raise UserError(f"{component.choice}: needs a validation set; set data.val_split=0.1 or {other}")
         return None
     extra = extra_metrics(experiment, workload.dataset, workload.loss)
-    batches = evaluation_batches(workload, samples)
+    count, seed = experiment.settings.evaluate.samples, experiment.data_settings.split_seed
+    batches = evaluation_batches(workload, evaluation_subset(samples, count, seed))
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
         with evaluation_weights(optimizer, average):
