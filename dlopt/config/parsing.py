@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dlopt.config.experiment import GROUPS, Experiment, Settings
+from dlopt.config.own_metrics import own_metrics
 from dlopt.config.rules import check_combinations
 from dlopt.config.schema import check_arguments, component, show, trusted_packages
 from dlopt.errors import UserError
@@ -53,6 +54,7 @@ def parse(
         grouping=components.pop("Grouping"),
         warmup=components.pop("Warmup"),
         config={**{key: to_save[key] for key in run_keys}, **{name: to_save[name] for name in GROUPS}},
+        own_metrics=own_metrics(settings.evaluate.metrics, packages),
         auto_lr=config["optimizer"].get("lr") == "auto",
         **components,
     )

@@ -18,7 +18,7 @@ ExtraMetric = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_a
 class EvaluateSettings:
     every_epochs: Annotated[Count, Role.PROTOCOL]
     test: Annotated[bool, Role.PROTOCOL]
-    metrics: Annotated[list[ExtraMetric], Role.PROTOCOL]
+    metrics: Annotated[list[ExtraMetric | str], Role.PROTOCOL]  # str: see `dlopt.config.own_metrics`
     tta: Annotated[Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"], Role.PROTOCOL]
     average: Annotated[Literal["probabilities", "logits"], Role.PROTOCOL]
     # The defaults are for configs that were saved before these keys existed.

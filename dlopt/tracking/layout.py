@@ -184,11 +184,20 @@ class EpochRows:
     """The epoch table, printed row by row. The best epoch so far is marked with `*`.
 
     `samples_per_step`: their mean, 0: unknown. `step`, `seconds`: where the run starts; > 0 if it was resumed.
+    `metrics`: keys of further columns.
     """
 
     def __init__(
-        self, epochs: int, *, samples_per_step: float = 0.0, unit: str = "samples", step: int = 0, seconds: float = 0.0
+        self,
+        epochs: int,
+        *,
+        samples_per_step: float = 0.0,
+        unit: str = "samples",
+        step: int = 0,
+        seconds: float = 0.0,
+        metrics: Iterable[str] = (),
     ) -> None:
+        self._titles = _titles(metrics)
         self._epochs, self._samples_per_step, self._unit = epochs, samples_per_step, unit
         self._last = (step, seconds)  # of the last row
 
@@ -196,7 +205,7 @@ class EpochRows:
         """Chooses the columns by the metrics of the first row, and the `width` of the terminal (None: unlimited)."""
         derived = {"epoch"} | ({"epoch_seconds"} if "seconds" in first else set())
         derived |= {"throughput"} if self._samples_per_step and "seconds" in first else set()
-        all_titles = {**_TITLES, "throughput": f"{self._unit}/s"}
+        all_titles = {**self._titles, "throughput": f"{self._unit}/s"}
         fraction = 0 if isinstance(first.get("epoch"), int) else len(".25")
         widths = {"epoch": 2 * len(str(self._epochs)) + 1 + fraction, **_WIDTHS}
         titles = {key: title for key, title in all_titles.items() if key in derived | first.keys()}
@@ -233,6 +242,15 @@ _TITLES = {  # column headers of the epoch table
     "lr": "lr", "epoch_seconds": "epoch time",
     "seconds": "total time", "throughput": "",
 }  # fmt: skip
+
+
+def _titles(metrics: Iterable[str]) -> dict[str, str]:
+    """Returns the titles of all columns: those of further `metrics` follow those of the validation."""
+    titles = list(_TITLES.items())
+    end = list(_TITLES).index("lr")
+    return dict([*titles[:end], *((key, key.replace("_", " ")) for key in metrics), *titles[end:]])
+
+
 _WIDTHS = {"step": 8, "lr": 9, "seconds": 7, "epoch_seconds": 7, "throughput": 8}  # characters; 9 for the others
 _STATUS_COLOURS = {"finished": "green", "stopped_early": "green", "interrupted": "yellow", "failed": "red"}
 

@@ -28,7 +28,6 @@ _CONTROL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]") 
 SINKS = ("tensorboard", "mlflow", "wandb")
 # TensorBoard's HParams table shows the first five metrics by name: `best/` comes before all the curves.
 _FINAL_TAGS = {
-    "test_loss": "test/loss", "test_accuracy": "test/accuracy",
     "best_val_loss": "best/val_loss", "best_val_accuracy": "best/val_accuracy",
 }  # fmt: skip
 
@@ -240,7 +239,8 @@ class Tracking:
 
         `draw` draws pictures and returns their paths by description. An error in it is only logged.
         """
-        scalars = {tag: float(summary[key]) for key, tag in _FINAL_TAGS.items() if _is_number(summary.get(key))}
+        tags = {key: key.replace("_", "/", 1) for key in summary if key.startswith("test_")} | _FINAL_TAGS
+        scalars = {tag: float(summary[key]) for key, tag in tags.items() if _is_number(summary.get(key))}
         for sink in self._sinks:
             if scalars:
                 sink.scalars(int(summary.get("steps", 0)), scalars)
