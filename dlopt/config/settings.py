@@ -3,8 +3,8 @@
 Imports no torch: the roles of keys are looked up without it.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from dlopt.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.roles import Role
@@ -93,3 +93,6 @@ class Settings:
     profile_steps: Annotated[tuple[Natural, Count], Role.WATCH]
     log_every_steps: Annotated[Count | None, Role.WATCH]
     published: Annotated[list[Published], Role.WATCH]
+    observers: Annotated[list[dict[str, Any]], Role.WATCH] = field(
+        default_factory=list
+    )  # see `Experiment.own_observers`

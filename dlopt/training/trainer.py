@@ -44,6 +44,7 @@ from dlopt.training.evaluate import Validate, check_crops, check_tta, reduction,
 from dlopt.training.metrics import MetricSum, sample_losses
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
+from dlopt.training.own_observers import OwnObservers
 from dlopt.training.progress import (
     Clock,
     Intervals,
@@ -115,8 +116,10 @@ def train_run(
             # Before the trainer is built: its weight average starts at the loaded weights.
             for line in load_weights(workload.module, Path(settings.init_from), mode):
                 tracking.message(line)
+        own = OwnObservers(run.experiment.own_observers) if is_shown and run.experiment.own_observers else None
         observers = () if observe is None else observe(workload, length, tracking, run.folder)
         trainer = build_trainer(workload, run.folder, batches, length, tracking, found_lr=found_lr, observers=observers)
+        trainer.own = own
         if state is not None:
             trainer.load_state_dict(state)
         log_header(run, workload, length, trainer.progress, tracking)
@@ -134,6 +137,8 @@ def train_run(
             tracking.message(f"{stop.reason}: stopped; {how}")
         elif settings.evaluate.test:
             summary |= _test_best(trainer, workload)
+        if own is not None:
+            own.at_end(summary)
         pictures = None
         if draw is not None and status != "interrupted":
             steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
@@ -281,6 +286,7 @@ class Trainer:
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
     progress: Progress = field(default_factory=Progress)
     graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None: they are
+    own: OwnObservers | None = None  # the user's observers
 
     @property
     def module(self) -> nn.Module:
@@ -322,6 +328,8 @@ class Trainer:
                         progress.step += 1
                         progress.position += 1
                         self.tracking.advance(progress.step)
+                        if self.own is not None and record.loss is not None:
+                            self.own.after_update(progress.step, record.loss, self.module)
                         if logs:
                             self.step.check_updates()  # before metrics that may be NaN are logged
                             self.tracking.step(progress.step, clock.metrics(float(self.step.rate), record.norm))
@@ -404,6 +412,8 @@ class Trainer:
                 improved = self.best.update(metrics)
                 self.step.schedule.update(metrics)
             self.tracking.epoch(metrics, best=improved, evaluation_seconds=evaluation_seconds)
+            if self.own is not None:
+                self.own.after_evaluation(metrics)
         # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch.
         every = intervals.save_every_epochs
         save_due = every is not None and epoch % every == 0 if ends_epoch else self._is_save_due()
