@@ -58,7 +58,8 @@ def compute(functions: Mapping[str, OwnMetric], outputs: Tensor, targets: Tensor
 
 
 def _value(function: OwnMetric, outputs: Tensor, targets: Tensor) -> float:
-    setting = f"evaluate.metrics={function.__module__}.{function.__name__}"
+    name = getattr(function, "__name__", type(function).__name__)
+    setting = f"evaluate.metrics={function.__module__}.{name}"
     try:
         value = function(outputs, targets)
     except Exception as error:

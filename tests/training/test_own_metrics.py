@@ -30,9 +30,6 @@ def test_equals_the_function_of_all_outputs(tmp_path: Path) -> None:
     """Of validation and test; the best model's line is the one of the epoch with the best monitored metric."""
     summary = start(tmp_path, *CASE, "monitor=val_mean_rank_score", "stopping=early")
     lines = metrics(tmp_path)
-    assert [line["val_mean_rank_score"] for line in lines] == pytest.approx(
-        sorted(line["val_mean_rank_score"] for line in lines), abs=2
-    )
     best = max(lines, key=lambda line: line["val_mean_rank_score"])
     assert (summary["best_epoch"], summary["best_val_mean_rank_score"]) == (best["epoch"], best["val_mean_rank_score"])
     workload = loaded(tmp_path, *CASE)
