@@ -206,7 +206,7 @@ class EpochRows:
         derived = {"epoch"} | ({"epoch_seconds"} if "seconds" in first else set())
         derived |= {"throughput"} if self._samples_per_step and "seconds" in first else set()
         all_titles = {**self._titles, "throughput": f"{self._unit}/s"}
-        fraction = 0 if isinstance(first.get("epoch"), int) else len(".25")
+        fraction = len(".25") if isinstance(first.get("epoch"), float) else 0
         widths = {"epoch": 2 * len(str(self._epochs)) + 1 + fraction, **_WIDTHS}
         titles = {key: title for key, title in all_titles.items() if key in derived | first.keys()}
         self._widths = {key: max(widths.get(key, 9), len(title)) for key, title in titles.items()}
