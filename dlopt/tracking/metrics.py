@@ -130,7 +130,8 @@ class MetricsFile:
         self._path = folder / METRICS
         self._file = AppendFile(self._path, warn)
         self._warn = warn
-        self._truncate(*(resume_from or (0, 0)), "lines after the checkpoint")
+        epoch, step = resume_from or (0, 0)
+        self._truncate(epoch, step, "lines after the checkpoint")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._file.write(to_json(metrics).encode() + b"\n")
