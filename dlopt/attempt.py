@@ -183,20 +183,20 @@ def _load(resume: str) -> dict[str, Any]:
         raise UserError(f"resume={resume}: {reason}{'' if 'init_from' in reason else hint}") from None
 
 
-def _copy_history(source: RunFolder, target: RunFolder, best_epoch: int | None) -> None:
+def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None) -> None:
     """Copies the metrics and the best model of a run that is resumed in another folder.
 
     Tracking removes the metrics after the checkpoint. The best model is copied only if it is that of the checkpoint,
     not one of a later epoch.
     """
     from dlopt.training import sharded
-    from dlopt.training.checkpoint import Checkpoints, load
+    from dlopt.training.checkpoint import Checkpoints, evaluated_epoch, load
 
     if (source.path / "metrics.jsonl").is_file():
         shutil.copy(source.path / "metrics.jsonl", target.path / "metrics.jsonl")
     best = Checkpoints(source.checkpoints).best
     with contextlib.suppress(UserError):
-        if best_epoch is not None and load(best)["progress"]["epoch"] == best_epoch:
+        if best_epoch is not None and evaluated_epoch(load(best)["progress"]) == best_epoch:
             target.checkpoints.mkdir(exist_ok=True)
             sharded.copy(best, target.checkpoints)
             for path in (best.with_name(f"{best.name}.sha256"), best):

@@ -22,6 +22,11 @@ def format_percent(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{100 * value:.2f} %"
 
 
+def format_epoch_number(epoch: float) -> str:
+    """3; within an epoch 2.25."""
+    return str(epoch) if isinstance(epoch, int) else f"{epoch:.2f}"
+
+
 def format_lr(value: float | None) -> str:
     """Four significant digits, no trailing zeros."""
     return "-" if value is None else f"{value:.4g}"

@@ -112,7 +112,7 @@ def _evaluate_checkpoints(
     tested = test(paths, _restored(paths, states, experiments, mode), average, views, tta)
     if not mode.ranks.is_main:
         return DONE
-    names, epochs = [str(path) for path in paths], [state["progress"]["epoch"] for state in states]
+    names, epochs = [str(path) for path in paths], [_epoch(state["progress"]) for state in states]
     is_one = len(paths) == 1
     source = {"checkpoint": names[0], "epoch": epochs[0]} if is_one else {"checkpoint": names, "epoch": epochs}
     record = _record(source, tta, views, None if views is None and is_one else tested.average)
@@ -175,9 +175,16 @@ def _finish(record: dict[str, Any], tested: "Tested", folder: Path | str | None,
                 picture = reconstructions.write(alone, Path(folder))
             written |= {} if picture is None else {"reconstructions": picture}
         lines += [f"{name}: {path}" for name, path in written.items()]
-    epoch = {"best_epoch": record["epoch"]} if isinstance(record.get("epoch"), int) else {}
+    epoch = {"best_epoch": record["epoch"]} if isinstance(record.get("epoch"), int | float) else {}
     ConsoleView().finish({"status": "tested", **epoch, **report.metrics}, lines)
     return DONE
+
+
+def _epoch(progress: Mapping[str, Any]) -> float:
+    """Returns the completed epochs of a checkpoint; of the best model of an evaluation within an epoch, a fraction."""
+    from dlopt.training.checkpoint import evaluated_epoch
+
+    return max(progress["epoch"], evaluated_epoch(progress))
 
 
 def _views(tta: str, changes: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """The checked experiment: one component per config group, the keys that a group's choices share, the run's settings."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -62,4 +62,6 @@ class Experiment:
     stopping: Component
     parallel: Component
     config: Mapping[str, Any] = field(repr=False)  # as saved: resolved, except for values from environment variables
+    own_metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # of evaluate.metrics, by name
+    own_observers: Sequence[Component] = ()
     auto_lr: bool = False  # optimizer.lr=auto: a learning-rate range test runs first

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from dlopt.config.experiment import GROUPS, Experiment, Settings
+from dlopt.config.own_metrics import own_metrics
+from dlopt.config.own_observers import own_observers
 from dlopt.config.rules import check_combinations
 from dlopt.config.schema import check_arguments, component, show, trusted_packages
 from dlopt.errors import UserError
@@ -25,7 +27,9 @@ def parse(
     if isinstance(config.get("experiment"), Mapping):
         raise UserError("experiment: the first line of a recipe's file must be `# @package _global_`")
     run_keys = {key: value for key, value in config.items() if key not in GROUPS}
-    settings = Settings(**check_arguments("", Settings, run_keys, related=tuple(GROUPS)))
+    entries = run_keys.get("observers", [])
+    plain = {**run_keys, "observers": []} if isinstance(entries, list) else run_keys  # components: checked below
+    settings = Settings(**check_arguments("", Settings, plain, related=tuple(GROUPS)))
     packages = (*trusted_packages(), *settings.allow_packages)
     find_local_packages(settings.allow_packages)
     components: dict[str, Any] = {}
@@ -53,6 +57,8 @@ def parse(
         grouping=components.pop("Grouping"),
         warmup=components.pop("Warmup"),
         config={**{key: to_save[key] for key in run_keys}, **{name: to_save[name] for name in GROUPS}},
+        own_metrics=own_metrics(settings.evaluate.metrics, packages),
+        own_observers=own_observers(entries, packages),
         auto_lr=config["optimizer"].get("lr") == "auto",
         **components,
     )

@@ -1,6 +1,7 @@
 """Checks combinations of settings. Each message names the key, its value, and which key to change."""
 
 import os
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +11,7 @@ from dlopt.config.experiment import Experiment, Settings
 from dlopt.config.schema import Component
 from dlopt.errors import UserError, did_you_mean, install
 from dlopt.init import default
+from dlopt.metric_names import HIGHER, LOWER, has_direction
 from dlopt.optim.traits import is_schedule_free
 
 _MAX_NAME = 100
@@ -32,10 +34,13 @@ def check_combinations(experiment: Experiment) -> None:
     if settings.dry_run and settings.resume is not None:
         raise UserError(f"dry_run=true: estimates a whole run, not the rest of one; leave out resume={settings.resume}")
     _check_tracking(settings.tracking)
-    _check_monitor("monitor", settings.monitor)
+    _check_monitor("monitor", settings.monitor, experiment.own_metrics)
     if "monitor" in experiment.stopping.arguments:
-        _check_monitor("stopping.monitor", experiment.stopping.arguments["monitor"])
+        _check_monitor("stopping.monitor", experiment.stopping.arguments["monitor"], experiment.own_metrics)
+    if (monitor := experiment.schedule.arguments.get("monitor")) in [f"val_{name}" for name in experiment.own_metrics]:
+        _check_monitor("schedule.monitor", monitor, experiment.own_metrics)
     _check_diagnostics(settings)
+    _check_evaluation(settings)
     if experiment.auto_lr and settings.scale_lr != "none":
         raise UserError(
             f"scale_lr={settings.scale_lr}: optimizer.lr=auto already chooses the learning rate for this batch size; "
@@ -111,8 +116,24 @@ def _check_diagnostics(settings: Settings) -> None:
         )
 
 
-def _check_monitor(key: str, monitor: str) -> None:
-    allowed = (*_MONITORS, *_EXTRA)
+def _check_evaluation(settings: Settings) -> None:
+    every = settings.evaluate
+    if every.every_steps is not None and every.every_epochs != 1:
+        raise UserError(
+            f"evaluate.every_steps={every.every_steps} and evaluate.every_epochs={every.every_epochs}: exclude each "
+            "other; set evaluate.every_epochs=1 or evaluate.every_steps=null"
+        )
+
+
+def _check_monitor(key: str, monitor: str, own: Iterable[str] = ()) -> None:
+    own = [f"val_{name}" for name in own]
+    allowed = (*_MONITORS, *_EXTRA, *own)
+    if monitor in own and not has_direction(monitor):
+        higher, lower = (", ".join(f"_{word}" for word in words) for words in (HIGHER, LOWER))
+        raise UserError(
+            f"{key}={monitor}: whether a larger value is better must follow from the name of the function; let it end "
+            f"in one of {higher} (larger) or {lower} (smaller)"
+        )
     if monitor not in allowed and not monitor.startswith(_CLASS):
         raise UserError(
             f"{key}={monitor}: there is no validation metric of this name; {did_you_mean(monitor, allowed)}"

@@ -3,8 +3,8 @@
 Imports no torch: the roles of keys are looked up without it.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from dlopt.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.roles import Role
@@ -19,9 +19,12 @@ ExtraMetric = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_a
 class EvaluateSettings:
     every_epochs: Annotated[Count, Role.PROTOCOL]
     test: Annotated[bool, Role.PROTOCOL]
-    metrics: Annotated[list[ExtraMetric], Role.PROTOCOL]
+    metrics: Annotated[list[ExtraMetric | str], Role.PROTOCOL]  # str: see `dlopt.config.own_metrics`
     tta: Annotated[Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"], Role.PROTOCOL]
     average: Annotated[Literal["probabilities", "logits"], Role.PROTOCOL]
+    # The defaults are for configs that were saved before these keys existed.
+    every_steps: Annotated[Count | None, Role.PROTOCOL] = None
+    samples: Annotated[Count | None, Role.PROTOCOL] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +95,6 @@ class Settings:
     profile_steps: Annotated[tuple[Natural, Count], Role.WATCH]
     log_every_steps: Annotated[Count | None, Role.WATCH]
     published: Annotated[list[Published], Role.WATCH]
+    observers: Annotated[list[dict[str, Any]], Role.WATCH] = field(
+        default_factory=list
+    )  # see `Experiment.own_observers`

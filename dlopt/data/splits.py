@@ -17,7 +17,7 @@ from dlopt.processor import available_memory
 from dlopt.random import generator
 
 MEMORY_FRACTION = 0.25  # of the free memory, main or GPU, that data.memory=auto may fill with samples
-_SUBSET, _VAL, _NOISE = 1, 2, 3  # RNG streams: subset, validation split and noise are drawn independently
+_SUBSET, _VAL, _NOISE, _EVALUATED = 1, 2, 3, 4  # RNG streams: each is drawn independently of the others
 
 
 def prepare(
@@ -84,6 +84,26 @@ def prepare(
         train = materialize(train, worker_count(settings.workers, train, processes))
         val = None if val is None else materialize(val, worker_count(settings.workers, val, processes))
     return replace(dataset, train=train, val=val, test=test, in_memory=in_memory)
+
+
+def evaluation_subset(val: Samples, count: int | None, seed: int) -> Samples:
+    """Returns `count` of the validation samples, with their class proportions; None: all. The order is that of `val`.
+
+    A function of `seed` (`data.split_seed`) and of the samples only: all ranks and modes draw the same. Raises
+    `UserError`.
+    """
+    if count is None:
+        return val
+    if count > len(val):
+        raise UserError(f"evaluate.samples={count}: the validation set has only {len(val):,} samples; null: all")
+    classes = 1 if val.targets.is_floating_point() else len(val.targets.unique())
+    if count < classes:
+        raise UserError(
+            f"evaluate.samples={count}: {count} samples cannot include one of each of the {classes} classes; "
+            f"use at least {classes}"
+        )
+    selected, _ = split(val, count, seed, _EVALUATED)
+    return val.select(selected)
 
 
 def corrupted(targets: Tensor, classes: int, settings: DataSettings) -> Tensor:

@@ -23,6 +23,7 @@ class Ranks:
     processes = 1
     local_processes = 1  # on this machine; they share its cores
     is_main = True  # writes files and prints
+    counts = True  # whether sums over ranks include this one; false: another rank has the same values
 
     def sum(self, values: Sequence[float]) -> Sequence[float]:
         """Returns the elementwise sums over ranks. Values that the ranks of a model group share count once."""
@@ -50,10 +51,7 @@ class Ranks:
 
 
 class GroupRanks(Ranks):
-    """The ranks of a process group.
-
-    `counts`: whether sums over ranks include this one; false: another rank has the same values.
-    """
+    """The ranks of a process group."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group

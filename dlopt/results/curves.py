@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.files import read_json, write_atomically
-from dlopt.formats import format_metric
+from dlopt.formats import format_epoch_number, format_metric
 from dlopt.results import drawing
 from dlopt.tracking import read_metrics, read_summary
 
@@ -76,10 +76,11 @@ def _title(summary: Mapping[str, Any], choices: Mapping[str, str]) -> str:
     return ": ".join(text for text in (run, result) if text)
 
 
-def _mark_best(axes: "Axes", history: Sequence[Mapping[str, Any]], epoch: int | None, name: str) -> None:
+def _mark_best(axes: "Axes", history: Sequence[Mapping[str, Any]], epoch: float | None, name: str) -> None:
     best = [line for line in history if line["epoch"] == epoch]
     if epoch is not None and best and not math.isnan(value := _values(best, f"val_{name}")[0]):
-        axes.plot([epoch], [value], "*", color=drawing.COLOURS[1], markersize=11, label=f"best: epoch {epoch}")
+        label = f"best: epoch {format_epoch_number(epoch)}"
+        axes.plot([epoch], [value], "*", color=drawing.COLOURS[1], markersize=11, label=label)
 
 
 def _values(history: Sequence[Mapping[str, Any]], key: str) -> list[float]:

@@ -312,7 +312,7 @@ class Search(JobSource):
             return False
         self._logged |= metrics.keys()
         value = metrics.get(self._spec.pruning_metric)
-        if not _is_number(value):
+        if not _is_number(value) or isinstance(metrics["epoch"], float):  # pruners compare jobs at ends of epochs
             return False
         # The pruner compares in the direction of the objective.
         value = -float(value) if self._spec.negate_pruning_metric else float(value)

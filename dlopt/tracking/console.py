@@ -225,7 +225,12 @@ class ConsoleView(Screen):
         """Shows the header and starts the display; `facts`: see `layout.header_rows`."""
         per_step, unit = (facts.get("train") or 0) / max(facts["steps_per_epoch"], 1), facts.get("unit", "samples")
         self._rows = layout.EpochRows(
-            facts["epochs"], samples_per_step=per_step, unit=unit, step=first_step, seconds=seconds
+            facts["epochs"],
+            samples_per_step=per_step,
+            unit=unit,
+            step=first_step,
+            seconds=seconds,
+            metrics=facts.get("metrics", ()),
         )
         self._print_block(layout.header(config, choices, facts), Text(""))
         if not self.terminal:

@@ -19,6 +19,7 @@ from dlopt.folders import SHELL_FOLDER
 from dlopt.formats import (
     format_count,
     format_duration,
+    format_epoch_number,
     format_lr,
     format_metric,
     format_number,
@@ -86,8 +87,8 @@ def header_rows(
     """Summarizes a run: overrides, data, model, optimizer and schedule, length and device, folder.
 
     `facts`: what the config does not contain: `overrides` (of the command line), `parameters`, `trainable`, `train`,
-    `val`, `test` (samples), `unit` (of their counts), `inputs` (3x32x32, 10 classes), `epochs`, `steps_per_epoch`,
-    `steps`, `device`, `precision`, `threads`, `folder`. Empty rows are left out.
+    `val`, `test` (samples), `all_val` (if `val` is a subset), `unit` (of their counts), `inputs` (3x32x32, 10 classes),
+    `epochs`, `steps_per_epoch`, `steps`, `device`, `precision`, `threads`, `folder`. Empty rows are left out.
     """
     names, values = choices_of_groups(config, choices), settings(config)
 
@@ -98,6 +99,8 @@ def header_rows(
         return [f"{group} {names[group]}" for group in groups if names.get(group, "none") not in ("none", "default")]
 
     samples = [f"{facts[split]:,} {split}" for split in ("train", "val", "test") if facts.get(split)]
+    if (all_val := facts.get("all_val")) is not None:  # evaluate.samples
+        samples = [text.replace(" val", f" of {all_val:,} val") for text in samples]
     unit = facts.get("unit", "images")
     if samples and unit not in ("images", "samples"):
         samples[-1] += f" {unit}"
@@ -164,7 +167,7 @@ def _device(facts: Mapping[str, Any]) -> list[str]:
 
 def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
     """Formats an evaluated epoch as one line without a table header, for train.log."""
-    texts = [f"epoch {metrics['epoch']}/{epochs}"]
+    texts = [f"epoch {format_epoch_number(metrics['epoch'])}/{epochs}"]
     for split in ("train", "val"):
         if (loss := metrics.get(f"{split}_loss")) is not None:
             accuracy = metrics.get(f"{split}_accuracy")
@@ -181,11 +184,20 @@ class EpochRows:
     """The epoch table, printed row by row. The best epoch so far is marked with `*`.
 
     `samples_per_step`: their mean, 0: unknown. `step`, `seconds`: where the run starts; > 0 if it was resumed.
+    `metrics`: keys of further columns.
     """
 
     def __init__(
-        self, epochs: int, *, samples_per_step: float = 0.0, unit: str = "samples", step: int = 0, seconds: float = 0.0
+        self,
+        epochs: int,
+        *,
+        samples_per_step: float = 0.0,
+        unit: str = "samples",
+        step: int = 0,
+        seconds: float = 0.0,
+        metrics: Iterable[str] = (),
     ) -> None:
+        self._titles = _titles(metrics)
         self._epochs, self._samples_per_step, self._unit = epochs, samples_per_step, unit
         self._last = (step, seconds)  # of the last row
 
@@ -193,8 +205,9 @@ class EpochRows:
         """Chooses the columns by the metrics of the first row, and the `width` of the terminal (None: unlimited)."""
         derived = {"epoch"} | ({"epoch_seconds"} if "seconds" in first else set())
         derived |= {"throughput"} if self._samples_per_step and "seconds" in first else set()
-        all_titles = {**_TITLES, "throughput": f"{self._unit}/s"}
-        widths = {"epoch": 2 * len(str(self._epochs)) + 1, **_WIDTHS}
+        all_titles = {**self._titles, "throughput": f"{self._unit}/s"}
+        fraction = len(".25") if isinstance(first.get("epoch"), float) else 0
+        widths = {"epoch": 2 * len(str(self._epochs)) + 1 + fraction, **_WIDTHS}
         titles = {key: title for key, title in all_titles.items() if key in derived | first.keys()}
         self._widths = {key: max(widths.get(key, 9), len(title)) for key, title in titles.items()}
         # A narrow terminal drops columns in this order.
@@ -215,7 +228,7 @@ class EpochRows:
 
     def _cell(self, key: str, value: Any) -> str:
         if key == "epoch":
-            return f"{value}/{self._epochs}"
+            return f"{format_epoch_number(value)}/{self._epochs}"
         if key == "throughput":
             return "-" if value is None else f"{value:,.0f}"
         if key in ("seconds", "epoch_seconds") and value is not None:
@@ -229,6 +242,15 @@ _TITLES = {  # column headers of the epoch table
     "lr": "lr", "epoch_seconds": "epoch time",
     "seconds": "total time", "throughput": "",
 }  # fmt: skip
+
+
+def _titles(metrics: Iterable[str]) -> dict[str, str]:
+    """Returns the titles of all columns: those of further `metrics` follow those of the validation."""
+    titles = list(_TITLES.items())
+    end = list(_TITLES).index("lr")
+    return dict([*titles[:end], *((key, key.replace("_", " ")) for key in metrics), *titles[end:]])
+
+
 _WIDTHS = {"step": 8, "lr": 9, "seconds": 7, "epoch_seconds": 7, "throughput": 8}  # characters; 9 for the others
 _STATUS_COLOURS = {"finished": "green", "stopped_early": "green", "interrupted": "yellow", "failed": "red"}
 
@@ -255,12 +277,13 @@ def format_result(summary: Mapping[str, Any]) -> Group:
     if not names:
         return Group(line)
     best_epoch = summary.get("best_epoch")
+    epoch = [] if best_epoch is None else [format_epoch_number(best_epoch)]
     titles = [name.replace("_", " ") for name in names]
-    table = plain_table(left=[""], right=titles if best_epoch is None else [*titles, "epoch"])
+    table = plain_table(left=[""], right=[*titles, "epoch"] if epoch else titles)
     for split, row in metrics.items():
         if row:
             cells = [format_metric(name, row.get(name)) for name in names]
-            table.add_row(Text(split, "bold"), *cells, *([] if best_epoch is None else [str(best_epoch)]))
+            table.add_row(Text(split, "bold"), *cells, *epoch)
     return Group(line, Text(""), FittedTable(table))
 
 

@@ -126,22 +126,23 @@ class MetricsFile:
     None: a new run, which starts with an empty file.
     """
 
-    def __init__(self, folder: Path, resume_from: tuple[int, int] | None, warn: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, resume_from: tuple[float, int] | None, warn: Callable[[str], None]) -> None:
         self._path = folder / METRICS
         self._file = AppendFile(self._path, warn)
         self._warn = warn
-        self._truncate(*(resume_from or (0, 0)), "lines after the checkpoint")
+        epoch, step = resume_from or (0, 0)
+        self._truncate(epoch, step, "lines after the checkpoint")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._file.write(to_json(metrics).encode() + b"\n")
         self._file.flush()
 
-    def rewind(self, epoch: int, step: int) -> None:
+    def rewind(self, epoch: float, step: int) -> None:
         """Removes the lines after `epoch` evaluated epochs or `step` updates."""
         self._file.close()  # the atomic write replaces the file: reopen it for the next line
         self._truncate(epoch, step, f"lines after update {step}")
 
-    def _truncate(self, epoch: int, step: int, lines: str) -> None:
+    def _truncate(self, epoch: float, step: int, lines: str) -> None:
         """Also removes an incomplete last line."""
         try:
             data = self._path.read_bytes() if self._path.exists() else b""

@@ -28,7 +28,6 @@ _CONTROL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]") 
 SINKS = ("tensorboard", "mlflow", "wandb")
 # TensorBoard's HParams table shows the first five metrics by name: `best/` comes before all the curves.
 _FINAL_TAGS = {
-    "test_loss": "test/loss", "test_accuracy": "test/accuracy",
     "best_val_loss": "best/val_loss", "best_val_accuracy": "best/val_accuracy",
 }  # fmt: skip
 
@@ -104,7 +103,7 @@ class Tracking:
         sinks: Sequence[str],
         console: bool,
         log_every_steps: int | None = None,
-        resume_from: tuple[int, int] | None = None,
+        resume_from: tuple[float, int] | None = None,
     ) -> None:
         unknown = set(sinks) - set(SINKS)
         if unknown:
@@ -218,7 +217,7 @@ class Tracking:
         if self._console is not None:
             self._console.epoch(metrics, best, evaluation_seconds)
 
-    def rewind(self, epoch: int, step: int) -> None:
+    def rewind(self, epoch: float, step: int) -> None:
         """Removes what was written after `epoch` evaluated epochs and `step` updates: the run has rolled back there."""
         if self._metrics is not None:
             self._metrics.rewind(epoch, step)
@@ -240,7 +239,8 @@ class Tracking:
 
         `draw` draws pictures and returns their paths by description. An error in it is only logged.
         """
-        scalars = {tag: float(summary[key]) for key, tag in _FINAL_TAGS.items() if _is_number(summary.get(key))}
+        tags = {key: key.replace("_", "/", 1) for key in summary if key.startswith("test_")} | _FINAL_TAGS
+        scalars = {tag: float(summary[key]) for key, tag in tags.items() if _is_number(summary.get(key))}
         for sink in self._sinks:
             if scalars:
                 sink.scalars(int(summary.get("steps", 0)), scalars)

@@ -174,11 +174,11 @@ class Checkpoints:
                 _remove(path)
         return prefix
 
-    def has_best(self, epoch: int) -> bool:
+    def has_best(self, epoch: float) -> bool:
         """Returns whether best.pt exists and is of this epoch: a run may resume from a checkpoint before its best."""
         self.wait()
         progress = sharded.load_without_shards(self.best).get("progress") or {}
-        return self.best.exists() and progress.get("epoch", epoch) == epoch  # without it, the file is damaged
+        return self.best.exists() and (not progress or evaluated_epoch(progress) == epoch)  # without it: damaged
 
     @disk_in_use()
     def restore_best(self, state: dict[str, Any]) -> None:
@@ -287,6 +287,15 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:
         damage = f"the shards cannot be read: {reason(error)}"
     raise UserError(f"checkpoint={path}: {damage}")
+
+
+def evaluated_epoch(progress: Mapping[str, Any]) -> float:
+    """Returns the latest evaluated epoch of a checkpoint, a fraction within an epoch.
+
+    An older dlopt has no such key, and evaluates at the end of epochs only.
+    """
+    evaluated: float = progress.get("evaluated", progress["epoch"])
+    return evaluated
 
 
 def is_intact(path: Path) -> bool:

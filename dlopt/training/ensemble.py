@@ -1,6 +1,6 @@
 """Tests one model, or the average of several (an ensemble), on the test set."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dlopt.training.evaluate import (
     report,
     unlabelled_report,
 )
+from dlopt.training.own_metrics import OwnMetric
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class _Predictions:
     classes: tuple[str, ...] | None
     loss: nn.Module
     task: Task
+    own_metrics: Mapping[str, OwnMetric]
     batches: Sequence[Outputs]
 
     def check_matches(self, first: "_Predictions") -> None:
@@ -75,11 +77,12 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
         if not workload.task.has_labels:
             return Tested(unlabelled_report(workload, tta=tta, members=len(paths)), chosen, None, workload)
         batches = predict_test_set(workload, views, chosen)
-        models.append(_Predictions(path, chosen, workload.dataset.classes, workload.loss, workload.task, batches))
+        own = workload.experiment.own_metrics
+        models.append(_Predictions(path, chosen, workload.dataset.classes, workload.loss, workload.task, own, batches))
         models[-1].check_matches(models[0])
     first = models[0]
     combined = _combine([model.batches for model in models], first.average)
-    return Tested(report(combined, first.loss, first.task), first.average, first.classes)
+    return Tested(report(combined, first.loss, first.task, first.own_metrics), first.average, first.classes)
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:

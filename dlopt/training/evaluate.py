@@ -2,8 +2,9 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import Dataset, Files, Samples
-from dlopt.data.splits import prepare
+from dlopt.data.splits import evaluation_subset, prepare
 from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.interruption import Interruption
@@ -34,7 +35,10 @@ from dlopt.training.metrics import (
     extra_metrics,
     f1_scores,
 )
+from dlopt.training.own_metrics import OwnMetric, OwnMetrics, compute
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
+
+Accumulator = ExtraMetrics | OwnMetrics
 
 
 @torch.inference_mode()
@@ -48,7 +52,7 @@ def evaluate(
     prefix: str,
     interruption: object = None,
     reduce: Reduce | None = None,
-    extra: ExtraMetrics | None = None,
+    extra: Sequence[Accumulator] = (),
 ) -> dict[str, float] | None:
     """Computes sample-weighted means over `batches`: {prefix}_loss, {prefix}_accuracy (of classes), `extra` metrics.
 
@@ -74,16 +78,18 @@ def evaluate(
                 if extra is not None or not chunked:
                     outputs = _promoted(outputs)
                 metrics.add(metrics.measure(loss(outputs, targets), outputs, targets))
-                if extra is not None:
-                    extra.add(outputs, targets)
+                for each in extra:
+                    each.add(outputs, targets)
             else:
                 metrics.add(Measured.of_no_samples(outputs.sum()))
             if interruption:
                 return None
     finally:
         module.train(modes[0]), loss.train(modes[1])
-    extra_means = {} if extra is None else extra.means(reduce)
-    return metrics.means(prefix) | {f"{prefix}_{name}": value for name, value in extra_means.items()}
+    means = metrics.means(prefix)
+    for each in extra:
+        means |= {f"{prefix}_{name}": value for name, value in each.means(reduce).items()}
+    return means
 
 
 Average = Literal["probabilities", "logits"]
@@ -107,8 +113,10 @@ class TestReport:
         return [without_nan(dict(zip(names, row, strict=True))) for row in rows]
 
 
-def report(batches: Sequence[Outputs], loss: nn.Module, task: Task) -> TestReport:
-    """Computes all test metrics of outputs; loss and accuracy equal those in the summary of a run."""
+def report(
+    batches: Sequence[Outputs], loss: nn.Module, task: Task, own: Mapping[str, OwnMetric] = MappingProxyType({})
+) -> TestReport:
+    """Computes all test metrics of outputs; loss, accuracy and `own` metrics equal those in a run's summary."""
     accumulator = MetricSum(task)
     with torch.inference_mode():
         loss.eval()
@@ -118,6 +126,8 @@ def report(batches: Sequence[Outputs], loss: nn.Module, task: Task) -> TestRepor
     if not task.has_labels:
         return TestReport(metrics, None)
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
+    with torch.inference_mode():
+        own_values = {f"test_{name}": value for name, value in compute(own, outputs, targets).items()}
     classes, confusion = task.classes, None
     extra: ExtraMetrics
     if classes is None:
@@ -129,7 +139,7 @@ def report(batches: Sequence[Outputs], loss: nn.Module, task: Task) -> TestRepor
         confusion = confusion_matrix(targets, outputs.argmax(1), classes).cpu()
     extra.add(outputs, targets)
     means = extra.means(None)
-    return TestReport(metrics | {f"test_{name}": means[name] for name in names}, confusion)
+    return TestReport(metrics | {f"test_{name}": means[name] for name in names} | own_values, confusion)
 
 
 def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> TestReport:
@@ -198,16 +208,21 @@ def validation(
             raise UserError(
                 f"evaluate.metrics=[{names}]: needs a validation set; set data.val_split=0.1 or evaluate.metrics=[]"
             )
+        if (count := settings.evaluate.samples) is not None:
+            raise UserError(
+                f"evaluate.samples={count}: needs a validation set; set data.val_split=0.1 or evaluate.samples=null"
+            )
         for component, other in ((experiment.stopping, "stopping=none"), (experiment.schedule, "schedule=cosine")):
             if "monitor" in component.arguments:
                 raise UserError(f"{component.choice}: needs a validation set; set data.val_split=0.1 or {other}")
         return None
     extra = extra_metrics(experiment, workload.dataset, workload.loss)
-    batches = evaluation_batches(workload, samples)
+    count, seed = experiment.settings.evaluate.samples, experiment.data_settings.split_seed
+    batches = evaluation_batches(workload, evaluation_subset(samples, count, seed))
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
         with evaluation_weights(optimizer, average):
-            return _evaluate(workload, _reporting(batches, on_batch), "val", interruption, extra and extra())
+            return _evaluate(workload, _reporting(batches, on_batch), "val", interruption, [extra()] if extra else ())
 
     return validate
 
@@ -219,12 +234,17 @@ def _reporting(batches: Batches, on_batch: Callable[[int, int], None]) -> Iterat
         on_batch(done, len(batches))
 
 
+def _own_metrics(workload: Workload) -> list[OwnMetrics]:
+    functions = workload.experiment.own_metrics
+    return [OwnMetrics(functions, workload.parallel.ranks)] if functions else []
+
+
 def _evaluate(
     workload: Workload,
     batches: Iterable[Batch],
     prefix: str,
     interruption: Interruption | None = None,
-    extra: ExtraMetrics | None = None,
+    extra: Sequence[Accumulator] = (),
 ) -> dict[str, float] | None:
     module, model = workload.module, workload.precision.autocast(workload.model)
     with norm_statistics(workload, module, model, interruption):
@@ -237,7 +257,7 @@ def _evaluate(
             prefix=prefix,
             interruption=None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption),
             reduce=reduction(workload),
-            extra=extra,
+            extra=[*extra, *_own_metrics(workload)],
         )
 
 
@@ -251,8 +271,10 @@ def test_metrics(workload: Workload, on_batch: Callable[[int, int], None] | None
     settings = workload.experiment.settings.evaluate
     if settings.tta != "none":
         outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload))
-        metrics = report(outputs, workload.loss, workload.task).metrics
-        return {name: metrics[name] for name in ("test_loss", "test_accuracy") if name in metrics}
+        own = workload.experiment.own_metrics
+        metrics = report(outputs, workload.loss, workload.task, own).metrics
+        names = ("test_loss", "test_accuracy", *(f"test_{name}" for name in own))
+        return {name: metrics[name] for name in names if name in metrics}
     batches = evaluation_batches(workload, workload.dataset.test)
     return _evaluate(workload, _reporting(batches, on_batch) if on_batch else batches.epoch(0), "test") or {}
 

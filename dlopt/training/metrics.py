@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.config.experiment import Experiment
+from dlopt.config.own_metrics import BUILT_IN
 from dlopt.config.rules import extra_metric
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
@@ -268,9 +269,12 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
         if "monitor" in component.arguments:
             monitors[f"{key}.monitor"] = component.arguments["monitor"]
     _check_target(experiment, task)
-    requested: dict[str, str] = {name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics}
+    requested: dict[str, str] = {
+        name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics if name in BUILT_IN
+    }
     of_loss = [f"val_{name}" for name in task.loss_metrics(0.0)]
-    logged = ["auto", "val_loss", *of_loss, *([] if task.classes is None else [f"val_{task.accuracy}"])]
+    own = [f"val_{name}" for name in experiment.own_metrics]
+    logged = ["auto", "val_loss", *of_loss, *own, *([] if task.classes is None else [f"val_{task.accuracy}"])]
     for key, monitor in monitors.items():
         if monitor in logged:
             continue
@@ -297,7 +301,8 @@ def _check_target(experiment: Experiment, task: Task) -> None:
     target, monitor = experiment.stopping.arguments["value"], experiment.stopping.arguments["monitor"]
     if monitor == "auto":
         monitor = "val_accuracy" if task.kind == "classification" else "val_loss"
-    if target > 1 and not lower_is_better(monitor):
+    is_own = monitor.removeprefix("val_") in experiment.own_metrics
+    if target > 1 and not is_own and not lower_is_better(monitor):
         raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
 
 

@@ -101,6 +101,18 @@ def check_lengthened(experiment: Experiment, state: Mapping[str, Any]) -> None:
         check_horizon(experiment, run_length(experiment.settings, steps_per_epoch, state), state)
 
 
+def evaluation_interval(settings: Settings, length: Length) -> int | None:
+    """Returns the updates between evaluations within an epoch. Raises `UserError` if none would be within one."""
+    every, shortest = settings.evaluate.every_steps, min(length.steps_per_epoch, length.steps)
+    if every is not None and every >= shortest:
+        whole = "epoch" if shortest == length.steps_per_epoch else "run"
+        raise UserError(
+            f"evaluate.every_steps={every}: the {whole} has only {shortest} updates, and is evaluated at its end; "
+            "set a smaller number, or evaluate.every_steps=null"
+        )
+    return every
+
+
 @dataclass
 class Progress:
     """State of a run's loop, for checkpoints."""
@@ -113,6 +125,7 @@ class Progress:
     resumed_from: list[int] = field(default_factory=list)
     data: Mapping[str, Any] = field(default_factory=dict)  # see `build.data_spec`
     found_lr: float | None = None  # learning rate of a range test
+    evaluated: float = 0  # epoch of the latest line of metrics.jsonl; a fraction within an epoch
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,8 @@ class Intervals:
 
     steps: int  # updates of the run
     evaluate_every: int = 1  # epochs
+    evaluate_every_steps: int | None = None  # updates; in addition, within an epoch
+    steps_per_epoch: int = 1
     save_every_epochs: int | None = 1
     save_every_steps: int | None = None
     log_every_steps: int | None = None

@@ -12,7 +12,7 @@ from dlopt.folders import RunFolder
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
-from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.checkpoint import Checkpoints, evaluated_epoch
 from dlopt.training.mup import describe_rates
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.precision import bf16_slowdown
@@ -31,7 +31,7 @@ def open_tracking(run: Run, state: Mapping[str, Any] | None, console: bool) -> T
         sinks=settings.tracking,
         console=console,
         log_every_steps=settings.log_every_steps,
-        resume_from=progress and (progress["epoch"], progress["step"]),
+        resume_from=progress and (evaluated_epoch(progress), progress["step"]),
     )
     if abandoned and progress:
         tracking.message(f"the checkpoints after update {progress['step']} are kept as checkpoints/{abandoned}-*.pt")
@@ -56,7 +56,11 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
         "processes": workload.parallel.ranks.processes,
         "unit": _unit(workload),
         "inputs": _inputs(workload),
+        "metrics": [f"val_{name}" for name in workload.experiment.own_metrics],
     }
+    samples = workload.experiment.settings.evaluate.samples
+    if samples is not None and dataset.val is not None and samples < len(dataset.val):
+        facts |= {"val": samples * tokens, "all_val": facts["val"]}
     if workload.device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
     environment = read_json(run.folder / "environment.json")

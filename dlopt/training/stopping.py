@@ -147,7 +147,7 @@ class Best:
 
     monitor: str
     value: float = math.inf
-    epoch: int | None = None
+    epoch: float | None = None  # a fraction within an epoch
     val_loss: float | None = None
     val_accuracy: float | None = None
 

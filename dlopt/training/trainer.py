@@ -39,12 +39,23 @@ from dlopt.training.build import (
     loss_aware_sampler,
     training_batches,
 )
-from dlopt.training.checkpoint import Checkpoints, load
+from dlopt.training.checkpoint import Checkpoints, evaluated_epoch, load
 from dlopt.training.evaluate import Validate, check_crops, check_tta, reduction, test_metrics, validation
 from dlopt.training.metrics import MetricSum, sample_losses
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
-from dlopt.training.progress import Clock, Intervals, Length, Progress, Run, Status, check_horizon, run_length
+from dlopt.training.own_observers import OwnObservers
+from dlopt.training.progress import (
+    Clock,
+    Intervals,
+    Length,
+    Progress,
+    Run,
+    Status,
+    check_horizon,
+    evaluation_interval,
+    run_length,
+)
 from dlopt.training.reporting import log_header, notes, open_tracking, show_first_batch, summarize
 from dlopt.training.step import EpochBatches, Network, Observer, Step, UpdateRecord
 from dlopt.training.stopping import Best, Stopping
@@ -105,8 +116,10 @@ def train_run(
             # Before the trainer is built: its weight average starts at the loaded weights.
             for line in load_weights(workload.module, Path(settings.init_from), mode):
                 tracking.message(line)
+        own = OwnObservers(run.experiment.own_observers) if is_shown and run.experiment.own_observers else None
         observers = () if observe is None else observe(workload, length, tracking, run.folder)
         trainer = build_trainer(workload, run.folder, batches, length, tracking, found_lr=found_lr, observers=observers)
+        trainer.own = own
         if state is not None:
             trainer.load_state_dict(state)
         log_header(run, workload, length, trainer.progress, tracking)
@@ -124,6 +137,8 @@ def train_run(
             tracking.message(f"{stop.reason}: stopped; {how}")
         elif settings.evaluate.test:
             summary |= _test_best(trainer, workload)
+        if own is not None:
+            own.at_end(summary)
         pictures = None
         if draw is not None and status != "interrupted":
             steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
@@ -212,6 +227,8 @@ def build_trainer(
         intervals=Intervals(
             steps=length.steps,
             evaluate_every=settings.evaluate.every_epochs,
+            evaluate_every_steps=evaluation_interval(settings, length),
+            steps_per_epoch=length.steps_per_epoch,
             save_every_epochs=settings.checkpoint.every_epochs,
             save_every_steps=settings.checkpoint.every_steps,
             log_every_steps=settings.log_every_steps,
@@ -269,6 +286,7 @@ class Trainer:
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
     progress: Progress = field(default_factory=Progress)
     graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None: they are
+    own: OwnObservers | None = None  # the user's observers
 
     @property
     def module(self) -> nn.Module:
@@ -299,8 +317,10 @@ class Trainer:
                 self.module.train()
                 progress = self.progress  # replaced by a rollback
                 try:
+                    # Resumed where the run was interrupted before an evaluation within the epoch, or during it.
+                    interrupted = self._is_evaluation_due() and not self._evaluate(clock, stop, ends_epoch=False)
                     for batch in self.batches.epoch(progress.epoch, progress.position, progress.step):
-                        if progress.step == steps or self.stopping.should_stop:
+                        if interrupted or progress.step == steps or self.stopping.should_stop:
                             break  # resumed after the last update of a partial epoch: only its evaluation is missing
                         logs = log_every is not None and (progress.step + 1) % log_every == 0
                         record = self.step.update(batch, progress.step, log_norm=logs)
@@ -308,6 +328,8 @@ class Trainer:
                         progress.step += 1
                         progress.position += 1
                         self.tracking.advance(progress.step)
+                        if self.own is not None and record.loss is not None:
+                            self.own.after_update(progress.step, record.loss, self.module)
                         if logs:
                             self.step.check_updates()  # before metrics that may be NaN are logged
                             self.tracking.step(progress.step, clock.metrics(float(self.step.rate), record.norm))
@@ -315,12 +337,17 @@ class Trainer:
                         # a checkpoint never holds half an update.
                         if stop or self.stopping.should_stop:
                             break
-                        if self._is_save_due():
+                        if self._is_evaluation_due():
+                            self.step.check_weights()
+                            interrupted = not self._evaluate(clock, stop, ends_epoch=False)
+                            if interrupted or self.stopping.should_stop:
+                                break
+                        elif self._is_save_due():
                             clock.stop()
                             self.save()
                     self.step.check_weights()
                     # An interrupted run is saved without evaluation: its time is limited, and it resumes right here.
-                    if stop or not self._end_epoch(clock, stop):
+                    if interrupted or stop or not self._end_epoch(clock, stop):
                         clock.stop()
                         self.save()
                         return "interrupted"
@@ -342,15 +369,21 @@ class Trainer:
         return Clock(self.progress, self.train_metrics, self.timing)
 
     def _end_epoch(self, clock: Clock, stop: Interruption) -> bool:
+        """Evaluates after the last update of an epoch, unless an evaluation has ended it. See `_evaluate`."""
+        return self.progress.position == 0 or self._evaluate(clock, stop, ends_epoch=True)
+
+    def _evaluate(self, clock: Clock, stop: Interruption, *, ends_epoch: bool) -> bool:
         """Evaluates, updates best model, stopping rule and schedule, logs, and saves, each if due.
 
-        Returns False if the evaluation was interrupted. The state is then unchanged: a resumed run evaluates again.
+        `ends_epoch`: whether all updates of the epoch are done. An evaluation within an epoch that stops the run ends
+        the epoch, too. Returns False if the evaluation was interrupted. The state is then unchanged: a resumed run
+        evaluates again.
         """
         progress, intervals, epoch = self.progress, self.intervals, self.progress.epoch + 1
-        last = progress.step >= intervals.steps or self.stopping.should_stop
-        evaluated = last or epoch % intervals.evaluate_every == 0
+        last = ends_epoch and (progress.step >= intervals.steps or self.stopping.should_stop)
+        evaluated = not ends_epoch or last or epoch % intervals.evaluate_every == 0
         metrics: dict[str, Any] = {
-            "epoch": epoch,
+            "epoch": epoch if ends_epoch else self._fractional_epoch(),
             "step": progress.step,
             **self.step.cost(),
             "lr": float(self.step.rate),
@@ -363,24 +396,46 @@ class Trainer:
             if validation_metrics is None:
                 return False
             metrics |= validation_metrics
+            self.stopping.update(metrics)
+            if self.stopping.should_stop:
+                ends_epoch, metrics["epoch"] = True, epoch
         evaluation_seconds = time.perf_counter() - trained
-        self.train_metrics.clear()
-        progress.epoch, progress.position = epoch, 0
+        if ends_epoch:
+            self.train_metrics.clear()
+            progress.epoch, progress.position = epoch, 0
         clock.stop()
         improved = False
         if evaluated:
+            progress.evaluated = metrics["epoch"]
             metrics["seconds"] = progress.seconds
             if self.validate is not None:
                 improved = self.best.update(metrics)
-                self.stopping.update(metrics)
                 self.step.schedule.update(metrics)
             self.tracking.epoch(metrics, best=improved, evaluation_seconds=evaluation_seconds)
+            if self.own is not None:
+                self.own.after_evaluation(metrics)
         # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch.
-        save_due = intervals.save_every_epochs is not None and epoch % intervals.save_every_epochs == 0
+        every = intervals.save_every_epochs
+        save_due = every is not None and epoch % every == 0 if ends_epoch else self._is_save_due()
         if improved or save_due or last or self.stopping.should_stop:
             self.save(best=improved)
             clock.stop()
         return True
+
+    def _fractional_epoch(self) -> float:
+        """Returns completed epochs, with the fraction of the current one."""
+        return self.progress.epoch + self.progress.position / self.intervals.steps_per_epoch
+
+    def _is_evaluation_due(self) -> bool:
+        """Returns whether to evaluate after this update, within an epoch; at its end, and the run's, `fit` evaluates.
+
+        False after the evaluation: a run that was interrupted before it, or during it, resumes with it.
+        """
+        progress, intervals = self.progress, self.intervals
+        every = intervals.evaluate_every_steps
+        if every is None or progress.step % every or progress.step >= intervals.steps:
+            return False
+        return 0 < progress.position < intervals.steps_per_epoch and progress.evaluated != self._fractional_epoch()
 
     @contextlib.contextmanager
     def _error_handling(self) -> Iterator[None]:
@@ -414,7 +469,7 @@ class Trainer:
         # The checkpoint may include the factors of earlier rollbacks: multiply by the missing ones only.
         self.step.schedule.scale(recovery_state["lr_scale"] / recovery.lr_scale)
         recovery.load_state_dict(recovery_state)
-        self.tracking.rewind(self.progress.epoch, self.progress.step)
+        self.tracking.rewind(self.progress.evaluated, self.progress.step)
 
     # -- saving and resuming
 
@@ -487,8 +542,9 @@ class Trainer:
         self.stopping.load_state_dict(progress.pop("stopping"))
         self.best.load_state_dict(progress.pop("best"))
         self.recovery.load_state_dict(progress.pop("recovery"))
-        self.progress = Progress(**{**progress, "horizon": self.progress.horizon, "data": self.progress.data})
-        if self.best.epoch == self.progress.epoch and self.progress.position == 0:
+        kept = {"horizon": self.progress.horizon, "data": self.progress.data}
+        self.progress = Progress(**{**progress, "evaluated": evaluated_epoch(progress), **kept})
+        if self.best.epoch is not None and self.best.epoch == self.progress.evaluated == self._fractional_epoch():
             self.checkpoints.restore_best(dict(state))
         # Rank 0 looks for best.pt: other nodes may not see the folder.
         if self.best.epoch is not None and not self.mode.ranks.broadcast(self.checkpoints.has_best(self.best.epoch)):

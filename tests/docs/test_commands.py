@@ -117,6 +117,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("mine/optim.py", "docs/tutorials/write_an_optimizer.md", "python"),
         ("myconf/optimizer/sign_momentum.yaml", "docs/tutorials/write_an_optimizer.md", "yaml"),
         ("mine/data.py", "docs/howto/custom_data.md", "python"),
+        ("mine/metrics.py", "docs/extending.md", "python"),
+        ("mine/watch.py", "docs/extending.md", "python"),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(block_after(page, language, f"`{path}`"))

@@ -1,12 +1,15 @@
 """What the pages show works as written: an optimizer, a data set, a comparison, the arguments and keys of a choice."""
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from sklearn.metrics import cohen_kappa_score
 
 from dlopt.config.experiment import GROUPS
 from tests.support.line import dlopt, refused
@@ -14,6 +17,7 @@ from tests.support.pages import ROOT, block_after
 from tests.support.sizes import TINY
 
 TUTORIAL = "docs/tutorials/write_an_optimizer.md"
+EXTENDING = "docs/extending.md"
 DATA = "docs/howto/custom_data.md"
 LINE = ["train", "--config-dir", "myconf", "optimizer=sign_momentum", "allow_packages=[mine]", *TINY, "tracking=[]"]
 
@@ -25,12 +29,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "mine/__init__.py": "",
         "mine/optim.py": block_after(TUTORIAL, "python", "`mine/optim.py`"),
         "mine/data.py": block_after(DATA, "python", "`mine/data.py`"),
+        "mine/metrics.py": block_after(EXTENDING, "python", "`mine/metrics.py`"),
+        "mine/watch.py": block_after(EXTENDING, "python", "`mine/watch.py`"),
         "myconf/optimizer/sign_momentum.yaml": block_after(TUTORIAL, "yaml", "`myconf/optimizer/sign_momentum.yaml`"),
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("mine", "mine.optim", "mine.data"):
+    for name in ("mine", "mine.optim", "mine.data", "mine.metrics", "mine.watch"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -54,6 +60,36 @@ def test_a_data_set_of_the_users(folder: Path) -> None:
     result = dlopt(folder, "train", *data, "allow_packages=[mine]", *TINY, "tracking=[]")
     assert result.code == 0, result.err
     assert "finished" in result.out
+
+
+def test_a_metric_of_the_users(folder: Path) -> None:
+    """The shown kappa equals scikit-learn's."""
+    from mine.metrics import kappa  # type: ignore[import-not-found]
+
+    draws = np.random.default_rng(0)
+    outputs, targets = draws.normal(size=(60, 4)), draws.integers(4, size=60)
+    outputs[np.arange(60), targets] += 1
+    expected = cohen_kappa_score(targets, outputs.argmax(1))
+    assert kappa(torch.tensor(outputs), torch.tensor(targets)) == pytest.approx(expected, rel=1e-12)
+    line = ["evaluate.metrics=[macro_f1,mine.metrics.kappa]", "monitor=val_kappa", "allow_packages=[mine]"]
+    result = dlopt(folder, "train", *line, *TINY, "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    assert "val kappa" in result.out and "kappa" in result.out.partition("best validation")[0].splitlines()[-2]
+    summary = json.loads((folder / "run/summary.json").read_text())
+    assert {"best_val_kappa", "test_kappa"} <= summary.keys()
+    tested = dlopt(folder, "eval", "checkpoint=run", "allow_packages=[mine]", "output=tested")
+    assert tested.code == 0 and "kappa" in tested.out, tested.err
+
+
+def test_an_observer_of_the_users(folder: Path) -> None:
+    watch = "observers=[{_target_: mine.watch.Watch, every_steps: 1}]"
+    result = dlopt(folder, "train", watch, "allow_packages=[mine]", *TINY)
+    assert result.code == 0, result.err
+    assert re.search(r"^update 1: loss \d\.\d+, distance 0\.000$", result.out, re.MULTILINE)
+    assert re.search(r"^update 2: loss .*, distance 0\.[0-9]*[1-9]", result.out, re.MULTILINE)
+    assert re.search(r"^finished with a test loss of \d", result.out, re.MULTILINE)
+    message = refused(folder, "train", watch.replace("every_steps", "often"), "allow_packages=[mine]", *TINY)
+    assert "observers.0.often=1: unknown key; did you mean" in message or "observers.0.often=1: unknown key" in message
 
 
 def test_a_comparison_of_the_users(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Metrics of the user's own: functions that `evaluate.metrics` names by their dotted paths."""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, get_args
+
+from dlopt.config.schema import resolve_target
+from dlopt.config.settings import ExtraMetric
+from dlopt.errors import UserError, did_you_mean
+
+BUILT_IN: tuple[str, ...] = get_args(ExtraMetric)
+# Names of other metrics of an evaluation: {split}_loss, {split}_accuracy, ...
+_RESERVED = (*BUILT_IN, "loss", "accuracy", "worst_class_accuracy", "token_accuracy", "bits_per_byte", "perplexity")
+
+
+def own_metrics(entries: Sequence[str], packages: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    """Returns the user's functions by name: of mine.metrics.kappa it is kappa.
+
+    `packages`: those that may be named. Raises `UserError` for an entry that is no metric of dlopt and not such a
+    function, and for two of one name.
+    """
+    functions: dict[str, Callable[..., Any]] = {}
+    packages = tuple(packages)
+    for entry in entries:
+        setting, name = f"evaluate.metrics={entry}", entry.rpartition(".")[2]
+        if entry in BUILT_IN:
+            continue
+        if "." not in entry:
+            raise UserError(
+                f"{setting}: there is no metric of this name; {did_you_mean(entry, BUILT_IN)}allowed: "
+                f"{', '.join(BUILT_IN)}, or a function of your own: mine.metrics.{entry}"
+            )
+        function = resolve_target("evaluate.metrics", entry, packages)
+        if inspect.isclass(function) or not _takes_two(function):
+            raise UserError(f"{setting}: must be a function of (outputs, targets) that returns a number")
+        if name in _RESERVED:
+            raise UserError(f"{setting}: dlopt has a metric {name}; give the function another name")
+        if name in functions:
+            raise UserError(f"{setting}: another metric is called {name}, too; give one of the functions another name")
+        functions[name] = function
+    return functions
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except ValueError:  # a function of an extension without a signature
+        return True
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,111 @@
+"""Metrics of the user's own: functions of all samples of a split."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlopt.config.own_metrics import own_metrics
+from dlopt.errors import RunError, UserError
+from dlopt.training.build import Workload, build_workload
+from dlopt.training.checkpoint import load
+from tests.support import own_parts
+from tests.support.runs import REGRESSION, assert_same_run, at_update, experiment, metrics, resume, start, terminate
+from tests.support.sizes import SMALL
+
+OWN = "tests.support.own_parts."
+TRUST = "allow_packages=[tests]"
+CASE = [*SMALL, TRUST, f"evaluate.metrics=[macro_f1,{OWN}mean_rank_score]", "epochs=2"]
+
+
+def loaded(folder: Path, *lines: str) -> Workload:
+    workload = build_workload(experiment(*lines))
+    workload.load(load(folder / "checkpoints/best.pt"))
+    workload.module.eval()
+    return workload
+
+
+def test_equals_the_function_of_all_outputs(tmp_path: Path) -> None:
+    """Of validation and test; the best model's line is the one of the epoch with the best monitored metric."""
+    summary = start(tmp_path, *CASE, "monitor=val_mean_rank_score", "stopping=early")
+    lines = metrics(tmp_path)
+    best = max(lines, key=lambda line: line["val_mean_rank_score"])
+    assert (summary["best_epoch"], summary["best_val_mean_rank_score"]) == (best["epoch"], best["val_mean_rank_score"])
+    workload = loaded(tmp_path, *CASE)
+    for split, value in (("val", best["val_mean_rank_score"]), ("test", summary["test_mean_rank_score"])):
+        samples = getattr(workload.dataset, split)
+        with torch.inference_mode():
+            inputs = workload.normalize(samples.fetch(torch.arange(len(samples)))).float()
+            expected = own_parts.mean_rank_score(workload.module(inputs), samples.targets)
+        assert value == pytest.approx(expected, abs=1e-5), split
+    assert "val_macro_f1" in lines[0]
+
+
+def test_a_regression_with_test_time_augmentation_off(tmp_path: Path) -> None:
+    """The loss is the mean squared error, so this metric equals it; NumPy's number is one."""
+    summary = start(tmp_path, *REGRESSION, f"evaluate.metrics=[{OWN}squared_error,{OWN}spread]", "epochs=1")
+    [line] = metrics(tmp_path)
+    assert line["val_squared_error"] == pytest.approx(line["val_loss"], rel=1e-5)
+    assert summary["test_squared_error"] == pytest.approx(summary["test_loss"], rel=1e-5)
+    assert line["val_spread"] > 0
+
+
+def test_with_crops(tmp_path: Path) -> None:
+    lines = [*CASE, "evaluate.tta=flip"]
+    summary = start(tmp_path, *lines)
+    assert -1 <= summary["test_mean_rank_score"] <= 1
+    assert summary["test_mean_rank_score"] != start(tmp_path / "plain", *CASE)["test_mean_rank_score"]
+
+
+def test_resumed(tmp_path: Path) -> None:
+    start(tmp_path / "whole", *CASE)
+    with at_update(6, terminate):
+        start(tmp_path / "run", *CASE)
+    resume(tmp_path / "run", *CASE)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([f"evaluate.metrics=[{OWN}missing]"], f"evaluate.metrics={OWN}missing: unknown callable"),
+        (["evaluate.metrics=[tests.support.absent.kappa]"], "evaluate.metrics=tests.support.absent.kappa: unknown cal"),
+        (["evaluate.metrics=[elsewhere.kappa]"], "to trust another package, set allow_packages=[elsewhere]"),
+        ([f"evaluate.metrics=[{OWN}NUMBER]"], f"evaluate.metrics={OWN}NUMBER: must be a class or function defined in"),
+        ([f"evaluate.metrics=[{OWN}Recorder]"], f"evaluate.metrics={OWN}Recorder: must be a function of (outputs, tar"),
+        ([f"evaluate.metrics=[{OWN}one_argument]"], "one_argument: must be a function of (outputs, targets)"),
+        ([f"evaluate.metrics=[{OWN}accuracy]"], f"evaluate.metrics={OWN}accuracy: dlopt has a metric accuracy"),
+        ([f"evaluate.metrics=[{OWN}spread,{OWN}spread]"], "spread: another metric is called spread, too"),
+        (["evaluate.metrics=[macro_f2]"], "evaluate.metrics=macro_f2: there is no metric of this name; did you mean m"),
+        ([f"evaluate.metrics=[{OWN}spread]", "monitor=val_spread"], "monitor=val_spread: whether a larger value is be"),
+        (["monitor=val_spread"], "monitor=val_spread: there is no validation metric of this name"),
+        (
+            [f"evaluate.metrics=[{OWN}spread]", "schedule=plateau", "schedule.monitor=val_spread"],
+            "schedule.monitor=val",
+        ),
+        ([f"evaluate.metrics=[{OWN}spread]", "data.val_split=0"], "needs a validation set"),
+    ],
+)
+def test_refuses(tmp_path: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        start(tmp_path, *SMALL, TRUST, *lines)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text", "must return a number, not str"),
+        ("per_sample", "must return a number, not Tensor of shape [30]"),
+        ("broken", "raised KeyError: 'weights'"),
+    ],
+)
+def test_a_function_that_fails_ends_the_run_with_its_name(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(RunError, match=f"^{re.escape(f'evaluate.metrics={OWN}{name}: {message}')}$"):
+        start(tmp_path, *SMALL, TRUST, f"evaluate.metrics=[{OWN}{name}]")
+
+
+def test_dlopts_own_modules_are_no_metrics() -> None:
+    with pytest.raises(UserError, match="cannot be used in a config"):
+        own_metrics(["dlopt.files.write"], ["dlopt"])
