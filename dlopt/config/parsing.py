@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dlopt.config.experiment import GROUPS, Experiment, Settings
+from dlopt.config.labels import check_tags
 from dlopt.config.rules import check_combinations
 from dlopt.config.schema import check_arguments, component, show, trusted_packages
 from dlopt.errors import UserError
@@ -26,6 +27,7 @@ def parse(
         raise UserError("experiment: the first line of a recipe's file must be `# @package _global_`")
     run_keys = {key: value for key, value in config.items() if key not in GROUPS}
     settings = Settings(**check_arguments("", Settings, run_keys, related=tuple(GROUPS)))
+    check_tags(settings.tags)
     packages = (*trusted_packages(), *settings.allow_packages)
     find_local_packages(settings.allow_packages)
     components: dict[str, Any] = {}

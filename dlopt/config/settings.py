@@ -3,7 +3,7 @@
 Imports no torch: the roles of keys are looked up without it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dlopt.ranges import Count, Natural, OpenFraction, Positive, Seed
@@ -50,6 +50,9 @@ class Published:
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     name: Annotated[str, Role.PLACE]
+    # Configs that were saved before these keys existed lack them.
+    tags: Annotated[list[str], Role.WATCH] = field(default_factory=list)
+    note: Annotated[str | None, Role.WATCH] = None
     seed: Annotated[Seed, Role.SEED]
     init_seed: Annotated[Seed, Role.SEED]
     order_seed: Annotated[Seed, Role.SEED]
