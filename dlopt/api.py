@@ -1,62 +1,44 @@
-"""Python API for scripts and notebooks: `from dlopt import train, load`."""
+"""Python API for scripts and notebooks: `import dlopt`, then `dlopt.train`, `dlopt.runs`, ...
+
+`dlopt.runs` and `dlopt.open_run` are in `dlopt.run_table`, which imports no torch.
+"""
 
 import contextlib
 import functools
-import warnings
+import io
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
 from hydra.types import RunMode
-from torch import Tensor, nn
 
 from dlopt.attempt import prepare
-from dlopt.augment.pipeline import CentreCrop
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
+from dlopt.commands.find_lr import learning_rates
 from dlopt.config.compose import Composer
+from dlopt.config.flags import parse_arguments
+from dlopt.config.inherit import inherit
 from dlopt.config.overrides import quoted
 from dlopt.config.plan import checked
 from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
+from dlopt.instruments.lr_range import LearningRates
 from dlopt.job import start
-from dlopt.openmp import adapt_waiting
 from dlopt.parallel.rendezvous import current
-from dlopt.processor import set_deterministic, set_threads
+from dlopt.run_table import Run, Runs, open_run, runs
+from dlopt.sweeps import run as sweeps
 from dlopt.tracking import read_metrics, read_summary
 from dlopt.tracking.layout import short_path
-from dlopt.training import rng
-from dlopt.training.restore import Trained, restore
+from dlopt.trained import Model, Prediction, load, preserve_global_state
+
+__all__ = [
+    "LearningRates", "Model", "Prediction", "Result", "Run", "Runs",
+    "find_lr", "load", "open_run", "runs", "sweep", "train",
+]  # fmt: skip
 
 _REPR_METRICS = ("epochs", "best_val_loss", "best_val_accuracy", "test_loss", "test_accuracy")
-
-
-class Model(nn.Module):
-    """A trained model in evaluation mode, with its input normalization and centre crop.
-
-    Maps images [B, C, H, W] with values 0..255 (or vectors, as in the data set) to outputs [B, K], and tokens [B, T]
-    (int64) to outputs [B, T, K].
-
-    Attributes:
-        classes: names of the K classes; None if there are no labels.
-    """
-
-    def __init__(self, trained: Trained) -> None:
-        super().__init__()
-        self.normalize = trained.normalize
-        self.module = trained.module
-        self.classes = trained.classes
-        self._task = trained.task
-        self._sample, self._window = trained.sample, trained.window
-        self._dtype = trained.precision.dtype
-        self.eval()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if self._task.vocabulary is None and self._window != self._sample and tuple(inputs.shape[1:]) == self._sample:
-            inputs, _ = CentreCrop(self._window)(inputs, torch.empty(0))
-        outputs: Tensor = self.module(self._task.normalized(inputs, self.normalize, self._dtype))
-        return outputs
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,24 +74,17 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
         UserError: wrong configuration or input; no files are left behind.
         RunError: the run failed.
     """
-    if isinstance(overrides, str):  # would be read letter by letter
-        raise UserError(f"train({overrides!r}): must be a list: train({overrides.split()})")
-    for line in overrides:
-        if not isinstance(line, str) or line.startswith("-"):
-            raise UserError(f"train([{line!r}]): must be key=value; use `dlopt train` for sweeps and flags")
-    lines = [quoted(line) for line in overrides]
-    if current() is not None:
-        raise UserError("train(): cannot run inside torchrun or srun; use the command `dlopt train`")
+    lines = _checked("train", overrides, "use dlopt.sweep for sweeps, and `dlopt train` for flags")
     config = Composer().compose(lines)
     if config.get("comparison") is not None or config.hydra.mode == RunMode.MULTIRUN:
-        raise UserError("train(): runs one experiment at a time; use `dlopt train` for sweeps and comparisons")
+        raise UserError("train(): runs one experiment at a time; use dlopt.sweep, or `dlopt train` for comparisons")
     hints = {"hydra.job.env_set": "set os.environ", "hydra.job.chdir": "call os.chdir"}
     refuse_unread_hydra(lines, "train()", (*COMPOSITION, "hydra.run"), hints)
     prepared = prepare(checked(config, lines))
     folder = prepared.folder.path
     if not prepared.is_done:
         try:
-            with _preserve_global_state():
+            with preserve_global_state():
                 code = start(prepared.run, console=console)
         except UserError:
             if prepared.is_new and not prepared.folder.is_live():
@@ -120,38 +95,72 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
     return Result(folder, read_summary(folder) or {}, read_metrics(folder))
 
 
-def load(run: str | PathLike[str]) -> Model:
-    """Loads the best model of a run folder (by its validation metric), or a checkpoint. Raises `UserError`.
+def sweep(overrides: Sequence[str] = (), *, console: bool = False) -> Runs:
+    """Runs a sweep like `dlopt train -m` and returns its runs: `sweep(["optimizer=sgd,adamw", "seed=range(0,3)"])`.
 
-    Warns if the run was evaluated with norm_statistics=exact: a checkpoint has the running statistics.
+    Every job is a process of its own. A failed one does not affect the others, and is in the table with the status
+    `failed`. With `resume=auto`, runs the jobs that are missing.
+
+    Args:
+        overrides: the arguments of `dlopt train -m`, also `hydra/launcher=joblib` for several jobs at once and
+            `hydra/sweeper=dlopt_optuna` for a search.
+        console: print the same progress as the command.
+
+    Raises:
+        UserError: wrong configuration or input of any job; no files are left behind.
     """
-    path = Path(run)
-    if path.is_dir():
-        best = path / "checkpoints" / "best.pt"
-        path = best if best.exists() else best.with_name("last.pt")
-    with _preserve_global_state():
-        trained = restore(path, {})
-    if trained.warning is not None:
-        warnings.warn(trained.warning, stacklevel=2)
-    return Model(trained)
+    lines = _checked("sweep", overrides, "-m is implied; use `dlopt train -m` for other flags")
+    composer, parsed = Composer(), parse_arguments(["-m", *lines])
+    parsed.overrides = inherit(composer, parsed.overrides)
+    with preserve_global_state(), _hidden_main(), contextlib.nullcontext() if console else _silence():
+        request = sweeps.request(composer, parsed)
+        if request.config.dry_run:
+            raise UserError("dry_run=true: only available in `dlopt train`")
+        sweeps.run(request)
+    return runs(request.found)
+
+
+def find_lr(overrides: Sequence[str] = ()) -> LearningRates:
+    """Runs a learning-rate range test like `dlopt find-lr`: `find_lr(["optimizer=adamw", "updates=200"]).steepest`.
+
+    Writes no files.
+
+    Args:
+        overrides: the arguments of `dlopt find-lr`, except `output`.
+
+    Raises:
+        UserError: wrong configuration or input.
+    """
+    lines = _checked("find_lr", overrides, "use `dlopt find-lr` for flags")
+    with preserve_global_state():
+        return learning_rates(lines)
+
+
+def _checked(function: str, overrides: Sequence[str], hint: str) -> list[str]:
+    """Returns the overrides as Hydra parses them. Raises `UserError` for anything else than a list of them."""
+    if isinstance(overrides, str):  # would be read letter by letter
+        raise UserError(f"{function}({overrides!r}): must be a list: {function}({overrides.split()})")
+    for line in overrides:
+        if not isinstance(line, str) or line.startswith("-"):
+            raise UserError(f"{function}([{line!r}]): must be key=value; {hint}")
+    if current() is not None:
+        command = function.replace("_", "-") if function == "find_lr" else "train"
+        raise UserError(f"{function}(): cannot run inside torchrun or srun; use the command `dlopt {command}`")
+    return [quoted(line) for line in overrides]
 
 
 @contextlib.contextmanager
-def _preserve_global_state() -> Iterator[None]:
-    """Restores the random generators of Python, NumPy and torch, and torch's global flags."""
-    rng_state = rng.state()
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn, grad = torch.backends.cudnn, torch.is_grad_enabled()
-    tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+def _hidden_main() -> Iterator[None]:
+    """Hides the caller's script from multiprocessing, whose new processes would execute it once more."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
         yield
     finally:
-        rng.restore(rng_state)
-        set_threads(threads)
-        adapt_waiting(1)  # ends the watch: the caller's threads wait as before
-        torch.set_float32_matmul_precision(precision)
-        set_deterministic(deterministic, warn_only=warn_only)
-        cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
-        torch.set_grad_enabled(grad)
+        sys.modules["__main__"] = main
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

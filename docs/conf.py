@@ -24,7 +24,7 @@ release = version = dlopt.__version__
 repository = extras.metadata()["urls"]["Repository"]
 
 extensions = ["myst_parser", "sphinx_copybutton", "sphinx_design"]
-source_suffix = {".md": "markdown", ".myst": "markdown"}  # .myst: generated
+source_suffix = {".md": "markdown", ".myst": "markdown", ".ipynb": "markdown"}  # .myst: generated; .ipynb: see `fill`
 exclude_patterns = ["_ext", "_static", "_templates"]
 templates_path = ["_templates"]
 smartquotes = False  # two hyphens are a flag
@@ -59,12 +59,15 @@ _WRITTEN_ELSEWHERE = {"changelog", "contributing"}  # pages that include a file 
 
 def setup(app: Sphinx) -> None:
     """Generates the reference before Sphinx looks for pages, and fills `<!-- generated -->` in its overviews."""
+    import notebook
     import reference
 
     docs = Path(app.srcdir)
     parts = {"reference/commands": reference.commands_table, "reference/groups": reference.choices_table}
 
     def fill(_: Sphinx, name: str, source: list[str]) -> None:
+        if app.env.doc2path(name).suffix == ".ipynb":
+            source[0] = notebook.page(source[0], Path(name).name, docs / "_static/notebooks", "/_static/notebooks")
         if name in parts:
             source[0] = source[0].replace("<!-- generated -->", parts[name]())
 

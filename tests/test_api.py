@@ -1,5 +1,7 @@
 """The Python API."""
 
+import csv
+import json
 import logging
 import os
 import random
@@ -14,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
 
 import dlopt
 from dlopt import load, openmp, train
 from dlopt.errors import RunError, UserError
+from tests.support.line import dlopt as shell
 from tests.support.runs import SMALL, at_update, same, timeless
 
 LINES = [*SMALL, "model.dropout=0.2", "augmentation=crop_flip", "epochs=2", "deterministic=true"]
@@ -123,7 +127,7 @@ def test_restores_global_state(capfd: pytest.CaptureFixture[str], monkeypatch: p
     [
         (["optimzer=adamw"], "did you mean optimizer"),
         ("optimizer=sgd epochs=1", r"train\(\['optimizer=sgd', 'epochs=1'\]\)"),
-        (["-m", "seed=0,1"], r"train\(\['-m'\]\): must be key=value; use `dlopt train` for sweeps"),
+        (["-m", "seed=0,1"], r"train\(\['-m'\]\): must be key=value; use dlopt.sweep for sweeps"),
         ([1], r"train\(\[1\]\): must be key=value"),
         (["name=größe", "epochs=0"], "epochs=0"),
         (["data=image_folder", "data.root=nowhere"], "nowhere"),
@@ -155,8 +159,127 @@ def test_import_does_not_import_torch() -> None:
     assert out.split() == [dlopt.__version__, "False"]
 
 
-def test_completion_finds_train_and_load() -> None:
+def test_completion_finds_the_public_names() -> None:
     """`dir` before first use, which IPython's completion reads."""
     code = "import dlopt, sys; print(dir(dlopt)); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "['__version__', 'load', 'train']", done.stderr
+    assert done.stdout.strip() == "['__version__', 'find_lr', 'load', 'open_run', 'runs', 'sweep', 'train']", (
+        done.stderr
+    )
+
+
+# -- sweeps, range tests, predictions
+
+GRID = ["model=mlp", "model.widths=[4]", "data.subset=40", "epochs=2", "threads=1", "tracking=[]"]
+
+
+def test_sweep_returns_its_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(5)
+    before = global_state()
+    found = dlopt.sweep([*GRID, "optimizer.lr=0.01,0.1", "hydra.sweep.dir=grid", "tags=[mine]"])
+    assert global_state() == before and capfd.readouterr() == ("", "")
+    assert [run.path for run in found] == [tmp_path / "grid/0", tmp_path / "grid/1"]
+    assert [run.config["optimizer.lr"] for run in found] == [0.01, 0.1] and {run.tags for run in found} == {("mine",)}
+    alone = train([*GRID, "optimizer.lr=0.1"])
+    assert found[1].best["val_loss"] == alone.summary["best_val_loss"]
+    assert dlopt.sweep([*GRID, "optimizer.lr=0.01,0.1", "hydra.sweep.dir=grid", "tags=[mine]", "resume=auto"]) == found
+
+
+def test_sweep_keeps_the_failed_jobs(tmp_path: Path) -> None:
+    lines = [*GRID, "model.norm=none", "schedule=constant", "optimizer.lr=0.01,1e30"]
+    found = dlopt.sweep(lines)
+    assert [run.status for run in found] == ["finished", "failed"]
+    assert found[0].path.parents[2] == tmp_path / "outputs" and "loss" in (found[1].reason or "")
+
+
+@pytest.mark.slow
+def test_sweep_from_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    """New processes of multiprocessing execute the script again, unless it is hidden from them."""
+    script = f"import dlopt\nprint([run.status for run in dlopt.sweep({[*GRID, 'seed=0,1']})])\n"
+    (tmp_path / "mine.py").write_text(script)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "mine.py"], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert (done.stdout, done.returncode) == ("['finished', 'finished']\n", 0), done.stderr
+
+
+def test_find_lr_is_that_of_the_command(tmp_path: Path) -> None:
+    lines = [*[line for line in GRID if not line.startswith(("epochs", "tracking"))], "updates=12", "max_lr=1"]
+    torch.manual_seed(5)
+    before = global_state()
+    found = dlopt.find_lr(lines)
+    assert global_state() == before and [*tmp_path.iterdir()] == []
+    assert shell(tmp_path, "find-lr", *lines, "output=out").code == 0
+    assert json.loads((tmp_path / "out/find_lr.json").read_text()) == vars(found)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("sweep('seed=0,1')", r"sweep\('seed=0,1'\): must be a list: sweep\(\['seed=0,1'\]\)"),
+        ("sweep(['-m', 'seed=0,1'])", r"sweep\(\['-m'\]\): must be key=value; -m is implied"),
+        ("sweep(['seed=0,1', 'optimizer.lr=-1,1'])", "optimizer.lr=-1"),
+        ("sweep(['seed=0,1', 'dry_run=true'])", "dry_run=true: only available in `dlopt train`"),
+        ("sweep(['seed=0,1', 'hydra.run.dir=x'])", "use hydra.sweep.dir"),
+        ("find_lr('updates=20')", r"must be a list: find_lr\(\['updates=20'\]\)"),
+        ("find_lr(['optimizer.lr=1,2'])", r"find_lr\(\) runs one test at a time"),
+        ("find_lr(['updates=3'])", "updates=3: must be >= 10"),
+        ("find_lr(['epochs=3'])", r"epochs=3: find_lr\(\) does not read this key; updates=N sets"),
+        ("find_lr(['optimzer=sgd'])", "did you mean optimizer"),
+    ],
+)
+def test_sweep_and_find_lr_refuse_before_writing(tmp_path: Path, call: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        eval(f"dlopt.{call}")
+    assert "\n" not in str(caught.value) and [*tmp_path.iterdir()] == []
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Images of two classes, and a run on them."""
+    draws = np.random.default_rng(0)
+    for label, low in (("bright", 120), ("dark", 0)):
+        (tmp_path / "data/train" / label).mkdir(parents=True)
+        for i in range(5):
+            pixels = draws.integers(low, low + 130, (10, 14, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data/train" / label / f"{i}.png")
+    train(["data=image_folder", "data.root=data", "data.image_size=8", "data.batch_size=4", "model=mlp",
+           "model.widths=[8]", "epochs=2", "threads=1", "device=cpu", "tracking=[]", "hydra.run.dir=run"])  # fmt: skip
+    return tmp_path
+
+
+def test_predict_is_that_of_the_command(photos: Path) -> None:
+    assert shell(photos, "predict", "checkpoint=run", "images=data/train", "batch_size=3").code == 0
+    with (photos / "predictions.csv").open(newline="") as file:
+        typed = list(csv.DictReader(file))
+    model = load("run")
+    found = model.predict("data/train", batch_size=3)
+    assert [(each.image, each.label) for each in found] == [(row["image"], row["class"]) for row in typed]
+    for each, row in zip(found, typed, strict=True):
+        assert each.probability == pytest.approx(float(row["probability"]), abs=1e-5)
+        assert each.values == pytest.approx((float(row["p(bright)"]), float(row["p(dark)"])), abs=1e-5)
+    files = [found[7].image, Path(found[0].image)]
+    assert model.predict(files) == [found[7], found[0]] and model.predict(files[1]) == [found[0]]
+
+
+def test_predict_skips_unreadable_files(photos: Path) -> None:
+    (photos / "data/train/dark/0.png").write_bytes(b"no image")
+    model = load("run")
+    with pytest.warns(UserWarning, match=r"skipped: data/train/dark/0\.png"):
+        assert len(model.predict("data/train")) == 9
+    with pytest.raises(RunError, match="max_errors=0: exceeded by unreadable files"):
+        model.predict("data/train", max_errors=0)
+    for images, message in [("nowhere", "images=nowhere: no such file"), ([], "needs at least one file"),
+                            (torch.zeros(1, 3, 8, 8), "call the model")]:  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            model.predict(images)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"predict\(batch_size=0\): must be >= 1"):
+        model.predict("data/train", batch_size=0)
+
+
+def test_predict_refuses_a_model_of_other_inputs() -> None:
+    train(["data=wine", *GRID[:2], *GRID[3:], "hydra.run.dir=run"])
+    Path("a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoint=run/checkpoints/best\.pt: its model takes inputs of shape \[13\]"):
+        load("run").predict("a.png")

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from dlopt.command_line.line import Line, on_experiment, output_folder, writing
 from dlopt.command_line.reads import RECIPE, UPDATE
+from dlopt.config.compose import Composer
 from dlopt.errors import DONE, UserError
 from dlopt.instruments.range_test import RangeTest
 from dlopt.tracking.console import Screen
@@ -34,18 +35,29 @@ and these keys of `dlopt train`:
 """
 
 
-@on_experiment(
-    "find-lr",
-    _READS,
-    several="find-lr runs one test at a time",
-    one=True,
-    hints={
-        "resume": "use init_from=PATH to start from weights",
-        "steps": "updates=N sets the length of the test",
-        "epochs": "updates=N sets the length of the test",
-        "schedule": "the test raises the learning rate from min_lr to max_lr",
-    },
-)
+_HINTS = {
+    "resume": "use init_from=PATH to start from weights",
+    "steps": "updates=N sets the length of the test",
+    "epochs": "updates=N sets the length of the test",
+    "schedule": "the test raises the learning rate from min_lr to max_lr",
+}
+
+
+def learning_rates(lines: list[str]) -> "LearningRates":
+    """Returns the result of the test, of the arguments of `dlopt find-lr` without `output`. Raises `UserError`."""
+    found = []
+
+    def test(line: Line) -> int:
+        found.append(_measure(line)[0])
+        return DONE
+
+    Line(Composer(), lines).call(test, "find_lr()", _READS, hints=_HINTS, several="find_lr() runs one test at a time")
+    [result] = found
+    assert result is not None  # not on one of several ranks
+    return result
+
+
+@on_experiment("find-lr", _READS, several="find-lr runs one test at a time", one=True, hints=_HINTS)
 def find_lr(
     line: Line,
     *,
@@ -54,7 +66,24 @@ def find_lr(
     ] = None,
 ) -> int:
     """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
-    from dlopt.instruments.lr_range import check, measure, trial, write
+    from dlopt.instruments.lr_range import write
+
+    result, line = _measure(line)
+    if result is None:  # rank > 0: rank 0 reports
+        return DONE
+    folder = output_folder(output, "find-lr")
+    with writing(folder):
+        overrides = " ".join(line.fixed()) or "default experiment"
+        paths = write(result, folder, f"Learning-rate range test: {overrides}")
+    _print(result)
+    for path in paths:
+        print(short_path(path))
+    return DONE
+
+
+def _measure(line: Line) -> tuple["LearningRates | None", Line]:
+    """Returns the result of the test, None on ranks > 0, and the line without the keys of the test."""
+    from dlopt.instruments.lr_range import check, measure, trial
 
     arguments, line = line.take(RangeTest)
     range_test = RangeTest(**arguments)
@@ -66,17 +95,7 @@ def find_lr(
             f"scale_lr={experiment.settings.scale_lr}: the test finds the learning rate for this batch size; set "
             "scale_lr=none, here and in the training"
         )
-    result = measure(experiment, range_test)
-    if result is None:  # rank > 0: rank 0 reports
-        return DONE
-    folder = output_folder(output, "find-lr")
-    with writing(folder):
-        overrides = " ".join(line.fixed()) or "default experiment"
-        paths = write(result, folder, f"Learning-rate range test: {overrides}")
-    _print(result)
-    for path in paths:
-        print(short_path(path))
-    return DONE
+    return measure(experiment, range_test), line
 
 
 def _print(result: "LearningRates") -> None:

@@ -52,22 +52,15 @@ def _predict(
     batch_size: Annotated[Count, "N: batch size over all processes"] = 64,
 ) -> int:
     """Writes the CSV file. Raises `UserError` for wrong input, `RunError` if too many files are unreadable."""
-    files = _files(images)
-    target = refuse_folder(Path(output))
-
+    from dlopt.training.classify import image_files, refuse_other_inputs
     from dlopt.training.restore import restore
+
+    files = image_files(images)
+    target = refuse_folder(Path(output))
 
     keys = take_process_keys(changes, "predict")
     trained = restore(path, changes, lambda device: join_processes(device, keys))
-    if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):
-        raise UserError(f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images")
-    if trained.task.white != 255:
-        raise UserError(
-            f"checkpoint={path}: its model takes floating-point images in the units of its data; image files have "
-            "values 0..255"
-        )
-    if trained.task.kind == "reconstruction":
-        raise UserError(f"checkpoint={path}: its model reconstructs images; `dlopt eval checkpoint={path}` draws some")
+    refuse_other_inputs(trained, path)
     if trained.warning is not None and trained.mode.ranks.is_main:
         print_error(trained.warning)
     rows = _rows(files, trained, batch_size, max_errors)
@@ -91,22 +84,6 @@ def _predict(
     skipped = len(files) - count
     print(f"{count} images classified{f', {skipped} skipped' if skipped else ''}: {target}")
     return DONE
-
-
-def _files(images: str) -> list[str]:
-    """Returns the file, or the images in a folder and its subfolders, sorted by path."""
-    from dlopt.data.folder import images_below, reading
-
-    if os.path.isfile(images):
-        return [images]
-    if not os.path.isdir(images):
-        raise UserError(f"images={images}: no such file or folder")
-
-    with reading(f"images={images}"):
-        paths = images_below(images)
-    if not paths:
-        raise UserError(f"images={images}: this folder contains no images")
-    return paths
 
 
 def _header(trained: "Trained") -> list[str]:

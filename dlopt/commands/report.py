@@ -15,26 +15,27 @@ from rich.console import Console
 from dlopt.command_line.line import take_own, writing
 from dlopt.command_line.usage import own_keys
 from dlopt.commands.runs import split_folders
-from dlopt.config.overrides import key_of
 from dlopt.errors import DONE, UserError, suggest
 from dlopt.files import write_atomically
 from dlopt.interruption import Interruption
 from dlopt.ranges import Count
+from dlopt.results import reading
 from dlopt.results.exports import Destination, Format, ReportContent, destination, outdated, render
 from dlopt.results.page import serve
 from dlopt.results.ranking import default_target, gather
-from dlopt.results.reading import Damaged, Record, RunReader
+from dlopt.results.reading import Condition, Damaged, Record, RunReader
 from dlopt.results.terminal import show_report
 from dlopt.tracking import layout
 
 USAGE = """\
 Compare runs and sweeps
 
-Usage: dlopt report DIR... [key=value] [--watch] [--open]
+Usage: dlopt report DIR... [condition...] [key=value] [--watch] [--open]
 
 Examples:
   dlopt report outputs/night
   dlopt report outputs/night by=val_loss target=0.4
+  dlopt report outputs tags=paper 'optimizer.lr<=0.1'
   dlopt report outputs/night output=paper.pdf     # all plots, one per page
   dlopt report outputs/night output=table.tex     # a table with booktabs
   dlopt report outputs/night format=[pdf,latex]   # a file per plot, and table.tex
@@ -43,6 +44,7 @@ Examples:
 Searches the folders recursively for runs, prints a leaderboard, and writes DIR/report/: index.html (works offline),
 summary.csv and plots. Runs that differ only in their seeds count as one configuration.
 
+  condition :: only runs that satisfy it, as in `dlopt runs`: KEY=VALUE, KEY!=VALUE, KEY>X, ..., tags=NAME
   {_Options}
 """
 
@@ -80,12 +82,11 @@ def report(arguments: list[str]) -> int:
     """Writes and prints the report; with `--watch` or `--open` runs until interrupted. Raises `UserError`."""
     folders, rest = split_folders(arguments)
     own, others = take_own(_Options, rest, "report")
+    conditions: list[Condition] = []
     for argument in others:
-        if "=" not in argument:
+        if (parsed := reading.condition(argument)) is None:
             raise UserError(f"{argument}: no such folder")
-        names = [key.line if key.is_flag else key.name for key in own_keys(_Options)]
-        hint = suggest(key_of(argument), names, "dlopt report --help")
-        raise UserError(f"{argument}: unknown key; {hint}")
+        conditions.append(parsed)
     options = _Options(**own)
     if not folders:
         raise UserError("report: needs a folder of runs: dlopt report outputs/NAME")
@@ -93,7 +94,7 @@ def report(arguments: list[str]) -> int:
     if options.open and to.page is None:
         raise UserError("--open: shows the page; needs a folder with html among its formats")
     reader, console = RunReader(), Console(highlight=False)
-    state = _update(reader, folders, to, options, console)
+    state = _update(reader, folders, to, options, console, conditions=conditions)
     if not (options.watch or options.open):
         return DONE
     with contextlib.ExitStack() as stack:
@@ -106,8 +107,17 @@ def report(arguments: list[str]) -> int:
         with Interruption() as stop, contextlib.suppress(KeyboardInterrupt):
             while not _wait(stop, _REFRESH):
                 if options.watch:
-                    state = _update(reader, folders, to, options, console, before=state)
+                    state = _update(reader, folders, to, options, console, before=state, conditions=conditions)
     return DONE
+
+
+def _refuse_unknown(conditions: Sequence[Condition], records: Sequence[Record]) -> None:
+    """Raises `UserError` for a condition on a key that no run has: a misspelled key of the command, or of a run."""
+    for condition in conditions:
+        if records and not reading.is_known(condition.key, records):
+            names = [key.line if key.is_flag else key.name for key in own_keys(_Options)]
+            hint = suggest(condition.key, [*names, *reading.known_keys(records)], "dlopt report --help")
+            raise UserError(f"{condition.line}: unknown key; {hint}")
 
 
 def _wait(stop: Interruption, seconds: float) -> bool:
@@ -125,19 +135,28 @@ def _update(
     options: _Options,
     console: Console,
     before: Sequence[Record | Damaged] | None = None,
+    conditions: Sequence[Condition] = (),
 ) -> Sequence[Record | Damaged]:
     """Reads the runs and writes the report, unless the runs are unchanged since `before`. Returns their state."""
     records, damaged = reader.read(folders)
+    where = " ".join(condition.line for condition in conditions)
     if not records and not options.watch:
-        hint = f"; {len(damaged)} damaged: {layout.short_path(damaged[0].path)}: {damaged[0].reason}" if damaged else ""
+        hint = f" that satisfy {where}" if where else ""
+        hint += (
+            f"; {len(damaged)} damaged: {layout.short_path(damaged[0].path)}: {damaged[0].reason}" if damaged else ""
+        )
         raise UserError(f"{' '.join(map(str, folders))}: contains no runs{hint}")
     state: list[Record | Damaged] = [*records, *damaged]
     if before is not None and len(before) == len(state) and all(map(operator.is_, before, state)):
         return before
+    _refuse_unknown(conditions, records)
+    records = reading.select(records, conditions)
+    if not records and not options.watch:
+        raise UserError(f"{' '.join(map(str, folders))}: no run matches {where}")
     is_early = options.watch and not any(record.metrics for record in records)  # `by` cannot be checked yet
     table = gather(records, damaged, None if is_early else options.by)
     goal = default_target(table) if options.target is None else options.target
-    title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders)
+    title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders) + (f": {where}" if where else "")
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     refresh = _REFRESH if options.watch else None
     report = ReportContent(table, title, made, goal, options.test, refresh, options.top)

@@ -1,4 +1,4 @@
-"""`dlopt runs`: lists runs filtered by config, status and metric; `dlopt runs clean` removes checkpoints."""
+"""`dlopt runs`: lists runs filtered by config, status and metric, tags and compares them, removes checkpoints."""
 
 import re
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dlopt.command_line.line import take_own
+from dlopt.commands import runs_tag
+from dlopt.commands.runs_diff import diff
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.formats import format_bytes, format_count, printable
@@ -19,10 +21,12 @@ from dlopt.results.reading import Condition, Record, value_of
 from dlopt.tracking.layout import short_path
 
 USAGE = """\
-List, filter and clean up runs
+List, filter, tag, compare and clean up runs
 
 Usage:
   dlopt runs [DIR...] [condition...] [sort=KEY] [columns=[KEY,...]] [limit=N] [--paths]
+  dlopt runs tag RUN... [TAG...] [note=TEXT] [--remove]
+  dlopt runs diff RUN RUN
   dlopt runs clean [DIR...] [condition...] [--yes]
 
 Examples:
@@ -31,14 +35,24 @@ Examples:
   dlopt runs outputs/night 'val_accuracy>0.9' 'optimizer.lr<=0.01' sort=val_accuracy
   dlopt runs 'model=resnet*' columns=[optimizer.lr,val_loss,seconds] limit=10
   dlopt report $(dlopt runs optimizer=sgd --paths)
+  dlopt runs tag outputs/train/DATE baseline note="lower lr"
+  dlopt runs tags=baseline
 
 Searches the folders DIR (default: outputs) recursively and lists the runs that match all conditions. A terminal shows
 one line per run with the columns that fit; a pipe gets all columns and digits as tab-separated values.
 
   condition :: KEY=VALUE, KEY!=VALUE (with wildcards * and ?), KEY>X, KEY>=X, KEY<X or KEY<=X. KEY is a key of the \
 config, a metric (val_accuracy and val_loss of the best epoch, steps, seconds, ...) or status: finished, \
-stopped_early, running, interrupted, unfinished (killed), failed
+stopped_early, running, interrupted, unfinished (killed), failed. tags=NAME holds for runs that have this tag
   {_list}
+
+dlopt runs tag:
+  Adds tags to runs, which `dlopt train tags=[a,b] note=TEXT` sets at the start. Resuming a run keeps them.
+
+  {_tag}
+
+dlopt runs diff:
+  Prints the keys of the config in which two runs differ, and their metrics side by side.
 
 dlopt runs clean:
   Lists the checkpoints step-N.pt and abandoned-*.pt and removes them after confirmation. Keeps best.pt and last.pt, and
@@ -48,8 +62,13 @@ dlopt runs clean:
 """
 
 
+_tag = runs_tag.edit  # declares the keys of `dlopt runs tag`
+
+
 def runs(arguments: list[str]) -> int:
-    """Lists runs, or removes checkpoints. Raises `UserError`."""
+    """Lists, tags or compares runs, or removes checkpoints. Raises `UserError`."""
+    if arguments[:1] in (["tag"], ["diff"]):
+        return (runs_tag.tag if arguments[0] == "tag" else diff)(arguments[1:])
     command, rest = (_clean, arguments[1:]) if arguments[:1] == ["clean"] else (_list, arguments)
     folders, conditions, own = _parse(rest, command)
     return command(folders, conditions, **own)

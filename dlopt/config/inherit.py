@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from dlopt.config.compose import Composer
 from dlopt.config.keys import role_of
+from dlopt.config.labels import LABELS
 from dlopt.config.overrides import key_of
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
@@ -47,7 +48,7 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
     inherited = {
         key: value
         for key, value in saved.items()
-        if role_of(key) is not Role.COMMAND and key.partition(".")[0] not in replaced
+        if role_of(key) is not Role.COMMAND and key not in LABELS and key.partition(".")[0] not in replaced
     }
     lines: list[str] = []
     # Interpolated keys (init_seed: ${seed}) come second: with `seed` overridden, most need no override of their own.

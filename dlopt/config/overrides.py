@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
 _CLOSED = re.compile(r"""'[^']*'|"[^"]*"|\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}""")
 
 
+_SENTENCES = ("note",)  # keys whose value is one text, commas and brackets included
+
+
 def key_of(override: "str | Override") -> str:
     """Returns the dotted key of an override: `hydra.launcher` of `hydra/launcher=joblib`, `model.x` of `+model.x=1`."""
     return re.split(r"[=@]", text_of(override).lstrip("+~"), maxsplit=1)[0].replace("/", ".")
@@ -129,8 +132,10 @@ def grid(overrides: "Iterable[Override]") -> list[list[str]]:
 
 
 def quoted(line: str) -> str:
-    """Quotes plain values that have non-ASCII letters, which Hydra's grammar rejects: name=größe,klein."""
+    """Quotes what Hydra's grammar rejects or splits: values with non-ASCII letters (name=größe,klein), sentences."""
     key, equals, text = line.partition("=")
+    if key in _SENTENCES and equals and not re.fullmatch(r"\w+", text) and text[:1] not in ("'", '"', "$"):
+        return f"{key}={_as_text(text)}"
     if not equals or text.isascii() or not text.isprintable() or re.search(r"""['"\[\]{}()$\\]""", text):
         return line
     return f"{key}={','.join(value if value.isascii() else repr(value) for value in text.split(','))}"
@@ -164,12 +169,16 @@ def _unpaired(value: str) -> str:
     return unpaired.group() if unpaired else ""
 
 
+def _as_text(value: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(value, Quote.single).with_quotes()
+
+
 def quoted_value(value: str) -> str:
     """Quotes a value for Hydra's grammar: [a=1,b=[2]] as ['a=1','b=[2]'], because a quoted list would be a string."""
     if not (value.startswith("[") and value.endswith("]")):
-        from hydra.core.override_parser.types import Quote, QuotedString
-
-        return QuotedString(value, Quote.single).with_quotes()
+        return _as_text(value)
     items, depth = [""], 0
     for letter in value[1:-1]:
         depth += (letter in "[{(") - (letter in ")}]")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dlopt.config.experiment import GROUPS, Experiment, Settings
+from dlopt.config.labels import check_tags
 from dlopt.config.own_metrics import own_metrics
 from dlopt.config.own_observers import own_observers
 from dlopt.config.rules import check_combinations
@@ -30,6 +31,7 @@ def parse(
     entries = run_keys.get("observers", [])
     plain = {**run_keys, "observers": []} if isinstance(entries, list) else run_keys  # components: checked below
     settings = Settings(**check_arguments("", Settings, plain, related=tuple(GROUPS)))
+    check_tags(settings.tags)
     packages = (*trusted_packages(), *settings.allow_packages)
     find_local_packages(settings.allow_packages)
     components: dict[str, Any] = {}

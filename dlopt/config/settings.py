@@ -54,6 +54,9 @@ class Published:
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     name: Annotated[str, Role.PLACE]
+    # Configs that were saved before these keys existed lack them.
+    tags: Annotated[list[str], Role.WATCH] = field(default_factory=list)
+    note: Annotated[str | None, Role.WATCH] = None
     seed: Annotated[Seed, Role.SEED]
     init_seed: Annotated[Seed, Role.SEED]
     order_seed: Annotated[Seed, Role.SEED]

@@ -8,9 +8,9 @@ from typing import Any
 from dlopt import formats
 from dlopt.formats import format_count, printable
 from dlopt.formats import format_value as text
-from dlopt.results.leaderboard import ENDED, Difference, Record, Statistic
+from dlopt.results.leaderboard import ENDED, Difference, Record, Row, Statistic
 from dlopt.results.ranking import Ranking, against_published, recipe_label, time_to_target
-from dlopt.results.reading import number_in
+from dlopt.results.reading import number_in, tags_of
 from dlopt.results.tables import Table
 from dlopt.tracking.layout import short_path
 
@@ -30,6 +30,11 @@ def metric_columns(ranking: Ranking) -> list[str]:
 
 def test_columns(ranking: Ranking) -> list[str]:
     return [name for name in _TEST if any(name in record.metrics for record in ranking.records)]
+
+
+def tags_text(row: Row) -> str:
+    """Returns the tags of a configuration's runs: a, b."""
+    return ", ".join(dict.fromkeys(printable(tag) for run in row.runs for tag in tags_of(run)))
 
 
 def statistic_text(name: str, statistic: Statistic | None) -> str:
@@ -87,7 +92,8 @@ def summary_csv(ranking: Ranking, target: float | None, *, test: bool) -> str:
     header += [] if target is None else ["target", "reached", "steps_to_target", "seconds_to_target"]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
-    writer.writerow([*header, "folders", "command"])
+    has_tags = any(map(tags_text, ranking.rows))
+    writer.writerow([*header, *(["tags"] if has_tags else []), "folders", "command"])
     for rank, row in enumerate(ranking.rows, 1):
         visible = metrics + (tests if test or rank == 1 else [])
         cells: list[Any] = [rank, *(text(row.values[key]) if key in row.values else "" for key in ranking.keys)]
@@ -101,6 +107,7 @@ def summary_csv(ranking: Ranking, target: float | None, *, test: bool) -> str:
         if target is not None:
             reached = time_to_target(row, ranking.by, target)
             cells += [target, reached.count, _mean_and_std(reached.steps)[0], _mean_and_std(reached.seconds)[0]]
+        cells += [tags_text(row)] if has_tags else []
         cells += [" ".join(short_path(run.path) for run in row.runs), row.command or ""]
         writer.writerow([_cell(cell) for cell in cells])
     return output.getvalue()

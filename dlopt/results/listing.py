@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt import formats
+from dlopt.config.labels import LABELS
 from dlopt.formats import format_value as text
 from dlopt.formats import printable
 from dlopt.results import reading
@@ -65,6 +66,7 @@ def columns_of(query: Query, records: Sequence[Record]) -> list[str]:
     keys += [query.sort] if query.sort not in (None, "status") else []
     if len({record.config.get("seed") for record in records}) > 1:
         keys.append("seed")
+    keys += [key for key in LABELS if any(record.config.get(key) for record in records)]
     known = {name for record in records for name in record.metrics}
     return list(dict.fromkeys([*keys, *(name for name in _METRICS if name in known)]))
 
@@ -131,10 +133,10 @@ def _cell(key: str, record: Record) -> Text:
     value = value_of(record, key)
     if key == "status":
         return Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
-    if value is None:
+    if value is None or (key == "tags" and not value):
         return Text("-")
     if key.startswith((*_SPLITS, "seconds")) and reading.is_number(value):
         return Text(formats.format_metric(key, value))
-    content = printable(formats.brief(value))
+    content = printable(",".join(reading.tags_of(record)) if key == "tags" else formats.brief(value))
     half = _MAX_CELL // 2
     return Text(content if len(content) <= _MAX_CELL else f"{content[: half - 1]}…{content[-half:]}")

@@ -11,7 +11,15 @@ import numpy as np
 
 from dlopt.formats import brief, format_metric, printable
 from dlopt.results import drawing
-from dlopt.results.columns import FIRST, difference_text, failure_text, metric_columns, statistic_text, test_columns
+from dlopt.results.columns import (
+    FIRST,
+    difference_text,
+    failure_text,
+    metric_columns,
+    statistic_text,
+    tags_text,
+    test_columns,
+)
 from dlopt.results.leaderboard import ENDED, Record
 from dlopt.results.plots import SPREADS, Scale
 from dlopt.results.ranking import (
@@ -122,7 +130,7 @@ def _row(
         "note": ", ".join(f"{count} {status}" for status, count in _not_ended(row).items()),
         "bad": row.failed > 0,
         "facts": [[drawing.metric_name(name), statistic_text(name, found)]
-                  for name, found in statistics.items() if found is not None or name in metrics],
+                  for name, found in statistics.items() if found is not None or name in metrics] + _labels(row),
         "about": about if tests or rank > 1 else "",
         "command": row.command,
         "heads": [drawing.metric_name(name) for name in names],
@@ -138,6 +146,13 @@ def _row(
             for run in row.runs
         ],
     }  # fmt: skip
+
+
+def _labels(row: Configuration) -> list[list[str]]:
+    """Returns the tags and the notes of the runs, with their titles."""
+    notes = dict.fromkeys(printable(str(note)) for run in row.runs if (note := run.config.get("note")))
+    texts = {"tags": tags_text(row), "note": "; ".join(notes)}
+    return [[title, text] for title, text in texts.items() if text]
 
 
 def _not_ended(row: Configuration) -> dict[str, int]:

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from dlopt.config.labels import LABELS
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.formats import format_value as text
@@ -268,6 +269,8 @@ class Condition:
 
     def holds(self, record: Record) -> bool:
         actual = value_of(record, self.key)
+        if self.key == "tags" and self.sign in ("=", "!=") and not self.value.startswith("["):
+            return any(fnmatchcase(tag, self.value) for tag in tags_of(record)) == (self.sign == "=")
         number = number_in(self.value)
         if self.sign in _ORDER:
             return is_number(actual) and number is not None and _ORDER[self.sign](actual, number)
@@ -297,17 +300,34 @@ def select(records: Sequence[Record], conditions: Sequence[Condition]) -> list[R
     return [record for record in records if all(condition.holds(record) for condition in conditions)]
 
 
+def known_keys(records: Sequence[Record]) -> list[str]:
+    """Returns the keys that a condition can name: status, metrics, keys of the config."""
+    return list(dict.fromkeys(["status", *(k for r in records for k in (*r.metrics, *r.config))]))
+
+
+def is_known(key: str, records: Sequence[Record]) -> bool:
+    """Returns whether a run has this key or metric; `tags` and `note` are keys of every run."""
+    known = {"status", *LABELS, *(k for r in records for k in (*r.metrics, *r.config))}
+    return key in known or key.removeprefix("best_") in known
+
+
 def check_key(key: str, line: str, records: Sequence[Record]) -> None:
     """Raises `UserError` if no run has this key or metric."""
-    known = dict.fromkeys(["status", *(k for r in records for k in (*r.metrics, *r.config))])
-    if not records or key in known or key.removeprefix("best_") in known:
+    if not records or is_known(key, records):
         return
+    known = known_keys(records)
     suffix_matches = [name for name in known if name.rpartition(".")[2] == key]
-    close = suffix_matches or get_close_matches(key, list(known), n=1, cutoff=0.6)
+    close = suffix_matches or get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
     metrics = dict.fromkeys(name for record in records for name in record.metrics)
     allowed = ", ".join(["status", "a key of the config", *metrics])
     raise UserError(f"{line}: no run has {key}; {hint}allowed: {allowed}")
+
+
+def tags_of(record: Record) -> tuple[str, ...]:
+    """Returns the tags of a run; () if it has none."""
+    tags = record.config.get("tags")
+    return tuple(map(str, tags)) if isinstance(tags, tuple) else ()
 
 
 def value_of(record: Record, key: str) -> Any:

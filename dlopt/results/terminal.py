@@ -16,6 +16,7 @@ from dlopt.results.columns import (
     metric_columns,
     published_table,
     statistic_text,
+    tags_text,
     test_columns,
 )
 from dlopt.results.leaderboard import Leaderboard, Statistic
@@ -72,6 +73,9 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> Grid:
     grid = plain_table(right=["#"])
     for key in keys:
         grid.add_column(Text(printable(short_key(key, ranking.keys))), overflow="fold")
+    has_tags = any(map(tags_text, ranking.rows))
+    if has_tags:
+        grid.add_column("tags", overflow="fold")
     grid.add_column("runs", justify="right")
     for name in (*metrics, *tests):
         grid.add_column(name.replace("_", " "), justify="right")
@@ -79,6 +83,7 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> Grid:
         grid.add_column(Text("vs. best [95 % CI]"), justify="right")
     for rank, row in enumerate(ranking.rows[: report.top], 1):
         cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
+        cells += [tags_text(row) or "-"] if has_tags else []
         values = [_statistic(name, row.statistic(name)) for name in metrics]
         values += [_statistic(name, row.statistic(name)) if report.test or rank == 1 else "" for name in tests]
         difference = [difference_text(ranking.by, row.difference)] if compared else []

@@ -36,6 +36,7 @@ class SweepRequest:
         path: hydra.sweep.dir; `is_typed`: given on the command line.
         pool: the worker pool of the launcher; None for a launcher of another package.
         sized: models whose size was checked.
+        found: the folder of the sweep, once `find_folder` has chosen it.
     """
 
     composer: Composer
@@ -47,9 +48,14 @@ class SweepRequest:
     is_typed: bool
     pool: pools.Pool | None
     sized: set[str] = field(default_factory=set)
+    found: list[Path] = field(default_factory=list)
 
     def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
         """Returns the folder of the sweep, created if missing. `check(path, key)` refuses an unsuitable one."""
+        self.found[:] = [self._find_folder(is_unfinished, check)]
+        return self.found[0]
+
+    def _find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
         if not self.is_typed:
             unfinished = newest(self.path.parent, is_unfinished) if self.config.resume == "auto" else None
             if unfinished is None:

@@ -62,6 +62,11 @@ def refuse_ranks(command: str, what: str) -> None:
 
 def sweep(composer: Composer, parsed: Namespace) -> int:
     """Runs the sweep and returns its exit code. Raises `UserError` before it creates any file."""
+    return run(request(composer, parsed))
+
+
+def request(composer: Composer, parsed: Namespace) -> SweepRequest:
+    """Composes and checks a sweep, except its jobs. Raises `UserError`."""
     refuse_ranks("-m", "the sweep")
     config = composer.compose(parsed.overrides, multirun=True)
     refuse_unread_hydra(parsed.overrides, "a sweep", _READS_OF_HYDRA, {"hydra.run": "use hydra.sweep.dir"})
@@ -74,9 +79,13 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     lines = parsed.overrides if is_search else with_params(config, parsed.overrides)
     swept = composer.parse([line for line in lines if not is_hydra(line)])
     hydra = [line for line in lines if is_hydra(line)]
-    request = SweepRequest(composer, config, parsed.overrides, hydra, swept, path, is_typed, pool)
+    return SweepRequest(composer, config, parsed.overrides, hydra, swept, path, is_typed, pool)
+
+
+def run(request: SweepRequest) -> int:
+    """Runs a sweep and returns its exit code. Raises `UserError` before it creates any file."""
     try:
-        return _load_search()(request) if is_search else _grid(request)
+        return _load_search()(request) if str(request.config.hydra.sweeper._target_) == SEARCH else _grid(request)
     except Interrupted:  # before the first job
         raise
     except KeyboardInterrupt:

@@ -30,7 +30,7 @@ from dlopt.plain import flatten
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
-_REPORT_KEY = "published"  # read by `dlopt report` only: not shown as a setting
+_REPORT_KEYS = ("published", "tags", "note")  # read by `dlopt report` and `dlopt runs` only: not shown as settings
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, 
     flat: dict[str, str | bool | float] = {**choices_of_groups(config, choices)}
     for key, value in settings(config).items():
         is_derived_seed = key.endswith("_seed") and value == config.get("seed")
-        if value is not None and key != _REPORT_KEY and not is_derived_seed:
+        if value is not None and key not in _REPORT_KEYS and not is_derived_seed:
             flat[key] = value if isinstance(value, str | bool | int | float) else format_value(value)
     return flat
 

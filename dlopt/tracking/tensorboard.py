@@ -13,11 +13,12 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -26,6 +27,8 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
+from dlopt.errors import UserError
+from dlopt.plain import read_regular
 from dlopt.tracking.layout import short_path
 from dlopt.tracking.metrics import AppendFile
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FLUSH_SECONDS = 2.0
+_MAX_EVENTS = 1 << 30  # bytes of an event file
 _SIDE = 512  # pixels of a grid: small images are enlarged, of large ones fewer are shown (but at least four)
 _STATUS = {
     "finished": api_pb2.STATUS_SUCCESS, "stopped_early": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE
@@ -62,6 +66,44 @@ def record(event: bytes) -> bytes:
     """Frames a serialized event as a TFRecord: length, CRC of the length, data, CRC of the data."""
     length = struct.pack("<Q", len(event))
     return length + struct.pack("<I", _masked_crc(length)) + event + struct.pack("<I", _masked_crc(event))
+
+
+def read_scalars(folder: Path) -> list[dict[str, float]]:
+    """Reads the scalars of a run from its event files: one dict per update, with `step` and a value per tag.
+
+    As TensorBoard does, drops what a resumed run has written again, and stops at a file's first incomplete record.
+    Raises `UserError` for an unreadable file.
+    """
+    scalars: dict[int, dict[str, float]] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for event in _events(path):
+            if event.session_log.status == SessionLog.START:
+                scalars = {step: values for step, values in scalars.items() if step < event.step}
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    scalars.setdefault(event.step, {})[value.tag] = value.simple_value
+    return [{"step": step, **scalars[step]} for step in sorted(scalars)]
+
+
+def _events(path: Path) -> Iterator[Event]:
+    """Yields the events of a file in the format of `record`; does not verify the CRCs."""
+    try:
+        data = read_regular(path, _MAX_EVENTS)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{short_path(path)}: cannot be read: {reason}") from None
+    start = 0
+    while start + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        start, end = start + 12, start + 12 + length
+        if end + 4 > len(data):
+            return
+        try:
+            event = Event.FromString(data[start:end])
+        except DecodeError:
+            return
+        yield event
+        start = end + 4
 
 
 def _plugin(name: str, content: bytes = b"") -> SummaryMetadata:

@@ -1,17 +1,46 @@
 """Classifies image files with a trained model."""
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from dlopt.data.folder import images_below, reading
 from dlopt.data.images import decode
 from dlopt.errors import UserError
 from dlopt.losses import probabilities
 from dlopt.processor import usable_cores
 from dlopt.training.restore import Trained
+
+
+def image_files(images: str) -> list[str]:
+    """Returns the file, or the images in a folder and its subfolders, sorted by path. Raises `UserError`."""
+    if os.path.isfile(images):
+        return [images]
+    if not os.path.isdir(images):
+        raise UserError(f"images={images}: no such file or folder")
+    with reading(f"images={images}"):
+        paths = images_below(images)
+    if not paths:
+        raise UserError(f"images={images}: this folder contains no images")
+    return paths
+
+
+def refuse_other_inputs(trained: Trained, path: Path) -> None:
+    """Raises `UserError` if the model of the checkpoint `path` does not classify image files."""
+    if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):
+        raise UserError(f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images")
+    if trained.task.white != 255:
+        raise UserError(
+            f"checkpoint={path}: its model takes floating-point images in the units of its data; image files have "
+            "values 0..255"
+        )
+    if trained.task.kind == "reconstruction":
+        raise UserError(f"checkpoint={path}: its model reconstructs images; `dlopt eval checkpoint={path}` draws some")
 
 
 def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterator[tuple[str, list[float] | str]]:

@@ -1,4 +1,4 @@
-"""Generates the reference from the code and from conf/: a page per command, a page per group, the keys of a run.
+"""Generates the reference from the code and from conf/: pages of commands, groups, the keys of a run, the Python API.
 
 The pages are written before Sphinx reads its sources, and only if they changed, so a second build is quick. The suffix
 .myst separates them from the pages in the repository.
@@ -21,6 +21,8 @@ from unittest import mock
 
 from markup import block, code, docstring, table, text
 
+import dlopt
+from dlopt import api
 from dlopt.cli import USAGE, run
 from dlopt.command_line.usage import declaring, own_keys
 from dlopt.commands.options import choices_of, every_group
@@ -54,7 +56,7 @@ def generate() -> dict[str, str]:
     """Returns the generated pages by their names in the documentation."""
     commands = {f"reference/commands/{name}": command_page(name) for name in COMMANDS}
     groups = {f"reference/groups/{file_name(group)}": group_page(group) for group in every_group(CATALOGUE)}
-    return {**commands, **groups, "reference/settings": settings_page()}
+    return {**commands, **groups, "reference/settings": settings_page(), "reference/python": python_page()}
 
 
 def file_name(group: str) -> str:
@@ -263,3 +265,46 @@ def choices_table() -> str:
         links = [f"**{_link(group, name, names)}**" if name == default else _link(group, name, names) for name in names]
         rows.append((f"[{code(group)}](groups/{file_name(group)}.myst)", " ".join(links)))
     return table(("Group", "Choices"), rows)
+
+
+# -- the Python API
+
+
+def python_page() -> str:
+    """The public functions of the package, then the classes of what they return, from their docstrings."""
+    functions = [name for name in dlopt.__all__ if not name.startswith("_")]
+    classes = [name for name in api.__all__ if name not in functions]
+    lines = ["# Python API", ""]
+    lines += ["`import dlopt` is enough for all functions; it imports PyTorch when a function first needs it.", ""]
+    lines += ["Examples: [use dlopt from Python](../howto/python.md).", ""]
+    for name in functions:
+        lines += [
+            f"## dlopt.{name}",
+            "",
+            _signature(f"dlopt.{name}", getattr(api, name)),
+            docstring(getattr(api, name)),
+            "",
+        ]
+    for name in classes:
+        lines += [f"## {name}", "", docstring(getattr(api, name)), "", *_members(name, getattr(api, name))]
+    return "\n".join(lines) + "\n"
+
+
+def _members(name: str, target: type) -> list[str]:
+    """The public methods and properties that a class defines itself."""
+    rows, lines = [], []
+    for attribute, value in vars(target).items():
+        function = value.fget if isinstance(value, property) else getattr(value, "func", None)
+        if attribute.startswith("_") or attribute == "forward":
+            continue
+        if function is not None:
+            rows.append((code(attribute), text(" ".join(inspect.getdoc(value or function).split()))))
+        elif inspect.isfunction(value):
+            lines += [f"### {name}.{attribute}", "", _signature(f"{name}.{attribute}", value), docstring(value), ""]
+    return [table(("Property", "Meaning"), rows), *lines]
+
+
+def _signature(name: str, target: Callable[..., Any]) -> str:
+    """The call, with types without their modules: dlopt.load(run: str | PathLike[str]) -> Model."""
+    types = re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", str(inspect.signature(target)))
+    return block("python", [name + types.replace("(self, ", "(").replace("(self)", "()")])

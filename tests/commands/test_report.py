@@ -1,6 +1,7 @@
 """`dlopt report`: table, page, plots and errors."""
 
 import contextlib
+import csv
 import http.client
 import io
 import os
@@ -61,6 +62,22 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
     tables = dlopt(runs, "report", "night", "output=tables", "format=[latex,csv]")
     assert tables.code == 0 and tables.out.splitlines()[-2:] == ["tables/table.tex", "tables/summary.csv"]
     assert {path.name for path in (runs / "tables").iterdir()} == {"table.tex", "summary.csv"}
+
+
+def test_conditions_select_the_runs(runs: Path) -> None:
+    make_run(runs / "night/5", lr=0.5, accuracies=(0.4, 0.55), config={"tags": ["base", "paper"], "note": "a, <b>"})
+    result = dlopt(
+        runs, "report", "night", "optimizer=sgd", "optimizer.lr>=0.1", "status=finished", "format=[csv,html]"
+    )
+    assert result.code == 0 and "2 configurations, 2 runs: 2 finished" in result.out
+    assert re.search(r"^# +lr +tags +runs ", result.out, re.MULTILINE) and "base, paper" in result.out
+    page = (runs / "night/report/index.html").read_text()
+    assert "Runs in night: optimizer=sgd optimizer.lr&gt;=0.1 status=finished" in page and "base, paper" in page
+    with (runs / "night/report/summary.csv").open() as file:
+        assert [row["tags"] for row in csv.DictReader(file)] == ["", "base, paper"]
+    assert "1 configuration, 1 run: 1 finished" in dlopt(runs, "report", "night", "tags=paper", "format=csv").out
+    assert "night: no run matches tags=none" in dlopt(runs, "report", "night", "tags=none").err
+    assert "tags" not in dlopt(runs, "report", "night", "tags!=paper", "format=csv").out
 
 
 def test_removes_the_plots_of_an_earlier_report(runs: Path) -> None:
@@ -135,6 +152,9 @@ def test_piped_table_is_complete_without_trailing_spaces(paired: Path) -> None:
         ("night targt=1", "did you mean target?"),
         ("night watch=true", "did you mean --watch? allowed: --watch, "),
         ("night what=1", "`dlopt report --help` lists all"),
+        ("night optimzer=sgd", "optimzer=sgd: unknown key; did you mean optimizer?"),
+        ("night lr>high", "lr>high: > requires a number"),
+        ("night optimizer=lion", "night: no run matches optimizer=lion"),
         ("empty", "empty: contains no runs"),
         ("night/0", "1 damaged: night/0: summary.json is damaged"),
         ("night output=night/1/config.yaml", "unknown format; allowed: .html, "),

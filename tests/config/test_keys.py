@@ -52,6 +52,8 @@ def test_every_declared_key_exists() -> None:
         ("hydra/launcher", Role.PLACE),
         ("checkpoint.keep", Role.WATCH),
         ("profile", Role.WATCH),
+        ("tags", Role.WATCH),  # describe a run: may change when it is resumed
+        ("note", Role.WATCH),
         ("resume", Role.COMMAND),
         ("experiment", Role.COMMAND),
         ("of.another.version", Role.IDENTITY),

@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
+import dlopt
 from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, config_folder
 from dlopt.table import COMMANDS
@@ -113,6 +114,15 @@ def test_every_command_has_a_page(site: Path) -> None:
     for name in COMMANDS:
         assert f"dlopt {name} " in parsed(site / f"reference/commands/{name}.html").text
     assert "checkpoint=PATH" in parsed(site / "reference/commands/eval.html").text
+
+
+def test_every_public_name_has_a_section(site: Path) -> None:
+    page = parsed(site / "reference/python.html")
+    for name in dlopt.__all__:
+        assert name == "__version__" or f"dlopt-{name.replace('_', '-')}" in page.ids or f"dlopt{name}" in page.ids
+    assert "dlopt.open_run(path: str | PathLike[str]) -> Run" in page.text and "model-predict" in str(page.ids)
+    notebook = parsed(site / "tutorials/pandas.html")
+    assert "dlopt.sweep(" in notebook.text and any(address.endswith(".svg") for address in notebook.loaded)
 
 
 def test_every_choice_has_a_section_with_its_keys(site: Path) -> None:

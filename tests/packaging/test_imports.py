@@ -13,6 +13,7 @@ FLOORS = [
     "__main__", "cli", "completion",
     "lab",
     "api", "commands", "hydra_plugins",
+    "run_table", "trained",
     "sweeps", "attempt", "command_line",
     "job", "instruments",
     "training", "results",

@@ -1,5 +1,6 @@
 import io
 import math
+import os
 import shlex
 import struct
 from pathlib import Path
@@ -15,7 +16,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.hparams import metadata
 
-from dlopt.tracking.tensorboard import TensorBoard, command, image_grid, record
+from dlopt.errors import UserError
+from dlopt.tracking.tensorboard import TensorBoard, command, image_grid, read_scalars, record
 
 
 def no_complaint(text: str) -> None:
@@ -66,6 +68,36 @@ def test_resume_purges_events_after_the_checkpoint(tmp_path: Path) -> None:
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 1.0), (20, 1.0), (30, 2.0)]
     assert [e.step for e in events.Scalars("only/once")] == [10, 20]
+
+
+def test_own_reader_agrees_with_tensorboards(tmp_path: Path) -> None:
+    for i, (purge, steps) in enumerate([(None, (10, 20, 30, 40)), (21, (30, 50)), (41, (60,))]):
+        board = TensorBoard(tmp_path, no_complaint, purge_step=purge)
+        board.config({"seed": 0}, {"seed": 0.0})
+        for step in steps:
+            board.scalars(step, {"train/loss": step + i / 8, f"of/{i}": 1.0})
+        board.images("train/images", 50, torch.zeros(1, 1, 8, 8))
+        board.close()
+    newest = max(tmp_path.iterdir())
+    newest.write_bytes(newest.read_bytes() + record(b"an incomplete record")[:-6])
+    events = read(tmp_path)
+    tags = events.Tags()["scalars"]
+    theirs = {(tag, event.step, event.value) for tag in tags for event in events.Scalars(tag)}
+    ours = {(tag, line["step"], value) for line in read_scalars(tmp_path) for tag, value in line.items()}
+    assert {each for each in ours if each[0] != "step"} == theirs
+    assert [line["step"] for line in read_scalars(tmp_path)] == [10, 20, 30, 60]
+
+
+def test_reader_of_untrusted_files(tmp_path: Path) -> None:
+    assert read_scalars(tmp_path / "nowhere") == []
+    path = tmp_path / "events.out.tfevents.1"
+    for data in (b"", b"x", b"\xff" * 100, record(b"\xff\xff no event")):
+        path.write_bytes(data)
+        assert read_scalars(tmp_path) == []
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"events\.out\.tfevents\.1: cannot be read: is not a regular file"):
+        read_scalars(tmp_path)
 
 
 def test_config_and_hparams_are_in_the_same_run(tmp_path: Path) -> None:

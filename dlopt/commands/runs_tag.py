@@ -1,0 +1,67 @@
+"""`dlopt runs tag`: changes the tags and the note of runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+
+from dlopt.command_line.line import take_own
+from dlopt.config.labels import check_tags
+from dlopt.errors import DONE, RunError, UserError
+from dlopt.files import write_atomically
+from dlopt.folders import RunFolder
+from dlopt.formats import format_value, printable
+from dlopt.results import reading
+from dlopt.results.reading import Damaged, Record
+from dlopt.tracking.layout import short_path
+
+
+def tag(arguments: list[str]) -> int:
+    """Runs `dlopt runs tag` with the given arguments. Raises `UserError` before it changes any run."""
+    values, rest = take_own(edit, arguments, "runs")
+    count = next((i for i, argument in enumerate(rest) if not Path(argument).is_dir()), len(rest))
+    if count == 0:
+        missing = f"{rest[0]}: no such folder; " if rest else ""
+        raise UserError(f"{missing}runs tag needs the folder of a run: dlopt runs tag outputs/train/DATE good")
+    return edit([Path(argument) for argument in rest[:count]], rest[count:], **values)
+
+
+def edit(
+    folders: list[Path],
+    tags: list[str],
+    *,
+    note: Annotated[str | None, "TEXT: replace the note; note= removes it"] = None,
+    remove: Annotated[bool, "--: remove the tags instead of adding them"] = False,
+) -> int:
+    """Adds or removes tags, and sets the note. Raises `UserError` before it changes any run."""
+    check_tags(tags)
+    if note is None and not tags:
+        raise UserError("runs tag: needs tags to add, or note=TEXT: dlopt runs tag outputs/train/DATE good")
+    for record in [_intact(folder) for folder in folders]:
+        print(_write(record, tags, note, remove=remove))
+    return DONE
+
+
+def _intact(folder: Path) -> Record:
+    record = reading.read(folder)
+    if isinstance(record, Damaged):
+        raise UserError(f"{printable(short_path(folder))}: {record.reason}; nothing was changed")
+    return record
+
+
+def _write(record: Record, tags: list[str], note: str | None, *, remove: bool) -> str:
+    """Replaces the tags and the note in config.yaml; returns the line to print. Raises `RunError`."""
+    before = reading.tags_of(record)
+    after = [each for each in before if each not in tags] if remove else list(dict.fromkeys([*before, *tags]))
+    config = RunFolder(record.path).config()
+    assert config is not None  # it has just been read
+    config["tags"] = after
+    if note is not None:
+        config["note"] = note or None
+    try:
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        write_atomically(record.path / "config.yaml", text.encode())
+    except OSError as error:
+        raise RunError(f"{record.path / 'config.yaml'}: cannot be written: {error.strerror}") from None
+    shown = f" note={config['note']}" if config.get("note") else ""
+    return printable(f"{short_path(record.path)}: tags={format_value(after)}{shown}")

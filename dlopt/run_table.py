@@ -1,0 +1,193 @@
+"""Runs of earlier commands from Python: `dlopt.runs` lists them, `dlopt.open_run` opens one. Imports no torch."""
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dlopt.errors import UserError, install
+from dlopt.files import read_json
+from dlopt.formats import format_metric
+from dlopt.results import reading
+from dlopt.results.listing import Query
+from dlopt.results.reading import Condition, Damaged, Record
+from dlopt.tracking.layout import short_path
+from dlopt.tracking.metrics import SUMMARY
+
+if TYPE_CHECKING:
+    from dlopt.trained import Model
+
+_PICTURES = (".png", ".svg", ".pdf")
+_SHOWN = ("epochs", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
+_FINAL = ("best/", "test/")  # tags of the end of a run, which `best` and `test` have
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run folder.
+
+    Attributes:
+        path: the folder.
+        status: finished, stopped_early, pruned, running, interrupted, unfinished (killed) or failed.
+        config: values by dotted key (`config["optimizer.lr"]`); a group's name maps to its choice
+            (`config["optimizer"]` is `"sgd"`). Lists are tuples.
+        overrides: what was typed.
+        metrics: those of the best epoch (`val_loss`, `val_accuracy`), of the last epoch (`train_loss`), of the run
+            (`epochs`, `steps`, `seconds`, `parameters`) and of the final test (`test_loss`). Missing and non-finite
+            values are left out.
+        history: the evaluated epochs, as in metrics.jsonl, with the generalization gaps. `pandas.DataFrame(history)`
+            has a row per epoch.
+        tags, note: of `dlopt train tags=[...] note=...` or `dlopt runs tag`.
+        reason: why a failed run failed.
+    """
+
+    path: Path
+    status: str
+    config: Mapping[str, Any]
+    overrides: tuple[str, ...]
+    metrics: Mapping[str, float]
+    history: tuple[Mapping[str, float], ...]
+    tags: tuple[str, ...]
+    note: str | None
+    reason: str | None
+
+    def __repr__(self) -> str:
+        texts = [f"{key} {format_metric(key, self.metrics[key])}" for key in _SHOWN if key in self.metrics]
+        return f"<{self.status}: {', '.join(texts) or self.reason or 'no metrics'}; {short_path(self.path)}>"
+
+    @property
+    def best(self) -> dict[str, float]:
+        """Validation metrics of the best epoch, and its number (`best_epoch`)."""
+        return {key: value for key, value in self.metrics.items() if key.startswith("val_") or key == "best_epoch"}
+
+    @property
+    def test(self) -> dict[str, float]:
+        """Test metrics of the best model. Compare runs by `best`: to choose by `test` is selection on the test set."""
+        return {key: value for key, value in self.metrics.items() if key.startswith("test_")}
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        """summary.json; {} while there is none."""
+        return read_json(self.path / SUMMARY) or {}
+
+    @functools.cached_property
+    def steps(self) -> list[dict[str, float]]:
+        """What was logged per update, by TensorBoard tag (`train/loss`, `lr`, ...), with `step`, from 1.
+
+        [] without TensorBoard files (`tracking=[]`). Raises `UserError` for unreadable ones.
+        """
+        from dlopt.tracking.tensorboard import read_scalars
+
+        lines = [
+            {tag: value for tag, value in line.items() if not tag.startswith(_FINAL)}
+            for line in read_scalars(self.path / "tensorboard")
+        ]
+        return [line for line in lines if line.keys() != {"step"}]
+
+    @property
+    def pictures(self) -> list[Path]:
+        """Pictures in the folder: curves.png, find_lr.png, ..."""
+        return sorted(path for path in self.path.iterdir() if path.suffix in _PICTURES and path.is_file())
+
+    @functools.cached_property
+    def model(self) -> "Model":
+        """The best model by the validation metric: `dlopt.load(path)`."""
+        from dlopt.trained import load
+
+        return load(self.path)
+
+
+class Runs(list[Run]):
+    """A list of runs that pandas can tabulate."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self)) or "no runs"
+
+    def to_pandas(self) -> Any:
+        """Returns a `pandas.DataFrame` with a row per run: path, status, keys of the config, metrics.
+
+        A key with the name of a metric is `config.KEY`: `epochs` are the epochs trained, `config.epochs` those of the
+        config. Raises `UserError` without pandas.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            if error.name != "pandas":
+                raise
+            raise UserError(f"to_pandas(): requires pandas; {install('pandas')}") from None
+        metrics = {name for run in self for name in run.metrics}
+        rows = [
+            {
+                "path": str(run.path),
+                "status": run.status,
+                **{f"config.{key}" if key in metrics else key: value for key, value in run.config.items()},
+                **run.metrics,
+            }
+            for run in self
+        ]
+        return pandas.DataFrame(rows)
+
+
+def runs(
+    folder: str | PathLike[str] | Sequence[str | PathLike[str]] = "outputs",
+    where: Sequence[str] = (),
+    *,
+    sort: str | None = None,
+) -> Runs:
+    """Lists the runs in and below a folder, or several, like `dlopt runs`. Warns of damaged folders.
+
+    Args:
+        folder: a folder, or a list of folders.
+        where: conditions that all hold: `["optimizer=adamw", "val_accuracy>0.9", "status=finished"]`.
+        sort: a metric (best first) or a key of the config (ascending); by default, runs are sorted by path.
+
+    Raises:
+        UserError: no such folder, or a key that no run has.
+    """
+    if isinstance(where, str):  # would be read letter by letter
+        raise UserError(f"runs(where={where!r}): must be a list: where={where.split()}")
+    folders = [Path(each) for each in ([folder] if isinstance(folder, str | PathLike) else folder)]
+    for each in folders:
+        if not each.is_dir():
+            raise UserError(f"runs({str(each)!r}): no such folder")
+    records, damaged = Query(folders, [_condition(line) for line in where], sort).find()
+    for found in damaged:
+        warnings.warn(f"{short_path(found.path)}: skipped: {found.reason}", stacklevel=2)
+    return Runs(map(_run, records))
+
+
+def open_run(path: str | PathLike[str]) -> Run:
+    """Opens one run folder. Raises `UserError` for a folder that is not one, or is damaged."""
+    folder = Path(fspath(path)).absolute()
+    if not folder.is_dir():
+        raise UserError(f"open_run({fspath(path)!r}): no such folder")
+    found = reading.read(folder)
+    if isinstance(found, Damaged):
+        is_parent = not (folder / "config.yaml").exists() and next(reading.find(folder), None) is not None
+        hint = "; it contains runs, which dlopt.runs lists" if is_parent else ""
+        raise UserError(f"open_run({fspath(path)!r}): not a readable run: {found.reason}{hint}")
+    return _run(found)
+
+
+def _condition(line: str) -> Condition:
+    parsed = reading.condition(line)
+    if parsed is None:
+        raise UserError(f"runs(where=[{line!r}]): must be a condition: optimizer=adamw, val_accuracy>0.9, ...")
+    return parsed
+
+
+def _run(record: Record) -> Run:
+    return Run(
+        record.path,
+        record.status,
+        record.config,
+        tuple(record.overrides),
+        record.metrics,
+        record.history,
+        reading.tags_of(record),
+        None if (note := record.config.get("note")) is None else str(note),
+        record.reason,
+    )

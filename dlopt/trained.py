@@ -1,0 +1,153 @@
+"""Trained models from Python: `dlopt.load` returns a module that maps raw images to outputs."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.augment.pipeline import CentreCrop
+from dlopt.errors import RunError, UserError
+from dlopt.openmp import adapt_waiting
+from dlopt.processor import set_deterministic, set_threads
+from dlopt.training import rng
+from dlopt.training.classify import classify, image_files, refuse_other_inputs
+from dlopt.training.precision import Precision
+from dlopt.training.restore import Trained, restore
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A classified image.
+
+    Attributes:
+        image: its path.
+        label: the most probable class; None for a regression.
+        values: the probabilities of the classes in the order of `Model.classes`; the outputs of a regression.
+    """
+
+    image: str
+    label: str | None
+    values: tuple[float, ...]
+
+    @property
+    def probability(self) -> float | None:
+        """The probability of `label`; None for a regression."""
+        return None if self.label is None else max(self.values)
+
+
+class Model(nn.Module):
+    """A trained model in evaluation mode, with its input normalization and centre crop.
+
+    Maps images [B, C, H, W] with values 0..255 (or vectors, as in the data set) to outputs [B, K], and tokens [B, T]
+    (int64) to outputs [B, T, K].
+
+    Attributes:
+        classes: names of the K classes; None if there are no labels.
+    """
+
+    def __init__(self, trained: Trained, path: Path) -> None:
+        super().__init__()
+        self.normalize = trained.normalize
+        self.module = trained.module
+        self.classes = trained.classes
+        self._task = trained.task
+        self._sample, self._window = trained.sample, trained.window
+        self._dtype = trained.precision.dtype
+        self._trained, self._path = trained, path
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self._task.vocabulary is None and self._window != self._sample and tuple(inputs.shape[1:]) == self._sample:
+            inputs, _ = CentreCrop(self._window)(inputs, torch.empty(0))
+        outputs: Tensor = self.module(self._task.normalized(inputs, self.normalize, self._dtype))
+        return outputs
+
+    def predict(
+        self,
+        images: str | PathLike[str] | Sequence[str | PathLike[str]],
+        *,
+        batch_size: int = 64,
+        max_errors: int = 10,
+    ) -> list[Prediction]:
+        """Classifies image files like `dlopt predict`, in the order of their paths or of the list.
+
+        Scales the images to the size of the training images and takes the centre crop. Skips unreadable files with a
+        warning.
+
+        Args:
+            images: a file, a folder (searched recursively), or a list of files.
+            batch_size: images per forward pass.
+            max_errors: maximum number of files to skip.
+
+        Raises:
+            UserError: no images, or a model of other inputs.
+            RunError: more than `max_errors` files are unreadable.
+        """
+        if isinstance(images, Tensor):
+            raise UserError("predict(): takes image files; to map a tensor [B, C, H, W], call the model: model(images)")
+        for name, value, least in (("batch_size", batch_size, 1), ("max_errors", max_errors, 0)):
+            if value < least:
+                raise UserError(f"predict({name}={value}): must be >= {least}")
+        files = image_files(fspath(images)) if isinstance(images, str | PathLike) else [fspath(each) for each in images]
+        if not files:
+            raise UserError("predict(images=[]): needs at least one file")
+        refuse_other_inputs(self._trained, self._path)
+        predictions, errors = [], 0
+        for path, values in classify(files, self._placed(), batch_size):
+            if not isinstance(values, str):
+                label = None if self.classes is None else self.classes[max(range(len(values)), key=values.__getitem__)]
+                predictions.append(Prediction(path, label, tuple(values)))
+                continue
+            errors += 1
+            if errors > max_errors:
+                raise RunError(f"max_errors={max_errors}: exceeded by unreadable files")
+            warnings.warn(f"skipped: {values}", stacklevel=2)
+        return predictions
+
+    def _placed(self) -> Trained:
+        """Returns what `dlopt predict` uses, on the device to which the caller may have moved the model."""
+        device = next((parameter.device for parameter in self.parameters()), self._trained.precision.device)
+        self._trained.loss.to(device)
+        return replace(self._trained, precision=Precision(self._trained.precision.name, device))
+
+
+def load(run: str | PathLike[str]) -> Model:
+    """Loads the best model of a run folder (by its validation metric), or a checkpoint. Raises `UserError`.
+
+    Warns if the run was evaluated with norm_statistics=exact: a checkpoint has the running statistics.
+    """
+    path = Path(run)
+    if path.is_dir():
+        best = path / "checkpoints" / "best.pt"
+        path = best if best.exists() else best.with_name("last.pt")
+    with preserve_global_state():
+        trained = restore(path, {})
+    if trained.warning is not None:
+        warnings.warn(trained.warning, stacklevel=2)
+    return Model(trained, path)
+
+
+@contextlib.contextmanager
+def preserve_global_state() -> Iterator[None]:
+    """Restores the random generators of Python, NumPy and torch, and torch's global flags."""
+    rng_state = rng.state()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn, grad = torch.backends.cudnn, torch.is_grad_enabled()
+    tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    try:
+        yield
+    finally:
+        rng.restore(rng_state)
+        set_threads(threads)
+        adapt_waiting(1)  # ends the watch: the caller's threads wait as before
+        torch.set_float32_matmul_precision(precision)
+        set_deterministic(deterministic, warn_only=warn_only)
+        cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
+        torch.set_grad_enabled(grad)
