@@ -200,11 +200,12 @@ def validation(
                 raise UserError(f"{component.choice}: needs a validation set; set data.val_split=0.1 or {other}")
         return None
     extra = extra_metrics(experiment, workload.dataset, workload.loss)
-    batches = evaluation_batches(workload, samples)
+    batches, task = evaluation_batches(workload, samples), workload.dataset.task_on(samples)
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
         with evaluation_weights(optimizer, average):
-            return _evaluate(workload, _reporting(batches, on_batch), "val", interruption, extra and extra())
+            observed = _reporting(batches, on_batch)
+            return _evaluate(workload, task, observed, "val", interruption, extra and extra())
 
     return validate
 
@@ -218,6 +219,7 @@ def _reporting(batches: Batches, on_batch: Callable[[int, int], None]) -> Iterat
 
 def _evaluate(
     workload: Workload,
+    task: Task,
     batches: Iterable[Batch],
     prefix: str,
     interruption: Interruption | None = None,
@@ -230,7 +232,7 @@ def _evaluate(
             model,
             batches,
             workload.loss,
-            task=workload.task,
+            task=task,
             prefix=prefix,
             interruption=None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption),
             reduce=reduction(workload),
@@ -251,7 +253,8 @@ def test_metrics(workload: Workload, on_batch: Callable[[int, int], None] | None
         metrics = report(outputs, workload.loss, workload.task).metrics
         return {name: metrics[name] for name in ("test_loss", "test_accuracy") if name in metrics}
     batches = evaluation_batches(workload, workload.dataset.test)
-    return _evaluate(workload, _reporting(batches, on_batch) if on_batch else batches.epoch(0), "test") or {}
+    task = workload.dataset.task_on(workload.dataset.test)
+    return _evaluate(workload, task, _reporting(batches, on_batch) if on_batch else batches.epoch(0), "test") or {}
 
 
 def check_crops(workload: Workload) -> None:
@@ -369,7 +372,7 @@ def _image_batches(workload: Workload, samples: Samples, transform: TestTransfor
     size = transform.image_size
     if isinstance(samples, Files) and data.image_size is not None and min(size) > min(samples.shape[1:]):
         larger = replace(data, image_size=size, memory=False)
-        source: Dataset = experiment.data.build(**vars(larger))
+        source: Dataset = experiment.read_data(larger)
         decoded = prepare(source, larger).test
         assert decoded is not None
         samples, in_memory = decoded, False
