@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Interval
 
+from dlopt.data.arrow import read_parquet
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
@@ -42,6 +43,7 @@ def text(
     *,
     file: str | list[str],
     pattern: str,
+    column: str | None,
     tokenizer: Literal["bytes", "bpe"] | str,
     vocabulary: TrainedVocabulary | None,
     sequence_length: SequenceLength,
@@ -58,6 +60,7 @@ def text(
     Args:
         file: files, or folders of files.
         pattern: names of the files in folders, at any depth.
+        column: the column of Parquet files with a document in each row; None: the files are texts.
         tokenizer: bytes; bpe: byte-pair encoding, trained on the training set; or the path of a tokenizer.json.
         vocabulary: number of tokens of bpe; None: 4096.
         test_split: fraction of the bytes; `val_split` likewise.
@@ -71,7 +74,7 @@ def text(
     paths = [path for entry in ([file] if isinstance(file, str) else file) for path in _files(entry, pattern)]
     if not paths:
         raise UserError("data.file=[]: at least one file or folder is required")
-    tokens, ends = _concatenate(paths)
+    tokens, ends = _concatenate(paths) if column is None else _rows(paths, column)
     train_fraction = _train_fraction(val_split, test_split)
     smallest = min(part for part in (train_fraction, val_split, test_split) if part > 0)
     cuts = [_cut(tokens, ends, fraction, smallest / 2) for fraction in (train_fraction, 1 - test_split)]
@@ -235,6 +238,20 @@ def _concatenate(paths: Sequence[Path]) -> tuple[np.ndarray, list[int]]:
     if len(paths) == 1 and sizes[0] > 0:
         return (_memory_map(paths[0], "u1") if sizes[0] > _MAX_READ else _read(paths)), sizes
     return (_read(paths) if ends[-1] <= _MAX_READ else _map_joined(paths)), ends
+
+
+def _rows(paths: Sequence[Path], column: str) -> tuple[np.ndarray, list[int]]:
+    """Returns the bytes of the documents in a column of Parquet files, in memory, and the end of each."""
+    table = read_parquet("data.file", list(map(str, paths)), [column])
+    joined, ends = bytearray(), []
+    for row, value in enumerate(table.column(column)):
+        document = value.as_py()
+        if not isinstance(document, str | bytes):
+            kind = table.schema.field(column).type
+            raise UserError(f"data.column={column}: row {row} of the type {kind} is no text; strings are allowed")
+        joined += (document.encode() if isinstance(document, str) else document) + SEPARATOR
+        ends.append(len(joined))
+    return np.frombuffer(joined, dtype=np.uint8), ends
 
 
 def _read(paths: Sequence[Path]) -> np.ndarray:

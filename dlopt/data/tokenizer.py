@@ -69,7 +69,7 @@ class Tokenizer:
                 table[number] = bytes(_BYTES[character] for character in text)
             except KeyError:
                 raise UserError(
-                    f"{self.source}: is not byte-level: its token {text!r} does not stand for bytes; "
+                    f"{self.source}: is not byte-level: its token {text!r} is not a sequence of bytes; "
                     "use data.tokenizer=bpe, or a byte-level tokenizer such as GPT-2's"
                 ) from None
         for number, content in added.items():
@@ -189,7 +189,7 @@ def _library(source: str) -> Any:
 
 
 def _byte_characters() -> dict[str, int]:
-    """Maps the character that stands for a byte in a byte-level vocabulary to the byte, as in GPT-2."""
+    """Maps each character of a byte-level vocabulary to its byte, as in GPT-2."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + number): byte for number, byte in enumerate(others)}

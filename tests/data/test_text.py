@@ -16,7 +16,7 @@ from dlopt.data.windows import Windows
 from dlopt.errors import UserError
 
 CPU = torch.device("cpu")
-text = partial(texts.text, tokenizer="bytes", vocabulary=None, saved_tokenizer=None)
+text = partial(texts.text, column=None, tokenizer="bytes", vocabulary=None, saved_tokenizer=None)
 
 
 @given(count=st.integers(8, 300), length=st.integers(1, 7), epoch=st.integers(0, 9))
