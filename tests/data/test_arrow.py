@@ -95,7 +95,8 @@ def test_numbers_and_lists_of_numbers(tmp_path: Path) -> None:
     path = str(tmp_path / "a.parquet")
     columns = {
         "width": [1, 2, 3], "length": [0.5, 1.5, 2.5], "price": [1.0, 2.0, 4.0],
-        "pair": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], "list": [[1, 2], [3, 4], [5, 6]], "kind": arrow.array([7, 3, 10]), "flag": [True, False, True],
+        "pair": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], "list": [[1, 2], [3, 4], [5, 6]],
+        "kind": arrow.array([7, 3, 10]), "flag": [True, False, True],
     }  # fmt: skip
     pixels = pictures(3, channels=1)
     columns["pixels"] = arrow.array(pixels.tolist(), arrow.list_(arrow.list_(arrow.uint8())))
