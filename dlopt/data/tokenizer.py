@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from dlopt.errors import UserError, install
 SEPARATOR = "\0"  # between documents: one token, one byte
 SMALLEST = 257  # every byte, and the separator
 _CHUNK = 1 << 16  # bytes that are tokenized at once; a chunk ends with a line
+_LINE_END = re.compile(rb"(?<=\S)\n(?=\S)")  # more white space around it may belong to one token
 
 
 class Tokenizer:
@@ -146,7 +148,7 @@ def tokenize(tokenizer: Tokenizer, parts: list[np.ndarray], names: list[str]) ->
 
     Raises `UserError`, see `Tokenizer.encode`.
     """
-    digests = [hashlib.sha256(part).hexdigest() for part in parts]
+    digests = [hashlib.sha256(part.data).hexdigest() for part in parts]
     target = cache_file("tokens", "1", tokenizer.digest, *digests)
     with exclusive(target):
         if (cached := load_arrays(target)) is not None:
@@ -157,13 +159,13 @@ def tokenize(tokenizer: Tokenizer, parts: list[np.ndarray], names: list[str]) ->
 
 
 def _chunks(text: bytes) -> Iterator[bytes]:
-    """Splits a text after lines, or between characters where a line is too long."""
+    """Splits a text where pre-tokenizers do, or between characters where a paragraph is too long."""
     start = 0
     while start < len(text):
         end = start + _CHUNK
         if end < len(text):
-            line = text.find(b"\n", end, end + _CHUNK)
-            end = end if line < 0 else line + 1
+            line = _LINE_END.search(text, end, end + _CHUNK)
+            end = end if line is None else line.end()
             while end < len(text) and text[end] & 0xC0 == 0x80:  # a continuation byte of UTF-8
                 end += 1
         yield text[start:end]

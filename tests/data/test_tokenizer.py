@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dlopt.data import text as texts
-from dlopt.data.tokenizer import Tokenizer, read_tokenizer, tokenize, train_tokenizer
+from dlopt.data.tokenizer import Tokenizer, _chunks, read_tokenizer, train_tokenizer
 from dlopt.data.windows import Windows
 from dlopt.errors import UserError
 
@@ -85,7 +85,7 @@ def test_long_texts_are_tokenized_in_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     tokenizer = train_tokenizer(TEXT, 300, SOURCE)
     whole = tokenizer.encode(TEXT, "a text")
     monkeypatch.setattr("dlopt.data.tokenizer._CHUNK", 100)
-    assert np.array_equal(tokenizer.encode(TEXT, "a text"), whole)
+    assert len([*_chunks(TEXT)]) > 50 and np.array_equal(tokenizer.encode(TEXT, "a text"), whole)
     line = ("→" * 500).encode()  # without an end of a line, chunks end between characters
     assert b"".join(tokenizer.bytes_of[token] for token in tokenizer.encode(line, "a text")) == line
 
@@ -132,7 +132,9 @@ def test_results_are_cached_by_content(file: str, cache: Path, monkeypatch: pyte
     assert np.array_equal(first.train.tokens, third.train.tokens)  # type: ignore[attr-defined]
 
 
-def test_a_file_or_a_saved_tokenizer_replaces_the_training(file: str, tmp_path: Path) -> None:
+def test_a_file_or_a_saved_tokenizer_replaces_the_training(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = train_tokenizer(TEXT[:500], 280, SOURCE)
     path = tmp_path / "tokenizer.json"
     path.write_text(trained.description)
@@ -140,11 +142,11 @@ def test_a_file_or_a_saved_tokenizer_replaces_the_training(file: str, tmp_path: 
     saved = bpe(file=file, saved_tokenizer=trained.description)
     assert from_file.tokenizer is not None and from_file.task.outputs == trained.size
     assert np.array_equal(from_file.train.tokens, saved.train.tokens)  # type: ignore[attr-defined]
-    large = json.loads(trained.description)  # more tokens than two bytes can tell apart
-    large["added_tokens"].append({**large["added_tokens"][0], "id": 70000, "content": "<|other|>"})
-    (encoded,) = tokenize(Tokenizer(json.dumps(large), SOURCE), [np.frombuffer(TEXT, np.uint8)], ["a text"])
-    assert encoded.dtype == np.int32 and np.array_equal(encoded, trained.encode(TEXT, "a text"))
-    windows = Windows(encoded, 8)
+    narrow = trained.encode(TEXT, "a text")
+    monkeypatch.setattr(Tokenizer, "size", 70000)  # more tokens than two bytes can tell apart
+    wide = trained.encode(TEXT, "a text")
+    assert wide.dtype == np.int32 and np.array_equal(wide, narrow)
+    windows = Windows(wide, 8)
     assert torch.equal(windows.view(torch.device("cpu")), windows.fetch(torch.arange(len(windows))))
 
 
