@@ -58,8 +58,8 @@ def line(choice: str) -> tuple[str, ...]:
         "data=image_folder": (IMAGES[1:4], MLP),
         "data=imagenet": (("data.root=images", "data.val_split=0.5", "data.image_size=8"), MLP),
         "data=csv": (("data.file=images/list.csv", "data.val_split=0.5"), MLP),
-        "data=parquet": (("data.file=shards/*.parquet", "data.val_split=0.5"), MLP),
-        "data=huggingface": (("data.name=saved", "data.val_split=0.5"), MLP),
+        "data=parquet": (("data.file=images/shards/*.parquet", "data.val_split=0.5"), MLP),
+        "data=huggingface": (("data.name=images/saved", "data.val_split=0.5"), MLP),
         "data=text": (TEXT[1:], GPT),
         "data=tokens": (("data.root=images", "data.vocabulary=256", "data.sequence_length=8"), GPT),
         "data=python_source": (("data.sequence_length=8",), GPT),
@@ -121,7 +121,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (np.arange(400) % 256).astype(np.uint16).tofile(folder / f"images/{name}.bin")
     (folder / "images/table.csv").write_text("a,b,kind\n" + "".join(f"{i},{i * i},{'xy'[i % 2]}\n" for i in range(60)))
     if importlib.util.find_spec("pyarrow") is not None:
-        write_tables(folder)
+        write_tables(folder / "images")
     return folder
 
 
@@ -200,7 +200,8 @@ def test_takes_one_update(choices: tuple[str, ...], place: Path, tmp_path: Path)
     if reason is not None:
         pytest.skip(reason)
     lines = dict.fromkeys(each for choice in choices for each in line(choice))
-    typed = [each.replace("images", str(place / "images")) if each.startswith(("data.root", "data.file")) else each
+    located = ("data.root", "data.file", "data.name")
+    typed = [each.replace("images", str(place / "images")) if each.startswith(located) else each
              for each in (*SMALL, *lines)]  # fmt: skip
     if any(choice.startswith("optimizer=") for choice in choices):
         typed = [each for each in typed if "batch_size" not in each]  # some set the full batch
