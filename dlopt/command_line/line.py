@@ -302,12 +302,13 @@ def fitting(checkpoint: Path | str) -> Iterator[None]:
         raise UserError(f"checkpoint={checkpoint}: does not fit the model for these data and keys: {reason}") from None
 
 
-def read_dataset(experiment: "Experiment") -> "Dataset":
+def read_dataset(experiment: "Experiment", *, saved_tokenizer: str | None = None) -> "Dataset":
     """Returns the experiment's dataset with the splits of training; images are decoded on access."""
     from dlopt.data.splits import prepare
 
     settings = experiment.data_settings
-    return prepare(experiment.data.build(**vars(settings)), replace(settings, memory=False))
+    source = experiment.read_data(saved_tokenizer=saved_tokenizer)
+    return prepare(source, replace(settings, memory=False))
 
 
 def output_folder(output: str | None, command: str) -> Path:

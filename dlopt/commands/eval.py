@@ -208,7 +208,7 @@ def _restored(
 
     for path, state, experiment in zip(paths, states, experiments, strict=True):
         with fitting(path):
-            workload = build_workload(experiment, state["normalize"], parallel=mode)
+            workload = build_workload(experiment, state, parallel=mode)
             _check_classes(path, state["progress"]["data"]["classes"], workload.dataset.classes)
             workload.load(state)
         yield workload

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import dlopt
 from dlopt.command_line.line import on_checkpoint, read_dataset, refuse_folder, saved_experiment, writing
 from dlopt.errors import DONE, UserError, install
-from dlopt.files import temporary_sibling
+from dlopt.files import temporary_sibling, write_atomically
 from dlopt.job import print_error
 from dlopt.tracking.layout import short_path
 
@@ -27,7 +27,8 @@ Examples:
   dlopt export checkpoint=outputs/train/DATE/checkpoints/best.pt format=onnx
 
 Exports the fp32 model together with its input normalization. Inputs: images with values 0..255 in the size of the
-training, any batch size. Outputs: logits. Verifies the file: compares its outputs with the model's on test images.
+training, any batch size; of a text: tokens, whose tokenizer is written to NAME.tokenizer.json. Outputs: logits.
+Verifies the file: compares its outputs with the model's on test images.
 
   format=safetensors :: tensors model.* and normalize.*; classes, input shape and config in the metadata
   format=onnx :: an ONNX graph; requires onnx and onnxscript, and onnxruntime for the verification
@@ -88,7 +89,11 @@ def export(
             write(format, trained, inputs[:2], metadata, temporary)
             difference = verify(format, temporary, trained, inputs)
             os.replace(temporary, target)
+        if trained.tokenizer is not None:
+            write_atomically(_tokenizer_file(target), trained.tokenizer.description.encode())
     print(short_path(target))
+    if trained.tokenizer is not None:
+        print(f"tokenizer: {short_path(_tokenizer_file(target))}")
     print(f"input: {dtype} [batch, {', '.join(map(str, trained.window))}]")
     if difference is None:
         print(f"not verified: requires onnxruntime; {install('dlopt[export]')}")
@@ -106,6 +111,10 @@ def _target(output: str | None, checkpoint: Path, suffix: str) -> Path:
     return path if path.suffix else path.with_suffix(suffix)
 
 
+def _tokenizer_file(target: Path) -> Path:
+    return target.with_name(f"{target.stem}.tokenizer.json")
+
+
 def _inputs(trained: "Trained", changes: Mapping[str, Any], path: Path) -> tuple["Tensor", str]:
     """Returns samples [N, *window] for the verification and their description; random ones if the data is missing."""
     import torch
@@ -114,7 +123,8 @@ def _inputs(trained: "Trained", changes: Mapping[str, Any], path: Path) -> tuple
 
     experiment = saved_experiment(trained.config, changes, path)
     try:
-        dataset = read_dataset(experiment)
+        tokenizer = None if trained.tokenizer is None else trained.tokenizer.description
+        dataset = read_dataset(experiment, saved_tokenizer=tokenizer)
         samples = dataset.test if dataset.test is not None else dataset.train
         inputs = samples.fetch(torch.linspace(0, len(samples) - 1, min(_IMAGES, len(samples))).long())
         if tuple(inputs.shape[1:]) != trained.sample:

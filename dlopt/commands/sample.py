@@ -67,7 +67,10 @@ def _continue(
     if trained.task.vocabulary is None:
         raise UserError(f"checkpoint={path}: its model predicts no text; it was trained with other data")
     text = _text(prompts, file)
-    tokens = list(text) if trained.task.unit == "byte" else _numbers(text, trained.task.vocabulary)
+    if trained.tokenizer is not None:
+        tokens = trained.tokenizer.encode(text, "the prompt").tolist()
+    else:
+        tokens = list(text) if trained.task.unit == "byte" else _numbers(text, trained.task.vocabulary)
     for number in range(samples):
         if number:
             print("-" * 40)
@@ -113,12 +116,14 @@ def _print_continuation(
     stream = generate(
         trained.module, prompt, length, context=context, temperature=temperature, top_k=top_k, generator=generator
     )
-    if trained.task.unit == "token":
+    if trained.task.unit == "token" and trained.tokenizer is None:
         print(*tokens, *stream)
         return
+    # A token may be a part of a character, and then is no text of its own.
+    table = [bytes([byte]) for byte in range(256)] if trained.tokenizer is None else trained.tokenizer.bytes_of
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may have several bytes
-    sys.stdout.write(decoder.decode(bytes(tokens)))
+    sys.stdout.write(decoder.decode(b"".join(table[token] for token in tokens)))
     for token in stream:
-        sys.stdout.write(decoder.decode(bytes([token])))
+        sys.stdout.write(decoder.decode(table[token]))
         sys.stdout.flush()
     print(decoder.decode(b"", final=True))

@@ -28,7 +28,7 @@ class ConfigGroup:
 
 
 GROUPS: Mapping[str, ConfigGroup] = {
-    "data": ConfigGroup((), DataSettings),
+    "data": ConfigGroup(("saved_tokenizer",), DataSettings),
     "normalize": ConfigGroup(("input_shape",)),
     "sampler": ConfigGroup(("targets", "samples", "batch_size", "seed")),
     "augmentation": ConfigGroup(("input_shape", "classes", "train")),
@@ -65,3 +65,11 @@ class Experiment:
     own_metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # of evaluate.metrics, by name
     own_observers: Sequence[Component] = ()
     auto_lr: bool = False  # optimizer.lr=auto: a learning-rate range test runs first
+
+    def read_data(self, settings: DataSettings | None = None, *, saved_tokenizer: str | None = None) -> Any:
+        """Returns the `Dataset`, before the settings of all datasets are applied. Raises `UserError`.
+
+        `settings`: None: those of the experiment. `saved_tokenizer`: of a checkpoint; None: that of the config.
+        """
+        keys = vars(self.data_settings if settings is None else settings)
+        return self.data.build(**keys, saved_tokenizer=saved_tokenizer)

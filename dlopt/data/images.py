@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,15 @@ Boxes = Callable[[Tensor, Tensor], Tensor]
 def size_pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """Returns `image_size` as (height, width); a single number means a square."""
     return (size, size) if isinstance(size, int) else size
+
+
+def decode_bytes(content: bytes, channels: int | None, name: str) -> Tensor:
+    """Decodes the content of an image file as `decode` does, unchanged in size; `channels` None: those of the file.
+
+    Raises `UserError` that starts with `name`.
+    """
+    with _naming(name):
+        return EncodedImage(content).decode(None, channels)
 
 
 def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
@@ -121,18 +131,21 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class EncodedImage:
-    """An image file in memory: its size after EXIF rotation is known, its pixels are decoded later."""
+    """An image file in memory: its size after EXIF rotation is known, its pixels are decoded later.
 
-    def __init__(self, path: str) -> None:
+    `source`: the path of the file, or its content.
+    """
+
+    def __init__(self, source: str | bytes) -> None:
         from PIL import Image
 
-        with open(path, "rb") as file:
-            self._image: Image.Image = Image.open(io.BytesIO(file.read()), formats=_formats())
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        self._image: Image.Image = Image.open(io.BytesIO(content), formats=_formats())
         self._orientation = _orientation(self._image)
         width, height = self._image.size
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 
-    def decode(self, size: tuple[int, int] | None, channels: int, box: Box | None = None) -> Tensor:
+    def decode(self, size: tuple[int, int] | None, channels: int | None, box: Box | None = None) -> Tensor:
         """Returns `box` (left, top, right, bottom; None: the largest centred one) as uint8 [channels, *size].
 
         `size` None: the whole image, unchanged. Call once.

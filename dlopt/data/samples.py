@@ -18,6 +18,8 @@ from torch import Tensor
 from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, resize
 from dlopt.data.resampling import resize_box
 from dlopt.data.task import Task
+from dlopt.data.tokenizer import Tokenizer
+from dlopt.data.windows import Windows
 from dlopt.errors import UserError
 from dlopt.random import generator
 from dlopt.ranges import Count, Natural
@@ -75,6 +77,7 @@ class Dataset:
     `in_memory`: keep the samples on the training device as one tensor (decided by `prepare`).
     `notes`: lines to show the user, about skipped samples.
     `facts`: identify the data, for environment.json.
+    `tokenizer`: of a text that is not read byte by byte.
     `unlabelled`: the task of a model that does not predict the labels; None: classification or regression.
     """
 
@@ -86,6 +89,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     unlabelled: Task | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
 
     @property
     def task(self) -> Task:
@@ -98,6 +102,12 @@ class Dataset:
             targets = self.train.targets
             task = Task("regression", 1 if targets.ndim == 1 else targets.shape[1])
         return replace(task, white=self._white)
+
+    def task_on(self, samples: Samples) -> Task:
+        """Returns the task with the bytes per token of `samples`, a split: the texts of splits differ."""
+        if self.tokenizer is None or not isinstance(samples, Windows):
+            return self.task
+        return replace(self.task, bytes_per_token=self.tokenizer.bytes_per_token(samples))
 
     @cached_property
     def _white(self) -> float:

@@ -24,6 +24,7 @@ class Task:
         outputs: size of a prediction: the number of classes, of values, or of tokens in the vocabulary.
         predictions: per sample; T for a text.
         unit: of a token; bytes are measured in bits.
+        bytes_per_token: mean number of bytes of the predicted tokens; None: unknown.
         white: value of a white pixel; 1 for floating-point images whose values are not in 0..255.
     """
 
@@ -32,6 +33,7 @@ class Task:
     predictions: int = 1
     unit: Literal["byte", "token"] = "token"
     white: float = 255.0
+    bytes_per_token: float | None = None
 
     @property
     def shown_kind(self) -> str:
@@ -83,4 +85,7 @@ class Task:
             return {}
         if self.unit == "byte":
             return {"bits_per_byte": loss / math.log(2)}
-        return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        metrics = {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        if self.bytes_per_token is not None:
+            metrics["bits_per_byte"] = loss / (self.bytes_per_token * math.log(2))
+        return metrics

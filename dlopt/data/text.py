@@ -12,23 +12,27 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Interval
 
+from dlopt.data.arrow import read_parquet
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
+from dlopt.data.tokenizer import SMALLEST, Tokenizer, read_tokenizer, tokenize, train_tokenizer
 from dlopt.data.windows import Windows
 from dlopt.errors import UserError
 from dlopt.ranges import Fraction
 
 SequenceLength = Annotated[int, Interval(ge=1, le=1 << 20)]
 Vocabulary = Annotated[int, Interval(ge=2, le=1 << 16)]  # tokens of two bytes
+TrainedVocabulary = Annotated[int, Interval(ge=SMALLEST, le=1 << 16)]
 
 BYTES = 256
 SEPARATOR = b"\0"  # between documents
+_TRAINED_SIZE = 4096
 _MAX_READ = 1 << 26  # bytes; larger texts are memory-mapped
 _LINE = 1 << 12  # bytes in which the end of a line is searched
 _CHECKED = 1 << 24  # tokens of a file that are compared with the vocabulary
@@ -36,29 +40,73 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"
 
 
 def text(
-    *, file: str | list[str], pattern: str, sequence_length: SequenceLength, val_split: Fraction, test_split: Fraction
+    *,
+    file: str | list[str],
+    pattern: str,
+    # Configs that were saved before these three keys existed lack them.
+    column: str | None = None,
+    tokenizer: Literal["bytes", "bpe"] | str = "bytes",
+    vocabulary: TrainedVocabulary | None = None,
+    sequence_length: SequenceLength,
+    val_split: Fraction,
+    test_split: Fraction,
+    saved_tokenizer: str | None,
 ) -> Dataset:
-    """Reads files as bytes: tokens 0..255, with a zero byte between documents.
+    """Reads files as bytes, tokens 0..255, or as the tokens of a byte-level tokenizer; a zero byte between documents.
 
     Every file is a document, in the order of `file`; those of a folder are sorted. Test and validation set are the last
-    parts of the text, cut between documents if these are small enough, else at the end of a line.
+    parts of the text, cut between documents if these are small enough, else at the end of a line. The splits do not
+    depend on the tokenizer.
 
     Args:
         file: files, or folders of files.
         pattern: names of the files in folders, at any depth.
+        column: the column of Parquet files with a document in each row; None: the files are texts.
+        tokenizer: bytes; bpe: byte-pair encoding, trained on the training set; or the path of a tokenizer.json.
+        vocabulary: number of tokens of bpe; None: 4096.
         test_split: fraction of the bytes; `val_split` likewise.
+        saved_tokenizer: the tokenizer.json of a checkpoint, which replaces `tokenizer`.
 
     Raises:
-        UserError: a file is missing, or a split is shorter than a window.
+        UserError: a file is missing, a split is shorter than a window, or the tokenizer cannot be used.
     """
+    if vocabulary is not None and tokenizer != "bpe":
+        raise UserError(f"data.vocabulary={vocabulary}: only data.tokenizer=bpe has this key; leave it out")
     paths = [path for entry in ([file] if isinstance(file, str) else file) for path in _files(entry, pattern)]
     if not paths:
         raise UserError("data.file=[]: at least one file or folder is required")
-    tokens, ends = _concatenate(paths)
+    tokens, ends = _concatenate(paths) if column is None else _rows(paths, column)
     train_fraction = _train_fraction(val_split, test_split)
     smallest = min(part for part in (train_fraction, val_split, test_split) if part > 0)
     cuts = [_cut(tokens, ends, fraction, smallest / 2) for fraction in (train_fraction, 1 - test_split)]
-    return _dataset(tokens, cuts, sequence_length, val_split, test_split, facts=_facts(tokens, paths))
+    facts = _facts(tokens, paths)
+    if tokenizer == "bytes":
+        return _dataset(tokens, cuts, sequence_length, val_split, test_split, facts=facts)
+    parts = np.split(tokens, [_character(tokens, cut) for cut in cuts])
+    source = f"data.tokenizer={tokenizer}"
+    if saved_tokenizer is not None:
+        used = Tokenizer(saved_tokenizer, source)
+    elif tokenizer == "bpe":
+        used = train_tokenizer(parts[0].tobytes(), vocabulary or _TRAINED_SIZE, source)
+    else:
+        used = read_tokenizer(tokenizer)
+    return _tokenized(used, parts, sequence_length, val_split, test_split, facts=facts)
+
+
+def _tokenized(
+    tokenizer: Tokenizer,
+    parts: list[np.ndarray],
+    length: int,
+    val_split: float,
+    test_split: float,
+    *,
+    facts: dict[str, Any],
+) -> Dataset:
+    """Returns the dataset of the tokens of three parts of a text, uint8 [N] each."""
+    encoded = tokenize(tokenizer, parts, ["the training text", "the validation text", "the test text"])
+    cuts = list(accumulate(map(len, encoded[:2])))
+    facts = {**facts, "tokens": sum(map(len, encoded)), "tokenizer_sha256": tokenizer.digest}
+    return _dataset(np.concatenate(encoded), cuts, length, val_split, test_split, facts=facts, tokenizer=tokenizer)
 
 
 def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_split: Fraction) -> Dataset:
@@ -123,8 +171,12 @@ def _dataset(
     *,
     facts: dict[str, Any],
     notes: tuple[str, ...] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> Dataset:
-    """Returns the parts of the bytes before, between and after `cuts` as training, validation and test set."""
+    """Returns the tokens before, between and after `cuts` as training, validation and test set.
+
+    `tokenizer`: of the tokens; None: they are bytes.
+    """
     train = _windows(tokens[: cuts[0]], length, "the training text")
     val, test = (
         _windows(tokens[start:stop], length, f"the text of data.{key}={fraction:g}") if fraction > 0 else None
@@ -132,8 +184,12 @@ def _dataset(
             ("val_split", "test_split"), (val_split, test_split), cuts, (cuts[1], len(tokens)), strict=True
         )
     )
-    task = Task("next_token", BYTES, predictions=length, unit="byte")
-    return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts)
+    if tokenizer is None:
+        task = Task("next_token", BYTES, predictions=length, unit="byte")
+        return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts)
+    task = Task("next_token", tokenizer.size, predictions=length, bytes_per_token=tokenizer.bytes_per_token(train))
+    notes = (*notes, f"tokenizer: {tokenizer.size:,} tokens, {task.bytes_per_token:.2f} bytes per token")
+    return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts, tokenizer=tokenizer)
 
 
 def _windows(tokens: np.ndarray, length: int, name: str) -> Windows:
@@ -183,6 +239,20 @@ def _concatenate(paths: Sequence[Path]) -> tuple[np.ndarray, list[int]]:
     if len(paths) == 1 and sizes[0] > 0:
         return (_memory_map(paths[0], "u1") if sizes[0] > _MAX_READ else _read(paths)), sizes
     return (_read(paths) if ends[-1] <= _MAX_READ else _map_joined(paths)), ends
+
+
+def _rows(paths: Sequence[Path], column: str) -> tuple[np.ndarray, list[int]]:
+    """Returns the bytes of the documents in a column of Parquet files, in memory, and the end of each."""
+    table = read_parquet("data.file", list(map(str, paths)), [column])
+    joined, ends = bytearray(), []
+    for row, value in enumerate(table.column(column)):
+        document = value.as_py()
+        if not isinstance(document, str | bytes):
+            kind = table.schema.field(column).type
+            raise UserError(f"data.column={column}: row {row} of the type {kind} is no text; strings are allowed")
+        joined += (document.encode() if isinstance(document, str) else document) + SEPARATOR
+        ends.append(len(joined))
+    return np.frombuffer(joined, dtype=np.uint8), ends
 
 
 def _read(paths: Sequence[Path]) -> np.ndarray:
@@ -257,6 +327,13 @@ def _cut(tokens: np.ndarray, ends: Sequence[int], fraction: float, tolerance: fl
     searched = min(_LINE, round(tolerance / 2 * total))
     lines = np.flatnonzero(tokens[position : position + searched] == ord("\n"))
     return position + int(lines[0]) + 1 if len(lines) else position
+
+
+def _character(tokens: np.ndarray, position: int) -> int:
+    """Returns the first position from `position` at which a character of UTF-8 starts."""
+    while position < len(tokens) and tokens[position] & 0xC0 == 0x80:
+        position += 1
+    return position
 
 
 def _facts(tokens: np.ndarray, paths: Sequence[Path]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ class Windows:
     are views of the tokens.
 
     Args:
-        tokens: uint8 or uint16 [N]; may be a memory map.
+        tokens: uint8, uint16 or int32 [N]; may be a memory map.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, stride: int | None = None) -> None:
@@ -48,6 +48,12 @@ class Windows:
     def fetch(self, indices: Tensor) -> Tensor:
         positions = self.starts(indices).numpy()[:, None] + np.arange(self.length + 1)
         return torch.from_numpy(np.ascontiguousarray(self.tokens[positions]))
+
+    def predicted(self) -> np.ndarray:
+        """Returns the tokens that are targets of a window, [len * length]; without a copy if all windows are used."""
+        if self._selected is None and self._stride == self.length:
+            return self.tokens[1 : self._count * self.length + 1]
+        return self.fetch(torch.arange(len(self)))[:, 1:].numpy().reshape(-1)
 
     def select(self, indices: Tensor) -> "Windows":
         selected = copy(self)

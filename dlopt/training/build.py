@@ -126,12 +126,12 @@ def build_mode(experiment: Experiment) -> Mode:
 
 
 def build_workload(
-    experiment: Experiment, normalization: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
+    experiment: Experiment, saved: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
 ) -> Workload:
     """Loads the data and builds normalization, model and loss.
 
     Args:
-        normalization: state from a checkpoint; None: computed on the training split.
+        saved: a checkpoint with the normalization and the tokenizer; None: they are computed on the training split.
         parallel: see `build_mode`; None: one process.
     """
     settings = experiment.settings
@@ -144,7 +144,7 @@ def build_workload(
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     precision = choose_precision(settings.precision, device)
     try:
-        source: Dataset = experiment.data.build(**vars(experiment.data_settings))
+        source: Dataset = experiment.read_data(saved_tokenizer=saved_tokenizer(experiment, saved))
     except OSError as error:
         if (message := refused_path(error)) is None:
             raise
@@ -156,17 +156,17 @@ def build_workload(
     task = dataset.task
     shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
     normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.data_dtype)
-    if normalization is None:
+    if saved is None:
         kind = f"{experiment.normalize.target.__qualname__} {experiment.normalize.arguments} {precision.data_dtype}"
         fit(normalize, dataset, count=experiment.data_settings.statistics_samples, kind=kind)
     else:
-        normalize.load_state_dict(normalization)
+        normalize.load_state_dict(saved["normalize"])
     normalize = normalize.to(device)
     if task.vocabulary is None:
         _check_normalization(experiment, normalize, shape)
 
     runtime = model_arguments(task, shape)
-    is_new = normalization is None
+    is_new = saved is None
     freezes = any(rule.freeze for rule in experiment.grouping.groups)
     has_gradients = is_new and device.type == "cpu" and parallel.ranks.processes == 1 and not freezes
     check_memory(experiment.model, runtime, has_gradients=has_gradients)
@@ -264,15 +264,29 @@ def data_spec(workload: Workload) -> dict[str, Any]:
     """Returns what a checkpoint needs for using the model without the data.
 
     `classes`: names of the labels, or None; `task`: the fields of a `Task`; `sample`: shape of a sample; `window`:
-    shape of the model's input (a crop of an image, the first tokens of a text).
+    shape of the model's input (a crop of an image, the first tokens of a text); `tokenizer`: of a text that is not read
+    byte by byte, the content of its tokenizer.json.
     """
     dataset = workload.dataset
+    tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
     return {
+        **tokenizer,
         "classes": list(dataset.classes) if dataset.classes is not None and dataset.task.has_labels else None,
         "task": asdict(dataset.task),
         "sample": list(dataset.train.shape),
         "window": list(workload.shape),
     }
+
+
+def saved_tokenizer(experiment: Experiment, state: Mapping[str, Any] | None) -> str | None:
+    """Returns the tokenizer of a checkpoint; None without one. Raises `UserError` if the experiment sets another."""
+    if state is None:
+        return None
+    trained, chosen = (config["data"].get("tokenizer") for config in (state["config"], experiment.config))
+    if trained != chosen:
+        raise UserError(f"data.tokenizer={chosen}: the model reads tokens of data.tokenizer={trained}; leave it out")
+    tokenizer: str | None = state["progress"]["data"].get("tokenizer")
+    return tokenizer
 
 
 def build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:

@@ -218,11 +218,13 @@ def validation(
         return None
     extra = extra_metrics(experiment, workload.dataset, workload.loss)
     count, seed = experiment.settings.evaluate.samples, experiment.data_settings.split_seed
-    batches = evaluation_batches(workload, evaluation_subset(samples, count, seed))
+    subset = evaluation_subset(samples, count, seed)
+    batches, task = evaluation_batches(workload, subset), workload.dataset.task_on(subset)
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
         with evaluation_weights(optimizer, average):
-            return _evaluate(workload, _reporting(batches, on_batch), "val", interruption, [extra()] if extra else ())
+            observed = _reporting(batches, on_batch)
+            return _evaluate(workload, task, observed, "val", interruption, [extra()] if extra else ())
 
     return validate
 
@@ -241,6 +243,7 @@ def _own_metrics(workload: Workload) -> list[OwnMetrics]:
 
 def _evaluate(
     workload: Workload,
+    task: Task,
     batches: Iterable[Batch],
     prefix: str,
     interruption: Interruption | None = None,
@@ -253,7 +256,7 @@ def _evaluate(
             model,
             batches,
             workload.loss,
-            task=workload.task,
+            task=task,
             prefix=prefix,
             interruption=None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption),
             reduce=reduction(workload),
@@ -276,7 +279,8 @@ def test_metrics(workload: Workload, on_batch: Callable[[int, int], None] | None
         names = ("test_loss", "test_accuracy", *(f"test_{name}" for name in own))
         return {name: metrics[name] for name in names if name in metrics}
     batches = evaluation_batches(workload, workload.dataset.test)
-    return _evaluate(workload, _reporting(batches, on_batch) if on_batch else batches.epoch(0), "test") or {}
+    task = workload.dataset.task_on(workload.dataset.test)
+    return _evaluate(workload, task, _reporting(batches, on_batch) if on_batch else batches.epoch(0), "test") or {}
 
 
 def check_crops(workload: Workload) -> None:
@@ -394,7 +398,7 @@ def _image_batches(workload: Workload, samples: Samples, transform: TestTransfor
     size = transform.image_size
     if isinstance(samples, Files) and data.image_size is not None and min(size) > min(samples.shape[1:]):
         larger = replace(data, image_size=size, memory=False)
-        source: Dataset = experiment.data.build(**vars(larger))
+        source: Dataset = experiment.read_data(larger)
         decoded = prepare(source, larger).test
         assert decoded is not None
         samples, in_memory = decoded, False

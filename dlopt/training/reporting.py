@@ -7,7 +7,7 @@ import torch
 
 from dlopt.config.pretrained import describe_pretrained
 from dlopt.config.rules import extra_metric
-from dlopt.files import read_json, write_json
+from dlopt.files import read_json, write_atomically, write_json
 from dlopt.folders import RunFolder
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
@@ -20,6 +20,8 @@ from dlopt.training.progress import Length, Progress, Run, Status
 from dlopt.training.speed import describe_auto
 from dlopt.training.step import EpochBatches
 from dlopt.training.stopping import Best
+
+TOKENIZER = "tokenizer.json"  # of a text that is not read byte by byte
 
 
 def open_tracking(run: Run, state: Mapping[str, Any] | None, console: bool) -> Tracking:
@@ -66,6 +68,8 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
     environment = read_json(run.folder / "environment.json")
     if workload.parallel.ranks.is_main and dataset.facts and environment is not None:
         write_json(run.folder / "environment.json", {**environment, "data": dataset.facts})
+    if workload.parallel.ranks.is_main and dataset.tokenizer is not None:
+        write_atomically(run.folder / TOKENIZER, dataset.tokenizer.description.encode())
     tracking.begin(
         dict(workload.experiment.config),
         facts,
@@ -157,5 +161,7 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         summary[f"best_{best.monitor}"] = best.metric
     if workload.task.kind != "classification":
         summary = {key: value for key, value in summary.items() if not key.endswith("accuracy")}
-    derived = {} if best.val_loss is None else workload.task.loss_metrics(best.val_loss)
+    derived: dict[str, float] = {}
+    if best.val_loss is not None and workload.dataset.val is not None:
+        derived = workload.dataset.task_on(workload.dataset.val).loss_metrics(best.val_loss)
     return summary | {f"best_val_{name}": value for name, value in derived.items()}

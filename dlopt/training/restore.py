@@ -13,6 +13,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
 from dlopt.data.task import Task
+from dlopt.data.tokenizer import Tokenizer
 from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device, set_threads
 from dlopt.training.build import model_arguments
@@ -35,6 +36,7 @@ class Trained:
     window: tuple[int, ...]  # shape of the model's input: a centre crop of the sample
     config: Mapping[str, Any]
     epoch: int
+    tokenizer: Tokenizer | None = None  # of a text that is not read byte by byte
 
     @property
     def warning(self) -> str | None:
@@ -90,4 +92,5 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
         window=window,
         config=state["config"],
         epoch=state["progress"]["epoch"],
+        tokenizer=Tokenizer(facts["tokenizer"], f"checkpoint={path}") if "tokenizer" in facts else None,
     )

@@ -96,7 +96,7 @@ def train_run(
     settings = run.experiment.settings
     mode = build_mode(run.experiment)
     state = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
-    workload = build_workload(run.experiment, None if state is None else state["normalize"], parallel=mode)
+    workload = build_workload(run.experiment, state, parallel=mode)
     check_crops(workload)
     batches = training_batches(workload)
     length = run_length(settings, len(batches), state)

@@ -15,6 +15,8 @@ PURPOSES = {  # extra -> what it adds
     "mlflow": "logging to MLflow (`tracking=[mlflow]`)",
     "wandb": "logging to Weights & Biases (`tracking=[wandb]`)",
     "export": "`dlopt export format=onnx` and `format=safetensors`",
+    "text": "byte-pair tokenizers (`data=text data.tokenizer=bpe`)",
+    "hub": "`data=parquet`, `data=huggingface`, and Parquet files of `data=text`",
     "docs": "building this documentation",
     "test": "running the tests; with the packages of the other extras that they use",
 }

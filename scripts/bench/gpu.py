@@ -143,7 +143,7 @@ def read(path: Path | None, scratch: Path) -> Dataset:
     if not batches:
         typed = ["data=image_folder", f"data.root={path}"]
     experiment = parse(to_plain(Composer().compose(typed), [])[0])
-    dataset: Dataset = experiment.data.build(**vars(experiment.data_settings))
+    dataset: Dataset = experiment.read_data()
     assert dataset.test is not None
     print("reading the images ...")
     return Dataset(loaded(dataset.train), None, loaded(dataset.test), dataset.classes, in_memory=True)

@@ -62,7 +62,7 @@ def metrics_of(folder: Path, *arguments: str, run: str = "a") -> dict[str, Any]:
 def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Outputs of best.pt for each augmented crop of the test images, and the targets."""
     state = load(folder / run / "checkpoints/best.pt")
-    workload = build_workload(parse(state["config"]), state["normalize"])
+    workload = build_workload(parse(state["config"]), state)
     assert workload.dataset.test is not None
     workload.module.load_state_dict(state["model"])
     workload.module.eval()
@@ -252,7 +252,7 @@ def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
     report = metrics_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=ten_crop", "average=logits", run="run")
     state = load(tmp_path / "run/checkpoints/best.pt")
     with contextlib.chdir(tmp_path):
-        workload = build_workload(parse(state["config"]), state["normalize"])
+        workload = build_workload(parse(state["config"]), state)
     workload.module.load_state_dict(state["model"])
     workload.module.eval()
     images = torch.stack([decode(str(path), (8, 8), 3) for path in sorted((tmp_path / "data/test").rglob("*.png"))])

@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(folder: Path) -> tuple[Tensor, Tensor]:
     """uint8 test images and the model's outputs."""
     state = load(folder / CHECKPOINT)
-    workload = build_workload(parse(state["config"]), state["normalize"])
+    workload = build_workload(parse(state["config"]), state)
     assert workload.dataset.test is not None
     workload.module.load_state_dict(state["model"])
     workload.module.eval()

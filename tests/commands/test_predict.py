@@ -68,7 +68,7 @@ def test_predictions_match_the_model(workdir: Path, trained: Path) -> None:
     state = load(workdir / CHECKPOINT)
     state["config"]["data"]["root"] = str(trained / "data")
     state["config"]["data"]["val_split"] = 0.0
-    workload = build_workload(parse(state["config"]), state["normalize"])
+    workload = build_workload(parse(state["config"]), state)
     workload.module.load_state_dict(state["model"])
     workload.module.eval()
     images = workload.dataset.train.fetch(torch.arange(20))[:, :, 1:7, 1:7]

@@ -1,6 +1,7 @@
 """Every YAML file of every group composes, is valid, builds, and takes one update on a little data."""
 
 import importlib.util
+import json
 import math
 import re
 from pathlib import Path
@@ -45,7 +46,7 @@ SLOW = {  # several seconds for one update
 COMBINED = ("optimizer", "init", "schedule", "normalize", "sampler", "parallel", "clip", "stopping")
 ALONE = {"optimizer=newton", "optimizer=newton_cg", "optimizer=newton_undamped"}  # they refuse to be clipped
 TOO_LARGE = "model=wrn_28_20"  # wrn_28_10 with twice the width: its checkpoints of 1 GB alone take 20 seconds
-OPTIONAL = {"model=timm": "timm"}
+OPTIONAL = {"model=timm": "timm", "data=parquet": "pyarrow", "data=huggingface": "datasets"}
 
 
 def line(choice: str) -> tuple[str, ...]:
@@ -57,6 +58,8 @@ def line(choice: str) -> tuple[str, ...]:
         "data=image_folder": (IMAGES[1:4], MLP),
         "data=imagenet": (("data.root=images", "data.val_split=0.5", "data.image_size=8"), MLP),
         "data=csv": (("data.file=images/list.csv", "data.val_split=0.5"), MLP),
+        "data=parquet": (("data.file=images/shards/*.parquet", "data.val_split=0.5"), MLP),
+        "data=huggingface": (("data.name=images/saved", "data.val_split=0.5"), MLP),
         "data=text": (TEXT[1:], GPT),
         "data=tokens": (("data.root=images", "data.vocabulary=256", "data.sequence_length=8"), GPT),
         "data=python_source": (("data.sequence_length=8",), GPT),
@@ -117,7 +120,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", "val"):
         (np.arange(400) % 256).astype(np.uint16).tofile(folder / f"images/{name}.bin")
     (folder / "images/table.csv").write_text("a,b,kind\n" + "".join(f"{i},{i * i},{'xy'[i % 2]}\n" for i in range(60)))
+    if importlib.util.find_spec("pyarrow") is not None:
+        write_tables(folder / "images")
     return folder
+
+
+def write_tables(folder: Path) -> None:
+    """Writes images to `shards`, two Parquet files, and to `saved`, as `save_to_disk` of the package datasets does."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for name in ("shards", "saved"):
+        (folder / name).mkdir()
+    for number in range(2):
+        table = pyarrow.table({"image": [[[20 * i] * 3] * 4 for i in range(8)], "label": [i % 2 for i in range(8)]})
+        pixels = table["image"].cast(pyarrow.list_(pyarrow.list_(pyarrow.uint8())))
+        table = table.set_column(0, "image", pixels)
+        parquet.write_table(table, folder / f"shards/train-{number}.parquet")
+    with pyarrow.ipc.new_stream(str(folder / "saved/data.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    (folder / "saved/dataset_info.json").write_text("{}")
+    none = dict.fromkeys(("_format_columns", "_format_type"))
+    state = {**none, "_fingerprint": "0", "_format_kwargs": {}, "_output_all_columns": False, "_split": "train"}
+    (folder / "saved/state.json").write_text(json.dumps({**state, "_data_files": [{"filename": "data.arrow"}]}))
 
 
 def missing(choice: str) -> str | None:
@@ -175,7 +200,8 @@ def test_takes_one_update(choices: tuple[str, ...], place: Path, tmp_path: Path)
     if reason is not None:
         pytest.skip(reason)
     lines = dict.fromkeys(each for choice in choices for each in line(choice))
-    typed = [each.replace("images", str(place / "images")) if each.startswith(("data.root", "data.file")) else each
+    located = ("data.root", "data.file", "data.name")
+    typed = [each.replace("images", str(place / "images")) if each.startswith(located) else each
              for each in (*SMALL, *lines)]  # fmt: skip
     if any(choice.startswith("optimizer=") for choice in choices):
         typed = [each for each in typed if "batch_size" not in each]  # some set the full batch

@@ -13,7 +13,11 @@ from tests.support.choices import files
 
 CONF = Path(__file__).parents[2] / "conf"
 COMMON = {field.name for field in fields(DataSettings)}
-RUNTIME = {"normalize": {"input_shape"}, "sampler": {"targets", "samples", "batch_size", "seed"}, "data": COMMON}
+RUNTIME = {
+    "normalize": {"input_shape"},
+    "sampler": {"targets", "samples", "batch_size", "seed"},
+    "data": COMMON | {"saved_tokenizer"},
+}
 
 
 CHOICES = [path for group in RUNTIME for path in files(group)]

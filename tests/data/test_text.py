@@ -1,5 +1,6 @@
 """Texts: windows, documents, splits, files of tokens."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 
 from dlopt.data import text as texts
 from dlopt.data.samplers import Random, ShiftedWindows
-from dlopt.data.text import python_source, text, tokens
+from dlopt.data.text import python_source, tokens
 from dlopt.data.windows import Windows
 from dlopt.errors import UserError
 
 CPU = torch.device("cpu")
+text = partial(texts.text, column=None, tokenizer="bytes", vocabulary=None, saved_tokenizer=None)
 
 
 @given(count=st.integers(8, 300), length=st.integers(1, 7), epoch=st.integers(0, 9))

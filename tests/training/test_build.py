@@ -186,7 +186,8 @@ def test_memory_format(layout: str, model: str) -> None:
 def test_normalization_is_loaded_from_a_checkpoint() -> None:
     first = small_workload()
     state = {name: value * 2 for name, value in first.normalize.state_dict().items()}
-    resumed = build_workload(experiment(*SMALL), state)
+    saved = {"normalize": state, "config": first.experiment.config, "progress": {"data": {}}}
+    resumed = build_workload(experiment(*SMALL), saved)
     assert same(dict(resumed.normalize.state_dict()), state)
     assert not same(dict(first.normalize.state_dict()), state)
 

@@ -53,7 +53,7 @@ def test_trial(folder: Path) -> None:
     if path.exists() or saved is None or not best.is_file():
         return
     state = load(best)
-    workload: Workload = build_workload(parse(resolve_saved(saved), saved), state["normalize"])
+    workload: Workload = build_workload(parse(resolve_saved(saved), saved), state)
     with torch.no_grad():
         workload.load(state)
     write_json(path, test_metrics(workload), indent=None)

@@ -70,7 +70,7 @@ def _models(folder: Path, *, initial: bool = False) -> Iterator[tuple[Mapping[st
     workload: Workload | None = None
     for state in checkpoints(folder):
         if workload is None:
-            workload = build_workload(parse(resolve_saved(state["config"])), state["normalize"])
+            workload = build_workload(parse(resolve_saved(state["config"])), state)
             if initial:
                 yield {"epoch": 0, "step": 0, "seconds": 0.0}, workload
         workload.module.load_state_dict(state["model"])

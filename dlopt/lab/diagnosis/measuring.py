@@ -101,7 +101,7 @@ def prepare(experiment: Experiment, folder: Path, state: Mapping[str, Any] | Non
 
     Writes nothing; `folder` is a placeholder for the run folder.
     """
-    workload = build_workload(experiment, None if state is None else state["normalize"])
+    workload = build_workload(experiment, state)
     if state is not None and experiment.auto_lr:
         workload = workload.with_lr(state["progress"]["found_lr"])
     trainer = probe_trainer(workload, folder, state, observers=[ClippedNorm()])

@@ -46,7 +46,7 @@ def draw_landscape(
     state = load(path)
     experiment = saved_experiment(state["config"], changes, path)
     with fitting(path):
-        workload = build_workload(experiment, state["normalize"])
+        workload = build_workload(experiment, state)
         workload.load(state)
     found = None if directions == "random" else _path_plane(workload, path, is_required=directions == "path")
     if found is None:

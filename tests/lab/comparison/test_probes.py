@@ -25,7 +25,7 @@ def test_gradient_variance_matches_sampling(tmp_path: Path) -> None:
     assert [progress["epoch"] for progress, _ in result] == [0, 1]
 
     [state] = checkpoints(folder)
-    workload = build_workload(parse(resolve_saved(state["config"])), state["normalize"])
+    workload = build_workload(parse(resolve_saved(state["config"])), state)
     batches = evaluation_batches(workload, workload.dataset.train).epoch(0)
     inputs, targets = (torch.cat(each) for each in zip(*batches, strict=True))
     workload.module.load_state_dict(state["model"])

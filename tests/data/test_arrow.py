@@ -1,0 +1,226 @@
+"""Columns of Parquet files and of datasets of the package datasets."""
+
+import io
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dlopt.data import arrow as module
+from dlopt.data.arrow import huggingface, parquet
+from dlopt.data.samples import Dataset
+from dlopt.data.text import text
+from dlopt.errors import UserError
+from tests.support.runs import resume, same, start
+
+arrow = pytest.importorskip("pyarrow")
+writer = pytest.importorskip("pyarrow.parquet")
+COLUMNS: dict[str, Any] = {"labels": "class", "channels": None, "image_size": None}
+read = partial(parquet, val_file=None, test_file=None, input="image", target="label", **COLUMNS)
+hub = partial(
+    huggingface, configuration=None, revision=None, val=None, test=None, offline=True, input="image", target="label",
+    **COLUMNS,
+)  # fmt: skip
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def pictures(count: int, seed: int = 0, channels: int = 3) -> np.ndarray:
+    shape = (count, 6, 5, 3) if channels == 3 else (count, 6, 5)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write(path: Path, images: np.ndarray, labels: list[Any], *, nested: bool = False, rows: int = 3) -> str:
+    """Writes images as bytes, or as {bytes, path}, in row groups of `rows`."""
+    files = [png(image) for image in images]
+    column = [{"bytes": each, "path": None} for each in files] if nested else files
+    path.parent.mkdir(exist_ok=True)
+    writer.write_table(arrow.table({"image": column, "label": labels, "id": range(len(labels))}), path, rows)
+    return str(path)
+
+
+def inputs(dataset: Dataset) -> torch.Tensor:
+    return dataset.train.fetch(torch.arange(len(dataset.train)))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_images_in_shards(nested: bool, mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mapped:
+        monkeypatch.setattr(module, "_MAX_READ", 0)
+    images = pictures(9)
+    labels = ["dog", "cat", "dog", "cat", "cow", "dog", "cat", "cow", "dog"]
+    write(tmp_path / "shards/b.parquet", images[5:], labels[5:], nested=nested)
+    write(tmp_path / "shards/a.parquet", images[:5], labels[:5], nested=nested)
+    test = write(tmp_path / "test.parquet", images[:2], labels[:2], nested=nested)
+    for file in (str(tmp_path / "shards/*.parquet"), str(tmp_path / "shards"), [str(tmp_path / "shards/?.parquet")]):
+        dataset = read(file=file, test_file=test)
+        assert torch.equal(inputs(dataset), torch.from_numpy(images).permute(0, 3, 1, 2))
+        assert dataset.classes == ("cat", "cow", "dog")
+        assert [dataset.classes[label] for label in dataset.train.targets.tolist()] == labels
+        assert dataset.val is None and dataset.test is not None and dataset.test.targets.tolist() == [2, 0]
+        order = torch.tensor([8, 0, 4])
+        assert torch.equal(dataset.train.fetch(order), inputs(dataset)[order])
+    resized = read(file=file, image_size=4)
+    assert resized.train.shape == (3, 4, 4)
+    grey = read(file=file, channels=1)
+    assert grey.train.shape == (1, 6, 5)
+
+
+def test_large_tables_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a.parquet", pictures(40), [i % 2 for i in range(40)])
+    monkeypatch.setattr(module, "_MAX_READ", 0)
+    before = arrow.total_allocated_bytes()
+    table = module.read_parquet("data.file", file, ["image", "label"])
+    assert table.nbytes > 1000 and arrow.total_allocated_bytes() - before < table.nbytes / 4
+    monkeypatch.setattr(module, "_batches", None)  # the second time, the file in the cache is used
+    assert module.read_parquet("data.file", file, ["image", "label"]).equals(table)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_MAX_READ", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", file)  # not a folder
+    assert module.read_parquet("data.file", file, ["image", "label"]).equals(table)
+
+
+def test_numbers_and_lists_of_numbers(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    columns = {
+        "width": [1, 2, 3], "length": [0.5, 1.5, 2.5], "price": [1.0, 2.0, 4.0],
+        "pair": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], "list": [[1, 2], [3, 4], [5, 6]],
+        "kind": arrow.array([7, 3, 10]), "flag": [True, False, True],
+    }  # fmt: skip
+    pixels = pictures(3, channels=1)
+    columns["pixels"] = arrow.array(pixels.tolist(), arrow.list_(arrow.list_(arrow.uint8())))
+    writer.write_table(arrow.table(columns), path)
+    vectors = read(file=path, input=["width", "length"], target="price", labels="value")
+    assert inputs(vectors).tolist() == [[1, 0.5], [2, 1.5], [3, 2.5]] and vectors.classes is None
+    assert vectors.train.targets.tolist() == [1, 2, 4] and vectors.train.targets.dtype == torch.float32
+    lists = read(file=path, input="list", target="kind")
+    assert inputs(lists).tolist() == [[1, 2], [3, 4], [5, 6]] and inputs(lists).dtype == torch.float32
+    assert lists.classes == ("3", "7", "10") and lists.train.targets.tolist() == [1, 0, 2]
+    single = read(file=path, input="flag", target="pair", labels="value")
+    assert inputs(single).tolist() == [[1], [0], [1]] and single.train.targets.shape == (3, 2)
+    assert torch.equal(inputs(read(file=path, input="pixels", target="kind")), torch.from_numpy(pixels).unsqueeze(1))
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "a.parquet")
+    table = {"image": [b"no image", b"x"], "label": ["a", "b"], "ratio": [0.5, None], "text": ["a", "b"], "n": [1, 2]}
+    writer.write_table(arrow.table(table), path)
+    other = str(tmp_path / "b.parquet")
+    writer.write_table(arrow.table({**table, "image": [[1], [2]], "label": ["a", "c"]}), other)
+    (tmp_path / "c.parquet").write_text("nothing")
+    everything = "image, label, ratio, text, n"
+    for keys, message in (
+        ({"file": "none/*.parquet"}, r"data\.file=none/\*\.parquet: no such file; a name, a pattern"),
+        ({"file": []}, r"data\.file=\[\]: at least one"),
+        ({"file": str(tmp_path / "c.parquet")}, r"c\.parquet: cannot be read as a Parquet file"),
+        ({"file": path, "input": "img"}, rf"data\.file: .*a\.parquet has no column 'img'; it has {everything}"),
+        ({"file": path, "target": "class"}, rf"has no column 'class'; it has {everything}"),
+        (
+            {"file": [path, other]},
+            r"the column image has the type list<.*> in .*b\.parquet, and binary in .*a\.parquet",
+        ),
+        ({"file": path}, r"data\.file, row 0: image: cannot be read as an image"),
+        ({"file": path, "input": "text"}, r"data\.input=text: the column has the type string; image"),
+        ({"file": path, "input": ["n", "text"]}, r"the column text has the type string; several columns must all be"),
+        ({"file": path, "input": "n", "target": "ratio"}, r"data\.file, row 1: ratio is missing"),
+        ({"file": path, "input": "ratio", "target": "n"}, r"data\.file, row 1: ratio is None, not a finite number"),
+        ({"file": path, "input": "n", "labels": "value"}, r"data\.labels=value: the column label has the type string"),
+        ({"file": path, "input": "n", "channels": 1}, r"data\.channels=1: only image files are converted"),
+        ({"file": path, "input": "n", "test_file": other}, r"data\.test_file, row 1: label is 'c', a class that no tr"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inputs(read(**keys))
+    with pytest.raises(UserError, match=r"data\.labels=class: the column w has the type double; .*data\.labels=value"):
+        writer.write_table(arrow.table({"n": [1], "w": [0.5]}), path)
+        read(file=path, input="n", target="w")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"data\.file: the package pyarrow is not installed; .*dlopt\[hub\]"):
+        read(file=path)
+
+
+def test_a_resumed_run_on_mapped_shards_is_bitwise_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "shards/a.parquet", pictures(40), [i % 3 for i in range(40)])
+    write(tmp_path / "shards/b.parquet", pictures(30, seed=1), [i % 3 for i in range(30)])
+    line = [
+        "data=parquet", f"data.file={tmp_path}/shards/*.parquet", "data.batch_size=8", "data.memory=false", "model=mlp",
+        "model.widths=[4]", "threads=1", "device=cpu", "tracking=[]", "epochs=2",
+    ]  # fmt: skip
+    start(tmp_path / "memory", *line)
+    monkeypatch.setattr(module, "_MAX_READ", 0)
+    start(tmp_path / "parts", *line, "max_time=0.0001")
+    assert resume(tmp_path / "parts", *line)["status"] == "finished"
+    states = [torch.load(tmp_path / each / "checkpoints/last.pt", weights_only=True) for each in ("memory", "parts")]
+    assert same(states[0]["model"], states[1]["model"])
+
+
+def test_a_column_of_texts(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    documents = [f"document {number} →\n" * 4 for number in range(20)]
+    writer.write_table(arrow.table({"text": documents, "n": range(20)}), path, 3)
+    keys: dict[str, Any] = {"tokenizer": "bytes", "vocabulary": None, "saved_tokenizer": None, "sequence_length": 8}
+    load = partial(text, file=path, pattern="*.txt", val_split=0, test_split=0, **keys)
+    dataset = load(column="text")
+    assert bytes(dataset.train.tokens).decode() == "".join(f"{each}\0" for each in documents)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"data\.column=n: row 0 of the type int64 is no text"):
+        load(column="n")
+    with pytest.raises(UserError, match=r"has no column 'body'; it has text, n"):
+        load(column="body")
+
+
+@pytest.fixture
+def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package datasets, with a cache of its own and without a network."""
+    package = pytest.importorskip("datasets")
+    monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("offline")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return package
+
+
+def test_a_local_folder_is_loaded_offline(datasets: Any, tmp_path: Path) -> None:
+    images = pictures(8)
+    write(tmp_path / "mine/train-0.parquet", images[:5], [0, 1, 0, 1, 0], nested=True)
+    write(tmp_path / "mine/train-1.parquet", images[5:], [1, 0, 1], nested=True)
+    write(tmp_path / "mine/test-0.parquet", images[:2], [1, 0], nested=True)
+    dataset = hub(name=str(tmp_path / "mine"), split="train[:6]", val="train[6:]", test="test")
+    assert torch.equal(inputs(dataset), torch.from_numpy(images[:6]).permute(0, 3, 1, 2))
+    assert dataset.val is not None and dataset.val.targets.tolist() == [0, 1]
+    assert dataset.test is not None and dataset.test.targets.tolist() == [1, 0] and dataset.classes == ("0", "1")
+    with pytest.raises(UserError, match=r"data\.split=dev cannot be loaded: Unknown split \"dev\""):
+        hub(name=str(tmp_path / "mine"), split="dev")
+    with pytest.raises(UserError, match=r"data\.input=img: data\.split has no such column; it has image, label, id"):
+        hub(name=str(tmp_path / "mine"), split="train", input="img")
+    with pytest.raises(UserError, match=r"data\.name=nobody/nothing: data\.split=train cannot be loaded: "):
+        hub(name="nobody/nothing", split="train")
+
+
+def test_a_saved_dataset_has_names_of_classes(datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pictures(4)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    columns = {"image": [{"bytes": png(image), "path": None} for image in images], "label": [1, 0, 1, 1]}
+    saved = datasets.Dataset.from_dict(columns, features=features).select([3, 1, 0])
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "saved"))
+    dataset = hub(name=str(tmp_path / "saved"), split="train")
+    assert torch.equal(inputs(dataset), torch.from_numpy(images[[3, 1, 0]]).permute(0, 3, 1, 2))
+    assert dataset.classes == ("cat", "dog") and dataset.train.targets.tolist() == [1, 0, 1]
+    with pytest.raises(UserError, match=r"data\.split=dev: .*saved has no such split; it has train"):
+        hub(name=str(tmp_path / "saved"), split="dev")
+    with pytest.raises(UserError, match=r"data\.revision=v1: .* is a folder of save_to_disk, which has none"):
+        hub(name=str(tmp_path / "saved"), split="train", revision="v1")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"data\.name=x: the package datasets is not installed; .*dlopt\[hub\]"):
+        hub(name="x", split="train")
