@@ -10,7 +10,6 @@ from dlopt.errors import DONE, UserError
 from dlopt.formats import format_metric, printable
 from dlopt.formats import format_value as text
 from dlopt.results import reading
-from dlopt.results.columns import FIRST
 from dlopt.results.leaderboard import Record
 from dlopt.results.reading import Damaged
 from dlopt.tracking.layout import plain_table, short_path, show_table
@@ -68,6 +67,8 @@ def config_rows(first: Record, second: Record) -> list[Row]:
 
 def metric_rows(first: Record, second: Record, *, brief: bool) -> list[Row]:
     """Returns the metrics of both runs, the main ones first; "-" where a run has no such metric."""
+    from dlopt.results.columns import FIRST  # imports NumPy, which the help does not need
+
     known = dict.fromkeys([*first.metrics, *second.metrics])
     names = dict.fromkeys([*(name for name in FIRST if name in known), *known])
 
