@@ -106,6 +106,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, run in (("train", DATE), ("night", "outputs/night"), ("base", "outputs/base")):
         done = dlopt(folder, "train", *TINY, f"name={name}", "checkpoint.keep=4", "epochs=4", f"hydra.run.dir={run}")
         assert done.code == 0, done.err
+    for number, optimizer in enumerate(("sgd", "adamw")):  # outputs/night as a sweep
+        job = (f"optimizer={optimizer}", "epochs=1", f"hydra.run.dir=sweep/outputs/night/{number}")
+        assert dlopt(folder, "train", *TINY, *job).code == 0
     (folder / "start.py").write_text("def ")
     text = ("data=text", "data.file=labels.csv", "data.sequence_length=8", "model=gpt_nano", "steps=2", "tracking=[]")
     done = dlopt(folder, "train", *text, "threads=1", "device=cpu", "hydra.run.dir=outputs/gpt")
@@ -212,6 +215,8 @@ def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) ->
         more = ("--yes",)
         shutil.copytree(place / "outputs/night", tmp_path / "outputs/night")
         place = tmp_path
+    if re.search(r"outputs/night(/\d| optimizer=)", line.text):
+        place = place / "sweep"
     result = dlopt(place, *words, *more)
     if command == "benchmark" and words[1] in ("report", "targets"):
         assert result.code == 2 and "not the folder of a benchmark" in result.err

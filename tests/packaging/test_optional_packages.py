@@ -19,6 +19,8 @@ NEEDING = {  # extra -> command lines that need it
     "sweep": ["train -m hydra/sweeper=dlopt_optuna optimizer.lr=0.1,0.2"],
     "slurm": ["train -m hydra/launcher=slurm seed=0,1"],
     "schedulefree": ["train optimizer=schedule_free_sgd"],
+    "text": ["train data=text data.file=a.txt data.tokenizer=bpe data.sequence_length=8 model=gpt_nano"],
+    "hub": ["train data=parquet data.file=a.parquet", "train data=huggingface data.name=folder"],
     "timm": ["train model=timm model.name=resnet18 data=csv data.file=list.csv"],
     "mlflow": ["train tracking=[mlflow]"],
     "wandb": ["train tracking=[wandb]"],
@@ -37,7 +39,7 @@ missing = {re.split("[^A-Za-z0-9_-]", line)[0].removesuffix("-skinny") for line 
 find = importlib.machinery.PathFinder.find_spec
 def find_spec(name, path=None, target=None):
     return None if name.split(".")[0] in missing else find(name, path, target)
-importlib.machinery.PathFinder.find_spec = find_spec
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)  # dill calls it on an instance
 from dlopt import cli
 for line in sys.argv[2:]:
     sys.argv = ["dlopt", *shlex.split(line)]
@@ -55,6 +57,8 @@ def test_a_missing_package_is_answered_with_its_extra(tmp_path: Path) -> None:
     assert dlopt(tmp_path, "train", *TINY, "tracking=[]", "hydra.run.dir=run").code == 0
     shutil.copy(ROOT / "docs/gallery/paths.png", tmp_path / "a.png")
     (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"a.png,{i % 2}\n" for i in range(20)))
+    (tmp_path / "a.txt").write_text("a line of a text\n" * 100)
+    (tmp_path / "a.parquet").touch()
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     (bin_folder / "sbatch").write_text("#!/bin/sh\n")
