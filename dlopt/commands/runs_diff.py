@@ -11,7 +11,6 @@ from dlopt.formats import format_metric, printable
 from dlopt.formats import format_value as text
 from dlopt.results import reading
 from dlopt.results.leaderboard import Record
-from dlopt.results.reading import Damaged
 from dlopt.tracking.layout import plain_table, short_path, show_table
 
 Row = tuple[str, str, str]
@@ -25,7 +24,7 @@ def diff(arguments: list[str]) -> int:
         raise UserError(f"{missing}: no such folder")
     if len(folders) != 2:
         raise UserError(f"runs diff: needs two run folders, not {len(folders)}: dlopt runs diff outputs/a outputs/b")
-    first, second = (_intact(Path(folder)) for folder in folders)
+    first, second = (reading.read_intact(Path(folder)) for folder in folders)
     is_terminal = sys.stdout.isatty()
     config, metrics = config_rows(first, second), metric_rows(first, second, brief=is_terminal)
     status = ("status", first.status, second.status)
@@ -45,13 +44,6 @@ def diff(arguments: list[str]) -> int:
 
 def _no_keys() -> int:
     return DONE
-
-
-def _intact(folder: Path) -> Record:
-    record = reading.read(folder)
-    if isinstance(record, Damaged):
-        raise UserError(f"{printable(short_path(folder))}: {record.reason}")
-    return record
 
 
 def config_rows(first: Record, second: Record) -> list[Row]:

@@ -12,7 +12,7 @@ from dlopt.files import write_atomically
 from dlopt.folders import RunFolder
 from dlopt.formats import format_value, printable
 from dlopt.results import reading
-from dlopt.results.reading import Damaged, Record
+from dlopt.results.leaderboard import Record
 from dlopt.tracking.layout import short_path
 
 
@@ -37,16 +37,9 @@ def edit(
     check_tags(tags)
     if note is None and not tags:
         raise UserError("runs tag: needs tags to add, or note=TEXT: dlopt runs tag outputs/train/DATE good")
-    for record in [_intact(folder) for folder in folders]:
+    for record in [reading.read_intact(folder, "; nothing was changed") for folder in folders]:
         print(_write(record, tags, note, remove=remove))
     return DONE
-
-
-def _intact(folder: Path) -> Record:
-    record = reading.read(folder)
-    if isinstance(record, Damaged):
-        raise UserError(f"{printable(short_path(folder))}: {record.reason}; nothing was changed")
-    return record
 
 
 def _write(record: Record, tags: list[str], note: str | None, *, remove: bool) -> str:

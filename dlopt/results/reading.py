@@ -19,9 +19,10 @@ from dlopt.config.labels import LABELS
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.formats import format_value as text
+from dlopt.formats import printable
 from dlopt.plain import flatten, load_yaml, read_regular
 from dlopt.results.leaderboard import ENDED, Record, canonical, direction_of, distinguishes, is_number
-from dlopt.tracking.layout import choices_of_groups
+from dlopt.tracking.layout import choices_of_groups, short_path
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
 OPEN = ("running", "interrupted", "unfinished")
@@ -85,6 +86,14 @@ def read(path: Path) -> Record | Damaged:
         return Damaged(path, str(error))
     except OSError as error:
         return Damaged(path, f"{Path(str(error.filename)).name} cannot be read: {error.strerror}")
+
+
+def read_intact(path: Path, consequence: str = "") -> Record:
+    """Reads one run folder. Raises `UserError`, which ends with `consequence`, for one that is not a readable run."""
+    record = read(path)
+    if isinstance(record, Damaged):
+        raise UserError(f"{printable(short_path(path))}: {record.reason}{consequence}")
+    return record
 
 
 class _DamageError(Exception):
