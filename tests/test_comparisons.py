@@ -18,9 +18,10 @@ from dlopt.config.resolve import to_plain
 from dlopt.data.generated import polynomial
 from dlopt.data.samples import InMemory
 from dlopt.data.splits import prepare
-from dlopt.lab.comparison.claims import Measured, judge, numbers
+from dlopt.lab.comparison.claims import Measured, judge
 from dlopt.lab.comparison.command import comparison_of
 from dlopt.lab.comparison.comparison import Results, read
+from dlopt.lab.comparison.sentences import numbers
 from tests.support.comparisons import GALLERY, SHIPPED
 from tests.support.line import dlopt
 
@@ -86,10 +87,11 @@ def test_is_valid_and_shipped_numbers_support_the_verdict_but_not_of_an_inverted
         sides = next(side for side in claim.first if side.variant == first["variant"]), claim.second
         points = first["at"], second["at"]
         values = [float(value) for value in first["values"]], [float(value) for value in second["values"]]
-        finding = judge(claim, *map(Measured, sides, points, values))
+        bounds = first.get("bounds", ()), second.get("bounds", ())
+        finding = judge(claim, *map(Measured, sides, points, values, bounds))
         assert (finding.verdict, numbers(finding)) == (entry["verdict"], entry["outcome"])
-        if entry["verdict"] == "seen" and claim.relation != "equal":
-            assert judge(claim, *map(Measured, sides, points, values[::-1])).verdict == "the opposite"
+        if entry["verdict"] == "supported" and claim.relation != "equal":
+            assert judge(claim, *map(Measured, sides, points, values[::-1])).verdict == "contradicted"
 
 
 @pytest.mark.parametrize(
@@ -125,14 +127,14 @@ def test_the_condition_number_of_the_regression_includes_the_bias(name: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sampling", "memory_gradients", "dropout_units", "skip_gradients"])
-def test_claims_are_seen_on_this_machine(name: str, tmp_path: Path) -> None:
+def test_claims_are_supported_on_this_machine(name: str, tmp_path: Path) -> None:
     """For recipes of a few seconds that do not compare times."""
     saved = json.loads((GALLERY / f"{name}.json").read_text())
     result = dlopt(tmp_path, "train", f"experiment=lecture/{name}", "hydra.run.dir=out")
     assert result.code == 0, result.err
     measured = json.loads((tmp_path / "out/comparison.json").read_text())
     for shipped, entry in zip(saved["claims"], measured["claims"], strict=True):
-        assert entry["verdict"] == "seen" or shipped["verdict"] != "seen", entry["sentence"]
+        assert entry["verdict"] == "supported" or shipped["verdict"] != "supported", entry["sentence"]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from dlopt.files import write_atomically
 from dlopt.interruption import Interruption
 from dlopt.ranges import Count
 from dlopt.results import reading
+from dlopt.results.claims import claims_of
 from dlopt.results.exports import Destination, Format, ReportContent, destination, outdated, render
 from dlopt.results.page import serve
 from dlopt.results.ranking import default_target, gather
@@ -159,7 +160,7 @@ def _update(
     title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders) + (f": {where}" if where else "")
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     refresh = _REFRESH if options.watch else None
-    report = ReportContent(table, title, made, goal, options.test, refresh, options.top)
+    report = ReportContent(table, title, made, goal, options.test, refresh, options.top, claims_of(records))
     files = render(to, report)
     with writing(to.path):
         for path, content in files.items():

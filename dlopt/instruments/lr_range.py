@@ -182,13 +182,13 @@ def describe_end(result: LearningRates) -> str:
     if not smoothed:
         return "the first loss is not finite"
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
-    minimum = f"from its minimum {smoothed[lowest]:.3g} at {rates[lowest]:.2g}"
+    minimum = f"after its minimum of {smoothed[lowest]:.3g} at lr {rates[lowest]:.2g}"
     if result.diverged:
-        return f"the loss diverged, {minimum}"
+        return f"the loss diverged {minimum}"
     if smoothed[-1] > smoothed[0]:
-        return f"the loss rose above its initial value, {minimum}"
+        return f"the loss rose above its initial value {minimum}"
     if smoothed[-1] > _RISE * smoothed[lowest]:
-        return f"the loss rose to {smoothed[-1]:.3g}, {minimum}"
+        return f"the loss rose to {smoothed[-1]:.3g} {minimum}"
     return "the loss did not rise; try a larger max_lr"
 
 

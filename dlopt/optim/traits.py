@@ -25,7 +25,7 @@ class OptimizerTraits:
         ignores_clipping: the gradient of the update is that of `closure.loss()`, not the clipped one of the closure.
         samples_labels: `step` calls `closure.sampled_loss`.
         rests_at_zero_lr: at a learning rate of zero an update changes no weight.
-        normalizes_entries: the size of an update does not depend on the scale of the gradient, entry by entry (Adam).
+        normalizes_entries: the update is invariant to per-coordinate rescaling of the gradient, as for Adam.
         capturable: a CUDA graph can capture an update: none of its decisions depends on the value of a tensor.
     """
 

@@ -232,7 +232,9 @@ def is_launched() -> bool:
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank has reported a failure yet: one failure makes all ranks fail, and one message is enough.
+    """Returns whether this rank is the first to report a failure.
+
+    One failure makes all ranks fail, and one message is enough.
 
     Call before leaving the group: leaving makes the other ranks fail too.
     """

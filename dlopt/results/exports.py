@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from dlopt.errors import UserError
 from dlopt.folders import refuse_url
 from dlopt.results import drawing, paper
+from dlopt.results.claims import ClaimResult
 from dlopt.results.columns import summary_csv
 from dlopt.results.page import page
 from dlopt.results.plots import PLOTS, plots
@@ -30,7 +31,11 @@ _NAMES: Mapping[Format, str] = {
 
 @dataclass(frozen=True)
 class ReportContent:
-    """Export options. `refresh`: seconds after which the page reloads; `top`: rows of a table for a paper."""
+    """Export options.
+
+    `refresh`: seconds after which the page reloads; `top`: rows of a table for a paper; `claims`: of the comparisons
+    among the runs.
+    """
 
     ranking: Ranking
     title: str
@@ -39,6 +44,7 @@ class ReportContent:
     test: bool
     refresh: float | None
     top: int
+    claims: Sequence[ClaimResult] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def _text(form: Format, report: ReportContent) -> str:
     if form == "html":
         return page(
             report.ranking, title=report.title, made=report.made, target=report.target, test=report.test,
-            refresh=report.refresh,
+            refresh=report.refresh, claims=report.claims,
         )  # fmt: skip
     if form == "csv":
         return summary_csv(report.ranking, report.target, test=report.test)

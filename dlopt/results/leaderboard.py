@@ -113,8 +113,8 @@ class Row:
     def statistic(self, metric: str) -> Statistic | None:
         """Computes mean, standard deviation and count of a metric over ended runs.
 
-        Runs with the same seeds and the same value are repetitions, which tell nothing about the spread: they count
-        once.
+        Runs with the same seeds and the same value are repetitions, which carry no information about the spread: they
+        count once.
         """
         return statistic([value for _, value in dict.fromkeys(self._values(metric))])
 

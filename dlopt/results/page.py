@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from markupsafe import Markup
 import dlopt
 from dlopt.formats import printable
 from dlopt.results import drawing
+from dlopt.results.claims import ClaimResult, claims_table
 from dlopt.results.columns import counts_text, published_table
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import Ranking, importance
@@ -32,7 +33,16 @@ _TYPES = {".html": "text/html; charset=utf-8", ".csv": "text/csv; charset=utf-8"
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY"}
 
 
-def page(ranking: Ranking, *, title: str, made: str, target: float | None, test: bool, refresh: float | None) -> str:
+def page(
+    ranking: Ranking,
+    *,
+    title: str,
+    made: str,
+    target: float | None,
+    test: bool,
+    refresh: float | None,
+    claims: Sequence[ClaimResult] = (),
+) -> str:
     """Renders the HTML page of a report."""
     data = page_data(ranking, target=target, test=test, refresh=refresh)
     library = f"/*\n{read_text('vendor/uPlot.LICENSE')}*/\n{read_text('vendor/uPlot.iife.min.js')}"
@@ -42,6 +52,7 @@ def page(ranking: Ranking, *, title: str, made: str, target: float | None, test:
         title=title, made=made, refresh=refresh, version=dlopt.__version__,
         counts=counts_text(ranking),
         published=published_table(ranking),
+        claims=claims_table(claims),
         importance=importance(ranking), damaged=ranking.damaged,
         metric=drawing.metric_name(ranking.by), configurations=len(ranking.ranked),
         style=Markup(read_text("vendor/uPlot.min.css") + read_text("page.css")),

@@ -13,13 +13,9 @@ from reference import CATALOGUE
 
 from dlopt.config.choices import Choice
 from dlopt.config.schema import show
+from dlopt.results.claims import CHANGED, FORMER_VERDICTS, is_changed
 
 FOLDER = "lecture/"
-VERDICTS = {  # in the results -> as a reader expects
-    "seen": "supported",
-    "not seen here": "inconclusive",
-    "the opposite": "contradicted",
-}
 
 
 def lectures(docs: Path) -> str:
@@ -45,7 +41,7 @@ def _section(choice: Choice, docs: Path) -> str:
         lines += [f"**What to see:** {text(' '.join(comparison['see'].split()))}", ""]
     for claim in _results(docs, name):
         said = f"{text(claim['claim'])}. {text(claim['outcome'])}{_limits(claim)}"
-        lines += [f"- **{_verdict(claim).capitalize()}:** {said}"]
+        lines += [f"- **{claim['verdict'].capitalize()}{_changed(claim)}:** {said}"]
     lines += [""]
     notes = [line for line in choice.header[1:] if line.strip() != command]
     lines += [_notes(notes), "", *_varied(recipe, comparison), ""]
@@ -69,8 +65,8 @@ def claims(docs: Path) -> str:
             missing.append(link)
         for claim in found:
             outcome = f"{text(claim['outcome'])}{_limits(claim)}"
-            verdicts[_verdict(claim)] += 1
-            rows.append((text(claim["claim"]), f"**{_verdict(claim)}**", outcome, link))
+            verdicts[claim["verdict"]] += 1
+            rows.append((text(claim["claim"]), f"**{claim['verdict']}**{_changed(claim)}", outcome, link))
     counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     lines = [f"{len(rows)} claims: {counted}.", "", table(("Claim", "Verdict", "Outcome", "Recipe"), rows), ""]
     if missing:
@@ -79,13 +75,23 @@ def claims(docs: Path) -> str:
 
 
 def _results(docs: Path, name: str) -> list[dict[str, Any]]:
-    """Returns the claims in the results of a recipe, with verdicts; none if the gallery has no results of it."""
+    """Returns the claims in the results of a recipe, with verdicts; none if the gallery has no results of it.
+
+    `changed`: whether the recipe's claims are no longer those of the results.
+    """
     path = docs / "gallery" / f"{name}.json"
-    return list(json.loads(path.read_text(encoding="utf-8"))["claims"]) if path.exists() else []
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text(encoding="utf-8"))
+    changed = is_changed(results)
+    return [
+        {**claim, "verdict": FORMER_VERDICTS.get(claim["verdict"], claim["verdict"]), "changed": changed}
+        for claim in results["claims"]
+    ]
 
 
-def _verdict(claim: dict[str, Any]) -> str:
-    return VERDICTS.get(claim["verdict"], claim["verdict"])
+def _changed(claim: dict[str, Any]) -> str:
+    return f" ({CHANGED})" if claim["changed"] else ""
 
 
 def _anchor(heading: str) -> str:

@@ -1,6 +1,7 @@
 """The tables in the pages of the repository are those of their sources, and the FAQ shows the messages of the code."""
 
 import ast
+import json
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,15 @@ def test_committed_tables_are_those_of_their_sources(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert len(text) > 2000 and "<!-- generated: " in text
     assert SCRIPT["generated"](page) == text, f"{page.name} is stale; run: {SCRIPT['COMMAND']}"
+
+
+def test_the_table_of_claims_marks_those_that_were_changed_after_their_results(tmp_path: Path) -> None:
+    (tmp_path / "gallery").mkdir()
+    saved = json.loads((ROOT / "docs/gallery/momentum.json").read_text(encoding="utf-8"))
+    [claim] = saved["claims"]
+    for recipe, mark in ((saved["recipe_hash"], ""), ("0" * 64, " (changed after results)")):
+        (tmp_path / "gallery/momentum.json").write_text(json.dumps({**saved, "recipe_hash": recipe}))
+        assert f"| **{claim['verdict']}**{mark} |" in SCRIPT["gallery"].claims(tmp_path)
 
 
 def test_every_page_with_generated_parts_is_written_by_the_script() -> None:

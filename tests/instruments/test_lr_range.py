@@ -105,9 +105,9 @@ def test_describes_the_end_as_the_plot_shows_it() -> None:
         return LearningRates(rates, list(smoothed), list(smoothed), None, None, diverged)
 
     assert describe_end(of(2.0, 1.0, 0.5, 0.52)) == "the loss did not rise; try a larger max_lr"
-    assert describe_end(of(2.0, 0.5, 1.0)) == "the loss rose to 1, from its minimum 0.5 at 0.01"
-    assert describe_end(of(2.0, 1.5, 2.5)).startswith("the loss rose above its initial value, from its minimum 1.5")
-    assert describe_end(of(2.0, 1.0, 9.0, diverged=True)) == "the loss diverged, from its minimum 1 at 0.01"
+    assert describe_end(of(2.0, 0.5, 1.0)) == "the loss rose to 1 after its minimum of 0.5 at lr 0.01"
+    assert describe_end(of(2.0, 1.5, 2.5)).startswith("the loss rose above its initial value after its minimum of 1.5")
+    assert describe_end(of(2.0, 1.0, 9.0, diverged=True)) == "the loss diverged after its minimum of 1 at lr 0.01"
     assert describe_end(of()) == "the first loss is not finite"
     figure = draw(of(2.0, 1.0, 900.0, diverged=True), "")
     assert figure.axes[0].get_ylim()[1] < 10 and [text.get_text() for text in figure.axes[0].texts] == ["diverges"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlopt.lab.benchmark import formats
+from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.results import Results
 from dlopt.lab.benchmark.scores import MAX_RATIO, Summary, profile, ratios
 from dlopt.metric_names import lower_is_better
@@ -207,6 +207,43 @@ def _curves(axes: "Axes", results: Results, summary: Summary, name: str) -> None
     drawing.clean_axes(axes)
 
 
+def tuning_curves(results: Results, summary: Summary) -> "Figure | None":
+    """Draws the expected score, and the expected best metric of each workload, against the number of trials."""
+    found = tuning.tuning(results)
+    names = [name for name in results.workloads if any((each, name) in found.metrics for each in summary.order)]
+    if len(found.budgets) < 2:
+        return None
+    across = min(_ACROSS, len(names) + 1)
+    down, rows = math.ceil((len(names) + 1) / across), math.ceil(len(summary.order) / 5)
+    figure = drawing.figure(2.8 * across + 0.3, 2.1 * down + 0.5 + 0.21 * rows)
+    panels = figure.subplots(down, across, squeeze=False)
+    first, *others = panels.flat
+    for optimizer in summary.order:
+        scores = [each.value for each in found.scores[optimizer] if each is not None]
+        first.plot(found.budgets[: len(scores)], scores, label=label(optimizer), **_line(results, summary, optimizer))
+    first.set_title("all workloads", fontsize=9)
+    first.set_ylabel("expected score", fontsize=8)
+    for axes, name in zip(others, names, strict=False):
+        for optimizer in summary.order:
+            curve = [each.value for each in found.metrics.get((optimizer, name), ())]
+            axes.plot(range(1, len(curve) + 1), curve, **_line(results, summary, optimizer))
+        drawing.logarithmic(axes)
+        axes.set_title(label(name), fontsize=9)
+        axes.set_ylabel(f"expected {drawing.metric_label(results.workloads[name].metric)}", fontsize=8)
+    for axes in others[len(names) :]:
+        axes.set_visible(False)
+    for axes in panels.flat:
+        axes.set_xscale("log")
+        axes.set_xticks(found.budgets, list(map(str, found.budgets)))
+        axes.set_xticks([], minor=True)
+        axes.tick_params(which="both", labelsize=8)
+    for column in range(across):
+        panels[(len(names) - column) // across, column].set_xlabel("trials", **_TICKS)
+    drawing.clean_axes(*panels.flat)
+    drawing.legend_below(figure, first, min(5 if across == _ACROSS else 2, len(summary.order)), fontsize=9)
+    return figure
+
+
 def _limit(axes: "Axes", results: Results, summary: Summary, name: str) -> None:
     """Limits the y-axis to the values between the usual start and the best, because single curves may diverge."""
     curves = [results.cell(optimizer, name).curve for optimizer in summary.order]
@@ -235,5 +272,6 @@ FIGURES: Mapping[str, Callable[[Results, Summary], "Figure | None"]] = {
     "wins": wins,
     "learning_curves": learning_curves,
     "sensitivity": sensitivity,
+    "tuning": tuning_curves,
 }
 """Figures by the names of their files."""

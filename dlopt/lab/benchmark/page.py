@@ -10,7 +10,7 @@ from markupsafe import Markup
 import dlopt
 from dlopt.files import write_atomically
 from dlopt.formats import printable
-from dlopt.lab.benchmark import formats
+from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.figures import draw
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Measure, Results, best_trial
@@ -84,6 +84,7 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
     }
     tested = [name for name in results.workloads if any(results.cell(each, name).tests for each in summary.order)]
     spaces = {optimizer: results.spaces.get(optimizer, {}) for optimizer in summary.order}
+    tuned = tuning.tuning(results)
     return {
         "own_facts": {key: value for key, value in results.facts.items() if key not in ("command", "reference")},
         "missing": [f"{optimizer} ({', '.join(names)})" for optimizer, names in missing.items() if names],
@@ -97,6 +98,10 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
         "findings": findings(results, summary),
         "updates": _updates(results, summary),
         "hyperparameters": _hyperparameters(results, summary),
+        "tuning_heads": tuning.heads(tuned),
+        "league": _league(results, summary, tuned),
+        "tuning_findings": tuning.sentences(tuned),
+        "best_results": tuning.best_results(tuned, results.workloads),
         "costs": _costs(results, summary),
         "tested": tested,
         "tests": _tests(results, summary, tested),
@@ -138,6 +143,17 @@ def _updates(results: Results, summary: Summary) -> Rows:
         return text if rank is None else Markup(pattern).format(text, _small(f" ({rank:g})"))
 
     return [[_name(results, each), *(cell(each, workload) for workload in results.workloads)] for each in summary.order]
+
+
+def _league(results: Results, summary: Summary, tuned: tuning.Tuning) -> Rows:
+    leaders = [tuned.leader(budget) for budget in range(len(tuned.budgets))]
+
+    def cell(optimizer: str, budget: int) -> str:
+        text = formats.interval(tuned.scores[optimizer][budget])
+        return Bold(text) if optimizer == leaders[budget] else text
+
+    budgets = range(len(tuned.budgets))
+    return [[_name(results, each), *(cell(each, budget) for budget in budgets)] for each in summary.order]
 
 
 def _hyperparameters(results: Results, summary: Summary) -> Rows:

@@ -136,7 +136,7 @@ def trials_of(workloads: Sequence[str], optimizers: Sequence[str], studies: int,
 def target_of(curves: Sequence[Sequence[Sequence[tuple[int, float]]]], updates: int, lower_is_better: bool) -> float:
     """Returns the target of a workload: the median over studies of the best value at three quarters of a full run.
 
-    Of an even number of studies, it is the easier one of the two middle values.
+    With an even number of studies, the easier of the two middle values is used.
 
     Args:
         curves: of the baselines, for each study (of any of them) the (updates, value) curves of its trials.

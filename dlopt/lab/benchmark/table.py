@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from dlopt.formats import printable
-from dlopt.lab.benchmark import formats
+from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Measure, Results
 from dlopt.lab.benchmark.scores import Summary, summarize
@@ -16,6 +16,7 @@ from dlopt.results.tables import Bold, Table
 WIDTH = 100  # characters; more is hard to read
 _NAME = 24  # characters of an optimizer
 _SHORT_NAME = 16  # where that leaves room for one table instead of two
+_SHORT_OPTIMIZER = 10  # beside a metric
 _GAP = 3  # between columns
 _SHIPPED = " *"
 _HEADS: dict[Measure, str] = {"updates": "score in updates", "evaluations": "evaluations", "time": "time"}
@@ -32,6 +33,26 @@ def lines(results: Results, width: int = WIDTH) -> list[str]:
         text += textwrap.wrap(start + finding.text, width, subsequent_indent="  ", break_on_hyphens=False)
     for table in _updates(results, summary, width):
         text += ["", *_rendered(table, width)]
+    return text + _tuning(results, summary, width)
+
+
+def _tuning(results: Results, summary: Summary, width: int) -> list[str]:
+    """Returns the expected best results against the number of trials."""
+    found = tuning.tuning(results)
+    if not found.budgets:
+        return []
+    heads = tuning.heads(found)
+    rows = [[_name(results, each, _NAME), *map(formats.short_interval, found.scores[each])] for each in summary.order]
+    tables = [Table(["optimizer", *heads], rows, title="Expected score of the best of N trials")]
+    if best := tuning.best_results(found, results.workloads, _SHORT_OPTIMIZER):
+        shown = [[formats.abbreviated(name, _SHORT_NAME), *cells] for name, *cells in best]
+        title = "Best expected metric of the best of N trials (shipped, or with full=true)"
+        tables.append(Table(["workload", *heads], shown, title=title))
+    text = []
+    for table in tables:
+        text += ["", *_rendered(table, width)]
+    for sentence in tuning.sentences(found):
+        text += textwrap.wrap(printable(sentence), width, subsequent_indent="  ", break_on_hyphens=False)
     return text
 
 

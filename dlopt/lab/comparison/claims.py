@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dlopt.config.schema import check_arguments, show
+from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
-from dlopt.lab.comparison.labels import label
 from dlopt.metric_names import lower_is_better
 from dlopt.ranges import Count, NonNegative
 from dlopt.results.leaderboard import mean_difference
@@ -17,7 +16,7 @@ Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]
 When = Literal["last", "first", "minimum", "maximum", "mean"] | Count
 Measure = Literal["value", "epoch", "step", "evaluation", "seconds", "largest", "span"]
-Verdict = Literal["seen", "not seen here", "the opposite"]
+Verdict = Literal["supported", "inconclusive", "contradicted"]
 Written = str | dict[str, Any]  # a side in YAML: a variant, or the keys of `Side`
 
 TEST_METRICS = ("test_loss", "test_accuracy")
@@ -142,20 +141,15 @@ def is_higher_better(metric: str) -> bool:
 class Measured:
     """A side with its values, one per seed (infinite: diverged, or the target was not reached).
 
-    `point`: where they were measured: axis -> value.
+    `point`: where they were measured: axis -> value. `bounds`: what is known about censored values, one per seed
+    (empty: none is censored): a run of 300 updates that misses the target needs at least 300, and a usable rate at the
+    end of the grid is at least the largest one; a side with no usable rate has less than the smallest one.
     """
 
     side: Side
     point: Mapping[str, Value]
     values: Sequence[float]
-
-    def average(self) -> str:
-        """Formats the mean over the seeds with a value."""
-        finite = [value for value in self.values if math.isfinite(value)]
-        if not finite:
-            return "diverged or not reached"
-        lost = f" ({len(self.values) - len(finite)} of {len(self.values)} diverged or not reached)"
-        return f"{statistics.fmean(finite):.3g}" + lost * (len(finite) < len(self.values))
+    bounds: Sequence[float | None] = ()
 
 
 @dataclass(frozen=True)
@@ -180,27 +174,27 @@ def judge(claim: Claim, first: Measured, second: Measured) -> Finding:
     """Compares the values of two sides, paired by seed.
 
     The interval is Student's 95 % interval of the mean difference. If a run diverged (an infinite value), it is the
-    range over seeds instead. "seen": the whole interval is beyond the margin (for `equal`: within, unless all runs
-    diverged). "the opposite": the whole interval is on the other side of zero (for `equal`: outside the margin).
+    range over seeds instead. Supported: the whole interval is beyond the margin (for `equal`: within, unless all runs
+    diverged). Contradicted: the whole interval is on the other side of zero (for `equal`: outside the margin).
     """
-    effects = [_effect(claim, a, b) for a, b in zip(first.values, second.values, strict=True)]
+    effects = [effect_of(claim, a, b) for a, b in zip(first.values, second.values, strict=True)]
     effect, low, high = _interval(effects)
-    verdict: Verdict = "not seen here"
+    verdict: Verdict = "inconclusive"
     margin, rounding = claim.margin, 1e-9
     if low is not None and high is not None:
         if claim.relation == "equal":
             if max(-low, high) <= margin + rounding and any(map(math.isfinite, (*first.values, *second.values))):
-                verdict = "seen"
+                verdict = "supported"
             elif low > margin or high < -margin:
-                verdict = "the opposite"
+                verdict = "contradicted"
         elif low >= margin - rounding and low > 0:
-            verdict = "seen"
+            verdict = "supported"
         elif high < 0:
-            verdict = "the opposite"
+            verdict = "contradicted"
     return Finding(claim, first, second, verdict, effect, low, high)
 
 
-def _effect(claim: Claim, a: float, b: float) -> float:
+def effect_of(claim: Claim, a: float, b: float) -> float:
     """Returns how far a pair is in the claimed direction; 0 if both diverged."""
     a, b = (b, a) if claim.relation == "lower" else (a, b)
     if claim.factor is not None:  # a diverged run has the accuracy -inf: the ratio to it is that to 0
@@ -210,7 +204,7 @@ def _effect(claim: Claim, a: float, b: float) -> float:
     if claim.factor is None:
         return a - b
     if min(a, b) < 0:
-        return math.nan  # no ratio: never seen
+        return math.nan  # no ratio: never supported
     return math.inf if b == 0 or a == math.inf else -math.inf if a == 0 or b == math.inf else math.log(a / b)
 
 
@@ -231,81 +225,10 @@ def weakest(findings: Sequence[Finding]) -> Finding:
     """Returns the finding that decides a claim about several sides: the least convincing one."""
 
     def strength(finding: Finding) -> tuple[int, float]:
-        order = ("not seen here", "the opposite", "seen").index(finding.verdict)
+        order = ("inconclusive", "contradicted", "supported").index(finding.verdict)
         low = -math.inf if finding.low is None or finding.high is None else finding.low
         if finding.claim.relation == "equal" and finding.high is not None:
             low = -max(-low, finding.high)
         return order, low
 
     return min(findings, key=strength)
-
-
-# -- sentences
-
-_PREFIX = {"seen": "Seen", "not seen here": "Not seen here", "the opposite": "The opposite is seen"}
-_MEASURES = {
-    "value": "{metric}",
-    "epoch": "epochs to {metric} {target}",
-    "step": "updates to {metric} {target}",
-    "evaluation": "evaluations of the training set to {metric} {target}",
-    "seconds": "seconds to {metric} {target}",
-    "largest": "largest {axis} with {metric} {target}",
-    "span": "usable range of {axis}, largest / smallest with {metric} {target}",
-}
-
-
-def sentence(finding: Finding) -> str:
-    """Writes the outcome of a claim: verdict, measured values, interval."""
-    return f"{_PREFIX[finding.verdict]}: {finding.claim.text}. {numbers(finding)}"
-
-
-def short_sentence(finding: Finding) -> str:
-    """Writes the outcome for a plot, without the names of the sides."""
-    values = f"{finding.first.average()} against {finding.second.average()}"
-    if finding.low is not None and finding.high is not None:
-        values += f"; {_with_interval(finding, '95 %:')}"
-    return f"{_PREFIX[finding.verdict]}: {finding.claim.text} ({values})."
-
-
-def numbers(finding: Finding) -> str:
-    """Writes the measured values of both sides, their difference and its interval."""
-    claim, seeds = finding.claim, len(finding.first.values)
-    sign = "at least" if is_higher_better(claim.metric) else "at most"
-    free = next((axis for axis in finding.first.point if axis not in finding.first.side.at), "value")
-    what = _MEASURES[claim.measure].format(
-        metric=label(claim.metric), axis=label(free), target="" if claim.target is None else f"{sign} {claim.target:g}"
-    )
-    first, second = (side.average() + _where(claim, side) for side in (finding.first, finding.second))
-    margin = f"{claim.factor:.8g}x" if claim.factor is not None else f"{claim.difference:.3g}"
-    parts = [f"{what[:1].upper()}{what[1:]}: {first} against {second}"]
-    if finding.low is None or finding.high is None:
-        parts.append("no interval: one seed" if seeds == 1 else "no interval: negative values")
-    else:
-        kind = "ratio" if claim.factor is not None else "difference"
-        values = _with_interval(finding, "95 % interval")
-        parts.append(f"{kind} {values}, {seeds} seeds, margin {margin}")
-    return "; ".join(parts) + "."
-
-
-def _where(claim: Claim, measured: Measured) -> str:
-    side, free = measured.side, claim.measure in ("largest", "span")
-    shown_at = [f"{label(axis)} {show(value)}" for axis, value in measured.point.items() if not free or axis in side.at]
-    if side.value != "last":
-        shown_at.append(f"epoch {side.value}" if isinstance(side.value, int) else side.value)
-    return f" ({', '.join([side.variant, *shown_at])})"
-
-
-def _with_interval(finding: Finding, interval: str) -> str:
-    """Writes the effect and its interval; with infinite effects of some seeds, their range."""
-    assert finding.low is not None and finding.high is not None
-    effect, low, high = (_scaled(each, finding) for each in (finding.effect, finding.low, finding.high))
-    if not math.isinf(finding.low) and not math.isinf(finding.high):
-        return f"{effect}, {interval} {low} to {high}"
-    return f"{effect} in every seed" if low == high else f"{effect}, range {low} to {high}"
-
-
-def _scaled(effect: float, finding: Finding) -> str:
-    """Formats an effect as a ratio or difference."""
-    if math.isinf(effect):
-        return "unbounded" if effect > 0 else "-unbounded"
-    return f"{math.exp(effect):.3g}x" if finding.claim.factor is not None else f"{effect:.2g}"

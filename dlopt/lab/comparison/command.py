@@ -20,18 +20,21 @@ from dlopt.config.flags import parse_arguments
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, key_of, without
 from dlopt.config.plan import Plan, checked
+from dlopt.config.resolve import choices_of
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import FAILED, INTERRUPTED, USER_ERROR, UserError
-from dlopt.files import write_atomically
+from dlopt.files import read_json, write_atomically, write_json
 from dlopt.folders import RunFolder, make, make_new, newest
 from dlopt.job import execute
-from dlopt.lab.comparison.claims import TEST_METRICS, parse, sentence
+from dlopt.lab.comparison.claims import TEST_METRICS, parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun, format_final, read
 from dlopt.lab.comparison.findings import check, evaluate, record
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
+from dlopt.lab.comparison.sentences import sentence
 from dlopt.results import drawing
+from dlopt.results.claims import FROZEN, claims_hash, is_changed, recipe_hash, recipe_path, rerun_hint
 from dlopt.roles import Role
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.sweeps.run import refuse_ranks
@@ -75,6 +78,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         print_estimate([plan.saved for plan in plans.values()], first.choices, len(plans), in_process=True)
         return 0
     folder = _folder(config, parsed.overrides, [plan.saved for plan in plans.values()])
+    frozen = _freeze(composer, config, folder)
     screen = Screen()
     screen.message(f"{comparison.title}: {len(plans)} runs in {short_path(folder)}")
     gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries
@@ -85,11 +89,12 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     if code:
         return code
     findings = evaluate(results, claims)
-    write_atomically(folder / f"{PICTURE}.json", record(results, findings).encode())
+    write_atomically(folder / f"{PICTURE}.json", record(results, findings, frozen).encode())
     for line in (
         *results.table(),
         comparison.see,
         *map(sentence, findings),
+        *([rerun_hint()] if is_changed(frozen) else []),
         *(f"Not evaluated: {claim.text}." for claim in comparison.claims if claim not in claims),
     ):
         screen.message(line)
@@ -177,6 +182,29 @@ def _folder(config: DictConfig, overrides: list[str], configs: Sequence[Mapping[
                 raise UserError(f"hydra.run.dir={path}: this folder contains runs; resume them with resume=auto")
             refuse_other_config(folder.config() or saved, saved, str(folder.path), folder.history())
     return path
+
+
+def _freeze(composer: Composer, config: DictConfig, folder: Path) -> dict[str, Any]:
+    """Writes claims.json before the first run: the recipe and the hash of its claims, and returns its contents.
+
+    With `changed_after_results`, if these claims are not those before the first run.
+    """
+    node = OmegaConf.to_container(config.comparison, resolve=True)
+    assert isinstance(node, dict)
+    current = claims_hash({str(key): value for key, value in node.items()})
+    path = folder / FROZEN
+    if (frozen := read_json(path)) is None:
+        if RunFolder(folder / "0").has_run():
+            return {}  # begun by an earlier version: unknown
+        recipe = choices_of(config).get("experiment")
+        frozen = {} if recipe is None else {"recipe": recipe}
+        if recipe is not None and composer.config_dir is not None:
+            own = Path(composer.config_dir).absolute()
+            frozen |= {"config_dir": str(own)} if recipe_path(recipe, str(own)).is_relative_to(own) else {}
+        frozen |= {"claims_hash": current}
+        frozen |= {} if recipe is None else {"recipe_hash": recipe_hash(recipe, frozen.get("config_dir"))}
+        write_json(path, frozen, indent=1)
+    return frozen if frozen.get("claims_hash") == current else frozen | {"changed_after_results": True}
 
 
 def _is_unfinished(comparison: RunFolder, configs: Sequence[Mapping[str, Any]]) -> bool:

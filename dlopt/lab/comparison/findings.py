@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dlopt.config.schema import show
@@ -17,11 +17,10 @@ from dlopt.lab.comparison.claims import (
     Value,
     is_higher_better,
     judge,
-    numbers,
-    sentence,
     weakest,
 )
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, matches
+from dlopt.lab.comparison.sentences import numbers, sentence
 
 Point = tuple[Value, ...]
 
@@ -95,11 +94,10 @@ def _measured(results: Results, claim: Claim, side: Side) -> Measured:
     }
     if claim.measure in ("largest", "span"):
         [free] = [i for i, axis in enumerate(axes) if axis not in side.at]
-        extents = [
-            _extent(claim, [(float(point[free]), values[point][i]) for point in points])  # type: ignore[arg-type]
-            for i in range(len(comparison.seeds))
-        ]
-        return Measured(side, dict(zip(axes, points[0], strict=True)), extents)
+        at = [float(point[free]) for point in points]  # type: ignore[arg-type]
+        extents = [_extent(claim, at, [values[point][i] for point in points]) for i in range(len(comparison.seeds))]
+        found, bounds = zip(*extents, strict=True)
+        return _measurement(side, dict(zip(axes, points[0], strict=True)), found, bounds)
     metric, scores = claim.metric, values
     if claim.measure == "value" and comparison.choose is not None:
         metric = comparison.choose
@@ -112,7 +110,22 @@ def _measured(results: Results, claim: Claim, side: Side) -> Measured:
         return len(scores[point]) - len(finite), sign * math.fsum(finite) / max(len(finite), 1)
 
     best = min(points, key=cost)
-    return Measured(side, dict(zip(axes, best, strict=True)), values[best])
+    runs = zip(values[best], results.over_seeds(side.variant, best), strict=True)
+    lengths = [_length(run, claim) if math.isinf(value) else None for value, run in runs]
+    return _measurement(side, dict(zip(axes, best, strict=True)), values[best], lengths)
+
+
+def _measurement(
+    side: Side, point: dict[str, Value], values: Sequence[float], bounds: Sequence[float | None]
+) -> Measured:
+    return Measured(side, point, [*values], [*bounds] if any(bound is not None for bound in bounds) else [])
+
+
+def _length(outcome: VariantOutcome, claim: Claim) -> float | None:
+    """Returns where a run ended that may have missed the target; None for other measures, and if it failed."""
+    if outcome.failed or claim.measure not in ("epoch", "step", "evaluation", "seconds"):
+        return None
+    return max(outcome.curve(claim.metric, claim.measure)[0], default=None)
 
 
 def _value(outcome: VariantOutcome, claim: Claim, when: str | int) -> float:
@@ -146,19 +159,27 @@ def _reaches(claim: Claim, value: float) -> bool:
     return value >= claim.target if is_higher_better(claim.metric) else value <= claim.target
 
 
-def _extent(claim: Claim, pairs: Sequence[tuple[float, float]]) -> float:
-    """Returns the largest axis value that reaches the target, or its ratio to the smallest; 0 if none does."""
-    usable = [position for position, value in pairs if _reaches(claim, value)]
+def _extent(claim: Claim, grid: Sequence[float], values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the largest axis value that reaches the target, or its ratio to the smallest; 0 if none does.
+
+    With its bound, if it is at the end of the grid or there is none, see `Measured`.
+    """
+    usable = [position for position, value in zip(grid, values, strict=True) if _reaches(claim, value)]
     if not usable:
-        return 0.0
-    return max(usable) if claim.measure == "largest" else max(usable) / min(usable)
+        return 0.0, min(grid) if claim.measure == "largest" else None
+    found = max(usable) if claim.measure == "largest" else max(usable) / min(usable)
+    at_end = max(usable) == max(grid) or (claim.measure == "span" and min(usable) == min(grid))
+    return found, found if at_end else None
 
 
 # -- record
 
 
-def record(results: Results, findings: Sequence[Finding]) -> str:
-    """Formats comparison.json: the final metrics of every point per seed, and the claims with their verdicts."""
+def record(results: Results, findings: Sequence[Finding], frozen: Mapping[str, Any] | None = None) -> str:
+    """Formats comparison.json: the final metrics of every point per seed, and the claims with their verdicts.
+
+    `frozen`: of claims.json.
+    """
     comparison = results.comparison
     rows = []
     for variant in comparison.variants:
@@ -169,6 +190,7 @@ def record(results: Results, findings: Sequence[Finding]) -> str:
     content = {
         "title": comparison.title,
         "seeds": comparison.seeds,
+        **(frozen or {}),
         "rows": rows,
         "claims": [_claim(finding) for finding in findings],
     }
@@ -185,6 +207,7 @@ def _claim(finding: Finding) -> dict[str, Any]:
         "when_not": claim.when_not,
         "sides": [
             {"variant": each.side.variant, "at": dict(each.point), "values": [*map(_finite, each.values)]}
+            | ({"bounds": [None if bound is None else _finite(bound) for bound in each.bounds]} if each.bounds else {})
             for each in (finding.first, finding.second)
         ],
     }

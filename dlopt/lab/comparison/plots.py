@@ -8,9 +8,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dlopt.config.schema import show
-from dlopt.lab.comparison.claims import TEST_METRICS, Finding, Value, is_higher_better, short_sentence
+from dlopt.lab.comparison.claims import TEST_METRICS, Finding, Value, is_higher_better
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, on_axis
 from dlopt.lab.comparison.labels import label
+from dlopt.lab.comparison.sentences import short_sentence
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 

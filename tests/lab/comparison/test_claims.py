@@ -8,9 +8,10 @@ import pytest
 from scipy import stats
 
 from dlopt.errors import UserError
-from dlopt.lab.comparison.claims import parse, sentence
+from dlopt.lab.comparison.claims import parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun
 from dlopt.lab.comparison.findings import check, evaluate, record
+from dlopt.lab.comparison.sentences import sentence
 
 
 def claim(**keys: Any) -> dict[str, Any]:
@@ -41,13 +42,13 @@ def judged(written: dict[str, Any], a: list[VariantOutcome], b: list[VariantOutc
 @pytest.mark.parametrize(
     ("written", "verdict", "inverted"),
     [
-        (claim(), "seen", "the opposite"),
-        (claim(factor=4.0), "not seen here", "the opposite"),
-        (claim(factor=None, difference=0.5), "seen", "the opposite"),
-        (claim(lower=None, higher="a", factor=1), "the opposite", "seen"),
-        (claim(lower=None, than=None, equal=["a", "b"], factor=4.0), "seen", "seen"),
-        (claim(lower=None, than=None, equal=["a", "b"], factor=1.2), "the opposite", "the opposite"),
-        (claim(lower=None, than=None, equal=["a", "b"], factor=2.0), "not seen here", "not seen here"),
+        (claim(), "supported", "contradicted"),
+        (claim(factor=4.0), "inconclusive", "contradicted"),
+        (claim(factor=None, difference=0.5), "supported", "contradicted"),
+        (claim(lower=None, higher="a", factor=1), "contradicted", "supported"),
+        (claim(lower=None, than=None, equal=["a", "b"], factor=4.0), "supported", "supported"),
+        (claim(lower=None, than=None, equal=["a", "b"], factor=1.2), "contradicted", "contradicted"),
+        (claim(lower=None, than=None, equal=["a", "b"], factor=2.0), "inconclusive", "inconclusive"),
     ],
 )
 def test_verdict_requires_the_whole_interval_and_fails_when_inverted(
@@ -65,13 +66,14 @@ def test_interval_is_students_t_of_paired_seeds() -> None:
     expected = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
     assert (finding.low, finding.high) == pytest.approx((expected.low, expected.high))
     text = sentence(finding)
-    assert text.startswith("Seen: A is lower. Training loss: 1.05 (a) against 2.05 (b); ratio 1.98x, 95 % interval ")
-    assert f"{math.exp(expected.low):.3g}x to {math.exp(expected.high):.3g}x, 4 seeds, margin 1.4x." in text
+    start = "Supported: A is lower. Training loss, geometric mean: "
+    assert text.startswith(f"{start}{stats.gmean(a):.3g} (a) against {stats.gmean(b):.3g} (b); ratio 1.98x, 95 % ")
+    assert f"interval {math.exp(expected.low):.2f}x to {math.exp(expected.high):.1f}x, 4 seeds, margin 1.4x." in text
 
 
 def test_one_seed_proves_nothing() -> None:
     finding = judged(claim(), [outcome(1.0)], [outcome(9.0)])
-    assert finding.verdict == "not seen here" and "no interval: one seed" in sentence(finding)
+    assert finding.verdict == "inconclusive" and "no interval: one seed" in sentence(finding)
 
 
 @pytest.mark.parametrize("margin", [{"factor": 1.1}, {"factor": None, "difference": 0.1}])
@@ -79,27 +81,27 @@ def test_a_diverged_run_has_an_infinitely_worse_accuracy(margin: dict[str, Any])
     written = claim(metric="val_accuracy", lower=None, higher="a", **margin)
     trained, failed = outcome(0.9, metric="val_accuracy"), outcome(failed=True)
     finding = judged(written, [trained] * 3, [failed] * 3)
-    assert finding.verdict == "seen" and "unbounded" in sentence(finding)
-    assert judged(written, [failed] * 3, [trained] * 3).verdict == "the opposite"
-    assert judged(written, [failed] * 3, [failed] * 3).verdict == "not seen here"
+    assert finding.verdict == "supported" and "unbounded" in sentence(finding)
+    assert judged(written, [failed] * 3, [trained] * 3).verdict == "contradicted"
+    assert judged(written, [failed] * 3, [failed] * 3).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize("keys", [{}, {"measure": "step", "target": 0.5}])
 def test_runs_that_all_diverged_are_not_equal(keys: dict[str, Any]) -> None:
     written = claim(lower=None, than=None, equal=["a", "b"], factor=2.0, **keys)
     runs = [outcome(1.0, failed=True)] * 3
-    assert judged(written, runs, runs).verdict == "not seen here"
+    assert judged(written, runs, runs).verdict == "inconclusive"
 
 
 def test_a_diverged_run_is_infinitely_worse() -> None:
     trained, failed = outcome(1.0), outcome(0.1, failed=True)
-    assert judged(claim(), [trained] * 3, [failed] * 3).verdict == "seen"
-    assert judged(claim(), [failed] * 3, [trained] * 3).verdict == "the opposite"
-    assert judged(claim(), [trained] * 3, [failed, failed, outcome(9.0)]).verdict == "seen"
-    assert judged(claim(), [trained] * 3, [failed, failed, trained]).verdict == "not seen here"  # one seed is equal
-    assert judged(claim(), [failed] * 3, [failed] * 3).verdict == "not seen here"
+    assert judged(claim(), [trained] * 3, [failed] * 3).verdict == "supported"
+    assert judged(claim(), [failed] * 3, [trained] * 3).verdict == "contradicted"
+    assert judged(claim(), [trained] * 3, [failed, failed, outcome(9.0)]).verdict == "supported"
+    assert judged(claim(), [trained] * 3, [failed, failed, trained]).verdict == "inconclusive"  # one seed is equal
+    assert judged(claim(), [failed] * 3, [failed] * 3).verdict == "inconclusive"
     text = sentence(judged(claim(), [trained] * 3, [failed, failed, outcome(9.0)]))
-    assert "against 9 (2 of 3 diverged or not reached) (b)" in text and "range 9x to unbounded" in text
+    assert "against 9 (2 of 3 diverged or not reached) (b)" in text and "ratio >= 9.0x in every seed" in text
 
 
 def test_parts_of_a_curve_and_times_to_a_target() -> None:
@@ -109,9 +111,60 @@ def test_parts_of_a_curve_and_times_to_a_target() -> None:
     assert (found.first.values, found.second.values) == ([1.0, 1.0], [3.0, 3.0])
     fast, slow = [outcome(4.0, 0.5)] * 2, [outcome(4.0, 2.0, 0.5)] * 2
     found = judged(claim(measure="step", target=0.6), fast, slow)
-    assert (found.first.values, found.second.values, found.verdict) == ([20.0, 20.0], [30.0, 30.0], "seen")
-    assert "Updates to training loss at most 0.6: 20 (a) against 30 (b)" in sentence(found)
+    assert (found.first.values, found.second.values, found.verdict) == ([20.0, 20.0], [30.0, 30.0], "supported")
+    assert "Updates to training loss at most 0.6, geometric mean: 20 (a) against 30 (b)" in sentence(found)
     assert judged(claim(measure="step", target=0.1), fast, slow).first.values == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize(
+    ("claimed", "a", "b", "text"),
+    [
+        # The runs of b have 40 updates: it needs more than 40, twice the 20 of a.
+        ({}, [20, 20], [math.inf, math.inf], "20 (a) against not reached within 40 (b); ratio >= 2.0x in every seed"),
+        ({}, [10, 20], [math.inf, 30], "30 (1 of 2 diverged or not reached) (b); ratio >= 1.50x in every seed"),
+        ({}, [math.inf] * 2, [20, 40], "not reached within 40 (a) against 28.3 (b); ratio <= 1.00x in every seed"),
+        ({}, [math.inf] * 2, [math.inf] * 2, "ratio not determined, both sides are censored"),
+        ({"lower": None, "higher": "b", "than": "a"}, [10, 10], [math.inf] * 2, "ratio >= 4.0x in every seed"),
+    ],
+)  # fmt: skip
+def test_a_ratio_to_a_missed_target_is_a_bound(
+    claimed: dict[str, Any], a: list[float], b: list[float], text: str
+) -> None:
+    def reaching(updates: float) -> VariantOutcome:
+        return outcome(*(0.5 if 10 * i >= updates else 2.0 for i in range(1, 5)))
+
+    written = claim(measure="step", target=0.6, **claimed)
+    found = judged(written, list(map(reaching, a)), list(map(reaching, b)))
+    assert text in sentence(found)
+    assert "inf" not in sentence(found)
+
+
+def test_a_usable_rate_at_the_end_of_the_grid_is_a_bound() -> None:
+    losses = {(v, rate): 0.5 for v in "ab" for rate in (0.1, 1.0, 10.0)} | {("b", 1.0): 2.0, ("b", 10.0): 2.0}
+    largest = claim(lower=None, higher="a", measure="largest", metric="test_loss", target=1.1)
+    spec, runs = grid(losses, largest)
+    [found] = evaluate(Results(spec, runs), spec.claims)
+    text = sentence(found)
+    assert "geometric mean: >= 10 (a) against 0.1 (b); ratio >= 100x in every seed (grid-limited)" in text
+    spec, runs = grid(losses | {("b", 0.1): 2.0}, largest)
+    [found] = evaluate(Results(spec, runs), spec.claims)
+    assert found.second.values == [0.0] * 3 and found.verdict == "supported"
+    assert "against none, < 0.1 (b); ratio >= 100x in every seed (grid-limited)" in sentence(found)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "text"),
+    [
+        ([1e-9] * 3, [1.0, 2.0, 3.0], "ratio > 1000x (whole 95 % interval), "),
+        ([1.0] * 3, [151.0, 150.9, 151.1], "ratio 150x (whole 95 % interval), "),
+        ([1.0] * 3, [238.0, 231.0, 247.0], "ratio 240x, 95 % interval 220x to 260x, "),
+        ([1.0] * 3, [1.11, 1.10, 1.12], "ratio 1.11x, 95 % interval 1.09x to 1.14x, "),
+        ([1.0] * 3, [0.05, 0.06, 0.07], "ratio 0.059x, 95 % interval 0.039x to 0.09x, "),
+        ([0.0] * 3, [1.0] * 3, "ratio unbounded in every seed, "),
+    ],
+)
+def test_ratios_have_two_digits(a: list[float], b: list[float], text: str) -> None:
+    assert text in sentence(judged(claim(), list(map(outcome, a)), list(map(outcome, b))))
 
 
 def grid(values: dict[tuple[str, float], float], *claims: dict[str, Any], **keys: Any) -> tuple[Comparison, Any]:
@@ -142,7 +195,7 @@ def test_each_side_is_taken_at_its_own_best_point() -> None:
     fixed = claim(metric="test_loss", at={"optimizer.lr": 1})
     spec, runs = grid(LOSSES, fixed)
     [finding] = evaluate(Results(spec, runs), check(spec, overridden=False))
-    assert finding.verdict == "seen" and finding.second.values == [math.inf] * 3
+    assert finding.verdict == "supported" and finding.second.values == [math.inf] * 3
 
 
 def test_the_best_point_is_one_where_the_fewest_seeds_miss_the_target() -> None:
@@ -151,15 +204,17 @@ def test_the_best_point_is_one_where_the_fewest_seeds_miss_the_target() -> None:
     losses = {cell: 0.5 if cell.point == (1.0,) and cell.seed < 2 else 2.0 for cell in spec.cells()}
     [finding] = evaluate(Results(spec, {cell: outcome(loss) for cell, loss in losses.items()}), spec.claims)
     assert [side.point["optimizer.lr"] for side in (finding.first, finding.second)] == [1.0, 1.0]
-    assert finding.first.values == finding.second.values == [1, 1, math.inf] and finding.verdict == "not seen here"
+    assert finding.first.values == finding.second.values == [1, 1, math.inf] and finding.verdict == "inconclusive"
 
 
 def test_largest_usable_value_and_range() -> None:
     largest = claim(lower=None, higher="a", measure="largest", metric="test_loss", target=1.1, factor=10)
     spec, runs = grid(LOSSES, largest, largest | {"measure": "span"})
     found, span = evaluate(Results(spec, runs), check(spec, overridden=False))
-    assert (found.first.values, found.second.values, found.verdict) == ([1.0] * 3, [0.1] * 3, "seen")
-    assert "Largest learning rate with test loss at most 1.1: 1 (a) against 0.1 (b)" in sentence(found)
+    assert (found.first.values, found.second.values, found.verdict) == ([1.0] * 3, [0.1] * 3, "supported")
+    text = sentence(found)
+    assert "Largest learning rate with test loss at most 1.1, geometric mean: 1 (a) against 0.1 (b)" in text
+    assert "ratio 10x in every seed (grid-limited), 3 seeds" in text
     assert (span.first.values, span.second.values) == ([10.0] * 3, [1.0] * 3)
 
 
@@ -168,7 +223,7 @@ def test_a_claim_about_several_sides_is_as_strong_as_the_weakest() -> None:
             for s in range(3)}  # fmt: skip
     spec = comparison(claim(lower=None, higher=["b", "c"], than="a"), variants={"a": [], "b": [], "c": []})
     [finding] = evaluate(Results(spec, runs), spec.claims)
-    assert finding.verdict == "seen" and finding.first.side.variant == "c"
+    assert finding.verdict == "supported" and finding.first.side.variant == "c"
 
 
 def test_record_is_json_with_rows_and_verdicts() -> None:
@@ -177,8 +232,11 @@ def test_record_is_json_with_rows_and_verdicts() -> None:
     assert saved["rows"][0] == {"variant": "a", "at": {"optimizer.lr": 0.1}, "test_loss": [1.0, 1.01, 1.02]}
     assert saved["rows"][4]["test_loss"] == [None] * 3
     [entry] = saved["claims"]
-    assert entry["verdict"] == "seen" and entry["when_not"] == "Elsewhere."
+    assert entry["verdict"] == "supported" and entry["when_not"] == "Elsewhere."
     assert entry["sides"][1] == {"variant": "b", "at": {"optimizer.lr": 1.0}, "values": ["inf"] * 3}
+    spec, runs = grid(LOSSES, claim(measure="largest", metric="test_loss", target=0.01, lower=None, higher="a"))
+    saved = json.loads(record(Results(spec, runs), evaluate(Results(spec, runs), spec.claims)))
+    assert [side["bounds"] for side in saved["claims"][0]["sides"]] == [[0.1] * 3, [0.1] * 3]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from dlopt.results.claims import CHANGED
 from dlopt.sweeps.estimate import Estimate
 from tests.support.line import Result, dlopt, refused
 
@@ -61,7 +62,7 @@ def test_writes_runs_table_and_plot(folder: Path) -> None:
     assert lines[5].split() == ["variant", "train_loss", "val_accuracy"]
     assert lines[8] == "Wider is better." and len(lines) == 12
     saved = json.loads((folder / "out/comparison.json").read_text())
-    assert lines[9] == saved["claims"][0]["sentence"] and "Wide networks learn faster. Training loss: " in lines[9]
+    assert lines[9] == saved["claims"][0]["sentence"] and "Wide networks learn faster. Training loss, " in lines[9]
     assert [row["variant"] for row in saved["rows"]] == ["narrow", "wide"] and saved["seeds"] == [0, 1]
     last = [json.loads((folder / f"out/{i}/metrics.jsonl").read_text().splitlines()[-1]) for i in range(4)]
     assert float(lines[6].split()[1]) == pytest.approx((last[0]["train_loss"] + last[1]["train_loss"]) / 2, rel=1e-3)
@@ -73,6 +74,38 @@ def test_writes_runs_table_and_plot(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_claims_changed_after_the_results_are_marked_until_the_comparison_runs_again(folder: Path) -> None:
+    assert compare(folder, "hydra.run.dir=out").code == 0
+    first = json.loads((folder / "out/comparison.json").read_text())
+    assert first["recipe"] == "small" and "changed_after_results" not in first
+    assert CHANGED not in dlopt(folder, "report", "out").out
+    change(folder, "factor: 1.0", "factor: 1.01")
+    report = dlopt(folder, "report", "out").out
+    assert f"{first['claims'][0]['verdict']}, {CHANGED}: Wide networks learn faster\n" in report
+    assert "run the comparison again, in a new folder" in report
+    assert CHANGED in (folder / "out/report/index.html").read_text()
+    result = compare(folder, "hydra.run.dir=out", "resume=auto")  # evaluates the new margin on the old runs
+    assert result.code == 0 and CHANGED in result.out, result.err
+    assert json.loads((folder / "out/comparison.json").read_text())["changed_after_results"] is True
+    change(folder, "see: Wider is better.", "see: Wider is much better.")  # not a claim
+    assert compare(folder, "hydra.run.dir=new").code == 0
+    assert CHANGED not in dlopt(folder, "report", "new").out
+
+
+def test_results_of_earlier_versions_are_read(folder: Path) -> None:
+    assert compare(folder, "hydra.run.dir=out").code == 0
+    path = folder / "out/comparison.json"
+    saved = json.loads(path.read_text())
+    for key in ("recipe", "config_dir", "claims_hash", "recipe_hash"):
+        del saved[key]
+    saved["claims"][0]["verdict"] = "not seen here"
+    path.write_text(json.dumps(saved))
+    (folder / "out/claims.json").unlink()
+    assert "\ninconclusive: Wide networks learn faster\n" in dlopt(folder, "report", "out").out
+    assert compare(folder, "hydra.run.dir=out", "resume=auto").code == 0
+    assert "claims_hash" not in json.loads(path.read_text())  # nobody knows what the claims were
+
+
 def test_resumes(folder: Path) -> None:
     assert compare(folder, "hydra.run.dir=out", "seed=3").code == 0
     before = (folder / "out/0/summary.json").read_bytes()

@@ -1,0 +1,132 @@
+"""Reads the claims of comparisons with their verdicts, and detects claims that were changed after their results.
+
+A comparison writes claims.json before its first run: the recipe, and a hash of what its claims say. comparison.json has
+the same entries. If the hash of the recipe differs now, the verdicts are those of other claims, margins or grids.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlopt.config.choices import config_folder
+from dlopt.files import read_json
+from dlopt.plain import load_yaml
+from dlopt.results.leaderboard import Record
+from dlopt.results.tables import Table
+from dlopt.tracking.layout import short_path
+
+RESULTS = "comparison.json"
+FROZEN = "claims.json"
+CHANGED = "changed after results"
+FORMER_VERDICTS = {"seen": "supported", "not seen here": "inconclusive", "the opposite": "contradicted"}
+_HASHED: Mapping[str, Any] = {"variants": {}, "along": {}, "choose": None, "claims": []}  # with their defaults
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """A claim of a comparison in `folder` with its verdict; `changed`: after the results."""
+
+    folder: Path
+    claim: str
+    verdict: str
+    outcome: str
+    changed: bool
+
+    @property
+    def mark(self) -> str:
+        """The verdict, and whether the claim was changed."""
+        return f"{self.verdict}, {CHANGED}" if self.changed else self.verdict
+
+
+def claims_hash(comparison: Mapping[str, Any]) -> str:
+    """Returns the hash of a comparison's claims, margins, variants and grid, without comments, order and presentation.
+
+    Seeds do not count: the same claims may be tested with other seeds.
+    """
+    content = {key: _normal(comparison.get(key, default)) for key, default in _HASHED.items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _normal(value: Any) -> Any:
+    """Returns the form that equal settings share: 1.0 for 1, one space for any white space, no key without a value."""
+    if isinstance(value, Mapping):
+        return {str(key): _normal(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list | tuple):
+        return [_normal(each) for each in value]
+    if isinstance(value, str):
+        return " ".join(value.split())
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def recipe_path(experiment: str, config_dir: str | None) -> Path:
+    """Returns the file of an experiment: in the folder given by --config-dir if it has one, or in dlopt's."""
+    folders = [*([] if config_dir is None else [Path(config_dir)]), config_folder()]
+    paths = [folder / "experiment" / f"{experiment}.yaml" for folder in folders]
+    return next((path for path in paths if path.is_file()), paths[-1])
+
+
+def recipe_hash(experiment: str, config_dir: str | None) -> str | None:
+    """Returns the hash of the claims in an experiment's file as it is now; None if there is none to read."""
+    try:
+        content = load_yaml(recipe_path(experiment, config_dir))
+    except (OSError, ValueError):
+        return None
+    comparison = content.get("comparison") if isinstance(content, dict) else None
+    return claims_hash(comparison) if isinstance(comparison, dict) else None
+
+
+def is_changed(results: Mapping[str, Any]) -> bool:
+    """Returns whether the claims in the contents of comparison.json were changed after its runs.
+
+    Results of earlier versions have no hash, and a recipe may be missing here: False.
+    """
+    if results.get("changed_after_results") is True:
+        return True
+    recipe, folder, saved = (results.get(key) for key in ("recipe", "config_dir", "recipe_hash"))
+    if not isinstance(recipe, str) or not isinstance(saved, str):
+        return False
+    now = recipe_hash(recipe, folder if isinstance(folder, str) else None)
+    return now is not None and now != saved
+
+
+def read_claims(folder: Path) -> list[ClaimResult]:
+    """Reads the claims of the comparison in `folder`, also with the verdicts' former names; none if it has no results.
+
+    Run folders are untrusted: entries of other types are left out.
+    """
+    results = read_json(folder / RESULTS) or {}
+    entries = results.get("claims")
+    changed, found = is_changed(results), []
+    for each in entries if isinstance(entries, list) else []:
+        texts = [each.get(key) for key in ("claim", "verdict", "outcome")] if isinstance(each, dict) else []
+        if len(texts) == 3 and all(isinstance(text, str) for text in texts):
+            claim, verdict, outcome = map(str, texts)
+            found.append(ClaimResult(folder, claim, FORMER_VERDICTS.get(verdict, verdict), outcome, changed))
+    return found
+
+
+def claims_of(records: Iterable[Record]) -> list[ClaimResult]:
+    """Reads the claims of the comparisons to which runs belong."""
+    return [
+        claim for folder in dict.fromkeys(record.path.parent for record in records) for claim in read_claims(folder)
+    ]
+
+
+def claims_table(claims: Sequence[ClaimResult]) -> Table:
+    """Returns a table of claims with verdicts and outcomes."""
+    rows = [[each.claim, each.mark, each.outcome, short_path(each.folder)] for each in claims]
+    return Table(["claim", "verdict", "outcome", "folder"], rows)
+
+
+def claims_lines(claims: Sequence[ClaimResult]) -> list[str]:
+    """Returns a line per claim for the terminal, and what to do about changed ones."""
+    lines = [f"{each.mark}: {each.claim}" for each in claims]
+    changed = dict.fromkeys(short_path(each.folder) for each in claims if each.changed)
+    return [*lines, *(f"{folder}: {rerun_hint()}" for folder in changed)]
+
+
+def rerun_hint() -> str:
+    return f"claims, margins or grid {CHANGED}; run the comparison again, in a new folder"

@@ -1,0 +1,112 @@
+"""Expected best results against the number of trials: brute force, SciPy, and the shipped results."""
+
+import dataclasses
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dlopt.lab.benchmark import table
+from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, WorkloadTarget, load_reference
+from dlopt.lab.benchmark.tuning import BUDGETS, best_results, expected_best, sentences, tuning, weights
+from tests.lab.benchmark.synthetic import make
+
+VALUES = np.array([3.0, -1.0, 2.5, 2.5, 8.0, 0.125, 7.0])
+
+
+@pytest.mark.parametrize("tries", range(1, len(VALUES) + 1))
+def test_equals_the_mean_over_all_subsets(tries: int) -> None:
+    best = [min(subset) for subset in combinations(VALUES, tries)]
+    assert expected_best(VALUES, tries) == pytest.approx(np.mean(best), rel=1e-12)
+
+
+@pytest.mark.parametrize("tries", [1, 3, 10, 29, 30])
+def test_weights_are_those_of_the_hypergeometric_distribution(tries: int) -> None:
+    """The best of n is worse than the i-th best if none of the first i is drawn."""
+    none_of_first = stats.hypergeom.pmf(0, 30, np.arange(31), tries)
+    assert weights(30, tries) == pytest.approx(none_of_first[:-1] - none_of_first[1:], abs=1e-12)
+    assert weights(30, tries).sum() == pytest.approx(1)
+
+
+def test_agrees_with_drawing() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(VALUES, 3, replace=False).min() for _ in range(20_000)]
+    assert expected_best(VALUES, 3) == pytest.approx(np.mean(drawn), abs=4 * stats.sem(drawn))
+
+
+def test_ends_are_the_mean_and_the_best() -> None:
+    assert expected_best(VALUES, 1) == pytest.approx(VALUES.mean())
+    assert expected_best(VALUES, len(VALUES)) == VALUES.min()
+    curve = [expected_best(VALUES, tries) for tries in range(1, len(VALUES) + 1)]
+    assert curve == sorted(curve, reverse=True)
+
+
+def results_of(trials: dict[str, list[tuple[float, float | None]]], metric: str = "val_loss") -> Results:
+    """Optimizer -> (updates to the target, best metric) of its trials on one workload of 100 updates."""
+    cells = {
+        (name, "w"): Cell(
+            tuple(TrialRecord(0, i, {}, updates, updates, 2.0, best, best) for i, (updates, best) in enumerate(rows)),
+            None,
+            ((100, 0.5),),
+        )
+        for name, rows in trials.items()
+    }
+    return Results("t", 1, 3, {"w": WorkloadTarget(metric, 0.5, 100)}, cells, {})
+
+
+def test_the_best_optimizer_depends_on_the_number_of_trials() -> None:
+    steady = [(20.0, 0.4)] * 3
+    risky = [(10.0, 0.1), (math.inf, 1.0), (math.inf, None)]
+    found = tuning(results_of({"steady": steady, "risky": risky}))
+    assert found.budgets == [1, 3]
+    values = {name: [each.value for each in row if each is not None] for name, row in found.scores.items()}
+    # A ratio of 2 has the score 2/3 of AlgoPerf's profile up to 4; one of three risky trials has the score 1.
+    assert values == {"steady": pytest.approx([2 / 3, 2 / 3]), "risky": pytest.approx([1 / 3, 1.0])}
+    assert [found.leader(budget) for budget in (0, 1)] == ["steady", "risky"]
+    # A failed trial counts with the median first validation, 2.
+    assert [each.value for each in found.metrics["risky", "w"]] == pytest.approx([3.1 / 3, (0.1 * 2 + 1) / 3, 0.1])
+    assert best_results(found, ["w"]) == [["w", "0.4 steady", "0.1 risky"]]
+    assert sentences(found)[0].startswith("Without tuning (one trial), steady has the highest expected score, 0.67 [")
+
+
+def test_metrics_of_which_higher_is_better_are_maximized() -> None:
+    found = tuning(
+        results_of({"a": [(10.0, 3.0), (math.inf, 2.5)], "b": [(20.0, 4.0), (math.inf, 1.0)]}, "val_accuracy")
+    )
+    assert [each.value for each in found.metrics["a", "w"]] == pytest.approx([2.75, 3.0])
+    assert found.metrics["b", "w"][0].low <= 3.0 <= found.metrics["b", "w"][0].high
+    assert best_results(found, ["w"]) == [["w", "3 b"]]
+
+
+def test_an_optimizer_with_fewer_trials_has_no_score_at_larger_budgets() -> None:
+    results = results_of({"a": [(10.0, 0.4)] * 3, "b": [(20.0, 0.4)] * 2})
+    found = tuning(results)
+    assert found.budgets == [1, 3] and found.scores["b"][1] is None and found.leader(1) == "a"
+    assert "-" in next(line for line in table.lines(results) if line.startswith("b") and "0.67" in line).split()
+
+
+def test_trials_that_stop_at_their_target_have_no_expected_metric() -> None:
+    results = make(studies=1, trials=3)
+    found = tuning(results)
+    assert found.budgets == [1, 3] and found.metrics
+    records = [record for key in found.metrics for record in results.cells[key].records]
+    assert not any(record.updates < results.workloads["mlp"].updates for record in records)
+    unset = {name: dataclasses.replace(spec, target=math.nan) for name, spec in make().workloads.items()}
+    assert tuning(dataclasses.replace(make(), workloads=unset)).budgets == []
+
+
+def test_shipped_results() -> None:
+    results = load_reference("small")
+    assert results is not None
+    found = tuning(results)
+    assert found.budgets == list(BUDGETS)
+    losses = [record.best for record in results.cell("soap", "gpt").records if record.best is not None]
+    assert found.metrics["soap", "gpt"][-1].value == pytest.approx(min(losses))
+    for row in (*found.scores.values(), *found.metrics.values()):
+        for each in row:
+            assert each is not None and each.low <= each.value + 1e-9 and each.value <= each.high + 1e-9
+    text = "\n".join(table.lines(results))
+    assert "Expected score of the best of N trials" in text and "Without tuning (one trial), " in text
+    assert max(map(len, text.splitlines())) <= table.WIDTH
