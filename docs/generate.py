@@ -26,6 +26,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "benchmark": benchmark.results,
     "claims": lambda: gallery.claims(DOCS),
     "extras": extras.extras,
+    "self_tuning": benchmark.self_tuning,
     "lectures": lambda: gallery.lectures(DOCS),
 }
 PAGES = (DOCS / "claims.md", DOCS / "gallery.md", DOCS / "quickstart.md", DOCS / "results.md")

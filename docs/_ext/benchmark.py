@@ -34,6 +34,25 @@ def results() -> str:
     ])  # fmt: skip
 
 
+def self_tuning() -> str:
+    """The scores of the optimizers without tuning, what they show, and the updates to every target."""
+    found = load_reference("small", "self_tuning")
+    if found is None:
+        return ""
+    summary = summarize(found)
+    facts = found.facts
+    made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if key != "command")
+    keys = {name: ", ".join(f"{key}={value}" for key, value in space.items()) for name, space in found.spaces.items()}
+    return "\n".join([
+        _scores(found, summary),
+        *(f"- {text(each.text)}" for each in findings(found, summary)),
+        *(f"- `{name}` has the keys {code(typed)}." for name, typed in keys.items() if typed),
+        "",
+        _updates(found, summary),
+        f"Made by {code(str(facts['command']))}, with {text(made)}.",
+    ])  # fmt: skip
+
+
 def _scores(found: Results, summary: Summary) -> str:
     heads = ["Optimizer", *(f"Score in {each}" for each in summary.measures)]
     heads += ["Targets", "Trials", "Cost", "State"]

@@ -28,6 +28,7 @@ from dlopt.lab.benchmark.protocol import (
     BASELINES,
     BUDGETS,
     FOLDER,
+    Track,
     Trial,
     WorkloadSpec,
     has_space,
@@ -61,6 +62,7 @@ Examples:
   dlopt benchmark optimizer=adamw,muon budget=tiny workloads=[mlp,gpt]
   dlopt benchmark optimizer=adamw dry_run=true                       # list the trials and estimate their time
   dlopt benchmark optimizer=adamw hydra/launcher=slurm               # on a cluster
+  dlopt benchmark optimizer=mine.MyOptimizer track=self_tuning       # its defaults, without tuning
   dlopt benchmark --check                                            # repeat two of the shipped trials
 
 Each optimizer is tuned like the others: by the same number of trials, whose hyperparameters are drawn quasi-randomly
@@ -68,6 +70,8 @@ from its search space (benchmark/space/NAME.yaml in dlopt's folder or in --confi
 0.0001 to 1, and weight decay). The result of a study is its fastest trial; that of an optimizer on a workload is the
 median over the studies, which differ in their draws and initial weights. Repeat an interrupted command to continue it.
 Several of these commands with the same output share the trials.
+With track=self_tuning, nothing is searched: a study is one trial of three times the length, with the defaults of the
+optimizer or the keys of benchmark/space/NAME_self_tuning.yaml.
 
   optimizer=a,b :: choices of the group optimizer, or dotted names of classes, with allow_packages
   {_run}
@@ -86,6 +90,7 @@ _FIXED = (
 _MACHINE = ("allow_packages", "precision", "deterministic")
 Budget = Literal["tiny", "small", "large"]
 _Tier = Annotated[str, "NAME: set of workloads: small, medium or large, or one in --config-dir"]
+_Track = Annotated[Track, "NAME: external_tuning, or self_tuning (fixed keys, three times the updates)"]
 _LOCK = ".results.lock"
 _CHECKED = 2  # trials that --check repeats
 _UPDATES_TOLERANCE = 0.05  # of its updates to the target, as a fraction of a full run
@@ -199,18 +204,24 @@ def _run(
     command: str,
     *,
     tier: _Tier = "small",
+    track: _Track = "external_tuning",
     workloads: Annotated[list[str] | None, "[a,b]: some of its workloads (default: all)"] = None,
     budget: Annotated[Budget, "NAME: tiny (1 study of 3 trials), small (3 of 10) or large (5 of 20)"] = "small",
     studies: Annotated[Count | None, "N: number of studies, instead of the budget's"] = None,
     trials: Annotated[Count | None, "N: trials per study, instead of the budget's"] = None,
     reference: Annotated[bool, "BOOL: compare with the shipped results"] = True,
     full: Annotated[bool, "BOOL: train every trial to the end, also after its target"] = False,
-    output: Annotated[str | None, "DIR: folder of the trials and the results (default: outputs/benchmark/TIER)"] = None,
+    output: Annotated[
+        str | None, "DIR: folder of the trials and results (default: outputs/benchmark/TIER[_self_tuning])"
+    ] = None,
     dry_run: Annotated[bool, "BOOL: only list the trials and estimate their time"] = False,
 ) -> int:
     """Checks the benchmark and runs its trials. Raises `UserError`."""
-    from dlopt.lab.benchmark.trials import TrialRequest, candidate
+    from dlopt.lab.benchmark.trials import TrialRequest, candidate, lengths_of
 
+    is_tuned = track == "external_tuning"
+    if not is_tuned and trials not in (None, 1):
+        raise UserError(f"trials={trials}: track=self_tuning has one trial per study; for more seeds, set studies=N")
     if workloads is not None:
         refuse_empty(workloads=workloads)
     _refuse_protocol(line.overrides)
@@ -223,11 +234,12 @@ def _run(
             f"tier={tier}: no target is set for {', '.join(unset)}; run the baselines with full=true, and take the "
             "targets from `dlopt benchmark targets FOLDER`"
         )
-    counts = studies or BUDGETS[budget][0], trials or BUDGETS[budget][1]
-    candidates = {name: candidate(line.composer, name, overrides) for name in names}
+    counts = studies or BUDGETS[budget][0], trials or (BUDGETS[budget][1] if is_tuned else 1)
+    candidates = {name: candidate(line.composer, name, overrides, track) for name in names}
     _refuse_drawn(overrides, candidates)
-    shipped, note = _reference(tier, overrides) if reference and not full else (None, "")
-    folder = Path("outputs") / "benchmark" / tier if output is None else Path(output)
+    shipped, note = _reference(tier, track, overrides) if reference and not full else (None, "")
+    default = tier if is_tuned else f"{tier}_{track}"
+    folder = Path("outputs") / "benchmark" / default if output is None else Path(output)
     refuse_url(str(folder), "output")
     request = TrialRequest(
         folder.absolute(),
@@ -236,13 +248,14 @@ def _run(
         list(trials_of(list(chosen.workloads), list(candidates), *counts)),
         overrides,
         full,
+        lengths_of(line.composer, chosen.workloads, track),
     )
     _check_lines(line, request)
     waiting = request.waiting()
     if dry_run:
         return _list(line, request, waiting)
     output_folder(str(request.folder), "benchmark")
-    manifest = _manifest(chosen.name, request, *counts, command)
+    manifest = replace(_manifest(chosen.name, request, *counts, command), track=track)
     reading.update_manifest(request.folder, manifest)
     done = len(request.trials) - len(waiting)
     print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)
@@ -267,9 +280,9 @@ def _manifest(tier: str, request: "TrialRequest", studies: int, trials: int, com
     return Manifest(tier, studies, trials, workloads, spaces, overrides, request.full, [command])
 
 
-def _reference(tier: str, overrides: Sequence[str]) -> tuple[Results | None, str]:
+def _reference(tier: str, track: Track, overrides: Sequence[str]) -> tuple[Results | None, str]:
     """Returns the shipped results; or None, and a note on why they do not apply."""
-    shipped = load_reference(tier)
+    shipped = load_reference(tier, track)
     changing = sorted({group_of(each) for each in overrides if not _is_of_machine(each)} - {"optimizer"})
     if shipped is not None and changing:
         return None, f"not compared with the shipped results, because {', '.join(changing)} changes the workloads"
@@ -401,6 +414,8 @@ def _on_folder(action: str, line: Line) -> int:
         raise UserError(f"{typed}: not the folder of a benchmark (it has no benchmark.json)")
     if action == "targets":
         missing = [name for name in BASELINES if name not in manifest.optimizers]
+        if manifest.track == "self_tuning":
+            raise UserError(f"{typed}: targets need track=external_tuning; this folder has track=self_tuning")
         if missing or not manifest.full:
             which = f"; missing: {', '.join(missing)}" if missing else ""
             raise UserError(f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true{which}")
@@ -412,7 +427,7 @@ def _on_folder(action: str, line: Line) -> int:
         for name, target in targets(folder, manifest).items():
             print(f"{name}: {f'{target:.4g}' if math.isfinite(target) else none}")
         return DONE
-    reference, note = (None, "") if manifest.full else _reference(manifest.tier, manifest.overrides)
+    reference, note = (None, "") if manifest.full else _reference(manifest.tier, manifest.track, manifest.overrides)
     return _finish(folder, reference, note, line.composer.config_dir)
 
 
@@ -423,20 +438,21 @@ def check(
     line: Line,
     *,
     tier: _Tier = "small",
+    track: _Track = "external_tuning",
     seed: Annotated[int | None, "N: which trials are repeated (default: others every time)"] = None,
     output: Annotated[str | None, "DIR: folder of the trials (default: outputs/benchmark-check/DATE_TIME)"] = None,
 ) -> int:
     """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
-    from dlopt.lab.benchmark.trials import TrialRequest, candidate
+    from dlopt.lab.benchmark.trials import TrialRequest, candidate, lengths_of
 
     refuse_unread_hydra(line.overrides, "dlopt benchmark", _READS_OF_HYDRA, {}, own_names(check))
     for override in line.overrides:
         if _is_fixed(override) or not _is_of_machine(override):
             reason = "--check repeats shipped trials, of which only the machine may differ (device, precision, ...)"
             raise UserError(f"{override}: {reason}")
-    shipped = load_reference(tier)
+    shipped = load_reference(tier, track)
     if shipped is None:
-        raise UserError(f"tier={tier}: has no shipped results to check")
+        raise UserError(f"tier={tier}: has no shipped results of track={track} to check")
     # Only trials that reach the target: others would agree without saying much.
     reached = {
         Trial(workload, name, record.study, record.trial): record
@@ -446,16 +462,17 @@ def check(
     }
     chosen = {trial: reached[trial] for trial in random.Random(seed).sample(list(reached), min(_CHECKED, len(reached)))}
     overrides = [each for each in line.overrides if not is_hydra(each)]
-    candidates = {trial.optimizer: candidate(line.composer, trial.optimizer, overrides) for trial in chosen}
+    candidates = {trial.optimizer: candidate(line.composer, trial.optimizer, overrides, track) for trial in chosen}
     workloads = load_tier(tier, None).select([trial.workload for trial in chosen]).workloads
     folder = output_folder(output, "benchmark-check").absolute()
-    request = TrialRequest(folder, workloads, candidates, list(chosen), overrides, full=True)
+    lengths = lengths_of(line.composer, workloads, track)
+    request = TrialRequest(folder, workloads, candidates, list(chosen), overrides, full=True, lengths=lengths)
     try:
         _launch(line, request, line.overrides)
     except KeyboardInterrupt:
         return INTERRUPTED
     spaces = {name: each.describe() for name, each in candidates.items()}
-    manifest = Manifest(tier, shipped.studies, shipped.trials, workloads, spaces, overrides, full=True)
+    manifest = Manifest(tier, shipped.studies, shipped.trials, workloads, spaces, overrides, full=True, track=track)
     measured = reading.collect(folder, manifest, {})
     agree = True
     for trial, expected in chosen.items():

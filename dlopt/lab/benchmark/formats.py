@@ -6,6 +6,7 @@ from typing import Any
 
 from dlopt.formats import format_value as text
 from dlopt.formats import printable
+from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
 from dlopt.lab.benchmark.results import Measure
 from dlopt.lab.benchmark.scores import Interval, Standing
 from dlopt.results.leaderboard import statistic
@@ -14,6 +15,7 @@ MEASURE_LABELS: Mapping[Measure, str] = {
     "updates": "updates", "evaluations": "evaluations of the loss", "time": "time",
 }  # fmt: skip
 NONE = "-"
+SELF_TUNING = f"Self-tuning: fixed keys, one trial per seed, {SELF_TUNING_LENGTH} times the updates of external tuning."
 
 
 def interval(value: Interval | None) -> str:

@@ -13,6 +13,7 @@ from dlopt.formats import printable
 from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.figures import draw
 from dlopt.lab.benchmark.findings import findings
+from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
 from dlopt.lab.benchmark.results import Measure, Results, best_trial
 from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Summary, ranks, summarize
 from dlopt.lab.benchmark.table import latex
@@ -57,7 +58,7 @@ def page(results: Results, summary: Summary | None, pictures: Mapping[str, Mappi
         title=f"Optimizer benchmark, {results.tier} tier", version=dlopt.__version__,
         style=Markup(read_text("page.css") + (folder / "page.css").read_text(encoding="utf-8")), script=None,
         results=results, summary=summary, workloads=list(results.workloads), pictures=pictures,
-        max_ratio=round(MAX_RATIO), resamples=RESAMPLES, fact=_fact, **tables,
+        max_ratio=round(MAX_RATIO), self_tuning_length=SELF_TUNING_LENGTH, resamples=RESAMPLES, fact=_fact, **tables,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The protocol of a benchmark: workloads with targets, search spaces, and the trials of a budget.
 
-After AlgoPerf's external tuning (Dahl et al. 2023): each optimizer is tuned by trials whose hyperparameters are drawn
-quasi-randomly from its search space. A study is one such sample; several independent studies show the luck of tuning.
+It has the two tracks of AlgoPerf (Dahl et al. 2023). In external tuning, trials draw hyperparameters quasi-randomly
+from the search space of each optimizer. A study is one such sample; several studies show the luck of tuning.
+In self-tuning, nothing is searched: each study is one trial with fixed keys, and has three times the updates.
 """
 
 import math
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dlopt.config.choices import config_folder
 from dlopt.config.schema import check_arguments, show
@@ -21,6 +22,8 @@ BUDGETS: Mapping[str, tuple[int, int]] = {"tiny": (1, 3), "small": (3, 10), "lar
 """Name -> (studies, trials per study). `large` is AlgoPerf's."""
 BASELINES = ("sgd", "rmsprop", "adamw", "nadam")
 """Optimizers whose results define the targets."""
+Track = Literal["external_tuning", "self_tuning"]
+SELF_TUNING_LENGTH = 3  # times the updates of external tuning, as in AlgoPerf
 TARGET_FRACTION = 0.75  # of a run, at which the baselines define the target
 
 
@@ -94,10 +97,22 @@ def load_space(optimizer: str, config_dir: str | None) -> list[str]:
     """
     path = _find("space", optimizer, config_dir) or _find("space", "_default", config_dir)
     assert path is not None
+    return _overrides(path)
+
+
+def _overrides(path: Path) -> list[str]:
     content = _load(path)
-    if not isinstance(content, dict) or not all(isinstance(value, str | int | float) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(value, str | int | float | list) for value in content.values()
+    ):
         raise UserError(f"{path}: must map keys to ranges or values: optimizer.lr: tag(log,interval(0.001,0.1))")
     return [f"{key}={show(value)}" for key, value in content.items()]
+
+
+def load_fixed(optimizer: str, config_dir: str | None) -> list[str]:
+    """Returns the overrides of an optimizer in self-tuning; without a file of its own: none. Raises `UserError`."""
+    path = _find("space", f"{optimizer}_self_tuning", config_dir)
+    return [] if path is None else _overrides(path)
 
 
 def has_space(optimizer: str, config_dir: str | None) -> bool:

@@ -13,7 +13,7 @@ from dlopt.config.overrides import key_of, value_of
 from dlopt.errors import UserError
 from dlopt.files import read_json, write_json
 from dlopt.folders import RunFolder
-from dlopt.lab.benchmark.protocol import BASELINES, Trial, WorkloadSpec, target_of
+from dlopt.lab.benchmark.protocol import BASELINES, Track, Trial, WorkloadSpec, target_of
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
 from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
@@ -47,11 +47,12 @@ class Manifest:
     overrides: Sequence[str]
     full: bool
     commands: Sequence[str] = ()
+    track: Track = "external_tuning"
 
     def merged(self, other: "Manifest", folder: Path) -> "Manifest":
         """Returns the manifest of the trials of both. Raises `UserError` if they contradict each other."""
         mine, theirs = asdict(self), asdict(other)
-        different = [key for key in ("tier", "overrides", "full") if mine[key] != theirs[key]]
+        different = [key for key in ("tier", "track", "overrides", "full") if mine[key] != theirs[key]]
         for key in ("workloads", "optimizers"):
             shared = mine[key].keys() & theirs[key].keys()
             different += [f"{key}.{name}" for name in sorted(shared) if mine[key][name] != theirs[key][name]]
@@ -125,7 +126,9 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
             )
         workloads[name] = WorkloadTarget(spec.metric, math.nan if spec.target is None else spec.target, updates)
     spaces = {name: dict(space) for name, space in manifest.optimizers.items()}
-    return Results(manifest.tier, manifest.studies, manifest.trials, workloads, cells, spaces, facts=facts)
+    return Results(
+        manifest.tier, manifest.studies, manifest.trials, workloads, cells, spaces, facts=facts, track=manifest.track
+    )
 
 
 def targets(folder: Path, manifest: Manifest) -> dict[str, float]:

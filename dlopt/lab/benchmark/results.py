@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dlopt.errors import UserError
+from dlopt.lab.benchmark.protocol import Track
 from dlopt.metric_names import lower_is_better
 
 FORMAT = 1
@@ -128,6 +129,7 @@ class Results:
     spaces: Mapping[str, Mapping[str, str]]
     shipped: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    track: Track = "external_tuning"
 
     @property
     def optimizers(self) -> list[str]:
@@ -198,6 +200,7 @@ def to_json(results: Results) -> str:
     head = {
         "format": FORMAT,
         "tier": results.tier,
+        "track": results.track,
         "studies": results.studies,
         "trials": results.trials,
         "facts": dict(results.facts),
@@ -247,6 +250,7 @@ def from_json(text: str, name: str) -> Results:
             cells,
             content["spaces"],
             facts=content["facts"],
+            track=content.get("track", "external_tuning"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{name}: not the results of a benchmark ({type(error).__name__}: {error})") from None
@@ -268,9 +272,9 @@ def _record(row: Mapping[str, Any]) -> TrialRecord:
     return TrialRecord(**{**{key: row[key] for key in _COLUMNS}, **reached}, values=values)
 
 
-def load_reference(tier: str) -> Results | None:
+def load_reference(tier: str, track: Track = "external_tuning") -> Results | None:
     """Returns the shipped results of a tier; None if there are none. Raises `UserError` for a damaged file."""
-    path = REFERENCE / f"{tier}.json"
+    path = REFERENCE / (f"{tier}.json" if track == "external_tuning" else f"{tier}_{track}.json")
     return read(path) if path.is_file() else None
 
 

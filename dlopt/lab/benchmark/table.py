@@ -66,6 +66,7 @@ def _note(results: Results, width: int) -> list[str]:
     texts = [
         "Score: 1 for the fastest on all workloads, 0 for one that reaches no target"
         + ("." if results.studies == 1 else "; with its 95 % interval over studies."),
+        *([formats.SELF_TUNING] if results.track == "self_tuning" else []),
         "Cost: time of an update relative to SGD's.",
         "State: memory relative to the parameters.",
     ]
@@ -135,7 +136,8 @@ def _blocks(widths: Mapping[str, int], width: int) -> list[list[str]]:
 def latex(results: Results, summary: Summary) -> str:
     """Returns two `tabular`s. The highest scores, and the fewest updates of each workload, are bold."""
     lines = [  # printable: without line breaks, which would end a comment
-        f"% dlopt benchmark, tier {printable(results.tier)}, {results.studies} studies of {results.trials} trials",
+        f"% dlopt benchmark, tier {printable(results.tier)}, track {results.track}, "
+        f"{results.studies} studies of {results.trials} trials",
         f"% {printable(str(results.facts.get('command', '')))}",
         r"% \usepackage{booktabs}",
         "% scores in updates and time: integral of the performance profile over tau in [1, 4], with its 95 % interval",

@@ -1,7 +1,7 @@
 """Runs the trials of a benchmark: each is a job, and several processes may share them through one folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +12,15 @@ from dlopt.config.resolve import to_plain
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
-from dlopt.lab.benchmark.protocol import Trial, WorkloadSpec, has_space, load_space
+from dlopt.lab.benchmark.protocol import (
+    SELF_TUNING_LENGTH,
+    Track,
+    Trial,
+    WorkloadSpec,
+    has_space,
+    load_fixed,
+    load_space,
+)
 from dlopt.lab.benchmark.reading import has_ended
 from dlopt.locks import hold
 from dlopt.sweeps import pool as pools
@@ -35,6 +43,8 @@ class Candidate:
 
     def values(self, study: int, number: int) -> dict[str, Any]:
         """Draws the hyperparameters of a trial, rounded to four digits. Each study has its own Halton sequence."""
+        if not self.space.searched:  # of self-tuning
+            return {}
         drawn = halton_point(self.space, study, number)
         return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in drawn.items()}
 
@@ -44,12 +54,14 @@ class Candidate:
         return {**fixed, **self.space.describe()}
 
 
-def candidate(composer: Composer, name: str, overrides: Sequence[str]) -> Candidate:
+def candidate(composer: Composer, name: str, overrides: Sequence[str], track: Track = "external_tuning") -> Candidate:
     """Returns an optimizer given by a choice of the group or by the dotted name of a class. Raises `UserError`.
 
     `overrides`: those of all trials. The default space is reduced to the keys that the optimizer has.
     """
     chosen = [f"optimizer._target_={name}" if "." in name else f"optimizer={name}"]
+    if track == "self_tuning":
+        return Candidate(name, chosen, _fixed_space(composer, name))
     lines = load_space(name, composer.config_dir)
     space = parse_space(composer.parse(lines))
     if has_space(name, composer.config_dir):
@@ -68,11 +80,33 @@ def candidate(composer: Composer, name: str, overrides: Sequence[str]) -> Candid
     return Candidate(name, chosen, Space(searched, space.fixed))
 
 
+def _fixed_space(composer: Composer, name: str) -> Space:
+    parsed = composer.parse(load_fixed(name, composer.config_dir))
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UserError(
+                f"benchmark/space/{name}_self_tuning.yaml: {override.get_key_element()}: has a range, but "
+                "track=self_tuning searches nothing; set one value"
+            )
+    return Space({}, tuple(f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in parsed))
+
+
+def lengths_of(composer: Composer, workloads: Mapping[str, WorkloadSpec], track: Track) -> dict[str, str]:
+    """Returns an override of the length of each workload's runs; none where the experiment sets it."""
+    found = {}
+    for name, spec in workloads.items() if track == "self_tuning" else ():
+        config = composer.compose([f"experiment={spec.experiment}"])
+        key = "epochs" if config.steps is None else "steps"
+        found[name] = f"{key}={SELF_TUNING_LENGTH * config[key]}"
+    return found
+
+
 @dataclass(frozen=True)
 class TrialRequest:
     """The trials of a benchmark and how each is composed.
 
     `full`: train to the end, instead of stopping at the target. `overrides`: of all trials, from the command line.
+    `lengths`: workload -> override of its length, if it is not that of the experiment.
     """
 
     folder: Path
@@ -81,6 +115,7 @@ class TrialRequest:
     trials: Sequence[Trial]
     overrides: Sequence[str]
     full: bool
+    lengths: Mapping[str, str] = field(default_factory=dict)
 
     def line(self, trial: Trial) -> list[str]:
         """Returns the overrides of a trial. All trials of a study have its number as their seed."""
@@ -94,6 +129,7 @@ class TrialRequest:
         stopping = ["stopping=target", f"stopping.value={spec.target}", f"stopping.monitor={spec.metric}"]
         return [
             f"experiment={spec.experiment}",
+            *([self.lengths[workload]] if workload in self.lengths else []),
             *chosen.overrides,
             *drawn,
             *self.overrides,

@@ -70,7 +70,9 @@ class Tuning:
 
 
 def tuning(results: Results) -> Tuning:
-    """Computes the expected best results. Without trials or targets, there are no budgets."""
+    """Computes the expected best results. Without trials, targets or a search, there are no budgets."""
+    if results.track == "self_tuning":
+        return Tuning([], {name: [] for name in results.optimizers}, [], {}, {})
     rng = np.random.default_rng(0)
     counts = {
         name: min((len(results.cell(name, workload).records) for workload in results.workloads), default=0)

@@ -143,6 +143,29 @@ def test_lists_the_trials_and_estimates_their_time(place: Path) -> None:
     assert "sgd on line: about" in lines[-2] and "4 trials: about" in lines[-1]
 
 
+def test_self_tuning_has_one_long_trial_per_seed_with_fixed_keys(place: Path) -> None:
+    space = place / "conf/benchmark/space/sgd_self_tuning.yaml"
+    space.parent.mkdir(parents=True)
+    space.write_text("optimizer.lr: interval(0.1,0.2)\n")
+    line = ("optimizer=sgd,adamw", *TIER, "workloads=[short]", "track=self_tuning", "studies=2")
+    assert "optimizer.lr: has a range, but track=self_tuning" in refused(place, "benchmark", *line)
+    space.write_text("optimizer.lr: 0.2\n")
+    result = dlopt(place, "benchmark", *line)
+    assert result.code == 0, result.err
+    assert "4 trials, of which 0 are done" in result.out and "Self-tuning: fixed keys" in result.out
+    assert "Expected score of the best of N trials" not in result.out  # nothing was tuned
+    for name, lr in (("sgd", 0.2), ("adamw", 0.001)):
+        for seed in (0, 1):
+            config = RunFolder(place / f"out/{name}/short/{seed}-0").config() or {}
+            assert (config["epochs"], config["optimizer"]["lr"], config["seed"]) == (9, lr, seed)
+    found = results(place)
+    assert (found.track, found.trials, found.workloads["short"].updates) == ("self_tuning", 1, 36)
+    assert "3 times the updates" in (place / "out/index.html").read_text()
+    tuned = dlopt(place, "benchmark", "optimizer=sgd", *TIER, "workloads=[short]", "studies=1", "trials=1")
+    assert tuned.code == 2 and "has trials of another benchmark (different: track" in tuned.err
+    assert "targets need track=external_tuning" in refused(place, "benchmark", "targets", "out")
+
+
 @pytest.mark.slow
 def test_names_optimizers_that_do_not_work(place: Path) -> None:
     result = dlopt(place, "benchmark", named(Plain, Ascent, Deaf), *TIER, *MINE, "studies=1", "trials=4")
@@ -180,10 +203,10 @@ def test_only_keys_that_change_the_workloads_prevent_a_comparison_with_the_shipp
         "precision=bf16",
         "optimizer.eps=1e-8",
     ]
-    shipped, note = _reference("small", harmless)
+    shipped, note = _reference("small", "external_tuning", harmless)
     assert shipped is not None and note == ""
     for line in ("data.batch_size=9", "model=mlp", "+parallel.processes=2", "on_divergence=skip", "init_from=x"):
-        shipped, note = _reference("small", [line])
+        shipped, note = _reference("small", "external_tuning", [line])
         group = line.lstrip("+").partition("=")[0].partition(".")[0]
         assert shipped is None and f"because {group} changes the workloads" in note
     _refuse_protocol([*harmless, "data.batch_size=9", "optimizer.seed=1"])
@@ -241,6 +264,9 @@ def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
         (("optimizer=sgd", "dry_run=maybe"), "dry_run=maybe"),
         (("optimizer=sgd", "order_seed=1"), "order_seed=1: part of the protocol"),
         (("optimizer=sgd", "++schedule.warmup_fraction=0.5"), "part of the protocol"),
+        (("optimizer=sgd", "track=tuned"), "track=tuned"),
+        (("optimizer=sgd", "track=self_tuning", "trials=2"), "trials=2: track=self_tuning has one trial per study"),
+        (("--check", "track=self_tuning"), "tier=tiny: has no shipped results of track=self_tuning"),
         (("--check", "optimizer=sgd"), "optimizer=sgd: --check repeats shipped trials, of which only the"),
         (("--check", "dry_run=true"), "dry_run=true: --check"),
         (("--check",), "tier=tiny: has no shipped results"),
