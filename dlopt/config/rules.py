@@ -20,6 +20,7 @@ PROCESSES_PER_CORE = 16  # training processes per core, each of which imports to
 _MONITORS = ("auto", "val_loss", "val_accuracy")
 _EXTRA = (
     "val_top5_accuracy", "val_macro_f1", "val_calibration_error", "val_worst_class_accuracy", "val_r2", "val_mae",
+    "val_mean_average_precision", "val_micro_f1",
 )  # fmt: skip
 _CLASS = "val_class_accuracy/"
 

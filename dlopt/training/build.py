@@ -180,7 +180,12 @@ def build_workload(
     module = precision.place(module)
     if has_convolutions:
         module = module.to(memory_format=memory_format)
-    loss: nn.Module = experiment.loss.build(classes=task.classes, class_counts=class_counts(experiment, dataset))
+    loss: nn.Module = experiment.loss.build(
+        classes=task.classes,
+        class_counts=class_counts(experiment, dataset),
+        labels=task.labels,
+        label_fractions=label_fractions(experiment, dataset),
+    )
     if settings.threads == "auto" and device.type == "cpu" and parallel.ranks.processes == 1:
         size = experiment.data_settings.batch_size
         samples = len(dataset.train) if size == "full" else size
@@ -253,6 +258,13 @@ def class_counts(experiment: Experiment, dataset: Dataset) -> list[int] | None:
         kind = task.shown_kind
         raise UserError(f"loss.class_weights=balanced: needs labels, which a {kind} task has not; use null")
     return torch.bincount(dataset.train.targets, minlength=task.classes).tolist()
+
+
+def label_fractions(experiment: Experiment, dataset: Dataset) -> list[float] | None:
+    """Returns the fraction of the training samples with each label, if the loss balances the labels."""
+    if experiment.loss.arguments.get("pos_weight") != "balanced" or dataset.task.labels is None:
+        return None
+    return dataset.train.targets.double().mean(0).tolist()
 
 
 def model_arguments(task: Task, shape: tuple[int, ...]) -> dict[str, Any]:

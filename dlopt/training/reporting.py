@@ -13,6 +13,7 @@ from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
 from dlopt.training.checkpoint import Checkpoints, evaluated_epoch
+from dlopt.training.multilabel import LABEL_METRICS
 from dlopt.training.mup import describe_rates
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.precision import bf16_slowdown
@@ -45,6 +46,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
     dataset = workload.dataset
     parameters = list(workload.module.parameters())
     tokens = workload.task.predictions  # of a sample; 1 for labels
+    label_metrics = LABEL_METRICS if workload.task.labels is not None else ()
     facts: dict[str, Any] = {
         "overrides": RunFolder(run.folder).history() if run.overrides is None else run.overrides,
         "parameters": sum(p.numel() for p in parameters),
@@ -58,7 +60,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
         "processes": workload.parallel.ranks.processes,
         "unit": _unit(workload),
         "inputs": _inputs(workload),
-        "metrics": [f"val_{name}" for name in workload.experiment.own_metrics],
+        "metrics": [f"val_{name}" for name in (*label_metrics, *workload.experiment.own_metrics)],
     }
     samples = workload.experiment.settings.evaluate.samples
     if samples is not None and dataset.val is not None and samples < len(dataset.val):
@@ -135,6 +137,8 @@ def _inputs(workload: Workload) -> str:
     task, shape = workload.task, "x".join(map(str, data_spec(workload)["window"]))
     if task.vocabulary is not None:
         return f"{shape} {task.unit}s at once, vocabulary {task.vocabulary:,}"
+    if task.labels is not None:
+        return f"{shape}, {task.labels:,} labels"
     return f"{shape}, {task.classes:,} classes" if task.classes is not None else shape
 
 
