@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.errors import UserError
-from dlopt.ranges import Fraction, NonNegative, Positive
+from dlopt.ranges import Fraction, NonNegative, Positive, Probability
 
 
 class CrossEntropy(nn.Module):
@@ -156,6 +156,52 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return result, None, None, None
 
 
+class Distillation(nn.Module):
+    """(1 - w) CE(o, y) + w T^2 KL(softmax(t / T) || softmax(o / T)), mean over predictions.
+
+    Of outputs o, targets y (see `CrossEntropy`) and the outputs t of a teacher, with the temperature T and the weight w
+    (Hinton, Vinyals & Dean 2015, section 2: T^2 keeps the scale of the gradients, whatever T is). Training only:
+    evaluation uses the cross-entropy, so that runs can be compared.
+
+    The step passes the teacher's outputs (`dlopt.training.distillation`).
+
+    Args:
+        teacher: run folder or checkpoint.
+        teacher_sha256: of the checkpoint, set when a run is composed, so that a resumed run detects another one.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: str,
+        temperature: Positive,
+        weight: Probability,
+        teacher_sha256: str | None,
+        classes: int | None,
+    ) -> None:
+        super().__init__()
+        if classes is None:
+            raise UserError("loss=distillation: a teacher's predictions are classes, those of this data are not")
+        self.teacher, self.teacher_sha256 = teacher, teacher_sha256
+        self.temperature, self.weight = temperature, weight
+        self.cross_entropy = CrossEntropy(label_smoothing=0.0, class_weights=None, classes=classes)
+
+    def forward(self, outputs: Tensor, targets: Tensor, teacher_outputs: Tensor | None = None) -> Tensor:
+        plain: Tensor = self.cross_entropy(outputs, targets)
+        if not self.training:
+            return plain
+        if teacher_outputs is None:
+            raise UserError(
+                "loss=distillation: the outputs of the teacher are known in training only; use loss=cross_entropy here"
+            )
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        own, soft = (
+            (each.to(wide) / self.temperature).flatten(0, -2).log_softmax(1) for each in (outputs, teacher_outputs)
+        )
+        divergence = F.kl_div(own, soft, reduction="batchmean", log_target=True)
+        return (1 - self.weight) * plain + self.weight * self.temperature**2 * divergence
+
+
 class MSE(nn.Module):
     """Mean over samples of the mean over outputs of (outputs - targets)^2.
 
@@ -281,6 +327,8 @@ def sampling_obstacle(loss: nn.Module) -> str | None:
     Label smoothing and mixed labels change the target distribution only, on which the Gauss-Newton matrix of a softmax
     does not depend.
     """
+    if isinstance(loss, Distillation):
+        return "loss=distillation: labels drawn from the model say nothing about the teacher; use loss=cross_entropy"
     if not isinstance(loss, CrossEntropy):
         return f"loss={type(loss).__name__}: the outputs are no class probabilities; use loss=cross_entropy"
     if loss.weight is not None:

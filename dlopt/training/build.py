@@ -37,7 +37,7 @@ from dlopt.training.mup import width_growth
 from dlopt.training.precision import Precision, choose_precision
 from dlopt.training.recompute import recompute
 from dlopt.training.rng import AUGMENTATION, ORDER, SCHEME, WEIGHTS
-from dlopt.training.step import Network
+from dlopt.training.step import Network, Teacher
 from dlopt.training.weights import match_weights
 
 
@@ -57,6 +57,7 @@ class Workload:
     memory_format: torch.memory_format
     augment: Pipeline | None
     compile_obstacle: str = ""  # why the model is not compiled; empty: it is
+    teacher: Teacher | None = None  # of loss=distillation, in training
     statistics_batches: Batches | None = None  # training split, for norm_statistics=exact
     opened: WeakSet[Batches] = field(default_factory=WeakSet)  # they may have worker processes
 
@@ -88,7 +89,7 @@ class Workload:
 
     @property
     def network(self) -> Network:
-        return Network(self.module, self.model, self.loss)
+        return Network(self.module, self.model, self.loss, self.teacher)
 
     def close(self) -> None:
         """Ends the worker processes of all batches."""
@@ -365,9 +366,11 @@ def training_batches(workload: Workload) -> Batches:
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     reader, augment = crop_when_reading(workload.augment, samples, seed)
+    recorder = speed.data_recorder(experiment, workload.device)
+    teacher_normalize = None if workload.teacher is None else workload.teacher.normalize
     batches = Batches(
         samples,
-        _delivery(workload, compiled=compiled, recorder=speed.data_recorder(experiment, workload.device)),
+        _delivery(workload, compiled=compiled, recorder=recorder, teacher_normalize=teacher_normalize),
         batch_size=data.batch_size,
         sampler=sampler,
         drop_last=data.drop_last,

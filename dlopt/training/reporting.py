@@ -100,7 +100,8 @@ def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
         if isinstance(size, int) and size > samples
         else None
     )
-    described = [line for line in (chosen, pretrained, rates, small) if line]
+    teacher = None if workload.teacher is None else workload.teacher.note
+    described = [line for line in (chosen, pretrained, rates, teacher, small) if line]
     return [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]
 
 
@@ -117,7 +118,8 @@ def _emulation_warning(workload: Workload, batches: EpochBatches) -> str:
     cost, name = "is slower than fp32", workload.precision.name
     if workload.parallel.state.sharding == "replicated":  # otherwise this process has only a part of the model
         batch = next(iter(batches.epoch(0)))
-        slowdown = bf16_slowdown(workload.module, workload.loss, *batch, name=name)
+        loss = getattr(workload.loss, "cross_entropy", workload.loss)  # that of a distillation without its teacher
+        slowdown = bf16_slowdown(workload.module, loss, *batch, name=name)
         cost = f"takes {slowdown:.1f} times as long as fp32 (measured)"
     return (
         f"warning: precision={name}: this processor emulates bf16, which {cost}; use precision=fp32, or "
