@@ -13,8 +13,6 @@ from dlopt.training.build import Workload
 from dlopt.training.restore import Trained, restore
 from dlopt.training.step import Teacher
 
-_MODES = ("single", "ddp", "fsdp")  # in which every rank has whole samples and their outputs
-
 
 def with_teacher(workload: Workload) -> Workload:
     """Returns the workload with the teacher that its loss names, for training; itself without one.
@@ -26,16 +24,6 @@ def with_teacher(workload: Workload) -> Workload:
     if not isinstance(loss, Distillation) or workload.teacher is not None:
         return workload
     mode, settings = workload.parallel, experiment.settings
-    if mode.name not in _MODES:
-        raise UserError(
-            f"parallel={mode.name}: loss=distillation needs whole samples and outputs on every rank; use parallel=ddp "
-            "or parallel=fsdp"
-        )
-    if hasattr(experiment.sampler.target, "observe"):
-        raise UserError(
-            f"{experiment.sampler.choice}: needs losses of single samples, which loss=distillation has not; use "
-            "sampler=random"
-        )
     key, path = f"loss.teacher={loss.teacher}", teacher_file(loss.teacher)
     found = teacher_digest(loss.teacher)
     if loss.teacher_sha256 not in (None, found):
