@@ -171,7 +171,7 @@ def test_equal_over_ranks(tmp_path: Path) -> None:
         (["data=digits", "loss=binary_cross_entropy"], "loss=binary_cross_entropy: a sample has no labels of its own"),
         (["loss.pos_weight=[1.0]"], "loss.pos_weight=[1.0]: 1 weights for 10 labels"),
         (["data.train_size=3", "loss.pos_weight=balanced"], "loss.pos_weight=balanced: no training sample has label"),
-        (["data.label_noise=0.1"], "data.label_noise=0.1: the targets are not one class each"),
+        (["data.label_noise=0.1"], "data.label_noise=0.1: the targets are not classes, one per sample"),
         (["sampler=class_balanced"], "sampler=class_balanced: the targets are numbers"),
         (["monitor=val_accuracy"], "monitor=val_accuracy: a multi-label task allows auto, val_loss, val_mean_average"),
         (["evaluate.metrics=[r2]"], "evaluate.metrics=r2: a multi-label task has no such metric"),
