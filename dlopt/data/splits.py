@@ -59,7 +59,9 @@ def prepare(
             train, val = train.select(kept), train.select(held_out)
     if settings.label_noise > 0:
         if not is_stratified or dataset.unlabelled is not None:
-            raise UserError(f"data.label_noise={settings.label_noise}: the targets are not classes, one per sample; use 0")
+            raise UserError(
+                f"data.label_noise={settings.label_noise}: the targets are not classes, one per sample; use 0"
+            )
         assert isinstance(train, InMemory | Files | Wrapped)  # the sources with class labels
         train = copy(train)
         train.targets = corrupted(train.targets, len(dataset.classes or ()), settings)

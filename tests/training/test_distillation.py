@@ -198,3 +198,16 @@ def test_refused(more: list[str], message: str, teacher: Path, tmp_path: Path) -
     shown = refused(tmp_path, "train", *base, "loss=distillation", *line, *more)
     assert message.replace("{teacher}", str(teacher)) in shown
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_language_model(tmp_path: Path) -> None:
+    """Tokens have no normalization; the divergence is a mean over tokens."""
+    (tmp_path / "a.txt").write_text("".join(f"line {i} of the text\n" for i in range(60)))
+    text = ["data=text", "data.file=a.txt", "data.sequence_length=8", "model=gpt_nano", "model.heads=2", "steps=2"]
+    text += ["model.depth=1", "tracking=[]", "threads=1", "device=cpu"]
+    assert dlopt(tmp_path, "train", *text, "model.width=16", "hydra.run.dir=teacher").code == 0
+    line = [*text, "model.width=8", "loss=distillation", "loss.teacher=teacher"]
+    result = dlopt(tmp_path, "train", *line, "hydra.run.dir=student")
+    assert result.code == 0 and "bits/byte" in result.out, result.err
+    message = refused(tmp_path, "train", *line, "data.sequence_length=4")
+    assert "loss.teacher=teacher: its inputs have the shape [8], those of this run [4]" in message
