@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.errors import UserError
-from dlopt.ranges import Fraction, NonNegative
+from dlopt.ranges import Fraction, NonNegative, Positive, Probability
 
 
 class CrossEntropy(nn.Module):
@@ -37,8 +37,11 @@ class CrossEntropy(nn.Module):
         class_weights: tuple[NonNegative, ...] | Literal["balanced"] | None,
         classes: int | None,
         class_counts: Sequence[int] | None = None,
+        labels: int | None = None,
     ) -> None:
         super().__init__()
+        if labels is not None:
+            raise UserError("loss=cross_entropy: a sample may have several labels; use loss=binary_cross_entropy")
         if classes is None:
             raise UserError("loss=cross_entropy: the targets are numbers, not classes; use loss=mse for regression")
         if classes == 1:
@@ -153,6 +156,52 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return result, None, None, None
 
 
+class Distillation(nn.Module):
+    """(1 - w) CE(o, y) + w T^2 KL(softmax(t / T) || softmax(o / T)), mean over predictions.
+
+    Of outputs o, targets y (see `CrossEntropy`) and the outputs t of a teacher, with the temperature T and the weight w
+    (Hinton, Vinyals & Dean 2015, section 2: T^2 keeps the scale of the gradients, whatever T is). Training only:
+    evaluation uses the cross-entropy, so that runs can be compared.
+
+    The step passes the teacher's outputs (`dlopt.training.distillation`).
+
+    Args:
+        teacher: run folder or checkpoint.
+        teacher_sha256: of the checkpoint, set when a run is composed, so that a resumed run detects another one.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: str,
+        temperature: Positive,
+        weight: Probability,
+        teacher_sha256: str | None,
+        classes: int | None,
+    ) -> None:
+        super().__init__()
+        if classes is None:
+            raise UserError("loss=distillation: a teacher's predictions are classes, those of this data are not")
+        self.teacher, self.teacher_sha256 = teacher, teacher_sha256
+        self.temperature, self.weight = temperature, weight
+        self.cross_entropy = CrossEntropy(label_smoothing=0.0, class_weights=None, classes=classes)
+
+    def forward(self, outputs: Tensor, targets: Tensor, teacher_outputs: Tensor | None = None) -> Tensor:
+        plain: Tensor = self.cross_entropy(outputs, targets)
+        if not self.training:
+            return plain
+        if teacher_outputs is None:
+            raise UserError(
+                "loss=distillation: the outputs of the teacher are known in training only; use loss=cross_entropy here"
+            )
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        own, soft = (
+            (each.to(wide) / self.temperature).flatten(0, -2).log_softmax(1) for each in (outputs, teacher_outputs)
+        )
+        divergence = F.kl_div(own, soft, reduction="batchmean", log_target=True)
+        return (1 - self.weight) * plain + self.weight * self.temperature**2 * divergence
+
+
 class MSE(nn.Module):
     """Mean over samples of the mean over outputs of (outputs - targets)^2.
 
@@ -176,6 +225,68 @@ class MSE(nn.Module):
             )
         # Targets keep float32 next to outputs in bf16, which would round 1003 to 1004.
         return F.mse_loss(outputs, targets.to(torch.promote_types(outputs.dtype, torch.float32)))
+
+
+class BinaryCrossEntropy(nn.Module):
+    """-t log sigmoid(o) - (1 - t) log(1 - sigmoid(o)), mean over the labels of a sample and over samples.
+
+    outputs [N, K]; targets float [N, K] in 0..1: whether the sample has each label, or the mean of mixed samples. Label
+    smoothing e replaces t by t (1 - e) + e / 2; positive weights multiply the first term. Both apply in training only:
+    evaluation uses the plain loss, so that runs can be compared.
+
+    `pos_weight`: one per label, or balanced: the number of training samples without the label, divided by the number
+    with it. `label_fractions`: of the training samples; None: the data are not loaded, so the loss is used for
+    evaluation.
+    """
+
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        label_smoothing: Fraction,
+        pos_weight: tuple[Positive, ...] | Literal["balanced"] | None,
+        labels: int | None,
+        label_fractions: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if labels is None:
+            raise UserError(
+                "loss=binary_cross_entropy: a sample has no labels of its own, but a class or values; use "
+                "loss=cross_entropy or loss=mse, or data with several labels per sample (data.labels=several)"
+            )
+        if pos_weight == "balanced":
+            pos_weight = None if label_fractions is None else balanced_pos_weight(label_fractions)
+        if pos_weight is not None and len(pos_weight) != labels:
+            raise UserError(
+                f"loss.pos_weight={list(pos_weight)}: {len(pos_weight)} weights for {labels} labels; "
+                "use one weight per label"
+            )
+        self.label_smoothing = label_smoothing
+        weight = None if pos_weight is None else torch.tensor(pos_weight, dtype=torch.float64)
+        self.register_buffer("pos_weight", weight, persistent=False)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        outputs, targets = outputs.to(wide), targets.to(wide)
+        if not self.training:
+            return F.binary_cross_entropy_with_logits(outputs, targets)
+        if self.label_smoothing:
+            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
+        weight = None if self.pos_weight is None else self.pos_weight.to(wide)
+        return F.binary_cross_entropy_with_logits(outputs, targets, pos_weight=weight)
+
+
+def balanced_pos_weight(fractions: Sequence[float]) -> tuple[float, ...]:
+    """Returns (1 - p) / p for labels that a fraction p of the samples has: both terms then weigh the same.
+
+    Raises `UserError` for a label that no sample or every sample has.
+    """
+    for label, fraction in enumerate(fractions):
+        if fraction in (0, 1):
+            which = "no training sample has" if fraction == 0 else "all training samples have"
+            raise UserError(f"loss.pos_weight=balanced: {which} label {label}; use loss.pos_weight=null or other data")
+    return tuple((1 - fraction) / fraction for fraction in fractions)
 
 
 class PixelCrossEntropy(nn.Module):
@@ -216,6 +327,8 @@ def sampling_obstacle(loss: nn.Module) -> str | None:
     Label smoothing and mixed labels change the target distribution only, on which the Gauss-Newton matrix of a softmax
     does not depend.
     """
+    if isinstance(loss, Distillation):
+        return "loss=distillation: labels drawn from the model say nothing about the teacher; use loss=cross_entropy"
     if not isinstance(loss, CrossEntropy):
         return f"loss={type(loss).__name__}: the outputs are no class probabilities; use loss=cross_entropy"
     if loss.weight is not None:
@@ -234,3 +347,11 @@ def probabilities(outputs: Tensor, loss: nn.Module) -> Tensor:
     Their softmax; after training with MSE, outputs estimate the probabilities directly and are clamped to 0..1.
     """
     return outputs.clamp(0, 1) if isinstance(loss, MSE) else outputs.softmax(-1)
+
+
+def label_probabilities(outputs: Tensor, loss: nn.Module) -> Tensor:
+    """Returns the probability of each label [N, K], of which a sample may have several: the sigmoid of the outputs.
+
+    After training with MSE: see `probabilities`.
+    """
+    return outputs.clamp(0, 1) if isinstance(loss, MSE) else outputs.sigmoid()

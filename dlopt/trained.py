@@ -15,7 +15,7 @@ from dlopt.errors import RunError, UserError
 from dlopt.openmp import adapt_waiting
 from dlopt.processor import set_deterministic, set_threads
 from dlopt.training import rng
-from dlopt.training.classify import classify, image_files, refuse_other_inputs
+from dlopt.training.classify import classify, image_files, predicted_labels, refuse_other_inputs
 from dlopt.training.precision import Precision
 from dlopt.training.restore import Trained, restore
 
@@ -26,17 +26,20 @@ class Prediction:
 
     Attributes:
         image: its path.
-        label: the most probable class; None for a regression.
-        values: the probabilities of the classes in the order of `Model.classes`; the outputs of a regression.
+        label: the most probable class; None for a regression, and for a model of several labels per image.
+        values: the probabilities of the classes, or of the labels, in the order of `Model.classes`; the outputs of a
+            regression.
+        labels: of a model of several labels per image: those with a probability of at least 0.5.
     """
 
     image: str
     label: str | None
     values: tuple[float, ...]
+    labels: tuple[str, ...] = ()
 
     @property
     def probability(self) -> float | None:
-        """The probability of `label`; None for a regression."""
+        """The probability of `label`; None without one."""
         return None if self.label is None else max(self.values)
 
 
@@ -47,7 +50,7 @@ class Model(nn.Module):
     (int64) to outputs [B, T, K].
 
     Attributes:
-        classes: names of the K classes; None if there are no labels.
+        classes: names of the K classes, or of the K labels that an image may have; None if there are no labels.
     """
 
     def __init__(self, trained: Trained, path: Path) -> None:
@@ -100,14 +103,20 @@ class Model(nn.Module):
         predictions, errors = [], 0
         for path, values in classify(files, self._placed(), batch_size):
             if not isinstance(values, str):
-                label = None if self.classes is None else self.classes[max(range(len(values)), key=values.__getitem__)]
-                predictions.append(Prediction(path, label, tuple(values)))
+                predictions.append(self._prediction(path, values))
                 continue
             errors += 1
             if errors > max_errors:
                 raise RunError(f"max_errors={max_errors}: exceeded by unreadable files")
             warnings.warn(f"skipped: {values}", stacklevel=2)
         return predictions
+
+    def _prediction(self, path: str, values: Sequence[float]) -> Prediction:
+        if self.classes is None:
+            return Prediction(path, None, tuple(values))
+        if self._task.labels is not None:
+            return Prediction(path, None, tuple(values), predicted_labels(self.classes, values))
+        return Prediction(path, self.classes[max(range(len(values)), key=values.__getitem__)], tuple(values))
 
     def _placed(self) -> Trained:
         """Returns what `dlopt predict` uses, on the device to which the caller may have moved the model."""

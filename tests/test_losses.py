@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt import losses
 from dlopt.errors import UserError
-from dlopt.losses import MSE, CrossEntropy, PixelCrossEntropy, sampled_cross_entropy
+from dlopt.losses import MSE, BinaryCrossEntropy, CrossEntropy, PixelCrossEntropy, sampled_cross_entropy
 
 CLASSES = 5
 
@@ -225,3 +225,34 @@ def test_memory_of_the_head_of_gpt2(dtype: torch.dtype, before: int, after: int)
     assert after <= memory.peak / count < after + 1
     if dtype == torch.bfloat16:
         assert memory.largest_fp32 <= 1 << 24
+
+
+def binary_terms(outputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    p = 1 / (1 + (-outputs).exp())
+    return -(weight * targets * p.log() + (1 - targets) * (1 - p).log())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_binary_cross_entropy_weights_positives_in_training(smoothing: float) -> None:
+    outputs, classes = batch()
+    targets = F.one_hot(classes, CLASSES).double()
+    weights = (1.0, 2.0, 0.5, 3.0, 1.5)
+    loss = BinaryCrossEntropy(label_smoothing=smoothing, pos_weight=weights, labels=CLASSES)
+    smoothed = targets * (1 - smoothing) + smoothing / 2
+    expected = binary_terms(outputs, smoothed, torch.tensor(weights, dtype=torch.float64)).mean()
+    torch.testing.assert_close(loss(outputs, targets), expected)
+    loss.eval()
+    plain = binary_terms(outputs, targets, torch.ones(CLASSES, dtype=torch.float64)).mean()
+    torch.testing.assert_close(loss(outputs, targets.float()), plain)  # targets are never wider than the outputs
+    assert loss.state_dict() == {}
+
+
+def test_balanced_positive_weights_make_both_terms_weigh_the_same() -> None:
+    targets = (torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) < 0.2).double()
+    fractions = targets.mean(0).tolist()
+    loss = BinaryCrossEntropy(label_smoothing=0.0, pos_weight="balanced", labels=3, label_fractions=fractions)
+    assert loss.pos_weight is not None
+    torch.testing.assert_close((loss.pos_weight * targets).sum(0), (1 - targets).sum(0))
+    for fraction, which in ((0.0, "no training sample has label 1"), (1.0, "all training samples have label 1")):
+        with pytest.raises(UserError, match=which):
+            BinaryCrossEntropy(label_smoothing=0.0, pos_weight="balanced", labels=2, label_fractions=[0.5, fraction])

@@ -73,14 +73,14 @@ def batch_picture(
     Args:
         pipelines: by name, which is their heading.
         images: [n, C, H, W].
-        targets: int64 [n], or continuous.
+        targets: int64 [n]; float [n, K], 0 or 1, of several labels per sample; or continuous.
         classes: names, the labels of the rows; empty: no labels.
         tile: size of an image in pixels; the text grows with it.
         white: value of a white pixel.
     """
     indices = torch.arange(len(images), device=images.device)
     steps = max(draws // len(pipelines), 1)
-    labels = [classes[target] for target in targets.tolist()] if classes else [""] * len(images)
+    labels = [_label(target, classes) for target in targets] if classes else [""] * len(images)
     rows = [_Row(label, [image], [""]) for label, image in zip(labels, images, strict=True)]
     headers, groups = ["original"], [""]
     for name, pipeline in pipelines.items():
@@ -110,6 +110,12 @@ def reading_crops(pipeline: Pipeline, samples: Samples, order: Tensor, seed: int
         return (crops, targets) if others is None else others(crops, targets, **position)
 
     return augment
+
+
+def _label(target: Tensor, classes: Sequence[str]) -> str:
+    """Returns the name of a class, or the names of the labels of a sample that has several."""
+    indices = target.nonzero().flatten().tolist() if target.ndim else [int(target)]
+    return ", ".join(classes[index] for index in indices)
 
 
 def _caption(target: Tensor, classes: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
-from dlopt.formats import format_percent
+from dlopt.formats import format_number, format_percent
 from dlopt.plain import without_nan
 from dlopt.results.confusion import confusion_table, plot_confusion
 from dlopt.tracking.console import ConsoleView
@@ -227,11 +227,15 @@ def _check_classes(path: Path, trained: Sequence[str] | None, classes: Sequence[
 
 
 def _class_line(per_class: Sequence[Mapping[str, Any]]) -> str:
-    rows = [row for row in per_class if row["accuracy"] is not None]
-    title = "accuracy per class"
+    is_label = "average_precision" in per_class[0]
+    name = "average_precision" if is_label else "accuracy"
+    show = format_number if is_label else format_percent
+    rows = [row for row in per_class if row[name] is not None]
+    title = "average precision per label" if is_label else "accuracy per class"
     if len(per_class) > _MAX_LISTED_CLASSES:
-        title, rows = "lowest accuracies", sorted(rows, key=lambda row: row["accuracy"])[:5]
-    return f"{title}: " + ", ".join(f"{row['class']} {format_percent(row['accuracy'])}" for row in rows)
+        title = "lowest average precisions" if is_label else "lowest accuracies"
+        rows = sorted(rows, key=lambda row: row[name])[:5]
+    return f"{title}: " + ", ".join(f"{row['class']} {show(row[name])}" for row in rows)
 
 
 def _write(

@@ -26,6 +26,7 @@ Examples:
   dlopt predict checkpoint=outputs/train/DATE/checkpoints/best.pt images=photos
 
 Resizes the images to the size of the training images and takes the centre crop. Does not need the training data.
+With several labels per image, the CSV file has the columns image, labels (a;b) and p(LABEL) for each label.
 
   checkpoint=PATH :: a checkpoint, or a run folder: its best.pt, or else last.pt
   {_predict}
@@ -47,7 +48,10 @@ def _predict(
     changes: dict[str, Any],
     *,
     images: Annotated[str, "PATH: an image, or a folder of images (recursively, without hidden files and folders)"],
-    output: Annotated[str, "FILE: CSV: image, class, probability, and p(CLASS) for each class"] = "predictions.csv",
+    output: Annotated[
+        str,
+        "FILE: CSV: image, class, probability, and p(CLASS) for each class",
+    ] = "predictions.csv",
     max_errors: Annotated[Natural, "N: maximum number of unreadable files to skip with a warning"] = 10,
     batch_size: Annotated[Count, "N: batch size over all processes"] = 64,
 ) -> int:
@@ -90,18 +94,21 @@ def _header(trained: "Trained") -> list[str]:
     if trained.classes is None:
         count = trained.task.outputs
         return ["image", *(["value"] if count == 1 else [f"value_{i}" for i in range(count)])]
-    return ["image", "class", "probability", *(f"p({name})" for name in trained.classes)]
+    found = ["labels"] if trained.task.labels is not None else ["class", "probability"]
+    return ["image", *found, *(f"p({name})" for name in trained.classes)]
 
 
 def _rows(files: Sequence[str], trained: "Trained", batch_size: int, max_errors: int) -> Iterator[list[str]]:
     """Yields one row per readable file, on every process all of them."""
-    from dlopt.training.classify import classify
+    from dlopt.training.classify import classify, predicted_labels
 
     errors = 0
     for path, result in classify(files, trained, batch_size):
         if not isinstance(result, str):
             cells = [f"{value:.6g}" for value in result]
-            if trained.classes is not None:
+            if trained.classes is not None and trained.task.labels is not None:
+                cells = [";".join(predicted_labels(trained.classes, result)), *cells]
+            elif trained.classes is not None:
                 best = max(range(len(result)), key=result.__getitem__)
                 cells = [trained.classes[best], cells[best], *cells]
             yield [path, *cells]

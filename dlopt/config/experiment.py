@@ -34,7 +34,7 @@ GROUPS: Mapping[str, ConfigGroup] = {
     "augmentation": ConfigGroup(("input_shape", "classes", "train")),
     "model": ConfigGroup(("input_shape", "classes", "vocabulary")),
     "init": ConfigGroup(("model", "generator", "inputs", "growth")),
-    "loss": ConfigGroup(("classes", "class_counts")),
+    "loss": ConfigGroup(("classes", "class_counts", "labels", "label_fractions")),
     "optimizer": ConfigGroup(("params",), Grouping),
     "schedule": ConfigGroup(("horizon",), Warmup),
     "clip": ConfigGroup(("model",)),

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import parse_overrides, text_of
 from dlopt.config.resolve import choices_of, to_plain
+from dlopt.config.teacher import identify_teacher
 from dlopt.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def checked(
 
     lines = list(overrides)
     plain, saved = to_plain(config, None if typed is None else [*lines, *typed])
+    for each in (plain, saved):
+        identify_teacher(each)
     choices = choices_of(config)
     return Plan(tuple(parse_overrides(lines)), choices, parse(plain, saved, choices), flags=flags, config=config)
 

@@ -11,6 +11,7 @@ from dlopt.config.experiment import Experiment, Settings
 from dlopt.config.schema import Component
 from dlopt.errors import UserError, did_you_mean, install
 from dlopt.init import default
+from dlopt.losses import Distillation
 from dlopt.metric_names import HIGHER, LOWER, has_direction
 from dlopt.optim.traits import is_schedule_free
 
@@ -20,6 +21,7 @@ PROCESSES_PER_CORE = 16  # training processes per core, each of which imports to
 _MONITORS = ("auto", "val_loss", "val_accuracy")
 _EXTRA = (
     "val_top5_accuracy", "val_macro_f1", "val_calibration_error", "val_worst_class_accuracy", "val_r2", "val_mae",
+    "val_mean_average_precision", "val_micro_f1",
 )  # fmt: skip
 _CLASS = "val_class_accuracy/"
 
@@ -67,6 +69,8 @@ def check_combinations(experiment: Experiment) -> None:
         )
     if getattr(experiment.loss.target, "predicts_pixels", False):
         _check_pixels(experiment)
+    if experiment.loss.target is Distillation:
+        _check_distillation(experiment)
 
 
 def _learning_rate(optimizer: Component) -> Any:
@@ -82,6 +86,26 @@ def _check_pixels(experiment: Experiment) -> None:
         raise UserError("loss=pixel_cross_entropy: the targets must be the pixels of images; use model=autoencoder")
     if model.arguments.get("output") == "sigmoid":
         raise UserError("model.output=sigmoid: loss=pixel_cross_entropy applies a sigmoid; use model.output=identity")
+
+
+def _check_distillation(experiment: Experiment) -> None:
+    """Refuses what computes the loss without the teacher, and modes in which a rank has no whole samples or outputs."""
+    settings, mode = experiment.settings, experiment.parallel
+    if mode.choice.removeprefix("parallel=") not in ("single", "ddp", "fsdp"):
+        raise UserError(
+            f"{mode.choice}: loss=distillation needs whole samples and outputs on every rank; use parallel=ddp or "
+            "parallel=fsdp"
+        )
+    if hasattr(experiment.sampler.target, "observe"):
+        raise UserError(
+            f"{experiment.sampler.choice}: needs losses of single samples, which loss=distillation has not; use "
+            "sampler=random"
+        )
+    if names := [name for name in settings.diagnostics if name != "activations"]:
+        raise UserError(
+            f"diagnostics=[{','.join(names)}]: computed without the teacher of loss=distillation; use "
+            "diagnostics=[activations] or []"
+        )
 
 
 def _check_name(name: str) -> None:

@@ -12,7 +12,10 @@ from dlopt.roles import Role
 Toggle = bool | Literal["auto"]
 Compile = Toggle | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Recomputation = Literal["none", "blocks", "all"]
-ExtraMetric = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy", "r2", "mae"]
+ExtraMetric = Literal[
+    "top5_accuracy", "macro_f1", "calibration_error", "class_accuracy", "r2", "mae", "mean_average_precision",
+    "micro_f1",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from dlopt.data.images import decode_bytes, size_pair
 from dlopt.data.samples import Dataset, Wrapped
 from dlopt.errors import UserError, install
 
-Labels = Literal["class", "value"]
+Labels = Literal["class", "several", "value"]
 Files = str | list[str]
 _MAX_READ = 1 << 28  # bytes; larger tables are memory-mapped
 _BATCH_ROWS = 1024  # rows that are converted at once
@@ -44,7 +44,7 @@ def parquet(
         file: training files: names, patterns such as shards/*.parquet, or folders; `val_file`, `test_file` likewise.
         input: the column of the inputs; several columns of numbers are one vector.
         target: the column of the labels.
-        labels: class: names or integers; value: numbers for a regression.
+        labels: class: names or integers; several: lists of them; value: numbers for a regression.
         channels: of images from files: 3 (colour), 1 (grey), None: as in the first image.
 
     Raises:
@@ -81,7 +81,8 @@ def _dataset(
                 raise UserError(f"{option}={name}: {key} has no such column; it has {', '.join(table.column_names)}")
         if len(table) == 0:
             raise UserError(f"{key}: has no rows")
-    classes = _classes(train_key, train, target) if labels == "class" else None
+    several = labels == "several"
+    classes = None if labels == "value" else _classes(train_key, train, target, several=several)
     if channels is not None and not _is_encoded(train.schema.field(names[0]).type):
         raise UserError(f"data.channels={channels}: only image files are converted; use data.channels=null")
     first = _value(train, names, 0, channels, train_key)
@@ -91,7 +92,7 @@ def _dataset(
     samples = [
         None
         if table is None
-        else Wrapped(Rows(table, names, _targets(key, table, target, classes), channels, key), size, key)
+        else Wrapped(Rows(table, names, _targets(key, table, target, classes, several), channels, key), size, key)
         for key, table in splits
     ]
     assert samples[0] is not None
@@ -303,15 +304,26 @@ def _labels(key: str, table: Any, target: str) -> list[Any]:
     return values
 
 
-def _classes(key: str, table: Any, target: str) -> list[Any]:
-    """Returns the sorted labels of the training set."""
+def _classes(key: str, table: Any, target: str, *, several: bool) -> list[Any]:
+    """Returns the sorted labels of the training set; `several`: of lists of labels."""
+    found = _labels(key, table, target)
+    if several:
+        for row, value in enumerate(found):
+            if not isinstance(value, list) or not all(isinstance(name, int | str) for name in value):
+                raise UserError(
+                    f"data.labels=several: {key}, row {row}: {target} must be a list of strings or integers"
+                )
+        names = sorted({name for value in found for name in value})
+        if not names:
+            raise UserError(f"data.labels=several: no row of {key} has a label in {target}")
+        return names
     values = set()
-    for value in _labels(key, table, target):
+    for value in found:
         if not isinstance(value, int | str):
             kind = table.schema.field(target).type
             raise UserError(
                 f"data.labels=class: the column {target} has the type {kind}; classes are strings or integers "
-                "(for a regression: data.labels=value loss=mse)"
+                "(for a regression: data.labels=value loss=mse; for lists of labels: data.labels=several)"
             )
         values.add(value)
     return sorted(values)
@@ -321,20 +333,28 @@ def _class_names(table: Any, target: str, classes: Sequence[Any]) -> tuple[str, 
     """Returns the names of the classes: those that the package datasets stores with the table, or the labels."""
     try:
         features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[target]["names"]
+        feature = features[target]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # of a list of labels
+        names = feature["names"]
         return tuple(str(names[label]) for label in classes)
     except (KeyError, IndexError, TypeError, ValueError):
         return tuple(map(str, classes))
 
 
-def _targets(key: str, table: Any, target: str, classes: Sequence[Any] | None) -> torch.Tensor:
-    """Returns int64 [N] class numbers, or float32 [N] or [N, K] values."""
+def _targets(key: str, table: Any, target: str, classes: Sequence[Any] | None, several: bool) -> torch.Tensor:
+    """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels; or float32 [N] or [N, K] values."""
     values = _labels(key, table, target)
     if classes is not None:
         numbers = {label: number for number, label in enumerate(classes)}
-        for row, label in enumerate(values):
-            if label not in numbers:
-                raise UserError(f"{key}, row {row}: {target} is {label!r}, a class that no training row has")
+        for row, labels in enumerate(values):
+            for label in labels or () if several else (labels,):
+                if label not in numbers:
+                    raise UserError(f"{key}, row {row}: {target} is {label!r}, a class that no training row has")
+        if several:
+            targets = torch.zeros(len(values), len(classes))
+            for row, labels in zip(targets, values, strict=True):
+                row[[numbers[label] for label in labels]] = 1.0
+            return targets
         return torch.tensor([numbers[label] for label in values])
     try:
         targets = torch.tensor(values, dtype=torch.float32)

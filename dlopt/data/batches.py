@@ -43,6 +43,7 @@ class Batch:
         total: samples of the batch on all processes.
         shard: the positions of this process's samples among them; None: all of them, or several slices.
         weight: of its mean loss in the loss of the update.
+        teacher_inputs: `inputs` in the normalization of a teacher; None: it is the same, or there is no teacher.
         is_last: whether it is the last micro-batch of its update.
     """
 
@@ -52,6 +53,7 @@ class Batch:
     shard: slice | None = None
     weight: float = 1.0
     is_last: bool = True
+    teacher_inputs: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.inputs, self.targets))
@@ -72,6 +74,7 @@ class Delivery:
         workers: processes that read files; 0: none.
         task: splits samples into inputs and targets; None: inputs and labels.
         normalize: module on the device; None: only convert to `dtype`.
+        teacher_normalize: of a teacher, for `Batch.teacher_inputs`; None: there are none.
         memory_format: of image batches.
         dtype: of the inputs.
         compiled: compile indexing, augmentation and normalization as one function. Needs samples in memory and an
@@ -86,6 +89,7 @@ class Delivery:
     workers: int | Literal["auto"]
     task: Task | None = None
     normalize: nn.Module | None = None
+    teacher_normalize: nn.Module | None = None
     memory_format: torch.memory_format = torch.contiguous_format
     dtype: torch.dtype = torch.float32
     compiled: bool = False
@@ -139,7 +143,7 @@ class Batches:
         self._shard = shard
         self._augment = augment
         self._seed = seed
-        self._normalize = delivery.normalize
+        self._normalize, self._teacher_normalize = delivery.normalize, delivery.teacher_normalize
         self._memory_format = delivery.memory_format if len(samples.shape) == 3 else torch.contiguous_format
         self._dtype = delivery.dtype
         self._task = delivery.task
@@ -153,10 +157,10 @@ class Batches:
         else:
             workers = worker_count(delivery.workers, samples, delivery.processes)
             self._loader = Loader(samples if reader is None else reader, workers, pin=device.type == "cuda")
-        self._compiled_render: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._compiled_render: Callable[..., tuple[Tensor, ...]] | None = None
         if delivery.compiled and delivery.in_memory and (augment is None or hasattr(augment, "render")):
             self._compiled_render = torch.compile(self._render, dynamic=False)
-        self._graph: Callable[[Tensor, int, int], tuple[Tensor, Tensor]] | None = None
+        self._graph: Callable[[Tensor, int, int], tuple[Tensor, ...]] | None = None
         if delivery.recorder is not None and delivery.in_memory and shard is None:
             self._graph = _graphed(self._build, self.batch_size, device, delivery.recorder)
 
@@ -191,7 +195,8 @@ class Batches:
                 samples = self._build(inputs, indices, rng, total, shard, epoch)
             if loss_aware is not None:
                 loss_aware.serve(step + number, order[number * self.batch_size :][shard])
-            yield Batch(*samples, total)
+            own, targets, *others = samples
+            yield Batch(own, targets, total, teacher_inputs=others[0] if others else None)
 
     def _build(
         self,
@@ -201,7 +206,7 @@ class Batches:
         total: int,
         shard: slice | Tensor,
         epoch: int | Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Builds the batch of the samples `indices`; `inputs` None: take them from memory."""
         if self._compiled_render is not None:
             assert self._inputs is not None
@@ -224,22 +229,30 @@ class Batches:
             )
         return self._finish(inputs, labels)
 
-    def _render(self, inputs: Tensor, labels: Tensor, indices: Tensor, steps: Any) -> tuple[Tensor, Tensor]:
+    def _render(self, inputs: Tensor, labels: Tensor, indices: Tensor, steps: Any) -> tuple[Tensor, ...]:
         """Builds a batch from all inputs and labels and the drawn `steps`; only tensors, so it can be compiled."""
         inputs, labels = inputs.index_select(0, indices), labels.index_select(0, indices)
         if steps:
             inputs, labels = self._augment.render(inputs, labels, steps)  # type: ignore[union-attr]
         return self._finish(inputs, labels)
 
-    def _finish(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Splits off the targets of the task, and normalizes the inputs; tokens remain integers."""
+    def _finish(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Splits off the targets of the task, and normalizes the inputs; tokens remain integers.
+
+        With a teacher that has another normalization, also returns its inputs.
+        """
         if self._task is not None:
             inputs, targets = self._task.split(inputs, targets)
             if self._task.vocabulary is not None:
                 return inputs, targets
-        if self._normalize is not None:
-            inputs = self._normalize(inputs)
-        return inputs.to(dtype=self._dtype, memory_format=self._memory_format), targets
+        result = self._normalized(inputs, self._normalize), targets
+        if self._teacher_normalize is None:
+            return result
+        return *result, self._normalized(inputs, self._teacher_normalize)
+
+    def _normalized(self, inputs: Tensor, normalize: nn.Module | None) -> Tensor:
+        inputs = inputs if normalize is None else normalize(inputs)
+        return inputs.to(dtype=self._dtype, memory_format=self._memory_format)
 
     def close(self) -> None:
         """Stops the worker processes, if any."""
@@ -268,8 +281,8 @@ class Batches:
 
 
 def _graphed(
-    build: Callable[..., tuple[Tensor, Tensor]], size: int, device: torch.device, recorder: Recorder
-) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor]]:
+    build: Callable[..., tuple[Tensor, ...]], size: int, device: torch.device, recorder: Recorder
+) -> Callable[[Tensor, int, int], tuple[Tensor, ...]]:
     """Returns a function of indices, seed and epoch that builds a full batch from a CUDA graph.
 
     The recorded kernels read fixed memory, so these inputs, which change, are copied into it before each replay.
@@ -278,12 +291,12 @@ def _graphed(
     static_epoch = torch.zeros((), dtype=torch.int64, device=device)
     rng = torch.Generator(device)
 
-    def work() -> tuple[Tensor, Tensor]:
+    def work() -> tuple[Tensor, ...]:
         return build(None, static_indices, rng, size, slice(0, size), static_epoch)
 
     replayed = GraphedFunction("the data path", work, recorder, [rng])
 
-    def replay(indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    def replay(indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, ...]:
         static_indices.copy_(indices)
         static_epoch.fill_(epoch)
         rng.manual_seed(seed)

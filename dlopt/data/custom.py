@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from dlopt.data.images import size_pair
 from dlopt.data.samples import Dataset, Samples, Wrapped
 from dlopt.errors import UserError
@@ -15,7 +17,7 @@ def custom(
 
     Args:
         classes: number or names of the classes; None: inferred from the training labels. Floating-point labels mean
-            regression and need None.
+            regression and need None; or, with K classes, several labels per sample: float [K], 0 or 1.
 
     Raises:
         UserError: an item is not a usable pair, or labels do not match the classes.
@@ -27,15 +29,21 @@ def custom(
     splits = {key: Wrapped(data, size, f"data.{key}") for key, data in datasets.items() if data is not None}
     names = _class_names(splits["train"], classes)
     for key, split in splits.items():
-        _check_labels(f"data.{key}", split, names)
+        _check_labels(f"data.{key}", split, splits["train"], names)
     return Dataset(splits["train"], splits.get("val"), splits.get("test"), names)
 
 
 def _class_names(train: Samples, classes: int | list[str] | None) -> tuple[str, ...] | None:
     if train.targets.is_floating_point():
-        if classes is not None:
-            raise UserError(f"data.classes={classes}: the labels are floating-point values; use data.classes=null")
-        return None
+        if classes is None:
+            return None
+        names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
+        if not _are_flags(train.targets, len(names)):
+            raise UserError(
+                f"data.classes={classes}: the labels are floating-point values, but not {len(names)} zeros and ones "
+                "per sample; use data.classes=null for regression"
+            )
+        return names
     if isinstance(classes, list):
         return tuple(classes)
     if classes is None:
@@ -50,10 +58,18 @@ def _class_names(train: Samples, classes: int | list[str] | None) -> tuple[str, 
     return tuple(str(label) for label in range(classes))
 
 
-def _check_labels(key: str, split: Samples, names: tuple[str, ...] | None) -> None:
-    if split.targets.is_floating_point() != (names is None):
+def _are_flags(targets: Tensor, count: int) -> bool:
+    """Returns whether targets are [N, count] zeros and ones."""
+    return targets.ndim == 2 and targets.shape[1] == count and bool(((targets == 0) | (targets == 1)).all())
+
+
+def _check_labels(key: str, split: Samples, train: Samples, names: tuple[str, ...] | None) -> None:
+    if split.targets.is_floating_point() != train.targets.is_floating_point():
         raise UserError(f"{key}: labels must have the same type as data.train's (class numbers, or float values)")
-    if names is not None:
+    if names is not None and split.targets.is_floating_point():
+        if not _are_flags(split.targets, len(names)):
+            raise UserError(f"{key}: labels must be {len(names)} zeros and ones per sample, as those of data.train")
+    elif names is not None:
         low, high = int(split.targets.min()), int(split.targets.max())
         if low < 0 or high >= len(names):
             raise UserError(

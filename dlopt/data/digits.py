@@ -11,9 +11,12 @@ import torch
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import stratified
 from dlopt.errors import UserError
+from dlopt.random import generator
+from dlopt.ranges import Count, Natural
 
 _TEST_FRACTION = 0.2
 _TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
+_VAL_SEED = 1
 
 
 def digits() -> Dataset:
@@ -29,6 +32,30 @@ def digits() -> Dataset:
     samples = InMemory(inputs, torch.from_numpy(table[:, -1].astype(np.int64)))
     test, train = stratified(samples.targets, round(_TEST_FRACTION * len(samples)), _TEST_SEED)
     return Dataset(samples.select(train), None, samples.select(test), tuple(str(digit) for digit in range(10)))
+
+
+def digit_pairs(*, train_size: Count, val_size: Natural, test_size: Natural) -> Dataset:
+    """Pairs digits [1, 8, 16], side by side: float32 [N, 10] says which of the ten digits occur, one or two of them.
+
+    The pairs of a split are drawn at random, always the same, from digits of its own: the test set of `digits`, and
+    for validation a stratified fifth of the others. A size of 0 omits a split; the size of one does not change the
+    others.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    source = digits()
+    assert source.test is not None
+    val, train = stratified(source.train.targets, round(_TEST_FRACTION * len(source.train)), _VAL_SEED)
+    pools = source.train.select(train), source.train.select(val), source.test
+    splits = []
+    for split, (pool, size) in enumerate(zip(pools, (train_size, val_size, test_size), strict=True)):
+        pairs = torch.randint(len(pool), (size, 2), generator=generator("cpu", _TEST_SEED, split))
+        images = torch.cat([pool.fetch(column) for column in pairs.unbind(1)], dim=3)
+        labels = torch.zeros(size, 10).scatter_(1, pool.targets[pairs], 1.0)
+        splits.append(InMemory(images, labels) if size else None)
+    assert splits[0] is not None
+    return Dataset(splits[0], splits[1], splits[2], source.classes)
 
 
 def read_bundled(name: str, key: str, description: str) -> str:

@@ -31,7 +31,8 @@ _LABELS_CHECKED = 64  # items whose labels are compared with the dataset's attri
 class Samples(Protocol):
     """Inputs and targets by index.
 
-    `targets`: int64 [N] class indices, or float32 [N] or [N, K] for regression.
+    `targets`: int64 [N] class indices; float32 [N, K], 0 or 1, of samples with several labels; or float32 [N] or [N, K]
+    for regression.
     `shape`: of one input, (C, H, W) for images or (F,) for vectors.
     """
 
@@ -78,7 +79,8 @@ class Dataset:
     `notes`: lines to show the user, about skipped samples.
     `facts`: identify the data, for environment.json.
     `tokenizer`: of a text that is not read byte by byte.
-    `unlabelled`: the task of a model that does not predict the labels; None: classification or regression.
+    `unlabelled`: the task of a model that does not predict the labels; None: classification, several labels per sample,
+    or regression.
     """
 
     train: Samples
@@ -97,11 +99,16 @@ class Dataset:
         if self.unlabelled is not None:
             task = self.unlabelled
         elif self.classes is not None:
-            task = Task("classification", len(self.classes))
+            task = Task("multi-label" if self.has_several_labels else "classification", len(self.classes))
         else:
             targets = self.train.targets
             task = Task("regression", 1 if targets.ndim == 1 else targets.shape[1])
         return replace(task, white=self._white)
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether a sample may have several of the classes, or none: its target is float32 [K], 0 or 1."""
+        return self.classes is not None and self.train.targets.is_floating_point()
 
     def task_on(self, samples: Samples) -> Task:
         """Returns the task with the bytes per token of `samples`, a split: the texts of splits differ."""
@@ -379,7 +386,10 @@ class Wrapped:
         if targets.dim() == 2 and targets.shape[1] == 1:
             targets = targets.squeeze(1)
         if targets.dim() != 1 or targets.is_complex():
-            raise UserError(f"{self._name}: class labels must be one integer per sample, got {_describe(targets[0])}")
+            raise UserError(
+                f"{self._name}: class labels must be one integer per sample, got {_describe(targets[0])}; several "
+                "labels per sample must be float zeros and ones, with data.classes"
+            )
         return targets.to(torch.int64)
 
 

@@ -47,9 +47,10 @@ def prepare(
         UserError: the settings do not fit the data, or a sample cannot be read.
     """
     train, val, test = dataset.train, dataset.val, dataset.test
-    regression = dataset.classes is None
+    is_stratified = dataset.classes is not None and not dataset.has_several_labels
     if settings.subset is not None:
-        selected, _ = split(train, _subset_count(train, settings.subset, regression), settings.split_seed, _SUBSET)
+        count = _subset_count(train, settings.subset, is_stratified=is_stratified)
+        selected, _ = split(train, count, settings.split_seed, _SUBSET)
         train = train.select(selected)
     if val is None and settings.val_split > 0:
         count = max(1, round(settings.val_split * len(train)))
@@ -57,8 +58,10 @@ def prepare(
         if len(held_out):
             train, val = train.select(kept), train.select(held_out)
     if settings.label_noise > 0:
-        if regression or dataset.unlabelled is not None:
-            raise UserError(f"data.label_noise={settings.label_noise}: the targets are not classes; use 0")
+        if not is_stratified or dataset.unlabelled is not None:
+            raise UserError(
+                f"data.label_noise={settings.label_noise}: the targets are not classes, one per sample; use 0"
+            )
         assert isinstance(train, InMemory | Files | Wrapped)  # the sources with class labels
         train = copy(train)
         train.targets = corrupted(train.targets, len(dataset.classes or ()), settings)
@@ -160,11 +163,11 @@ def _allocate(available: list[int], count: int, keep_one: bool) -> list[int]:
     return result
 
 
-def _subset_count(train: Samples, subset: int | float, regression: bool) -> int:
+def _subset_count(train: Samples, subset: int | float, *, is_stratified: bool) -> int:
     count = subset if isinstance(subset, int) else max(1, round(subset * len(train)))
     if count > len(train):
         raise UserError(f"data.subset={subset}: the training set has only {len(train)} samples")
-    classes = 1 if regression else len(train.targets.unique())
+    classes = len(train.targets.unique()) if is_stratified else 1
     if count < classes:
         raise UserError(
             f"data.subset={subset}: {count} samples cannot include one of each of the {classes} classes; "

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["classification", "regression", "next_token", "reconstruction"]
+Kind = Literal["classification", "multi-label", "regression", "next_token", "reconstruction"]
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,13 @@ class Task:
 
     kind            model inputs             targets
     classification  sample                   label: int64 [B]
+    multi-label     sample                   whether it has each label: float [B, K], 0 or 1
     regression      sample                   label: float [B] or [B, K]
     next_token      tokens 0..T-1: [B, T]    tokens 1..T: int64 [B, T]
     reconstruction  sample                   sample: float [B, K], before the normalization; 0..255 becomes 0..1
 
     Args:
-        outputs: size of a prediction: the number of classes, of values, or of tokens in the vocabulary.
+        outputs: size of a prediction: the number of classes, of labels, of values, or of tokens in the vocabulary.
         predictions: per sample; T for a text.
         unit: of a token; bytes are measured in bits.
         bytes_per_token: mean number of bytes of the predicted tokens; None: unknown.
@@ -41,8 +42,13 @@ class Task:
 
     @property
     def classes(self) -> int | None:
-        """Number of classes of a prediction; None: it is a number."""
+        """Number of classes of a prediction, of which one is correct; None: it consists of numbers."""
         return self.outputs if self.kind in ("classification", "next_token") else None
+
+    @property
+    def labels(self) -> int | None:
+        """Number of labels, of which a sample may have several; None: of another task."""
+        return self.outputs if self.kind == "multi-label" else None
 
     @property
     def vocabulary(self) -> int | None:
@@ -52,7 +58,7 @@ class Task:
     @property
     def has_labels(self) -> bool:
         """Whether the targets are labels of the dataset; otherwise they are taken from the samples."""
-        return self.kind in ("classification", "regression")
+        return self.kind in ("classification", "multi-label", "regression")
 
     @property
     def accuracy(self) -> str:

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Profiling(Observer):
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
         """Times the model and the loss as `forward`, and fetching a batch as `data`."""
         model, loss = self._timed("forward", network.model), self._timed("forward", network.loss)
-        return Network(network.module, model, loss), TimedBatches(batches, self)
+        return replace(network, model=model, loss=loss), TimedBatches(batches, self)
 
     def around(
         self, step: Step, inputs: Tensor, targets: Tensor, number: int

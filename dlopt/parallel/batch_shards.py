@@ -176,6 +176,7 @@ class BatchSplit:
                     shard.local,
                     weight=shard.samples * self.scale / batch.total,
                     is_last=number == len(shards),
+                    teacher_inputs=None if batch.teacher_inputs is None else batch.teacher_inputs[samples],
                 )
             )
             start += shard.samples

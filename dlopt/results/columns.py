@@ -14,9 +14,13 @@ from dlopt.results.reading import number_in, tags_of
 from dlopt.results.tables import Table
 from dlopt.tracking.layout import short_path
 
-FIRST = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "accuracy_gap", "gap")
+_LABELS = ("mean_average_precision", "macro_f1", "micro_f1")
+FIRST = (
+    "val_accuracy", *(f"val_{name}" for name in _LABELS), "val_loss", "train_accuracy", "train_loss", "accuracy_gap",
+    "gap",
+)  # fmt: skip
 _COST = ("epochs", "steps", "seconds", "parameters")
-_TEST = ("test_accuracy", "test_loss")
+_TEST = ("test_accuracy", *(f"test_{name}" for name in _LABELS), "test_loss")
 
 
 def metric_columns(ranking: Ranking) -> list[str]:

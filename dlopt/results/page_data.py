@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.formats import brief, format_metric, printable
+from dlopt.metric_names import lower_is_better
 from dlopt.results import drawing
 from dlopt.results.columns import (
     FIRST,
@@ -90,7 +91,7 @@ def _columns(ranking: Ranking, metrics: Sequence[str], tests: Sequence[str]) -> 
         columns.append({"id": f"key {key}", "name": short_key(key, ranking.keys), "full": key, "number": numbers})
     columns.append({"id": "runs", "name": "runs", "number": True})
     for name in (*metrics, *tests):
-        higher = (name == ranking.by and not ranking.lower) or (name != ranking.by and name.endswith("accuracy"))
+        higher = not ranking.lower if name == ranking.by else not lower_is_better(name)
         columns.append({"id": name, "name": drawing.metric_name(name), "number": True, "higher": higher})
         if name == ranking.by and any(row.difference is not None for row in ranking.rows):
             unit = " (points)" if "accuracy" in name else ""

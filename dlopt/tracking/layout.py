@@ -248,7 +248,8 @@ def _titles(metrics: Iterable[str]) -> dict[str, str]:
     """Returns the titles of all columns: those of further `metrics` follow those of the validation."""
     titles = list(_TITLES.items())
     end = list(_TITLES).index("lr")
-    return dict([*titles[:end], *((key, key.replace("_", " ")) for key in metrics), *titles[end:]])
+    added = [(key, key.replace("mean_average_precision", "mAP").replace("_", " ")) for key in metrics]
+    return dict([*titles[:end], *added, *titles[end:]])
 
 
 _WIDTHS = {"step": 8, "lr": 9, "seconds": 7, "epoch_seconds": 7, "throughput": 8}  # characters; 9 for the others

@@ -37,7 +37,7 @@ from dlopt.training.mup import width_growth
 from dlopt.training.precision import Precision, choose_precision
 from dlopt.training.recompute import recompute
 from dlopt.training.rng import AUGMENTATION, ORDER, SCHEME, WEIGHTS
-from dlopt.training.step import Network
+from dlopt.training.step import Network, Teacher
 from dlopt.training.weights import match_weights
 
 
@@ -57,6 +57,7 @@ class Workload:
     memory_format: torch.memory_format
     augment: Pipeline | None
     compile_obstacle: str = ""  # why the model is not compiled; empty: it is
+    teacher: Teacher | None = None  # of loss=distillation, in training
     statistics_batches: Batches | None = None  # training split, for norm_statistics=exact
     opened: WeakSet[Batches] = field(default_factory=WeakSet)  # they may have worker processes
 
@@ -88,7 +89,7 @@ class Workload:
 
     @property
     def network(self) -> Network:
-        return Network(self.module, self.model, self.loss)
+        return Network(self.module, self.model, self.loss, self.teacher)
 
     def close(self) -> None:
         """Ends the worker processes of all batches."""
@@ -180,7 +181,12 @@ def build_workload(
     module = precision.place(module)
     if has_convolutions:
         module = module.to(memory_format=memory_format)
-    loss: nn.Module = experiment.loss.build(classes=task.classes, class_counts=class_counts(experiment, dataset))
+    loss: nn.Module = experiment.loss.build(
+        classes=task.classes,
+        class_counts=class_counts(experiment, dataset),
+        labels=task.labels,
+        label_fractions=label_fractions(experiment, dataset),
+    )
     if settings.threads == "auto" and device.type == "cpu" and parallel.ranks.processes == 1:
         size = experiment.data_settings.batch_size
         samples = len(dataset.train) if size == "full" else size
@@ -253,6 +259,13 @@ def class_counts(experiment: Experiment, dataset: Dataset) -> list[int] | None:
         kind = task.shown_kind
         raise UserError(f"loss.class_weights=balanced: needs labels, which a {kind} task has not; use null")
     return torch.bincount(dataset.train.targets, minlength=task.classes).tolist()
+
+
+def label_fractions(experiment: Experiment, dataset: Dataset) -> list[float] | None:
+    """Returns the fraction of the training samples with each label, if the loss balances the labels."""
+    if experiment.loss.arguments.get("pos_weight") != "balanced" or dataset.task.labels is None:
+        return None
+    return dataset.train.targets.double().mean(0).tolist()
 
 
 def model_arguments(task: Task, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -353,9 +366,11 @@ def training_batches(workload: Workload) -> Batches:
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     reader, augment = crop_when_reading(workload.augment, samples, seed)
+    recorder = speed.data_recorder(experiment, workload.device)
+    teacher_normalize = None if workload.teacher is None else workload.teacher.normalize
     batches = Batches(
         samples,
-        _delivery(workload, compiled=compiled, recorder=speed.data_recorder(experiment, workload.device)),
+        _delivery(workload, compiled=compiled, recorder=recorder, teacher_normalize=teacher_normalize),
         batch_size=data.batch_size,
         sampler=sampler,
         drop_last=data.drop_last,

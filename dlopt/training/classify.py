@@ -12,8 +12,9 @@ from torch import Tensor
 from dlopt.data.folder import images_below, reading
 from dlopt.data.images import decode
 from dlopt.errors import UserError
-from dlopt.losses import probabilities
+from dlopt.losses import label_probabilities, probabilities
 from dlopt.processor import usable_cores
+from dlopt.training.multilabel import THRESHOLD
 from dlopt.training.restore import Trained
 
 
@@ -46,7 +47,8 @@ def refuse_other_inputs(trained: Trained, path: Path) -> None:
 def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterator[tuple[str, list[float] | str]]:
     """Yields each path with the probabilities of its classes, or with the error of an unreadable file.
 
-    A regression has the outputs instead. Each process classifies its shard of a batch; all of them yield all results.
+    A model of several labels has the probability of each; a regression has the outputs. Each process classifies its
+    shard of a batch; all of them yield all results.
     """
     channels, height, width = trained.sample
 
@@ -67,6 +69,18 @@ def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterato
             yield from trained.mode.ranks.gather(_classify(paths, list(images), trained))
 
 
+def predicted_labels(labels: Sequence[str], probabilities: Sequence[float]) -> tuple[str, ...]:
+    """Returns the labels that a model of several labels predicts."""
+    return tuple(label for label, each in zip(labels, probabilities, strict=True) if each >= THRESHOLD)
+
+
+def _values(outputs: Tensor, trained: Trained) -> Tensor:
+    """Returns what a prediction shows: the probabilities of classes or labels; the outputs of a regression."""
+    if trained.task.labels is not None:
+        return label_probabilities(outputs, trained.loss)
+    return outputs if trained.classes is None else probabilities(outputs, trained.loss)
+
+
 def _classify(
     paths: Sequence[str], images: Sequence[Tensor | UserError], trained: Trained
 ) -> list[tuple[str, list[float] | str]]:
@@ -74,7 +88,7 @@ def _classify(
     values: Iterator[list[float]] = iter(())
     if readable:
         outputs = trained.outputs(torch.stack(readable))
-        values = iter((outputs if trained.classes is None else probabilities(outputs, trained.loss)).tolist())
+        values = iter(_values(outputs, trained).tolist())
     return [
         (path, str(image) if isinstance(image, UserError) else next(values))
         for path, image in zip(paths, images, strict=True)

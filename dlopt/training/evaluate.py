@@ -17,7 +17,7 @@ from dlopt.data.splits import evaluation_subset, prepare
 from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.interruption import Interruption
-from dlopt.losses import MSE, CrossEntropy, probabilities, processes_in_chunks
+from dlopt.losses import MSE, CrossEntropy, label_probabilities, probabilities, processes_in_chunks
 from dlopt.plain import without_nan
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
@@ -35,10 +35,11 @@ from dlopt.training.metrics import (
     extra_metrics,
     f1_scores,
 )
+from dlopt.training.multilabel import LABEL_METRICS, LabelMetrics, LabelReport, label_report
 from dlopt.training.own_metrics import OwnMetric, OwnMetrics, compute
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 
-Accumulator = ExtraMetrics | OwnMetrics
+Accumulator = ExtraMetrics | LabelMetrics | OwnMetrics
 
 
 @torch.inference_mode()
@@ -98,13 +99,22 @@ Outputs = tuple[Tensor, Tensor]  # outputs and targets of a batch
 
 @dataclass(frozen=True)
 class TestReport:
-    """Test metrics (`test_...`), and the confusion matrix [K, K] with a row per true class (None: regression)."""
+    """Test metrics (`test_...`), and the confusion matrix [K, K] with a row per true class (None: other tasks).
+
+    `labels`: the metrics of each label where a sample has several; None: other tasks.
+    """
 
     metrics: dict[str, float]
     confusion: Tensor | None
+    labels: LabelReport | None = None
 
     def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Returns {class, samples, accuracy, f1} of each class; None for a value without samples."""
+        """Returns {class, samples, accuracy, f1} of each class; None for a value without samples.
+
+        Of labels: the average precision instead of the accuracy.
+        """
+        if self.labels is not None:
+            return [without_nan(row) for row in self.labels.rows(classes)]
         if self.confusion is None:
             return []
         columns = (self.confusion.sum(1), class_accuracies(self.confusion), f1_scores(self.confusion))
@@ -128,6 +138,10 @@ def report(
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     with torch.inference_mode():
         own_values = {f"test_{name}": value for name, value in compute(own, outputs, targets).items()}
+    if task.labels is not None:
+        labels = label_report(outputs, targets, lambda outputs: label_probabilities(outputs, loss))
+        means = {f"test_{name}": value for name, value in labels.means.items()}
+        return TestReport(metrics | means | own_values, None, labels)
     classes, confusion = task.classes, None
     extra: ExtraMetrics
     if classes is None:
@@ -236,9 +250,13 @@ def _reporting(batches: Batches, on_batch: Callable[[int, int], None]) -> Iterat
         on_batch(done, len(batches))
 
 
-def _own_metrics(workload: Workload) -> list[OwnMetrics]:
-    functions = workload.experiment.own_metrics
-    return [OwnMetrics(functions, workload.parallel.ranks)] if functions else []
+def _whole_metrics(workload: Workload) -> list[LabelMetrics | OwnMetrics]:
+    """Returns the accumulators of metrics that are functions of all samples at once."""
+    functions, ranks, loss = workload.experiment.own_metrics, workload.parallel.ranks, workload.loss
+    own = [OwnMetrics(functions, ranks)] if functions else []
+    if workload.task.labels is None:
+        return [*own]
+    return [LabelMetrics(lambda outputs: label_probabilities(outputs, loss), ranks), *own]
 
 
 def _evaluate(
@@ -260,12 +278,14 @@ def _evaluate(
             prefix=prefix,
             interruption=None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption),
             reduce=reduction(workload),
-            extra=[*extra, *_own_metrics(workload)],
+            extra=[*extra, *_whole_metrics(workload)],
         )
 
 
 def test_metrics(workload: Workload, on_batch: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """Returns test_loss, for classes test_accuracy, and what the task derives; {} without a test set.
+    """Returns test_loss, for classes test_accuracy, for labels `LABEL_METRICS`, and what the task derives.
+
+    {} without a test set.
 
     `on_batch(done, total)` is called after each batch, except with test-time augmentation.
     """
@@ -276,7 +296,8 @@ def test_metrics(workload: Workload, on_batch: Callable[[int, int], None] | None
         outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload))
         own = workload.experiment.own_metrics
         metrics = report(outputs, workload.loss, workload.task, own).metrics
-        names = ("test_loss", "test_accuracy", *(f"test_{name}" for name in own))
+        of_labels = LABEL_METRICS if workload.task.labels is not None else ()
+        names = ("test_loss", "test_accuracy", *(f"test_{name}" for name in (*of_labels, *own)))
         return {name: metrics[name] for name in names if name in metrics}
     batches = evaluation_batches(workload, workload.dataset.test)
     task = workload.dataset.task_on(workload.dataset.test)
@@ -315,6 +336,8 @@ def choose_average(average: Average | None, workload: Workload, *, key: str = "a
     """Returns the default for `average` None: probabilities; logits for squared errors, whose outputs are estimates."""
     if workload.classify and not isinstance(workload.loss, MSE):
         return average or "probabilities"
+    if average == "probabilities" and workload.task.labels is not None:
+        raise UserError(f"{key}=probabilities: the labels of a sample have no common distribution; use {key}=logits")
     if average == "probabilities":
         raise UserError(f"{key}=probabilities: a model trained with a squared error has none; use {key}=logits")
     return "logits"

@@ -16,6 +16,7 @@ from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.losses import probabilities
 from dlopt.metric_names import lower_is_better
+from dlopt.training.multilabel import LABEL_METRICS
 from dlopt.training.stopping import Target
 
 Reduce = Callable[[Sequence[float]], Sequence[float]]
@@ -256,6 +257,7 @@ def _columns(values: Tensor) -> Tensor:
 TOP = 5
 _CLASS_METRICS = ("top5_accuracy", "macro_f1", "calibration_error", "class_accuracy")
 _VALUE_METRICS = ("r2", "mae")
+_METRICS_OF = {"classification": _CLASS_METRICS, "multi-label": LABEL_METRICS, "regression": _VALUE_METRICS}
 
 
 def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> "Callable[[], ExtraMetrics] | None":
@@ -275,17 +277,19 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
     of_loss = [f"val_{name}" for name in task.loss_metrics(0.0)]
     own = [f"val_{name}" for name in experiment.own_metrics]
     logged = ["auto", "val_loss", *of_loss, *own, *([] if task.classes is None else [f"val_{task.accuracy}"])]
+    logged += [] if task.labels is None else [f"val_{name}" for name in LABEL_METRICS]
     for key, monitor in monitors.items():
         if monitor in logged:
             continue
         name = extra_metric(monitor)
         if name is None:
-            others = ", val_r2, val_mae" if task.kind == "regression" else ""
+            of_task = (*_VALUE_METRICS,) if task.kind == "regression" else LABEL_METRICS if task.labels else ()
+            others = "".join(f", val_{each}" for each in of_task)
             raise UserError(f"{key}={monitor}: a {task.shown_kind} task allows auto, val_loss{others}")
         requested.setdefault(name, f"{key}={monitor}")
     _check_names(requested, task)
     _check_classes(monitors, dataset)
-    if not requested:
+    if not requested or task.labels is not None:  # `LabelMetrics` are those of every evaluation
         return None
     names = list(requested)
     if classes is None:
@@ -307,7 +311,7 @@ def _check_target(experiment: Experiment, task: Task) -> None:
 
 
 def _check_names(requested: Mapping[str, str], task: Task) -> None:
-    available = {"classification": _CLASS_METRICS, "regression": _VALUE_METRICS}.get(task.kind, ())
+    available = _METRICS_OF.get(task.kind, ())
     for name, setting in requested.items():
         if name not in available:
             raise UserError(f"{setting}: a {task.shown_kind} task has no such metric")

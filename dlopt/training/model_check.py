@@ -179,6 +179,7 @@ def check_outputs(
     fits = outputs.shape == (_BATCH, *expected) or (expected == (1,) and outputs.shape == (_BATCH,))
     if not fits:
         purpose = "values per target" if task.classes is None else "classes" if task.has_labels else "tokens"
+        purpose = purpose if task.labels is None else "labels"
         hint = "set the argument of the model for it, for example +model.num_classes="
         raise UserError(
             f"{path}: returns {_batch(outputs.shape[1:])} values, but the data has {task.outputs} {purpose}; "

@@ -249,6 +249,8 @@ def build_step(
         workload.module, optimizer, schedule, mode, step_settings, precision=workload.precision, observed=observed,
         compile=False if workload.compile_obstacle else settings.compile,
     )  # fmt: skip
+    if reason is None and network.teacher is not None:
+        reason = "the static batch of a graph has no inputs of a teacher"
     if reason is not None and settings.cuda_graphs is True:
         raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
     # The order matters: the average includes buffers, which have to be synchronized before.

@@ -13,6 +13,7 @@ from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
 from dlopt.training.checkpoint import Checkpoints, evaluated_epoch
+from dlopt.training.multilabel import LABEL_METRICS
 from dlopt.training.mup import describe_rates
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.precision import bf16_slowdown
@@ -45,6 +46,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
     dataset = workload.dataset
     parameters = list(workload.module.parameters())
     tokens = workload.task.predictions  # of a sample; 1 for labels
+    label_metrics = LABEL_METRICS if workload.task.labels is not None else ()
     facts: dict[str, Any] = {
         "overrides": RunFolder(run.folder).history() if run.overrides is None else run.overrides,
         "parameters": sum(p.numel() for p in parameters),
@@ -58,7 +60,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
         "processes": workload.parallel.ranks.processes,
         "unit": _unit(workload),
         "inputs": _inputs(workload),
-        "metrics": [f"val_{name}" for name in workload.experiment.own_metrics],
+        "metrics": [f"val_{name}" for name in (*label_metrics, *workload.experiment.own_metrics)],
     }
     samples = workload.experiment.settings.evaluate.samples
     if samples is not None and dataset.val is not None and samples < len(dataset.val):
@@ -98,7 +100,8 @@ def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
         if isinstance(size, int) and size > samples
         else None
     )
-    described = [line for line in (chosen, pretrained, rates, small) if line]
+    teacher = None if workload.teacher is None else workload.teacher.note
+    described = [line for line in (chosen, pretrained, rates, teacher, small) if line]
     return [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]
 
 
@@ -115,7 +118,8 @@ def _emulation_warning(workload: Workload, batches: EpochBatches) -> str:
     cost, name = "is slower than fp32", workload.precision.name
     if workload.parallel.state.sharding == "replicated":  # otherwise this process has only a part of the model
         batch = next(iter(batches.epoch(0)))
-        slowdown = bf16_slowdown(workload.module, workload.loss, *batch, name=name)
+        loss = getattr(workload.loss, "cross_entropy", workload.loss)  # that of a distillation without its teacher
+        slowdown = bf16_slowdown(workload.module, loss, *batch, name=name)
         cost = f"takes {slowdown:.1f} times as long as fp32 (measured)"
     return (
         f"warning: precision={name}: this processor emulates bf16, which {cost}; use precision=fp32, or "
@@ -135,6 +139,8 @@ def _inputs(workload: Workload) -> str:
     task, shape = workload.task, "x".join(map(str, data_spec(workload)["window"]))
     if task.vocabulary is not None:
         return f"{shape} {task.unit}s at once, vocabulary {task.vocabulary:,}"
+    if task.labels is not None:
+        return f"{shape}, {task.labels:,} labels"
     return f"{shape}, {task.classes:,} classes" if task.classes is not None else shape
 
 

@@ -77,7 +77,7 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     normalize: nn.Module = experiment.normalize.build(input_shape=sample)
     task = Task(**facts["task"])
     module: nn.Module = experiment.model.build(**model_arguments(task, window))
-    loss: nn.Module = experiment.loss.build(classes=task.classes)
+    loss: nn.Module = experiment.loss.build(classes=task.classes, labels=task.labels)
     normalize.load_state_dict(state["normalize"])
     module.load_state_dict(evaluated_weights(state))
     return Trained(

@@ -37,12 +37,33 @@ _NO_CONTEXT = nullcontext()
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A trained model whose outputs a loss compares with those of the model that is trained (distillation).
+
+    Attributes:
+        model: frozen, in evaluation mode, on the device.
+        normalize: of its inputs; None: that of the model that is trained.
+        note: describes it, for the user.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    normalize: nn.Module | None
+    note: str
+
+    @torch.no_grad()  # not inference_mode: the loss keeps these outputs for its backward pass
+    def __call__(self, batch: Batch) -> Tensor:
+        """Returns the outputs of the same, augmented samples."""
+        return self.model(batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs)
+
+
+@dataclass(frozen=True)
 class Network:
-    """A model with its loss."""
+    """A model with its loss: a function of outputs, targets and, with a teacher, its outputs."""
 
     module: nn.Module
     model: Callable[[Tensor], Tensor]  # calls the module: wrapped by the parallel mode, compiled
-    loss: Callable[[Tensor, Tensor], Tensor]  # mean over the samples
+    loss: Callable[..., Tensor]  # mean over the samples
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +193,7 @@ class Step:
         self._model = precision.autocast(network.model)
         self._eager_model = precision.autocast(network.module)
         self._loss = precision.autocast(network.loss)
+        self._teacher = network.teacher
         self._sampled_loss = precision.autocast(sampled_cross_entropy)
         self._generators = _generators(self.parameters) if is_stochastic(network.module) else []
         self._checks_all = optimizer_traits(optimizer).uses_all_gradients
@@ -267,7 +289,7 @@ class Step:
                 if len(micro_batch.targets):
                     # Each part is weighted by its samples: parts differ in size, and a mean of means would weight the
                     # samples of small ones more.
-                    loss = self._measured(measured, outputs, micro_batch.targets)
+                    loss = self._measured(measured, outputs, micro_batch.targets, *self._teacher_outputs(micro_batch))
                     if micro_batch.weight != 1.0:
                         loss = loss * micro_batch.weight
                 else:  # the other ranks wait for this one in collectives; its gradients are zero
@@ -284,7 +306,9 @@ class Step:
         """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""
         # Fused attention kernels have no second derivatives.
         with sdpa_kernel(SDPBackend.MATH):
-            return self._differentiable(self.batch, self._loss)
+            return self._differentiable(
+                self.batch, lambda outputs, part: self._loss(outputs, part.targets, *self._teacher_outputs(part))
+            )
 
     def sampled_loss(self, seed: int) -> tuple[Tensor, int]:
         """Returns the mean cross-entropy, with its graph, for classes drawn from the model's predictions on the batch,
@@ -296,7 +320,10 @@ class Step:
         shape = targets.shape[:1] if targets.is_floating_point() else targets.shape  # mixed labels: [B, K]
         draw = torch.Generator(targets.device).manual_seed(seed)
         noise = torch.rand(shape, generator=draw, device=targets.device)
-        return self._differentiable(Batch(inputs, noise, self.batch.total), self._sampled_loss), noise.numel()
+        drawn = Batch(inputs, noise, self.batch.total)
+        return self._differentiable(
+            drawn, lambda outputs, part: self._sampled_loss(outputs, part.targets)
+        ), noise.numel()
 
     # -- checks and state
 
@@ -371,13 +398,17 @@ class Step:
                     stack.enter_context(context)
             yield
 
-    def _measured(self, measured: list[Measured], outputs: Tensor, targets: Tensor) -> Tensor:
+    def _teacher_outputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Returns the further argument of the loss, if there is a teacher."""
+        return () if self._teacher is None else (self._teacher(batch),)
+
+    def _measured(self, measured: list[Measured], outputs: Tensor, targets: Tensor, *teacher: Tensor) -> Tensor:
         """Returns the mean loss of a micro-batch with its graph, and appends what the metrics need of it."""
-        loss = self._loss(outputs, targets)
+        loss = self._loss(outputs, targets, *teacher)
         measured.append(self.measure(loss.detach(), outputs.detach(), targets))
         return loss
 
-    def _differentiable(self, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _differentiable(self, batch: Batch, loss: Callable[[Tensor, Batch], Tensor]) -> Tensor:
         """Returns the mean of `loss` over the batch with its graph, repeating the random numbers of the update."""
         if self.mode.ranks.processes > 1:
             raise UserError(
@@ -389,7 +420,7 @@ class Step:
         with torch.enable_grad(), frozen_statistics(self.module):
             # The uncompiled model: torch.compile has no second derivatives.
             parts = self.mode.split.micro_batches(batch, self.accumulate)
-            losses = [part.weight * loss(self._eager_model(part.inputs), part.targets) for part in parts]
+            losses = [part.weight * loss(self._eager_model(part.inputs), part) for part in parts]
             return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _seed(self) -> None:

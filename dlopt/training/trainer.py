@@ -40,6 +40,7 @@ from dlopt.training.build import (
     training_batches,
 )
 from dlopt.training.checkpoint import Checkpoints, evaluated_epoch, load
+from dlopt.training.distillation import with_teacher
 from dlopt.training.evaluate import Validate, check_crops, check_tta, reduction, test_metrics, validation
 from dlopt.training.metrics import MetricSum, sample_losses
 from dlopt.training.nonfinite import Diverged, Recovery
@@ -96,7 +97,7 @@ def train_run(
     settings = run.experiment.settings
     mode = build_mode(run.experiment)
     state = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
-    workload = build_workload(run.experiment, state, parallel=mode)
+    workload = with_teacher(build_workload(run.experiment, state, parallel=mode))
     check_crops(workload)
     batches = training_batches(workload)
     length = run_length(settings, len(batches), state)
@@ -258,6 +259,7 @@ def probe_trainer(
 
     `state`: of a checkpoint, which sets the length of the schedule. `checks`: see `build_trainer`.
     """
+    workload = with_teacher(workload)
     batches = training_batches(workload)
     silent = Tracking(None, sinks=[], console=False)
     length = run_length(workload.experiment.settings, len(batches), state)

@@ -73,6 +73,8 @@ def line(choice: str) -> tuple[str, ...]:
         "data=polynomial": (("loss=mse",), MLP),
         "data=linear": (("loss=mse",), MLP),
         "data=diabetes": (("loss=mse",), MLP),
+        "loss=binary_cross_entropy": (("data=digit_pairs", *DIGITS), MLP),
+        "loss=distillation": ((*DIGITS, "loss.teacher=images/teacher"), MLP),
         "loss=pixel_cross_entropy": (DIGITS, ("model=autoencoder", "model.widths=[4]")),
         "data=table": (("data.file=images/table.csv",), MLP),
         "model=polynomial": (("data=polynomial", "loss=mse", "normalize=none"), ()),
@@ -122,6 +124,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images/table.csv").write_text("a,b,kind\n" + "".join(f"{i},{i * i},{'xy'[i % 2]}\n" for i in range(60)))
     if importlib.util.find_spec("pyarrow") is not None:
         write_tables(folder / "images")
+    assert dlopt(folder, "train", *SMALL, *DIGITS, *MLP, "hydra.run.dir=images/teacher").code == 0
     return folder
 
 
@@ -200,7 +203,7 @@ def test_takes_one_update(choices: tuple[str, ...], place: Path, tmp_path: Path)
     if reason is not None:
         pytest.skip(reason)
     lines = dict.fromkeys(each for choice in choices for each in line(choice))
-    located = ("data.root", "data.file", "data.name")
+    located = ("data.root", "data.file", "data.name", "loss.teacher")
     typed = [each.replace("images", str(place / "images")) if each.startswith(located) else each
              for each in (*SMALL, *lines)]  # fmt: skip
     if any(choice.startswith("optimizer=") for choice in choices):

@@ -27,7 +27,7 @@ def test_every_key_of_a_run_declares_its_role() -> None:
 
 def test_every_declared_key_exists() -> None:
     plain, _ = to_plain(Composer().compose(["data=image_folder", "data.root=x"]), [])
-    others = {"hydra", "experiment", "comparison", "from", "data.offline"}  # the last one: of data=huggingface
+    others = {"hydra", "experiment", "comparison", "from", "data.offline", "loss.teacher"}  # the last two: of a choice
     assert set(ROLES) - others <= {*flatten(plain), *GROUPS}
 
 

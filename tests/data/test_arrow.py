@@ -224,3 +224,32 @@ def test_a_saved_dataset_has_names_of_classes(datasets: Any, tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"data\.name=x: the package datasets is not installed; .*dlopt\[hub\]"):
         hub(name="x", split="train")
+
+
+def test_lists_of_labels(tmp_path: Path) -> None:
+    images, labels = pictures(4), [["red", "round"], [], ["round"], ["red"]]
+    file = write(tmp_path / "train.parquet", images, labels)
+    dataset = read(file=file, labels="several")
+    assert dataset.classes == ("red", "round") and dataset.task.kind == "multi-label"
+    assert dataset.train.targets.tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
+    other = write(tmp_path / "test.parquet", images[:1], [["blue"]])
+    with pytest.raises(UserError, match=r"data\.test_file, row 0: label is 'blue', a class that no training row has"):
+        read(file=file, test_file=other, labels="several")
+    with pytest.raises(UserError, match=r"for lists of labels: data\.labels=several"):
+        read(file=file)
+    single = write(tmp_path / "single.parquet", images, ["a", "b", "a", "b"])
+    with pytest.raises(UserError, match=r"data\.labels=several: data\.file, row 0: label must be a list"):
+        read(file=single, labels="several")
+    empty = write(tmp_path / "empty.parquet", images[:1], arrow.array([[]], arrow.list_(arrow.string())))
+    with pytest.raises(UserError, match=r"data\.labels=several: no row of data\.file has a label in label"):
+        read(file=empty, labels="several")
+
+
+def test_lists_of_labels_of_the_package_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    sequence = datasets.Sequence(datasets.ClassLabel(names=["red", "green", "round"]))
+    features = datasets.Features({"image": datasets.Sequence(datasets.Value("float32")), "label": sequence})
+    rows = {"image": [[0.0], [1.0]], "label": [[0, 2], [1]]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
+    dataset = hub(name=str(tmp_path / "saved"), split="train", labels="several")
+    assert dataset.classes == ("red", "green", "round") and dataset.train.targets.tolist() == [[1, 0, 1], [0, 1, 0]]

@@ -24,7 +24,7 @@ CHOICES = [path for group in RUNTIME for path in files(group)]
 
 
 # Saved configs may lack these keys. They have the only default values: those of the YAML file.
-ADDED_LATER = {"text": {"column", "tokenizer", "vocabulary"}}
+ADDED_LATER = {"csv": {"label_separator"}, "text": {"column", "tokenizer", "vocabulary"}}
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")

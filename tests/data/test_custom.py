@@ -39,6 +39,13 @@ def test_classes_may_be_named_or_counted() -> None:
     assert len(load(classes=5).classes) == 5
 
 
+def test_zeros_and_ones_with_classes_are_several_labels_per_sample() -> None:
+    flags = [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+    data = load(train=Points(list(map(torch.tensor, flags))), classes=["red", "round"])
+    assert data.classes == ("red", "round") and data.has_several_labels
+    assert data.train.targets.tolist() == flags and (data.task.kind, data.task.labels) == ("multi-label", 2)
+
+
 def test_floating_point_labels_mean_regression() -> None:
     data = load(train=Points([0.5, 1.5]))
     assert data.classes is None and data.train.targets.tolist() == [0.5, 1.5]
@@ -58,6 +65,12 @@ def test_floating_point_labels_mean_regression() -> None:
         ({"val": Points([0.5])}, "data.val: labels must have the same type"),
         ({"train": Points([0.5, float("nan")])}, "labels that are not finite"),
         ({"train": Points([0.5]), "classes": 2}, "data.classes=2: the labels are floating-point"),
+        ({"train": Points([torch.tensor([0.0, 0.5])]), "classes": 2}, "but not 2 zeros and ones per sample"),
+        ({"train": Points([torch.tensor([0, 1])]), "classes": 2}, "several labels per sample must be float zeros and"),
+        (
+            {"train": Points([torch.ones(2)]), "test": Points([torch.ones(3)]), "classes": 2},
+            "data.test: labels must be 2 zeros and ones per sample",
+        ),
     ],
 )
 def test_rejects_invalid_settings(changed: dict[str, Any], message: str) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dlopt.data.digits import digits
-from dlopt.data.samples import InMemory
+from dlopt.data.digits import digit_pairs, digits
+from dlopt.data.samples import InMemory, Samples
 from dlopt.data.splits import DataSettings, prepare
 from dlopt.errors import UserError
 
@@ -38,6 +38,35 @@ def test_the_test_split_is_fixed_and_stratified(settings: Callable[..., DataSett
     counts = torch.bincount(parts.test.targets)
     whole = counts + torch.bincount(digits().train.targets)
     assert len(parts.test) == 359 and ((counts - 0.2 * whole).abs() <= 1).all()
+
+
+def test_pairs_of_digits() -> None:
+    """Each half of an image is a digit of the pool of its split, and the labels are those of the two halves."""
+    data, source = digit_pairs(train_size=200, val_size=50, test_size=60), digits()
+    assert isinstance(source.train, InMemory) and isinstance(source.test, InMemory)
+    assert data.classes == source.classes and data.task.kind == "multi-label" and data.task.outputs == 10
+
+    def halves(samples: Samples) -> set[bytes]:
+        assert isinstance(samples, InMemory) and samples.shape == (1, 8, 16)
+        return {half.numpy().tobytes() for image in samples.inputs for half in image[0].split(8, 1)}
+
+    known = {image.numpy().tobytes(): int(label) for image, label in zip(
+        torch.cat([source.train.inputs, source.test.inputs]), torch.cat([source.train.targets, source.test.targets]),
+        strict=True,
+    )}  # fmt: skip
+    splits = [data.train, data.val, data.test]
+    for samples in splits:
+        assert isinstance(samples, InMemory) and samples.targets.dtype == torch.float32
+        for image, target in zip(samples.inputs, samples.targets, strict=True):
+            found = {known[half.contiguous().numpy().tobytes()] for half in image[0].split(8, 1)}
+            assert found == set(target.nonzero().flatten().tolist()) and target.sum() == len(found)
+    train, val, test = (halves(samples) for samples in splits if samples is not None)
+    assert not train & val and not (train | val) & test
+    assert test <= {image.numpy().tobytes() for image in source.test.inputs}
+    again = digit_pairs(train_size=200, val_size=0, test_size=0)
+    assert again.val is None and again.test is None
+    assert isinstance(again.train, InMemory) and isinstance(data.train, InMemory)
+    assert torch.equal(again.train.inputs, data.train.inputs)
 
 
 def test_neither_scikit_learn_nor_torchvision_is_imported() -> None:

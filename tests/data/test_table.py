@@ -100,3 +100,32 @@ def test_rejects_invalid_settings(
 def test_a_missing_file(tmp_path: Path, table: Callable[..., Dataset]) -> None:
     with pytest.raises(UserError, match=r"none.csv: cannot be read \(No such file"):
         table(ROWS, file=str(tmp_path / "none.csv"))
+
+
+SEVERAL = "path,label\nimages/000.png,red; round\nimages/001.png,\nimages/002.png,round;round\n"
+
+
+def test_several_labels_per_image(table: Callable[..., Dataset]) -> None:
+    data = table(SEVERAL, labels="several")
+    assert data.classes == ("red", "round") and data.task.kind == "multi-label"
+    assert data.train.targets.tolist() == [[1, 1], [0, 0], [0, 1]]
+    spaced = table(SEVERAL.replace(";", " "), labels="several", label_separator=" ")
+    assert spaced.classes == data.classes and torch.equal(spaced.train.targets, data.train.targets)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "message"),
+    [
+        (SEVERAL, {"labels": "class"}, "line 3: label is empty"),
+        ("path,label\nimages/000.png,\n", {}, "no training row has a label in label"),
+        (SEVERAL, {"label_separator": ""}, "data.label_separator=: must be at least one character"),
+        (
+            "path,label,split\nimages/000.png,red,train\nimages/001.png,red;blue,test\n",
+            {"split_column": "split"},
+            "has the class 'blue', which no training row has",
+        ),
+    ],
+)
+def test_several_labels_refused(text: str, more: dict[str, Any], message: str, table: Callable[..., Dataset]) -> None:
+    with pytest.raises(UserError, match=message):
+        table(text, **{"labels": "several", **more})

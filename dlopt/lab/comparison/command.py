@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.command_line.reads import refuse_unread_hydra, refuse_untested
+from dlopt.config import teacher as teachers
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import parse_arguments
 from dlopt.config.keys import role_of
@@ -71,6 +72,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     changes = [key for key in map(key_of, parsed.overrides) if group_of(key) == "comparison" or key in axes]
     claims = check(comparison, overridden=bool(changes))
     plans = _plan(composer, comparison, parsed.overrides)
+    _check_teachers(comparison, plans)
     if config.dry_run is True:
         for number, plan in enumerate(plans.values()):
             print(f"job {number}: {' '.join(without(plan.lines, 'dry_run'))}")
@@ -207,6 +209,43 @@ def _freeze(composer: Composer, config: DictConfig, folder: Path) -> dict[str, A
     return frozen if frozen.get("claims_hash") == current else frozen | {"changed_after_results": True}
 
 
+def _with_teacher(plan: Plan, cell: VariantRun, plans: Plans, folder: Path) -> Plan:
+    """Returns the plan of a run whose teacher is that of another variant, with its folder.
+
+    Called when that run has ended: the hash of its checkpoint becomes part of the saved config.
+    """
+    teacher = _teacher_of(plan)
+    if teacher is None:
+        return plan
+    number = list(plans).index(replace(cell, variant=teacher))
+    config = plan.config
+    assert config is not None
+    config.seed, config.loss[teachers.PATH] = cell.seed, str(folder / str(number))
+    return checked(config, plan.lines, None, plan.flags)
+
+
+def _teacher_of(plan: Plan) -> str | None:
+    """Returns the variant of which a run is the student; None: of none."""
+    path = (plan.saved.get("loss") or {}).get(teachers.PATH)
+    if not isinstance(path, str) or not path.startswith(teachers.VARIANT):
+        return None
+    return path.removeprefix(teachers.VARIANT)
+
+
+def _check_teachers(comparison: Comparison, plans: Plans) -> None:
+    """Raises `UserError` for a teacher that is no earlier variant."""
+    variants = list(comparison.variants)
+    for cell, plan in plans.items():
+        teacher = _teacher_of(plan)
+        earlier = variants[: variants.index(cell.variant)]
+        if teacher is not None and teacher not in earlier:
+            allowed = ", ".join(earlier) or "none"
+            raise UserError(
+                f"comparison.variants.{cell.variant}: loss.teacher=variant:{teacher} must name an earlier variant; "
+                f"allowed: {allowed}"
+            )
+
+
 def _is_unfinished(comparison: RunFolder, configs: Sequence[Mapping[str, Any]]) -> bool:
     """Returns whether the folder contains some of the runs but no results yet."""
     folders = [RunFolder(comparison.path / str(number)) for number in range(len(configs))]
@@ -221,7 +260,8 @@ def _is_unfinished(comparison: RunFolder, configs: Sequence[Mapping[str, Any]]) 
 def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen) -> tuple[Results, int]:
     """Runs all cells; returns their results and the exit code. A diverged run counts, any other failure stops."""
     outcomes: dict[VariantRun, VariantOutcome] = {}
-    for number, (cell, plan) in enumerate(plans.items()):
+    for number, (cell, planned) in enumerate(plans.items()):
+        plan = _with_teacher(planned, cell, plans, folder)
         subfolder = RunFolder(folder / str(number))
         if not (subfolder.has_run() and subfolder.is_done(plan.saved)):
             subfolder.path.mkdir(exist_ok=True)

@@ -264,3 +264,30 @@ def test_dry_run_lists_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert result.code == 0, result.err
     assert [line for line in result.out.splitlines() if "job 3: " in line and "model.widths=[8]" in line]
     assert "4 jobs of about 30.0 s each" in result.out and list(folder.iterdir()) == []
+
+
+def test_a_variant_teaches_a_later_one(folder: Path) -> None:
+    """Of the same seed. A comparison that is resumed detects neither as changed."""
+    path = folder.parent / "myconf/experiment/small.yaml"
+    student = """    wide: [loss=distillation, "loss.teacher='variant:narrow'"]"""
+    path.write_text(RECIPE.replace("""    wide: ["model.widths=[8]"]""", student))
+    assert compare(folder, "hydra.run.dir=out").code == 0
+    for number, teacher in ((2, 0), (3, 1)):
+        loss = yaml.safe_load((folder / f"out/{number}/config.yaml").read_text())["loss"]
+        assert loss["teacher"] == str(folder / f"out/{teacher}")
+        recorded = (folder / f"out/{teacher}/checkpoints/best.pt.sha256").read_text().split()[0]
+        assert loss["teacher_sha256"] == recorded
+    before = (folder / "out/3/metrics.jsonl").read_text()
+    (folder / "out/comparison.json").unlink()
+    assert compare(folder, "hydra.run.dir=out", "resume=auto").code == 0
+    assert (folder / "out/3/metrics.jsonl").read_text() == before and (folder / "out/comparison.json").exists()
+
+
+def test_a_teacher_must_be_an_earlier_variant(folder: Path) -> None:
+    path = folder.parent / "myconf/experiment/small.yaml"
+    student = """    narrow: [loss=distillation, "loss.teacher='variant:wide'"]"""
+    path.write_text(RECIPE.replace("""    narrow: ["model.widths=[2]"]""", student))
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
+    assert (
+        "comparison.variants.narrow: loss.teacher=variant:wide must name an earlier variant; allowed: none" in message
+    )

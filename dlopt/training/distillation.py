@@ -1,0 +1,82 @@
+"""The teacher of a distillation: a trained model, frozen, on the device of the run."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from dlopt.config.teacher import changed, teacher_digest, teacher_file
+from dlopt.data.normalization import ScaleShift
+from dlopt.errors import UserError
+from dlopt.losses import Distillation
+from dlopt.training.build import Workload
+from dlopt.training.restore import Trained, restore
+from dlopt.training.step import Teacher
+
+
+def with_teacher(workload: Workload) -> Workload:
+    """Returns the workload with the teacher that its loss names, for training; itself without one.
+
+    Every rank loads the whole teacher. Its weights are no part of the model: neither of the optimizer nor of
+    checkpoints. Raises `UserError` if it is missing, has changed since the run began, or does not fit the run.
+    """
+    loss, experiment = workload.loss, workload.experiment
+    if not isinstance(loss, Distillation) or workload.teacher is not None:
+        return workload
+    mode, settings = workload.parallel, experiment.settings
+    key, path = f"loss.teacher={loss.teacher}", teacher_file(loss.teacher)
+    found = teacher_digest(loss.teacher)
+    if loss.teacher_sha256 not in (None, found):
+        raise UserError(f"{key}: {changed(loss.teacher_sha256, found)}")
+    changes = {
+        "device": settings.device,
+        "precision": settings.precision,
+        "threads": torch.get_num_threads(),  # restoring a model sets them; these are those of the run
+        "allow_packages": list(settings.allow_packages),
+    }
+    try:
+        trained = restore(path, changes, lambda _: mode)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    if (mismatch := _mismatch(trained, workload)) is not None:
+        raise UserError(f"{key}: {mismatch}")
+    model = trained.precision.autocast(trained.module.requires_grad_(False))
+    is_text = workload.task.vocabulary is not None
+    has_same = is_text or _are_equal(trained.normalize, workload.normalize)
+    note = f"teacher: {path}, epoch {trained.epoch}"
+    if trained.warning is not None:
+        note = f"{note}; {trained.warning}"
+    return replace(workload, teacher=Teacher(model, None if has_same else trained.normalize, note))
+
+
+def _mismatch(trained: Trained, workload: Workload) -> str | None:
+    """Returns why a model cannot teach that of the run; None: it can."""
+    task, dataset = workload.task, workload.dataset
+    own = dataset.classes if task.has_labels else None
+    if trained.task.kind != task.kind:
+        return f"its task is {trained.task.shown_kind}, that of this run is {task.shown_kind}"
+    if trained.task.outputs != task.outputs:
+        return f"has {trained.task.outputs} classes, the data {task.outputs}; use a teacher of the same classes"
+    if trained.classes != own:
+        return f"its classes are {_listed(trained.classes)}, those of the data {_listed(own)}"
+    if trained.window != workload.shape:
+        return f"its inputs have the shape {list(trained.window)}, those of this run {list(workload.shape)}"
+    tokenizers = [each and each.digest for each in (trained.tokenizer, dataset.tokenizer)]
+    if tokenizers[0] != tokenizers[1] or trained.task.unit != task.unit:
+        return "reads the tokens of another tokenizer; use data.tokenizer of the teacher"
+    if trained.task.white != task.white:
+        return f"its images have values up to {trained.task.white:g}, those of this run up to {task.white:g}"
+    return None
+
+
+def _listed(classes: tuple[str, ...] | None) -> str:
+    names = classes or ()
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _are_equal(first: nn.Module, second: nn.Module) -> bool:
+    """Returns whether two normalizations surely give the same values."""
+    if type(first) is not type(second) or not isinstance(first, ScaleShift):
+        return False
+    states = first.state_dict(), second.state_dict()
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0] | states[1])

@@ -1,0 +1,102 @@
+"""Metrics of samples with several labels each: mean average precision, and F1 at a probability of 0.5."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlopt.parallel.ranks import Ranks
+
+LABEL_METRICS = ("mean_average_precision", "macro_f1", "micro_f1")
+THRESHOLD = 0.5  # probability from which on a label is predicted
+
+
+def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
+    """Returns sum_n (R_n - R_(n-1)) P_n of each label: float64 [K]; nan for a label that no sample has.
+
+    P_n and R_n are precision and recall of the samples whose score is at least the nth largest distinct one, without
+    interpolation, as in scikit-learn. scores: [N, K]; targets: [N, K], 0 or 1.
+    """
+    result = torch.full((scores.shape[1],), torch.nan, dtype=torch.float64)
+    for label, (column, truth) in enumerate(zip(scores.unbind(1), targets.double().unbind(1), strict=True)):
+        if not bool(truth.any()):
+            continue
+        column, order = column.sort(descending=True)
+        # Samples of equal score enter together: only the last of them is a threshold.
+        ends = torch.cat([(column[1:] != column[:-1]).nonzero().squeeze(1), torch.tensor([len(column) - 1])])
+        found = truth[order].cumsum(0)[ends]
+        precision, recall = found / (ends + 1), found / found[-1]
+        result[label] = (recall.diff(prepend=recall.new_zeros(1)) * precision).sum()
+    return result
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """Metrics of each label, and their means.
+
+    Attributes:
+        positives: samples that have the label: int64 [K].
+        precision: average precision: float64 [K]; nan for a label that no sample has.
+        f1: 2 TP / (2 TP + FP + FN): float64 [K]; nan for a label that neither occurs nor is predicted.
+        micro_f1: the same over all labels.
+    """
+
+    positives: Tensor
+    precision: Tensor
+    f1: Tensor
+    micro_f1: float
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The metrics by name. The means are over the labels that have a value."""
+        values = (self.precision.nanmean().item(), self.f1.nanmean().item(), self.micro_f1)
+        return dict(zip(LABEL_METRICS, values, strict=True))
+
+    def rows(self, labels: Sequence[str]) -> list[dict[str, Any]]:
+        """Returns {class, samples, average_precision, f1} of each label."""
+        columns = (labels, self.positives.tolist(), self.precision.tolist(), self.f1.tolist())
+        names = ("class", "samples", "average_precision", "f1")
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def label_report(outputs: Tensor, targets: Tensor, probabilities: Callable[[Tensor], Tensor]) -> LabelReport:
+    """Computes the metrics of outputs [N, K], which rank the samples, and targets [N, K], 0 or 1.
+
+    `probabilities` maps outputs to probabilities, of which `THRESHOLD` and larger ones predict a label.
+    """
+    outputs, targets = outputs.cpu(), targets.cpu()
+    predicted, true = probabilities(outputs) >= THRESHOLD, targets > 0
+    counts = [each.sum(0) for each in (predicted & true, predicted, true)]
+    hits, predictions, positives = (count.double() for count in counts)
+    micro = 2 * hits.sum() / (predictions.sum() + positives.sum())
+    f1 = 2 * hits / (predictions + positives)
+    return LabelReport(counts[2], average_precision(outputs, targets), f1, micro.item())
+
+
+class LabelMetrics:
+    """Keeps outputs and targets of an evaluation in main memory, and computes `LABEL_METRICS` of all of them.
+
+    Unlike sums over samples, average precision needs all outputs at once.
+    """
+
+    def __init__(self, probabilities: Callable[[Tensor], Tensor], ranks: Ranks) -> None:
+        self._probabilities, self._ranks = probabilities, ranks
+        self._batches: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """Adds outputs and targets [B, K] of this rank's samples of a batch."""
+        if self._ranks.counts:  # otherwise another rank has the same samples
+            self._batches.append((outputs.detach().cpu(), targets.cpu()))
+
+    def means(self, _: object = None) -> Mapping[str, float]:
+        """Returns the metrics by name, on all ranks, which call this together."""
+        gathered = self._ranks.gather([self._batches])
+        result: Mapping[str, float] = {}
+        if self._ranks.is_main:
+            shards = [shard for batch in zip_longest(*gathered) for shard in batch if shard is not None]
+            outputs, targets = (torch.cat(column) for column in zip(*shards, strict=True))
+            result = label_report(outputs, targets, self._probabilities).means
+        return self._ranks.broadcast(result)
