@@ -60,6 +60,7 @@ class Pool:
     find: Callable[[Path], Process | None]  # the job that a killed sweep left running in a folder, if any
     poll_seconds: float = 0.2
     is_local: bool = True  # jobs are processes of this machine
+    close: Callable[[], None] = lambda: None  # ends workers that wait for a job
 
 
 class JobSource:
@@ -99,6 +100,7 @@ def run(source: JobSource, pool: Pool, overview: Overview) -> None:
             workers.kill()
             raise
         finally:
+            pool.close()
             overview.close()
 
 

@@ -1,24 +1,32 @@
-"""`hydra/launcher=slurm`: runs every job of a sweep as a Slurm job, submitted and requeued by submitit."""
+"""`hydra/launcher=slurm`: runs the jobs of a sweep as Slurm jobs, submitted and requeued by submitit.
+
+A Slurm job with one process is a warm worker (see `worker`): after a short job it runs the next one of its slot. A
+longer job, and every job with several processes, gets a Slurm job of its own.
+"""
 
 import contextlib
 import getpass
 import os
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dlopt.errors import FAILED, UserError, install
+from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
+from dlopt.files import read_json, write_json
 from dlopt.folders import RunFolder
 from dlopt.job import CODE_OF
 from dlopt.parallel.launch import RECORD, python_module
 from dlopt.ranges import Count, Natural, Positive
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Pool, Process
+from dlopt.sweeps.worker import JOBS, LOG, Lines, create
 
-_FOLDER = "slurm"  # in a job's folder: submitit's files and the Slurm job id
+_FOLDER = "slurm"  # in a job's folder: submitit's files, the Slurm job id, and the folder of the worker
 _SIGNAL_SECONDS = 120  # before its time limit a job is signalled, to write a checkpoint
 _QUEUE_SECONDS = 5.0  # between calls of squeue
 _SUMMARY_SECONDS = 15.0  # that a summary may take to become visible here through a network file system
@@ -66,42 +74,77 @@ def slurm(
         "additional_parameters": extra or None,
     }
     queue = _Queue()
+    seconds = 60 * time - _SIGNAL_SECONDS if nodes * tasks_per_node == 1 else None
+    workers: dict[int, _Worker] = {}  # by slot
 
-    def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
+    def submit(slot: int, folder: Path, environment: Mapping[str, str]) -> tuple[_Worker, int]:
         executor = submitit.SlurmExecutor(folder=folder / _FOLDER, max_num_timeout=requeue)
         executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+        mailbox = None if seconds is None else (folder / _FOLDER / f"worker-{uuid.uuid4().hex[:8]}").absolute()
         try:
-            # Rank 0 records a config error in the folder: nobody reads its output.
-            job_id = str(executor.submit(SlurmTask(str(folder), {**environment, RECORD: "1"})).job_id)
+            worker = _Worker(mailbox, queue)
+            number = worker.assign(folder, environment)
+            worker.job_id = str(executor.submit(SlurmTask(str(folder), environment, mailbox, seconds)).job_id)
         except submitit.core.utils.FailedJobError as error:
             raise OSError(" ".join(str(error).split())) from None
-        (folder / _FOLDER / "job_id").write_text(f"{job_id}\n")
-        queue.add(job_id)
-        return _SlurmJob(job_id, folder, queue)
+        queue.add(worker.job_id)
+        workers[slot] = worker
+        return worker, number
+
+    def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
+        # Rank 0 records a config error in the folder: nobody reads its output.
+        environment = {**environment, RECORD: "1"}
+        (folder / _FOLDER).mkdir(exist_ok=True)
+
+        def resubmit() -> tuple[_Worker, int]:
+            worker, number = submit(slot, folder, environment)
+            worker.note(folder, number)
+            return worker, number
+
+        worker = workers.get(slot)
+        if worker is None or not worker.is_free():
+            return _SlurmJob(*resubmit(), folder, resubmit)
+        number = worker.assign(folder, environment)
+        worker.note(folder, number)
+        return _SlurmJob(worker, number, folder, resubmit)
 
     def find(folder: Path) -> Process | None:
         with contextlib.suppress(OSError):
-            job_id = (folder / _FOLDER / "job_id").read_text().strip()
-            if queue.may_have(job_id):
-                return _SlurmJob(job_id, folder, queue)
+            if queue.may_have(job_id := (folder / _FOLDER / "job_id").read_text().strip()):
+                worker, number = _Worker.of(folder, job_id, queue)
+                return None if number in worker.codes else _SlurmJob(worker, number, folder, None)
         return None
 
-    return Pool(n_jobs, start, find, poll_seconds=1.0, is_local=False)
+    def close() -> None:
+        for worker in workers.values():
+            worker.request(close=True)
+
+    return Pool(n_jobs, start, find, poll_seconds=1.0, is_local=False, close=close)
 
 
 class SlurmTask:
-    """The callable that submitit pickles and runs in each task of the job; a task is a rank of the run."""
+    """The callable that submitit pickles and runs in each task of the job: a rank of the run, or a worker.
 
-    def __init__(self, folder: str, environment: Mapping[str, str]) -> None:
+    `mailbox`, `seconds`: the folder of the worker and its time; None if the job has several tasks.
+    """
+
+    def __init__(
+        self, folder: str, environment: Mapping[str, str], mailbox: Path | None = None, seconds: float | None = None
+    ) -> None:
         self.folder, self.environment = folder, environment
+        self.mailbox, self.seconds = mailbox, seconds
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
         rank = os.environ.get("SLURM_PROCID", "0")
+        if self.mailbox is None:
+            command, environment = python_module("dlopt.job", self.folder), self.environment
+        else:  # each of its jobs has its own environment
+            command, environment = python_module("dlopt.sweeps.worker", str(self.mailbox), str(self.seconds)), {}
         with open(os.path.join(self.folder, OUTPUT if rank == "0" else f"{_FOLDER}/rank-{rank}.log"), "ab") as output:
             self._process = subprocess.Popen(
-                python_module("dlopt.job", self.folder),
-                env={**os.environ, **self.environment},
+                command,
+                env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -111,15 +154,22 @@ class SlurmTask:
         return self._process.returncode
 
     def checkpoint(self) -> Any:
-        """Stops the run with a checkpoint and returns what submitit requeues, at the time limit or on preemption."""
+        """Stops the run with a checkpoint and returns what submitit requeues, at the time limit or on preemption.
+
+        None: a worker that has no job, or whose job gets a new Slurm job, is not requeued.
+        """
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                self._process.terminate()
+                self._process.send_signal(signal.SIGUSR1)
                 # Not Popen.wait(): this is a signal handler, and the poll() it interrupted may hold Popen's lock.
                 os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-        return DelayedSubmission(SlurmTask(self.folder, self.environment))
+        if self.mailbox is not None and any(
+            line.keys() & {"left", "moved"} for line in Lines(self.mailbox / LOG).read()
+        ):
+            return None
+        return DelayedSubmission(SlurmTask(self.folder, self.environment, self.mailbox, self.seconds))
 
 
 class _Queue:
@@ -154,30 +204,141 @@ class _Queue:
         return job_id in self._states
 
 
+class _Worker:
+    """A Slurm job as the sweep sees it. `folder`: of its `worker`; None if it runs one job in several processes.
+
+    `codes`: exit codes of the jobs that have ended, by number.
+    """
+
+    def __init__(self, folder: Path | None, queue: _Queue, job_id: str = "") -> None:
+        self.job_id, self._folder, self._queue = job_id, folder, queue
+        self.codes: dict[int, int] = {}
+        self._started: set[int] = set()
+        self._moved: set[int] = set()
+        self._has_left, self._count = False, 0
+        if folder is not None:
+            self._jobs, self._log = Lines(folder / JOBS), Lines(folder / LOG)
+
+    @classmethod
+    def of(cls, folder: Path, job_id: str, queue: _Queue) -> "tuple[_Worker, int]":
+        """Returns the worker that an earlier sweep has given the job in `folder` to, and the job's number."""
+        noted = read_json(folder / _FOLDER / "worker.json") or {}
+        worker = cls(Path(noted["folder"]) if noted else None, queue, job_id)
+        worker.update()
+        return worker, noted.get("job", 0)
+
+    def assign(self, folder: Path, environment: Mapping[str, str]) -> int:
+        """Gives a job to this worker and returns its number. Raises OSError."""
+        if self._folder is not None and self._count == 0:
+            create(self._folder)
+        self._count += 1
+        if self._folder is not None:
+            self._jobs.append(job=self._count - 1, folder=str(folder), environment=dict(environment))
+        return self._count - 1
+
+    def note(self, folder: Path, number: int) -> None:
+        """Writes into the folder of a job which worker has it, for `of`."""
+        (folder / _FOLDER / "job_id").write_text(f"{self.job_id}\n")
+        if self._folder is not None:
+            write_json(folder / _FOLDER / "worker.json", {"folder": str(self._folder), "job": number})
+
+    def request(self, **line: Any) -> None:
+        if self._folder is not None and not self._has_left:
+            with contextlib.suppress(OSError):
+                self._jobs.append(**line)
+
+    def update(self) -> None:
+        """Reads what the worker has reported."""
+        if self._folder is None:
+            return
+        with contextlib.suppress(OSError):  # retry at the next poll
+            for line in self._log.read():
+                if "ended" in line:
+                    self.codes[line["ended"]] = line["code"]
+                if "started" in line:
+                    self._started.add(line["started"])
+                if "moved" in line:
+                    self._moved.add(line["moved"])
+                self._has_left |= bool(line.keys() & {"left", "moved"})
+
+    def state(self) -> str | None:
+        """Returns Slurm's PENDING, RUNNING, ...; None after the end."""
+        return self._queue.states().get(self.job_id)
+
+    def is_free(self) -> bool:
+        """Returns whether the worker waits for a job."""
+        self.update()
+        return bool(self.codes) and len(self.codes) == self._count and not self._has_left and self.state() == "RUNNING"
+
+    def has_returned(self, number: int) -> bool:
+        """Returns whether the worker has ended without this job, which is to be started elsewhere."""
+        return number in self._moved or (self._has_left and number not in self._started)
+
+    def has_started(self, number: int) -> bool:
+        return self._folder is None or number == 0 or number in self._started
+
+    def stop(self, number: int) -> None:
+        if self.state() == "PENDING":
+            self.cancel()
+        elif self._folder is None:
+            self.cancel("--signal=TERM")
+        else:
+            self.request(stop=number)
+
+    def cancel(self, *options: str) -> None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(["scancel", *options, self.job_id], capture_output=True, timeout=60, check=False)
+
+
 class _SlurmJob:
-    def __init__(self, job_id: str, folder: Path, queue: _Queue) -> None:
-        self._job_id, self._folder, self._queue = job_id, RunFolder(folder), queue
-        self._missing_since: float | None = None  # in the queue
+    """A job of the sweep in a worker. `resubmit`: gives it to a new worker; None if an earlier sweep has started it."""
+
+    def __init__(
+        self, worker: _Worker, number: int, folder: Path, resubmit: Callable[[], tuple[_Worker, int]] | None
+    ) -> None:
+        self._worker, self._number, self._folder, self._resubmit = worker, number, RunFolder(folder), resubmit
+        self._missing_since: float | None = None  # in the queue, or its summary in the folder
+        self._is_stopped = False
 
     def poll(self) -> int | None:
-        if self._job_id in self._queue.states():
+        self._worker.update()
+        code = self._worker.codes.get(self._number)
+        if code is not None:
+            # The summary of another machine may become visible later.
+            return code if code < 0 or self._folder.summary() is not None or self._is_missing() else None
+        if self._worker.has_returned(self._number):
+            return self._start_again()
+        if self._worker.state() is not None:
             self._missing_since = None
             return None
         status = (self._folder.summary() or {}).get("status")
         # Without a final summary, wait: a job that is being requeued leaves the queue for a moment.
-        if status in (None, "interrupted"):
-            self._missing_since = self._missing_since or time.monotonic()
-            if time.monotonic() - self._missing_since < _SUMMARY_SECONDS:
-                return None
+        if status in (None, "interrupted") and not self._is_missing():
+            return None
+        if not self._worker.has_started(self._number):
+            return self._start_again()
         return CODE_OF.get(status or "", FAILED)
 
+    def _is_missing(self) -> bool:
+        """Returns whether the job, or its summary, has been missing for so long that it will not come."""
+        self._missing_since = self._missing_since or time.monotonic()
+        return time.monotonic() - self._missing_since >= _SUMMARY_SECONDS
+
+    def _start_again(self) -> int | None:
+        self._missing_since = None
+        if self._is_stopped:
+            return INTERRUPTED
+        if self._resubmit is None:
+            return DONE  # the sweep starts what is not done
+        try:
+            self._worker, self._number = self._resubmit()
+        except OSError:
+            return FAILED
+        return None
+
     def stop(self) -> None:
-        is_pending = self._queue.states().get(self._job_id) == "PENDING"
-        self._cancel(*([] if is_pending else ["--signal=TERM"]))
+        self._is_stopped = True
+        self._worker.stop(self._number)
 
     def kill(self) -> None:
-        self._cancel()
-
-    def _cancel(self, *options: str) -> None:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(["scancel", *options, self._job_id], capture_output=True, timeout=60, check=False)
+        self._worker.cancel()

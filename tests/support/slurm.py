@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -50,6 +51,14 @@ class Slow(torch.utils.data.Dataset[tuple[Tensor, float]]):
     def __getitem__(self, index: int) -> tuple[Tensor, float]:
         time.sleep(0.004)
         return torch.tensor([index / 20, 1.0, (index % 5) / 5]), (index % 7) / 7
+
+
+class Deadly(Slow):
+    """Kills the process that reads it."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
 
 
 def free_ports() -> int:
