@@ -1,0 +1,3 @@
+WIDTH=100
+def lines(results, width=100):
+    return [str(results.analysis)]
