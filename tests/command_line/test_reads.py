@@ -59,8 +59,9 @@ OF_RUNS: Mapping[str, Sequence[str]] = {
     "train -m seed=0,1": sweeps._READS_OF_HYDRA,
     "train experiment=lecture/capacity": comparison._READS_OF_HYDRA,
     "benchmark optimizer=sgd": trials.READS_OF_HYDRA,
+    "ladder optimizer=sgd model=gpt": trials.READS_OF_HYDRA,
 }
-OTHERS = {"train", "benchmark", "grid"}  # the tests below; grid prints what train reads
+OTHERS = {"train", "benchmark", "ladder", "grid"}  # the tests below; grid prints what train reads
 OF_RESULTS = {"report", "runs"}  # any key may select runs
 WITHOUT_CONFIG = {"options", "template"}
 

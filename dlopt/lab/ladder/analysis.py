@@ -137,8 +137,8 @@ def _fits(measured: Measured, resamples: int) -> tuple[Laws, list[Laws]]:
             chosen = rng.choice(rungs, len(rungs))
             while len(np.unique(chosen)) < 3:  # fewer do not identify a law
                 chosen = rng.choice(rungs, len(rungs))
-        places = np.repeat(chosen, seeds), rng.integers(seeds, size=len(chosen) * seeds)
-        points = _points(measured, *places)
+        pairs = np.repeat(chosen, seeds), rng.integers(seeds, size=len(chosen) * seeds)
+        points = _points(measured, *pairs)
         if all(len(np.unique(compute)) >= min(3, len(rungs)) for compute, _ in points.values()):
             drawn.append(fit_laws(points, start=laws))
     return laws, drawn

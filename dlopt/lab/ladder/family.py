@@ -9,7 +9,7 @@ from annotated_types import MinLen
 
 from dlopt.command_line.line import Line, read_dataset
 from dlopt.config.choices import config_folder
-from dlopt.config.schema import check_arguments, show
+from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError, suggest
 from dlopt.metric_names import lower_is_better
 from dlopt.plain import load_yaml
@@ -118,7 +118,8 @@ def chosen_rungs(family: Family, rungs: int | Sequence[str] | None) -> list[str]
                 raise UserError(f"rungs={name}: unknown; {suggest(name, names, 'dlopt ladder --help', title='rungs')}")
         chosen = [name for name in names if name in rungs]
     if len(chosen) < 2:
-        raise UserError(f"rungs={show(rungs)}: a fit needs at least two rungs")
+        shown = rungs if isinstance(rungs, int) else f"[{','.join(chosen)}]"
+        raise UserError(f"rungs={shown}: a fit needs at least two rungs")
     return chosen
 
 

@@ -1,8 +1,8 @@
 """Laws of the loss: L = E + A C^-a for each optimizer, with an irreducible loss E that all of them share.
 
-E is a property of the data and the family, and a few rungs do not identify it for each optimizer alone. Two rungs do not
-identify it at all: E is then 0. As in Hoffmann et al. 2022 (Training compute-optimal large language models, equation 3),
-the fit minimizes the sum of Huber losses, with delta = 0.001, of the residuals of log L.
+E is a property of the data and the family, and a few rungs do not identify it for each optimizer alone. Two rungs do
+not identify it at all: E is then 0. As in Hoffmann et al. 2022 (Training compute-optimal large language models,
+equation 3), the fit minimizes the sum of Huber losses, with delta = 0.001, of the residuals of log L.
 """
 
 import math
