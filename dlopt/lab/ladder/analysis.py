@@ -8,13 +8,15 @@ contains 95 % of the draws.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dlopt.lab.benchmark.scores import Interval, interval
 from dlopt.lab.ladder.laws import Array, Laws, fit_laws
 
-RESAMPLES = 500
+RESAMPLES = 300
 _DRAWS_RUNGS = 4  # rungs from which the bootstrap draws them
 _HELD_OUT = 4  # rungs from which the largest is predicted by the others
 
@@ -144,7 +146,7 @@ def _fits(measured: Measured, resamples: int) -> tuple[Laws, list[Laws]]:
     return laws, drawn
 
 
-def _points(measured: Measured, rungs: Array, seeds: Array) -> dict[str, tuple[Array, Array]]:
+def _points(measured: Measured, rungs: NDArray[Any], seeds: NDArray[Any]) -> dict[str, tuple[Array, Array]]:
     compute = np.asarray(measured.compute)[rungs]
     found = {}
     for name, table in measured.losses.items():

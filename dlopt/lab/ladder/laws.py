@@ -111,7 +111,7 @@ def fit_laws(points: Points, *, start: Laws | None = None) -> Laws:
         least_squares(
             residuals, np.clip(each, low, high), jacobian, (low, high), loss="huber", f_scale=DELTA, x_scale="jac",
             ftol=1e-12 if start is None else 1e-8, xtol=1e-12 if start is None else 1e-8, gtol=None,
-            max_nfev=2000 if start is None else 200,
+            max_nfev=2000 if start is None else 60,
         )
         for each in starts
     ]  # fmt: skip

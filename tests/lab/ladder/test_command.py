@@ -118,7 +118,7 @@ def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> Non
     logs = [place / f"log-{number}.txt" for number in range(2)]
     processes = [start(_ladder, arguments, environment, place, {1: log, 2: log}) for log in logs]
     for process in processes:
-        process.join(300)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
     content = json.loads((place / "out/results.json").read_text())
     assert len(content["runs"]) == 12 and not any(each["failure"] for each in content["runs"])
