@@ -27,6 +27,7 @@ COMMANDS = {  # name -> function(arguments) -> exit code
     "diagnose": "dlopt.lab.diagnosis.command:diagnose",
     "bench": "dlopt.lab.bench.command:bench",
     "benchmark": "dlopt.lab.benchmark.command:benchmark",
+    "ladder": "dlopt.lab.ladder.command:ladder",
 }
 SERIES = {  # key of a recipe -> function(composer, flags, config) -> exit code, which `dlopt train` calls for it
     "comparison": "dlopt.lab.comparison.command:compare",

@@ -162,7 +162,7 @@ class Composer:
         return is_group and not override.is_sweep_override() and not isinstance(override.value(), dict)
 
     def groups(self) -> list[str]:
-        not_for_runs = ("hydra", "benchmark")  # the latter has the files of `dlopt benchmark`
+        not_for_runs = ("hydra", "benchmark", "ladder")  # the others have the files of commands
         return [name for name in self._subgroups("") if name not in not_for_runs]
 
     def choices(self, group: str) -> list[str]:

@@ -16,8 +16,8 @@ from dlopt.config.keys import ROLES
 from dlopt.config.overrides import key_of
 from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
+from dlopt.lab import trials
 from dlopt.lab.bench import command as bench
-from dlopt.lab.benchmark import command as benchmark
 from dlopt.lab.comparison import command as comparison
 from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
@@ -58,9 +58,10 @@ OF_RUNS: Mapping[str, Sequence[str]] = {
     "train": train_command._READS_OF_HYDRA,
     "train -m seed=0,1": sweeps._READS_OF_HYDRA,
     "train experiment=lecture/capacity": comparison._READS_OF_HYDRA,
-    "benchmark optimizer=sgd": benchmark._READS_OF_HYDRA,
+    "benchmark optimizer=sgd": trials.READS_OF_HYDRA,
+    "ladder optimizer=sgd model=gpt": trials.READS_OF_HYDRA,
 }
-OTHERS = {"train", "benchmark", "grid"}  # the tests below; grid prints what train reads
+OTHERS = {"train", "benchmark", "ladder", "grid"}  # the tests below; grid prints what train reads
 OF_RESULTS = {"report", "runs"}  # any key may select runs
 WITHOUT_CONFIG = {"options", "template"}
 

@@ -32,6 +32,7 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
     "diagnose": ("updates=1", "eigenvalues=0", "batches=1", "data.subset=40", "threads=1"),
     "trajectory": ("steps=3",),
     "benchmark": ("dry_run=true",),
+    "ladder": ("dry_run=true", "rungs=2", "tokens_per_parameter=0.1"),
 }
 # These start processes and measure, or diagnose a dozen deep networks.
 LONG = {"bench", "--check", "model=plain56,resnet56", "model.widths=[100,100,100]"}
@@ -211,6 +212,9 @@ def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) ->
     if command == "benchmark":
         fewer = () if "workloads=" in line.text else ("workloads=[mlp]",)
         more = (*more, *fewer) if "optimizer=" in line.text else ()
+    if command == "ladder":
+        is_report = words[1] == "report"
+        more = tuple(each for each in more if f"{each.partition('=')[0]}=" not in line.text and not is_report)
     if command == "runs" and "clean" in words:
         more = ("--yes",)
         shutil.copytree(place / "outputs/night", tmp_path / "outputs/night")
@@ -218,8 +222,8 @@ def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) ->
     if re.search(r"outputs/night(/\d| optimizer=)", line.text):
         place = place / "sweep"
     result = dlopt(place, *words, *more)
-    if command == "benchmark" and words[1] in ("report", "targets"):
-        assert result.code == 2 and "not the folder of a benchmark" in result.err
+    if command in ("benchmark", "ladder") and words[1] in ("report", "targets"):
+        assert result.code == 2 and f"not the folder of a {command}" in result.err
         return
     if command == "consolidate":  # a sharded checkpoint takes several processes: tests/parallel/test_sharded.py
         assert result.code == 2 and "is not sharded" in result.err

@@ -13,7 +13,8 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
 from dlopt.lab.benchmark.protocol import WorkloadSpec, load_space, load_tier, trials_of
-from dlopt.lab.benchmark.trials import Candidate, TrialRequest, candidate, claim
+from dlopt.lab.benchmark.trials import Candidate, TrialRequest, candidate
+from dlopt.lab.trials import claim
 
 
 class WithoutKeys(torch.optim.Optimizer):

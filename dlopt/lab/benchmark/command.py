@@ -17,8 +17,8 @@ from dlopt.command_line.line import Line, output_folder, read_line, refuse_empty
 from dlopt.command_line.reads import refuse_unread_hydra
 from dlopt.command_line.usage import own_names
 from dlopt.config.keys import role_of
-from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of, value_of, without
-from dlopt.config.plan import Plan, as_job, checked, plan
+from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
+from dlopt.config.plan import plan
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically, write_json
 from dlopt.folders import RunFolder, refuse_url
@@ -37,13 +37,13 @@ from dlopt.lab.benchmark.protocol import (
 )
 from dlopt.lab.benchmark.reading import COST, Manifest, targets
 from dlopt.lab.benchmark.results import Results, TrialRecord, load_reference, to_json
+from dlopt.lab.trials import READS_OF_HYDRA, has_ended, is_fixed, launcher, refuse_protocol, take_optimizers
 from dlopt.locks import locked
 from dlopt.ranges import Count
 from dlopt.results.leaderboard import distinguishes
 from dlopt.roles import Role
-from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import Estimate, estimate_job, format_range
-from dlopt.sweeps.run import build_pool, refuse_ranks
+from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
@@ -79,18 +79,12 @@ and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus)
   {check}
 """
 
-_READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
-# Part of the protocol in addition to the length, the seeds and the evaluation of runs: the workloads name the first
-# four, and every trial writes what the results need and nothing else.
-_FIXED = (
-    "experiment", "comparison", "schedule", "stopping", "resume", "dry_run", "checkpoint", "tracking",
-    "log_every_steps",
-)  # fmt: skip
 # In addition to where a trial runs: how numbers are rounded is not what a benchmark compares.
 _MACHINE = ("allow_packages", "precision", "deterministic")
 Budget = Literal["tiny", "small", "large"]
 _Tier = Annotated[str, "NAME: set of workloads: small, medium or large, or one in --config-dir"]
 _Track = Annotated[Track, "NAME: external_tuning, or self_tuning (fixed keys, three times the updates)"]
+_ADVICE = "a tier or a search space of your own may set it, see `dlopt benchmark --help`"
 _LOCK = ".results.lock"
 _CHECKED = 2  # trials that --check repeats
 _UPDATES_TOLERANCE = 0.05  # of its updates to the target, as a fraction of a full run
@@ -111,50 +105,19 @@ def benchmark(arguments: list[str]) -> int:
         raise UserError(f"dlopt benchmark: requires optuna; {install('dlopt[sweep]')}") from None
     if checks:
         return line.call(check)
-    names, rest = _optimizers(line)
+    names, rest = take_optimizers(line, "dlopt benchmark")
     own, rest = rest.take(_run)
     typed = [shlex.quote(each) for each in without(arguments, "output")]
     return _run(rest, names, " ".join(["dlopt benchmark", *typed]), **own)
 
 
-def _optimizers(line: Line) -> tuple[list[str], Line]:
-    """Takes `optimizer=a,b` from the line. Raises `UserError`."""
-    typed = [each for each in line.overrides if key_of(each) == "optimizer"]
-    if not typed:
-        raise UserError("optimizer: name the optimizers to compare: dlopt benchmark optimizer=adamw,muon")
-    if len(typed) > 1:
-        raise UserError(f"{typed[1]}: optimizer is already given by {typed[0]}; list them: optimizer=a,b")
-    [override] = line.composer.parse(typed)
-    names = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
-    if len(set(names)) < len(names):
-        raise UserError(f"{typed[0]}: an optimizer is listed twice")
-    return names, replace(line, overrides=[each for each in line.overrides if each not in typed])
-
-
 # -- the overrides
-
-
-def _is_fixed(override: str) -> bool:
-    """Returns whether an override would change the protocol."""
-    key = key_of(override)
-    is_seed_of_run = role_of(key) is Role.SEED and "." not in key  # an optimizer may have a seed of its own
-    return group_of(key) in _FIXED or role_of(key) in (Role.LENGTH, Role.PROTOCOL) or is_seed_of_run
 
 
 def _is_of_machine(override: str) -> bool:
     """Returns whether an override changes only where and how a trial is computed and watched."""
     key = key_of(override)
     return key in _MACHINE or (role_of(key) in (Role.PLACE, Role.WATCH) and not distinguishes(key))
-
-
-def _refuse_protocol(overrides: Iterable[str]) -> None:
-    """Raises `UserError` for an override that would change the protocol."""
-    for override in overrides:
-        if _is_fixed(override):
-            raise UserError(
-                f"{override}: part of the protocol, and cannot be changed; a tier or a search space of your own may "
-                "set it, see `dlopt benchmark --help`"
-            )
 
 
 def _refuse_drawn(overrides: Iterable[str], candidates: "Mapping[str, Candidate]") -> None:
@@ -176,25 +139,14 @@ def _refuse_drawn(overrides: Iterable[str], candidates: "Mapping[str, Candidate]
 # -- the run
 
 
-def _launch(line: Line, request: "TrialRequest", overrides: Sequence[str]) -> int:
-    """Runs the waiting trials with the launcher of the command line, by default one process per core.
+def _launch(line: Line, request: "TrialRequest") -> int:
+    """Runs the waiting trials; returns how many of them other processes are running.
 
-    Returns how many of them other processes are running. On a signal, raises KeyboardInterrupt.
+    On a signal, raises KeyboardInterrupt.
     """
     from dlopt.lab.benchmark.trials import run_trials
 
-    hydra = [each for each in overrides if is_hydra(each)]
-    if not is_typed("hydra.launcher", hydra):
-        hydra = ["hydra/launcher=joblib", *hydra]
-    pool = build_pool(line.composer.compose([*hydra, *request.overrides], multirun=True), "not supported here")
-    assert pool is not None  # has refused other launchers
-    if pool.is_local:
-        pools.warm_up()
-
-    def plan_job(overrides: Sequence[str], number: int) -> Plan:
-        config = line.composer.compose([*hydra, *overrides])
-        return as_job(checked(config, overrides, None, line.composer.flags), number, overrides)
-
+    pool, plan_job = launcher(line, request.overrides)
     return run_trials(request, plan_job, pool)
 
 
@@ -224,8 +176,8 @@ def _run(
         raise UserError(f"trials={trials}: track=self_tuning has one trial per study; for more seeds, set studies=N")
     if workloads is not None:
         refuse_empty(workloads=workloads)
-    _refuse_protocol(line.overrides)
-    refuse_unread_hydra(line.overrides, "dlopt benchmark", _READS_OF_HYDRA, {}, own_names(_run))
+    refuse_protocol(line.overrides, _ADVICE)
+    refuse_unread_hydra(line.overrides, "dlopt benchmark", READS_OF_HYDRA, {}, own_names(_run))
     overrides = [each for each in line.overrides if not is_hydra(each)]
     chosen = load_tier(tier, line.composer.config_dir).select(workloads)
     unset = [name for name, spec in chosen.workloads.items() if spec.target is None]
@@ -260,7 +212,7 @@ def _run(
     done = len(request.trials) - len(waiting)
     print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)
     try:
-        elsewhere = _launch(line, request, line.overrides) if waiting else 0
+        elsewhere = _launch(line, request) if waiting else 0
         if elsewhere:
             print(f"{elsewhere} trials are running in other processes; they report the complete results")
         with locked(request.folder / _LOCK):  # processes that share the trials finish at about the same time
@@ -420,7 +372,7 @@ def _on_folder(action: str, line: Line) -> int:
             which = f"; missing: {', '.join(missing)}" if missing else ""
             raise UserError(f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true{which}")
         trials = [*trials_of([*manifest.workloads], BASELINES, manifest.studies, manifest.trials)]
-        waiting = sum(not reading.has_ended(RunFolder(folder / trial.subfolder)) for trial in trials)
+        waiting = sum(not has_ended(RunFolder(folder / trial.subfolder)) for trial in trials)
         if waiting:
             print_error(f"warning: {waiting} of {len(trials)} trials have not ended: the targets are preliminary")
         none = "none, because most studies have no finite value in time"
@@ -445,9 +397,9 @@ def check(
     """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
     from dlopt.lab.benchmark.trials import TrialRequest, candidate, lengths_of
 
-    refuse_unread_hydra(line.overrides, "dlopt benchmark", _READS_OF_HYDRA, {}, own_names(check))
+    refuse_unread_hydra(line.overrides, "dlopt benchmark", READS_OF_HYDRA, {}, own_names(check))
     for override in line.overrides:
-        if _is_fixed(override) or not _is_of_machine(override):
+        if is_fixed(override) or not _is_of_machine(override):
             reason = "--check repeats shipped trials, of which only the machine may differ (device, precision, ...)"
             raise UserError(f"{override}: {reason}")
     shipped = load_reference(tier, track)
@@ -468,7 +420,7 @@ def check(
     lengths = lengths_of(line.composer, workloads, track)
     request = TrialRequest(folder, workloads, candidates, list(chosen), overrides, full=True, lengths=lengths)
     try:
-        _launch(line, request, line.overrides)
+        _launch(line, request)
     except KeyboardInterrupt:
         return INTERRUPTED
     spaces = {name: each.describe() for name, each in candidates.items()}

@@ -36,7 +36,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     """Writes index.html, table.tex and figures/NAME.png and .pdf; returns their paths. Raises OSError."""
     summary = summarize(results) if results.optimizers else None
     figures = {} if summary is None else draw(results, summary)
-    pictures = {name: _picture(figure) for name, figure in figures.items()}
+    pictures = {name: picture(figure) for name, figure in figures.items()}
     contents = {"index.html": page(results, summary, pictures)}
     if summary is not None:
         contents["table.tex"] = latex(results, summary)
@@ -56,13 +56,19 @@ def page(results: Results, summary: Summary | None, pictures: Mapping[str, Mappi
     return render(
         "page.html", folder,
         title=f"Optimizer benchmark, {results.tier} tier", version=dlopt.__version__,
-        style=Markup(read_text("page.css") + (folder / "page.css").read_text(encoding="utf-8")), script=None,
+        style=style(), script=None,
         results=results, summary=summary, workloads=list(results.workloads), pictures=pictures,
         max_ratio=round(MAX_RATIO), self_tuning_length=SELF_TUNING_LENGTH, resamples=RESAMPLES, fact=_fact, **tables,
     )  # fmt: skip
 
 
-def _picture(figure: "Figure") -> dict[str, Any]:
+def style() -> Markup:
+    """Returns the style of pages with figures."""
+    return Markup(read_text("page.css") + Path(__file__).with_name("page.css").read_text(encoding="utf-8"))
+
+
+def picture(figure: "Figure") -> dict[str, Any]:
+    """Returns `source` and `width` of a figure on the page, as SVG."""
     drawing.fix_layout(figure)
     patches = figure.patch, *(axes.patch for axes in figure.axes)
     white = [patch for patch in patches if tuple(patch.get_facecolor()[:3]) == (1.0, 1.0, 1.0)]

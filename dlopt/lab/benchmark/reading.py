@@ -15,6 +15,7 @@ from dlopt.files import read_json, write_json
 from dlopt.folders import RunFolder
 from dlopt.lab.benchmark.protocol import BASELINES, Track, Trial, WorkloadSpec, target_of
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
+from dlopt.lab.trials import has_ended
 from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
 from dlopt.results.leaderboard import Record
@@ -92,12 +93,6 @@ def update_manifest(folder: Path, manifest: Manifest) -> Manifest:
         merged = manifest if former is None else former.merged(manifest, folder)
         write_json(folder / MANIFEST, asdict(merged), indent=1)
     return merged
-
-
-def has_ended(folder: RunFolder) -> bool:
-    """Returns whether the trial has a result. A failure is one, unless its process died (was killed, for example)."""
-    summary = folder.summary() or {}
-    return summary.get("status") in ("finished", "stopped_early", "failed") and not summary.get("died")
 
 
 # -- trials

@@ -27,12 +27,12 @@ def lines(results: Results, width: int = WIDTH) -> list[str]:
     if not results.optimizers:
         return ["There are no results yet."]
     summary = summarize(results)
-    text = [*_rendered(_scores(results, summary), width), *_note(results, width), ""]
+    text = [*rendered(_scores(results, summary), width), *_note(results, width), ""]
     for finding in findings(results, summary):
         start = "warning: " if finding.is_warning else ""
         text += textwrap.wrap(start + finding.text, width, subsequent_indent="  ", break_on_hyphens=False)
     for table in _updates(results, summary, width):
-        text += ["", *_rendered(table, width)]
+        text += ["", *rendered(table, width)]
     return text + _tuning(results, summary, width)
 
 
@@ -50,13 +50,14 @@ def _tuning(results: Results, summary: Summary, width: int) -> list[str]:
         tables.append(Table(["workload", *heads], shown, title=title))
     text = []
     for table in tables:
-        text += ["", *_rendered(table, width)]
+        text += ["", *rendered(table, width)]
     for sentence in tuning.sentences(found):
         text += textwrap.wrap(printable(sentence), width, subsequent_indent="  ", break_on_hyphens=False)
     return text
 
 
-def _rendered(table: Table, width: int) -> list[str]:
+def rendered(table: Table, width: int) -> list[str]:
+    """Returns the lines of a table on a terminal of this width."""
     file = io.StringIO()
     Console(file=file, width=width, highlight=False, color_system=None).print(table.grid())
     return file.getvalue().rstrip("\n").split("\n")

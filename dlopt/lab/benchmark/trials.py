@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import key_of, value_of
@@ -21,16 +21,12 @@ from dlopt.lab.benchmark.protocol import (
     load_fixed,
     load_space,
 )
-from dlopt.lab.benchmark.reading import has_ended
-from dlopt.locks import hold
+from dlopt.lab.trials import UNRECORDED, ClaimedTrials, choice_of, has_ended
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, PlanJob, build_job
-from dlopt.sweeps.pool import JobSource, Pool
+from dlopt.sweeps.jobs import PlanJob
+from dlopt.sweeps.pool import Pool
 from dlopt.sweeps.samplers import halton_point
 from dlopt.sweeps.space import Space, parse_space
-from dlopt.tracking.overview import Overview
-
-_CLAIM = ".claim"  # in a trial's folder, locked by the process that runs the trial
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def candidate(composer: Composer, name: str, overrides: Sequence[str], track: Tr
 
     `overrides`: those of all trials. The default space is reduced to the keys that the optimizer has.
     """
-    chosen = [f"optimizer._target_={name}" if "." in name else f"optimizer={name}"]
+    chosen = [choice_of(name)]
     if track == "self_tuning":
         return Candidate(name, chosen, _fixed_space(composer, name))
     lines = load_space(name, composer.config_dir)
@@ -136,10 +132,7 @@ class TrialRequest:
             *([] if self.full else stopping),
             f"monitor={spec.metric}",
             f"seed={seed}",
-            "evaluate.test=false",
-            "tracking=[]",
-            "log_every_steps=null",
-            "checkpoint.every_epochs=null",
+            *UNRECORDED,
         ]
 
     def waiting(self) -> list[Trial]:
@@ -149,61 +142,18 @@ class TrialRequest:
     def run_folder(self, trial: Trial) -> RunFolder:
         return RunFolder(self.folder / trial.subfolder)
 
+    def label(self, trial: Trial) -> str:
+        values = self.candidates[trial.optimizer].values(trial.study, trial.number)
+        drawn = ", ".join(f"{key.removeprefix('optimizer.')}={value}" for key, value in values.items())
+        return f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}: {drawn}"
+
 
 def run_trials(request: TrialRequest, plan_job: PlanJob, pool: Pool) -> int:
     """Runs the trials that wait for a result; returns how many of them other processes are running.
 
     On a signal, stops the running trials with checkpoints and raises KeyboardInterrupt.
     """
-    source = _Trials(request, plan_job)
+    # Only the best model is needed later, for the test; the others serve to resume.
+    source = ClaimedTrials(request, plan_job, kept=lambda path: path.name.startswith("b"))
     pools.run(source, pool, source.overview)
     return len(source.waiting)
-
-
-class _Trials(JobSource):
-    """Claims trials one by one. A claim is a lock, which the kernel releases when its process dies."""
-
-    def __init__(self, request: TrialRequest, plan_job: PlanJob) -> None:
-        self._request, self._plan_job = request, plan_job
-        self.waiting = dict(enumerate(request.waiting()))
-        # There is no best job: trials of different workloads are not comparable.
-        self.overview = Overview(len(self.waiting), metric="")
-        self._claims: dict[int, IO[str]] = {}
-
-    def next(self) -> Job | InvalidJob | None:
-        for number, trial in list(self.waiting.items()):
-            folder = self._request.run_folder(trial)
-            lock = claim(folder.path)
-            if lock is None:
-                continue
-            del self.waiting[number]
-            if has_ended(folder):  # another process has run it in the meantime
-                lock.close()
-                self.overview.ended(number, trial.subfolder, "finished", {}, known=True)
-                continue
-            self._claims[number] = lock
-            return self._compose(trial, number)
-        return None
-
-    def _compose(self, trial: Trial, number: int) -> Job | InvalidJob:
-        values = self._request.candidates[trial.optimizer].values(trial.study, trial.number)
-        drawn = ", ".join(f"{key.removeprefix('optimizer.')}={value}" for key, value in values.items())
-        label = f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}: {drawn}"
-        overrides = [*self._request.line(trial), f"hydra.sweep.subdir={trial.subfolder}"]
-        return build_job(self._plan_job, self._request.folder, overrides, number, label)
-
-    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
-        if has_ended(job.folder):
-            # Only the best model is needed later, for the test; the others serve to resume.
-            for path in job.folder.checkpoints.glob("[!b]*"):
-                path.unlink(missing_ok=True)
-        self._claims.pop(job.number).close()
-
-
-def claim(folder: Path) -> IO[str] | None:
-    """Locks a trial's folder; None if another process has locked it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return hold(folder / _CLAIM)
-    except BlockingIOError:
-        return None

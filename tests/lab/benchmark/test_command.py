@@ -19,9 +19,9 @@ from torch import Tensor
 from dlopt import cli
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
-from dlopt.lab.benchmark.command import _reference, _refuse_protocol, compare
-from dlopt.lab.benchmark.reading import has_ended
+from dlopt.lab.benchmark.command import _reference, compare
 from dlopt.lab.benchmark.results import Results, TrialRecord, read
+from dlopt.lab.trials import has_ended, refuse_protocol
 from dlopt.sweeps.jobs import result_of
 from tests.support.line import dlopt, refused
 from tests.support.processes import start
@@ -209,7 +209,7 @@ def test_only_keys_that_change_the_workloads_prevent_a_comparison_with_the_shipp
         shipped, note = _reference("small", "external_tuning", [line])
         group = line.lstrip("+").partition("=")[0].partition(".")[0]
         assert shipped is None and f"because {group} changes the workloads" in note
-    _refuse_protocol([*harmless, "data.batch_size=9", "optimizer.seed=1"])
+    refuse_protocol([*harmless, "data.batch_size=9", "optimizer.seed=1"], "")
     for line in (
         "epochs=1",
         "max_time=1",
@@ -224,7 +224,7 @@ def test_only_keys_that_change_the_workloads_prevent_a_comparison_with_the_shipp
         "experiment=x",
     ):
         with pytest.raises(UserError, match="part of the protocol"):
-            _refuse_protocol([line])
+            refuse_protocol([line], "")
 
 
 def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:

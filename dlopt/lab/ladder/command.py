@@ -1,0 +1,243 @@
+"""`dlopt ladder`: trains models of several sizes with several optimizers and compares the compute to equal losses."""
+
+import math
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from hydra.core.override_parser.types import IntervalSweep
+
+from dlopt.command_line.line import Line, output_folder, read_line, refuse_empty
+from dlopt.command_line.reads import refuse_unread_hydra
+from dlopt.command_line.usage import own_names
+from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
+from dlopt.config.parsing import find_local_packages
+from dlopt.config.plan import plan
+from dlopt.config.resolve import to_plain
+from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
+from dlopt.errors import DONE, INTERRUPTED, UserError
+from dlopt.folders import refuse_url
+from dlopt.formats import format_count
+from dlopt.lab.benchmark.protocol import has_space, load_space
+from dlopt.lab.ladder.family import Family, chosen_rungs, load_family, measure
+from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, read_ladder, update_ladder
+from dlopt.lab.trials import READS_OF_HYDRA, choice_of, launcher, refuse_protocol, take_optimizers
+from dlopt.locks import locked
+from dlopt.ranges import Count, Positive
+from dlopt.sweeps.estimate import estimate_job, format_range
+from dlopt.sweeps.run import refuse_ranks
+from dlopt.tracking.layout import short_path
+
+USAGE = """\
+Compare optimizers on models of growing size: does the gain last?
+
+Usage:
+  dlopt ladder optimizer=a,b model=FAMILY [key=value]   run the missing runs, then print and write the results
+  dlopt ladder report FOLDER                            write the results of the runs so far
+
+Examples:
+  dlopt ladder optimizer=adamw,muon model=gpt
+  dlopt ladder optimizer=adamw,muon model=gpt rungs=3 tokens_per_parameter=5
+  dlopt ladder optimizer=adamw,muon model=gpt dry_run=true          # list the runs and estimate their time
+  dlopt ladder optimizer=adamw,mine.MyOptimizer model=gpt allow_packages=[mine]
+  dlopt ladder optimizer=adamw,muon model=gpt hydra/launcher=slurm  # on a cluster
+
+The rungs of a family (ladder/NAME.yaml in dlopt's folder or in --config-dir) grow in width and depth by a rule; the
+training data grows with the parameters. Each optimizer's learning rate is searched on the smallest rungs and
+extrapolated to the others. All rungs then train with several seeds, and count with the loss at the end of the schedule.
+The first optimizer is the baseline. Repeat an interrupted command to continue it. Several of these commands with the
+same output share the runs.
+
+  optimizer=a,b :: choices of the group optimizer, or dotted names of classes, with allow_packages
+  model=FAMILY :: gpt, vit, resnet, gpt_gpu, or one in --config-dir
+  {_run}
+and the keys of `dlopt train`, for all runs (device=cuda, hydra/launcher=gpus). optimizer.lr=X sets the same learning
+rate at all sizes, and nothing is searched.
+"""
+
+_ADVICE = "a family of your own may set it, see `dlopt ladder --help`"
+_LOCK = ".results.lock"
+_PLAIN = "optimizer.lr"
+
+
+def ladder(arguments: list[str]) -> int:
+    """Runs `dlopt ladder` with the given arguments; returns the exit code. Raises `UserError`."""
+    if arguments and arguments[0] == "report":
+        return _report(read_line(arguments[1:], several="one folder is needed"))
+    line = read_line(arguments, several="list the optimizers")
+    refuse_ranks("dlopt ladder", "all runs")
+    names, rest = take_optimizers(line, "dlopt ladder model=gpt")
+    typed = [each for each in rest.overrides if key_of(each) == "model"]
+    if len(typed) != 1:
+        raise UserError("model: name one family: dlopt ladder optimizer=adamw,muon model=gpt")
+    family = load_family(value_of(typed[0]), line.composer.config_dir)
+    rest = Line(rest.composer, [each for each in rest.overrides if each not in typed])
+    own, rest = rest.take(_run)
+    command = ["dlopt", "ladder", *(shlex.quote(each) for each in without(arguments, "output"))]
+    return _run(rest, names, family, " ".join(command), **own)
+
+
+def _run(
+    line: Line,
+    names: Sequence[str],
+    family: Family,
+    command: str,
+    *,
+    rungs: Annotated[Count | list[str] | None, "N|[a,b]: the smallest N rungs, or these (default: all)"] = None,
+    tokens_per_parameter: Annotated[
+        Positive | None, "N: training tokens (or images) per parameter, as 5, 20 or 80 (default: the family's)"
+    ] = None,
+    search: Annotated[Count, "N: smallest rungs on which learning rates are searched"] = 3,
+    seeds: Annotated[Count, "N: runs of each rung at the extrapolated rate"] = 3,
+    output: Annotated[str | None, "DIR: folder of the runs and results (default: outputs/ladder/FAMILY)"] = None,
+    dry_run: Annotated[bool, "BOOL: only list the runs and estimate their time"] = False,
+) -> int:
+    """Checks the ladder and runs its trials. Raises `UserError`."""
+    if isinstance(rungs, list):
+        refuse_empty(rungs=rungs)
+    refuse_protocol(line.overrides, _ADVICE)
+    refuse_unread_hydra(line.overrides, "dlopt ladder", READS_OF_HYDRA, {}, own_names(_run))
+    overrides = [each for each in line.overrides if not is_hydra(each)]
+    _refuse_sizes(overrides, family)
+    chosen = chosen_rungs(family, rungs)
+    folder = Path("outputs") / "ladder" / family.name if output is None else Path(output)
+    refuse_url(str(folder), "output")
+    folder = folder.absolute()
+    shared = [each for each in overrides if group_of(each) != "optimizer"]
+    of_optimizer = [each for each in overrides if group_of(each) == "optimizer"]
+    contestants = {name: _contestant(line, name, of_optimizer, shared) for name in names}
+    per_parameter = tokens_per_parameter or family.tokens_per_parameter
+    measured = {name: measure(line, family, name, per_parameter, shared) for name in chosen}
+    ladder = Ladder(
+        family.name, family.experiment, family.metric, family.unit, family.rules, float(per_parameter), measured,
+        chosen[:search], seeds, contestants, [each for each in shared if group_of(each) != "allow_packages"], [command],
+    )  # fmt: skip
+    request = LadderRequest(folder, ladder, shared)
+    for name, contestant in contestants.items():
+        lr = contestant.lr or contestant.rates[_PLAIN]
+        line.experiment(ladder.line(name, chosen[0], lr, 0, shared))
+    if dry_run:
+        return _list(line, request)
+    output_folder(str(folder), "ladder")
+    merged = update_ladder(folder, ladder)
+    print(f"{_sizes(ladder)}\nabout {request.expected} runs; folder: {short_path(folder)}", flush=True)
+    try:
+        if request.waiting():
+            _launch(line, request)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    return _finish(folder, merged)
+
+
+def _refuse_sizes(overrides: Sequence[str], family: Family) -> None:
+    """Raises `UserError` for an override of a key that the rungs set."""
+    keys = {key_of(each) for lines in family.rungs.values() for each in lines}
+    for override in overrides:
+        if key_of(override) in keys or key_of(override) == "scale_lr":
+            raise UserError(f"{override}: set by the rungs of model={family.name}; {_ADVICE}")
+
+
+def _contestant(line: Line, name: str, overrides: Sequence[str], shared: Sequence[str]) -> Contestant:
+    """Returns an optimizer with the centres of its learning rates. Raises `UserError`."""
+    lines = [choice_of(name), *overrides, *shared]
+    plain, _ = to_plain(line.composer.compose(lines), lines)
+    typed = [key_of(each) for each in overrides]
+    if _PLAIN in typed:
+        lr = plain["optimizer"]["lr"]
+        if not isinstance(lr, int | float):
+            raise UserError(f"optimizer.lr={lr}: a ladder needs a number, or leave it out: rates are searched")
+        return Contestant({}, float(lr), list(overrides))
+    centres: dict[str, float] = {}
+    fixed: list[str] = []
+    if has_space(name, line.composer.config_dir):
+        for override in line.composer.parse(load_space(name, line.composer.config_dir)):
+            key, value = override.get_key_element(), override.value()
+            if key in typed:
+                continue
+            if key.endswith("lr") and isinstance(value, IntervalSweep):
+                centres[key] = float(f"{math.sqrt(float(value.start) * float(value.end)):.4g}")
+            elif not override.is_sweep_override():
+                fixed.append(f"{key}={override.get_value_element_as_str()}")
+    elif (default := _default_rate(plain)) is not None:
+        centres[_PLAIN] = default
+    if _PLAIN not in centres:
+        raise UserError(f"optimizer={name}: has no learning rate to search; set one for all sizes: optimizer.lr=1")
+    return Contestant(centres, None, [*fixed, *overrides])
+
+
+def _default_rate(plain: Mapping[str, Any]) -> float | None:
+    """Returns the learning rate of a composed choice, or the default of the signature of its class."""
+    lr = plain["optimizer"].get("lr")
+    if lr is None:
+        find_local_packages(plain["allow_packages"])
+        packages = (*trusted_packages(), *plain["allow_packages"])
+        target = resolve_target("optimizer._target_", str(plain["optimizer"]["_target_"]), packages)
+        lr = getattr(parameters_of(target).get("lr"), "default", None)
+    return float(lr) if isinstance(lr, int | float) else None
+
+
+def _launch(line: Line, request: LadderRequest) -> None:
+    """Runs all trials, also those that wait for others. On a signal, raises KeyboardInterrupt."""
+    from dlopt.lab.ladder.running import run
+
+    run(request, *reversed(launcher(line, request.shared)))
+
+
+def _sizes(ladder: Ladder) -> str:
+    lines = []
+    for name, rung in ladder.rungs.items():
+        epochs = f", {rung.epochs:.1f} epochs" if rung.epochs > 1 else ""
+        lines.append(
+            f"{name}: {format_count('parameters', rung.parameters)}, {format_count('updates', rung.updates)}, "
+            f"{rung.samples:,} {ladder.unit}{epochs}, {rung.compute:.3g} FLOPs"
+        )
+    return "\n".join(lines)
+
+
+def _list(line: Line, request: LadderRequest) -> int:
+    """Prints the sizes, the runs and an estimate of their time."""
+    ladder = request.ladder
+    print(_sizes(ladder))
+    low = high = 0.0
+    for optimizer, contestant in ladder.optimizers.items():
+        lr = contestant.lr or contestant.rates[_PLAIN]
+        for rung in ladder.rungs:
+            searches = 7 if contestant.lr is None and rung in ladder.searched else 0
+            job = plan(line.composer, ladder.line(optimizer, rung, lr, 0, request.shared))
+            estimate = estimate_job([job.saved], job.choices)
+            total = (0.0, 0.0) if estimate is None else estimate.total
+            count = searches + ladder.seeds
+            low, high = low + count * total[0], high + count * total[1]
+            runs = " + ".join([*([f"{searches} to search the rate"] if searches else []), f"{ladder.seeds} seeds"])
+            each = "unknown" if estimate is None else f"about {format_range(*total)}"
+            print(f"{optimizer}, {rung}: {runs}; {each} a run", flush=True)
+    print(f"{request.expected} runs: about {low / 3600:.2g} to {high / 3600:.2g} hours, one run at a time")
+    return DONE
+
+
+def _report(line: Line) -> int:
+    if len(line.overrides) != 1:
+        raise UserError("dlopt ladder report: one folder is needed: dlopt ladder report outputs/ladder/gpt")
+    folder = Path(line.overrides[0]).absolute()
+    found = read_ladder(folder) if folder.is_dir() else None
+    if found is None:
+        raise UserError(f"{line.overrides[0]}: not the folder of a ladder (it has no {MANIFEST})")
+    return _finish(folder, found)
+
+
+def _finish(folder: Path, ladder: Ladder) -> int:
+    """Collects the results, prints them, and writes results.json, the page and the figures."""
+    from dlopt.lab.ladder.page import write
+    from dlopt.lab.ladder.results import collect
+    from dlopt.lab.ladder.table import WIDTH, lines
+
+    with locked(folder / _LOCK):  # processes that share the runs finish at about the same time
+        results = collect(LadderRequest(folder, ladder))
+        paths = write(results, folder)
+    print("\n".join(lines(results, min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH))))
+    print(*map(short_path, paths), sep="\n")
+    return DONE

@@ -1,0 +1,160 @@
+"""Families of models: conf/ladder/NAME.yaml in dlopt's folder or in --config-dir, and the sizes of their rungs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import MinLen
+
+from dlopt.command_line.line import Line, read_dataset
+from dlopt.config.choices import config_folder
+from dlopt.config.schema import check_arguments
+from dlopt.errors import UserError, suggest
+from dlopt.metric_names import lower_is_better
+from dlopt.plain import load_yaml
+from dlopt.processor import available_memory
+from dlopt.ranges import Positive
+
+FOLDER = "ladder"  # in conf/ and in a --config-dir
+_Text = Annotated[str, MinLen(1)]
+_COPIES = 4  # of the parameters, in fp32: themselves, gradients, and two of an optimizer's state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How a family grows, in words."""
+
+    width: _Text
+    depth: _Text
+    batch: _Text
+    schedule: _Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models of several sizes.
+
+    Attributes:
+        experiment: recipe of all rungs.
+        metric: a loss, which decides.
+        unit: what `tokens_per_parameter` counts, a plural: bytes, tokens, images.
+        tokens_per_parameter: default.
+        rungs: name -> overrides, from small to large.
+    """
+
+    name: str
+    experiment: str
+    metric: str
+    unit: str
+    tokens_per_parameter: float
+    rules: Rules
+    rungs: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FamilyFile:
+    experiment: str
+    metric: str
+    unit: str
+    tokens_per_parameter: Positive
+    rules: dict[str, Any]
+    rungs: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A size of the family.
+
+    Attributes:
+        parameters: trainable, embeddings included; a shared matrix counts once.
+        samples: training tokens (or images), all updates together.
+        compute: FLOPs of the training, 6 * parameters * samples; for images, 3 * the FLOPs of a forward pass * samples.
+        epochs: passes over the training data.
+    """
+
+    overrides: Sequence[str]
+    parameters: int
+    updates: int
+    samples: int
+    compute: float
+    epochs: float
+
+
+def load_family(name: str, config_dir: str | None) -> Family:
+    """Reads a family. Raises `UserError`."""
+    folders = [*([] if config_dir is None else [Path(config_dir)]), config_folder()]
+    paths = {path.stem: path for folder in reversed(folders) for path in sorted((folder / FOLDER).glob("*.yaml"))}
+    if name not in paths:
+        raise UserError(f"model={name}: not a family; {suggest(name, paths, 'dlopt ladder --help', title='families')}")
+    path = paths[name]
+    try:
+        content = check_arguments(path.name, _FamilyFile, load_yaml(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    for rule in ("width", "depth"):
+        if not content["rules"].get(rule):
+            raise UserError(
+                f"model={name}: {path} has no rule of {rule}; write it in words: rules.{rule}: width = 16 * depth"
+            )
+    rules = Rules(**check_arguments(f"{path.name}: rules", Rules, content["rules"]))
+    if not lower_is_better(content["metric"]):
+        raise UserError(f"model={name}: metric={content['metric']} of {path} is not a loss; a ladder needs one")
+    return Family(**{**content, "rules": rules, "name": name})
+
+
+def chosen_rungs(family: Family, rungs: int | Sequence[str] | None) -> list[str]:
+    """Returns the names of the smallest N rungs, or of the named ones, from small to large. Raises `UserError`."""
+    names = [*family.rungs]
+    if rungs is None:
+        chosen = names
+    elif isinstance(rungs, int):
+        if not 1 <= rungs <= len(names):
+            raise UserError(f"rungs={rungs}: model={family.name} has {len(names)} rungs: {', '.join(names)}")
+        chosen = names[:rungs]
+    else:
+        for name in rungs:
+            if name not in names:
+                raise UserError(f"rungs={name}: unknown; {suggest(name, names, 'dlopt ladder --help', title='rungs')}")
+        chosen = [name for name in names if name in rungs]
+    if len(chosen) < 2:
+        shown = rungs if isinstance(rungs, int) else f"[{','.join(chosen)}]"
+        raise UserError(f"rungs={shown}: a fit needs at least two rungs")
+    return chosen
+
+
+def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, overrides: Sequence[str]) -> Rung:
+    """Builds a rung on the meta device and returns its size. Raises `UserError` if it does not fit the memory."""
+    from dlopt.training.build import model_arguments
+    from dlopt.training.model_check import model_on_meta
+    from dlopt.training.speed import forward_flops
+
+    own = family.rungs[name]
+    experiment, _ = line.experiment([f"experiment={family.experiment}", *own, *overrides])
+    batch = experiment.data_settings.batch_size
+    if not isinstance(batch, int):
+        raise UserError(f"data.batch_size={batch}: a ladder needs a number, which its batch-size rule sets")
+    dataset = read_dataset(experiment)
+    is_text = dataset.task.vocabulary is not None
+    shape = dataset.task.input_shape(dataset.train.shape)
+    module = model_on_meta(experiment.model, model_arguments(dataset.task, shape))
+    parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
+    _refuse_large(name, parameters, experiment.settings.device)
+    per_window = shape[0] if is_text else 1
+    updates = max(round(tokens_per_parameter * parameters / (batch * per_window)), 1)
+    samples = updates * batch * per_window
+    flops = 6 * parameters if is_text else 3 * forward_flops(module, shape)
+    return Rung(own, parameters, updates, samples, flops * samples, updates * batch / len(dataset.train))
+
+
+def _refuse_large(name: str, parameters: int, device: str) -> None:
+    import torch
+
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    available = torch.cuda.get_device_properties(0).total_memory if on_gpu else available_memory()
+    needed = _COPIES * 4 * parameters
+    if needed > available:
+        raise UserError(
+            f"rungs={name}: {parameters:,} parameters, their gradients and an optimizer's state need "
+            f"{needed / 2**30:,.1f} GiB of memory, {available / 2**30:,.1f} GiB are available; choose smaller rungs"
+        )

@@ -1,0 +1,92 @@
+"""Draws the figures of a ladder; a figure without data is missing."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dlopt.lab.benchmark.figures import label
+from dlopt.lab.ladder.analysis import Analysis
+from dlopt.lab.ladder.results import Results
+from dlopt.results import drawing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLUMNS = 4  # of a legend
+
+
+def draw(results: Results) -> dict[str, "Figure"]:
+    """Returns the figures with data, by the names of their files."""
+    found: dict[str, Figure] = {}
+    if results.analysis is not None:
+        found["loss"] = loss(results, results.analysis)
+        if results.analysis.gains:
+            found["speed_up"] = speed_up(results, results.analysis)
+    if any(search.losses for search in results.searches.values()):
+        found["rates"] = rates(results)
+    return found
+
+
+def loss(results: Results, analysis: Analysis) -> "Figure":
+    """Draws the loss of each run against compute, with the laws."""
+    figure = drawing.figure(6.4, 4.4)
+    axes = figure.add_subplot()
+    compute = np.asarray(analysis.measured.compute)
+    grid = np.geomspace(compute[0] / 1.3, compute[-1] * 1.3, 100)
+    for i, (name, table) in enumerate(analysis.measured.losses.items()):
+        style = drawing.style(i, linewidth=1.6)
+        axes.plot(grid, [analysis.laws.loss(name, each) for each in grid], label=label(name), **style)
+        axes.plot(np.repeat(compute, table.shape[1]), table.ravel(), drawing.MARKERS[i % 7], color=style["color"],
+                  markersize=4, alpha=0.7)  # fmt: skip
+    axes.set_xscale("log")
+    drawing.logarithmic(axes)
+    axes.set_xlabel("compute of the training [FLOPs]")
+    axes.set_ylabel(f"{drawing.metric_label(results.ladder.metric)} at the end")
+    drawing.clean_axes(axes)
+    drawing.legend_below(figure, axes, min(_COLUMNS, len(analysis.measured.losses)))
+    return figure
+
+
+def speed_up(results: Results, analysis: Analysis) -> "Figure":
+    """Draws the speed-up over the baseline against the parameters, with its intervals."""
+    figure = drawing.figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    sizes = [results.ladder.rungs[rung].parameters for rung in analysis.measured.rungs]
+    for i, (name, gain) in enumerate(analysis.gains.items(), 1):
+        style = drawing.style(i, linewidth=1.6)
+        axes.plot(
+            sizes, [each.value for each in gain.speed_up], marker=drawing.MARKERS[i % 7], label=label(name), **style
+        )
+        if not math.isnan(gain.speed_up[0].low):
+            low, high = ([getattr(each, end) for each in gain.speed_up] for end in ("low", "high"))
+            axes.fill_between(sizes, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.axhline(1, color="0.3", linestyle=(0, (5, 4)), linewidth=1)
+    axes.set_xscale("log")
+    drawing.logarithmic(axes)
+    axes.set_xlabel("parameters")
+    axes.set_ylabel(f"speed-up over {label(analysis.measured.baseline)} in compute")
+    drawing.clean_axes(axes)
+    drawing.legend_below(figure, axes, min(_COLUMNS, len(analysis.gains)))
+    return figure
+
+
+def rates(results: Results) -> "Figure":
+    """Draws the best learning rates of the searched rungs and their fits against the parameters."""
+    figure = drawing.figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    sizes = {name: rung.parameters for name, rung in results.ladder.rungs.items()}
+    for i, (name, search) in enumerate(results.searches.items()):
+        style = drawing.style(i, linewidth=1.6)
+        fit = search.fit
+        values = [math.nan if fit is None else fit(each) for each in sizes.values()]
+        axes.plot([*sizes.values()], values, label=label(name), **style)
+        optima = {sizes[rung]: best.lr for rung, best in search.optima.items()}
+        axes.plot([*optima], [*optima.values()], drawing.MARKERS[i % 7], color=style["color"], markersize=6)
+    axes.set_xscale("log")
+    drawing.logarithmic(axes)
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("learning rate")
+    drawing.clean_axes(axes)
+    drawing.legend_below(figure, axes, min(_COLUMNS, len(results.searches)))
+    return figure

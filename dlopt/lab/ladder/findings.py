@@ -1,0 +1,115 @@
+"""Says what a ladder shows in sentences, with its uncertainty."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from dlopt.formats import printable
+from dlopt.lab.benchmark.findings import Observation
+from dlopt.lab.benchmark.formats import NONE, names
+from dlopt.lab.benchmark.scores import Interval
+from dlopt.lab.ladder.analysis import Analysis, Gain
+from dlopt.lab.ladder.results import Results
+
+_LARGE_ERROR = 1.5  # of an extrapolated rate, from which the report warns
+
+
+def findings(results: Results) -> list[Observation]:
+    """Returns the results, then the warnings."""
+    shown = [] if results.analysis is None else [*_results(results, results.analysis)]
+    return [
+        *(Observation(printable(text)) for text in [*shown, *_rates(results)]),
+        *(Observation(printable(text), is_warning=True) for text in _warnings(results)),
+    ]
+
+
+def times(value: Interval) -> str:
+    """Formats 1.4 [1.2, 1.6]."""
+    return f"{_short(value.value)}" + ("" if math.isnan(value.low) else f" [{_short(value.low)}, {_short(value.high)}]")
+
+
+def signed(value: Interval, pattern: str = "+.2f") -> str:
+    """Formats +0.10 [-0.02, +0.22]."""
+    if math.isnan(value.value):
+        return NONE
+    texts = [format(min(max(each, -99.0), 99.0), pattern) for each in (value.value, value.low, value.high)]
+    return texts[0] + ("" if math.isnan(value.low) else f" [{texts[1]}, {texts[2]}]")
+
+
+def _short(value: float) -> str:
+    if math.isnan(value):
+        return NONE
+    return "> 1000" if value > 1000 else "< 0.001" if value < 0.001 else f"{value:.3g}"
+
+
+def _results(results: Results, analysis: Analysis) -> Iterator[str]:
+    base = analysis.measured.baseline
+    for name, gain in analysis.gains.items():
+        yield _gain(name, base, gain, analysis.measured.rungs)
+    for name, each in analysis.predictions.items():
+        verdict = "inside" if each.holds else "outside"
+        interval = f"{each.predicted.value:.4g} [{each.predicted.low:.4g}, {each.predicted.high:.4g}]"
+        yield (
+            f"Held out: without {analysis.measured.rungs[-1]}, the law of {name} predicts its loss as {interval}; "
+            f"measured: {each.measured:.4g}, {verdict} the interval."
+        )
+
+
+def _gain(name: str, base: str, gain: Gain, rungs: Sequence[str]) -> str:
+    first, last = gain.speed_up[0], gain.speed_up[-1]
+    text = (
+        f"{base} needs {times(first)} times the compute of {name} for the same loss at {rungs[0]}, and {times(last)} "
+        f"times at {rungs[-1]}."
+    )
+    if math.isnan(last.low):
+        return text + " There is no interval: more seeds or rungs are needed."
+    if all(each.low <= 1 <= each.high for each in gain.speed_up):
+        text += f" The intervals include 1: {name} and {base} are not distinguishable."
+        return text
+    trend = gain.trend
+    if trend.high < 0:
+        text += " The speed-up shrinks as models grow"
+    elif trend.low > 0:
+        text += " The speed-up grows with the models"
+    else:
+        return text + f" Whether it changes with size is open (exponent {signed(trend)})."
+    return text + f" (exponent {signed(trend)})."
+
+
+def _rates(results: Results) -> Iterator[str]:
+    for name, contestant in results.ladder.optimizers.items():
+        fit = results.searches[name].fit
+        if contestant.lr is not None:
+            yield f"{name}: the same rate at all sizes (optimizer.lr={contestant.lr:g}), not tuned per rung."
+        elif fit is not None:
+            moved = [key.removeprefix("optimizer.") for key in contestant.rates if key != "optimizer.lr"]
+            error = "" if fit.error is None else f"; left out, a searched rung is predicted within {fit.error:.2g}x"
+            constant = "; one searched rung: the same at all sizes" if len(results.ladder.searched) == 1 else ""
+            together = f" {names(moved)} moves with it in a constant ratio." if moved else ""
+            yield f"{name}: best lr proportional to parameters^{fit.exponent:+.2f}{error}{constant}.{together}"
+
+
+def _warnings(results: Results) -> Iterator[str]:
+    if results.missing:
+        yield f"{results.missing} runs at the fitted rates have not ended: the results are preliminary."
+    for name, search in results.searches.items():
+        for rung, best in search.optima.items():
+            if best.at_end and search.fit is not None:
+                yield f"{name}: the best rate of {rung} is at the end of the searched range."
+        if search.losses and search.fit is None:
+            lost = [rung for rung in search.losses if rung not in search.optima and search.losses[rung]]
+            why = f"all runs of {names(lost)} failed so far" if lost else "its search has not ended"
+            yield f"{name}: no learning rates yet: {why}."
+        if search.fit is not None and (search.fit.error or 1.0) > _LARGE_ERROR:
+            yield f"{name}: learning rates are extrapolated poorly ({search.fit.error:.2g}x); search more rungs."
+        if failed := results.failed(name):
+            yield f"{name}: {failed} runs failed or diverged, and count in no fit."
+    analysis = results.analysis
+    if analysis is None:
+        return
+    count = len(analysis.measured.rungs)
+    if not analysis.predictions:
+        yield f"No held-out prediction: it needs four rungs, here are {count}."
+    if count == 2:
+        yield "Two rungs do not identify an irreducible loss: E = 0, and extrapolations are worth little."
+    if not analysis.draws_rungs:
+        yield f"With {count} rungs, the intervals come from seeds alone, and are too narrow."

@@ -1,0 +1,269 @@
+"""A ladder: what its folder compares, its trials, and which of them can run now."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dlopt.errors import UserError
+from dlopt.files import read_json, write_json
+from dlopt.folders import RunFolder
+from dlopt.lab.ladder.family import Rules, Rung
+from dlopt.lab.ladder.rates import Optimum, RateFit, fit_rates, missing, optimum, rate
+from dlopt.lab.trials import UNRECORDED, choice_of, has_ended
+from dlopt.locks import locked
+from dlopt.tracking.metrics import read_metrics
+
+MANIFEST = "ladder.json"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer of a ladder.
+
+    Attributes:
+        rates: key -> centre of the search. All of them move together, in the ratio of their centres.
+        lr: the learning rate of all rungs, if the user has fixed it; None: searched.
+        overrides: of the optimizer, from the command line.
+    """
+
+    rates: Mapping[str, float]
+    lr: float | None
+    overrides: Sequence[str]
+
+    def lines(self, lr: float) -> list[str]:
+        """Returns the overrides of all rates for a learning rate."""
+        if self.lr is not None:  # typed, in `overrides`
+            return []
+        centre = self.rates["optimizer.lr"]
+        return [f"{key}={float(f'{value * lr / centre:.4g}')!r}" for key, value in self.rates.items()]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of a rung: of the search of the rate with an index (`rates.py`), or with the rate of the fit (None)."""
+
+    optimizer: str
+    rung: str
+    seed: int
+    index: int | None = None
+
+    @property
+    def subfolder(self) -> str:
+        last = f"seed-{self.seed}" if self.index is None else f"rate{self.index:+d}"
+        return f"{self.optimizer}/{self.rung}/{last}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a trial. `loss`: at the end of training; infinity: failed. `seconds`: of the training."""
+
+    loss: float
+    seconds: float
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What a folder compares.
+
+    Attributes:
+        searched: the smallest rungs, whose learning rates are searched.
+        overrides: of all trials, from the command line.
+        commands: that have run the trials, without `output`.
+    """
+
+    family: str
+    experiment: str
+    metric: str
+    unit: str
+    rules: Rules
+    tokens_per_parameter: float
+    rungs: Mapping[str, Rung]
+    searched: Sequence[str]
+    seeds: int
+    optimizers: Mapping[str, Contestant]
+    overrides: Sequence[str]
+    commands: Sequence[str] = ()
+
+    def merged(self, other: "Ladder", folder: Path) -> "Ladder":
+        """Returns the ladder of the trials of both. Raises `UserError` if they contradict each other."""
+        keys = ("family", "experiment", "metric", "tokens_per_parameter", "searched", "overrides")
+        different = [key for key in keys if getattr(self, key) != getattr(other, key)]
+        for key in ("rungs", "optimizers"):
+            mine, theirs = getattr(self, key), getattr(other, key)
+            different += [f"{key}.{name}" for name in sorted(mine.keys() & theirs.keys()) if mine[name] != theirs[name]]
+        if different:
+            raise UserError(
+                f"output={folder}: has runs of another ladder (different: {', '.join(different)}); use another folder"
+            )
+        rungs = sorted({**self.rungs, **other.rungs}.items(), key=lambda item: item[1].parameters)
+        return replace(
+            other,
+            rungs=dict(rungs),
+            seeds=max(self.seeds, other.seeds),
+            optimizers={**self.optimizers, **other.optimizers},
+            commands=list(dict.fromkeys([*self.commands, *other.commands])),
+        )
+
+    def line(self, optimizer: str, rung: str, lr: float, seed: int, shared: Sequence[str]) -> list[str]:
+        """Returns the overrides of a run, evaluated at its end only. `shared`: as typed, with those of the machine."""
+        contestant = self.optimizers[optimizer]
+        return [
+            f"experiment={self.experiment}",
+            *self.rungs[rung].overrides,
+            choice_of(optimizer),
+            *contestant.lines(lr),
+            *contestant.overrides,
+            *shared,
+            f"steps={self.rungs[rung].updates}",
+            f"monitor={self.metric}",
+            f"seed={seed}",
+            "evaluate.every_epochs=1000000",
+            *UNRECORDED,
+        ]
+
+
+def read_ladder(folder: Path) -> Ladder | None:
+    """Reads the manifest of a folder; None if there is none. Raises `UserError` for a damaged one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    content: dict[str, Any] = read_json(path) or {}
+    try:
+        return Ladder(
+            **{
+                **content,
+                "rules": Rules(**content["rules"]),
+                "rungs": {name: Rung(**each) for name, each in content["rungs"].items()},
+                "optimizers": {name: Contestant(**each) for name, each in content["optimizers"].items()},
+            }
+        )
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is damaged; restore it, or remove it and repeat the command") from None
+
+
+def update_ladder(folder: Path, ladder: Ladder) -> Ladder:
+    """Merges `ladder` into the folder's and returns the result. Raises `UserError` if they contradict each other."""
+    with locked(folder / ".manifest.lock"):
+        former = read_ladder(folder)
+        merged = ladder if former is None else former.merged(ladder, folder)
+        write_json(folder / MANIFEST, asdict(merged), indent=1)
+    return merged
+
+
+# -- the trials
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search of an optimizer's learning rate: losses and optimum of each searched rung, and their fit.
+
+    Attributes:
+        losses: rung -> learning rate -> loss.
+        fit: None: the search is not complete, or all runs of a rung failed.
+    """
+
+    losses: Mapping[str, Mapping[float, float]]
+    optima: Mapping[str, Optimum]
+    fit: RateFit | None
+
+
+class LadderRequest:
+    """The trials of a ladder; each optimizer's rungs wait for the end of its own search.
+
+    `shared`: overrides of all trials, as typed.
+    """
+
+    def __init__(self, folder: Path, ladder: Ladder, shared: Sequence[str] = ()) -> None:
+        self.folder, self.ladder, self.shared = folder, ladder, shared
+        self._known: dict[Trial, Outcome] = {}
+
+    def outcome(self, trial: Trial) -> Outcome | None:
+        """Returns the result of a trial; None if it has not ended."""
+        if trial not in self._known:
+            folder = RunFolder(self.folder / trial.subfolder)
+            if not has_ended(folder):
+                return None
+            summary, lines = folder.summary() or {}, read_metrics(folder.path)
+            value = lines[-1].get(self.ladder.metric) if lines else None
+            is_good = summary["status"] != "failed" and isinstance(value, int | float)
+            loss = float(value) if is_good and math.isfinite(float(value)) else math.inf  # type: ignore[arg-type]
+            reason = "" if math.isfinite(loss) else " ".join(str(summary.get("reason") or "diverged").split())
+            self._known[trial] = Outcome(loss, float(summary.get("seconds") or 0.0), reason)
+        return self._known[trial]
+
+    def known(self) -> list[Outcome]:
+        """Returns the results of all trials that have been read."""
+        return [*self._known.values()]
+
+    def searches(self, optimizer: str, rung: str) -> dict[int, float]:
+        """Returns the losses of the search of a rung, by index."""
+        found: dict[int, float] = {}
+        while new := missing(found):
+            outcomes = {index: self.outcome(Trial(optimizer, rung, 0, index)) for index in new}
+            known = {index: outcome.loss for index, outcome in outcomes.items() if outcome is not None}
+            found |= known
+            if len(known) < len(new):
+                break
+        return found
+
+    def search(self, optimizer: str) -> Search:
+        """Returns the state of an optimizer's search."""
+        contestant, rungs = self.ladder.optimizers[optimizer], self.ladder.rungs
+        if contestant.lr is not None:
+            return Search({}, {}, RateFit(contestant.lr, 0.0, None))
+        centre = contestant.rates["optimizer.lr"]
+        losses: dict[str, dict[float, float]] = {}
+        optima: dict[str, Optimum] = {}
+        is_complete = True
+        for rung in self.ladder.searched:
+            indices = self.searches(optimizer, rung)
+            losses[rung] = {rate(centre, index): loss for index, loss in sorted(indices.items())}
+            is_complete = is_complete and not missing(indices)
+            if indices and (best := optimum(losses[rung])) is not None:
+                optima[rung] = best
+        if not is_complete or len(optima) < len(losses):
+            return Search(losses, optima, None)
+        sizes = [rungs[rung].parameters for rung in optima]
+        return Search(losses, optima, fit_rates(sizes, [each.lr for each in optima.values()]))
+
+    def finals(self, optimizer: str) -> list[Trial]:
+        return [Trial(optimizer, rung, seed) for rung in self.ladder.rungs for seed in range(self.ladder.seeds)]
+
+    def waiting(self) -> list[Trial]:
+        """Returns the trials without a result that can run now, small rungs first."""
+        found = []
+        for optimizer, contestant in self.ladder.optimizers.items():
+            search = self.search(optimizer)
+            if search.fit is not None:
+                found += self.finals(optimizer)
+            elif contestant.lr is None:
+                for rung in self.ladder.searched:
+                    found += [Trial(optimizer, rung, 0, index) for index in missing(self.searches(optimizer, rung))]
+        order = [*self.ladder.rungs]
+        return sorted((each for each in found if self.outcome(each) is None), key=lambda each: order.index(each.rung))
+
+    def lr(self, trial: Trial) -> float:
+        contestant = self.ladder.optimizers[trial.optimizer]
+        if trial.index is not None:
+            return rate(contestant.rates["optimizer.lr"], trial.index)
+        fit = self.search(trial.optimizer).fit
+        assert fit is not None  # otherwise the trial does not wait
+        return fit(self.ladder.rungs[trial.rung].parameters)
+
+    def line(self, trial: Trial) -> list[str]:
+        return self.ladder.line(trial.optimizer, trial.rung, self.lr(trial), trial.seed, self.shared)
+
+    def label(self, trial: Trial) -> str:
+        purpose = "search" if trial.index is not None else f"seed {trial.seed}"
+        return f"{trial.optimizer}, {trial.rung}, {purpose}: lr={self.lr(trial):g}"
+
+    @cached_property
+    def expected(self) -> int:
+        """Number of trials, if no grid has to be extended."""
+        ladder = self.ladder
+        searched = sum(each.lr is None for each in ladder.optimizers.values()) * len(ladder.searched)
+        return searched * (5 + 2) + len(ladder.optimizers) * len(ladder.rungs) * ladder.seeds

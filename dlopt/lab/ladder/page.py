@@ -1,0 +1,50 @@
+"""Writes the results of a ladder: results.json, a self-contained HTML page, and its figures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dlopt
+from dlopt.files import write_atomically
+from dlopt.lab.benchmark.page import picture, style
+from dlopt.lab.ladder.analysis import RESAMPLES
+from dlopt.lab.ladder.figures import draw
+from dlopt.lab.ladder.findings import findings
+from dlopt.lab.ladder.rates import GRID, LIMIT, SPACING
+from dlopt.lab.ladder.results import Results, to_json
+from dlopt.lab.ladder.table import tables
+from dlopt.results import drawing
+from dlopt.results.page import render
+
+_FORMATS = ("png", "pdf", "svg")
+_DESCRIPTIONS = {
+    "loss": "Loss at the end of training against compute, with the fitted laws",
+    "speed_up": "Speed-up over the baseline against the number of parameters",
+    "rates": "Best learning rates of the searched rungs, and their fits",
+}
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """Writes results.json, index.html and figures/NAME.png, .pdf and .svg; returns their paths. Raises OSError."""
+    figures = draw(results)
+    pictures = {name: picture(figure) for name, figure in figures.items()}
+    contents = {"results.json": to_json(results), "index.html": page(results, pictures)}
+    written = {folder / name: text.encode() for name, text in contents.items()}
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        written |= {folder / "figures" / f"{name}.{form}": drawing.encoded(figure, form) for form in _FORMATS}
+    for path, content in written.items():
+        write_atomically(path, content)
+    return [*written]
+
+
+def page(results: Results, pictures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Renders the page; `pictures`: `source` and `width` by the figure's name."""
+    facts = {key: value for key, value in results.facts.items() if key != "command"}
+    return render(
+        "page.html", Path(__file__).parent,
+        title=f"Optimizers on a ladder of sizes: {results.ladder.family}", version=dlopt.__version__, style=style(),
+        script=None, results=results, facts=facts, rules=vars(results.ladder.rules), tables=tables(results),
+        findings=findings(results), pictures=pictures, descriptions=_DESCRIPTIONS, resamples=RESAMPLES,
+        grid=len(GRID), spacing=f"{SPACING:.2f}", limit=f"{SPACING ** (LIMIT / 2):.0f}",
+    )  # fmt: skip

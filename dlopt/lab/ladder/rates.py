@@ -1,0 +1,108 @@
+"""Searches learning rates on small rungs and extrapolates them to the others. Pure functions.
+
+A rate is centre * `SPACING` ** (index / 2). Even indices are the grid; odd ones refine it around the best.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SPACING = math.sqrt(10)
+GRID = (-4, -2, 0, 2, 4)
+"""Indices of the first rates: two decades."""
+LIMIT = 10
+"""Largest index to which the grid is extended while the best rate is at its end: a factor of 316 from the centre."""
+
+
+def rate(centre: float, index: int) -> float:
+    """Returns the rate of an index, rounded to four digits."""
+    return float(f"{centre * SPACING ** (index / 2):.4g}")
+
+
+def missing(losses: Mapping[int, float]) -> list[int]:
+    """Returns the indices to measure next; []: the search is complete.
+
+    `losses`: by index; infinity for a run that failed.
+    """
+    if first := [index for index in GRID if index not in losses]:
+        return first
+    coarse = sorted(index for index in losses if index % 2 == 0)
+    best = min(coarse, key=lambda index: losses[index])
+    if best == coarse[0] and best > -LIMIT:
+        return [best - 2]
+    if best == coarse[-1] and best < LIMIT:
+        return [best + 2]
+    around = [best - 1, best + 1]
+    return [index for index in around if coarse[0] < index < coarse[-1] and index not in losses]
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best learning rate of a rung. `at_end`: the best measured rate is the smallest or the largest."""
+
+    lr: float
+    loss: float
+    at_end: bool
+
+
+def optimum(losses: Mapping[float, float]) -> Optimum | None:
+    """Returns the vertex of the parabola through the best three losses in the logarithm of the learning rate.
+
+    The three are the best rate and its neighbours. Where a neighbour is missing or diverged, the best rate itself is
+    returned; None: every run failed. `losses`: by learning rate.
+    """
+    rates = sorted(losses)
+    best = min(rates, key=lambda lr: losses[lr])
+    if not math.isfinite(losses[best]):
+        return None
+    place = rates.index(best)
+    if place in (0, len(rates) - 1):
+        return Optimum(best, losses[best], at_end=True)
+    three = rates[place - 1 : place + 2]
+    y = [losses[lr] for lr in three]
+    if not all(map(math.isfinite, y)) or len(set(y)) == 1:
+        return Optimum(best, losses[best], at_end=False)
+    x = [math.log(lr / best) for lr in three]
+    a, b, c = np.polyfit(x, y, 2)
+    vertex = -b / (2 * a)
+    return Optimum(best * math.exp(vertex), float(c + vertex * b / 2), at_end=False)
+
+
+@dataclass(frozen=True)
+class RateFit:
+    """The law of the best learning rate: lr = scale * parameters ** exponent.
+
+    Attributes:
+        error: largest factor between a measured optimum and its prediction from the other rungs (leave-one-out); None:
+            fewer than three rungs.
+    """
+
+    scale: float
+    exponent: float
+    error: float | None
+
+    def __call__(self, parameters: float) -> float:
+        return float(f"{self.scale * parameters**self.exponent:.4g}")
+
+
+def fit_rates(parameters: Sequence[float], optima: Sequence[float]) -> RateFit:
+    """Fits log lr = a + b log N by least squares; one rung gives a constant."""
+    intercept, slope = _line(np.log(parameters), np.log(optima))
+    error = None
+    if len(optima) > 2:
+        error = math.exp(max(_left_out(np.log(parameters), np.log(optima), i) for i in range(len(optima))))
+    return RateFit(math.exp(intercept), slope, error)
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    if len(x) == 1:
+        return float(y[0]), 0.0
+    slope, intercept = np.polyfit(x, y, 1)
+    return float(intercept), float(slope)
+
+
+def _left_out(x: np.ndarray, y: np.ndarray, i: int) -> float:
+    intercept, slope = _line(np.delete(x, i), np.delete(y, i))
+    return abs(float(y[i]) - intercept - slope * float(x[i]))

@@ -1,0 +1,129 @@
+"""Results of a ladder: what the folder holds, its analysis, and the JSON file."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import date
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from dlopt import environment
+from dlopt.lab.ladder.analysis import Analysis, Measured, analyze
+from dlopt.lab.ladder.ladder import Ladder, LadderRequest, Outcome, Search, Trial
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of a ladder.
+
+    Attributes:
+        searches: by optimizer.
+        outcomes: of the runs at the fitted rates that have ended.
+        analysis: None: too few runs have ended.
+    """
+
+    ladder: Ladder
+    searches: Mapping[str, Search]
+    outcomes: Mapping[Trial, Outcome]
+    analysis: Analysis | None
+    facts: Mapping[str, Any]
+
+    @property
+    def missing(self) -> int:
+        """Number of runs at the fitted rates that have not ended."""
+        return len(self.ladder.optimizers) * len(self.ladder.rungs) * self.ladder.seeds - len(self.outcomes)
+
+    def lr(self, optimizer: str, rung: str) -> float | None:
+        fit = self.searches[optimizer].fit
+        return None if fit is None else fit(self.ladder.rungs[rung].parameters)
+
+    def failed(self, optimizer: str) -> int:
+        return sum(trial.optimizer == optimizer and bool(each.failure) for trial, each in self.outcomes.items())
+
+
+def collect(request: LadderRequest) -> Results:
+    """Reads all runs of the ladder that have ended, and analyzes them."""
+    ladder = request.ladder
+    searches = {name: request.search(name) for name in ladder.optimizers}
+    trials = [trial for name in ladder.optimizers for trial in request.finals(name)]
+    found = {trial: request.outcome(trial) for trial in trials}
+    outcomes = {trial: each for trial, each in found.items() if each is not None}
+    seconds = [each.seconds for each in request.known()]
+    return Results(ladder, searches, outcomes, analyze(measured(ladder, outcomes)), _facts(ladder, sum(seconds)))
+
+
+def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> Measured:
+    """Returns the losses of the runs at the fitted rates as tables [rungs, seeds]."""
+    losses, times = {}, {}
+    for name in ladder.optimizers:
+        rows = [[outcomes.get(Trial(name, rung, seed)) for seed in range(ladder.seeds)] for rung in ladder.rungs]
+        table = [[math.nan if each is None or each.failure else each.loss for each in row] for row in rows]
+        losses[name] = np.array(table, dtype=float)
+        ended = [[each.seconds for each in row if each is not None and not each.failure] for row in rows]
+        times[name] = [median(each) if each else math.nan for each in ended]
+    return Measured([*ladder.rungs], [each.compute for each in ladder.rungs.values()], losses, times)
+
+
+def _facts(ladder: Ladder, seconds: float) -> dict[str, Any]:
+    """Returns how the results were made, without what identifies the user or the host."""
+    versions, machine = environment.versions(), environment.machine()
+    return {
+        "command": "; ".join(ladder.commands),
+        "date": date.today().isoformat(),
+        "hours": float(f"{seconds / 3600:.3g}"),
+        **{name: versions[name] for name in ("dlopt", "python", "torch")},
+        **{name: machine[name] for name in ("processor", "cpu_count", "gpu") if machine[name]},
+    }
+
+
+def to_json(results: Results) -> str:
+    """Returns the results as JSON; NaN and infinity become null."""
+    content = {
+        "format": FORMAT,
+        "facts": dict(results.facts),
+        "ladder": asdict(results.ladder),
+        "searches": {name: _search(each) for name, each in results.searches.items()},
+        "runs": [
+            {"optimizer": trial.optimizer, "rung": trial.rung, "seed": trial.seed,
+             "lr": results.lr(trial.optimizer, trial.rung), **asdict(each)}
+            for trial, each in results.outcomes.items()
+        ],
+        "analysis": None if results.analysis is None else _analysis(results.analysis),
+    }  # fmt: skip
+    return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+
+
+def _search(search: Search) -> dict[str, Any]:
+    losses = {rung: {f"{lr:g}": loss for lr, loss in each.items()} for rung, each in search.losses.items()}
+    return {
+        "losses": losses,
+        "optima": {rung: asdict(each) for rung, each in search.optima.items()},
+        "fit": None if search.fit is None else asdict(search.fit),
+    }
+
+
+def _analysis(analysis: Analysis) -> dict[str, Any]:
+    return {
+        "baseline": analysis.measured.baseline,
+        "irreducible": asdict(analysis.irreducible),
+        "laws": {
+            name: {"scale": math.exp(curve.log_scale), "exponent": asdict(analysis.exponents[name])}
+            for name, curve in analysis.laws.curves.items()
+        },
+        "mean": {name: [*each] for name, each in analysis.mean.items()},
+        "gains": {name: asdict(each) for name, each in analysis.gains.items()},
+        "predictions": {name: asdict(each) for name, each in analysis.predictions.items()},
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

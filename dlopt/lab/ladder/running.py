@@ -1,0 +1,41 @@
+"""Runs the trials of a ladder: results of a search decide which trials follow."""
+
+from pathlib import Path
+
+from dlopt.lab.ladder.ladder import LadderRequest, Trial
+from dlopt.lab.trials import ClaimedTrials
+from dlopt.sweeps import pool as pools
+from dlopt.sweeps.jobs import InvalidJob, Job, PlanJob
+from dlopt.sweeps.pool import Pool
+
+
+class _Ladder(ClaimedTrials[Trial]):
+    def __init__(self, request: LadderRequest, plan_job: PlanJob) -> None:
+        super().__init__(request, plan_job, kept=_nothing, total=request.expected)
+        self._seen = set(self.waiting)  # a trial whose process died is left to the next command
+
+    def next(self) -> Job | InvalidJob | None:
+        job = super().next()
+        if job is None and self._refill():
+            job = super().next()
+        return job
+
+    def is_exhausted(self) -> bool:
+        """Returns whether no trial can follow. Trials that other processes run decide about others: wait for them."""
+        return not self.waiting and not self._refill()
+
+    def _refill(self) -> bool:
+        new = [trial for trial in self.request.waiting() if trial not in self._seen]
+        self._seen.update(new)
+        self.waiting.update(dict.fromkeys(new))
+        return bool(new)
+
+
+def _nothing(_: Path) -> bool:
+    return False
+
+
+def run(request: LadderRequest, plan_job: PlanJob, pool: Pool) -> None:
+    """Runs all trials, and waits for those of other processes. On a signal, raises KeyboardInterrupt."""
+    source = _Ladder(request, plan_job)
+    pools.run(source, pool, source.overview)

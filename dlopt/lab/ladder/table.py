@@ -1,0 +1,91 @@
+"""The tables of a ladder, and the text for the terminal."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from dlopt.formats import printable
+from dlopt.lab.benchmark.formats import abbreviated, number
+from dlopt.lab.benchmark.table import rendered
+from dlopt.lab.ladder.analysis import Analysis
+from dlopt.lab.ladder.findings import findings, signed, times
+from dlopt.lab.ladder.results import Results
+from dlopt.results.tables import Table
+
+WIDTH = 100  # characters
+_NAME = 24  # of an optimizer
+
+
+def tables(results: Results) -> list[Table]:
+    """Returns the tables of the results: the rungs, the losses, the gains, the laws, the learning rates."""
+    found = [_sizes(results)]
+    if results.analysis is not None:
+        found += [_losses(results.analysis), *_gains(results.analysis), _laws(results.analysis)]
+    return [*found, _rates(results)]
+
+
+def lines(results: Results, width: int = WIDTH) -> list[str]:
+    """Returns the summary for a terminal."""
+    text: list[str] = []
+    for table in tables(results):
+        text += [*rendered(table, width), ""]
+    for finding in findings(results):
+        start = "warning: " if finding.is_warning else ""
+        text += textwrap.wrap(start + finding.text, width, subsequent_indent="  ", break_on_hyphens=False)
+    return text
+
+
+def _sizes(results: Results) -> Table:
+    rows = [
+        [name, f"{rung.parameters:,}", f"{rung.updates:,}", f"{rung.samples:,}", f"{rung.epochs:.2f}",
+         f"{rung.compute:.3g}"]
+        for name, rung in results.ladder.rungs.items()
+    ]  # fmt: skip
+    heads = ["rung", "parameters", "updates", results.ladder.unit, "epochs", "FLOPs"]
+    return Table(heads, rows, title="Rungs")
+
+
+def _losses(analysis: Analysis) -> Table:
+    rows = [[_name(name), *(number(each) for each in means)] for name, means in analysis.mean.items()]
+    return Table(["optimizer", *analysis.measured.rungs], rows, title="Loss at the end of training (mean over seeds)")
+
+
+def _gains(analysis: Analysis) -> list[Table]:
+    base, rungs = analysis.measured.baseline, analysis.measured.rungs
+    if not analysis.gains:
+        return []
+    compute, time, loss = [], [], []
+    for name, gain in analysis.gains.items():
+        compute.append([_name(name), *map(times, gain.speed_up), signed(gain.trend)])
+        time.append([_name(name), *(number(each, ".3g") for each in gain.speed_up_in_time)])
+        loss.append([_name(name), *(signed(each, "+.3f") for each in gain.difference)])
+    return [
+        Table(["optimizer", *rungs, "trend"], compute, title=f"Speed-up over {printable(base)} in compute"),
+        Table(["optimizer", *rungs], time, title="Speed-up in time, by the seconds of these runs"),
+        Table(["optimizer", *rungs], loss, title=f"Loss minus that of {printable(base)}, paired by seed"),
+    ]
+
+
+def _laws(analysis: Analysis) -> Table:
+    rows = [
+        [_name(name), times(analysis.irreducible), f"{math.exp(curve.log_scale):.3g}", times(analysis.exponents[name])]
+        for name, curve in analysis.laws.curves.items()
+    ]
+    return Table(["optimizer", "E", "A", "a"], rows, title="Laws L = E + A C^-a (E is shared)")
+
+
+def _rates(results: Results) -> Table:
+    rungs = [*results.ladder.rungs]
+
+    def cells(name: str) -> Sequence[str]:
+        optima = results.searches[name].optima
+        fitted = [results.lr(name, rung) for rung in rungs]
+        measured = [f"{optima[rung].lr:.2g}" if rung in optima else "" for rung in rungs]
+        return [number(lr, ".3g") + (f" ({best})" if best else "") for lr, best in zip(fitted, measured, strict=True)]
+
+    rows = [[_name(name), *cells(name)] for name in results.ladder.optimizers]
+    return Table(["optimizer", *rungs], rows, title="Learning rates of the fit (and the optimum of the search)")
+
+
+def _name(name: str) -> str:
+    return abbreviated(name, _NAME)

@@ -1,0 +1,179 @@
+"""What `dlopt benchmark` and `dlopt ladder` share: optimizers of a command line, fixed keys, claimed trials.
+
+A trial is a job in a folder of its own below the output folder. Several processes share the trials: each claims one by
+a lock, which the kernel releases when the process dies.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Generic, Protocol, TypeVar
+
+from dlopt.command_line.line import Line
+from dlopt.config.keys import role_of
+from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of
+from dlopt.config.plan import Plan, as_job, checked
+from dlopt.errors import UserError
+from dlopt.folders import RunFolder
+from dlopt.locks import hold
+from dlopt.roles import Role
+from dlopt.sweeps import pool as pools
+from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, PlanJob, build_job
+from dlopt.sweeps.pool import JobSource, Pool
+from dlopt.sweeps.run import build_pool
+from dlopt.tracking.overview import Overview
+
+READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
+# Part of the protocol in addition to the length, the seeds and the evaluation of runs: workloads and families name the
+# first four, and every trial writes what the results need and nothing else.
+_FIXED = (
+    "experiment", "comparison", "schedule", "stopping", "resume", "dry_run", "checkpoint", "tracking",
+    "log_every_steps",
+)  # fmt: skip
+UNRECORDED = (
+    "evaluate.test=false", "tracking=[]", "log_every_steps=null", "checkpoint.every_epochs=null",
+)  # fmt: skip
+"""Overrides of every trial: it writes what the results need and nothing else."""
+_CLAIM = ".claim"  # in a trial's folder, locked by the process that runs the trial
+
+
+# -- the command line
+
+
+def take_optimizers(line: Line, command: str) -> tuple[list[str], Line]:
+    """Takes `optimizer=a,b` from the line. Raises `UserError`."""
+    typed = [each for each in line.overrides if key_of(each) == "optimizer"]
+    if not typed:
+        raise UserError(f"optimizer: name the optimizers to compare: {command} optimizer=adamw,muon")
+    if len(typed) > 1:
+        raise UserError(f"{typed[1]}: optimizer is already given by {typed[0]}; list them: optimizer=a,b")
+    [override] = line.composer.parse(typed)
+    names = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
+    if len(set(names)) < len(names):
+        raise UserError(f"{typed[0]}: an optimizer is listed twice")
+    return names, replace(line, overrides=[each for each in line.overrides if each not in typed])
+
+
+def choice_of(name: str) -> str:
+    """Returns the override of an optimizer given by a choice of the group or by the dotted name of a class."""
+    return f"optimizer._target_={name}" if "." in name else f"optimizer={name}"
+
+
+def is_fixed(override: str) -> bool:
+    """Returns whether an override would change the protocol."""
+    key = key_of(override)
+    is_seed_of_run = role_of(key) is Role.SEED and "." not in key  # an optimizer may have a seed of its own
+    return group_of(key) in _FIXED or role_of(key) in (Role.LENGTH, Role.PROTOCOL) or is_seed_of_run
+
+
+def refuse_protocol(overrides: Iterable[str], advice: str) -> None:
+    """Raises `UserError` for an override that would change the protocol."""
+    for override in overrides:
+        if is_fixed(override):
+            raise UserError(f"{override}: part of the protocol, and cannot be changed; {advice}")
+
+
+def launcher(line: Line, run: Sequence[str]) -> tuple[Pool, PlanJob]:
+    """Returns the pool of the launcher of the command line, by default one process per core, and how jobs compose.
+
+    `run`: overrides of one trial. Raises `UserError`.
+    """
+    hydra = [each for each in line.overrides if is_hydra(each)]
+    if not is_typed("hydra.launcher", hydra):
+        hydra = ["hydra/launcher=joblib", *hydra]
+    pool = build_pool(line.composer.compose([*hydra, *run], multirun=True), "not supported here")
+    assert pool is not None  # has refused other launchers
+    if pool.is_local:
+        pools.warm_up()
+
+    def plan_job(overrides: Sequence[str], number: int) -> Plan:
+        config = line.composer.compose([*hydra, *overrides])
+        return as_job(checked(config, overrides, None, line.composer.flags), number, overrides)
+
+    return pool, plan_job
+
+
+# -- trials
+
+
+class Subfolder(Protocol):
+    """A trial: hashable, with a folder of its own."""
+
+    @property
+    def subfolder(self) -> str: ...
+
+
+T = TypeVar("T", bound=Subfolder)
+
+
+class Request(Protocol[T]):
+    """The trials of a command and how each is composed."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def waiting(self) -> list[T]:
+        """Returns the trials without a result that can run now."""
+
+    def line(self, trial: T) -> list[str]:
+        """Returns the overrides of a trial."""
+
+    def label(self, trial: T) -> str: ...
+
+
+def has_ended(folder: RunFolder) -> bool:
+    """Returns whether the trial has a result. A failure is one, unless its process died (was killed, for example)."""
+    summary = folder.summary() or {}
+    return summary.get("status") in ("finished", "stopped_early", "failed") and not summary.get("died")
+
+
+def claim(folder: Path) -> IO[str] | None:
+    """Locks a trial's folder; None if another process has locked it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return hold(folder / _CLAIM)
+    except BlockingIOError:
+        return None
+
+
+class ClaimedTrials(JobSource, Generic[T]):
+    """Claims trials one by one.
+
+    Args:
+        kept: returns whether a file among a trial's checkpoints is needed after its end.
+        total: expected number of trials; None: those that wait now.
+    """
+
+    def __init__(
+        self, request: Request[T], plan_job: PlanJob, kept: Callable[[Path], bool], total: int | None = None
+    ) -> None:
+        self.request, self._plan_job, self._kept = request, plan_job, kept
+        self.waiting: dict[T, None] = dict.fromkeys(request.waiting())  # in order
+        # There is no best job: trials of different workloads are not comparable.
+        self.overview = Overview(len(self.waiting) if total is None else total, metric="")
+        self._claims: dict[int, IO[str]] = {}
+        self._number = 0
+
+    def next(self) -> Job | InvalidJob | None:
+        for trial in list(self.waiting):
+            folder = RunFolder(self.request.folder / trial.subfolder)
+            lock = claim(folder.path)
+            if lock is None:
+                continue
+            del self.waiting[trial]
+            number, self._number = self._number, self._number + 1
+            if has_ended(folder):  # another process has run it in the meantime
+                lock.close()
+                self.overview.ended(number, trial.subfolder, "finished", {}, known=True)
+                continue
+            self._claims[number] = lock
+            overrides = [*self.request.line(trial), f"hydra.sweep.subdir={trial.subfolder}"]
+            return build_job(self._plan_job, self.request.folder, overrides, number, self.request.label(trial))
+        return None
+
+    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
+        if has_ended(job.folder):
+            for path in job.folder.checkpoints.glob("*"):
+                if not self._kept(path):
+                    path.unlink(missing_ok=True)
+        self._claims.pop(job.number).close()

@@ -1,0 +1,199 @@
+"""`dlopt ladder` from end to end on tiny models: searches, runs, resumes, shares, reports."""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dlopt import cli
+from dlopt.folders import RunFolder
+from tests.support.line import dlopt, entries, refused
+from tests.support.processes import start
+
+RECIPE = {
+    "defaults": [
+        {"override /data": "linear"}, {"override /model": "mlp"}, {"override /loss": "mse"},
+        {"override /normalize": "none"}, {"override /schedule": "cosine"},
+    ],
+    "name": "tiny",
+    "steps": 8,
+    "threads": 1,
+    "data": {
+        "intervals": [[-1.0, 1.0], [-0.2, 0.2]], "train_size": 128, "val_size": 64, "test_size": 64, "batch_size": 32
+    },
+}  # fmt: skip
+FAMILY: dict[str, Any] = {
+    "experiment": "tiny",
+    "metric": "val_loss",
+    "unit": "images",
+    "tokens_per_parameter": 20,
+    "rules": {"width": "2 * depth", "depth": "the number of the rung", "batch": "constant", "schedule": "cosine"},
+    "rungs": {"one": ["model.widths=[2]"], "two": ["model.widths=[4,4]"], "three": ["model.widths=[6,6,6]"]},
+}
+LINE = ("--config-dir", "conf", "model=tiny", "output=out", "search=1", "seeds=1")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a config folder that has a family of three rungs."""
+    for name, content, head in (("experiment", RECIPE, "# @package _global_\n"), ("ladder", FAMILY, "# Tiny\n")):
+        path = tmp_path / f"conf/{name}/tiny.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(head + yaml.safe_dump(content, sort_keys=False))
+    return tmp_path
+
+
+def change(place: Path, **changes: Any) -> None:
+    (place / "conf/ladder/tiny.yaml").write_text(yaml.safe_dump({**FAMILY, **changes}, sort_keys=False))
+
+
+def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
+    first = dlopt(place, "ladder", "optimizer=sgd", *LINE, "rungs=2")
+    assert first.code == 0, first.err
+    content = json.loads((place / "out/results.json").read_text())
+    search = content["searches"]["sgd"]
+    tried = {float(lr): loss for lr, loss in search["losses"]["one"].items()}
+    assert 6 <= len(tried) <= 13 and search["fit"]["exponent"] == 0  # one searched rung
+    best = min(tried, key=lambda lr: math.inf if tried[lr] is None else tried[lr])
+    assert best / 2 < search["optima"]["one"]["lr"] < best * 2
+    for rung in ("one", "two"):
+        run = RunFolder(place / f"out/sgd/{rung}/seed-0")
+        config, lines = run.config() or {}, (run.path / "metrics.jsonl").read_text().splitlines()
+        assert config["optimizer"]["lr"] == pytest.approx(search["optima"]["one"]["lr"], rel=1e-3)
+        assert config["optimizer"]["nesterov"]  # the fixed key of its benchmark space
+        size = content["ladder"]["rungs"][rung]
+        assert len(lines) == 1 and json.loads(lines[0])["step"] == size["updates"]  # evaluated at the end only
+        assert size["updates"] == round(20 * size["parameters"] / 32)
+        assert size["parameters"] == (run.summary() or {})["parameters"]
+        [record] = [each for each in content["runs"] if each["rung"] == rung]
+        assert record["loss"] == json.loads(lines[0])["val_loss"]
+        assert not [*run.path.glob("checkpoints/*.pt")]
+    assert content["analysis"]["laws"]["sgd"]["exponent"]["value"] >= 0 and (place / "out/figures/loss.svg").is_file()
+    before = {path: path.stat().st_mtime_ns for path in place.glob("out/*/*/*/summary.json")}
+    second = dlopt(place, "ladder", "optimizer=sgd,adamw", *LINE, "rungs=2", "optimizer.lr=0.01")
+    assert second.code == 2 and "runs of another ladder (different: optimizers.sgd)" in second.err
+    second = dlopt(place, "ladder", "optimizer=adamw", *LINE, "rungs=2", "optimizer.lr=0.01")
+    assert second.code == 0, second.err
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert "adamw: the same rate at all sizes (optimizer.lr=0.01)" in " ".join(second.out.split())
+    assert "Speed-up over sgd in compute" in second.out and (place / "out/figures/speed_up.pdf").is_file()
+    report = dlopt(place, "ladder", "report", "out")
+    assert report.code == 0 and "Speed-up over sgd in compute" in report.out
+    page = (place / "out/index.html").read_text()
+    assert "2 * depth" in page and "the same rate at all sizes" in page
+    other = dlopt(place, "ladder", "optimizer=sgd", *LINE, "rungs=2", "data.batch_size=16")
+    assert other.code == 2 and "runs of another ladder (different: " in other.err
+
+
+@pytest.mark.slow
+def test_lists_the_runs_and_estimates_their_time(place: Path) -> None:
+    result = dlopt(place, "ladder", "optimizer=sgd", *LINE, "dry_run=true")
+    assert result.code == 0 and not (place / "out").exists()
+    assert "sgd, one: 7 to search the rate + 1 seeds; about" in result.out and "sgd, three: 1 seeds" in result.out
+    assert "10 runs: about" in result.out and " hours" in result.out
+
+
+@pytest.mark.slow
+def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> None:
+    arguments = ("optimizer=sgd,adamw", *LINE[:4], "search=1", "seeds=2")
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    for number in range(6):
+        process = start(_ladder, arguments, environment, place, {1: place / "log.txt", 2: place / "log.txt"})
+        deadline = time.monotonic() + 60
+        ended = len(list(place.glob("out/*/*/*/summary.json")))
+        while process.is_alive() and time.monotonic() < deadline:
+            if len(list(place.glob("out/*/*/*/summary.json"))) > ended + number % 3:
+                break
+            time.sleep(0.05)
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    logs = [place / f"log-{number}.txt" for number in range(2)]
+    processes = [start(_ladder, arguments, environment, place, {1: log, 2: log}) for log in logs]
+    for process in processes:
+        process.join(600)
+    assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
+    content = json.loads((place / "out/results.json").read_text())
+    assert len(content["runs"]) == 12 and not any(each["failure"] for each in content["runs"])
+    fresh = dlopt(place, "ladder", *arguments[:4], "output=fresh", "search=1", "seeds=2")
+    assert fresh.code == 0, fresh.err
+    expected = json.loads((place / "fresh/results.json").read_text())
+    assert content["searches"] == expected["searches"]
+    for part in (content, expected):
+        part["analysis"]["gains"]["adamw"].pop("speed_up_in_time")
+        for run in part["runs"]:
+            run.pop("seconds")
+    assert content["analysis"] == expected["analysis"] and content["runs"] == expected["runs"]
+
+
+def _ladder(*arguments: str) -> None:
+    sys.argv = ["dlopt", "ladder", *arguments]
+    cli.main()
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (("model=tiny",), "optimizer: name the optimizers"),
+        (("optimizer=sgd",), "model: name one family"),
+        (("optimizer=sgd", "model=tine"), "model=tine: not a family; did you mean tiny?"),
+        (("optimizer=sgdd", "model=tiny"), "did you mean optimizer=sgd?"),
+        (("optimizer=sgd,sgd", "model=tiny"), "an optimizer is listed twice"),
+        (("optimizer=sgd", "model=tiny", "rungs=1"), "rungs=1: a fit needs at least two rungs"),
+        (("optimizer=sgd", "model=tiny", "rungs=[two]"), "rungs=[two]: a fit needs at least two rungs"),
+        (("optimizer=sgd", "model=tiny", "rungs=4"), "rungs=4: model=tiny has 3 rungs: one, two, three"),
+        (("optimizer=sgd", "model=tiny", "rungs=[on,two]"), "rungs=on: unknown; did you mean one?"),
+        (("optimizer=sgd", "model=tiny", "rungs=[]"), "rungs=[]: needs at least one value"),
+        (("optimizer=sgd", "model=tiny", "seeds=0"), "seeds=0"),
+        (("optimizer=sgd", "model=tiny", "tokens_per_parameter=0"), "tokens_per_parameter=0"),
+        (("optimizer=sgd", "model=tiny", "steps=3"), "steps=3: part of the protocol"),
+        (("optimizer=sgd", "model=tiny", "seed=3"), "seed=3: part of the protocol"),
+        (("optimizer=sgd", "model=tiny", "schedule=constant"), "schedule=constant: part of the protocol"),
+        (("optimizer=sgd", "model=tiny", "model.widths=[3]"), "model.widths=[3]: set by the rungs of model=tiny"),
+        (("optimizer=sgd", "model=tiny", "optimizer.lr=auto"), "optimizer.lr=auto: a ladder needs a number"),
+        (("optimizer=sgd", "model=tiny", "optimizer.lr=-1"), "optimizer.lr=-1"),
+        (("optimizer=prodigy", "model=tiny"), "optimizer=prodigy: has no learning rate to search"),
+        (("optimizer=sgd", "model=tiny", "data.batch_size=full"), "data.batch_size=full: a ladder needs a number"),
+        (("report", "conf"), "conf: not the folder of a ladder"),
+        (("report",), "one folder is needed"),
+    ],
+)
+def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:
+    flags = () if typed[0] == "report" else ("--config-dir", "conf", "output=out")
+    action, rest = (typed[:1], typed[1:]) if typed[0] == "report" else ((), typed)
+    assert message in refused(place, "ladder", *action, *flags, *rest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rules": {**FAMILY["rules"], "width": ""}}, "has no rule of width"),
+        ({"rules": {"width": "2 * depth", "batch": "constant", "schedule": "cosine"}}, "has no rule of depth"),
+        ({"metric": "val_accuracy"}, "metric=val_accuracy of"),
+        ({"rungs": {"one": ["model.widths=[2]"], "huge": ["model.widths=[100000,100000]"]}}, "GiB are available"),
+        ({"tokens_per_parameter": "many"}, "tokens_per_parameter"),
+    ],
+)
+def test_bad_families(changes: dict[str, Any], message: str, place: Path) -> None:
+    change(place, **changes)
+    assert message in refused(place, "ladder", "optimizer=sgd", *LINE)
+
+
+def test_shipped_families_compose(place: Path) -> None:
+    from dlopt.config.compose import Composer
+    from dlopt.config.plan import plan
+    from dlopt.lab.ladder.family import load_family
+
+    before = entries(place)
+    for name in ("gpt", "vit", "resnet", "gpt_gpu"):
+        family = load_family(name, None)
+        for overrides in family.rungs.values():
+            plan(Composer(), [f"experiment={family.experiment}", *overrides, "steps=10"])
+    assert entries(place) == before
