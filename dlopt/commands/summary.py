@@ -50,9 +50,9 @@ def summary(
     ] = None,
 ) -> int:
     """Prints the table. Raises `UserError`."""
+    experiment, choices = line.experiment()  # before torch is imported: it checks the values of the line
     from dlopt.data.task import Task
 
-    experiment, choices = line.experiment()
     if classes is not None and vocabulary is not None:
         raise UserError(f"classes={classes}, vocabulary={vocabulary}: set one of them")
     outputs = classes if vocabulary is None else vocabulary

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
-from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, config_folder, search
+from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_folder, search
 from dlopt.config.overrides import is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines
@@ -265,11 +265,10 @@ class Composer:
         if hint := for_key(key, typed):
             return f"{line}: unknown key; {hint}"
         names += [] if parent else sorted(self.more_keys)
-        hint = did_you_mean(name, names, join(parent, ""))
+        hint = _suggest_choices(parent, name, self.config_dir) if parent in self.groups() else ""
+        hint = hint or did_you_mean(name, names, join(parent, ""))
         if not hint and not parent:
             hint = _suggest_in_groups(name, config)
-        elif not hint and parent in self.groups():
-            hint = _suggest_choices(parent, name, self.choices(parent))
         if not names and str(node.get("_target_")).startswith("dlopt."):
             return f"{line}: unknown key; {hint}the chosen {parent} has no keys"
         if not names:
@@ -366,12 +365,12 @@ def _check_files(folder: Path) -> None:
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} is also a file of dlopt; rename it")
 
 
-def _suggest_choices(group: str, name: str, choices: Iterable[str]) -> str:
+def _suggest_choices(group: str, name: str, config_dir: str | None) -> str:
     """Names the choices of the group that have the key `name`."""
-    files = {choice: config_folder() / group / f"{choice}.yaml" for choice in choices}
-    having = [
-        choice for choice, path in files.items() if path.exists() and name in (yaml.safe_load(path.read_text()) or {})
-    ]
+    catalogue = Catalogue(config_dir)
+    key = f"{group.replace('/', '.')}.{name}"
+    choices = catalogue.choices(group)
+    having = [choice.name for choice in choices if any(each.name == key for each in catalogue.keys(choice))]
     more = f" and {len(having) - 8} more" if len(having) > 8 else ""
     return f"{group}={','.join(having[:8])}{more} {'has' if len(having) == 1 else 'have'} it; " if having else ""
 

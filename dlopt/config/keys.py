@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 
 from dlopt.config.overrides import key_of
-from dlopt.config.settings import Settings
+from dlopt.config.settings import GROUPS, Settings
 from dlopt.data.settings import DataSettings
 from dlopt.plain import join
 from dlopt.roles import Role
@@ -31,11 +31,7 @@ def _declared(schema: type, prefix: str = "") -> dict[str, Role]:
 
 # What a group decides, for all choices and keys that have no role of their own.
 _GROUPS: Mapping[str, Role] = {
-    **dict.fromkeys(
-        ("data", "normalize", "sampler", "augmentation", "model", "init", "loss", "optimizer", "schedule", "clip"),
-        Role.IDENTITY,
-    ),
-    "stopping": Role.IDENTITY,
+    **dict.fromkeys(GROUPS, Role.IDENTITY),
     "parallel": Role.PLACE,
     "hydra": Role.PLACE,
     "experiment": Role.COMMAND,  # a run's config has the effects of its recipe, key by key

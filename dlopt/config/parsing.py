@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dlopt.config.experiment import GROUPS, Experiment, Settings
-from dlopt.config.labels import check_tags
+from dlopt.config.early import run_settings
+from dlopt.config.experiment import GROUPS, Experiment
 from dlopt.config.own_metrics import own_metrics
 from dlopt.config.own_observers import own_observers
 from dlopt.config.rules import check_combinations
@@ -25,13 +25,7 @@ def parse(
         saved: the form to write to disk, where it differs (it keeps `${oc.env:...}` unresolved).
         choices: the choice of each group, for messages.
     """
-    if isinstance(config.get("experiment"), Mapping):
-        raise UserError("experiment: the first line of a recipe's file must be `# @package _global_`")
-    run_keys = {key: value for key, value in config.items() if key not in GROUPS}
-    entries = run_keys.get("observers", [])
-    plain = {**run_keys, "observers": []} if isinstance(entries, list) else run_keys  # components: checked below
-    settings = Settings(**check_arguments("", Settings, plain, related=tuple(GROUPS)))
-    check_tags(settings.tags)
+    settings = run_settings(config)
     packages = (*trusted_packages(), *settings.allow_packages)
     find_local_packages(settings.allow_packages)
     components: dict[str, Any] = {}
@@ -58,9 +52,12 @@ def parse(
         data_settings=components.pop("DataSettings"),
         grouping=components.pop("Grouping"),
         warmup=components.pop("Warmup"),
-        config={**{key: to_save[key] for key in run_keys}, **{name: to_save[name] for name in GROUPS}},
+        config={
+            **{key: to_save[key] for key in config if key not in GROUPS},
+            **{name: to_save[name] for name in GROUPS},
+        },
         own_metrics=own_metrics(settings.evaluate.metrics, packages),
-        own_observers=own_observers(entries, packages),
+        own_observers=own_observers(config.get("observers", []), packages),
         auto_lr=config["optimizer"].get("lr") == "auto",
         **components,
     )

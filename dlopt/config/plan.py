@@ -7,7 +7,8 @@ The way of an override, `optimizer.lr=0.1`, from the command line to its use:
 3. `compose.Composer` refuses what Hydra accepts but nobody means, and sets the value in the config of the choices.
 4. `trust` checks what interpolations expand to and that Hydra's node names no code, before anything is resolved.
 5. `resolve.to_plain` resolves the config to plain values; the form to save keeps secrets as interpolations.
-6. `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`rules`).
+6. `early.check_early` checks what it can before torch is imported, which takes seconds; then
+   `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`rules`).
 7. The result, an `Experiment` of components, is part of the `Plan`; `Component.build` passes the value to its callable.
 
 A job of a sweep, or a rank of a parallel run, enters at step 5 with the config that `dlopt.job.describe` has saved in
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.config.compose import Composer
+from dlopt.config.early import check_early
 from dlopt.config.overrides import parse_overrides, text_of
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.teacher import identify_teacher
@@ -85,13 +87,14 @@ def checked(
 
     `overrides`: of the run; `typed`: further ones of the command line (None: it has been checked).
     """
-    from dlopt.config.parsing import parse  # imports torch
-
     lines = list(overrides)
     plain, saved = to_plain(config, None if typed is None else [*lines, *typed])
     for each in (plain, saved):
         identify_teacher(each)
     choices = choices_of(config)
+    check_early(plain, lines)
+    from dlopt.config.parsing import parse  # imports torch
+
     return Plan(tuple(parse_overrides(lines)), choices, parse(plain, saved, choices), flags=flags, config=config)
 
 

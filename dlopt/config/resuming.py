@@ -2,11 +2,13 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import without
+from dlopt.data.settings import DataSettings
 from dlopt.errors import UserError
 from dlopt.folders import SPACE, RunFolder, newest
 from dlopt.plain import flatten
@@ -23,6 +25,8 @@ def may_change(key: str) -> bool:
 # What runs did before these keys existed; saved configs lack them.
 _BEFORE = {"ema_warmup": False}
 _TEACHER = "loss.teacher_sha256"
+# Keys that the config of a data set lacks where they mean nothing; older configs have them.
+_UNUSED = {f"data.{each.name}": each.default for each in fields(DataSettings) if each.default is not MISSING}
 
 
 def how_to_resume(folder: RunFolder, is_ranks: bool = False) -> str:
@@ -53,7 +57,7 @@ def newest_finished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns by dotted key the (saved, current) values that differ, without those of keys that `may_change`."""
-    old, new = flatten({**_BEFORE, **saved}), flatten(current)
+    old, new = {**_UNUSED, **flatten({**_BEFORE, **saved})}, {**_UNUSED, **flatten(current)}
     if old.get("ema") is None:
         new["ema_warmup"] = old["ema_warmup"]  # there is no average, whose warmup could differ
     if new.get(_TEACHER) is None:  # a run of a comparison, whose teacher is trained before it

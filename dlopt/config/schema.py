@@ -38,7 +38,7 @@ _NOT_CONFIGURABLE = (
     "torchvision.datasets.utils", "torchvision.io", "torchvision.utils",
 )  # fmt: skip
 # Ranges of third-party arguments, by name: torch's own SGD accepts lr=nan and momentum=1.5.
-_RANGES: dict[str, Any] = {
+RANGES: dict[str, Any] = {
     "lr": Positive,
     "momentum": Fraction,
     "dampening": Probability,
@@ -210,7 +210,7 @@ def check_arguments(
         if name not in values and parameters[name].default is _EMPTY:
             raise UserError(f"{join(key, name)}: a value is required ({describe_type(parameters[name].annotation)})")
     return {
-        name: _check_value(join(key, name), value, annotation_of(target, name), runtime, packages)
+        name: check_value(join(key, name), value, annotation_of(target, name), runtime, packages)
         for name, value in values.items()
     }
 
@@ -218,7 +218,7 @@ def check_arguments(
 def annotation_of(target: Callable[..., Any], name: str) -> Any:
     parameters = parameters_of(target)
     annotation = parameters[name].annotation if name in parameters else _EMPTY
-    return annotation if target.__module__.startswith("dlopt") else _RANGES.get(name, annotation)
+    return annotation if target.__module__.startswith("dlopt") else RANGES.get(name, annotation)
 
 
 def _explain_unknown_key(key: str, name: str, value: Any, allowed: Iterable[str]) -> str:
@@ -230,7 +230,10 @@ def _explain_unknown_key(key: str, name: str, value: Any, allowed: Iterable[str]
     return f"{key}={show(value)}: unknown key; {hint}"
 
 
-def _check_value(key: str, value: Any, annotation: Any, runtime: frozenset[str], packages: tuple[str, ...]) -> Any:
+def check_value(
+    key: str, value: Any, annotation: Any, runtime: frozenset[str] = frozenset(), packages: tuple[str, ...] = ()
+) -> Any:
+    """Validates a value against an annotation and returns it converted. Raises `UserError`; see `check_arguments`."""
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         if not isinstance(value, Mapping):
             names = ", ".join(field.name for field in dataclasses.fields(annotation))
@@ -242,7 +245,7 @@ def _check_value(key: str, value: Any, annotation: Any, runtime: frozenset[str],
         # A nested component may have an argument of its own with a runtime argument's name (a dataset's image_size).
         return component(key, value, runtime - value.keys(), packages)
     if isinstance(value, list) and any(isinstance(item, Mapping) and "_target_" in item for item in value):
-        return [_check_value(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
+        return [check_value(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
     adapter = adapter_of(annotation)
     try:
         checked = value if adapter is None else adapter.validate_json(json.dumps(value, default=str))

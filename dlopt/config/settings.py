@@ -9,6 +9,12 @@ from typing import Annotated, Any, Literal
 from dlopt.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.roles import Role
 
+GROUPS = (
+    "data", "normalize", "sampler", "augmentation", "model", "init", "loss", "optimizer", "schedule", "clip",
+    "stopping", "parallel",
+)  # fmt: skip
+"""The groups that every run has a choice of; all other keys are `Settings`."""
+
 Toggle = bool | Literal["auto"]
 Compile = Toggle | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Recomputation = Literal["none", "blocks", "all"]

@@ -14,15 +14,18 @@ ImageSize = Annotated[int, Interval(ge=1, le=1 << 14)]  # pixels
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Schema of `conf/data/_common.yaml`, which has the defaults and documents each key."""
+    """Schema of `conf/data/_common.yaml` and the files that it includes, which have the defaults and document each key.
+
+    Keys with a default here mean nothing for some data sets, whose files do not have them; those saved before had all.
+    """
 
     batch_size: Annotated[BatchSize | Literal["full"], Role.IDENTITY]
-    val_split: Annotated[Fraction, Role.IDENTITY]
+    val_split: Annotated[Fraction, Role.IDENTITY] = 0.1
     subset: Annotated[Count | PositiveFraction | None, Role.IDENTITY]
     split_seed: Annotated[Seed, Role.SEED]
-    label_noise: Annotated[Fraction, Role.IDENTITY]
-    image_size: Annotated[ImageSize | tuple[ImageSize, ImageSize] | None, Role.IDENTITY]
+    label_noise: Annotated[Fraction, Role.IDENTITY] = 0.0
+    image_size: Annotated[ImageSize | tuple[ImageSize, ImageSize] | None, Role.IDENTITY] = None
     memory: Annotated[Literal["auto"] | bool, Role.PLACE]
     workers: Annotated[Natural | Literal["auto"], Role.PLACE]
-    statistics_samples: Annotated[Count | None, Role.IDENTITY]
+    statistics_samples: Annotated[Count | None, Role.IDENTITY] = 5000
     drop_last: Annotated[bool, Role.IDENTITY]

@@ -178,10 +178,13 @@ def _subset_count(train: Samples, subset: int | float, *, is_stratified: bool) -
 
 def _resized(samples: Samples, size: tuple[int, int] | None) -> Samples:
     """Resizes samples in memory; all others are resized when they are fetched."""
-    if size is None or not isinstance(samples, InMemory) or samples.shape[1:] == size:
+    if size is None:
         return samples
     if len(samples.shape) != 3:
-        raise UserError(f"data.image_size={list(size)}: the samples are vectors, not images; use data.image_size=null")
+        kind = "text" if isinstance(samples, Windows) else "vectors"
+        raise UserError(f"data.image_size={list(size)}: the samples are {kind}, not images; use data.image_size=null")
+    if not isinstance(samples, InMemory) or samples.shape[1:] == size:
+        return samples
     needed = len(samples) * samples.shape[0] * size[0] * size[1]
     if needed > available_memory():
         raise UserError(

@@ -2,16 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import yaml
 
 from dlopt.config.compose import Composer
 from dlopt.config.experiment import GROUPS
 from dlopt.config.keys import ROLES, role_of
 from dlopt.config.overrides import group_of, key_of
 from dlopt.config.resolve import to_plain
+from dlopt.data.settings import DataSettings
 from dlopt.plain import flatten
 from dlopt.roles import Role
 
@@ -21,7 +22,7 @@ CONF = Path(__file__).parents[2] / "conf"
 def test_every_key_of_a_run_declares_its_role() -> None:
     plain, _ = to_plain(Composer().compose([]), [])
     of_run = {key for key in flatten(plain) if key.partition(".")[0] not in GROUPS}
-    of_data = {f"data.{key}" for key in yaml.safe_load((CONF / "data/_common.yaml").read_text())}
+    of_data = {f"data.{each.name}" for each in fields(DataSettings)}
     assert not (of_run | of_data | set(GROUPS)) - set(ROLES)
 
 

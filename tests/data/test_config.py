@@ -1,18 +1,25 @@
 """Every choice's YAML file matches its callable and has a description in the first line."""
 
 import importlib
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dlopt.config.compose import Composer
+from dlopt.config.parsing import parse
+from dlopt.config.plan import plan
+from dlopt.config.resolve import resolve_saved
+from dlopt.config.resuming import differences
 from dlopt.config.schema import parameters_of
 from dlopt.data.splits import DataSettings
+from dlopt.errors import UserError
 from tests.support.choices import files
 
 CONF = Path(__file__).parents[2] / "conf"
 COMMON = {field.name for field in fields(DataSettings)}
+FRAGMENTS = ("_base", "_values", "_labelled", "_common")  # each includes the former one
 RUNTIME = {
     "normalize": {"input_shape"},
     "sampler": {"targets", "samples", "batch_size", "seed"},
@@ -32,7 +39,7 @@ def test_keys_match_the_arguments(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ") and len(first) > 10
     node = yaml.safe_load(path.read_text())
-    assert path.parent.name != "data" or node["defaults"][:2] == ["_common", "_self_"]
+    assert path.parent.name != "data" or (node["defaults"][0] in FRAGMENTS and node["defaults"][1] == "_self_")
     module, _, name = node["_target_"].rpartition(".")
     parameters = parameters_of(getattr(importlib.import_module(module), name)).values()
     assert all(p.kind is p.KEYWORD_ONLY and p.annotation is not p.empty for p in parameters)
@@ -43,5 +50,41 @@ def test_keys_match_the_arguments(path: Path) -> None:
     assert {p.name for p in parameters} - shared == set(node) - {"_target_", "defaults"} - shared
 
 
-def test_common_keys_match_the_settings() -> None:
-    assert set(yaml.safe_load((CONF / "data" / "_common.yaml").read_text())) == COMMON
+def shared(fragment: str) -> dict[str, object]:
+    node = yaml.safe_load((CONF / "data" / f"{fragment}.yaml").read_text())
+    parents = [name for name in node.pop("defaults", []) if name != "_self_"]
+    return {**(shared(parents[0]) if parents else {}), **node}
+
+
+def test_shared_keys_match_the_settings() -> None:
+    """Keys that not every data set has default to the values of the files, which older configs have everywhere."""
+    assert set(shared("_common")) == COMMON
+    defaults = {field.name: field.default for field in fields(DataSettings) if field.default is not MISSING}
+    assert defaults == {name: value for name, value in shared("_common").items() if name not in shared("_base")}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("data=text data.file=x data.image_size=8", "data.image_size=8: unknown key; data="),
+        ("data=tokens data.root=x data.val_split=0.2", "data.val_split=0.2: unknown key; data="),
+        ("data=python_source data.label_noise=0.1", "data.label_noise=0.1: unknown key; data="),
+        ("data=diabetes data.label_noise=0.1", "data.label_noise=0.1: unknown key; data="),
+        ("data=wine data.image_size=[8,8]", "data.image_size=[8,8]: unknown key; data="),
+    ],
+)
+def test_refuses_keys_that_mean_nothing_for_a_data_set(line: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Composer().compose(line.split())
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_configs_saved_with_all_keys_load_and_resume() -> None:
+    """Configs of older runs have every common key for every data set."""
+    run = plan(Composer(), ["data=python_source", "data.subset=100"])
+    former = {**run.saved, "data": {**shared("_common"), **run.saved["data"]}}
+    assert former["data"]["image_size"] is None and "image_size" not in run.saved["data"]
+    assert not differences(former, run.saved) and not differences(run.saved, former)
+    assert parse(resolve_saved(former)).data_settings == run.experiment.data_settings
+    changed = {**former, "data": {**former["data"], "label_noise": 0.5}}
+    assert differences(changed, run.saved) == {"data.label_noise": (0.5, 0.0)}

@@ -1,0 +1,112 @@
+"""Checks combinations of the keys of a run that belong to no group. Imports no torch."""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
+
+from dlopt.config.labels import check_tags
+from dlopt.config.settings import Settings
+from dlopt.errors import UserError, did_you_mean, install
+from dlopt.metric_names import HIGHER, LOWER, has_direction
+
+_MAX_NAME = 100
+MONITORS = ("auto", "val_loss", "val_accuracy")
+_EXTRA = (
+    "val_top5_accuracy", "val_macro_f1", "val_calibration_error", "val_worst_class_accuracy", "val_r2", "val_mae",
+    "val_mean_average_precision", "val_micro_f1",
+)  # fmt: skip
+CLASS = "val_class_accuracy/"
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises `UserError` for values that exclude each other, and for those that no type describes."""
+    check_tags(settings.tags)
+    _check_name(settings.name)
+    for key, path in (("resume", settings.resume), ("init_from", settings.init_from)):
+        if path == "":
+            raise UserError(f"{key}=: the path of a checkpoint is needed, or {key}=null")
+    if settings.dry_run and settings.resume is not None:
+        raise UserError(f"dry_run=true: estimates a whole run, not the rest of one; leave out resume={settings.resume}")
+    _check_tracking(settings.tracking)
+    own = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
+    check_monitor("monitor", settings.monitor, own)
+    _check_diagnostics(settings)
+    _check_evaluation(settings)
+    _check_compile(settings)
+
+
+def _check_name(name: str) -> None:
+    if not name.strip() or len(name.encode()) > _MAX_NAME:
+        raise UserError(f"name={name}: a run's name must have between 1 and {_MAX_NAME} bytes")
+    if name in (".", "..") or any(character in name for character in "/\\\0\n\r\t") or not name.isprintable():
+        raise UserError(
+            f"name={name!r}: a run's name must be a folder name: not . or .., no slashes, no control characters"
+        )
+
+
+def _check_tracking(sinks: list[Any]) -> None:
+    for sink in sinks:
+        if sink == "tensorboard":
+            continue
+        spec = find_spec(sink)
+        # A folder `wandb` of logs in the current folder looks like a namespace package, which has no origin.
+        if spec is None or spec.origin is None:
+            shown = ",".join(sinks)
+            raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; {install(f'dlopt[{sink}]')}")
+
+
+def check_monitor(key: str, monitor: str, own: Iterable[str] = ()) -> None:
+    own = [f"val_{name}" for name in own]
+    allowed = (*MONITORS, *_EXTRA, *own)
+    if monitor in own and not has_direction(monitor):
+        higher, lower = (", ".join(f"_{word}" for word in words) for words in (HIGHER, LOWER))
+        raise UserError(
+            f"{key}={monitor}: whether a larger value is better must follow from the name of the function; let it end "
+            f"in one of {higher} (larger) or {lower} (smaller)"
+        )
+    if monitor not in allowed and not monitor.startswith(CLASS):
+        raise UserError(
+            f"{key}={monitor}: there is no validation metric of this name; {did_you_mean(monitor, allowed)}"
+            f"allowed: {', '.join(allowed)}, {CLASS}NAME"
+        )
+
+
+def _check_diagnostics(settings: Settings) -> None:
+    if settings.diagnostics and not settings.tracking:
+        shown = ",".join(settings.diagnostics)
+        raise UserError(f"diagnostics=[{shown}]: requires a tracker; set tracking=[tensorboard]")
+    first, last = settings.profile_steps
+    if last < first + 2:
+        raise UserError(
+            f"profile_steps=[{first},{last}]: too short, since the first update profiles memory and the others time; "
+            f"set at least [{first},{first + 2}]"
+        )
+
+
+def _check_evaluation(settings: Settings) -> None:
+    every = settings.evaluate
+    if every.every_steps is not None and every.every_epochs != 1:
+        raise UserError(
+            f"evaluate.every_steps={every.every_steps} and evaluate.every_epochs={every.every_epochs}: exclude each "
+            "other; set evaluate.every_epochs=1 or evaluate.every_steps=null"
+        )
+
+
+def _check_compile(settings: Settings) -> None:
+    """Refuses what torch.compile and its CUDA graphs, in which each pass overwrites the previous, do not support."""
+    if settings.activation_checkpointing != "none" and settings.compile not in (False, "auto"):
+        raise UserError(
+            f"activation_checkpointing={settings.activation_checkpointing}: not supported with "
+            f"compile={str(settings.compile).lower()}, whose compiler decides what to recompute; use compile=false, or "
+            "activation_checkpointing=none"
+        )
+    if settings.compile not in ("reduce-overhead", "max-autotune"):
+        return
+    advice = "use compile=max-autotune-no-cudagraphs"
+    if settings.cuda_graphs is True:
+        raise UserError(f"cuda_graphs=true: compile={settings.compile} records CUDA graphs of its own; {advice}")
+    if settings.accumulate > 1:
+        raise UserError(
+            f"accumulate={settings.accumulate}: the CUDA graphs of compile={settings.compile} overwrite the gradients "
+            f"of the previous micro-batch; {advice}"
+        )

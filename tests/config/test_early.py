@@ -1,0 +1,99 @@
+"""Value errors that are reported before torch is imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dlopt.config.choices import config_folder
+from dlopt.config.early import check_early
+from dlopt.config.experiment import GROUPS
+from dlopt.config.schema import parameters_of, resolve_target
+from dlopt.config.settings import GROUPS as NAMES
+from dlopt.config.signatures import annotations_of
+from dlopt.errors import UserError
+from dlopt.plain import load_yaml
+
+_RUN = """
+import sys
+from dlopt.cli import run
+from dlopt.errors import UserError
+for line in sys.stdin.read().splitlines():
+    try:
+        run(line.split())
+    except UserError as error:
+        print("torch" in sys.modules, error)
+"""
+
+
+def targets() -> list[str]:
+    files = [path for path in sorted(config_folder().rglob("*.yaml")) if path.parent.name in GROUPS]
+    nodes = [load_yaml(path) or {} for path in files]
+    return sorted({node["_target_"] for node in nodes if str(node.get("_target_")).startswith("dlopt.")})
+
+
+def test_errors_of_values_come_before_torch() -> None:
+    lines = {
+        "train epochs=abc": "epochs=abc: input should be a valid integer; allowed: an integer >= 1",
+        "train data.batch_size=0": "data.batch_size=0: input should be greater than or equal to 1; allowed: an integer "
+        ">= 1 and <= 16777216 | full",
+        "train optimizer.lr=-1": "optimizer.lr=-1: input should be greater than 0; allowed: a number > 0",  # of torch
+        "train optimizer=lion optimizer.lr=0": "optimizer.lr=0: input should be greater than 0; allowed: a number > 0",
+        "train optimizer=sam optimizer.base.lr=-1": "optimizer.base.lr=-1: input should be greater than 0; allowed: a "
+        "number > 0",
+        "train schedule.warmup_fraction=2": "schedule.warmup_fraction=2: input should be less than or equal to 1; "
+        "allowed: a number >= 0 and <= 1",
+        "train model.norm=batsch": "model.norm=batsch: unknown value; allowed: batch | layer | group | instance | none",
+        "train clip=norm clip.max_norm=0": "clip.max_norm=0: input should be greater than 0; allowed: a number > 0",
+        "train stopping=early stopping.patience=x": "stopping.patience=x: input should be a valid integer; allowed: an "
+        "integer >= 1",
+        "train -m optimizer.lr=-1,0.1": "optimizer.lr=-1: input should be greater than 0; allowed: a number > 0",
+        "summary model=mlp model.widths=3": "model.widths=3: input should be a valid array; allowed: a list [an "
+        "integer >= 1]",
+        "train evaluate.every_steps=3 evaluate.every_epochs=2": "evaluate.every_steps=3 and evaluate.every_epochs=2: "
+        "exclude each other; set evaluate.every_epochs=1 or evaluate.every_steps=null",
+        "train compile=reduce-overhead cuda_graphs=true": "cuda_graphs=true: compile=reduce-overhead records CUDA "
+        "graphs of its own; use compile=max-autotune-no-cudagraphs",
+    }
+    printed = subprocess.run(
+        [sys.executable, "-c", _RUN], input="\n".join(lines), capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.splitlines() == [f"False {message}" for message in lines.values()]
+
+
+def test_annotations_are_those_of_the_signatures() -> None:
+    known = total = 0
+    for path in targets():
+        target, early = resolve_target("x", path, ("dlopt",)), annotations_of(path)
+        real = {name: parameter.annotation for name, parameter in parameters_of(target).items()}
+        assert early == {name: real[name] for name in early}, path
+        group = {name for each in GROUPS.values() for name in each.runtime}
+        known += len(early.keys() - group)
+        total += len(real.keys() - group)
+    assert known > 0.95 * total, (known, total)
+
+
+def test_what_is_not_known_without_imports_passes() -> None:
+    assert annotations_of("torch.optim.SGD") == annotations_of("dlopt.optim.Nothing") == annotations_of("") == {}
+    assert annotations_of("dlopt.optim.SAM").keys() < {"params", "base", "rho", "adaptive", "lr"}
+
+
+def test_components_and_the_range_test_pass(composed_config: dict[str, object]) -> None:
+    optimizer = {"_target_": "torch.optim.SGD", "lr": "auto", "groups": []}
+    loss = {"_target_": "dlopt.losses.CrossEntropy", "label_smoothing": {"_target_": "mine.Loss"}}
+    overrides = ["optimizer.lr=auto", "loss.label_smoothing={_target_:mine.Loss}", "optimizer=sgd", "+a.b=1"]
+    check_early({**composed_config, "optimizer": optimizer, "loss": loss}, overrides)
+    with pytest.raises(UserError, match=r"optimizer\.lr=now: input should be a valid number"):
+        check_early({**composed_config, "optimizer": {**optimizer, "lr": "now"}}, overrides)
+
+
+def test_the_groups_are_those_of_an_experiment() -> None:
+    assert tuple(GROUPS) == NAMES
+
+
+@pytest.fixture
+def composed_config() -> dict[str, object]:
+    from dlopt.config.compose import Composer
+    from dlopt.config.resolve import to_plain
+
+    return to_plain(Composer().compose([]), [])[0]
