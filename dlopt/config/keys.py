@@ -32,9 +32,10 @@ def _declared(schema: type, prefix: str = "") -> dict[str, Role]:
 # What a group decides, for all choices and keys that have no role of their own.
 _GROUPS: Mapping[str, Role] = {
     **dict.fromkeys(
-        ("data", "normalize", "sampler", "augmentation", "model", "init", "loss", "optimizer", "schedule", "clip"),
+        ("data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule"),
         Role.IDENTITY,
     ),
+    "clip": Role.IDENTITY,
     "stopping": Role.IDENTITY,
     "parallel": Role.PLACE,
     "hydra": Role.PLACE,

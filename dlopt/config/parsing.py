@@ -27,6 +27,8 @@ def parse(
     """
     if isinstance(config.get("experiment"), Mapping):
         raise UserError("experiment: the first line of a recipe's file must be `# @package _global_`")
+    absent = {name: {"_target_": group.absent} for name, group in GROUPS.items() if group.absent and name not in config}
+    config, saved = {**config, **absent}, None if saved is None else {**saved, **absent}
     run_keys = {key: value for key, value in config.items() if key not in GROUPS}
     entries = run_keys.get("observers", [])
     plain = {**run_keys, "observers": []} if isinstance(entries, list) else run_keys  # components: checked below

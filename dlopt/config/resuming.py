@@ -21,7 +21,7 @@ def may_change(key: str) -> bool:
 
 
 # What runs did before these keys existed; saved configs lack them.
-_BEFORE = {"ema_warmup": False}
+_BEFORE = {"ema_warmup": False, "adapt": {"_target_": "dlopt.adapt.none"}}
 
 
 def how_to_resume(folder: RunFolder, is_ranks: bool = False) -> str:

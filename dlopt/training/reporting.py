@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dlopt.adapt import describe
 from dlopt.config.pretrained import describe_pretrained
 from dlopt.config.rules import extra_metric
 from dlopt.files import read_json, write_atomically, write_json
@@ -98,7 +99,7 @@ def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
         if isinstance(size, int) and size > samples
         else None
     )
-    described = [line for line in (chosen, pretrained, rates, small) if line]
+    described = [line for line in (describe(workload.module), chosen, pretrained, rates, small) if line]
     return [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]
 
 
