@@ -13,6 +13,7 @@ from dlopt.errors import UserError
 from dlopt.ranges import NonNegative, PositiveFraction
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+ADAPTERS = ("lora_a", "lora_b")  # names of the matrices of an adapter, which belong to the layer of the weight
 _WITHOUT_DECAY = (*NORMS, nn.Embedding)
 
 
@@ -124,7 +125,7 @@ def _layer_rates(model: nn.Module, layer_decay: float | None) -> dict[str, float
     """Returns multipliers by name. A weight of two or more dimensions starts a layer, with its bias and norm."""
     layer, layers = -1, {}
     for name, parameter in model.named_parameters():
-        layer += parameter.ndim > 1
+        layer += parameter.ndim > 1 and name.rpartition(".")[2] not in ADAPTERS
         layers[name] = max(layer, 0)
     decay = 1.0 if layer_decay is None else layer_decay
     return {name: decay ** (max(layer, 0) - depth) for name, depth in layers.items()}

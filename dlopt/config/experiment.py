@@ -16,11 +16,13 @@ class ConfigGroup:
     """What all choices of a config group share.
 
     `runtime`: arguments known only at run time. `common`: dataclass of keys that every choice has; a callable whose
-    signature names such a key receives its value.
+    signature names such a key receives its value. `absent`: callable in the place of a group that did not exist yet
+    when a config was saved; None: the group is required.
     """
 
     runtime: tuple[str, ...] = ()
     common: type | None = None
+    absent: str | None = None
 
     @property
     def common_names(self) -> tuple[str, ...]:
@@ -34,6 +36,7 @@ GROUPS: Mapping[str, ConfigGroup] = {
     "augmentation": ConfigGroup(("input_shape", "classes", "train")),
     "model": ConfigGroup(("input_shape", "classes", "vocabulary")),
     "init": ConfigGroup(("model", "generator", "inputs", "growth")),
+    "adapt": ConfigGroup(("model", "generator"), absent="dlopt.adapt.none"),
     "loss": ConfigGroup(("classes", "class_counts", "labels", "label_fractions")),
     "optimizer": ConfigGroup(("params",), Grouping),
     "schedule": ConfigGroup(("horizon",), Warmup),
@@ -53,6 +56,7 @@ class Experiment:
     augmentation: Component
     model: Component
     init: Component
+    adapt: Component
     loss: Component
     optimizer: Component
     grouping: Grouping

@@ -25,6 +25,8 @@ def parse(
         saved: the form to write to disk, where it differs (it keeps `${oc.env:...}` unresolved).
         choices: the choice of each group, for messages.
     """
+    absent = {name: {"_target_": group.absent} for name, group in GROUPS.items() if group.absent and name not in config}
+    config, saved = {**config, **absent}, None if saved is None else {**saved, **absent}
     settings = run_settings(config)
     packages = (*trusted_packages(), *settings.allow_packages)
     find_local_packages(settings.allow_packages)

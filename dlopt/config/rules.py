@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dlopt.adapt import none as no_adapters
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.config.settings_rules import CLASS, MONITORS, check_monitor
@@ -46,6 +47,11 @@ def check_combinations(experiment: Experiment) -> None:
         raise UserError(
             f"{experiment.init.choice}: would overwrite the pretrained weights; "
             "use init=default or model.pretrained=false"
+        )
+    if experiment.init.takes("growth") and experiment.adapt.target is not no_adapters:
+        raise UserError(
+            f"{experiment.init.choice}: sets learning rates of the model's own weights, which "
+            f"{experiment.adapt.choice} freezes; use another init, or adapt=none"
         )
     if getattr(experiment.loss.target, "predicts_pixels", False):
         _check_pixels(experiment)

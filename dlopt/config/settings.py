@@ -10,7 +10,7 @@ from dlopt.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.roles import Role
 
 GROUPS = (
-    "data", "normalize", "sampler", "augmentation", "model", "init", "loss", "optimizer", "schedule", "clip",
+    "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule", "clip",
     "stopping", "parallel",
 )  # fmt: skip
 """The groups that every run has a choice of; all other keys are `Settings`."""

@@ -3,18 +3,20 @@
 import gzip
 import importlib.util
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.data.splits import stratified
 from dlopt.errors import UserError
 from dlopt.random import generator
 from dlopt.ranges import Count, Natural
 
 _TEST_FRACTION = 0.2
+_SLOPE_SEED = 0
 _TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
 _VAL_SEED = 1
 
@@ -56,6 +58,26 @@ def digit_pairs(*, train_size: Count, val_size: Natural, test_size: Natural) -> 
         splits.append(InMemory(images, labels) if size else None)
     assert splits[0] is not None
     return Dataset(splits[0], splits[1], splits[2], source.classes)
+
+
+def shaded_digits() -> Dataset:
+    """Loads the digits under uneven light: a new task for a network trained on `digits`.
+
+    A pixel x at column and row c, r (from -1 to 1) becomes 0.4 x + 76.5 (1 + a c + b r). The slopes of an image are
+    random, |a| + |b| <= 1, and the same in every run: all images together leave the space of digits in two directions.
+    """
+    dataset = digits()
+    random = torch.Generator().manual_seed(_SLOPE_SEED)
+    place = torch.linspace(-1, 1, 8)
+
+    def shaded(samples: Samples) -> InMemory:
+        assert isinstance(samples, InMemory)
+        a, b = 2 * torch.rand(2, len(samples), 1, 1, 1, generator=random) - 1
+        light = 76.5 * (1 + a * place + (1 - a.abs()) * b * place[:, None])
+        return InMemory((0.4 * samples.inputs + light).round().to(torch.uint8), samples.targets)
+
+    assert dataset.test is not None
+    return replace(dataset, train=shaded(dataset.train), test=shaded(dataset.test))
 
 
 def read_bundled(name: str, key: str, description: str) -> str:

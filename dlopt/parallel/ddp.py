@@ -80,7 +80,8 @@ class DataParallel(GroupMode):
         self.compression = compression
         self.options: Mapping[str, Any] = options  # of DistributedDataParallel
         self.split = replace(self.split, scale=group.size)
-        self.traits = ModeTraits(batch_norm_shards=1 if sync_batchnorm else group.size, recomputes=True)
+        shards = 1 if sync_batchnorm else group.size
+        self.traits = ModeTraits(batch_norm_shards=shards, recomputes=True, adapters=True)
         self._wait_timer: SyncWaitTimer | None = None
         self._no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext  # backward without gradient averaging
 

@@ -45,6 +45,7 @@ class ModeTraits:
         batch_norm_shards: shards of a batch that batch norm normalizes separately.
         micro_batches: into which the mode itself splits a batch.
         recomputes: a part of the model can run again in the backward pass (activation checkpointing).
+        adapters: linear layers may have further parameters (adapt=lora).
     """
 
     compiles: bool = True
@@ -52,6 +53,7 @@ class ModeTraits:
     batch_norm_shards: int = 1
     micro_batches: int = 1
     recomputes: bool = False
+    adapters: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Mode:
         self.ranks = Ranks()
         self.state: FullState = FullState()
         self.split = BatchSplit()
-        self.traits = ModeTraits(recomputes=True)
+        self.traits = ModeTraits(recomputes=True, adapters=True)
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Placed:
         """Places `model` on the processes, for samples of `input_shape`.

@@ -47,6 +47,8 @@ def claims_hash(comparison: Mapping[str, Any]) -> str:
     Seeds do not count: the same claims may be tested with other seeds.
     """
     content = {key: _normal(comparison.get(key, default)) for key, default in _HASHED.items()}
+    if before := comparison.get("before"):  # absent from the hashes of earlier versions
+        content["before"] = _normal(before)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

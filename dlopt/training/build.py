@@ -10,6 +10,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from dlopt.adapt import adapted_layers
+from dlopt.adapt import none as no_adapters
 from dlopt.augment import Pipeline
 from dlopt.augment.crops import ResizingCrop
 from dlopt.augment.pipeline import CentreCrop, crop_when_reading
@@ -31,12 +33,11 @@ from dlopt.parameters import freeze
 from dlopt.processor import choose_device, keep_freed_memory, set_deterministic, set_threads
 from dlopt.random import generator, stream
 from dlopt.training import rng, speed
-from dlopt.training.checkpoint import evaluated_weights
 from dlopt.training.model_check import check_memory, check_outputs, check_reads
 from dlopt.training.mup import width_growth
 from dlopt.training.precision import Precision, choose_precision
 from dlopt.training.recompute import recompute
-from dlopt.training.rng import AUGMENTATION, ORDER, SCHEME, WEIGHTS
+from dlopt.training.rng import ADAPTERS, AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network, Teacher
 from dlopt.training.weights import match_weights
 
@@ -98,7 +99,7 @@ class Workload:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Loads the weights of a checkpoint that its run has evaluated. All ranks call this with the same state."""
-        self.parallel.state.load_model(self.module, evaluated_weights(state))
+        self.parallel.state.load_model(self.module, state["ema"] or state["model"])  # the module has the adapters
 
     def with_lr(self, lr: float) -> "Workload":
         """Returns a copy with a learning rate in place of optimizer.lr=auto."""
@@ -168,11 +169,16 @@ def build_workload(
 
     runtime = model_arguments(task, shape)
     is_new = saved is None
-    freezes = any(rule.freeze for rule in experiment.grouping.groups)
+    freezes = any(rule.freeze for rule in experiment.grouping.groups) or experiment.adapt.target is not no_adapters
     has_gradients = is_new and device.type == "cpu" and parallel.ranks.processes == 1 and not freezes
     check_memory(experiment.model, runtime, has_gradients=has_gradients)
     module = build_model(experiment, dataset, normalize, shape)
     check_reads(experiment, module, task)
+    if adapted_layers(module) and not parallel.traits.adapters:
+        raise UserError(
+            f"{experiment.adapt.choice}: not supported with parallel={parallel.name}, which splits the layers "
+            "themselves; use parallel=single, ddp or fsdp"
+        )
     if is_new:  # a checkpoint can be used although its model has other outputs
         check_outputs(experiment, module, shape, dataset, device)
     has_convolutions = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
@@ -317,6 +323,8 @@ def build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, 
     if experiment.init.takes("growth"):
         runtime["growth"] = width_growth(experiment.model, model_arguments(dataset.task, shape))
     experiment.init.build(**runtime)
+    adapters = {"generator": generator("cpu", seed, ADAPTERS)} if experiment.adapt.takes("generator") else {}
+    experiment.adapt.build(model=module, **adapters)
     return module
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from dlopt.adapt import merged
 from dlopt.errors import NewerError, RunError, UserError
 from dlopt.files import digest_file, disk_in_use, link, reason, recorded_digests, sha256, write
 from dlopt.parallel.rendezvous import caused_by_peer
@@ -241,8 +242,8 @@ def _copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the weights of a checkpoint that the run has evaluated: the average, if there is one."""
-    return dict(state["ema"] or state["model"])
+    """Returns the weights that the run has evaluated: the average, if there is one, with adapters merged."""
+    return merged(state["ema"] or state["model"])
 
 
 @disk_in_use()

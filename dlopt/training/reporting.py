@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dlopt.adapt import describe
 from dlopt.config.pretrained import describe_pretrained
 from dlopt.config.rules import extra_metric
 from dlopt.files import read_json, write_atomically, write_json
@@ -101,7 +102,8 @@ def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
         else None
     )
     teacher = None if workload.teacher is None else workload.teacher.note
-    described = [line for line in (chosen, pretrained, rates, teacher, small) if line]
+    lines = (describe(workload.module), chosen, pretrained, rates, teacher, small)
+    described = [line for line in lines if line]
     return [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]
 
 

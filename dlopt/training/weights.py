@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlopt.adapt import without_adapters
 from dlopt.errors import UserError
 from dlopt.files import reason
 from dlopt.models.foreign import differences, fold_biases, translations
@@ -69,7 +70,7 @@ def match_weights(path: Path, module: nn.Module) -> Match:
     Removes the prefixes of wrappers, and translates the names of torchvision, timm and others where the architecture is
     the same. Raises `UserError` if no parameter matches.
     """
-    current = {name: value.shape for name, value in module.state_dict().items()}
+    current = {name: value.shape for name, value in without_adapters(module.state_dict()).items()}
     saved, notes = strip_prefixes(read_weights(path), current)
     saved, origin = _translate(saved, current)
     matching = {name: value for name, value in saved.items() if current.get(name) == value.shape}

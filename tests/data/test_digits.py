@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dlopt.data.digits import digit_pairs, digits
+from dlopt.data.digits import digit_pairs, digits, shaded_digits
 from dlopt.data.samples import InMemory, Samples
 from dlopt.data.splits import DataSettings, prepare
 from dlopt.errors import UserError
@@ -80,3 +80,18 @@ def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"data=digits: .*pip install scikit-learn"):
         digits()
+
+
+def test_shaded_digits_differ_by_a_gradient_of_light() -> None:
+    """Without the digit, an image is a plane; everything is reproducible and within 0..255."""
+    plain, shaded, again = digits(), shaded_digits(), shaded_digits()
+    for name in ("train", "test"):
+        before, after = getattr(plain, name), getattr(shaded, name)
+        assert torch.equal(after.targets, before.targets) and torch.equal(after.inputs, getattr(again, name).inputs)
+        light = after.inputs.double() - 0.4 * before.inputs
+        axis = torch.linspace(-1, 1, 8).double()
+        rows, columns = axis.repeat_interleave(8), axis.repeat(8)
+        basis = torch.stack([torch.ones(64).double(), columns, rows], 1)
+        slopes = torch.linalg.lstsq(basis, light.flatten(1).T).solution
+        assert (basis @ slopes - light.flatten(1).T).abs().max() < 1.1  # rounding
+        assert (slopes[0] - 76.5).abs().max() < 0.5 and slopes[1:].std() > 20

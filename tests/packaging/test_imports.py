@@ -17,7 +17,7 @@ FLOORS = [
     "sweeps", "attempt", "command_line",
     "job", "instruments",
     "training", "results",
-    "parallel", "augment", "config", "init",
+    "parallel", "augment", "config", "init", "adapt",
     "tracking", "folders", "data", "models", "schedules", "optim", "losses", "environment",
     "files", "parameters", "processor", "interruption", "formats",
     "errors", "graphs", "locks", "metric_names", "openmp", "plain", "random", "ranges", "roles", "table",

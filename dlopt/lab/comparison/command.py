@@ -17,12 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from dlopt.command_line.reads import refuse_unread_hydra, refuse_untested
 from dlopt.config import teacher as teachers
 from dlopt.config.compose import Composer, typed_folder
+from dlopt.config.experiment import Experiment
 from dlopt.config.flags import parse_arguments
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, key_of, without
 from dlopt.config.plan import Plan, checked
 from dlopt.config.resolve import choices_of
 from dlopt.config.resuming import differences, refuse_other_config
+from dlopt.config.saved import checkpoint_file
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import FAILED, INTERRUPTED, USER_ERROR, UserError
 from dlopt.files import read_json, write_atomically, write_json
@@ -55,6 +57,8 @@ _METRICS = (
     "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "gap", "accuracy_gap",
     "epochs", "steps",
 )  # fmt: skip
+
+_BEFORE = "before:"  # init_from=before:NAME: the run NAME of `comparison.before` with the same seed
 
 Plans = Mapping[VariantRun, Plan]
 
@@ -121,6 +125,8 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
         if metric not in (*_METRICS, *PROBES) and not metric.startswith("val_"):
             allowed = ", ".join((*_METRICS, *PROBES))
             raise UserError(f"comparison.metrics: unknown metric {metric}; allowed: {allowed}")
+    if both := comparison.before.keys() & comparison.variants.keys():
+        raise UserError(f"comparison.before: {', '.join(both)} is the name of a variant; use another name")
     if comparison.choose in TEST_METRICS:
         raise UserError(f"comparison.choose={comparison.choose}: must be a validation or training metric")
     if len(comparison.along) > 2:
@@ -134,6 +140,8 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
             points |= {f"{key} {label}": lines for label, lines in values.items()}
         else:
             _refuse_protected(key, key)
+    for line in (line for lines in comparison.before.values() for line in lines):
+        _refuse_protected(line, key_of(line))  # these keys may be overridden, for the variants
     for variant, lines in {**points, **comparison.variants}.items():
         for line in lines:
             _refuse_protected(line, key_of(line))
@@ -160,8 +168,41 @@ def _plan(composer: Composer, comparison: Comparison, overrides: list[str]) -> P
             config = composer.compose(lines) if config is None else config
             config.seed = cell.seed
             plans[cell] = plan = checked(config, lines, overrides, composer.flags)
+            _check_start(comparison, cell, plan)
             refuse_untested(plan.saved, overrides)
     return plans
+
+
+def _start_of(plan: Plan) -> str | None:
+    """Returns the entry of `comparison.before` that a run starts from; None: none."""
+    path = plan.experiment.settings.init_from or ""
+    return path.removeprefix(_BEFORE) if path.startswith(_BEFORE) else None
+
+
+def _check_start(comparison: Comparison, cell: VariantRun, plan: Plan) -> None:
+    """Raises `UserError` if a run starts from a run that the comparison does not have, or has later."""
+    allowed = [*comparison.before]
+    if cell.variant in allowed:
+        allowed = allowed[: allowed.index(cell.variant)]
+    if (start := _start_of(plan)) is not None and start not in allowed:
+        which = "an earlier entry" if cell.variant in comparison.before else "an entry"
+        raise UserError(
+            f"init_from={_BEFORE}{start}: must name {which} of comparison.before; "
+            f"allowed: {', '.join(allowed) or 'none'}"
+        )
+
+
+def _started(plan: Plan, cell: VariantRun, plans: Plans, folder: Path) -> Experiment:
+    """Returns the experiment of a run, with the best checkpoint of the run that it starts from, which has ended.
+
+    The saved config keeps `before:NAME`, which is the same in every folder.
+    """
+    start, experiment = _start_of(plan), plan.experiment
+    if start is None:
+        return experiment
+    number = [*plans].index(VariantRun(start, (), cell.seed))
+    path = checkpoint_file(folder / str(number))
+    return replace(experiment, settings=replace(experiment.settings, init_from=str(path)))
 
 
 def _folder(config: DictConfig, overrides: list[str], configs: Sequence[Mapping[str, Any]]) -> Path:
@@ -266,7 +307,7 @@ def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen)
         if not (subfolder.has_run() and subfolder.is_done(plan.saved)):
             subfolder.path.mkdir(exist_ok=True)
             state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            job = Run(plan.experiment, subfolder.path, state, plan.choices, plan.typed)
+            job = Run(_started(plan, cell, plans, folder), subfolder.path, state, plan.choices, plan.typed)
             code = execute(job, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code == INTERRUPTED:
@@ -274,13 +315,13 @@ def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen)
             if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not diverged):
                 return Results(comparison, outcomes), code
         outcome = outcomes[cell] = read(subfolder.path, comparison.all_metrics)
-        for name in comparison.all_metrics:
+        for name in comparison.all_metrics if cell.variant in comparison.variants else ():
             if not outcome.may_have(name):  # it would be shown as diverged
                 available = ", ".join(outcome.metrics)
                 raise UserError(
                     f"comparison.metrics: the runs have no {name}; they have {available}; more: evaluate.metrics"
                 )
-        labels = [cell.variant, *(f"{k}={show(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
+        labels = [cell.variant, *(f"{k}={show(v)}" for k, v in zip(comparison.along, cell.point, strict=False))]
         metrics = ", ".join(f"{name} {format_final(outcome.final(name))}" for name in comparison.metrics)
         screen.message(f"  {number + 1}/{len(plans)} {', '.join(labels)}, seed {cell.seed}: {metrics}")
     return Results(comparison, outcomes), 0

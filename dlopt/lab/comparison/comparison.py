@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +32,7 @@ class Comparison:
     ]  # fmt: skip
     choose: str | None
     claims: list[Claim]
+    before: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def all_metrics(self) -> list[str]:
@@ -45,12 +46,16 @@ class Comparison:
         return self.x.split("_and_")
 
     def cells(self) -> Iterator["VariantRun"]:
-        """Yields all runs, variant by variant."""
+        """Yields all runs: those that variants start from, then variant by variant."""
+        for name, seed in product(self.before, self.seeds):
+            yield VariantRun(name, (), seed)
         for variant, point, seed in product(self.variants, product(*self.along.values()), self.seeds):
             yield VariantRun(variant, point, seed)
 
     def overrides(self, cell: "VariantRun") -> list[str]:
         """Returns the overrides of one run. A variant may override the keys of `along`, because it comes after them."""
+        if cell.variant in self.before:
+            return [*self.before[cell.variant], f"seed={cell.seed}"]
         lines: list[str] = []
         for (key, values), value in zip(self.along.items(), cell.point, strict=True):
             lines += values[str(value)] if isinstance(values, dict) else [f"{key}={show(value)}"]
@@ -59,7 +64,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class VariantRun:
-    """One run: a variant, a value of each key of `along`, and a seed."""
+    """One run: a variant, a value of each key of `along`, and a seed. A run of `before` has no such values."""
 
     variant: str
     point: tuple[Value, ...]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -291,3 +292,36 @@ def test_a_teacher_must_be_an_earlier_variant(folder: Path) -> None:
     assert (
         "comparison.variants.narrow: loss.teacher=variant:wide must name an earlier variant; allowed: none" in message
     )
+
+
+BEFORE = '  before:\n    base: ["model.widths=[8]", epochs=1, init_from=null]\n'
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_variants_start_from_runs_before_them(folder: Path) -> None:
+    """One for each seed; they are neither in the table nor in the plot, and a resumed comparison finds them."""
+    change(
+        folder, '  variants:\n    narrow: ["model.widths=[2]"]', f"{BEFORE}  variants:\n    narrow: [init_from=null]"
+    )
+    change(folder, '    wide: ["model.widths=[8]"]', '    wide: ["model.widths=[8]", init_from=before:base]')
+    result = compare(folder, "hydra.run.dir=out")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[1].startswith("  1/6 base, seed 0: ") and lines[6].startswith("  6/6 wide, seed 1: ")
+    saved = json.loads((folder / "out/comparison.json").read_text())
+    assert [row["variant"] for row in saved["rows"]] == ["narrow", "wide"]
+    base = torch.load(folder / "out/1/checkpoints/best.pt", weights_only=True)  # seed 1
+    log = (folder / "out/5/train.log").read_text()
+    assert "weights from" in log and "out/1/checkpoints/best.pt" in log and "6 of 6 tensors loaded" in log
+    assert base["config"]["model"]["widths"] == [8]
+    assert yaml.safe_load((folder / "out/5/config.yaml").read_text())["init_from"] == "before:base"
+    before = (folder / "out/0/summary.json").read_bytes()
+    (folder / "out/5/summary.json").unlink()
+    assert compare(folder, "hydra.run.dir=out", "resume=auto").code == 0
+    assert (folder / "out/0/summary.json").read_bytes() == before
+
+
+def test_refuses_a_start_from_an_unknown_run(folder: Path) -> None:
+    change(folder, "  variants:", f"{BEFORE}  variants:")
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", "init_from=before:other")
+    assert message.startswith("dlopt: init_from=before:other: must name an entry of comparison.before; allowed: base")

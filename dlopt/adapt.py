@@ -1,0 +1,149 @@
+"""Adapters for fine-tuning: callables (model, generator) that change a model in place. Config group `adapt`.
+
+Parameters of the model keep their names. `merged` adds adapters to the weights of their layers: a model that is loaded,
+exported or trained further has no adapters.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.errors import UserError
+from dlopt.models.linear import Linear
+from dlopt.parameters import ADAPTERS
+from dlopt.ranges import Count, Fraction, Positive
+
+_A, _B = ADAPTERS
+_SCALE = "lora_scale"
+_SHOWN = 4  # names in an error message
+
+
+class LoRALinear(Linear):
+    """W x + b + alpha / r * B A x on [..., inputs], with frozen W and b (Hu et al. 2021, equation 3).
+
+    A [r, inputs] is normal with variance 1 / inputs. B [outputs, r] is zero, so that the outputs are at first those of
+    `layer`, whose parameters this layer takes over.
+    """
+
+    lora_scale: Tensor
+
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self._base = type(layer).forward  # of nn.Linear or Linear, whose products differ by rounding
+        weight = layer.weight
+        a = torch.randn(rank, layer.in_features, generator=generator) / math.sqrt(layer.in_features)
+        self.lora_a = nn.Parameter(a.to(weight))
+        self.lora_b = nn.Parameter(weight.new_zeros(layer.out_features, rank))
+        self.register_buffer(_SCALE, torch.tensor(alpha / rank).to(weight))
+        # None instead of a dropout of zero: a layer without children counts as one layer in diagnostics.
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        kept = input if self.dropout is None else self.dropout(input)
+        low_rank = nn.functional.linear(kept, self.lora_a) * self.lora_scale
+        outputs: Tensor = self._base(self, input) + nn.functional.linear(low_rank, self.lora_b)
+        return outputs
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={len(self.lora_a)}"
+
+
+def none(*, model: nn.Module) -> None:
+    """Changes nothing."""
+
+
+def lora(
+    *,
+    model: nn.Module,
+    generator: torch.Generator,
+    rank: Count,
+    alpha: Positive,
+    dropout: Fraction,
+    targets: list[str],
+    train: list[str],
+) -> None:
+    """Freezes `model` and replaces linear layers by `LoRALinear`: those that match `targets`, except those in `train`.
+
+    Parameters that match `train` stay trainable. A pattern matches a layer or parameter and everything within it.
+    Leaves out layers whose weight another layer uses as well (tied embeddings), and subclasses of torch's layer, whose
+    weight may be read without a call. Rules of `optimizer.groups` may freeze or unfreeze parameters afterwards.
+
+    Raises `UserError` for a pattern without a match, and for a rank above the size of a layer.
+    """
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Linear) and uses[id(module.weight)] == 1
+    }
+    parameters = dict(model.named_parameters())
+    _check("targets", targets, layers, "linear layer with weights of its own")
+    _check("train", train, parameters, "parameter")
+    chosen = {n: layer for n, layer in layers.items() if _matches(n, targets) and not _matches(f"{n}.weight", train)}
+    if not chosen:
+        shown = "[" + ",".join(targets) + "]"
+        raise UserError(f"adapt.targets={shown}: no layer to adapt is left; choose layers that are not in adapt.train")
+    for name, layer in chosen.items():
+        if rank > min(layer.weight.shape):
+            size = "x".join(map(str, layer.weight.shape))
+            raise UserError(
+                f"adapt.rank={rank}: must be at most {min(layer.weight.shape)}, the rank of {name} ({size}); "
+                "use a smaller rank, or exclude the layer by adapt.targets or adapt.train"
+            )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(_matches(name, train))
+    for name, layer in chosen.items():
+        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, generator))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
+
+
+def _check(key: str, patterns: Sequence[str], allowed: Mapping[str, object], what: str) -> None:
+    """Raises `UserError` for a pattern that matches none of the `allowed` names."""
+    for pattern in patterns:
+        if not any(_matches(name, [pattern]) for name in allowed):
+            names = ", ".join(list(allowed)[:_SHOWN]) or "none"
+            more = ", ..." if len(allowed) > _SHOWN else ""
+            raise UserError(f"adapt.{key}=[{pattern}]: matches no {what}; the model has {names}{more}")
+
+
+def adapted_layers(model: nn.Module) -> list[LoRALinear]:
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+def describe(model: nn.Module) -> str | None:
+    """Returns a line for the header of a run: adapted layers and trainable parameters; None without adapters."""
+    layers = adapted_layers(model)
+    if not layers:
+        return None
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    rank, count = len(layers[0].lora_a), f"{len(layers)} linear layer{'s' if len(layers) > 1 else ''}"
+    return f"LoRA of rank {rank} in {count}: trains {trainable:,} of {total:,} parameters ({trainable / total:.2%})"
+
+
+def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights except the tensors of adapters."""
+    return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in (_A, _B, _SCALE)}
+
+
+def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights of the model without adapters: W + alpha / r * B A, computed in float64."""
+    result = without_adapters(weights)
+    for name in weights.keys() - result.keys():
+        prefix = name.removesuffix(_A)
+        if prefix == name:
+            continue
+        a, b, scale = (weights[f"{prefix}{part}"].double() for part in (_A, _B, _SCALE))
+        key = f"{prefix}weight"
+        result[key] = (weights[key].double() + scale * (b @ a)).to(weights[key].dtype)
+    return result
