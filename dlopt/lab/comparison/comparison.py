@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from dlopt.config.schema import show
 from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
-from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.labels import label
+from dlopt.lab.comparison.probes import PROBES
 from dlopt.ranges import Seed
 from dlopt.tracking.layout import align_columns
 from dlopt.tracking.metrics import gaps, read_metrics, read_summary
@@ -181,7 +181,9 @@ class Results:
         for variant, overrides in self.comparison.variants.items():
             means = {point: sign * fmean(values) for point, values in self.finals(variant, metric).items()}
             best = min(means, key=lambda point: math.inf if math.isnan(means[point]) else means[point])
-            at = ", ".join(f"{label(key)} {show(value)}" for key, value in zip(self.comparison.along, best, strict=True))
+            at = ", ".join(
+                f"{label(key)} {show(value)}" for key, value in zip(self.comparison.along, best, strict=True)
+            )
             variants[f"{variant} ({at})"] = overrides
             for seed, run in zip(self.comparison.seeds, self.over_seeds(variant, best), strict=True):
                 outcomes[VariantRun(f"{variant} ({at})", (), seed)] = run

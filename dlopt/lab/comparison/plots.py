@@ -27,7 +27,7 @@ _CROSS: dict[str, Any] = {"markersize": 9, "markeredgewidth": 2.5}
 
 
 def draw(results: Results) -> "Figure":
-    """Plots a panel per metric, or for two keys in `along` a heat map per variant. Claims and their numbers are text."""
+    """Plots a panel per metric, or for two keys in `along` a heat map per variant."""
     results = results.tuned() if results.comparison.tuned and results.comparison.along else results
     comparison = results.comparison
     if len(comparison.along) == 2:
@@ -288,7 +288,9 @@ def _heat_maps(results: Results) -> "Figure":
         for (row, column), value in np.ndenumerate(values):
             is_bright = math.isnan(value) or (coloured[row, column] - low) / max(high - low, 1e-12) > 0.6
             text = "×" if math.isnan(value) else f"{100 * value:.1f}" if is_accuracy else f"{value:.2g}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=_TEXT, color="black" if is_bright else "white")
+            axes.text(
+                column, row, text, ha="center", va="center", fontsize=_TEXT, color="black" if is_bright else "white"
+            )
         if chooser is not None:
             row, column = _best(results, variant, chooser)
             frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
