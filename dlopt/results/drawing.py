@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 # Okabe & Ito 2008, distinguishable for colour-blind readers; without their yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+# Petroff 2021, ten colours that differ for colour-blind readers, too.
+TEN_COLOURS = (
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
+)  # fmt: skip
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_CURVES = len(COLOURS) * len(DASHES)
@@ -102,6 +106,28 @@ def legend_below(made: "Figure", axes: "Axes", columns: int, **options: Any) -> 
     options = {"frameon": False, "handlelength": 3.5, "ncols": columns} | options
     handles, labels = axes.get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", **options)
+
+
+def label_ends(axes: "Axes", ends: "Sequence[tuple[float, str, str]]", **text: Any) -> None:
+    """Labels curves to the right of the axes, in place of a legend: (height of the end in data units, label, colour).
+
+    Labels of curves that end at equal heights are spread; a thin line leads from each end to its label. Call it after
+    the limits of the axes are set.
+    """
+    bottom, top = axes.get_ylim()
+    order = sorted(ends, key=lambda end: -end[0])
+    fractions = [(height - bottom) / (top - bottom) for height, *_ in order]
+    spacing = min(0.075, 1 / max(len(order) - 1, 1))
+    places: list[float] = []
+    for fraction in fractions:
+        places.append(min([fraction, *(place - spacing for place in places[-1:])]))
+    for i in reversed(range(len(places))):  # those that were moved below the axes, up again
+        places[i] = max([0.0 if i == len(places) - 1 else places[i + 1] + spacing, places[i]])
+    for fraction, place, (_, label, colour) in zip(fractions, places, order, strict=True):
+        axes.annotate(
+            label, (1.0, fraction), (1.07, place), xycoords="axes fraction", va="center", color="0.15", **text,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1.5, "relpos": (0, 0.5), "shrinkA": 2},
+        )  # fmt: skip
 
 
 def integer_ticks(*panels: "Axes") -> None:

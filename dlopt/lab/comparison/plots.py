@@ -57,8 +57,10 @@ def draw(results: Results) -> "Figure":
 
 def _titled_figure(comparison: Comparison) -> "Figure":
     """Creates a figure of the shape of a slide with the comparison's title."""
-    lines = [rf"$\bf{{{_escaped(line)}}}$" for line in _evenly(comparison.title, 75)]
-    return drawing.figure(_WIDTH, _HEIGHT, "\n".join(lines), fontsize=_TEXT + 2)
+    title = "\n".join(map(drawing.literal, _evenly(comparison.title, 75)))
+    figure = drawing.figure(_WIDTH, _HEIGHT)
+    figure.suptitle(title, fontsize=_TEXT + 2, fontweight="bold")
+    return figure
 
 
 def _enlarge(*panels: "Axes") -> None:
@@ -75,16 +77,6 @@ def _evenly(text: str, width: int) -> list[str]:
     while width > 20 and len(textwrap.wrap(text, width - 1)) == count:
         width -= 1
     return textwrap.wrap(text, width)
-
-
-# Characters that mathtext refuses or renders as others: "-" as a minus sign, "'" as a prime.
-_LOOKALIKES = str.maketrans("-'\"`^~\\", "\u2010\u2019\u201d\u02cb\u02c6\u223c\u2216")
-
-
-def _escaped(title: str) -> str:
-    """Escapes a title for matplotlib's mathtext, the only way to mix bold and regular text in one title."""
-    escaped = "".join(f"{{\\{letter}}}" if letter in " %#_${}" else letter for letter in title.translate(_LOOKALIKES))
-    return escaped.replace(",", "{,}")  # mathtext adds a space after a bare comma
 
 
 def _has_logarithm(name: str) -> bool:

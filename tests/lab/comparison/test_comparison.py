@@ -1,15 +1,12 @@
 """Comparisons of runs: metrics, tables, and plots of curves, lines or heat maps per variant."""
 
 import math
-import string
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.mathtext import MathTextParser
 
-from dlopt.lab.comparison import plots as comparison_plots
 from dlopt.lab.comparison.claims import parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun
 from dlopt.lab.comparison.findings import evaluate
@@ -52,13 +49,6 @@ def test_axis_points_may_set_several_keys_and_have_numeric_names() -> None:
     assert first.get_linewidth() == second.get_linewidth() and first.get_linestyle() != second.get_linestyle()
 
 
-@pytest.mark.parametrize("letter", string.punctuation)
-def test_titles_may_have_any_characters(letter: str) -> None:
-    parser: Any = MathTextParser("path")
-    drawn = parser.parse(rf"$\bf{{{comparison_plots._escaped(f'a{letter}b {letter}')}}}$")
-    assert len(drawn.glyphs) == 4  # each letter is drawn
-
-
 def test_log_ticks_are_plain_numbers() -> None:
     spec = comparison(along={"lr": [0.1, 0.2]}, seeds=[0])
     [axes] = (figure := draw(Results(spec, {cell: outcome([0.5 + cell.point[0]]) for cell in spec.cells()}))).axes
@@ -82,7 +72,7 @@ def test_curves_show_mean_and_range_over_seeds() -> None:
     assert low.min() == 1.0 and low.max() == 4.0
     entries = [text.get_text() for text in figure.legends[0].get_texts()]
     assert entries == ["a", "b", "mean and range over 2 seeds"]
-    figure.canvas.draw()  # the title is valid mathtext
+    figure.canvas.draw()
 
 
 def test_curves_average_equal_epochs_after_a_value_that_is_not_finite() -> None:
