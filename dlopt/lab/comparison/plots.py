@@ -216,8 +216,8 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     axes.set_xlabel(label(key))
     if _has_logarithm(name):
         drawing.logarithmic(axes)
-        for i, values in enumerate(means.values()):
-            zeros = [position for position, value in zip(positions, values, strict=True) if value == 0]
+        for i, curve in enumerate(means.values()):
+            zeros = [position for position, value in zip(positions, curve, strict=True) if value == 0]
             if zeros:  # underflow, for example of gradients
                 line = {"color": _line(i)["color"], "transform": axes.get_xaxis_transform(), "clip_on": False}
                 axes.plot(zeros, [0.02] * len(zeros), "v", markersize=10, **line)
