@@ -118,14 +118,14 @@ def label_ends(axes: "Axes", ends: "Sequence[tuple[float, str, str]]", **text: A
     order = sorted(ends, key=lambda end: -end[0])
     fractions = [(height - bottom) / (top - bottom) for height, *_ in order]
     spacing = min(0.075, 1 / max(len(order) - 1, 1))
-    places: list[float] = []
+    slots: list[float] = []
     for fraction in fractions:
-        places.append(min([fraction, *(place - spacing for place in places[-1:])]))
-    for i in reversed(range(len(places))):  # those that were moved below the axes, up again
-        places[i] = max([0.0 if i == len(places) - 1 else places[i + 1] + spacing, places[i]])
-    for fraction, place, (_, label, colour) in zip(fractions, places, order, strict=True):
+        slots.append(min([fraction, *(slot - spacing for slot in slots[-1:])]))
+    for i in reversed(range(len(slots))):  # those that were moved below the axes, up again
+        slots[i] = max([0.0 if i == len(slots) - 1 else slots[i + 1] + spacing, slots[i]])
+    for fraction, slot, (_, label, colour) in zip(fractions, slots, order, strict=True):
         axes.annotate(
-            label, (1.0, fraction), (1.07, place), xycoords="axes fraction", va="center", color="0.15", **text,
+            label, (1.0, fraction), (1.07, slot), xycoords="axes fraction", va="center", color="0.15", **text,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1.5, "relpos": (0, 0.5), "shrinkA": 2},
         )  # fmt: skip
 
