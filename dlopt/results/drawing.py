@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,8 +136,8 @@ def integer_ticks(*panels: "Axes") -> None:
         axes.locator_params("x", integer=True, min_n_ticks=1)
 
 
-def logarithmic(*panels: "Axes") -> None:
-    """Makes the y-axis logarithmic with plain tick labels: 0.6 and 1e-05, not 6 x 10^-1; masks values <= 0.
+def logarithmic(*panels: "Axes", axis: Literal["x", "y"] = "y") -> None:
+    """Makes an axis logarithmic with plain tick labels: 0.6 and 1e-05, not 6 x 10^-1; masks values <= 0.
 
     Call it after plotting: a panel without positive values stays linear, because matplotlib refuses to draw it. Plain
     text also renders much faster than mathtext.
@@ -148,10 +148,13 @@ def logarithmic(*panels: "Axes") -> None:
         def __call__(self, value: float, position: int | None = None) -> str:
             return f"{value:g}" if super().__call__(value, position) else ""
 
-    for axes in (each for each in panels if math.isfinite(each.dataLim.minposy)):
-        axes.set_yscale("log", nonpositive="mask")
-        axes.yaxis.set_major_formatter(PlainFormatter())
-        axes.yaxis.set_minor_formatter(PlainFormatter(labelOnlyBase=False))
+    for axes in panels:
+        is_x = axis == "x"
+        if math.isfinite(axes.dataLim.minposx if is_x else axes.dataLim.minposy):
+            (axes.set_xscale if is_x else axes.set_yscale)("log", nonpositive="mask")
+            ticks = axes.xaxis if is_x else axes.yaxis
+            ticks.set_major_formatter(PlainFormatter())
+            ticks.set_minor_formatter(PlainFormatter(labelOnlyBase=False))
 
 
 def spans_decades(losses: Sequence[float]) -> bool:

@@ -93,12 +93,14 @@ def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str
     """Plots means and ranges over seeds; a cross marks the end of a diverged run. Returns entries for the legend."""
     comparison = results.comparison
     notes: dict[str, Artist] = {}
+    ends: list[float] = []
     for i, variant in enumerate(comparison.variants):
         line = _line(i)
         runs = results.over_seeds(variant, ())
         points = _common(runs, name, x_axis)
         x, columns = [fmean(positions) for positions, _ in points], [values for _, values in points]
         axes.plot(x, [fmean(column) for column in columns], **line, label=variant)
+        ends += x[-1:]
         if len(runs) > 1:
             low, high = [min(column) for column in columns], [max(column) for column in columns]
             axes.fill_between(x, low, high, color=line["color"], alpha=0.15, linewidth=0)
@@ -116,6 +118,9 @@ def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str
     if _has_logarithm(name):
         drawing.logarithmic(axes)
     axes.set_xlabel(_UNITS[x_axis])
+    if ends and max(ends) >= 10 * min(ends) > 0:  # short curves would be at the edge
+        drawing.logarithmic(axes, axis="x")
+        return notes
     axes.set_xlim(left=0)
     if x_axis != "seconds":
         axes.locator_params(axis="x", integer=True)
