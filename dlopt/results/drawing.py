@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 # Okabe & Ito 2008, distinguishable for colour-blind readers; without their yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+# Petroff 2021, ten colours that differ for colour-blind readers, too.
+TEN_COLOURS = (
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
+)  # fmt: skip
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_CURVES = len(COLOURS) * len(DASHES)
@@ -104,14 +108,36 @@ def legend_below(made: "Figure", axes: "Axes", columns: int, **options: Any) -> 
     made.legend(handles, labels, loc="outside lower center", **options)
 
 
+def label_ends(axes: "Axes", ends: "Sequence[tuple[float, str, str]]", **text: Any) -> None:
+    """Labels curves to the right of the axes, in place of a legend: (height of the end in data units, label, colour).
+
+    Labels of curves that end at equal heights are spread; a thin line leads from each end to its label. Call it after
+    the limits of the axes are set.
+    """
+    bottom, top = axes.get_ylim()
+    order = sorted(ends, key=lambda end: -end[0])
+    fractions = [(height - bottom) / (top - bottom) for height, *_ in order]
+    spacing = min(0.075, 1 / max(len(order) - 1, 1))
+    slots: list[float] = []
+    for fraction in fractions:
+        slots.append(min([fraction, *(slot - spacing for slot in slots[-1:])]))
+    for i in reversed(range(len(slots))):  # those that were moved below the axes, up again
+        slots[i] = max([0.0 if i == len(slots) - 1 else slots[i + 1] + spacing, slots[i]])
+    for fraction, slot, (_, label, colour) in zip(fractions, slots, order, strict=True):
+        axes.annotate(
+            label, (1.0, fraction), (1.07, slot), xycoords="axes fraction", va="center", color="0.15", **text,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1.5, "relpos": (0, 0.5), "shrinkA": 2},
+        )  # fmt: skip
+
+
 def integer_ticks(*panels: "Axes") -> None:
     """Restricts the ticks of the x-axis to integers."""
     for axes in panels:
         axes.locator_params("x", integer=True, min_n_ticks=1)
 
 
-def logarithmic(*panels: "Axes") -> None:
-    """Makes the y-axis logarithmic with plain tick labels: 0.6 and 1e-05, not 6 x 10^-1; masks values <= 0.
+def logarithmic(*panels: "Axes", axis: Literal["x", "y"] = "y") -> None:
+    """Makes an axis logarithmic with plain tick labels: 0.6 and 1e-05, not 6 x 10^-1; masks values <= 0.
 
     Call it after plotting: a panel without positive values stays linear, because matplotlib refuses to draw it. Plain
     text also renders much faster than mathtext.
@@ -122,10 +148,13 @@ def logarithmic(*panels: "Axes") -> None:
         def __call__(self, value: float, position: int | None = None) -> str:
             return f"{value:g}" if super().__call__(value, position) else ""
 
-    for axes in (each for each in panels if math.isfinite(each.dataLim.minposy)):
-        axes.set_yscale("log", nonpositive="mask")
-        axes.yaxis.set_major_formatter(PlainFormatter())
-        axes.yaxis.set_minor_formatter(PlainFormatter(labelOnlyBase=False))
+    for axes in panels:
+        is_x = axis == "x"
+        if math.isfinite(axes.dataLim.minposx if is_x else axes.dataLim.minposy):
+            (axes.set_xscale if is_x else axes.set_yscale)("log", nonpositive="mask")
+            ticks = axes.xaxis if is_x else axes.yaxis
+            ticks.set_major_formatter(PlainFormatter())
+            ticks.set_minor_formatter(PlainFormatter(labelOnlyBase=False))
 
 
 def spans_decades(losses: Sequence[float]) -> bool:

@@ -15,7 +15,7 @@ from dlopt.lab.benchmark.results import Results
 from dlopt.lab.benchmark.scores import MAX_RATIO, Summary, profile, ratios
 from dlopt.metric_names import lower_is_better
 from dlopt.results import drawing
-from dlopt.results.drawing import COLOURS, MARKERS, style
+from dlopt.results.drawing import COLOURS, MARKERS, TEN_COLOURS, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,33 +40,39 @@ def label(name: str) -> str:
 
 def _line(results: Results, summary: Summary, optimizer: str) -> dict[str, Any]:
     is_own = bool(results.shipped) and optimizer not in results.shipped
-    return style(summary.order.index(optimizer), linewidth=2.8 if is_own else 1.6)
+    found = style(summary.order.index(optimizer), linewidth=2.8 if is_own else 1.6)
+    if len(summary.order) > len(COLOURS):  # no two with the same colour
+        found["color"] = TEN_COLOURS[summary.order.index(optimizer) % len(TEN_COLOURS)]
+    return found
 
 
 def profiles(results: Results, summary: Summary) -> "Figure":
     """Draws the performance profiles, a panel per measure: the higher and the more to the left, the better."""
-    count, rows = len(summary.measures), math.ceil(len(summary.order) / 4)
+    count = len(summary.measures)
     down = math.ceil(count / 2)
-    figure = drawing.figure(7.6 if count > 1 else 6.0, 3.0 * down + 0.3 + 0.21 * rows)
+    title = "Performance profiles: how many workloads an optimizer reaches within τ times the best"
+    figure = drawing.figure(9.6, 5.4 * down, title, fontsize=13)
     panels = figure.subplots(down, min(count, 2), sharey=True, squeeze=False)
     for axes in panels.flat[count:]:
         axes.set_visible(False)
     for axes, measure in zip(panels.flat, summary.measures, strict=False):
-        table = ratios(summary.times[measure])
+        table, ends = ratios(summary.times[measure]), []
         for optimizer in summary.order:
             if summary.score(optimizer, measure) is None:
                 continue
             steps = sorted({1.0, *(ratio for ratio in table[optimizer].values() if ratio <= MAX_RATIO), MAX_RATIO})
             heights = profile(table[optimizer], steps)
-            axes.step(steps, heights, where="post", label=label(optimizer), **_line(results, summary, optimizer))
+            line = _line(results, summary, optimizer)
+            axes.step(steps, heights, where="post", label=label(optimizer), **line)
+            ends.append((heights[-1], label(optimizer), line["color"]))
         axes.set_xlim(1, MAX_RATIO)
         axes.set_ylim(-0.02, 1.02)
+        drawing.label_ends(axes, ends, **_TICKS)
         axes.set_xlabel(f"τ: {formats.MEASURE_LABELS[measure]} relative to the fastest")
         axes.yaxis.set_tick_params(labelleft=True)
     for axes in panels[:, 0]:
         axes.set_ylabel("fraction of workloads within τ")
     drawing.clean_axes(*panels.flat)
-    drawing.legend_below(figure, panels[0, 0], min(4, len(summary.order)), fontsize=9)
     return figure
 
 

@@ -104,7 +104,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         *(f"Not evaluated: {claim.text}." for claim in comparison.claims if claim not in claims),
     ):
         screen.message(line)
-    for path in drawing.save(draw(results, findings), folder, PICTURE):
+    for path in drawing.save(draw(results), folder, PICTURE):
         print(short_path(path))
     return 0
 

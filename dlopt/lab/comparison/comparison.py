@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 from dlopt.config.schema import show
-from dlopt.lab.comparison.claims import Claim, Value
+from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
+from dlopt.lab.comparison.labels import label
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.ranges import Seed
 from dlopt.tracking.layout import align_columns
@@ -31,6 +32,7 @@ class Comparison:
         "step_and_evaluation_and_seconds",
     ]  # fmt: skip
     choose: str | None
+    tuned: bool = False
     claims: list[Claim]
     before: dict[str, list[str]] = field(default_factory=dict)
 
@@ -172,6 +174,25 @@ class Results:
         """
         points = product(*self.comparison.along.values())
         return {point: [run.final(name) for run in self.over_seeds(variant, point)] for point in points}
+
+    def tuned(self) -> "Results":
+        """Returns the results without axes: each variant at its best point, named in its label.
+
+        Best: the mean over seeds of `choose`, or of the first metric, without points at which a seed diverged.
+        """
+        metric = self.comparison.choose or self.comparison.metrics[0]
+        sign = -1 if is_higher_better(metric) else 1
+        variants, outcomes = {}, {}
+        for variant, overrides in self.comparison.variants.items():
+            means = {point: sign * fmean(values) for point, values in self.finals(variant, metric).items()}
+            best = min(means, key=lambda point: math.inf if math.isnan(means[point]) else means[point])
+            at = ", ".join(
+                f"{label(key)} {show(value)}" for key, value in zip(self.comparison.along, best, strict=True)
+            )
+            variants[f"{variant} ({at})"] = overrides
+            for seed, run in zip(self.comparison.seeds, self.over_seeds(variant, best), strict=True):
+                outcomes[VariantRun(f"{variant} ({at})", (), seed)] = run
+        return Results(replace(self.comparison, along={}, variants=variants), outcomes)
 
     def table(self) -> list[str]:
         """Formats a table: a line per variant and point of the axes, with final metrics averaged over seeds."""

@@ -6,6 +6,8 @@ _PROBES = {
     "input_drift": "drift of the layers' inputs per epoch (standard deviations)",
     "gradient_variance": "variance of mini-batch gradients (1: random order)",
     "effective_rate": "effective learning rate (median weight)",
+    "evaluated_gap": "gap: validation loss minus training loss, both in evaluation mode",
+    "evaluated_train_loss": "training loss in evaluation mode",
     "gradient_bias": "bias of batch gradients (relative)",
     "gradient_ratio": "gradient norm of the first layer / last layer",
     "idle_units": "idle hidden units (fraction)",

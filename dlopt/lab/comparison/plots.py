@@ -3,15 +3,14 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dlopt.config.schema import show
-from dlopt.lab.comparison.claims import TEST_METRICS, Finding, Value, is_higher_better
+from dlopt.lab.comparison.claims import TEST_METRICS, Value, is_higher_better
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, on_axis
 from dlopt.lab.comparison.labels import label
-from dlopt.lab.comparison.sentences import short_sentence
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 
@@ -22,18 +21,20 @@ if TYPE_CHECKING:
 _UNITS = {
     "epoch": "epoch", "step": "update", "evaluation": "evaluations of the training set", "seconds": "seconds",
 }  # fmt: skip
+_WIDTH, _HEIGHT = 9.6, 5.4  # inches, 16:9
+_TEXT = 11  # points
 _CROSS: dict[str, Any] = {"markersize": 9, "markeredgewidth": 2.5}
 
 
-def draw(results: Results, findings: Sequence[Finding] = ()) -> "Figure":
-    """Plots a panel per metric, or for two keys in `along` a heat map per variant; the title ends with the findings."""
+def draw(results: Results) -> "Figure":
+    """Plots a panel per metric, or for two keys in `along` a heat map per variant."""
+    results = results.tuned() if results.comparison.tuned and results.comparison.along else results
     comparison = results.comparison
     if len(comparison.along) == 2:
-        return _heat_maps(results, findings)
+        return _heat_maps(results)
     shown = [(name, x) for name in comparison.metrics for x in (comparison.axes if not comparison.along else [""])]
-    width = 9.5 if len(shown) > 1 else 8
-    figure = _titled_figure(comparison, findings, width, 5)
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    figure = _titled_figure(comparison)
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=len(comparison.metrics) == 1)[0]
     notes: dict[str, Artist] = {}
     for axes, (name, x) in zip(panels, shown, strict=True):
         if not comparison.along:
@@ -42,22 +43,32 @@ def draw(results: Results, findings: Sequence[Finding] = ()) -> "Figure":
             notes |= _along(axes, results, name)
         else:
             notes |= _bars(axes, results, name)
-        axes.set_ylabel("\n".join(_evenly(label(name), 45)))
+        if axes is panels[0] or len(comparison.metrics) > 1:
+            axes.set_ylabel("\n".join(_evenly(label(name), 40)))
     drawing.clean_axes(*panels)
+    _enlarge(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
     labels, handles = [*labels, *notes], [*handles, *notes.values()]
-    columns = max(1, min(len(labels), int(width / (0.09 * max(map(len, labels)) + 0.75))))  # as many as fit
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, handlelength=3, ncols=columns)
+    columns = max(1, min(len(labels), int(_WIDTH / (0.095 * max(map(len, labels)) + 0.75))))  # as many as fit
+    options: dict[str, Any] = {"frameon": False, "handlelength": 3, "fontsize": _TEXT}
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
     return figure
 
 
-def _titled_figure(comparison: Comparison, findings: Sequence[Finding], width: float, height: float) -> "Figure":
-    """Creates a figure with the comparison's title and description, and the outcome of its claims."""
-    characters = round(width * 13)
-    lines = [rf"$\bf{{{_escaped(line)}}}$" for line in _evenly(comparison.title, round(width * 11))]
-    for text in (comparison.see, *map(short_sentence, findings)):
-        lines += _evenly(text.replace("$", r"\$"), characters)
-    return drawing.figure(width, height + 0.17 * max(0, len(lines) - 3), "\n".join(lines), fontsize=10)
+def _titled_figure(comparison: Comparison) -> "Figure":
+    """Creates a figure of the shape of a slide with the comparison's title."""
+    title = "\n".join(map(drawing.literal, _evenly(comparison.title, 75)))
+    figure = drawing.figure(_WIDTH, _HEIGHT)
+    figure.suptitle(title, fontsize=_TEXT + 2, fontweight="bold")
+    return figure
+
+
+def _enlarge(*panels: "Axes") -> None:
+    """Makes the type of axes large enough for a slide."""
+    for axes in panels:
+        axes.tick_params(which="both", labelsize=_TEXT - 1)
+        for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+            text.set_fontsize(_TEXT)
 
 
 def _evenly(text: str, width: int) -> list[str]:
@@ -68,38 +79,28 @@ def _evenly(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width)
 
 
-# Characters that mathtext refuses or renders as others: "-" as a minus sign, "'" as a prime.
-_LOOKALIKES = str.maketrans("-'\"`^~\\", "\u2010\u2019\u201d\u02cb\u02c6\u223c\u2216")
-
-
-def _escaped(title: str) -> str:
-    """Escapes a title for matplotlib's mathtext, the only way to mix bold and regular text in one title."""
-    escaped = "".join(f"{{\\{letter}}}" if letter in " %#_${}" else letter for letter in title.translate(_LOOKALIKES))
-    return escaped.replace(",", "{,}")  # mathtext adds a space after a bare comma
-
-
 def _has_logarithm(name: str) -> bool:
     """Returns whether the metric is drawn on a logarithmic axis: gaps and R^2 may be negative, and others end at 1."""
     return not (is_higher_better(name) or name.endswith(("_error", "gap")))
 
 
-def _line(i: int, count: int, *, narrowing: bool) -> dict[str, Any]:
-    """Returns the style of curve i of `count`. `narrowing`: a curve below another shows at its sides."""
-    width = 7 - 5.6 * i / max(count - 1, 1) if narrowing else 1.8
-    return style(i, dash=i // len(drawing.COLOURS), linewidth=width)
+def _line(i: int) -> dict[str, Any]:
+    """Returns the style of curve i: its own colour, and dashes that let a coinciding curve show in the gaps."""
+    return style(i, linewidth=2.2)
 
 
 def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str, Artist]":
     """Plots means and ranges over seeds; a cross marks the end of a diverged run. Returns entries for the legend."""
     comparison = results.comparison
     notes: dict[str, Artist] = {}
+    ends: list[float] = []
     for i, variant in enumerate(comparison.variants):
-        # Curves may coincide against updates: narrower lines on top keep all of them visible.
-        line = _line(i, len(comparison.variants), narrowing=len(comparison.axes) > 1)
+        line = _line(i)
         runs = results.over_seeds(variant, ())
         points = _common(runs, name, x_axis)
         x, columns = [fmean(positions) for positions, _ in points], [values for _, values in points]
         axes.plot(x, [fmean(column) for column in columns], **line, label=variant)
+        ends += x[-1:]
         if len(runs) > 1:
             low, high = [min(column) for column in columns], [max(column) for column in columns]
             axes.fill_between(x, low, high, color=line["color"], alpha=0.15, linewidth=0)
@@ -117,6 +118,9 @@ def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str
     if _has_logarithm(name):
         drawing.logarithmic(axes)
     axes.set_xlabel(_UNITS[x_axis])
+    if ends and max(ends) >= 10 * min(ends) > 0:  # short curves would be at the edge
+        drawing.logarithmic(axes, axis="x")
+        return notes
     axes.set_xlim(left=0)
     if x_axis != "seconds":
         axes.locator_params(axis="x", integer=True)
@@ -193,14 +197,6 @@ def _draw_seeds(
     return notes
 
 
-def _coincide(curves: Sequence[Sequence[float]]) -> bool:
-    """Returns whether any two curves coincide in most of their points."""
-    return any(
-        sum(math.isclose(x, y, rel_tol=0.01) for x, y in zip(a, b, strict=True)) > len(a) / 2
-        for a, b in combinations(curves, 2)
-    )
-
-
 def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     """Plots the final metric against the key's value; crosses at the edge mark diverged runs."""
     comparison = results.comparison
@@ -210,13 +206,11 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     notes: dict[str, Artist] = {}
     of_variants = _columns(results, name, values)
     means = {variant: [*map(fmean, columns)] for variant, columns in of_variants.items()}
-    coincide = _coincide([*means.values()])
     edge = 0.02 if is_higher_better(name) else 0.98
     for i, (variant, columns) in enumerate(of_variants.items()):
-        line = _line(i, len(of_variants), narrowing=coincide)
-        if coincide:
-            line["markersize"] = 4 + line["linewidth"]
-        axes.plot(positions, means[variant], **line, marker=MARKERS[i % len(MARKERS)], label=variant)
+        line = _line(i)
+        marker: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 8, "markeredgecolor": "white"}
+        axes.plot(positions, means[variant], **line, **marker, label=variant)
         for position, column in zip(positions, columns, strict=True):
             cross, note = (abs(edge - 0.035 * i), line["color"]), (f"mean and range over {len(column)} seeds", _band())
             notes |= _draw_seeds(axes, position, column, cross, note, color=line["color"], linewidth=4, alpha=0.3)
@@ -227,6 +221,12 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     axes.set_xlabel(label(key))
     if _has_logarithm(name):
         drawing.logarithmic(axes)
+        for i, curve in enumerate(means.values()):
+            zeros = [position for position, value in zip(positions, curve, strict=True) if value == 0]
+            if zeros:  # underflow, for example of gradients
+                line = {"color": _line(i)["color"], "transform": axes.get_xaxis_transform(), "clip_on": False}
+                axes.plot(zeros, [0.02] * len(zeros), "v", markersize=10, **line)
+                notes["0, below the axis"] = _mark(linestyle="", marker="v")
     return notes
 
 
@@ -250,7 +250,7 @@ def _bars(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
             note = (f"range over {len(column)} seeds", _mark(**line))
             notes |= _draw_seeds(axes, position, column, (0.03, colour), note, **line)
             if has_room and not math.isnan(mean):
-                style = {"ha": "center", "va": "bottom", "fontsize": 8}
+                style = {"ha": "center", "va": "bottom", "fontsize": _TEXT - 1}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
                 axes.annotate(f"{mean:.2g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
     if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
@@ -261,7 +261,7 @@ def _bars(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     return notes
 
 
-def _heat_maps(results: Results, findings: Sequence[Finding]) -> "Figure":
+def _heat_maps(results: Results) -> "Figure":
     """Plots a heat map per variant with a shared colour scale; a frame marks the best cell."""
     comparison = results.comparison
     import numpy as np
@@ -283,15 +283,17 @@ def _heat_maps(results: Results, findings: Sequence[Finding]) -> "Figure":
     low, high = (float(np.quantile(known, 0.1 if is_higher else 0)), float(known.max())) if known.size else (0.0, 1.0)
     across = len(maps) if len(maps) < 4 else math.ceil(len(maps) / 2)
     down = math.ceil(len(maps) / across)
-    figure = _titled_figure(comparison, findings, 3.6 * across + 1.2, 3.2 * down + 1)
+    figure = _titled_figure(comparison)
     panels = figure.subplots(down, across, squeeze=False)
     for axes, variant, values, coloured in zip(panels.flat, comparison.variants, maps, shades, strict=False):
-        axes.imshow(np.ma.masked_invalid(coloured), vmin=low, vmax=high, cmap="viridis")
+        axes.imshow(np.ma.masked_invalid(coloured), vmin=low, vmax=high, cmap="viridis", aspect="auto")
         axes.set_facecolor("0.85")
         for (row, column), value in np.ndenumerate(values):
             is_bright = math.isnan(value) or (coloured[row, column] - low) / max(high - low, 1e-12) > 0.6
             text = "×" if math.isnan(value) else f"{100 * value:.1f}" if is_accuracy else f"{value:.2g}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if is_bright else "white")
+            axes.text(
+                column, row, text, ha="center", va="center", fontsize=_TEXT, color="black" if is_bright else "white"
+            )
         if chooser is not None:
             row, column = _best(results, variant, chooser)
             frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
@@ -300,13 +302,14 @@ def _heat_maps(results: Results, findings: Sequence[Finding]) -> "Figure":
         axes.set_yticks(range(len(rows)), list(map(show, rows)))
         axes.set_xlabel(label(column_key))
         axes.set_ylabel(label(row_key))
-        axes.set_title("\n".join(_evenly(variant, 36)), fontsize=10)
+        axes.set_title("\n".join(_evenly(variant, 36)))
+        _enlarge(axes)
     unit = " (%)" if is_accuracy else ""
     notes = ["brighter is better", "×: diverged"]
     if chooser is not None:
         notes.append("frame: best" if chooser == name else f"frame: best {label(chooser)}")
     seeds = f", mean of {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
-    figure.supxlabel(f"{label(name)}{unit}{seeds}   {'; '.join(notes)}", fontsize=9)
+    figure.supxlabel(f"{label(name)}{unit}{seeds}   {'; '.join(notes)}", fontsize=_TEXT)
     return figure
 
 

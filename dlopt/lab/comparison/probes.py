@@ -11,9 +11,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.data.batches import Batches
+from dlopt.data.samples import Samples
+from dlopt.errors import UserError
 from dlopt.lab.comparison import measures
 from dlopt.training.build import Workload, build_workload, evaluation_batches, training_batches
 from dlopt.training.checkpoint import load
+from dlopt.training.evaluate import evaluate
 from dlopt.training.step import frozen_statistics
 
 Values = list[tuple[Mapping[str, Any], float]]
@@ -149,6 +152,28 @@ def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
     return moments[1:]
 
 
+def evaluated_train_loss(workload: Workload) -> float:
+    """Computes the loss on the training set as on the validation set: without dropout and augmentation."""
+    return _evaluated_loss(workload, workload.dataset.train)
+
+
+def evaluated_gap(workload: Workload) -> float:
+    """Computes the validation loss minus the training loss, both in evaluation mode.
+
+    Raises `UserError` without validation samples.
+    """
+    if workload.dataset.val is None:
+        raise UserError("comparison.metrics: evaluated_gap needs validation samples; set data.val_split")
+    return _evaluated_loss(workload, workload.dataset.val) - evaluated_train_loss(workload)
+
+
+def _evaluated_loss(workload: Workload, samples: Samples) -> float:
+    batches = evaluation_batches(workload, samples).epoch(0)
+    found = evaluate(workload.module, workload.module, batches, workload.loss, task=workload.task, prefix="probe")
+    assert found is not None  # not interrupted
+    return found["probe_loss"]
+
+
 def _at_checkpoints(measure: Callable[[Workload], float]) -> Probe:
     """Returns the probe that applies `measure` to the model of every checkpoint."""
 
@@ -157,6 +182,8 @@ def _at_checkpoints(measure: Callable[[Workload], float]) -> Probe:
 
 PROBES: Mapping[str, Probe] = {
     "effective_rate": effective_rate,
+    "evaluated_gap": _at_checkpoints(evaluated_gap),
+    "evaluated_train_loss": _at_checkpoints(evaluated_train_loss),
     "gradient_bias": _at_checkpoints(measures.gradient_bias),
     "gradient_ratio": _at_checkpoints(measures.gradient_ratio),
     "gradient_variance": gradient_variance,

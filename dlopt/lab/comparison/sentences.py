@@ -27,14 +27,6 @@ def sentence(finding: Finding) -> str:
     return f"{finding.verdict.capitalize()}: {finding.claim.text}. {numbers(finding)}"
 
 
-def short_sentence(finding: Finding) -> str:
-    """Writes the outcome for a plot, without the names of the sides."""
-    values = f"{average(finding.claim, finding.first)} against {average(finding.claim, finding.second)}"
-    if finding.low is not None and finding.high is not None:
-        values += f"; {_with_interval(finding, '95 %:')}"
-    return f"{finding.verdict.capitalize()}: {finding.claim.text} ({values})."
-
-
 def numbers(finding: Finding) -> str:
     """Writes the measured values of both sides, their difference and its interval."""
     claim, seeds = finding.claim, len(finding.first.values)

@@ -1,15 +1,12 @@
 """Comparisons of runs: metrics, tables, and plots of curves, lines or heat maps per variant."""
 
 import math
-import string
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.mathtext import MathTextParser
 
-from dlopt.lab.comparison import plots as comparison_plots
 from dlopt.lab.comparison.claims import parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun
 from dlopt.lab.comparison.findings import evaluate
@@ -48,14 +45,8 @@ def test_axis_points_may_set_several_keys_and_have_numeric_names() -> None:
     outcomes = {cell: outcome([2.0 if cell.variant == "a" else 2.001]) for cell in spec.cells()}
     [axes] = draw(Results(spec, outcomes)).axes
     assert list(axes.lines[0].get_xdata()) == [1, 8] and axes.get_xlabel() == "samples"
-    assert axes.lines[0].get_linewidth() > 2 * axes.lines[1].get_linewidth()  # a is wider, as b coincides with it
-
-
-@pytest.mark.parametrize("letter", string.punctuation)
-def test_titles_may_have_any_characters(letter: str) -> None:
-    parser: Any = MathTextParser("path")
-    drawn = parser.parse(rf"$\bf{{{comparison_plots._escaped(f'a{letter}b {letter}')}}}$")
-    assert len(drawn.glyphs) == 4  # each letter is drawn
+    first, second, *_ = axes.lines
+    assert first.get_linewidth() == second.get_linewidth() and first.get_linestyle() != second.get_linestyle()
 
 
 def test_log_ticks_are_plain_numbers() -> None:
@@ -81,7 +72,7 @@ def test_curves_show_mean_and_range_over_seeds() -> None:
     assert low.min() == 1.0 and low.max() == 4.0
     entries = [text.get_text() for text in figure.legends[0].get_texts()]
     assert entries == ["a", "b", "mean and range over 2 seeds"]
-    figure.canvas.draw()  # the title is valid mathtext
+    figure.canvas.draw()
 
 
 def test_curves_average_equal_epochs_after_a_value_that_is_not_finite() -> None:
@@ -137,6 +128,22 @@ def test_metrics_along_a_key_have_gaps_for_diverged_seeds() -> None:
     assert Results(spec, outcomes).table()[0].split() == ["variant", "optimizer.lr", "test_loss"]
 
 
+def test_tuned_comparisons_draw_the_curves_of_each_variants_best_point() -> None:
+    spec = comparison(along={"optimizer.lr": [0.1, 1.0]}, tuned=True)
+    best = {"a": 1.0, "b": 0.1}
+    outcomes = {
+        cell: outcome(
+            [3.0, 1.0 + cell.seed if cell.point == (best[cell.variant],) else 5.0],
+            failed=cell.point == (0.1,) and cell.variant == "a",
+        )
+        for cell in spec.cells()
+    }
+    [axes] = draw(Results(spec, outcomes)).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines[:2]}
+    assert lines == {"a (learning rate 1.0)": [3.0, 1.5], "b (learning rate 0.1)": [3.0, 1.5]}
+    assert axes.get_xlabel() == "epoch"
+
+
 def test_categories_are_bars() -> None:
     spec = comparison(along={"schedule": ["cosine", "step"]})
     outcomes = {cell: outcome([1.0 + cell.seed], failed=cell.point == ("step",)) for cell in spec.cells()}
@@ -164,7 +171,8 @@ def test_nothing_leaves_the_frame(along: dict[str, Any]) -> None:
     spec = comparison(title=text, see=text * 2, along=along, variants=names, claims=[claim])
     runs = {cell: outcome([2.0, 1.0], failed=cell == VariantRun(first, cell.point, 1)) for cell in spec.cells()}
     results = Results(spec, runs)
-    figure = draw(results, evaluate(results, [claim]))
+    figure = draw(results)
+    assert figure.get_size_inches().tolist() == pytest.approx([9.6, 5.4]) and "word" not in figure._suptitle.get_text()
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     frame = figure.bbox.padded(1)
@@ -248,4 +256,4 @@ def test_plots_error_against_updates_and_seconds() -> None:
     assert list(updates.lines[0].get_xdata()) == [0, 5] and list(time.lines[0].get_xdata()) == [0, 2]
     assert list(updates.lines[0].get_ydata()) == list(time.lines[0].get_ydata()) == [0.5, 0.25]
     below, above = updates.lines[:2]  # coincident curves are both visible
-    assert below.get_linewidth() > above.get_linewidth() + 1
+    assert below.get_linestyle() != above.get_linestyle() and below.get_linewidth() == above.get_linewidth()

@@ -10,9 +10,12 @@ from torch.nn.functional import cross_entropy
 from dlopt import train
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
+from dlopt.data.samples import Samples
+from dlopt.errors import UserError
 from dlopt.lab.comparison import probes
 from dlopt.lab.comparison.probes import checkpoints, effective_rate, gradient_variance
-from dlopt.training.build import build_workload, evaluation_batches, training_batches
+from dlopt.training.build import Workload, build_workload, evaluation_batches, training_batches
+from tests.support.runs import experiment
 
 
 def test_gradient_variance_matches_sampling(tmp_path: Path) -> None:
@@ -71,3 +74,26 @@ def test_effective_rate_of_an_optimizer_that_counts_no_steps(monkeypatch: pytest
     saved = {"optimizer": {"param_groups": [group], "state": {0: {"exp_avg_sq": torch.ones(2)}}}, "progress": {}}
     monkeypatch.setattr(probes, "checkpoints", lambda folder: [saved])  # as Prodigy's
     assert effective_rate(Path()) == [({}, pytest.approx(0.3))]
+
+
+def test_evaluated_losses_are_those_without_dropout() -> None:
+    lines = ["data.subset=60", "data.val_split=0.5", "model=mlp", "model.widths=[16]", "model.dropout=0.9", "epochs=1"]
+    trained = build_workload(experiment(*lines, "threads=1"))
+    samples = [next(iter(evaluation_batches(trained, each, batch_size="full").epoch(0))) for each in splits(trained)]
+    trained.module.eval()
+    with torch.no_grad():
+        train, val = (float(trained.loss(trained.module(inputs), targets)) for inputs, targets in samples)
+    trained.module.train()
+    assert probes.evaluated_train_loss(trained) == pytest.approx(train, rel=1e-5)
+    assert probes.evaluated_gap(trained) == pytest.approx(val - train, rel=1e-3)
+
+
+def splits(workload: Workload) -> tuple[Samples, Samples]:
+    assert workload.dataset.val is not None
+    return workload.dataset.train, workload.dataset.val
+
+
+def test_the_evaluated_gap_needs_validation_samples() -> None:
+    made = build_workload(experiment("data.subset=60", "data.val_split=0.0", "model=mlp", "threads=1"))
+    with pytest.raises(UserError, match="evaluated_gap needs validation samples"):
+        probes.evaluated_gap(made)

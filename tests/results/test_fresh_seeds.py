@@ -1,0 +1,66 @@
+"""scripts/claims.py: verdicts in docs/gallery against those of fresh seeds."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.results.claims import FORMER_VERDICTS, claims_hash
+from tests.support.pages import ROOT
+
+SCRIPT = runpy.run_path(str(ROOT / "scripts/claims.py"))
+VERDICTS = set(FORMER_VERDICTS.values())
+
+
+def results(*verdicts: str, saved: str = "x") -> dict[str, Any]:
+    claims = [{"claim": f"claim {i}", "verdict": each, "outcome": "1 against 2"} for i, each in enumerate(verdicts)]
+    return {"claims_hash": saved, "seeds": [0, 1], "claims": claims}
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], bool]:
+    found: tuple[list[str], bool] = SCRIPT["report"](list(SCRIPT["pairs"]("momentum", old, new)))
+    return found
+
+
+def test_verdicts_of_fresh_seeds_are_compared_claim_by_claim() -> None:
+    lines, is_good = compare(results("supported", "inconclusive"), results("supported", "supported"))
+    assert lines == [
+        "momentum: inconclusive -> supported: claim 1\n    1 against 2",
+        "1 of 2 verdicts are the same (50.0 %); supported <-> contradicted: 0",
+    ]
+    assert not is_good
+    assert compare(results(*["supported"] * 40), results(*["supported"] * 39, "inconclusive"))[1]
+    assert not compare(results(*["supported"] * 40), results(*["supported"] * 39, "contradicted"))[1]
+
+
+def test_claims_that_were_changed_do_not_count() -> None:
+    assert not list(SCRIPT["pairs"]("momentum", results("supported"), results("supported", saved="y")))
+
+
+def test_recipes_run_with_fresh_seeds_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        calls.append(command)
+        folder = Path(next(line for line in command if line.startswith("hydra.run.dir=")).partition("=")[2])
+        folder.mkdir(parents=True)
+        (folder / "comparison.json").write_text(json.dumps(results("supported")))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(SCRIPT["subprocess"], "run", run)
+    for _ in range(2):
+        assert SCRIPT["run_all"](["momentum", "warm_restarts"], tmp_path, 1000, None) == 0
+    assert [command[4].partition("/")[2] for command in calls] == ["momentum", "warm_restarts"]
+    assert calls[0][-1] == "comparison.seeds=[1000,1001,1002,1003,1004]"
+    assert json.loads((tmp_path / "seconds.json").read_text()).keys() == {"momentum", "warm_restarts"}
+    assert SCRIPT["run_all"](["clipping"], tmp_path, 1000, 0.0) == 0 and len(calls) == 2  # out of time
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/gallery").glob("*.json")), ids=lambda path: path.stem)
+def test_results_in_the_gallery_have_hashes_and_current_verdicts(path: Path) -> None:
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert len(saved["claims_hash"]) == 64 and saved["recipe"] == f"lecture/{path.stem}"
+    assert {claim["verdict"] for claim in saved["claims"]} <= VERDICTS
+    assert claims_hash({}) != saved["claims_hash"]
