@@ -31,6 +31,9 @@ class Comparison:
         "step_and_evaluation_and_seconds",
     ]  # fmt: skip
     choose: str | None
+    only: list[str]
+    quick: bool
+    quick_overrides: list[str]
     claims: list[Claim]
 
     @property
