@@ -327,8 +327,9 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
 def _has_new_keys(override: Override) -> bool:
     """Returns whether an override sets a key to a block with a callable, or a comparison's variants to a block."""
     value = override.value()
-    is_block = isinstance(value, dict) and override.type is OverrideType.CHANGE
-    return is_block and ("_target_" in value or override.key_or_group == _VARIANTS)
+    if not isinstance(value, dict) or override.type is not OverrideType.CHANGE:
+        return False
+    return "_target_" in value or override.key_or_group == _VARIANTS
 
 
 def _set(config: DictConfig, override: Override) -> None:
