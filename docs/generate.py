@@ -1,16 +1,17 @@
-"""Writes the generated parts of the pages that are read in the repository, too: tables of claims, results, extras.
+"""Writes the generated parts of the pages that are read in the repository, too: claims, results, extras, lectures.
 
     .venv/bin/python docs/generate.py
 
 They are between `<!-- generated: NAME -->` and `<!-- end -->`. The sources are pyproject.toml, the recipes in
-conf/experiment/lecture with their results in docs/gallery, and the benchmark results that come with dlopt. Run it after
-a change of one of them; a test compares the pages with their sources. The reference is generated when Sphinx builds
-the site.
+conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, and the benchmark results that
+come with dlopt. Run it after a change of one of them; a test compares the pages with their sources. The reference is
+generated when Sphinx builds the site.
 """
 
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -21,15 +22,22 @@ sys.path[:0] = [str(ROOT), str(DOCS / "_ext")]
 import benchmark  # noqa: E402
 import extras  # noqa: E402
 import gallery  # noqa: E402
+import lectures  # noqa: E402
 
+LECTURES = list(lectures.plan(DOCS))
 PARTS: dict[str, Callable[[], str]] = {
     "benchmark": benchmark.results,
     "claims": lambda: gallery.claims(DOCS),
     "extras": extras.extras,
     "self_tuning": benchmark.self_tuning,
     "lectures": lambda: gallery.lectures(DOCS),
+    "overview": lambda: lectures.overview(DOCS),
+    **{f"lecture_{name}": partial(lectures.topics, DOCS, name) for name in LECTURES},
 }
-PAGES = (DOCS / "claims.md", DOCS / "gallery.md", DOCS / "quickstart.md", DOCS / "results.md")
+PAGES = (
+    *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results")),
+    *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),
+)
 
 
 def generated(page: Path) -> str:

@@ -73,6 +73,19 @@ def test_header_lists_command_and_number_of_runs(name: str) -> None:
     assert comparison["see"].endswith((".", ")", "?")) and len(comparison["see"]) < 300
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in LECTURES if "quick_overrides" in (FOLDER / f"{name}.yaml").read_text()]
+)
+def test_quick_form_has_one_seed_and_no_point_of_its_own(name: str) -> None:
+    composer, line = Composer(), [f"experiment=lecture/{name}"]
+    full = comparison_of(composer, composer.compose(line), line)
+    quick_line = [*full.quick_overrides, "comparison.quick=true", *line]
+    quick = comparison_of(composer, composer.compose(quick_line), quick_line)
+    points = {(cell.variant, cell.point) for cell in full.cells()}
+    assert quick.quick and len(quick.seeds) == 1
+    assert {(cell.variant, cell.point) for cell in quick.cells()} <= points
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_is_valid_and_shipped_numbers_support_the_verdict_but_not_of_an_inverted_claim(name: str) -> None:
     """Fails if the recipe has changed since its plot was drawn; scripts/gallery NAME redraws it."""

@@ -39,6 +39,7 @@ from dlopt.plain import check_yaml, join
 
 # AssertionError: Hydra asserts that an interpolated choice is a string.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
+_VARIANTS = "comparison.variants"  # their labels are keys
 _MOST = 200  # remembered configs, of some 30 kB each
 # Pickled configs by name, mode, choices, and the state of dlopt's files; those that need other files by `Composer`.
 _memory: dict[tuple[Any, ...], bytes] = {}
@@ -86,7 +87,7 @@ class Composer:
     def compose(self, overrides: Iterable[str], multirun: bool = False) -> DictConfig:
         """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
         # A component given as a block replaces one that is not set: data.test={_target_:mine.Dataset,count:17}.
-        lines = [f"++{text_of(each)}" if _is_component(each) else text_of(each) for each in self.parse(overrides)]
+        lines = [f"++{text_of(each)}" if _has_new_keys(each) else text_of(each) for each in self.parse(overrides)]
         parsed = self.parse(lines)
         self._check_overrides(parsed, multirun)
         try:
@@ -189,6 +190,8 @@ class Composer:
                 if not multirun:
                     raise UserError(f"{line}: several values need -m (one run each); for a list, write [a,b]")
                 continue
+            if key == _VARIANTS and isinstance(value, list):
+                raise UserError(f"{line}: to choose variants by their labels, set comparison.only={value_of(override)}")
             if key == "hydra":
                 raise UserError(f"{line}: a block of keys; set them one by one: hydra.run.dir=FOLDER")
             if key == "hydra.job.env_copy":
@@ -320,10 +323,12 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
         yield
 
 
-def _is_component(override: Override) -> bool:
-    """Returns whether an override sets a key to a block with a callable."""
+def _has_new_keys(override: Override) -> bool:
+    """Returns whether an override sets a key to a block with a callable, or a comparison's variants to a block."""
     value = override.value()
-    return isinstance(value, dict) and "_target_" in value and override.type is OverrideType.CHANGE
+    if not isinstance(value, dict) or override.type is not OverrideType.CHANGE:
+        return False
+    return "_target_" in value or override.key_or_group == _VARIANTS
 
 
 def _set(config: DictConfig, override: Override) -> None:

@@ -176,14 +176,39 @@ def _as_text(value: str) -> str:
 
 
 def quoted_value(value: str) -> str:
-    """Quotes a value for Hydra's grammar: [a=1,b=[2]] as ['a=1','b=[2]'], because a quoted list would be a string."""
-    if not (value.startswith("[") and value.endswith("]")):
-        return _as_text(value)
-    items, depth = [""], 0
-    for letter in value[1:-1]:
-        depth += (letter in "[{(") - (letter in ")}]")
-        if letter == "," and depth == 0:
+    """Quotes a value for Hydra's grammar: [a=1,b=[2]] as ['a=1','b=[2]'], because a quoted list would be a string.
+
+    Blocks, too: {a:[b=1],c:2} as {a:['b=1'],c:2}. Their keys cannot be quoted.
+    """
+    if value.startswith("[") and value.endswith("]"):
+        return f"[{','.join(map(_quoted_item, _items(value[1:-1])))}]"
+    if value.startswith("{") and value.endswith("}"):
+        pairs = [item.partition(":") for item in _items(value[1:-1])]
+        if all(colon for _, colon, _ in pairs):
+            return f"{{{','.join(f'{key.strip()}:{_quoted_item(each)}' for key, _, each in pairs)}}}"
+    return _as_text(value)
+
+
+def _quoted_item(item: str) -> str:
+    """Quotes an entry of a list or block, unless it is a list or block itself, or needs no quotes."""
+    item = item.strip()
+    if item[:1] in ("[", "{"):
+        return quoted_value(item)
+    return item if re.fullmatch(r"'[^']*'|\"[^\"]*\"", item) else repr(item)
+
+
+def _items(text: str) -> list[str]:
+    """Splits the inside of a list or block at its commas, but not within brackets or quotes."""
+    items, depth, quote = [""], 0, ""
+    for letter in text:
+        if letter == quote:
+            quote = ""
+        elif not quote and letter in "'\"":
+            quote = letter
+        elif not quote:
+            depth += (letter in "[{(") - (letter in ")}]")
+        if letter == "," and depth == 0 and not quote:
             items.append("")
         else:
             items[-1] += letter
-    return f"[{','.join(repr(item.strip()) for item in items)}]"
+    return items if text.strip() else []

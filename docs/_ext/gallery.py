@@ -35,13 +35,13 @@ def _section(choice: Choice, docs: Path) -> str:
         lines += ["Run the command to draw the picture.", ""]
     else:
         lines += ["Run the command, then `dlopt report` on its folder, to draw the curves.", ""]
-    command = _command(choice)
+    command = command_of(choice)
     lines += [block("bash", [command])]
     if "see" in comparison:
         lines += [f"**What to see:** {text(' '.join(comparison['see'].split()))}", ""]
-    for claim in _results(docs, name):
+    for claim in results(docs, name):
         said = f"{text(claim['claim'])}. {text(claim['outcome'])}{_limits(claim)}"
-        lines += [f"- **{claim['verdict'].capitalize()}{_changed(claim)}:** {said}"]
+        lines += [f"- **{claim['verdict'].capitalize()}{changed(claim)}:** {said}"]
     lines += [""]
     notes = [line for line in choice.header[1:] if line.strip() != command]
     lines += [_notes(notes), "", *_varied(recipe, comparison), ""]
@@ -58,15 +58,15 @@ def claims(docs: Path) -> str:
         if not choice.name.startswith(FOLDER):
             continue
         name = choice.name.removeprefix(FOLDER)
-        found = _results(docs, name)
+        found = results(docs, name)
         recipe = yaml.safe_load(choice.path.read_text(encoding="utf-8"))
-        link = f"[{name}](gallery.md#{_anchor(choice.description)})"
+        link = f"[{name}](gallery.md#{anchor(choice.description)})"
         if recipe["comparison"].get("claims") and not found:
             missing.append(link)
         for claim in found:
             outcome = f"{text(claim['outcome'])}{_limits(claim)}"
             verdicts[claim["verdict"]] += 1
-            rows.append((text(claim["claim"]), f"**{claim['verdict']}**{_changed(claim)}", outcome, link))
+            rows.append((text(claim["claim"]), f"**{claim['verdict']}**{changed(claim)}", outcome, link))
     counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     lines = [f"{len(rows)} claims: {counted}.", "", table(("Claim", "Verdict", "Outcome", "Recipe"), rows), ""]
     if missing:
@@ -74,7 +74,7 @@ def claims(docs: Path) -> str:
     return "\n".join(lines)
 
 
-def _results(docs: Path, name: str) -> list[dict[str, Any]]:
+def results(docs: Path, name: str) -> list[dict[str, Any]]:
     """Returns the claims in the results of a recipe, with verdicts; none if the gallery has no results of it.
 
     `changed`: whether the recipe's claims are no longer those of the results.
@@ -82,19 +82,18 @@ def _results(docs: Path, name: str) -> list[dict[str, Any]]:
     path = docs / "gallery" / f"{name}.json"
     if not path.exists():
         return []
-    results = json.loads(path.read_text(encoding="utf-8"))
-    changed = is_changed(results)
+    saved = json.loads(path.read_text(encoding="utf-8"))
     return [
-        {**claim, "verdict": FORMER_VERDICTS.get(claim["verdict"], claim["verdict"]), "changed": changed}
-        for claim in results["claims"]
+        {**claim, "verdict": FORMER_VERDICTS.get(claim["verdict"], claim["verdict"]), "changed": is_changed(saved)}
+        for claim in saved["claims"]
     ]
 
 
-def _changed(claim: dict[str, Any]) -> str:
+def changed(claim: dict[str, Any]) -> str:
     return f" ({CHANGED})" if claim["changed"] else ""
 
 
-def _anchor(heading: str) -> str:
+def anchor(heading: str) -> str:
     """Returns the anchor of a heading, as Sphinx and the usual hosts of repositories name it."""
     return re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
 
@@ -103,7 +102,7 @@ def _limits(claim: dict[str, Any]) -> str:
     return f" Not for: {text(claim['when_not'])}." if claim["when_not"] else ""
 
 
-def _command(choice: Choice) -> str:
+def command_of(choice: Choice) -> str:
     """The command in the header of the file, which names required keys too."""
     commands = [line.strip() for line in choice.header if line.strip().startswith("dlopt train ")]
     return commands[0] if commands else f"dlopt train experiment={choice.name}"

@@ -21,3 +21,10 @@ def test_names_the_unpaired_bracket_or_quote(value: str, fault: str) -> None:
     assert message.startswith(f"{f'name={value}'!r}: {fault}the value must be quoted for Hydra")
     advised = message.rpartition("for the shell: ")[2][1:-1].replace("\\\\", "\\")  # as the shell reads it
     assert [override.value() for override in parse_overrides([advised])] == [value]
+
+
+def test_blocks_and_lists_are_quoted_entry_by_entry() -> None:
+    message = explain_grammar("key={a:[x=1,y=[2,3]],b: ['z=4'],c:{d:e=f}}", "")
+    advised = message.rpartition("for the shell: ")[2][1:-1]
+    [override] = parse_overrides([advised])
+    assert override.value() == {"a": ["x=1", "y=[2,3]"], "b": ["z=4"], "c": {"d": "e=f"}}

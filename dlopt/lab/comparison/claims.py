@@ -16,7 +16,7 @@ Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]
 When = Literal["last", "first", "minimum", "maximum", "mean"] | Count
 Measure = Literal["value", "epoch", "step", "evaluation", "seconds", "largest", "span"]
-Verdict = Literal["supported", "inconclusive", "contradicted"]
+Verdict = Literal["supported", "inconclusive", "contradicted", "not judged"]
 Written = str | dict[str, Any]  # a side in YAML: a variant, or the keys of `Side`
 
 TEST_METRICS = ("test_loss", "test_accuracy")

@@ -5,13 +5,15 @@ Only this command reads the key `comparison` of an experiment file.
 """
 
 import gc
+import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.command_line.reads import refuse_unread_hydra, refuse_untested
@@ -59,6 +61,7 @@ _METRICS = (
 )  # fmt: skip
 
 _BEFORE = "before:"  # init_from=before:NAME: the run NAME of `comparison.before` with the same seed
+_PREVIEW = "A preview of fewer runs; without comparison.quick=true, the claims are judged."
 
 Plans = Mapping[VariantRun, Plan]
 
@@ -70,12 +73,15 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     """
     refuse_ranks("comparison", "the comparison")
     refuse_unread_hydra(parsed.overrides, "a comparison", _READS_OF_HYDRA, _HINTS)
-    comparison = comparison_of(composer, config, parsed.overrides)
+    overrides = _with_quick_overrides(config, parsed.overrides)
+    if overrides != parsed.overrides:
+        config = composer.compose(overrides)
+    comparison = comparison_of(composer, config, overrides)
     # The claims do not hold if an override changes the comparison or fixes one of its axes.
     axes = config.comparison.get("along") or {}
-    changes = [key for key in map(key_of, parsed.overrides) if group_of(key) == "comparison" or key in axes]
+    changes = [key for key in map(key_of, overrides) if group_of(key) == "comparison" or key in axes]
     claims = check(comparison, overridden=bool(changes))
-    plans = _plan(composer, comparison, parsed.overrides)
+    plans = _plan(composer, comparison, overrides)
     _check_teachers(comparison, plans)
     if config.dry_run is True:
         for number, plan in enumerate(plans.values()):
@@ -83,7 +89,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         first, *_ = plans.values()
         print_estimate([plan.saved for plan in plans.values()], first.choices, len(plans), in_process=True)
         return 0
-    folder = _folder(config, parsed.overrides, [plan.saved for plan in plans.values()])
+    folder = _folder(config, overrides, [plan.saved for plan in plans.values()])
     frozen = _freeze(composer, config, folder)
     screen = Screen()
     screen.message(f"{comparison.title}: {len(plans)} runs in {short_path(folder)}")
@@ -102,11 +108,26 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         *map(sentence, findings),
         *([rerun_hint()] if is_changed(frozen) else []),
         *(f"Not evaluated: {claim.text}." for claim in comparison.claims if claim not in claims),
+        *([_PREVIEW] if comparison.quick else []),
     ):
         screen.message(line)
     for path in drawing.save(draw(results), folder, PICTURE):
         print(short_path(path))
     return 0
+
+
+def _with_quick_overrides(config: DictConfig, overrides: list[str]) -> list[str]:
+    """Returns the overrides, after those of the quick form if `comparison.quick` is true; the typed ones win."""
+    if not OmegaConf.is_dict(config.comparison) or config.comparison.get("quick") is not True:
+        return overrides
+    lines = config.comparison.get("quick_overrides")
+    if not OmegaConf.is_list(lines) or not all(isinstance(line, str) for line in lines):
+        raise UserError(f"comparison.quick_overrides={lines}: allowed: a list of overrides [epochs=2]")
+    for line in lines:
+        if group_of(line) != "comparison":
+            _refuse_protected(line, key_of(line))
+    typed = set(map(key_of, overrides))
+    return [*(line for line in lines if key_of(line) not in typed), *overrides]
 
 
 def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> Comparison:
@@ -118,6 +139,7 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
     written = {str(key): value for key, value in node.items()}
     claims = [parse(f"comparison.claims.{i}", claim) for i, claim in enumerate(written.pop("claims", []))]
     comparison = Comparison(**check_arguments("comparison", Comparison, written, frozenset({"claims"})), claims=claims)
+    comparison = replace(comparison, variants=_chosen(comparison, composer.parse(overrides)))
     for name in ("variants", "seeds", "metrics"):
         if not getattr(comparison, name):
             raise UserError(f"comparison.{name}: needs at least one entry")
@@ -149,6 +171,25 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
                 raise UserError(f"{key_of(line)}: cannot be overridden; varied by {variant} ({line})")
     along = {key: values for key, values in comparison.along.items() if key not in overridden}
     return replace(comparison, along=along, seeds=[overridden["seed"]] if "seed" in overridden else comparison.seeds)
+
+
+def _chosen(comparison: Comparison, overrides: Iterable[Override]) -> dict[str, list[str]]:
+    """Returns the variants named by `comparison.only`, in its order, or else those of `comparison.variants={...}`.
+
+    Raises `UserError` for unknown names.
+    """
+    blocks = [each.value() for each in overrides if each.key_or_group == "comparison.variants" and not each.is_add()]
+    replaced = [str(name) for block in blocks if isinstance(block, dict) for name in block]
+    for name in comparison.only:
+        if name not in comparison.variants:
+            allowed = ", ".join(map(_quoted, comparison.variants))
+            raise UserError(f"comparison.only: unknown variant {name}; allowed: {allowed}")
+    return {name: comparison.variants[name] for name in comparison.only or replaced or comparison.variants}
+
+
+def _quoted(name: str) -> str:
+    """Returns the label of a variant as it is typed in a list."""
+    return name if re.fullmatch(r"[\w. -]+", name) else f'"{name}"'
 
 
 def _refuse_protected(line: str, key: str) -> None:

@@ -32,6 +32,9 @@ class Comparison:
         "step_and_evaluation_and_seconds",
     ]  # fmt: skip
     choose: str | None
+    only: list[str]
+    quick: bool
+    quick_overrides: list[str]
     tuned: bool = False
     claims: list[Claim]
     before: dict[str, list[str]] = field(default_factory=dict)

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dlopt.config.schema import show
@@ -66,11 +67,15 @@ def _problem(comparison: Comparison, claim: Claim) -> str | None:
 
 
 def evaluate(results: Results, claims: Sequence[Claim]) -> list[Finding]:
-    """Evaluates claims; a claim about several sides is decided by the least convincing one."""
+    """Evaluates claims; a claim about several sides is decided by the least convincing one.
+
+    The verdict of a quick comparison is always "not judged".
+    """
     found = []
     for claim in claims:
         second = _measured(results, claim, claim.second)
-        found.append(weakest([judge(claim, _measured(results, claim, side), second) for side in claim.first]))
+        finding = weakest([judge(claim, _measured(results, claim, side), second) for side in claim.first])
+        found.append(replace(finding, verdict="not judged") if results.comparison.quick else finding)
     return found
 
 
@@ -190,6 +195,7 @@ def record(results: Results, findings: Sequence[Finding], frozen: Mapping[str, A
     content = {
         "title": comparison.title,
         "seeds": comparison.seeds,
+        **({"quick": True} if comparison.quick else {}),
         **(frozen or {}),
         "rows": rows,
         "claims": [_claim(finding) for finding in findings],

@@ -21,7 +21,8 @@ def claim(**keys: Any) -> dict[str, Any]:
 def comparison(*claims: dict[str, Any], **keys: Any) -> Comparison:
     defaults: dict[str, Any] = {
         "title": "T", "see": "S.", "variants": {"a": [], "b": []}, "along": {}, "seeds": [0, 1, 2],
-        "metrics": ["train_loss"], "x": "epoch", "choose": None,
+        "metrics": ["train_loss"], "x": "epoch", "choose": None, "only": [],
+        "quick": False, "quick_overrides": [],
     }  # fmt: skip
     parsed = [parse(f"comparison.claims.{i}", each) for i, each in enumerate(claims)]
     return Comparison(**{**defaults, **keys}, claims=parsed)

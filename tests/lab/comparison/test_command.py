@@ -227,6 +227,57 @@ def test_variants_from_the_shell_work_as_the_message_advises(folder: Path) -> No
     assert "allowed: a block {name: a list [a,b,...], each a string}" in message
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_quick_comparison_is_a_preview_without_verdicts(folder: Path) -> None:
+    change(folder, "  claims:", '  quick_overrides: ["comparison.seeds=[7]", epochs=1, data.subset=50]\n  claims:')
+    result = compare(folder, "comparison.quick=true", "data.subset=40", "hydra.run.dir=out")
+    assert result.code == 0, result.err
+    assert "2 runs in out" in result.out and "Not judged: Wide networks learn faster. Training loss: " in result.out
+    assert "A preview of fewer runs; without comparison.quick=true, the claims are judged." in result.out.splitlines()
+    saved = json.loads((folder / "out/comparison.json").read_text())
+    assert saved["quick"] is True and saved["seeds"] == [7] and saved["claims"][0]["verdict"] == "not judged"
+    config = yaml.safe_load((folder / "out/1/config.yaml").read_text())
+    assert (config["epochs"], config["data"]["subset"], config["seed"]) == (1, 40, 7)  # what is typed wins
+    assert "not judged: Wide networks learn faster" in dlopt(folder, "report", "out").out
+
+
+def test_quick_overrides_are_checked(folder: Path) -> None:
+    for lines, message in (
+        ("[resume=auto]", "resume=auto: may only be given"),
+        ("3", "quick_overrides=3: allowed: a list"),
+    ):
+        change(folder, "  claims:", f"  quick_overrides: {lines}\n  claims:")
+        typed = ("--config-dir", "../myconf", "experiment=small", "comparison.quick=true")
+        assert message in refused(folder, "train", *typed)
+        change(folder, f"  quick_overrides: {lines}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "runs"),
+    [
+        ("comparison.only=[wide]", ["model.widths=[8]"]),
+        ("comparison.variants={two:['model.widths=[2]','model.norm=none'],three:['model.widths=[3]']}",
+         ["model.widths=[2] model.norm=none", "model.widths=[3]"]),
+        ("+comparison.variants={two:['model.norm=none']}",
+         ["model.widths=[2]", "model.widths=[8]", "model.norm=none"]),
+    ],
+)  # fmt: skip
+def test_variants_are_chosen_replaced_and_added_from_the_shell(folder: Path, typed: str, runs: list[str]) -> None:
+    result = compare(folder, typed, "dry_run=true", "seed=0")
+    assert result.code == 0, result.err
+    for number, lines in enumerate(runs):
+        assert f"job {number}: experiment=small {lines} seed=0\n" in result.out
+    assert f"job {len(runs)}: " not in result.out
+
+
+def test_advice_on_variants_works(folder: Path) -> None:
+    line = "comparison.variants={a:[model.widths=[3]],b:[]}"
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", line)
+    advised = message.strip().rpartition("for the shell: ")[2].strip('"')
+    assert advised == "comparison.variants={a:['model.widths=[3]'],b:[]}"
+    assert "job 1: experiment=small seed=0" in compare(folder, advised, "dry_run=true", "seed=0").out
+
+
 def test_comparison_null_trains_once(folder: Path) -> None:
     result = compare(folder, "comparison=null", "epochs=1", "hydra.run.dir=single")
     assert result.code == 0, result.err
@@ -240,6 +291,12 @@ def test_comparison_null_trains_once(folder: Path) -> None:
         ("comparison.metrics=[]", "comparison.metrics: needs at least one entry"),
         ("comparison.x=hours", "comparison.x=hours: "),
         ("comparison.sees=x", "comparison.sees"),
+        (
+            "comparison.variants=[wide]",
+            "comparison.variants=[wide]: to choose variants by their labels, set comparison.only",
+        ),
+        ("comparison.only=[wild]", "comparison.only: unknown variant wild; allowed: narrow, wide"),
+        ("comparison.quick=maybe", "comparison.quick=maybe: "),
         ("comparison=3", "comparison=3: allowed: a mapping, or null"),
         ("optimizer.lr=-1", "optimizer.lr=-1: "),
         ("epochs=2,3", "epochs=2,3: several values need -m"),

@@ -16,7 +16,8 @@ from dlopt.lab.comparison.plots import draw, restarts
 def comparison(**keys: Any) -> Comparison:
     defaults: dict[str, Any] = {
         "title": "A & B, 50 %: mini-batches of {2}", "see": "One is lower.", "variants": {"a": [], "b": ["x=1"]},
-        "along": {}, "seeds": [0, 1], "metrics": ["train_loss"], "x": "epoch", "choose": None, "claims": [],
+        "along": {}, "seeds": [0, 1], "metrics": ["train_loss"], "x": "epoch", "choose": None, "only": [],
+        "quick": False, "quick_overrides": [], "claims": [],
     }  # fmt: skip
     return Comparison(**{**defaults, **keys})
 
