@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from dlopt.config.compose import Composer
@@ -78,12 +79,12 @@ def main() -> None:
                 folders = [Path(base) / str(index) for index in range(count)]
                 for folder in folders:
                     describe(folder, saved, [], choices)
-                seconds = measure(lambda run=run, folders=folders: run(folders))  # type: ignore[misc]
+                seconds = measure(partial(run, folders))
             if number:  # the first round warms the file cache
                 times[name].append(seconds)
     more = [tuple((b - a) / (options.jobs - 1) for a, b in zip(*pair, strict=True))
             for pair in zip(times["worker, first job"], times["worker"], strict=True)]  # fmt: skip
-    times["worker, each later job"] = more  # type: ignore[assignment]
+    times["worker, each later job"] = more
     for name in ("new interpreter", "worker, first job", "worker, each later job"):
         cpu, wall = (statistics.median(each[index] for each in times[name]) for index in (0, 1))
         print(f"{name:24} {cpu:.2f} s of CPU, {wall:.2f} s")

@@ -158,7 +158,7 @@ def _contestant(line: Line, name: str, overrides: Sequence[str], shared: Sequenc
             key, value = override.get_key_element(), override.value()
             if key in typed:
                 continue
-            if key.endswith("lr") and isinstance(value, IntervalSweep):
+            if key.endswith("lr") and isinstance(value, IntervalSweep) and value.start and value.end:
                 centres[key] = float(f"{math.sqrt(float(value.start) * float(value.end)):.4g}")
             elif not override.is_sweep_override():
                 fixed.append(f"{key}={override.get_value_element_as_str()}")
@@ -184,7 +184,8 @@ def _launch(line: Line, request: LadderRequest) -> None:
     """Runs all trials, also those that wait for others. On a signal, raises KeyboardInterrupt."""
     from dlopt.lab.ladder.running import run
 
-    run(request, *reversed(launcher(line, request.shared)))
+    pool, plan_job = launcher(line, request.shared)
+    run(request, plan_job, pool)
 
 
 def _sizes(ladder: Ladder) -> str:
