@@ -220,7 +220,9 @@ def help_page(config_dir: str | None) -> str:
     catalogue = Catalogue(config_dir)
     groups = catalogue.groups()
     lines = [*_INTRODUCTION.splitlines(), "", "Groups and choices (* default):"]
-    lines += two_columns([(group, _names(catalogue.choices(group), default)) for group, default in groups.items()])
+    lines += two_columns(
+        [(group, _listed(group, catalogue.choices(group), default)) for group, default in groups.items()]
+    )
     lines += ["", "`dlopt options optimizer=sgd` lists the keys of a choice.", "", "Keys of the run:"]
     primary = Choice("", "train", config_folder() / "train.yaml")
     keys = [key for key in catalogue.keys(primary) if key.name.split(".")[0] not in (*groups, "hydra")]
@@ -236,6 +238,11 @@ def help_page(config_dir: str | None) -> str:
     lines += ["", "Flags:", *two_columns(_FLAGS), ""]
     lines += ["Write lists as [a,b]. Quote values with spaces or commas twice: name=\"'two words'\""]
     return "\n".join(lines)
+
+
+def _listed(group: str, choices: Sequence[Choice], default: str | None) -> str:
+    """Returns the names of a group's choices; recipes are too many for a page."""
+    return f"{len(choices)} recipes: `dlopt options experiment`" if group == "experiment" else _names(choices, default)
 
 
 def _names(choices: Sequence[Choice], default: str | None) -> str:

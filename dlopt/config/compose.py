@@ -35,7 +35,7 @@ from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
 from dlopt.errors import UserError, did_you_mean, shorten, suggest
 from dlopt.folders import SHELL_FOLDER, refuse_url
-from dlopt.plain import check_yaml, join
+from dlopt.plain import check_yaml, is_below, join
 
 # AssertionError: Hydra asserts that an interpolated choice is a string.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
@@ -268,6 +268,10 @@ class Composer:
         if hint := for_key(key, typed):
             return f"{line}: unknown key; {hint}"
         names += [] if parent else sorted(self.more_keys)
+        is_own = not is_below(str(node.get("_target_")), ("dlopt", "torch", "torchvision", "None"))
+        if is_own and parent in self.groups():
+            hint = did_you_mean(name, names, join(parent, ""))
+            return f"{line}: unknown key; {hint}the file of this choice does not list it: add it there, or type +{line}"
         hint = _suggest_choices(parent, name, self.config_dir) if parent in self.groups() else ""
         hint = hint or did_you_mean(name, names, join(parent, ""))
         if not hint and not parent:

@@ -226,7 +226,8 @@ def data_folder(root: str, layout: str) -> Path:
     if not base.is_dir():
         # A saved config may be read elsewhere (`dlopt eval`): say where a relative path was looked for.
         where = "" if base.is_absolute() else f" in {Path.cwd()}"
-        raise UserError(f"data.root={root}: is {'not a folder' if base.exists() else f'missing{where}'}")
+        problem = "not a folder" if base.exists() else f"missing{where}"
+        raise UserError(f"data.root={root}: is {problem}; images are expected as {layout}")
     if not (base / "train").is_dir():
         raise UserError(f"data.root={root}: {base / 'train'} is missing; images are expected as {layout}")
     return base
