@@ -74,7 +74,7 @@ def lora(
     Leaves out layers whose weight another layer uses as well (tied embeddings), and subclasses of torch's layer, whose
     weight may be read without a call. Rules of `optimizer.groups` may freeze or unfreeze parameters afterwards.
 
-    Raises `UserError` for a pattern without a match, and for a rank above the size of a layer.
+    Raises `UserError` for a pattern without a match.
     """
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     layers = {
@@ -89,13 +89,6 @@ def lora(
     if not chosen:
         shown = "[" + ",".join(targets) + "]"
         raise UserError(f"adapt.targets={shown}: no layer to adapt is left; choose layers that are not in adapt.train")
-    for name, layer in chosen.items():
-        if rank > min(layer.weight.shape):
-            size = "x".join(map(str, layer.weight.shape))
-            raise UserError(
-                f"adapt.rank={rank}: must be at most {min(layer.weight.shape)}, the rank of {name} ({size}); "
-                "use a smaller rank, or exclude the layer by adapt.targets or adapt.train"
-            )
     for name, parameter in parameters.items():
         parameter.requires_grad_(_matches(name, train))
     for name, layer in chosen.items():
