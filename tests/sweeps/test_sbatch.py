@@ -1,7 +1,5 @@
 """Job scripts that `hydra/launcher=slurm` submits."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,26 +8,7 @@ from dlopt.errors import FAILED, UserError
 from dlopt.sweeps import slurm as launcher
 from dlopt.sweeps.pool import build_pool
 from tests.support.line import dlopt, refused
-
-WriteTool = Callable[[str, str], None]
-
-SETTINGS: dict[str, object] = {
-    "n_jobs": 2, "partition": None, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1,
-    "mem_gb": None, "time": 30, "requeue": 3, "account": None, "extra": {},
-}  # fmt: skip
-
-
-@pytest.fixture
-def write_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> WriteTool:
-    """Writes shell scripts that are found before programs of the machine, among them srun, which submitit looks for."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-
-    def write(name: str, lines: str) -> None:
-        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
-        (tmp_path / name).chmod(0o755)
-
-    write("srun", "exit 1")
-    return write
+from tests.sweeps.fake_slurm import SETTINGS, WriteTool
 
 
 def test_options_of_sbatch(write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from dlopt.sweeps import slurm as launcher
 from dlopt.sweeps import worker as workers
 from dlopt.sweeps.pool import Pool, build_pool
 from dlopt.sweeps.worker import JOBS, LOG, Lines, Worker, create
-from tests.sweeps.test_sbatch import SETTINGS, WriteTool, write_tool  # noqa: F401
+from tests.sweeps.fake_slurm import SETTINGS, WriteTool
 
 
 class Forked:
@@ -136,7 +136,7 @@ def test_an_incomplete_line_is_read_later(tmp_path: Path) -> None:
 class Cluster:
     """Slurm's commands as scripts. Numbers of submitted jobs: 1, 2, ...; all of them run until `finish`."""
 
-    def __init__(self, folder: Path, write_tool: WriteTool) -> None:  # noqa: F811
+    def __init__(self, folder: Path, write_tool: WriteTool) -> None:
         self.folder, self._write = folder, write_tool
         (folder / "queue").touch()
         write_tool(
@@ -163,7 +163,7 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(write_tool: WriteTool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:  # noqa: F811
+def cluster(write_tool: WriteTool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(launcher, "_QUEUE_SECONDS", 0.0)
     monkeypatch.setattr(launcher, "_SUMMARY_SECONDS", 0.0)
     return Cluster(tmp_path, write_tool)
