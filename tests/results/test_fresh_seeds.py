@@ -64,3 +64,13 @@ def test_results_in_the_gallery_have_hashes_and_current_verdicts(path: Path) -> 
     assert len(saved["claims_hash"]) == 64 and saved["recipe"] == f"lecture/{path.stem}"
     assert {claim["verdict"] for claim in saved["claims"]} <= VERDICTS
     assert claims_hash({}) != saved["claims_hash"]
+
+
+def test_pictures_along_a_key_are_redrawn_from_the_results() -> None:
+    gallery = runpy.run_path(str(ROOT / "scripts/gallery"))
+    results = gallery["saved_results"]("momentum")
+    saved = json.loads((ROOT / "docs/gallery/momentum.json").read_text(encoding="utf-8"))
+    for row in saved["rows"]:
+        finals = results.finals(row["variant"], "train_loss")[tuple(row["at"].values())]
+        assert [None if value != value else value for value in finals] == row["train_loss"]
+    assert gallery["saved_results"]("second_order") is None  # it shows curves
