@@ -49,6 +49,7 @@ Reference:
 
 Laboratory:
   benchmark    Compare tuned optimizers on several workloads
+  ladder       Compare optimizers on models of growing size
   trajectory   Plot optimizer paths, learning-rate schedules or loss landscapes
   diagnose     Measure activations, gradients and curvature layer by layer
   bench        Benchmark parallel modes and devices

@@ -14,7 +14,6 @@ from dlopt.command_line.line import Line, output_folder, read_line, refuse_empty
 from dlopt.command_line.reads import refuse_unread_hydra
 from dlopt.command_line.usage import own_names
 from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
-from dlopt.config.parsing import find_local_packages
 from dlopt.config.plan import plan
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
@@ -171,6 +170,8 @@ def _contestant(line: Line, name: str, overrides: Sequence[str], shared: Sequenc
 
 def _default_rate(plain: Mapping[str, Any]) -> float | None:
     """Returns the learning rate of a composed choice, or the default of the signature of its class."""
+    from dlopt.config.parsing import find_local_packages  # imports torch
+
     lr = plain["optimizer"].get("lr")
     if lr is None:
         find_local_packages(plain["allow_packages"])

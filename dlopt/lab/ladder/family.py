@@ -13,7 +13,6 @@ from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError, suggest
 from dlopt.metric_names import lower_is_better
 from dlopt.plain import load_yaml
-from dlopt.processor import available_memory
 from dlopt.ranges import Positive
 
 FOLDER = "ladder"  # in conf/ and in a --config-dir
@@ -149,6 +148,8 @@ def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, 
 
 def _refuse_large(name: str, parameters: int, device: str) -> None:
     import torch
+
+    from dlopt.processor import available_memory
 
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     available = torch.cuda.get_device_properties(0).total_memory if on_gpu else available_memory()

@@ -6,8 +6,7 @@ A rate is centre * `SPACING` ** (index / 2). Even indices are the grid; odd ones
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from statistics import linear_regression
 
 SPACING = math.sqrt(10)
 GRID = (-4, -2, 0, 2, 4)
@@ -64,6 +63,8 @@ def optimum(losses: Mapping[float, float]) -> Optimum | None:
     y = [losses[lr] for lr in three]
     if not all(map(math.isfinite, y)) or len(set(y)) == 1:
         return Optimum(best, losses[best], at_end=False)
+    import numpy as np
+
     x = [math.log(lr / best) for lr in three]
     a, b, c = np.polyfit(x, y, 2)
     vertex = -b / (2 * a)
@@ -89,20 +90,20 @@ class RateFit:
 
 def fit_rates(parameters: Sequence[float], optima: Sequence[float]) -> RateFit:
     """Fits log lr = a + b log N by least squares; one rung gives a constant."""
-    intercept, slope = _line(np.log(parameters), np.log(optima))
-    error = None
-    if len(optima) > 2:
-        error = math.exp(max(_left_out(np.log(parameters), np.log(optima), i) for i in range(len(optima))))
+    points = [(math.log(size), math.log(lr)) for size, lr in zip(parameters, optima, strict=True)]
+    intercept, slope = _line(points)
+    error = math.exp(max(_left_out(points, i) for i in range(len(points)))) if len(points) > 2 else None
     return RateFit(math.exp(intercept), slope, error)
 
 
-def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    if len(x) == 1:
-        return float(y[0]), 0.0
-    slope, intercept = np.polyfit(x, y, 1)
-    return float(intercept), float(slope)
+def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Returns intercept and slope."""
+    if len(points) == 1:
+        return points[0][1], 0.0
+    slope, intercept = linear_regression(*zip(*points, strict=True))
+    return intercept, slope
 
 
-def _left_out(x: np.ndarray, y: np.ndarray, i: int) -> float:
-    intercept, slope = _line(np.delete(x, i), np.delete(y, i))
-    return abs(float(y[i]) - intercept - slope * float(x[i]))
+def _left_out(points: Sequence[tuple[float, float]], i: int) -> float:
+    intercept, slope = _line([*points[:i], *points[i + 1 :]])
+    return abs(points[i][1] - intercept - slope * points[i][0])
