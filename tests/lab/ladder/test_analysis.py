@@ -46,7 +46,7 @@ def test_a_speed_up_that_shrinks_is_found_with_its_size() -> None:
     for each, value in zip(gain.speed_up, expected, strict=True):
         assert each.low <= value <= each.high and each.value == pytest.approx(value, rel=0.2)
     assert gain.trend.high < 0 and gain.speed_up[0].low > 1
-    assert gain.speed_up_in_time[0] == pytest.approx(gain.speed_up[0].value / 2)  # its updates take twice as long
+    assert gain.speed_up_in_time[0] == pytest.approx(gain.speed_up[0].value / 2)  # its updates take 2x as long
 
 
 def test_the_held_out_rung_is_predicted_and_a_broken_law_is_not() -> None:

@@ -41,7 +41,7 @@ def test_agrees_with_scipy_on_the_parabola_of_the_best_three() -> None:
     assert found.loss == pytest.approx(expected.fun)
 
 
-def test_the_search_ends_at_its_limit_and_says_so() -> None:
+def test_the_search_ends_at_its_limit_and_reports_it() -> None:
     losses = search(lambda lr: 1 / lr, 0.01)
     found = optimum(losses)
     assert found is not None and found.at_end and max(losses) == rate(0.01, LIMIT) == found.lr
