@@ -67,7 +67,8 @@ def test_header_lists_command_and_number_of_runs(name: str) -> None:
     assert directive == "# @package _global_" and all(line.startswith("#") for line in header)
     assert f"  dlopt train experiment=lecture/{name}" in "\n".join(header)
     axes = [len(values) for values in comparison.get("along", {}).values()]
-    runs = len(comparison["variants"]) * len(comparison.get("seeds", [0])) * prod(axes)
+    variants = len(comparison["variants"]) * prod(axes) + len(comparison.get("before", {}))
+    runs = variants * len(comparison.get("seeds", [0]))
     assert f"{runs} runs, " in "\n".join(header)
     assert comparison.get("claims") or name == "parallel_comparison"  # too long for several seeds
     assert comparison["see"].endswith((".", ")", "?")) and len(comparison["see"]) < 300

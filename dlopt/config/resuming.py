@@ -23,10 +23,13 @@ def may_change(key: str) -> bool:
 
 
 # What runs did before these keys existed; saved configs lack them.
-_BEFORE = {"ema_warmup": False, "adapt": {"_target_": "dlopt.adapt.none"}}
+_BEFORE = {"ema_warmup": False}
 _TEACHER = "loss.teacher_sha256"
-# Keys that the config of a data set lacks where they mean nothing; older configs have them.
-_UNUSED = {f"data.{each.name}": each.default for each in fields(DataSettings) if each.default is not MISSING}
+# Keys that a config may lack: those that mean nothing for its data set (older configs have them), and newer groups.
+_UNUSED = {
+    **{f"data.{each.name}": each.default for each in fields(DataSettings) if each.default is not MISSING},
+    "adapt._target_": "dlopt.adapt.none",
+}
 
 
 def how_to_resume(folder: RunFolder, is_ranks: bool = False) -> str:

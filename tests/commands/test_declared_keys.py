@@ -49,7 +49,7 @@ READ_EARLIER = {
 }
 NOT_ON_A_CPU = ["check"]
 ELSEWHERE = {
-    **dict.fromkeys(("train", "benchmark", "grid"), "every key is read by a training"),
+    **dict.fromkeys(("train", "benchmark", "ladder", "grid"), "every key is read by a training"),
     **dict.fromkeys(("report", "runs", "options", "template", "consolidate"), "no keys of a run"),
     "bench": "its ranks read the keys, in processes of their own",
 }

@@ -147,7 +147,7 @@ def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [each for each in sys.modules if each.partition(".")[0] == "mine"]:  # another test's package
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setenv("PATH", str(place / "bin"), prepend=":")
-    monkeypatch.setattr("dlopt.config.rules.find_spec", lambda name: type("Found", (), {"origin": name}))
+    monkeypatch.setattr("dlopt.config.settings_rules.find_spec", lambda name: type("Found", (), {"origin": name}))
 
 
 def plan_new(request: SweepRequest, overrides: Sequence[str], number: int) -> Plan:

@@ -84,7 +84,7 @@ def test_unreachable_server_is_reported_once(tmp_path: Path, monkeypatch: pytest
 
 
 def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.config.rules.find_spec", lambda name: None)
+    monkeypatch.setattr("dlopt.config.settings_rules.find_spec", lambda name: None)
     message = refused(tmp_path, "train", "tracking=[tensorboard,mlflow]")
     assert "tracking=[tensorboard,mlflow]: the package mlflow is not installed; " in message
     assert "pip install 'dlopt[mlflow]'" in message
