@@ -12,7 +12,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
-from dlopt.lab.benchmark.protocol import WorkloadSpec, load_space, load_tier, trials_of
+from dlopt.lab.benchmark.protocol import Track, WorkloadSpec, load_space, load_tier, trials_of
 from dlopt.lab.benchmark.trials import Candidate, TrialRequest, candidate
 from dlopt.lab.trials import claim
 
@@ -47,7 +47,8 @@ def test_every_space_composes_on_a_workload(composer: Composer) -> None:
     names = sorted(path.stem for path in folder.glob("[!_]*.yaml"))
     assert len(names) >= 10
     for name in names:
-        chosen = candidate(composer, name, [])
+        track: Track = "self_tuning" if name.endswith("_self_tuning") else "external_tuning"
+        chosen = candidate(composer, name.removesuffix("_self_tuning"), [], track)
         lines = ["experiment=benchmark/mlp", *chosen.overrides, *chosen.space.overrides(chosen.values(1, 3))]
         parse(*to_plain(composer.compose(lines), lines))
 

@@ -130,7 +130,20 @@ def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> Non
         part["analysis"]["gains"]["adamw"].pop("speed_up_in_time")
         for run in part["runs"]:
             run.pop("seconds")
-    assert content["analysis"] == expected["analysis"] and content["runs"] == expected["runs"]
+    assert content["runs"] == expected["runs"]
+    # Two processes may use other routines of BLAS, from which the fits differ in their last digits.
+    first, second = (flatten({"": part["analysis"]}) for part in (content, expected))
+    assert first.keys() == second.keys() and list(first.values()) == [
+        pytest.approx(each, rel=1e-2, abs=1e-6) if isinstance(each, float) else each for each in second.values()
+    ]
+
+
+def flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """Returns the leaves of dicts and lists, by their path."""
+    if not isinstance(tree, dict | list):
+        return {path: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {key: leaf for name, each in items for key, leaf in flatten(each, f"{path}.{name}").items()}
 
 
 def _ladder(*arguments: str) -> None:
