@@ -122,7 +122,7 @@ def make(path: Path, key: str, *, exist_ok: bool = False) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
-        reason = f"cannot create this folder: {error.strerror}"
+        reason = f"cannot create this folder: {error.strerror}; choose one where you may create files"
         if isinstance(error, FileExistsError) and not exist_ok:
             reason = "is a file, or another run is creating this folder"
         raise UserError(f"{key}={path}: {reason}") from None
