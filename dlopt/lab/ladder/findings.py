@@ -10,6 +10,7 @@ from dlopt.lab.benchmark.scores import Interval
 from dlopt.lab.ladder.analysis import Analysis, Gain
 from dlopt.lab.ladder.results import Results
 
+_NO_CONSTANT = 0.01  # E relative to the smallest loss below which it counts as 0
 _LARGE_ERROR = 1.5  # of an extrapolated rate, from which the report warns
 
 
@@ -111,5 +112,7 @@ def _warnings(results: Results) -> Iterator[str]:
         yield f"No held-out prediction: it needs four rungs, here are {count}."
     if count == 2:
         yield "Two rungs do not identify an irreducible loss: E = 0, and extrapolations are worth little."
+    elif analysis.laws.irreducible < _NO_CONSTANT * min(map(min, analysis.mean.values())):
+        yield "The fit finds no irreducible loss (E = 0), and extrapolates powers of compute alone; add larger rungs."
     if not analysis.draws_rungs:
         yield f"With {count} rungs, the intervals come from seeds alone, and are too narrow."
