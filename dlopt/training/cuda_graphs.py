@@ -130,7 +130,7 @@ class GraphedStep(Step):
 
     def _captured_update(self) -> UpdateRecord:
         """Runs the update on the static batch: the closure of an eager update, and the optimizer."""
-        self._restart()
+        self.record = None  # the next evaluation is the first one of an update
         self()
         self.optimizer.step()
         for hook in self._capture.post_hooks:

@@ -96,10 +96,10 @@ class MetricSum:
         With several predictions per sample: outputs [B, T, K], targets [B, T]. Adds nothing.
         """
         if not self._keeps_outputs:
-            return Measured(loss, len(targets))
+            return Measured(loss, targets.shape[0])
         if self.on_flush is None and outputs.numel() > _MAX_KEPT_OUTPUTS:
-            return Measured(loss, len(targets), correct=_count_correct(outputs, _labels(targets)))
-        return Measured(loss, len(targets), outputs, targets)
+            return Measured(loss, targets.shape[0], correct=_count_correct(outputs, _labels(targets)))
+        return Measured(loss, targets.shape[0], outputs, targets)
 
     def add(self, *measured: Measured) -> None:
         """Adds what `measure` has returned: of a batch, or of each micro-batch of an update."""

@@ -190,6 +190,8 @@ class Step:
             locate=self._locate,
             norm=None if mode.state.sharding == "replicated" else mode.state.norm,
         )
+        has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
+        self._zero_grad = optimizer.zero_grad if has_own_zero_grad else self._drop_gradients
         self._model = precision.autocast(network.model)
         self._eager_model = precision.autocast(network.module)
         self._loss = precision.autocast(network.loss)
@@ -237,7 +239,7 @@ class Step:
         """Computes the mean loss of the batch, returned detached, and its clipped gradients, in the parameters."""
         is_first = self.record is None
         self._evaluations += 1
-        self.optimizer.zero_grad()
+        self._zero_grad()
         for observer in self.observers:
             observer.before_evaluation()
         # In every evaluation, not once per update: a line search compares losses of different weights, which must not
@@ -286,7 +288,7 @@ class Step:
         for micro_batch in self.mode.split.micro_batches(batch, self.accumulate):
             with self.mode.micro_batch(micro_batch):
                 outputs = self._model(micro_batch.inputs)
-                if len(micro_batch.targets):
+                if micro_batch.targets.shape[0]:
                     # Each part is weighted by its samples: parts differ in size, and a mean of means would weight the
                     # samples of small ones more.
                     loss = self._measured(measured, outputs, micro_batch.targets, *self._teacher_outputs(micro_batch))
@@ -355,7 +357,7 @@ class Step:
     # -- parts of an update
 
     def _begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
-        self._restart()
+        self.record = None
         self.batch, self.number = batch, number
         self.rate = self.schedule.rate
         self._log_norm = log_norm
@@ -365,10 +367,6 @@ class Step:
             torch._foreach_copy_(self._saved_buffers, self._buffers)
         if self._generators:
             self._draw_seed = stream(self.settings.seed, number)
-
-    def _restart(self) -> None:
-        """Makes the next evaluation the first one of an update."""
-        self.record = None
 
     def _end(self, record: UpdateRecord, hooks: Sequence[Callable[[], None]]) -> UpdateRecord:
         """Hands the deferred checks over, and calls the hooks of an update that was not skipped."""
@@ -423,6 +421,11 @@ class Step:
             losses = [part.weight * loss(self._eager_model(part.inputs), part) for part in parts]
             return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
+    def _drop_gradients(self) -> None:
+        """As torch's `Optimizer.zero_grad`, without its profiler range: 6 % of a tiny model's update."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def _seed(self) -> None:
         """Gives all evaluations of an update the same random numbers, which depend on its number only (resuming)."""
         for generator in self._generators:
@@ -440,7 +443,7 @@ class Step:
 
     def _halve_micro_batches(self) -> None:
         """Undoes the failed evaluation, frees its memory, and doubles the number of micro-batches."""
-        self.optimizer.zero_grad()
+        self._zero_grad()
         if self.record is None:  # further evaluations leave them unchanged
             self._restore_buffers()
         self._seed()
