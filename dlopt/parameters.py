@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class Grouping:
 
     groups: list[Rule]
     layer_decay: PositiveFraction | None
+    state_dtype: Literal["bf16"] | None = None  # absent in older configs; see `dlopt.training.state_dtype`
 
 
 def freeze(model: nn.Module, grouping: Grouping) -> None:

@@ -51,7 +51,8 @@ class CautiousAdamW(RealOptimizer):
     u * g > 0 keeps nnz of a tensor's d entries. The weight decay is not masked.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ADAPTIVE, scope="tensor")  # nnz is that of the whole tensor
+    # Its number of kept entries is that of the whole tensor.
+    traits: ClassVar[OptimizerTraits] = replace(ADAPTIVE, scope="tensor", rounds_state=True)
 
     def __init__(
         self,

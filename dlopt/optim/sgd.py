@@ -27,7 +27,7 @@ class SGDW(ForeachOptimizer):
     with alpha = lr * (1 - momentum) and lambda = lr * weight_decay.
     """
 
-    traits: ClassVar[OptimizerTraits] = ELEMENTWISE
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, rounds_state=True)
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.1, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0005
@@ -123,7 +123,7 @@ class Lion(RealOptimizer):
     @property
     def traits(self) -> OptimizerTraits:
         cautious = any(group["cautious"] for group in self.param_groups)  # counts entries of the whole tensor
-        return replace(ADAPTIVE, scope="tensor" if cautious else "element")
+        return replace(ADAPTIVE, scope="tensor" if cautious else "element", rounds_state=True)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
@@ -143,7 +143,7 @@ class Signum(RealOptimizer):
     signSGD (algorithm 1).
     """
 
-    traits: ClassVar[OptimizerTraits] = ADAPTIVE
+    traits: ClassVar[OptimizerTraits] = replace(ADAPTIVE, rounds_state=True)
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.0001, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0

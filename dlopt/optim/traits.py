@@ -26,6 +26,7 @@ class OptimizerTraits:
         samples_labels: `step` calls `closure.sampled_loss`.
         rests_at_zero_lr: at a learning rate of zero an update changes no weight.
         normalizes_entries: the update is invariant to per-coordinate rescaling of the gradient, as for Adam.
+        rounds_state: its state may be kept in bf16 (`optimizer.state_dtype`): averages, which forget rounding errors.
         capturable: a CUDA graph can capture an update: none of its decisions depends on the value of a tensor.
     """
 
@@ -36,6 +37,7 @@ class OptimizerTraits:
     samples_labels: bool = False
     rests_at_zero_lr: bool = False
     normalizes_entries: bool = False
+    rounds_state: bool = False
     capturable: bool = False
 
 
@@ -44,9 +46,11 @@ ELEMENTWISE = OptimizerTraits(scope="element", rests_at_zero_lr=True)  # as SGD
 ADAPTIVE = replace(ELEMENTWISE, normalizes_entries=True)  # as Adam
 
 _OF_TORCH = {
-    "SGD": ELEMENTWISE, "ASGD": ELEMENTWISE, "SparseAdam": ELEMENTWISE, "Adadelta": ELEMENTWISE,
-    "Adagrad": ADAPTIVE, "Adam": ADAPTIVE, "AdamW": ADAPTIVE, "Adamax": ADAPTIVE, "NAdam": ADAPTIVE,
+    "ASGD": ELEMENTWISE, "SparseAdam": ELEMENTWISE, "Adadelta": ELEMENTWISE,
+    "Adagrad": ADAPTIVE, "Adamax": ADAPTIVE, "NAdam": ADAPTIVE,
     "RMSprop": ADAPTIVE, "RAdam": ELEMENTWISE,  # whose first five updates are those of gradient descent
+    "SGD": replace(ELEMENTWISE, rounds_state=True),
+    "Adam": replace(ADAPTIVE, rounds_state=True), "AdamW": replace(ADAPTIVE, rounds_state=True),
     "Rprop": OptimizerTraits(scope="element"),  # its step sizes start at lr, and do not follow it
     "Adafactor": OptimizerTraits(scope="tensor", rests_at_zero_lr=True),
     "Muon": OptimizerTraits(scope="tensor", rests_at_zero_lr=True),

@@ -29,6 +29,7 @@ from dlopt.training.metrics import Measure
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Length
 from dlopt.training.speed import OWN_GRAPHS
+from dlopt.training.state_dtype import keep_state_in_bf16
 from dlopt.training.step import Network, Observer, Step, StepSettings
 from dlopt.training.stopping import Stopping
 
@@ -74,6 +75,8 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         match_state_layout(optimizer)
         if isinstance(optimizer, torch.optim.SGD):
             start_momentum(optimizer)
+    if grouping.state_dtype is not None:  # after the hooks above, which may extend a loaded state
+        keep_state_in_bf16(optimizer, stream(settings.seed, rng.ROUNDING))
     return optimizer
 
 

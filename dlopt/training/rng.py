@@ -36,4 +36,4 @@ def restore(state: Mapping[str, Any]) -> None:
 
 
 # Streams: random numbers for different purposes are independent, even with equal seeds.
-WEIGHTS, SCHEME, ORDER, AUGMENTATION, DROPOUT, ADAPTERS = range(11, 17)
+WEIGHTS, SCHEME, ORDER, AUGMENTATION, DROPOUT, ADAPTERS, ROUNDING = range(11, 18)

@@ -1,0 +1,338 @@
+"""Optimizer state in bf16, against state in the dtype of the weights and against closed forms."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dlopt.errors import UserError
+from dlopt.instruments.profiling import state_bytes
+from dlopt.optim import SGDW, Lion, Signum, adamw
+from dlopt.optim.traits import optimizer_traits
+from dlopt.parallel.mode import Mode
+from dlopt.random import stream
+from dlopt.training import state_dtype
+from dlopt.training.cuda_graphs import obstacle
+from dlopt.training.optimizer import build_optimizer
+from dlopt.training.precision import Precision
+from dlopt.training.state_dtype import ALLOWED, RoundedState, keep_state_in_bf16, random_bits, round_stochastically
+from dlopt.training.step import StepSettings
+from tests.support.choices import names
+from tests.support.equality import Cases, compare
+from tests.support.modes import DDP, FSDP
+from tests.support.runs import at_update, result, resume, same, small_workload, start, terminate, timeless
+from tests.support.sizes import MLP, SMALL, without
+
+BF16 = "optimizer.state_dtype=bf16"
+Make = Callable[[Any], torch.optim.Optimizer]
+MAKE: dict[str, Make] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "sgd, fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "adam, a loop": lambda p: torch.optim.Adam(p, lr=0.01, foreach=False),
+    "adamw": lambda p: adamw(p, lr=0.01, fused=True),
+    "adamw, cautious": lambda p: adamw(p, lr=0.01, cautious=True),
+    "sgdw": lambda p: SGDW(p, lr=0.1),
+    "lion": lambda p: Lion(p, lr=0.001),
+    "signum": lambda p: Signum(p, lr=0.001),
+}
+
+
+# -- rounding
+
+
+def test_bits_are_uniform_and_independent() -> None:
+    """By chi-square tests over 64 cells, and by correlations of updates, of neighbours, and of the two moments."""
+    seeds = [stream(0, update, parameter, 0) for update in (1, 2, 3) for parameter in (0, 1)]
+    draws = [random_bits(torch.arange(1 << 16, dtype=torch.int32), seed) for seed in seeds]
+    parts = [bits >> shift & 0xFFFF for bits in draws for shift in (0, 16)]
+    for part in parts:
+        counts = torch.bincount(part >> 10, minlength=64).double()
+        assert ((counts - 1024) ** 2 / 1024).sum() < 63 + 4 * math.sqrt(126)
+    series = torch.stack([*parts, *(part.roll(1) for part in parts)]).double()
+    correlations = torch.corrcoef(series) - torch.eye(len(series))
+    assert correlations.abs().max() < 5 / 256  # five standard deviations
+
+
+def test_rounding_is_to_a_neighbour_and_unbiased() -> None:
+    values = torch.logspace(-30, 30, 41).repeat(2) * torch.tensor([1.0, -1.0]).repeat_interleave(41)
+    many = values.repeat(1 << 14, 1)
+    rounded = round_stochastically(many, random_bits(torch.arange(many.numel(), dtype=torch.int32).view_as(many), 5))
+    ulp = torch.exp2(values.abs().log2().floor() - 7).double()
+    errors = (rounded.double() - many.double()) / ulp
+    assert errors.abs().max() < 1
+    assert errors.mean(0).abs().max() < 5 * 0.5 / 128  # five standard errors, of which 0.5 ulp is the largest
+
+
+def test_rounding_keeps_what_bf16_has() -> None:
+    special = [0.0, -0.0, 1.5, -256.0, math.inf, -math.inf, 1e-40]
+    values = torch.tensor(special).bfloat16().float()
+    for bits in (0, 0xFFFF, -1):
+        assert round_stochastically(values, torch.full_like(values, bits, dtype=torch.int32)).float().equal(values)
+    nans = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)  # also those of CUDA
+    assert round_stochastically(nans, torch.full((3,), 0xFFFF, dtype=torch.int32)).isnan().all()
+
+
+def test_second_moment_follows_the_gradient_unlike_rounded_to_nearest() -> None:
+    """v = g^2 (1 - beta2^t) for a constant gradient g: rounded to nearest it stops where a change is half an ulp."""
+    beta2, steps = 0.999, 2000
+    p = torch.zeros(1024, requires_grad=True)
+    optimizer = adamw([p], lr=1e-6, betas=(0.9, beta2))
+    keep_state_in_bf16(optimizer, 0)
+    nearest = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(steps):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        nearest = (nearest.float() * beta2 + (1 - beta2)).bfloat16()
+    exact, v = 1 - beta2**steps, optimizer.state[p]["exp_avg_sq"].float()
+    assert float(nearest) < 0.6 * exact
+    assert v.mean().item() == pytest.approx(exact, rel=0.003)
+
+
+def test_error_of_the_moments() -> None:
+    """The documented errors: unbiased, 5 % of one second moment, of which the noise of gradients is 3 %."""
+    p, q = (torch.zeros(1024, requires_grad=True) for _ in range(2))
+    optimizer, plain = adamw([p], lr=1e-6), adamw([q], lr=1e-6)
+    keep_state_in_bf16(optimizer, 0)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(2500):
+        p.grad = torch.randn(1024, generator=draw)
+        q.grad = p.grad.clone()
+        optimizer.step()
+        plain.step()
+    (m, v), (exact_m, exact_v) = ((*moments(*each),) for each in ((optimizer, [p]), (plain, [q])))
+    errors = v / exact_v - 1
+    assert 0.02 < errors.std() < 0.055
+    assert errors.mean().abs() < 0.005
+    assert (m - exact_m).std() < 0.01 * exact_m.std()
+    assert exact_v.std() / exact_v.mean() == pytest.approx(math.sqrt(0.001), rel=0.2)
+
+
+# -- optimizers
+
+
+def weights() -> list[Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    kernel = torch.randn(3, 2, 3, 3, generator=draw).to(memory_format=torch.channels_last)
+    tensors = [torch.randn(40, 30, generator=draw), torch.randn(7, generator=draw), kernel, torch.tensor(0.5)]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def train(params: list[Tensor], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for number in steps:
+        draw = torch.Generator().manual_seed(number)
+        for p in params:
+            noise = torch.randn(p.shape, generator=draw, dtype=torch.float64)
+            p.grad = (p.detach() + 0.5 * noise).to(p.dtype, memory_format=torch.preserve_format)
+        optimizer.step()
+
+
+def moments(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
+    return [v for p in params for k, v in sorted(optimizer.state[p].items()) if k != "step" and p.ndim]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_an_update_is_the_plain_one_with_rounded_moments(name: str) -> None:
+    """From the same state, weights are bitwise equal, and moments are neighbours of the plain ones."""
+    params, plain_params = weights(), weights()
+    optimizer, plain = MAKE[name](params), MAKE[name](plain_params)
+    keep_state_in_bf16(optimizer, 0)
+    train(params, optimizer, range(3))
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        for p, q in zip(params, plain_params, strict=True):
+            q.copy_(p)
+    train(params, optimizer, range(3, 4))
+    train(plain_params, plain, range(3, 4))
+    for p, q in zip(params, plain_params, strict=True):
+        assert p.equal(q)
+    rounded, exact = moments(optimizer, params), moments(plain, plain_params)
+    assert len(rounded) == len(exact) >= 3
+    for a, b in zip(rounded, exact, strict=True):
+        assert a.dtype == torch.bfloat16 and b.dtype == torch.float32 and a.stride() == b.stride()
+        assert ((a.double() - b.double()).abs() < b.double().abs() * 2**-7 + 1e-40).all()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_stays_near_plain_training(name: str) -> None:
+    results = []
+    for bf16 in (False, True):
+        params = weights()
+        optimizer = MAKE[name](params)
+        if bf16:
+            keep_state_in_bf16(optimizer, 0)
+        train(params, optimizer, range(60))
+        results.append(params)
+    moved = sum((p - q).norm().item() ** 2 for p, q in zip(weights(), results[0], strict=True))
+    apart = sum((p - q).norm().item() ** 2 for p, q in zip(*results, strict=True))
+    assert apart < 0.03**2 * moved
+
+
+def test_chunks_do_not_change_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for size in (1, 1 << 18):
+        monkeypatch.setitem(state_dtype._CHUNK, "cpu", size)
+        params = weights()
+        optimizer = MAKE["adamw"](params)
+        keep_state_in_bf16(optimizer, 0)
+        train(params, optimizer, range(4))
+        results.append([*params, *moments(optimizer, params)])
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+def test_hooks_of_a_step_run_once_and_see_all_groups() -> None:
+    params, seen = weights(), []
+    groups: list[dict[str, Any]] = [{"params": params[:2]}, {"params": params[2:], "lr": 0.1}]
+    optimizer = torch.optim.AdamW(groups)
+    keep_state_in_bf16(optimizer, 0)
+    optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(len(optimizer.param_groups)))
+    optimizer.register_step_post_hook(lambda optimizer, *_: seen.append(len(optimizer.param_groups)))
+    assert optimizer.step(lambda: 2.5) == 2.5
+    assert seen == [2, 2]
+
+
+def test_a_failed_update_leaves_the_state_in_bf16() -> None:
+    params = weights()
+    optimizer = MAKE["sgdw"](params)
+    keep_state_in_bf16(optimizer, 0)
+    train(params, optimizer, range(1))
+    before = [value.clone() for value in moments(optimizer, params)]
+    params[0].grad = torch.ones(40, 30).to_sparse()
+    with pytest.raises(UserError, match="sparse"):
+        optimizer.step()
+    assert len(optimizer.param_groups[0]["params"]) == 4
+    assert all(a.equal(b) for a, b in zip(moments(optimizer, params), before, strict=True))
+
+
+class NoSynchronization(TorchDispatchMode):
+    """Fails if a value is read on the host."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_rounding_reads_no_value_on_the_host() -> None:
+    params = weights()
+    optimizer = MAKE["sgdw"](params)
+    keep_state_in_bf16(optimizer, 0)
+    with NoSynchronization():
+        train(params, optimizer, range(2))
+
+
+def test_memory_is_that_of_bf16() -> None:
+    """Bytes per parameter: 2 per moment instead of 4; the counts of updates are the rest."""
+    params = [torch.randn(500, 20, requires_grad=True)]
+    for make, count in ((MAKE["adamw"], 2), (MAKE["sgd"], 1), (MAKE["lion"], 1)):
+        for keep, each in ((False, 4), (True, 2)):
+            optimizer = make(params)
+            if keep:
+                keep_state_in_bf16(optimizer, 0)
+            train(params, optimizer, range(1))
+            assert 0 <= state_bytes(optimizer) - 10_000 * count * each <= 8
+
+
+# -- runs
+
+
+def test_without_the_key_nothing_is_wrapped() -> None:
+    optimizer = build_optimizer(small_workload("optimizer=adamw"))
+    assert type(optimizer) is torch.optim.AdamW and "rounded_updates" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("choice", names("optimizer"))
+def test_choices_allow_or_refuse_it(choice: str) -> None:
+    base = [f"optimizer={choice}"]
+    if choice in ALLOWED:
+        optimizer = build_optimizer(small_workload(*base, BF16))
+        assert isinstance(optimizer, RoundedState)
+        assert optimizer_traits(optimizer) == optimizer_traits(build_optimizer(small_workload(*base)))
+        return
+    what = "momentum=0 has no state" if choice == "gradient_descent" else r"optimizer=adam\|adamw\|lion"
+    with pytest.raises(UserError, match=rf"^optimizer.state_dtype=bf16: [^\n]*{what}[^\n]*$"):
+        build_optimizer(small_workload(*base, BF16))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["optimizer=adamw", "optimizer.amsgrad=true"], "use amsgrad=false"),
+        (["optimizer.momentum=0"], "momentum=0 has no state"),
+        (["precision=bf16_pure"], "not bfloat16; use precision=fp32 or bf16"),
+        (["model.norm=batch", "precision=bf16_pure"], "not bfloat16; use precision=fp32 or bf16"),
+    ],
+)
+def test_refusals(keys: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^optimizer.state_dtype=bf16: [^\n]*{message}"):
+        build_optimizer(small_workload(*keys, BF16))
+
+
+def test_cuda_graphs_are_refused_by_name() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    keep_state_in_bf16(optimizer, 0)
+    mode = Mode(torch.device("cuda"))
+    schedule: Any = None
+    settings, precision = StepSettings(check_now=False), Precision("fp32", torch.device("cpu"))
+    reason = obstacle(model, optimizer, schedule, mode, settings, precision=precision)
+    assert reason == "optimizer.state_dtype=bf16 draws its rounding on the host"
+
+
+@pytest.mark.parametrize("choice", ["adamw", "sgd", "lion"])
+def test_resumed_run_is_bitwise_identical(choice: str, tmp_path: Path) -> None:
+    keys = [*SMALL, f"optimizer={choice}", BF16, "epochs=3", "checkpoint.every_steps=1"]
+    start(tmp_path / "whole", *keys)
+    with at_update(5, terminate):
+        assert start(tmp_path / "cut", *keys)["status"] == "interrupted"
+    resume(tmp_path / "cut", *keys)
+    state = result(tmp_path / "cut")
+    assert same(state, result(tmp_path / "whole")) and timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    saved = [v for values in state["optimizer"]["state"].values() for k, v in values.items() if k != "step"]
+    assert saved and {value.dtype for value in saved} == {torch.bfloat16}
+
+
+def test_loads_the_state_of_the_other_dtype() -> None:
+    params = weights()
+    plain = MAKE["adamw"](params)
+    train(params, plain, range(2))
+    optimizer = MAKE["adamw"](params)
+    keep_state_in_bf16(optimizer, 0)
+    optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    train(params, optimizer, range(2, 4))
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(params, plain, range(4, 6))
+    assert {value.dtype for value in moments(plain, params)} == {torch.float32}
+
+
+PLAIN = without(MLP, "optimizer.lr")
+CASES: Cases = {
+    f"{mode[0]} {choice}": (
+        [*PLAIN, "model.norm=none", f"optimizer={choice}", BF16, "data.batch_size=32", "epochs=3"],
+        mode,
+    )
+    for mode, choice in ((DDP, "lion"), (FSDP, "adamw"), (FSDP, "sgd"), (["parallel=filter"], "adam"))
+}
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """In fp64 also the rounding is equal: random numbers belong to elements of the full tensors."""
+    compare(tmp_path, 2, CASES)
+
+
+def test_error_over_seeds(tmp_path: Path) -> None:
+    """The final training losses of AdamW, relative to fp32 state: see docs/howto/performance.md."""
+    changes = []
+    for seed in range(5):
+        keys = [*SMALL, "optimizer=adamw", f"seed={seed}", "epochs=15"]
+        losses = []
+        for name, extra in (("fp32", []), ("bf16", [BF16])):
+            start(tmp_path / f"{name}{seed}", *keys, *extra)
+            losses.append(timeless(tmp_path / f"{name}{seed}")[-1]["train_loss"])
+        changes.append(losses[1] / losses[0] - 1)
+    assert 0 < max(abs(change) for change in changes) < 0.005, changes
