@@ -23,7 +23,9 @@ class Table(Protocol):
     """The rows of a split. `target` names the labels in messages; `encoded`: whether the inputs are image files."""
 
     target: str
-    encoded: bool
+
+    @property
+    def encoded(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
