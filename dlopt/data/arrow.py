@@ -1,6 +1,5 @@
 """Columns of Arrow tables as samples: Parquet files, and the datasets of the package datasets."""
 
-import glob
 import json
 import math
 import os
@@ -8,18 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 
 from dlopt.data.cache import cache_file, exclusive, file_state
-from dlopt.data.images import decode_bytes, size_pair
-from dlopt.data.samples import Dataset, Wrapped
+from dlopt.data.images import decode_bytes
+from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
+from dlopt.data.samples import Dataset
 from dlopt.errors import UserError, install
 
-Labels = Literal["class", "several", "value"]
-Files = str | list[str]
 _MAX_READ = 1 << 28  # bytes; larger tables are memory-mapped
 _BATCH_ROWS = 1024  # rows that are converted at once
 
@@ -32,7 +29,7 @@ def parquet(
     input: str | list[str],
     target: str,
     labels: Labels,
-    channels: Literal[1, 3] | None,
+    channels: Channels,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
     """Loads columns of Parquet files: images, lists of numbers, or numbers, and their labels.
@@ -62,17 +59,13 @@ def _dataset(
     target: str,
     *,
     labels: Labels,
-    channels: Literal[1, 3] | None,
+    channels: Channels,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
-    """Builds a dataset from the tables of training, validation and test set, each with the key that set it.
-
-    A table may be None, but not that of the training set.
-    """
+    """Builds a dataset from the tables of training, validation and test set, each with the key that set it."""
     names = [input] if isinstance(input, str) else list(input)
     if not names:
         raise UserError("data.input=[]: name at least one column")
-    train_key, train = splits[0]
     for key, table in splits:
         if table is None:
             continue
@@ -81,45 +74,39 @@ def _dataset(
                 raise UserError(f"{option}={name}: {key} has no such column; it has {', '.join(table.column_names)}")
         if len(table) == 0:
             raise UserError(f"{key}: has no rows")
-    several = labels == "several"
-    classes = None if labels == "value" else _classes(train_key, train, target, several=several)
-    if channels is not None and not _is_encoded(train.schema.field(names[0]).type):
-        raise UserError(f"data.channels={channels}: only image files are converted; use data.channels=null")
-    first = _value(train, names, 0, channels, train_key)
-    if isinstance(first, torch.Tensor):
-        channels = 1 if len(first) == 1 else 3
-    size = size_pair(image_size)
-    samples = [
-        None
-        if table is None
-        else Wrapped(Rows(table, names, _targets(key, table, target, classes, several), channels, key), size, key)
-        for key, table in splits
-    ]
-    assert samples[0] is not None
-    shown = None if classes is None else _class_names(train, target, classes)
-    facts = {"rows": sum(len(table) for _, table in splits if table is not None)}
-    return Dataset(samples[0], samples[1], samples[2], shown, facts=facts)
+    tables = [(key, None if table is None else Columns(key, table, names, target)) for key, table in splits]
+    return dataset(tables, labels=labels, channels=channels, image_size=image_size)
 
 
-class Rows:
-    """Map-style dataset of (input, label) for `Wrapped`; reads one row at a time."""
+class Columns:
+    """Columns of an Arrow table; see `dlopt.data.rows.Table`."""
 
-    def __init__(
-        self, table: Any, names: Sequence[str], targets: torch.Tensor, channels: Literal[1, 3] | None, key: str
-    ) -> None:
-        self.targets = targets
-        self._table, self._names, self._channels, self._key = table, names, channels, key
+    def __init__(self, key: str, table: Any, names: Sequence[str], target: str) -> None:
+        self.target = target
+        self.encoded = _is_encoded(table.schema.field(names[0]).type)
+        self._key, self._table, self._names = key, table, names
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self._table)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        label = self.targets[index]
-        value = _value(self._table, self._names, index, self._channels, self._key)
-        return value, label if label.ndim else label.item()
+    def labels(self) -> list[Any]:
+        values: list[Any] = self._table.column(self.target).to_pylist()
+        return values
+
+    def value(self, row: int, channels: Channels) -> Any:
+        return _value(self._table, self._names, row, channels, self._key)
+
+    def place(self, row: int) -> str:
+        return f"{self._key}, row {row}"
+
+    def type(self, row: int) -> str:
+        return f"the column {self.target} has the type {self._table.schema.field(self.target).type}"
+
+    def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]:
+        return _class_names(self._table, self.target, classes)
 
 
-def _value(table: Any, names: Sequence[str], index: int, channels: Literal[1, 3] | None, key: str) -> Any:
+def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key: str) -> Any:
     """Returns the input in a row: an image uint8 [C, H, W], or an array as `Wrapped` reads it."""
     if len(names) > 1 or _is_number(table.schema.field(names[0]).type):
         return np.array([_number(table, name, index, key) for name in names], dtype=np.float32)
@@ -138,12 +125,7 @@ def _value(table: Any, names: Sequence[str], index: int, channels: Literal[1, 3]
             f"data.input={name}: the column has the type {kind}; images in files (bytes, or bytes and path), numbers, "
             "and lists of numbers are allowed"
         )
-    try:
-        array = np.array(value)
-    except ValueError:
-        array = np.array(value, dtype=object)
-    if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-        raise UserError(f"{where}: must have finite numbers in lists of equal lengths ({kind})")
+    array = numbers(value, where, str(kind))
     is_image = array.ndim > 1 and _innermost(kind) == "uint8"
     return array.astype(np.uint8 if is_image else np.float32)
 
@@ -184,7 +166,7 @@ def huggingface(
     input: str | list[str],
     target: str,
     labels: Labels,
-    channels: Literal[1, 3] | None,
+    channels: Channels,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
     """Loads columns of a dataset with the package datasets, which memory-maps them; see `parquet`.
@@ -293,42 +275,6 @@ def _innermost(kind: Any) -> str:
     return str(kind)
 
 
-# -- labels
-
-
-def _labels(key: str, table: Any, target: str) -> list[Any]:
-    """Returns the labels of all rows. Raises `UserError` if one is missing."""
-    values: list[Any] = table.column(target).to_pylist()
-    if None in values:
-        raise UserError(f"{key}, row {values.index(None)}: {target} is missing")
-    return values
-
-
-def _classes(key: str, table: Any, target: str, *, several: bool) -> list[Any]:
-    """Returns the sorted labels of the training set; `several`: of lists of labels."""
-    found = _labels(key, table, target)
-    if several:
-        for row, value in enumerate(found):
-            if not isinstance(value, list) or not all(isinstance(name, int | str) for name in value):
-                raise UserError(
-                    f"data.labels=several: {key}, row {row}: {target} must be a list of strings or integers"
-                )
-        names = sorted({name for value in found for name in value})
-        if not names:
-            raise UserError(f"data.labels=several: no row of {key} has a label in {target}")
-        return names
-    values = set()
-    for value in found:
-        if not isinstance(value, int | str):
-            kind = table.schema.field(target).type
-            raise UserError(
-                f"data.labels=class: the column {target} has the type {kind}; classes are strings or integers "
-                "(for a regression: data.labels=value loss=mse; for lists of labels: data.labels=several)"
-            )
-        values.add(value)
-    return sorted(values)
-
-
 def _class_names(table: Any, target: str, classes: Sequence[Any]) -> tuple[str, ...]:
     """Returns the names of the classes: those that the package datasets stores with the table, or the labels."""
     try:
@@ -341,34 +287,6 @@ def _class_names(table: Any, target: str, classes: Sequence[Any]) -> tuple[str, 
         return tuple(map(str, classes))
 
 
-def _targets(key: str, table: Any, target: str, classes: Sequence[Any] | None, several: bool) -> torch.Tensor:
-    """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels; or float32 [N] or [N, K] values."""
-    values = _labels(key, table, target)
-    if classes is not None:
-        numbers = {label: number for number, label in enumerate(classes)}
-        for row, labels in enumerate(values):
-            for label in labels or () if several else (labels,):
-                if label not in numbers:
-                    raise UserError(f"{key}, row {row}: {target} is {label!r}, a class that no training row has")
-        if several:
-            targets = torch.zeros(len(values), len(classes))
-            for row, labels in zip(targets, values, strict=True):
-                row[[numbers[label] for label in labels]] = 1.0
-            return targets
-        return torch.tensor([numbers[label] for label in values])
-    try:
-        targets = torch.tensor(values, dtype=torch.float32)
-    except (TypeError, ValueError):
-        kind = table.schema.field(target).type
-        raise UserError(
-            f"data.labels=value: the column {target} has the type {kind}; must be numbers, or lists of one length"
-        ) from None
-    if not bool(targets.isfinite().all()):
-        row = int((~targets.reshape(len(targets), -1).isfinite().all(1)).nonzero()[0])
-        raise UserError(f"{key}, row {row}: {target} is {values[row]}, not a finite number")
-    return targets
-
-
 # -- files
 
 
@@ -377,7 +295,7 @@ def read_parquet(key: str, files: Files, columns: Sequence[str]) -> Any:
     arrow = _library(key)
     from pyarrow import parquet as reader
 
-    paths = _paths(key, files)
+    paths = find_files(key, files, ".parquet")
     size = 0
     schema: Any = None
     for path in paths:
@@ -429,22 +347,6 @@ def _mapped(key: str, paths: Sequence[str], columns: Sequence[str], schema: Any)
         return arrow.ipc.open_file(arrow.memory_map(str(target))).read_all()
     except OSError:  # no access, or no space
         return None
-
-
-def _paths(key: str, files: Files) -> list[str]:
-    """Returns the files of names, patterns and folders, sorted within each."""
-    paths: list[str] = []
-    for entry in [files] if isinstance(files, str) else files:
-        pattern = os.path.expanduser(entry)
-        if os.path.isdir(pattern):
-            pattern = os.path.join(glob.escape(pattern), "**", "*.parquet")
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            raise UserError(f"{key}={entry}: no such file; a name, a pattern (shards/*.parquet) or a folder is needed")
-        paths += found
-    if not paths:
-        raise UserError(f"{key}=[]: at least one file is required")
-    return paths
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def line(choice: str) -> tuple[str, ...]:
         "data=imagenet": (("data.root=images", "data.val_split=0.5", "data.image_size=8"), MLP),
         "data=csv": (("data.file=images/list.csv", "data.val_split=0.5"), MLP),
         "data=parquet": (("data.file=images/shards/*.parquet", "data.val_split=0.5"), MLP),
+        "data=webdataset": (("data.file=images/shard.tar", "data.input=png", "data.val_split=0.5"), MLP),
         "data=huggingface": (("data.name=images/saved", "data.val_split=0.5"), MLP),
         "data=text": (TEXT[1:], GPT),
         "data=tokens": (("data.root=images", "data.vocabulary=256", "data.sequence_length=8"), GPT),
@@ -122,6 +124,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", "val"):
         (np.arange(400) % 256).astype(np.uint16).tofile(folder / f"images/{name}.bin")
     (folder / "images/table.csv").write_text("a,b,kind\n" + "".join(f"{i},{i * i},{'xy'[i % 2]}\n" for i in range(60)))
+    with tarfile.open(folder / "images/shard.tar", "w") as shard:
+        for i in range(16):
+            (folder / "label.cls").write_text(str(i % 2))
+            shard.add(folder / f"images/train/{'dark' if i % 2 else 'light'}/{i % 4}.png", f"{i:02d}.png")
+            shard.add(folder / "label.cls", f"{i:02d}.cls")
     if importlib.util.find_spec("pyarrow") is not None:
         write_tables(folder / "images")
     assert dlopt(folder, "train", *SMALL, *DIGITS, *MLP, "hydra.run.dir=images/teacher").code == 0

@@ -1,0 +1,205 @@
+"""Datasets of rows with an input and a label, read one at a time: of Arrow tables and of tar shards."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from dlopt.data.images import size_pair
+from dlopt.data.samples import Dataset, Wrapped
+from dlopt.errors import UserError
+
+Labels = Literal["class", "several", "value"]
+Channels = Literal[1, 3] | None
+Files = str | list[str]
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")  # {000..012} or {a,b}
+
+
+class Table(Protocol):
+    """The rows of a split. `target` names the labels in messages; `encoded`: whether the inputs are image files."""
+
+    target: str
+
+    @property
+    def encoded(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def labels(self) -> list[Any]:
+        """Returns the labels of all rows."""
+        ...
+
+    def value(self, row: int, channels: Channels) -> Any:
+        """Returns an input: an image uint8 [C, H, W], or an array as `Wrapped` reads it. Raises `UserError`."""
+        ...
+
+    def place(self, row: int) -> str:
+        """Names a row for messages."""
+        ...
+
+    def type(self, row: int) -> str:
+        """Describes the type of the label of a row for messages."""
+        ...
+
+    def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]: ...
+
+
+def dataset(
+    splits: Sequence[tuple[str, Table | None]],
+    *,
+    labels: Labels,
+    channels: Channels,
+    image_size: int | tuple[int, int] | None,
+) -> Dataset:
+    """Builds a dataset from the rows of training, validation and test set, each with the key that set it.
+
+    A split may be None, but not the training set.
+    """
+    key, train = splits[0]
+    assert train is not None
+    several = labels == "several"
+    classes = None if labels == "value" else _classes(key, train, several=several)
+    if channels is not None and not train.encoded:
+        raise UserError(f"data.channels={channels}: only image files are converted; use data.channels=null")
+    first = train.value(0, channels)
+    if isinstance(first, torch.Tensor):
+        channels = 1 if len(first) == 1 else 3
+    size = size_pair(image_size)
+    samples = [
+        None if table is None else Wrapped(Rows(table, _targets(table, classes, several), channels), size, key)
+        for key, table in splits
+    ]
+    assert samples[0] is not None
+    shown = None if classes is None else train.class_names(classes)
+    facts = {"rows": sum(len(table) for _, table in splits if table is not None)}
+    return Dataset(samples[0], samples[1], samples[2], shown, facts=facts)
+
+
+class Rows:
+    """Map-style dataset of (input, label) for `Wrapped`; reads one row at a time."""
+
+    def __init__(self, table: Table, targets: torch.Tensor, channels: Channels) -> None:
+        self.targets = targets
+        self._table, self._channels = table, channels
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        label = self.targets[index]
+        return self._table.value(index, self._channels), label if label.ndim else label.item()
+
+
+def numbers(value: Any, where: str, kind: str) -> np.ndarray:
+    """Returns finite numbers as an array. Raises `UserError` that starts with `where` and ends with `kind`."""
+    try:
+        array = np.array(value)
+    except ValueError:
+        array = np.array(value, dtype=object)
+    if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        raise UserError(f"{where}: must have finite numbers in lists of equal lengths ({kind})")
+    return array
+
+
+# -- labels
+
+
+def _labels(table: Table) -> list[Any]:
+    """Returns the labels of all rows. Raises `UserError` if one is missing."""
+    values = table.labels()
+    if None in values:
+        raise UserError(f"{table.place(values.index(None))}: {table.target} is missing")
+    return values
+
+
+def _classes(key: str, table: Table, *, several: bool) -> list[Any]:
+    """Returns the sorted labels of the training set; `several`: of lists of labels."""
+    found = _labels(table)
+    if several:
+        for row, value in enumerate(found):
+            if not isinstance(value, list) or not all(isinstance(name, int | str) for name in value):
+                raise UserError(
+                    f"data.labels=several: {table.place(row)}: {table.target} must be a list of strings or integers"
+                )
+        names = sorted({name for value in found for name in value})
+        if not names:
+            raise UserError(f"data.labels=several: no row of {key} has a label in {table.target}")
+        return names
+    values = set()
+    for row, value in enumerate(found):
+        if not isinstance(value, int | str):
+            raise UserError(
+                f"data.labels=class: {table.type(row)}; classes are strings or integers "
+                "(for a regression: data.labels=value loss=mse; for lists of labels: data.labels=several)"
+            )
+        values.add(value)
+    return sorted(values)
+
+
+def _targets(table: Table, classes: Sequence[Any] | None, several: bool) -> torch.Tensor:
+    """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels; or float32 [N] or [N, K] values."""
+    values = _labels(table)
+    if classes is not None:
+        numbers = {label: number for number, label in enumerate(classes)}
+        for row, labels in enumerate(values):
+            for label in labels or () if several else (labels,):
+                if label not in numbers:
+                    raise UserError(
+                        f"{table.place(row)}: {table.target} is {label!r}, a class that no training row has"
+                    )
+        if several:
+            targets = torch.zeros(len(values), len(classes))
+            for row, labels in zip(targets, values, strict=True):
+                row[[numbers[label] for label in labels]] = 1.0
+            return targets
+        return torch.tensor([numbers[label] for label in values])
+    try:
+        targets = torch.tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"data.labels=value: {table.type(0)}; must be numbers, or lists of one length") from None
+    if not bool(targets.isfinite().all()):
+        row = int((~targets.reshape(len(targets), -1).isfinite().all(1)).nonzero()[0])
+        raise UserError(f"{table.place(row)}: {table.target} is {values[row]}, not a finite number")
+    return targets
+
+
+# -- files
+
+
+def find_files(key: str, files: Files, suffix: str) -> list[str]:
+    """Returns the files of names, patterns, braces and folders, sorted within each. Raises `UserError`.
+
+    `suffix`: of the files that are read in folders.
+    """
+    paths: list[str] = []
+    for entry in [files] if isinstance(files, str) else files:
+        name = os.path.expanduser(entry)
+        for pattern in [name] if os.path.exists(name) else _expand_braces(name):
+            if os.path.isdir(pattern):
+                pattern = os.path.join(glob.escape(pattern), "**", f"*{suffix}")
+            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+            if not found:
+                missing = "" if pattern == name else f"{pattern}: "
+                raise UserError(
+                    f"{key}={entry}: {missing}no such file; a name, a pattern (shards/*{suffix}) or a folder is needed"
+                )
+            paths += found
+    if not paths:
+        raise UserError(f"{key}={'[]' if files == [] else files}: at least one file is required")
+    return paths
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """Yields the names of a pattern with braces, as a shell does: {000..012} and {a,b}."""
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        yield pattern
+        return
+    first, last, names = braces.groups()
+    parts = names.split(",") if first is None else (f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1))
+    for part in parts:
+        yield from _expand_braces(pattern[: braces.start()] + part + pattern[braces.end() :])
