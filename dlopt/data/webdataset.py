@@ -201,8 +201,8 @@ def _index(key: str, paths: Sequence[str], inputs: Sequence[str], target: str) -
     for shard, path in enumerate(paths):
         for name, members, read in _samples(key, path):
             place = f"sample {name} of {path}"
-            number, member = _find(members, inputs, "data.input", place)
-            positions.append((shard, member.offset_data, member.size, number))
+            number, entry = _find(members, inputs, "data.input", place)
+            positions.append((shard, entry.offset_data, entry.size, number))
             keys.append(os.fsencode(name))
             where = f"{key}: {place}: {target}"
             value = _decode(read(_find(members, [target], "data.target", place)[1]), target, where)
@@ -218,8 +218,8 @@ def _index(key: str, paths: Sequence[str], inputs: Sequence[str], target: str) -
 def _find(members: Members, names: Sequence[str], option: str, place: str) -> tuple[int, tarfile.TarInfo]:
     """Returns the number of the first of `names` that a sample has, and its member. Raises `UserError`."""
     for number, name in enumerate(names):
-        if (member := members.get(_split(name)[0])) is not None:
-            return number, member
+        if (entry := members.get(_split(name)[0])) is not None:
+            return number, entry
     typed = names[0] if len(names) == 1 else f"[{','.join(names)}]"
     # Of an archive that was not sorted by name, only one member of a sample is here.
     hint = " (the members of a sample must be consecutive: tar --sort=name)" if len(members) == 1 else ""
@@ -237,27 +237,27 @@ def _samples(key: str, path: str) -> Iterator[tuple[str, Members, Callable[[tarf
                 )
         file.seek(0)
 
-        def read(member: tarfile.TarInfo) -> bytes:
-            return os.pread(file.fileno(), member.size, member.offset_data)
+        def read(entry: tarfile.TarInfo) -> bytes:
+            return os.pread(file.fileno(), entry.size, entry.offset_data)
 
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for name, group in groupby(_members(tar, f"{key}: {path}"), lambda each: each[0]):
                 members: Members = {}
-                for _, extension, member in group:
+                for _, extension, entry in group:
                     if extension in members:
                         raise UserError(f"{key}: sample {name} of {path} has two members .{extension}")
-                    members[extension] = member
+                    members[extension] = entry
                 yield name, members, read
 
 
 def _members(tar: tarfile.TarFile, place: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Yields (key, extension, member) of the files with an extension; skips hidden files."""
-    while (member := tar.next()) is not None:
+    while (entry := tar.next()) is not None:
         # Otherwise the list of a million members needs gigabytes.
         tar.members.clear()  # type: ignore[attr-defined]
-        matched = _NAME.fullmatch(member.name)
-        if matched is not None and member.isreg() and not member.issparse():
-            yield matched[1], matched[2].lower(), member
+        matched = _NAME.fullmatch(entry.name)
+        if matched is not None and entry.isreg() and not entry.issparse():
+            yield matched[1], matched[2].lower(), entry
     # Before the last sample, which may lack a member for this reason.
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)

@@ -53,9 +53,9 @@ def write(path: Path, members: Iterable[tuple[str, bytes | str]], format: int = 
     with tarfile.open(path, "w", format=format) as tar:
         for name, content in members:
             content = content.encode() if isinstance(content, str) else content
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
     return str(path)
 
 
