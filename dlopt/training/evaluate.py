@@ -76,7 +76,7 @@ def evaluate(
             if len(targets):
                 # The loss is never computed in bf16 or fp16. In chunks it promotes each of them.
                 chunked = isinstance(loss, CrossEntropy) and processes_in_chunks(outputs, targets)
-                if extra is not None or not chunked:
+                if extra or not chunked:
                     outputs = _promoted(outputs)
                 metrics.add(metrics.measure(loss(outputs, targets), outputs, targets))
                 for each in extra:

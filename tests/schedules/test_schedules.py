@@ -241,6 +241,16 @@ def test_plateau_equals_torch(mode: Any, sign: int, threshold_mode: Any, cooldow
     assert len(set(rates)) > 2
 
 
+def test_an_absolute_threshold_is_in_units_of_the_metric() -> None:
+    for mode, monitor, results in (("min", "val_loss", (1.0, 0.93)), ("max", "val_accuracy", (0.5, 0.57))):
+        keys = {"mode": mode, "threshold_mode": "abs", "patience": 0, "factor": 0.5}
+        for threshold, rate in ((0.1, 0.5), (0.05, 1.0)):
+            scheduler = Scheduler(one_parameter(1.0), make("plateau", monitor=monitor, threshold=threshold, **keys))
+            for value in results:
+                scheduler.update({monitor: value})
+            assert scheduler.get_last_lr() == [rate]
+
+
 def test_plateau_with_warmup_resumes_and_names_a_missing_metric() -> None:
     def fresh() -> Scheduler:
         return Scheduler(one_parameter(), make("plateau", patience=0, warmup_steps=4))

@@ -90,6 +90,15 @@ def test_best_is_not_overwritten(tmp_path: Path) -> None:
     assert load(checkpoints.best)["progress"]["step"] == 2, "files are replaced, not written over"
 
 
+def test_a_snapshot_is_also_the_last_checkpoint(tmp_path: Path) -> None:
+    checkpoints = folder_of(tmp_path, 1)
+    checkpoints.save(state(2), best=False, snapshot="cycle-1")
+    assert newest_step(checkpoints) == 2
+    checkpoints.save(state(3), best=False)
+    assert newest_step(checkpoints) == 3
+    assert load(checkpoints.folder / "cycle-1.pt")["progress"]["step"] == 2
+
+
 def test_new_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "checkpoints").load_newest() is None
 

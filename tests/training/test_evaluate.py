@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlopt import losses
 from dlopt.data.task import Task
 from dlopt.losses import CrossEntropy
 from dlopt.training.evaluate import evaluate
@@ -17,6 +18,19 @@ CROSS_ENTROPY = CrossEntropy(label_smoothing=0.2, class_weights=None, classes=3)
 def data(count: int = 23) -> tuple[Tensor, Tensor]:
     draws = torch.Generator().manual_seed(0)
     return torch.randn(count, 4, generator=draws), torch.randint(3, (count,), generator=draws)
+
+
+class Collected:
+    """A further metric: the samples."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        self.samples += len(outputs)
+
+    def means(self, reduce: object) -> dict[str, float]:
+        return {"samples": self.samples}
 
 
 def net() -> nn.Sequential:
@@ -112,6 +126,30 @@ def test_bf16_outputs_have_an_fp32_loss() -> None:
     assert outputs.dtype == torch.bfloat16
     assert found is not None
     assert found["val_loss"] == pytest.approx(F.cross_entropy(outputs.float(), data()[1]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("large", "extra", "dtype"), [
+    (True, [], torch.bfloat16),  # the loss promotes its chunks
+    (True, [Collected()], torch.float32),
+    (False, [], torch.float32),
+])  # fmt: skip
+def test_outputs_in_chunks_are_not_promoted_as_a_whole(
+    large: bool, extra: list[Collected], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_MAX_CHUNK", 8 if large else 1 << 24)
+    seen: list[torch.dtype] = []
+    loss = CrossEntropy(label_smoothing=0.0, class_weights=None, classes=3)
+    loss.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    model = net()
+    low = Precision("bf16", torch.device("cpu")).autocast(model)
+    found = evaluate(model, low, cut(23), loss, task=CLASSES, prefix="val", extra=extra)
+    assert set(seen) == {dtype}
+    assert found is not None
+    model.eval()
+    with torch.no_grad():
+        outputs = low(data()[0])
+    assert found["val_loss"] == pytest.approx(F.cross_entropy(outputs.float(), data()[1]).item(), rel=1e-6)
+    assert found["val_accuracy"] == (outputs.argmax(1) == data()[1]).double().mean().item()
 
 
 def test_empty_batches_are_passed_to_the_model_and_not_counted() -> None:

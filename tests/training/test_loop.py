@@ -107,7 +107,8 @@ class Checkpoints:
 
 
 INTERVALS = (
-    "steps", "evaluate_every", "save_every_epochs", "save_every_steps", "log_every_steps", "snapshot",
+    "steps", "evaluate_every", "evaluate_every_steps", "steps_per_epoch", "save_every_epochs", "save_every_steps",
+    "log_every_steps", "snapshot",
 )  # fmt: skip
 
 
@@ -217,6 +218,12 @@ def test_evaluation_interval(every: int, expected: list[int]) -> None:
     assert [line["epoch"] for line in tracking.epochs] == expected
 
 
+def test_evaluates_once_after_the_last_update_of_a_partial_epoch() -> None:
+    """Not as an evaluation within the epoch, too."""
+    _, tracking, _ = run(training(steps=6, steps_per_epoch=5, evaluate_every_steps=3))
+    assert [(line["step"], line["epoch"]) for line in tracking.epochs] == [(3, 0.6), (5, 1), (6, 2)]
+
+
 def test_training_metrics_start_anew_in_each_epoch() -> None:
     _, every, _ = run(training())
     _, some, _ = run(training(evaluate_every=3))
@@ -302,7 +309,7 @@ def test_early_stopping_saves_a_checkpoint() -> None:
     assert checkpoints.best == [5, 10] and checkpoints.steps == [5, 10, 20]
     assert t.best.epoch == 2
     assert t.fit(Interruption()) == "stopped_early", "a run that stopped stays so"
-    assert tracking.advanced[-1] == 20
+    assert tracking.advanced[-1] == 20 and len(tracking.epochs) == 4
 
 
 def test_patience_exhausted_in_the_last_epoch_is_finished() -> None:

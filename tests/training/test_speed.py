@@ -61,6 +61,7 @@ LONG, SHORT = ("model=wrn_16_4", "epochs=400"), ("model=resnet20", "epochs=200")
         (("compile=auto", *LONG), mode(), ""),
         (("compile=auto", *SHORT), mode(), "this short"),
         (("compile=auto", *LONG, "steps=100"), mode(), "this short"),
+        (("compile=auto", *LONG, "steps=800", "data.batch_size=full"), mode(), ""),  # 800 epochs
     ],
 )
 def test_compile_obstacle(typed: tuple[str, ...], parallel: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
