@@ -87,7 +87,8 @@ class RoundedState(Optimizer):
 def keep_state_in_bf16(optimizer: Optimizer, seed: int) -> None:
     """Makes an optimizer keep its moments in bf16, in place. Raises `UserError` if its state does not allow it."""
     key, kind, groups = "optimizer.state_dtype=bf16", type(optimizer), optimizer.param_groups
-    if not optimizer_traits(optimizer).rounds_state:
+    traits = optimizer_traits(optimizer)
+    if not traits.rounds_state or traits.scope == "model":  # tensors are updated in several chunks
         raise UserError(
             f"{key}: {kind.__name__} needs its state in the dtype of the weights; use optimizer.state_dtype=null, or "
             f"optimizer={'|'.join(ALLOWED)}"
@@ -96,9 +97,8 @@ def keep_state_in_bf16(optimizer: Optimizer, seed: int) -> None:
         raise UserError(f"{key}: the maxima of amsgrad=true would add up the rounding errors; use amsgrad=false")
     if not any(group.get("momentum", True) for group in groups):
         raise UserError(f"{key}: {kind.__name__} with momentum=0 has no state; use optimizer.state_dtype=null")
-    parameters = [p for group in groups for p in group["params"]]
-    if any(p.dtype not in (torch.float32, torch.float64) for p in parameters):
-        dtype = next(p.dtype for p in parameters if p.dtype not in (torch.float32, torch.float64))
+    dtypes = {p.dtype for group in groups for p in group["params"]}
+    for dtype in dtypes - {torch.float32, torch.float64}:
         raise UserError(
             f"{key}: requires weights in fp32 or fp64, not {str(dtype).removeprefix('torch.')}; use precision=fp32 or "
             "bf16, or optimizer.state_dtype=null"
