@@ -263,6 +263,8 @@ def _members(tar: tarfile.TarFile, place: str) -> Iterator[tuple[str, str, tarfi
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(len(_END)) != _END:
         raise UserError(f"{place}: is damaged or truncated at byte {tar.offset}")
+    if tar.fileobj.read(tarfile.RECORDSIZE + tarfile.BLOCKSIZE).strip(b"\0"):
+        raise UserError(f"{place}: has more than one archive; extract each, or name their files")
 
 
 @contextmanager

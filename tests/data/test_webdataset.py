@@ -200,6 +200,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"file": str(tmp_path)[:-1] + "[" + str(tmp_path)[-1] + "]"}, r"data\.file: .*: cannot be read as a tar file \(Is a"),  # noqa: E501
         ({"file": raw(gzip.compress(data))}, rf"{files}is compressed; samples are read in any order, .* with gunzip"),
         ({"file": raw(data[:700])}, rf"{files}cannot be read as a tar file \(unexpected end of data\)"),
+        ({"file": raw(data + data)}, rf"{files}has more than one archive"),
         ({"file": raw(data[:1024])}, rf"{files}is damaged or truncated at byte 1024"),
         ({"file": raw(data[:1100])}, rf"{files}is damaged or truncated at byte 1024"),
         ({"file": raw(data[:1024] + b"x" * 512 + data[1536:])}, rf"{files}is damaged or truncated at byte 1024"),
