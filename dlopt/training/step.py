@@ -357,7 +357,7 @@ class Step:
     # -- parts of an update
 
     def _begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
-        self.record = None
+        self.record = None  # the next evaluation is the first one of an update
         self.batch, self.number = batch, number
         self.rate = self.schedule.rate
         self._log_norm = log_norm

@@ -282,6 +282,23 @@ def test_post_hooks_see_the_new_weights() -> None:
     assert len(seen) == 3 and equal(seen[-1], model) and not equal(seen[0], seen[1])
 
 
+def test_an_optimizer_may_drop_gradients_itself() -> None:
+    class Counted(torch.optim.SGD):
+        calls = 0
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.calls += 1
+            super().zero_grad(set_to_none)
+
+    models = net(dropout=0.0), net(dropout=0.0)
+    optimizer = Counted(models[0].parameters(), lr=0.1)
+    for model, each in zip(models, (optimizer, torch.optim.SGD(models[1].parameters(), lr=0.1)), strict=True):
+        step = make_step(model, each)
+        for number in range(3):
+            step.update(batch(number), number)
+    assert optimizer.calls == 3 and equal(*models)
+
+
 def test_frozen_parameters_do_not_change() -> None:
     model = net(norm=False)
     model[0].requires_grad_(False)
