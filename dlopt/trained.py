@@ -66,7 +66,7 @@ class Model(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self._task.vocabulary is None and self._window != self._sample and tuple(inputs.shape[1:]) == self._sample:
-            inputs, _ = CentreCrop(self._window)(inputs, torch.empty(0))
+            inputs = CentreCrop(self._window).crop(inputs)
         outputs: Tensor = self.module(self._task.normalized(inputs, self.normalize, self._dtype))
         return outputs
 

@@ -161,9 +161,13 @@ class CentreCrop:
         self.size = output_shape[1:]
 
     def __call__(self, inputs: Tensor, targets: Tensor, **position: Any) -> tuple[Tensor, Tensor]:
+        return self.crop(inputs), targets
+
+    def crop(self, images: Tensor) -> Tensor:
+        """Returns the centres of `images` [N, C, H, W]."""
         height, width = self.size
-        top, left = self.corner(*inputs.shape[2:])
-        return inputs[:, :, top : top + height, left : left + width], targets
+        top, left = self.corner(*images.shape[2:])
+        return images[:, :, top : top + height, left : left + width]
 
     def corner(self, height: int, width: int) -> tuple[int, int]:
         """Returns (top, left) of the crop of an image of this size. Raises `UserError` if the image is smaller."""

@@ -53,7 +53,7 @@ class Trained:
         """
         inputs = inputs.to(self.precision.device)
         if self.task.vocabulary is None and self.window != self.sample:
-            inputs, _ = CentreCrop(self.window)(inputs, torch.empty(0))
+            inputs = CentreCrop(self.window).crop(inputs)
         model: Callable[[Tensor], Tensor] = self.precision.autocast(self.module)
         outputs = model(self.task.normalized(inputs, self.normalize, self.precision.dtype))
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

@@ -312,8 +312,6 @@ class Trainer:
             if needs_checkpoint and not self.mode.ranks.broadcast(self.checkpoints.last.exists()):
                 self.save()  # to roll back to; or, if the run was resumed in a new folder, to resume from
             clock = self._clock()
-            if self.stopping.should_stop and self.progress.position == 0 and self.progress.step < steps:
-                return "stopped_early"  # resumed a run that was killed between its last checkpoint and its summary
             # position > 0 after the last update: the run was interrupted before it evaluated the last epoch.
             while self.progress.step < steps or self.progress.position > 0:
                 self.module.train()
@@ -323,7 +321,7 @@ class Trainer:
                     interrupted = self._is_evaluation_due() and not self._evaluate(clock, stop, ends_epoch=False)
                     for batch in self.batches.epoch(progress.epoch, progress.position, progress.step):
                         if interrupted or progress.step == steps or self.stopping.should_stop:
-                            break  # resumed after the last update of a partial epoch: only its evaluation is missing
+                            break  # resumed after the last update: its evaluation, or only the summary, is missing
                         logs = log_every is not None and (progress.step + 1) % log_every == 0
                         record = self.step.update(batch, progress.step, log_norm=logs)
                         self.train_metrics.add(*record.micro_batches)

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -140,7 +139,7 @@ def _centre_crop(window: Size) -> Crops:
         if tuple(images.shape[2:]) == window:
             yield 1.0, images
         else:
-            yield 1.0, CentreCrop((images.shape[1], *window))(images, torch.empty(0))[0]
+            yield 1.0, CentreCrop((images.shape[1], *window)).crop(images)
 
     return crops
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dlopt
 from dlopt.errors import INTERRUPTED, USER_ERROR, RunError
+from dlopt.interruption import Interruption
 from dlopt.losses import MSE
 from dlopt.parallel import launch
 from dlopt.parallel.launch import count_processes, end_with_torchrun, group_code, python_module, run_processes
@@ -178,6 +179,9 @@ def test_exit_codes_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_GRACE", 600.0)
     assert group_code(*run_processes(shell("exit 0", "exit 0"), 2, {})) == 0
     assert group_code(*run_processes(shell("exit 1", "exit 2"), 2, {})) == 2
+    with Interruption() as interruption:
+        interruption.reason = "SIGTERM"
+        assert group_code([INTERRUPTED, -signal.SIGKILL], set(), interruption) == INTERRUPTED, "Slurm's last signal"
     monkeypatch.setattr(launch, "_GRACE", 0.1)
     codes, killed, interruption = run_processes(shell("exec sleep 600", "exit 3"), 2, {})
     assert (codes, killed) == ([-signal.SIGKILL, 3], {0}), "the other rank had its time to end"

@@ -232,8 +232,11 @@ def refusals(folder: str) -> None:
 @pytest.mark.slow
 def test_unsupported_modes_refuse_sharded_checkpoints(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_sharded:refusals", 2, tmp_path, str(tmp_path / "several"))
-    for mode in ("single", "fsdp"):
-        with pytest.raises(
-            UserError, match=r"^checkpoint\.sharded=true: one process has nothing to shard; use parallel=fsdp "
-        ):
-            start(tmp_path / mode, *MLP, f"parallel={mode}", "checkpoint.sharded=true")
+
+
+@pytest.mark.parametrize("mode", ["single", "fsdp"])
+def test_one_process_refuses_sharded_checkpoints(tmp_path: Path, mode: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^checkpoint\.sharded=true: one process has nothing to shard; use parallel=fsdp "
+    ):
+        start(tmp_path, *MLP, f"parallel={mode}", "checkpoint.sharded=true")

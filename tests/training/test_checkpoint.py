@@ -396,6 +396,8 @@ def test_read_weights(tmp_path: Path) -> None:
     plain = tmp_path / "weights.pt"
     torch.save({"weight": torch.ones(2)}, plain)
     assert same(read_weights(plain), {"weight": torch.ones(2)})
+    torch.save({"epoch": 3, "model": {"net": {"weight": torch.ones(2)}}}, plain)
+    assert same(read_weights(plain), {"weight": torch.ones(2)}), "nested twice"
     torch.save({"weight": 3}, plain)
     with pytest.raises(UserError, match="no weights by name"):
         read_weights(plain)

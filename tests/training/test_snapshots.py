@@ -2,12 +2,17 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from dlopt.errors import UserError
+from dlopt.interruption import Interruption
+from dlopt.training.build import Workload
 from dlopt.training.checkpoint import load
+from dlopt.training.progress import Run
+from dlopt.training.trainer import train_run
 from tests.support.runs import at_update, experiment, in_fork, resume, same, start
 from tests.support.sizes import RICH
 
@@ -49,6 +54,18 @@ def test_killed_run_has_the_same_snapshots(tmp_path: Path, update: int) -> None:
     for name in snapshots(tmp_path / "whole"):
         states = [load(tmp_path / run / "checkpoints" / name) for run in ("killed", "whole")]
         assert same(states[0]["model"], states[1]["model"]), name
+
+
+def test_draws_the_restarts_before_the_end(tmp_path: Path) -> None:
+    drawn: list[float] = []
+
+    def draw(workload: Workload, folder: Path, restarts: Sequence[float]) -> dict[str, Path]:
+        drawn.extend(restarts)
+        return {}
+
+    with Interruption() as interruption:
+        train_run(Run(experiment(*CYCLES), tmp_path), interruption, console=False, draw=draw)
+    assert drawn == [2, 4], "in epochs; a cycle also ends with the run, and nothing restarts"
 
 
 def test_rejects_schedules_without_restarts(tmp_path: Path) -> None:
