@@ -114,6 +114,7 @@ class Watch:
         self._libraries = libraries
         # With the threads that compute, one more than there are cores. libgomp does not count the thread that opens it.
         self._size = max((os.cpu_count() or 1) - threads, 0) + 2
+        self.is_shared = False  # whether other processes use the cores of these threads
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="dlopt-contention")
         self._thread.start()
@@ -129,7 +130,8 @@ class Watch:
         while not self._end.wait(_PERIOD) and before is not None and (after := measure()) is not None:
             others, waited = after.since(before)
             before = after
-            if contention.update(others, waited):
+            self.is_shared = contention.update(others, waited)
+            if self.is_shared:
                 team = team or Team(self._libraries, self._size)
                 shared += 1
                 if shared >= _REPORTED and not has_reported and log.hasHandlers():  # those of a run's tracking
@@ -158,11 +160,16 @@ def adapt_waiting(threads: int) -> None:
     if _watch is not None and threads == 1:
         _watch.stop()
         _watch = None
-    if _watch is None and threads > 1 and measure() and (libraries := _libgomp()):
+    if _watch is None and threads > 1 and measure() and (libraries := libgomp()):
         _watch = Watch(libraries, threads)
 
 
-def _libgomp() -> list[ctypes.CDLL]:
+def are_cores_shared() -> bool:
+    """Returns whether the threads of this process wait for other processes, by the last measurement of the watch."""
+    return _watch is not None and _watch.is_shared
+
+
+def libgomp() -> list[ctypes.CDLL]:
     """Returns the loaded copies of libgomp: PyTorch's, and perhaps those of other packages."""
     try:
         maps = Path("/proc/self/maps").read_text()

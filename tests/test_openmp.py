@@ -66,7 +66,7 @@ def sleeps() -> int:
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores: with one, threads always sleep")
 def test_threads_sleep_at_the_end_of_regions_while_the_team_is_open():
     nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)
-    libraries = openmp._libgomp()
+    libraries = openmp.libgomp()
     if not libraries:
         pytest.skip("needs libgomp: this PyTorch uses another OpenMP")
 

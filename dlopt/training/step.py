@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
+from dlopt import convolutions
 from dlopt.data.batches import Batch
 from dlopt.errors import UserError
 from dlopt.losses import sampled_cross_entropy
@@ -357,6 +358,7 @@ class Step:
     # -- parts of an update
 
     def _begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
+        convolutions.adapt()
         self.record = None  # the next evaluation is the first one of an update
         self.batch, self.number = batch, number
         self.rate = self.schedule.rate

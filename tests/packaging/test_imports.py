@@ -19,7 +19,7 @@ FLOORS = [
     "training", "results",
     "parallel", "augment", "config", "init", "adapt",
     "tracking", "folders", "data", "models", "schedules", "optim", "losses", "environment",
-    "files", "parameters", "processor", "interruption", "formats",
+    "files", "parameters", "processor", "convolutions", "interruption", "formats",
     "errors", "graphs", "locks", "metric_names", "openmp", "plain", "random", "ranges", "roles", "table",
 ]  # fmt: skip
 
