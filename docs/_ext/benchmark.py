@@ -2,7 +2,7 @@
 
 from markup import code, table, text
 
-from dlopt.lab.benchmark import formats, tuning
+from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, load_reference
 from dlopt.lab.benchmark.scores import Summary, summarize
@@ -31,6 +31,24 @@ def results() -> str:
         _updates(found, summary),
         *_tuning(found, summary),
         f"{trials:,} trials, made by {' and '.join(map(code, commands))}, with {text(made)}.",
+    ])  # fmt: skip
+
+
+def predicts() -> str:
+    """The rank correlation of the scores with published leagues, what it means, and the sources."""
+    found = load_reference("small")
+    if found is None:
+        return ""
+    agreed = agreement.agreements(found)
+    return "\n".join([
+        table(agreement.HEADS, [list(map(text, map(_unbroken, row))) for row in agreement.rows(agreed)]),
+        text(agreement.note(agreed)),
+        "",
+        *(f"- {text(each)}" for each in agreement.sentences(found, agreed)),
+        "",
+        "The published results:",
+        "",
+        *(f"- {text(each)}" for each in agreement.sources(agreed)),
     ])  # fmt: skip
 
 

@@ -16,12 +16,12 @@ import yaml
 
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.results import Results
-from dlopt.lab.benchmark.scores import Array, Interval, bootstrap, interval, profile_scores, times
+from dlopt.lab.benchmark.scores import RESAMPLES, Array, Interval, bootstrap, interval, profile_scores, times
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 ALL = "all"
 FEWEST = 4
-"""Optimizers from which on a ranking can be told from a random one: with 3, one order of 6 agrees perfectly."""
+"""Optimizers from which on a ranking is distinguishable from a random one: with 3, one order of 6 agrees perfectly."""
 LEVEL = 0.05
 _LARGEST = 7  # optimizers up to which all orders are enumerated; above, as many random ones
 _DECIMALS = 9  # of scores: differences below are rounding errors
@@ -86,9 +86,9 @@ def published() -> tuple[list[League], dict[str, list[str]]]:
 def _league(entry: Mapping[str, object]) -> League:
     scores: Mapping[str, tuple[str | None, float]] = entry["scores"]  # type: ignore[assignment]
     sign = 1 if entry["higher_is_better"] else -1
-    texts = [str(entry[key]) for key in ("name", "title", "date", "source", "measure")]
+    name, title, date, source, measure = (str(entry[key]) for key in ("name", "title", "date", "source", "measure"))
     results = {name: sign * value for name, value in scores.values() if name is not None}
-    return League(*texts, results, {name: value for name, (_, value) in scores.items()})
+    return League(name, title, date, source, measure, results, {name: value for name, (_, value) in scores.items()})
 
 
 # -- rank correlation
@@ -194,7 +194,7 @@ def by_workload(results: Results, league: League) -> dict[str, float]:
 
 # -- the table and what it means
 
-HEADS = ["League", "Workloads", "Optimizers", "Tau", "95 % interval", "By chance", "Verdict"]
+HEADS = ["League", "Workloads", "Verdict", "Optimizers", "Tau", "95 % interval", "By chance"]
 
 
 def rows(found: Sequence[Agreement]) -> list[list[str]]:
@@ -203,37 +203,63 @@ def rows(found: Sequence[Agreement]) -> list[list[str]]:
         [
             each.league.name,
             each.kind,
+            each.verdict,
             str(len(each.optimizers)),
             formats.number(each.tau.value, "+.2f"),
-            formats.NONE if math.isnan(each.tau.low) else f"[{each.tau.low:+.2f}, {each.tau.high:+.2f}]",
+            _bounds(each.tau) or formats.NONE,
             formats.number(each.chance, ".2f"),
-            each.verdict,
         ]
         for each in found
     ]
 
 
+def _bounds(tau: Interval) -> str:
+    return "" if math.isnan(tau.low) else f"[{tau.low:+.2f}, {tau.high:+.2f}]"
+
+
 def sentences(results: Results, found: Sequence[Agreement]) -> Iterator[str]:
     """Yields what the correlations mean, for each league, and the workloads that disagree most."""
     for each in found:
-        if each.kind == ALL:
-            yield f"{each.league.name}: {_meaning(each)}{_worst(by_workload(results, each.league))}"
+        if each.kind != ALL:
+            continue
+        if each.verdict == "too few":
+            yield f"{each.league.name}: {_nothing(each)}"
+            continue
+        parts = [other for other in found if other.league == each.league and other.kind != ALL]
+        yield f"{each.league.name}: {_meaning(each)}{_parts(parts)}{_worst(by_workload(results, each.league))}"
+
+
+def _nothing(each: Agreement) -> str:
+    count, names = len(each.optimizers), formats.names(each.optimizers)
+    return (
+        f"only {count} optimizers are shared ({names}), which have the same order by chance in one of "
+        f"{math.factorial(count)} cases. The interval is everything: this league says nothing."
+    )
 
 
 def _meaning(each: Agreement) -> str:
-    count, names = len(each.optimizers), formats.names(each.optimizers)
-    if each.verdict == "too few":
-        return (
-            f"only {count} optimizers are shared ({names}), and {count} have the same order by chance in one of "
-            f"{math.factorial(count)} cases, so the interval is everything: this league says nothing."
-        )
-    order = f"The published order of the {count} shared optimizers is {names}."
     meanings = {
-        "agrees": "the small workloads predict the large ones.",
-        "disagrees": "the small workloads reverse the large ones.",
-        "inconclusive": "whether the small workloads predict the large ones is not decided.",
+        "agrees": "the small workloads predict the large ones",
+        "disagrees": "the small workloads reverse the large ones",
+        "inconclusive": "whether the small workloads predict the large ones is not decided",
     }
-    return f"{meanings[each.verdict]} {order}"
+    tau = f"{each.tau.value:+.2f} {_bounds(each.tau)}".rstrip()
+    same = "; the orders are equal, but not in other draws of studies and workloads"
+    is_luck = each.verdict == "inconclusive" and each.tau.value > 1 - 1e-9
+    order = f" The published order of the {len(each.optimizers)} shared optimizers is {formats.names(each.optimizers)}."
+    return f"{meanings[each.verdict]} (tau {tau}{same if is_luck else ''}).{order}"
+
+
+def _parts(found: Sequence[Agreement]) -> str:
+    """Says which kinds of workloads are decided."""
+    texts = [
+        f" On {each.kind} ({formats.names(each.workloads)}), the ranking {each.verdict} (tau {each.tau.value:+.2f})."
+        for each in found
+        if each.verdict in ("agrees", "disagrees")
+    ]
+    return "".join(texts) or (
+        f" {' or '.join(each.kind for each in found).capitalize()} alone do not decide it, either." if found else ""
+    )
 
 
 def _worst(taus: Mapping[str, float]) -> str:
@@ -244,3 +270,26 @@ def _worst(taus: Mapping[str, float]) -> str:
     worst = [name for name, tau in taus.items() if tau == lowest]
     verb = "disagree" if len(worst) > 1 else "disagrees"
     return f" Of the workloads, {formats.names(worst)} {verb} most (tau {lowest:+.2f})."
+
+
+def note(found: Sequence[Agreement]) -> str:
+    """Returns how to read the table."""
+    sparse = [kind for kind, count in {each.kind: len(each.workloads) for each in found}.items() if count < FEWEST]
+    coarse = f"; with few workloads ({', '.join(sparse)}), the interval is coarse" if sparse else ""
+    return (
+        "Tau is Kendall's rank correlation (tau-b, with ties) of the score in updates with the published results, "
+        "over the optimizers that both have: 1 for the same order, -1 for the reversed one. The interval contains 95 % "
+        f"of {RESAMPLES} draws of studies and workloads; it is everything below {FEWEST} optimizers. By chance: the "
+        "fraction of all orders that agree at least as well. A ranking agrees if the interval is above 0 and this "
+        f"fraction is at most {LEVEL:g}. The published results count as exact, and the {len(found)} rows are not "
+        f"corrected for their number{coarse}."
+    )
+
+
+def sources(found: Sequence[Agreement]) -> list[str]:
+    """Returns the sources of the leagues, with what they measure and their dates."""
+    leagues = {each.league.name: each.league for each in found}
+    return [
+        f"{name} ({each.date}): {each.title}. Result: {each.measure}, from {each.source}."
+        for name, each in leagues.items()
+    ]

@@ -10,7 +10,7 @@ from markupsafe import Markup
 import dlopt
 from dlopt.files import write_atomically
 from dlopt.formats import printable
-from dlopt.lab.benchmark import formats, tuning
+from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.figures import draw
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
@@ -92,6 +92,7 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
     tested = [name for name in results.workloads if any(results.cell(each, name).tests for each in summary.order)]
     spaces = {optimizer: results.spaces.get(optimizer, {}) for optimizer in summary.order}
     tuned = tuning.tuning(results)
+    agreed = agreement.agreements(results)
     return {
         "own_facts": {key: value for key, value in results.facts.items() if key not in ("command", "reference")},
         "missing": [f"{optimizer} ({', '.join(names)})" for optimizer, names in missing.items() if names],
@@ -104,6 +105,11 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
         "scores": _scores(results, summary),
         "findings": findings(results, summary),
         "updates": _updates(results, summary),
+        "agreement_heads": agreement.HEADS,
+        "agreement": agreement.rows(agreed),
+        "agreement_findings": [*agreement.sentences(results, agreed)],
+        "agreement_note": agreement.note(agreed),
+        "agreement_sources": agreement.sources(agreed),
         "hyperparameters": _hyperparameters(results, summary),
         "tuning_heads": tuning.heads(tuned),
         "league": _league(results, summary, tuned),
