@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.lines import Line2D
 
 from dlopt.lab.benchmark import figures, page, table
 from dlopt.lab.benchmark.results import Cell, Results
@@ -104,7 +105,8 @@ def test_one_optimizer_and_empty_cells(costs: bool) -> None:
     assert "Without any trial" in text and "mine (gpt)" in text and ("<h2>Cost</h2>" in text) == costs
     drawn = figures.draw(results, summary)
     assert set(drawn) == set(figures.FIGURES) - {"wins", "tuning"}  # tuning: not on all workloads
-    assert len(drawn["profiles"].axes) == (2 if costs else 1)
+    [axes] = drawn["profiles"].axes
+    assert len([line for line in axes.get_lines() if line.get_linewidth() > 2 and len(line.get_xdata())]) == 1 + costs
     assert table.latex(results, summary).count(r"\bottomrule") == 2
     assert any(re.match(r"mine +\d+ +-$", line) for line in table.lines(results))
 
@@ -161,11 +163,22 @@ def test_latex_marks_the_best_and_escapes() -> None:
     assert widths == {2, 6}
 
 
+def _width_of_curve(line: Line2D) -> float:
+    return line.get_linewidth() if len(line.get_xdata()) else 0.0  # type: ignore[arg-type]
+
+
+def test_long_names_of_optimizers_are_broken_in_the_titles_of_the_profiles() -> None:
+    results = make({"schedule_free_adamw": 2.0, "sgd": 0.7, "_hidden_optimizer": 1.0}, ("mlp", "gpt"), 2, 4)
+    titles = {axes.get_title() for axes in figures.profiles(results, summarize(results)).axes}
+    assert titles == {"schedule_\nfree_adamw", "sgd", "\u200b_hidden_\noptimizer"}
+
+
 def test_curves_have_the_colours_of_the_profiles() -> None:
     results = make({"muon": 2.0, "sgd": 0.7, "adamw": 1.4}, ("mlp", "gpt"), 2, 4)
     summary = summarize(results)
     drawn = figures.draw(results, summary)
-    lines = {str(line.get_label()): line.get_color() for line in drawn["profiles"].axes[0].get_lines()}
+    panels = drawn["profiles"].axes
+    lines = {axes.get_title(): max(axes.get_lines(), key=_width_of_curve).get_color() for axes in panels}
     assert [*lines] == summary.order
     [legend] = drawn["learning_curves"].legends
     entries = zip(legend.get_texts(), legend.get_lines(), strict=True)
