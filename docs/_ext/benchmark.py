@@ -6,6 +6,7 @@ from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, load_reference
 from dlopt.lab.benchmark.scores import Summary, summarize
+from dlopt.lab.benchmark.symptoms import range_ends
 
 
 def results() -> str:
@@ -25,6 +26,7 @@ def results() -> str:
         "*Cost* is the time of an update relative to SGD, *State* the memory relative to the parameters.",
         "",
         *(f"- {text(each.text)}" for each in findings(found, summary)),
+        *(f"- {text(each)}" for each in range_ends(found)),
         "",
         "Updates to the target, as the median over studies (-: not reached):",
         "",
