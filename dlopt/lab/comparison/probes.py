@@ -174,23 +174,35 @@ def _evaluated_loss(workload: Workload, samples: Samples) -> float:
     return found["probe_loss"]
 
 
-def _at_checkpoints(measure: Callable[[Workload], float]) -> Probe:
-    """Returns the probe that applies `measure` to the model of every checkpoint."""
+def _at_checkpoints(measure: Callable[[Workload], float], *, initial: bool = False) -> Probe:
+    """Returns the probe that applies `measure` to the model of every checkpoint.
 
-    return lambda folder: [(progress, measure(workload)) for progress, workload in _models(folder)]
+    `initial`: first with the initial weights.
+    """
+
+    return lambda folder: [(progress, measure(workload)) for progress, workload in _models(folder, initial=initial)]
+
+
+def _saturated(name: str, number: int) -> Probe:
+    return _at_checkpoints(lambda workload: measures.saturated(workload, number, name), initial=True)
 
 
 PROBES: Mapping[str, Probe] = {
+    "activation_std": _at_checkpoints(measures.activation_std),
     "effective_rate": effective_rate,
     "evaluated_gap": _at_checkpoints(evaluated_gap),
     "evaluated_train_loss": _at_checkpoints(evaluated_train_loss),
     "gradient_bias": _at_checkpoints(measures.gradient_bias),
     "gradient_ratio": _at_checkpoints(measures.gradient_ratio),
     "gradient_variance": gradient_variance,
+    "higher_order_effect": _at_checkpoints(measures.higher_order_effect, initial=True),
     "idle_units": _at_checkpoints(measures.idle_units),
     "input_drift": input_drift,
     "input_sensitivity": _at_checkpoints(measures.input_sensitivity),
+    "largest_eigenvalue": _at_checkpoints(measures.largest_eigenvalue, initial=True),
     "memory_gradient": _at_checkpoints(measures.memory_gradient),
     "sample_dependence": _at_checkpoints(measures.sample_dependence),
+    "saturated_last": _saturated("saturated_last", -1),
+    **{f"saturated_{n}": _saturated(f"saturated_{n}", n) for n in (1, 2, 3)},
     "unit_dependence": _at_checkpoints(measures.unit_dependence),
 }
