@@ -106,6 +106,25 @@ def input_drift(folder: Path) -> Values:
     return values
 
 
+def first_updates(folder: Path) -> Values:
+    """Computes the size of the updates before the first checkpoint, in learning rates: |theta - theta_0| / (n t lr).
+
+    |theta - theta_0| is the sum over the n weights of how far each has moved in t updates, at a constant learning rate.
+    """
+    models = _models(folder, initial=True)
+    _, workload = next(models)
+    initial = flattened(workload.module)
+    progress, workload = next(models)
+    lr = workload.experiment.optimizer.arguments["lr"]
+    moved = (flattened(workload.module) - initial).abs().mean()
+    return [(progress, float(moved) / (progress["step"] * lr))]
+
+
+def flattened(module: nn.Module) -> Tensor:
+    """Returns all parameters as one vector, a copy."""
+    return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
 def gradient_variance(folder: Path) -> Values:
     """Computes the variance of mini-batch gradients relative to a random order of the samples (1: random order).
 
@@ -184,6 +203,7 @@ PROBES: Mapping[str, Probe] = {
     "effective_rate": effective_rate,
     "evaluated_gap": _at_checkpoints(evaluated_gap),
     "evaluated_train_loss": _at_checkpoints(evaluated_train_loss),
+    "first_updates": first_updates,
     "gradient_bias": _at_checkpoints(measures.gradient_bias),
     "gradient_ratio": _at_checkpoints(measures.gradient_ratio),
     "gradient_variance": gradient_variance,
