@@ -8,6 +8,7 @@ _PROBES = {
     "effective_rate": "effective learning rate (median weight)",
     "evaluated_gap": "gap: validation loss minus training loss, both in evaluation mode",
     "evaluated_train_loss": "training loss in evaluation mode",
+    "condition_number": "condition number of the Hessian",
     "first_updates": "mean size of the first updates (learning rates)",
     "gradient_bias": "bias of batch gradients (relative)",
     "gradient_ratio": "gradient norm of the first layer / last layer",

@@ -200,6 +200,7 @@ def _at_checkpoints(measure: Callable[[Workload], float]) -> Probe:
 
 
 PROBES: Mapping[str, Probe] = {
+    "condition_number": _at_checkpoints(measures.condition_number),
     "effective_rate": effective_rate,
     "evaluated_gap": _at_checkpoints(evaluated_gap),
     "evaluated_train_loss": _at_checkpoints(evaluated_train_loss),
