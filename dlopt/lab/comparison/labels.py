@@ -9,6 +9,8 @@ _PROBES = {
     "evaluated_gap": "gap: validation loss minus training loss, both in evaluation mode",
     "evaluated_train_loss": "training loss in evaluation mode",
     "condition_number": "condition number of the Hessian",
+    "decay_correlation": "rank correlation of a weight's decay with its gradients",
+    "decay_ratio": "decay of weights with small gradients / large gradients",
     "first_updates": "mean size of the first updates (learning rates)",
     "gradient_bias": "bias of batch gradients (relative)",
     "gradient_ratio": "gradient norm of the first layer / last layer",

@@ -13,7 +13,7 @@ from dlopt.config.resolve import resolve_saved
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Samples
 from dlopt.errors import UserError
-from dlopt.lab.comparison import measures
+from dlopt.lab.comparison import decay, measures
 from dlopt.training.build import Workload, build_workload, evaluation_batches, training_batches
 from dlopt.training.checkpoint import load
 from dlopt.training.evaluate import evaluate
@@ -199,8 +199,19 @@ def _at_checkpoints(measure: Callable[[Workload], float]) -> Probe:
     return lambda folder: [(progress, measure(workload)) for progress, workload in _models(folder)]
 
 
+def _of_decay(measure: Callable[[decay.Decays], float]) -> Probe:
+    """Returns the probe that applies `measure` to the decay of each weight at every checkpoint."""
+
+    return lambda folder: [
+        (progress, measure(decay.decays(workload, state)))
+        for state, (progress, workload) in zip(checkpoints(folder), _models(folder), strict=True)
+    ]
+
+
 PROBES: Mapping[str, Probe] = {
     "condition_number": _at_checkpoints(measures.condition_number),
+    "decay_correlation": _of_decay(decay.correlation),
+    "decay_ratio": _of_decay(decay.ratio),
     "effective_rate": effective_rate,
     "evaluated_gap": _at_checkpoints(evaluated_gap),
     "evaluated_train_loss": _at_checkpoints(evaluated_train_loss),
