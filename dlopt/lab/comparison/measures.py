@@ -1,5 +1,6 @@
 """Numbers that describe a network at fixed weights, for the probes of comparisons."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dlopt.errors import UserError
-from dlopt.instruments.curvature import largest_eigenvalues, losses_along
+from dlopt.instruments.curvature import hessian_product, largest_eigenvalues, losses_along
 from dlopt.instruments.layers import LayerProbe, LayerStatistics
 from dlopt.lab.diagnosis.probes import TimeLagProbe
 from dlopt.training.build import Workload, evaluation_batches
@@ -17,6 +18,7 @@ from dlopt.training.step import frozen_statistics
 _SAMPLES = 256  # training samples of a measurement
 _COMPANIES = 8  # batches in which a sample's gradient is measured
 _LANCZOS = 40  # Hessian-vector products for the largest eigenvalue
+_MAX_PARAMETERS = 1000  # of a Hessian
 _IDLE = 1e-4  # a unit is idle if the loss changes by less than this fraction when it is removed
 
 
@@ -82,6 +84,28 @@ def gradient_bias(workload: Workload) -> float:
             for batch in torch.randperm(count, generator=generator).split(size)
         ]
     return float((torch.stack(parts).mean(0) - whole).norm() / whole.norm())
+
+
+def condition_number(workload: Workload) -> float:
+    """Measures the condition number of the Hessian of the loss on all training samples, in float64, in evaluation mode.
+
+    The ratio of the largest to the smallest eigenvalue; infinite if an eigenvalue is not positive. Raises `UserError`
+    for models with more than 1,000 parameters.
+    """
+    module = copy.deepcopy(workload.module).double().eval()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in parameters)
+    if count > _MAX_PARAMETERS:
+        raise UserError(
+            f"comparison.metrics: condition_number computes the whole Hessian, of at most {_MAX_PARAMETERS:,} "
+            f"parameters; the model has {count:,}"
+        )
+    inputs, targets = spread_samples(workload, len(workload.dataset.train))
+    targets = targets.double() if targets.is_floating_point() else targets
+    product = hessian_product(workload.loss(module(inputs.double()), targets), parameters)
+    hessian = torch.stack([product(row) for row in torch.eye(count, dtype=torch.float64)])
+    eigenvalues = torch.linalg.eigvalsh(hessian)
+    return float(eigenvalues[-1] / eigenvalues[0]) if eigenvalues[0] > 0 else math.inf
 
 
 def gradient_ratio(workload: Workload) -> float:

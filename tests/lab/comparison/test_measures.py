@@ -39,6 +39,22 @@ def test_gradient_ratio_of_a_deep_network_vanishes() -> None:
     assert measures.gradient_ratio(deep) < 1e-6 < 0.1 < measures.gradient_ratio(workload("model.norm=none"))
 
 
+def test_the_condition_number_of_a_linear_regression_is_that_of_its_inputs() -> None:
+    """The Hessian of the squared error is 2 X^T X / N with a column of ones for the bias."""
+    linear = ("data=diabetes", "data.val_split=0.2", "model=mlp", "model.widths=[]", "model.norm=none", "loss=mse")
+    made = build_workload(experiment(*linear, "normalize=standardize"))
+    inputs = made.normalize(made.dataset.train.fetch(torch.arange(len(made.dataset.train)))).double()
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], 1)
+    assert measures.condition_number(made) == pytest.approx(float(torch.linalg.cond(inputs)) ** 2, rel=1e-6)
+    white = build_workload(experiment(*linear, "normalize=pca_whiten"))
+    assert measures.condition_number(white) == pytest.approx(1, rel=0.05)
+
+
+def test_the_condition_number_needs_a_small_model() -> None:
+    with pytest.raises(UserError, match="at most 1,000 parameters; the model has"):
+        measures.condition_number(workload(model=("model=mlp", "model.widths=[64]")))
+
+
 def _set(module: nn.Module, **values: Any) -> None:
     with torch.no_grad():
         for name, value in values.items():
