@@ -27,6 +27,7 @@ import lectures  # noqa: E402
 LECTURES = list(lectures.plan(DOCS))
 PARTS: dict[str, Callable[[], str]] = {
     "benchmark": benchmark.results,
+    "agreement": benchmark.predicts,
     "claims": lambda: gallery.claims(DOCS),
     "extras": extras.extras,
     "self_tuning": benchmark.self_tuning,

@@ -108,28 +108,6 @@ def legend_below(made: "Figure", axes: "Axes", columns: int, **options: Any) -> 
     made.legend(handles, labels, loc="outside lower center", **options)
 
 
-def label_ends(axes: "Axes", ends: "Sequence[tuple[float, str, str]]", **text: Any) -> None:
-    """Labels curves to the right of the axes, in place of a legend: (height of the end in data units, label, colour).
-
-    Labels of curves that end at equal heights are spread; a thin line leads from each end to its label. Call it after
-    the limits of the axes are set.
-    """
-    bottom, top = axes.get_ylim()
-    order = sorted(ends, key=lambda end: -end[0])
-    fractions = [(height - bottom) / (top - bottom) for height, *_ in order]
-    spacing = min(0.075, 1 / max(len(order) - 1, 1))
-    slots: list[float] = []
-    for fraction in fractions:
-        slots.append(min([fraction, *(slot - spacing for slot in slots[-1:])]))
-    for i in reversed(range(len(slots))):  # those that were moved below the axes, up again
-        slots[i] = max([0.0 if i == len(slots) - 1 else slots[i + 1] + spacing, slots[i]])
-    for fraction, slot, (_, label, colour) in zip(fractions, slots, order, strict=True):
-        axes.annotate(
-            label, (1.0, fraction), (1.07, slot), xycoords="axes fraction", va="center", color="0.15", **text,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1.5, "relpos": (0, 0.5), "shrinkA": 2},
-        )  # fmt: skip
-
-
 def integer_ticks(*panels: "Axes") -> None:
     """Restricts the ticks of the x-axis to integers."""
     for axes in panels:

@@ -88,8 +88,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
 
     def _factors(self) -> list[float]:
         """Returns the factor of each group, computed once per horizon."""
-        t = self.last_epoch
-        factors = {horizon: self.factor(t if horizon == 1.0 else t / horizon) for horizon in set(self._horizons)}
+        factors = {horizon: self.factor(self.last_epoch / horizon) for horizon in set(self._horizons)}
         return [factors[horizon] for horizon in self._horizons]
 
     def _freeze(self, is_frozen: list[bool]) -> None:

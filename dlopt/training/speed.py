@@ -104,7 +104,7 @@ def prefers_one_thread(module: nn.Module, shape: tuple[int, ...], samples: int) 
     finally:
         for hook in hooks:
             hook.remove()
-    return 0 < sum(work) * samples < _WORTH_THREADS * len(work)
+    return bool(work) and sum(work) * samples < _WORTH_THREADS * len(work)
 
 
 def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:

@@ -2,10 +2,11 @@
 
 from markup import code, table, text
 
-from dlopt.lab.benchmark import formats, tuning
+from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, load_reference
 from dlopt.lab.benchmark.scores import Summary, summarize
+from dlopt.lab.benchmark.symptoms import range_ends
 
 
 def results() -> str:
@@ -25,12 +26,31 @@ def results() -> str:
         "*Cost* is the time of an update relative to SGD, *State* the memory relative to the parameters.",
         "",
         *(f"- {text(each.text)}" for each in findings(found, summary)),
+        *(f"- {text(each)}" for each in range_ends(found)),
         "",
         "Updates to the target, as the median over studies (-: not reached):",
         "",
         _updates(found, summary),
         *_tuning(found, summary),
         f"{trials:,} trials, made by {' and '.join(map(code, commands))}, with {text(made)}.",
+    ])  # fmt: skip
+
+
+def predicts() -> str:
+    """The rank correlation of the scores with published leagues, what it means, and the sources."""
+    found = load_reference("small")
+    if found is None:
+        return ""
+    agreed = agreement.agreements(found)
+    return "\n".join([
+        table(agreement.HEADS, [list(map(text, map(_unbroken, row))) for row in agreement.rows(agreed)]),
+        text(agreement.note(agreed)),
+        "",
+        *(f"- {text(each)}" for each in agreement.sentences(found, agreed)),
+        "",
+        "The published results:",
+        "",
+        *(f"- {text(each)}" for each in agreement.sources(agreed)),
     ])  # fmt: skip
 
 

@@ -81,6 +81,14 @@ CLOSED_FORMS = {
         partial(make, "wsd", warmup_fraction=0.1, decay_fraction=0.5),
         lambda t: (t + 1) / 25 if t < 24 else 1.0 if t < 132 else 1 - math.sqrt((t - 132) / 108),
     ),
+    "wsd, linear": (
+        partial(make, "wsd", shape="linear", warmup_fraction=0.1, decay_fraction=0.5),
+        lambda t: (t + 1) / 25 if t < 24 else 1.0 if t < 132 else 1 - (t - 132) / 108,
+    ),
+    "wsd, cosine": (
+        partial(make, "wsd", shape="cosine", warmup_fraction=0.1, decay_fraction=0.5),
+        lambda t: (t + 1) / 25 if t < 24 else 1.0 if t < 132 else (1 + math.cos(math.pi * (t - 132) / 108)) / 2,
+    ),
     "exponential after a warmup": (
         partial(make, "exponential", warmup_epochs=1, warmup_start=0.5),
         lambda t: 0.5 + 0.5 * t / 24 if t < 24 else math.exp(-0.1 * (t - 24) / EPOCH),

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _NAME = 22  # characters of an optimizer or a workload
 _ACROSS = 3  # panels of learning curves in a row
+_PROFILES_ACROSS = 5
+_LINE = 12  # characters of a title at the width of a phone
+_MEASURE_DASHES = ("-", (0, (2, 1)), (0, (0.8, 0.8)))
+_LARGE: Any = {"fontsize": 15}
 _GREY = "#e0e0e0"
 _TICKS: Any = {"fontsize": 9}
 
@@ -47,33 +51,63 @@ def _line(results: Results, summary: Summary, optimizer: str) -> dict[str, Any]:
 
 
 def profiles(results: Results, summary: Summary) -> "Figure":
-    """Draws the performance profiles, a panel per measure: the higher and the more to the left, the better."""
-    count = len(summary.measures)
-    down = math.ceil(count / 2)
-    title = "Performance profiles: how many workloads an optimizer reaches within τ times the best"
-    figure = drawing.figure(9.6, 5.4 * down, title, fontsize=13)
-    panels = figure.subplots(down, min(count, 2), sharey=True, squeeze=False)
-    for axes in panels.flat[count:]:
+    """Draws the performance profiles, a panel per optimizer: the higher and the more to the left, the better.
+
+    The panel has the profile of each measure in the optimizer's colour, and those of the others, in updates, in grey.
+    """
+    across = min(_PROFILES_ACROSS, len(summary.order))
+    down = math.ceil(len(summary.order) / across)
+    figure = drawing.figure(max(1.92 * across, 4.8), 2.2 * down + 1.0, "Performance profiles", fontsize=16)
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    tables = {measure: ratios(summary.times[measure]) for measure in summary.measures}
+    curves = {(name, measure): _profile(tables[measure][name]) for measure in tables for name in summary.order}
+    for axes, optimizer in zip(panels.flat, summary.order, strict=False):
+        for other in summary.order:
+            axes.step(*curves[other, "updates"], where="post", color="0.85", linewidth=1.2)
+        for measure, dash in zip(summary.measures, _MEASURE_DASHES, strict=False):
+            if summary.score(optimizer, measure) is not None:
+                colour = _line(results, summary, optimizer)["color"]
+                axes.step(*curves[optimizer, measure], where="post", color=colour, linestyle=dash, linewidth=2.8)
+        axes.set_title(_two_lines(optimizer), **_LARGE)
+    for axes in panels.flat[len(summary.order) :]:
         axes.set_visible(False)
-    for axes, measure in zip(panels.flat, summary.measures, strict=False):
-        table, ends = ratios(summary.times[measure]), []
-        for optimizer in summary.order:
-            if summary.score(optimizer, measure) is None:
-                continue
-            steps = sorted({1.0, *(ratio for ratio in table[optimizer].values() if ratio <= MAX_RATIO), MAX_RATIO})
-            heights = profile(table[optimizer], steps)
-            line = _line(results, summary, optimizer)
-            axes.step(steps, heights, where="post", label=label(optimizer), **line)
-            ends.append((heights[-1], label(optimizer), line["color"]))
-        axes.set_xlim(1, MAX_RATIO)
-        axes.set_ylim(-0.02, 1.02)
-        drawing.label_ends(axes, ends, **_TICKS)
-        axes.set_xlabel(f"τ: {formats.MEASURE_LABELS[measure]} relative to the fastest")
-        axes.yaxis.set_tick_params(labelleft=True)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("fraction of workloads within τ")
+    first = panels[0, 0]
+    first.set_xlim(1, MAX_RATIO)
+    first.set_ylim(-0.02, 1.02)
+    first.set_xticks([1, 2, 3, 4])
+    first.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+    for axes in panels.flat:
+        axes.tick_params(labelsize=14)
     drawing.clean_axes(*panels.flat)
+    for measure, dash in zip(
+        summary.measures, _MEASURE_DASHES, strict=False
+    ):  # for the legend, in no optimizer's colour
+        first.plot([], [], color="0.2", linestyle=dash, linewidth=2.8, label=formats.MEASURE_LABELS[measure])
+    first.plot([], [], color="0.85", linewidth=2, label="others (updates)")
+    last = len(summary.order) - 1
+    for column in range(across):  # the lowest panel of each column
+        panels[(last - column) // across, column].xaxis.set_tick_params(labelbottom=True)
+    panels.flat[min(across * (down - 1) + across // 2, last)].set_xlabel("τ: relative to the fastest", **_LARGE)
+    figure.supylabel("fraction of workloads", **_LARGE)
+    columns = len(summary.measures) + 1 if across > 2 else 1
+    drawing.legend_below(figure, first, columns, handlelength=2, **_LARGE)
     return figure
+
+
+def _profile(ratios: Mapping[str, float]) -> tuple[list[float], list[float]]:
+    """Returns the steps of a profile, and its heights there."""
+    steps = sorted({1.0, *(ratio for ratio in ratios.values() if ratio <= MAX_RATIO), MAX_RATIO})
+    return steps, profile(ratios, steps)
+
+
+def _two_lines(name: str) -> str:
+    """Breaks a long name at the underscore that is nearest to its middle."""
+    shown = label(name)
+    breaks = [i + 1 for i, each in enumerate(shown[:-1]) if each == "_" and i]
+    if len(shown) <= _LINE or not breaks:
+        return shown
+    middle = min(breaks, key=lambda i: abs(i - len(shown) / 2))
+    return f"{shown[:middle]}\n{shown[middle:]}"
 
 
 def scores(results: Results, summary: Summary) -> "Figure":

@@ -10,12 +10,13 @@ from markupsafe import Markup
 import dlopt
 from dlopt.files import write_atomically
 from dlopt.formats import printable
-from dlopt.lab.benchmark import formats, tuning
+from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.figures import draw
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
 from dlopt.lab.benchmark.results import Measure, Results, best_trial
 from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Summary, ranks, summarize
+from dlopt.lab.benchmark.symptoms import range_ends
 from dlopt.lab.benchmark.table import latex
 from dlopt.results import drawing
 from dlopt.results.page import read_text, render
@@ -56,7 +57,7 @@ def page(results: Results, summary: Summary | None, pictures: Mapping[str, Mappi
     return render(
         "page.html", folder,
         title=f"Optimizer benchmark, {results.tier} tier", version=dlopt.__version__,
-        style=style(), script=None,
+        style=style(), script=Markup(Path(__file__).with_name("sort.js").read_text(encoding="utf-8")),
         results=results, summary=summary, workloads=list(results.workloads), pictures=pictures,
         max_ratio=round(MAX_RATIO), self_tuning_length=SELF_TUNING_LENGTH, resamples=RESAMPLES, fact=_fact, **tables,
     )  # fmt: skip
@@ -92,6 +93,7 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
     tested = [name for name in results.workloads if any(results.cell(each, name).tests for each in summary.order)]
     spaces = {optimizer: results.spaces.get(optimizer, {}) for optimizer in summary.order}
     tuned = tuning.tuning(results)
+    agreed = agreement.agreements(results)
     return {
         "own_facts": {key: value for key, value in results.facts.items() if key not in ("command", "reference")},
         "missing": [f"{optimizer} ({', '.join(names)})" for optimizer, names in missing.items() if names],
@@ -104,7 +106,13 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
         "scores": _scores(results, summary),
         "findings": findings(results, summary),
         "updates": _updates(results, summary),
+        "agreement_heads": agreement.HEADS,
+        "agreement": agreement.rows(agreed),
+        "agreement_findings": [*agreement.sentences(results, agreed)],
+        "agreement_note": agreement.note(agreed),
+        "agreement_sources": agreement.sources(agreed),
         "hyperparameters": _hyperparameters(results, summary),
+        "range_ends": [*range_ends(results)],
         "tuning_heads": tuning.heads(tuned),
         "league": _league(results, summary, tuned),
         "tuning_findings": tuning.sentences(tuned),

@@ -135,7 +135,12 @@ def profile(ratios: Mapping[str, float], taus: Sequence[float]) -> list[float]:
 
 def scores(times: Times) -> dict[str, float]:
     """Returns the integral of each profile over [1, MAX_RATIO] / (MAX_RATIO - 1)."""
-    return dict(zip(times, map(float, _scores(_ratios(_array(times)))), strict=True))
+    return dict(zip(times, map(float, profile_scores(_array(times))), strict=True))
+
+
+def profile_scores(times: Array) -> Array:
+    """Returns the scores of tables of times, [..., optimizers, workloads] -> [..., optimizers]."""
+    return _scores(_ratios(times))
 
 
 def _scores(ratios: Array) -> Array:
@@ -178,7 +183,7 @@ def interval(value: float, replicas: Array) -> Interval:
 def standings(results: Results, measure: Measure, replicas: Array) -> list[Standing]:
     """Returns the optimizers by descending score."""
     table = times(results, measure)
-    own, drawn = scores(table), _scores(_ratios(replicas))
+    own, drawn = scores(table), profile_scores(replicas)
     rows = [
         Standing(
             optimizer,

@@ -22,6 +22,7 @@ EQUAL = 0.9
 """Fraction of pairs of trials with equal results from which on their hyperparameters have no effect."""
 FAILED = 0.3
 """Fraction of failed trials that is mentioned."""
+SIDES = ("lowest", "highest")
 _END = 0.1  # fraction of a search range that is its end
 _FEWEST = 2  # workloads with the best trials there: one may be luck
 _TOLERANCE = 0.1  # of the progress since the first validation, for results that are nearly equal
@@ -171,17 +172,43 @@ def _range_ends(results: Results, optimizer: str, key: str) -> Iterator[str]:
     bounds = search_range(results.spaces[optimizer][key])
     if bounds is None:
         return
-    medians = {workload: _position_of_best(results, optimizer, workload, key, bounds) for workload in results.workloads}
-    positions = {workload: position for workload, position in medians.items() if position is not None}
-    low = [workload for workload, position in positions.items() if position <= _END]
-    high = [workload for workload, position in positions.items() if position >= 1 - _END]
-    for found, side in ((low, "lowest"), (high, "highest")):
+    positions = _positions(results, optimizer, key, bounds)
+    low, high = ([name for name, each in at_ends(results, optimizer, key).items() if each == side] for side in SIDES)
+    for found, side in zip((low, high), SIDES, strict=True):
         if len(found) >= max(0.5 * len(positions), _FEWEST):
             yield (
                 f"has its best trials in the {side} {formats.percent(_END)} of the search range of {key} "
                 f"({bounds[0]:g} to {bounds[1]:g}) on {len(found)} of {len(positions)} workloads "
                 f"({', '.join(found)}): extend the range."
             )
+
+
+def at_ends(results: Results, optimizer: str, key: str) -> dict[str, str]:
+    """Returns the end of the search range at which the best trials are (median over studies), by workload."""
+    bounds = search_range(results.spaces.get(optimizer, {}).get(key, ""))
+    positions = {} if bounds is None else _positions(results, optimizer, key, bounds)
+    low = {name: SIDES[0] for name, position in positions.items() if position <= _END}
+    return low | {name: SIDES[1] for name, position in positions.items() if position >= 1 - _END}
+
+
+def range_ends(results: Results) -> Iterator[str]:
+    """Yields a sentence per key whose search range ends where optimizers have their best trials."""
+    keys = dict.fromkeys(key for space in results.spaces.values() for key in space)
+    for key in keys:
+        for side in SIDES:
+            ends = {each: at_ends(results, each, key) for each in results.optimizers}
+            found = {each: [name for name in ends[each] if ends[each][name] == side] for each in ends}
+            parts = [f"{each} ({', '.join(names)})" for each, names in found.items() if names]
+            if parts:
+                yield (
+                    f"The best trials are in the {side} {formats.percent(_END)} of the search range of {key} for "
+                    f"{formats.names(parts)}. A wider range may make them faster; a single workload may be chance."
+                )
+
+
+def _positions(results: Results, optimizer: str, key: str, bounds: tuple[float, float, bool]) -> dict[str, float]:
+    found = {workload: _position_of_best(results, optimizer, workload, key, bounds) for workload in results.workloads}
+    return {workload: position for workload, position in found.items() if position is not None}
 
 
 def search_range(space: str) -> tuple[float, float, bool] | None:

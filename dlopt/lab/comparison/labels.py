@@ -3,17 +3,26 @@
 from dlopt.results import drawing
 
 _PROBES = {
+    "activation_std": "standard deviation of the layer's activations",
     "input_drift": "drift of the layers' inputs per epoch (standard deviations)",
     "gradient_variance": "variance of mini-batch gradients (1: random order)",
     "effective_rate": "effective learning rate (median weight)",
     "evaluated_gap": "gap: validation loss minus training loss, both in evaluation mode",
     "evaluated_train_loss": "training loss in evaluation mode",
+    "condition_number": "condition number of the Hessian",
+    "decay_correlation": "rank correlation of a weight's decay with its gradients",
+    "decay_ratio": "decay of weights with small gradients / large gradients",
+    "first_updates": "mean size of the first updates (learning rates)",
     "gradient_bias": "bias of batch gradients (relative)",
     "gradient_ratio": "gradient norm of the first layer / last layer",
+    "higher_order_effect": "effect of the higher orders on an update (relative to the first)",
     "idle_units": "idle hidden units (fraction)",
     "input_sensitivity": "sensitivity to inputs (norm of the Jacobian)",
+    "largest_eigenvalue": "largest eigenvalue of the Hessian",
     "memory_gradient": "gradient at the first step / last step",
     "sample_dependence": "dependence of a sample's gradient on its batch (relative)",
+    "saturated_last": "saturated values of the layer (fraction)",
+    **{f"saturated_{n}": f"saturated values, hidden layer {n} (fraction)" for n in (1, 2, 3)},
     "unit_dependence": "relative increase of the loss without one unit",
 }
 

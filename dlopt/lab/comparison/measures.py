@@ -1,18 +1,24 @@
 """Numbers that describe a network at fixed weights, for the probes of comparisons."""
 
+import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dlopt.errors import UserError
+from dlopt.instruments.curvature import hessian_product, largest_eigenvalues, losses_along
+from dlopt.instruments.layers import LayerProbe, LayerStatistics
 from dlopt.lab.diagnosis.probes import TimeLagProbe
 from dlopt.training.build import Workload, evaluation_batches
 from dlopt.training.step import frozen_statistics
 
 _SAMPLES = 256  # training samples of a measurement
 _COMPANIES = 8  # batches in which a sample's gradient is measured
+_LANCZOS = 40  # Hessian-vector products for the largest eigenvalue
+_MAX_PARAMETERS = 1000  # of a Hessian
 _IDLE = 1e-4  # a unit is idle if the loss changes by less than this fraction when it is removed
 
 
@@ -80,6 +86,28 @@ def gradient_bias(workload: Workload) -> float:
     return float((torch.stack(parts).mean(0) - whole).norm() / whole.norm())
 
 
+def condition_number(workload: Workload) -> float:
+    """Measures the condition number of the Hessian of the loss on all training samples, in float64, in evaluation mode.
+
+    The ratio of the largest to the smallest eigenvalue; infinite if an eigenvalue is not positive. Raises `UserError`
+    for models with more than 1,000 parameters.
+    """
+    module = copy.deepcopy(workload.module).double().eval()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in parameters)
+    if count > _MAX_PARAMETERS:
+        raise UserError(
+            f"comparison.metrics: condition_number computes the whole Hessian, of at most {_MAX_PARAMETERS:,} "
+            f"parameters; the model has {count:,}"
+        )
+    inputs, targets = spread_samples(workload, len(workload.dataset.train))
+    targets = targets.double() if targets.is_floating_point() else targets
+    product = hessian_product(workload.loss(module(inputs.double()), targets), parameters)
+    hessian = torch.stack([product(row) for row in torch.eye(count, dtype=torch.float64)])
+    eigenvalues = torch.linalg.eigvalsh(hessian)
+    return float(eigenvalues[-1] / eigenvalues[0]) if eigenvalues[0] > 0 else math.inf
+
+
 def gradient_ratio(workload: Workload) -> float:
     """Measures the gradient norm of the first weight matrix relative to the last one's: small if gradients vanish."""
     inputs, targets = spread_samples(workload)
@@ -89,6 +117,78 @@ def gradient_ratio(workload: Workload) -> float:
         loss = workload.loss(workload.module(inputs), targets)
         first, last = torch.autograd.grad(loss, [matrices[0], matrices[-1]])
     return float(first.norm() / last.norm())
+
+
+def _hidden_layer(workload: Workload, number: int, name: str) -> LayerStatistics:
+    """Returns the statistics of a layer with an activation on training samples, in training mode.
+
+    `number`: from 1, counted from the input; -1: the last one. Raises `UserError` if the model has no such layer.
+    """
+    inputs, _ = spread_samples(workload)
+    workload.module.train()
+    probe = LayerProbe(workload.module, gradients=False)
+    with torch.no_grad(), frozen_statistics(workload.module), probe.recording():
+        workload.module(inputs)
+    layers = [layer for layer in probe.layers if layer.activation is not None]
+    if len(layers) < abs(number):
+        raise UserError(
+            f"comparison.metrics: {name} needs at least {abs(number)} layers with an activation; has {len(layers)}"
+        )
+    return layers[number - 1 if number > 0 else number]
+
+
+def saturated(workload: Workload, number: int, name: str) -> float:
+    """Measures the fraction of saturated values of a hidden layer (see `_hidden_layer`), over samples and units.
+
+    Saturated: where the slope of the tanh or sigmoid is below 5 % of its largest slope, for a sigmoid at inputs beyond
+    +-4.4. Raises `UserError` for other activations.
+    """
+    fraction = _hidden_layer(workload, number, name).saturated
+    if fraction is None:
+        raise UserError(f"comparison.metrics: {name} needs model.activation=tanh or sigmoid")
+    return fraction
+
+
+def activation_std(workload: Workload) -> float:
+    """Measures the standard deviation of the last hidden layer's activations over samples and units."""
+    return _hidden_layer(workload, -1, "activation_std").outputs.std
+
+
+def _closure(workload: Workload) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
+    """Returns the loss of 256 training samples in one batch, as a function of the trained parameters, and these.
+
+    In training mode: its derivatives include those of the statistics of batch norm.
+    """
+    inputs, targets = spread_samples(workload)
+    workload.module.train()
+
+    def loss() -> Tensor:
+        value: Tensor = workload.loss(workload.module(inputs), targets)
+        return value
+
+    return loss, [p for p in workload.module.parameters() if p.requires_grad]
+
+
+def largest_eigenvalue(workload: Workload) -> float:
+    """Measures the largest eigenvalue of the Hessian of the training loss, by Lanczos, from below."""
+    loss, parameters = _closure(workload)
+    with frozen_statistics(workload.module):
+        return float(largest_eigenvalues(loss, parameters, count=1, iterations=_LANCZOS).eigenvalues[0])
+
+
+def higher_order_effect(workload: Workload) -> float:
+    """Measures how far a gradient step is from its first-order prediction: |L(w - lr g) - L(w) + lr g'g| / (lr g'g).
+
+    The step has the run's `optimizer.lr`. The difference is the effect of all higher orders (Goodfellow et al. 2016,
+    section 8.7.1): for small rates lr |g'Hg| / (2 g'g).
+    """
+    loss, parameters = _closure(workload)
+    rate = float(workload.experiment.optimizer.arguments["lr"])
+    with frozen_statistics(workload.module):
+        gradients = torch.autograd.grad(loss(), parameters)
+        predicted = rate * float(sum(g.double().square().sum() for g in gradients))
+        before, after = losses_along(loss, parameters, [-rate * g for g in gradients], (0.0, 1.0))
+    return abs(after - before + predicted) / predicted if predicted else math.nan
 
 
 def memory_gradient(workload: Workload) -> float:

@@ -80,8 +80,8 @@ def _evenly(text: str, width: int) -> list[str]:
 
 
 def _has_logarithm(name: str) -> bool:
-    """Returns whether the metric is drawn on a logarithmic axis: gaps and R^2 may be negative, and others end at 1."""
-    return not (is_higher_better(name) or name.endswith(("_error", "gap")))
+    """Returns whether the metric is drawn on a logarithmic axis: gaps and R^2 may be negative, fractions 0 or 1."""
+    return not (is_higher_better(name) or name.endswith(("_error", "gap")) or name.startswith("saturated"))
 
 
 def _line(i: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dlopt.config.resolve import resolve_saved
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Samples
 from dlopt.errors import UserError
-from dlopt.lab.comparison import measures
+from dlopt.lab.comparison import decay, measures
 from dlopt.training.build import Workload, build_workload, evaluation_batches, training_batches
 from dlopt.training.checkpoint import load
 from dlopt.training.evaluate import evaluate
@@ -106,6 +106,25 @@ def input_drift(folder: Path) -> Values:
     return values
 
 
+def first_updates(folder: Path) -> Values:
+    """Computes the size of the updates before the first checkpoint, in learning rates: |theta - theta_0| / (n t lr).
+
+    |theta - theta_0| is the sum over the n weights of how far each has moved in t updates, at a constant learning rate.
+    """
+    models = _models(folder, initial=True)
+    _, workload = next(models)
+    initial = flattened(workload.module)
+    progress, workload = next(models)
+    lr = workload.experiment.optimizer.arguments["lr"]
+    moved = (flattened(workload.module) - initial).abs().mean()
+    return [(progress, float(moved) / (progress["step"] * lr))]
+
+
+def flattened(module: nn.Module) -> Tensor:
+    """Returns all parameters as one vector, a copy."""
+    return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
 def gradient_variance(folder: Path) -> Values:
     """Computes the variance of mini-batch gradients relative to a random order of the samples (1: random order).
 
@@ -174,23 +193,48 @@ def _evaluated_loss(workload: Workload, samples: Samples) -> float:
     return found["probe_loss"]
 
 
-def _at_checkpoints(measure: Callable[[Workload], float]) -> Probe:
-    """Returns the probe that applies `measure` to the model of every checkpoint."""
+def _at_checkpoints(measure: Callable[[Workload], float], *, initial: bool = False) -> Probe:
+    """Returns the probe that applies `measure` to the model of every checkpoint.
 
-    return lambda folder: [(progress, measure(workload)) for progress, workload in _models(folder)]
+    `initial`: first with the initial weights.
+    """
+
+    return lambda folder: [(progress, measure(workload)) for progress, workload in _models(folder, initial=initial)]
+
+
+def _saturated(name: str, number: int) -> Probe:
+    return _at_checkpoints(lambda workload: measures.saturated(workload, number, name), initial=True)
+
+
+def _of_decay(measure: Callable[[decay.Decays], float]) -> Probe:
+    """Returns the probe that applies `measure` to the decay of each weight at every checkpoint."""
+
+    return lambda folder: [
+        (progress, measure(decay.decays(workload, state)))
+        for state, (progress, workload) in zip(checkpoints(folder), _models(folder), strict=True)
+    ]
 
 
 PROBES: Mapping[str, Probe] = {
+    "activation_std": _at_checkpoints(measures.activation_std),
+    "condition_number": _at_checkpoints(measures.condition_number),
+    "decay_correlation": _of_decay(decay.correlation),
+    "decay_ratio": _of_decay(decay.ratio),
     "effective_rate": effective_rate,
     "evaluated_gap": _at_checkpoints(evaluated_gap),
     "evaluated_train_loss": _at_checkpoints(evaluated_train_loss),
+    "first_updates": first_updates,
     "gradient_bias": _at_checkpoints(measures.gradient_bias),
     "gradient_ratio": _at_checkpoints(measures.gradient_ratio),
     "gradient_variance": gradient_variance,
+    "higher_order_effect": _at_checkpoints(measures.higher_order_effect, initial=True),
     "idle_units": _at_checkpoints(measures.idle_units),
     "input_drift": input_drift,
     "input_sensitivity": _at_checkpoints(measures.input_sensitivity),
+    "largest_eigenvalue": _at_checkpoints(measures.largest_eigenvalue, initial=True),
     "memory_gradient": _at_checkpoints(measures.memory_gradient),
     "sample_dependence": _at_checkpoints(measures.sample_dependence),
+    "saturated_last": _saturated("saturated_last", -1),
+    **{f"saturated_{n}": _saturated(f"saturated_{n}", n) for n in (1, 2, 3)},
     "unit_dependence": _at_checkpoints(measures.unit_dependence),
 }

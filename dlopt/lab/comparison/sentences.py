@@ -66,7 +66,8 @@ def average(claim: Claim, measured: Measured) -> str:
     is_ratio = claim.factor is not None and min(known) >= 0
     mean = _geometric_mean(known) if is_ratio else statistics.fmean(known)
     of = f" ({lost} of {len(measured.values)} diverged or not reached)" if lost else ""
-    return f"{'>= ' if signs else ''}{mean:.3g}{of}"
+    # The ten digits in comparison.json must give the same text: unrounded, 0.9275 may become 0.927 or 0.928.
+    return f"{'>= ' if signs else ''}{float(f'{mean:.9g}'):.3g}{of}"
 
 
 def _missing(measured: Measured) -> str:

@@ -8,7 +8,7 @@ import pytest
 from dlopt.lab.benchmark.findings import Observation, findings
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, WorkloadTarget
 from dlopt.lab.benchmark.scores import summarize
-from dlopt.lab.benchmark.symptoms import search_range, symptoms
+from dlopt.lab.benchmark.symptoms import at_ends, range_ends, search_range, symptoms
 from tests.lab.benchmark.synthetic import flipped, ignores_both, ignores_lr, make
 
 WORKLOADS = ("mlp", "vit", "gpt")
@@ -24,6 +24,15 @@ def test_healthy_optimizers_have_no_symptoms() -> None:
     results = make(HEALTHY, WORKLOADS)
     assert all(not [*symptoms(results, optimizer)] for optimizer in HEALTHY)
     assert "muon" not in texts(results, warnings=True)
+
+
+def test_ends_of_search_ranges_are_named_also_of_a_single_workload() -> None:
+    results = make({"narrow": 1.5, "adamw": 1.4}, ("mlp",), ranges={"narrow": (1e-4, 1.5e-3)})
+    assert at_ends(results, "narrow", "optimizer.lr") == {"mlp": "highest"}
+    assert at_ends(results, "adamw", "optimizer.lr") == {} == at_ends(results, "adamw", "optimizer.other")
+    assert not any("optimizer.lr" in text for text in symptoms(results, "narrow"))  # one workload may be luck
+    [sentence] = [text for text in range_ends(results) if "optimizer.lr" in text]
+    assert "highest 10 % of the search range of optimizer.lr for narrow (mlp)." in sentence
 
 
 def test_wrong_optimizers_are_named() -> None:

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.lines import Line2D
 
 from dlopt.lab.benchmark import figures, page, table
 from dlopt.lab.benchmark.results import Cell, Results
@@ -24,13 +25,15 @@ class _Checker(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.links: list[str] = []
+        self.scripts = 0
         self.texts: list[str] = []
         self.rows: list[int] = []
         self.feed(text)
         assert not self.open, self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag != "script"
+        self.scripts += tag == "script"
+        assert self.scripts <= 1  # the page's own, which sorts the tables
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
         if tag not in _VOID:
             self.open.append(tag)
@@ -72,7 +75,7 @@ def test_hostile_names_are_escaped() -> None:
     results = hostile()
     text = body(results)
     checked = _Checker(text)
-    assert set(checked.links) == {"data:,"} and "<script" not in text and "\x1b" not in text
+    assert set(checked.links) == {"data:,"} and text.count("<script") == checked.scripts == 1 and "\x1b" not in text
     assert sum("alert(1)" in data for data in checked.texts) > 10
     drawn = figures.draw(results, summarize(results))
     assert set(drawn) == set(figures.FIGURES)
@@ -104,7 +107,8 @@ def test_one_optimizer_and_empty_cells(costs: bool) -> None:
     assert "Without any trial" in text and "mine (gpt)" in text and ("<h2>Cost</h2>" in text) == costs
     drawn = figures.draw(results, summary)
     assert set(drawn) == set(figures.FIGURES) - {"wins", "tuning"}  # tuning: not on all workloads
-    assert len(drawn["profiles"].axes) == (2 if costs else 1)
+    [axes] = drawn["profiles"].axes
+    assert len([line for line in axes.get_lines() if line.get_linewidth() > 2 and len(line.get_xdata())]) == 1 + costs
     assert table.latex(results, summary).count(r"\bottomrule") == 2
     assert any(re.match(r"mine +\d+ +-$", line) for line in table.lines(results))
 
@@ -161,13 +165,48 @@ def test_latex_marks_the_best_and_escapes() -> None:
     assert widths == {2, 6}
 
 
+def _width_of_curve(line: Line2D) -> float:
+    return line.get_linewidth() if len(line.get_xdata()) else 0.0  # type: ignore[arg-type]
+
+
+def test_long_names_of_optimizers_are_broken_in_the_titles_of_the_profiles() -> None:
+    results = make({"schedule_free_adamw": 2.0, "sgd": 0.7, "_hidden_optimizer": 1.0}, ("mlp", "gpt"), 2, 4)
+    titles = {axes.get_title() for axes in figures.profiles(results, summarize(results)).axes}
+    assert titles == {"schedule_\nfree_adamw", "sgd", "\u200b_hidden_\noptimizer"}
+
+
 def test_curves_have_the_colours_of_the_profiles() -> None:
     results = make({"muon": 2.0, "sgd": 0.7, "adamw": 1.4}, ("mlp", "gpt"), 2, 4)
     summary = summarize(results)
     drawn = figures.draw(results, summary)
-    lines = {str(line.get_label()): line.get_color() for line in drawn["profiles"].axes[0].get_lines()}
+    panels = drawn["profiles"].axes
+    lines = {axes.get_title(): max(axes.get_lines(), key=_width_of_curve).get_color() for axes in panels}
     assert [*lines] == summary.order
     [legend] = drawn["learning_curves"].legends
     entries = zip(legend.get_texts(), legend.get_lines(), strict=True)
     assert {text.get_text(): line.get_color() for text, line in entries} == lines
     assert [text.get_text() for text in drawn["wins"].axes[0].get_yticklabels()] == summary.order
+
+
+@pytest.mark.slow
+def test_tables_are_sorted_by_the_columns_that_are_clicked(tmp_path: Path) -> None:
+    from tests.support.browser import chromium
+
+    file = tmp_path / "index.html"
+    file.write_text(body(make({"muon": 2.0, "sgd": 0.7, "adamw": 1.4, "lion": 0.01}, ("mlp", "gpt"), 2, 4)))
+    with chromium(tmp_path / "profile") as browser:
+        browser.get(file.as_uri())
+        table = "[...document.querySelectorAll('table')].find((each) => each.tHead.textContent.includes('Targets'))"
+
+        def click(column: int) -> list[str]:
+            cells: list[str] = browser.execute_script(
+                f"const table = {table}; table.tHead.rows[0].cells[{column}].click();"
+                f"return [...table.tBodies[0].rows].map((row) => row.cells[{column}].textContent)"
+            )
+            return cells
+
+        assert click(0) == ["adamw", "lion", "muon", "sgd"] and click(0) == ["sgd", "muon", "lion", "adamw"]
+        scores = [float(text.split()[0]) for text in click(1)]
+        assert scores == sorted(scores, reverse=True)
+        assert [float(text.split()[0]) for text in click(1)] == sorted(scores)
+        assert not browser.get_log("browser")  # the CSP allows the script

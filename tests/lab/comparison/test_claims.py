@@ -168,6 +168,13 @@ def test_ratios_have_two_digits(a: list[float], b: list[float], text: str) -> No
     assert text in sentence(judged(claim(), list(map(outcome, a)), list(map(outcome, b))))
 
 
+def test_a_mean_between_two_roundings_has_the_same_text_when_read_from_the_record() -> None:
+    written = claim(difference=0.01, factor=None)
+    for error in (-4e-11, 0.0, 4e-11):
+        text = sentence(judged(written, [outcome(0.9275 + error)] * 3, [outcome(0.95)] * 3))
+        assert f": {0.9275:.3g} (a)" in text
+
+
 def grid(values: dict[tuple[str, float], float], *claims: dict[str, Any], **keys: Any) -> tuple[Comparison, Any]:
     """A comparison along the learning rate; `values`: test loss (NaN: diverged) of (variant, rate)."""
     spec = comparison(*claims, along={"optimizer.lr": [0.1, 1.0, 10.0]}, metrics=["test_loss"], **keys)

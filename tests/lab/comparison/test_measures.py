@@ -1,14 +1,17 @@
 """Measures of networks against their definitions on networks with known answers."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from dlopt.errors import UserError
 from dlopt.lab.comparison import measures
 from dlopt.training.build import Workload, build_workload
+from dlopt.training.step import frozen_statistics
 from tests.support.runs import experiment
 
 LINES = ("data.subset=64", "data.val_split=0.0", "data.batch_size=16", "threads=1")
@@ -34,6 +37,22 @@ def test_only_batch_norm_makes_samples_dependent() -> None:
 def test_gradient_ratio_of_a_deep_network_vanishes() -> None:
     deep = workload("model.norm=none", f"model.widths={[8] * 12}", "model.activation=sigmoid")
     assert measures.gradient_ratio(deep) < 1e-6 < 0.1 < measures.gradient_ratio(workload("model.norm=none"))
+
+
+def test_the_condition_number_of_a_linear_regression_is_that_of_its_inputs() -> None:
+    """The Hessian of the squared error is 2 X^T X / N with a column of ones for the bias."""
+    linear = ("data=diabetes", "data.val_split=0.2", "model=mlp", "model.widths=[]", "model.norm=none", "loss=mse")
+    made = build_workload(experiment(*linear, "normalize=standardize"))
+    inputs = made.normalize(made.dataset.train.fetch(torch.arange(len(made.dataset.train)))).double()
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], 1)
+    assert measures.condition_number(made) == pytest.approx(float(torch.linalg.cond(inputs)) ** 2, rel=1e-6)
+    white = build_workload(experiment(*linear, "normalize=pca_whiten"))
+    assert measures.condition_number(white) == pytest.approx(1, rel=0.05)
+
+
+def test_the_condition_number_needs_a_small_model() -> None:
+    with pytest.raises(UserError, match="at most 1,000 parameters; the model has"):
+        measures.condition_number(workload(model=("model=mlp", "model.widths=[64]")))
 
 
 def _set(module: nn.Module, **values: Any) -> None:
@@ -104,3 +123,57 @@ def test_dependence_of_few_samples() -> None:
     data = ("data=linear", "data.train_size=5", "data.batch_size=16", "loss=mse", "normalize=none", "threads=1")
     few = build_workload(experiment(*data, "model=mlp", "model.widths=[6]", "model.norm=batch"))
     assert measures.sample_dependence(few) < 1e-4  # all samples are in every batch
+
+
+def _set_identities(made: Workload, gain: float) -> None:
+    """Sets every weight matrix to `gain` times the identity (cut to its shape), and every bias to 0."""
+    with torch.no_grad():
+        for parameter in made.module.parameters():
+            parameter.copy_(gain * torch.eye(*parameter.shape) if parameter.ndim == 2 else torch.zeros_like(parameter))
+
+
+def test_saturated_values_are_those_beyond_the_bound_of_the_sigmoid() -> None:
+    made = workload("model.activation=sigmoid", "model.norm=none", model=("model=mlp", "model.widths=[64,64]"))
+    _set_identities(made, 3.0)
+    first = 3 * measures.spread_samples(made)[0].flatten(1)
+    second = 3 * first.sigmoid()  # at most 3
+    bound = math.log((1 + 0.95**0.5) / (1 - 0.95**0.5))  # 4 s (1 - s) = 0.05
+    assert 0.05 < measures.saturated(made, 1, "saturated_1") < 0.95
+    assert measures.saturated(made, 1, "saturated_1") == pytest.approx(float((first.abs() > bound).double().mean()))
+    assert measures.saturated(made, 2, "saturated_2") == measures.saturated(made, -1, "saturated_last") == 0
+    assert measures.activation_std(made) == pytest.approx(float(second.sigmoid().std(correction=0)), rel=1e-5)
+    for number, name in ((3, "saturated_3"), (1, "saturated_1")):
+        with pytest.raises(UserError, match=rf"comparison\.metrics: {name} needs"):
+            measures.saturated(made if number == 3 else workload(), number, name)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_largest_eigenvalue_is_that_of_the_whole_hessian(norm: str) -> None:
+    made = workload(f"model.norm={norm}", "precision=fp64", model=("model=mlp", "model.widths=[3]"))
+    module = made.module.double().train()
+    inputs, targets = measures.spread_samples(made)
+    inputs = inputs.double()
+    names, values = zip(*module.named_parameters(), strict=True)
+    sizes, shapes = [value.numel() for value in values], [value.shape for value in values]
+
+    def loss(flat: Tensor) -> Tensor:
+        slices = zip(names, flat.split(sizes), shapes, strict=True)
+        parameters = {name: each.view(shape) for name, each, shape in slices}
+        value: Tensor = made.loss(functional_call(module, parameters, (inputs,)), targets)
+        return value
+
+    with frozen_statistics(module):
+        point = torch.cat([value.detach().flatten() for value in values])
+        hessian = torch.autograd.functional.hessian(loss, point)
+        gradient = torch.autograd.functional.jacobian(loss, point)
+        rate = made.experiment.optimizer.arguments["lr"]
+        change = float(loss(point - rate * gradient) - loss(point))
+    first = rate * float(gradient @ gradient)
+    assert measures.largest_eigenvalue(made) == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-4)
+    assert measures.higher_order_effect(made) == pytest.approx(abs(change + first) / first, rel=1e-4)
+    small = workload(
+        f"model.norm={norm}", "precision=fp64", "optimizer.lr=1e-5", model=("model=mlp", "model.widths=[3]")
+    )
+    small.module.double()
+    quadratic = 1e-5 * abs(float(gradient @ hessian @ gradient)) / (2 * float(gradient @ gradient))
+    assert measures.higher_order_effect(small) == pytest.approx(quadratic, rel=1e-2)

@@ -97,3 +97,12 @@ def test_the_evaluated_gap_needs_validation_samples() -> None:
     made = build_workload(experiment("data.subset=60", "data.val_split=0.0", "model=mlp", "threads=1"))
     with pytest.raises(UserError, match="evaluated_gap needs validation samples"):
         probes.evaluated_gap(made)
+
+
+def test_first_updates_of_adam_are_one_learning_rate(tmp_path: Path) -> None:
+    """The first update of Adam is lr times the sign of the gradient, for every weight that has a gradient."""
+    line = ["model=mlp", "model.norm=none", "model.widths=[]", "data.subset=64", "data.val_split=0.0", "epochs=1"]
+    own = ["optimizer=adam", "optimizer.lr=0.01", "schedule=constant", "data.batch_size=full", "tracking=[]"]
+    train([*line, *own, "normalize=mean_pixel", "threads=1", f"hydra.run.dir={tmp_path}/run"])
+    [(progress, value)] = probes.first_updates(tmp_path / "run")
+    assert progress["step"] == 1 and 0.8 < value < 1.0001  # pixels at the edges are constant
