@@ -129,7 +129,8 @@ class Line:
     def jobs(self, groups: Sequence[str], max_jobs: float = math.inf, what: str = "curves") -> list[Combination]:
         """Returns one job per combination of values.
 
-        A key that only some choices of a group have applies to these; in the other jobs it is skipped.
+        A key that only some choices of a group have applies to these; in the other jobs it is skipped, and jobs that
+        then are equal are one.
         """
         combinations = self.combinations()
         if len(combinations) > max_jobs:
@@ -138,11 +139,12 @@ class Line:
         swept = {key_of(each) for each in self.composer.parse(self.overrides) if each.is_sweep_override()}
         available = [self._available_keys(lines, groups) for lines in combinations]
         known = set[str]().union(*available)
-        jobs = []
+        jobs: list[Combination] = []
         for lines, keys in zip(combinations, available, strict=True):
             skipped = [line for line in lines if _group_key(line, groups) in known - keys]
             kept = [line for line in lines if line not in skipped]
-            jobs.append(Combination(kept, [line for line in kept if key_of(line) in swept], skipped))
+            if all(kept != job.overrides for job in jobs):
+                jobs.append(Combination(kept, [line for line in kept if key_of(line) in swept], skipped))
         return jobs
 
     def _available_keys(self, lines: list[str], groups: Sequence[str]) -> set[str]:

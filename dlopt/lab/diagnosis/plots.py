@@ -30,8 +30,8 @@ def plots(diagnoses: Sequence[Diagnosis], title: str) -> dict[str, "Figure"]:
     """Returns file name -> figure; each shows all diagnoses."""
     gradients = "Back-propagated gradients (at the activations' inputs)"
     figures = {
-        "activations": _distributions(diagnoses, lambda layer: layer.outputs, f"Activations: {title}"),
-        "gradients": _distributions(diagnoses, lambda layer: layer.gradients, f"{gradients}: {title}"),
+        "activations": _distributions(diagnoses, lambda layer: layer.outputs, f"Activations: {title}", "activation"),
+        "gradients": _distributions(diagnoses, lambda layer: layer.gradients, f"{gradients}: {title}", "gradient"),
         "depth": _depth(diagnoses, title),
     }
     if any(diagnosis.trace.losses for diagnosis in diagnoses):
@@ -72,9 +72,12 @@ def spread_layers(layers: Sequence[LayerStatistics]) -> list[int]:
 
 
 def _distributions(
-    diagnoses: Sequence[Diagnosis], moments: Callable[[LayerStatistics], Moments], title: str
+    diagnoses: Sequence[Diagnosis], moments: Callable[[LayerStatistics], Moments], title: str, quantity: str
 ) -> "Figure":
-    """Plots histograms: a row per diagnosis, a panel per layer; filled before training, as a line after it."""
+    """Plots histograms: a row per diagnosis, a panel per layer; filled before training, as a line after it.
+
+    `quantity`: label of the x-axis.
+    """
     active = [[layer for layer in d.before.layers if layer.activation] or d.before.layers for d in diagnoses]
     columns = max(len(spread_layers(layers)) for layers in active)
     figure = _figure(2.1 * columns + 0.4, 1.9 * len(diagnoses) + 1.1, title)
@@ -93,15 +96,16 @@ def _distributions(
                 _histogram(axes, values, (low, bound), color=COLOURS[1], linewidth=1)
             if zeros and sorted(heights)[-2] > 0:
                 axes.set_ylim(0, 1.3 * sorted(heights)[-2])  # else the zeros of a ReLU hide all other bars
-            axes.set_title(f"{layer.name}\nstd {moments(layer).std:.2g}{zeros}", fontsize=8)
+            axes.set_title(f"{layer.name}\nstd {moments(layer).std:.2g}{zeros}", fontsize=10)
             axes.set_yticks([])
-            axes.tick_params(labelsize=7)
+            axes.tick_params(labelsize=9)
             axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
-            axes.xaxis.get_offset_text().set_fontsize(7)
+            axes.xaxis.get_offset_text().set_fontsize(9)
             axes.spines[["top", "right", "left"]].set_visible(False)
         for axes in grid[row][len(chosen) :]:
             axes.set_visible(False)
-        grid[row][0].set_ylabel("\n".join(textwrap.wrap(diagnosis.label, 22)), fontsize=8)
+        grid[row][0].set_ylabel("\n".join(textwrap.wrap(diagnosis.label, 22)), fontsize=10)
+    figure.supxlabel(quantity, fontsize=10)
     _snapshot_legend(figure, diagnoses)
     return figure
 
@@ -124,7 +128,7 @@ def _snapshot_legend(figure: "Figure", diagnoses: Sequence[Diagnosis]) -> None:
     after = next((diagnosis.after for diagnosis in diagnoses if diagnosis.after is not None), None)
     if after is not None:
         handles.append(Line2D([], [], color=COLOURS[1], label=_snapshot_label(after)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
 
 
 def _snapshot_label(snapshot: Snapshot) -> str:
