@@ -30,8 +30,8 @@ def plots(diagnoses: Sequence[Diagnosis], title: str) -> dict[str, "Figure"]:
     """Returns file name -> figure; each shows all diagnoses."""
     gradients = "Back-propagated gradients (at the activations' inputs)"
     figures = {
-        "activations": _distributions(diagnoses, lambda layer: layer.outputs, f"Activations: {title}", "activation"),
-        "gradients": _distributions(diagnoses, lambda layer: layer.gradients, f"{gradients}: {title}", "gradient"),
+        "activations": _distributions(diagnoses, lambda layer: layer.outputs, f"Activations: {title}"),
+        "gradients": _distributions(diagnoses, lambda layer: layer.gradients, f"{gradients}: {title}"),
         "depth": _depth(diagnoses, title),
     }
     if any(diagnosis.trace.losses for diagnosis in diagnoses):
@@ -72,12 +72,9 @@ def spread_layers(layers: Sequence[LayerStatistics]) -> list[int]:
 
 
 def _distributions(
-    diagnoses: Sequence[Diagnosis], moments: Callable[[LayerStatistics], Moments], title: str, quantity: str
+    diagnoses: Sequence[Diagnosis], moments: Callable[[LayerStatistics], Moments], title: str
 ) -> "Figure":
-    """Plots histograms: a row per diagnosis, a panel per layer; filled before training, as a line after it.
-
-    `quantity`: label of the x-axis.
-    """
+    """Plots histograms: a row per diagnosis, a panel per layer; filled before training, as a line after it."""
     active = [[layer for layer in d.before.layers if layer.activation] or d.before.layers for d in diagnoses]
     columns = max(len(spread_layers(layers)) for layers in active)
     figure = _figure(2.1 * columns + 0.4, 1.9 * len(diagnoses) + 1.1, title)
@@ -105,7 +102,6 @@ def _distributions(
         for axes in grid[row][len(chosen) :]:
             axes.set_visible(False)
         grid[row][0].set_ylabel("\n".join(textwrap.wrap(diagnosis.label, 22)), fontsize=10)
-    figure.supxlabel(quantity, fontsize=10)
     _snapshot_legend(figure, diagnoses)
     return figure
 

@@ -190,28 +190,40 @@ def _heavy_ball_rate(momentum: float, best: float, least: float, largest: float)
 def draw_trajectories(
     function: Function, trajectories: Mapping[str, Trajectory], *, title: str, subtitle: str = ""
 ) -> "Figure":
-    """Plots trajectories over contours, and their distance to the nearest minimum against updates and evaluations."""
+    """Plots trajectories over contours, and their distance to the nearest minimum against updates and evaluations.
+
+    Without the panel of evaluations, if every update of all trajectories takes one.
+    """
     figure = drawing.figure(11, 6, drawing.title_with_subtitle(title, subtitle, 110))
     plane = figure.add_subplot(2, 5, (1, 8))
     _contours(plane, function, _frame(function.window, trajectories.values()), trajectories.values())
-    upper, lower = figure.add_subplot(2, 5, (4, 5)), figure.add_subplot(2, 5, (9, 10))
+    is_one_each = all(each.cost == [*range(len(each.points))] for each in trajectories.values())
+    upper = figure.add_subplot(2, 5, (4, 10 if is_one_each else 5))
+    lower = None if is_one_each else figure.add_subplot(2, 5, (9, 10))
     for i, (label, trajectory) in enumerate(trajectories.items()):
         line = _line(i, len(trajectories))
         size = max(2.0, 5.0 - len(trajectory.points) / 40)
         plane.plot(*trajectory.points.numpy().T, **line, marker=MARKERS[i % len(MARKERS)], markersize=size, label=label)
         upper.plot(trajectory.distances, **line)
-        lower.plot(trajectory.cost, trajectory.distances, **line)
+        if lower is not None:
+            lower.plot(trajectory.cost, trajectory.distances, **line)
     updates = max(len(trajectory.points) - 1 for trajectory in trajectories.values())
-    cost = max(trajectory.cost[_arrival_update(trajectory)] for trajectory in trajectories.values())
-    sizes = {trajectory.samples for trajectory in trajectories.values()}
     _finish_distances(upper, trajectories, "updates", updates)
-    _finish_distances(lower, trajectories, "evaluations of the loss" if sizes == {1} else "samples evaluated", cost)
-    if max(sizes) >= _LOG_RANGE * min(sizes):
-        lower.set_xscale("log")
-        lower.set_xlim(min(sizes), max(trajectory.cost[-1] for trajectory in trajectories.values()))
+    if lower is not None:
+        _finish_costs(lower, trajectories)
     columns = max(1, min(len(trajectories), _LINE // (10 + max(map(len, trajectories)))))
     drawing.legend_below(figure, plane, columns)
     return figure
+
+
+def _finish_costs(axes: "Axes", trajectories: Mapping[str, Trajectory]) -> None:
+    """Labels the axis of evaluations; logarithmic if batches differ in size by an order of magnitude."""
+    cost = max(trajectory.cost[_arrival_update(trajectory)] for trajectory in trajectories.values())
+    sizes = {trajectory.samples for trajectory in trajectories.values()}
+    _finish_distances(axes, trajectories, "evaluations of the loss" if sizes == {1} else "samples evaluated", cost)
+    if max(sizes) >= _LOG_RANGE * min(sizes):
+        axes.set_xscale("log")
+        axes.set_xlim(min(sizes), max(trajectory.cost[-1] for trajectory in trajectories.values()))
 
 
 def _arrival_update(trajectory: Trajectory) -> int:
@@ -269,6 +281,7 @@ def _finish_distances(axes: "Axes", trajectories: Mapping[str, Trajectory], labe
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(max(lowest / 2, _FLOOR * start), 2 * highest)
     axes.set(xlim=(0, max(longest, 1)), xlabel=label, ylabel="distance to the minimum")
+    axes.locator_params(axis="x", integer=True)
     drawing.clean_axes(axes)
 
 

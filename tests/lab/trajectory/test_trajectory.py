@@ -1,6 +1,7 @@
 """Trajectories of optimizers on functions, and learning-rate curves of schedules."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,14 @@ def test_marks_the_start_of_every_path() -> None:
     assert [[float(line.get_xdata()[0]), float(line.get_ydata()[0])] for line in circles] == starts
 
 
+def test_leaves_out_the_panel_of_evaluations_if_every_update_takes_one() -> None:
+    figure = draw_trajectories(bowl(), {"slow": run(sgd(0.1)), "fast": run(sgd(1 / 3))}, title="Paths")
+    assert [axes.get_xlabel()[:7] for axes in figure.axes] == ["x   (ci", "updates"]
+
+
 def test_plots_trajectories_in_three_panels(tmp_path: Path) -> None:
-    paths = {"slow": run(sgd(0.1)), "fast": run(sgd(1 / 3))}
+    slow = run(sgd(0.1))
+    paths = {"slow": replace(slow, evaluations=[2 * each for each in slow.evaluations]), "fast": run(sgd(1 / 3))}
     figure = draw_trajectories(bowl(), paths, title="Paths", subtitle="steps=20")
     plane, updates, evaluations = figure.axes
     for axes in (updates, evaluations):
