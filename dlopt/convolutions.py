@@ -35,18 +35,17 @@ def adapt() -> None:
         _kernel.close()
         _kernel = None
     elif libraries := openmp.libgomp():
-        _kernel = Kernel(libraries, torch.get_num_threads())
+        _kernel = Kernel(libraries)
 
 
 class Kernel:
     """PyTorch's CPU kernel for the gradients of a convolution, with one thread for those of the weight and bias.
 
-    Replaces PyTorch's kernel until `close`. The gradients are the same bits as those of `threads` threads.
+    Replaces PyTorch's kernel until `close`. The gradients are the same bits as those of all threads.
     """
 
-    def __init__(self, libraries: Sequence[ctypes.CDLL], threads: int) -> None:
+    def __init__(self, libraries: Sequence[ctypes.CDLL]) -> None:
         self._libraries = libraries
-        self._threads = threads
         self._found: dict[Any, int | None] = {}
         self._original = torch.library.get_kernel(_OPERATOR, "CPU")
         self._library = torch.library.Library("aten", "IMPL")
@@ -67,7 +66,7 @@ class Kernel:
 
         if not of_weight or weight.dtype != torch.float32:
             return original(gradient, inputs, of_inputs, of_weight, of_bias)
-        shapes = (_layout(gradient), _layout(inputs), _layout(weight), str(geometry), of_bias)
+        shapes = (_layout(gradient), _layout(inputs), _layout(weight), str(geometry), of_bias, torch.get_num_threads())
         if shapes not in self._found:
             self._found[shapes] = self._parts(original, gradient, inputs, of_bias)
         parts = self._found[shapes]
@@ -90,6 +89,7 @@ class Kernel:
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
+        threads = torch.get_num_threads()  # a later run in this process may use another number
         # Not torch.set_num_threads, which has effects of its own (see `processor.set_threads`). Of this thread only.
         for library in self._libraries:
             library.omp_set_num_threads(1)
@@ -97,7 +97,7 @@ class Kernel:
             yield
         finally:
             for library in self._libraries:
-                library.omp_set_num_threads(self._threads)
+                library.omp_set_num_threads(threads)
 
     def _parts(self, original: _Original, gradient: Tensor, inputs: Tensor, of_bias: bool) -> int | None:
         """Returns into how many parts the threads divide the batch (1: they divide the channels); None if neither.
@@ -108,7 +108,8 @@ class Kernel:
         gradient = torch.empty_like(gradient).normal_(generator=generator)
         inputs = torch.empty_like(inputs).normal_(generator=generator)
         _, *expected = original(gradient, inputs, False, True, of_bias)
-        for parts in [n for n in range(1, self._threads + 1) if self._threads % n == 0 and n <= len(inputs)]:
+        threads = torch.get_num_threads()
+        for parts in [n for n in range(1, threads + 1) if threads % n == 0 and n <= len(inputs)]:
             found = self._with_one_thread(original, gradient, inputs, of_bias, parts)
             if all(a is None or b is None or torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
                 return parts

@@ -37,7 +37,7 @@ def two_threads() -> Iterator[None]:
 def kernel(two_threads: None) -> Iterator[Kernel]:
     if not (libraries := openmp.libgomp()):
         pytest.skip("needs libgomp: this PyTorch uses another OpenMP")
-    kernel = Kernel(libraries, THREADS)
+    kernel = Kernel(libraries)
     yield kernel
     kernel.close()
 

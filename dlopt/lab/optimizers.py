@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import RealOptimizer, buffers, count_steps, gradients
+from dlopt.optim.adam import adam_updates, moments
+from dlopt.optim.common import RealOptimizer, count_steps, gradients
 from dlopt.optim.traits import ADAPTIVE, OptimizerTraits
 from dlopt.ranges import Fraction, NonNegative, Positive
 
@@ -33,12 +34,9 @@ class Adam(RealOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "bias_correction": bias_correction})
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        (beta1, beta2), corrects = group["betas"], group["bias_correction"]
-        grads, counts = gradients(params), count_steps(self, params)
-        averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
-        torch._foreach_lerp_(averages, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        for p, average, square, count in zip(params, averages, squares, counts, strict=True):
-            of_average, of_square = (1 - beta1**count, 1 - beta2**count) if corrects else (1.0, 1.0)
-            p.addcdiv_(average, (square / of_square).sqrt() + group["eps"], value=-float(group["lr"]) / of_average)
+        averages, squares = moments(self, params, gradients(params), group["betas"])
+        updates = adam_updates(
+            averages, squares, count_steps(self, params), group["betas"], group["eps"],
+            bias_correction=group["bias_correction"],
+        )  # fmt: skip
+        torch._foreach_add_(params, updates, alpha=-float(group["lr"]))

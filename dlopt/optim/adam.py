@@ -69,17 +69,17 @@ class CautiousAdamW(RealOptimizer):
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads, counts = gradients(params), count_steps(self, params)
-        averages, squares = _moments(self, params, grads, group["betas"])
+        averages, squares = moments(self, params, grads, group["betas"])
         if group["amsgrad"]:
             maxima = buffers(self, params, "max_exp_avg_sq")
             torch._foreach_maximum_(maxima, squares)
             squares = maxima
-        updates = _adam_updates(averages, squares, counts, group["betas"], group["eps"])
+        updates = adam_updates(averages, squares, counts, group["betas"], group["eps"])
         make_cautious(updates, grads)
         move(group, params, updates)
 
 
-def _moments(
+def moments(
     optimizer: torch.optim.Optimizer, params: list[Tensor], grads: Tensors, betas: tuple[float, ...]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Updates and returns the averages of the gradients and of their squares, m and v."""
@@ -90,7 +90,7 @@ def _moments(
     return averages, squares
 
 
-def _adam_updates(
+def adam_updates(
     averages: Tensors,
     squares: list[Tensor],
     counts: list[int],
@@ -155,7 +155,7 @@ class AdaBelief(RealOptimizer):
         torch._foreach_mul_(variances, beta2)
         torch._foreach_addcmul_(variances, differences, differences, 1 - beta2)
         torch._foreach_add_(variances, eps)
-        move(group, params, _adam_updates(averages, variances, counts, (beta1, beta2), eps))
+        move(group, params, adam_updates(averages, variances, counts, (beta1, beta2), eps))
 
 
 class LAMB(RealOptimizer):
@@ -184,10 +184,8 @@ class LAMB(RealOptimizer):
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, betas, counts = float(group["lr"]), group["betas"], count_steps(self, params)
-        averages, squares = _moments(self, params, gradients(params), betas)
-        updates = _adam_updates(
-            averages, squares, counts, betas, group["eps"], bias_correction=group["bias_correction"]
-        )
+        averages, squares = moments(self, params, gradients(params), betas)
+        updates = adam_updates(averages, squares, counts, betas, group["eps"], bias_correction=group["bias_correction"])
         torch._foreach_add_(updates, params, alpha=group["weight_decay"])
         weights = torch.stack(torch._foreach_norm(params)).clamp_(max=group["max_weight_norm"] or math.inf)
         norms = torch.stack(torch._foreach_norm(updates))
@@ -267,7 +265,7 @@ class Adan(RealOptimizer):
         # _adam_updates divides all of its first argument by 1 - beta1^t
         weights = [beta2 * (1 - beta1**t) / (1 - beta2**t) for t in counts]
         mixed = torch._foreach_add(averages, torch._foreach_mul(changes, weights))
-        updates = _adam_updates(mixed, squares, counts, (beta1, beta3), group["eps"])
+        updates = adam_updates(mixed, squares, counts, (beta1, beta3), group["eps"])
         torch._foreach_add_(params, updates, alpha=-lr)
         torch._foreach_div_(params, 1 + lr * group["weight_decay"])
 
@@ -300,7 +298,7 @@ class AdEMAMix(RealOptimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, _, beta3 = group["betas"]
         grads, counts = gradients(params), count_steps(self, params)
-        fast, squares = _moments(self, params, grads, group["betas"])
+        fast, squares = moments(self, params, grads, group["betas"])
         slow = buffers(self, params, "exp_avg_slow")
         progress = [min(1.0, t / group["warmup"]) if group["warmup"] else 1.0 for t in counts]
         for average, grad, fraction in zip(slow, grads, progress, strict=True):
@@ -309,7 +307,7 @@ class AdEMAMix(RealOptimizer):
         weights = [group["alpha"] * fraction * (1 - beta1**t) for fraction, t in zip(progress, counts, strict=True)]
         mixed = torch._foreach_mul(slow, weights)
         torch._foreach_add_(mixed, fast)
-        move(group, params, _adam_updates(mixed, squares, counts, group["betas"], group["eps"]))
+        move(group, params, adam_updates(mixed, squares, counts, group["betas"], group["eps"]))
 
 
 def _slow_decay(beta1: float, beta3: float, progress: float) -> float:
@@ -399,8 +397,8 @@ class MARS(RealOptimizer):
         norms = torch._foreach_norm(corrected)
         torch._foreach_clamp_min_(norms, 1.0)
         torch._foreach_div_(corrected, norms)
-        averages, squares = _moments(self, params, corrected, group["betas"])
-        move(group, params, _adam_updates(averages, squares, counts, group["betas"], group["eps"]))
+        averages, squares = moments(self, params, corrected, group["betas"])
+        move(group, params, adam_updates(averages, squares, counts, group["betas"], group["eps"]))
 
 
 class Adafactor(torch.optim.Adafactor):

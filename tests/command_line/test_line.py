@@ -15,6 +15,12 @@ def test_read_line() -> None:
     assert line.composer.compose(["function=beale"]).steps == 50
 
 
+def test_values_of_a_key_that_a_choice_lacks_make_no_further_jobs() -> None:
+    line = read_line(["init=normal,xavier_normal", "init.std=0.01,1"], several="diagnose")
+    jobs = [job.overrides for job in line.jobs(("init",))]
+    assert jobs == [["init=normal", "init.std=0.01"], ["init=normal", "init.std=1"], ["init=xavier_normal"]]
+
+
 @pytest.mark.parametrize("command", ["summary", "diagnose", "find-lr", "show-batch", "trajectory", "bench"])
 @pytest.mark.parametrize(
     ("flag", "message"),

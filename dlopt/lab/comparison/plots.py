@@ -43,8 +43,6 @@ def draw(results: Results) -> "Figure":
             notes |= _along(axes, results, name)
         else:
             notes |= _bars(axes, results, name)
-        if name.startswith("saturated"):  # fractions, in panels to compare
-            axes.set_ylim(-0.02, 1.02)
         if axes is panels[0] or len(comparison.metrics) > 1:
             axes.set_ylabel("\n".join(_evenly(label(name), 40)))
     drawing.clean_axes(*panels)
