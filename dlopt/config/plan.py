@@ -81,15 +81,22 @@ def plan(composer: Composer, overrides: Iterable[str]) -> Plan:
 
 
 def checked(
-    config: DictConfig, overrides: Iterable[str], typed: Iterable[str] | None = (), flags: tuple[str, ...] = ()
+    config: DictConfig,
+    overrides: Iterable[str],
+    typed: Iterable[str] | None = (),
+    flags: tuple[str, ...] = (),
+    has_teacher: bool = True,
 ) -> Plan:
     """Checks a composed config and returns the plan of the run. Raises `UserError`.
 
-    `overrides`: of the run; `typed`: further ones of the command line (None: it has been checked).
+    Args:
+        overrides: of the run.
+        typed: further ones of the command line; None: it has been checked.
+        has_teacher: False: the teacher of loss=distillation is not trained yet, and therefore not checked.
     """
     lines = list(overrides)
     plain, saved = to_plain(config, None if typed is None else [*lines, *typed])
-    for each in (plain, saved):
+    for each in (plain, saved) if has_teacher else ():
         identify_teacher(each)
     choices = choices_of(config)
     check_early(plain, lines)

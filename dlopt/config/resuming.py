@@ -24,7 +24,6 @@ def may_change(key: str) -> bool:
 
 # What runs did before these keys existed; saved configs lack them.
 _BEFORE = {"ema_warmup": False}
-_TEACHER = "loss.teacher_sha256"
 # Keys that a config may lack: those that mean nothing for its data set (older configs have them), and newer groups.
 _UNUSED = {
     **{f"data.{each.name}": each.default for each in fields(DataSettings) if each.default is not MISSING},
@@ -63,8 +62,6 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
     old, new = {**_UNUSED, **flatten({**_BEFORE, **saved})}, {**_UNUSED, **flatten(current)}
     if old.get("ema") is None:
         new["ema_warmup"] = old["ema_warmup"]  # there is no average, whose warmup could differ
-    if new.get(_TEACHER) is None:  # a run of a comparison, whose teacher is trained before it
-        new[_TEACHER] = old.get(_TEACHER)
     keys = [key for key in old | new if not may_change(key)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 

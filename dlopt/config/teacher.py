@@ -10,12 +10,11 @@ from dlopt.errors import UserError
 from dlopt.files import sha256
 
 PATH, HASH = "teacher", "teacher_sha256"
-VARIANT = "variant:"  # of a comparison: `loss.teacher=variant:NAME` is the run of this variant with the same seed
 _LOSS = "dlopt.losses.Distillation"
 
 
 def identify_teacher(config: dict[str, Any]) -> None:
-    """Sets `loss.teacher_sha256` in a config, unless the teacher is a run of a comparison that may not exist yet.
+    """Sets `loss.teacher_sha256` in a config.
 
     A resumed run, a job of a sweep and every rank then detect that the file at `loss.teacher` has changed.
     Raises `UserError` if there is no such checkpoint, or another one than that of the config.
@@ -24,7 +23,7 @@ def identify_teacher(config: dict[str, Any]) -> None:
     if not isinstance(loss, dict) or loss.get("_target_") != _LOSS or HASH not in loss:
         return
     path = loss[PATH]
-    if not isinstance(path, str) or path.startswith(VARIANT):
+    if not isinstance(path, str):
         return
     found = teacher_digest(path)
     if loss[HASH] not in (None, found):

@@ -17,9 +17,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.command_line.reads import refuse_unread_hydra, refuse_untested
-from dlopt.config import teacher as teachers
 from dlopt.config.compose import Composer, typed_folder
-from dlopt.config.experiment import Experiment
 from dlopt.config.flags import parse_arguments
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, key_of, without
@@ -38,6 +36,7 @@ from dlopt.lab.comparison.findings import check, evaluate, record
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.sentences import sentence
+from dlopt.plain import flatten
 from dlopt.results import drawing
 from dlopt.results.claims import FROZEN, claims_hash, is_changed, recipe_hash, recipe_path, rerun_hint
 from dlopt.roles import Role
@@ -60,7 +59,9 @@ _METRICS = (
     "epochs", "steps",
 )  # fmt: skip
 
-_BEFORE = "before:"  # init_from=before:NAME: the run NAME of `comparison.before` with the same seed
+# In `init_from` and `loss.teacher`: the run of the same seed, of `comparison.before` or of a variant at the same point.
+_BEFORE, _VARIANT = "before:", "variant:"
+_TEACHER = "loss.teacher"
 _PREVIEW = "A preview of fewer runs; without comparison.quick=true, the claims are judged."
 
 Plans = Mapping[VariantRun, Plan]
@@ -82,7 +83,6 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     changes = [key for key in map(key_of, overrides) if group_of(key) == "comparison" or key in axes]
     claims = check(comparison, overridden=bool(changes))
     plans = _plan(composer, comparison, overrides)
-    _check_teachers(comparison, plans)
     if config.dry_run is True:
         for number, plan in enumerate(plans.values()):
             print(f"job {number}: {' '.join(without(plan.lines, 'dry_run'))}")
@@ -208,42 +208,59 @@ def _plan(composer: Composer, comparison: Comparison, overrides: list[str]) -> P
             lines = [*common, *parse_arguments(comparison.overrides(cell)).overrides]
             config = composer.compose(lines) if config is None else config
             config.seed = cell.seed
-            plans[cell] = plan = checked(config, lines, overrides, composer.flags)
-            _check_start(comparison, cell, plan)
+            plans[cell] = plan = checked(
+                config, lines, overrides, composer.flags, has_teacher=_TEACHER not in _references(config)
+            )
             refuse_untested(plan.saved, overrides)
+    _check_references(comparison, plans)
     return plans
 
 
-def _start_of(plan: Plan) -> str | None:
-    """Returns the entry of `comparison.before` that a run starts from; None: none."""
-    path = plan.experiment.settings.init_from or ""
-    return path.removeprefix(_BEFORE) if path.startswith(_BEFORE) else None
+def _references(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:
+    """Returns the values that name earlier runs of the comparison, by key: `before:NAME` and `variant:NAME`."""
+    values = {"init_from": config.get("init_from"), _TEACHER: (config.get("loss") or {}).get("teacher")}
+    return {key: value for key, value in values.items() if str(value).startswith((_BEFORE, _VARIANT))}
 
 
-def _check_start(comparison: Comparison, cell: VariantRun, plan: Plan) -> None:
-    """Raises `UserError` if a run starts from a run that the comparison does not have, or has later."""
-    allowed = [*comparison.before]
-    if cell.variant in allowed:
-        allowed = allowed[: allowed.index(cell.variant)]
-    if (start := _start_of(plan)) is not None and start not in allowed:
-        which = "an earlier entry" if cell.variant in comparison.before else "an entry"
-        raise UserError(
-            f"init_from={_BEFORE}{start}: must name {which} of comparison.before; "
-            f"allowed: {', '.join(allowed) or 'none'}"
-        )
+def _check_references(comparison: Comparison, plans: Plans) -> None:
+    """Raises `UserError` if a run names a run that the comparison does not have, or has later."""
+    order = [*comparison.before, *comparison.variants]
+    for cell, plan in plans.items():
+        for key, value in _references(plan.saved).items():
+            is_before, name = value.startswith(_BEFORE), value.partition(":")[2]
+            names = comparison.before if is_before else comparison.variants
+            allowed = [each for each in order[: order.index(cell.variant)] if each in names]
+            if name not in allowed:
+                kind = "entry of comparison.before" if is_before else "variant"
+                raise UserError(
+                    f"{key}={value}: must name an earlier {kind} than {cell.variant}; "
+                    f"allowed: {', '.join(allowed) or 'none'}"
+                )
 
 
-def _started(plan: Plan, cell: VariantRun, plans: Plans, folder: Path) -> Experiment:
-    """Returns the experiment of a run, with the best checkpoint of the run that it starts from, which has ended.
+def _with_paths(plan: Plan, cell: VariantRun, plans: Plans, folder: Path) -> Plan:
+    """Returns the plan of a run with the paths of the runs that it names, which have ended.
 
-    The saved config keeps `before:NAME`, which is the same in every folder.
+    The saved config keeps `before:NAME`, which is the same for all seeds and folders.
     """
-    start, experiment = _start_of(plan), plan.experiment
-    if start is None:
-        return experiment
-    number = [*plans].index(VariantRun(start, (), cell.seed))
-    path = checkpoint_file(folder / str(number))
-    return replace(experiment, settings=replace(experiment.settings, init_from=str(path)))
+    references, config = _references(plan.saved), plan.config
+    if not references:
+        return plan
+    assert config is not None
+    config.seed = cell.seed
+    for key, value in references.items():
+        name = value.partition(":")[2]
+        run = VariantRun(name, (), cell.seed) if value.startswith(_BEFORE) else replace(cell, variant=name)
+        path = folder / str([*plans].index(run))
+        OmegaConf.update(config, key, str(path if key == _TEACHER else checkpoint_file(path)))
+    made = checked(config, plan.lines, None, plan.flags)
+    saved = {**made.saved, "init_from": plan.saved["init_from"]}
+    return replace(made, experiment=replace(made.experiment, config=saved))
+
+
+def _as_planned(saved: Mapping[str, Any], planned: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the config in a run's folder without the hash of a teacher that was not trained when it was planned."""
+    return {**flatten(saved), f"{_TEACHER}_sha256": None} if _TEACHER in _references(planned) else saved
 
 
 def _folder(config: DictConfig, overrides: list[str], configs: Sequence[Mapping[str, Any]]) -> Path:
@@ -264,7 +281,10 @@ def _folder(config: DictConfig, overrides: list[str], configs: Sequence[Mapping[
         if folder.has_run():
             if saved["resume"] != "auto":
                 raise UserError(f"hydra.run.dir={path}: this folder contains runs; resume them with resume=auto")
-            refuse_other_config(folder.config() or saved, saved, str(folder.path), folder.history())
+            old = folder.config()
+            refuse_other_config(
+                saved if old is None else _as_planned(old, saved), saved, str(folder.path), folder.history()
+            )
     return path
 
 
@@ -291,43 +311,6 @@ def _freeze(composer: Composer, config: DictConfig, folder: Path) -> dict[str, A
     return frozen if frozen.get("claims_hash") == current else frozen | {"changed_after_results": True}
 
 
-def _with_teacher(plan: Plan, cell: VariantRun, plans: Plans, folder: Path) -> Plan:
-    """Returns the plan of a run whose teacher is that of another variant, with its folder.
-
-    Called when that run has ended: the hash of its checkpoint becomes part of the saved config.
-    """
-    teacher = _teacher_of(plan)
-    if teacher is None:
-        return plan
-    number = list(plans).index(replace(cell, variant=teacher))
-    config = plan.config
-    assert config is not None
-    config.seed, config.loss[teachers.PATH] = cell.seed, str(folder / str(number))
-    return checked(config, plan.lines, None, plan.flags)
-
-
-def _teacher_of(plan: Plan) -> str | None:
-    """Returns the variant of which a run is the student; None: of none."""
-    path = (plan.saved.get("loss") or {}).get(teachers.PATH)
-    if not isinstance(path, str) or not path.startswith(teachers.VARIANT):
-        return None
-    return path.removeprefix(teachers.VARIANT)
-
-
-def _check_teachers(comparison: Comparison, plans: Plans) -> None:
-    """Raises `UserError` for a teacher that is no earlier variant."""
-    variants = list(comparison.variants)
-    for cell, plan in plans.items():
-        teacher = _teacher_of(plan)
-        earlier = variants[: variants.index(cell.variant)] if cell.variant in variants else []
-        if teacher is not None and teacher not in earlier:
-            allowed = ", ".join(earlier) or "none"
-            raise UserError(
-                f"comparison.variants.{cell.variant}: loss.teacher=variant:{teacher} must name an earlier variant; "
-                f"allowed: {allowed}"
-            )
-
-
 def _is_unfinished(comparison: RunFolder, configs: Sequence[Mapping[str, Any]]) -> bool:
     """Returns whether the folder contains some of the runs but no results yet."""
     folders = [RunFolder(comparison.path / str(number)) for number in range(len(configs))]
@@ -336,19 +319,19 @@ def _is_unfinished(comparison: RunFolder, configs: Sequence[Mapping[str, Any]]) 
     if any(folder.is_live() for folder in folders):
         return False
     pairs = [(folder.config(), saved) for folder, saved in zip(folders, configs, strict=True)]
-    return not any(old is not None and differences(old, new) for old, new in pairs)
+    return not any(old is not None and differences(_as_planned(old, new), new) for old, new in pairs)
 
 
 def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen) -> tuple[Results, int]:
     """Runs all cells; returns their results and the exit code. A diverged run counts, any other failure stops."""
     outcomes: dict[VariantRun, VariantOutcome] = {}
     for number, (cell, planned) in enumerate(plans.items()):
-        plan = _with_teacher(planned, cell, plans, folder)
+        plan = _with_paths(planned, cell, plans, folder)
         subfolder = RunFolder(folder / str(number))
         if not (subfolder.has_run() and subfolder.is_done(plan.saved)):
             subfolder.path.mkdir(exist_ok=True)
             state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            job = Run(_started(plan, cell, plans, folder), subfolder.path, state, plan.choices, plan.typed)
+            job = Run(plan.experiment, subfolder.path, state, plan.choices, plan.typed)
             code = execute(job, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code == INTERRUPTED:
