@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from dlopt.command_line.layout import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
+from dlopt.config.overrides import parts_of
 from dlopt.errors import DONE, UserError, shorten, suggest
 
 USAGE = """\
@@ -72,11 +73,11 @@ def options(arguments: list[str]) -> int:
     if not parsed.names:
         _overview(catalogue, page)
     for name in parsed.names:
-        group, equals, choice = name.partition("=")
+        group, choice = parts_of(name)
         if group not in every_group(catalogue):
-            raise UserError(_no_group(catalogue, name))
+            raise UserError(f"{name}: unknown group; {_similar(catalogue, group)}")
         choices = choices_of(catalogue, group)
-        if equals:
+        if "=" in name:
             choices = [each for each in choices if fnmatchcase(each.name, choice)] or _no_choice(
                 catalogue, group, choice
             )
@@ -102,12 +103,13 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; `dlopt options --help` shows what is allowed")
 
 
-def _no_group(catalogue: Catalogue, name: str) -> str:
+def _similar(catalogue: Catalogue, name: str) -> str:
+    """Returns the group or choice that is most similar to an unknown group, and all groups."""
     groups = list(catalogue.groups())
     pairs = {choice.name: f"{group}={choice.name}" for group in groups for choice in catalogue.choices(group)}
-    close = get_close_matches(name.partition("=")[0].lower(), [*groups, *pairs], n=1, cutoff=0.6)
+    close = get_close_matches(name.lower(), [*groups, *pairs], n=1, cutoff=0.6)
     hint = f"did you mean {pairs.get(close[0], close[0])}? " if close else ""
-    return f"{name}: unknown group; {hint}groups: {shorten(name.partition('=')[0], groups, 'dlopt options')}"
+    return f"{hint}groups: {shorten(name, groups, 'dlopt options')}"
 
 
 def _no_choice(catalogue: Catalogue, group: str, name: str) -> NoReturn:

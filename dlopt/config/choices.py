@@ -29,7 +29,6 @@ VERSION_BASE = "1.3"  # of Hydra
 search: ContextVar[Path | None] = ContextVar("search", default=None)
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_SELF = yaml.ScalarNode("tag:yaml.org,2002:str", "_self_")
 _COMMENT = re.compile(r"\s*#\s*(.*?)\s*$")
 
 
@@ -104,12 +103,9 @@ class Catalogue:
 
     def groups(self) -> dict[str, str | None]:
         """Maps each group to its default choice (None: no choice), in the order of train.yaml's defaults list."""
-        listed = {}
-        for node in _defaults(_parse(self._primary)):
-            entry, value = _entry(node)
-            if value is not None and not entry.startswith("override "):
-                listed[entry.removeprefix("optional ").split("@")[0].strip("/")] = None if value == "null" else value
-        return listed
+        chosen = [each for each in _parse(self._primary)[0] if each.choice is not None and not each.is_override]
+        names = [each.name.removeprefix("optional ").split("@")[0].strip("/") for each in chosen]
+        return {name: None if each.choice == "null" else each.choice for name, each in zip(names, chosen, strict=True)}
 
     def choices(self, group: str) -> list[Choice]:
         """Returns the choices of a group in natural order of their names.
@@ -128,9 +124,8 @@ class Catalogue:
     def keys(self, choice: Choice) -> list[Key]:
         """Returns every key that the choice sets, also through its fragments and in other groups, followed by the keys
         that train.yaml gives to all choices of the group."""
-        package, keys = self._composed(choice)
-        keys.pop(_target_key(choice), None)
-        common = _keys_in_file(self._primary, "") if package else {}
+        package, _, keys = self._composed(choice)
+        common = _parse(self._primary)[1] if package else {}
         return [
             *keys.values(),
             *(key for name, key in common.items() if name.startswith(f"{package}.") and name not in keys),
@@ -138,48 +133,40 @@ class Catalogue:
 
     def target(self, choice: Choice) -> str | None:
         """Returns the dotted name of the callable that the choice configures; None for a recipe, and for `custom`."""
-        target = self._composed(choice)[1].get(_target_key(choice))
+        target = self._composed(choice)[1]
         return None if target is None or target.value == "???" else target.value
 
-    def _composed(self, choice: Choice) -> tuple[str, dict[str, Key]]:
-        """Returns the choice's package (position in the config) and its keys by name, including its fragments' keys."""
+    def _composed(self, choice: Choice) -> tuple[str, Key | None, dict[str, Key]]:
+        """Returns the choice's package (position in the config), its `_target_`, and its other keys by name, including
+        those of its fragments."""
         directive = re.search(r"^#\s*@package\s+(\S+)\s*$", _read(choice.path), re.MULTILINE)
-        package = directive[1] if directive else choice.group.replace("/", ".")
+        usual = choice.group.replace("/", ".")
+        package = directive[1] if directive else usual
         package = "" if package == "_global_" else package
         folder = f"{choice.group}/{choice.name}".rpartition("/")[0]
-        return package, self._keys(choice.path, folder, package, ())
-
-    def _find(self, name: str) -> Path | None:
-        paths = (folder / f"{name}.yaml" for folder in self._folders)
-        return next((path for path in paths if path.is_file()), None)
+        keys = self._keys(choice.path, folder, package, ())
+        return package, keys.pop(f"{usual}._target_", None), keys
 
     def _keys(self, path: Path, folder: str, package: str, parents: tuple[Path, ...]) -> dict[str, Key]:
-        lines = _read(path).splitlines()
-        entries = _defaults(_parse(path))
-        if not any(_entry(node)[0] == "_self_" for node in entries):
-            entries = [_SELF, *entries]  # Hydra's default: the file itself comes first
+        defaults, own = _parse(path, package)
+        if all(entry.name != "_self_" for entry in defaults):
+            defaults.insert(0, _Entry("_self_"))  # Hydra's default: the file itself comes first
         # Overrides of other groups are listed first; a file's later entries replace keys of its earlier ones.
-        entries = sorted(entries, key=lambda node: not _entry(node)[0].startswith("override "))
+        defaults.sort(key=lambda entry: not entry.is_override)
         keys: dict[str, Key] = {}
-        for node in entries:
-            if _entry(node)[0] == "_self_":
-                keys |= _keys_in_file(path, package)
-            else:
-                keys |= self._keys_of_entry(node, folder, package, (*parents, path), lines)
+        for entry in defaults:
+            keys |= own if entry.name == "_self_" else self._keys_of(entry, folder, package, (*parents, path))
         return keys
 
-    def _keys_of_entry(
-        self, node: yaml.Node, folder: str, package: str, parents: tuple[Path, ...], lines: list[str]
-    ) -> dict[str, Key]:
+    def _keys_of(self, entry: "_Entry", folder: str, package: str, parents: tuple[Path, ...]) -> dict[str, Key]:
         """Returns the keys of a defaults-list entry: `name`, `/group/name@package`, `group: choice`, `override ...`."""
-        entry, value = _entry(node)
-        file, _, target_package = entry.removeprefix("override ").removeprefix("optional ").partition("@")
-        if entry.startswith("override "):
+        file, _, target_package = entry.name.removeprefix("override ").removeprefix("optional ").partition("@")
+        if entry.is_override:
             group = file.strip("/")
             is_usual = target_package in ("", f"_global_.{group.replace('/', '.')}")
             name = group if is_usual else f"{group}@{target_package}"
-            return {name: Key(name, value or "null", _comment(node, lines))}
-        config = file if value is None else f"{file}/{value}"
+            return {name: Key(name, entry.choice or "null", entry.comment)}
+        config = file if entry.choice is None else f"{file}/{entry.choice}"
         config = config.strip("/") if file.startswith("/") else f"{folder}/{config}"
         group = config.rpartition("/")[0]
         if target_package.split(".")[0] == "_global_":
@@ -189,54 +176,50 @@ class Catalogue:
         else:
             inner = package if group == folder else join(package, group.removeprefix(f"{folder}/").replace("/", "."))
         keys = {}
-        if value is not None:
+        if entry.choice is not None:
             name = f"{group}@{inner}" if inner != group.replace("/", ".") else group
-            keys[name] = Key(name, value, _comment(node, lines))
-        path = self._find(config)
+            keys[name] = Key(name, entry.choice, entry.comment)
+        paths = (folder / f"{config}.yaml" for folder in self._folders)
+        path = next((path for path in paths if path.is_file()), None)
         if path is not None and path not in parents:  # `parents` ends cycles of fragments
             keys |= self._keys(path, group, inner, parents)
         return keys
 
 
-def _target_key(choice: Choice) -> str:
-    return f"{choice.group.replace('/', '.')}._target_"
+@dataclass(frozen=True)
+class _Entry:
+    """An entry of a defaults list: `name`, as in the file, and `choice` of `name: choice`."""
+
+    name: str
+    choice: str | None = None
+    comment: str = ""
+
+    @property
+    def is_override(self) -> bool:
+        return self.name.startswith("override ")
 
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _parse(path: Path) -> yaml.Node | None:
+def _parse(path: Path, package: str = "") -> tuple[list[_Entry], dict[str, Key]]:
+    """Returns the defaults list of a file, and its keys by name, below `package`. Raises `UserError`."""
+    text = _read(path)
     try:
-        root: yaml.Node | None = yaml.compose(_read(path), Loader=_Loader)
+        root = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return root
-
-
-def _keys_in_file(path: Path, package: str) -> dict[str, Key]:
-    root, lines = _parse(path), _read(path).splitlines()
-    pairs = root.value if isinstance(root, yaml.MappingNode) else []
-    return {
-        key.name: key
-        for key_node, node in pairs
-        if key_node.value != "defaults"
-        for key in _flatten(join(package, key_node.value), node, key_node, lines)
-    }
-
-
-def _defaults(root: yaml.Node | None) -> list[yaml.Node]:
-    if not isinstance(root, yaml.MappingNode):
-        return []
-    return [entry for key, node in root.value if key.value == "defaults" for entry in node.value]
-
-
-def _entry(node: yaml.Node) -> tuple[str, str | None]:
-    """Splits a defaults-list entry into (name, None) or (group, choice)."""
-    if isinstance(node, yaml.MappingNode):
-        key, value = node.value[0]
-        return str(key.value), str(value.value)
-    return str(node.value), None
+    lines, defaults, keys = text.splitlines(), list[_Entry](), dict[str, Key]()
+    for key, node in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value != "defaults":
+            keys |= {each.name: each for each in _flatten(join(package, key.value), node, key, lines)}
+            continue
+        for entry in node.value:
+            name, choice = entry.value[0] if isinstance(entry, yaml.MappingNode) else (entry, None)
+            chosen = None if choice is None else str(choice.value)
+            defaults.append(_Entry(str(name.value), chosen, _comment(entry, lines)))
+    return defaults, keys
 
 
 def _flatten(name: str, node: yaml.Node, key: yaml.Node, lines: list[str]) -> Iterator[Key]:

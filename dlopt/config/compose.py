@@ -119,7 +119,7 @@ class Composer:
         form = config.hydra.job.config.override_dirname
         named = [each for each in overrides if not is_hydra(each) and key_of(each) != "resume"]
         lines = sorted(text_of(each) for each in named if each.key_or_group not in form.exclude_keys)
-        config.hydra.job.override_dirname = re.sub("=", lambda _: str(form.kv_sep), form.item_sep.join(lines))
+        config.hydra.job.override_dirname = form.item_sep.join(lines).replace("=", form.kv_sep)
         return config
 
     def _load(self, lines: list[str], mode: RunMode) -> DictConfig:

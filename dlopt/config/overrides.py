@@ -19,8 +19,6 @@ if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
     from hydra.core.override_parser.types import Override
 
 _CLOSED = re.compile(r"""'[^']*'|"[^"]*"|\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}""")
-
-
 _SENTENCES = ("note",)  # keys whose value is one text, commas and brackets included
 
 
@@ -37,6 +35,12 @@ def group_of(override: "str | Override") -> str:
 def value_of(override: "str | Override") -> str:
     """Returns the text of the value: `1` of `+model.x=1`."""
     return text_of(override).partition("=")[2]
+
+
+def parts_of(override: str) -> tuple[str, str]:
+    """Returns the key or group as typed, and the text of the value: `hydra/launcher` and `joblib`."""
+    key, _, value = override.partition("=")
+    return key, value
 
 
 def text_of(override: "str | Override") -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from dlopt.config.overrides import parts_of
 from dlopt.plain import load_yaml
 
 
@@ -18,7 +19,7 @@ def table(name: str) -> dict[str, str]:
 def for_key(key: str, value: str) -> str:
     """Returns what to type instead of an unknown key; '' if there is no row for it."""
     row = table("keys").get(key.lower(), "")
-    group, _, placeholder = row.partition(" (")[0].partition("=")
+    group, placeholder = parts_of(row.partition(" (")[0])
     # scheduler=none: schedule=none would be refused in turn.
     advice = for_choice(group, value) if placeholder == "{}" and value else ""
     return advice or _format(row, value)
@@ -34,11 +35,11 @@ def for_flag(arguments: Iterable[str], flags: Iterable[str]) -> str:
     """Explains the first argument with two dashes (`--epochs 5`) that is none of the `flags`; '' if there is none."""
     arguments, flags = list(arguments), set(flags)
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        flag, equals, value = argument.partition("=")
+        flag, value = parts_of(argument)
         if not flag.startswith("--") or flag in flags or flag == "--":
             continue
         key = flag.removeprefix("--").replace("-", "_")
-        if not equals and following and not following.startswith("-") and "=" not in following:
+        if "=" not in argument and following and not following.startswith("-") and "=" not in following:
             argument, value = f"{argument} {following}", following
         advice = for_key(key, value or "VALUE") or f"use {key}={value or 'VALUE'}"
         return f"{argument}: an override is key=value, without dashes; {advice}"

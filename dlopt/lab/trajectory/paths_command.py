@@ -14,7 +14,7 @@ from dlopt.command_line.reads import refuse_unread_hydra
 from dlopt.command_line.usage import own_names
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
-from dlopt.config.overrides import group_of, key_of
+from dlopt.config.overrides import group_of, key_of, without
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.errors import DONE, UserError, suggest
@@ -88,8 +88,7 @@ def draw_paths(line: Line) -> int:
             notes.setdefault(choice.note, path_job.label)
     name = path_jobs[0].function_name.replace("_", " ")
     title = f"{'Path' if len(paths) == 1 else 'Paths'} on {name}"
-    hidden = ("function=", "output=", "animation=")
-    subtitle = " ".join(override for override in line.fixed() if not override.startswith(hidden))
+    subtitle = " ".join(without(line.fixed(), "function", "output", "animation"))
     folder = output_folder(settings.output, "trajectory")
     with writing(folder):
         figure = draw_trajectories(function, paths, title=title, subtitle=subtitle)
