@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dlopt import environment
-from dlopt.config import labels
+from dlopt.config.keys import LABELS
+from dlopt.config.overrides import is_typed
 from dlopt.config.resuming import how_to_resume
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.files import read_json, write_atomically, write_json
@@ -221,10 +222,12 @@ def print_error(message: str) -> None:
 def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], choices: Mapping[str, str]) -> None:
     """Writes config.yaml, overrides.yaml, environment.json and, for uncommitted changes of the user's code, code.diff.
 
-    A resumed run keeps its tags and its note, unless others are typed. Raises `UserError` if the folder is not
-    writable.
+    A resumed run keeps its tags and its note, which `dlopt runs tag` may have changed, unless others are typed. Raises
+    `UserError` if the folder is not writable.
     """
-    config = {**config, **labels.kept(RunFolder(folder), overrides)}
+    former, before = RunFolder(folder).config() or {}, RunFolder(folder).history()
+    typed = [line for line in overrides if line not in before]
+    config = {**config, **{key: former[key] for key in LABELS if key in former and not is_typed(key, typed)}}
     code, diff = environment.repository()
     diff = environment.redact(diff, config)
     facts = {

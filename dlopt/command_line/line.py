@@ -7,7 +7,6 @@ arguments of every component. The decorators `on_experiment` and `on_checkpoint`
 
 import contextlib
 import functools
-import glob
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +19,12 @@ from dlopt.command_line.usage import own_keys, own_names
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
-from dlopt.config.overrides import grid, is_typed, key_of, refuse_several, without
+from dlopt.config.overrides import grid, is_typed, key_of, refuse_several, single_values, text_of, without
 from dlopt.config.plan import plan
 from dlopt.config.resolve import resolve_saved
-from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values, with_changes
-from dlopt.config.schema import check_arguments, parameters_of, show
-from dlopt.errors import UserError, suggest
+from dlopt.config.saved import take_checkpoints, typed_values, with_changes
+from dlopt.config.schema import check_arguments, parameters_of
+from dlopt.errors import UserError, did_you_mean, suggest
 from dlopt.folders import make, make_new, refuse_url
 
 if TYPE_CHECKING:
@@ -70,9 +69,7 @@ class Line:
         names = own_names(target)
         self.composer.more_keys.update(names)
         taken = self.composer.parse(override for override in self.overrides if key_of(override) in names)
-        refuse_several(taken)
-        values = {override.get_key_element(): override.value() for override in taken}
-        return check_own(target, values), replace(self, overrides=without(self.overrides, *names))
+        return check_own(target, single_values(taken)), replace(self, overrides=without(self.overrides, *names))
 
     def call(
         self,
@@ -120,7 +117,7 @@ class Line:
 
     def fixed(self) -> list[str]:
         """Returns the overrides with one value."""
-        return [str(each.input_line) for each in self.composer.parse(self.overrides) if not each.is_sweep_override()]
+        return [text_of(each) for each in self.composer.parse(self.overrides) if not each.is_sweep_override()]
 
     def combinations(self) -> list[list[str]]:
         """Returns the overrides of each combination of values, in the order of `dlopt train -m`."""
@@ -227,32 +224,24 @@ def on_checkpoint(
         @functools.wraps(function)
         def command(arguments: list[str]) -> int:
             values = typed_values(arguments)
-            paths = _take_paths(values, name) if several else checkpoint_file(take_path(values, name))
+            paths = take_checkpoints(values, name, several)
             names = own_names(function)
             own = {key: values.pop(key) for key in names if key in values}
-            others = [key for key in values if key.split(".")[0] not in names]  # tta.crop belongs to tta
-            if others and not reads:
-                hint = suggest(others[0], ["checkpoint", *names], f"dlopt {name} --help")
-                raise UserError(f"{others[0]}: unknown key; {hint}")
-            refuse_others(others, reads, names)
-            return function(paths, values, **check_own(function, own))
+            for key in values:
+                if key.split(".")[0] in (*names, *reads):  # tta.crop belongs to tta
+                    continue
+                if not reads:
+                    hint = suggest(key, ["checkpoint", *names], f"dlopt {name} --help")
+                    raise UserError(f"{key}: unknown key; {hint}")
+                raise UserError(
+                    f"{key}: {did_you_mean(key, [*names, *reads])}the config is the checkpoint's; only "
+                    f"{', '.join(reads)} may be changed; keys of this command: {', '.join(names)}"
+                )
+            return function(paths if several else paths[0], values, **check_own(function, own))
 
         return command
 
     return decorate
-
-
-def _take_paths(values: dict[str, Any], command: str) -> list[Path]:
-    """Removes `checkpoint` (a path, a list or a glob pattern) from `values` and returns its files."""
-    checkpoint = values.get("checkpoint")
-    if not isinstance(checkpoint, list):
-        path = take_path(values, command)
-        matches = sorted(glob.glob(str(path))) if "*" in path.name and not path.exists() else []
-        return [checkpoint_file(each) for each in map(Path, matches)] or [checkpoint_file(path)]
-    del values["checkpoint"]
-    if not checkpoint or not all(isinstance(path, str) and path for path in checkpoint):
-        raise UserError(f"checkpoint={show(checkpoint)}: must be paths: checkpoint=[a/best.pt,b/best.pt]")
-    return [checkpoint_file(Path(path)) for path in checkpoint]
 
 
 def check_own(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import yaml
 
 from dlopt.command_line.line import take_own
-from dlopt.config.labels import check_tags
+from dlopt.config.settings_rules import check_tags
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.files import write_atomically
 from dlopt.folders import RunFolder

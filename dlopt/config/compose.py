@@ -5,7 +5,6 @@ import functools
 import importlib
 import os
 import pickle
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches

@@ -87,13 +87,9 @@ def hydra_main(arguments: list[str], task: "Callable[[DictConfig], Any] | None" 
     former, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:
         with _lazy_help():
-            main(_no_job if task is None else task)()
+            main(task or (lambda config: None))()  # requires a task, but does not call it when it only prints
     finally:
         sys.argv = former
-
-
-def _no_job(config: "DictConfig") -> None:
-    """Does nothing: Hydra's main requires a task, which it does not call when it only prints."""
 
 
 @contextlib.contextmanager

@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from dlopt.config.compose import Composer
-from dlopt.config.keys import role_of
-from dlopt.config.labels import LABELS
-from dlopt.config.overrides import key_of
+from dlopt.config.keys import LABELS, role_of
+from dlopt.config.overrides import key_of, quoted_plain
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.plain import flatten
@@ -116,16 +114,5 @@ def _differences(composer: Composer, lines: list[str], target: Mapping[str, Any]
             old = OmegaConf.to_container(selected) if OmegaConf.is_config(selected) else selected
         if (is_reference and not interpolated) or (old == value and type(old) is type(value)):
             continue
-        overrides.append(f"{'++' if old is _MISSING else ''}{key}={_to_override_value(value)}")
+        overrides.append(f"{'++' if old is _MISSING else ''}{key}={quoted_plain(value)}")
     return overrides
-
-
-def _to_override_value(value: Any) -> str:
-    """Formats a value in Hydra's override grammar."""
-    if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
-    if isinstance(value, list):
-        return f"[{','.join(map(_to_override_value, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{_to_override_value(item)}' for key, item in value.items())}}}"
-    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)

@@ -38,6 +38,8 @@ _GROUPS: Mapping[str, Role] = {
     "comparison": Role.COMMAND,
     "from": Role.COMMAND,
 }
+LABELS = ("tags", "note")
+"""Keys that describe a run for its readers, and change nothing that it computes."""
 ROLES: Mapping[str, Role] = {
     **_GROUPS,
     **_declared(Settings),

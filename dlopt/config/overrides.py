@@ -7,10 +7,11 @@ shown or composed again.
 import copy
 import functools
 import itertools
+import json
 import os
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dlopt.errors import UserError
@@ -94,6 +95,13 @@ def refuse_several(overrides: "Iterable[Override]", reason: str = "one value is 
             raise UserError(f"{override.input_line}: {reason}; write a list as [a,b]")
 
 
+def single_values(overrides: "Iterable[Override]") -> dict[str, Any]:
+    """Returns the values by key. Raises `UserError` for a key with several values."""
+    overrides = list(overrides)
+    refuse_several(overrides)
+    return {override.get_key_element(): override.value() for override in overrides}
+
+
 def listed_values(override: "Override") -> list[str]:
     """Returns the values of a list, range or glob as on the command line. Raises `UserError` for duplicates.
 
@@ -139,7 +147,7 @@ def quoted(line: str) -> str:
     """Quotes what Hydra's grammar rejects or splits: values with non-ASCII letters (name=größe,klein), sentences."""
     key, equals, text = line.partition("=")
     if key in _SENTENCES and equals and not re.fullmatch(r"\w+", text) and text[:1] not in ("'", '"', "$"):
-        return f"{key}={_as_text(text)}"
+        return f"{key}={quoted_plain(text)}"
     if not equals or text.isascii() or not text.isprintable() or re.search(r"""['"\[\]{}()$\\]""", text):
         return line
     return f"{key}={','.join(value if value.isascii() else repr(value) for value in text.split(','))}"
@@ -173,10 +181,17 @@ def _unpaired(value: str) -> str:
     return unpaired.group() if unpaired else ""
 
 
-def _as_text(value: str) -> str:
+def quoted_plain(value: Any) -> str:
+    """Formats a plain value in Hydra's override grammar."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    return QuotedString(value, Quote.single).with_quotes()
+    if isinstance(value, str):
+        return QuotedString(value, Quote.single).with_quotes()
+    if isinstance(value, list):
+        return f"[{','.join(map(quoted_plain, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{quoted_plain(item)}' for key, item in value.items())}}}"
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def quoted_value(value: str) -> str:
@@ -190,7 +205,7 @@ def quoted_value(value: str) -> str:
         pairs = [item.partition(":") for item in _items(value[1:-1])]
         if all(colon for _, colon, _ in pairs):
             return f"{{{','.join(f'{key.strip()}:{_quoted_item(each)}' for key, _, each in pairs)}}}"
-    return _as_text(value)
+    return quoted_plain(value)
 
 
 def _quoted_item(item: str) -> str:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.config.overrides import key_of
+from dlopt.config.overrides import group_of, key_of
+from dlopt.config.schema import dotted_name
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
@@ -27,7 +28,7 @@ def pretrained_overrides(config: DictConfig, overrides: Iterable[Override]) -> l
     typed = {key_of(override) for override in overrides}
     lines = []
     is_default = config.hydra.runtime.choices.get("normalize") == _DEFAULT
-    if is_default and not any(key.partition(".")[0] == "normalize" for key in typed):
+    if is_default and not any(group_of(key) == "normalize" for key in typed):
         mean, std = (",".join(map(repr, values)) for values in (inputs.mean, inputs.std))
         lines += ["normalize=fixed", f"normalize.mean=[{mean}]", f"normalize.std=[{std}]"]
     if "data.image_size" not in typed and config.data.get("image_size", 0) is None:
@@ -41,8 +42,7 @@ def describe_pretrained(experiment: "Experiment", shape: tuple[int, ...]) -> str
     `shape`: of the model's input. Empty without pretrained weights.
     """
     model, normalize = experiment.model, experiment.normalize
-    target = f"{model.target.__module__}.{model.target.__qualname__}"
-    inputs = _inputs({"_target_": target, **model.arguments})
+    inputs = _inputs({"_target_": dotted_name(model.target), **model.arguments})
     if inputs is None:
         return ""
     height, width = inputs.size

@@ -3,7 +3,7 @@
 import os
 import pickle
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     checked).
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
-    typed: list[str] = list((raw.get("hydra") or {}).get("overrides", {}).get("task") or ())
     task: DictConfig = pickle.loads(pickle.dumps(config))  # ten times faster than OmegaConf's own copy
     with open_dict(task):
         for key in ("hydra", "comparison"):  # commands.compare reads `comparison` before
@@ -65,7 +64,7 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     if overrides is not None and plain.get("allow_packages") and not is_typed("allow_packages", overrides):
         names = show(plain["allow_packages"])
         raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
-    for group, key in former_keys(plain, {*map(key_of, typed), *_set_by_recipe(config)}):
+    for group, key in _former_keys(config):
         del plain[group][key], raw[group][key]
     return plain, _redact(plain, raw, _environment_values(plain, raw))
 
@@ -74,13 +73,12 @@ def _meaning(group: str, choice: str, key: str) -> str:
     """Returns the comment of a key in the file of one of dlopt's choices, after a colon."""
     catalogue = Catalogue()
     keys = (each for found in catalogue.choices(group) if found.name == choice for each in catalogue.keys(found))
-    comment = next((each.comment for each in keys if each.name == key), "")
-    return f": {comment}" if comment else ""
+    return next((f": {each.comment}" for each in keys if each.name == key and each.comment), "")
 
 
 def _set_by_recipe(config: DictConfig) -> dict[str, Any]:
     """Returns the keys below groups that the recipe (`experiment=...`) sets itself, with their values."""
-    name = config.hydra.runtime.choices.get("experiment") if "hydra" in config else None
+    name = config.hydra.runtime.choices.get("experiment")
     for source in config.hydra.runtime.config_sources if name is not None else ():
         path = os.path.join(source.path, "experiment", f"{name}.yaml")
         if os.path.isfile(path):
@@ -88,14 +86,13 @@ def _set_by_recipe(config: DictConfig) -> dict[str, Any]:
     return {}
 
 
-def former_keys(config: Mapping[str, Any], typed: Collection[str]) -> list[tuple[str, str]]:
+def _former_keys(config: DictConfig) -> list[tuple[str, str]]:
     """Returns (group, key) of each key that belongs to a callable that `model._target_` replaces.
 
-    The new callable inherits nothing but the keys that all choices of the group have, and those that are set with it.
-
-    Args:
-        typed: keys that the command line and the recipe set.
+    The new callable inherits nothing but the keys that all choices of the group have, and those that the command line
+    and the recipe set with it. None in a saved config, which has no such keys.
     """
+    typed = {*map(key_of, config.hydra.overrides.task), *_set_by_recipe(config)} if "hydra" in config else set()
     names = sorted(key.removesuffix(_TARGET) for key in typed if key.endswith(_TARGET))
     if not names:
         return []
@@ -104,10 +101,10 @@ def former_keys(config: Mapping[str, Any], typed: Collection[str]) -> list[tuple
     found = []
     for name in names:
         node, group = config.get(name), GROUPS.get(name)
-        if group is not None and isinstance(node, Mapping):
+        if group is not None and isinstance(node, DictConfig):
             kept = ("_target_", *group.common_names)
-            is_typed = {key for key in node if any(is_below(each, (f"{name}.{key}",)) for each in typed)}
-            found += [(name, key) for key in node if key not in kept and key not in is_typed]
+            keys = [str(key) for key in node if key not in kept]
+            found += [(name, key) for key in keys if not any(is_below(each, (f"{name}.{key}",)) for each in typed)]
     return found
 
 
@@ -120,7 +117,7 @@ def show_config(config: DictConfig, part: str, package: str | None, *, resolve: 
     HydraConfig.instance().set_config(shown)
     with open_dict(shown):
         OmegaConf.set_readonly(shown.hydra, False)
-        for group, key in former_keys(shown, {*map(key_of, shown.hydra.overrides.task), *_set_by_recipe(config)}):
+        for group, key in _former_keys(config):
             del shown[group][key]
         if part == "job":
             del shown["hydra"]

@@ -8,7 +8,7 @@ import torch
 from dlopt.adapt import none as no_adapters
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
-from dlopt.config.settings_rules import CLASS, MONITORS, check_monitor
+from dlopt.config.settings_rules import check_monitor
 from dlopt.errors import UserError
 from dlopt.init import default
 from dlopt.losses import Distillation
@@ -92,14 +92,6 @@ def _check_distillation(experiment: Experiment) -> None:
             f"diagnostics=[{','.join(names)}]: computed without the teacher of loss=distillation; use "
             "diagnostics=[activations] or []"
         )
-
-
-def extra_metric(monitor: str) -> str | None:
-    """Returns the entry of `evaluate.metrics` that the monitored metric requires; None if every run has the metric."""
-    if monitor in MONITORS:
-        return None
-    name = monitor.removeprefix("val_")
-    return "class_accuracy" if name == "worst_class_accuracy" or monitor.startswith(CLASS) else name
 
 
 def _check_device(experiment: Experiment) -> None:

@@ -1,6 +1,7 @@
 """Shared by the commands on checkpoints: parses their arguments and changes keys of a saved config."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import glob
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
-from dlopt.config.overrides import parse_overrides, quoted, refuse_several
+from dlopt.config.overrides import parse_overrides, quoted, single_values
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_flag
-from dlopt.errors import UserError, did_you_mean
+from dlopt.errors import UserError
 
 
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
@@ -23,20 +24,27 @@ def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
         is_override = "=" in argument or argument.startswith("~")
         if not is_override or Path(argument).is_file():  # a path may contain an equals sign
             raise UserError(f"{argument}: an override is key=value; for a checkpoint: checkpoint={argument}")
-    parsed = parse_overrides(map(quoted, arguments))
-    refuse_several(parsed)
-    return {override.get_key_element(): override.value() for override in parsed}
+    return single_values(parse_overrides(map(quoted, arguments)))
 
 
-def take_path(values: dict[str, Any], command: str) -> Path:
-    """Removes `checkpoint` from `values` and returns its path. Raises `UserError` if there is none."""
-    path = values.pop("checkpoint", None)
-    if not isinstance(path, str) or not path:
+def take_checkpoints(values: dict[str, Any], command: str, several: bool) -> list[Path]:
+    """Removes `checkpoint` from `values` and returns its file, or with `several` those of a list or glob pattern.
+
+    Raises `UserError` if there is none.
+    """
+    typed = values.pop("checkpoint", None)
+    if several and isinstance(typed, list):
+        if not typed or not all(isinstance(path, str) and path for path in typed):
+            raise UserError(f"checkpoint={show(typed)}: must be paths: checkpoint=[a/best.pt,b/best.pt]")
+        return [checkpoint_file(Path(path)) for path in typed]
+    if not isinstance(typed, str) or not typed:
         raise UserError(f"checkpoint: a path is needed: dlopt {command} checkpoint=outputs/.../checkpoints/best.pt")
-    return Path(path)
+    path = Path(typed)
+    is_pattern = several and "*" in path.name and not path.exists()
+    return [checkpoint_file(Path(match)) for match in (sorted(glob.glob(typed)) if is_pattern else []) or [typed]]
 
 
-def checkpoint_file(path: Path) -> Path:
+def checkpoint_file(path: Path, key: str = "checkpoint") -> Path:
     """Returns the checkpoint file for a path to a file, a run folder or its checkpoints folder.
 
     In a folder: best.pt, or else last.pt. Raises `UserError` for a folder without either.
@@ -47,19 +55,7 @@ def checkpoint_file(path: Path) -> Path:
         for name in ("best.pt", "last.pt"):
             if (folder / name).is_file():
                 return folder / name
-    raise UserError(f"checkpoint={path}: this folder contains neither best.pt nor last.pt")
-
-
-def refuse_others(keys: Iterable[str], may_change: Sequence[str], command_keys: Iterable[str]) -> None:
-    """Raises `UserError` for a key of the saved config that may not be changed."""
-    names = [*command_keys]
-    for key in keys:
-        if key.split(".")[0] in may_change:
-            continue
-        raise UserError(
-            f"{key}: {did_you_mean(key, [*names, *may_change])}the config is the checkpoint's; only "
-            f"{', '.join(may_change)} may be changed; keys of this command: {', '.join(names)}"
-        )
+    raise UserError(f"{key}={path}: this folder contains neither best.pt nor last.pt")
 
 
 def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def _import(key: str, path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
-        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+        if error.name is not None and is_below(module, (error.name,)):
             return None
         raise UserError(f"{key}={path}: importing {module} failed: {error}") from error
     except UserError:  # of a module that needs an optional package

@@ -1,10 +1,10 @@
 """Checks combinations of the keys of a run that belong to no group. Imports no torch."""
 
+import re
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
-from dlopt.config.labels import check_tags
 from dlopt.config.settings import Settings
 from dlopt.errors import UserError, did_you_mean, install
 from dlopt.metric_names import HIGHER, LOWER, has_direction
@@ -16,6 +16,7 @@ _EXTRA = (
     "val_mean_average_precision", "val_micro_f1",
 )  # fmt: skip
 CLASS = "val_class_accuracy/"
+_TAG = re.compile(r"\w[\w.+-]*")
 
 
 def check_settings(settings: Settings) -> None:
@@ -33,6 +34,13 @@ def check_settings(settings: Settings) -> None:
     _check_diagnostics(settings)
     _check_evaluation(settings)
     _check_compile(settings)
+
+
+def check_tags(tags: Iterable[str]) -> None:
+    """Raises `UserError` for a tag that a condition of `dlopt runs` could not name."""
+    for tag in tags:
+        if not _TAG.fullmatch(tag):
+            raise UserError(f"tags=[{tag}]: not a tag; allowed: letters, digits, and after the first also _ . + -")
 
 
 def _check_name(name: str) -> None:

@@ -25,36 +25,28 @@ def identify_teacher(config: dict[str, Any]) -> None:
     path = loss[PATH]
     if not isinstance(path, str):
         return
-    found = teacher_digest(path)
-    if loss[HASH] not in (None, found):
-        raise UserError(f"loss.{PATH}={path}: {changed(loss[HASH], found)}; leave out loss.{HASH}")
-    loss[HASH] = found
+    _, loss[HASH] = teacher_file(path, loss[HASH])
 
 
-def changed(expected: str, found: str) -> str:
-    return f"its checkpoint has the SHA-256 {found[:12]}..., not {expected[:12]}... as that of this run"
+def teacher_file(path: str, expected: str | None) -> tuple[Path, str]:
+    """Returns the checkpoint at a path, of a run folder the best one, and its SHA-256.
 
-
-def teacher_file(path: str) -> Path:
-    """Returns the checkpoint of a run folder, the best one, or the checkpoint itself. Raises `UserError`."""
-    where = Path(path).expanduser()
-    try:
-        file = checkpoint_file(where)
-    except UserError:
-        raise UserError(f"loss.{PATH}={path}: this folder contains neither best.pt nor last.pt") from None
+    Raises `UserError` if there is none, or if it is not the `expected` one.
+    """
+    key, file = f"loss.{PATH}={path}", checkpoint_file(Path(path).expanduser(), f"loss.{PATH}")
     if not file.is_file():
-        raise UserError(f"loss.{PATH}={path}: no such run folder or checkpoint; train the teacher first")
-    return file
-
-
-def teacher_digest(path: str) -> str:
-    """Returns the SHA-256 of the teacher's checkpoint. Raises `UserError`."""
-    file = teacher_file(path)
+        raise UserError(f"{key}: no such run folder or checkpoint; train the teacher first")
     try:
         status = os.stat(file)
-        return _digest(file.absolute(), status.st_mtime_ns, status.st_size)
+        found = _digest(file.absolute(), status.st_mtime_ns, status.st_size)
     except OSError as error:
-        raise UserError(f"loss.{PATH}={path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{key}: cannot be read ({error.strerror})") from None
+    if expected not in (None, found):
+        raise UserError(
+            f"{key}: its checkpoint has the SHA-256 {found[:12]}..., not {str(expected)[:12]}... of loss.{HASH}; leave "
+            "out that key to learn from this teacher"
+        )
+    return file, found
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt import formats
-from dlopt.config.labels import LABELS
+from dlopt.config.keys import LABELS
 from dlopt.formats import format_value as text
 from dlopt.formats import printable
 from dlopt.results import reading

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dlopt.config.labels import LABELS
+from dlopt.config.keys import LABELS
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.formats import format_value as text

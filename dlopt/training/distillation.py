@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dlopt.config.teacher import changed, teacher_digest, teacher_file
+from dlopt.config.teacher import teacher_file
 from dlopt.data.normalization import ScaleShift
 from dlopt.errors import UserError
 from dlopt.losses import Distillation
@@ -24,10 +24,7 @@ def with_teacher(workload: Workload) -> Workload:
     if not isinstance(loss, Distillation) or workload.teacher is not None:
         return workload
     mode, settings = workload.parallel, experiment.settings
-    key, path = f"loss.teacher={loss.teacher}", teacher_file(loss.teacher)
-    found = teacher_digest(loss.teacher)
-    if loss.teacher_sha256 not in (None, found):
-        raise UserError(f"{key}: {changed(loss.teacher_sha256, found)}")
+    key, (path, _) = f"loss.teacher={loss.teacher}", teacher_file(loss.teacher, loss.teacher_sha256)
     changes = {
         "device": settings.device,
         "precision": settings.precision,

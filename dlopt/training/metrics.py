@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlopt.config.experiment import Experiment
 from dlopt.config.own_metrics import BUILT_IN
-from dlopt.config.rules import extra_metric
+from dlopt.config.settings_rules import CLASS, MONITORS
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.errors import UserError
@@ -258,6 +258,14 @@ TOP = 5
 _CLASS_METRICS = ("top5_accuracy", "macro_f1", "calibration_error", "class_accuracy")
 _VALUE_METRICS = ("r2", "mae")
 _METRICS_OF = {"classification": _CLASS_METRICS, "multi-label": LABEL_METRICS, "regression": _VALUE_METRICS}
+
+
+def extra_metric(monitor: str) -> str | None:
+    """Returns the entry of `evaluate.metrics` that the monitored metric requires; None if every run has the metric."""
+    if monitor in MONITORS:
+        return None
+    name = monitor.removeprefix("val_")
+    return "class_accuracy" if name == "worst_class_accuracy" or monitor.startswith(CLASS) else name
 
 
 def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> "Callable[[], ExtraMetrics] | None":

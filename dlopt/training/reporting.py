@@ -7,13 +7,13 @@ import torch
 
 from dlopt.adapt import describe
 from dlopt.config.pretrained import describe_pretrained
-from dlopt.config.rules import extra_metric
 from dlopt.files import read_json, write_atomically, write_json
 from dlopt.folders import RunFolder
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
 from dlopt.training.checkpoint import Checkpoints, evaluated_epoch
+from dlopt.training.metrics import extra_metric
 from dlopt.training.multilabel import LABEL_METRICS
 from dlopt.training.mup import describe_rates
 from dlopt.training.nonfinite import Recovery
