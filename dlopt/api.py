@@ -112,7 +112,8 @@ def sweep(overrides: Sequence[str] = (), *, console: bool = False) -> Runs:
     lines = _checked("sweep", overrides, "-m is implied; use `dlopt train -m` for other flags")
     composer, parsed = Composer(), parse_arguments(["-m", *lines])
     parsed.overrides = inherit(composer, parsed.overrides)
-    with preserve_global_state(), _hidden_main(), contextlib.nullcontext() if console else _silence():
+    out, err = (sys.stdout, sys.stderr) if console else (io.StringIO(), io.StringIO())
+    with preserve_global_state(), _hidden_main(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         request = sweeps.request(composer, parsed)
         if request.config.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")
@@ -158,9 +159,3 @@ def _hidden_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield

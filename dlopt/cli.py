@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import dlopt
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
@@ -104,12 +105,6 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, mode))
 
 
-def _usage() -> str:
-    """Returns the help, with the commands of installed packages."""
-    names = ", ".join(of_other_packages())
-    return USAGE.replace("Examples:\n", f"Of installed packages:\n  {names}\n\nExamples:\n", 1) if names else USAGE
-
-
 def run(arguments: Sequence[str]) -> int:
     """Runs `dlopt ARGUMENTS`; returns the exit code. Raises `UserError` and `RunError`."""
     command, remaining = find(arguments)
@@ -122,14 +117,16 @@ Command = Callable[[list[str]], int]
 def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     """Returns the function of a command line, and its arguments. Raises `UserError`."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        return _printed(_usage()), []
+        names = ", ".join(of_other_packages())
+        others = f"Of installed packages:\n  {names}\n\n" if names else ""
+        return partial(_print, USAGE.replace("Examples:\n", f"{others}Examples:\n", 1)), []
     if arguments[0] in ("-V", "--version"):
-        return _printed(f"dlopt {dlopt.__version__}\n"), []
+        return partial(_print, f"dlopt {dlopt.__version__}\n"), []
     for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command
         if argument in ("-sc", "--shell-completion"):
             from dlopt.completion import complete
 
-            return lambda words: complete(words, COMMANDS), list(arguments[index:])
+            return partial(complete, commands=COMMANDS), list(arguments[index:])
     name = arguments[0]
     if name in SYNONYMS:
         raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
@@ -141,14 +138,11 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     if _HELP & set(arguments[1:]) and hasattr(module, "USAGE"):  # the help of `train` depends on --config-dir
         from dlopt.command_line.usage import usage
 
-        return _printed(usage(module)), []
+        return partial(_print, usage(module)), []
     command: Command = getattr(module, function)
     return command, list(arguments[1:])
 
 
-def _printed(text: str) -> Command:
-    def command(_: list[str]) -> int:
-        print(text, end="")
-        return DONE
-
-    return command
+def _print(text: str, _: list[str]) -> int:
+    print(text, end="")
+    return DONE

@@ -111,9 +111,7 @@ class Composer:
 
     def _compose(self, overrides: list[Override], multirun: bool = False) -> DictConfig:
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-        config = self._recall(overrides, mode)
-        if config is None:
-            config = self._load([text_of(each) for each in overrides], mode)
+        config = self._recall(overrides, mode) or self._load(overrides, mode)
         # Without `resume`, so that a run or sweep whose folder has this name finds it again.
         form = config.hydra.job.config.override_dirname
         named = [each for each in overrides if not is_hydra(each) and key_of(each) != "resume"]
@@ -121,16 +119,17 @@ class Composer:
         config.hydra.job.override_dirname = form.item_sep.join(lines).replace("=", form.kv_sep)
         return config
 
-    def _load(self, lines: list[str], mode: RunMode) -> DictConfig:
-        return self._loader.load_configuration(self.config_name, lines, mode, from_shell=False)
+    def _load(self, overrides: list[Override], mode: RunMode) -> DictConfig:
+        return self._loader.load_configuration(self.config_name, list(map(text_of, overrides)), mode, from_shell=False)
 
     def _recall(self, overrides: list[Override], mode: RunMode) -> DictConfig | None:
         """Returns a copy of the config with the same choices, with the values of `overrides` set in it.
 
         None: only Hydra can compose these overrides, or explain what is wrong with them.
         """
-        choices = [each for each in overrides if self._is_choice(each)]
-        values = [each for each in overrides if not each.is_sweep_override() and not self._is_choice(each)]
+        set_now = [each for each in overrides if not each.is_sweep_override()]
+        choices = [each for each in set_now if self._is_choice(each)]
+        values = [each for each in set_now if not self._is_choice(each)]
         for_hydra = ("hydra.searchpath", "hydra.job.env_copy")
         if any(each.package or each.is_delete() or key_of(each) in for_hydra for each in values):
             return None
@@ -140,7 +139,7 @@ class Composer:
         if key not in _memory:
             if len(_memory) >= _MOST:
                 _memory.clear()
-            _memory[key] = pickle.dumps(self._load([text_of(each) for each in choices], mode))
+            _memory[key] = pickle.dumps(self._load(choices, mode))
         config: DictConfig = pickle.loads(_memory[key])  # ten times faster than OmegaConf's own copy
         if config.hydra.searchpath:  # its folders may have other groups and choices
             return None
@@ -159,7 +158,7 @@ class Composer:
     def _is_choice(self, override: Override) -> bool:
         parent, _, name = override.key_or_group.rpartition("/")
         is_group = name in self._subgroups(parent)
-        return is_group and not override.is_sweep_override() and not isinstance(override.value(), dict)
+        return is_group and not isinstance(override.value(), dict)
 
     def groups(self) -> list[str]:
         not_for_runs = ("hydra", "benchmark", "ladder")  # the others have the files of commands
