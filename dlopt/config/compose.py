@@ -67,7 +67,9 @@ class Composer:
         finally:
             state.hydra = former
             search.reset(token)
-        self._files = _state_of_files()
+        # Differs when a YAML file of dlopt has changed; one string, which is hashed only once.
+        states = ((path, path.stat()) for path in config_folder().rglob("*.yaml"))
+        self._files = " ".join(f"{path} {state.st_mtime_ns} {state.st_size}" for path, state in states)
         self._subgroups = functools.cache(self._loader.list_groups)
 
     @property
@@ -133,8 +135,9 @@ class Composer:
         for_hydra = ("hydra.searchpath", "hydra.job.env_copy")
         if any(each.package or each.is_delete() or key_of(each) in for_hydra for each in values):
             return None
-        # Other folders may have defaults lists that depend on the environment or the time.
-        is_shared = self.config_dir is None and all(map(_is_own, choices))
+        # Files of other folders may have defaults lists that depend on the environment or the time.
+        files = [config_folder() / each.key_or_group / f"{each.value()}.yaml" for each in choices]
+        is_shared = self.config_dir is None and all(file.is_file() for file in files)
         key = (self._files if is_shared else self, self.config_name, mode, *map(text_of, choices))
         if key not in _memory:
             if len(_memory) >= _MOST:
@@ -223,25 +226,26 @@ class Composer:
                 config = self._compose(ordered[:count], multirun)
             except _COMPOSITION_ERRORS as fault:
                 if count > 0:
-                    return self._explain_override(ordered[count - 1], config, fault)
+                    wrong = ordered[count - 1]
+                    return f"{text_of(wrong)}: {self._explain_override(wrong, config, fault)}"
                 if self.config_name != CONFIG_NAME and "primary config" in str(fault):
                     return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
                 return first_lines(fault)  # a config file is at fault
         return first_lines(error)
 
     def _explain_override(self, override: Override, config: DictConfig, error: Exception) -> str:
-        """Explains the error of `override`; `config` is composed without it."""
+        """Says what is wrong with `override`; `config` is composed without it."""
         line, key, value = text_of(override), override.key_or_group, override.value()
         typed = value_of(override)
         choices = self.choices(key) if key in self.groups() or key.startswith("hydra/") else []
         if choices and value not in choices:
             if key == "data" and Path(str(value)).expanduser().is_dir():
-                return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
-            return f"{line}: unknown choice; {self._suggest(key, str(value))}"
+                return f"a folder is not a choice; for its images: data=image_folder data.root={value}"
+            return f"unknown choice; {self._suggest(key, str(value))}"
         if key.startswith("hydra/sweeper/"):
-            return f"{line}: only searches have this group; add hydra/sweeper=dlopt_optuna"
+            return "only searches have this group; add hydra/sweeper=dlopt_optuna"
         if "/" in key or "@" in key or choices:
-            return f"{line}: {first_lines(error)}"
+            return first_lines(error)
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(config, parent, throw_on_resolution_failure=False)
         while node is None and "." in parent:  # explain the first part of the key that does not exist
@@ -251,35 +255,35 @@ class Composer:
             group, _, rest = key.partition(".")
             names = [str(name) for name in config]
             if group in names:
-                return f"{line}: unknown key; {parent} holds a value, not keys"
+                return f"unknown key; {parent} holds a value, not keys"
             if group.lower() not in names and (hint := for_key(name, typed)):  # trainer.max_epochs
-                return f"{line}: unknown key; {hint}"
+                return f"unknown key; {hint}"
             hint = did_you_mean(group, names, suffix=f".{rest}")
-            return f"{line}: unknown group; {hint}groups: {shorten(group, self.groups(), 'dlopt options')}"
+            return f"unknown group; {hint}groups: {shorten(group, self.groups(), 'dlopt options')}"
         names = [str(name) for name in node if name not in ("_target_", "hydra")]
         if name in names and override.is_add():
-            return f"{line}: this key exists; set it without the plus sign: {key}={typed}"
+            return f"this key exists; set it without the plus sign: {key}={typed}"
         if name in names:  # the key exists; a key inside its value does not
             is_new = "Could not override" in str(error)
             hint = f"; add a new key with a plus sign: +{key}.KEY=VALUE" if is_new else ""
-            return f"{line}: {first_lines(error)}{hint}"
+            return f"{first_lines(error)}{hint}"
         if hint := for_key(key, typed):
-            return f"{line}: unknown key; {hint}"
+            return f"unknown key; {hint}"
         names += [] if parent else sorted(self.more_keys)
         is_own = not is_below(str(node.get("_target_")), ("dlopt", "torch", "torchvision", "None"))
         if is_own and parent in self.groups():
             hint = did_you_mean(name, names, join(parent, ""))
-            return f"{line}: unknown key; {hint}the file of this choice does not list it: add it there, or type +{line}"
+            return f"unknown key; {hint}the file of this choice does not list it: add it there, or type +{line}"
         hint = _suggest_choices(parent, name, self.config_dir) if parent in self.groups() else ""
         hint = hint or did_you_mean(name, names, join(parent, ""))
         if not hint and not parent:
             hint = _suggest_in_groups(name, config)
         if not names and str(node.get("_target_")).startswith("dlopt."):
-            return f"{line}: unknown key; {hint}the chosen {parent} has no keys"
+            return f"unknown key; {hint}the chosen {parent} has no keys"
         if not names:
-            return f"{line}: unknown key; add a new key with a plus sign: +{line}"
+            return f"unknown key; add a new key with a plus sign: +{line}"
         command = f"dlopt options {parent}" if parent in self.groups() else "dlopt train --help"
-        return f"{line}: unknown key; {hint}allowed: {shorten(name, names, command)}"
+        return f"unknown key; {hint}allowed: {shorten(name, names, command)}"
 
 
 def register_plugins() -> None:
@@ -340,17 +344,6 @@ def _set(config: DictConfig, override: Override) -> None:
     if is_new and OmegaConf.select(config, key, throw_on_missing=False) is not None:
         raise ConfigCompositionException(key)
     OmegaConf.update(config, key, value, merge=True, force_add=override.is_add() or override.is_force_add())
-
-
-def _is_own(choice: Override) -> bool:
-    """Returns whether a choice is a file of dlopt, not one of another folder or registered with Hydra."""
-    return (config_folder() / choice.key_or_group / f"{choice.value()}.yaml").is_file()
-
-
-def _state_of_files() -> str:
-    """Returns what differs when a YAML file of dlopt has changed, as a string, which is hashed only once."""
-    files = ((path, path.stat()) for path in config_folder().rglob("*.yaml"))
-    return " ".join(f"{path} {status.st_mtime_ns} {status.st_size}" for path, status in files)
 
 
 def _check_files(folder: Path) -> None:

@@ -29,19 +29,15 @@ def _declared(schema: type, prefix: str = "") -> dict[str, Role]:
     return roles
 
 
-# What a group decides, for all choices and keys that have no role of their own.
-_GROUPS: Mapping[str, Role] = {
-    **dict.fromkeys(GROUPS, Role.IDENTITY),
+LABELS = ("tags", "note")
+"""Keys that describe a run for its readers, and change nothing that it computes."""
+ROLES: Mapping[str, Role] = {
+    **dict.fromkeys(GROUPS, Role.IDENTITY),  # of all keys of a group that have no role of their own
     "parallel": Role.PLACE,
     "hydra": Role.PLACE,
     "experiment": Role.COMMAND,  # a run's config has the effects of its recipe, key by key
     "comparison": Role.COMMAND,
     "from": Role.COMMAND,
-}
-LABELS = ("tags", "note")
-"""Keys that describe a run for its readers, and change nothing that it computes."""
-ROLES: Mapping[str, Role] = {
-    **_GROUPS,
     **_declared(Settings),
     **_declared(DataSettings, "data"),
     "data.root": Role.PLACE,  # an argument of the data sets that are read from a folder

@@ -1,8 +1,6 @@
 """Turns a composed config into a checked `Experiment`."""
 
-import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +26,7 @@ def parse(
     absent = {name: {"_target_": group.absent} for name, group in GROUPS.items() if group.absent and name not in config}
     config, saved = {**config, **absent}, None if saved is None else {**saved, **absent}
     settings = run_settings(config)
-    packages = (*trusted_packages(), *settings.allow_packages)
-    find_local_packages(settings.allow_packages)
+    packages = trusted_packages(settings.allow_packages)
     components: dict[str, Any] = {}
     for name, group in GROUPS.items():
         node = config.get(name)
@@ -65,9 +62,3 @@ def parse(
     )
     check_combinations(experiment)
     return experiment
-
-
-def find_local_packages(packages: Sequence[str]) -> None:
-    """Makes `packages`, if any, importable from the current folder, as with `python -m dlopt`."""
-    if packages and not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())

@@ -119,10 +119,8 @@ def show_config(config: DictConfig, part: str, package: str | None, *, resolve: 
         OmegaConf.set_readonly(shown.hydra, False)
         for group, key in _former_keys(config):
             del shown[group][key]
-        if part == "job":
-            del shown["hydra"]
-        for key in list(shown) if part == "hydra" else []:
-            if key != "hydra":
+        for key in list(shown) if part != "all" else []:
+            if (key == "hydra") != (part == "hydra"):
                 del shown[key]
     selected = None if package == "_global_" else package
     node = shown if selected is None else OmegaConf.select(shown, selected)

@@ -42,19 +42,17 @@ def how_to_resume(folder: RunFolder, is_ranks: bool = False) -> str:
 
 def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
     """Returns the newest unfinished run of this config below `parent` that no process is working on."""
-
-    def is_resumable(folder: RunFolder) -> bool:
-        saved = folder.config()
-        if saved is None or folder.is_finished() or folder.is_live():
-            return False
-        return not differences(saved, config)
-
-    return newest(parent, is_resumable)
+    return newest(parent, lambda run: not (run.is_finished() or run.is_live()) and _has_config(run, config))
 
 
 def newest_finished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
     """Returns the newest finished run below `parent` that `resume=auto` in its folder would extend to this config."""
-    return newest(parent, lambda folder: folder.is_finished() and not differences(folder.config() or {}, config))
+    return newest(parent, lambda run: run.is_finished() and _has_config(run, config))
+
+
+def _has_config(run: RunFolder, config: Mapping[str, Any]) -> bool:
+    saved = run.config()
+    return saved is not None and not differences(saved, config)
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -42,7 +42,11 @@ def check_combinations(experiment: Experiment) -> None:
         )
     _check_device(experiment)
     _check_precision(experiment)
-    _check_batch(experiment)
+    size = experiment.data_settings.batch_size
+    if isinstance(size, int) and settings.accumulate > size:
+        raise UserError(
+            f"accumulate={settings.accumulate}: more micro-batches than samples in a batch (data.batch_size={size})"
+        )
     if experiment.model.arguments.get("pretrained") and experiment.init.target is not default:
         raise UserError(
             f"{experiment.init.choice}: would overwrite the pretrained weights; "
@@ -136,10 +140,3 @@ def _check_precision(experiment: Experiment) -> None:
         )
     if "curvature" in settings.diagnostics:
         raise UserError(f"diagnostics=[curvature]: {key} does not resolve second derivatives; use precision=bf16")
-
-
-def _check_batch(experiment: Experiment) -> None:
-    size = experiment.data_settings.batch_size
-    accumulate = experiment.settings.accumulate
-    if isinstance(size, int) and accumulate > size:
-        raise UserError(f"accumulate={accumulate}: more micro-batches than samples in a batch (data.batch_size={size})")

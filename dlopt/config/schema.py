@@ -10,7 +10,9 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -66,9 +68,15 @@ _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=Fa
 _EMPTY = inspect.Parameter.empty
 
 
-def trusted_packages() -> tuple[str, ...]:
-    """Returns the packages whose callables a config may name without `allow_packages`."""
-    return (*ALLOWED_PACKAGES, *extensions())
+def trusted_packages(allowed: Iterable[str] = ()) -> tuple[str, ...]:
+    """Returns the packages whose callables a config may name: those of `allow_packages` in addition to dlopt's own.
+
+    Makes `allowed`, if any, importable from the current folder, as with `python -m dlopt`.
+    """
+    allowed = tuple(allowed)
+    if allowed and not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    return (*ALLOWED_PACKAGES, *extensions(), *allowed)
 
 
 @dataclasses.dataclass(frozen=True)

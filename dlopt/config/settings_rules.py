@@ -32,7 +32,12 @@ def check_settings(settings: Settings) -> None:
     own = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
     check_monitor("monitor", settings.monitor, own)
     _check_diagnostics(settings)
-    _check_evaluation(settings)
+    every = settings.evaluate
+    if every.every_steps is not None and every.every_epochs != 1:
+        raise UserError(
+            f"evaluate.every_steps={every.every_steps} and evaluate.every_epochs={every.every_epochs}: exclude each "
+            "other; set evaluate.every_epochs=1 or evaluate.every_steps=null"
+        )
     _check_compile(settings)
 
 
@@ -88,15 +93,6 @@ def _check_diagnostics(settings: Settings) -> None:
         raise UserError(
             f"profile_steps=[{first},{last}]: too short, since the first update profiles memory and the others time; "
             f"set at least [{first},{first + 2}]"
-        )
-
-
-def _check_evaluation(settings: Settings) -> None:
-    every = settings.evaluate
-    if every.every_steps is not None and every.every_epochs != 1:
-        raise UserError(
-            f"evaluate.every_steps={every.every_steps} and evaluate.every_epochs={every.every_epochs}: exclude each "
-            "other; set evaluate.every_epochs=1 or evaluate.every_steps=null"
         )
 
 

@@ -8,7 +8,7 @@ import ast
 import builtins
 import functools
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,34 @@ _NAMES: Mapping[str, Any] = {**vars(builtins), **_TYPING, **vars(annotated_types
 def annotations_of(path: str) -> Mapping[str, Any]:
     """Returns the annotations of the arguments of the dlopt function or class at a dotted path, as far as known here.
 
-    The arguments of a class are those of its `__init__`, or of the nearest base's, or the fields of a dataclass.
+    The arguments of a class are those of its `__init__`, or else its annotated fields and the arguments of its bases.
     """
     found = _find(path)
-    if found is None:
-        return {}
-    module, node = found
-    evaluated = ((name, _evaluate(written, _Names(where))) for name, where, written in _arguments(module, node))
-    return {name: annotation for name, annotation in evaluated if annotation is not None}
+    return {} if found is None else _arguments(*found)
+
+
+def _arguments(module: str, node: ast.AST) -> dict[str, Any]:
+    written: Mapping[str, ast.expr | None] = {}
+    parents: list[str] = []  # whose arguments are also those of the node
+    if isinstance(node, ast.ClassDef):
+        init = [each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
+        if init:
+            return _arguments(module, init[0])
+        parents = [ast.unparse(base) for base in node.bases]
+        fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+        written = {ast.unparse(each.target): each.annotation for each in fields}
+    elif isinstance(node, ast.FunctionDef):
+        arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        written = {each.arg: each.annotation for each in arguments}
+        match node.args.kwarg:
+            case ast.arg(annotation=ast.Subscript(ast.Name("Unpack"), ast.Name(name))):  # keys of a TypedDict
+                parents = [name]
+    annotations: dict[str, Any] = {}
+    for parent in reversed(parents):
+        annotations |= annotations_of(f"{module}.{parent}")
+    names = _Names(module)
+    evaluated = {name: _evaluate(each, names) for name, each in written.items() if each is not None}
+    return annotations | {name: annotation for name, annotation in evaluated.items() if annotation is not None}
 
 
 class _Names(dict[str, Any]):
@@ -59,38 +79,6 @@ def _evaluate(expression: ast.expr, names: Mapping[str, Any]) -> Any:
         return eval(compile(ast.Expression(expression), "<annotation>", "eval"), {"__builtins__": {}}, names)
     except (KeyError, NameError, TypeError, AttributeError):
         return None
-
-
-def _arguments(module: str, node: ast.AST) -> Iterator[tuple[str, str, ast.expr]]:
-    """Yields the name of each argument, the module of its annotation, and the annotation."""
-    if isinstance(node, ast.FunctionDef):
-        for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
-            if each.annotation is not None:
-                yield each.arg, module, each.annotation
-        match node.args.kwarg:
-            case ast.arg(annotation=ast.Subscript(ast.Name("Unpack"), ast.Name(name))):  # keys of a TypedDict
-                keys = _find(f"{module}.{name}")
-                yield from () if keys is None else _fields(*keys)
-    elif isinstance(node, ast.ClassDef):
-        own = [each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
-        bases = [_find(f"{module}.{base.id}") for base in node.bases if isinstance(base, ast.Name)]
-        if own:
-            yield from _arguments(module, own[0])
-        elif any("dataclass" in ast.unparse(each) for each in node.decorator_list):
-            yield from _fields(module, node)
-        elif bases and bases[0] is not None:
-            yield from _arguments(*bases[0])
-
-
-def _fields(module: str, node: ast.AST) -> Iterator[tuple[str, str, ast.expr]]:
-    """Yields the annotated fields of a class and those of its bases."""
-    for base in node.bases if isinstance(node, ast.ClassDef) else []:
-        found = _find(f"{module}.{ast.unparse(base)}")
-        if found is not None:
-            yield from _fields(*found)
-    for each in node.body if isinstance(node, ast.ClassDef) else []:
-        if isinstance(each, ast.AnnAssign):
-            yield ast.unparse(each.target), module, each.annotation
 
 
 def _find(path: str) -> tuple[str, ast.AST] | None:

@@ -19,10 +19,10 @@ from dlopt.errors import UserError
 from dlopt.plain import flatten, is_below
 
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # installed packages that Hydra discovers itself
-_SEARCH_COMPONENTS = {  # of hydra/sweeper=dlopt_optuna
-    "hydra.sweeper.sampler._target_": r"dlopt\.sweeps\.samplers\.[a-z]\w*",
-    "hydra.sweeper.pruner._target_": r"dlopt\.sweeps\.samplers\.[a-z]\w*",
-}
+_SEARCH_COMPONENTS = (
+    "hydra.sweeper.sampler._target_",
+    "hydra.sweeper.pruner._target_",
+)  # of hydra/sweeper=dlopt_optuna
 _HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _MAX_VALUES = 10_000
@@ -38,8 +38,9 @@ def check_hydra(config: DictConfig, hydra: Mapping[str, Any], typed: Iterable[st
         name = key.rsplit(".", 1)[-1]
         if name == "_target_":
             is_plugin = key in ("hydra.sweeper._target_", "hydra.launcher._target_") and str(value).startswith(_PLUGINS)
-            pattern = _SEARCH_COMPONENTS.get(key)  # samplers and pruners: `build_study_spec` checks their arguments
-            if not is_plugin and not (pattern and re.fullmatch(pattern, str(value))):
+            # `build_study_spec` checks the arguments of samplers and pruners.
+            is_sampler = key in _SEARCH_COMPONENTS and re.fullmatch(r"dlopt\.sweeps\.samplers\.[a-z]\w*", str(value))
+            if not is_plugin and not is_sampler:
                 raise UserError(f"{key}={show(value)}: only Hydra plug-ins are allowed here")
         if key.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
             _check_logging(key, name, str(value))

@@ -7,7 +7,6 @@ from typing import Any
 
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import key_of, value_of
-from dlopt.config.parsing import find_local_packages
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
 from dlopt.errors import UserError
@@ -64,8 +63,7 @@ def candidate(composer: Composer, name: str, overrides: Sequence[str], track: Tr
         return Candidate(name, chosen, space)
     lines = [*chosen, *overrides]
     plain, _ = to_plain(composer.compose(lines), lines)
-    find_local_packages(plain["allow_packages"])
-    packages = (*trusted_packages(), *plain["allow_packages"])
+    packages = trusted_packages(plain["allow_packages"])
     names = parameters_of(resolve_target("optimizer._target_", str(plain["optimizer"]["_target_"]), packages))
     searched = {key: value for key, value in space.searched.items() if key.removeprefix("optimizer.") in names}
     if not searched:

@@ -170,12 +170,9 @@ def _contestant(line: Line, name: str, overrides: Sequence[str], shared: Sequenc
 
 def _default_rate(plain: Mapping[str, Any]) -> float | None:
     """Returns the learning rate of a composed choice, or the default of the signature of its class."""
-    from dlopt.config.parsing import find_local_packages  # imports torch
-
     lr = plain["optimizer"].get("lr")
     if lr is None:
-        find_local_packages(plain["allow_packages"])
-        packages = (*trusted_packages(), *plain["allow_packages"])
+        packages = trusted_packages(plain["allow_packages"])
         target = resolve_target("optimizer._target_", str(plain["optimizer"]["_target_"]), packages)
         lr = getattr(parameters_of(target).get("lr"), "default", None)
     return float(lr) if isinstance(lr, int | float) else None

@@ -126,7 +126,7 @@ def _check_job(config: DictConfig, job: Combination) -> _PathJob:
     # `data` is set by optimizer=gradient_descent (full batch) and has no effect here.
     keys = {key: value for key, value in plain.items() if key not in (*_GROUPS, "data")}
     settings = PathSettings(**check_arguments("", PathSettings, keys, related=_GROUPS))
-    packages = (*trusted_packages(), *settings.allow_packages)
+    packages = trusted_packages(settings.allow_packages)
     for name in _GROUPS:
         if not isinstance(plain[name], dict) or "_target_" not in plain[name]:
             raise UserError(f"{name}: choose one; `dlopt options {name}` lists all")
