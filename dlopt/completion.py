@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from dlopt.config.overrides import key_of, value_of
 from dlopt.errors import UserError
 
 
@@ -47,7 +48,7 @@ def _candidates(program: str, words: list[str], arguments: list[str], commands: 
         from dlopt.commands.template import TEMPLATES
 
         candidates = list(TEMPLATES)
-    elif prefix.startswith("checkpoint=") and command != "train":
+    elif "=" in prefix and key_of(prefix) == "checkpoint" and command != "train":
         candidates = _checkpoints(prefix)
     elif command == "train" or command not in commands:
         return _overrides(" ".join([program, *words[1:]]), prefix, arguments)
@@ -77,5 +78,5 @@ def _overrides(line: str, prefix: str, arguments: list[str]) -> list[str]:
 
 
 def _checkpoints(prefix: str) -> list[str]:
-    paths = [Path(match) for match in glob.glob(glob.escape(prefix.removeprefix("checkpoint=")) + "*")]
+    paths = [Path(match) for match in glob.glob(glob.escape(value_of(prefix)) + "*")]
     return [f"checkpoint={p}/" if p.is_dir() else f"checkpoint={p}" for p in paths if p.is_dir() or p.suffix == ".pt"]

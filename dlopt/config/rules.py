@@ -7,6 +7,7 @@ import torch
 
 from dlopt.adapt import none as no_adapters
 from dlopt.config.experiment import Experiment
+from dlopt.config.overrides import value_of
 from dlopt.config.schema import Component
 from dlopt.config.settings_rules import check_monitor
 from dlopt.errors import UserError
@@ -81,7 +82,7 @@ def _check_pixels(experiment: Experiment) -> None:
 def _check_distillation(experiment: Experiment) -> None:
     """Refuses what computes the loss without the teacher, and modes in which a rank has no whole samples or outputs."""
     settings, mode = experiment.settings, experiment.parallel
-    if mode.choice.removeprefix("parallel=") not in ("single", "ddp", "fsdp"):
+    if value_of(mode.choice) not in ("single", "ddp", "fsdp"):
         raise UserError(
             f"{mode.choice}: loss=distillation needs whole samples and outputs on every rank; use parallel=ddp or "
             "parallel=fsdp"

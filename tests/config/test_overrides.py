@@ -1,7 +1,11 @@
-"""Messages for overrides that Hydra's grammar rejects."""
+"""Messages for overrides that Hydra's grammar rejects, and the one module that takes overrides apart."""
+
+import re
+from pathlib import Path
 
 import pytest
 
+import dlopt
 from dlopt.config.overrides import explain_grammar, parse_overrides
 
 
@@ -28,3 +32,10 @@ def test_blocks_and_lists_are_quoted_entry_by_entry() -> None:
     advised = message.rpartition("for the shell: ")[2][1:-1]
     [override] = parse_overrides([advised])
     assert override.value() == {"a": ["x=1", "y=[2,3]"], "b": ["z=4"], "c": {"d": "e=f"}}
+
+
+def test_one_module_takes_overrides_apart_as_text() -> None:
+    apart = re.compile(r"""(partition|split|lstrip)\(["'][=+~]|(startswith|removeprefix)\(["'](?!query)[\w.]+=["']""")
+    package = Path(dlopt.__file__).parent
+    found = [path for path in package.rglob("*.py") if apart.search(path.read_text())]
+    assert found == [package / "config/overrides.py"]
