@@ -31,26 +31,23 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
 
     Called in each process of a launcher, runs the command as one of its ranks and ends the process.
     """
+    typed = [argument for argument in arguments if group_of(argument) == "parallel"]
     if (world := current()) is not None:
 
         def run() -> int:
-            keys = take_process_keys(_typed_keys(arguments), name)
+            keys = take_process_keys(typed_values(typed), name)
             join_store(world, minutes=keys["timeout_minutes"], address=keys["master_addr"], port=keys["master_port"])
             return command(arguments)
 
         run_rank(run)
-    if not _typed_keys(arguments):
+    if not typed:
         return command(arguments)
-    keys = take_process_keys(_typed_keys(arguments), name)
-    device = typed_values([argument for argument in arguments if key_of(argument) == "device"])
+    keys = take_process_keys(typed_values(typed), name)
+    device = typed_values(argument for argument in arguments if key_of(argument) == "device")
     processes = launch.count_processes(keys, str(device.get("device", "auto")))
     if processes == 1:
         return command(arguments)
     return launch.group_code(*launch.run_processes(launch.python_module("dlopt", name, *arguments), processes, {}))
-
-
-def _typed_keys(arguments: list[str]) -> dict[str, Any]:
-    return typed_values([argument for argument in arguments if group_of(argument) == "parallel"])
 
 
 def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":

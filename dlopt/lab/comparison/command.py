@@ -219,7 +219,7 @@ def _plan(composer: Composer, comparison: Comparison, overrides: list[str]) -> P
 def _references(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:
     """Returns the values that name earlier runs of the comparison, by key: `before:NAME` and `variant:NAME`."""
     values = {"init_from": config.get("init_from"), _TEACHER: (config.get("loss") or {}).get("teacher")}
-    return {key: value for key, value in values.items() if str(value).startswith((_BEFORE, _VARIANT))}
+    return {key: str(value) for key, value in values.items() if str(value).startswith((_BEFORE, _VARIANT))}
 
 
 def _check_references(comparison: Comparison, plans: Plans) -> None:
