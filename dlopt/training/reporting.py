@@ -6,9 +6,11 @@ from typing import Any
 import torch
 
 from dlopt.adapt import describe
-from dlopt.config.pretrained import describe_pretrained
+from dlopt.config.experiment import Experiment
+from dlopt.config.schema import dotted_name
 from dlopt.files import read_json, write_atomically, write_json
 from dlopt.folders import RunFolder
+from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
@@ -105,6 +107,27 @@ def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
     lines = (describe(workload.module), chosen, pretrained, rates, teacher, small)
     described = [line for line in lines if line]
     return [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]
+
+
+def describe_pretrained(experiment: Experiment, shape: tuple[int, ...]) -> str:
+    """Describes the images for which pretrained weights were trained, and how those of this run differ.
+
+    `shape`: of the model's input. Empty without pretrained weights.
+    """
+    model, constants = experiment.model, experiment.normalize.arguments
+    name, pretrained = str(model.arguments.get("name")), model.arguments.get("pretrained", False)
+    inputs = pretrained_inputs(dotted_name(model.target), name, pretrained)
+    if inputs is None:
+        return ""
+    height, width = inputs.size
+    mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (inputs.mean, inputs.std))
+    differences = []
+    if (tuple(constants.get("mean", ())), tuple(constants.get("std", ()))) != (inputs.mean, inputs.std):
+        differences.append("another normalization")
+    if tuple(shape[1:]) != inputs.size:
+        differences.append(f"images of {'x'.join(map(str, shape[1:]))}")
+    compared = " and ".join(differences) or "the same"
+    return f"pretrained on images of {height}x{width} with mean [{mean}] and std [{std}]; this run uses {compared}"
 
 
 def show_first_batch(workload: Workload, batches: EpochBatches, tracking: Tracking) -> None:

@@ -7,8 +7,8 @@ import torch
 import torchvision
 
 from dlopt.config.compose import Composer
-from dlopt.config.pretrained import describe_pretrained
 from dlopt.config.resolve import choices_of
+from dlopt.training.reporting import describe_pretrained
 from tests.support.line import dlopt, refused
 from tests.support.runs import experiment
 
