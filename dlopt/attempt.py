@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from dlopt.config.plan import Plan
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
 from dlopt.errors import DONE, USER_ERROR, UserError
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
-from dlopt.job import execute
+from dlopt.job import Outcome, reported
 from dlopt.parallel.rendezvous import current
 from dlopt.tracking.layout import short_path
 
@@ -50,8 +50,16 @@ def prepare(plan: Plan) -> Prepared:
     return Prepared(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 
 
-def attempt(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None) -> int:
-    """Runs a plan in its folder and returns the exit code; a new folder is removed if the run is refused.
+@dataclass
+class Attempt(Outcome):
+    """A run to start; None: there is nothing to do."""
+
+    run: "Run | None" = None
+
+
+@contextlib.contextmanager
+def attempt(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None) -> Iterator[Attempt]:
+    """Context in which a plan is started in its folder; a new folder is removed if the run is refused.
 
     Args:
         send: sends other ranks the message with which they join the run.
@@ -62,7 +70,8 @@ def attempt(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None)
         from dlopt.tracking.console import ConsoleView
 
         ConsoleView().finish(folder.summary() or {}, [f"this run is already finished: {folder.path}"])
-        return DONE
+        yield Attempt(DONE)
+        return
     if plan.experiment.settings.resume == "auto" and prepared.is_new:
         done = newest_finished(folder.path.parent, plan.saved)
         hint = "" if done is None else f"; {_how_to_extend(done)}"
@@ -70,19 +79,21 @@ def attempt(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None)
     if prepared.is_new and (folder.config() is not None or folder.is_live()):
         # Another process has started a run in this folder since `prepare`.
         raise UserError(f"hydra.run.dir={folder.path}: another run is active in this folder")
-    code = USER_ERROR
+    tried = Attempt(USER_ERROR, run)
     try:
         assert plan.config is not None
         with job_environment(plan.config, folder.path):
             if send is not None:
                 send({"config": plan.saved, "folder": str(folder.path), "choices": plan.choices})
-            code = execute(run)
+            with reported(run) as outcome:
+                yield tried
+                outcome.code = tried.code
+            tried.code = outcome.code
     finally:
         # A run that has saved is never erased, not even if a signal came between its end and its exit code.
         has_saved = (folder.checkpoints / "last.pt").exists()
-        if code == USER_ERROR and prepared.is_new and not has_saved and not folder.is_live():
+        if tried.code == USER_ERROR and prepared.is_new and not has_saved and not folder.is_live():
             prepared.before.erase(folder.path)
-    return code
 
 
 def _how_to_extend(done: RunFolder) -> str:

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,28 +39,49 @@ class NotStartedError(UserError):
     """A run that cannot start, for example because another process has it: its folder stays as it is."""
 
 
-def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> int:
-    """Runs in this process and returns the exit code. An error becomes one message and a record in the run's folder.
+@dataclass
+class Outcome:
+    """What became of a run."""
 
+    code: int = FAILED
+
+
+def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> int:
+    """Runs in this process and returns the exit code; see `reported`."""
+    with reported(run, may_diverge=may_diverge) as outcome:
+        outcome.code = start(run, console=console and not is_quiet())
+    return outcome.code
+
+
+def is_quiet() -> bool:
+    return os.environ.get(launch.QUIET) == "1"
+
+
+@contextlib.contextmanager
+def reported(run: "Run", *, may_diverge: bool = False) -> Iterator[Outcome]:
+    """Context of `start`: turns an error into one message, a record in the run's folder, and an exit code.
+
+    A context instead of a function that calls `start`: few frames separate `main` from the update.
     `may_diverge`: divergence is a result of the run like any other, and only recorded.
     """
     from dlopt.training.nonfinite import Diverged
 
     # A folder that existed before keeps the reason of a UserError; a new one is removed.
     records_user_errors = _is_job_of_sweep(run)
+    outcome = Outcome()
     try:
-        return start(run, console=console and os.environ.get(launch.QUIET) != "1")
+        yield outcome
     except NotStartedError as error:
         print_error(str(error))
-        return error.code
+        outcome.code = error.code
     except KeyboardInterrupt:
         if rendezvous.is_main():
             print_error(f"interrupted; {how_to_resume(RunFolder(run.folder), rendezvous.is_launched())}")
-        return INTERRUPTED
+        outcome.code = INTERRUPTED
     except Exception as error:
-        code, reason = failure(error)
+        outcome.code, reason = failure(error)
         if not rendezvous.first_to_fail():
-            return code
+            return
         diverged, frames = isinstance(error, Diverged), None
         if reason is None:
             frames = traceback.format_exc()
@@ -69,11 +91,10 @@ def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> i
             print_error(f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}")
         elif not (may_diverge and diverged):
             print_error(reason)
-        if code == FAILED or records_user_errors:
+        if outcome.code == FAILED or records_user_errors:
             _record_failure(run.folder, reason, diverged=diverged)
         if frames is not None:
             print(frames, file=sys.stderr)
-        return code
 
 
 def failure(error: Exception) -> tuple[int, str | None]:
@@ -118,52 +139,47 @@ def start(run: "Run", *, console: bool) -> int:
     Raises `UserError`, `RunError` and unexpected exceptions. A resumed run that is refused keeps the files that
     describe it.
     """
-    processes, lock = _claim(run)
-    with lock:
-        former = _former_description(run)
-        try:
-            if run.overrides is not None and rendezvous.is_main():
-                describe(run.folder, run.experiment.config, run.overrides, run.choices)
-            elif rendezvous.is_main():
-                _record_machine(run.folder)
-            code = _train(run, console) if processes == 1 else _launch(run, processes, console)
-        except UserError:
-            _restore(former)
-            raise
-        if code == USER_ERROR:  # in child processes
-            _restore(former)
-    return code
-
-
-def _launch(run: "Run", processes: int, console: bool) -> int:
-    resume = run.experiment.settings.resume
-    checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
-    return launch.run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
-
-
-def _train(run: "Run", console: bool) -> int:
     from dlopt.training.precision import torch_defaults
     from dlopt.training.trainer import train_run
 
-    is_shown = console and rendezvous.is_main()
-    watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
-    with Interruption(run.experiment.settings.max_time) as interruption, watch, torch_defaults():
-        summary = train_run(run, interruption, console=is_shown, **tools(run, console=is_shown))
-        rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
+    processes, lock = _claim(run)
+    with lock, _described(run) as outcome:
+        if processes > 1:
+            resume = run.experiment.settings.resume
+            checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
+            outcome.code = launch.run_group(
+                run.folder, processes, checkpoint, record=run.overrides is None, console=console
+            )
+            return outcome.code
+        is_shown = console and rendezvous.is_main()
+        watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
+        with Interruption(run.experiment.settings.max_time) as interruption, watch, torch_defaults():
+            summary = train_run(run, interruption, console=is_shown, **tools(run, console=is_shown))
+            rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
     return CODE_OF[summary["status"]]
 
 
-def _former_description(run: "Run") -> dict[Path, bytes | None]:
-    """Reads the files that describe a run before it is resumed, if this process will write them."""
-    is_written = run.overrides is not None and run.checkpoint is not None and rendezvous.is_main()
-    names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF) if is_written else ()
-    return {path: path.read_bytes() if path.is_file() else None for path in (run.folder / name for name in names)}
-
-
-def _restore(files: Mapping[Path, bytes | None]) -> None:
-    for path, data in files.items():
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True) if data is None else write_atomically(path, data)
+@contextlib.contextmanager
+def _described(run: "Run") -> Iterator[Outcome]:
+    """Writes the files that describe a run; a refused run that was resumed gets its former ones back."""
+    is_described_here, outcome = run.overrides is not None and rendezvous.is_main(), Outcome()
+    names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
+    paths = [run.folder / name for name in names] if is_described_here and run.checkpoint is not None else []
+    former = {path: path.read_bytes() if path.is_file() else None for path in paths}
+    try:
+        if run.overrides is not None and is_described_here:
+            describe(run.folder, run.experiment.config, run.overrides, run.choices)
+        elif rendezvous.is_main():
+            _record_machine(run.folder)
+        yield outcome
+    except UserError:
+        outcome.code = USER_ERROR
+        raise
+    finally:
+        if outcome.code == USER_ERROR:  # here, or in child processes
+            for path, data in former.items():
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True) if data is None else write_atomically(path, data)
 
 
 def tools(run: "Run", *, console: bool) -> dict[str, Any]:

@@ -484,7 +484,7 @@ def test_signal_after_the_run_leaves_its_folder(tmp_path: Path, monkeypatch: pyt
         start(*arguments, **keys)
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr("dlopt.job.start", interrupted)
+    monkeypatch.setattr("dlopt.commands.train.start", interrupted)
     assert dlopt(tmp_path, "train", *TINY, IN_RUN).code == 75
     assert RunFolder(tmp_path / "run").is_finished()
 

@@ -21,7 +21,7 @@ from dlopt.config.plan import Plan, checked
 from dlopt.config.resolve import resolve_saved, show_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.interruption import killed_by_signals
-from dlopt.job import execute, print_error
+from dlopt.job import execute, is_quiet, print_error, start
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 from dlopt.table import SERIES, function
 from dlopt.tracking.layout import waiting
@@ -74,7 +74,12 @@ def train(arguments: list[str]) -> int:
     refuse_unread_hydra(parsed.overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
     with waiting("loading PyTorch ..."):
         plan = checked(config, parsed.overrides, flags=composer.flags)
-    return _estimate(plan) if plan.experiment.settings.dry_run else attempt(plan)
+    if plan.experiment.settings.dry_run:
+        return _estimate(plan)
+    with attempt(plan) as outcome:
+        if outcome.run is not None:
+            outcome.code = start(outcome.run, console=not is_quiet())
+    return outcome.code
 
 
 def _check_flags(parsed: Namespace) -> None:
@@ -100,7 +105,10 @@ def _lead(composer: Composer, config: DictConfig, overrides: list[str], typed: l
         if plan.experiment.settings.dry_run:
             code = _estimate(plan)
         else:
-            code = attempt(plan, send=lambda message: store.set("run", json.dumps(message)))
+            with attempt(plan, send=lambda message: store.set("run", json.dumps(message))) as outcome:
+                if outcome.run is not None:
+                    outcome.code = start(outcome.run, console=not is_quiet())
+            code = outcome.code
     except UserError as error:
         print_error(str(error))
         code = USER_ERROR
