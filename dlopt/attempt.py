@@ -1,18 +1,23 @@
 """Starts a checked run: finds or creates its folder, resumes, and removes a new folder if the run is refused."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.utils import configure_log, env_override
+from omegaconf import DictConfig
+
 from dlopt.command_line.reads import refuse_untested
-from dlopt.config.compose import job_environment, typed_folder
+from dlopt.config.compose import typed_folder
 from dlopt.config.plan import Plan
+from dlopt.config.resolve import first_lines
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
 from dlopt.errors import DONE, USER_ERROR, UserError
-from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
+from dlopt.folders import SHELL_FOLDER, FolderSnapshot, RunFolder, make, make_new
 from dlopt.job import Outcome, reported
 from dlopt.parallel.rendezvous import current
 from dlopt.tracking.layout import short_path
@@ -94,6 +99,19 @@ def attempt(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None)
         has_saved = (folder.checkpoints / "last.pt").exists()
         if tried.code == USER_ERROR and prepared.is_new and not has_saved and not folder.is_live():
             prepared.before.erase(folder.path)
+
+
+@contextlib.contextmanager
+def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
+    """Applies hydra.job_logging, and hydra.job.env_set and hydra.job.chdir until it exits. Raises `UserError`."""
+    config.hydra.runtime.output_dir = str(folder)
+    try:
+        configure_log(config.hydra.job_logging, config.hydra.verbose)
+    except (ValueError, OSError) as error:
+        raise UserError(f"hydra.job_logging: {first_lines(error)}") from None
+    working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
+    with env_override({**config.hydra.job.env_set, SHELL_FOLDER: os.getcwd()}), working_directory:
+        yield
 
 
 def _how_to_extend(done: RunFolder) -> str:

@@ -1,12 +1,11 @@
 """Composes configs with Hydra's public functions, and explains errors in overrides."""
 
-import contextlib
 import functools
 import importlib
 import os
 import pickle
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
-from hydra.core.utils import configure_log, env_override
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -33,7 +31,7 @@ from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
 from dlopt.errors import UserError, did_you_mean, shorten, suggest
-from dlopt.folders import SHELL_FOLDER, refuse_url
+from dlopt.folders import refuse_url
 from dlopt.plain import check_yaml, is_below, join
 
 # AssertionError: Hydra asserts that an interpolated choice is a string.
@@ -314,19 +312,6 @@ def typed_folder(config: DictConfig, key: str, overrides: Iterable[str]) -> tupl
         raise UserError(f"{key}={'null' if path is None else path}: must be the path of a folder")
     refuse_url(str(path), key)
     return Path(os.path.expanduser(str(path))).absolute(), is_typed(key, overrides)
-
-
-@contextlib.contextmanager
-def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
-    """Applies hydra.job_logging, and hydra.job.env_set and hydra.job.chdir until it exits. Raises `UserError`."""
-    config.hydra.runtime.output_dir = str(folder)
-    try:
-        configure_log(config.hydra.job_logging, config.hydra.verbose)
-    except (ValueError, OSError) as error:
-        raise UserError(f"hydra.job_logging: {first_lines(error)}") from None
-    working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
-    with env_override({**config.hydra.job.env_set, SHELL_FOLDER: os.getcwd()}), working_directory:
-        yield
 
 
 def _has_new_keys(override: Override) -> bool:
