@@ -82,7 +82,7 @@ and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus)
 # In addition to where a trial runs: how numbers are rounded is not what a benchmark compares.
 _MACHINE = ("allow_packages", "precision", "deterministic")
 Budget = Literal["tiny", "small", "large"]
-_Tier = Annotated[str, "NAME: set of workloads: small, medium or large, or one in --config-dir"]
+_Tier = Annotated[str, "NAME: set of workloads: small, small_held_out, medium or large, or one in --config-dir"]
 _Track = Annotated[Track, "NAME: external_tuning, or self_tuning (fixed keys, three times the updates)"]
 _ADVICE = "a tier or a search space of your own may set it, see `dlopt benchmark --help`"
 _LOCK = ".results.lock"
