@@ -19,10 +19,10 @@ Digit = Literal[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 def unrepresentative_digits(
     *, train_size: Count, val_size: Count, rare: list[Digit], fraction: NonNegative, draw_seed: Seed
 ) -> Dataset:
-    """Draws `train_size` of the digits, of which the classes `rare` have `fraction` times as many samples as the others.
+    """Draws `train_size` of the digits: the classes `rare` have `fraction` times as many samples as the others.
 
-    A fraction of 1 gives a representative set, 0 leaves the classes out. The size of the training set does not depend on
-    the fraction, and the validation set is always the same stratified one of `val_size` other digits.
+    A fraction of 1 gives a representative set, 0 leaves the classes out; the size of the set does not depend on it. The
+    validation set is always the same: `val_size` other digits, stratified.
 
     Raises:
         UserError: more samples of a class are needed than there are.

@@ -48,5 +48,5 @@ def test_training_samples_are_others_and_depend_on_the_seed() -> None:
 
 
 def test_too_many_samples_are_refused() -> None:
-    with pytest.raises(UserError, match="data.train_size=900: needs 129 digits 0, of which there are 9"):
+    with pytest.raises(UserError, match=r"data\.train_size=900: needs 129 digits 0, of which there are 9"):
         draw(0.0, train_size=900)
