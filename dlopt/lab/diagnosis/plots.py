@@ -148,7 +148,8 @@ def _curve_and_inputs(axes: "Axes", snapshots: Sequence[LayerStatistics], edge: 
     limit = _SATURATED_INPUT if function is torch.sigmoid else _SATURATED_INPUT / 2
     for left, right in ((-edge, -limit), (limit, edge)):
         axes.axvspan(left, right, color=_SATURATED_COLOUR, zorder=0)
-    for layer, style in zip(snapshots, ({"fill": True, "color": COLOURS[6]}, {"color": COLOURS[1]}), strict=False):
+    styles: tuple[dict[str, Any], ...] = ({"fill": True, "color": COLOURS[6]}, {"color": COLOURS[1]})
+    for layer, style in zip(snapshots, styles, strict=False):
         heights, edges = _density(_finite(layer.inputs.values), (-edge, edge), 2 * _BINS)
         scaled = low + (1 - low) * heights / max(heights.max(), 1e-12)
         axes.stairs(scaled, edges, baseline=low, linewidth=1.5, **style)

@@ -104,7 +104,7 @@ def draw_ends(found: Ends, decays: Mapping[str, Decay | None], *, title: str, su
         ended = [(tolerance, update, distance) for tolerance, update, distance in rows if update is not None]
         for axes, column in zip(panels, (1, 2), strict=True):
             x, y = [row[0] for row in ended], [row[column] for row in ended]
-            axes.plot(x, y, linestyle="", color=line["color"], **marker, label=label)  # type: ignore[arg-type]
+            axes.plot(x, y, linestyle="", color=line["color"], **marker, label=label)
         if (closed := decays.get(label)) is not None:
             fine = torch.logspace(math.log10(rows[0][0]), math.log10(rows[-1][0]), 200).tolist()
             for axes, function in zip(panels, (closed.updates, closed.distance), strict=True):

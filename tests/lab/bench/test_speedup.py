@@ -35,7 +35,7 @@ def test_without_communication_and_delays_the_speedup_is_ideal() -> None:
 
 
 def test_with_communication_the_speedup_stays_below_its_limit() -> None:
-    """Communication hides behind computation only while there is enough of it."""
+    """Computation hides communication only while there is enough of it."""
     devices = [2**i for i in range(10)]
     found = speedups(CHAIN, 512, devices, replace(REAL, variation=0.0), updates=1, seed=0)
     serial = serial_fraction(CHAIN, 512, 512, REAL)
