@@ -9,10 +9,22 @@ from pathlib import Path
 import pytest
 
 from dlopt.lab.bench import speedup
+from dlopt.lab.bench.cluster import Cluster
+from dlopt.lab.bench.layers import Layer
 from dlopt.lab.bench.simulation import all_reduce, optimizer_step, parameters, single
 from dlopt.lab.bench.speedup import Delay, amdahl, expected_slowest, serial_fraction, simulated_slowest, speedups
-from tests.lab.bench.test_simulation import CHAIN, IDEAL, REAL
 from tests.support.line import dlopt
+
+LAYER = Layer(
+    name="x", block=None, role="alone", kind="convolution", operations=1e9, parameters=10**6, inputs=10**4,
+    outputs=10**4, units=64, rows=32, halo=0,
+)  # fmt: skip
+CHAIN = [replace(LAYER, name=f"{i}") for i in range(16)]
+REAL = Cluster(tflops=100.0)
+IDEAL = replace(
+    REAL, memory_bandwidth=1e9, bandwidth_within=1e12, latency_within=1e-9, bandwidth_between=1e12,
+    latency_between=1e-9, variation=0.0,
+)  # fmt: skip
 
 
 def test_amdahl_starts_at_one_and_ends_at_the_limit() -> None:

@@ -9,17 +9,16 @@ import pytest
 import scipy.stats
 
 from dlopt.errors import UserError
-from dlopt.lab.comparison.comparison import Results, VariantOutcome
+from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome
 from dlopt.lab.comparison.findings import record
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.published import check_published, describe_published, rank_correlation
-from tests.lab.comparison.test_comparison import comparison
 
-SPEC = comparison(
-    variants={"MLP": []},
-    along={"schedule": {"a": [], "b": [], "c": []}},
-    published={"error\nof the paper": {"a": 0.3, "b": 0.1, "c": 0.2}},
-)
+SPEC = Comparison(
+    title="A table", see="Two columns.", variants={"MLP": []}, along={"schedule": {"a": [], "b": [], "c": []}},
+    published={"error\nof the paper": {"a": 0.3, "b": 0.1, "c": 0.2}}, seeds=[0, 1], metrics=["train_loss"], x="epoch",
+    choose=None, only=[], quick=False, quick_overrides=[], claims=[],
+)  # fmt: skip
 
 
 def results(*values: float) -> Results:
