@@ -21,6 +21,7 @@ from dlopt.lab.comparison.claims import (
     weakest,
 )
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, matches
+from dlopt.lab.comparison.published import record_published
 from dlopt.lab.comparison.sentences import numbers, sentence
 
 Point = tuple[Value, ...]
@@ -198,6 +199,7 @@ def record(results: Results, findings: Sequence[Finding], frozen: Mapping[str, A
         **({"quick": True} if comparison.quick else {}),
         **(frozen or {}),
         "rows": rows,
+        **record_published(results),
         "claims": [_claim(finding) for finding in findings],
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"

@@ -11,6 +11,7 @@ from dlopt.config.schema import show
 from dlopt.lab.comparison.claims import TEST_METRICS, Value, is_higher_better
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, on_axis
 from dlopt.lab.comparison.labels import label
+from dlopt.lab.comparison.published import draw_beside
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 
@@ -34,6 +35,9 @@ def draw(results: Results) -> "Figure":
         return _heat_maps(results)
     shown = [(name, x) for name in comparison.metrics for x in (comparison.axes if not comparison.along else [""])]
     figure = _titled_figure(comparison)
+    if comparison.published:
+        draw_beside(results, figure, _TEXT)
+        return figure
     panels = figure.subplots(1, len(shown), squeeze=False, sharey=len(comparison.metrics) == 1)[0]
     notes: dict[str, Artist] = {}
     for axes, (name, x) in zip(panels, shown, strict=True):
