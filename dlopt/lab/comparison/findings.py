@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dlopt.config.overrides import key_of
 from dlopt.config.schema import show
 from dlopt.errors import UserError
 from dlopt.lab.comparison.claims import (
     TEST_METRICS,
     Claim,
+    Edge,
     Finding,
     Measured,
     Side,
@@ -117,13 +119,33 @@ def _measured(results: Results, claim: Claim, side: Side) -> Measured:
     best = min(points, key=cost)
     runs = zip(values[best], results.over_seeds(side.variant, best), strict=True)
     lengths = [_length(run, claim) if math.isinf(value) else None for value, run in runs]
-    return _measurement(side, dict(zip(axes, best, strict=True)), values[best], lengths)
+    point = dict(zip(axes, best, strict=True))
+    return _measurement(side, point, values[best], lengths, _edges(comparison, side, point))
 
 
 def _measurement(
-    side: Side, point: dict[str, Value], values: Sequence[float], bounds: Sequence[float | None]
+    side: Side,
+    point: dict[str, Value],
+    values: Sequence[float],
+    bounds: Sequence[float | None],
+    edges: Mapping[str, Edge] | None = None,
 ) -> Measured:
-    return Measured(side, point, [*values], [*bounds] if any(bound is not None for bound in bounds) else [])
+    return Measured(
+        side, point, [*values], [*bounds] if any(bound is not None for bound in bounds) else [], edges or {}
+    )
+
+
+def _edges(comparison: Comparison, side: Side, point: Mapping[str, Value]) -> dict[str, Edge]:
+    """Returns the axes of numbers whose best value is the smallest or largest of the grid."""
+    fixed = {*side.at, *map(key_of, comparison.variants[side.variant])}
+    found: dict[str, Edge] = {}
+    for axis, values in comparison.along.items():
+        if axis in fixed or not are_numbers([*values]) or len(values) < 2:
+            continue
+        grid, best = [*map(float, values)], float(point[axis])  # type: ignore[arg-type]
+        if best in (min(grid), max(grid)):
+            found[axis] = "smallest" if best == min(grid) else "largest"
+    return found
 
 
 def _length(outcome: VariantOutcome, claim: Claim) -> float | None:
@@ -198,12 +220,13 @@ def record(results: Results, findings: Sequence[Finding], frozen: Mapping[str, A
         **({"quick": True} if comparison.quick else {}),
         **(frozen or {}),
         "rows": rows,
-        "claims": [_claim(finding) for finding in findings],
+        "claims": [*map(entry_of, findings)],
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
-def _claim(finding: Finding) -> dict[str, Any]:
+def entry_of(finding: Finding) -> dict[str, Any]:
+    """Returns the entry of a claim in comparison.json."""
     claim = finding.claim
     return {
         "claim": claim.text,
@@ -214,9 +237,25 @@ def _claim(finding: Finding) -> dict[str, Any]:
         "sides": [
             {"variant": each.side.variant, "at": dict(each.point), "values": [*map(_finite, each.values)]}
             | ({"bounds": [None if bound is None else _finite(bound) for bound in each.bounds]} if each.bounds else {})
+            | ({"edges": dict(each.edges)} if each.edges else {})
             for each in (finding.first, finding.second)
         ],
     }
+
+
+def judged_again(comparison: Comparison, claim: Claim, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a claim's entry of comparison.json with the verdict and the outcome that its values have now.
+
+    For results of earlier versions, whose runs are gone: of several sides, the weakest one of that time counts.
+    """
+    sides = next(side for side in claim.first if side.variant == entry["sides"][0]["variant"]), claim.second
+    measured = []
+    for side, saved in zip(sides, entry["sides"], strict=True):
+        is_best = claim.measure not in ("largest", "span")
+        edges = _edges(comparison, side, saved["at"]) if is_best else {}
+        values, bounds = [*map(float, saved["values"])], saved.get("bounds", [])
+        measured.append(_measurement(side, saved["at"], values, bounds, edges))
+    return entry_of(judge(claim, *measured))
 
 
 def _finite(value: float) -> float | str | None:
