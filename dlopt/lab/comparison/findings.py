@@ -111,16 +111,19 @@ def _measured(results: Results, claim: Claim, side: Side) -> Measured:
         scores = results.finals(side.variant, metric)
     sign = -1 if claim.measure == "value" and is_higher_better(metric) else 1
 
-    def cost(point: Point) -> tuple[int, float]:
-        """Returns the seeds that diverged or did not reach the target, then the mean of the others."""
-        finite = [value for value in scores[point] if math.isfinite(value)]
-        return len(scores[point]) - len(finite), sign * math.fsum(finite) / max(len(finite), 1)
-
-    best = min(points, key=cost)
+    costs = {point: _cost(scores[point], sign) for point in points}
+    best = min(points, key=lambda point: costs[point])
     runs = zip(values[best], results.over_seeds(side.variant, best), strict=True)
     lengths = [_length(run, claim) if math.isinf(value) else None for value, run in runs]
-    point = dict(zip(axes, best, strict=True))
-    return _measurement(side, point, values[best], lengths, _edges(comparison, side, point))
+    edges = _edges(comparison, side, [point for point in points if costs[point] == costs[best]])
+    return _measurement(side, dict(zip(axes, best, strict=True)), values[best], lengths, edges)
+
+
+def _cost(scores: Sequence[float], sign: int) -> tuple[int, float]:
+    """Returns the seeds that diverged or did not reach the target, then the mean of the others."""
+    finite = [value for value in scores if math.isfinite(value)]
+    mean = sign * math.fsum(finite) / max(len(finite), 1)
+    return len(scores) - len(finite), float(f"{mean:.9g}")  # equal points stay equal in the record, of ten digits
 
 
 def _measurement(
@@ -135,16 +138,17 @@ def _measurement(
     )
 
 
-def _edges(comparison: Comparison, side: Side, point: Mapping[str, Value]) -> dict[str, Edge]:
-    """Returns the axes of numbers whose best value is the smallest or largest of the grid."""
+def _edges(comparison: Comparison, side: Side, best: Sequence[Point]) -> dict[str, Edge]:
+    """Returns the axes of numbers of which all best points have the smallest or the largest value of the grid."""
     fixed = {*side.at, *map(key_of, comparison.variants[side.variant])}
     found: dict[str, Edge] = {}
-    for axis, values in comparison.along.items():
+    for i, (axis, values) in enumerate(comparison.along.items()):
         if axis in fixed or not are_numbers([*values]) or len(values) < 2:
             continue
-        grid, best = [*map(float, values)], float(point[axis])  # type: ignore[arg-type]
-        if best in (min(grid), max(grid)):
-            found[axis] = "smallest" if best == min(grid) else "largest"
+        grid = [*map(float, values)]  # type: ignore[arg-type]
+        at = {float(point[i]) for point in best}  # type: ignore[arg-type]
+        if at in ({min(grid)}, {max(grid)}):
+            found[axis] = "smallest" if at == {min(grid)} else "largest"
     return found
 
 
@@ -243,19 +247,30 @@ def entry_of(finding: Finding) -> dict[str, Any]:
     }
 
 
-def judged_again(comparison: Comparison, claim: Claim, entry: Mapping[str, Any]) -> dict[str, Any]:
+def judged_again(results: Results, claim: Claim, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a claim's entry of comparison.json with the verdict and the outcome that its values have now.
 
-    For results of earlier versions, whose runs are gone: of several sides, the weakest one of that time counts.
+    For runs that are gone. `results`: the final values. Of several sides, the one in the entry counts.
     """
-    sides = next(side for side in claim.first if side.variant == entry["sides"][0]["variant"]), claim.second
+    comparison = results.comparison
+    first = next(side for side in claim.first if _is_of(side, entry["sides"][0]))
     measured = []
-    for side, saved in zip(sides, entry["sides"], strict=True):
-        is_best = claim.measure not in ("largest", "span")
-        edges = _edges(comparison, side, saved["at"]) if is_best else {}
-        values, bounds = [*map(float, saved["values"])], saved.get("bounds", [])
-        measured.append(_measurement(side, saved["at"], values, bounds, edges))
+    for side, saved in zip((first, claim.second), entry["sides"], strict=True):
+        best = [tuple(saved["at"].values())]
+        metric = (comparison.choose or claim.metric) if claim.measure == "value" else None
+        if metric in comparison.metrics and (comparison.choose is not None or side.value == "last"):
+            assert metric is not None
+            finals = results.finals(side.variant, metric)
+            costs = {point: _cost(finals[point], 1) for point in _points(comparison, side)}
+            best = [point for point, cost in costs.items() if cost == costs[best[0]]]
+        edges = _edges(comparison, side, best) if claim.measure not in ("largest", "span") else {}
+        measured.append(_measurement(side, saved["at"], [*map(float, saved["values"])], saved.get("bounds", []), edges))
     return entry_of(judge(claim, *measured))
+
+
+def _is_of(side: Side, saved: Mapping[str, Any]) -> bool:
+    """Returns whether an entry of comparison.json is of this side."""
+    return saved["variant"] == side.variant and all(matches(saved["at"][axis], at) for axis, at in side.at.items())
 
 
 def _finite(value: float) -> float | str | None:

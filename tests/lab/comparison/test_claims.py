@@ -173,7 +173,16 @@ def test_a_best_point_at_the_end_of_its_grid_is_named() -> None:
         assert expected in sentence(finding)
         [entry] = json.loads(record(Results(spec, runs), [finding]))["claims"]
         assert entry["sides"][0].get("edges", {}) == ({} if written.get("at") else {"optimizer.lr": "smallest"})
-        assert judged_again(spec, spec.claims[0], entry) == entry
+        assert judged_again(Results(spec, runs), spec.claims[0], entry) == entry
+
+
+def test_a_metric_that_does_not_depend_on_the_axis_has_no_best_point_at_its_end() -> None:
+    losses = {(v, rate): 1.0 if v == "a" else 3 * rate for v in "ab" for rate in (0.1, 1.0, 10.0)}
+    spec, runs = grid(losses, claim(metric="test_loss"), choose="test_loss")
+    [finding] = evaluate(Results(spec, runs), spec.claims)
+    assert (finding.first.edges, finding.second.edges) == ({}, {"optimizer.lr": "smallest"})
+    [entry] = json.loads(record(Results(spec, runs), [finding]))["claims"]
+    assert judged_again(Results(spec, runs), spec.claims[0], entry) == entry
 
 
 def test_a_variant_that_sets_the_axis_itself_has_no_best_point_at_its_end() -> None:
