@@ -138,9 +138,10 @@ def _bounded(finding: Finding, found: Interval, sign: Literal[">=", "<="], ends:
     if found.method == "range" or math.isclose(estimate, worst, rel_tol=1e-9, abs_tol=1e-9):
         limited = _limited(finding, [(value, value) for value in finite])
         return f"{_bound(sign, worst, finding)} in every seed{limited}"
-    where = "from" if sign == ">=" else "up to"
     shown = "unbounded" if math.isinf(estimate) else _bound(sign, estimate, finding)
-    return f"{shown}, 95 % {found.method} interval {where} {_scaled(end, finding)}"
+    limit = _scaled(end, finding)
+    limit = limit if limit[0] in "<>" else f"{'from' if sign == '>=' else 'up to'} {limit}"
+    return f"{shown}, 95 % {found.method} interval {limit}"
 
 
 def _limited(finding: Finding, known: Sequence[Bounds]) -> str:
