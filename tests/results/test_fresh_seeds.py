@@ -77,6 +77,17 @@ def test_claims_are_judged_again_from_the_results(tmp_path: Path, capsys: pytest
     assert "schedules: inconclusive -> supported: The cosine ends lower" in capsys.readouterr().out
 
 
+def test_the_optimizers_on_a_gpt_are_drawn_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = runpy.run_path(str(ROOT / "scripts/gallery"))
+    drawn: list[Any] = []
+    monkeypatch.setitem(gallery["draw_optimizers"].__globals__, "save", lambda figure, name: drawn.append(figure))
+    gallery["draw_optimizers"]()
+    [axes] = drawn[0].axes
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert (len(labels), labels[0], labels[-1]) == (10, "lion, 0.001", "dmuon, 0.03")
+    assert list(axes.lines[0].get_xdata())[-1] == 2.182
+
+
 def test_pictures_along_a_key_are_redrawn_from_the_results() -> None:
     gallery = runpy.run_path(str(ROOT / "scripts/gallery"))
     results = gallery["saved_results"]("momentum")
