@@ -45,8 +45,8 @@ class _PoolLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs jobs that a sweeper of another package has chosen; returns their statuses."""
         from dlopt.config.plan import Plan, as_job, checked
-        from dlopt.sweeps.grid import run_jobs
         from dlopt.sweeps.jobs import build_job, labels
+        from dlopt.sweeps.pool import run_jobs
 
         def plan_job(overrides: Sequence[str], number: int) -> Plan:
             config = self._loader.load_sweep_config(self._config, list(overrides))
