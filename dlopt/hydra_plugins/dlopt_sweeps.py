@@ -57,8 +57,8 @@ class _PoolLauncher(Launcher):
         jobs = (build_job(plan_job, folder, overrides, number, name) for number, (overrides, name) in numbered)
         statuses = run_jobs(jobs, len(job_overrides), self.build_pool())
         return [
-            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=statuses[initial_job_idx + i])
-            for i, overrides in enumerate(job_overrides)
+            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=statuses[number])
+            for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
 
 

@@ -86,10 +86,8 @@ class _JournalLock:
         """Removes an incomplete last line, which a process leaves that is killed while it writes."""
         with suppress(FileNotFoundError), self._journal.open("rb+") as journal:
             size = journal.seek(0, os.SEEK_END)
-            if size == 0:
-                return
-            journal.seek(size - 1)
-            if journal.read(1) == b"\n":
+            journal.seek(max(size - 1, 0))
+            if journal.read() in (b"", b"\n"):
                 return
             start = max(size - (1 << 20), 0)
             journal.seek(start)
