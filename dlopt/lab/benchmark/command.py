@@ -22,6 +22,7 @@ from dlopt.config.plan import plan
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically, write_json
 from dlopt.folders import RunFolder, refuse_url
+from dlopt.formats import format_range
 from dlopt.job import print_error
 from dlopt.lab.benchmark import reading
 from dlopt.lab.benchmark.protocol import (
@@ -42,7 +43,7 @@ from dlopt.locks import locked
 from dlopt.ranges import Count
 from dlopt.results.leaderboard import distinguishes
 from dlopt.roles import Role
-from dlopt.sweeps.estimate import Estimate, estimate_job, format_range
+from dlopt.sweeps.estimate import Estimate, estimate_job
 from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.layout import short_path
 
