@@ -1,9 +1,10 @@
 """Starts a checked run: finds or creates its folder, resumes, and removes a new folder if the run is refused."""
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,18 @@ from omegaconf import DictConfig
 from dlopt.command_line.reads import refuse_untested
 from dlopt.config.compose import typed_folder
 from dlopt.config.plan import Plan
-from dlopt.config.resolve import first_lines
+from dlopt.config.resolve import first_lines, resolve_saved
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
 from dlopt.errors import DONE, USER_ERROR, UserError
 from dlopt.folders import SHELL_FOLDER, FolderSnapshot, RunFolder, make, make_new
-from dlopt.job import Outcome, reported
+from dlopt.interruption import killed_by_signals
+from dlopt.job import Outcome, execute, reported
 from dlopt.parallel.rendezvous import current
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from dlopt.training.progress import Run
 
 
@@ -63,11 +67,10 @@ class Attempt(Outcome):
 
 
 @contextlib.contextmanager
-def attempt(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None) -> Iterator[Attempt]:
+def attempt(plan: Plan, store: "Store | None" = None) -> Iterator[Attempt]:
     """Context in which a plan is started in its folder; a new folder is removed if the run is refused.
 
-    Args:
-        send: sends other ranks the message with which they join the run.
+    `store`: of the ranks of a launcher, through which the others receive the run (see `follow`).
     """
     prepared = prepare(plan)
     run, folder = prepared.run, prepared.folder
@@ -88,8 +91,9 @@ def attempt(plan: Plan, send: Callable[[Mapping[str, Any]], None] | None = None)
     try:
         assert plan.config is not None
         with job_environment(plan.config, folder.path):
-            if send is not None:
-                send({"config": plan.saved, "folder": str(folder.path), "choices": plan.choices})
+            if store is not None:
+                message = {"config": plan.saved, "folder": str(folder.path), "choices": plan.choices}
+                store.set("run", json.dumps(message))
             with reported(run) as outcome:
                 yield tried
                 outcome.code = tried.code
@@ -112,6 +116,25 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
     working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
     with env_override({**config.hydra.job.env_set, SHELL_FOLDER: os.getcwd()}), working_directory:
         yield
+
+
+def follow(store: "Store", overrides: list[str]) -> int:
+    """Executes the run that rank 0 sends, as one of its other ranks; returns the exit code."""
+    from dlopt.config.parsing import parse
+    from dlopt.training.progress import Run
+
+    with killed_by_signals():
+        message = json.loads(store.get("run"))
+    if "exit" in message:
+        return int(message["exit"])
+    experiment = parse(resolve_saved(message["config"]), message["config"], message["choices"])
+    return execute(Run(experiment, Path(message["folder"]), None, message["choices"], overrides))
+
+
+def release(store: "Store", code: int) -> None:
+    """Ends the ranks that wait in `follow`, with exit code `code`, if rank 0 has not sent a run."""
+    with contextlib.suppress(RuntimeError):  # the launcher that hosts the store may be gone
+        store.compare_set("run", "", json.dumps({"exit": code}))
 
 
 def _how_to_extend(done: RunFolder) -> str:

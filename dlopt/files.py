@@ -124,6 +124,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class NewLines:
+    """Reads the lines that another process appends to a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position = path, 0
+
+    def read(self) -> bytes:
+        """Returns the complete lines added since the last call; all, if the file has become shorter. Raises OSError."""
+        with self._path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._position:
+                self._position = 0
+            file.seek(self._position)
+            complete, newline, _ = file.read().rpartition(b"\n")
+        self._position += len(complete + newline)
+        return complete
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Reads a JSON object; None if the file is missing, not regular or large, or contains anything else."""
     try:

@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -28,6 +29,21 @@ def choose_device(name: str) -> torch.device:
         return torch.device(name)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator if accelerator is not None and accelerator.type in ("cuda", "mps") else torch.device("cpu")
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Lists the GPUs by their names for CUDA_VISIBLE_DEVICES.
+
+    Uses nvidia-smi, because torch would allocate memory on every GPU.
+    """
+    selected = environment.get("CUDA_VISIBLE_DEVICES")
+    if selected is not None:
+        return [name.strip() for name in selected.split(",") if name.strip() and name.strip() != "-1"]
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return [line.strip() for line in listed.splitlines() if line.strip().isdigit()]
+    return []
 
 
 def set_threads(threads: int | str, sharing: int = 1) -> None:

@@ -102,7 +102,8 @@ def test_is_valid_and_shipped_numbers_support_the_verdict_but_not_of_an_inverted
         points = first["at"], second["at"]
         values = [float(value) for value in first["values"]], [float(value) for value in second["values"]]
         bounds = first.get("bounds", ()), second.get("bounds", ())
-        finding = judge(claim, *map(Measured, sides, points, values, bounds))
+        edges = first.get("edges", {}), second.get("edges", {})
+        finding = judge(claim, *map(Measured, sides, points, values, bounds, edges))
         assert (finding.verdict, numbers(finding)) == (entry["verdict"], entry["outcome"])
         if entry["verdict"] == "supported" and claim.relation != "equal":
             assert judge(claim, *map(Measured, sides, points, values[::-1])).verdict == "contradicted"

@@ -1,4 +1,4 @@
-"""CPU threads, main memory and the memory allocator."""
+"""GPUs, CPU threads, main memory and the memory allocator."""
 
 import os
 import resource
@@ -14,7 +14,13 @@ from dlopt.processor import (
     prefers_onednn,
     set_threads,
     usable_cores,
+    visible_gpus,
 )
+
+
+def test_visible_gpus() -> None:
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2,GPU-x"}) == ["2", "GPU-x"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == []
 
 
 def test_threads() -> None:

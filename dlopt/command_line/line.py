@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dlopt.command_line.reads import refuse_unread, refuse_unread_hydra
 from dlopt.command_line.usage import own_keys, own_names
@@ -29,9 +29,9 @@ from dlopt.folders import make, make_new, refuse_url
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
-    from dlopt.data.samples import Dataset
 
 Command = Callable[[list[str]], int]
+Result = TypeVar("Result")
 
 _TRAIN_FLAGS = ("cfg", "hydra_help", "info", "package", "resolve", "run", "shell_completion")  # of Hydra
 
@@ -73,13 +73,13 @@ class Line:
 
     def call(
         self,
-        function: Callable[..., int],
+        function: Callable[..., Result],
         command: str = "",
         reads: Sequence[str] | None = None,
         *,
         hints: Mapping[str, str] | None = None,
         several: str = "",
-    ) -> int:
+    ) -> Result:
         """Calls `function(line, **own_keys)`.
 
         Args:
@@ -278,28 +278,6 @@ def saved_experiment(config: Mapping[str, Any], changes: Mapping[str, Any], chec
     from dlopt.config.parsing import parse
 
     return parse(resolve_saved(with_changes(config, changes, checkpoint)))
-
-
-@contextlib.contextmanager
-def fitting(checkpoint: Path | str) -> Iterator[None]:
-    """Turns a mismatch of the weights and the model in the block into a `UserError` about `checkpoint`."""
-    try:
-        yield
-    except RuntimeError as error:
-        first, *details = str(error).splitlines()
-        if not details or "loading state_dict" not in first:
-            raise
-        reason = details[0].strip().rstrip(".")
-        raise UserError(f"checkpoint={checkpoint}: does not fit the model for these data and keys: {reason}") from None
-
-
-def read_dataset(experiment: "Experiment", *, saved_tokenizer: str | None = None) -> "Dataset":
-    """Returns the experiment's dataset with the splits of training; images are decoded on access."""
-    from dlopt.data.splits import prepare
-
-    settings = experiment.data_settings
-    source = experiment.read_data(saved_tokenizer=saved_tokenizer)
-    return prepare(source, replace(settings, memory=False))
 
 
 def output_folder(output: str | None, command: str) -> Path:

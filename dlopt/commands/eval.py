@@ -1,30 +1,19 @@
 """`dlopt eval`: evaluates checkpoints, or weights of other tools, on the test set."""
 
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import zip_longest
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dlopt.command_line.line import Line, fitting, on_checkpoint, on_experiment, saved_experiment, writing
+from dlopt.command_line.line import Line, on_checkpoint, on_experiment, saved_experiment, writing
 from dlopt.command_line.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import DONE, UserError
-from dlopt.files import write_atomically
-from dlopt.formats import format_number, format_percent
-from dlopt.plain import without_nan
-from dlopt.results.confusion import confusion_table, plot_confusion
 from dlopt.tracking.console import ConsoleView
 
 if TYPE_CHECKING:
-    from dlopt.config.experiment import Experiment
-    from dlopt.parallel.mode import Mode
-    from dlopt.training.build import Workload
     from dlopt.training.ensemble import Tested
-    from dlopt.training.evaluate import Average, TestReport
+    from dlopt.training.evaluate import Average
 
 _READS = (
     "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
@@ -63,9 +52,6 @@ With init_from, the keys of `dlopt train` that matter for a test:
     {_READS_OF_WEIGHTS}
 """
 
-_MAX_LISTED_CLASSES = 20
-
-
 Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
 _TtaKey = Annotated[Tta, "NAME: test-time augmentation, see below"]
 _AverageKey = Annotated[
@@ -99,8 +85,8 @@ def _evaluate_checkpoints(
 ) -> int:
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
     from dlopt.processor import choose_device
-    from dlopt.training.checkpoint import load
-    from dlopt.training.ensemble import test
+    from dlopt.training.checkpoint import evaluated_epoch, load
+    from dlopt.training.ensemble import restored, test
 
     views, processes = _views(tta, changes), take_process_keys(changes, "eval")
     states = [load(path) for path in paths]
@@ -109,10 +95,12 @@ def _evaluate_checkpoints(
         saved_experiment(state["config"], {**size, **changes}, path) for path, state in zip(paths, states, strict=True)
     ]
     mode = join_processes(choose_device(experiments[0].settings.device), processes)
-    tested = test(paths, _restored(paths, states, experiments, mode), average, views, tta)
+    tested = test(paths, restored(paths, states, experiments, mode), average, views, tta)
     if not mode.ranks.is_main:
         return DONE
-    names, epochs = [str(path) for path in paths], [_epoch(state["progress"]) for state in states]
+    names = [str(path) for path in paths]
+    # A fraction, if the best model is one of an evaluation within an epoch.
+    epochs = [max(state["progress"]["epoch"], evaluated_epoch(state["progress"])) for state in states]
     is_one = len(paths) == 1
     source = {"checkpoint": names[0], "epoch": epochs[0]} if is_one else {"checkpoint": names, "epoch": epochs}
     record = _record(source, tta, views, None if views is None and is_one else tested.average)
@@ -159,32 +147,16 @@ def _record(source: Mapping[str, Any], tta: str, views: Any, average: "Average |
 
 def _finish(record: dict[str, Any], tested: "Tested", folder: Path | str | None, lines: list[str]) -> int:
     """Prints the metrics and writes them to `folder`, if any, in addition to `record`."""
-    report = tested.report
-    classes = [] if tested.classes is None else report.per_class(tested.classes)
-    if classes:
-        lines.append(_class_line(classes))
-    if folder is not None:
-        written = _write(Path(folder), {**record, **report.metrics, "classes": classes}, report, tested.classes)
-        if tested.workload is not None:
-            from dlopt.instruments import reconstructions
-            from dlopt.parallel.mode import Mode
+    from dlopt.instruments import evaluation
 
-            with writing(Path(folder)):
-                # All processes hold the whole model: one of them draws.
-                alone = replace(tested.workload, parallel=Mode(tested.workload.device))
-                picture = reconstructions.write(alone, Path(folder))
-            written |= {} if picture is None else {"reconstructions": picture}
+    lines += evaluation.class_lines(tested)
+    if folder is not None:
+        with writing(Path(folder)):
+            written = evaluation.write(Path(folder), record, tested)
         lines += [f"{name}: {path}" for name, path in written.items()]
     epoch = {"best_epoch": record["epoch"]} if isinstance(record.get("epoch"), int | float) else {}
-    ConsoleView().finish({"status": "tested", **epoch, **report.metrics}, lines)
+    ConsoleView().finish({"status": "tested", **epoch, **tested.report.metrics}, lines)
     return DONE
-
-
-def _epoch(progress: Mapping[str, Any]) -> float:
-    """Returns the completed epochs of a checkpoint; of the best model of an evaluation within an epoch, a fraction."""
-    from dlopt.training.checkpoint import evaluated_epoch
-
-    return max(progress["epoch"], evaluated_epoch(progress))
 
 
 def _views(tta: str, changes: dict[str, Any]) -> Any:
@@ -198,61 +170,3 @@ def _views(tta: str, changes: dict[str, Any]) -> Any:
     for key, value in keys.items():
         raise UserError(f"{key}={show(value)}: unknown key of tta=none; use tta={'|'.join(CHOICES)}")
     return None
-
-
-def _restored(
-    paths: Sequence[Path], states: Sequence[Mapping[str, Any]], experiments: "Sequence[Experiment]", mode: "Mode"
-) -> "Iterator[Workload]":
-    """Builds the checkpoints one by one: an ensemble may not fit into memory."""
-    from dlopt.training.build import build_workload
-
-    for path, state, experiment in zip(paths, states, experiments, strict=True):
-        with fitting(path):
-            workload = build_workload(experiment, state, parallel=mode)
-            _check_classes(path, state["progress"]["data"]["classes"], workload.dataset.classes)
-            workload.load(state)
-        yield workload
-
-
-def _check_classes(path: Path, trained: Sequence[str] | None, classes: Sequence[str] | None) -> None:
-    """Raises `UserError` if the model was trained with other classes than those of the data."""
-    if trained is None or classes is None:
-        return
-    for number, (old, new) in enumerate(zip_longest(trained, classes, fillvalue="missing")):
-        if old != new:
-            raise UserError(
-                f"checkpoint={path}: trained with other classes than those of the data: class {number} is {old} in the "
-                f"checkpoint, {new} in the data"
-            )
-
-
-def _class_line(per_class: Sequence[Mapping[str, Any]]) -> str:
-    is_label = "average_precision" in per_class[0]
-    name = "average_precision" if is_label else "accuracy"
-    show = format_number if is_label else format_percent
-    rows = [row for row in per_class if row[name] is not None]
-    title = "average precision per label" if is_label else "accuracy per class"
-    if len(per_class) > _MAX_LISTED_CLASSES:
-        title = "lowest average precisions" if is_label else "lowest accuracies"
-        rows = sorted(rows, key=lambda row: row[name])[:5]
-    return f"{title}: " + ", ".join(f"{row['class']} {show(row[name])}" for row in rows)
-
-
-def _write(
-    folder: Path, record: dict[str, Any], report: "TestReport", classes: Sequence[str] | None
-) -> dict[str, Path]:
-    """Writes the results to `folder`. Returns description -> path."""
-    files = {"metrics": ("eval.json", (json.dumps(without_nan(record), indent=2) + "\n").encode())}
-    if report.confusion is not None and classes is not None:
-        plot = io.BytesIO()
-        accuracy = format_percent(report.metrics["test_accuracy"])
-        title = f"Test accuracy {accuracy} ({int(report.confusion.sum())} samples)"
-        plot_confusion(report.confusion, classes, title).savefig(plot, dpi=150, format="png")
-        table = confusion_table(report.confusion, classes)
-        files["confusion matrix"] = ("confusion.csv", table.encode("utf-8", "surrogateescape"))
-        files["plot"] = ("confusion.png", plot.getvalue())
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.values():
-            write_atomically(folder / name, data)
-    return {description: folder / name for description, (name, _) in files.items()}

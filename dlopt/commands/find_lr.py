@@ -45,14 +45,8 @@ _HINTS = {
 
 def learning_rates(lines: list[str]) -> "LearningRates":
     """Returns the result of the test, of the arguments of `dlopt find-lr` without `output`. Raises `UserError`."""
-    found = []
-
-    def test(line: Line) -> int:
-        found.append(_measure(line)[0])
-        return DONE
-
-    Line(Composer(), lines).call(test, "find_lr()", _READS, hints=_HINTS, several="find_lr() runs one test at a time")
-    [result] = found
+    line, several = Line(Composer(), lines), "find_lr() runs one test at a time"
+    result, _ = line.call(_measure, "find_lr()", _READS, hints=_HINTS, several=several)
     assert result is not None  # not on one of several ranks
     return result
 
@@ -66,7 +60,7 @@ def find_lr(
     ] = None,
 ) -> int:
     """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
-    from dlopt.instruments.lr_range import write
+    from dlopt.instruments.lr_range import describe, write
 
     result, line = _measure(line)
     if result is None:  # rank > 0: rank 0 reports
@@ -75,9 +69,10 @@ def find_lr(
     with writing(folder):
         overrides = " ".join(line.fixed()) or "default experiment"
         paths = write(result, folder, f"Learning-rate range test: {overrides}")
-    _print(result)
-    for path in paths:
-        print(short_path(path))
+    screen = Screen()
+    for text in describe(result):
+        screen.message(text)
+    print(*map(short_path, paths), sep="\n")
     return DONE
 
 
@@ -96,18 +91,3 @@ def _measure(line: Line) -> tuple["LearningRates | None", Line]:
             "scale_lr=none, here and in the training"
         )
     return measure(experiment, range_test), line
-
-
-def _print(result: "LearningRates") -> None:
-    from dlopt.instruments.lr_range import describe_end
-
-    reached = f" up to a learning rate of {result.rates[-1]:.3g}" if result.rates else ""
-    screen = Screen()
-    screen.message(f"{len(result.rates)} updates{reached}; {describe_end(result)}")
-    if result.valley is None or result.steepest is None:
-        screen.message(
-            "no suggestion, because the loss never decreased; try other values of min_lr and max_lr, or more updates"
-        )
-    else:
-        screen.message(f"steepest slope: optimizer.lr={result.steepest:.2g}")
-        screen.message(f"valley: optimizer.lr={result.valley:.2g}")

@@ -2,19 +2,15 @@
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from dlopt.command_line.line import on_checkpoint, refuse_folder, writing
 from dlopt.command_line.processes import join_processes, over_processes, take_process_keys
-from dlopt.errors import DONE, RunError, UserError
+from dlopt.errors import DONE, UserError
 from dlopt.files import temporary_sibling
 from dlopt.job import print_error
 from dlopt.ranges import Count, Natural
-
-if TYPE_CHECKING:
-    from dlopt.training.restore import Trained
 
 _READS = ("device", "precision", "threads", "allow_packages", "parallel")
 USAGE = """\
@@ -56,7 +52,7 @@ def _predict(
     batch_size: Annotated[Count, "N: batch size over all processes"] = 64,
 ) -> int:
     """Writes the CSV file. Raises `UserError` for wrong input, `RunError` if too many files are unreadable."""
-    from dlopt.training.classify import image_files, refuse_other_inputs
+    from dlopt.training.classify import header, image_files, refuse_other_inputs, rows
     from dlopt.training.restore import restore
 
     files = image_files(images)
@@ -67,9 +63,8 @@ def _predict(
     refuse_other_inputs(trained, path)
     if trained.warning is not None and trained.mode.ranks.is_main:
         print_error(trained.warning)
-    rows = _rows(files, trained, batch_size, max_errors)
     if not trained.mode.ranks.is_main:
-        for _ in rows:  # takes part in gathering each batch
+        for _ in rows(files, trained, batch_size, max_errors, lambda _: None):  # takes part in gathering each batch
             pass
         return DONE
     count = 0
@@ -78,8 +73,8 @@ def _predict(
         with temporary_sibling(target) as temporary:
             with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
-                writer.writerow(_header(trained))
-                for row in rows:
+                writer.writerow(header(trained))
+                for row in rows(files, trained, batch_size, max_errors, print_error):
                     writer.writerow(row)
                     count += 1
             if count == 0:
@@ -88,33 +83,3 @@ def _predict(
     skipped = len(files) - count
     print(f"{count} images classified{f', {skipped} skipped' if skipped else ''}: {target}")
     return DONE
-
-
-def _header(trained: "Trained") -> list[str]:
-    if trained.classes is None:
-        count = trained.task.outputs
-        return ["image", *(["value"] if count == 1 else [f"value_{i}" for i in range(count)])]
-    found = ["labels"] if trained.task.labels is not None else ["class", "probability"]
-    return ["image", *found, *(f"p({name})" for name in trained.classes)]
-
-
-def _rows(files: Sequence[str], trained: "Trained", batch_size: int, max_errors: int) -> Iterator[list[str]]:
-    """Yields one row per readable file, on every process all of them."""
-    from dlopt.training.classify import classify, predicted_labels
-
-    errors = 0
-    for path, result in classify(files, trained, batch_size):
-        if not isinstance(result, str):
-            cells = [f"{value:.6g}" for value in result]
-            if trained.classes is not None and trained.task.labels is not None:
-                cells = [";".join(predicted_labels(trained.classes, result)), *cells]
-            elif trained.classes is not None:
-                best = max(range(len(result)), key=result.__getitem__)
-                cells = [trained.classes[best], cells[best], *cells]
-            yield [path, *cells]
-            continue
-        errors += 1
-        if trained.mode.ranks.is_main:
-            print_error(f"skipped: {result}")
-        if errors > max_errors:
-            raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")

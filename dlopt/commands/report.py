@@ -1,7 +1,6 @@
 """`dlopt report`: compares runs and sweeps in a table, plots and an HTML page."""
 
 import contextlib
-import operator
 import time
 import webbrowser
 from collections.abc import Sequence
@@ -12,16 +11,15 @@ from typing import Annotated
 
 from rich.console import Console
 
-from dlopt.command_line.line import take_own, writing
+from dlopt.command_line.line import writing
 from dlopt.command_line.usage import own_keys
-from dlopt.commands.runs import split_folders
+from dlopt.commands.runs import parse
 from dlopt.errors import DONE, UserError, suggest
-from dlopt.files import write_atomically
 from dlopt.interruption import Interruption
 from dlopt.ranges import Count
 from dlopt.results import reading
 from dlopt.results.claims import claims_of
-from dlopt.results.exports import Destination, Format, ReportContent, destination, outdated, render
+from dlopt.results.exports import Destination, Format, ReportContent, destination, write
 from dlopt.results.page import serve
 from dlopt.results.ranking import default_target, gather
 from dlopt.results.reading import Condition, Damaged, Record, RunReader
@@ -81,13 +79,7 @@ class _Options:
 
 def report(arguments: list[str]) -> int:
     """Writes and prints the report; with `--watch` or `--open` runs until interrupted. Raises `UserError`."""
-    folders, rest = split_folders(arguments)
-    own, others = take_own(_Options, rest, "report")
-    conditions: list[Condition] = []
-    for argument in others:
-        if (parsed := reading.condition(argument)) is None:
-            raise UserError(f"{argument}: no such folder")
-        conditions.append(parsed)
+    folders, conditions, own = parse(arguments, _Options, "report")
     options = _Options(**own)
     if not folders:
         raise UserError("report: needs a folder of runs: dlopt report outputs/NAME")
@@ -143,13 +135,12 @@ def _update(
     where = " ".join(condition.line for condition in conditions)
     if not records and not options.watch:
         hint = f" that satisfy {where}" if where else ""
-        hint += (
-            f"; {len(damaged)} damaged: {layout.short_path(damaged[0].path)}: {damaged[0].reason}" if damaged else ""
-        )
+        if damaged:
+            hint += f"; {len(damaged)} damaged: {layout.short_path(damaged[0].path)}: {damaged[0].reason}"
         raise UserError(f"{' '.join(map(str, folders))}: contains no runs{hint}")
     state: list[Record | Damaged] = [*records, *damaged]
-    if before is not None and len(before) == len(state) and all(map(operator.is_, before, state)):
-        return before
+    if state == before:  # the reader returns the same records
+        return state
     _refuse_unknown(conditions, records)
     records = reading.select(records, conditions)
     if not records and not options.watch:
@@ -161,14 +152,9 @@ def _update(
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     refresh = _REFRESH if options.watch else None
     report = ReportContent(table, title, made, goal, options.test, refresh, options.top, claims_of(records))
-    files = render(to, report)
     with writing(to.path):
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, content)
-        for path in outdated(to, files):
-            path.unlink(missing_ok=True)
+        files = write(to, report)
     show_report(report, console)
-    written = list(files) if to.is_file or options.format is not None else [to.path / name for name in _NAMED]
+    written = files if to.is_file or options.format is not None else [to.path / name for name in _NAMED]
     console.print(*map(layout.short_path, written), sep="\n", markup=False, soft_wrap=True)
     return state

@@ -1,6 +1,5 @@
 """`dlopt runs`: lists runs filtered by config, status and metric, tags and compares them, removes checkpoints."""
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,12 +11,11 @@ from dlopt.commands.runs_diff import diff
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.formats import format_bytes, format_count, printable
-from dlopt.formats import format_value as text
 from dlopt.job import print_error
 from dlopt.ranges import Count
 from dlopt.results import reading
-from dlopt.results.listing import Query, columns_of, show_table
-from dlopt.results.reading import Condition, Record, value_of
+from dlopt.results.listing import Query, print_values, show_table
+from dlopt.results.reading import Condition, Record
 from dlopt.tracking.layout import short_path
 
 USAGE = """\
@@ -70,8 +68,10 @@ def runs(arguments: list[str]) -> int:
     if arguments[:1] in (["tag"], ["diff"]):
         return (runs_tag.tag if arguments[0] == "tag" else diff)(arguments[1:])
     command, rest = (_clean, arguments[1:]) if arguments[:1] == ["clean"] else (_list, arguments)
-    folders, conditions, own = _parse(rest, command)
-    return command(folders, conditions, **own)
+    folders, conditions, own = parse(rest, command, "runs")
+    if not folders and not Path("outputs").is_dir():
+        raise UserError("outputs: no such folder; name the folders to search")
+    return command(folders or [Path("outputs")], conditions, **own)
 
 
 def _list(
@@ -91,14 +91,8 @@ def _list(
     if paths:
         for record in records:
             print(short_path(record.path))
-    elif sys.stdout.isatty():
-        show_table(query, records)
     else:
-        keys = columns_of(query, records)
-        print("\t".join(["run", "status", *keys]))
-        for record in records:
-            values = ["" if (value := value_of(record, key)) is None else text(value) for key in keys]
-            print("\t".join([printable(short_path(record.path)), record.status, *map(printable, values)]))
+        (show_table if sys.stdout.isatty() else print_values)(query, records)
     if not records:
         print_error(_no_match(query))
     for folder in damaged:
@@ -110,24 +104,18 @@ def _print_skipped(path: Path, reason: str) -> None:
     print_error(printable(f"{short_path(path)}: skipped: {reason}"))
 
 
-def _parse(arguments: Sequence[str], own: Callable[..., object]) -> tuple[list[Path], list[Condition], dict[str, Any]]:
-    """Parses folders, conditions, and the keys that `own` declares. Raises `UserError`."""
-    folders, rest = split_folders(arguments)
-    values, others = take_own(own, rest, "runs")
+def parse(
+    arguments: Sequence[str], own: Callable[..., object], command: str
+) -> tuple[list[Path], list[Condition], dict[str, Any]]:
+    """Splits arguments into existing folders, conditions, and the keys that `own` declares. Raises `UserError`."""
+    is_folder = {argument: Path(argument).is_dir() for argument in arguments}
+    values, others = take_own(own, [argument for argument in arguments if not is_folder[argument]], command)
     conditions: list[Condition] = []
     for argument in others:
         if (parsed := reading.condition(argument)) is None:
             raise UserError(f"{argument}: no such folder")
         conditions.append(parsed)
-    if not folders and not Path("outputs").is_dir():
-        raise UserError("outputs: no such folder; name the folders to search")
-    return folders or [Path("outputs")], conditions, values
-
-
-def split_folders(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Splits arguments into existing folders and others."""
-    folders = [Path(argument) for argument in arguments if Path(argument).is_dir()]
-    return folders, [argument for argument in arguments if not Path(argument).is_dir()]
+    return [Path(argument) for argument in arguments if is_folder[argument]], conditions, values
 
 
 def _no_match(query: Query) -> str:
@@ -166,26 +154,18 @@ def _clean(
 
 
 def _removable(record: Record) -> dict[Path, int]:
-    """Returns the step-N.pt and abandoned-*.pt of a run that is not running and has an intact last.pt.
-
-    With the bytes that removing them frees, without those of a file that has another hard link.
-    """
-    from dlopt.training import sharded
-    from dlopt.training.checkpoint import is_intact
+    """Returns removable checkpoints with the bytes freed, if the run is not running and has an intact last.pt."""
+    from dlopt.training.checkpoint import freed_bytes, is_intact, removable
 
     folder = record.path / "checkpoints"
-    names = re.compile(r"(step-\d+|abandoned-.+)\.pt")
-    if folder.is_symlink() or not folder.is_dir():
-        return {}
-    paths = sorted(path for path in folder.iterdir() if names.fullmatch(path.name) and not path.is_symlink())
-    if not paths:
-        return {}
-    if record.status == "running" or not is_intact(folder / "last.pt"):
-        reason = "it is running" if record.status == "running" else "its last.pt is missing or damaged"
-        _print_skipped(record.path, reason)
-        return {}
-    sizes = [path.stat().st_size if path.stat().st_nlink == 1 else 0 for path in paths]
-    return {path: size + sharded.size(path) for path, size in zip(paths, sizes, strict=True)}
+    paths = removable(folder)
+    if paths and record.status == "running":
+        _print_skipped(record.path, "it is running")
+    elif paths and not is_intact(folder / "last.pt"):
+        _print_skipped(record.path, "its last.pt is missing or damaged")
+    else:
+        return {path: freed_bytes(path) for path in paths}
+    return {}
 
 
 def _confirm(question: str) -> bool:
@@ -200,14 +180,14 @@ def _confirm(question: str) -> bool:
 def _remove(checkpoints: Iterable[Path]) -> Iterable[Path]:
     """Removes checkpoints with their checksums and shards, except of runs that were resumed meanwhile."""
     from dlopt.training import sharded
+    from dlopt.training.checkpoint import remove
 
     for path in checkpoints:
         if RunFolder(path.parent.parent).is_live():
             _print_skipped(path, "its run was resumed")
             continue
         try:
-            path.unlink(missing_ok=True)
-            path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
+            remove(path)
             sharded.remove_unused(path.parent)
         except OSError as error:
             raise RunError(f"{path}: cannot remove: {error.strerror}") from None

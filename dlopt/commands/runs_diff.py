@@ -7,13 +7,10 @@ from rich.text import Text
 
 from dlopt.command_line.line import take_own
 from dlopt.errors import DONE, UserError
-from dlopt.formats import format_metric, printable
-from dlopt.formats import format_value as text
+from dlopt.formats import printable
 from dlopt.results import reading
-from dlopt.results.leaderboard import Record
+from dlopt.results.differences import config_rows, metric_rows
 from dlopt.tracking.layout import plain_table, short_path, show_table
-
-Row = tuple[str, str, str]
 
 
 def diff(arguments: list[str]) -> int:
@@ -26,16 +23,17 @@ def diff(arguments: list[str]) -> int:
         raise UserError(f"runs diff: needs two run folders, not {len(folders)}: dlopt runs diff outputs/a outputs/b")
     first, second = (reading.read_intact(Path(folder)) for folder in folders)
     is_terminal = sys.stdout.isatty()
-    config, metrics = config_rows(first, second), metric_rows(first, second, brief=is_terminal)
+    config = config_rows(first, second)
     status = ("status", first.status, second.status)
+    rows = [*config, status, *metric_rows(first, second, brief=is_terminal)]
     heads = [printable(short_path(record.path)) for record in (first, second)]
     if is_terminal:
         table = plain_table(left=[""], fold=heads)
-        for row in [*config, status, *metrics]:
+        for row in rows:
             table.add_row(*map(Text, map(printable, row)))
         show_table(table)
     else:
-        for row in [("", heads[0], heads[1]), *config, status, *metrics]:
+        for row in [("", heads[0], heads[1]), *rows]:
             print("\t".join(map(printable, row)))
     if not config:
         print("the configs are equal", file=sys.stderr)
@@ -44,28 +42,3 @@ def diff(arguments: list[str]) -> int:
 
 def _no_keys() -> int:
     return DONE
-
-
-def config_rows(first: Record, second: Record) -> list[Row]:
-    """Returns the keys with different values, in the configs' order; "-" where a run has no such key."""
-
-    def cell(key: str, record: Record) -> str:
-        return text(record.config[key]) if key in record.config else "-"
-
-    keys = dict.fromkeys([*first.config, *second.config])
-    rows = [(key, cell(key, first), cell(key, second)) for key in keys]
-    return [row for row in rows if row[1] != row[2]]
-
-
-def metric_rows(first: Record, second: Record, *, brief: bool) -> list[Row]:
-    """Returns the metrics of both runs, the main ones first; "-" where a run has no such metric."""
-    from dlopt.results.columns import FIRST  # imports NumPy, which the help does not need
-
-    known = dict.fromkeys([*first.metrics, *second.metrics])
-    names = dict.fromkeys([*(name for name in FIRST if name in known), *known])
-
-    def cell(name: str, record: Record) -> str:
-        value = record.metrics.get(name)
-        return "-" if value is None else format_metric(name, value) if brief else text(value)
-
-    return [(name, cell(name, first), cell(name, second)) for name in names]

@@ -1,21 +1,14 @@
 """`dlopt sample`: continues a text with a trained language model."""
 
-import codecs
 import functools
 import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from dlopt.command_line.line import on_checkpoint
 from dlopt.config.overrides import key_of, value_of, without
 from dlopt.errors import DONE, UserError
 from dlopt.ranges import Count, NonNegative, Seed
-
-if TYPE_CHECKING:
-    from torch import Generator
-
-    from dlopt.training.restore import Trained
 
 _READS = ("device", "precision", "threads", "allow_packages")
 USAGE = """\
@@ -59,6 +52,7 @@ def _continue(
     samples: Annotated[Count, "N: number of continuations"] = 1,
 ) -> int:
     from dlopt.random import generator
+    from dlopt.training.continuation import decoded, encode
     from dlopt.training.restore import restore
 
     if changes.get("precision") in ("bf16", "bf16_pure", "fp16"):
@@ -67,15 +61,14 @@ def _continue(
     if trained.task.vocabulary is None:
         raise UserError(f"checkpoint={path}: its model predicts no text; it was trained with other data")
     text = _text(prompts, file)
-    if trained.tokenizer is not None:
-        tokens = trained.tokenizer.encode(text, "the prompt").tolist()
-    else:
-        tokens = list(text) if trained.task.unit == "byte" else _numbers(text, trained.task.vocabulary)
+    tokens = encode(trained, text)
     for number in range(samples):
         if number:
             print("-" * 40)
         rng = generator("cpu", seed, number)
-        _print_continuation(trained, tokens, length, temperature=temperature, top_k=top_k, generator=rng)
+        for part in decoded(trained, tokens, length, temperature=temperature, top_k=top_k, generator=rng):
+            print(part, end="", flush=True)
+        print()
     return DONE
 
 
@@ -93,37 +86,3 @@ def _text(prompts: list[str], file: str | None) -> bytes:
     if not text:
         raise UserError(f"{'prompt=' if file is None else f'file={file}'}: is empty; give at least one character")
     return text
-
-
-def _numbers(text: bytes, vocabulary: int) -> list[int]:
-    """Parses the token numbers in a prompt for data=tokens."""
-    words = text.decode("utf-8", "replace").strip("[] \n").replace(",", " ").split()
-    if not words or not all(word.isdecimal() and int(word) < vocabulary for word in words):
-        raise UserError(f"prompt: the model reads tokens 0 to {vocabulary - 1}; give them as prompt=[464,1266]")
-    return list(map(int, words))
-
-
-def _print_continuation(
-    trained: "Trained", tokens: list[int], length: int, *, temperature: float, top_k: int | None, generator: "Generator"
-) -> None:
-    """Prints the prompt and each token of its continuation as it is sampled."""
-    import torch
-
-    from dlopt.models.generation import generate
-
-    prompt = torch.tensor(tokens, device=trained.precision.device)
-    context = trained.window[0]
-    stream = generate(
-        trained.module, prompt, length, context=context, temperature=temperature, top_k=top_k, generator=generator
-    )
-    if trained.task.unit == "token" and trained.tokenizer is None:
-        print(*tokens, *stream)
-        return
-    # A token may be a part of a character, and then is no text of its own.
-    table = [bytes([byte]) for byte in range(256)] if trained.tokenizer is None else trained.tokenizer.bytes_of
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may have several bytes
-    sys.stdout.write(decoder.decode(b"".join(table[token] for token in tokens)))
-    for token in stream:
-        sys.stdout.write(decoder.decode(table[token]))
-        sys.stdout.flush()
-    print(decoder.decode(b"", final=True))

@@ -1,19 +1,16 @@
 """`dlopt show-batch`: plots augmented images."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
 
-from dlopt.command_line.line import Line, on_experiment, output_folder, read_dataset, refuse_folder, writing
+from dlopt.command_line.line import Line, on_experiment, output_folder, refuse_folder, writing
 from dlopt.command_line.reads import RECIPE
 from dlopt.errors import DONE, UserError
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dlopt.config.experiment import Experiment
 
 _READS = ("data", "augmentation", "seed", "order_seed", "augmentation_seed", *RECIPE)
@@ -35,7 +32,6 @@ and these keys of `dlopt train`:
     {_READS}
 """
 
-_IMAGES = 8
 _PIPELINES = 6
 
 
@@ -50,7 +46,11 @@ def show_batch(
 ) -> int:
     """Saves the plots and prints their paths. Raises `UserError`."""
     target = None if output is None else _target(output)
-    batch, operations = _draw(_experiments(line), tile)
+    experiments = _experiments(line)
+    from dlopt.instruments.augmentations import draw
+    from dlopt.training.build import read_dataset
+
+    batch, operations = draw(experiments, read_dataset(next(iter(experiments.values()))), tile)
     if target is None:
         target = output_folder(None, "show-batch") / "batch.png"
     pictures = {target: batch}
@@ -86,41 +86,3 @@ def _target(output: str) -> Path:
     if path.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"output={output}: unknown image format {path.suffix}; use .png")
     return path
-
-
-def _draw(experiments: Mapping[str, "Experiment"], tile: int) -> tuple["Image", "Image | None"]:
-    """Plots random training images (`order_seed`), and the operations of a single augmentation that has any."""
-    import torch
-
-    from dlopt.augment import Pipeline
-    from dlopt.augment.show import batch_picture, operations_picture, reading_crops
-    from dlopt.random import generator
-
-    experiment = next(iter(experiments.values()))
-    settings, dataset = experiment.settings, read_dataset(experiment)
-    train = dataset.train
-    order = torch.randperm(len(train), generator=generator("cpu", settings.order_seed))[:_IMAGES]
-    images, targets = train.fetch(order), train.targets[order]
-    name = experiment.config["data"]["_target_"].rpartition(".")[2]
-    if images.ndim != 4:
-        raise UserError(f"data={experiment.data.target.__name__}: not images but vectors; cannot be plotted")
-    seed = settings.augmentation_seed
-    pipelines: dict[str, Pipeline] = {
-        label: each.augmentation.build(input_shape=train.shape, classes=dataset.task.classes, train=train)
-        for label, each in experiments.items()
-    }
-    batch = batch_picture(
-        {label: reading_crops(pipeline, train, order, seed) for label, pipeline in pipelines.items()},
-        images,
-        targets,
-        seed=seed,
-        classes=[str(each) for each in dataset.classes or ()],
-        title=f"{name}: training images before and after augmentation",
-        tile=tile,
-        white=dataset.task.white,
-    )
-    [*others, (label, pipeline)] = pipelines.items()
-    if others or not pipeline.operations:
-        return batch, None
-    title = f"augmentation={label}: its operations"
-    return batch, operations_picture(pipeline, images, title=title, tile=tile, white=dataset.task.white)

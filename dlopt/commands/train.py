@@ -1,27 +1,24 @@
 """`dlopt train`: composes and checks the config, and runs it: here, as one rank of several, or as a sweep."""
 
-import contextlib
-import json
 from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dlopt.attempt import attempt
+from dlopt.attempt import attempt, follow, release
 from dlopt.command_line.processes import prepare_rank
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments, show_info
 from dlopt.config.inherit import inherit
 from dlopt.config.overrides import is_typed, parse_overrides
-from dlopt.config.plan import Plan, checked
-from dlopt.config.resolve import resolve_saved, show_config
-from dlopt.errors import FAILED, USER_ERROR, UserError
+from dlopt.config.plan import checked
+from dlopt.config.resolve import show_config
+from dlopt.errors import DONE, FAILED, USER_ERROR, UserError
 from dlopt.interruption import killed_by_signals
-from dlopt.job import execute, is_quiet, print_error, start
+from dlopt.job import is_quiet, print_error, start
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 from dlopt.table import SERIES, function
 from dlopt.tracking.layout import waiting
@@ -42,7 +39,7 @@ def train(arguments: list[str]) -> int:
         from dlopt.commands.options import help_page
 
         print(help_page(parsed.config_dir))
-        return 0
+        return DONE
     _check_flags(parsed)
     world = current()
     if world is not None:
@@ -59,7 +56,7 @@ def train(arguments: list[str]) -> int:
             print(show_config(shown, parsed.cfg, parsed.package, resolve=parsed.resolve), end="")
         else:
             show_info(parsed)
-        return 0
+        return DONE
     config = None if parsed.multirun else composer.compose(parsed.overrides)
     if config is None or config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
         from dlopt.sweeps.run import sweep
@@ -71,12 +68,21 @@ def train(arguments: list[str]) -> int:
             return code
     if world is not None:
         return _lead(composer, config, parsed.overrides, typed, world)
-    refuse_unread_hydra(parsed.overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
+    return _run(composer, config, parsed.overrides)
+
+
+def _run(composer: Composer, config: DictConfig, overrides: list[str], store: "Store | None" = None) -> int:
+    """Checks and runs a composed config. `store`: see `attempt`."""
+    refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
     with waiting("loading PyTorch ..."):
-        plan = checked(config, parsed.overrides, flags=composer.flags)
+        plan = checked(config, overrides, flags=composer.flags)
     if plan.experiment.settings.dry_run:
-        return _estimate(plan)
-    with attempt(plan) as outcome:
+        from dlopt.sweeps.estimate import print_estimate
+
+        refuse_untested(plan.saved, plan.lines)
+        print_estimate([plan.saved], plan.choices, jobs=1)
+        return DONE
+    with attempt(plan, store) as outcome:
         if outcome.run is not None:
             outcome.code = start(outcome.run, console=not is_quiet())
     return outcome.code
@@ -99,44 +105,26 @@ def _lead(composer: Composer, config: DictConfig, overrides: list[str], typed: l
     store = _join_store(config.parallel, world)
     code = FAILED
     try:
-        refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
         _refuse_address_of_file(config, typed)
-        plan = checked(config, overrides, flags=composer.flags)
-        if plan.experiment.settings.dry_run:
-            code = _estimate(plan)
-        else:
-            with attempt(plan, send=lambda message: store.set("run", json.dumps(message))) as outcome:
-                if outcome.run is not None:
-                    outcome.code = start(outcome.run, console=not is_quiet())
-            code = outcome.code
+        code = _run(composer, config, overrides, store)
     except UserError as error:
         print_error(str(error))
         code = USER_ERROR
     finally:
-        # Without a run, send the exit code: the other ranks would wait for a run until their timeout.
-        with contextlib.suppress(RuntimeError):  # the launcher that hosts the store may be gone
-            store.compare_set("run", "", json.dumps({"exit": code}))
+        release(store, code)
     end_process(code)
 
 
 def _follow(parsed: Namespace, world: World) -> int:
     """Ranks > 0: receive the run from rank 0, which also composes it and reports config errors."""
-    from dlopt.config.parsing import parse
-    from dlopt.training.progress import Run
-
     if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
-        return USER_ERROR if parsed.multirun else 0
+        return USER_ERROR if parsed.multirun else DONE
     try:
         typed = {override.key_or_group: override.value() for override in parse_overrides(parsed.overrides)}
     except UserError:
         end_process(USER_ERROR)
     store = _join_store({key.partition(".")[2]: value for key, value in typed.items() if key in _ADDRESS}, world)
-    with killed_by_signals():
-        message = json.loads(store.get("run"))
-    if "exit" in message:
-        end_process(message["exit"])
-    experiment = parse(resolve_saved(message["config"]), message["config"], message["choices"])
-    end_process(execute(Run(experiment, Path(message["folder"]), None, message["choices"], parsed.overrides)))
+    end_process(follow(store, parsed.overrides))
 
 
 def _refuse_address_of_file(config: DictConfig, overrides: list[str]) -> None:
@@ -155,11 +143,3 @@ def _join_store(parallel: Mapping[str, Any] | DictConfig, world: World) -> "Stor
             address=parallel.get("master_addr"),
             port=parallel.get("master_port"),
         )
-
-
-def _estimate(plan: Plan) -> int:
-    from dlopt.sweeps.estimate import print_estimate
-
-    refuse_untested(plan.saved, plan.lines)
-    print_estimate([plan.saved], plan.choices, jobs=1)
-    return 0

@@ -31,7 +31,7 @@ from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, P
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # The modules of dlopt that configs may name; the others act on files, processes and the network.
 _CONFIGURABLE = (
-    "dlopt.adapt", "dlopt.augment", "dlopt.data", "dlopt.init", "dlopt.lab.optimizers",
+    "dlopt.adapt", "dlopt.augment", "dlopt.data", "dlopt.init", "dlopt.lab.data", "dlopt.lab.optimizers",
     "dlopt.lab.trajectory.functions", "dlopt.losses", "dlopt.models",
     "dlopt.optim", "dlopt.parallel", "dlopt.schedules", "dlopt.sweeps.samplers",
     "dlopt.training.clipping", "dlopt.training.stopping",

@@ -45,8 +45,8 @@ class _PoolLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs jobs that a sweeper of another package has chosen; returns their statuses."""
         from dlopt.config.plan import Plan, as_job, checked
-        from dlopt.sweeps.grid import run_jobs
         from dlopt.sweeps.jobs import build_job, labels
+        from dlopt.sweeps.pool import run_jobs
 
         def plan_job(overrides: Sequence[str], number: int) -> Plan:
             config = self._loader.load_sweep_config(self._config, list(overrides))
@@ -57,8 +57,8 @@ class _PoolLauncher(Launcher):
         jobs = (build_job(plan_job, folder, overrides, number, name) for number, (overrides, name) in numbered)
         statuses = run_jobs(jobs, len(job_overrides), self.build_pool())
         return [
-            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=statuses[initial_job_idx + i])
-            for i, overrides in enumerate(job_overrides)
+            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=statuses[number])
+            for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
 
 

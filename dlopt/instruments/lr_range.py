@@ -176,6 +176,20 @@ def middle_of_descent(rates: Sequence[float], smoothed: Sequence[float]) -> floa
     return rates[start + (end - start) // 2]
 
 
+def describe(result: LearningRates) -> list[str]:
+    """Describes the test and its suggestions, a sentence each."""
+    reached = f" up to a learning rate of {result.rates[-1]:.3g}" if result.rates else ""
+    course = f"{len(result.rates)} updates{reached}; {describe_end(result)}"
+    if result.valley is None or result.steepest is None:
+        advice = "try other values of min_lr and max_lr, or more updates"
+        return [course, f"no suggestion, because the loss never decreased; {advice}"]
+    return [
+        course,
+        f"steepest slope: optimizer.lr={result.steepest:.2g}",
+        f"valley: optimizer.lr={result.valley:.2g}",
+    ]
+
+
 def describe_end(result: LearningRates) -> str:
     """Describes the end of the test as the plot shows it, from the smoothed losses."""
     smoothed, rates = result.smoothed, result.rates

@@ -1,5 +1,6 @@
 """Summarizes a model layer by layer: shapes, parameters, operations, activation memory."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
+
+from dlopt.config.experiment import Experiment
+from dlopt.data.task import Task
+from dlopt.errors import UserError
+from dlopt.formats import format_bytes
+from dlopt.tracking.layout import plain_table, show_table
+from dlopt.training.build import model_arguments
+from dlopt.training.model_check import model_on_meta
+from dlopt.training.precision import Precision
+
+_UNKNOWN_BATCH = 2  # data.batch_size=full without data; batch norm does not support a batch of one
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,29 @@ def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
     )
 
 
+def summarize_experiment(
+    experiment: Experiment, shape: tuple[int, ...], task: Task, samples: int | None
+) -> ModelSummary:
+    """Summarizes the model of an experiment for inputs of `shape`. Raises `UserError` if it does not support them.
+
+    `samples`: of the training set, None if it is unknown.
+    """
+    batch_size = experiment.data_settings.batch_size
+    batch = _UNKNOWN_BATCH if samples is None else samples
+    if batch_size != "full":
+        batch = batch_size if samples is None else min(batch_size, samples)
+    dtype = Precision(experiment.settings.precision, torch.device("meta")).dtype
+    module = model_on_meta(experiment.model, model_arguments(task, shape)).to(dtype)
+    input_dtype = dtype if task.vocabulary is None else torch.int64
+    try:
+        return summarize(module, torch.empty(batch, *shape, device="meta", dtype=input_dtype))
+    except ValueError as error:
+        raise UserError(f"data.batch_size={batch}: the model does not support this size: {error}") from None
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"input_shape={list(shape)}: the model does not support this shape: {reason}") from None
+
+
 @contextmanager
 def kept_for_backward(module: nn.Module) -> Iterator[dict[int, int]]:
     """Context that collects the bytes of each storage that autograd saves, except parameters and buffers.
@@ -108,3 +143,32 @@ def kept_for_backward(module: nn.Module) -> Iterator[dict[int, int]]:
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def show_summary(name: str, shape: tuple[int, ...], summary: ModelSummary) -> None:
+    """Prints the layers, and the totals of the model `name` for inputs of `shape`."""
+    table = plain_table(left=["layer", "kind"], right=["output", "parameters", "MACs"])
+    for layer in summary.layers:
+        if layer.kind not in ("Identity", "Dropout") or layer.parameters:
+            output = "x".join(map(str, layer.output))
+            numbers = (f"{number:,}" if number else "" for number in (layer.parameters, layer.macs))
+            table.add_row(layer.name, layer.kind, output, *numbers)
+    show_table(table)
+    frozen = summary.parameters - summary.trainable
+    lines = {
+        "model": f"{name}, input {'x'.join(map(str, shape))}",
+        "parameters": f"{summary.parameters:,}" + (f" ({frozen:,} frozen)" if frozen else ""),
+        "forward": f"{_scaled(summary.forward_macs)}MACs per sample",
+        "forward and backward": f"{_scaled(summary.update_flops)}FLOPs per sample",
+        "weights": f"{format_bytes(summary.parameter_bytes)}, buffers {format_bytes(summary.buffer_bytes)}",
+        "activations for backward": f"{format_bytes(summary.activation_bytes)}, batch size {summary.batch}",
+    }
+    for key, value in lines.items():
+        print(f"{key}: {value}")
+
+
+def _scaled(number: float) -> str:
+    if number < 1000:
+        return f"{number:g} "
+    power = min(int(math.log10(number)) // 3, 4)
+    return f"{number / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"

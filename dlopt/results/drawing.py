@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 
 # Okabe & Ito 2008, distinguishable for colour-blind readers; without their yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-# Petroff 2021, ten colours that differ for colour-blind readers, too.
-TEN_COLOURS = (
-    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
-)  # fmt: skip
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_CURVES = len(COLOURS) * len(DASHES)

@@ -1,12 +1,13 @@
 """Selects the files of the report by `output`, `format` and `plot`, and renders their content."""
 
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dlopt.errors import UserError
+from dlopt.files import write_atomically
 from dlopt.folders import refuse_url
 from dlopt.results import drawing, paper
 from dlopt.results.claims import ClaimResult
@@ -106,11 +107,17 @@ def render(to: Destination, report: ReportContent) -> dict[Path, bytes]:
     return {to.path if to.is_file else to.path / name: content for name, content in files.items()}
 
 
-def outdated(to: Destination, files: Collection[Path]) -> list[Path]:
-    """Returns the plots that an earlier report may have left in the folder and that are not among `files`."""
+def write(to: Destination, report: ReportContent) -> list[Path]:
+    """Writes the files and removes other plots of an earlier report. Raises OSError, and `UserError` as `render`."""
+    files = render(to, report)
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
     names = [] if to.is_file or to.plot is not None else list(PLOTS)
-    paths = [to.path / f"{name}.{form}" for form in to.formats if form in _PICTURES for name in names]
-    return [path for path in paths if path not in files]
+    for path in [to.path / f"{name}.{form}" for form in to.formats if form in _PICTURES for name in names]:
+        if path not in files:
+            path.unlink(missing_ok=True)
+    return list(files)
 
 
 def _text(form: Format, report: ReportContent) -> str:

@@ -71,6 +71,15 @@ def columns_of(query: Query, records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys([*keys, *(name for name in _METRICS if name in known)]))
 
 
+def print_values(query: Query, records: Sequence[Record]) -> None:
+    """Prints all columns and digits of the runs as tab-separated values."""
+    keys = columns_of(query, records)
+    print("\t".join(["run", "status", *keys]))
+    for record in records:
+        values = ["" if (value := value_of(record, key)) is None else text(value) for key in keys]
+        print("\t".join(map(printable, [short_path(record.path), record.status, *values])))
+
+
 def show_table(query: Query, records: Sequence[Record]) -> None:
     """Prints one line per run. By default shows only the columns that differ, and of these the ones that fit."""
     if not records:

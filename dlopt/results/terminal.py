@@ -136,7 +136,7 @@ def _notes(report: "ReportContent") -> list[str]:
 # -- results of a sweep: leaderboard or Pareto front
 
 
-def show_leaderboard(board: Leaderboard, test: str, *, stream: IO[str] | None = None) -> None:
+def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> None:
     """Prints the best rows, with their differences to the first.
 
     Shows the test metric of the first row only: selecting a row by its test metric would be model selection on the test
@@ -146,6 +146,7 @@ def show_leaderboard(board: Leaderboard, test: str, *, stream: IO[str] | None = 
     if not rows:
         return
     is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
+    test = board.metric.replace("best_val_", "test_")
     metric, better = board.metric.replace("_", " "), "higher" if board.direction == "maximize" else "lower"
     table = plain_table(f"{metric} ({better} is better)", left=[""], fold=["configuration"])
     table.add_column("mean ± std" if is_paired else metric, justify="right", no_wrap=True)

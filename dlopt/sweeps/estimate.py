@@ -16,7 +16,7 @@ from typing import Any
 
 from dlopt.errors import USER_ERROR, RunError, UserError
 from dlopt.folders import RunFolder
-from dlopt.formats import format_count, format_duration
+from dlopt.formats import format_count, format_duration, format_range, round_duration
 from dlopt.job import describe
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import result_of
@@ -173,21 +173,11 @@ def estimate_line(estimate: Estimate | None, jobs: int, at_once: int) -> str:
     parallel = f", {at_once} at once" if at_once > 1 else ""
     if estimate is None:
         return f"{format_count('jobs', jobs)}{parallel}; the duration could not be estimated"
-    job = [_rounded(seconds) for seconds in estimate.total]
+    job = [round_duration(seconds) for seconds in estimate.total]
     if jobs == 1:
         return f"1 job of about {format_range(*job)}"
-    once = _rounded(estimate.once) if estimate.once else 0.0
+    once = round_duration(estimate.once) if estimate.once else 0.0
     total = [once + seconds * math.ceil(jobs / at_once) for seconds in job]
     start = f" and {format_duration(once)} to start" if once else ""
     each = f"{format_count('jobs', jobs)} of about {format_range(*job)} each{parallel}{start}"
     return f"{each}: about {format_range(*total)} in total"
-
-
-def format_range(low: float, high: float) -> str:
-    """2.2 s; 2.2 s to 3.1 s."""
-    texts = format_duration(_rounded(low)), format_duration(_rounded(high))
-    return " to ".join(dict.fromkeys(texts))
-
-
-def _rounded(seconds: float) -> float:
-    return max(round(seconds, 1), 0.1) if seconds < 60 else math.ceil(seconds)

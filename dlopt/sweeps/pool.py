@@ -9,10 +9,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -26,6 +25,7 @@ from omegaconf import OmegaConf
 
 from dlopt.config.schema import check_arguments
 from dlopt.errors import DONE, INTERRUPTED, UserError
+from dlopt.files import NewLines
 from dlopt.folders import RunFolder
 from dlopt.formats import format_count
 from dlopt.interruption import SIGNALS, Interruption
@@ -104,23 +104,38 @@ def run(source: JobSource, pool: Pool, overview: Overview) -> None:
             overview.close()
 
 
+def run_jobs(jobs: Iterable[Job | InvalidJob], total: int, pool: Pool) -> dict[int, str]:
+    """Runs jobs and returns their status by number."""
+    source = _JobList(jobs)
+    run(source, pool, Overview(total))
+    return source.statuses
+
+
+class _JobList(JobSource):
+    def __init__(self, jobs: Iterable[Job | InvalidJob]) -> None:
+        self._jobs = iter(jobs)
+        self.statuses: dict[int, str] = {}
+
+    def next(self) -> Job | InvalidJob | None:
+        return next(self._jobs, None)
+
+    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
+        self.statuses[job.number] = result.status
+
+
 @dataclass
 class _Worker:
     job: Job
     process: Process
     is_adopted: bool  # its process was started by an earlier sweep, which was killed
-    position: int = 0  # bytes of its metrics.jsonl that have been read
     pruned_at: int | None = None
 
+    def __post_init__(self) -> None:
+        self._lines = NewLines(self.job.folder.path / METRICS)  # a resumed job removes those after its checkpoint
+
     def new_metrics(self) -> list[dict[str, Any]]:
-        with contextlib.suppress(OSError), (self.job.folder.path / METRICS).open("rb") as file:
-            if os.fstat(file.fileno()).st_size < self.position:  # a resumed job removes lines after its checkpoint
-                self.position = 0
-            file.seek(self.position)
-            # The last line may still be incomplete: leave it for the next call.
-            complete, newline, _ = file.read().rpartition(b"\n")
-            self.position += len(complete + newline)
-            return parse_metrics(complete)
+        with contextlib.suppress(OSError):
+            return parse_metrics(self._lines.read())
         return []
 
 
@@ -131,12 +146,10 @@ class _Workers:
 
     def update(self) -> bool:
         """Collects the jobs that have ended and fills free slots; returns False when all jobs are done."""
-        for slot, worker in list(self._active.items()):
+        for worker in self._active.values():
             self._read_metrics(worker)
-            code = worker.process.poll()
-            if code is not None:
-                del self._active[slot]
-                self._collect(slot, worker, code)
+        for slot, worker, code in self._take_ended():
+            self._collect(slot, worker, code)
         try:
             for slot in range(self._pool.slots):
                 while slot not in self._active:
@@ -147,6 +160,13 @@ class _Workers:
             return True
         finally:
             self._overview.refresh()
+
+    def _take_ended(self) -> Iterator[tuple[int, _Worker, int]]:
+        """Removes the workers that have ended and yields them with their slots and exit codes."""
+        for slot, worker in list(self._active.items()):
+            if (code := worker.process.poll()) is not None:
+                del self._active[slot]
+                yield slot, worker, code
 
     def wait(self) -> None:
         """Waits for the end of a job, but not longer than until the metrics are to be read again."""
@@ -217,14 +237,11 @@ class _Workers:
         for worker in self._active.values():
             worker.process.stop()
         while self._active:
-            for slot, worker in list(self._active.items()):
-                code = worker.process.poll()
-                if code is not None:
-                    del self._active[slot]
-                    if not worker.is_adopted:
-                        # Without a summary the signal came before the job's handler was installed: not a failure.
-                        is_silent = worker.job.folder.summary() is None
-                        self._ended(worker.job, result_of(worker.job.folder, INTERRUPTED if is_silent else code))
+            for _, worker, code in self._take_ended():
+                if not worker.is_adopted:
+                    # Without a summary the signal came before the job's handler was installed: not a failure.
+                    is_silent = worker.job.folder.summary() is None
+                    self._ended(worker.job, result_of(worker.job.folder, INTERRUPTED if is_silent else code))
             self.wait()
 
     def kill(self) -> None:
@@ -263,6 +280,8 @@ def local(*, n_jobs: Annotated[int, Ge(-1)]) -> Pool:
 
 def gpus(*, gpus: Literal["auto"] | list[Annotated[int, Ge(0)] | str], jobs_per_gpu: Count) -> Pool:
     """Runs `jobs_per_gpu` processes per GPU, each of which sees only that GPU."""
+    from dlopt.processor import visible_gpus
+
     names = visible_gpus() if gpus == "auto" else [str(name) for name in gpus]
     if not names:
         raise UserError("hydra.launcher.gpus=auto: no GPU is visible; name them: hydra.launcher.gpus=[0,1]")
@@ -273,21 +292,6 @@ def gpus(*, gpus: Literal["auto"] | list[Annotated[int, Ge(0)] | str], jobs_per_
         return spawn(folder, {**environment, "CUDA_VISIBLE_DEVICES": names[slot % len(names)]}, None)
 
     return Pool(jobs_per_gpu * len(names), start, find_local)
-
-
-def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Lists the GPUs by their names for CUDA_VISIBLE_DEVICES.
-
-    Uses nvidia-smi, because torch would allocate memory on every GPU.
-    """
-    selected = environment.get("CUDA_VISIBLE_DEVICES")
-    if selected is not None:
-        return [name.strip() for name in selected.split(",") if name.strip() and name.strip() != "-1"]
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-        return [line.strip() for line in listed.splitlines() if line.strip().isdigit()]
-    return []
 
 
 # -- processes on this machine

@@ -17,7 +17,6 @@ from dlopt.config.plan import Plan, as_job, checked
 from dlopt.config.resolve import choices_of
 from dlopt.errors import DONE, UserError
 from dlopt.folders import SPACE, RunFolder, make, make_new, newest
-from dlopt.results.leaderboard import Record, leaderboard
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.tracking.layout import short_path
@@ -52,18 +51,16 @@ class SweepRequest:
 
     def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
         """Returns the folder of the sweep, created if missing. `check(path, key)` refuses an unsuitable one."""
-        self.found[:] = [self._find_folder(is_unfinished, check)]
-        return self.found[0]
-
-    def _find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
-        if not self.is_typed:
-            unfinished = newest(self.path.parent, is_unfinished) if self.config.resume == "auto" else None
-            if unfinished is None:
-                return make_new(self.path, "hydra.sweep.dir")
-            check(unfinished.path, "resume=auto")
-            return unfinished.path
-        check(self.path, f"hydra.sweep.dir={self.path}")
-        return make(self.path, "hydra.sweep.dir", exist_ok=True)
+        if self.is_typed:
+            check(self.path, f"hydra.sweep.dir={self.path}")
+            folder = make(self.path, "hydra.sweep.dir", exist_ok=True)
+        elif self.config.resume == "auto" and (unfinished := newest(self.path.parent, is_unfinished)) is not None:
+            folder = unfinished.path
+            check(folder, "resume=auto")
+        else:
+            folder = make_new(self.path, "hydra.sweep.dir")
+        self.found[:] = [folder]
+        return folder
 
     def plan_job(self, overrides: Sequence[str], number: int) -> Plan:
         """Composes and checks a job. Raises `UserError`."""
@@ -126,11 +123,3 @@ def print_next(title: str, sweep: Path, *, has_failed: bool = False) -> int:
     failed = [f"  dlopt runs {path} status=failed"] if has_failed else []
     print(title, "next:", f"  dlopt report {path}", *failed, sep="\n")
     return DONE
-
-
-def show_board(records: Sequence[Record], **ranking: Any) -> None:
-    """Prints the leaderboard of a sweep."""
-    from dlopt.results.terminal import show_leaderboard
-
-    board = leaderboard(records, **ranking)
-    show_leaderboard(board, board.metric.replace("best_val_", "test_"))

@@ -1,46 +1,33 @@
 """`dlopt train -m`: checks all jobs before the first one starts, and runs each in a separate process."""
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
-from dlopt.config.overrides import (
-    grid,
-    is_hydra,
-    key_of,
-    listed,
-    parse_overrides,
-    quoted_value,
-    value_of,
-)
-from dlopt.config.plan import Plan, with_params
-from dlopt.config.resolve import to_plain
+from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_value, value_of
+from dlopt.config.plan import Plan, checked, with_params
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
 from dlopt.folders import SPACE, RunFolder
 from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import current
-from dlopt.results.leaderboard import job_record
+from dlopt.results.leaderboard import job_record, leaderboard
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.grid import run_jobs
 from dlopt.sweeps.jobs import Job, labels, record_dead
-from dlopt.sweeps.request import SweepRequest, print_next, read_space, show_board
+from dlopt.sweeps.request import SweepRequest, print_next, read_space
 from dlopt.tracking.layout import short_path
-
-if TYPE_CHECKING:
-    pass
 
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
@@ -85,21 +72,19 @@ def request(composer: Composer, parsed: Namespace) -> SweepRequest:
 def run(request: SweepRequest) -> int:
     """Runs a sweep and returns its exit code. Raises `UserError` before it creates any file."""
     try:
-        return _load_search()(request) if str(request.config.hydra.sweeper._target_) == SEARCH else _grid(request)
-    except Interrupted:  # before the first job
-        raise
-    except KeyboardInterrupt:
-        return INTERRUPTED
+        if str(request.config.hydra.sweeper._target_) == SEARCH:
+            from dlopt.sweeps.search import search
 
-
-def _load_search() -> Callable[[SweepRequest], int]:
-    try:
-        from dlopt.sweeps.search import search
+            return search(request)
+        return _grid(request)
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
         raise UserError(f"hydra/sweeper=dlopt_optuna: requires optuna; {install('dlopt[sweep]')}") from None
-    return search
+    except Interrupted:  # before the first job
+        raise
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
@@ -107,13 +92,12 @@ def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
 
     A launcher of another package has none: raises `UserError` with the reason `refusal`, if any.
     """
-    launcher = instantiate(config.hydra.launcher) if str(config.hydra.launcher._target_).startswith(OWN) else None
-    if launcher is not None:
-        return cast(pools.Pool, launcher.build_pool())
-    if refusal is not None:
-        name = config.hydra.runtime.choices["hydra/launcher"]
-        raise UserError(f"hydra/launcher={name}: {refusal}; allowed: serial, joblib, gpus, slurm")
-    return None
+    if str(config.hydra.launcher._target_).startswith(OWN):
+        return cast(pools.Pool, instantiate(config.hydra.launcher).build_pool())
+    if refusal is None:
+        return None
+    name = config.hydra.runtime.choices["hydra/launcher"]
+    raise UserError(f"hydra/launcher={name}: {refusal}; allowed: serial, joblib, gpus, slurm")
 
 
 # -- grids
@@ -135,10 +119,12 @@ def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> None:
     size = request.config.hydra.sweeper.get("max_batch_size") or len(jobs)
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
-        run_jobs(batch, len(batch), request.pool)
+        pools.run_jobs(batch, len(batch), request.pool)
 
 
 def _grid(request: SweepRequest) -> int:
+    from dlopt.results.terminal import show_leaderboard
+
     plans = _plans(request)
     if request.config.dry_run:
         for number, label in enumerate(labels([plan.lines for plan in plans])):
@@ -157,7 +143,8 @@ def _grid(request: SweepRequest) -> int:
             record_dead(job.folder)
         _run_jobs(request, folder, jobs)
     rows = [(job.plan, job.folder.summary() or {}) for job in jobs]
-    show_board([job_record(Path(plan.subfolder), plan.saved, summary, plan.lines) for plan, summary in rows])
+    records = [job_record(Path(plan.subfolder), plan.saved, summary, plan.lines) for plan, summary in rows]
+    show_leaderboard(leaderboard(records))
     # A sweeper that chooses its jobs at run time is judged by the runs that it has left.
     runs = [job.folder for job in jobs] or [RunFolder(path.parent) for path in folder.glob("*/config.yaml")]
     statuses = {(run.summary() or {}).get("status", "running" if run.is_live() else "failed") for run in runs}
@@ -254,15 +241,11 @@ def start_job(config: DictConfig) -> str:
     """Runs one job that Hydra has composed; returns its status."""
     hydra = HydraConfig.get()
     folder, overrides = RunFolder(Path(hydra.runtime.output_dir)), [str(line) for line in hydra.overrides.task]
-    chosen = {str(key): str(value) for key, value in hydra.runtime.choices.items() if value is not None}
+    with open_dict(config):
+        config.hydra = hydra  # Hydra takes it out of the config of a task
     try:
-        from dlopt.config.parsing import parse
-
-        plain, saved = to_plain(config, overrides)
-        experiment = parse(plain, saved)
+        plan = checked(config, overrides)
     except UserError as error:
         return sweep_jobs.record_failure(folder, str(error)).status
-    choices = {key: value for key, value in chosen.items() if not key.startswith("hydra")}
-    plan = Plan(tuple(parse_overrides(overrides)), choices, experiment)
     job = Job(int(hydra.job.num), folder, plan, " ".join(overrides))
-    return run_jobs([job], 1, pools.local(n_jobs=1))[job.number]
+    return pools.run_jobs([job], 1, pools.local(n_jobs=1))[job.number]

@@ -8,6 +8,7 @@ sampler learns from them.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,8 @@ from optuna.samplers import BaseSampler
 from dlopt.errors import UserError, install
 from dlopt.ranges import Count, Natural, Positive
 from dlopt.sweeps.space import Space, grid_values
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 Sampler = Callable[[int], BaseSampler]
 """Job number -> Optuna sampler of that job."""
@@ -67,21 +70,17 @@ def cmaes(
 
 def sobol(*, space: Space, seed: int, scramble: bool) -> Sampler:
     """Sobol sequence with Owen scrambling: most even when the number of jobs is a power of two."""
-    return _sequence("Sobol", space, seed, scramble)
+    return lambda number: _fixed(_point("Sobol", space, seed, scramble, number))
 
 
 def halton(*, space: Space, seed: int, scramble: bool) -> Sampler:
     """Halton sequence with Owen scrambling: even for any number of jobs, in few dimensions."""
-    return _sequence("Halton", space, seed, scramble)
+    return lambda number: _fixed(_point("Halton", space, seed, scramble, number))
 
 
 def halton_point(space: Space, seed: int, number: int) -> dict[str, Any]:
     """Returns the values of point `number` (from 0) of a scrambled Halton sequence."""
     return _point("Halton", space, seed, True, number)
-
-
-def _sequence(name: Sequence, space: Space, seed: int, scramble: bool) -> Sampler:
-    return lambda number: _FixedSampler(space, lambda: _point(name, space, seed, scramble, number))
 
 
 def _point(name: Sequence, space: Space, seed: int, scramble: bool, number: int) -> dict[str, Any]:
@@ -101,23 +100,12 @@ def grid(*, space: Space, seed: int) -> Sampler:
     if continuous:
         raise UserError(f"{continuous[0]}: hydra/sweeper/sampler=grid needs choice(a,b,...) or range(a,b,step)")
     points = space.points()
-    return lambda number: _FixedSampler(space, lambda: points[number % len(points)])
+    return lambda number: _fixed(points[number % len(points)])
 
 
-class _FixedSampler(BaseSampler):
-    """Returns the values of one job, which do not depend on other jobs' results."""
-
-    def __init__(self, space: Space, draw: Callable[[], dict[str, Any]]) -> None:
-        self._space, self._draw = space, draw
-
-    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
-        return dict(self._space.searched)
-
-    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
-        return self._draw()
-
-    def sample_independent(self, study: Any, trial: Any, name: str, distribution: BaseDistribution) -> Any:
-        raise RuntimeError(f"{name} was not drawn")
+def _fixed(values: dict[str, Any]) -> BaseSampler:
+    """Returns the sampler of one job whose values do not depend on other jobs' results."""
+    return optuna.samplers.PartialFixedSampler(values, optuna.samplers.RandomSampler())
 
 
 def _quantile(distribution: BaseDistribution, x: float) -> Any:

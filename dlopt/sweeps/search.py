@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, Literal, cast
 
 import optuna
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from dlopt.config.compose import Composer
 from dlopt.config.keys import is_seed
@@ -23,18 +23,17 @@ from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
 from dlopt.plain import flatten, is_below
 from dlopt.ranges import Count, Seed
-from dlopt.results.leaderboard import Direction, direction_of, front, job_record
-from dlopt.results.terminal import show_front
+from dlopt.results.leaderboard import Direction, direction_of, front, is_number, job_record, leaderboard
+from dlopt.results.terminal import show_front, show_leaderboard
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, build_job, record_dead
 from dlopt.sweeps.pool import JobSource
-from dlopt.sweeps.request import SweepRequest, print_next, read_space, show_board
+from dlopt.sweeps.request import SweepRequest, print_next, read_space
 from dlopt.sweeps.space import Space, parse_space
 from dlopt.sweeps.study import (
     STUDY_LOCK,
     WORKERS,
     ClaimedJob,
-    FinishedJob,
     Study,
     StudySpec,
     describe_differences,
@@ -134,20 +133,21 @@ def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
         raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
 
 
-def _show(spec: StudySpec, jobs: Sequence[FinishedJob]) -> None:
+def _show(spec: StudySpec, jobs: Sequence[FrozenTrial]) -> None:
     """Prints the leaderboard of the finished jobs, or their Pareto front."""
     label = spec.space.label
     if len(spec.objectives) > 1:
-        best = [jobs[i] for i in front([job.objectives for job in jobs], spec.directions)]
-        rows = [(f"job {job.number}: {label(job.values)}", job.objectives) for job in best]
+        best = [jobs[i] for i in front([job.values for job in jobs], spec.directions)]
+        rows = [(f"job {job.number}: {label(job.params)}", job.values) for job in best]
         show_front(sorted(rows, key=lambda row: list(row[1])), spec.objectives)
         return
     metric, records = spec.objectives[0], []
     for job in jobs:
-        summary = {**(RunFolder(job.run).summary() or {"status": "finished"}), metric: job.objectives[0]}
-        words = [f"job {job.number}:", label(job.values)]
+        run = RunFolder(Path(job.user_attrs["run"]))
+        summary = {**(run.summary() or {"status": "finished"}), metric: job.values[0]}
+        words = [f"job {job.number}:", label(job.params)]
         records.append(job_record(Path(f"job {job.number}"), {"job": job.number}, summary, words))
-    show_board(records, metric=metric, direction=spec.directions[0])
+    show_leaderboard(leaderboard(records, metric=metric, direction=spec.directions[0]))
 
 
 # -- the search's config
@@ -291,7 +291,7 @@ class Search(JobSource):
         counts = self._study.counts()
         space, objective = self._spec.space, self._spec.objectives[0]
         finished = self._study.finished()
-        done = [(job.number, space.label(job.values), {objective: job.objectives[0]}) for job in finished]
+        done = [(job.number, space.label(job.params), {objective: job.values[0]}) for job in finished]
         self.overview.update_shared({status: counts[state] for status, state in _STATES.items()}, done)
         claim = self._study.claim()
         if claim is None:
@@ -312,7 +312,7 @@ class Search(JobSource):
             return False
         self._logged |= metrics.keys()
         value = metrics.get(self._spec.pruning_metric)
-        if not _is_number(value) or isinstance(metrics["epoch"], float):  # pruners compare jobs at ends of epochs
+        if not is_number(value) or isinstance(metrics["epoch"], float):  # pruners compare jobs at ends of epochs
             return False
         # The pruner compares in the direction of the objective.
         value = -float(value) if self._spec.negate_pruning_metric else float(value)
@@ -325,15 +325,15 @@ class Search(JobSource):
             self.interrupted += 1
             return  # the trial stays RUNNING: another process takes it over once this one has ended
         if result.status == "pruned":
-            self._study.prune(claim)
+            self._study.finish(claim, TrialState.PRUNED)
             return
         if result.status == "failed":
-            self._study.fail(claim, result.reason)
+            self._study.finish(claim, TrialState.FAIL, reason=result.reason)
             return
         values = {key: result.metrics.get(key) for key in self._spec.objectives}
-        scores = [float(value) for value in values.values() if _is_number(value)]
+        scores = [float(value) for value in values.values() if is_number(value)]
         if len(scores) == len(values):
-            self._study.finish(claim, scores, job.folder.path)
+            self._study.finish(claim, TrialState.COMPLETE, scores, run=str(job.folder.path))
         else:
             self._fail(claim, values, result.metrics)
         watch = self._spec.pruning_metric
@@ -343,16 +343,12 @@ class Search(JobSource):
 
     def _fail(self, claim: ClaimedJob, values: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Records a job without all objectives; ends the search if no job has had them."""
-        key = next(key for key, value in values.items() if not _is_number(value))
-        available = ", ".join(name for name, value in metrics.items() if _is_number(value))
+        key = next(key for key, value in values.items() if not is_number(value))
+        available = ", ".join(name for name, value in metrics.items() if is_number(value))
         is_unknown = key not in metrics
         reason = f"no such metric in summary.json, which has {available}" if is_unknown else "not a finite number"
         reason = f"hydra.sweeper.objective={key}: {reason}"
-        self._study.fail(claim, reason)
+        self._study.finish(claim, TrialState.FAIL, reason=reason)
         if is_unknown and not self._study.finished():
             raise RunError(reason)
         self.overview.message(f"job {claim.number}: {reason}")
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float)

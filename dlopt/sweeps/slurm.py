@@ -13,6 +13,8 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,24 +91,21 @@ def slurm(
             raise OSError(" ".join(str(error).split())) from None
         queue.add(worker.job_id)
         workers[slot] = worker
+        worker.note(folder, number)
         return worker, number
 
     def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
         # Rank 0 records a config error in the folder: nobody reads its output.
         environment = {**environment, RECORD: "1"}
         (folder / _FOLDER).mkdir(exist_ok=True)
-
-        def resubmit() -> tuple[_Worker, int]:
-            worker, number = submit(slot, folder, environment)
-            worker.note(folder, number)
-            return worker, number
-
+        submit_again = partial(submit, slot, folder, environment)
         worker = workers.get(slot)
-        if worker is None or not worker.is_free():
-            return _SlurmJob(*resubmit(), folder, resubmit)
-        number = worker.assign(folder, environment)
-        worker.note(folder, number)
-        return _SlurmJob(worker, number, folder, resubmit)
+        if worker is not None and worker.is_free():
+            number = worker.assign(folder, environment)
+            worker.note(folder, number)
+        else:
+            worker, number = submit_again()
+        return _SlurmJob(worker, number, folder, submit_again)
 
     def find(folder: Path) -> Process | None:
         with contextlib.suppress(OSError):
@@ -122,18 +121,18 @@ def slurm(
     return Pool(n_jobs, start, find, poll_seconds=1.0, is_local=False, close=close)
 
 
+@dataclass
 class SlurmTask:
     """The callable that submitit pickles and runs in each task of the job: a rank of the run, or a worker.
 
     `mailbox`, `seconds`: the folder of the worker and its time; None if the job has several tasks.
     """
 
-    def __init__(
-        self, folder: str, environment: Mapping[str, str], mailbox: Path | None = None, seconds: float | None = None
-    ) -> None:
-        self.folder, self.environment = folder, environment
-        self.mailbox, self.seconds = mailbox, seconds
-        self._process: subprocess.Popen[bytes] | None = None
+    folder: str
+    environment: Mapping[str, str]
+    mailbox: Path | None = None
+    seconds: float | None = None
+    _process: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
 
     def __call__(self) -> int:
         rank = os.environ.get("SLURM_PROCID", "0")
@@ -165,11 +164,10 @@ class SlurmTask:
                 self._process.send_signal(signal.SIGUSR1)
                 # Not Popen.wait(): this is a signal handler, and the poll() it interrupted may hold Popen's lock.
                 os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-        if self.mailbox is not None and any(
-            line.keys() & {"left", "moved"} for line in Lines(self.mailbox / LOG).read()
-        ):
+        log = [] if self.mailbox is None else Lines(self.mailbox / LOG).read()
+        if any(line.keys() & {"left", "moved"} for line in log):
             return None
-        return DelayedSubmission(SlurmTask(self.folder, self.environment, self.mailbox, self.seconds))
+        return DelayedSubmission(replace(self))  # the process cannot be pickled
 
 
 class _Queue:

@@ -9,14 +9,13 @@ import os
 import socket
 import time
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import optuna
 from optuna.exceptions import OptunaError, UpdateFinishedTrialError
@@ -38,7 +37,6 @@ STUDY_LOCK = "setup.lock"  # in that folder: for the study and sweep.yaml
 _ORPHAN_SECONDS = 60.0  # after which the owner of a running trial that names no owner counts as dead
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,6 @@ class ClaimedJob:
     is_takeover: bool  # a dead process had started it
 
 
-class FinishedJob(NamedTuple):
-    """A finished job, of this or another process. `run`: its folder."""
-
-    number: int
-    values: Mapping[str, Any]
-    objectives: Sequence[float]
-    run: Path
-
-
 class _JournalLock:
     """Lock for Optuna's journal file.
 
@@ -97,10 +86,8 @@ class _JournalLock:
         """Removes an incomplete last line, which a process leaves that is killed while it writes."""
         with suppress(FileNotFoundError), self._journal.open("rb+") as journal:
             size = journal.seek(0, os.SEEK_END)
-            if size == 0:
-                return
-            journal.seek(size - 1)
-            if journal.read(1) == b"\n":
+            journal.seek(max(size - 1, 0))
+            if journal.read() in (b"", b"\n"):
                 return
             start = max(size - (1 << 20), 0)
             journal.seek(start)
@@ -120,11 +107,13 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     except ImportError as error:
         missing = getattr(error.__cause__, "name", None) or error.name or "the database's driver"
         driver = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-        raise UserError(
-            f"hydra.sweeper.storage={hide_password(url)}: needs a package: pip install {driver.get(missing, missing)}"
-        ) from None
+        raise UserError(f"{_key(url)}: needs a package: pip install {driver.get(missing, missing)}") from None
     except Exception as error:  # of SQLAlchemy, its drivers or Optuna
-        raise UserError(f"hydra.sweeper.storage={hide_password(url)}: {_reason(error, url)}") from None
+        raise UserError(f"{_key(url)}: {_reason(error, url)}") from None
+
+
+def _key(url: str | None) -> str:
+    return f"hydra.sweeper.storage={hide_password(url)}"
 
 
 def hide_password(url: str | None) -> str:
@@ -275,24 +264,20 @@ class Study:
             claim.trial.report(value, epoch)
         return claim.trial.should_prune()
 
-    def finish(self, claim: ClaimedJob, objectives: Sequence[float], folder: Path) -> None:
-        """Records the objectives and the run folder of a finished job."""
-        self._storage.set_trial_user_attr(claim.trial._trial_id, "run", str(folder))
-        self._study.tell(claim.number, list(objectives), skip_if_finished=True)
-
-    def prune(self, claim: ClaimedJob) -> None:
-        self._study.tell(claim.number, state=TrialState.PRUNED, skip_if_finished=True)
-
-    def fail(self, claim: ClaimedJob, reason: str) -> None:
-        self._storage.set_trial_user_attr(claim.trial._trial_id, "reason", reason)
-        self._study.tell(claim.number, state=TrialState.FAIL, skip_if_finished=True)
+    def finish(
+        self, claim: ClaimedJob, state: TrialState, objectives: Sequence[float] | None = None, **attributes: str
+    ) -> None:
+        """Records the end of a job: the objectives of a complete one, and attributes of its trial."""
+        for name, value in attributes.items():
+            self._storage.set_trial_user_attr(claim.trial._trial_id, name, value)
+        self._study.tell(claim.number, objectives, state, skip_if_finished=True)
 
     def counts(self) -> Counter[TrialState]:
         return Counter(trial.state for trial in self._trials())
 
-    def finished(self) -> list[FinishedJob]:
-        trials = self._trials(TrialState.COMPLETE)
-        return [FinishedJob(each.number, each.params, each.values, Path(each.user_attrs["run"])) for each in trials]
+    def finished(self) -> list[FrozenTrial]:
+        """Returns the trials with objectives, of this and other processes; `user_attrs["run"]` is the run's folder."""
+        return self._trials(TrialState.COMPLETE)
 
     def awaits_orphans(self) -> bool:
         """Returns whether the owner of a running trial may have died before it recorded its name."""
@@ -345,5 +330,4 @@ def storage_errors(url: str | None) -> Iterator[None]:
     try:
         yield
     except (OptunaError, OSError) as error:
-        message = f"hydra.sweeper.storage={hide_password(url)}: {_reason(error, url)}; resume with resume=auto"
-        raise RunError(message) from error
+        raise RunError(f"{_key(url)}: {_reason(error, url)}; resume with resume=auto") from error

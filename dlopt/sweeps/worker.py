@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.errors import DONE, INTERRUPTED
+from dlopt.files import NewLines
 from dlopt.interruption import Interruption
 from dlopt.sweeps.pool import spawn, warm_up
 
@@ -31,7 +32,7 @@ class Lines:
     """JSON objects in the lines of a file that this process appends to, or reads from."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._position = path, 0
+        self._path, self._new = path, NewLines(path)
 
     def append(self, **line: Any) -> None:
         with self._path.open("ab") as file:
@@ -39,11 +40,7 @@ class Lines:
 
     def read(self) -> list[dict[str, Any]]:
         """Returns the lines that were added since the last call. Raises OSError."""
-        with self._path.open("rb") as file:
-            file.seek(self._position)
-            complete, newline, _ = file.read().rpartition(b"\n")
-        self._position += len(complete + newline)
-        return [json.loads(line) for line in complete.splitlines()]
+        return [json.loads(line) for line in self._new.read().splitlines()]
 
 
 def create(folder: Path) -> None:

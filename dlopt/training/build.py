@@ -218,6 +218,12 @@ def build_workload(
     )
 
 
+def read_dataset(experiment: Experiment, *, saved_tokenizer: str | None = None) -> Dataset:
+    """Returns the experiment's dataset with the splits of training; images are decoded on access."""
+    source = experiment.read_data(saved_tokenizer=saved_tokenizer)
+    return prepare(source, replace(experiment.data_settings, memory=False))
+
+
 def _check_normalization(experiment: Experiment, normalize: nn.Module, shape: tuple[int, ...]) -> None:
     """Raises `UserError` if the statistics are per pixel and the augmentation changes the image size."""
     try:

@@ -124,7 +124,7 @@ class Checkpoints:
                 link(self.last, self.best)
             earlier = self._earlier_checkpoints()
             for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
-                _remove(path)
+                remove(path)
             with contextlib.suppress(OSError):
                 sharded.remove_unused(self.folder)
         except (OSError, RuntimeError, RunError) as error:  # torch reports a full disk as a RuntimeError
@@ -172,7 +172,7 @@ class Checkpoints:
         self._write(self.last, state)
         for path in later:
             if path != self.last:
-                _remove(path)
+                remove(path)
         return prefix
 
     def has_best(self, epoch: float) -> bool:
@@ -227,8 +227,21 @@ def _step(path: Path) -> int:
     return int(progress.get("step", -1))
 
 
-def _remove(path: Path) -> None:
-    """Removes a checkpoint and its checksum."""
+def removable(folder: Path) -> list[Path]:
+    """Returns the step-N.pt and abandoned-*.pt in a folder of checkpoints; [] for a link to a folder."""
+    names = re.compile(r"(step-\d+|abandoned-.+)\.pt")
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if names.fullmatch(path.name) and not path.is_symlink())
+
+
+def freed_bytes(path: Path) -> int:
+    """Returns the bytes that removing a checkpoint frees: none of a file that has another hard link; its shards."""
+    return (path.stat().st_size if path.stat().st_nlink == 1 else 0) + sharded.size(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint and its checksum, not its shards: see `sharded.remove_unused`."""
     path.unlink(missing_ok=True)
     digest_file(path).unlink(missing_ok=True)
 

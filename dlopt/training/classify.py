@@ -1,7 +1,7 @@
 """Classifies image files with a trained model."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlopt.data.folder import images_below, reading
 from dlopt.data.images import decode
-from dlopt.errors import UserError
+from dlopt.errors import RunError, UserError
 from dlopt.losses import label_probabilities, probabilities
 from dlopt.processor import usable_cores
 from dlopt.training.multilabel import THRESHOLD
@@ -93,3 +93,39 @@ def _classify(
         (path, str(image) if isinstance(image, UserError) else next(values))
         for path, image in zip(paths, images, strict=True)
     ]
+
+
+# -- the table of `dlopt predict`
+
+
+def header(trained: Trained) -> list[str]:
+    """Returns the titles of the columns of `rows`."""
+    if trained.classes is None:
+        count = trained.task.outputs
+        return ["image", *(["value"] if count == 1 else [f"value_{i}" for i in range(count)])]
+    found = ["labels"] if trained.task.labels is not None else ["class", "probability"]
+    return ["image", *found, *(f"p({name})" for name in trained.classes)]
+
+
+def rows(
+    files: Sequence[str], trained: Trained, batch_size: int, max_errors: int, warn: Callable[[str], None]
+) -> Iterator[list[str]]:
+    """Yields the cells of each readable file, on every process those of all files.
+
+    Calls `warn` for others, and raises `RunError` for more of them than `max_errors`.
+    """
+    errors = 0
+    for path, result in classify(files, trained, batch_size):
+        if not isinstance(result, str):
+            cells = [f"{value:.6g}" for value in result]
+            if trained.classes is not None and trained.task.labels is not None:
+                cells = [";".join(predicted_labels(trained.classes, result)), *cells]
+            elif trained.classes is not None:
+                best = max(range(len(result)), key=result.__getitem__)
+                cells = [trained.classes[best], cells[best], *cells]
+            yield [path, *cells]
+            continue
+        errors += 1
+        warn(f"skipped: {result}")
+        if errors > max_errors:
+            raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")

@@ -1,16 +1,19 @@
 """Tests one model, or the average of several (an ensemble), on the test set."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dlopt.config.experiment import Experiment
 from dlopt.data.task import Task
 from dlopt.errors import UserError
-from dlopt.training.build import Workload
+from dlopt.parallel.mode import Mode
+from dlopt.training.build import Workload, build_workload
 from dlopt.training.evaluate import (
     Average,
     Outputs,
@@ -22,6 +25,7 @@ from dlopt.training.evaluate import (
     unlabelled_report,
 )
 from dlopt.training.own_metrics import OwnMetric
+from dlopt.training.restore import fitting
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Tested:
     average: Average
     classes: tuple[str, ...] | None
     workload: Workload | None = None
+
+    @property
+    def per_class(self) -> list[dict[str, Any]]:
+        """The metrics of each class; [] for other tasks."""
+        return [] if self.classes is None else self.report.per_class(self.classes)
 
 
 @dataclass(frozen=True)
@@ -94,3 +103,27 @@ def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[
         (mean_outputs([(weight, outputs) for outputs, _ in batches], average), batches[0][1])
         for batches in zip(*models, strict=True)
     ]
+
+
+def restored(
+    paths: Sequence[Path], states: Sequence[Mapping[str, Any]], experiments: Sequence[Experiment], mode: Mode
+) -> Iterator[Workload]:
+    """Builds the models of checkpoints one by one: an ensemble may not fit into memory. Raises `UserError`."""
+    for path, state, experiment in zip(paths, states, experiments, strict=True):
+        with fitting(path):
+            workload = build_workload(experiment, state, parallel=mode)
+            _check_classes(path, state["progress"]["data"]["classes"], workload.dataset.classes)
+            workload.load(state)
+        yield workload
+
+
+def _check_classes(path: Path, trained: Sequence[str] | None, classes: Sequence[str] | None) -> None:
+    """Raises `UserError` if the model was trained with other classes than those of the data."""
+    if trained is None or classes is None:
+        return
+    for number, (old, new) in enumerate(zip_longest(trained, classes, fillvalue="missing")):
+        if old != new:
+            raise UserError(
+                f"checkpoint={path}: trained with other classes than those of the data: class {number} is {old} in the "
+                f"checkpoint, {new} in the data"
+            )

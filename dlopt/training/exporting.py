@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import RunError
+from dlopt.augment.pipeline import CentreCrop
+from dlopt.errors import RunError, UserError
+from dlopt.training.build import read_dataset
 from dlopt.training.restore import Trained
 
+_SAMPLES = 16  # for the verification
 _TOLERANCE = 1e-4  # relative to the largest output: other tools sum in a different order
 
 
@@ -35,6 +38,45 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         outputs: Tensor = self.model(self.normalize(images))
         return outputs
+
+
+def samples(trained: Trained, *, needs_data: bool) -> tuple[Tensor, str]:
+    """Returns inputs [N, *window] for the verification and their description.
+
+    Random ones if the data cannot be read; with `needs_data` raises `UserError` instead.
+    """
+    try:
+        tokenizer = None if trained.tokenizer is None else trained.tokenizer.description
+        dataset = read_dataset(trained.experiment, saved_tokenizer=tokenizer)
+        split = dataset.test if dataset.test is not None else dataset.train
+        inputs = split.fetch(torch.linspace(0, len(split) - 1, min(_SAMPLES, len(split))).long())
+        if tuple(inputs.shape[1:]) != trained.sample:
+            raise UserError(f"data: samples have shape {list(inputs.shape[1:])}, not {list(trained.sample)}")
+        source = f"{len(inputs)} samples of the {'training' if dataset.test is None else 'test'} set"
+    except UserError as error:
+        if needs_data:
+            raise
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = trained.task.vocabulary
+        inputs = torch.randint(vocabulary or 256, (_SAMPLES, *trained.sample), generator=generator)
+        if vocabulary is None:
+            is_bytes = len(trained.sample) == 3 and trained.task.white == 255
+            inputs = inputs.to(torch.uint8) if is_bytes else inputs / 255
+        source = f"{_SAMPLES} random samples, because the data cannot be read ({error})"
+    if trained.task.vocabulary is not None:
+        return inputs[:, :-1].long().contiguous(), source
+    if trained.window != trained.sample:
+        inputs = CentreCrop(trained.window).crop(inputs)
+    return inputs.contiguous(), source
+
+
+def convert(inputs: Tensor, dtype: str | None) -> Tensor:
+    """Converts samples to the type of the exported model's input; None: that of the data set. Raises `UserError`."""
+    if dtype is not None and inputs.dtype == torch.int64:
+        raise UserError(f"input={dtype}: the model reads tokens (int64); leave it out")
+    if dtype == "uint8" and inputs.dtype != torch.uint8:
+        raise UserError("input=uint8: the data set is floating-point; use input=float32")
+    return inputs.float() if dtype == "float32" else inputs
 
 
 def write(format: str, trained: Trained, inputs: Tensor, metadata: Mapping[str, Any], path: Path) -> None:

@@ -1,6 +1,7 @@
 """Restores a trained model from its checkpoint, without the data."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
+from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
 from dlopt.data.task import Task
 from dlopt.data.tokenizer import Tokenizer
+from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device, set_threads
 from dlopt.training.build import model_arguments
@@ -34,7 +37,8 @@ class Trained:
     task: Task
     sample: tuple[int, ...]  # shape of a sample
     window: tuple[int, ...]  # shape of the model's input: a centre crop of the sample
-    config: Mapping[str, Any]
+    experiment: Experiment
+    config: Mapping[str, Any]  # saved, without the overrides
     epoch: int
     tokenizer: Tokenizer | None = None  # of a text that is not read byte by byte
 
@@ -90,7 +94,21 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
         task=task,
         sample=sample,
         window=window,
+        experiment=experiment,
         config=state["config"],
         epoch=state["progress"]["epoch"],
         tokenizer=Tokenizer(facts["tokenizer"], f"checkpoint={path}") if "tokenizer" in facts else None,
     )
+
+
+@contextlib.contextmanager
+def fitting(checkpoint: Path | str) -> Iterator[None]:
+    """Turns a mismatch of the weights and the model in the block into a `UserError` about `checkpoint`."""
+    try:
+        yield
+    except RuntimeError as error:
+        first, *details = str(error).splitlines()
+        if not details or "loading state_dict" not in first:
+            raise
+        reason = details[0].strip().rstrip(".")
+        raise UserError(f"checkpoint={checkpoint}: does not fit the model for these data and keys: {reason}") from None

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from reference import CATALOGUE
 
 from dlopt.config.choices import Choice
 from dlopt.config.schema import show
+from dlopt.lab.comparison.labels import label
 from dlopt.results.claims import CHANGED, FORMER_VERDICTS, is_changed
 
 FOLDER = "lecture/"
@@ -42,12 +44,30 @@ def _section(choice: Choice, docs: Path) -> str:
     for claim in results(docs, name):
         said = f"{text(claim['claim'])}. {text(claim['outcome'])}{_limits(claim)}"
         lines += [f"- **{claim['verdict'].capitalize()}{changed(claim)}:** {said}"]
-    lines += [""]
+    lines += ["", *_published(docs, name)]
     notes = [line for line in choice.header[1:] if line.strip() != command]
     lines += [_notes(notes), "", *_varied(recipe, comparison), ""]
     lines += [f"**What to change:** {', '.join(code(each) for each in _own(recipe))}", ""]
     lines += [f"Recipe: [{code(f'conf/experiment/{choice.name}.yaml')}](../conf/experiment/{choice.name}.yaml)", ""]
     return "\n".join(lines)
+
+
+def _published(docs: Path, name: str) -> list[str]:
+    """Formats a table of the published values beside the results of a recipe, with the rank correlation."""
+    path = docs / "gallery" / f"{name}.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not (published := saved.get("published")):
+        return []
+    metric = next(key for key in saved["rows"][0] if key not in ("variant", "at"))
+    rows = []
+    for row, (point, value) in zip(saved["rows"], published["values"].items(), strict=True):
+        values = row[metric]
+        rows.append((text(point), f"{value:g}", f"{fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})"))
+    [axis] = saved["rows"][0]["at"]
+    here = f"here: {label(metric)}, {saved['rows'][0]['variant']}, mean and range over {len(saved['seeds'])} seeds"
+    correlation = f"Rank correlation of both columns (Spearman): {published['rank_correlation']:.2f}."
+    columns = (text(axis), text(", ".join(published["label"].splitlines())), text(here))
+    return [table(columns, rows), "", correlation, ""]
 
 
 def claims(docs: Path) -> str:

@@ -261,7 +261,7 @@ def entry(lr: float, seed: int, accuracy: float, test: float) -> Record:
 def board() -> str:
     stream = io.StringIO()
     runs = [entry(lr, seed, 0.9 - lr + 0.01 * seed, 0.5 + lr) for lr in (0.1, 0.2) for seed in (0, 1)]
-    show_leaderboard(leaderboard(runs), "test_accuracy", stream=stream)
+    show_leaderboard(leaderboard(runs), stream=stream)
     return stream.getvalue()
 
 
@@ -304,13 +304,13 @@ def test_leaderboard_shows_failed_runs_of_all_rows() -> None:
         job_record(Path("x"), {"optimizer": {"lr": lr}, "seed": 2}, {"status": "failed"}, ()) for lr in (0.1, 0.2)
     ]
     stream = io.StringIO()
-    show_leaderboard(leaderboard([*runs, *failed]), "test_accuracy", stream=stream)
+    show_leaderboard(leaderboard([*runs, *failed]), stream=stream)
     assert stream.getvalue().count("2 of 3, 1 failed") == 2
 
 
 def test_empty_leaderboard_prints_nothing() -> None:
     stream = io.StringIO()
-    show_leaderboard(leaderboard([]), "test_accuracy", stream=stream)
+    show_leaderboard(leaderboard([]), stream=stream)
     assert stream.getvalue() == ""
 
 

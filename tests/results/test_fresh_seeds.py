@@ -66,6 +66,28 @@ def test_results_in_the_gallery_have_hashes_and_current_verdicts(path: Path) -> 
     assert claims_hash({}) != saved["claims_hash"]
 
 
+def test_claims_are_judged_again_from_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gallery = runpy.run_path(str(ROOT / "scripts/gallery"))
+    for name in ("schedules", "correlated_inputs"):  # of several sides, and with bounds
+        text = (ROOT / f"docs/gallery/{name}.json").read_text(encoding="utf-8")
+        (tmp_path / f"{name}.json").write_text(text.replace('"supported"', '"inconclusive"'))
+        gallery["judge_claims"].__globals__["FOLDER"] = tmp_path
+        gallery["judge_claims"](name)
+        assert (tmp_path / f"{name}.json").read_text() == text
+    assert "schedules: inconclusive -> supported: The cosine ends lower" in capsys.readouterr().out
+
+
+def test_the_optimizers_on_a_gpt_are_drawn_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = runpy.run_path(str(ROOT / "scripts/gallery"))
+    drawn: list[Any] = []
+    monkeypatch.setitem(gallery["draw_optimizers"].__globals__, "save", lambda figure, name: drawn.append(figure))
+    gallery["draw_optimizers"]()
+    [axes] = drawn[0].axes
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert (len(labels), labels[0], labels[-1]) == (10, "lion, 0.001", "dmuon, 0.03")
+    assert list(axes.lines[0].get_xdata())[-1] == 2.182
+
+
 def test_pictures_along_a_key_are_redrawn_from_the_results() -> None:
     gallery = runpy.run_path(str(ROOT / "scripts/gallery"))
     results = gallery["saved_results"]("momentum")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,16 +54,43 @@ def test_every_space_composes_on_a_workload(composer: Composer) -> None:
         parse(*to_plain(composer.compose(lines), lines))
 
 
-@pytest.mark.parametrize("tier", ["small", "medium", "large"])
+@pytest.mark.parametrize("tier", ["small", "small_held_out", "medium", "large"])
 def test_tiers_name_experiments(tier: str) -> None:
     conf = Path(__file__).parents[2] / "conf/experiment"
     workloads = load_tier(tier, None).workloads
     assert len(workloads) >= 7 and all((conf / f"{spec.experiment}.yaml").is_file() for spec in workloads.values())
 
 
+def test_every_variant_of_the_held_out_workloads_composes(composer: Composer) -> None:
+    content = yaml.safe_load((Path(__file__).parents[2] / "conf/benchmark/tier/small_held_out.yaml").read_text())
+    assert content["workloads"].keys() == load_tier("small", None).workloads.keys()
+    for name, workload in content["workloads"].items():
+        base = [f"experiment={workload['experiment']}"]
+        for variant in workload["variants"]:
+            varied = to_plain(composer.compose([*base, *variant]), [*base, *variant])
+            parse(*varied)
+            assert varied[0] != to_plain(composer.compose(base), base)[0], f"{name}: {variant} changes nothing"
+
+
+def test_the_version_of_a_tier_draws_a_variant_of_each_workload(tmp_path: Path) -> None:
+    path = tmp_path / "benchmark/tier/mine.yaml"
+    path.parent.mkdir(parents=True)
+    variants = [["model.widths=[8]"], ["model.widths=[16]"], ["model.widths=[32]"]]
+    one = {"experiment": "benchmark/mlp", "metric": "val_loss", "target": 0.5, "variants": variants}
+    drawn = []
+    for version in range(20):
+        path.write_text(yaml.safe_dump({"version": version, "workloads": {"a": one, "b": one}}))
+        workloads = load_tier("mine", str(tmp_path)).workloads
+        drawn.append((workloads["a"].overrides, workloads["b"].overrides))
+        assert workloads == load_tier("mine", str(tmp_path)).workloads
+    assert all(each in variants for pair in drawn for each in pair)
+    assert {tuple(first) for first, _ in drawn} == {tuple(each) for each in variants}
+    assert any(first != second for first, second in drawn)  # the workloads draw on their own
+
+
 def test_an_optimizer_without_a_space_gets_the_keys_that_it_has(composer: Composer) -> None:
     trusted = ["allow_packages=[tests]"]
-    assert [*candidate(composer, "adagrad", []).space.searched] == ["optimizer.lr", "optimizer.weight_decay"]
+    assert [*candidate(composer, "gradient_descent", []).space.searched] == ["optimizer.lr", "optimizer.weight_decay"]
     assert [*candidate(composer, f"{__name__}.OnlyRate", trusted).space.searched] == ["optimizer.lr"]
     with pytest.raises(UserError, match="has none of the keys of the default search space"):
         candidate(composer, f"{__name__}.WithoutKeys", trusted)

@@ -16,7 +16,7 @@ from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, labels, record_dead, result_of
-from dlopt.sweeps.pool import Pool, build_pool, gpus, local, visible_gpus
+from dlopt.sweeps.pool import Pool, build_pool, gpus, local
 from dlopt.tracking.overview import Overview
 from tests.sweeps.worker import plan
 
@@ -38,11 +38,6 @@ def test_every_job_sees_one_gpu(started: Started, tmp_path: Path) -> None:
     assert [each[1] for each in started] == [
         {"A": "1", "CUDA_VISIBLE_DEVICES": name} for name in ["0", "GPU-ab", "3"] * 2
     ]
-
-
-def test_visible_gpus() -> None:
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2,GPU-x"}) == ["2", "GPU-x"]
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == []
 
 
 def test_local_jobs_divide_the_cores(started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

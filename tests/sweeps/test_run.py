@@ -201,7 +201,7 @@ def test_shuffled_values_run_in_the_order_of_the_checked_jobs(tmp_path: Path, mo
     launched: list[list[str]] = []
     monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
     monkeypatch.setattr(
-        "dlopt.sweeps.run.run_jobs", lambda jobs, total, pool: launched.extend(job.plan.lines for job in jobs)
+        "dlopt.sweeps.pool.run_jobs", lambda jobs, total, pool: launched.extend(job.plan.lines for job in jobs)
     )
     line = ["seed=shuffle(range(0,6))", "optimizer.lr=shuffle(0.1,0.2)"]
     sweep(tmp_path, *line)
@@ -222,7 +222,7 @@ def test_jobs_run_as_checked_and_are_composed_once(tmp_path: Path, monkeypatch: 
 
     batches: list[list[Any]] = []
     monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
-    monkeypatch.setattr("dlopt.sweeps.run.run_jobs", lambda jobs, total, pool: batches.append(list(jobs)))
+    monkeypatch.setattr("dlopt.sweeps.pool.run_jobs", lambda jobs, total, pool: batches.append(list(jobs)))
     monkeypatch.setattr(Composer, "_compose", count)
     sweep(tmp_path, "seed=1,2,3", "hydra.sweeper.max_batch_size=2", "+hydra.job.env_set.A_KEY=value")
     assert len(composed) == 4  # the sweep and its jobs
@@ -290,7 +290,7 @@ def test_a_launcher_of_another_package_starts_the_checked_jobs(tmp_path: Path, m
         started.append((job.number, job.plan.lines, str(job.folder.path)))
         return {job.number: "finished"}
 
-    monkeypatch.setattr("dlopt.sweeps.run.run_jobs", record)
+    monkeypatch.setattr("dlopt.sweeps.pool.run_jobs", record)
     sweep(tmp_path, "hydra/launcher=basic", "seed=shuffle(range(0,3))", "+hydra.job.env_set.A_KEY=value")
     planned = yaml.safe_load((tmp_path / "sweep/sweep.yaml").read_text())
     assert [lines for _, lines, _ in started] == planned

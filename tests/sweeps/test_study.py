@@ -36,7 +36,7 @@ def begin_worker(folder: Path, total: int, url: str | None = None, together: int
 
 def objectives(folder: Path, total: int, url: str | None = None) -> dict[int, tuple[float, ...]]:
     study = study_of(folder, make_spec(total, url))
-    found = {number: tuple(values) for number, _, values, _ in study.finished()}
+    found = {trial.number: tuple(trial.values) for trial in study.finished()}
     study.close()
     return found
 

@@ -66,7 +66,7 @@ def simulate_cluster(
     refuse_empty(devices=devices, models=models)
     estimates: dict[str, list[ModeEstimate]] = {}
     for name in dict.fromkeys(models):
-        costs = _layers(line, name, batch, is_measured=layers == "measured")
+        costs = layers_of_model(line, name, batch, is_measured=layers == "measured")
         estimates[name] = []
         for count in sorted(set(devices)):
             estimates[name] += simulation.estimates(costs, batch, count, cluster)
@@ -76,7 +76,7 @@ def simulate_cluster(
     points = _validate(validate) if validate else []
     folder = output_folder(output, "bench")
     title = f"Estimated efficiency relative to one device, {batch} samples per device, layer times {layers}"
-    figure = simulation.draw(estimates, cluster, title=title, subtitle=_describe(cluster))
+    figure = simulation.draw(estimates, cluster, title=title, subtitle=describe(cluster))
     records = {
         "cluster": asdict(cluster),
         "estimates": {name: [asdict(each) for each in every] for name, every in estimates.items()},
@@ -98,7 +98,8 @@ def _table(title: str, estimates: Sequence["ModeEstimate"], updates: float) -> T
     return table
 
 
-def _describe(cluster: Cluster) -> str:
+def describe(cluster: Cluster) -> str:
+    """Formats the keys of a cluster."""
     return (
         f"{cluster.per_server} devices per server, {cluster.tflops:g} TFLOP/s, {cluster.memory:g} GB; within a server "
         f"{cluster.bandwidth_within:g} GB/s, {cluster.latency_within:g} µs; between servers "
@@ -107,7 +108,7 @@ def _describe(cluster: Cluster) -> str:
     )
 
 
-def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[Layer]":
+def layers_of_model(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[Layer]":
     """Returns the layers of a model; measured ones with their seconds per sample of a batch."""
     import torch
 

@@ -2,12 +2,20 @@
 
 from dlopt.command_line.line import Line, on_experiment
 from dlopt.config.overrides import key_of, value_of
-from dlopt.lab.bench import cluster, cluster_command, device_command, modes_command, network_command
+from dlopt.lab.bench import (
+    cluster,
+    cluster_command,
+    device_command,
+    modes_command,
+    network_command,
+    speedup_command,
+)
 
 # Of the help:
 _READS, bench_modes = modes_command.READS, modes_command.bench_modes
 bench_all_reduce, bench_devices = network_command.bench_all_reduce, device_command.bench_devices
 simulate_cluster, Cluster = cluster_command.simulate_cluster, cluster.Cluster
+simulate_speedup = speedup_command.simulate_speedup
 
 USAGE = """\
 Benchmark parallel modes, the network or devices, or simulate a cluster
@@ -17,12 +25,14 @@ Usage:
   dlopt bench allreduce=[1,256] [key=value]            bandwidth between processes, also on several nodes
   dlopt bench device=[cpu,cuda] [key=value]            throughput of matrix products and convolutions vs. size
   dlopt bench simulate=true [key=value]                estimated efficiency on a cluster
+  dlopt bench speedup=true [key=value]                 limits of data parallelism, simulated and in closed form
 
 Examples:
   dlopt bench parallel=ddp,filter processes=1,2
   dlopt bench parallel=ddp processes=2 parallel.bucket_cap_mb=0.25,1000 model=resnet56
   dlopt bench parallel=filter model=mlp model.widths=[8192,8192] model.norm=none memory_limit_mb=720
   dlopt bench simulate=true devices=[8,64,512,4096]
+  dlopt bench speedup=true batch=4096 variation=0.1
   srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 dlopt bench allreduce=[1,16,256,1024]
 
 Parallel modes:
@@ -48,6 +58,9 @@ Devices (device=[...]):
 Simulated cluster (simulate=true):
   {simulate_cluster}
   {Cluster}
+
+Limits of the speed-up (speedup=true), on the same cluster:
+  {simulate_speedup}
 """
 
 
@@ -57,6 +70,8 @@ def bench(line: Line) -> int:
     keys = {key_of(override): value_of(override) for override in line.overrides}
     if "simulate" in keys:
         return line.call(simulate_cluster)
+    if "speedup" in keys:
+        return line.call(simulate_speedup)
     if "allreduce" in keys:
         return line.call(bench_all_reduce)
     if keys.get("device", "").startswith("["):

@@ -173,10 +173,10 @@ def per_sample(layers: Sequence[Layer], samples: int) -> list[Layer]:
 
 def single(layers: Sequence[Layer], batch: float, cluster: Cluster) -> float:
     """Seconds of an update on one device."""
-    return sum(sum(seconds(layer, batch, cluster)) for layer in layers) + _optimizer_step(parameters(layers), cluster)
+    return sum(sum(seconds(layer, batch, cluster)) for layer in layers) + optimizer_step(parameters(layers), cluster)
 
 
-def _optimizer_step(values: float, cluster: Cluster) -> float:
+def optimizer_step(values: float, cluster: Cluster) -> float:
     """Seconds of SGD with momentum: reads weights, gradients and momenta, writes weights and momenta."""
     return 5 * values * GRADIENT / (cluster.memory_bandwidth * 1e9)
 
@@ -235,7 +235,7 @@ def _split(
     activations."""
     slowdown = slowed(devices, cluster.variation, max(barriers, 1), degree)
     forward, backward = slowdown * forward + communication, [slowdown * time for time in backward]
-    update = _optimizer_step(parameters(layers) / shards, cluster)
+    update = optimizer_step(parameters(layers) / shards, cluster)
     step = _backward_end(layers, backward, forward, shards, devices // shards, cluster) + update
     memory = _state_bytes(parameters(layers) / shards) + kept
     return ModeCost(step, forward - communication + sum(backward) + update, memory)
@@ -246,7 +246,7 @@ def ddp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -
     slowdown = slowed(devices, cluster.variation)
     times = [seconds(layer, batch, cluster) for layer in layers]
     forward, backward = slowdown * sum(f for f, _ in times), [slowdown * b for _, b in times]
-    update = _optimizer_step(parameters(layers), cluster)
+    update = optimizer_step(parameters(layers), cluster)
     step = _backward_end(layers, backward, forward, 1, devices, cluster) + update
     # BatchNorm's running statistics, as many values as it has parameters, are averaged after the update.
     if buffers := sum(layer.parameters for layer in layers if layer.kind == "other") * GRADIENT:
@@ -272,7 +272,7 @@ def fsdp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, 
         if parameters(unit)
     ]
     forward, backward = slowdown * sum(f for f, _ in times), slowdown * sum(b for _, b in times)
-    update = _optimizer_step(parameters(layers) / shards, cluster)
+    update = optimizer_step(parameters(layers) / shards, cluster)
     step = gathers[0] + max(forward, sum(gathers[1:])) + max(backward, 2 * sum(gathers)) + gathers[0] + update
     if groups > 1:  # all shards of a server share its connection
         step += all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)
@@ -353,7 +353,7 @@ def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Clust
         states = _state_bytes(parameters(layers[start:stop]))
         memory = max(memory, states + in_flight * _activations(layers[start:stop], micro, cluster))
     step = pipelined(forwards, backwards, cluster.micro_batches)
-    update = _optimizer_step(max(parameters(layers[start:stop]) for start, stop in bounds), cluster)
+    update = optimizer_step(max(parameters(layers[start:stop]) for start, stop in bounds), cluster)
     compute = cluster.micro_batches * busiest + update
     if groups > 1:  # all stages of a server at once, after the last micro-batch
         step += all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)

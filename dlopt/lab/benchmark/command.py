@@ -22,6 +22,7 @@ from dlopt.config.plan import plan
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically, write_json
 from dlopt.folders import RunFolder, refuse_url
+from dlopt.formats import format_range
 from dlopt.job import print_error
 from dlopt.lab.benchmark import reading
 from dlopt.lab.benchmark.protocol import (
@@ -42,7 +43,7 @@ from dlopt.locks import locked
 from dlopt.ranges import Count
 from dlopt.results.leaderboard import distinguishes
 from dlopt.roles import Role
-from dlopt.sweeps.estimate import Estimate, estimate_job, format_range
+from dlopt.sweeps.estimate import Estimate, estimate_job
 from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.layout import short_path
 
@@ -82,7 +83,7 @@ and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus)
 # In addition to where a trial runs: how numbers are rounded is not what a benchmark compares.
 _MACHINE = ("allow_packages", "precision", "deterministic")
 Budget = Literal["tiny", "small", "large"]
-_Tier = Annotated[str, "NAME: set of workloads: small, medium or large, or one in --config-dir"]
+_Tier = Annotated[str, "NAME: set of workloads: small, small_held_out, medium or large, or one in --config-dir"]
 _Track = Annotated[Track, "NAME: external_tuning, or self_tuning (fixed keys, three times the updates)"]
 _ADVICE = "a tier or a search space of your own may set it, see `dlopt benchmark --help`"
 _LOCK = ".results.lock"

@@ -1,7 +1,7 @@
 """Draws the figures of a benchmark, one function each; a figure without data is None.
 
-An optimizer has the same colour and dashes in all figures: those of its place by the score in updates. If there are
-shipped optimizers, the lines of the others are thicker.
+Of many optimizers, those measured here and the first by the score in updates have a colour, which is the same in all
+figures; the others are grey. If there are shipped optimizers, the lines of those measured here are thicker.
 """
 
 import math
@@ -15,12 +15,14 @@ from dlopt.lab.benchmark.results import Results
 from dlopt.lab.benchmark.scores import MAX_RATIO, Summary, profile, ratios
 from dlopt.metric_names import lower_is_better
 from dlopt.results import drawing
-from dlopt.results.drawing import COLOURS, MARKERS, TEN_COLOURS, style
+from dlopt.results.drawing import COLOURS, MARKERS, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_COLOURED = 6  # optimizers with a colour, unless more are measured here
+_OTHERS: Any = {"color": "0.8", "linestyle": "-", "linewidth": 1.0, "zorder": 1}
 _NAME = 22  # characters of an optimizer or a workload
 _ACROSS = 3  # panels of learning curves in a row
 _PROFILES_ACROSS = 5
@@ -42,12 +44,29 @@ def label(name: str) -> str:
     return drawing.literal(formats.abbreviated(name, _NAME))
 
 
+def coloured(results: Results, summary: Summary) -> list[str]:
+    """Returns the optimizers whose lines have a colour, by the score."""
+    own = [name for name in summary.order if results.shipped and name not in results.shipped]
+    others = [name for name in summary.order if name not in own]
+    return sorted([*own, *others[: max(_COLOURED - len(own), 0)]], key=summary.order.index)
+
+
 def _line(results: Results, summary: Summary, optimizer: str) -> dict[str, Any]:
+    names = coloured(results, summary)
+    if optimizer not in names:
+        return {**_OTHERS}
     is_own = bool(results.shipped) and optimizer not in results.shipped
-    found = style(summary.order.index(optimizer), linewidth=2.8 if is_own else 1.6)
-    if len(summary.order) > len(COLOURS):  # no two with the same colour
-        found["color"] = TEN_COLOURS[summary.order.index(optimizer) % len(TEN_COLOURS)]
-    return found
+    return style(names.index(optimizer), linewidth=2.8 if is_own else 1.8)
+
+
+def _add_legend(figure: "Figure", axes: "Axes", results: Results, summary: Summary, columns: int) -> None:
+    """Adds the entries of all optimizers: a panel may lack some of the curves."""
+    names = coloured(results, summary)
+    for optimizer in names:
+        axes.plot([], [], label=label(optimizer), **_line(results, summary, optimizer))
+    if len(names) < len(summary.order):
+        axes.plot([], [], label="others", **_OTHERS)
+    drawing.legend_below(figure, axes, columns, fontsize=11)
 
 
 def profiles(results: Results, summary: Summary) -> "Figure":
@@ -55,6 +74,7 @@ def profiles(results: Results, summary: Summary) -> "Figure":
 
     The panel has the profile of each measure in the optimizer's colour, and those of the others, in updates, in grey.
     """
+    names = coloured(results, summary)
     across = min(_PROFILES_ACROSS, len(summary.order))
     down = math.ceil(len(summary.order) / across)
     figure = drawing.figure(max(1.92 * across, 4.8), 2.2 * down + 1.0, "Performance profiles", fontsize=16)
@@ -66,7 +86,7 @@ def profiles(results: Results, summary: Summary) -> "Figure":
             axes.step(*curves[other, "updates"], where="post", color="0.85", linewidth=1.2)
         for measure, dash in zip(summary.measures, _MEASURE_DASHES, strict=False):
             if summary.score(optimizer, measure) is not None:
-                colour = _line(results, summary, optimizer)["color"]
+                colour = _line(results, summary, optimizer)["color"] if optimizer in names else "0.25"
                 axes.step(*curves[optimizer, measure], where="post", color=colour, linestyle=dash, linewidth=2.8)
         axes.set_title(_two_lines(optimizer), **_LARGE)
     for axes in panels.flat[len(summary.order) :]:
@@ -202,14 +222,13 @@ def _grid(axes: "Axes", rows: Sequence[str], columns: Sequence[str]) -> None:
 
 
 def learning_curves(results: Results, summary: Summary) -> "Figure | None":
-    """Draws the curves of the best trials, a panel per workload; a dot where the target was reached."""
+    """Draws the curves of the best trials, a panel per workload; a dot where a coloured one reached the target."""
     names = [name for name in results.workloads if any(results.cell(each, name).curve for each in summary.order)]
     if not names:
         return None
     across = min(_ACROSS, len(names))
     down = math.ceil(len(names) / across)
-    rows = math.ceil(len(summary.order) / 5)
-    figure = drawing.figure(2.8 * across + 0.3, 2.1 * down + 0.5 + 0.21 * rows)
+    figure = drawing.figure(2.8 * across + 0.3, 2.1 * down + 1.1)
     panels = figure.subplots(down, across, squeeze=False)
     for axes, name in zip(panels.flat, names, strict=False):
         _curves(axes, results, summary, name)
@@ -217,33 +236,29 @@ def learning_curves(results: Results, summary: Summary) -> "Figure | None":
         axes.set_visible(False)
     for column in range(across):  # the lowest panel of each column
         panels[(len(names) - 1 - column) // across, column].set_xlabel("updates", **_TICKS)
-    for optimizer in summary.order:  # for the legend: a panel may lack some of the curves
-        panels[0, 0].plot([], [], label=label(optimizer), **_line(results, summary, optimizer))
-    columns = min(5 if across == _ACROSS else 2, len(summary.order))
-    drawing.legend_below(figure, panels[0, 0], columns, fontsize=9)
+    _add_legend(figure, panels[0, 0], results, summary, 4 if across == _ACROSS else 2)
     return figure
 
 
 def _curves(axes: "Axes", results: Results, summary: Summary, name: str) -> None:
-    workload = results.workloads[name]
+    workload, names = results.workloads[name], coloured(results, summary)
     for optimizer in summary.order:
         cell = results.cell(optimizer, name)
         if not cell.curve:
             continue
         x, y = zip(*cell.curve, strict=True)
         line = _line(results, summary, optimizer)
-        line["linewidth"] *= 0.8
         axes.plot(x, y, marker="." if len(x) == 1 else None, **line)
         sign = 1 if lower_is_better(workload.metric) else -1
         reached = [point for point in cell.curve if sign * point[1] <= sign * workload.target]
-        if reached:
-            axes.plot(*reached[0], "o", color=line["color"], markersize=4)
+        if reached and optimizer in names:
+            axes.plot(*reached[0], "o", color=line["color"], markersize=5)
     if math.isfinite(workload.target):
         axes.axhline(workload.target, color="0.3", linestyle=(0, (5, 4)), linewidth=1)
     _limit(axes, results, summary, name)
-    axes.set_title(label(name), fontsize=9)
-    axes.set_ylabel(drawing.metric_label(workload.metric), fontsize=8)
-    axes.tick_params(labelsize=8)
+    axes.set_title(label(name), fontsize=12)
+    axes.set_ylabel(drawing.metric_label(workload.metric), fontsize=10)
+    axes.tick_params(labelsize=9)
     drawing.clean_axes(axes)
 
 
@@ -254,33 +269,33 @@ def tuning_curves(results: Results, summary: Summary) -> "Figure | None":
     if len(found.budgets) < 2:
         return None
     across = min(_ACROSS, len(names) + 1)
-    down, rows = math.ceil((len(names) + 1) / across), math.ceil(len(summary.order) / 5)
-    figure = drawing.figure(2.8 * across + 0.3, 2.1 * down + 0.5 + 0.21 * rows)
+    down = math.ceil((len(names) + 1) / across)
+    figure = drawing.figure(2.8 * across + 0.3, 2.1 * down + 1.1)
     panels = figure.subplots(down, across, squeeze=False)
     first, *others = panels.flat
     for optimizer in summary.order:
         scores = [each.value for each in found.scores[optimizer] if each is not None]
-        first.plot(found.budgets[: len(scores)], scores, label=label(optimizer), **_line(results, summary, optimizer))
-    first.set_title("all workloads", fontsize=9)
-    first.set_ylabel("expected score", fontsize=8)
+        first.plot(found.budgets[: len(scores)], scores, **_line(results, summary, optimizer))
+    first.set_title("all workloads", fontsize=12)
+    first.set_ylabel("expected score", fontsize=10)
     for axes, name in zip(others, names, strict=False):
         for optimizer in summary.order:
             curve = [each.value for each in found.metrics.get((optimizer, name), ())]
             axes.plot(range(1, len(curve) + 1), curve, **_line(results, summary, optimizer))
         drawing.logarithmic(axes)
-        axes.set_title(label(name), fontsize=9)
-        axes.set_ylabel(f"expected {drawing.metric_label(results.workloads[name].metric)}", fontsize=8)
+        axes.set_title(label(name), fontsize=12)
+        axes.set_ylabel(f"expected {drawing.metric_label(results.workloads[name].metric)}", fontsize=10)
     for axes in others[len(names) :]:
         axes.set_visible(False)
     for axes in panels.flat:
         axes.set_xscale("log")
         axes.set_xticks(found.budgets, list(map(str, found.budgets)))
         axes.set_xticks([], minor=True)
-        axes.tick_params(which="both", labelsize=8)
+        axes.tick_params(which="both", labelsize=9)
     for column in range(across):
         panels[(len(names) - column) // across, column].set_xlabel("trials", **_TICKS)
     drawing.clean_axes(*panels.flat)
-    drawing.legend_below(figure, first, min(5 if across == _ACROSS else 2, len(summary.order)), fontsize=9)
+    _add_legend(figure, first, results, summary, 4 if across == _ACROSS else 2)
     return figure
 
 

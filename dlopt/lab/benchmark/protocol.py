@@ -6,8 +6,9 @@ In self-tuning, nothing is searched: each study is one trial with fixed keys, an
 """
 
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +30,12 @@ TARGET_FRACTION = 0.75  # of a run, at which the baselines define the target
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadSpec:
-    """A workload in conf/benchmark/tier/: its experiment, the metric that decides, and the target (null: not fixed)."""
+    """A workload: its experiment, the metric that decides, the target (None: not fixed), the overrides of a variant."""
 
     experiment: str
     metric: str
     target: float | None
+    overrides: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,20 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class _TierFile:
+    """`version`: draws the variants of the workloads."""
+
     workloads: dict[str, dict[str, Any]]
+    version: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WorkloadFile:
+    """`variants`: overrides of the experiment, of which one list is drawn; none: the experiment itself."""
+
+    experiment: str
+    metric: str
+    target: float | None
+    variants: list[list[str]] = field(default_factory=list)
 
 
 def load_tier(name: str, config_dir: str | None) -> Tier:
@@ -77,13 +92,21 @@ def load_tier(name: str, config_dir: str | None) -> Tier:
     if path is None:
         raise UserError(f"tier={name}: unknown; {_suggest(name, _names('tier', config_dir), 'tiers')}")
     content = check_arguments(f"{path.name}", _TierFile, _load(path))
+    version = content.get("version", 1)
     workloads = {
-        key: WorkloadSpec(**check_arguments(f"{path.name}: workloads.{key}", WorkloadSpec, value))
+        key: _workload(key, version, check_arguments(f"{path.name}: workloads.{key}", _WorkloadFile, value))
         for key, value in content["workloads"].items()
     }
     if not workloads:
         raise UserError(f"tier={name}: {path} has no workloads")
     return Tier(name=name, workloads=workloads)
+
+
+def _workload(name: str, version: int, content: Mapping[str, Any]) -> WorkloadSpec:
+    """Returns a workload, with the variant that the tier's version draws."""
+    fields = dict(content)
+    variants = fields.pop("variants", None)
+    return WorkloadSpec(**fields, overrides=random.Random(f"{version} {name}").choice(variants) if variants else [])
 
 
 def _suggest(name: str, names: Iterable[str], title: str) -> str:

@@ -89,7 +89,7 @@ def lengths_of(composer: Composer, workloads: Mapping[str, WorkloadSpec], track:
     """Returns an override of the length of each workload's runs; none where the experiment sets it."""
     found = {}
     for name, spec in workloads.items() if track == "self_tuning" else ():
-        config = composer.compose([f"experiment={spec.experiment}"])
+        config = composer.compose([f"experiment={spec.experiment}", *spec.overrides])
         key = "epochs" if config.steps is None else "steps"
         found[name] = f"{key}={SELF_TUNING_LENGTH * config[key]}"
     return found
@@ -123,6 +123,7 @@ class TrialRequest:
         stopping = ["stopping=target", f"stopping.value={spec.target}", f"stopping.monitor={spec.metric}"]
         return [
             f"experiment={spec.experiment}",
+            *spec.overrides,
             *([self.lengths[workload]] if workload in self.lengths else []),
             *chosen.overrides,
             *drawn,

@@ -1,21 +1,22 @@
 """Claims of a comparison: two sides, a margin, and a verdict from the differences over paired seeds."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
+from dlopt.lab.comparison.intervals import Bounds, Interval, interval
 from dlopt.metric_names import lower_is_better
 from dlopt.ranges import Count, NonNegative
-from dlopt.results.leaderboard import mean_difference
 
 Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]
 When = Literal["last", "first", "minimum", "maximum", "mean"] | Count
 Measure = Literal["value", "epoch", "step", "evaluation", "seconds", "largest", "span"]
+Edge = Literal["smallest", "largest"]
 Verdict = Literal["supported", "inconclusive", "contradicted", "not judged"]
 Written = str | dict[str, Any]  # a side in YAML: a variant, or the keys of `Side`
 
@@ -144,12 +145,21 @@ class Measured:
     `point`: where they were measured: axis -> value. `bounds`: what is known about censored values, one per seed
     (empty: none is censored): a run of 300 updates that misses the target needs at least 300, and a usable rate at the
     end of the grid is at least the largest one; a side with no usable rate has less than the smallest one.
+    `edges`: the axes whose best value is the smallest or largest of the grid, so that a better one may be beyond it.
     """
 
     side: Side
     point: Mapping[str, Value]
     values: Sequence[float]
     bounds: Sequence[float | None] = ()
+    edges: Mapping[str, Edge] = field(default_factory=dict)
+
+    def ranges(self) -> list[Bounds]:
+        """Returns what is known about each value: the smallest and the largest that it may have."""
+        return [
+            (value, value) if bound is None else (0.0, bound) if value == 0 else (bound, math.inf)
+            for value, bound in zip(self.values, self.bounds or [None] * len(self.values), strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -157,31 +167,28 @@ class Finding:
     """The outcome of a claim.
 
     Args:
-        effect, low, high: difference in the claim's direction (of logarithms, if the margin is a factor) with its
-            interval; None with fewer than two seeds.
+        interval: of the differences in the claim's direction (of logarithms, if the margin is a factor); None with
+            fewer than two seeds, or for ratios of negative values.
     """
 
     claim: Claim
     first: Measured
     second: Measured
     verdict: Verdict
-    effect: float
-    low: float | None
-    high: float | None
+    interval: Interval | None
 
 
 def judge(claim: Claim, first: Measured, second: Measured) -> Finding:
     """Compares the values of two sides, paired by seed.
 
-    The interval is Student's 95 % interval of the mean difference. If a run diverged (an infinite value), it is the
-    range over seeds instead. Supported: the whole interval is beyond the margin (for `equal`: within, unless all runs
-    diverged). Contradicted: the whole interval is on the other side of zero (for `equal`: outside the margin).
+    Supported: the whole interval is beyond the margin (for `equal`: within, unless all runs diverged). Contradicted:
+    the whole interval is on the other side of zero (for `equal`: outside the margin). `intervals` says which interval.
     """
-    effects = [effect_of(claim, a, b) for a, b in zip(first.values, second.values, strict=True)]
-    effect, low, high = _interval(effects)
+    found = interval(effects(claim, first, second))
     verdict: Verdict = "inconclusive"
     margin, rounding = claim.margin, 1e-9
-    if low is not None and high is not None:
+    if found is not None:
+        low, high = found.low, found.high
         if claim.relation == "equal":
             if max(-low, high) <= margin + rounding and any(map(math.isfinite, (*first.values, *second.values))):
                 verdict = "supported"
@@ -191,7 +198,16 @@ def judge(claim: Claim, first: Measured, second: Measured) -> Finding:
             verdict = "supported"
         elif high < 0:
             verdict = "contradicted"
-    return Finding(claim, first, second, verdict, effect, low, high)
+    return Finding(claim, first, second, verdict, found)
+
+
+def effects(claim: Claim, first: Measured, second: Measured) -> list[Bounds]:
+    """Returns how far each pair is in the claimed direction, as bounds: a censored value has bounds itself."""
+    found = []
+    for a, b in zip(first.ranges(), second.ranges(), strict=True):
+        ends = [effect_of(claim, *pair) for pair in product(a, b)]
+        found.append((math.nan, math.nan) if any(map(math.isnan, ends)) else (min(ends), max(ends)))
+    return found
 
 
 def effect_of(claim: Claim, a: float, b: float) -> float:
@@ -208,27 +224,15 @@ def effect_of(claim: Claim, a: float, b: float) -> float:
     return math.inf if b == 0 or a == math.inf else -math.inf if a == 0 or b == math.inf else math.log(a / b)
 
 
-def _interval(effects: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Returns the mean with its interval; for infinite values the median and the range."""
-    if any(map(math.isnan, effects)):
-        return math.nan, None, None
-    if any(map(math.isinf, effects)):
-        middle = statistics.median(effects)
-        middle = 0.0 if math.isnan(middle) else middle  # between -inf and inf
-        return (middle, min(effects), max(effects)) if len(effects) > 1 else (middle, None, None)
-    found = mean_difference(effects)
-    assert found is not None
-    return found.mean, found.low, found.high
-
-
 def weakest(findings: Sequence[Finding]) -> Finding:
     """Returns the finding that decides a claim about several sides: the least convincing one."""
 
     def strength(finding: Finding) -> tuple[int, float]:
         order = ("inconclusive", "contradicted", "supported").index(finding.verdict)
-        low = -math.inf if finding.low is None or finding.high is None else finding.low
-        if finding.claim.relation == "equal" and finding.high is not None:
-            low = -max(-low, finding.high)
+        found = finding.interval
+        low = -math.inf if found is None else found.low
+        if finding.claim.relation == "equal" and found is not None:
+            low = -max(-low, found.high)
         return order, low
 
     return min(findings, key=strength)

@@ -35,6 +35,7 @@ from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome,
 from dlopt.lab.comparison.findings import check, evaluate, record
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
+from dlopt.lab.comparison.published import check_published, describe_published
 from dlopt.lab.comparison.sentences import sentence
 from dlopt.plain import flatten
 from dlopt.results import drawing
@@ -104,6 +105,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     write_atomically(folder / f"{PICTURE}.json", record(results, findings, frozen).encode())
     for line in (
         *results.table(),
+        *describe_published(results),
         comparison.see,
         *map(sentence, findings),
         *([rerun_hint()] if is_changed(frozen) else []),
@@ -170,6 +172,10 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
             if key_of(line) in overridden:
                 raise UserError(f"{key_of(line)}: cannot be overridden; varied by {variant} ({line})")
     along = {key: values for key, values in comparison.along.items() if key not in overridden}
+    if along == comparison.along:
+        check_published(comparison)
+    else:  # the published values are those of all points
+        comparison = replace(comparison, published={})
     return replace(comparison, along=along, seeds=[overridden["seed"]] if "seed" in overridden else comparison.seeds)
 
 

@@ -38,6 +38,7 @@ class Comparison:
     tuned: bool = False
     claims: list[Claim]
     before: dict[str, list[str]] = field(default_factory=dict)
+    published: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def all_metrics(self) -> list[str]:

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dlopt.config.overrides import key_of
 from dlopt.config.schema import show
 from dlopt.errors import UserError
 from dlopt.lab.comparison.claims import (
     TEST_METRICS,
     Claim,
+    Edge,
     Finding,
     Measured,
     Side,
@@ -21,6 +23,7 @@ from dlopt.lab.comparison.claims import (
     weakest,
 )
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, matches
+from dlopt.lab.comparison.published import record_published
 from dlopt.lab.comparison.sentences import numbers, sentence
 
 Point = tuple[Value, ...]
@@ -109,21 +112,45 @@ def _measured(results: Results, claim: Claim, side: Side) -> Measured:
         scores = results.finals(side.variant, metric)
     sign = -1 if claim.measure == "value" and is_higher_better(metric) else 1
 
-    def cost(point: Point) -> tuple[int, float]:
-        """Returns the seeds that diverged or did not reach the target, then the mean of the others."""
-        finite = [value for value in scores[point] if math.isfinite(value)]
-        return len(scores[point]) - len(finite), sign * math.fsum(finite) / max(len(finite), 1)
-
-    best = min(points, key=cost)
+    costs = {point: _cost(scores[point], sign) for point in points}
+    best = min(points, key=lambda point: costs[point])
     runs = zip(values[best], results.over_seeds(side.variant, best), strict=True)
     lengths = [_length(run, claim) if math.isinf(value) else None for value, run in runs]
-    return _measurement(side, dict(zip(axes, best, strict=True)), values[best], lengths)
+    edges = _edges(comparison, side, [point for point in points if costs[point] == costs[best]])
+    return _measurement(side, dict(zip(axes, best, strict=True)), values[best], lengths, edges)
+
+
+def _cost(scores: Sequence[float], sign: int) -> tuple[int, float]:
+    """Returns the seeds that diverged or did not reach the target, then the mean of the others."""
+    finite = [value for value in scores if math.isfinite(value)]
+    mean = sign * math.fsum(finite) / max(len(finite), 1)
+    return len(scores) - len(finite), float(f"{mean:.9g}")  # equal points stay equal in the record, of ten digits
 
 
 def _measurement(
-    side: Side, point: dict[str, Value], values: Sequence[float], bounds: Sequence[float | None]
+    side: Side,
+    point: dict[str, Value],
+    values: Sequence[float],
+    bounds: Sequence[float | None],
+    edges: Mapping[str, Edge] | None = None,
 ) -> Measured:
-    return Measured(side, point, [*values], [*bounds] if any(bound is not None for bound in bounds) else [])
+    return Measured(
+        side, point, [*values], [*bounds] if any(bound is not None for bound in bounds) else [], edges or {}
+    )
+
+
+def _edges(comparison: Comparison, side: Side, best: Sequence[Point]) -> dict[str, Edge]:
+    """Returns the axes of numbers of which all best points have the smallest or the largest value of the grid."""
+    fixed = {*side.at, *map(key_of, comparison.variants[side.variant])}
+    found: dict[str, Edge] = {}
+    for i, (axis, values) in enumerate(comparison.along.items()):
+        if axis in fixed or not are_numbers([*values]) or len(values) < 2:
+            continue
+        grid = [*map(float, values)]  # type: ignore[arg-type]
+        at = {float(point[i]) for point in best}  # type: ignore[arg-type]
+        if at in ({min(grid)}, {max(grid)}):
+            found[axis] = "smallest" if at == {min(grid)} else "largest"
+    return found
 
 
 def _length(outcome: VariantOutcome, claim: Claim) -> float | None:
@@ -198,12 +225,14 @@ def record(results: Results, findings: Sequence[Finding], frozen: Mapping[str, A
         **({"quick": True} if comparison.quick else {}),
         **(frozen or {}),
         "rows": rows,
-        "claims": [_claim(finding) for finding in findings],
+        **record_published(results),
+        "claims": [*map(entry_of, findings)],
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
-def _claim(finding: Finding) -> dict[str, Any]:
+def entry_of(finding: Finding) -> dict[str, Any]:
+    """Returns the entry of a claim in comparison.json."""
     claim = finding.claim
     return {
         "claim": claim.text,
@@ -214,9 +243,36 @@ def _claim(finding: Finding) -> dict[str, Any]:
         "sides": [
             {"variant": each.side.variant, "at": dict(each.point), "values": [*map(_finite, each.values)]}
             | ({"bounds": [None if bound is None else _finite(bound) for bound in each.bounds]} if each.bounds else {})
+            | ({"edges": dict(each.edges)} if each.edges else {})
             for each in (finding.first, finding.second)
         ],
     }
+
+
+def judged_again(results: Results, claim: Claim, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a claim's entry of comparison.json with the verdict and the outcome that its values have now.
+
+    For runs that are gone. `results`: the final values. Of several sides, the one in the entry counts.
+    """
+    comparison = results.comparison
+    first = next(side for side in claim.first if _is_of(side, entry["sides"][0]))
+    measured = []
+    for side, saved in zip((first, claim.second), entry["sides"], strict=True):
+        best = [tuple(saved["at"].values())]
+        metric = (comparison.choose or claim.metric) if claim.measure == "value" else None
+        if metric in comparison.metrics and (comparison.choose is not None or side.value == "last"):
+            assert metric is not None
+            finals = results.finals(side.variant, metric)
+            costs = {point: _cost(finals[point], 1) for point in _points(comparison, side)}
+            best = [point for point, cost in costs.items() if cost == costs[best[0]]]
+        edges = _edges(comparison, side, best) if claim.measure not in ("largest", "span") else {}
+        measured.append(_measurement(side, saved["at"], [*map(float, saved["values"])], saved.get("bounds", []), edges))
+    return entry_of(judge(claim, *measured))
+
+
+def _is_of(side: Side, saved: Mapping[str, Any]) -> bool:
+    """Returns whether an entry of comparison.json is of this side."""
+    return saved["variant"] == side.variant and all(matches(saved["at"][axis], at) for axis, at in side.at.items())
 
 
 def _finite(value: float) -> float | str | None:

@@ -2,7 +2,7 @@
 
 from dlopt.results import drawing
 
-_PROBES = {
+_LABELS = {
     "activation_std": "standard deviation of the layer's activations",
     "input_drift": "drift of the layers' inputs per epoch (standard deviations)",
     "gradient_variance": "variance of mini-batch gradients (1: random order)",
@@ -23,10 +23,12 @@ _PROBES = {
     "sample_dependence": "dependence of a sample's gradient on its batch (relative)",
     "saturated_last": "saturated values of the layer (fraction)",
     **{f"saturated_{n}": f"saturated values, hidden layer {n} (fraction)" for n in (1, 2, 3)},
+    "data.fraction": "samples of a rare class / of another class",
+    "val_class_accuracy/8": "validation accuracy on the rare digit 8",
     "unit_dependence": "relative increase of the loss without one unit",
 }
 
 
 def label(name: str) -> str:
     """Returns the label of a metric, a probe or a config key."""
-    return _PROBES.get(name) or drawing.label(name)
+    return _LABELS.get(name) or drawing.label(name)

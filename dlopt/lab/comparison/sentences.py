@@ -2,14 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Literal
 
 from dlopt.config.schema import show
-from dlopt.lab.comparison.claims import Claim, Finding, Measured, effect_of, is_higher_better
+from dlopt.lab.comparison.claims import Claim, Finding, Measured, effects, is_higher_better
+from dlopt.lab.comparison.intervals import RANKED, Bounds, Interval, pseudomedian
 from dlopt.lab.comparison.labels import label
 
-Sign = Literal["", ">=", "<=", "?"]
 _LARGEST_RATIO = 1000.0  # larger ratios depend on the last digits of tiny values
 _MEASURES = {
     "value": "{metric}",
@@ -35,39 +35,51 @@ def numbers(finding: Finding) -> str:
     what = _MEASURES[claim.measure].format(
         metric=label(claim.metric), axis=label(free), target="" if claim.target is None else f"{sign} {claim.target:g}"
     )
-    kind = ", geometric mean" if claim.factor is not None and seeds > 1 else ""  # as of the ratio
+    kind = _kind(claim, seeds)
     first, second = (average(claim, side) + _where(claim, side) for side in (finding.first, finding.second))
     margin = f"{claim.factor:.8g}x" if claim.factor is not None else f"{claim.difference:.3g}"
     parts = [f"{what[:1].upper()}{what[1:]}{kind}: {first} against {second}"]
-    if finding.low is None or finding.high is None:
+    if finding.interval is None:
         parts.append("no interval: one seed" if seeds == 1 else "no interval: negative values")
     else:
         kind = "ratio" if claim.factor is not None else "difference"
-        values = _with_interval(finding, "95 % interval")
-        parts.append(f"{kind} {values}, {seeds} seeds, margin {margin}")
+        parts.append(f"{kind} {_with_interval(finding, finding.interval)}, {seeds} seeds, margin {margin}")
     return "; ".join(parts) + "."
 
 
+def _kind(claim: Claim, seeds: int) -> str:
+    """Names the average over the seeds, which is of the kind of the interval's estimate."""
+    if seeds >= RANKED:
+        return ", pseudomedian"
+    return ", geometric mean" if claim.factor is not None and seeds > 1 else ""
+
+
 def average(claim: Claim, measured: Measured) -> str:
-    """Formats the mean over the seeds with a value: the geometric one if the margin is a factor, as that of ratios."""
-    signs: set[str] = set()
+    """Formats the average over the seeds with a value, of logarithms if the margin is a factor, as that of ratios."""
+    at_end, lost = False, 0
     known: list[float] = []
-    lost = 0
-    for value, bound in zip(measured.values, _bounds(measured), strict=True):
-        side = _side_of(value, bound)
-        at_end = side == ">=" and value == bound  # of the grid
+    for value, (_, most) in zip(measured.values, measured.ranges(), strict=True):
         if math.isinf(value) or (value == 0 and claim.measure in ("largest", "span")):
             lost += 1
         else:
             known.append(value)
-            signs |= {side} if at_end else set()
+            at_end |= math.isinf(most)  # of the grid
     if not known:
         return _missing(measured)
     is_ratio = claim.factor is not None and min(known) >= 0
-    mean = _geometric_mean(known) if is_ratio else statistics.fmean(known)
+    mean = pseudomedian if len(measured.values) >= RANKED else statistics.fmean
+    middle = _exp(mean([*map(_log, known)])) if is_ratio else mean(known)
     of = f" ({lost} of {len(measured.values)} diverged or not reached)" if lost else ""
     # The ten digits in comparison.json must give the same text: unrounded, 0.9275 may become 0.927 or 0.928.
-    return f"{'>= ' if signs else ''}{float(f'{mean:.9g}'):.3g}{of}"
+    return f"{'>= ' if at_end else ''}{float(f'{middle:.9g}'):.3g}{of}"
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value > -math.inf else 0.0
 
 
 def _missing(measured: Measured) -> str:
@@ -80,74 +92,66 @@ def _missing(measured: Measured) -> str:
     return f"not reached within {max(bounds):.3g}"
 
 
-def _geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else 0.0
-
-
 def _where(claim: Claim, measured: Measured) -> str:
+    """Names the variant and its point; a best value at the end of its grid is named as such."""
     side, free = measured.side, claim.measure in ("largest", "span")
-    shown_at = [f"{label(axis)} {show(value)}" for axis, value in measured.point.items() if not free or axis in side.at]
+    shown_at = [
+        f"{label(axis)} {show(value)}{f', the {measured.edges[axis]} tried' if axis in measured.edges else ''}"
+        for axis, value in measured.point.items()
+        if not free or axis in side.at
+    ]
     if side.value != "last":
         shown_at.append(f"epoch {side.value}" if isinstance(side.value, int) else side.value)
     return f" ({', '.join([side.variant, *shown_at])})"
 
 
-def _with_interval(finding: Finding, interval: str) -> str:
-    """Writes the effect and its interval; for censored or infinite effects, what holds in every seed."""
-    assert finding.low is not None and finding.high is not None
-    effects = list(_signed(finding))
-    signs = {sign for sign, _ in effects} - {""}
-    low_effect, high_effect = min(value for _, value in effects), max(value for _, value in effects)
-    coincide = math.isclose(low_effect, high_effect, rel_tol=1e-9, abs_tol=1e-9)
-    limited = " (grid-limited)" if coincide and finding.claim.measure in ("largest", "span") else ""
-    if "?" in signs:
-        return "not determined, both sides are censored"
-    if len(signs) > 1:
-        return "not determined, bounded below in some seeds and above in others"
-    if signs:
-        [sign] = signs
-        finite = [value for _, value in effects if not math.isinf(value)]
-        if not finite:
-            return f"{'unbounded' if sign == '>=' else '-unbounded'} in every seed"
-        return _bound(sign, min(finite) if sign == ">=" else max(finite), finding) + f" in every seed{limited}"
-    effect, low, high = (_scaled(each, finding) for each in (finding.effect, finding.low, finding.high))
-    if limited:
-        return f"{effect} in every seed{limited}"
+def _with_interval(finding: Finding, found: Interval) -> str:
+    """Writes the estimate and its interval; for censored or infinite differences, the bound that is known."""
+    known = effects(finding.claim, finding.first, finding.second)
+    if math.isinf(found.high):
+        if math.isinf(found.low) and found.low < 0:
+            is_censored = any(math.isinf(low) and math.isinf(high) and low < high for low, high in known)
+            reason = "both sides are censored" if is_censored else "bounded below in some seeds and above in others"
+            return f"not determined, {reason}"
+        return _bounded(finding, found, ">=", [low for low, _ in known])
+    if math.isinf(found.low):
+        return _bounded(finding, found, "<=", [high for _, high in known])
+    if limited := _limited(finding, known):
+        return f"{_scaled(found.least, finding)} in every seed{limited}"
+    estimate, low, high = (_scaled(each, finding) for each in (found.least, found.low, found.high))
+    if found.method == "range":
+        return f"{low} to {high} in every seed"
+    if not math.isclose(found.least, found.most):
+        estimate = _bound(">=", found.least, finding)
     if low == high:  # when rounded
-        return f"{effect} (whole 95 % interval)"
-    return f"{effect}, {interval} {low} to {high}"
+        return f"{estimate} (whole 95 % {found.method} interval)"
+    return f"{estimate}, 95 % {found.method} interval {low} to {high}"
 
 
-def _signed(finding: Finding) -> Iterator[tuple[Sign, float]]:
-    """Yields the effect of each seed, with its sign where it is only a bound."""
-    claim = finding.claim
-    pairs = zip(
-        finding.first.values, _bounds(finding.first), finding.second.values, _bounds(finding.second), strict=True
-    )
-    for a, a_bound, b, b_bound in pairs:
-        effect = effect_of(claim, *(v if c is None else c for v, c in ((a, a_bound), (b, b_bound))))
-        up, down = _side_of(a, a_bound), _side_of(b, b_bound)
-        if claim.relation == "lower":
-            up, down = down, up
-        bounds = {up, {">=": "<=", "<=": ">=", "": ""}[down]} - {""}
-        if math.isinf(effect):
-            yield ">=" if effect > 0 else "<=", effect
-        elif len(bounds) > 1:
-            yield "?", effect
-        else:
-            yield (">=" if ">=" in bounds else "<=" if bounds else ""), effect
+def _bounded(finding: Finding, found: Interval, sign: Literal[">=", "<="], ends: Sequence[float]) -> str:
+    """Writes an interval with one end: the bound of the estimate, and the end; `ends`: the bounds of the pairs."""
+    estimate, end = (found.least, found.low) if sign == ">=" else (found.most, found.high)
+    finite = [value for value in ends if not math.isinf(value)]
+    if not finite:
+        return f"{'unbounded' if sign == '>=' else '-unbounded'} in every seed"
+    worst = min(ends) if sign == ">=" else max(ends)
+    if found.method == "range" or math.isclose(estimate, worst, rel_tol=1e-9, abs_tol=1e-9):
+        limited = _limited(finding, [(value, value) for value in finite])
+        return f"{_bound(sign, worst, finding)} in every seed{limited}"
+    shown = "unbounded" if math.isinf(estimate) else _bound(sign, estimate, finding)
+    limit = _scaled(end, finding)
+    limit = limit if limit[0] in "<>" else f"{'from' if sign == '>=' else 'up to'} {limit}"
+    return f"{shown}, 95 % {found.method} interval {limit}"
 
 
-def _bounds(measured: Measured) -> list[float | None]:
-    return [*measured.bounds] or [None] * len(measured.values)
+def _limited(finding: Finding, known: Sequence[Bounds]) -> str:
+    """Returns a remark if all seeds have the same point of the grid."""
+    low, high = min(low for low, _ in known), max(high for _, high in known)
+    coincide = math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-9)
+    return " (grid-limited)" if coincide and finding.claim.measure in ("largest", "span") else ""
 
 
-def _side_of(value: float, bound: float | None) -> Literal["", ">=", "<="]:
-    """Returns on which side of its bound a value is: below, if it is 0."""
-    return "" if bound is None else "<=" if value == 0 else ">="
-
-
-def _bound(sign: Sign, effect: float, finding: Finding) -> str:
+def _bound(sign: Literal[">=", "<="], effect: float, finding: Finding) -> str:
     text = _scaled(effect, finding)
     return text if text[0] in "<>" else f"{sign} {text}"
 

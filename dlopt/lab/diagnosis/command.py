@@ -15,7 +15,6 @@ from rich.text import Text
 from dlopt.command_line.line import (
     Combination,
     Line,
-    fitting,
     on_experiment,
     output_folder,
     saved_experiment,
@@ -114,6 +113,8 @@ def diagnose(
         _check(subject)
     folder = None if output is None else output_folder(output, "diagnose")  # fails before the slow measurements
     keys = {"updates": updates, "batches": batches, "eigenvalues": eigenvalues, "iterations": iterations}
+    from dlopt.training.restore import fitting
+
     with contextlib.nullcontext() if checkpoint is None else fitting(checkpoint):
         results = [_measure(subject, keys) for subject in subjects]
     folder = folder or output_folder(None, "diagnose")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dlopt.formats import format_count
-from dlopt.instruments.layers import LayerStatistics, Moments
+from dlopt.instruments.layers import SATURATED_SLOPE, LayerStatistics, Moments
 from dlopt.lab.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, Snapshot
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _MOST_PANELS = 6  # layers with a histogram, evenly spread over the depth
 _BINS = 60
+_SATURATED_COLOUR = "0.92"
+_SATURATED_INPUT = 2 * math.atanh(math.sqrt(1 - SATURATED_SLOPE))  # of a sigmoid: 4.4; of a tanh half of it
 _BEFORE: dict[str, Any] = {"linestyle": "-", "marker": "o", "markersize": 3}
 _AFTER: dict[str, Any] = {"linestyle": (0, (4, 2)), "marker": "s", "markersize": 3, "alpha": 0.7}
 
@@ -34,6 +36,8 @@ def plots(diagnoses: Sequence[Diagnosis], title: str) -> dict[str, "Figure"]:
         "gradients": _distributions(diagnoses, lambda layer: layer.gradients, f"{gradients}: {title}"),
         "depth": _depth(diagnoses, title),
     }
+    if any(layer.saturated is not None for diagnosis in diagnoses for layer in diagnosis.before.layers):
+        figures["inputs"] = _inputs_on_curve(diagnoses, title)
     if any(diagnosis.trace.losses for diagnosis in diagnoses):
         figures["updates"] = _updates([diagnosis for diagnosis in diagnoses if diagnosis.trace.losses], title)
     if any(diagnosis.before.spectrum is not None for diagnosis in diagnoses):
@@ -106,17 +110,71 @@ def _distributions(
     return figure
 
 
-def _histogram(axes: "Axes", values: Any, limits: tuple[float, float], **style: Any) -> Sequence[float]:
-    """Draws the outline of a histogram, much faster than a rectangle per bar; returns the heights."""
+def _inputs_on_curve(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
+    """Plots where the inputs of sigmoids and tanhs are on the curve: a row per diagnosis, a panel per layer.
+
+    The histograms (filled before training, a line after it) are as high as the curve; grey: where values are saturated.
+    """
+    active = [[layer for layer in d.before.layers if layer.saturated is not None] for d in diagnoses]
+    columns = max(len(spread_layers(layers)) for layers in active)
+    width, height = 2.7 * columns + 0.8, 1.75 * len(diagnoses) + 1.2
+    figure = _figure(width, height, f"Inputs of the activations, on the curve: {title}")
+    grid = figure.subplots(len(diagnoses), columns, squeeze=False, sharex=True)
+    every = [layer for d in diagnoses for snapshot in d.snapshots for layer in snapshot.layers]
+    edge = max(6.0, *(_bound(layer.inputs.values) for layer in every if layer.saturated is not None))
+    for row, (diagnosis, layers) in enumerate(zip(diagnoses, active, strict=True)):
+        trained = {} if diagnosis.after is None else {layer.name: layer for layer in diagnosis.after.layers}
+        chosen = [layers[i] for i in spread_layers(layers)]
+        for number, (axes, layer) in enumerate(zip(grid[row], chosen, strict=False), 1):
+            snapshots = [layer, *([trained[layer.name]] if layer.name in trained else [])]
+            _curve_and_inputs(axes, snapshots, edge)
+            fractions = " to ".join(f"{100 * (each.saturated or 0):.0f} %" for each in snapshots)
+            axes.set_title(f"layer {number}, saturated: {fractions}", fontsize=10)
+            axes.tick_params(labelsize=9)
+            if row == len(diagnoses) - 1:
+                axes.set_xlabel("input of the activation", fontsize=10)
+        for axes in grid[row][len(chosen) :]:
+            axes.set_visible(False)
+        grid[row][0].set_ylabel("\n".join([*textwrap.wrap(diagnosis.label, 22), "(activation)"]), fontsize=10)
+    _snapshot_legend(figure, diagnoses, ("slope below 5 % of the largest", _SATURATED_COLOUR))
+    return figure
+
+
+def _curve_and_inputs(axes: "Axes", snapshots: Sequence[LayerStatistics], edge: float) -> None:
+    """Draws the sigmoid or tanh from -edge to edge, and the inputs of one layer before and after training."""
+    function = torch.sigmoid if snapshots[0].activation == "Sigmoid" else torch.tanh
+    x = torch.linspace(-edge, edge, 401)
+    low = float(function(torch.tensor(-math.inf)))
+    limit = _SATURATED_INPUT if function is torch.sigmoid else _SATURATED_INPUT / 2
+    for left, right in ((-edge, -limit), (limit, edge)):
+        axes.axvspan(left, right, color=_SATURATED_COLOUR, zorder=0)
+    styles: tuple[dict[str, Any], ...] = ({"fill": True, "color": COLOURS[6]}, {"color": COLOURS[1]})
+    for layer, style in zip(snapshots, styles, strict=False):
+        heights, edges = _density(_finite(layer.inputs.values), (-edge, edge), 2 * _BINS)
+        scaled = low + (1 - low) * heights / max(heights.max(), 1e-12)
+        axes.stairs(scaled, edges, baseline=low, linewidth=1.5, **style)
+    axes.plot(x, function(x), color="black", linewidth=2)
+    axes.set(xlim=(-edge, edge))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _density(values: Any, limits: tuple[float, float], bins: int = _BINS) -> tuple[Any, Any]:
+    """Returns the heights and edges of a histogram."""
     import numpy
 
-    counts, edges = numpy.histogram(values, _BINS, range=limits)
-    heights = counts / max(counts.sum(), 1) / (edges[1] - edges[0])
+    counts, edges = numpy.histogram(values, bins, range=limits)
+    return counts / max(counts.sum(), 1) / (edges[1] - edges[0]), edges
+
+
+def _histogram(axes: "Axes", values: Any, limits: tuple[float, float], **style: Any) -> Sequence[float]:
+    """Draws the outline of a histogram, much faster than a rectangle per bar; returns the heights."""
+    heights, edges = _density(values, limits)
     axes.stairs(heights, edges, **style)
     return [*heights]
 
 
-def _snapshot_legend(figure: "Figure", diagnoses: Sequence[Diagnosis]) -> None:
+def _snapshot_legend(figure: "Figure", diagnoses: Sequence[Diagnosis], *areas: tuple[str, str]) -> None:
+    """Adds the legend of the snapshots and of shaded areas (label, colour)."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -124,7 +182,8 @@ def _snapshot_legend(figure: "Figure", diagnoses: Sequence[Diagnosis]) -> None:
     after = next((diagnosis.after for diagnosis in diagnoses if diagnosis.after is not None), None)
     if after is not None:
         handles.append(Line2D([], [], color=COLOURS[1], label=_snapshot_label(after)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    handles += [Patch(color=colour, label=label) for label, colour in areas]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
 
 
 def _snapshot_label(snapshot: Snapshot) -> str:

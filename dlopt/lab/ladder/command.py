@@ -19,14 +19,14 @@ from dlopt.config.resolve import to_plain
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
 from dlopt.errors import DONE, INTERRUPTED, UserError
 from dlopt.folders import refuse_url
-from dlopt.formats import format_count
+from dlopt.formats import format_count, format_range
 from dlopt.lab.benchmark.protocol import has_space, load_space
 from dlopt.lab.ladder.family import Family, chosen_rungs, load_family, measure
 from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, read_ladder, update_ladder
 from dlopt.lab.trials import READS_OF_HYDRA, choice_of, launcher, refuse_protocol, take_optimizers
 from dlopt.locks import locked
 from dlopt.ranges import Count, Positive
-from dlopt.sweeps.estimate import estimate_job, format_range
+from dlopt.sweeps.estimate import estimate_job
 from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.layout import short_path
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from annotated_types import MinLen
 
-from dlopt.command_line.line import Line, read_dataset
+from dlopt.command_line.line import Line
 from dlopt.config.choices import config_folder
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError, suggest
@@ -124,7 +124,7 @@ def chosen_rungs(family: Family, rungs: int | Sequence[str] | None) -> list[str]
 
 def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, overrides: Sequence[str]) -> Rung:
     """Builds a rung on the meta device and returns its size. Raises `UserError` if it does not fit the memory."""
-    from dlopt.training.build import model_arguments
+    from dlopt.training.build import model_arguments, read_dataset
     from dlopt.training.model_check import model_on_meta
     from dlopt.training.speed import forward_flops
 

@@ -17,6 +17,7 @@ from dlopt.locks import locked
 from dlopt.tracking.metrics import read_metrics
 
 MANIFEST = "ladder.json"
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,15 @@ class Ladder:
 
 
 def read_ladder(folder: Path) -> Ladder | None:
-    """Reads the manifest of a folder; None if there is none. Raises `UserError` for a damaged one."""
+    """Reads the manifest of a folder, or else that of its results; None: it has neither.
+
+    Raises `UserError` for a damaged one.
+    """
     path = folder / MANIFEST
-    if not path.exists():
+    content: dict[str, Any] | None = read_json(path) if path.exists() else _results(folder).get("ladder")
+    if content is None and not path.exists():
         return None
-    content: dict[str, Any] = read_json(path) or {}
+    content = content or {}
     try:
         return Ladder(
             **{
@@ -152,6 +157,29 @@ def update_ladder(folder: Path, ladder: Ladder) -> Ladder:
         merged = ladder if former is None else former.merged(ladder, folder)
         write_json(folder / MANIFEST, asdict(merged), indent=1)
     return merged
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """Reads results.json; {}: the folder has none. Raises `UserError` for a damaged one."""
+    path = folder / RESULTS
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is damaged; remove it: the folders of the runs have their results")
+    return content
+
+
+def recorded(folder: Path) -> dict[Trial, Outcome]:
+    """Reads the trials of results.json. Raises `UserError` for a damaged one."""
+    content = _results(folder)
+    return {
+        Trial(each["optimizer"], each["rung"], each["seed"], each["index"]): Outcome(
+            math.inf if each["loss"] is None else each["loss"], each["seconds"], each["failure"]
+        )
+        for each in [*content.get("runs", []), *content.get("search_runs", [])]
+        if "index" in each
+    }
 
 
 # -- the trials
@@ -180,24 +208,31 @@ class LadderRequest:
     def __init__(self, folder: Path, ladder: Ladder, shared: Sequence[str] = ()) -> None:
         self.folder, self.ladder, self.shared = folder, ladder, shared
         self._known: dict[Trial, Outcome] = {}
+        self._recorded = recorded(folder)
 
     def outcome(self, trial: Trial) -> Outcome | None:
-        """Returns the result of a trial; None if it has not ended."""
+        """Returns the result of a trial, also of one whose folder has been removed; None if it has not ended."""
         if trial not in self._known:
             folder = RunFolder(self.folder / trial.subfolder)
-            if not has_ended(folder):
+            if trial in self._recorded and not folder.path.exists():
+                self._known[trial] = self._recorded[trial]
+            elif not has_ended(folder):
                 return None
-            summary, lines = folder.summary() or {}, read_metrics(folder.path)
-            value = lines[-1].get(self.ladder.metric) if lines else None
-            is_good = summary["status"] != "failed" and isinstance(value, int | float)
-            loss = float(value) if is_good and math.isfinite(float(value)) else math.inf  # type: ignore[arg-type]
-            reason = "" if math.isfinite(loss) else " ".join(str(summary.get("reason") or "diverged").split())
-            self._known[trial] = Outcome(loss, float(summary.get("seconds") or 0.0), reason)
+            else:
+                self._known[trial] = self._read(folder)
         return self._known[trial]
 
-    def known(self) -> list[Outcome]:
+    def _read(self, folder: RunFolder) -> Outcome:
+        summary, lines = folder.summary() or {}, read_metrics(folder.path)
+        value = lines[-1].get(self.ladder.metric) if lines else None
+        is_good = summary["status"] != "failed" and isinstance(value, int | float)
+        loss = float(value) if is_good and math.isfinite(float(value)) else math.inf  # type: ignore[arg-type]
+        reason = "" if math.isfinite(loss) else " ".join(str(summary.get("reason") or "diverged").split())
+        return Outcome(loss, float(summary.get("seconds") or 0.0), reason)
+
+    def known(self) -> dict[Trial, Outcome]:
         """Returns the results of all trials that have been read."""
-        return [*self._known.values()]
+        return dict(self._known)
 
     def searches(self, optimizer: str, rung: str) -> dict[int, float]:
         """Returns the losses of the search of a rung, by index."""

@@ -10,6 +10,7 @@ from dlopt.lab.benchmark.page import picture, style
 from dlopt.lab.ladder.analysis import RESAMPLES
 from dlopt.lab.ladder.figures import draw
 from dlopt.lab.ladder.findings import findings
+from dlopt.lab.ladder.ladder import RESULTS
 from dlopt.lab.ladder.rates import GRID, LIMIT, SPACING
 from dlopt.lab.ladder.results import Results, to_json
 from dlopt.lab.ladder.table import tables
@@ -28,7 +29,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     """Writes results.json, index.html and figures/NAME.png, .pdf and .svg; returns their paths. Raises OSError."""
     figures = draw(results)
     pictures = {name: picture(figure) for name, figure in figures.items()}
-    contents = {"results.json": to_json(results), "index.html": page(results, pictures)}
+    contents = {RESULTS: to_json(results), "index.html": page(results, pictures)}
     written = {folder / name: text.encode() for name, text in contents.items()}
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():

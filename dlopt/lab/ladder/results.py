@@ -23,12 +23,14 @@ class Results:
 
     Attributes:
         searches: by optimizer.
+        searched: trials of the searches that have ended.
         outcomes: of the runs at the fitted rates that have ended.
         analysis: None: too few runs have ended.
     """
 
     ladder: Ladder
     searches: Mapping[str, Search]
+    searched: Mapping[Trial, Outcome]
     outcomes: Mapping[Trial, Outcome]
     analysis: Analysis | None
     facts: Mapping[str, Any]
@@ -53,8 +55,10 @@ def collect(request: LadderRequest) -> Results:
     trials = [trial for name in ladder.optimizers for trial in request.finals(name)]
     found = {trial: request.outcome(trial) for trial in trials}
     outcomes = {trial: each for trial, each in found.items() if each is not None}
-    seconds = [each.seconds for each in request.known()]
-    return Results(ladder, searches, outcomes, analyze(measured(ladder, outcomes)), _facts(ladder, sum(seconds)))
+    known = request.known()
+    searched = {trial: each for trial, each in known.items() if trial.index is not None}
+    facts = _facts(ladder, sum(each.seconds for each in known.values()))
+    return Results(ladder, searches, searched, outcomes, analyze(measured(ladder, outcomes)), facts)
 
 
 def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> Measured:
@@ -89,12 +93,12 @@ def to_json(results: Results) -> str:
         "ladder": asdict(results.ladder),
         "searches": {name: _search(each) for name, each in results.searches.items()},
         "runs": [
-            {"optimizer": trial.optimizer, "rung": trial.rung, "seed": trial.seed,
-             "lr": results.lr(trial.optimizer, trial.rung), **asdict(each)}
+            {**asdict(trial), "lr": results.lr(trial.optimizer, trial.rung), **asdict(each)}
             for trial, each in results.outcomes.items()
         ],
+        "search_runs": [{**asdict(trial), **asdict(each)} for trial, each in results.searched.items()],
         "analysis": None if results.analysis is None else _analysis(results.analysis),
-    }  # fmt: skip
+    }
     return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
 
 

@@ -8,7 +8,7 @@ samples (1 for functions without data).
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,10 +66,20 @@ class Quadratic(Function):
     @property
     def curvatures(self) -> tuple[float, float] | None:
         """The smallest and the largest eigenvalue of the Hessian; None with noise."""
-        return None if self._std > 0 else (min(1.0, self._condition), max(1.0, self._condition))
+        return None if self._std > 0 else (min(self.hessian), max(self.hessian))
+
+    @property
+    def hessian(self) -> tuple[float, float]:
+        """The curvatures along the rotated coordinates (u, v)."""
+        return 1.0, self._condition
+
+    def coordinates(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Returns the rotated coordinates (u, v) of numbers or tensors."""
+        (a, b), (c, d) = self._axes
+        return a * x + b * y, c * x + d * y
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
-        u, v = (a * x + b * y for a, b in self._axes)
+        u, v = self.coordinates(x, y)
         return (u**2 + self._condition * v**2) / 2
 
     def sample(self, generator: torch.Generator) -> Loss:

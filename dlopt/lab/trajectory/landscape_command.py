@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from dlopt.command_line.line import fitting, on_checkpoint, output_folder, saved_experiment, writing
+from dlopt.command_line.line import on_checkpoint, output_folder, saved_experiment, writing
 from dlopt.errors import DONE, UserError
 from dlopt.lab.trajectory.output import Output, progress
 from dlopt.ranges import Count, Positive, Seed
@@ -42,6 +42,7 @@ def draw_landscape(
     from dlopt.random import generator
     from dlopt.training.build import build_workload
     from dlopt.training.checkpoint import load
+    from dlopt.training.restore import fitting
 
     state = load(path)
     experiment = saved_experiment(state["config"], changes, path)

@@ -19,12 +19,13 @@ from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.errors import DONE, UserError, suggest
 from dlopt.lab.trajectory.output import Output, progress
-from dlopt.ranges import Seed
+from dlopt.ranges import Positive, Seed
 from dlopt.results import drawing
 
 if TYPE_CHECKING:
     from dlopt.lab.trajectory.functions import Function
     from dlopt.lab.trajectory.paths import Trajectory
+    from dlopt.lab.trajectory.tolerance import Decay
     from dlopt.schedules import Warmup
 
 _GROUPS = ("function", "optimizer", "schedule")
@@ -42,6 +43,11 @@ class PathSettings:
         "BOOL: choose the learning rate of each path, unless optimizer.lr is given (default: true): on a quadratic the "
         "closed-form optimum of gradient descent and momentum, elsewhere the fastest of a grid whose path stays in the "
         "picture",
+    ]
+    tolerances: Annotated[
+        list[Positive],
+        "[X,...]: also save tolerance.png: where stopping=tolerance would end each path, and on a quadratic the closed "
+        "form of gradient descent (default: [])",
     ]
     animation: Annotated[Literal["gif", "mp4"] | None, "gif|mp4: also save an animation (default: null)"]
     output: Output
@@ -65,6 +71,7 @@ class _PathJob:
 def draw_paths(line: Line) -> int:
     """Saves the plot of the paths; the config is conf/trajectory.yaml, unless --config-name names another."""
     from dlopt.lab.trajectory.paths import animate, draw_trajectories, table
+    from dlopt.lab.trajectory.tolerance import draw_ends, end_table, ends
 
     if line.composer.config_name == CONFIG_NAME:
         line = replace(line, composer=Composer("trajectory", line.composer.config_dir))
@@ -73,22 +80,26 @@ def draw_paths(line: Line) -> int:
     path_jobs = [_check_job(line.composer.compose(job.overrides), job) for job in jobs]
     settings = path_jobs[0].settings
     if any(path_job.settings != settings for path_job in path_jobs):
-        raise UserError("steps, seed, tune_lr, animation, output: one value is needed, the same for all paths")
+        raise UserError(
+            "steps, seed, tune_lr, tolerances, animation, output: one value is needed, the same for all paths"
+        )
     if settings.animation == "mp4" and shutil.which("ffmpeg") is None:
         raise UserError("animation=mp4: ffmpeg is not installed; use animation=gif")
     function = _common_function(path_jobs)
     paths: dict[str, Trajectory] = {}
     rates: dict[str, float | None] = {}
     notes: dict[str, str] = {}
+    decays: dict[str, Decay | None] = {}
     for path_job in path_jobs:
         path, choice = _follow(path_job)
         label = ", ".join([path_job.label, *(f"{key} {value:.3g}" for key, value in choice.keys.items())])
         paths[label], rates[label] = path, choice.rate
+        decays[label] = _decay(path_job, function, choice.rate)
         if choice.note:
             notes.setdefault(choice.note, path_job.label)
     name = path_jobs[0].function_name.replace("_", " ")
     title = f"{'Path' if len(paths) == 1 else 'Paths'} on {name}"
-    subtitle = " ".join(without(line.fixed(), "function", "output", "animation"))
+    subtitle = " ".join(without(line.fixed(), "function", "output", "animation", "tolerances"))
     folder = output_folder(settings.output, "trajectory")
     with writing(folder):
         figure = draw_trajectories(function, paths, title=title, subtitle=subtitle)
@@ -97,9 +108,30 @@ def draw_paths(line: Line) -> int:
             animation = folder / f"paths.{settings.animation}"
             animate(function, paths, animation, title=name)
             written.append(animation)
+        lines = []
+        if settings.tolerances:
+            found = ends(paths, settings.tolerances)
+            figure = draw_ends(found, decays, title=f"Stopping rule of gradient descent on {name}", subtitle=subtitle)
+            written += drawing.save(figure, folder, "tolerance")
+            lines = end_table(found, decays)
     skipped = skipped_keys([(path_job.label, job) for path_job, job in zip(path_jobs, jobs, strict=True)])
-    print(*table(paths, rates), *notes, *written, *skipped, sep="\n")
+    print(*table(paths, rates), *lines, *notes, *written, *skipped, sep="\n")
     return DONE
+
+
+def _decay(job: _PathJob, function: "Function", rate: float | None) -> "Decay | None":
+    """Returns the closed form of plain gradient descent at a constant rate on a quadratic; None for other paths."""
+    import torch
+
+    from dlopt.lab.trajectory.functions import Quadratic
+    from dlopt.lab.trajectory.tolerance import decay
+    from dlopt.optim import SGDW
+
+    keys = job.optimizer.arguments
+    is_plain = job.optimizer.is_a(SGDW, torch.optim.SGD) and keys["momentum"] == 0 and keys["weight_decay"] == 0
+    if not isinstance(function, Quadratic) or not is_plain or not job.has_constant_lr or rate is None:
+        return None
+    return decay(function, rate)
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:

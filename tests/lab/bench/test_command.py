@@ -67,6 +67,8 @@ def test_threads_per_process_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
         ("simulate=true tflops=0", "tflops=0: input should be greater than 0"),
         ("simulate=true optimizer=sgd", "optimizer=sgd: unknown key of dlopt bench simulate=true; allowed: "),
         ("simulate=false", "simulate=false: unknown value"),
+        ("speedup=true devices=[1,512] batch=256", "devices=[512]: must be <= batch=256; each device needs a sample"),
+        ("speedup=true optimizer=sgd", "optimizer=sgd: unknown key of dlopt bench speedup=true; allowed: "),
     ],
 )
 def test_refused(tmp_path: Path, typed: str, message: str) -> None:

@@ -259,7 +259,7 @@ def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
             ("optimizer=sgd", "optimizer.lr=0.1"),
             "under another name: optimizer/NAME.yaml and benchmark/space/NAME.yaml in a",
         ),
-        (("optimizer=adan", "optimizer.lr=0.1"), "to replace it, write benchmark/space/adan.yaml in a folder"),
+        (("optimizer=rprop", "optimizer.lr=0.1"), "to replace it, write benchmark/space/rprop.yaml in a folder"),
         (("optimizer=sgd", "optimizer._target_=a.B"), "name the class by optimizer=a.B"),
         (("optimizer=sgd", "dry_run=maybe"), "dry_run=maybe"),
         (("optimizer=sgd", "order_seed=1"), "order_seed=1: part of the protocol"),

@@ -10,7 +10,7 @@ from scipy import stats
 from dlopt.errors import UserError
 from dlopt.lab.comparison.claims import parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun
-from dlopt.lab.comparison.findings import check, evaluate, record
+from dlopt.lab.comparison.findings import check, evaluate, judged_again, record
 from dlopt.lab.comparison.sentences import sentence
 
 
@@ -60,16 +60,27 @@ def test_verdict_requires_the_whole_interval_and_fails_when_inverted(
     assert judged(written, b, a).verdict == inverted
 
 
-def test_interval_is_students_t_of_paired_seeds() -> None:
+def test_interval_of_few_seeds_is_students_t() -> None:
     a, b = [1.0, 1.3, 0.8, 1.1], [2.1, 2.2, 2.0, 1.9]
     finding = judged(claim(factor=1.4), [outcome(v) for v in a], [outcome(v) for v in b])
     logs = [math.log(y / x) for x, y in zip(a, b, strict=True)]
     expected = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
-    assert (finding.low, finding.high) == pytest.approx((expected.low, expected.high))
+    assert (finding.interval.low, finding.interval.high) == pytest.approx((expected.low, expected.high))
     text = sentence(finding)
     start = "Supported: A is lower. Training loss, geometric mean: "
-    assert text.startswith(f"{start}{stats.gmean(a):.3g} (a) against {stats.gmean(b):.3g} (b); ratio 1.98x, 95 % ")
+    assert text.startswith(f"{start}{stats.gmean(a):.3g} (a) against {stats.gmean(b):.3g} (b); ratio 1.98x, 95 % t ")
     assert f"interval {math.exp(expected.low):.2f}x to {math.exp(expected.high):.1f}x, 4 seeds, margin 1.4x." in text
+
+
+def test_six_seeds_or_more_have_pseudomedians_and_a_signed_rank_interval() -> None:
+    values = [2.0, 2.1, 1.9, 2.3, 1.8, 200.0]  # with an outlier
+    text = sentence(judged(claim(), [outcome(1.0)] * 6, [*map(outcome, values)]))
+    assert "Training loss, pseudomedian: 1 (a) against 2.09 (b); ratio 2.1x, " in text
+    assert "ratio 2.1x, 95 % signed-rank interval 1.80x to 200x, 6 seeds, margin 1.5x." in text
+    diverged = judged(claim(), [outcome(1.0)] * 10, [*map(outcome, values), *[outcome(failed=True)] * 4])
+    assert diverged.verdict == "supported"
+    assert "against 2.09 (4 of 10 diverged or not reached) (b); ratio " in sentence(diverged)
+    assert "95 % signed-rank interval from " in sentence(diverged)
 
 
 def test_one_seed_proves_nothing() -> None:
@@ -140,6 +151,48 @@ def test_a_ratio_to_a_missed_target_is_a_bound(
     assert "inf" not in sentence(found)
 
 
+def test_a_bound_within_the_margin_supports_no_claim() -> None:
+    def reaching(updates: int) -> list[VariantOutcome]:
+        return [outcome(*(0.5 if i >= updates else 2.0 for i in range(1, 5)))] * 3
+
+    step = claim(measure="step", target=0.6)
+    found = judged(step | {"factor": 3.0}, reaching(2), reaching(9))  # 20 updates against more than 40
+    assert found.verdict == "inconclusive" and "ratio >= 2.0x in every seed, 3 seeds, margin 3x" in sentence(found)
+    assert judged(step | {"factor": 2.0}, reaching(2), reaching(9)).verdict == "supported"
+    assert judged(step, reaching(9), reaching(9)).verdict == "inconclusive"
+
+
+def test_a_best_point_at_the_end_of_its_grid_is_named() -> None:
+    losses = {(v, rate): rate if v == "a" else abs(rate - 1) + 0.1 for v in "ab" for rate in (0.1, 1.0, 10.0)}
+    for written, expected in (
+        (claim(metric="test_loss"), "(a, learning rate 0.1, the smallest tried) against 0.101 (b, learning rate 1.0)"),
+        (claim(metric="test_loss", at={"optimizer.lr": 10}), "(a, learning rate 10.0) against"),
+    ):
+        spec, runs = grid(losses, written, choose="test_loss")
+        [finding] = evaluate(Results(spec, runs), spec.claims)
+        assert expected in sentence(finding)
+        [entry] = json.loads(record(Results(spec, runs), [finding]))["claims"]
+        assert entry["sides"][0].get("edges", {}) == ({} if written.get("at") else {"optimizer.lr": "smallest"})
+        assert judged_again(Results(spec, runs), spec.claims[0], entry) == entry
+
+
+def test_a_metric_that_does_not_depend_on_the_axis_has_no_best_point_at_its_end() -> None:
+    losses = {(v, rate): 1.0 if v == "a" else 3 * rate for v in "ab" for rate in (0.1, 1.0, 10.0)}
+    spec, runs = grid(losses, claim(metric="test_loss"), choose="test_loss")
+    [finding] = evaluate(Results(spec, runs), spec.claims)
+    assert (finding.first.edges, finding.second.edges) == ({}, {"optimizer.lr": "smallest"})
+    [entry] = json.loads(record(Results(spec, runs), [finding]))["claims"]
+    assert judged_again(Results(spec, runs), spec.claims[0], entry) == entry
+
+
+def test_a_variant_that_sets_the_axis_itself_has_no_best_point_at_its_end() -> None:
+    variants = {"a": ["optimizer.lr=3"], "b": []}
+    spec, runs = grid({(v, rate): rate for v in "ab" for rate in (0.1, 1.0, 10.0)}, claim(metric="test_loss"),
+                      choose="test_loss", variants=variants)  # fmt: skip
+    [finding] = evaluate(Results(spec, runs), spec.claims)
+    assert (finding.first.edges, finding.second.edges) == ({}, {"optimizer.lr": "smallest"})
+
+
 def test_a_usable_rate_at_the_end_of_the_grid_is_a_bound() -> None:
     losses = {(v, rate): 0.5 for v in "ab" for rate in (0.1, 1.0, 10.0)} | {("b", 1.0): 2.0, ("b", 10.0): 2.0}
     largest = claim(lower=None, higher="a", measure="largest", metric="test_loss", target=1.1)
@@ -156,11 +209,11 @@ def test_a_usable_rate_at_the_end_of_the_grid_is_a_bound() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "text"),
     [
-        ([1e-9] * 3, [1.0, 2.0, 3.0], "ratio > 1000x (whole 95 % interval), "),
-        ([1.0] * 3, [151.0, 150.9, 151.1], "ratio 150x (whole 95 % interval), "),
-        ([1.0] * 3, [238.0, 231.0, 247.0], "ratio 240x, 95 % interval 220x to 260x, "),
-        ([1.0] * 3, [1.11, 1.10, 1.12], "ratio 1.11x, 95 % interval 1.09x to 1.14x, "),
-        ([1.0] * 3, [0.05, 0.06, 0.07], "ratio 0.059x, 95 % interval 0.039x to 0.09x, "),
+        ([1e-9] * 3, [1.0, 2.0, 3.0], "ratio > 1000x (whole 95 % t interval), "),
+        ([1.0] * 3, [151.0, 150.9, 151.1], "ratio 150x (whole 95 % t interval), "),
+        ([1.0] * 3, [238.0, 231.0, 247.0], "ratio 240x, 95 % t interval 220x to 260x, "),
+        ([1.0] * 3, [1.11, 1.10, 1.12], "ratio 1.11x, 95 % t interval 1.09x to 1.14x, "),
+        ([1.0] * 3, [0.05, 0.06, 0.07], "ratio 0.059x, 95 % t interval 0.039x to 0.09x, "),
         ([0.0] * 3, [1.0] * 3, "ratio unbounded in every seed, "),
     ],
 )

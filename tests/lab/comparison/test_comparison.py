@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -48,6 +49,22 @@ def test_axis_points_may_set_several_keys_and_have_numeric_names() -> None:
     assert list(axes.lines[0].get_xdata()) == [1, 8] and axes.get_xlabel() == "samples"
     first, second, *_ = axes.lines
     assert first.get_linewidth() == second.get_linewidth() and first.get_linestyle() != second.get_linestyle()
+
+
+def test_labels_of_ticks_do_not_collide() -> None:
+    rates = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
+    for metrics in (["train_loss"], ["train_loss", "gap"]):
+        spec = comparison(along={"lr": rates}, seeds=[0], metrics=metrics)
+        runs = {cell: outcome([0.5], gap=0.1) for cell in spec.cells()}
+        axes = (figure := draw(Results(spec, runs))).axes[0]
+        FigureCanvasAgg(figure).draw()
+        boxes = [text.get_window_extent() for text in axes.get_xticklabels() if text.get_text().strip()]
+        assert len(boxes) == 8 and [text.get_text().strip() for text in axes.get_xticklabels()][1] == "0.0003"
+        lines = [text.get_text().count("\n") for text in axes.get_xticklabels()]
+        assert lines == ([0] * 8 if metrics[1:] == [] else [0, 1] * 4)
+        for same in (0, 1):
+            row = [box for box, line in zip(boxes, lines, strict=True) if line == same]
+            assert all(a.x1 + 4 < b.x0 for a, b in pairwise(row))
 
 
 def test_log_ticks_are_plain_numbers() -> None:

@@ -15,7 +15,7 @@ SHORT = ("data.batch_size=20", "updates=2", "batches=2", "eigenvalues=1", "itera
 def test_compares_initializations(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "diagnose", *NET, *SHORT, "init=normal,xavier_normal", "init.std=30", "output=x")
     assert (result.code, result.err) == (0, "")
-    names = {"activations", "gradients", "depth", "updates", "curvature"}
+    names = {"activations", "inputs", "gradients", "depth", "updates", "curvature"}
     assert {path.name for path in (tmp_path / "x").glob("*.*")} == {
         *(f"{name}.{kind}" for name in names for kind in ("png", "svg")),
         "diagnosis.json",

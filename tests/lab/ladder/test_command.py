@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -90,6 +91,23 @@ def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
     assert "2 * depth" in page and "the same rate at all sizes" in page
     other = dlopt(place, "ladder", "optimizer=sgd", *LINE, "rungs=2", "data.batch_size=16")
     assert other.code == 2 and "runs of another ladder (different: " in other.err
+    _check_copy(place)
+
+
+def _check_copy(place: Path) -> None:
+    """A copy of results.json replaces all folders."""
+    (place / "copy").mkdir()
+    shutil.copy(place / "out/results.json", place / "copy")
+    line = [*(each for each in LINE if each != "output=out"), "output=copy", "rungs=2", "optimizer.lr=0.01"]
+    copied = dlopt(place, "ladder", "optimizer=adamw", *line)
+    assert copied.code == 0 and not (place / "copy/adamw").exists() and not (place / "copy/sgd").exists(), copied.err
+    first, second = (json.loads((place / folder / "results.json").read_text()) for folder in ("out", "copy"))
+    for key in ("searches", "runs", "search_runs", "analysis"):
+        assert first[key] == second[key]
+    assert first["facts"]["hours"] == second["facts"]["hours"]
+    (place / "copy/results.json").write_text("[]")
+    damaged = dlopt(place, "ladder", "report", "copy")
+    assert damaged.code == 2 and "results.json: is damaged; remove it" in damaged.err
 
 
 @pytest.mark.slow

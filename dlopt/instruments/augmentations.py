@@ -1,0 +1,57 @@
+"""Draws training images before and after augmentation."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from dlopt.augment import Pipeline
+from dlopt.augment.show import batch_picture, operations_picture, reading_crops
+from dlopt.config.experiment import Experiment
+from dlopt.data.samples import Dataset
+from dlopt.errors import UserError
+from dlopt.random import generator
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_IMAGES = 8
+
+
+def draw(experiments: Mapping[str, Experiment], dataset: Dataset, tile: int) -> tuple["Image", "Image | None"]:
+    """Plots random training images (`order_seed`), and the operations of a single augmentation that has any.
+
+    Args:
+        experiments: by the name of their augmentation, in which alone they differ.
+        tile: size of an image in pixels.
+
+    Raises:
+        UserError: the data are not images.
+    """
+    experiment = next(iter(experiments.values()))
+    settings, train = experiment.settings, dataset.train
+    order = torch.randperm(len(train), generator=generator("cpu", settings.order_seed))[:_IMAGES]
+    images, targets = train.fetch(order), train.targets[order]
+    name = experiment.config["data"]["_target_"].rpartition(".")[2]
+    if images.ndim != 4:
+        raise UserError(f"data={experiment.data.target.__name__}: not images but vectors; cannot be plotted")
+    seed = settings.augmentation_seed
+    pipelines: dict[str, Pipeline] = {
+        label: each.augmentation.build(input_shape=train.shape, classes=dataset.task.classes, train=train)
+        for label, each in experiments.items()
+    }
+    batch = batch_picture(
+        {label: reading_crops(pipeline, train, order, seed) for label, pipeline in pipelines.items()},
+        images,
+        targets,
+        seed=seed,
+        classes=[str(each) for each in dataset.classes or ()],
+        title=f"{name}: training images before and after augmentation",
+        tile=tile,
+        white=dataset.task.white,
+    )
+    [*others, (label, pipeline)] = pipelines.items()
+    if others or not pipeline.operations:
+        return batch, None
+    title = f"augmentation={label}: its operations"
+    return batch, operations_picture(pipeline, images, title=title, tile=tile, white=dataset.task.white)

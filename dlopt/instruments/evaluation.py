@@ -1,0 +1,58 @@
+"""The results of `dlopt eval`: a line per class, eval.json, the confusion matrix, reconstructions."""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dlopt.files import write_atomically
+from dlopt.formats import format_number, format_percent
+from dlopt.instruments import reconstructions
+from dlopt.parallel.mode import Mode
+from dlopt.plain import without_nan
+from dlopt.results.confusion import confusion_table, plot_confusion
+from dlopt.training.ensemble import Tested
+
+_MAX_LISTED_CLASSES = 20
+
+
+def class_lines(tested: Tested) -> list[str]:
+    """Returns a line with the accuracy of each class, or the average precision of each label; of many the lowest."""
+    if not (per_class := tested.per_class):
+        return []
+    is_label = "average_precision" in per_class[0]
+    name = "average_precision" if is_label else "accuracy"
+    show = format_number if is_label else format_percent
+    rows = [row for row in per_class if row[name] is not None]
+    title = "average precision per label" if is_label else "accuracy per class"
+    if len(per_class) > _MAX_LISTED_CLASSES:
+        title = "lowest average precisions" if is_label else "lowest accuracies"
+        rows = sorted(rows, key=lambda row: row[name])[:5]
+    return [f"{title}: " + ", ".join(f"{row['class']} {show(row[name])}" for row in rows)]
+
+
+def write(folder: Path, record: Mapping[str, Any], tested: Tested) -> dict[str, Path]:
+    """Writes the metrics, with `record`, and the plots of a test. Returns description -> path. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = without_nan({**record, **tested.report.metrics, "classes": tested.per_class})
+    files = {"metrics": ("eval.json", (json.dumps(record, indent=2) + "\n").encode())}
+    confusion, classes = tested.report.confusion, tested.classes
+    if confusion is not None and classes is not None:
+        plot = io.BytesIO()
+        accuracy = format_percent(tested.report.metrics["test_accuracy"])
+        title = f"Test accuracy {accuracy} ({int(confusion.sum())} samples)"
+        plot_confusion(confusion, classes, title).savefig(plot, dpi=150, format="png")
+        table = confusion_table(confusion, classes)
+        files["confusion matrix"] = ("confusion.csv", table.encode("utf-8", "surrogateescape"))
+        files["plot"] = ("confusion.png", plot.getvalue())
+    for name, data in files.values():
+        write_atomically(folder / name, data)
+    written = {description: folder / name for description, (name, _) in files.items()}
+    if tested.workload is not None:
+        # All processes hold the whole model: one of them draws.
+        alone = replace(tested.workload, parallel=Mode(tested.workload.device))
+        if (picture := reconstructions.write(alone, folder)) is not None:
+            written["reconstructions"] = picture
+    return written

@@ -1,0 +1,72 @@
+"""`dlopt bench speedup=true`: the limits of data parallelism at a fixed global batch, simulated and in closed form."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from rich.table import Table
+
+from dlopt.command_line.line import Line, output_folder, refuse_empty
+from dlopt.errors import DONE, UserError
+from dlopt.lab.bench.cluster import Cluster
+from dlopt.lab.bench.cluster_command import Model, describe, layers_of_model
+from dlopt.lab.bench.output import Output, save
+from dlopt.ranges import Count, Seed
+from dlopt.tracking.layout import plain_table, show_table
+
+if TYPE_CHECKING:
+    from dlopt.lab.bench.speedup import Speedup
+
+_DEVICES = [2**i for i in range(11)]
+
+
+def simulate_speedup(
+    line: Line,
+    *,
+    speedup: Annotated[Literal[True], "true: simulate data parallelism at a fixed global batch"],
+    devices: Annotated[list[Count], "[N,...]: numbers of devices"] = _DEVICES,
+    model: Annotated[Model, "NAME: model"] = "wrn_28_10",
+    batch: Annotated[Count, "N: samples per update, over all devices"] = 4096,
+    updates: Annotated[Count, "N: simulated updates of the slowest device"] = 1000,
+    seed: Annotated[Seed, "N: seed of the random delays"] = 0,
+    output: Output = None,
+) -> int:
+    from dlopt.lab.bench import speedup as limits
+    from dlopt.lab.bench.simulation import size
+
+    arguments, rest = line.take(Cluster)
+    cluster = Cluster(**arguments)
+    rest.refuse_rest("dlopt bench speedup=true", simulate_speedup, Cluster)
+    refuse_empty(devices=devices)
+    if max(devices) > batch:
+        raise UserError(f"devices=[{max(devices)}]: must be <= batch={batch}; each device needs a sample")
+    layers = layers_of_model(line, model, batch, is_measured=False)
+    found = limits.speedups(layers, batch, devices, cluster, updates=updates, seed=seed)
+    serial = limits.serial_fraction(layers, batch, max(devices), cluster)
+    title = f"Speed-up of data parallelism, {batch:,} samples per update"
+    described = f"{model}: {size(layers)}; {describe(cluster)}"
+    show_table(_table(f"{title}\n{described}\nserial fraction {serial:.3g}: at most {1 / serial:.3g}x", found))
+    figure = limits.draw(found, serial, title=title, subtitle=described)
+    records = {"cluster": asdict(cluster), "serial_fraction": serial, "points": [asdict(each) for each in found]}
+    save(figure, output_folder(output, "bench"), "speedup", records)
+    return DONE
+
+
+def _table(title: str, found: Sequence["Speedup"]) -> Table:
+    columns = [
+        "devices",
+        "ms/step",
+        "speed-up",
+        "Amdahl",
+        "slowest, normal",
+        "closed",
+        "slowest, exponential",
+        "closed",
+    ]
+    table = plain_table(title, right=columns)
+    for each in found:
+        slowest = [f"{value:.3f}" for kind in each.slowest for value in (each.slowest[kind], each.expected[kind])]
+        table.add_row(
+            str(each.devices), f"{each.step * 1e3:.2f}", f"{each.speedup:.1f}", f"{each.amdahl:.1f}", *slowest
+        )
+    return table

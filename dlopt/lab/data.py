@@ -1,0 +1,46 @@
+"""Data sets of lecture recipes, which set them by `data._target_`."""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from dlopt.data.digits import digits
+from dlopt.data.samples import Dataset
+from dlopt.data.splits import stratified
+from dlopt.errors import UserError
+from dlopt.random import generator
+from dlopt.ranges import Count, NonNegative, Seed
+
+_VAL_SEED = 1
+Digit = Literal[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def unrepresentative_digits(
+    *, train_size: Count, val_size: Count, rare: list[Digit], fraction: NonNegative, draw_seed: Seed
+) -> Dataset:
+    """Draws `train_size` of the digits: the classes `rare` have `fraction` times as many samples as the others.
+
+    A fraction of 1 gives a representative set, 0 leaves the classes out; the size of the set does not depend on it. The
+    validation set is always the same: `val_size` other digits, stratified.
+
+    Raises:
+        UserError: more samples of a class are needed than there are.
+    """
+    dataset = digits()
+    held_out, kept = stratified(dataset.train.targets, val_size, _VAL_SEED)
+    val, pool = dataset.train.select(held_out), dataset.train.select(kept)
+    weights = [fraction if digit in rare else 1.0 for digit in range(10)]
+    ends = [round(train_size * sum(weights[: digit + 1]) / max(sum(weights), 1e-9)) for digit in range(10)]
+    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    order = torch.randperm(len(pool), generator=generator("cpu", draw_seed))
+    chosen = []
+    for digit, count in enumerate(counts):
+        of_class = order[pool.targets[order] == digit]
+        if count > len(of_class):
+            raise UserError(
+                f"data.train_size={train_size}: needs {count} digits {digit}, of which there are {len(of_class)}; "
+                "use fewer"
+            )
+        chosen.append(of_class[:count])
+    return replace(dataset, train=pool.select(torch.cat(chosen).sort().values), val=val)

@@ -1,0 +1,59 @@
+#!/usr/bin/env python
+"""Adds the results of a benchmark to those that come with dlopt, in place of earlier ones of the same optimizers.
+
+dlopt benchmark optimizer=adabelief,lamb full=true output=FOLDER    trains all trials to the end
+.venv/bin/python scripts/league.py FOLDER                           then docs/generate.py and scripts/gallery
+
+Optimizers whose trials have not all ended are left out.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dlopt.lab.benchmark.results import REFERENCE, Results, load_reference, read, to_json
+
+
+def merged(shipped: Results, own: Results) -> Results:
+    """Returns the shipped results with the complete optimizers of `own`. Raises ValueError if they do not compare."""
+    for key in ("tier", "track", "studies", "trials", "workloads"):
+        if getattr(shipped, key) != getattr(own, key):
+            raise ValueError(f"{key}: {getattr(own, key)}; the shipped results have {getattr(shipped, key)}")
+    trials = own.studies * own.trials
+    names = [name for name in own.optimizers if len(own.records(name)) == trials * len(own.workloads)]
+    cells = {key: cell for key, cell in shipped.cells.items() if key[0] not in names}
+    spaces = {key: space for key, space in shipped.spaces.items() if key not in names}
+    return replace(
+        shipped,
+        cells=cells | {key: cell for key, cell in own.cells.items() if key[0] in names},
+        spaces=spaces | {name: own.spaces[name] for name in names},
+        facts=_facts(shipped.facts, own.facts),
+    )
+
+
+def _facts(shipped: Any, own: Any) -> dict[str, Any]:
+    """Returns the facts of both: all commands, the hours of all, the date and versions of the last."""
+    commands = dict.fromkeys([*shipped["command"].split("; "), *own["command"].split("; ")])
+    hours = round(shipped["core_hours"] + own["core_hours"], 2)
+    return {**shipped, **own, "command": "; ".join(commands), "core_hours": hours}
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    own = read(Path(sys.argv[1]) / "results.json")
+    shipped = load_reference(own.tier, own.track)
+    if shipped is None:
+        sys.exit(f"{own.tier}: no results come with dlopt")
+    try:
+        found = merged(shipped, own)
+    except ValueError as error:
+        sys.exit(str(error))
+    name = own.tier if own.track == "external_tuning" else f"{own.tier}_{own.track}"
+    (REFERENCE / f"{name}.json").write_text(to_json(found), encoding="utf-8")
+    print(f"{len(found.optimizers)} optimizers")
+
+
+if __name__ == "__main__":
+    main()
