@@ -6,8 +6,8 @@ from typing import Literal, Unpack
 import torch
 
 from dlopt.data.digits import digits
-from dlopt.data.generated import Function, SplitKeys, polynomial
-from dlopt.data.samples import Dataset
+from dlopt.data.generated import Function, polynomial
+from dlopt.data.samples import Dataset, SplitKeys
 from dlopt.data.splits import stratified
 from dlopt.errors import UserError
 from dlopt.random import generator
