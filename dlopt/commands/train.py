@@ -14,7 +14,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments, show_info
 from dlopt.config.inherit import inherit
 from dlopt.config.overrides import is_typed, parse_overrides
-from dlopt.config.plan import checked
+from dlopt.config.plan import Plan, checked
 from dlopt.config.resolve import show_config
 from dlopt.errors import DONE, FAILED, USER_ERROR, UserError
 from dlopt.interruption import killed_by_signals
@@ -68,11 +68,17 @@ def train(arguments: list[str]) -> int:
             return code
     if world is not None:
         return _lead(composer, config, parsed.overrides, typed, world)
-    return _run(composer, config, parsed.overrides)
+    plan = _planned(composer, config, parsed.overrides)
+    if plan is None:
+        return DONE
+    with attempt(plan) as outcome:
+        if outcome.run is not None:
+            outcome.code = start(outcome.run, console=not is_quiet())
+    return outcome.code
 
 
-def _run(composer: Composer, config: DictConfig, overrides: list[str], store: "Store | None" = None) -> int:
-    """Checks and runs a composed config. `store`: see `attempt`."""
+def _planned(composer: Composer, config: DictConfig, overrides: list[str]) -> Plan | None:
+    """Checks a composed config; None: only its time is estimated, and printed. Raises `UserError`."""
     refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
     with waiting("loading PyTorch ..."):
         plan = checked(config, overrides, flags=composer.flags)
@@ -81,11 +87,8 @@ def _run(composer: Composer, config: DictConfig, overrides: list[str], store: "S
 
         refuse_untested(plan.saved, plan.lines)
         print_estimate([plan.saved], plan.choices, jobs=1)
-        return DONE
-    with attempt(plan, store) as outcome:
-        if outcome.run is not None:
-            outcome.code = start(outcome.run, console=not is_quiet())
-    return outcome.code
+        return None
+    return plan
 
 
 def _check_flags(parsed: Namespace) -> None:
@@ -106,7 +109,14 @@ def _lead(composer: Composer, config: DictConfig, overrides: list[str], typed: l
     code = FAILED
     try:
         _refuse_address_of_file(config, typed)
-        code = _run(composer, config, overrides, store)
+        plan = _planned(composer, config, overrides)
+        if plan is None:
+            code = DONE
+        else:
+            with attempt(plan, store) as outcome:
+                if outcome.run is not None:
+                    outcome.code = start(outcome.run, console=not is_quiet())
+            code = outcome.code
     except UserError as error:
         print_error(str(error))
         code = USER_ERROR

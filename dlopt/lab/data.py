@@ -1,12 +1,13 @@
 """Data sets of lecture recipes, which set them by `data._target_`."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 
 from dlopt.data.digits import digits
-from dlopt.data.samples import Dataset
+from dlopt.data.generated import Function, polynomial
+from dlopt.data.samples import Dataset, SplitKeys
 from dlopt.data.splits import stratified
 from dlopt.errors import UserError
 from dlopt.random import generator
@@ -44,3 +45,23 @@ def unrepresentative_digits(
             )
         chosen.append(of_class[:count])
     return replace(dataset, train=pool.select(torch.cat(chosen).sort().values), val=val)
+
+
+def unrepresentative_curve(
+    *,
+    covered: tuple[float, float],
+    function: Function,
+    interval: tuple[float, float],
+    noise: NonNegative,
+    **keys: Unpack[SplitKeys],
+) -> Dataset:
+    """Samples a function as `polynomial` does: for training from the interval `covered`, for validation and test from
+    all of `interval`.
+
+    Raises:
+        UserError: an interval is empty, or `covered` is not a part of `interval`.
+    """
+    if not interval[0] <= covered[0] < covered[1] <= interval[1]:
+        raise UserError(f"data.covered={list(covered)}: must be a part of data.interval={list(interval)}")
+    whole = polynomial(function=function, interval=interval, noise=noise, **keys)
+    return replace(whole, train=polynomial(function=function, interval=covered, noise=noise, **keys).train)

@@ -1,4 +1,4 @@
-"""Data sets of lecture recipes: class counts, the fixed validation set, refusals."""
+"""Data sets of lecture recipes: class counts, the covered region, the fixed validation set, refusals."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dlopt.data.digits import digits
 from dlopt.errors import UserError
-from dlopt.lab.data import Digit, unrepresentative_digits
+from dlopt.lab.data import Digit, unrepresentative_curve, unrepresentative_digits
 
 RARE: list[Digit] = [7, 8, 9]
 
@@ -50,3 +50,25 @@ def test_training_samples_are_others_and_depend_on_the_seed() -> None:
 def test_too_many_samples_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.train_size=900: needs 129 digits 0, of which there are 9"):
         draw(0.0, train_size=900)
+
+
+def test_a_curve_trains_on_a_part_of_the_interval_and_validates_on_all_of_it() -> None:
+    keys: dict[str, object] = {"train_size": 400, "val_size": 400, "test_size": 0, "seed": 3}
+
+    def inputs(low: float, high: float) -> list[Tensor]:
+        dataset = unrepresentative_curve(
+            covered=(low, high),
+            function="sine",
+            interval=(-2.0, 2.0),
+            noise=0.3,
+            **keys,  # type: ignore[arg-type]
+        )
+        assert dataset.val is not None and dataset.test is None
+        return [samples.fetch(torch.arange(400)) for samples in (dataset.train, dataset.val)]
+
+    part, val = inputs(-2.0, 1.0)
+    whole, same = inputs(-2.0, 2.0)
+    assert -2 <= part.min() < -1.9 and 0.9 < part.max() <= 1 and whole.max() > 1.9
+    assert torch.equal(val, same) and val.max() > 1.9
+    with pytest.raises(UserError, match=r"data\.covered=\[-3\.0, 1\.0\]: must be a part of"):
+        inputs(-3.0, 1.0)

@@ -157,7 +157,7 @@ def _axes(figure: Any, label: str) -> Any:
 def test_plots_a_curve_per_model_and_snapshot(tmp_path: Path) -> None:
     result = [_diagnosed(tmp_path), _diagnosed(tmp_path, "init=xavier_normal")]
     drawn = plots(result, "title")
-    assert set(drawn) == {"activations", "gradients", "depth", "updates", "curvature"}
+    assert set(drawn) == {"activations", "inputs", "gradients", "depth", "updates", "curvature"}
     assert len(_axes(drawn["depth"], "standard deviation").lines) == 4
     assert len(_axes(drawn["depth"], "weights' gradient").collections) == 4
     panels = [axes for axes in drawn["activations"].axes if axes.get_visible()]
