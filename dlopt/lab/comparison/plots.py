@@ -232,12 +232,12 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
 def _label_ticks(axes: "Axes", positions: Sequence[float], texts: Sequence[str], width: float) -> None:
     """Labels the x-axis of a panel of this width (inches); every second label is a line lower if they would collide."""
     is_log = axes.get_xscale() == "log"
-    places = [math.log(position) if is_log else position for position in positions]
+    scaled = [math.log(position) if is_log else position for position in positions]
     character = 0.6 * (_TEXT - 1) / 72 / (0.8 * width)  # its width, as a fraction of the axis
-    span = max(places) - min(places)
+    span = max(scaled) - min(scaled)
     collide = any(
         (b - a) < span * character * ((len(first) + len(second)) / 2 + 1.5)
-        for (a, first), (b, second) in pairwise(zip(places, texts, strict=True))
+        for (a, first), (b, second) in pairwise(zip(scaled, texts, strict=True))
     )
     axes.set_xticks(positions, ["\n" * (collide and i % 2) + text for i, text in enumerate(texts)])
     axes.minorticks_off()
