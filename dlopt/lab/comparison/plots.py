@@ -11,6 +11,7 @@ from dlopt.config.schema import show
 from dlopt.lab.comparison.claims import TEST_METRICS, Value, is_higher_better
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, on_axis
 from dlopt.lab.comparison.labels import label
+from dlopt.lab.comparison.published import draw_beside
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 
@@ -34,6 +35,9 @@ def draw(results: Results) -> "Figure":
         return _heat_maps(results)
     shown = [(name, x) for name in comparison.metrics for x in (comparison.axes if not comparison.along else [""])]
     figure = _titled_figure(comparison)
+    if comparison.published:
+        draw_beside(results, figure, _TEXT)
+        return figure
     panels = figure.subplots(1, len(shown), squeeze=False, sharey=len(comparison.metrics) == 1)[0]
     notes: dict[str, Artist] = {}
     for axes, (name, x) in zip(panels, shown, strict=True):
@@ -232,12 +236,12 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
 def _label_ticks(axes: "Axes", positions: Sequence[float], texts: Sequence[str], width: float) -> None:
     """Labels the x-axis of a panel of this width (inches); every second label is a line lower if they would collide."""
     is_log = axes.get_xscale() == "log"
-    scaled = [math.log(position) if is_log else position for position in positions]
+    at = [math.log(position) if is_log else position for position in positions]
     character = 0.6 * (_TEXT - 1) / 72 / (0.8 * width)  # its width, as a fraction of the axis
-    span = max(scaled) - min(scaled)
+    span = max(at) - min(at)
     collide = any(
         (b - a) < span * character * ((len(first) + len(second)) / 2 + 1.5)
-        for (a, first), (b, second) in pairwise(zip(scaled, texts, strict=True))
+        for (a, first), (b, second) in pairwise(zip(at, texts, strict=True))
     )
     axes.set_xticks(positions, ["\n" * (collide and i % 2) + text for i, text in enumerate(texts)])
     axes.minorticks_off()
