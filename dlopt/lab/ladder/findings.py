@@ -11,6 +11,7 @@ from dlopt.lab.ladder.analysis import Analysis, Gain
 from dlopt.lab.ladder.results import Results
 
 _NO_CONSTANT = 0.01  # E relative to the smallest loss below which it counts as 0
+_FAR = 3.0  # times the compute of the largest rung, to which a speed-up may extrapolate without a warning
 _LARGE_ERROR = 1.5  # of an extrapolated rate, from which the report warns
 
 
@@ -108,6 +109,13 @@ def _warnings(results: Results) -> Iterator[str]:
     if analysis is None:
         return
     count = len(analysis.measured.rungs)
+    for name, gain in analysis.gains.items():
+        if gain.speed_up[-1].value > _FAR:
+            yield (
+                f"{name}: its speed-up at {analysis.measured.rungs[-1]} extrapolates the law of "
+                f"{analysis.measured.baseline} to {_short(gain.speed_up[-1].value)} times the largest compute "
+                "measured; compare the losses instead."
+            )
     if not analysis.predictions:
         yield f"No held-out prediction: it needs four rungs, here are {count}."
     if count == 2:
