@@ -91,7 +91,7 @@ def draw_beside(results: Results, figure: "Figure", fontsize: float) -> None:
     panels[0].set_yticks(rows, [*points])
     panels[0].set(ylim=(len(rows) - 0.5, -0.7))
     panels[0].set_ylabel(label(key), fontsize=fontsize)
-    panels[0].set_xlabel(name, fontsize=fontsize)
+    panels[0].set_xlabel(name.replace(", ", "\n"), fontsize=fontsize)
     seeds = f"mean and range over {len(comparison.seeds)} seeds"
     panels[1].set_xlabel(f"{label(comparison.metrics[0])}\n{variant}\n{seeds}", fontsize=fontsize)
     drawing.clean_axes(*panels)
