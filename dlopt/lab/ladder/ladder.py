@@ -133,10 +133,12 @@ def read_ladder(folder: Path) -> Ladder | None:
     Raises `UserError` for a damaged one.
     """
     path = folder / MANIFEST
-    content: dict[str, Any] | None = read_json(path) if path.exists() else _results(folder).get("ladder")
-    if content is None and not path.exists():
+    if path.exists():
+        content: dict[str, Any] = read_json(path) or {}
+    elif (found := _results(folder).get("ladder")) is not None:
+        path, content = folder / RESULTS, found
+    else:
         return None
-    content = content or {}
     try:
         return Ladder(
             **{
@@ -166,20 +168,27 @@ def _results(folder: Path) -> dict[str, Any]:
         return {}
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: is damaged; remove it: the folders of the runs have their results")
+        raise _damaged(path)
     return content
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: is damaged; remove it: the folders of the runs have their results")
 
 
 def recorded(folder: Path) -> dict[Trial, Outcome]:
     """Reads the trials of results.json. Raises `UserError` for a damaged one."""
     content = _results(folder)
-    return {
-        Trial(each["optimizer"], each["rung"], each["seed"], each["index"]): Outcome(
-            math.inf if each["loss"] is None else each["loss"], each["seconds"], each["failure"]
-        )
-        for each in [*content.get("runs", []), *content.get("search_runs", [])]
-        if "index" in each
-    }
+    try:
+        return {
+            Trial(each["optimizer"], each["rung"], each["seed"], each["index"]): Outcome(
+                math.inf if each["loss"] is None else each["loss"], each["seconds"], each["failure"]
+            )
+            for each in [*content.get("runs", []), *content.get("search_runs", [])]
+            if "index" in each
+        }
+    except (KeyError, TypeError):
+        raise _damaged(folder / RESULTS) from None
 
 
 # -- the trials

@@ -28,12 +28,12 @@ ITERATIONS = 10
 
 @dataclass(frozen=True)
 class Decay:
-    """The coordinate of a quadratic that decides the end of gradient descent: start * factor^t after t updates.
+    """The slowest coordinates of a quadratic, which decide the end of gradient descent: start * factor^t.
 
     Args:
-        start: its distance from the minimum at first.
+        start: their distance from the minimum at first.
         factor: |1 - lr curvature|, the largest of all coordinates.
-        step: lr curvature; update t moves the coordinate by start * factor^(t-1) * step.
+        step: lr curvature; update t moves them by start * factor^(t-1) * step.
     """
 
     start: float
@@ -53,7 +53,7 @@ class Decay:
 
 
 def decay(function: Quadratic, lr: float) -> Decay | None:
-    """Returns the slowest coordinate of gradient descent on a quadratic without noise; None if it does not decay."""
+    """Returns the slowest decay of gradient descent on a quadratic without noise; None if it does not decay."""
     if function.curvatures is None:
         return None
     rates = [lr * curvature for curvature in function.hessian]
@@ -62,8 +62,13 @@ def decay(function: Quadratic, lr: float) -> Decay | None:
         for start, rate in zip(function.coordinates(*function.start), rates, strict=True)
         if start
     ]
-    slowest = max(found, key=lambda each: each.factor, default=None)
-    return slowest if slowest is not None and 0 < slowest.factor < 1 else None
+    factor = max((each.factor for each in found), default=0.0)
+    if not 0 < factor < 1:
+        return None
+    # At lr = 2 / (L + mu), both coordinates are equally slow.
+    slowest = [each for each in found if math.isclose(each.factor, factor)]
+    start = math.hypot(*(each.start for each in slowest))
+    return Decay(start, factor, math.hypot(*(each.start * each.step for each in slowest)) / start)
 
 
 def end(points: Tensor, tolerance: float) -> int | None:

@@ -105,9 +105,10 @@ def _check_copy(place: Path) -> None:
     for key in ("searches", "runs", "search_runs", "analysis"):
         assert first[key] == second[key]
     assert first["facts"]["hours"] == second["facts"]["hours"]
-    (place / "copy/results.json").write_text("[]")
-    damaged = dlopt(place, "ladder", "report", "copy")
-    assert damaged.code == 2 and "results.json: is damaged; remove it" in damaged.err
+    for content in ("[]", json.dumps({**second, "runs": [{"index": None}]})):
+        (place / "copy/results.json").write_text(content)
+        damaged = dlopt(place, "ladder", "report", "copy")
+        assert damaged.code == 2 and "results.json: is damaged; remove it" in damaged.err
 
 
 @pytest.mark.slow
