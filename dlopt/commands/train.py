@@ -59,9 +59,9 @@ def train(arguments: list[str]) -> int:
         return DONE
     config = None if parsed.multirun else composer.compose(parsed.overrides)
     if config is None or config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
-        from dlopt.sweeps.run import sweep
+        from dlopt.sweeps import run as sweeps
 
-        return sweep(composer, parsed)
+        return sweeps.run(sweeps.request(composer, parsed))
     for key, path in SERIES.items():
         if config.get(key) is not None:
             code: int = function(path)(composer, parsed, config)

@@ -136,12 +136,8 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
         start_up = max(elapsed - seconds, 0.0)
         if result.status in ("finished", "stopped_early"):
             return Estimate(seconds, seconds, start_up)
-        try:
-            state = Checkpoints(folder.checkpoints).load_newest()
-        except (RunError, UserError):
-            return None
-        if state is None:
-            return None
+        state = Checkpoints(folder.checkpoints).load_newest()
+        assert state is not None  # an interrupted run that has trained leaves a checkpoint
         updates = state["progress"]["horizon"]
         fastest, average = per_update(read_metrics(folder.path), seconds, steps)
         return Estimate(fastest * updates, _MARGIN * average * updates, start_up)
@@ -155,10 +151,7 @@ def print_estimate(
     *,
     in_process: bool = False,
 ) -> None:
-    """Prints how long `jobs` jobs with these (saved) configs will take, `at_once` at a time.
-
-    `in_process`: all jobs run in the process of the command, which starts once.
-    """
+    """Prints how long the jobs will take. `in_process`: all run in the process of the command, which starts once."""
     estimate = estimate_job(configs, choices)
     if estimate is not None and in_process:
         estimate = replace(estimate, start_up=0.0, once=estimate.once + estimate.start_up)
@@ -166,10 +159,7 @@ def print_estimate(
 
 
 def estimate_line(estimate: Estimate | None, jobs: int, at_once: int) -> str:
-    """Formats the estimate for `jobs` jobs, `at_once` at a time.
-
-    The total is computed from the rounded time of a job, so that the line adds up.
-    """
+    """Formats the estimate. The total is computed from the rounded time of a job, so that the line adds up."""
     parallel = f", {at_once} at once" if at_once > 1 else ""
     if estimate is None:
         return f"{format_count('jobs', jobs)}{parallel}; the duration could not be estimated"

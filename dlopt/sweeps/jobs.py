@@ -94,16 +94,13 @@ def result_of(folder: RunFolder, code: int) -> JobResult:
     if summary is None and code == INTERRUPTED:  # stopped before it wrote anything
         return JobResult("interrupted", {})
     if summary is None or (code not in (DONE, INTERRUPTED) and summary.get("status") != "failed"):
-        return record_failure(folder, _explain_exit(code), died=True)
+        reason = f"exit code {code}; see {OUTPUT}"
+        if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+            reason = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        return record_failure(folder, reason, died=True)
     status = str(summary.get("status", "failed"))
     return JobResult("pruned" if summary.get("pruned") else status, summary, str(summary.get("reason", "")))
-
-
-def _explain_exit(code: int) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return f"exit code {code}; see {OUTPUT}"
 
 
 def record_failure(folder: RunFolder, reason: str, *, died: bool = False) -> JobResult:

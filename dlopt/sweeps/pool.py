@@ -1,8 +1,8 @@
 """The worker pool of a sweep: one process per job, one job per slot; a failed job does not affect the others.
 
 Local jobs are forked from a server process (`multiprocessing`'s forkserver) that has already imported their modules:
-imports take three of a short job's four seconds. The server does nothing else. It starts no thread and touches no GPU,
-so a forked job is equivalent to a fresh process: bitwise identical results, and killing it affects no other job.
+imports take three of a short job's four seconds. The server starts no thread and touches no GPU, so a forked job is
+equivalent to a fresh process: bitwise identical results, and killing it affects no other job.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
@@ -24,7 +24,7 @@ from annotated_types import Ge
 from omegaconf import OmegaConf
 
 from dlopt.config.schema import check_arguments
-from dlopt.errors import DONE, INTERRUPTED, UserError
+from dlopt.errors import INTERRUPTED, UserError
 from dlopt.files import NewLines
 from dlopt.folders import RunFolder
 from dlopt.formats import format_count
@@ -36,13 +36,15 @@ from dlopt.tracking.overview import Overview
 
 PRELOADED = ["dlopt.sweeps.preload"]
 """Modules that the server imports."""
+RETURNED = 1000
+"""In place of an exit code: the process has ended without the job, which is to be started again if it is not done."""
 
 
 class Process(Protocol):
     """A started job."""
 
     def poll(self) -> int | None:
-        """Returns its exit code, or None while it runs."""
+        """Returns its exit code or `RETURNED`; None while it runs."""
 
     def stop(self) -> None:
         """Requests that it writes a checkpoint and ends."""
@@ -57,7 +59,7 @@ class Pool:
 
     slots: int
     start: Callable[[int, Path, Mapping[str, str]], Process]
-    find: Callable[[Path], Process | None]  # the job that a killed sweep left running in a folder, if any
+    find: Callable[[Path], Process | None]  # the job that a killed sweep left running in a folder
     poll_seconds: float = 0.2
     is_local: bool = True  # jobs are processes of this machine
     close: Callable[[], None] = lambda: None  # ends workers that wait for a job
@@ -67,7 +69,7 @@ class JobSource:
     """Supplies the jobs of a sweep and receives their results."""
 
     def next(self) -> Job | InvalidJob | None:
-        """Returns a job for a free slot; None if there is none now."""
+        """Returns a job for a free slot; None if there is none now. `ended` receives its result."""
         raise NotImplementedError
 
     def is_exhausted(self) -> bool:
@@ -79,7 +81,6 @@ class JobSource:
         return False
 
     def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
-        """Receives the result of a job."""
         raise NotImplementedError
 
 
@@ -97,7 +98,8 @@ def run(source: JobSource, pool: Pool, overview: Overview) -> None:
                 workers.stop(interruption)
                 raise KeyboardInterrupt
         except BaseException:
-            workers.kill()
+            for worker in workers.active.values():
+                worker.process.kill()
             raise
         finally:
             pool.close()
@@ -106,32 +108,30 @@ def run(source: JobSource, pool: Pool, overview: Overview) -> None:
 
 def run_jobs(jobs: Iterable[Job | InvalidJob], total: int, pool: Pool) -> dict[int, str]:
     """Runs jobs and returns their status by number."""
-    source = _JobList(jobs)
+    source = _JobList(iter(jobs))
     run(source, pool, Overview(total))
     return source.statuses
 
 
+@dataclass
 class _JobList(JobSource):
-    def __init__(self, jobs: Iterable[Job | InvalidJob]) -> None:
-        self._jobs = iter(jobs)
-        self.statuses: dict[int, str] = {}
+    jobs: Iterator[Job | InvalidJob]
+    statuses: dict[int, str] = field(default_factory=dict)
 
     def next(self) -> Job | InvalidJob | None:
-        return next(self._jobs, None)
+        return next(self.jobs, None)
 
     def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
         self.statuses[job.number] = result.status
 
 
-@dataclass
 class _Worker:
-    job: Job
-    process: Process
-    is_adopted: bool  # its process was started by an earlier sweep, which was killed
-    pruned_at: int | None = None
+    """A running job. `is_adopted`: its process was started by an earlier sweep, which was killed."""
 
-    def __post_init__(self) -> None:
-        self._lines = NewLines(self.job.folder.path / METRICS)  # a resumed job removes those after its checkpoint
+    def __init__(self, job: Job, process: Process, *, is_adopted: bool = False) -> None:
+        self.job, self.process, self.is_adopted = job, process, is_adopted
+        self.pruned_at: int | None = None
+        self._lines = NewLines(job.folder.path / METRICS)  # a resumed job removes those after its checkpoint
 
     def new_metrics(self) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError):
@@ -142,20 +142,20 @@ class _Worker:
 class _Workers:
     def __init__(self, source: JobSource, pool: Pool, overview: Overview) -> None:
         self._source, self._pool, self._overview = source, pool, overview
-        self._active: dict[int, _Worker] = {}  # by slot
+        self.active: dict[int, _Worker] = {}  # by slot
 
     def update(self) -> bool:
         """Collects the jobs that have ended and fills free slots; returns False when all jobs are done."""
-        for worker in self._active.values():
+        for worker in self.active.values():
             self._read_metrics(worker)
         for slot, worker, code in self._take_ended():
             self._collect(slot, worker, code)
         try:
             for slot in range(self._pool.slots):
-                while slot not in self._active:
+                while slot not in self.active:
                     job = self._source.next()
                     if job is None:
-                        return bool(self._active) or not self._source.is_exhausted()
+                        return bool(self.active) or not self._source.is_exhausted()
                     self._prepare(slot, job)
             return True
         finally:
@@ -163,14 +163,14 @@ class _Workers:
 
     def _take_ended(self) -> Iterator[tuple[int, _Worker, int]]:
         """Removes the workers that have ended and yields them with their slots and exit codes."""
-        for slot, worker in list(self._active.items()):
+        for slot, worker in list(self.active.items()):
             if (code := worker.process.poll()) is not None:
-                del self._active[slot]
+                del self.active[slot]
                 yield slot, worker, code
 
     def wait(self) -> None:
         """Waits for the end of a job, but not longer than until the metrics are to be read again."""
-        processes = [worker.process for worker in self._active.values()]
+        processes = [worker.process for worker in self.active.values()]
         ends = [process.sentinel for process in processes if isinstance(process, Forked)]
         connection.wait(ends, self._pool.poll_seconds)
 
@@ -178,29 +178,29 @@ class _Workers:
         """Starts a job, unless it is done, cannot run, or still runs in a process of an earlier sweep."""
         if isinstance(job, InvalidJob):
             self._ended(job, record_failure(job.folder, job.error))
-            return
-        if (running := self._pool.find(job.folder.path)) is not None:
+        elif (running := self._pool.find(job.folder.path)) is not None:
             self._overview.started(job.number, job.label)
-            self._active[slot] = _Worker(job, running, is_adopted=True)
-            return
-        try:
-            result = prepare(job)
-        except UserError as error:
-            self._ended(job, record_failure(job.folder, str(error)))
-            return
-        if result is not None:
-            self._ended(job, result, known=True)
-            return
-        self._overview.started(job.number, job.label)
-        self._start(slot, job)
+            self.active[slot] = _Worker(job, running, is_adopted=True)
+        else:
+            self._start(slot, job)
 
-    def _start(self, slot: int, job: Job) -> None:
+    def _start(self, slot: int, job: Job, *, again: bool = False) -> None:
+        """Starts a job, unless it is done or cannot run. `again`: a process had it, which may have finished it."""
+        try:
+            done, known = prepare(job), not again
+        except UserError as error:
+            done, known = record_failure(job.folder, str(error)), False
+        if done is not None:
+            self._ended(job, done, known=known)
+            return
+        if not again:
+            self._overview.started(job.number, job.label)
         try:
             process = self._pool.start(slot, job.folder.path, job.plan.environment)
         except OSError as error:
             self._ended(job, record_failure(job.folder, f"the process could not be started: {error}", died=True))
         else:
-            self._active[slot] = _Worker(job, process, is_adopted=False)
+            self.active[slot] = _Worker(job, process)
 
     def _read_metrics(self, worker: _Worker) -> None:
         for metrics in worker.new_metrics():
@@ -212,16 +212,12 @@ class _Workers:
     def _collect(self, slot: int, worker: _Worker, code: int) -> None:
         job = worker.job
         self._read_metrics(worker)
-        if worker.is_adopted:
-            # The earlier sweep's signal has stopped it: it is done only if it was about to finish. Else it resumes.
-            result = prepare(job)
-            if result is None:
-                self._start(slot, job)
-                return
-        else:
-            if worker.pruned_at is not None and code == -signal.SIGTERM and job.folder.summary() is None:
-                code = INTERRUPTED  # the signal came before the job's handler was installed
-            result = result_of(job.folder, code)
+        if worker.is_adopted or code == RETURNED:
+            self._start(slot, job, again=True)
+            return
+        if worker.pruned_at is not None and code == -signal.SIGTERM and job.folder.summary() is None:
+            code = INTERRUPTED  # the signal came before the job's handler was installed
+        result = result_of(job.folder, code)
         if worker.pruned_at is not None and result.status == "interrupted":
             result = record_pruned(job.folder, worker.pruned_at)
         self._ended(job, result)
@@ -232,28 +228,23 @@ class _Workers:
 
     def stop(self, interruption: Interruption) -> None:
         """Stops all jobs with a checkpoint and waits for them; a second Ctrl-C ends the wait."""
-        jobs = format_count("jobs", len(self._active))
+        jobs = format_count("jobs", len(self.active))
         self._overview.message(f"{interruption.reason}: stopping {jobs}; resume with resume=auto")
-        for worker in self._active.values():
+        for worker in self.active.values():
             worker.process.stop()
-        while self._active:
+        while self.active:
             for _, worker, code in self._take_ended():
-                if not worker.is_adopted:
-                    # Without a summary the signal came before the job's handler was installed: not a failure.
-                    is_silent = worker.job.folder.summary() is None
-                    self._ended(worker.job, result_of(worker.job.folder, INTERRUPTED if is_silent else code))
+                folder = worker.job.folder
+                if not worker.is_adopted:  # without a summary the signal came before the job's handler was installed
+                    self._ended(worker.job, result_of(folder, INTERRUPTED if folder.summary() is None else code))
             self.wait()
-
-    def kill(self) -> None:
-        for worker in self._active.values():
-            worker.process.kill()
 
 
 # -- launchers
 
 
 def build_pool(launcher: Callable[..., Pool], settings: Mapping[str, Any]) -> Pool:
-    """Checks the settings of hydra.launcher and builds the launcher's pool. Raises `UserError`."""
+    """Checks the settings of hydra.launcher and builds its pool. Raises `UserError`."""
     plain = {
         key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in settings.items()
     }
@@ -261,10 +252,7 @@ def build_pool(launcher: Callable[..., Pool], settings: Mapping[str, Any]) -> Po
 
 
 def local(*, n_jobs: Annotated[int, Ge(-1)]) -> Pool:
-    """Runs `n_jobs` processes (-1: one per core) on this machine, each on an equal number of the available cores.
-
-    With more slots than cores, several slots use the same core.
-    """
+    """Runs `n_jobs` processes (-1: one per core) on this machine, each on an equal share of the cores, at least one."""
     if n_jobs == 0:
         raise UserError("hydra.launcher.n_jobs=0: must be the number of jobs to run at once (>= 1), or -1")
     # Other systems than Linux do not bind processes to cores.
@@ -301,14 +289,14 @@ def find_local(folder: Path) -> Process | None:
     return _Adopted(folder) if RunFolder(folder).is_live() else None
 
 
+@dataclass
 class _Adopted:
     """A job of a sweep that was killed; the job is still writing its last checkpoint."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = RunFolder(folder)
+    folder: Path
 
     def poll(self) -> int | None:
-        return None if self._folder.is_live() else DONE
+        return None if RunFolder(self.folder).is_live() else RETURNED
 
     def stop(self) -> None:
         pass
@@ -328,32 +316,26 @@ class Forked:
 
 def spawn(folder: Path, environment: Mapping[str, str], cores: set[int] | None) -> Forked:
     """Starts the job in `folder` on these cores (None: all), with `environment` added to this process's environment."""
-    warm_up()
-    process = _forkserver().Process(
-        target=_run, args=(str(folder), os.getcwd(), {**os.environ, **environment}, cores), daemon=False
-    )
+    arguments = (str(folder), os.getcwd(), {**os.environ, **environment}, cores)
+    process = warm_up().Process(target=_run, args=arguments, daemon=False)
     process.start()
     return Forked(process)
 
 
-def warm_up() -> None:
-    """Starts the server, unless it runs; it imports the modules while the sweep is still composing its jobs.
+def warm_up() -> ForkServerContext:
+    """Starts the server, unless it runs; a call before the first `spawn` saves the time that its imports take.
 
     The server inherits the blocked signals. They reach all processes of a terminal or a Slurm step, and would end it
     with a traceback. It exits when the sweep does.
     """
-    _forkserver()
+    context: ForkServerContext = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     resource_tracker.ensure_running()  # unblocks signals when it starts, so start it first
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-def _forkserver() -> ForkServerContext:
-    context: ForkServerContext = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -27,27 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """A composed sweep.
-
-    Attributes:
-        overrides: of the command line; `hydra`: those of Hydra's config, which every job is composed with; `swept`:
-            those of the jobs.
-        path: hydra.sweep.dir; `is_typed`: given on the command line.
-        pool: the worker pool of the launcher; None for a launcher of another package.
-        sized: models whose size was checked.
-        found: the folder of the sweep, once `find_folder` has chosen it.
-    """
+    """A composed sweep."""
 
     composer: Composer
     config: DictConfig
-    overrides: list[str]
-    hydra: list[str]
-    swept: list[Override]
-    path: Path
-    is_typed: bool
-    pool: pools.Pool | None
-    sized: set[str] = field(default_factory=set)
-    found: list[Path] = field(default_factory=list)
+    overrides: list[str]  # of the command line
+    hydra: list[str]  # those of Hydra's config, which every job is composed with
+    swept: list[Override]  # those of the jobs
+    path: Path  # hydra.sweep.dir
+    is_typed: bool  # on the command line
+    pool: pools.Pool | None  # None for a launcher of another package
+    sized: set[str] = field(default_factory=set)  # models whose size was checked
+    found: list[Path] = field(default_factory=list)  # the folder, once `find_folder` has chosen it
 
     def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
         """Returns the folder of the sweep, created if missing. `check(path, key)` refuses an unsuitable one."""

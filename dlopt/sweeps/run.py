@@ -41,15 +41,8 @@ _READS_OF_HYDRA = (
 def refuse_ranks(command: str, what: str) -> None:
     """Raises `UserError` in one of several ranks of torchrun or srun, all of which would start `what`."""
     if current() is not None:
-        raise UserError(
-            f"{command}: cannot run inside torchrun or srun, because every rank would start {what}; start it from a "
-            "shell"
-        )
-
-
-def sweep(composer: Composer, parsed: Namespace) -> int:
-    """Runs the sweep and returns its exit code. Raises `UserError` before it creates any file."""
-    return run(request(composer, parsed))
+        reason = f"cannot run inside torchrun or srun, because every rank would start {what}"
+        raise UserError(f"{command}: {reason}; start it from a shell")
 
 
 def request(composer: Composer, parsed: Namespace) -> SweepRequest:
@@ -88,10 +81,7 @@ def run(request: SweepRequest) -> int:
 
 
 def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
-    """Checks the settings of the launcher and returns its worker pool.
-
-    A launcher of another package has none: raises `UserError` with the reason `refusal`, if any.
-    """
+    """Checks the launcher and returns its pool; None, or `UserError` if there is a `refusal`, for another package's."""
     if str(config.hydra.launcher._target_).startswith(OWN):
         return cast(pools.Pool, instantiate(config.hydra.launcher).build_pool())
     if refusal is None:
@@ -173,37 +163,30 @@ def _plans(request: SweepRequest) -> list[Plan]:
 
 
 def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str | None) -> None:
+    """Raises `UserError` for a folder that another sweep uses, or whose runs cannot be resumed as these jobs."""
+    from dlopt.training.checkpoint import Checkpoints  # imports torch
+    from dlopt.training.progress import check_lengthened
+
     if sweep.is_live():
         raise UserError(f"{key}: another sweep is active in this folder")
     for job in jobs:
         job.folder.refuse_newer(key)
-    for job in jobs:
+    for job in [job for job in jobs if job.folder.has_run()]:
+        if resume != "auto":
+            raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
         folder, saved = job.folder, job.plan.saved
-        if folder.has_run():
-            if resume != "auto":
-                raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
-            former = folder.config() or saved
-            refuse_other_config(former, saved, str(folder.path), folder.history())
-            if any(former.get(name) != saved[name] for name in ("epochs", "steps")):
-                _check_length(job)
-
-
-def _check_length(job: Job) -> None:
-    """Raises `UserError` if the job would train its added epochs at learning rate 0."""
-    from dlopt.training.checkpoint import Checkpoints
-    from dlopt.training.progress import check_lengthened
-
-    state = Checkpoints(job.folder.checkpoints).load_newest()
-    if state is not None:
-        check_lengthened(job.plan.experiment, state)
+        former = folder.config() or saved
+        refuse_other_config(former, saved, str(folder.path), folder.history())
+        has_other_length = any(former.get(name) != saved[name] for name in ("epochs", "steps"))
+        if has_other_length and (state := Checkpoints(folder.checkpoints).load_newest()) is not None:
+            check_lengthened(job.plan.experiment, state)
 
 
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
     """Returns whether the folder contains the same jobs, some of them unfinished."""
     space = read_space(sweep.path)
-    if sweep.is_live() or not isinstance(space, list) or len(space) != len(jobs):
-        return False
-    if all(job.is_done for job in jobs):
+    is_same = isinstance(space, list) and len(space) == len(jobs)
+    if not is_same or sweep.is_live() or all(job.is_done for job in jobs):
         return False
     for lines, job in zip(space, jobs, strict=True):
         old = job.folder.config()
@@ -214,27 +197,20 @@ def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
 
 def _values(lines: Any) -> dict[str, str]:
     """Returns the overrides by key, without those that may change on resume."""
-    lines = [str(line) for line in lines] if isinstance(lines, list) else []
-    return {key_of(line): value_of(line) for line in lines if not may_change(key_of(line))}
+    return {key_of(line): value_of(line) for line in map(str, lines) if not may_change(key_of(line))}
 
 
 # -- launchers and sweepers of other packages
 
 
 def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]) -> None:
-    """Runs a sweep through Hydra's main, with the sweeper and the launcher of its config.
-
-    `overrides`: of the jobs; their lists of values are spelled out, which Hydra expands in the same order.
-    """
-    composer = request.composer
-    flags = ["-m", "--config-name", composer.config_name]
-    flags += [] if composer.config_dir is None else ["--config-dir", composer.config_dir]
+    """Runs a sweep through Hydra's main. `overrides`: with lists spelled out, which Hydra expands in the same order."""
     hydra = [line for line in request.hydra if key_of(line) not in ("hydra.sweep.dir", "hydra.sweeper.params")]
     own = [f"hydra.sweep.dir={quoted_value(str(folder))}"]
     if str(request.config.hydra.sweeper._target_).endswith("BasicSweeper"):
         own.append("hydra.sweeper.params=null")
     with env_override({"HYDRA_FULL_ERROR": "1"}):  # errors are raised, not printed
-        hydra_main([*flags, *hydra, *own, *overrides], start_job)
+        hydra_main(["-m", *request.composer.flags, *hydra, *own, *overrides], start_job)
 
 
 def start_job(config: DictConfig) -> str:

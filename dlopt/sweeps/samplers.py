@@ -27,9 +27,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 Sampler = Callable[[int], BaseSampler]
 """Job number -> Optuna sampler of that job."""
-Sequence = Literal["Sobol", "Halton"]
 Factor = Annotated[int, Ge(2)]
-Population = Annotated[int, Ge(3)]
 
 
 def random(*, space: Space, seed: int) -> Sampler:
@@ -49,7 +47,7 @@ def tpe(*, space: Space, seed: int, startup_trials: Natural, multivariate: bool,
 
 
 def cmaes(
-    *, space: Space, seed: int, startup_trials: Count, sigma: Positive | None, population: Population | None
+    *, space: Space, seed: int, startup_trials: Count, sigma: Positive | None, population: Annotated[int, Ge(3)] | None
 ) -> Sampler:
     """Covariance matrix adaptation (Hansen 2016) over numeric keys; choices and the first jobs are drawn at random."""
     try:
@@ -70,24 +68,19 @@ def cmaes(
 
 def sobol(*, space: Space, seed: int, scramble: bool) -> Sampler:
     """Sobol sequence with Owen scrambling: most even when the number of jobs is a power of two."""
-    return lambda number: _fixed(_point("Sobol", space, seed, scramble, number))
+    return lambda number: _fixed(point("Sobol", space, seed, scramble, number))
 
 
 def halton(*, space: Space, seed: int, scramble: bool) -> Sampler:
     """Halton sequence with Owen scrambling: even for any number of jobs, in few dimensions."""
-    return lambda number: _fixed(_point("Halton", space, seed, scramble, number))
+    return lambda number: _fixed(point("Halton", space, seed, scramble, number))
 
 
-def halton_point(space: Space, seed: int, number: int) -> dict[str, Any]:
-    """Returns the values of point `number` (from 0) of a scrambled Halton sequence."""
-    return _point("Halton", space, seed, True, number)
-
-
-def _point(name: Sequence, space: Space, seed: int, scramble: bool, number: int) -> dict[str, Any]:
+def point(name: Literal["Sobol", "Halton"], space: Space, seed: int, scramble: bool, number: int) -> dict[str, Any]:
+    """Returns the values of point `number` (from 0) of a sequence."""
     from scipy.stats import qmc
 
-    engine = {"Sobol": qmc.Sobol, "Halton": qmc.Halton}[name]
-    points = engine(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
+    points = getattr(qmc, name)(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
     if number > 0:
         points.fast_forward(number)
     pairs = zip(space.searched.items(), points.random(1)[0], strict=True)

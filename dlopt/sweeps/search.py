@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import optuna
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from dlopt.config.compose import Composer
@@ -65,10 +66,9 @@ def search(request: SweepRequest) -> int:
     """Runs the jobs of a search; returns the exit code. Raises `UserError` before it creates any file."""
     spec = build_study_spec(request.composer, request.config, [text_of(override) for override in request.swept])
     jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
-    space = spec.space.describe()
-    facts = {**study_facts(spec, jobs[0].saved), "space": space}
+    facts = study_facts(spec, jobs[0].saved)
     if request.config.dry_run:
-        for key, values in space.items():
+        for key, values in facts["space"].items():
             print(f"{key}: {values}")
         print("values are drawn when a job starts")
         return request.estimate(jobs, spec.total)
@@ -126,8 +126,7 @@ def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
         return
     if not isinstance(saved, dict):
         raise UserError(f"{key}: this folder contains a grid sweep, not a search")
-    different = describe_differences(saved.get("facts", {}), facts)
-    if different:
+    if different := describe_differences(saved.get("facts", {}), facts):
         raise UserError(f"{key}: this folder contains a different search ({different}); use another folder")
     if resume != "auto" and not has_live_worker(sweep):
         raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
@@ -163,9 +162,8 @@ def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence
     settings = SearchSettings(**check_arguments("hydra.sweeper", SearchSettings, plain))
     objectives = [settings.objective] if isinstance(settings.objective, str) else settings.objective
     directions = _directions(settings, objectives)
-    packages = ("dlopt.sweeps",)
-    sampler = component("hydra.sweeper.sampler", sampler_node, ("space", "seed"), packages)
-    pruner = component("hydra.sweeper.pruner", pruner_node, (), packages).build()
+    sampler = component("hydra.sweeper.sampler", sampler_node, ("space", "seed"), ["dlopt.sweeps"])
+    pruner = component("hydra.sweeper.pruner", pruner_node, (), ["dlopt.sweeps"]).build()
     name = sampler.target.__name__
     if name == "cmaes" and len(objectives) > 1:
         raise UserError("hydra/sweeper/sampler=cmaes: supports one objective; for several use random, tpe or sobol")
@@ -175,12 +173,16 @@ def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence
             f"{seeds[0]}: a search draws configurations, not seeds; set one seed, and compare the best "
             f"configurations over {seeds[0]}=range(0,5) afterwards (or use hydra/sweeper/sampler=grid)"
         )
-    total = settings.n_trials if settings.n_trials is not None else space.size()
+    size = space.size()
+    total = settings.n_trials or size
     if total is None:
         raise UserError("hydra.sweeper.n_trials=null: allowed for grids only; set the number of jobs")
-    if name == "grid" and space.size() is not None:
-        total = min(total, space.size() or 0)
+    if name == "grid" and size is not None:
+        total = min(total, size)
     watch = None if isinstance(pruner, optuna.pruners.NopPruner) else _pruning_metric(settings, objectives)
+    is_opposite = False
+    if watch is not None and watch != objectives[0].removeprefix("best_"):  # for example a loss and an accuracy
+        is_opposite = lower_is_better(watch) != (directions[0] == "minimize")
     return StudySpec(
         space,
         objectives,
@@ -191,7 +193,7 @@ def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence
         total,
         settings.storage,
         settings.study_name,
-        negate_pruning_metric=watch is not None and _is_opposite(watch, objectives[0], directions[0]),
+        negate_pruning_metric=is_opposite,
     )
 
 
@@ -221,31 +223,20 @@ def _pruning_metric(settings: SearchSettings, objectives: Sequence[str]) -> str:
     return objectives[0].removeprefix("best_")
 
 
-def _is_opposite(watch: str, objective: str, direction: Direction) -> bool:
-    """Returns whether the pruner's metric improves in the opposite direction of the objective: loss and accuracy."""
-    if objective.removeprefix("best_") == watch:
-        return False
-    return lower_is_better(watch) != (direction == "minimize")
-
-
 def probes(space: Space) -> list[list[str]]:
-    """Returns overrides of jobs that together cover every choice and both ends of every range.
-
-    Their configs are checked before the first job starts.
-    """
-    extremes = {key: _extremes(distribution) for key, distribution in space.searched.items()}
+    """Returns overrides of jobs, to be checked early, that cover every choice and both ends of every range."""
+    searched: Mapping[str, Any] = space.searched
+    extremes = {
+        key: each.choices if isinstance(each, CategoricalDistribution) else (each.low, each.high)
+        for key, each in searched.items()
+    }
     first = {key: values[0] for key, values in extremes.items()}
     points = [first] + [{**first, key: value} for key, values in extremes.items() for value in values[1:]]
     return [space.overrides(point) for point in points]
 
 
-def _extremes(distribution: Any) -> Sequence[Any]:
-    is_choice = isinstance(distribution, optuna.distributions.CategoricalDistribution)
-    return distribution.choices if is_choice else (distribution.low, distribution.high)
-
-
 def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what must be equal for all processes that share the study, except its space.
+    """Returns what must be equal for all processes that share the study.
 
     `saved`: the config of any one job; keys that are searched or that may differ between machines are left out.
     """
@@ -257,7 +248,7 @@ def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flatten(saved).items()
         if is_fact(key) and (not is_below(key, searched) or is_below(key, typed))
     }
-    return {"objective": list(spec.objectives), "config": fixed}
+    return {"objective": list(spec.objectives), "config": fixed, "space": spec.space.describe()}
 
 
 # -- its jobs
@@ -280,7 +271,7 @@ class Search(JobSource):
         self._spec, self._study, self._build = spec, study, build
         self._claims: dict[int, ClaimedJob] = {}
         self.interrupted = 0  # jobs
-        self._last_empty_claim, self._is_exhausted = float("-inf"), False
+        self._last_empty_claim = float("-inf")
         self.overview = Overview(spec.total, spec.objectives[0], spec.directions[0])
         self._logged: set[str] = set()  # metrics in the lines of metrics.jsonl, if there is a pruner
 
@@ -296,7 +287,6 @@ class Search(JobSource):
         claim = self._study.claim()
         if claim is None:
             self._last_empty_claim = now
-            self._is_exhausted = self._study.counts()[TrialState.WAITING] == 0 and not self._study.awaits_orphans()
             return None
         self._claims[claim.number] = claim
         job = self._build(space.overrides(claim.values), claim.number, space.label(claim.values))
@@ -305,7 +295,7 @@ class Search(JobSource):
         return job
 
     def is_exhausted(self) -> bool:
-        return self._is_exhausted
+        return self._study.counts()[TrialState.WAITING] == 0 and not self._study.awaits_orphans()
 
     def should_stop(self, job: Job, metrics: Mapping[str, Any]) -> bool:
         if self._spec.pruning_metric is None:
@@ -319,36 +309,32 @@ class Search(JobSource):
         return self._study.report(self._claims[job.number], int(metrics["epoch"]), value)
 
     def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
-        """Records the result. Raises `RunError` if no job of this search can have the metrics that it compares."""
         claim = self._claims[job.number]
         if result.status == "interrupted":
-            self.interrupted += 1
-            return  # the trial stays RUNNING: another process takes it over once this one has ended
-        if result.status == "pruned":
+            self.interrupted += 1  # the trial stays RUNNING: another process takes it over once this one has ended
+        elif result.status == "pruned":
             self._study.finish(claim, TrialState.PRUNED)
-            return
-        if result.status == "failed":
+        elif result.status == "failed":
             self._study.finish(claim, TrialState.FAIL, reason=result.reason)
-            return
-        values = {key: result.metrics.get(key) for key in self._spec.objectives}
-        scores = [float(value) for value in values.values() if is_number(value)]
-        if len(scores) == len(values):
-            self._study.finish(claim, TrialState.COMPLETE, scores, run=str(job.folder.path))
         else:
-            self._fail(claim, values, result.metrics)
+            self._record(claim, job.folder, result.metrics)
+
+    def _record(self, claim: ClaimedJob, run: RunFolder, metrics: Mapping[str, Any]) -> None:
+        """Records the objectives. Raises `RunError` if no job of this search can have the metrics that it compares."""
+        missing = [key for key in self._spec.objectives if not is_number(metrics.get(key))]
+        if not missing:
+            scores = [float(metrics[key]) for key in self._spec.objectives]
+            self._study.finish(claim, TrialState.COMPLETE, scores, run=str(run.path))
+        else:
+            available = ", ".join(name for name, value in metrics.items() if is_number(value))
+            is_unknown = missing[0] not in metrics
+            reason = f"no such metric in summary.json, which has {available}" if is_unknown else "not a finite number"
+            reason = f"hydra.sweeper.objective={missing[0]}: {reason}"
+            self._study.finish(claim, TrialState.FAIL, reason=reason)
+            if is_unknown and not self._study.finished():
+                raise RunError(reason)
+            self.overview.message(f"job {claim.number}: {reason}")
         watch = self._spec.pruning_metric
         if self._logged and watch is not None and watch not in self._logged:
             logged = ", ".join(sorted(self._logged))
             raise RunError(f"hydra.sweeper.watch={watch}: no such metric in metrics.jsonl, which has {logged}")
-
-    def _fail(self, claim: ClaimedJob, values: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
-        """Records a job without all objectives; ends the search if no job has had them."""
-        key = next(key for key, value in values.items() if not is_number(value))
-        available = ", ".join(name for name, value in metrics.items() if is_number(value))
-        is_unknown = key not in metrics
-        reason = f"no such metric in summary.json, which has {available}" if is_unknown else "not a finite number"
-        reason = f"hydra.sweeper.objective={key}: {reason}"
-        self._study.finish(claim, TrialState.FAIL, reason=reason)
-        if is_unknown and not self._study.finished():
-            raise RunError(reason)
-        self.overview.message(f"job {claim.number}: {reason}")

@@ -7,7 +7,7 @@ from decimal import Decimal
 from itertools import product
 from typing import Any
 
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from dlopt.config.overrides import listed_values
@@ -24,15 +24,11 @@ class Space:
     fixed: tuple[str, ...]
 
     def overrides(self, values: Mapping[str, Any]) -> list[str]:
-        """Returns the overrides of the job with these values."""
-        return [*self.fixed, *self._searched_overrides(values)]
+        return [*self.fixed, *(f"{key}={values[key]}" for key in self.searched)]
 
     def label(self, values: Mapping[str, Any]) -> str:
         """Returns the overrides in which the job differs from others."""
-        return " ".join(self._searched_overrides(values))
-
-    def _searched_overrides(self, values: Mapping[str, Any]) -> list[str]:
-        return [f"{key}={values[key]}" for key in self.searched]
+        return " ".join(self.overrides(values)[len(self.fixed) :])
 
     def describe(self) -> dict[str, str]:
         """Maps each key to its distribution in Hydra's notation, for display, storage and comparison."""
@@ -71,12 +67,15 @@ def parse_space(overrides: Iterable[Override]) -> Space:
 
 def _distribution(key: str, override: Override) -> BaseDistribution:
     value = override.value()
+    tags = value.tags if isinstance(value, Sweep) else set()
+    if unknown := sorted(tags - {"log"}):
+        raise UserError(f"{key}: unknown tag({unknown[0]}, ...); allowed: tag(log, interval(a,b))")
     if isinstance(value, IntervalSweep):
         return _interval(key, value)
+    if tags:
+        raise UserError(f"{key}: tag(log, ...) requires interval(a,b), not a list or range")
     if isinstance(value, RangeSweep) and not value.shuffle:
         return _range(key, value)
-    if isinstance(value, ChoiceSweep) and _is_log(key, value.tags):
-        raise UserError(f"{key}: tag(log, ...) requires interval(a,b), not a list")
     choices = listed_values(override)
     if not choices:
         raise UserError(f"{key}: the list of values is empty")
@@ -84,7 +83,7 @@ def _distribution(key: str, override: Override) -> BaseDistribution:
 
 
 def _interval(key: str, sweep: IntervalSweep) -> BaseDistribution:
-    low, high, is_log = sweep.start, sweep.end, _is_log(key, sweep.tags)
+    low, high, is_log = sweep.start, sweep.end, bool(sweep.tags)
     assert low is not None and high is not None
     if low > high or (is_log and low <= 0):
         required = "0 < a <= b" if is_log else "a <= b"
@@ -96,8 +95,6 @@ def _interval(key: str, sweep: IntervalSweep) -> BaseDistribution:
 
 def _range(key: str, sweep: RangeSweep) -> BaseDistribution:
     # Hydra's range excludes its end, Optuna's distributions include theirs.
-    if _is_log(key, sweep.tags):
-        raise UserError(f"{key}: tag(log, ...) requires interval(a,b), not range")
     ends = (sweep.start, sweep.stop, sweep.step)
     first, stop, step = (Decimal(str(end)) for end in ends)  # in decimals: 0.1 * 3 would be 0.30000000000000004
     if (stop - first) * step <= 0:
@@ -109,13 +106,6 @@ def _range(key: str, sweep: RangeSweep) -> BaseDistribution:
     return FloatDistribution(float(low), float(high), step=abs(float(step)))
 
 
-def _is_log(key: str, tags: set[str]) -> bool:
-    unknown = tags - {"log"}
-    if unknown:
-        raise UserError(f"{key}: unknown tag({sorted(unknown)[0]}, ...); allowed: tag(log, interval(a,b))")
-    return bool(tags)
-
-
 def grid_values(distribution: BaseDistribution) -> list[Value] | None:
     """Returns all values, in order; None if they are continuous."""
     if isinstance(distribution, CategoricalDistribution):
@@ -123,21 +113,9 @@ def grid_values(distribution: BaseDistribution) -> list[Value] | None:
     if isinstance(distribution, IntDistribution):
         return list(range(distribution.low, distribution.high + 1, distribution.step))
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
-        # In decimals: 0.1 * 3 would be 0.30000000000000004.
         first, last, step = (Decimal(str(x)) for x in (distribution.low, distribution.high, distribution.step))
-        return [float(first + i * step) for i in range(int((last - first) / step) + 1)]
+        return [float(first + i * step) for i in range(int((last - first) / step) + 1)]  # see `_range`
     return None
-
-
-def suggest(trial: Any, key: str, distribution: BaseDistribution) -> Any:
-    """Returns the trial's value of one key."""
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(key, distribution.choices)
-    if isinstance(distribution, IntDistribution):
-        low, high = distribution.low, distribution.high
-        return trial.suggest_int(key, low, high, step=distribution.step, log=distribution.log)
-    assert isinstance(distribution, FloatDistribution)
-    return trial.suggest_float(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
 def _describe(distribution: BaseDistribution) -> str:

@@ -7,7 +7,6 @@ taken over by another one, with its number, values and checkpoint.
 
 import os
 import socket
-import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from dlopt.errors import RunError, UserError
 from dlopt.locks import hold, is_held, locked, taken
 from dlopt.results.leaderboard import Direction
 from dlopt.sweeps.samplers import Sampler
-from dlopt.sweeps.space import Space, suggest
+from dlopt.sweeps.space import Space
 
 JOURNAL = "study.journal"
 WORKERS = "workers"
@@ -66,32 +65,24 @@ class ClaimedJob:
 
 
 class _JournalLock:
-    """Lock for Optuna's journal file.
-
-    Optuna's own locks are files, which survive a killed process and then block the others for 30 s.
-    """
+    """Lock for the journal. Optuna's own locks are files, which survive a killed process and block others for 30 s."""
 
     def __init__(self, journal: Path) -> None:
         self._journal, self._held = journal, ExitStack()
 
     def acquire(self) -> bool:
         self._held.enter_context(locked(self._journal.with_name(f"{self._journal.name}.lock")))
-        self._truncate_torn_line()
+        with suppress(FileNotFoundError), self._journal.open("rb+") as journal:
+            size = journal.seek(0, os.SEEK_END)
+            journal.seek(max(size - 1, 0))
+            if journal.read() not in (b"", b"\n"):  # a process was killed while it wrote a line: remove it
+                start = max(size - (1 << 20), 0)
+                journal.seek(start)
+                journal.truncate(start + journal.read().rfind(b"\n") + 1)
         return True
 
     def release(self) -> None:
         self._held.close()
-
-    def _truncate_torn_line(self) -> None:
-        """Removes an incomplete last line, which a process leaves that is killed while it writes."""
-        with suppress(FileNotFoundError), self._journal.open("rb+") as journal:
-            size = journal.seek(0, os.SEEK_END)
-            journal.seek(max(size - 1, 0))
-            if journal.read() in (b"", b"\n"):
-                return
-            start = max(size - (1 << 20), 0)
-            journal.seek(start)
-            journal.truncate(start + journal.read().rfind(b"\n") + 1)
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
@@ -102,57 +93,43 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         path = folder / JOURNAL
         return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, _JournalLock(path))))
     try:
+        key = f"hydra.sweeper.storage={hide_password(url)}"
+    except Exception:  # of SQLAlchemy, or of int() for the port
+        raise UserError("hydra.sweeper.storage=***: not the URL of a database") from None
+    try:
         with locked(lock):  # creating the tables fails if two processes do it at once
             return RDBStorage(url, engine_kwargs={} if url.startswith("sqlite") else {"pool_pre_ping": True})
     except ImportError as error:
         missing = getattr(error.__cause__, "name", None) or error.name or "the database's driver"
         driver = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-        raise UserError(f"{_key(url)}: needs a package: pip install {driver.get(missing, missing)}") from None
+        raise UserError(f"{key}: needs a package: pip install {driver.get(missing, missing)}") from None
     except Exception as error:  # of SQLAlchemy, its drivers or Optuna
-        raise UserError(f"{_key(url)}: {_reason(error, url)}") from None
-
-
-def _key(url: str | None) -> str:
-    return f"hydra.sweeper.storage={hide_password(url)}"
+        raise UserError(f"{key}: {_reason(error, url)}") from None
 
 
 def hide_password(url: str | None) -> str:
     """Returns the URL of a database without its password; the journal's name for None."""
-    if url is None:
-        return JOURNAL
-    parsed = _parse_url(url)
-    return "***" if parsed is None else str(parsed.render_as_string(hide_password=True))
+    return JOURNAL if url is None else str(_parsed(url).render_as_string(hide_password=True))
 
 
-def _parse_url(url: str) -> Any:
+def _parsed(url: str) -> Any:
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
 
-    try:
-        return make_url(url)
-    except (SQLAlchemyError, ValueError):
-        return None
+    return make_url(url)
 
 
 def _reason(error: Exception, url: str | None) -> str:
     """Returns the first line of the error's message, without the database's password."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if url is None:
-        return text
-    parsed = _parse_url(url)
-    if parsed is None:
-        return "not the URL of a database"
-    return text.replace(str(parsed.password), "***") if parsed.password else text
+    password = None if url is None else _parsed(url).password
+    return text.replace(str(password), "***") if password else text
 
 
 class Study:
     """A process's handle of the study."""
 
     def __init__(self, folder: Path, spec: StudySpec, facts: Mapping[str, Any]) -> None:
-        """Creates or joins the study. `facts`: JSON values that must be equal for all processes that share it.
-
-        Raises `UserError` with the differences if the existing study has other facts.
-        """
+        """Creates the study, or joins it. Raises `UserError` if it has other `facts` (JSON values)."""
         self.folder, self.space, self.total = folder, spec.space, spec.total
         self._storage, self._sampler = open_storage(spec.storage, folder), spec.sampler
         self._workers = folder / WORKERS
@@ -168,25 +145,23 @@ class Study:
                 pruner=spec.pruner,
                 load_if_exists=True,
             )
-            _check_facts(self._study, {**facts, "space": spec.space.describe(), "directions": list(spec.directions)})
-            self._add_trials()
+            facts = {**facts, "space": spec.space.describe(), "directions": list(spec.directions)}
+            existing = self._study.user_attrs.get("facts")
+            if existing is None:
+                self._study.set_user_attr("facts", facts)
+            elif different := describe_differences(existing, facts):
+                raise UserError(
+                    f"hydra.sweeper: the study {spec.name} has another search space or config ({different}); "
+                    "use the same one, or another hydra.sweep.dir or hydra.sweeper.study_name"
+                )
+            # The total may have grown. Machines without this folder may add trials at the same time: those beyond the
+            # total are ignored.
+            for _ in range(self.total - len(self._trials())):
+                self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
 
     def close(self) -> None:
         """Releases the unfinished jobs, so that another process can take them over."""
         self._alive_lock.close()
-
-    def _add_trials(self) -> None:
-        """Adds waiting trials up to the total, which may have grown since the study was created."""
-        missing = self.total - len(self._trials())
-        # A process on another machine, where the lock has no effect, may be adding trials: wait until it stops.
-        while missing > 0:
-            time.sleep(0 if missing == self.total else 1.0)
-            still_missing = self.total - len(self._trials())
-            if still_missing == missing:
-                break
-            missing = still_missing
-        for _ in range(missing):
-            self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         trials = self._study.get_trials(deepcopy=False, states=states or None)
@@ -198,19 +173,14 @@ class Study:
             if trial.number not in self._claimed and self._take_over(trial):
                 return self._draw_values(trial, is_takeover=True)
         for trial in self._trials(TrialState.WAITING):
-            if self._start(trial):
+            try:
+                is_first = self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            except (UpdateFinishedTrialError, RuntimeError):  # another process has even finished it
+                continue
+            if is_first:
+                self._record_owner(trial)
                 return self._draw_values(trial, is_takeover=False)
         return None
-
-    def _start(self, trial: FrozenTrial) -> bool:
-        """Sets a waiting trial to RUNNING; returns False if another process was faster."""
-        try:
-            if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                return False
-        except (UpdateFinishedTrialError, RuntimeError):  # another process has even finished it
-            return False
-        self._record_owner(trial)
-        return True
 
     def _record_owner(self, trial: FrozenTrial) -> None:
         self._storage.set_trial_user_attr(trial._trial_id, "folder", str(self.folder))
@@ -223,9 +193,8 @@ class Study:
                 return False
             # Read again under the lock: another process may have taken the trial over in the meantime.
             current = self._storage.get_trial(trial._trial_id)
-            if current.state != TrialState.RUNNING:
-                return False
-            if current.user_attrs.get("worker") != trial.user_attrs.get("worker"):
+            has_owner = current.user_attrs.get("worker") != trial.user_attrs.get("worker")
+            if has_owner or current.state != TrialState.RUNNING:
                 return False
             self._record_owner(trial)
             return True
@@ -234,8 +203,8 @@ class Study:
         """Returns the lock file that the trial's owner holds while it lives."""
         worker = trial.user_attrs.get("worker")
         if worker is None:
-            # The owner died between `_start` and `_record_owner`, or has not got there yet. A file that does not exist
-            # cannot be locked, so a recent trial is left alone; orphans.lock lets one process take an old one over.
+            # The owner died before `_record_owner`, or has not got there yet. A file that does not exist cannot be
+            # locked, so a recent trial is left alone; orphans.lock lets one process take an old one over.
             started = trial.datetime_start
             is_recent = started is None or (datetime.now() - started).total_seconds() < _ORPHAN_SECONDS
             orphans = self._workers / "orphans.lock"
@@ -254,13 +223,13 @@ class Study:
                 # A dead process has drawn this value, but perhaps not those of later keys. Draw it again and discard
                 # it, so that the sampler's random stream is where it was and the later values are the same.
                 self._study.sampler.sample_independent(self._study, frozen, key, distribution)
-            values[key] = suggest(trial, key, distribution)
+            values[key] = trial._suggest(key, distribution)
         return ClaimedJob(frozen.number, values, trial, is_takeover)
 
     def report(self, claim: ClaimedJob, epoch: int, value: float) -> bool:
         """Reports a running job's metric to the pruner; returns whether to stop the job."""
-        known = self._storage.get_trial(claim.trial._trial_id).intermediate_values if claim.is_takeover else {}
-        if epoch not in known:  # a resumed job reports its first epochs again, and Optuna would warn
+        reported = self._storage.get_trial(claim.trial._trial_id).intermediate_values
+        if epoch not in reported:  # a resumed job reports its first epochs again, and Optuna would warn
             claim.trial.report(value, epoch)
         return claim.trial.should_prune()
 
@@ -287,20 +256,6 @@ class Study:
 def has_live_worker(folder: Path) -> bool:
     """Returns whether a process is working on the search in this folder."""
     return any(is_held(path) for path in (folder / WORKERS).glob("*-*.lock"))
-
-
-def _check_facts(study: optuna.Study, facts: Mapping[str, Any]) -> None:
-    """Stores the facts of a new study; raises `UserError` if an existing one has others."""
-    existing = study.user_attrs.get("facts")
-    if existing is None:
-        study.set_user_attr("facts", dict(facts))
-        return
-    different = describe_differences(existing, facts)
-    if different:
-        raise UserError(
-            f"hydra.sweeper: the study {study.study_name} has another search space or config ({different}); "
-            "use the same one, or another hydra.sweep.dir or hydra.sweeper.study_name"
-        )
 
 
 def is_fact(key: str) -> bool:
@@ -330,4 +285,5 @@ def storage_errors(url: str | None) -> Iterator[None]:
     try:
         yield
     except (OptunaError, OSError) as error:
-        raise RunError(f"{_key(url)}: {_reason(error, url)}; resume with resume=auto") from error
+        key = f"hydra.sweeper.storage={hide_password(url)}"
+        raise RunError(f"{key}: {_reason(error, url)}; resume with resume=auto") from error

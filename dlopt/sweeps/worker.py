@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,17 @@ class Lines:
         return [json.loads(line) for line in self._new.read().splitlines()]
 
 
-def create(folder: Path) -> None:
-    """Creates the folder of a worker."""
+def create(folder: Path) -> Path:
+    """Creates the folder of a worker, and returns it."""
     folder.mkdir(parents=True)
     for name in (JOBS, LOG):
         (folder / name).touch()
+    return folder
+
+
+def has_left(log: Iterable[Mapping[str, Any]]) -> bool:
+    """Returns whether the worker takes no more jobs, by the lines of its log."""
+    return any(line.keys() & {"left", "moved"} for line in log)
 
 
 class Worker:

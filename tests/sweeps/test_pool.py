@@ -77,14 +77,16 @@ def test_launchers_are_found_by_hydra(name: str) -> None:
 
 
 class Fake:
-    """A job that ends after a few polls and leaves a summary."""
+    """A job that ends after a few polls and leaves a summary; the first process of job 8 returns it."""
 
     alive: ClassVar[Counter[int]] = Counter()
     most: ClassVar[Counter[int]] = Counter()
+    started: ClassVar[Counter[str]] = Counter()
 
     def __init__(self, slot: int, folder: Path, environment: Mapping[str, str]) -> None:
         self.slot, self.folder, self.looks, self.stopped = slot, folder, 3, False
         Fake.alive[slot] += 1
+        Fake.started[folder.name] += 1
         Fake.most[slot] = max(Fake.most[slot], Fake.alive[slot])
         (folder / "metrics.jsonl").write_text('{"epoch": 1, "val_loss": 1.0}\n{"epoch": 2, "val_lo')
 
@@ -96,6 +98,8 @@ class Fake:
         number = int(self.folder.name)
         if number == 3:
             return -9
+        if number == 8 and Fake.started["8"] == 1:
+            return pools.RETURNED
         status = "interrupted" if self.stopped else "finished"
         (self.folder / "summary.json").write_text(json.dumps({"status": status, "best_val_loss": float(number)}))
         return 75 if self.stopped else 0
@@ -136,18 +140,20 @@ class Ten(pools.JobSource):
 def test_all_slots_work_and_no_job_stops_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pools, "prepare", lambda job: job.folder.path.mkdir())
+    monkeypatch.setattr(pools, "prepare", lambda job: job.folder.path.mkdir(exist_ok=True))
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    Fake.alive, Fake.most = Counter(), Counter()
+    Fake.alive, Fake.most, Fake.started = Counter(), Counter(), Counter()
     source = Ten(tmp_path)
     pools.run(source, Pool(3, Fake, lambda folder: None), Overview(10))
     status = {number: result.status for number, result in source.results.items()}
     assert status == {i: "finished" for i in range(10)} | {3: "failed", 5: "failed", 7: "pruned"}
     assert Fake.most == {0: 1, 1: 1, 2: 1}  # one job at a time in each slot
+    assert Fake.started == Counter(str(i) for i in (*range(5), *range(6, 10), 8))  # 5 cannot start, 8 starts twice
     assert "SIGKILL" in source.results[3].reason
     pruned = json.loads((tmp_path / "7/summary.json").read_text())
     assert (pruned["status"], pruned["pruned"], pruned["pruned_at_epoch"]) == ("stopped_early", True, 1)
     said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("job 8: ") for line in said) == 1
     assert "job 3 failed: killed by SIGKILL (out of memory?) | " in next(line for line in said if "job 3 f" in line)
     assert "10/10: 7 done, 1 pruned, 2 failed" in said[-1] and "best: job 0" in said[-1]
 

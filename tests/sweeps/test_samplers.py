@@ -14,7 +14,7 @@ from scipy.stats import qmc
 from dlopt.errors import UserError
 from dlopt.sweeps import samplers
 from dlopt.sweeps.samplers import Sampler
-from dlopt.sweeps.space import Space, suggest
+from dlopt.sweeps.space import Space
 from tests.sweeps.spaces import space
 
 Draws = list[dict[str, Any]]
@@ -26,7 +26,7 @@ def drawn(sampler: Sampler, searched: Space, count: int, value: Callable[[dict[s
     for number in range(count):
         study.sampler = sampler(number)
         trial = study.ask()
-        draws.append({key: suggest(trial, key, each) for key, each in searched.searched.items()})
+        draws.append({key: trial._suggest(key, each) for key, each in searched.searched.items()})
         study.tell(trial, value(draws[-1]))
     return draws
 
@@ -65,7 +65,7 @@ def test_values_depend_only_on_the_job_number(name: str, two: Space) -> None:
     study = optuna.create_study()
     study.sampler = sampler(4)  # as another process draws it, without the others
     trial = study.ask()
-    assert {key: suggest(trial, key, each) for key, each in searched.searched.items()} == whole[4]
+    assert {key: trial._suggest(key, each) for key, each in searched.searched.items()} == whole[4]
 
 
 @pytest.mark.parametrize("name, engine", [("sobol", qmc.Sobol), ("halton", qmc.Halton)])
@@ -141,7 +141,7 @@ def search(pruner: optuna.pruners.BasePruner, seed: int, jobs: int, enough: floa
     for number in range(jobs):
         study.sampler = sampler(number)
         trial = study.ask()
-        values = {key: suggest(trial, key, each) for key, each in SPACE.searched.items()}
+        values = {key: trial._suggest(key, each) for key, each in SPACE.searched.items()}
         for epoch in range(1, EPOCHS + 1):
             spent += 1
             metric = accuracy(values, epoch)

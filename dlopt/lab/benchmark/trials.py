@@ -24,7 +24,7 @@ from dlopt.lab.trials import UNRECORDED, ClaimedTrials, choice_of, has_ended
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import PlanJob
 from dlopt.sweeps.pool import Pool
-from dlopt.sweeps.samplers import halton_point
+from dlopt.sweeps.samplers import point
 from dlopt.sweeps.space import Space, parse_space
 
 
@@ -40,7 +40,7 @@ class Candidate:
         """Draws the hyperparameters of a trial, rounded to four digits. Each study has its own Halton sequence."""
         if not self.space.searched:  # of self-tuning
             return {}
-        drawn = halton_point(self.space, study, number)
+        drawn = point("Halton", self.space, study, True, number)
         return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in drawn.items()}
 
     def describe(self) -> dict[str, str]:
