@@ -203,14 +203,14 @@ def help_page(config_dir: str | None) -> str:
     # Without the defaults list itself, and without the groups' common keys.
     keys = [key for key in keys if key.name.split(".")[0] not in (*groups, "hydra") and "/" not in key.name]
     run = "start from the config of the run in folder RUN, changed by the other overrides"
-    rows = [("hydra/sweeper=dlopt_optuna", "search with Optuna: interval(a,b), choice(a,b), tag(log,interval(a,b))")]
+    sweeps = [("hydra/sweeper=dlopt_optuna", "search with Optuna: interval(a,b), choice(a,b), tag(log,interval(a,b))")]
     others = [(group, default) for group, default in SWEEPS.items() if group != "hydra/sweeper"]
-    rows += [(group, _names(choices_of(Catalogue(), group), default)) for group, default in others]  # dlopt's own
-    sections = {
+    sweeps += [(group, _names(choices_of(Catalogue(), group), default)) for group, default in others]  # dlopt's own
+    sections: dict[str, Sequence[tuple[str, str]]] = {
         "Groups and choices (* default):": [*(groups | {"experiment": recipes}).items()],
         "`dlopt options optimizer=sgd` lists the keys of a choice.": [],
         "Keys of the run:": [*((f"{key.name}={key.value}", key.comment) for key in keys), ("from=RUN", run)],
-        "Sweeps (-m; * default):": rows,
+        "Sweeps (-m; * default):": sweeps,
         "Flags:": _FLAGS,
         "Write lists as [a,b]. Quote values with spaces or commas twice: name=\"'two words'\"": [],
     }
