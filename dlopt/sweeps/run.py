@@ -226,15 +226,12 @@ def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]
 
     `overrides`: of the jobs; their lists of values are spelled out, which Hydra expands in the same order.
     """
-    composer = request.composer
-    flags = ["-m", "--config-name", composer.config_name]
-    flags += [] if composer.config_dir is None else ["--config-dir", composer.config_dir]
     hydra = [line for line in request.hydra if key_of(line) not in ("hydra.sweep.dir", "hydra.sweeper.params")]
     own = [f"hydra.sweep.dir={quoted_plain(str(folder))}"]
     if str(request.config.hydra.sweeper._target_).endswith("BasicSweeper"):
         own.append("hydra.sweeper.params=null")
     with env_override({"HYDRA_FULL_ERROR": "1"}):  # errors are raised, not printed
-        hydra_main([*flags, *hydra, *own, *overrides], start_job)
+        hydra_main(["-m", *request.composer.flags, *hydra, *own, *overrides], start_job)
 
 
 def start_job(config: DictConfig) -> str:
