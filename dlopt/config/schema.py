@@ -187,14 +187,14 @@ def _import(key: str, path: str) -> Any:
         return None
     try:
         return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if error.name is not None and is_below(module, (error.name,)):
-            return None
-        raise UserError(f"{key}={path}: importing {module} failed: {error}") from error
     except UserError:  # of a module that needs an optional package
         raise
     except Exception as error:
-        raise UserError(f"{key}={path}: importing {module} failed: {type(error).__name__}: {error}") from error
+        is_missing = isinstance(error, ModuleNotFoundError)
+        if is_missing and error.name is not None and is_below(module, (error.name,)):
+            return None
+        kind = "" if is_missing else f"{type(error).__name__}: "
+        raise UserError(f"{key}={path}: importing {module} failed: {kind}{error}") from error
 
 
 def check_arguments(
@@ -312,10 +312,10 @@ def _build_adapter(annotation: Any) -> TypeAdapter[Any] | None:
         return None
     try:
         return TypeAdapter(annotation, config=_STRICT)
-    except PydanticUserError as error:
-        if isinstance(error, PydanticSchemaGenerationError | PydanticUndefinedAnnotation):
-            return None
-        return TypeAdapter(annotation)  # pydantic refuses a second config for types that have their own
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
+        return None
+    except PydanticUserError:  # a type with a config of its own
+        return TypeAdapter(annotation)
 
 
 def show(value: Any) -> str:
@@ -343,16 +343,22 @@ def _reason(error: ValidationError) -> str:
 _TYPE_MISMATCH = {"none_required", "bool_type", "int_type", "float_type", "string_type", "list_type", "literal_error"}
 
 
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_PLAIN = {
+    int: "an integer", float: "a number", bool: "true | false", str: "a string", type(None): "null", None: "null",
+    _EMPTY: "any value", Any: "any value",
+}  # fmt: skip
+
+
 def describe_type(annotation: Any) -> str:
     """Describes the values that an annotation allows: 'a number > 0', 'batch | layer', 'null'."""
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
-    if annotation is _EMPTY or annotation is Any:
-        return "any value"
-    if annotation is type(None) or annotation is None:
-        return "null"
     if origin is typing.Annotated:
-        bounds = [bound for extra in arguments[1:] for bound in _bounds(extra)]
+        found = [(sign, getattr(extra, name, None)) for extra in arguments[1:] for name, sign in _SIGNS.items()]
+        bounds = [
+            f"{sign} {bound if isinstance(bound, int) else f'{bound:g}'}" for sign, bound in found if bound is not None
+        ]
         return " ".join([describe_type(arguments[0]), " and ".join(bounds)]).strip()
     if origin is typing.Literal:
         return " | ".join(show(argument) for argument in arguments)
@@ -364,15 +370,4 @@ def describe_type(annotation: Any) -> str:
         return f"a block {{name: {describe_type(arguments[1])}}}"
     if origin is tuple:
         return f"a list [{','.join(describe_type(argument) for argument in arguments if argument is not ...)}]"
-    plain = {int: "an integer", float: "a number", bool: "true | false", str: "a string"}
-    return plain.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-
-
-def _bounds(extra: Any) -> list[str]:
-    bounds = [(sign, getattr(extra, name, None)) for name, sign in _SIGNS.items()]
-    return [
-        f"{sign} {bound if isinstance(bound, int) else f'{bound:g}'}" for sign, bound in bounds if bound is not None
-    ]
+    return _PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))
