@@ -121,13 +121,11 @@ def _evaluate_weights(
     from dlopt.training.build import build_workload, load_weights
     from dlopt.training.ensemble import test
 
-    parsed = {key_of(override): override for override in line.composer.parse(line.overrides)}
-    own = {key: override for key, override in parsed.items() if key.startswith(("tta.", "parallel"))}
-    values = {key: override.value() for key, override in own.items()}
+    own = [each for each in line.overrides if key_of(each).startswith(("tta.", "parallel"))]
+    values = {key_of(override): override.value() for override in line.composer.parse(own)}
     processes = take_process_keys(values, "eval")
     views = _views(tta, values)
-    lines_of_own = {override.input_line for override in own.values()}
-    experiment, _ = line.experiment([text for text in line.overrides if text not in lines_of_own])
+    experiment, _ = line.experiment([each for each in line.overrides if each not in own])
     path = Path(experiment.settings.init_from or "")
     mode = join_processes(choose_device(experiment.settings.device), processes)
     workload = build_workload(experiment, parallel=mode)

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -78,13 +79,9 @@ class Choice:
     @property
     def header(self) -> list[str]:
         """The comment lines at the top of the file, without Hydra's directives (`# @package`)."""
-        lines = []
-        for line in _read(self.path).splitlines():
-            if line.strip() and not line.startswith("#"):
-                break
-            if line.startswith("#") and not re.match(r"#\s*@", line):
-                lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
-        return lines
+        top = takewhile(lambda line: not line.strip() or line.startswith("#"), _read(self.path).splitlines())
+        comments = [line for line in top if line.startswith("#") and not re.match(r"#\s*@", line)]
+        return [line.removeprefix("#").removeprefix(" ").rstrip() for line in comments]
 
     @property
     def description(self) -> str:

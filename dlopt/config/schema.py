@@ -248,11 +248,9 @@ def check_value(
             names = ", ".join(field.name for field in dataclasses.fields(annotation))
             raise UserError(f"{key}={show(value)}: this is a block of keys ({names}); set them one by one")
         return annotation(**check_arguments(key, annotation, value, runtime, packages))
-    if isinstance(value, Mapping) and "_target_" in value and value["_target_"] is None:
-        return None  # an optional component that is not set
-    if isinstance(value, Mapping) and "_target_" in value:
+    if isinstance(value, Mapping) and "_target_" in value:  # null: an optional component that is not set
         # A nested component may have an argument of its own with a runtime argument's name (a dataset's image_size).
-        return component(key, value, runtime - value.keys(), packages)
+        return None if value["_target_"] is None else component(key, value, runtime - value.keys(), packages)
     if isinstance(value, list) and any(isinstance(item, Mapping) and "_target_" in item for item in value):
         return [check_value(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
     adapter = adapter_of(annotation)
