@@ -38,7 +38,7 @@ from dlopt.plain import check_yaml, is_below, join
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
 _VARIANTS = "comparison.variants"  # their labels are keys
 _MOST = 200  # remembered configs, of some 30 kB each
-# Pickled configs by name, mode, choices, and the state of dlopt's files; those that need other files by `Composer`.
+# Pickled configs by name, mode and choices; those that need other files than dlopt's by `Composer`.
 _memory: dict[tuple[Any, ...], bytes] = {}
 
 
@@ -65,9 +65,6 @@ class Composer:
         finally:
             state.hydra = former
             search.reset(token)
-        # Differs when a YAML file of dlopt has changed; one string, which is hashed only once.
-        states = ((path, path.stat()) for path in config_folder().rglob("*.yaml"))
-        self._files = " ".join(f"{path} {state.st_mtime_ns} {state.st_size}" for path, state in states)
         self._subgroups = functools.cache(self._loader.list_groups)
 
     @property
@@ -136,7 +133,7 @@ class Composer:
         # Files of other folders may have defaults lists that depend on the environment or the time.
         files = [config_folder() / each.key_or_group / f"{each.value()}.yaml" for each in choices]
         is_shared = self.config_dir is None and all(file.is_file() for file in files)
-        key = (self._files if is_shared else self, self.config_name, mode, *map(text_of, choices))
+        key = (None if is_shared else self, self.config_name, mode, *map(text_of, choices))
         if key not in _memory:
             if len(_memory) >= _MOST:
                 _memory.clear()
@@ -343,15 +340,14 @@ def _check_files(folder: Path) -> None:
     groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
     group_files = [path for group in groups for path in (folder / group).rglob("*.yaml")]
     for path in sorted([*folder.glob("*.yaml"), *group_files]):
+        own, shown = config_folder() / path.relative_to(folder), f"--config-dir={folder}: {path.relative_to(folder)}"
         try:
             check_yaml(path).decode()
-        except ValueError as error:  # includes UnicodeDecodeError
-            raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} {error}") from None
-        except OSError as error:
-            raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} cannot be read: {error}") from None
-        own = config_folder() / path.relative_to(folder)
+        except (ValueError, OSError) as error:  # includes UnicodeDecodeError
+            reason = f"cannot be read: {error}" if isinstance(error, OSError) else error
+            raise UserError(f"{shown} {reason}") from None
         if own.is_file() and own.read_bytes() != path.read_bytes():  # Hydra would use dlopt's
-            raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} is also a file of dlopt; rename it")
+            raise UserError(f"{shown} is also a file of dlopt; rename it")
 
 
 def _suggest_choices(group: str, name: str, config_dir: str | None) -> str:
