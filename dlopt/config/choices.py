@@ -204,8 +204,8 @@ def _parse(path: Path, package: str = "") -> tuple[list[Key], dict[str, Key]]:
             keys |= {each.name: each for each in _flatten(join(package, key.value), node, key, lines)}
             continue
         for entry in node.value:
-            name, *choice = entry.value[0] if isinstance(entry, yaml.MappingNode) else (entry,)
-            defaults.append(Key(name.value, *(str(each.value) for each in choice), comment=_comment(entry, lines)))
+            name, choice = entry.value[0] if isinstance(entry, yaml.MappingNode) else (entry, None)
+            defaults.append(Key(name.value, "" if choice is None else choice.value, _comment(entry, lines)))
     return defaults, keys
 
 

@@ -32,7 +32,7 @@ from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
 from dlopt.errors import UserError, shorten, suggest
 from dlopt.folders import refuse_url
-from dlopt.plain import check_yaml, is_below, join
+from dlopt.plain import check_yaml, flatten, is_below, join
 
 # AssertionError: Hydra asserts that an interpolated choice is a string.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
@@ -267,9 +267,9 @@ class Composer:
         names += [] if parent else sorted(self.more_keys)
         keys = {each: f"{join(parent, each)}{rest}" for each in names}
         if not parent:  # optimizer.lr for lrr
-            blocks = [(group, block) for group, block in config.items_ex(resolve=False) if group != "hydra"]
-            inner = [(str(each), group) for group, block in blocks if isinstance(block, DictConfig) for each in block]
-            keys = {each: f"{group}.{each}" for each, group in inner if each != "_target_"} | keys
+            inner = [each.split(".") for each in flatten(OmegaConf.to_container(config, resolve=False))]
+            in_group = [path for path in inner if len(path) == 2 and path[0] != "hydra" and path[1] != "_target_"]
+            keys = {path[1]: ".".join(path) for path in in_group} | keys
         close = get_close_matches(name.lower(), keys, n=1, cutoff=0.6)
         hint = f"did you mean {keys[close[0]]}? " if close else ""
         is_group, target = parent in self.groups(), str(node.get("_target_"))

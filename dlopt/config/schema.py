@@ -190,10 +190,10 @@ def _import(key: str, path: str) -> Any:
     except UserError:  # of a module that needs an optional package
         raise
     except Exception as error:
-        is_missing = isinstance(error, ModuleNotFoundError)
-        if is_missing and error.name is not None and is_below(module, (error.name,)):
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and is_below(module, (missing,)):
             return None
-        kind = "" if is_missing else f"{type(error).__name__}: "
+        kind = "" if missing is not None else f"{type(error).__name__}: "
         raise UserError(f"{key}={path}: importing {module} failed: {kind}{error}") from error
 
 
