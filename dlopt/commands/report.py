@@ -129,8 +129,9 @@ def _update(
     records, damaged = reader.read(folders)
     where = " ".join(condition.line for condition in conditions)
     if not records and not options.watch:
-        first = f"{layout.short_path(damaged[0].path)}: {damaged[0].reason}" if damaged else ""
-        hint = f"; {len(damaged)} damaged: {first}" if damaged else ""
+        hint = f" that satisfy {where}" if where else ""
+        if damaged:
+            hint += f"; {len(damaged)} damaged: {layout.short_path(damaged[0].path)}: {damaged[0].reason}"
         raise UserError(f"{' '.join(map(str, folders))}: contains no runs{hint}")
     state: list[Record | Damaged] = [*records, *damaged]
     if state == before:  # the reader returns the same records
