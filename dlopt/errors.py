@@ -48,10 +48,10 @@ def suggest(name: str, names: Iterable[str], more: str, *, prefix: str = "", tit
     return f"{did_you_mean(name, names, prefix)}{title}: {shorten(name, names, more)}"
 
 
-def did_you_mean(name: str, names: Sequence[str], prefix: str = "", suffix: str = "") -> str:
-    """Returns "did you mean PREFIX+NAME+SUFFIX? " for the most similar of `names`; "" if none is similar."""
+def did_you_mean(name: str, names: Sequence[str], prefix: str = "") -> str:
+    """Returns "did you mean PREFIX+NAME? " for the most similar of `names`; "" if none is similar."""
     close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-    return f"did you mean {prefix}{close[0]}{suffix}? " if close else ""
+    return f"did you mean {prefix}{close[0]}? " if close else ""
 
 
 def shorten(name: str, names: Sequence[str], more: str) -> str:

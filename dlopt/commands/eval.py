@@ -8,12 +8,12 @@ from dlopt.command_line.line import Line, on_checkpoint, on_experiment, saved_ex
 from dlopt.command_line.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, show
+from dlopt.config.settings import Tta
 from dlopt.errors import DONE, UserError
 from dlopt.tracking.console import ConsoleView
 
 if TYPE_CHECKING:
     from dlopt.training.ensemble import Tested
-    from dlopt.training.evaluate import Average
 
 _READS = (
     "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
@@ -52,7 +52,6 @@ With init_from, the keys of `dlopt train` that matter for a test:
     {_READS_OF_WEIGHTS}
 """
 
-Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
 _TtaKey = Annotated[Tta, "NAME: test-time augmentation, see below"]
 _AverageKey = Annotated[
     Literal["probabilities", "logits"] | None,
@@ -103,10 +102,9 @@ def _evaluate_checkpoints(
     epochs = [max(state["progress"]["epoch"], evaluated_epoch(state["progress"])) for state in states]
     is_one = len(paths) == 1
     source = {"checkpoint": names[0], "epoch": epochs[0]} if is_one else {"checkpoint": names, "epoch": epochs}
-    record = _record(source, tta, views, None if views is None and is_one else tested.average)
     run = paths[0].absolute().parent.parent
     folder = run if output is None and (run / "config.yaml").is_file() else output
-    return _finish(record, tested, folder, [f"checkpoint: {path}" for path in paths])
+    return _finish(source, tta, views, tested, folder, [f"checkpoint: {path}" for path in paths])
 
 
 @on_experiment("eval", _READS_OF_WEIGHTS, several="one value is needed: a test has one model", one=True)
@@ -123,13 +121,11 @@ def _evaluate_weights(
     from dlopt.training.build import build_workload, load_weights
     from dlopt.training.ensemble import test
 
-    parsed = {key_of(override): override for override in line.composer.parse(line.overrides)}
-    own = {key: override for key, override in parsed.items() if key.startswith(("tta.", "parallel"))}
-    values = {key: override.value() for key, override in own.items()}
+    own = [each for each in line.overrides if key_of(each).startswith(("tta.", "parallel"))]
+    values = {key_of(override): override.value() for override in line.composer.parse(own)}
     processes = take_process_keys(values, "eval")
     views = _views(tta, values)
-    lines_of_own = {override.input_line for override in own.values()}
-    experiment, _ = line.experiment([text for text in line.overrides if text not in lines_of_own])
+    experiment, _ = line.experiment([each for each in line.overrides if each not in own])
     path = Path(experiment.settings.init_from or "")
     mode = join_processes(choose_device(experiment.settings.device), processes)
     workload = build_workload(experiment, parallel=mode)
@@ -137,24 +133,24 @@ def _evaluate_weights(
     tested = test([path], [workload], average, views, tta)
     if tested.report.confusion is not None:
         lines += advice(workload.module, tested.report.metrics["test_accuracy"], len(tested.report.confusion))
-    record = _record({"init_from": str(path)}, tta, views, None if views is None else tested.average)
-    return _finish(record, tested, output, lines) if mode.ranks.is_main else DONE
+    return _finish({"init_from": str(path)}, tta, views, tested, output, lines) if mode.ranks.is_main else DONE
 
 
-def _record(source: Mapping[str, Any], tta: str, views: Any, average: "Average | None") -> dict[str, Any]:
-    return {**source, "tta": {"name": tta, **({} if views is None else vars(views))}, "average": average}
-
-
-def _finish(record: dict[str, Any], tested: "Tested", folder: Path | str | None, lines: list[str]) -> int:
-    """Prints the metrics and writes them to `folder`, if any, in addition to `record`."""
+def _finish(
+    source: Mapping[str, Any], tta: str, views: Any, tested: "Tested", folder: Path | str | None, lines: list[str]
+) -> int:
+    """Prints the metrics and writes them to `folder`, if any, with the `source` of the weights."""
     from dlopt.instruments import evaluation
 
+    is_averaged = views is not None or isinstance(source.get("checkpoint"), list)
+    crops = {"name": tta, **({} if views is None else vars(views))}
+    record = {**source, "tta": crops, "average": tested.average if is_averaged else None}
     lines += evaluation.class_lines(tested)
     if folder is not None:
         with writing(Path(folder)):
             written = evaluation.write(Path(folder), record, tested)
         lines += [f"{name}: {path}" for name, path in written.items()]
-    epoch = {"best_epoch": record["epoch"]} if isinstance(record.get("epoch"), int | float) else {}
+    epoch = {"best_epoch": source["epoch"]} if isinstance(source.get("epoch"), int | float) else {}
     ConsoleView().finish({"status": "tested", **epoch, **tested.report.metrics}, lines)
     return DONE
 

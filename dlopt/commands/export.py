@@ -64,6 +64,7 @@ def export(
         names = " and ".join(missing)
         raise UserError(f"format={format}: requires {names}; {install('dlopt[export]')}")
     target = _target(output, path, suffix)
+    tokenizer = target.with_name(f"{target.stem}.tokenizer.json")
     trained = restore(path, {**changes, "precision": "fp32", "device": "cpu"})
     if trained.warning is not None:
         print_error(trained.warning)
@@ -84,10 +85,10 @@ def export(
             difference = verify(format, temporary, trained, inputs)
             os.replace(temporary, target)
         if trained.tokenizer is not None:
-            write_atomically(_tokenizer_file(target), trained.tokenizer.description.encode())
+            write_atomically(tokenizer, trained.tokenizer.description.encode())
     print(short_path(target))
     if trained.tokenizer is not None:
-        print(f"tokenizer: {short_path(_tokenizer_file(target))}")
+        print(f"tokenizer: {short_path(tokenizer)}")
     print(f"input: {dtype} [batch, {', '.join(map(str, trained.window))}]")
     if difference is None:
         print(f"not verified: requires onnxruntime; {install('dlopt[export]')}")
@@ -103,7 +104,3 @@ def _target(output: str | None, checkpoint: Path, suffix: str) -> Path:
         return folder / f"{checkpoint.stem}{suffix}"
     path = refuse_folder(Path(output))
     return path if path.suffix else path.with_suffix(suffix)
-
-
-def _tokenizer_file(target: Path) -> Path:
-    return target.with_name(f"{target.stem}.tokenizer.json")

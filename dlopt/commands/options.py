@@ -68,22 +68,30 @@ def options(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--config-dir", "-cd")
     parsed = parser.parse_args(arguments)
-    catalogue = Catalogue(parsed.config_dir)
-    page = _Page()
+    catalogue, page = Catalogue(parsed.config_dir), _Page()
     if not parsed.names:
-        _overview(catalogue, page)
+        for group, default in catalogue.groups().items():
+            page.choices(group, catalogue.choices(group), default)
+            page.text("")
+        page.text(f"Sweeps (-m): {', '.join(SWEEPS)}; dlopt trajectory: {', '.join(_TRAJECTORY)}")
+        page.text(f"{_MARK} default. Select with group=choice; `dlopt options GROUP=CHOICE` lists its keys.")
     for name in parsed.names:
-        group, choice = parts_of(name)
-        if group not in every_group(catalogue):
+        group, pattern = parts_of(name)
+        groups = every_group(catalogue)
+        if group not in groups:
             raise UserError(f"{name}: unknown group; {_similar(catalogue, group)}")
         choices = choices_of(catalogue, group)
-        if "=" in name:
-            choices = [each for each in choices if fnmatchcase(each.name, choice)] or _no_choice(
-                catalogue, group, choice
-            )
-            _keys(catalogue, group, choices, page)
-        else:
-            _choices(catalogue, group, choices, page)
+        if page.lines:
+            page.text("")
+        if "=" not in name:
+            _choices(catalogue, group, choices, groups[group], page)
+            continue
+        matching = [each for each in choices if fnmatchcase(each.name, pattern)]
+        if not matching:
+            names = [choice.name for choice in choices]
+            hint = suggest(pattern, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
+            raise UserError(f"{name}: unknown choice; {hint}")
+        _keys(catalogue, group, matching, groups[group], page)
     print("\n".join(page.lines))
     return DONE
 
@@ -95,8 +103,7 @@ def every_group(catalogue: Catalogue) -> dict[str, str | None]:
 
 def choices_of(catalogue: Catalogue, group: str) -> list[Choice]:
     """Lists the choices of a group, without those of its subgroups (hydra/sweeper/sampler)."""
-    nested = group in SWEEPS
-    return [choice for choice in catalogue.choices(group) if not (nested and "/" in choice.name)]
+    return [choice for choice in catalogue.choices(group) if group not in SWEEPS or "/" not in choice.name]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -112,12 +119,6 @@ def _similar(catalogue: Catalogue, name: str) -> str:
     return f"{hint}groups: {shorten(name, groups, 'dlopt options')}"
 
 
-def _no_choice(catalogue: Catalogue, group: str, name: str) -> NoReturn:
-    names = [choice.name for choice in catalogue.choices(group)]
-    hint = suggest(name, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
-    raise UserError(f"{group}={name}: unknown choice; {hint}")
-
-
 class _Page:
     """Formats lines, wrapped to the terminal or to COLUMNS. Pipes and files are not wrapped, which suits grep."""
 
@@ -127,79 +128,60 @@ class _Page:
         known = self._is_terminal or os.environ.get("COLUMNS", "").isdigit()
         self._width = min(max(shutil.get_terminal_size().columns, 40), _MAX_WIDTH) if known else None
 
-    def heading(self, text: str, bold: bool = True) -> None:
-        lines = textwrap.wrap(text, self._width, break_on_hyphens=False) if self._width else [text]
-        self.lines += [f"\033[1m{line}\033[0m" for line in lines] if bold and self._is_terminal else lines
-
-    def gap(self) -> None:
-        if self.lines:
-            self.lines.append("")
+    def text(self, *lines: str, bold: bool = False) -> None:
+        for line in lines:
+            wrapped = textwrap.wrap(line, self._width, break_on_hyphens=False) if self._width and line else [line]
+            self.lines += [f"\033[1m{each}\033[0m" for each in wrapped] if bold and self._is_terminal else wrapped
 
     def choices(self, group: str, choices: Sequence[Choice], default: str | None) -> None:
         """Adds a group and a row per choice."""
-        self.heading(group)
-        rows = [(_MARK if choice.name == default else "", choice.name, choice.description) for choice in choices]
-        self.rows(rows or [("", "(no choices)", "")])
+        self.text(group, bold=True)
+        rows = [(f"{_MARK if each.name == default else ' '} {each.name}", each.description) for each in choices]
+        self.rows(rows or [("  (no choices)", "")])
 
-    def rows(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        """Adds rows (mark, left, right); wraps the right column, on a new line if the left one is long."""
-        limit = 36 if self._width is None else min(36, self._width * 2 // 5)
-        short = [len(left) for _, left, _ in rows if len(left) <= limit]
-        column = max(short, default=limit)
-        for mark, left, right in rows:
-            self.lines += wrap_row(f"{mark:1} {left}", right, column + 2, self._width)
+    def keys(self, package: str, keys: Iterable[Key]) -> None:
+        self.rows([(f"    {key.name.removeprefix(f'{package}.')}={key.value}", key.comment) for key in keys])
 
-
-def _overview(catalogue: Catalogue, page: _Page) -> None:
-    for group, default in catalogue.groups().items():
-        page.choices(group, catalogue.choices(group), default)
-        page.lines.append("")
-    page.heading(f"Sweeps (-m): {', '.join(SWEEPS)}; dlopt trajectory: {', '.join(_TRAJECTORY)}", bold=False)
-    page.heading(f"{_MARK} default. Select with group=choice; `dlopt options GROUP=CHOICE` lists its keys.", bold=False)
+    def rows(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Adds rows (left, right); wraps the right column, on a new line if the left one is long."""
+        limit = 38 if self._width is None else min(38, self._width * 2 // 5 + 2)
+        column = max((len(left) for left, _ in rows if len(left) <= limit), default=limit)
+        for left, right in rows:
+            self.lines += wrap_row(left, right, column, self._width)
 
 
-def _choices(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _Page) -> None:
+def _choices(catalogue: Catalogue, group: str, choices: Sequence[Choice], default: str | None, page: _Page) -> None:
     """Adds a table of choices, and the names of all of their keys."""
-    default = every_group(catalogue)[group]
     package = group.replace("/", ".")
-    page.gap()
     page.choices(group, choices, default)
     if not choices:
         return
-    keys = {choice.name: catalogue.keys(choice) for choice in choices}
-    own = {
-        key.name.removeprefix(f"{package}.") for each in keys.values() for key in each if key.name.startswith(package)
-    }
+    keys = {choice.name: [key.name for key in catalogue.keys(choice)] for choice in choices}
+    own = {name.removeprefix(f"{package}.") for names in keys.values() for name in names if name.startswith(package)}
     if own and default is not None:  # an experiment sets keys of other groups
-        page.gap()
-        page.heading(f"keys ({package}.KEY=VALUE): {', '.join(sorted(own))}", bold=False)
+        page.text("", f"keys ({package}.KEY=VALUE): {', '.join(sorted(own))}")
     example = next((name for name in (default, *keys) if name is not None and keys.get(name)), choices[0].name)
     mark = "" if default is None else f"{_MARK} default. "
     commands = f"`dlopt options {group}={example}` lists the keys of a choice with their defaults"
-    page.gap()
-    page.heading(f"{mark}{commands}, `dlopt options '{group}=*'` those of all choices.", bold=False)
+    page.text("", f"{mark}{commands}, `dlopt options '{group}=*'` those of all choices.")
 
 
-def _keys(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _Page) -> None:
+def _keys(catalogue: Catalogue, group: str, choices: Sequence[Choice], default: str | None, page: _Page) -> None:
     """Adds the keys of the choices with their defaults."""
-    default = every_group(catalogue)[group]
+    package = group.replace("/", ".")
     keys = {choice.name: catalogue.keys(choice) for choice in choices}
     shared = [] if default is None else _shared(keys.values())  # an experiment lists all of its keys
-    page.gap()
-    page.heading(f"{group}={choices[0].name if len(choices) == 1 else 'CHOICE'}")
-    syntax = "" if default is None else f"; set keys with {group.replace('/', '.')}.KEY=VALUE"
-    page.heading(f"default: {default or 'none'}{syntax}", bold=False)
+    page.text(f"{group}={choices[0].name if len(choices) == 1 else 'CHOICE'}", bold=True)
+    page.text(f"default: {default}; set keys with {package}.KEY=VALUE" if default is not None else "default: none")
     if shared:
-        page.gap()
-        page.heading("keys of all choices (exceptions below)")
-        page.rows([_row(group, key) for key in shared])
+        page.text("")
+        page.text("keys of all choices (exceptions below)", bold=True)
+        page.keys(package, shared)
     for choice in choices:
-        page.gap()
-        mark = f"{_MARK} " if choice.name == default else ""
-        page.heading(f"{mark}{choice.name}: {choice.description}")
-        for line in choice.header[1:]:
-            page.heading(line, bold=False)
-        page.rows([_row(group, key) for key in keys[choice.name] if key not in shared])
+        page.text("")
+        page.text(f"{f'{_MARK} ' if choice.name == default else ''}{choice.name}: {choice.description}", bold=True)
+        page.text(*choice.header[1:])
+        page.keys(package, [key for key in keys[choice.name] if key not in shared])
 
 
 def _shared(choices: Iterable[Sequence[Key]]) -> list[Key]:
@@ -212,39 +194,30 @@ def _shared(choices: Iterable[Sequence[Key]]) -> list[Key]:
     return [key for key, count in counts.items() if count >= _SHARED * len(choices)]
 
 
-def _row(group: str, key: Key) -> tuple[str, str, str]:
-    package = group.replace("/", ".")
-    return "", f"  {key.name.removeprefix(f'{package}.')}={key.value}", key.comment
-
-
 def help_page(config_dir: str | None) -> str:
     """Returns the help text, with the choices of `config_dir`."""
     catalogue = Catalogue(config_dir)
-    groups = catalogue.groups()
-    lines = [*_INTRODUCTION.splitlines(), "", "Groups and choices (* default):"]
-    lines += two_columns(
-        [(group, _listed(group, catalogue.choices(group), default)) for group, default in groups.items()]
-    )
-    lines += ["", "`dlopt options optimizer=sgd` lists the keys of a choice.", "", "Keys of the run:"]
-    primary = Choice("", "train", config_folder() / "train.yaml")
-    keys = [key for key in catalogue.keys(primary) if key.name.split(".")[0] not in (*groups, "hydra")]
-    keys = [key for key in keys if "/" not in key.name]  # the defaults list itself
-    lines += two_columns([(f"{key.name}={key.value}", key.comment) for key in keys])
-    lines += two_columns(
-        [("from=RUN", "start from the config of the run in folder RUN, changed by the other overrides")]
-    )
-    rows = [("hydra/sweeper=dlopt_optuna", "search with Optuna: interval(a,b), choice(a,b), tag(log,interval(a,b))")]
+    groups = {group: _names(catalogue.choices(group), default) for group, default in catalogue.groups().items()}
+    recipes = f"{len(catalogue.choices('experiment'))} recipes: `dlopt options experiment`"  # too many for a page
+    keys = catalogue.keys(Choice("", "train", config_folder() / "train.yaml"))
+    # Without the defaults list itself, and without the groups' common keys.
+    keys = [key for key in keys if key.name.split(".")[0] not in (*groups, "hydra") and "/" not in key.name]
+    run = "start from the config of the run in folder RUN, changed by the other overrides"
+    sweeps = [("hydra/sweeper=dlopt_optuna", "search with Optuna: interval(a,b), choice(a,b), tag(log,interval(a,b))")]
     others = [(group, default) for group, default in SWEEPS.items() if group != "hydra/sweeper"]
-    rows += [(group, _names(choices_of(Catalogue(), group), default)) for group, default in others]  # dlopt's own
-    lines += ["", "Sweeps (-m; * default):", *two_columns(rows)]
-    lines += ["", "Flags:", *two_columns(_FLAGS), ""]
-    lines += ["Write lists as [a,b]. Quote values with spaces or commas twice: name=\"'two words'\""]
+    sweeps += [(group, _names(choices_of(Catalogue(), group), default)) for group, default in others]  # dlopt's own
+    sections: dict[str, Sequence[tuple[str, str]]] = {
+        "Groups and choices (* default):": [*(groups | {"experiment": recipes}).items()],
+        "`dlopt options optimizer=sgd` lists the keys of a choice.": [],
+        "Keys of the run:": [*((f"{key.name}={key.value}", key.comment) for key in keys), ("from=RUN", run)],
+        "Sweeps (-m; * default):": sweeps,
+        "Flags:": _FLAGS,
+        "Write lists as [a,b]. Quote values with spaces or commas twice: name=\"'two words'\"": [],
+    }
+    lines = _INTRODUCTION.splitlines()
+    for title, rows in sections.items():
+        lines += ["", title, *(two_columns(rows) if rows else ())]
     return "\n".join(lines)
-
-
-def _listed(group: str, choices: Sequence[Choice], default: str | None) -> str:
-    """Returns the names of a group's choices; recipes are too many for a page."""
-    return f"{len(choices)} recipes: `dlopt options experiment`" if group == "experiment" else _names(choices, default)
 
 
 def _names(choices: Sequence[Choice], default: str | None) -> str:

@@ -87,7 +87,7 @@ def report(arguments: list[str]) -> int:
     if options.open and to.page is None:
         raise UserError("--open: shows the page; needs a folder with html among its formats")
     reader, console = RunReader(), Console(highlight=False)
-    state = _update(reader, folders, to, options, console, conditions=conditions)
+    state = _update(reader, folders, to, options, console, conditions)
     if not (options.watch or options.open):
         return DONE
     with contextlib.ExitStack() as stack:
@@ -98,9 +98,12 @@ def report(arguments: list[str]) -> int:
                 webbrowser.open(address)
         # A stop flag, because a KeyboardInterrupt may be swallowed by the plotting libraries.
         with Interruption() as stop, contextlib.suppress(KeyboardInterrupt):
-            while not _wait(stop, _REFRESH):
-                if options.watch:
-                    state = _update(reader, folders, to, options, console, before=state, conditions=conditions)
+            due = time.monotonic() + _REFRESH
+            while not stop:
+                time.sleep(0.1)
+                if options.watch and time.monotonic() > due:
+                    state = _update(reader, folders, to, options, console, conditions, before=state)
+                    due = time.monotonic() + _REFRESH
     return DONE
 
 
@@ -113,22 +116,14 @@ def _refuse_unknown(conditions: Sequence[Condition], records: Sequence[Record]) 
             raise UserError(f"{condition.line}: unknown key; {hint}")
 
 
-def _wait(stop: Interruption, seconds: float) -> bool:
-    """Waits until `stop` is true, at most `seconds`; returns `stop`."""
-    deadline = time.monotonic() + seconds
-    while not stop and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return bool(stop)
-
-
 def _update(
     reader: RunReader,
     folders: Sequence[Path],
     to: Destination,
     options: _Options,
     console: Console,
-    before: Sequence[Record | Damaged] | None = None,
     conditions: Sequence[Condition] = (),
+    before: Sequence[Record | Damaged] | None = None,
 ) -> Sequence[Record | Damaged]:
     """Reads the runs and writes the report, unless the runs are unchanged since `before`. Returns their state."""
     records, damaged = reader.read(folders)

@@ -94,7 +94,9 @@ def _list(
     else:
         (show_table if sys.stdout.isatty() else print_values)(query, records)
     if not records:
-        print_error(_no_match(query))
+        where = " ".join(short_path(folder) for folder in folders)
+        matching = f"no run matches {' '.join(condition.line for condition in conditions)}" if conditions else "no runs"
+        print_error(printable(f"{where}: {matching}"))
     for folder in damaged:
         _print_skipped(folder.path, folder.reason)
     return DONE
@@ -108,21 +110,14 @@ def parse(
     arguments: Sequence[str], own: Callable[..., object], command: str
 ) -> tuple[list[Path], list[Condition], dict[str, Any]]:
     """Splits arguments into existing folders, conditions, and the keys that `own` declares. Raises `UserError`."""
-    is_folder = {argument: Path(argument).is_dir() for argument in arguments}
-    values, others = take_own(own, [argument for argument in arguments if not is_folder[argument]], command)
+    folders = [Path(argument) for argument in arguments if Path(argument).is_dir()]
+    values, others = take_own(own, [argument for argument in arguments if Path(argument) not in folders], command)
     conditions: list[Condition] = []
     for argument in others:
         if (parsed := reading.condition(argument)) is None:
             raise UserError(f"{argument}: no such folder")
         conditions.append(parsed)
-    return [Path(argument) for argument in arguments if is_folder[argument]], conditions, values
-
-
-def _no_match(query: Query) -> str:
-    where = " ".join(printable(short_path(folder)) for folder in query.folders)
-    if not query.conditions:
-        return f"{where}: no runs"
-    return f"{where}: no run matches {' '.join(printable(condition.line) for condition in query.conditions)}"
+    return folders, conditions, values
 
 
 # -- dlopt runs clean

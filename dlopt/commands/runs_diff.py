@@ -15,7 +15,7 @@ from dlopt.tracking.layout import plain_table, short_path, show_table
 
 def diff(arguments: list[str]) -> int:
     """Prints the keys in which two runs differ, and their metrics. Raises `UserError`."""
-    _, folders = take_own(_no_keys, arguments, "runs")
+    _, folders = take_own(lambda: None, arguments, "runs")
     missing = next((folder for folder in folders if not Path(folder).is_dir()), None)
     if missing is not None:
         raise UserError(f"{missing}: no such folder")
@@ -37,8 +37,4 @@ def diff(arguments: list[str]) -> int:
             print("\t".join(map(printable, row)))
     if not config:
         print("the configs are equal", file=sys.stderr)
-    return DONE
-
-
-def _no_keys() -> int:
     return DONE

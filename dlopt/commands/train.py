@@ -55,7 +55,7 @@ def train(arguments: list[str]) -> int:
         if parsed.cfg:
             print(show_config(shown, parsed.cfg, parsed.package, resolve=parsed.resolve), end="")
         else:
-            show_info(parsed)
+            show_info(parsed, composer.flags)
         return DONE
     config = None if parsed.multirun else composer.compose(parsed.overrides)
     if config is None or config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode

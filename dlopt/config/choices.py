@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -29,6 +30,7 @@ VERSION_BASE = "1.3"  # of Hydra
 search: ContextVar[Path | None] = ContextVar("search", default=None)
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_OVERRIDE = "override "  # in a defaults list
 _COMMENT = re.compile(r"\s*#\s*(.*?)\s*$")
 
 
@@ -58,11 +60,14 @@ def extensions() -> Mapping[str, Path]:
 
 @dataclass(frozen=True)
 class Key:
-    """A config key: `name` as on the command line (optimizer.lr), `value` and `comment` as in the file."""
+    """A config key: `name` as on the command line (optimizer.lr), `value` and `comment` as in the file.
+
+    Or an entry of a defaults list: `name: value`, or only `name`.
+    """
 
     name: str
-    value: str
-    comment: str
+    value: str = ""
+    comment: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,9 @@ class Choice:
     @property
     def header(self) -> list[str]:
         """The comment lines at the top of the file, without Hydra's directives (`# @package`)."""
-        lines = []
-        for line in _read(self.path).splitlines():
-            if line.strip() and not line.startswith("#"):
-                break
-            if line.startswith("#") and not re.match(r"#\s*@", line):
-                lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
-        return lines
+        top = takewhile(lambda line: not line.strip() or line.startswith("#"), _read(self.path).splitlines())
+        comments = [line for line in top if line.startswith("#") and not re.match(r"#\s*@", line)]
+        return [line.removeprefix("#").removeprefix(" ").rstrip() for line in comments]
 
     @property
     def description(self) -> str:
@@ -103,9 +104,9 @@ class Catalogue:
 
     def groups(self) -> dict[str, str | None]:
         """Maps each group to its default choice (None: no choice), in the order of train.yaml's defaults list."""
-        chosen = [each for each in _parse(self._primary)[0] if each.choice is not None and not each.is_override]
+        chosen = [each for each in _parse(self._primary)[0] if each.value and not each.name.startswith(_OVERRIDE)]
         names = [each.name.removeprefix("optional ").split("@")[0].strip("/") for each in chosen]
-        return {name: None if each.choice == "null" else each.choice for name, each in zip(names, chosen, strict=True)}
+        return {name: None if each.value == "null" else each.value for name, each in zip(names, chosen, strict=True)}
 
     def choices(self, group: str) -> list[Choice]:
         """Returns the choices of a group in natural order of their names.
@@ -150,23 +151,23 @@ class Catalogue:
     def _keys(self, path: Path, folder: str, package: str, parents: tuple[Path, ...]) -> dict[str, Key]:
         defaults, own = _parse(path, package)
         if all(entry.name != "_self_" for entry in defaults):
-            defaults.insert(0, _Entry("_self_"))  # Hydra's default: the file itself comes first
+            defaults.insert(0, Key("_self_"))  # Hydra's default: the file itself comes first
         # Overrides of other groups are listed first; a file's later entries replace keys of its earlier ones.
-        defaults.sort(key=lambda entry: not entry.is_override)
+        defaults.sort(key=lambda entry: not entry.name.startswith(_OVERRIDE))
         keys: dict[str, Key] = {}
         for entry in defaults:
             keys |= own if entry.name == "_self_" else self._keys_of(entry, folder, package, (*parents, path))
         return keys
 
-    def _keys_of(self, entry: "_Entry", folder: str, package: str, parents: tuple[Path, ...]) -> dict[str, Key]:
+    def _keys_of(self, entry: Key, folder: str, package: str, parents: tuple[Path, ...]) -> dict[str, Key]:
         """Returns the keys of a defaults-list entry: `name`, `/group/name@package`, `group: choice`, `override ...`."""
-        file, _, target_package = entry.name.removeprefix("override ").removeprefix("optional ").partition("@")
-        if entry.is_override:
+        file, _, target_package = entry.name.removeprefix(_OVERRIDE).removeprefix("optional ").partition("@")
+        if entry.name.startswith(_OVERRIDE):
             group = file.strip("/")
             is_usual = target_package in ("", f"_global_.{group.replace('/', '.')}")
             name = group if is_usual else f"{group}@{target_package}"
-            return {name: Key(name, entry.choice or "null", entry.comment)}
-        config = file if entry.choice is None else f"{file}/{entry.choice}"
+            return {name: Key(name, entry.value or "null", entry.comment)}
+        config = f"{file}/{entry.value}" if entry.value else file
         config = config.strip("/") if file.startswith("/") else f"{folder}/{config}"
         group = config.rpartition("/")[0]
         if target_package.split(".")[0] == "_global_":
@@ -176,9 +177,9 @@ class Catalogue:
         else:
             inner = package if group == folder else join(package, group.removeprefix(f"{folder}/").replace("/", "."))
         keys = {}
-        if entry.choice is not None:
+        if entry.value:
             name = f"{group}@{inner}" if inner != group.replace("/", ".") else group
-            keys[name] = Key(name, entry.choice, entry.comment)
+            keys[name] = Key(name, entry.value, entry.comment)
         paths = (folder / f"{config}.yaml" for folder in self._folders)
         path = next((path for path in paths if path.is_file()), None)
         if path is not None and path not in parents:  # `parents` ends cycles of fragments
@@ -186,39 +187,25 @@ class Catalogue:
         return keys
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """An entry of a defaults list: `name`, as in the file, and `choice` of `name: choice`."""
-
-    name: str
-    choice: str | None = None
-    comment: str = ""
-
-    @property
-    def is_override(self) -> bool:
-        return self.name.startswith("override ")
-
-
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _parse(path: Path, package: str = "") -> tuple[list[_Entry], dict[str, Key]]:
+def _parse(path: Path, package: str = "") -> tuple[list[Key], dict[str, Key]]:
     """Returns the defaults list of a file, and its keys by name, below `package`. Raises `UserError`."""
     text = _read(path)
     try:
         root = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    lines, defaults, keys = text.splitlines(), list[_Entry](), dict[str, Key]()
+    lines, defaults, keys = text.splitlines(), list[Key](), dict[str, Key]()
     for key, node in root.value if isinstance(root, yaml.MappingNode) else ():
         if key.value != "defaults":
             keys |= {each.name: each for each in _flatten(join(package, key.value), node, key, lines)}
             continue
         for entry in node.value:
             name, choice = entry.value[0] if isinstance(entry, yaml.MappingNode) else (entry, None)
-            chosen = None if choice is None else str(choice.value)
-            defaults.append(_Entry(str(name.value), chosen, _comment(entry, lines)))
+            defaults.append(Key(name.value, "" if choice is None else choice.value, _comment(entry, lines)))
     return defaults, keys
 
 

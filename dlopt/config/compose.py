@@ -30,15 +30,15 @@ from dlopt.config.resolve import first_lines
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
-from dlopt.errors import UserError, did_you_mean, shorten, suggest
+from dlopt.errors import UserError, shorten, suggest
 from dlopt.folders import refuse_url
-from dlopt.plain import check_yaml, is_below, join
+from dlopt.plain import check_yaml, flatten, is_below, join
 
 # AssertionError: Hydra asserts that an interpolated choice is a string.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
 _VARIANTS = "comparison.variants"  # their labels are keys
 _MOST = 200  # remembered configs, of some 30 kB each
-# Pickled configs by name, mode, choices, and the state of dlopt's files; those that need other files by `Composer`.
+# Pickled configs by name, mode and choices; those that need other files than dlopt's by `Composer`.
 _memory: dict[tuple[Any, ...], bytes] = {}
 
 
@@ -65,9 +65,6 @@ class Composer:
         finally:
             state.hydra = former
             search.reset(token)
-        # Differs when a YAML file of dlopt has changed; one string, which is hashed only once.
-        states = ((path, path.stat()) for path in config_folder().rglob("*.yaml"))
-        self._files = " ".join(f"{path} {state.st_mtime_ns} {state.st_size}" for path, state in states)
         self._subgroups = functools.cache(self._loader.list_groups)
 
     @property
@@ -136,7 +133,7 @@ class Composer:
         # Files of other folders may have defaults lists that depend on the environment or the time.
         files = [config_folder() / each.key_or_group / f"{each.value()}.yaml" for each in choices]
         is_shared = self.config_dir is None and all(file.is_file() for file in files)
-        key = (self._files if is_shared else self, self.config_name, mode, *map(text_of, choices))
+        key = (None if is_shared else self, self.config_name, mode, *map(text_of, choices))
         if key not in _memory:
             if len(_memory) >= _MOST:
                 _memory.clear()
@@ -244,44 +241,48 @@ class Composer:
             return "only searches have this group; add hydra/sweeper=dlopt_optuna"
         if "/" in key or "@" in key or choices:
             return first_lines(error)
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(config, parent, throw_on_resolution_failure=False)
-        while node is None and "." in parent:  # explain the first part of the key that does not exist
+        parent, name, node = key, "", None
+        while node is None:  # explain the first part of the key that does not exist
             parent, _, name = parent.rpartition(".")
-            node = OmegaConf.select(config, parent, throw_on_resolution_failure=False)
-        if not isinstance(node, DictConfig):
-            group, _, rest = key.partition(".")
-            names = [str(name) for name in config]
-            if group in names:
-                return f"unknown key; {parent} holds a value, not keys"
-            if group.lower() not in names and (hint := for_key(name, typed)):  # trainer.max_epochs
-                return f"unknown key; {hint}"
-            hint = did_you_mean(group, names, suffix=f".{rest}")
-            return f"unknown group; {hint}groups: {shorten(group, self.groups(), 'dlopt options')}"
-        names = [str(name) for name in node if name not in ("_target_", "hydra")]
+            node = OmegaConf.select(config, parent, throw_on_resolution_failure=False) if parent else config
+        full = join(parent, name)
+        rest = key.removeprefix(full)
+        if not isinstance(node, DictConfig) or (rest and name in node):
+            return f"unknown key; {full if isinstance(node, DictConfig) else parent} holds a value, not keys"
+        names = [str(each) for each in node if each not in ("_target_", "hydra")]
         if name in names and override.is_add():
             return f"this key exists; set it without the plus sign: {key}={typed}"
         if name in names:  # the key exists; a key inside its value does not
             is_new = "Could not override" in str(error)
             hint = f"; add a new key with a plus sign: +{key}.KEY=VALUE" if is_new else ""
             return f"{first_lines(error)}{hint}"
-        if hint := for_key(key, typed):
+        last = key.rpartition(".")[2] if rest and name.lower() not in names else key  # trainer.max_epochs
+        if hint := for_key(last, typed):
             return f"unknown key; {hint}"
+        return f"unknown key; {self._suggest_keys(line, config, node, parent, name, rest)}"
+
+    def _suggest_keys(self, line: str, config: DictConfig, node: DictConfig, parent: str, name: str, rest: str) -> str:
+        """Says what to type for an unknown key `parent.name` followed by `rest`; `node` is the block at `parent`."""
+        names = [str(each) for each in node if each not in ("_target_", "hydra")]
         names += [] if parent else sorted(self.more_keys)
-        is_own = not is_below(str(node.get("_target_")), ("dlopt", "torch", "torchvision", "None"))
-        if is_own and parent in self.groups():
-            hint = did_you_mean(name, names, join(parent, ""))
-            return f"unknown key; {hint}the file of this choice does not list it: add it there, or type +{line}"
-        hint = _suggest_choices(parent, name, self.config_dir) if parent in self.groups() else ""
-        hint = hint or did_you_mean(name, names, join(parent, ""))
-        if not hint and not parent:
-            hint = _suggest_in_groups(name, config)
-        if not names and str(node.get("_target_")).startswith("dlopt."):
-            return f"unknown key; {hint}the chosen {parent} has no keys"
-        if not names:
-            return f"unknown key; add a new key with a plus sign: +{line}"
-        command = f"dlopt options {parent}" if parent in self.groups() else "dlopt train --help"
-        return f"unknown key; {hint}allowed: {shorten(name, names, command)}"
+        keys = {each: f"{join(parent, each)}{rest}" for each in names}
+        if not parent:  # optimizer.lr for lrr
+            inner = [each.split(".") for each in flatten(OmegaConf.to_container(config, resolve=False))]
+            in_group = [path for path in inner if len(path) == 2 and path[0] != "hydra" and path[1] != "_target_"]
+            keys = {path[1]: ".".join(path) for path in in_group} | keys
+        close = get_close_matches(name.lower(), keys, n=1, cutoff=0.6)
+        hint = f"did you mean {keys[close[0]]}? " if close else ""
+        is_group, target = parent in self.groups(), str(node.get("_target_"))
+        if is_group and not is_below(target, ("dlopt", "torch", "torchvision", "None")):
+            return f"{hint}the file of this choice does not list it: add it there, or type +{line}"
+        if is_group:
+            hint = _suggest_choices(parent, name, self.config_dir) or hint
+        if names:
+            command = f"dlopt options {parent}" if is_group else "dlopt train --help"
+            return f"{hint}allowed: {shorten(name, names, command)}"
+        if target.startswith("dlopt."):
+            return f"{hint}the chosen {parent} has no keys"
+        return f"add a new key with a plus sign: +{line}"
 
 
 def register_plugins() -> None:
@@ -337,17 +338,16 @@ def _check_files(folder: Path) -> None:
     Looks only where Hydra looks: at the top and in the groups' folders.
     """
     groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
-    group_files = [path for group in (*groups, "hydra") for path in (folder / group).rglob("*.yaml")]
+    group_files = [path for group in groups for path in (folder / group).rglob("*.yaml")]
     for path in sorted([*folder.glob("*.yaml"), *group_files]):
+        own, shown = config_folder() / path.relative_to(folder), f"--config-dir={folder}: {path.relative_to(folder)}"
         try:
             check_yaml(path).decode()
-        except ValueError as error:  # includes UnicodeDecodeError
-            raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} {error}") from None
-        except OSError as error:
-            raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} cannot be read: {error}") from None
-        own = config_folder() / path.relative_to(folder)
+        except (ValueError, OSError) as error:  # includes UnicodeDecodeError
+            reason = f"cannot be read: {error}" if isinstance(error, OSError) else error
+            raise UserError(f"{shown} {reason}") from None
         if own.is_file() and own.read_bytes() != path.read_bytes():  # Hydra would use dlopt's
-            raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} is also a file of dlopt; rename it")
+            raise UserError(f"{shown} is also a file of dlopt; rename it")
 
 
 def _suggest_choices(group: str, name: str, config_dir: str | None) -> str:
@@ -358,16 +358,3 @@ def _suggest_choices(group: str, name: str, config_dir: str | None) -> str:
     having = [choice.name for choice in choices if any(each.name == key for each in catalogue.keys(choice))]
     more = f" and {len(having) - 8} more" if len(having) > 8 else ""
     return f"{group}={','.join(having[:8])}{more} {'has' if len(having) == 1 else 'have'} it; " if having else ""
-
-
-def _suggest_in_groups(name: str, config: DictConfig) -> str:
-    """Suggests `optimizer.lr` for `lr`: a key with this name, or a similar one, inside a group."""
-    dotted = {
-        str(key): f"{group!s}.{key!s}"
-        for group, node in config.items_ex(resolve=False)
-        if isinstance(node, DictConfig) and group != "hydra"
-        for key in node
-        if key != "_target_"
-    }
-    close = get_close_matches(name.lower(), list(dotted), n=1, cutoff=0.6)
-    return f"did you mean {dotted[close[0]]}? " if close else ""

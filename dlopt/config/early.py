@@ -11,12 +11,15 @@ from dlopt.config.schema import RANGES, check_arguments, check_value
 from dlopt.config.settings import GROUPS, Settings
 from dlopt.config.settings_rules import check_settings
 from dlopt.config.signatures import annotations_of
-from dlopt.data.settings import DataSettings
 from dlopt.errors import UserError
-from dlopt.plain import is_below
+from dlopt.plain import flatten, is_below
 
 # Keys that all choices of a group have, in addition to those of their callables.
-_COMMON = {"schedule": "dlopt.schedules.Warmup", "optimizer": "dlopt.parameters.Grouping"}
+_COMMON = {
+    "data": "dlopt.data.settings.DataSettings",
+    "schedule": "dlopt.schedules.Warmup",
+    "optimizer": "dlopt.parameters.Grouping",
+}
 
 
 def run_settings(config: Mapping[str, Any]) -> Settings:
@@ -37,31 +40,19 @@ def check_early(config: Mapping[str, Any], overrides: Iterable[str]) -> None:
     `config`: resolved, as plain dicts and lists.
     """
     run_settings(config)
-    data = config.get("data")
-    if isinstance(data, Mapping):
-        common = {key: value for key, value in data.items() if key in DataSettings.__dataclass_fields__}
-        check_arguments("data", DataSettings, common)
     for key in map(key_of, overrides):
         _check_argument(config, key)
 
 
 def _check_argument(config: Mapping[str, Any], key: str) -> None:
     """Checks the value of a dotted key, an argument of the innermost component around it."""
-    *parents, name = key.split(".")
-    node: Any = config
-    for parent in parents:
-        node = node.get(parent) if isinstance(node, Mapping) else None
-    if not parents or not isinstance(node, Mapping) or name not in node or not isinstance(node.get("_target_"), str):
+    group, _, name = key.rpartition(".")
+    values = flatten(config)
+    target, value = values.get(f"{group}._target_"), values.get(key)
+    is_component = isinstance(value, list) and "_target_" in str(value)
+    if key not in values or is_component or (key == "optimizer.lr" and value == "auto"):
         return
-    value, target = node[name], node["_target_"]
-    is_component = isinstance(value, Mapping | list) and "_target_" in str(value)
-    if is_component or (key == "optimizer.lr" and value == "auto"):
-        return
-    if is_below(target, ("dlopt",)):
-        annotations = annotations_of(target)
-    else:
-        annotations = RANGES if is_below(target, ("torch",)) else {}
-    if name not in annotations and len(parents) == 1:
-        annotations = annotations_of(_COMMON.get(parents[0], ""))
-    if name in annotations:
+    ranges = RANGES if is_below(str(target), ("torch",)) else {}
+    annotations = {**ranges, **annotations_of(str(target)), **annotations_of(_COMMON.get(group, ""))}
+    if target is not None and name in annotations:
         check_value(key, value, annotations[name])

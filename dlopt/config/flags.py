@@ -1,10 +1,9 @@
 """Hydra's flags of `dlopt train` and the other commands that compose a config; what Hydra's main prints for them."""
 
-import contextlib
 import logging
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -60,14 +59,11 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def show_info(parsed: Namespace) -> None:
-    """Prints what --info or --hydra-help requests, through Hydra's main."""
+def show_info(parsed: Namespace, files: Iterable[str] = ()) -> None:
+    """Prints what --info or --hydra-help requests, through Hydra's main. `files`: the flags that name config files."""
     flags = ["--hydra-help"] if parsed.hydra_help else ["--info", parsed.info]
-    for name in ("config_name", "config_dir"):
-        value = getattr(parsed, name)
-        flags += [] if value is None else [f"--{name.replace('_', '-')}", value]
     try:
-        hydra_main([*flags, *parsed.overrides])
+        hydra_main([*flags, *files, *parsed.overrides])
     except SystemExit as end:
         sys.exit(USER_ERROR if end.code == 1 else end.code)
 
@@ -85,24 +81,10 @@ def hydra_main(arguments: list[str], task: "Callable[[DictConfig], Any] | None" 
     logging.raiseExceptions = False  # Hydra prints through logging: a closed pipe (`| head`) must not be an error
     main = hydra.main(version_base=VERSION_BASE, config_path=str(config_folder()), config_name=CONFIG_NAME)
     former, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    # From Python 3.14 on, argparse checks the help of a flag when it is added; one of Hydra's is not a string yet.
+    ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]  # hides the inherited method
     try:
-        with _lazy_help():
-            main(task or (lambda config: None))()  # requires a task, but does not call it when it only prints
+        main(task or (lambda config: None))()  # requires a task, but does not call it when it only prints
     finally:
+        del ArgumentParser._check_help  # type: ignore[attr-defined]
         sys.argv = former
-
-
-@contextlib.contextmanager
-def _lazy_help() -> Iterator[None]:
-    """Lets Hydra's main add a flag whose help is not a string yet.
-
-    From Python 3.14 on, argparse checks the help of a flag when it is added; Hydra's parser cannot be built then.
-    """
-    if not hasattr(ArgumentParser, "_check_help"):
-        yield
-        return
-    ArgumentParser._check_help = lambda self, action: None  # hides the inherited method
-    try:
-        yield
-    finally:
-        del ArgumentParser._check_help

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from dlopt.config.choices import Catalogue, Choice, Key, config_folder
+from dlopt.config.choices import Catalogue, Choice, config_folder
 from dlopt.config.experiment import GROUPS, ConfigGroup
 from dlopt.config.schema import adapter_of, annotation_of, named_parameters, resolve_target, trusted_packages
 from dlopt.config.settings import Settings
@@ -28,12 +28,12 @@ _INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}|^\?\?\?$"}
 def schema(config_dir: str | None = None) -> dict[str, Any]:
     """Returns the schema, with the choices of `config_dir` as well. Raises `UserError`."""
     catalogue, definitions = Catalogue(config_dir), dict[str, Any]()
-    primary = catalogue.keys(Choice("", "train", config_folder() / "train.yaml"))
-    comments = {key.name: key.comment for key in primary}
+    primary = Choice("", "train", config_folder() / "train.yaml")
+    comments = {key.name: key.comment for key in catalogue.keys(primary)}
     properties: dict[str, Any] = {"defaults": _defaults(catalogue)}
     properties |= _fields(Settings, comments, "", definitions)
     for name, group in GROUPS.items():
-        properties[name] = _block(catalogue, name, group, primary, definitions)
+        properties[name] = _block(catalogue, name, group, definitions)
     # Hydra checks its own block, and `dlopt train` the comparison, whose keys refer to the others.
     properties |= {"hydra": {"type": "object"}, "comparison": {"type": ["object", "null"]}}
     return {
@@ -71,17 +71,14 @@ def _fields(schema: type, comments: Mapping[str, str], prefix: str, definitions:
     return found
 
 
-def _block(
-    catalogue: Catalogue, name: str, group: ConfigGroup, primary: Iterable[Key], definitions: dict[str, Any]
-) -> dict[str, Any]:
+def _block(catalogue: Catalogue, name: str, group: ConfigGroup, definitions: dict[str, Any]) -> dict[str, Any]:
     """Describes the keys of a group. A block that names its callable (`_target_`) may have any keys."""
     values: dict[str, list[dict[str, Any]]] = {}
     comments: dict[str, str] = {}
     for choice in catalogue.choices(name):
         parameters = _parameters(catalogue.target(choice))
-        runtime = {*group.runtime, *group.common_names}
         for parameter, annotation in parameters.items():
-            if parameter not in runtime:
+            if parameter not in (*group.runtime, *group.common_names):
                 values.setdefault(parameter, []).append(_of_type(annotation, definitions))
         for key in catalogue.keys(choice):
             first, _, rest = key.name.removeprefix(f"{name}.").partition(".")
@@ -91,8 +88,7 @@ def _block(
                     values.setdefault(first, []).append({})
     properties = {key: _described(schemas, comments.get(key, "")) for key, schemas in values.items()}
     if group.common is not None:
-        shared = {key.name: key.comment for key in primary} | {f"{name}.{key}": text for key, text in comments.items()}
-        properties |= _fields(group.common, shared, f"{name}.", definitions)
+        properties |= _fields(group.common, comments, "", definitions)
     own = {"_target_": {"type": "string", "description": "dotted name of a callable of your own"}}
     known = {"properties": own | properties, "additionalProperties": False}
     return {"type": "object", "if": {"required": ["_target_"]}, "else": known}

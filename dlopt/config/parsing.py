@@ -51,10 +51,7 @@ def parse(
         data_settings=components.pop("DataSettings"),
         grouping=components.pop("Grouping"),
         warmup=components.pop("Warmup"),
-        config={
-            **{key: to_save[key] for key in config if key not in GROUPS},
-            **{name: to_save[name] for name in GROUPS},
-        },
+        config={key: to_save[key] for key in [*(key for key in config if key not in GROUPS), *GROUPS]},
         own_metrics=own_metrics(settings.evaluate.metrics, packages),
         own_observers=own_observers(config.get("observers", []), packages),
         auto_lr=config["optimizer"].get("lr") == "auto",

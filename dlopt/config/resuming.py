@@ -22,12 +22,11 @@ def may_change(key: str) -> bool:
     return role_of(key) in _FREE
 
 
-# What runs did before these keys existed; saved configs lack them.
-_BEFORE = {"ema_warmup": False}
-# Keys that a config may lack: those that mean nothing for its data set (older configs have them), and newer groups.
+# Keys that a config may lack: those that mean nothing for its data set (older configs have them), and newer ones.
 _UNUSED = {
     **{f"data.{each.name}": each.default for each in fields(DataSettings) if each.default is not MISSING},
     "adapt._target_": "dlopt.adapt.none",
+    "ema_warmup": False,
 }
 
 
@@ -57,7 +56,7 @@ def _has_config(run: RunFolder, config: Mapping[str, Any]) -> bool:
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns by dotted key the (saved, current) values that differ, without those of keys that `may_change`."""
-    old, new = {**_UNUSED, **flatten({**_BEFORE, **saved})}, {**_UNUSED, **flatten(current)}
+    old, new = {**_UNUSED, **flatten(saved)}, {**_UNUSED, **flatten(current)}
     if old.get("ema") is None:
         new["ema_warmup"] = old["ema_warmup"]  # there is no average, whose warmup could differ
     keys = [key for key in old | new if not may_change(key)]

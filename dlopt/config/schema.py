@@ -187,14 +187,14 @@ def _import(key: str, path: str) -> Any:
         return None
     try:
         return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if error.name is not None and is_below(module, (error.name,)):
-            return None
-        raise UserError(f"{key}={path}: importing {module} failed: {error}") from error
     except UserError:  # of a module that needs an optional package
         raise
     except Exception as error:
-        raise UserError(f"{key}={path}: importing {module} failed: {type(error).__name__}: {error}") from error
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and is_below(module, (missing,)):
+            return None
+        kind = "" if missing is not None else f"{type(error).__name__}: "
+        raise UserError(f"{key}={path}: importing {module} failed: {kind}{error}") from error
 
 
 def check_arguments(
@@ -248,11 +248,9 @@ def check_value(
             names = ", ".join(field.name for field in dataclasses.fields(annotation))
             raise UserError(f"{key}={show(value)}: this is a block of keys ({names}); set them one by one")
         return annotation(**check_arguments(key, annotation, value, runtime, packages))
-    if isinstance(value, Mapping) and "_target_" in value and value["_target_"] is None:
-        return None  # an optional component that is not set
-    if isinstance(value, Mapping) and "_target_" in value:
+    if isinstance(value, Mapping) and "_target_" in value:  # null: an optional component that is not set
         # A nested component may have an argument of its own with a runtime argument's name (a dataset's image_size).
-        return component(key, value, runtime - value.keys(), packages)
+        return None if value["_target_"] is None else component(key, value, runtime - value.keys(), packages)
     if isinstance(value, list) and any(isinstance(item, Mapping) and "_target_" in item for item in value):
         return [check_value(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
     adapter = adapter_of(annotation)
@@ -312,10 +310,10 @@ def _build_adapter(annotation: Any) -> TypeAdapter[Any] | None:
         return None
     try:
         return TypeAdapter(annotation, config=_STRICT)
-    except PydanticUserError as error:
-        if isinstance(error, PydanticSchemaGenerationError | PydanticUndefinedAnnotation):
-            return None
-        return TypeAdapter(annotation)  # pydantic refuses a second config for types that have their own
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
+        return None
+    except PydanticUserError:  # a type with a config of its own
+        return TypeAdapter(annotation)
 
 
 def show(value: Any) -> str:
@@ -343,16 +341,22 @@ def _reason(error: ValidationError) -> str:
 _TYPE_MISMATCH = {"none_required", "bool_type", "int_type", "float_type", "string_type", "list_type", "literal_error"}
 
 
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_PLAIN = {
+    int: "an integer", float: "a number", bool: "true | false", str: "a string", type(None): "null", None: "null",
+    _EMPTY: "any value", Any: "any value",
+}  # fmt: skip
+
+
 def describe_type(annotation: Any) -> str:
     """Describes the values that an annotation allows: 'a number > 0', 'batch | layer', 'null'."""
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
-    if annotation is _EMPTY or annotation is Any:
-        return "any value"
-    if annotation is type(None) or annotation is None:
-        return "null"
     if origin is typing.Annotated:
-        bounds = [bound for extra in arguments[1:] for bound in _bounds(extra)]
+        found = [(sign, getattr(extra, name, None)) for extra in arguments[1:] for name, sign in _SIGNS.items()]
+        bounds = [
+            f"{sign} {bound if isinstance(bound, int) else f'{bound:g}'}" for sign, bound in found if bound is not None
+        ]
         return " ".join([describe_type(arguments[0]), " and ".join(bounds)]).strip()
     if origin is typing.Literal:
         return " | ".join(show(argument) for argument in arguments)
@@ -364,15 +368,4 @@ def describe_type(annotation: Any) -> str:
         return f"a block {{name: {describe_type(arguments[1])}}}"
     if origin is tuple:
         return f"a list [{','.join(describe_type(argument) for argument in arguments if argument is not ...)}]"
-    plain = {int: "an integer", float: "a number", bool: "true | false", str: "a string"}
-    return plain.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-
-
-def _bounds(extra: Any) -> list[str]:
-    bounds = [(sign, getattr(extra, name, None)) for name, sign in _SIGNS.items()]
-    return [
-        f"{sign} {bound if isinstance(bound, int) else f'{bound:g}'}" for sign, bound in bounds if bound is not None
-    ]
+    return _PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))

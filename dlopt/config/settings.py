@@ -24,12 +24,15 @@ ExtraMetric = Literal[
 ]  # fmt: skip
 
 
+Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
     every_epochs: Annotated[Count, Role.PROTOCOL]
     test: Annotated[bool, Role.PROTOCOL]
     metrics: Annotated[list[ExtraMetric | str], Role.PROTOCOL]  # str: see `dlopt.config.own_metrics`
-    tta: Annotated[Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"], Role.PROTOCOL]
+    tta: Annotated[Tta, Role.PROTOCOL]
     average: Annotated[Literal["probabilities", "logits"], Role.PROTOCOL]
     # The defaults are for configs that were saved before these keys existed.
     every_steps: Annotated[Count | None, Role.PROTOCOL] = None

@@ -3,18 +3,15 @@
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
-from dlopt.config.settings import Settings
+from dlopt.config.settings import ExtraMetric, Settings
 from dlopt.errors import UserError, did_you_mean, install
 from dlopt.metric_names import HIGHER, LOWER, has_direction
 
 _MAX_NAME = 100
 MONITORS = ("auto", "val_loss", "val_accuracy")
-_EXTRA = (
-    "val_top5_accuracy", "val_macro_f1", "val_calibration_error", "val_worst_class_accuracy", "val_r2", "val_mae",
-    "val_mean_average_precision", "val_micro_f1",
-)  # fmt: skip
+_EXTRA = [f"val_{name}".replace("val_class_", "val_worst_class_") for name in get_args(ExtraMetric)]
 CLASS = "val_class_accuracy/"
 _TAG = re.compile(r"\w[\w.+-]*")
 

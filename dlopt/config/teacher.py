@@ -20,12 +20,8 @@ def identify_teacher(config: dict[str, Any]) -> None:
     Raises `UserError` if there is no such checkpoint, or another one than that of the config.
     """
     loss = config.get("loss")
-    if not isinstance(loss, dict) or loss.get("_target_") != _LOSS or HASH not in loss:
-        return
-    path = loss[PATH]
-    if not isinstance(path, str):
-        return
-    _, loss[HASH] = teacher_file(path, loss[HASH])
+    if isinstance(loss, dict) and loss.get("_target_") == _LOSS and HASH in loss and isinstance(loss[PATH], str):
+        _, loss[HASH] = teacher_file(loss[PATH], loss[HASH])
 
 
 def teacher_file(path: str, expected: str | None) -> tuple[Path, str]:

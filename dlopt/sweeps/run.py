@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
-from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_value, value_of
+from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_plain, value_of
 from dlopt.config.plan import Plan, checked, with_params
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
@@ -206,7 +206,7 @@ def _values(lines: Any) -> dict[str, str]:
 def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]) -> None:
     """Runs a sweep through Hydra's main. `overrides`: with lists spelled out, which Hydra expands in the same order."""
     hydra = [line for line in request.hydra if key_of(line) not in ("hydra.sweep.dir", "hydra.sweeper.params")]
-    own = [f"hydra.sweep.dir={quoted_value(str(folder))}"]
+    own = [f"hydra.sweep.dir={quoted_plain(str(folder))}"]
     if str(request.config.hydra.sweeper._target_).endswith("BasicSweeper"):
         own.append("hydra.sweeper.params=null")
     with env_override({"HYDRA_FULL_ERROR": "1"}):  # errors are raised, not printed
