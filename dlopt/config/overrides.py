@@ -166,10 +166,7 @@ def explain_grammar(line: str, following: str) -> str:
     sign = _unpaired(value)
     if sign in ("[", "(", "{") and following and "=" not in following:
         return f"{line!r}: {sign} is not closed; a list has no spaces, or the whole argument is quoted: {line}..."
-    if not sign and value[:1] + value[-1:] in ("[]", "{}"):
-        example = f"{key}=['a=b','c']"
-        return f"{line!r}: its entries must be quoted for Hydra, inside the quotes for the shell: {example!r}"
-    correct = f"{key}={quoted_plain(os.path.expanduser(value))}"
+    correct = f"{key}={quoted_value(os.path.expanduser(value))}"
     advice = f"the value must be quoted for Hydra, inside the quotes for the shell: {correct!r}"
     fault = f"{sign} is not {'opened' if sign in ')]}' else 'closed'}; as plain text, " if sign else ""
     return f"{line!r}: {fault}{advice}"
@@ -195,3 +192,42 @@ def quoted_plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{key}:{quoted_plain(item)}' for key, item in value.items())}}}"
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def quoted_value(value: str) -> str:
+    """Quotes a value for Hydra's grammar: [a=1,b=[2]] as ['a=1','b=[2]'], because a quoted list would be a string.
+
+    Blocks, too: {a:[b=1],c:2} as {a:['b=1'],c:2}. Their keys cannot be quoted.
+    """
+    if value.startswith("[") and value.endswith("]"):
+        return f"[{','.join(map(_quoted_item, _items(value[1:-1])))}]"
+    if value.startswith("{") and value.endswith("}"):
+        pairs = [item.partition(":") for item in _items(value[1:-1])]
+        if all(colon for _, colon, _ in pairs):
+            return f"{{{','.join(f'{key.strip()}:{_quoted_item(each)}' for key, _, each in pairs)}}}"
+    return quoted_plain(value)
+
+
+def _quoted_item(item: str) -> str:
+    """Quotes an entry of a list or block, unless it is a list or block itself, or needs no quotes."""
+    item = item.strip()
+    if item[:1] in ("[", "{"):
+        return quoted_value(item)
+    return item if re.fullmatch(r"'[^']*'|\"[^\"]*\"", item) else repr(item)
+
+
+def _items(text: str) -> list[str]:
+    """Splits the inside of a list or block at its commas, but not within brackets or quotes."""
+    items, depth, quote = [""], 0, ""
+    for letter in text:
+        if letter == quote:
+            quote = ""
+        elif not quote and letter in "'\"":
+            quote = letter
+        elif not quote:
+            depth += (letter in "[{(") - (letter in ")}]")
+        if letter == "," and depth == 0 and not quote:
+            items.append("")
+        else:
+            items[-1] += letter
+    return items if text.strip() else []
