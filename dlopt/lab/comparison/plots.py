@@ -269,7 +269,7 @@ def _bars(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
             if has_room and not math.isnan(mean):
                 style = {"ha": "center", "va": "bottom", "fontsize": _TEXT - 1}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
-                axes.annotate(f"{mean:.2g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
+                axes.annotate(f"{mean:.3g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
     if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
         drawing.logarithmic(axes)
     axes.set_xticks(range(len(values)), [show(value) for value in values])
