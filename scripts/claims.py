@@ -5,6 +5,7 @@
 .venv/bin/python scripts/claims.py --runs FOLDER --minutes 60  start no recipe after an hour; the next call continues
 .venv/bin/python scripts/claims.py --runs FOLDER --offset 2000 momentum   other seeds, named recipes
 .venv/bin/python scripts/claims.py --runs FOLDER --table       only compare what has been run
+.venv/bin/python scripts/claims.py --runs FOLDER --table --record   also write the verdicts to docs/gallery/fresh
 
 The runs are in FOLDER/OFFSET/NAME; an interrupted recipe resumes. Prints a line per claim whose verdict differs, a
 summary and the hours used. The exit code is 1 if a supported claim is contradicted, or fewer than 97 % of the verdicts
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 GALLERY = ROOT / "docs" / "gallery"
 RESULTS = "comparison.json"
+FRESH = GALLERY / "fresh"  # OFFSET.json: recipe -> hash of its claims, seeds, verdicts; docs/generate.py counts them
 HOURS = "seconds.json"  # recipe -> seconds, in FOLDER/OFFSET
 GOAL = 0.97  # of the verdicts are the same
 
@@ -74,6 +76,19 @@ def run(name: str, folder: Path, offset: int) -> int:
     return subprocess.run(command, env=os.environ | threads, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
 
 
+def record(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Writes the verdicts of fresh seeds for docs/claims.md; keeps those of recipes that are not in `results`."""
+    path.parent.mkdir(exist_ok=True)
+    verdicts = read(path) if path.exists() else {}
+    for name, saved in results.items():
+        verdicts[name] = {
+            "claims_hash": saved["claims_hash"],
+            "seeds": len(saved["seeds"]),
+            "verdicts": {claim["claim"]: claim["verdict"] for claim in saved["claims"]},
+        }
+    path.write_text(json.dumps(dict(sorted(verdicts.items())), indent=1) + "\n", encoding="utf-8")
+
+
 def read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -109,6 +124,7 @@ def main() -> int:
     parser.add_argument("--offset", type=int, default=1000, help="the first seed (default: 1000)")
     parser.add_argument("--minutes", type=float, help="start no recipe later than this")
     parser.add_argument("--table", action="store_true", help="only compare what has been run")
+    parser.add_argument("--record", action="store_true", help="write the verdicts to docs/gallery/fresh")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(every):
         parser.error(f"no results in docs/gallery: {', '.join(sorted(unknown))}")
@@ -119,6 +135,8 @@ def main() -> int:
     both = [(name, read(GALLERY / f"{name}.json"), read(folder / name / RESULTS)) for name in done]
     lines, is_good = report([pair for each in both for pair in pairs(*each)])
     print("\n".join(lines))
+    if arguments.record:
+        record({name: new for name, _, new in both}, FRESH / f"{arguments.offset}.json")
     if changed := [name for name, old, new in both if old.get("claims_hash") != new.get("claims_hash")]:
         print(f"claims changed since: {', '.join(changed)}")
     used = sum(read(folder / HOURS).values()) if (folder / HOURS).exists() else 0

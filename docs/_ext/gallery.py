@@ -74,6 +74,7 @@ def claims(docs: Path) -> str:
     """Formats a table of all claims (the claim, the recipe, the outcome, the verdict) below the numbers of verdicts."""
     rows, missing = [], []
     verdicts: Counter[str] = Counter()
+    sets: dict[str, list[tuple[str, str]]] = {}  # first seed -> verdicts in the gallery and with fresh seeds
     for choice in CATALOGUE.choices("experiment"):
         if not choice.name.startswith(FOLDER):
             continue
@@ -83,15 +84,49 @@ def claims(docs: Path) -> str:
         link = f"[{name}](gallery.md#{anchor(choice.description)})"
         if recipe["comparison"].get("claims") and not found:
             missing.append(link)
+        fresh = fresh_verdicts(docs, name)
         for claim in found:
+            again = {first: new[claim["claim"]] for first, new in fresh.items() if claim["claim"] in new}
+            for first, verdict in again.items():
+                sets.setdefault(first, []).append((claim["verdict"], verdict))
             outcome = f"{text(claim['outcome'])}{_limits(claim)}"
             verdicts[claim["verdict"]] += 1
-            rows.append((text(claim["claim"]), f"**{claim['verdict']}**{changed(claim)}", outcome, link))
+            verdict = f"**{claim['verdict']}**{changed(claim)}"
+            rows.append((text(claim["claim"]), verdict, _agreement(claim["verdict"], again), outcome, link))
     counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-    lines = [f"{len(rows)} claims: {counted}.", "", table(("Claim", "Verdict", "Outcome", "Recipe"), rows), ""]
+    columns = ("Claim", "Verdict", "Same with new seeds", "Outcome", "Recipe")
+    lines = [f"{len(rows)} claims: {counted}.", "", *_sets(sets), table(columns, rows), ""]
     if missing:
         lines.append(f"Not recorded here, because they take long or need other machines: {', '.join(missing)}.")
     return "\n".join(lines)
+
+
+def fresh_verdicts(docs: Path, name: str) -> dict[str, dict[str, str]]:
+    """Returns first seed -> claim -> verdict for each set of fresh seeds with the claims of the results."""
+    path, found = docs / "gallery" / f"{name}.json", {}
+    hash_ = json.loads(path.read_text(encoding="utf-8"))["claims_hash"] if path.exists() else None
+    for each in sorted((docs / "gallery" / "fresh").glob("*.json")):
+        recipe = json.loads(each.read_text(encoding="utf-8")).get(name)
+        if recipe and recipe["claims_hash"] == hash_:
+            found[each.stem] = recipe["verdicts"]
+    return found
+
+
+def _agreement(verdict: str, again: dict[str, str]) -> str:
+    """Formats in how many sets of fresh seeds the verdict is the same, and the other verdicts."""
+    others = [f"{new} from {first} on" for first, new in again.items() if new != verdict]
+    return "; ".join([f"{len(again) - len(others)} of {len(again)}", *others]) if again else ""
+
+
+def _sets(sets: dict[str, list[tuple[str, str]]]) -> Iterable[str]:
+    """Yields a line per set of fresh seeds: how many verdicts are the same, and how many are reversed."""
+    for first, found in sorted(sets.items()):
+        same = sum(old == new for old, new in found)
+        turned = sum({old, new} == {"supported", "contradicted"} for old, new in found)
+        share = f"{same} of {len(found)} verdicts are the same ({100 * same / len(found):.1f} %)"
+        yield f"- Seeds from {first} on: {share}; supported and contradicted exchanged: {turned}."
+    if sets:
+        yield ""
 
 
 def results(docs: Path, name: str) -> list[dict[str, Any]]:

@@ -58,6 +58,27 @@ def test_recipes_run_with_fresh_seeds_and_only_once(tmp_path: Path, monkeypatch:
     assert SCRIPT["run_all"](["clipping"], tmp_path, 1000, 0.0) == 0 and len(calls) == 2  # out of time
 
 
+def test_verdicts_of_fresh_seeds_are_recorded_for_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs/_ext"))
+    import gallery
+
+    path = tmp_path / "gallery/fresh/1000.json"
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "gallery/momentum.json").write_text(json.dumps(results("supported", "supported")))
+    SCRIPT["record"]({"clipping": results("supported")}, path)
+    SCRIPT["record"]({"momentum": results("supported", "inconclusive")}, path)
+    assert json.loads(path.read_text()).keys() == {"clipping", "momentum"}
+    assert gallery.fresh_verdicts(tmp_path, "clipping") == {}  # no results in the gallery
+    found = gallery.fresh_verdicts(tmp_path, "momentum")
+    assert found == {"1000": {"claim 0": "supported", "claim 1": "inconclusive"}}
+    assert gallery._agreement("supported", {"1000": "inconclusive"}) == "0 of 1; inconclusive from 1000 on"
+    pairs = [("supported", "supported"), ("supported", "contradicted")]
+    [line, _] = gallery._sets({"1000": pairs})
+    assert line.startswith("- Seeds from 1000 on: 1 of 2 verdicts are the same (50.0 %);") and line.endswith(": 1.")
+    SCRIPT["record"]({"momentum": results("supported", saved="y")}, path)
+    assert gallery.fresh_verdicts(tmp_path, "momentum") == {}  # of other claims
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "docs/gallery").glob("*.json")), ids=lambda path: path.stem)
 def test_results_in_the_gallery_have_hashes_and_current_verdicts(path: Path) -> None:
     saved = json.loads(path.read_text(encoding="utf-8"))
