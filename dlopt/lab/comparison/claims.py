@@ -194,9 +194,9 @@ def judge(claim: Claim, first: Measured, second: Measured) -> Finding:
                 verdict = "supported"
             elif low > margin or high < -margin:
                 verdict = "contradicted"
-        elif low >= margin - rounding and low > 0:
+        elif low >= margin - rounding and low > rounding:
             verdict = "supported"
-        elif high < 0:
+        elif high < -rounding:
             verdict = "contradicted"
     return Finding(claim, first, second, verdict, found)
 

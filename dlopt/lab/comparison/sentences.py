@@ -159,7 +159,7 @@ def _bound(sign: Literal[">=", "<="], effect: float, finding: Finding) -> str:
 def _scaled(effect: float, finding: Finding) -> str:
     """Formats an effect as a ratio or difference, with two digits."""
     if finding.claim.factor is None:
-        return f"{effect:.2g}"
+        return f"{round(effect, 9) + 0.0:.2g}"  # 0, not the 5.6e-17 that is left of 0.93 - 0.93, and not -0
     if abs(effect) > math.log(_LARGEST_RATIO) + 1e-9:
         return f"> {_LARGEST_RATIO:.0f}x" if effect > 0 else f"< {1 / _LARGEST_RATIO:g}x"
     ratio = math.exp(effect)

@@ -83,6 +83,15 @@ def test_six_seeds_or_more_have_pseudomedians_and_a_signed_rank_interval() -> No
     assert "95 % signed-rank interval from " in sentence(diverged)
 
 
+@pytest.mark.parametrize("sides", ["ab", "ba"])
+def test_a_rounding_error_is_no_difference(sides: str) -> None:
+    values = {"a": 0.3, "b": 0.1 + 0.2}
+    first, second = ([outcome(values[side])] * 6 for side in sides)
+    finding = judged(claim(factor=None, difference=0.0), first, second)
+    assert finding.verdict == "inconclusive"
+    assert "; difference 0 (whole 95 % signed-rank interval), 6 seeds, margin 0." in sentence(finding)
+
+
 def test_one_seed_proves_nothing() -> None:
     finding = judged(claim(), [outcome(1.0)], [outcome(9.0)])
     assert finding.verdict == "inconclusive" and "no interval: one seed" in sentence(finding)
