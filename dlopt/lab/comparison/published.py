@@ -85,6 +85,7 @@ def draw_beside(results: Results, figure: "Figure", fontsize: float) -> None:
             axes.annotate(f"{x:.4f}", (x, row), **offset)
         axes.tick_params(labelsize=fontsize)
         axes.margins(x=0.15)
+        axes.locator_params("x", nbins=4)  # more labels overlap
     for row, column in zip(rows, columns, strict=True):
         panels[1].plot([min(column), max(column)], [row, row], color=drawing.COLOURS[1], linewidth=4, alpha=0.3)
     [(key, points)] = comparison.along.items()
