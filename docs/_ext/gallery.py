@@ -119,13 +119,16 @@ def _agreement(verdict: str, again: dict[str, str]) -> str:
 
 
 def _sets(sets: dict[str, list[tuple[str, str]]]) -> Iterable[str]:
-    """Yields a line per set of fresh seeds: how many verdicts are the same, and how many are reversed."""
-    for first, found in sorted(sets.items()):
+    """Yields a line per set of fresh seeds, and one for all: how many verdicts are the same, and how many reversed."""
+    named = {f"Seeds from {first} on": found for first, found in sorted(sets.items())}
+    if len(sets) > 1:
+        named["Together"] = [pair for found in sets.values() for pair in found]
+    for name, found in named.items():
         same = sum(old == new for old, new in found)
         turned = sum({old, new} == {"supported", "contradicted"} for old, new in found)
         share = f"{same} of {len(found)} verdicts are the same ({100 * same / len(found):.1f} %)"
-        yield f"- Seeds from {first} on: {share}; supported and contradicted exchanged: {turned}."
-    if sets:
+        yield f"- {name}: {share}; supported and contradicted exchanged: {turned}."
+    if named:
         yield ""
 
 
