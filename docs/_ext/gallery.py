@@ -105,7 +105,7 @@ def fresh_verdicts(docs: Path, name: str) -> dict[str, dict[str, str]]:
     """Returns first seed -> claim -> verdict for each set of fresh seeds with the claims of the results."""
     path, found = docs / "gallery" / f"{name}.json", {}
     hash_ = json.loads(path.read_text(encoding="utf-8"))["claims_hash"] if path.exists() else None
-    for each in sorted((docs / "gallery" / "fresh").glob("*.json")):
+    for each in (docs / "gallery" / "fresh").glob("*.json"):
         recipe = json.loads(each.read_text(encoding="utf-8")).get(name)
         if recipe and recipe["claims_hash"] == hash_:
             found[each.stem] = recipe["verdicts"]
@@ -114,20 +114,20 @@ def fresh_verdicts(docs: Path, name: str) -> dict[str, dict[str, str]]:
 
 def _agreement(verdict: str, again: dict[str, str]) -> str:
     """Formats in how many sets of fresh seeds the verdict is the same, and the other verdicts."""
-    others = [f"{new} from {first} on" for first, new in again.items() if new != verdict]
+    others = [f"{again[first]} with seeds from {first}" for first in sorted(again, key=int) if again[first] != verdict]
     return "; ".join([f"{len(again) - len(others)} of {len(again)}", *others]) if again else ""
 
 
 def _sets(sets: dict[str, list[tuple[str, str]]]) -> Iterable[str]:
     """Yields a line per set of fresh seeds, and one for all: how many verdicts are the same, and how many reversed."""
-    named = {f"Seeds from {first} on": found for first, found in sorted(sets.items())}
+    named = {f"Seeds from {first} on": found for first, found in sorted(sets.items(), key=lambda item: int(item[0]))}
     if len(sets) > 1:
         named["Together"] = [pair for found in sets.values() for pair in found]
     for name, found in named.items():
         same = sum(old == new for old, new in found)
         turned = sum({old, new} == {"supported", "contradicted"} for old, new in found)
         share = f"{same} of {len(found)} verdicts are the same ({100 * same / len(found):.1f} %)"
-        yield f"- {name}: {share}; supported and contradicted exchanged: {turned}."
+        yield f"- {name}: {share}; reversed (supported to contradicted, or back): {turned}."
     if named:
         yield ""
 

@@ -71,11 +71,12 @@ def test_verdicts_of_fresh_seeds_are_recorded_for_the_table(tmp_path: Path, monk
     assert gallery.fresh_verdicts(tmp_path, "clipping") == {}  # no results in the gallery
     found = gallery.fresh_verdicts(tmp_path, "momentum")
     assert found == {"1000": {"claim 0": "supported", "claim 1": "inconclusive"}}
-    assert gallery._agreement("supported", {"1000": "inconclusive"}) == "0 of 1; inconclusive from 1000 on"
+    assert gallery._agreement("supported", {"1000": "inconclusive"}) == "0 of 1; inconclusive with seeds from 1000"
     pairs = [("supported", "supported"), ("supported", "contradicted")]
     [line, _] = gallery._sets({"1000": pairs})
     assert line.startswith("- Seeds from 1000 on: 1 of 2 verdicts are the same (50.0 %);") and line.endswith(": 1.")
-    [*_, both, _] = gallery._sets({"1000": pairs, "2000": pairs[:1]})
+    [_, last, both, _] = gallery._sets({"10000": pairs, "2000": pairs[:1]})
+    assert last.startswith("- Seeds from 10000 on")
     assert both.startswith("- Together: 2 of 3 verdicts are the same (66.7 %)")
     SCRIPT["record"]({"momentum": results("supported", saved="y")}, path)
     assert gallery.fresh_verdicts(tmp_path, "momentum") == {}  # of other claims
