@@ -278,7 +278,7 @@ class LadderRequest:
         return [Trial(optimizer, rung, seed) for rung in self.ladder.rungs for seed in range(self.ladder.seeds)]
 
     def waiting(self) -> list[Trial]:
-        """Returns the trials without a result that can run now, small rungs first."""
+        """Returns the trials without a result that can run now: small rungs first, in them seed by seed."""
         found = []
         for optimizer, contestant in self.ladder.optimizers.items():
             search = self.search(optimizer)
@@ -288,7 +288,8 @@ class LadderRequest:
                 for rung in self.ladder.searched:
                     found += [Trial(optimizer, rung, 0, index) for index in missing(self.searches(optimizer, rung))]
         order = [*self.ladder.rungs]
-        return sorted((each for each in found if self.outcome(each) is None), key=lambda each: order.index(each.rung))
+        waiting = [each for each in found if self.outcome(each) is None]
+        return sorted(waiting, key=lambda each: (order.index(each.rung), each.seed))
 
     def lr(self, trial: Trial) -> float:
         contestant = self.ladder.optimizers[trial.optimizer]
