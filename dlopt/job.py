@@ -140,7 +140,7 @@ def start(run: "Run", *, console: bool) -> int:
     describe it.
     """
     from dlopt.training.precision import torch_defaults
-    from dlopt.training.trainer import train_run
+    from dlopt.training.run import train_run
 
     processes, lock = _claim(run)
     with lock, _described(run) as outcome:

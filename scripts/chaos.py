@@ -37,7 +37,7 @@ from dlopt import job  # noqa: E402
 from dlopt.data.batches import Batch  # noqa: E402
 from dlopt.errors import RunError, UserError  # noqa: E402
 from dlopt.folders import RunFolder  # noqa: E402
-from dlopt.training import trainer  # noqa: E402
+from dlopt.training import run  # noqa: E402
 from dlopt.training.checkpoint import Checkpoints  # noqa: E402
 from dlopt.training.progress import Run  # noqa: E402
 from dlopt.training.step import Step  # noqa: E402
@@ -214,7 +214,7 @@ class Campaign:
 
     def signals(self) -> Iterator[FaultResult]:
         stages = {
-            "while building": (trainer, "training_batches"),
+            "while building": (run, "training_batches"),
             "during training": (Step, "update"),
             "during an evaluation": (Trainer, "_end_epoch"),
             "during a save": (Checkpoints, "save"),

@@ -471,7 +471,7 @@ def test_cleanup_of_a_resumed_run(place: str, tmp_path: Path, monkeypatch: pytes
     def refuse(*_: object, **__: object) -> None:
         raise UserError("data.root=x: it is gone")
 
-    monkeypatch.setattr("dlopt.training.trainer.train_run", refuse)
+    monkeypatch.setattr("dlopt.training.run.train_run", refuse)
     line = [*TINY, "schedule_epochs=2", "resume=run/checkpoints/last.pt", place]
     assert "it is gone" in refused(tmp_path, "train", *line)  # the history that was taken along is gone, too
 

@@ -19,7 +19,8 @@ from dlopt.parallel.mode import Mode
 from dlopt.parallel.rendezvous import World
 from dlopt.training.build import build_workload
 from dlopt.training.cuda_graphs import GraphedStep
-from dlopt.training.trainer import Trainer, probe_trainer
+from dlopt.training.run import probe_trainer
+from dlopt.training.trainer import Trainer
 from tests.support.recorded import SimulatedRecorder
 from tests.support.runs import SMALL, at_update, experiment, metrics, result, resume, same, start, terminate
 

@@ -31,7 +31,7 @@ from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_mode, build_workload, load_weights
 from dlopt.training.optimizer import build_optimizer
 from dlopt.training.progress import endless_batches
-from dlopt.training.trainer import probe_trainer
+from dlopt.training.run import probe_trainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

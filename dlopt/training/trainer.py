@@ -1,269 +1,37 @@
-"""Training of one run, from config to summary.
+"""The training loop (`Trainer.fit`) and the content of a checkpoint (`Trainer.state_dict`).
 
-`train_run` builds a `Workload` (data, model, loss) and a `Trainer`. `Trainer.fit` is the training loop; `Step.update`
-(`step.py`) is one update, and `Trainer.state_dict` the content of a checkpoint.
+`run.py` builds a trainer; `Step.update` (`step.py`) is one update.
 """
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dlopt.config.resuming import how_to_resume
-from dlopt.data.batches import Batch, Batches
+from dlopt.data.batches import Batch
 from dlopt.errors import RunError, UserError
-from dlopt.folders import RunFolder
 from dlopt.interruption import Interruption
 from dlopt.optim.traits import is_schedule_free
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.rendezvous import is_launched
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.tracking.tracking import Tracking
 from dlopt.training import rng
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
-from dlopt.training.batch_norm import check_norm_batches
-from dlopt.training.build import (
-    Workload,
-    build_mode,
-    build_workload,
-    checkpoint_writer,
-    data_spec,
-    load_weights,
-    loss_aware_sampler,
-    training_batches,
-)
-from dlopt.training.checkpoint import Checkpoints, evaluated_epoch, load
-from dlopt.training.distillation import with_teacher
-from dlopt.training.evaluate import Validate, check_crops, check_tta, reduction, test_metrics, validation
-from dlopt.training.metrics import MetricSum, sample_losses
+from dlopt.training.checkpoint import Checkpoints, evaluated_epoch
+from dlopt.training.evaluate import Validate
+from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged, Recovery
-from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
 from dlopt.training.own_observers import OwnObservers
-from dlopt.training.progress import (
-    Clock,
-    Intervals,
-    Length,
-    Progress,
-    Run,
-    Status,
-    check_horizon,
-    evaluation_interval,
-    run_length,
-)
-from dlopt.training.reporting import log_header, notes, open_tracking, show_first_batch, summarize
-from dlopt.training.step import EpochBatches, Network, Observer, Step, UpdateRecord
+from dlopt.training.progress import Clock, Intervals, Progress, Status
+from dlopt.training.step import EpochBatches, Step, UpdateRecord
 from dlopt.training.stopping import Best, Stopping
 
 log = logging.getLogger(__name__)
-
-Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
-"""Returns the observers of a run, given its length and folder. Raises `UserError`."""
-FindLr = Callable[[Workload, Tracking, Path], float]
-"""Returns the learning rate for optimizer.lr=auto. Raises `UserError` if none is suitable."""
-Draw = Callable[[Workload, Path, Sequence[float]], Mapping[str, Path]]
-"""Draws a finished run (with its best model) into its folder, with the restarts of the schedule (in epochs).
-Returns the paths by description."""
-
-
-def train_run(
-    run: Run,
-    interruption: Interruption,
-    *,
-    console: bool = True,
-    observe: Observe | None = None,
-    find_lr: FindLr | None = None,
-    draw: Draw | None = None,
-) -> dict[str, Any]:
-    """Trains, tests the best model, and returns the summary, which is also written to summary.json.
-
-    Args:
-        interruption: stops the run with a checkpoint when it becomes true: on a signal, or after `max_time`.
-        console: show progress.
-        observe: builds observers (diagnostics, profiler).
-        find_lr: runs the range test for optimizer.lr=auto.
-        draw: draws the run at its end, unless it is interrupted; an error in it does not fail the run.
-
-    Raises:
-        UserError: the experiment cannot work; before the first update.
-        RunError: the run failed later.
-    """
-    settings = run.experiment.settings
-    mode = build_mode(run.experiment)
-    state = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
-    workload = with_teacher(build_workload(run.experiment, state, parallel=mode))
-    check_crops(workload)
-    batches = training_batches(workload)
-    length = run_length(settings, len(batches), state)
-    horizon_note = None if state is None else check_horizon(run.experiment, length, state)
-    is_shown = mode.ranks.is_main
-    with (
-        contextlib.closing(workload),
-        open_tracking(run, state, console) if is_shown else Tracking(None, sinks=[], console=False) as tracking,
-    ):
-        found_lr = None
-        if workload.experiment.auto_lr and find_lr is not None:
-            # A resumed run keeps the learning rate of its range test.
-            found_lr = None if state is None else state["progress"].get("found_lr")
-            found_lr = find_lr(workload, tracking, run.folder) if found_lr is None else found_lr
-            workload = workload.with_lr(found_lr)
-        if state is None and settings.init_from is not None:
-            # Before the trainer is built: its weight average starts at the loaded weights.
-            for line in load_weights(workload.module, Path(settings.init_from), mode):
-                tracking.message(line)
-        own = OwnObservers(run.experiment.own_observers) if is_shown and run.experiment.own_observers else None
-        observers = () if observe is None else observe(workload, length, tracking, run.folder)
-        trainer = build_trainer(workload, run.folder, batches, length, tracking, found_lr=found_lr, observers=observers)
-        trainer.own = own
-        if state is not None:
-            trainer.load_state_dict(state)
-        log_header(run, workload, length, trainer.progress, tracking)
-        for line in notes(workload, trainer.graph_obstacle):
-            tracking.message(line)
-        if trainer.progress.step == 0 and is_shown:
-            show_first_batch(workload, trainer.batches, tracking)
-        if horizon_note is not None:
-            tracking.message(horizon_note)
-        stop = mode.ranks.synchronized_stop(interruption)
-        status = trainer.fit(stop)
-        summary = summarize(workload, status, trainer.progress, trainer.best, trainer.recovery)
-        if status == "interrupted":
-            how = how_to_resume(RunFolder(run.folder), is_launched())
-            tracking.message(f"{stop.reason}: stopped; {how}")
-        elif settings.evaluate.test:
-            summary |= _test_best(trainer, workload)
-        if own is not None:
-            own.at_end(summary)
-        pictures = None
-        if draw is not None and status != "interrupted":
-            steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
-            pictures = partial(draw, workload, run.folder, [step / length.steps_per_epoch for step in steps])
-        tracking.finish(summary, pictures)
-    return summary
-
-
-def build_trainer(
-    workload: Workload,
-    folder: Path,
-    batches: Batches,
-    length: Length,
-    tracking: Tracking,
-    *,
-    found_lr: float | None = None,
-    observers: Sequence[Observer] = (),
-    checks: bool = True,
-) -> "Trainer":
-    """Builds a trainer at its first update, with optimizer, schedule, step and checkpoints.
-
-    Args:
-        found_lr: learning rate of a range test, for the summary.
-        checks: false disables the non-finite check.
-
-    Raises:
-        UserError: components cannot be combined.
-    """
-    experiment, settings, mode = workload.experiment, workload.experiment.settings, workload.parallel
-    check_norm_batches(workload, batches)
-    check_tta(workload)
-    optimizer = build_optimizer(workload)
-    sampler = loss_aware_sampler(workload, batches)
-    schedule = build_schedule(workload, optimizer, length)
-    average = None
-    if settings.ema is not None:
-        average = ExponentialAverage(workload.module, settings.ema, warmup=settings.ema_warmup)
-    stopping: Stopping = experiment.stopping.build(model=workload.module, norm=mode.state.norm)
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        settings.checkpoint.keep,
-        writes=mode.ranks.is_main,
-        asynchronous=settings.checkpoint.asynchronous,
-        shards=checkpoint_writer(workload),
-    )
-    recovery = Recovery(
-        settings.on_divergence,
-        attempts=settings.recovery.attempts,
-        lr_factor=settings.recovery.lr_factor,
-        load_newest=lambda: mode.ranks.broadcast(checkpoints.load_newest() if mode.ranks.is_main else None),
-        log=tracking.message,
-    )
-    network: Network = workload.network
-    observed: EpochBatches = batches
-    for observer in observers:
-        network, observed = observer.instrument(network, observed)
-    update_sampler = None
-    if sampler is not None:
-
-        def update_sampler(outputs: torch.Tensor, targets: torch.Tensor) -> None:
-            sampler.observe(sample_losses(workload.loss, outputs, targets))
-
-    train_metrics = MetricSum(workload.task, update_sampler, reduction(workload))
-    step, graph_obstacle = build_step(
-        workload,
-        network,
-        optimizer,
-        schedule,
-        average=average,
-        stopping=stopping,
-        skip=recovery.skip if checks and settings.on_divergence == "skip" else None,
-        measure=train_metrics.measure,
-        observers=observers if mode.ranks.is_main else (),
-        checks=checks,
-        batch_size=batches.batch_size,
-    )
-    return Trainer(
-        step=step,
-        batches=observed,
-        validate=validation(workload, optimizer, average, tracking.evaluating),
-        tracking=tracking,
-        checkpoints=checkpoints,
-        stopping=stopping,
-        best=Best(settings.monitor),
-        recovery=recovery,
-        intervals=Intervals(
-            steps=length.steps,
-            evaluate_every=settings.evaluate.every_epochs,
-            evaluate_every_steps=evaluation_interval(settings, length),
-            steps_per_epoch=length.steps_per_epoch,
-            save_every_epochs=settings.checkpoint.every_epochs,
-            save_every_steps=settings.checkpoint.every_steps,
-            log_every_steps=settings.log_every_steps,
-            snapshot=snapshot_names(schedule) if settings.checkpoint.at_restarts else None,
-        ),
-        normalize=workload.normalize,
-        config=experiment.config,
-        average=average,
-        sampler=sampler,
-        sampler_metrics=getattr(batches.sampler, "metrics", dict),
-        train_metrics=train_metrics,
-        timing=workload.placed.timing,
-        progress=Progress(horizon=length.horizon, data=data_spec(workload), found_lr=found_lr),
-        graph_obstacle=graph_obstacle,
-    )
-
-
-def probe_trainer(
-    workload: Workload,
-    folder: Path,
-    state: Mapping[str, Any] | None = None,
-    *,
-    observers: Sequence[Observer] = (),
-    checks: bool = True,
-) -> "Trainer":
-    """Builds a trainer without output, for probes and diagnostics; nothing is written to `folder`.
-
-    `state`: of a checkpoint, which sets the length of the schedule. `checks`: see `build_trainer`.
-    """
-    workload = with_teacher(workload)
-    batches = training_batches(workload)
-    silent = Tracking(None, sinks=[], console=False)
-    length = run_length(workload.experiment.settings, len(batches), state)
-    return build_trainer(workload, folder, batches, length, silent, observers=observers, checks=checks)
 
 
 @dataclass
@@ -568,19 +336,3 @@ class Trainer:
         kernels = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
         groups = [{**saved, **kernel} for saved, kernel in zip(state["param_groups"], kernels, strict=True)]
         self.mode.state.load_optimizer(optimizer, {**state, "param_groups": groups})
-
-
-def _test_best(trainer: Trainer, workload: Workload) -> dict[str, Any]:
-    """Tests the best model, which stays loaded in `workload.module`. Raises `RunError`."""
-    mode, progress = workload.parallel, partial(trainer.tracking.evaluating, split="test")
-    try:
-        if trainer.best.epoch is None:
-            with evaluation_weights(trainer.step.optimizer, trainer.average):
-                return test_metrics(workload, progress)
-        state = mode.ranks.broadcast(load(trainer.checkpoints.best) if mode.ranks.is_main else None)
-        assert state is not None
-        workload.load(state)
-        return test_metrics(workload, progress)
-    except UserError as error:
-        advice = "fix the cause and repeat the command with resume=auto"
-        raise RunError(f"training is finished, but the test failed: {error}; {advice}") from error

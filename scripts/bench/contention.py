@@ -38,7 +38,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.lab.bench.rank import updates_of
 from dlopt.training.build import build_workload
-from dlopt.training.trainer import probe_trainer
+from dlopt.training.run import probe_trainer
 
 WORKLOADS = {
     "default": [],

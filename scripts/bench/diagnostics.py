@@ -21,7 +21,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.instruments.diagnostics import CURVATURE_INTERVAL, Diagnostics, Kind
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import build_workload
-from dlopt.training.trainer import probe_trainer
+from dlopt.training.run import probe_trainer
 
 KINDS: tuple[tuple[Kind, ...], ...] = (("activations",), ("gradients", "activations"), ("curvature",))
 MODELS = {"resnet20": ["model=resnet20", "data.image_size=32"], "mlp": ["model=mlp"]}

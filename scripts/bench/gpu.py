@@ -52,7 +52,8 @@ from dlopt.training import speed
 from dlopt.training.build import Workload, build_model, build_workload
 from dlopt.training.evaluate import test_metrics
 from dlopt.training.progress import Run, endless_batches
-from dlopt.training.trainer import Trainer, probe_trainer, train_run
+from dlopt.training.run import probe_trainer, train_run
+from dlopt.training.trainer import Trainer
 
 Row = dict[str, Any]  # name, value, unit, goal
 

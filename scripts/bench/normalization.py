@@ -19,7 +19,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.training.build import build_workload
-from dlopt.training.trainer import probe_trainer
+from dlopt.training.run import probe_trainer
 
 NORMS = ("none", "batch", "layer", "group")
 MODELS = {

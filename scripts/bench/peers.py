@@ -189,7 +189,7 @@ def dlopt(job: Job) -> Callable[[], None]:
     from dlopt.data.samples import InMemory
     from dlopt.interruption import Interruption
     from dlopt.training.build import build_workload
-    from dlopt.training.trainer import probe_trainer
+    from dlopt.training.run import probe_trainer
 
     typed = [
         "model=resnet20", "augmentation=crop_flip", f"precision={job.precision}", f"data.batch_size={job.batch}",

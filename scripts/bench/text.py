@@ -45,7 +45,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.data.text import python_source
 from dlopt.processor import set_threads
 from dlopt.training.build import Workload, build_workload
-from dlopt.training.trainer import probe_trainer
+from dlopt.training.run import probe_trainer
 
 BATCH, CONTEXT, WIDTH, DEPTH, HEADS = 12, 64, 128, 4, 4
 WARM_UP = 10  # updates

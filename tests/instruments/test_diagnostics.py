@@ -13,8 +13,8 @@ from dlopt.instruments.diagnostics import Diagnostics
 from dlopt.lab.diagnosis.measuring import prepare
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_workload
+from dlopt.training.run import probe_trainer
 from dlopt.training.step import Step
-from dlopt.training.trainer import probe_trainer
 from tests.support.runs import RICH, SMALL, experiment, result, resume, same, start
 
 DIAGNOSTICS = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]

@@ -30,8 +30,8 @@ from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.metrics import Measured
 from dlopt.training.precision import torch_defaults
 from dlopt.training.progress import Run
+from dlopt.training.run import train_run
 from dlopt.training.step import Step, UpdateRecord
-from dlopt.training.trainer import train_run
 from tests.support.sizes import RICH, RUN, SMALL, STEPS_PER_EPOCH  # noqa: F401  # used by importers
 
 

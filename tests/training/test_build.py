@@ -19,7 +19,7 @@ from dlopt.processor import choose_device
 from dlopt.training import build as build_module
 from dlopt.training import model_check
 from dlopt.training.build import build_workload, training_batches
-from dlopt.training.trainer import probe_trainer
+from dlopt.training.run import probe_trainer
 from tests.support.runs import experiment, same, small_workload, start
 from tests.support.sizes import SMALL, without
 

@@ -16,7 +16,7 @@ from dlopt.training import checkpoint
 from dlopt.training.build import build_workload, training_batches
 from dlopt.training.distillation import with_teacher
 from dlopt.training.restore import restore
-from dlopt.training.trainer import probe_trainer
+from dlopt.training.run import probe_trainer
 from tests.support.equality import compare
 from tests.support.line import dlopt, refused
 from tests.support.modes import SYNC_DDP, SYNC_FSDP

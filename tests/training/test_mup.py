@@ -13,7 +13,7 @@ from dlopt.training.build import build_workload
 from dlopt.training.mup import describe_rates
 from dlopt.training.optimizer import build_optimizer
 from dlopt.training.progress import endless_batches
-from dlopt.training.trainer import probe_trainer
+from dlopt.training.run import probe_trainer
 from tests.support.runs import experiment, start
 
 TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))

@@ -21,7 +21,7 @@ from dlopt.training.optimizer import (
 )
 from dlopt.training.precision import Precision
 from dlopt.training.progress import Length
-from dlopt.training.trainer import probe_trainer
+from dlopt.training.run import probe_trainer
 from tests.support.runs import experiment, resume, small_workload, start
 from tests.support.sizes import SMALL, without
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import dlopt.training.trainer
+import dlopt.training.run
 from dlopt import files as durable
 from dlopt.data.batches import Batch, Batches
 from dlopt.errors import RunError, UserError
@@ -154,7 +154,7 @@ INTERRUPTIONS: dict[str, tuple[Any, str, int]] = {
     "inside a save": (durable, "_publish", 3),
     "after a save": (Checkpoints, "save", 2),
     "after the last save": (Checkpoints, "save", 4),
-    "after the test": (dlopt.training.trainer, "test_metrics", 1),
+    "after the test": (dlopt.training.run, "test_metrics", 1),
 }
 
 

@@ -28,7 +28,8 @@ from dlopt.training.build import Workload, build_workload, training_batches
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Run
-from dlopt.training.trainer import Trainer, train_run
+from dlopt.training.run import train_run
+from dlopt.training.trainer import Trainer
 from tests.support.runs import (
     at_update,
     execute,

@@ -12,7 +12,7 @@ from dlopt.interruption import Interruption
 from dlopt.training.build import Workload
 from dlopt.training.checkpoint import load
 from dlopt.training.progress import Run
-from dlopt.training.trainer import train_run
+from dlopt.training.run import train_run
 from tests.support.runs import at_update, experiment, in_fork, resume, same, start
 from tests.support.sizes import RICH
 

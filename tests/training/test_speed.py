@@ -17,8 +17,8 @@ from dlopt.training import speed
 from dlopt.training.build import build_workload
 from dlopt.training.cuda_graphs import GraphedStep
 from dlopt.training.precision import Precision
+from dlopt.training.run import probe_trainer
 from dlopt.training.step import Step
-from dlopt.training.trainer import probe_trainer
 from tests.support.line import refused
 
 

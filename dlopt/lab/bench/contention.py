@@ -27,7 +27,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import ProcessGroup
 from dlopt.processor import keep_freed_memory
 from dlopt.training.build import build_workload
-from dlopt.training.trainer import probe_trainer
+from dlopt.training.run import probe_trainer
 
 SIZES = (64, 16 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes
 _WARMUP, _UPDATES, _ROUNDS = 5, 60, 30

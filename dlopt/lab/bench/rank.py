@@ -26,7 +26,8 @@ from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.training.build import build_mode, build_workload
 from dlopt.training.progress import endless_batches
-from dlopt.training.trainer import Trainer, probe_trainer
+from dlopt.training.run import probe_trainer
+from dlopt.training.trainer import Trainer
 
 MIB = 2.0**20
 

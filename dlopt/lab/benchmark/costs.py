@@ -17,7 +17,8 @@ from dlopt.lab.benchmark.results import UpdateCost
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.checkpoint import Checkpoints, load
 from dlopt.training.evaluate import test_metrics
-from dlopt.training.trainer import Trainer, probe_trainer
+from dlopt.training.run import probe_trainer
+from dlopt.training.trainer import Trainer
 
 _WARMUP = 5  # updates
 _PAIRS = 9

@@ -32,8 +32,9 @@ from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag
 from dlopt.training.build import Workload, build_workload, load_weights
 from dlopt.training.clipping import gradient_norm
 from dlopt.training.progress import endless_batches
+from dlopt.training.run import probe_trainer
 from dlopt.training.step import Observer, Step
-from dlopt.training.trainer import Trainer, probe_trainer
+from dlopt.training.trainer import Trainer
 
 STEP_FRACTIONS = tuple(i / 4 for i in range(-2, 11))
 """Fractions of an update at which the loss is evaluated: from half an update back to 2.5 updates ahead."""
