@@ -330,13 +330,29 @@ def warm_up() -> ForkServerContext:
     """
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    resource_tracker.ensure_running()  # unblocks signals when it starts, so start it first
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    with _safe_path():
+        resource_tracker.ensure_running()  # unblocks signals when it starts, so start it first
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
     return context
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Context in which `python -c`, which starts the server, does not import a user's random.py from the folder."""
+    name = "PYTHONSAFEPATH"
+    former = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = former
 
 
 def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] | None) -> None:

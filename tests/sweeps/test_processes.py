@@ -92,6 +92,23 @@ def test_jobs_have_their_own_environment_and_cores(tmp_path: Path) -> None:
     assert (tmp_path / "facts").read_text() == repr(["7", 1, str(tmp_path), True, False, ["MainThread", "sweep"]])
 
 
+def test_modules_in_the_working_directory_do_not_replace_those_of_python(tmp_path: Path) -> None:
+    folder = described(tmp_path / "run", "model=mlp", "model.widths=[4]", "epochs=1")
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in ("attr", "random", "socket"):
+        (work / f"{name}.py").write_text("raise SystemExit(7)")
+    code = (
+        "import sys, time; from pathlib import Path; from dlopt.sweeps.pool import spawn\n"
+        "if __name__ == '__main__':\n    process = spawn(Path(sys.argv[1]), {}, None)\n"
+        "    while process.poll() is None: time.sleep(0.05)\n    sys.exit(process.poll())\n"
+    )
+    (tmp_path / "sweep.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, str(tmp_path / "sweep.py"), str(folder)], env=environment, cwd=work, check=True)
+    assert (RunFolder(folder).summary() or {})["status"] == "finished"
+
+
 @pytest.mark.slow
 def test_job_of_a_killed_sweep_writes_a_checkpoint_and_ends(tmp_path: Path) -> None:
     folder = described(
