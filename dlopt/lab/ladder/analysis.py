@@ -18,12 +18,13 @@ from dlopt.lab.ladder.laws import Array, Laws, fit_laws
 
 RESAMPLES = 300
 _DRAWS_RUNGS = 4  # rungs from which the bootstrap draws them
-_HELD_OUT = 4  # rungs from which the largest is predicted by the others
+HELD_OUT = 4
+"""Rungs from which the largest is predicted by the others."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The runs of a ladder at the rates of the fit.
+    """The runs of a ladder at the best rates.
 
     Attributes:
         compute: of each rung, FLOPs, ascending.
@@ -113,7 +114,7 @@ def analyze(measured: Measured, *, resamples: int = RESAMPLES) -> Analysis | Non
             for name in names
         },
         {name: _gain(measured, laws, drawn, name) for name in names if name != base},
-        _predictions(measured, resamples) if len(measured.rungs) >= _HELD_OUT else {},
+        _predictions(measured, resamples) if len(measured.rungs) >= HELD_OUT else {},
         len(measured.rungs) >= _DRAWS_RUNGS,
     )
 

@@ -89,8 +89,8 @@ def _run(
     tokens_per_parameter: Annotated[
         Positive | None, "N: training tokens (or images) per parameter, as 5, 20 or 80 (default: the family's)"
     ] = None,
-    search: Annotated[Count, "N: smallest rungs on which learning rates are searched"] = 3,
-    seeds: Annotated[Count, "N: runs of each rung at the extrapolated rate"] = 3,
+    search: Annotated[Count, "N: smallest rungs on which learning rates are searched"] = 4,
+    seeds: Annotated[Count, "N: runs of each rung at its best rate"] = 3,
     output: Annotated[str | None, "DIR: folder of the runs and results (default: outputs/ladder/FAMILY)"] = None,
     dry_run: Annotated[bool, "BOOL: only list the runs and estimate their time"] = False,
 ) -> int:
@@ -107,7 +107,9 @@ def _run(
     folder = folder.absolute()
     shared = [each for each in overrides if group_of(each) != "optimizer"]
     of_optimizer = [each for each in overrides if group_of(each) == "optimizer"]
-    contestants = {name: _contestant(line, name, of_optimizer, shared) for name in names}
+    contestants = {
+        name: _contestant(line, name, family.optimizers.get(name, ()), of_optimizer, shared) for name in names
+    }
     per_parameter = tokens_per_parameter or family.tokens_per_parameter
     measured = {name: measure(line, family, name, per_parameter, shared) for name in chosen}
     ladder = Ladder(
@@ -140,11 +142,17 @@ def _refuse_sizes(overrides: Sequence[str], family: Family) -> None:
             raise UserError(f"{override}: set by the rungs of model={family.name}; {_ADVICE}")
 
 
-def _contestant(line: Line, name: str, overrides: Sequence[str], shared: Sequence[str]) -> Contestant:
-    """Returns an optimizer with the centres of its learning rates. Raises `UserError`."""
+def _contestant(
+    line: Line, name: str, usual: Sequence[str], overrides: Sequence[str], shared: Sequence[str]
+) -> Contestant:
+    """Returns an optimizer with the centres of its learning rates. `usual`: yields to `overrides`, which are typed.
+
+    Raises `UserError`.
+    """
     lines = [choice_of(name), *overrides, *shared]
     plain, _ = to_plain(line.composer.compose(lines), lines)
     typed = [key_of(each) for each in overrides]
+    overrides = [*(each for each in usual if key_of(each) not in typed), *overrides]
     if _PLAIN in typed:
         lr = plain["optimizer"]["lr"]
         if not isinstance(lr, int | float):

@@ -1,7 +1,7 @@
 """Families of models: conf/ladder/NAME.yaml in dlopt's folder or in --config-dir, and the sizes of their rungs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +40,7 @@ class Family:
         unit: what `tokens_per_parameter` counts, a plural: bytes, tokens, images.
         tokens_per_parameter: default.
         rungs: name -> overrides, from small to large.
+        optimizers: name -> overrides: hyperparameters that are usual for such models.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     tokens_per_parameter: float
     rules: Rules
     rungs: Mapping[str, Sequence[str]]
+    optimizers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class _FamilyFile:
     tokens_per_parameter: Positive
     rules: dict[str, Any]
     rungs: dict[str, list[str]]
+    optimizers: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

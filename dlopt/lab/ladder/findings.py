@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from dlopt.config.overrides import key_of
 from dlopt.formats import printable
 from dlopt.lab.benchmark.findings import Observation
 from dlopt.lab.benchmark.formats import NONE, names
 from dlopt.lab.benchmark.scores import Interval
-from dlopt.lab.ladder.analysis import Analysis, Gain
+from dlopt.lab.ladder.analysis import HELD_OUT, Analysis, Gain
 from dlopt.lab.ladder.results import Results
 
 _NO_CONSTANT = 0.01  # E relative to the smallest loss below which it counts as 0
@@ -80,19 +81,21 @@ def _gain(name: str, base: str, gain: Gain, rungs: Sequence[str]) -> str:
 def _rates(results: Results) -> Iterator[str]:
     for name, contestant in results.ladder.optimizers.items():
         fit = results.searches[name].fit
+        typed = [each for each in contestant.overrides if key_of(each) != "optimizer.lr"]
+        others = f" Set: {names(typed)}." if typed else ""
         if contestant.lr is not None:
-            yield f"{name}: the same rate at all sizes (optimizer.lr={contestant.lr:g}), not tuned per rung."
+            yield f"{name}: the same rate at all sizes (optimizer.lr={contestant.lr:g}), not tuned per rung.{others}"
         elif fit is not None:
             moved = [key.removeprefix("optimizer.") for key in contestant.rates if key != "optimizer.lr"]
             error = "" if fit.error is None else f"; left out, a searched rung is predicted within {fit.error:.2g}x"
             constant = "; one searched rung: the same at all sizes" if len(results.ladder.searched) == 1 else ""
             together = f" {names(moved)} moves with it in a constant ratio." if moved else ""
-            yield f"{name}: best lr proportional to parameters^{fit.exponent:+.2f}{error}{constant}.{together}"
+            yield f"{name}: best lr proportional to parameters^{fit.exponent:+.2f}{error}{constant}.{together}{others}"
 
 
 def _warnings(results: Results) -> Iterator[str]:
     if results.missing:
-        yield f"{results.missing} runs at the fitted rates have not ended: the results are preliminary."
+        yield f"{results.missing} runs at the best rates have not ended: the results are preliminary."
     for name, search in results.searches.items():
         for rung, best in search.optima.items():
             if best.at_end and search.fit is not None:
@@ -116,7 +119,7 @@ def _warnings(results: Results) -> Iterator[str]:
                 f"{analysis.measured.baseline} to {_short(gain.speed_up[-1].value)} times the largest compute "
                 "measured; compare the losses instead."
             )
-    if not analysis.predictions:
+    if count < HELD_OUT:
         yield f"No held-out prediction: it needs four rungs, here are {count}."
     if count == 2:
         yield "Two rungs do not identify an irreducible loss: E = 0, and extrapolations are worth little."

@@ -44,7 +44,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a rung: of the search of the rate with an index (`rates.py`), or with the rate of the fit (None)."""
+    """A run of a rung: of the search of the rate with an index (`rates.py`), or with the rung's best rate (None)."""
 
     optimizer: str
     rung: str
@@ -200,12 +200,18 @@ class Search:
 
     Attributes:
         losses: rung -> learning rate -> loss.
-        fit: None: the search is not complete, or all runs of a rung failed.
+        fit: extrapolates the optima to larger rungs; None: the search is not complete, or all runs of a rung failed.
     """
 
     losses: Mapping[str, Mapping[float, float]]
     optima: Mapping[str, Optimum]
     fit: RateFit | None
+
+    def lr(self, rung: str, parameters: float) -> float | None:
+        """Returns the learning rate of a rung: its optimum if it was searched, else that of the fit; None: none yet."""
+        if self.fit is None:
+            return None
+        return float(f"{self.optima[rung].lr:.4g}") if rung in self.optima else self.fit(parameters)
 
 
 class LadderRequest:
@@ -295,9 +301,9 @@ class LadderRequest:
         contestant = self.ladder.optimizers[trial.optimizer]
         if trial.index is not None:
             return rate(contestant.rates["optimizer.lr"], trial.index)
-        fit = self.search(trial.optimizer).fit
-        assert fit is not None  # otherwise the trial does not wait
-        return fit(self.ladder.rungs[trial.rung].parameters)
+        lr = self.search(trial.optimizer).lr(trial.rung, self.ladder.rungs[trial.rung].parameters)
+        assert lr is not None  # otherwise the trial does not wait
+        return lr
 
     def line(self, trial: Trial) -> list[str]:
         return self.ladder.line(trial.optimizer, trial.rung, self.lr(trial), trial.seed, self.shared)

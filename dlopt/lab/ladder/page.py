@@ -11,7 +11,7 @@ from dlopt.lab.ladder.analysis import RESAMPLES
 from dlopt.lab.ladder.figures import draw
 from dlopt.lab.ladder.findings import findings
 from dlopt.lab.ladder.ladder import RESULTS
-from dlopt.lab.ladder.rates import GRID, LIMIT, SPACING
+from dlopt.lab.ladder.rates import FITTED, GRID, LIMIT, SPACING
 from dlopt.lab.ladder.results import Results, to_json
 from dlopt.lab.ladder.table import tables
 from dlopt.results import drawing
@@ -47,5 +47,5 @@ def page(results: Results, pictures: Mapping[str, Mapping[str, Any]]) -> str:
         title=f"Optimizers on a ladder of sizes: {results.ladder.family}", version=dlopt.__version__, style=style(),
         script=None, results=results, facts=facts, rules=vars(results.ladder.rules), tables=tables(results),
         findings=findings(results), pictures=pictures, descriptions=_DESCRIPTIONS, resamples=RESAMPLES,
-        grid=len(GRID), spacing=f"{SPACING:.2f}", limit=f"{SPACING ** (LIMIT / 2):.0f}",
+        grid=len(GRID), fitted=FITTED, spacing=f"{SPACING:.2f}", limit=f"{SPACING ** (LIMIT / 2):.0f}",
     )  # fmt: skip

@@ -71,6 +71,10 @@ def optimum(losses: Mapping[float, float]) -> Optimum | None:
     return Optimum(best * math.exp(vertex), float(c + vertex * b / 2), at_end=False)
 
 
+FITTED = 3
+"""Number of searched rungs whose optima are extrapolated, the largest: the optima of tiny ones may follow no law."""
+
+
 @dataclass(frozen=True)
 class RateFit:
     """The law of the best learning rate: lr = scale * parameters ** exponent.
@@ -89,8 +93,11 @@ class RateFit:
 
 
 def fit_rates(parameters: Sequence[float], optima: Sequence[float]) -> RateFit:
-    """Fits log lr = a + b log N by least squares; one rung gives a constant."""
-    points = [(math.log(size), math.log(lr)) for size, lr in zip(parameters, optima, strict=True)]
+    """Fits log lr = a + b log N to the largest `FITTED` rungs by least squares; one rung gives a constant.
+
+    `parameters`: ascending.
+    """
+    points = [(math.log(size), math.log(lr)) for size, lr in zip(parameters, optima, strict=True)][-FITTED:]
     intercept, slope = _line(points)
     error = math.exp(max(_left_out(points, i) for i in range(len(points)))) if len(points) > 2 else None
     return RateFit(math.exp(intercept), slope, error)

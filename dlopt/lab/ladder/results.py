@@ -24,7 +24,7 @@ class Results:
     Attributes:
         searches: by optimizer.
         searched: trials of the searches that have ended.
-        outcomes: of the runs at the fitted rates that have ended.
+        outcomes: of the runs at the best rates that have ended.
         analysis: None: too few runs have ended.
     """
 
@@ -37,12 +37,11 @@ class Results:
 
     @property
     def missing(self) -> int:
-        """Number of runs at the fitted rates that have not ended."""
+        """Number of runs at the best rates that have not ended."""
         return len(self.ladder.optimizers) * len(self.ladder.rungs) * self.ladder.seeds - len(self.outcomes)
 
     def lr(self, optimizer: str, rung: str) -> float | None:
-        fit = self.searches[optimizer].fit
-        return None if fit is None else fit(self.ladder.rungs[rung].parameters)
+        return self.searches[optimizer].lr(rung, self.ladder.rungs[rung].parameters)
 
     def failed(self, optimizer: str) -> int:
         return sum(trial.optimizer == optimizer and bool(each.failure) for trial, each in self.outcomes.items())
@@ -62,7 +61,7 @@ def collect(request: LadderRequest) -> Results:
 
 
 def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> Measured:
-    """Returns the losses of the runs at the fitted rates as tables [rungs, seeds]."""
+    """Returns the losses of the runs at the best rates as tables [rungs, seeds]."""
     losses, times = {}, {}
     for name in ladder.optimizers:
         rows = [[outcomes.get(Trial(name, rung, seed)) for seed in range(ladder.seeds)] for rung in ladder.rungs]
@@ -122,6 +121,7 @@ def _analysis(analysis: Analysis) -> dict[str, Any]:
         "mean": {name: [*each] for name, each in analysis.mean.items()},
         "gains": {name: asdict(each) for name, each in analysis.gains.items()},
         "predictions": {name: asdict(each) for name, each in analysis.predictions.items()},
+        "draws_rungs": analysis.draws_rungs,
     }
 
 

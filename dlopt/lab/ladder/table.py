@@ -2,7 +2,6 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
 
 from dlopt.formats import printable
 from dlopt.lab.benchmark.formats import abbreviated, number
@@ -77,14 +76,12 @@ def _laws(analysis: Analysis) -> Table:
 def _rates(results: Results) -> Table:
     rungs = [*results.ladder.rungs]
 
-    def cells(name: str) -> Sequence[str]:
-        optima = results.searches[name].optima
-        fitted = [results.lr(name, rung) for rung in rungs]
-        measured = [f"{optima[rung].lr:.2g}" if rung in optima else "" for rung in rungs]
-        return [number(lr, ".3g") + (f" ({best})" if best else "") for lr, best in zip(fitted, measured, strict=True)]
-
-    rows = [[_name(name), *cells(name)] for name in results.ladder.optimizers]
-    return Table(["optimizer", *rungs], rows, title="Learning rates of the fit (and the optimum of the search)")
+    rows = [
+        [_name(name), *(number(results.lr(name, rung), ".3g") for rung in rungs)] for name in results.ladder.optimizers
+    ]
+    searched = results.ladder.searched
+    title = "Learning rates" + (f", searched up to {searched[-1]}, extrapolated above" if searched else "")
+    return Table(["optimizer", *rungs], rows, title=title)
 
 
 def _name(name: str) -> str:

@@ -211,11 +211,22 @@ def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:
         ({"metric": "val_accuracy"}, "metric=val_accuracy of"),
         ({"rungs": {"one": ["model.widths=[2]"], "huge": ["model.widths=[100000,100000]"]}}, "GiB are available"),
         ({"tokens_per_parameter": "many"}, "tokens_per_parameter"),
+        ({"optimizers": {"sgd": ["optimizer.momentun=0.5"]}}, "did you mean optimizer.momentum?"),
     ],
 )
 def test_bad_families(changes: dict[str, Any], message: str, place: Path) -> None:
     change(place, **changes)
     assert message in refused(place, "ladder", "optimizer=sgd", *LINE)
+
+
+def test_a_family_sets_hyperparameters_that_yield_to_typed_ones(place: Path) -> None:
+    change(place, optimizers={"sgd": ["optimizer.momentum=0.5", "optimizer.weight_decay=0.01"]})
+    line = ("optimizer=sgd", *LINE, "rungs=2", "optimizer.lr=0.01", "optimizer.weight_decay=0.02")
+    result = dlopt(place, "ladder", *line)
+    assert result.code == 0, result.err
+    config = RunFolder(place / "out/sgd/one/seed-0").config() or {}
+    assert (config["optimizer"]["momentum"], config["optimizer"]["weight_decay"]) == (0.5, 0.02)
+    assert "Set: optimizer.momentum=0.5" in " ".join(result.out.split())
 
 
 def test_shipped_families_compose(place: Path) -> None:
