@@ -161,15 +161,7 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
     if resume == "auto":
         previous = target if is_typed else newest_unfinished(path.parent, saved)
         if previous is not None and previous.has_run():
-            previous.refuse_newer("resume=auto")
-            config = previous.config()
-            refuse_other_config(config or saved, saved, f"{previous.path}", previous.history())
-            if previous.is_done(saved):
-                return previous, None
-            newest = Checkpoints(previous.checkpoints).load_newest()
-            if config is None and newest is not None:  # config.yaml is damaged
-                refuse_other_config(newest["config"], saved, f"{previous.path}", previous.history())
-            return previous, newest
+            return previous, _newest_checkpoint(previous, saved)
     source = earlier = None
     if resume not in (None, "auto"):
         source, earlier = RunFolder(Path(resume).absolute().parent.parent), _earlier_attempt(path, is_typed, saved)
@@ -195,6 +187,24 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
     if source is not None and checkpoint is not None and target != source:
         _copy_history(source, target, checkpoint["progress"]["best"]["epoch"])
     return target, checkpoint
+
+
+def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns the newest checkpoint of a run for resume=auto; None: it has none, or is done.
+
+    Raises `UserError` if it is the run of another config.
+    """
+    from dlopt.training.checkpoint import Checkpoints
+
+    folder.refuse_newer("resume=auto")
+    config = folder.config()
+    refuse_other_config(config or saved, saved, f"{folder.path}", folder.history())
+    if folder.is_done(saved):
+        return None
+    newest = Checkpoints(folder.checkpoints).load_newest()
+    if config is None and newest is not None:  # config.yaml is damaged
+        refuse_other_config(newest["config"], saved, f"{folder.path}", folder.history())
+    return newest
 
 
 def _earlier_attempt(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> RunFolder | None:

@@ -7,7 +7,7 @@ Only this command reads the key `comparison` of an experiment file.
 import gc
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -142,6 +142,19 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
     claims = [parse(f"comparison.claims.{i}", claim) for i, claim in enumerate(written.pop("claims", []))]
     comparison = Comparison(**check_arguments("comparison", Comparison, written, frozenset({"claims"})), claims=claims)
     comparison = replace(comparison, variants=_chosen(comparison, composer.parse(overrides)))
+    _refuse_invalid(comparison)
+    overridden: dict[str, Any] = {key_of(each): each.value() for each in composer.parse(overrides)}
+    _refuse_varied(comparison, overridden)
+    along = {key: values for key, values in comparison.along.items() if key not in overridden}
+    if along == comparison.along:
+        check_published(comparison)
+    else:  # the published values are those of all points
+        comparison = replace(comparison, published={})
+    return replace(comparison, along=along, seeds=[overridden["seed"]] if "seed" in overridden else comparison.seeds)
+
+
+def _refuse_invalid(comparison: Comparison) -> None:
+    """Raises `UserError` for values that contradict each other."""
     for name in ("variants", "seeds", "metrics"):
         if not getattr(comparison, name):
             raise UserError(f"comparison.{name}: needs at least one entry")
@@ -157,7 +170,10 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
         raise UserError(f"comparison.along: {len(comparison.along)} keys; at most two fit in a plot")
     if len(comparison.along) == 2 and len(comparison.metrics) > 1:
         raise UserError("comparison.metrics: a heat map shows one metric")
-    overridden: dict[str, Any] = {key_of(each): each.value() for each in composer.parse(overrides)}
+
+
+def _refuse_varied(comparison: Comparison, overridden: Container[str]) -> None:
+    """Raises `UserError` for a key that the comparison varies and that is overridden, or that it must not set."""
     points: dict[str, list[str]] = {}
     for key, values in comparison.along.items():
         if isinstance(values, dict):
@@ -171,12 +187,6 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
             _refuse_protected(line, key_of(line))
             if key_of(line) in overridden:
                 raise UserError(f"{key_of(line)}: cannot be overridden; varied by {variant} ({line})")
-    along = {key: values for key, values in comparison.along.items() if key not in overridden}
-    if along == comparison.along:
-        check_published(comparison)
-    else:  # the published values are those of all points
-        comparison = replace(comparison, published={})
-    return replace(comparison, along=along, seeds=[overridden["seed"]] if "seed" in overridden else comparison.seeds)
 
 
 def _chosen(comparison: Comparison, overrides: Iterable[Override]) -> dict[str, list[str]]:

@@ -18,10 +18,12 @@ _LARGE_ERROR = 1.5  # of an extrapolated rate, from which the report warns
 
 def findings(results: Results) -> list[Observation]:
     """Returns the results, then the warnings."""
-    shown = [] if results.analysis is None else [*_results(results, results.analysis)]
+    analysis = results.analysis
+    shown = [] if analysis is None else [*_results(results, analysis)]
+    warnings = [*_warnings(results), *([] if analysis is None else _doubts(analysis))]
     return [
         *(Observation(printable(text)) for text in [*shown, *_rates(results)]),
-        *(Observation(printable(text), is_warning=True) for text in _warnings(results)),
+        *(Observation(printable(text), is_warning=True) for text in warnings),
     ]
 
 
@@ -94,6 +96,7 @@ def _rates(results: Results) -> Iterator[str]:
 
 
 def _warnings(results: Results) -> Iterator[str]:
+    """Yields what is missing, and learning rates that may be wrong."""
     if results.missing:
         yield f"{results.missing} runs at the best rates have not ended: the results are preliminary."
     for name, search in results.searches.items():
@@ -108,9 +111,10 @@ def _warnings(results: Results) -> Iterator[str]:
             yield f"{name}: learning rates are extrapolated poorly ({search.fit.error:.2g}x); search more rungs."
         if failed := results.failed(name):
             yield f"{name}: {failed} runs failed or diverged, and count in no fit."
-    analysis = results.analysis
-    if analysis is None:
-        return
+
+
+def _doubts(analysis: Analysis) -> Iterator[str]:
+    """Yields reasons to distrust the laws."""
     count = len(analysis.measured.rungs)
     for name, gain in analysis.gains.items():
         if gain.speed_up[-1].value > _FAR:
