@@ -7,6 +7,7 @@ import numpy as np
 
 from dlopt.lab.benchmark.figures import label
 from dlopt.lab.ladder.analysis import Analysis
+from dlopt.lab.ladder.rates import FITTED
 from dlopt.lab.ladder.results import Results
 from dlopt.results import drawing
 
@@ -79,8 +80,10 @@ def rates(results: Results) -> "Figure":
     for i, (name, search) in enumerate(results.searches.items()):
         style = drawing.style(i, linewidth=1.6)
         fit = search.fit
-        values = [math.nan if fit is None else fit(each) for each in sizes.values()]
-        axes.plot([*sizes.values()], values, label=label(name), **style)
+        smallest = min((sizes[rung] for rung in [*search.optima][-FITTED:]), default=0)
+        fitted = [each for each in sizes.values() if each >= smallest]
+        values = [math.nan if fit is None else fit(each) for each in fitted]
+        axes.plot(fitted, values, label=label(name), **style)
         optima = {sizes[rung]: best.lr for rung, best in search.optima.items()}
         axes.plot([*optima], [*optima.values()], drawing.MARKERS[i % 7], color=style["color"], markersize=6)
     axes.set_xscale("log")

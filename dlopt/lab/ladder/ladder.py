@@ -293,9 +293,11 @@ class LadderRequest:
             elif contestant.lr is None:
                 for rung in self.ladder.searched:
                     found += [Trial(optimizer, rung, 0, index) for index in missing(self.searches(optimizer, rung))]
-        order = [*self.ladder.rungs]
-        waiting = [each for each in found if self.outcome(each) is None]
-        return sorted(waiting, key=lambda each: (order.index(each.rung), each.seed))
+        return sorted((each for each in found if self.outcome(each) is None), key=self.place)
+
+    def place(self, trial: Trial) -> tuple[int, int]:
+        """Returns the place of a trial in the order in which they run."""
+        return [*self.ladder.rungs].index(trial.rung), trial.seed
 
     def lr(self, trial: Trial) -> float:
         contestant = self.ladder.optimizers[trial.optimizer]

@@ -10,24 +10,26 @@ from dlopt.sweeps.pool import Pool
 
 
 class _Ladder(ClaimedTrials[Trial]):
+    request: LadderRequest
+
     def __init__(self, request: LadderRequest, plan_job: PlanJob) -> None:
         super().__init__(request, plan_job, kept=_nothing, total=request.expected)
         self._seen = set(self.waiting)  # a trial whose process died is left to the next command
 
     def next(self) -> Job | InvalidJob | None:
-        job = super().next()
-        if job is None and self._refill():
-            job = super().next()
-        return job
+        self._refill()
+        return super().next()
 
     def is_exhausted(self) -> bool:
         """Returns whether no trial can follow. Trials that other processes run decide about others: wait for them."""
         return not self.waiting and not self._refill()
 
     def _refill(self) -> bool:
+        """Adds the trials that results have made possible, in order; returns whether there are any."""
         new = [trial for trial in self.request.waiting() if trial not in self._seen]
         self._seen.update(new)
-        self.waiting.update(dict.fromkeys(new))
+        if new:
+            self.waiting = dict.fromkeys(sorted([*self.waiting, *new], key=self.request.place))
         return bool(new)
 
 
