@@ -9,6 +9,7 @@ from annotated_types import MinLen
 
 from dlopt.command_line.line import Line
 from dlopt.config.choices import config_folder
+from dlopt.config.overrides import group_of, key_of
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError, suggest
 from dlopt.metric_names import lower_is_better
@@ -102,6 +103,13 @@ def load_family(name: str, config_dir: str | None) -> Family:
     rules = Rules(**check_arguments(f"{path.name}: rules", Rules, content["rules"]))
     if not lower_is_better(content["metric"]):
         raise UserError(f"model={name}: metric={content['metric']} of {path} is not a loss; a ladder needs one")
+    for optimizer, lines in content.get("optimizers", {}).items():
+        for line in lines:
+            if group_of(line) != "optimizer" or key_of(line).endswith("lr"):
+                raise UserError(
+                    f"model={name}: optimizers.{optimizer}: {line}: allowed: keys of the optimizer but learning rates, "
+                    "which are searched"
+                )
     return Family(**{**content, "rules": rules, "name": name})
 
 

@@ -212,6 +212,8 @@ def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:
         ({"rungs": {"one": ["model.widths=[2]"], "huge": ["model.widths=[100000,100000]"]}}, "GiB are available"),
         ({"tokens_per_parameter": "many"}, "tokens_per_parameter"),
         ({"optimizers": {"sgd": ["optimizer.momentun=0.5"]}}, "did you mean optimizer.momentum?"),
+        ({"optimizers": {"sgd": ["optimizer.lr=0.5"]}}, "optimizers.sgd: optimizer.lr=0.5: allowed: keys of the optim"),
+        ({"optimizers": {"sgd": ["schedule.warmup_fraction=0.5"]}}, "allowed: keys of the optimizer but learning"),
     ],
 )
 def test_bad_families(changes: dict[str, Any], message: str, place: Path) -> None:
