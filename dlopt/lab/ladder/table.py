@@ -80,7 +80,8 @@ def _rates(results: Results) -> Table:
         [_name(name), *(number(results.lr(name, rung), ".3g") for rung in rungs)] for name in results.ladder.optimizers
     ]
     searched = results.ladder.searched
-    title = "Learning rates" + (f", searched up to {searched[-1]}, extrapolated above" if searched else "")
+    is_searched = any(each.losses for each in results.searches.values())
+    title = "Learning rates" + (f", searched up to {searched[-1]}, extrapolated above" if is_searched else "")
     return Table(["optimizer", *rungs], rows, title=title)
 
 
