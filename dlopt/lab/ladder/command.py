@@ -72,7 +72,7 @@ def ladder(arguments: list[str]) -> int:
     typed = [each for each in rest.overrides if key_of(each) == "model"]
     if len(typed) != 1:
         raise UserError("model: name one family: dlopt ladder optimizer=adamw,muon model=gpt")
-    family = load_family(value_of(typed[0]), line.composer.config_dir)
+    family = load_family(value_of(typed[0]), line.composer)
     rest = Line(rest.composer, [each for each in rest.overrides if each not in typed])
     own, rest = rest.take(_run)
     command = ["dlopt", "ladder", *(shlex.quote(each) for each in without(arguments, "output"))]

@@ -9,6 +9,7 @@ from annotated_types import MinLen
 
 from dlopt.command_line.line import Line
 from dlopt.config.choices import config_folder
+from dlopt.config.compose import Composer
 from dlopt.config.overrides import group_of, key_of
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError, suggest
@@ -84,9 +85,10 @@ class Rung:
     epochs: float
 
 
-def load_family(name: str, config_dir: str | None) -> Family:
+def load_family(name: str, composer: Composer) -> Family:
     """Reads a family. Raises `UserError`."""
-    folders = [*([] if config_dir is None else [Path(config_dir)]), config_folder()]
+    own = composer.config_dir
+    folders = [*([] if own is None else [Path(own)]), config_folder()]
     paths = {path.stem: path for folder in reversed(folders) for path in sorted((folder / FOLDER).glob("*.yaml"))}
     if name not in paths:
         raise UserError(f"model={name}: not a family; {suggest(name, paths, 'dlopt ladder --help', title='families')}")
@@ -103,7 +105,12 @@ def load_family(name: str, config_dir: str | None) -> Family:
     rules = Rules(**check_arguments(f"{path.name}: rules", Rules, content["rules"]))
     if not lower_is_better(content["metric"]):
         raise UserError(f"model={name}: metric={content['metric']} of {path} is not a loss; a ladder needs one")
+    known = composer.choices("optimizer")
     for optimizer, lines in content.get("optimizers", {}).items():
+        if "." not in optimizer and optimizer not in known:
+            raise UserError(
+                f"model={name}: optimizers.{optimizer}: unknown; {suggest(optimizer, known, 'dlopt options optimizer')}"
+            )
         for line in lines:
             if group_of(line) != "optimizer" or key_of(line).endswith("lr"):
                 raise UserError(

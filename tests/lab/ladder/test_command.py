@@ -212,6 +212,7 @@ def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:
         ({"rungs": {"one": ["model.widths=[2]"], "huge": ["model.widths=[100000,100000]"]}}, "GiB are available"),
         ({"tokens_per_parameter": "many"}, "tokens_per_parameter"),
         ({"optimizers": {"sgd": ["optimizer.momentun=0.5"]}}, "did you mean optimizer.momentum?"),
+        ({"optimizers": {"sdg": ["optimizer.momentum=0.5"]}}, "optimizers.sdg: unknown; did you mean sgd?"),
         ({"optimizers": {"sgd": ["optimizer.lr=0.5"]}}, "optimizers.sgd: optimizer.lr=0.5: allowed: keys of the optim"),
         ({"optimizers": {"sgd": ["schedule.warmup_fraction=0.5"]}}, "allowed: keys of the optimizer but learning"),
     ],
@@ -238,7 +239,7 @@ def test_shipped_families_compose(place: Path) -> None:
 
     before = entries(place)
     for name in ("gpt", "vit", "resnet", "gpt_gpu"):
-        family = load_family(name, None)
+        family = load_family(name, Composer())
         sizes = [*family.rungs.values()]
         for overrides in (sizes[0], sizes[-1]):
             plan(Composer(), [f"experiment={family.experiment}", *overrides, "steps=10"])
