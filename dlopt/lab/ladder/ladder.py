@@ -18,6 +18,7 @@ from dlopt.tracking.metrics import read_metrics
 
 MANIFEST = "ladder.json"
 RESULTS = "results.json"
+_SAVE_EVERY = 1000  # updates: at most so many are lost when a process is killed
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Ladder:
             f"seed={seed}",
             "evaluate.every_epochs=1000000",
             *UNRECORDED,
+            f"checkpoint.every_steps={_SAVE_EVERY}",
         ]
 
 

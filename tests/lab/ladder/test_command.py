@@ -157,6 +157,24 @@ def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> Non
     ]
 
 
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_its_checkpoint(place: Path) -> None:
+    change(place, tokens_per_parameter=20_000, rungs={"one": ["model.widths=[2]"], "two": ["model.widths=[3]"]})
+    line = ("optimizer=sgd", *LINE, "optimizer.lr=0.01", "hydra.launcher.n_jobs=1")
+    process = start(_ladder, line, {"PATH": "/usr/bin:/bin"}, place, {1: place / "log.txt", 2: place / "log.txt"})
+    run = RunFolder(place / "out/sgd/one/seed-0")
+    deadline = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < deadline and not (run.checkpoints / "last.pt").exists():
+        time.sleep(0.05)
+    os.kill(int((run.path / ".lock").read_text()), signal.SIGKILL)
+    process.join()
+    assert (run.summary() or {}).get("died"), (place / "log.txt").read_text()
+    result = dlopt(place, "ladder", *line)
+    summary = run.summary() or {}
+    assert result.code == 0 and summary["status"] == "finished", result.err
+    assert [step % 1000 for step in summary["resumed_from"]] == [0] and not [*run.checkpoints.glob("*.pt")]
+
+
 def flatten(tree: Any, path: str = "") -> dict[str, Any]:
     """Returns the leaves of dicts and lists, by their path."""
     if not isinstance(tree, dict | list):
