@@ -79,6 +79,7 @@ def _analysis(plain: Results, saved: dict[str, Any]) -> Analysis:
 def _gain(saved: dict[str, Any]) -> Gain:
     return Gain(
         [*map(_interval, saved["speed_up"])],
+        [*map(_interval, saved["interpolated"])],
         saved["speed_up_in_time"],
         [*map(_interval, saved["difference"])],
         _interval(saved["trend"]),

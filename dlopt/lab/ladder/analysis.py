@@ -63,13 +63,16 @@ class Gain:
     """An optimizer compared with the baseline, by rung.
 
     Attributes:
-        speed_up: compute that the baseline needs for the same loss, over that of the optimizer.
+        speed_up: compute that the baseline needs for the same loss, over that of the optimizer, by the laws.
+        interpolated: the same between the measured losses of the baseline, without a law; NaN: beyond them. The
+            intervals come from seeds alone.
         speed_up_in_time: multiplied by the baseline's time of an update over the optimizer's; None: unknown.
         difference: mean loss minus the baseline's, over common seeds, with a 95 % interval of Student's t.
         trend: exponent with which the speed-up grows with compute; negative: it shrinks.
     """
 
     speed_up: Sequence[Interval]
+    interpolated: Sequence[Interval]
     speed_up_in_time: Sequence[float | None]
     difference: Sequence[Interval]
     trend: Interval
@@ -113,7 +116,7 @@ def analyze(measured: Measured, *, resamples: int = RESAMPLES) -> Analysis | Non
             name: interval(laws.curves[name].exponent, np.array([each.curves[name].exponent for each in drawn]))
             for name in names
         },
-        {name: _gain(measured, laws, drawn, name) for name in names if name != base},
+        {name: _gain(measured, laws, drawn, name, resamples) for name in names if name != base},
         _predictions(measured, resamples) if len(measured.rungs) >= HELD_OUT else {},
         len(measured.rungs) >= _DRAWS_RUNGS,
     )
@@ -158,7 +161,7 @@ def _points(measured: Measured, rungs: NDArray[Any], seeds: NDArray[Any]) -> dic
     return found
 
 
-def _gain(measured: Measured, laws: Laws, drawn: Sequence[Laws], name: str) -> Gain:
+def _gain(measured: Measured, laws: Laws, drawn: Sequence[Laws], name: str, resamples: int) -> Gain:
     base = measured.baseline
     speed_ups = [
         interval(laws.speed_up(name, base, compute), np.array([each.speed_up(name, base, compute) for each in drawn]))
@@ -173,7 +176,38 @@ def _gain(measured: Measured, laws: Laws, drawn: Sequence[Laws], name: str) -> G
         difference(own, other) for own, other in zip(measured.losses[name], measured.losses[base], strict=True)
     ]
     trend = interval(laws.trend(name, base), np.array([each.trend(name, base) for each in drawn]))
-    return Gain(speed_ups, times, differences, trend)
+    return Gain(speed_ups, _interpolated(measured, name, resamples), times, differences, trend)
+
+
+def _interpolated(measured: Measured, name: str, resamples: int) -> list[Interval]:
+    """Returns the speed-up at each rung, by linear interpolation of the baseline's log loss over log compute."""
+    seeds = min(each.shape[1] for each in (measured.losses[name], measured.losses[measured.baseline]))
+    own, base = (measured.losses[each][:, :seeds] for each in (name, measured.baseline))
+    ended = np.isfinite(base).all(axis=1)
+    unknown = [Interval(math.nan, math.nan, math.nan)] * len(own)
+    if ended.sum() < 2:
+        return unknown
+    x, count = np.log(measured.compute), resamples if seeds > 1 else 0
+    draws = np.random.default_rng(2).integers(seeds, size=(count, len(own), seeds))
+    ratios = []
+    for drawn in [np.tile(np.arange(seeds), (len(own), 1)), *draws]:  # first the runs themselves
+        losses, curve = (np.log(np.take_along_axis(each, drawn, 1).mean(axis=1)) for each in (own, base))
+        ratios.append([_compute_for(loss, x[ended], curve[ended]) for loss in losses] - x)
+    values = np.exp(np.clip(ratios, -50, 50))
+    losses, curve = own.mean(axis=1), base[ended].mean(axis=1)
+    is_reached = (curve.min() <= losses) & (losses <= curve.max())
+    return [interval(values[0, i], values[1:, i]) if is_reached[i] else unknown[i] for i in range(len(own))]
+
+
+def _compute_for(target: float, x: Array, y: Array) -> float:
+    """Returns where the curve through (x, y) falls to `target`; beyond its ends, its last piece goes on.
+
+    Noise may make a larger rung worse; the curve is then the best loss so far, with a negligible slope.
+    """
+    falling = np.minimum.accumulate(y) - 1e-9 * np.arange(len(y))
+    i = min(max(int(np.searchsorted(-falling, -target)), 1), len(y) - 1)
+    part = (target - falling[i - 1]) / (falling[i] - falling[i - 1])
+    return float(x[i - 1] + part * (x[i] - x[i - 1]))
 
 
 def difference(own: Array, base: Array) -> Interval:

@@ -1,11 +1,13 @@
 """Draws the figures of a ladder; a figure without data is missing."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dlopt.lab.benchmark.figures import label
+from dlopt.lab.benchmark.scores import Interval
 from dlopt.lab.ladder.analysis import Analysis
 from dlopt.lab.ladder.rates import FITTED
 from dlopt.lab.ladder.results import Results
@@ -50,17 +52,19 @@ def loss(results: Results, analysis: Analysis) -> "Figure":
 
 
 def speed_up(results: Results, analysis: Analysis) -> "Figure":
-    """Draws the speed-up over the baseline against the parameters, with its intervals."""
+    """Draws the speed-up over the baseline against the parameters: of the laws (lines), and without them (markers)."""
     figure = drawing.figure(6.4, 4.0)
     axes = figure.add_subplot()
     sizes = [results.ladder.rungs[rung].parameters for rung in analysis.measured.rungs]
     for i, (name, gain) in enumerate(analysis.gains.items(), 1):
         style = drawing.style(i, linewidth=1.6)
-        axes.plot(
-            sizes, [each.value for each in gain.speed_up], marker=drawing.MARKERS[i % 7], label=label(name), **style
-        )
+        axes.plot(sizes, [each.value for each in gain.speed_up], **style)
+        values, low, high = (_ends(gain.interpolated, end) for end in ("value", "low", "high"))
+        axes.plot(sizes, values, drawing.MARKERS[i % 7], color=style["color"], markersize=6)
+        axes.vlines(sizes, low, high, color=style["color"], linewidth=2)
+        axes.plot([], [], marker=drawing.MARKERS[i % 7], label=label(name), **style)  # for the legend
         if not math.isnan(gain.speed_up[0].low):
-            low, high = ([getattr(each, end) for each in gain.speed_up] for end in ("low", "high"))
+            low, high = (_ends(gain.speed_up, end) for end in ("low", "high"))
             axes.fill_between(sizes, low, high, color=style["color"], alpha=0.15, linewidth=0)
     axes.axhline(1, color="0.3", linestyle=(0, (5, 4)), linewidth=1)
     axes.set_xscale("log")
@@ -70,6 +74,10 @@ def speed_up(results: Results, analysis: Analysis) -> "Figure":
     drawing.clean_axes(axes)
     drawing.legend_below(figure, axes, min(_COLUMNS, len(analysis.gains)))
     return figure
+
+
+def _ends(intervals: Sequence[Interval], end: str) -> list[float]:
+    return [getattr(each, end) for each in intervals]
 
 
 def rates(results: Results) -> "Figure":

@@ -76,8 +76,13 @@ def _gain(name: str, base: str, gain: Gain, rungs: Sequence[str]) -> str:
     elif trend.low > 0:
         text += " The speed-up grows with the models"
     else:
-        return text + f" Whether it changes with size is open (exponent {signed(trend)})."
-    return text + f" (exponent {signed(trend)})."
+        text += " Whether it changes with size is open"
+    text += f" (exponent {signed(trend)})."
+    measured = [(rung, each) for rung, each in zip(rungs, gain.interpolated, strict=True) if not math.isnan(each.value)]
+    if len(measured) > 1:
+        (start, smallest), (end, largest) = measured[0], measured[-1]
+        text += f" Without the laws: {times(smallest)} times at {start}, {times(largest)} at {end}."
+    return text
 
 
 def _rates(results: Results) -> Iterator[str]:
@@ -123,6 +128,11 @@ def _doubts(analysis: Analysis) -> Iterator[str]:
                 f"{analysis.measured.baseline} to {_short(gain.speed_up[-1].value)} times the largest compute "
                 "measured; compare the losses instead."
             )
+    if missed := [name for name, each in analysis.predictions.items() if not each.holds]:
+        yield (
+            f"The laws miss the loss held out for {names(missed)}. Prefer the speed-up between the measured losses, "
+            "which needs no law."
+        )
     if count < HELD_OUT:
         yield f"No held-out prediction: it needs four rungs, here are {count}."
     if count == 2:

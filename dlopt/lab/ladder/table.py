@@ -53,14 +53,17 @@ def _gains(analysis: Analysis) -> list[Table]:
     base, rungs = analysis.measured.baseline, analysis.measured.rungs
     if not analysis.gains:
         return []
-    compute, time, loss = [], [], []
+    compute, interpolated, time, loss = [], [], [], []
     for name, gain in analysis.gains.items():
         compute.append([_name(name), *map(times, gain.speed_up), signed(gain.trend)])
+        interpolated.append([_name(name), *map(times, gain.interpolated)])
         time.append([_name(name), *(number(each, ".3g") for each in gain.speed_up_in_time)])
         loss.append([_name(name), *(signed(each, "+.3f") for each in gain.difference)])
+    over = f"Speed-up over {printable(base)} in compute"
     return [
-        Table(["optimizer", *rungs, "trend"], compute, title=f"Speed-up over {printable(base)} in compute"),
-        Table(["optimizer", *rungs], time, title="Speed-up in time, by the seconds of these runs"),
+        Table(["optimizer", *rungs, "trend"], compute, title=f"{over}, by the laws"),
+        Table(["optimizer", *rungs], interpolated, title=f"{over}, between its measured losses (-: beyond them)"),
+        Table(["optimizer", *rungs], time, title="Speed-up in time, by the laws and the seconds of these runs"),
         Table(["optimizer", *rungs], loss, title=f"Loss minus that of {printable(base)}, paired by seed"),
     ]
 

@@ -31,6 +31,7 @@ def test_a_rescaled_optimizer_has_a_speed_up_of_one_within_its_interval() -> Non
     assert all(each.low <= 1 <= each.high for each in gain.speed_up)
     assert all(each.low < each.high < 1.6 and each.low > 0.6 for each in gain.speed_up)  # and the interval is useful
     assert gain.trend.low < 0 < gain.trend.high
+    assert all(0.7 < each.low <= each.value <= each.high < 1.4 for each in gain.interpolated if each.value > 0)
 
 
 def test_a_speed_up_that_shrinks_is_found_with_its_size() -> None:
@@ -47,6 +48,36 @@ def test_a_speed_up_that_shrinks_is_found_with_its_size() -> None:
         assert each.low <= value <= each.high and each.value == pytest.approx(value, rel=0.2)
     assert gain.trend.high < 0 and gain.speed_up[0].low > 1
     assert gain.speed_up_in_time[0] == pytest.approx(gain.speed_up[0].value / 2)  # its updates take 2x as long
+
+
+def test_the_interpolated_speed_up_needs_no_law() -> None:
+    # A baseline whose log loss has a bend, and an optimizer that needs a third of its compute.
+    x, known = np.log(COMPUTE), np.log(np.array([3.0, 2.6, 2.0, 1.4, 1.2, 1.1]))
+    losses = {"adamw": known, "mine": np.interp(x + math.log(3), x, known) - 0.1 * (x == x[-1])}
+    tables = {name: np.exp(np.stack([each, each - 0.01, each + 0.01], axis=1)) for name, each in losses.items()}
+    found = analyze(Measured([f"r{i}" for i in range(6)], [*COMPUTE], tables))
+    assert found is not None
+    *inside, last = found.gains["mine"].interpolated
+    assert [each.value for each in inside] == [pytest.approx(3, rel=1e-3)] * 5
+    assert all(1 < each.low < 3 < each.high < 6 for each in inside)
+    assert math.isnan(last.value)  # the baseline has not reached this loss
+    assert [math.isnan(each.value) for each in found.gains["mine"].speed_up] == [False] * 6
+
+
+def test_the_interpolated_speed_up_survives_a_rung_that_is_worse_by_chance() -> None:
+    table = np.array([3.0, 2.0, 2.01, 1.5])[:, None] * np.ones(2)
+    found = analyze(Measured(["a", "b", "c", "d"], [1e12, 1e13, 1e14, 1e15], {"adamw": table, "mine": table * 1.0}))
+    assert found is not None
+    between = 10 ** (math.log(3 / 2.01) / math.log(3 / 2) - 2)  # the baseline has this loss between the first two
+    assert [each.value for each in found.gains["mine"].interpolated] == pytest.approx([1, 1, between, 1], rel=1e-6)
+
+
+def test_one_seed_gives_no_interval() -> None:
+    measured = ladder(adamw=(60.0, 0.12), mine=(60.0, 0.12))
+    measured.losses["mine"] = measured.losses["mine"][:, :1]
+    found = analyze(measured, resamples=20)
+    assert found is not None
+    assert all(math.isnan(each.low) for each in found.gains["mine"].interpolated)
 
 
 def test_the_held_out_rung_is_predicted_and_a_broken_law_is_not() -> None:
