@@ -200,7 +200,7 @@ def _interpolated(measured: Measured, name: str, resamples: int) -> list[Interva
 
 
 def _compute_for(target: float, x: Array, y: Array) -> float:
-    """Returns where the curve through (x, y) falls to `target`; beyond its ends, its last piece goes on.
+    """Returns where the curve through (x, y) falls to `target`; beyond its ends, its last piece continues.
 
     Noise may make a larger rung worse; the curve is then the best loss so far, with a negligible slope.
     """
