@@ -4,10 +4,11 @@
 dlopt benchmark optimizer=adabelief,lamb full=true output=FOLDER    trains all trials to the end
 .venv/bin/python scripts/league.py FOLDER                           then docs/generate.py and scripts/gallery
 
-Optimizers whose trials have not all ended are left out.
+Optimizers whose trials have not all ended are left out. With studies=5, the intervals of an optimizer are narrower.
 """
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from dlopt.lab.benchmark.results import REFERENCE, Results, load_reference, read
 
 def merged(shipped: Results, own: Results) -> Results:
     """Returns the shipped results with the complete optimizers of `own`. Raises ValueError if they do not compare."""
-    for key in ("tier", "track", "studies", "trials", "workloads"):
+    for key in ("tier", "track", "trials", "workloads"):
         if getattr(shipped, key) != getattr(own, key):
             raise ValueError(f"{key}: {getattr(own, key)}; the shipped results have {getattr(shipped, key)}")
+    if own.studies < shipped.studies:
+        raise ValueError(f"studies: {own.studies}; the shipped results have at least {shipped.studies}")
     trials = own.studies * own.trials
     names = [name for name in own.optimizers if len(own.records(name)) == trials * len(own.workloads)]
     cells = {key: cell for key, cell in shipped.cells.items() if key[0] not in names}
@@ -28,15 +31,29 @@ def merged(shipped: Results, own: Results) -> Results:
         shipped,
         cells=cells | {key: cell for key, cell in own.cells.items() if key[0] in names},
         spaces=spaces | {name: own.spaces[name] for name in names},
-        facts=_facts(shipped.facts, own.facts),
+        facts=_facts(shipped.facts, own.facts, names),
     )
 
 
-def _facts(shipped: Any, own: Any) -> dict[str, Any]:
+def _facts(shipped: Any, own: Any, names: Sequence[str]) -> dict[str, Any]:
     """Returns the facts of both: all commands, the hours of all, the date and versions of the last."""
-    commands = dict.fromkeys([*shipped["command"].split("; "), *own["command"].split("; ")])
+    kept = [(name, rest) for name, rest in _typed(shipped["command"]) if name not in names]
+    groups: dict[str, list[str]] = {}
+    for name, rest in [*kept, *((name, rest) for name, rest in _typed(own["command"]) if name in names)]:
+        groups.setdefault(rest, []).append(name)
+    commands = [f"dlopt benchmark optimizer={','.join(dict.fromkeys(each))} {rest}" for rest, each in groups.items()]
     hours = round(shipped["core_hours"] + own["core_hours"], 2)
     return {**shipped, **own, "command": "; ".join(commands), "core_hours": hours}
+
+
+def _typed(commands: str) -> Iterator[tuple[str, str]]:
+    """Yields each optimizer of the commands with the other words, without those of the machine."""
+    for command in commands.split("; "):
+        words = [word for word in command.split()[2:] if not word.startswith(("output=", "hydra."))]
+        rest = " ".join(word for word in words if not word.startswith("optimizer="))
+        for word in words:
+            if word.startswith("optimizer="):
+                yield from ((name, rest) for name in word.removeprefix("optimizer=").split(","))
 
 
 def main() -> None:

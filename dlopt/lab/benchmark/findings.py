@@ -113,7 +113,7 @@ def _unmeasured(results: Results, summary: Summary) -> Iterator[str]:
 
 
 def _budget(results: Results, own: Sequence[str]) -> Iterator[str]:
-    expected = len(own) * len(results.workloads) * results.studies * results.trials
+    expected = sum(results.studies_of(name) for name in own) * len(results.workloads) * results.trials
     if missing := results.missing():
         yield f"{missing} of {expected} trials have not ended: the scores are preliminary."
     reference = results.facts.get("reference", {})
@@ -132,7 +132,11 @@ def _budget(results: Results, own: Sequence[str]) -> Iterator[str]:
     if results.studies == 1:
         yield "One study has no interval: no two optimizers are distinguishable."
     elif results.studies <= _FEW_STUDIES:
-        yield f"The intervals come from {results.studies} studies, and are coarse; more studies make them reliable."
+        counts = {name: results.studies_of(name) for name in results.optimizers}
+        more = {count: [name for name in counts if counts[name] == count] for count in sorted({*counts.values()})}
+        rest = "".join(f", of {names(each)} from {count}" for count, each in more.items() if count > results.studies)
+        few = f"{results.studies} studies{rest}"
+        yield f"The intervals come from {few}, and are coarse; more studies make them reliable."
 
 
 def _size(studies: int, trials: int) -> str:

@@ -115,6 +115,7 @@ class Results:
     """Results of a benchmark.
 
     Attributes:
+        studies: of each optimizer; shipped results may have more of the optimizers that three cannot tell apart.
         cells: by (optimizer, workload).
         spaces: optimizer -> key -> search space in Hydra's notation, or the fixed value.
         shipped: optimizers whose results were not measured here, but come with dlopt.
@@ -146,14 +147,18 @@ class Results:
         return [record for workload in self.workloads for record in self.cell(optimizer, workload).records]
 
     def studies_of(self, optimizer: str) -> int:
-        """Returns the number of studies of an optimizer: the shipped results may have fewer than the own ones."""
-        shipped = self.facts.get("reference", {}).get("studies", self.studies)
-        return min(self.studies, shipped) if optimizer in self.shipped else self.studies
+        """Returns the number of studies of an optimizer; own ones count also before they have begun."""
+        begun = max((record.study + 1 for record in self.records(optimizer)), default=0)
+        return begun if optimizer in self.shipped else max(begun, self.studies)
 
     def missing(self) -> int:
         """Returns the number of own trials that have not ended yet."""
-        expected = len({*self.optimizers} - self.shipped) * len(self.workloads) * self.studies * self.trials
-        return expected - sum(len(cell.records) for (name, _), cell in self.cells.items() if name not in self.shipped)
+        own = [name for name in self.optimizers if name not in self.shipped]
+        return sum(
+            self.studies_of(name) * self.trials - len(self.cell(name, workload).records)
+            for name in own
+            for workload in self.workloads
+        )
 
     def with_reference(self, reference: "Results") -> "Results":
         """Adds the optimizers of `reference` that are missing here, with the budget of these results."""

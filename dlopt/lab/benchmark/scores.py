@@ -157,18 +157,19 @@ def _scores(ratios: Array) -> Array:
 def bootstrap(results: Results, measure: Measure, *, resamples: int = RESAMPLES) -> Array:
     """Returns tables of times, [resamples, optimizers, workloads], of studies drawn with replacement.
 
-    The studies are drawn for each workload separately. All optimizers share them, because trial k of study s has the
-    same initial weights for all of them. A study that shipped results lack is replaced by one of theirs. One study has
-    no spread: there are no tables, and the intervals are NaN.
+    The studies are drawn for each workload separately. All optimizers with the same number of studies share them,
+    because trial k of study s has the same initial weights for all of them. One study has no spread: there are no
+    tables, and the intervals are NaN.
     """
-    resamples = resamples if results.studies > 1 else 0
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(results.studies, size=(resamples, 1, len(results.workloads), results.studies))
-    rows = [
-        [study_times(results, each, workload, measure) for workload in results.workloads] for each in results.optimizers
-    ]
-    table = np.array([[np.resize(studies, results.studies) for studies in row] for row in rows])
-    return np.median(np.take_along_axis(table[np.newaxis], drawn, axis=-1), axis=-1)
+    counts = [results.studies_of(optimizer) for optimizer in results.optimizers]
+    resamples = resamples if min(counts) > 1 else 0
+    draws = np.random.default_rng(0).random((resamples, len(results.workloads), max(counts)))
+    tables = []
+    for optimizer, count in zip(results.optimizers, counts, strict=True):
+        studies = [study_times(results, optimizer, workload, measure) for workload in results.workloads]
+        drawn = (draws[..., :count] * count).astype(int)
+        tables.append(np.median(np.take_along_axis(np.array([studies]), drawn, axis=-1), axis=-1))
+    return np.stack(tables, axis=1)
 
 
 def interval(value: float, replicas: Array) -> Interval:

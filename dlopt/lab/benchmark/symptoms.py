@@ -134,7 +134,7 @@ def _pairs(results: Results, optimizer: str, key: str) -> list[Pair]:
             if key in record.values and record.last is not None
         ]
         for name in results.workloads
-        for study in range(results.studies)
+        for study in range(results.studies_of(optimizer))
     ]
     pairs = [(a, b) for records in ended for a, b in combinations(records, 2) if a.values[key] != b.values[key]]
     alone = [pair for pair in pairs if _differ_only_in(key, pair, 1.0)]

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, from_json, to_json
+from dlopt.lab.benchmark.scores import study_times, summarize
 from tests.lab.benchmark.synthetic import make
 from tests.support.pages import ROOT
 
@@ -18,7 +20,11 @@ def results(speeds: dict[str, float], command: str) -> Results:
 
 
 def test_complete_optimizers_are_added_or_replaced() -> None:
-    shipped, own = results({"adamw": 1.0, "sgd": 0.5}, "a"), results({"sgd": 0.9, "muon": 2.0, "sam": 1.0}, "b")
+    shipped = results({"adamw": 1.0, "sgd": 0.5}, "dlopt benchmark optimizer=adamw,sgd full=true")
+    own = results(
+        {"sgd": 0.9, "muon": 2.0, "sam": 1.0},
+        "dlopt benchmark optimizer=sgd,muon,sam full=true output=x hydra.launcher.n_jobs=1",
+    )
     unfinished = own.cell("sam", "gpt")
     own = replace(own, cells={**own.cells, ("sam", "gpt"): replace(unfinished, records=unfinished.records[:-1])})
     found = MERGED(shipped, own)
@@ -26,7 +32,8 @@ def test_complete_optimizers_are_added_or_replaced() -> None:
     assert found.cell("sgd", "mlp") == own.cell("sgd", "mlp") and found.cell("adamw", "gpt") == shipped.cell(
         "adamw", "gpt"
     )
-    assert found.facts == {"command": "a; b", "core_hours": 3.0, "torch": "b"}
+    command = "dlopt benchmark optimizer=adamw,sgd,muon full=true"
+    assert found.facts == {"command": command, "core_hours": 3.0, "torch": own.facts["torch"]}
     assert from_json(to_json(found), "x").optimizers == found.optimizers
 
 
@@ -34,3 +41,21 @@ def test_results_of_another_budget_are_refused() -> None:
     shipped = results({"sgd": 0.5}, "a")
     with pytest.raises(ValueError, match="trials: 2; the shipped results have 3"):
         MERGED(shipped, replace(shipped, trials=2))
+    with pytest.raises(ValueError, match="studies: 1; the shipped results have at least 2"):
+        MERGED(shipped, replace(shipped, studies=1))
+
+
+def test_some_optimizers_may_have_more_studies() -> None:
+    """The optimizers keep the number of their own studies in the medians, the bootstrap and the file."""
+    shipped = results({"adamw": 1.0, "muon": 2.0}, "dlopt benchmark optimizer=adamw,muon full=true")
+    typed = "dlopt benchmark optimizer=muon studies=5 full=true"
+    own = replace(make({"muon": 2.0}, ("mlp", "gpt"), 5, 3), facts={**shipped.facts, "command": typed})
+    found = from_json(to_json(MERGED(shipped, own)), "x")
+    assert found.studies == 2 and (found.studies_of("adamw"), found.studies_of("muon")) == (2, 5)
+    assert found.missing() == 0
+    assert found.facts["command"] == (
+        "dlopt benchmark optimizer=adamw full=true; dlopt benchmark optimizer=muon studies=5 full=true"
+    )
+    assert [len(study_times(found, name, "mlp", "updates")) for name in ("adamw", "muon")] == [2, 5]
+    shown = [each.text for each in findings(found, summarize(found))]
+    assert any("from 2 studies, of muon from 5, and are coarse" in each for each in shown)

@@ -138,6 +138,20 @@ def test_bootstrap_draws_studies_for_all_optimizers_together() -> None:
         assert np.mean(replicas[:, 0] == value) == pytest.approx(draws.count(value) / 27, abs=0.015)
 
 
+def test_an_optimizer_with_more_studies_takes_the_median_of_all_of_them() -> None:
+    """Against all 3125 equally likely draws of five studies, beside an optimizer with two."""
+    few, many = results_of({"a": [[1, 2]]}), results_of({"b": [[1, 2, 3, 4, 5]]})
+    results = dataclasses.replace(few, cells=few.cells | many.cells)
+    assert times(results, "updates") == {"a": {"w0": 1.5}, "b": {"w0": 3}}
+    replicas = bootstrap(results, "updates", resamples=20_000)
+    draws = [median(draw) for draw in product((1, 2, 3, 4, 5), repeat=5)]
+    for value in (1, 2, 3, 4, 5):
+        assert np.mean(replicas[:, 1] == value) == pytest.approx(draws.count(value) / 3125, abs=0.015)
+    assert {value: np.mean(replicas[:, 0] == value) for value in (1, 1.5, 2)} == pytest.approx(
+        {1: 0.25, 1.5: 0.5, 2: 0.25}, abs=0.015
+    )
+
+
 def test_studies_that_shipped_results_lack_do_not_count_as_missed() -> None:
     shipped, own = results_of({"sgd": [[4, 2, 9]]}), results_of({"mine": [[1, 2, 3, 4, 5]]})
     merged = own.with_reference(shipped)
