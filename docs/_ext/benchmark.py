@@ -1,7 +1,10 @@
 """Generates the results of the optimizer benchmark from the file that comes with dlopt."""
 
+import re
+
 from markup import code, table, text
 
+from dlopt.config.choices import config_folder
 from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, load_reference
@@ -32,6 +35,9 @@ def results() -> str:
         "",
         _updates(found, summary),
         *_tuning(found, summary),
+        "The search spaces. Draws from a range are uniform in the logarithm:",
+        "",
+        _spaces(found, summary),
         f"{trials:,} trials, made by {' and '.join(map(code, commands))}, with {text(made)}.",
     ])  # fmt: skip
 
@@ -96,6 +102,28 @@ def _updates(found: Results, summary: Summary) -> str:
         for name in summary.order
     ]  # fmt: skip
     return table(["Optimizer", *map(code, found.workloads)], rows)
+
+
+def _spaces(found: Results, summary: Summary) -> str:
+    """The keys of each optimizer with their ranges or values, and why, from the comment of its file."""
+    rows = []
+    for name in summary.order:
+        lines = (config_folder() / f"benchmark/space/{name}.yaml").read_text(encoding="utf-8").splitlines()
+        why = " ".join(line.removeprefix("# ").rstrip(".") + "." for line in lines if line.startswith("#"))
+        keys = [
+            f"{code(key.removeprefix('optimizer.'))} {text(_range(each))}" for key, each in found.spaces[name].items()
+        ]
+        rows.append([code(name), ", ".join(keys), text(why)])
+    return table(["Optimizer", "Searched", "Source and reason"], rows)
+
+
+def _range(space: str) -> str:
+    """Returns a space in words; a range is logarithmic."""
+    if found := re.fullmatch(r"tag\(log,interval\((.+),(.+)\)\)", space):
+        return f"{float(found[1]):g} to {float(found[2]):g}"
+    if found := re.fullmatch(r"choice\((.+)\)", space):
+        return " or ".join(found[1].split(","))
+    return f"= {space}"
 
 
 def _tuning(found: Results, summary: Summary) -> list[str]:

@@ -14,6 +14,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
 from dlopt.lab.benchmark.protocol import Track, WorkloadSpec, load_space, load_tier, trials_of
+from dlopt.lab.benchmark.results import load_reference
 from dlopt.lab.benchmark.trials import Candidate, TrialRequest, candidate
 from dlopt.lab.trials import claim
 
@@ -52,6 +53,15 @@ def test_every_space_composes_on_a_workload(composer: Composer) -> None:
         chosen = candidate(composer, name.removesuffix("_self_tuning"), [], track)
         lines = ["experiment=benchmark/mlp", *chosen.overrides, *chosen.space.overrides(chosen.values(1, 3))]
         parse(*to_plain(composer.compose(lines), lines))
+
+
+@pytest.mark.parametrize("track", ["external_tuning", "self_tuning"])
+def test_shipped_results_are_those_of_the_present_spaces(composer: Composer, track: Track) -> None:
+    """Other spaces draw other trials: `--check` and the reports would compare what was never run."""
+    shipped = load_reference("small", track)
+    assert shipped is not None
+    for name, space in shipped.spaces.items():
+        assert candidate(composer, name, [], track).describe() == space, name
 
 
 @pytest.mark.parametrize("tier", ["small", "small_held_out", "medium", "large"])
