@@ -10,7 +10,7 @@ The schedule-free optimizers are in `dlopt.optim.schedule_free`, because they ne
 from dlopt.optim.adam import ADOPT, LAMB, MARS, AdaBelief, Adafactor, Adan, AdEMAMix, CautiousAdamW, NAdam, adamw
 from dlopt.optim.bfgs import BFGS, LBFGS
 from dlopt.optim.common import LossClosure
-from dlopt.optim.kronecker import SOAP, Kron, Shampoo
+from dlopt.optim.kronecker import SOAP, DistributedShampoo, Kron, Shampoo
 from dlopt.optim.muon import Muon, Scion
 from dlopt.optim.newton import Newton, NewtonCG
 from dlopt.optim.prodigy import Prodigy

@@ -1,4 +1,5 @@
-"""Kronecker-factored preconditioners: Shampoo; SOAP, which is Adam in the basis of Shampoo's; and Kron of PSGD.
+"""Kronecker-factored preconditioners: Shampoo, also with Adam's step lengths; SOAP, which is Adam in the basis of
+Shampoo's; and Kron of PSGD.
 
 All see a tensor along each of its modes (dimensions), as a matrix [size of the mode, everything else].
 """
@@ -117,6 +118,76 @@ def _inverse_root(sums: Tensor, order: int, eps: float) -> Tensor:
     values, vectors = eigenvectors(sums)
     # rounding may push the smallest eigenvalues below eps
     return (vectors * values.clamp(min=eps).pow(-1 / order)) @ vectors.T
+
+
+class DistributedShampoo(RealOptimizer):
+    """Shampoo with moving averages and the step lengths of Adam (Anil et al. 2020; Shi et al. 2023, algorithm 2), with
+    decoupled weight decay: the winner of the AlgoPerf competition (Kasimbeg et al. 2025).
+
+    m, v and H_i average G, G^2 and X_i X_i^T, corrected for their start at zero, where X_i is the gradient unfolded
+    along mode i of k. With A = m / (sqrt(v) + graft_eps), the update of Adam, and
+    U = m x_1 (H_1 + eps * I)^(-1/2k) ... x_k (H_k + eps * I)^(-1/2k):
+    theta <- theta - lr * (|A| / |U| * U + weight_decay * theta). So good learning rates are those of AdamW.
+
+    The roots are computed at update `update_every` and then every `update_every` ones; the updates before are A.
+    The authors' torch-shampoo also distributes the roots over processes, joins the small dimensions of a kernel, and
+    splits dimensions larger than `max_size` into blocks; here these use the diagonal of H_i.
+    """
+
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.001,
+        betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+        eps: Positive = 1e-12,
+        graft_eps: Positive = 1e-8,
+        weight_decay: NonNegative = 0.01,
+        update_every: Count = 10,
+        max_size: Count = 1024,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "graft_eps": graft_eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "update_every": update_every, "max_size": max_size})
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
+        counts = count_steps(self, params)
+        for p, grad, m, v, count in zip(params, gradients(params), averages, squares, counts, strict=True):
+            m.lerp_(grad, 1 - beta1)
+            v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            mean = m / (1 - beta1**count)
+            update = mean / (v / (1 - beta2**count)).sqrt_().add_(group["graft_eps"])
+            if roots := self._inverse_roots(group, p, grad, count):
+                length = update.norm()
+                update = multiply_modes(torch.atleast_1d(mean), roots).view(p.shape)
+                update = update * (length / update.norm().clamp(min=torch.finfo(p.dtype).tiny))
+            p.mul_(1 - lr * group["weight_decay"])
+            p.sub_(update, alpha=lr)
+
+    def _inverse_roots(self, group: dict[str, Any], p: Tensor, grad: Tensor, count: int) -> list[Tensor]:
+        """Averages the gradient into H_1 ... H_k; returns (H_i + eps * I)^(-1/2k), or nothing before the first."""
+        state, beta2, grad = self.state[p], group["betas"][1], torch.atleast_1d(grad)
+        for mode, size in enumerate(grad.shape):
+            new = gram(grad, mode, diagonal=size > group["max_size"])
+            average = state.setdefault(f"gram{mode}", torch.zeros_like(new)).lerp_(new, 1 - beta2)
+            if count % group["update_every"] == 0:
+                root = _damped_inverse_root(average / (1 - beta2**count), 2 * grad.ndim, group["eps"])
+                state[f"root{mode}"] = root
+        return [state[f"root{mode}"] for mode in range(grad.ndim)] if "root0" in state else []
+
+
+def _damped_inverse_root(average: Tensor, order: int, eps: float) -> Tensor:
+    """Returns (H + eps * I)^(-1/order) of a symmetric H >= 0, or of a diagonal."""
+    if average.ndim == 1:
+        return (average + eps).pow(-1 / order)
+    values, vectors = eigenvectors(average)
+    # Of directions without gradients, rounding makes some eigenvalues negative. Raised to eps alone, they would be
+    # smaller than the positive ones by orders of magnitude, and their roots would amplify noise; so all are shifted.
+    values = values - values.min().clamp(max=0.0) + eps
+    return (vectors * values.pow(-1 / order)) @ vectors.T
 
 
 class SOAP(RealOptimizer):

@@ -38,6 +38,7 @@ AUTHORS: dict[str, dict[str, Any]] = {
     "adan": {"lr": 1e-3, "betas": [0.98, 0.92, 0.99], "eps": 1e-8, "weight_decay": 0},
     "ademamix": {"lr": 1e-3, "betas": [0.9, 0.999, 0.9999], "alpha": 2, "eps": 1e-8, "weight_decay": 0},
     "adopt": {"lr": 1e-3, "betas": [0.9, 0.9999], "eps": 1e-6, "weight_decay": 0},
+    "distributed_shampoo": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-12, "graft_eps": 1e-8, "weight_decay": 0.01},
     "kron": {"lr": 3e-4, "momentum": 0.9, "weight_decay": 0, "precond_lr": 0.1, "max_size": 8192},
     "lion": {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0},
     "mars": {"lr": 3e-3, "betas": [0.95, 0.99], "gamma": 0.025, "eps": 1e-8, "weight_decay": 0},

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,19 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.losses import sampled_cross_entropy
-from dlopt.optim import SOAP, AdEMAMix, Kron, LossClosure, Muon, Prodigy, Scion, Shampoo, Sophia, adamw
+from dlopt.optim import (
+    SOAP,
+    AdEMAMix,
+    DistributedShampoo,
+    Kron,
+    LossClosure,
+    Muon,
+    Prodigy,
+    Scion,
+    Shampoo,
+    Sophia,
+    adamw,
+)
 from dlopt.optim.kronecker import update_factors
 from dlopt.random import generator, stream
 from tests.support.updates import (
@@ -165,6 +178,24 @@ def shampoo(w: Array, gs: Gradients) -> Iterator[Array]:
         yield w
 
 
+def distributed_shampoo(w: Array, gs: Gradients) -> Iterator[Array]:
+    m, v, h = np.zeros_like(w), np.zeros_like(w), [np.zeros((n, n)) for n in w.shape]
+    for t, g in enumerate(gs, 1):
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        h = [0.99 * each + 0.01 * unfold(g, mode) @ unfold(g, mode).T for mode, each in enumerate(h)]
+        mean = m / (1 - 0.9**t)
+        adam = step = mean / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
+        if t % 3 == 0:
+            roots = [inverse_root(each / (1 - 0.99**t) + 1e-4 * np.eye(len(each)), 2 * w.ndim) for each in h]
+        if t >= 3:
+            step = mean
+            for mode, root in enumerate(roots):
+                step = times(step, mode, root)
+            step = step * np.linalg.norm(adam) / np.linalg.norm(step)
+        w = w - LR * (step + DECAY * w)
+        yield w
+
+
 def soap(w: Array, gs: Gradients) -> Iterator[Array]:
     modes = range(w.ndim) if w.ndim > 1 else []
     m, v = np.zeros_like(w), np.zeros_like(w)
@@ -201,6 +232,11 @@ ALGORITHMS: dict[str, tuple[str, list[str], Formula]] = {
     "MARS": ("mars", [], mars),
     "Adafactor": ("adafactor", [], adafactor),
     "Shampoo": ("shampoo", ["update_every=3"], shampoo),
+    "DistributedShampoo": (
+        "distributed_shampoo",
+        ["update_every=3", "betas=[0.9,0.99]", "eps=0.0001"],
+        distributed_shampoo,
+    ),
     "SOAP": ("soap", ["update_every=3"], soap),
 }
 
@@ -393,7 +429,7 @@ def test_kron_limits_the_root_mean_square_of_an_update() -> None:
     assert rms(p.detach().numpy()) == pytest.approx(0.5 * 1.1)
 
 
-@pytest.mark.parametrize("make", [Kron, Shampoo])
+@pytest.mark.parametrize("make", [Kron, Shampoo, partial(DistributedShampoo, update_every=2)])
 def test_a_scalar_is_preconditioned_as_a_vector_of_one_entry(make: Callable[..., torch.optim.Optimizer]) -> None:
     scalar, vector = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor([0.5]))
     one, other = make([scalar]), make([vector])
@@ -401,6 +437,36 @@ def test_a_scalar_is_preconditioned_as_a_vector_of_one_entry(make: Callable[...,
         scalar.grad, vector.grad = torch.tensor(0.01 + t / 100), torch.tensor([0.01 + t / 100])
         one.step(), other.step()
     assert scalar == vector[0] and scalar != 0.5
+
+
+def test_distributed_shampoo_has_the_step_lengths_of_adam() -> None:
+    """Without decay, its first updates are those of Adam; the later ones have other directions."""
+    params, others = parameters(), parameters()
+    optimizer = DistributedShampoo(params.values(), lr=LR, weight_decay=0.0, update_every=4)
+    reference = torch.optim.Adam(others.values(), lr=LR)
+    for count, gradient in enumerate(GRADS, 1):
+        before = {name: p.detach().clone() for name, p in params.items()}
+        before_others = {name: p.detach().clone() for name, p in others.items()}
+        set_gradients(params, gradient)
+        set_gradients(others, gradient)
+        optimizer.step()
+        reference.step()
+        for name, p in params.items():
+            step, other = p - before[name], others[name] - before_others[name]
+            torch.testing.assert_close(step.norm(), other.norm(), rtol=1e-9, atol=0.0)
+            assert torch.allclose(step, other, rtol=1e-9) == (count < 4 or p.numel() == 1), name
+
+
+def test_distributed_shampoo_is_adam_with_diagonals_alone() -> None:
+    """A vector with a diagonal H is preconditioned by the root of its averaged squares, as Adam's is."""
+    p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    optimizer = DistributedShampoo([p], lr=LR, weight_decay=DECAY, update_every=1, max_size=1)
+    reference = torch.optim.AdamW([q], lr=LR, weight_decay=DECAY)
+    for seed in range(6):
+        p.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+        q.grad = p.grad.clone()
+        optimizer.step(), reference.step()
+    torch.testing.assert_close(p, q)
 
 
 def test_kron_survives_a_pause_of_gradients() -> None:
@@ -526,7 +592,7 @@ def test_soap_does_not_rotate_large_dimensions() -> None:
     torch.testing.assert_close(dict(params), dict(others), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("make", [Shampoo, SOAP])
+@pytest.mark.parametrize("make", [Shampoo, partial(DistributedShampoo, update_every=1), SOAP])
 def test_gradients_whose_products_overflow_give_nan(make: Callable[..., torch.optim.Optimizer]) -> None:
     """The check of the weights reports them; the eigenvalue solver would end the run with an error of its own."""
     p = nn.Parameter(torch.ones(3, 2))

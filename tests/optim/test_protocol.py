@@ -14,13 +14,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from dlopt import optim
 from dlopt.errors import UserError
-from dlopt.optim import LARS, LBFGS, SAM, SOAP, Kron, LossClosure, Muon, NAdam, Scion, Shampoo
+from dlopt.optim import LARS, LBFGS, SAM, SOAP, DistributedShampoo, Kron, LossClosure, Muon, NAdam, Scion, Shampoo
 
 Make = Callable[[list[Any]], torch.optim.Optimizer]
 SETTINGS: dict[str, dict[str, Any]] = {
     "LAMB": {"lr": 0.1}, "LARS": {"lr": 0.1}, "Lion": {"lr": 0.01}, "Signum": {"lr": 0.01}, "ADOPT": {"lr": 0.01},
     "AdEMAMix": {"lr": 0.01, "warmup": 10}, "Adan": {"lr": 0.01}, "AdaBelief": {"lr": 0.01}, "MARS": {"lr": 0.01},
     "Adafactor": {"lr": 0.01}, "Prodigy": {"d0": 0.001}, "Shampoo": {"lr": 0.1}, "SOAP": {"lr": 0.01},
+    "DistributedShampoo": {"lr": 0.01, "update_every": 2},
     "Kron": {"lr": 0.01}, "Sophia": {"lr": 0.01, "update_every": 2}, "Scion": {"lr": 0.001, "radius": 10.0},
     "Muon": {"lr": 0.01, "rest_lr": 0.01}, "NAdam": {"lr": 0.01}, "Rprop": {"lr": 0.01}, "SGDW": {"lr": 0.1},
     "BFGS": {}, "Newton": {}, "NewtonCG": {}, "LBFGS": {"max_iter": 2},
@@ -104,7 +105,7 @@ def test_nothing_to_train(make: Make) -> None:
     assert all(torch.equal(p, old) for p, old in zip(problem.params, before, strict=True))
 
 
-@pytest.mark.parametrize("make", [Muon, Scion, Shampoo, SOAP, Kron])
+@pytest.mark.parametrize("make", [Muon, Scion, Shampoo, partial(DistributedShampoo, update_every=1), SOAP, Kron])
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_empty_matrices_are_left_alone(make: Callable[..., torch.optim.Optimizer], shape: tuple[int, int]) -> None:
     empty, matrix = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(2, 2))

@@ -26,7 +26,19 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import Composed, composed
 
 CHOICES = names("optimizer")
-NEEDS_FULL_TENSORS = {"adafactor", "dmuon", "kron", "lamb", "lars", "mars", "muon", "scion", "shampoo", "soap"}
+NEEDS_FULL_TENSORS = {
+    "adafactor",
+    "distributed_shampoo",
+    "dmuon",
+    "kron",
+    "lamb",
+    "lars",
+    "mars",
+    "muon",
+    "scion",
+    "shampoo",
+    "soap",
+}
 NEEDS_FULL_MODEL = {"bfgs", "dfp", "lbfgs", "newton", "newton_cg", "newton_undamped", "prodigy", "sam", "sophia"}
 
 
