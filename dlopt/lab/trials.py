@@ -141,16 +141,13 @@ class ClaimedTrials(JobSource, Generic[T]):
 
     Args:
         kept: returns whether a file among a trial's checkpoints is needed after its end.
-        total: expected number of trials; None: those that wait now.
     """
 
-    def __init__(
-        self, request: Request[T], plan_job: PlanJob, kept: Callable[[Path], bool], total: int | None = None
-    ) -> None:
+    def __init__(self, request: Request[T], plan_job: PlanJob, kept: Callable[[Path], bool]) -> None:
         self.request, self._plan_job, self._kept = request, plan_job, kept
         self.waiting: dict[T, None] = dict.fromkeys(request.waiting())  # in order
         # There is no best job: trials of different workloads are not comparable.
-        self.overview = Overview(len(self.waiting) if total is None else total, metric="")
+        self.overview = Overview(len(self.waiting), metric="")
         self._claims: dict[int, IO[str]] = {}
         self._number = 0
 

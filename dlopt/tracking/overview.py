@@ -29,6 +29,7 @@ class Overview(Screen):
     """Shows the progress of a sweep: counts, time left, the best job, the running jobs.
 
     `metric`, `direction`: decide which job is best; by default best_val_accuracy, or best_val_loss in a regression.
+    `similar`: the jobs take about the same time; otherwise no time left is estimated.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Overview(Screen):
         metric: str | None = None,
         direction: Literal["maximize", "minimize"] | None = None,
         stream: IO[str] | None = None,
+        similar: bool = True,
     ) -> None:
         super().__init__(stream)
-        self._total = total
+        self._total, self._similar = total, similar
         self._counts = Counter[str]()  # ended jobs by status
         self._metric, self._direction = metric, direction
         self._running: dict[int, _Running] = {}
@@ -125,7 +127,7 @@ class Overview(Screen):
         now = time.monotonic()
         done: float = self._counts.total() - self._done_before
         remaining: float = self._total - self._counts.total()
-        if done <= 0 or remaining <= 0:
+        if done <= 0 or remaining <= 0 or not self._similar:
             return ""
         if self._durations:
             mean = max(sum(self._durations) / len(self._durations), 1e-3)

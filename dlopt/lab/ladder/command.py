@@ -124,7 +124,9 @@ def _run(
         return _list(line, request)
     output_folder(str(folder), "ladder")
     merged = update_ladder(folder, ladder)
-    print(f"{_sizes(ladder)}\nabout {request.expected} runs; folder: {short_path(folder)}", flush=True)
+    runs, ended = request.expected(), len(request.known())
+    ended_before = f", {ended} of which have ended" if ended else ""
+    print(f"{_sizes(ladder)}\nabout {runs} runs{ended_before}; folder: {short_path(folder)}", flush=True)
     try:
         if request.waiting():
             _launch(line, request)
@@ -222,7 +224,7 @@ def _list(line: Line, request: LadderRequest) -> int:
             runs = " + ".join([*([f"{searches} to search the rate"] if searches else []), f"{ladder.seeds} seeds"])
             each = "unknown" if estimate is None else f"about {format_range(*total)}"
             print(f"{optimizer}, {rung}: {runs}; {each} a run", flush=True)
-    print(f"{request.expected} runs: about {low / 3600:.2g} to {high / 3600:.2g} hours, one run at a time")
+    print(f"{request.expected()} runs: about {low / 3600:.2g} to {high / 3600:.2g} hours, one run at a time")
     return DONE
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -316,9 +315,9 @@ class LadderRequest:
         purpose = "search" if trial.index is not None else f"seed {trial.seed}"
         return f"{trial.optimizer}, {trial.rung}, {purpose}: lr={self.lr(trial):g}"
 
-    @cached_property
     def expected(self) -> int:
-        """Number of trials, if no grid has to be extended."""
+        """Returns the number of trials, if no grid has to be extended further."""
         ladder = self.ladder
         searched = sum(each.lr is None for each in ladder.optimizers.values()) * len(ladder.searched)
-        return searched * (5 + 2) + len(ladder.optimizers) * len(ladder.rungs) * ladder.seeds
+        planned = searched * (5 + 2) + len(ladder.optimizers) * len(ladder.rungs) * ladder.seeds
+        return max(planned, len(self.waiting()) + len(self.known()))

@@ -7,13 +7,16 @@ from dlopt.lab.trials import ClaimedTrials
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import InvalidJob, Job, PlanJob
 from dlopt.sweeps.pool import Pool
+from dlopt.tracking.overview import Overview
 
 
 class _Ladder(ClaimedTrials[Trial]):
     request: LadderRequest
 
     def __init__(self, request: LadderRequest, plan_job: PlanJob) -> None:
-        super().__init__(request, plan_job, kept=_nothing, total=request.expected)
+        super().__init__(request, plan_job, kept=_nothing)
+        self.overview = Overview(request.expected(), metric="", similar=False)
+        self.overview.update_shared({"finished": len(request.known())}, [])
         self._seen = set(self.waiting)  # a trial whose process died is left to the next command
 
     def next(self) -> Job | InvalidJob | None:

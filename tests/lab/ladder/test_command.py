@@ -92,6 +92,11 @@ def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
     other = dlopt(place, "ladder", "optimizer=sgd", *LINE, "rungs=2", "data.batch_size=16")
     assert other.code == 2 and "runs of another ladder (different: " in other.err
     _check_copy(place)
+    shutil.rmtree(place / "out/sgd/two/seed-0")
+    (place / "out/results.json").unlink()
+    continued = dlopt(place, "ladder", "optimizer=sgd", *LINE, "rungs=2")
+    ended, runs = len(before) - 1, max(len(before), 9)  # 9: 7 to search the rate, and one for each rung
+    assert continued.code == 0 and f"about {runs} runs, {ended} of which have ended; folder: " in continued.out
 
 
 def _check_copy(place: Path) -> None:

@@ -38,3 +38,19 @@ def test_small_rungs_come_first_also_those_that_have_waited_for_a_search(
         "mine, r1, seed 0: lr=0.1",
         "adamw, r1, seed 1: lr=0.1",
     ]
+
+
+def test_earlier_results_are_counted_and_no_time_left_is_estimated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest runs come last: the times of the others say nothing about them."""
+    found = results(1.5)
+    known = dict([*found.outcomes.items()][:-3])
+    monkeypatch.setattr("dlopt.lab.ladder.ladder.recorded", lambda folder: known)
+    request = LadderRequest(tmp_path, found.ladder)
+    overview = running._Ladder(request, None).overview  # type: ignore[arg-type]
+    overview.started(0, "mine")
+    overview.ended(0, "mine", "finished", {})
+    assert (request.expected(), len(request.known())) == (20, 17)
+    [line] = [line for line in "".join(capsys.readouterr()).splitlines() if "finished" in line]
+    assert line.endswith(" | 18/20: 18 done, 0 failed")
