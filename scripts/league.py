@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dlopt.errors import UserError
 from dlopt.lab.benchmark.results import REFERENCE, Results, load_reference, read, to_json
 
 
@@ -59,13 +60,13 @@ def _typed(commands: str) -> Iterator[tuple[str, str]]:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    own = read(Path(sys.argv[1]) / "results.json")
-    shipped = load_reference(own.tier, own.track)
-    if shipped is None:
-        sys.exit(f"{own.tier}: no results come with dlopt")
     try:
+        own = read(Path(sys.argv[1]) / "results.json")
+        shipped = load_reference(own.tier, own.track)
+        if shipped is None:
+            sys.exit(f"{own.tier}: no results come with dlopt")
         found = merged(shipped, own)
-    except ValueError as error:
+    except (UserError, ValueError) as error:
         sys.exit(str(error))
     name = own.tier if own.track == "external_tuning" else f"{own.tier}_{own.track}"
     (REFERENCE / f"{name}.json").write_text(to_json(found), encoding="utf-8")

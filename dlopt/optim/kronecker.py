@@ -49,13 +49,16 @@ def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     NaN if the products of a large gradient have overflowed: the check of the weights then reports the update.
     """
-    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
-    try:
-        values, vectors = torch.linalg.eigh(wide)
-    except torch.linalg.LinAlgError:
-        vectors = torch.full_like(wide, torch.nan)
-        values = vectors[0]
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+    # In float32 LAPACK may raise or return NaN for many equal eigenvalues, as those of tokens without gradients are.
+    for dtype in (torch.promote_types(matrix.dtype, torch.float32), torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(matrix.to(dtype))
+        except torch.linalg.LinAlgError:
+            continue
+        if vectors.isfinite().all():
+            return values.to(matrix.dtype), vectors.to(matrix.dtype)
+    vectors = torch.full_like(matrix, torch.nan)
+    return vectors[0], vectors
 
 
 class Shampoo(RealOptimizer):

@@ -26,7 +26,7 @@ from dlopt.optim import (
     Sophia,
     adamw,
 )
-from dlopt.optim.kronecker import update_factors
+from dlopt.optim.kronecker import eigenvectors, update_factors
 from dlopt.random import generator, stream
 from tests.support.updates import (
     GRADS,
@@ -590,6 +590,17 @@ def test_soap_does_not_rotate_large_dimensions() -> None:
         set_gradients(others, gradient)
         reference.step()
     torch.testing.assert_close(dict(params), dict(others), rtol=1e-12, atol=1e-14)
+
+
+def test_eigenvectors_of_an_embedding_with_few_used_tokens() -> None:
+    """Of 256 tokens, 60 have gradients, of scales over four decades: LAPACK fails on most such matrices in float32."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        gradient, used = torch.zeros(256, 96), torch.randperm(256, generator=generator)[:60]
+        gradient[used] = torch.randn(60, 96, generator=generator) * 10 ** (-4 * torch.rand(60, 1, generator=generator))
+        matrix = gradient @ gradient.T
+        values, vectors = eigenvectors(matrix)
+        torch.testing.assert_close((vectors * values) @ vectors.T, matrix, rtol=0.0, atol=1e-5 * float(values[-1]))
 
 
 @pytest.mark.parametrize("make", [Shampoo, partial(DistributedShampoo, update_every=1), SOAP])
