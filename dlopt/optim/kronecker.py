@@ -175,7 +175,10 @@ class DistributedShampoo(RealOptimizer):
         state, beta2, grad = self.state[p], group["betas"][1], torch.atleast_1d(grad)
         for mode, size in enumerate(grad.shape):
             new = gram(grad, mode, diagonal=size > group["max_size"])
-            average = state.setdefault(f"gram{mode}", torch.zeros_like(new)).lerp_(new, 1 - beta2)
+            name = f"gram{mode}"
+            if name not in state:
+                state[name] = torch.zeros_like(new)
+            average = state[name].lerp_(new, 1 - beta2)
             if count % group["update_every"] == 0:
                 root = _damped_inverse_root(average / (1 - beta2**count), 2 * grad.ndim, group["eps"])
                 state[f"root{mode}"] = root

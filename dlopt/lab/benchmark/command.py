@@ -425,7 +425,8 @@ def check(
     except KeyboardInterrupt:
         return INTERRUPTED
     spaces = {name: each.describe() for name, each in candidates.items()}
-    manifest = Manifest(tier, shipped.studies, shipped.trials, workloads, spaces, overrides, full=True, track=track)
+    studies = max(map(shipped.studies_of, shipped.optimizers))
+    manifest = Manifest(tier, studies, shipped.trials, workloads, spaces, overrides, full=True, track=track)
     measured = reading.collect(folder, manifest, {})
     agree = True
     for trial, expected in chosen.items():
