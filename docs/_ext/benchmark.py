@@ -9,7 +9,7 @@ from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, load_reference
 from dlopt.lab.benchmark.scores import Summary, summarize
-from dlopt.lab.benchmark.symptoms import range_ends
+from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_ends
 
 
 def results() -> str:
@@ -29,7 +29,6 @@ def results() -> str:
         "*Cost* is the time of an update relative to SGD, *State* the memory relative to the parameters.",
         "",
         *(f"- {text(each.text)}" for each in findings(found, summary)),
-        *(f"- {text(each)}" for each in range_ends(found)),
         "",
         "Updates to the target, as the median over studies (-: not reached):",
         "",
@@ -38,6 +37,10 @@ def results() -> str:
         "The search spaces. Draws from a range are uniform in the logarithm:",
         "",
         _spaces(found, summary),
+        "The workloads whose best trials lie at an end of a range (median over studies). A wider range may make the",
+        "optimizer faster; a single workload may be chance:",
+        "",
+        _ends(found, summary),
         f"{trials:,} trials, made by {' and '.join(map(code, commands))}, with {text(made)}.",
     ])  # fmt: skip
 
@@ -115,6 +118,12 @@ def _spaces(found: Results, summary: Summary) -> str:
         ]
         rows.append([code(name), ", ".join(keys), text(why)])
     return table(["Optimizer", "Searched", "Source and reason"], rows)
+
+
+def _ends(found: Results, summary: Summary) -> str:
+    rows = range_ends(found, summary.order)
+    cells = [[code(name), code(key.removeprefix("optimizer.")), *map(text, rest)] for name, key, *rest in rows]
+    return table([*RANGE_HEADS], cells)
 
 
 def _range(space: str) -> str:

@@ -16,7 +16,7 @@ from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
 from dlopt.lab.benchmark.results import Measure, Results, best_trial
 from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Summary, ranks, summarize
-from dlopt.lab.benchmark.symptoms import range_ends
+from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_ends
 from dlopt.lab.benchmark.table import latex
 from dlopt.results import drawing
 from dlopt.results.page import read_text, render
@@ -112,7 +112,8 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
         "agreement_note": agreement.note(agreed),
         "agreement_sources": agreement.sources(agreed),
         "hyperparameters": _hyperparameters(results, summary),
-        "range_ends": [*range_ends(results)],
+        "range_heads": RANGE_HEADS,
+        "range_ends": range_ends(results, summary.order),
         "tuning_heads": tuning.heads(tuned),
         "league": _league(results, summary, tuned),
         "tuning_findings": tuning.sentences(tuned),

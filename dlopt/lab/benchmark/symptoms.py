@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from statistics import median
 
@@ -24,6 +24,7 @@ FAILED = 0.3
 """Fraction of failed trials that is mentioned."""
 SIDES = ("lowest", "highest")
 _END = 0.1  # fraction of a search range that is its end
+RANGE_HEADS = ("Optimizer", "Key", "Range", *(f"In the {side} {formats.percent(_END)}" for side in SIDES))
 _FEWEST = 2  # workloads with the best trials there: one may be luck
 _TOLERANCE = 0.1  # of the progress since the first validation, for results that are nearly equal
 _RATE = "optimizer.lr"
@@ -191,19 +192,16 @@ def at_ends(results: Results, optimizer: str, key: str) -> dict[str, str]:
     return low | {name: SIDES[1] for name, position in positions.items() if position >= 1 - _END}
 
 
-def range_ends(results: Results) -> Iterator[str]:
-    """Yields a sentence per key whose search range ends where optimizers have their best trials."""
-    keys = dict.fromkeys(key for space in results.spaces.values() for key in space)
-    for key in keys:
-        for side in SIDES:
-            ends = {each: at_ends(results, each, key) for each in results.optimizers}
-            found = {each: [name for name in ends[each] if ends[each][name] == side] for each in ends}
-            parts = [f"{each} ({', '.join(names)})" for each, names in found.items() if names]
-            if parts:
-                yield (
-                    f"The best trials are in the {side} {formats.percent(_END)} of the search range of {key} for "
-                    f"{formats.names(parts)}. A wider range may make them faster; a single workload may be chance."
-                )
+def range_ends(results: Results, optimizers: Sequence[str]) -> list[list[str]]:
+    """Returns a row (RANGE_HEADS) per key of an optimizer that has its best trials at an end of the search range."""
+    rows = []
+    for optimizer in optimizers:
+        for key, space in results.spaces.get(optimizer, {}).items():
+            ends, bounds = at_ends(results, optimizer, key), search_range(space)
+            if ends and bounds:
+                found = [", ".join(name for name in ends if ends[name] == side) or formats.NONE for side in SIDES]
+                rows.append([optimizer, key, f"{bounds[0]:g} to {bounds[1]:g}", *found])
+    return rows
 
 
 def _positions(results: Results, optimizer: str, key: str, bounds: tuple[float, float, bool]) -> dict[str, float]:

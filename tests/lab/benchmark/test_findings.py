@@ -8,7 +8,7 @@ import pytest
 from dlopt.lab.benchmark.findings import Observation, findings
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, WorkloadTarget
 from dlopt.lab.benchmark.scores import summarize
-from dlopt.lab.benchmark.symptoms import at_ends, range_ends, search_range, symptoms
+from dlopt.lab.benchmark.symptoms import RANGE_HEADS, at_ends, range_ends, search_range, symptoms
 from tests.lab.benchmark.synthetic import flipped, ignores_both, ignores_lr, make
 
 WORKLOADS = ("mlp", "vit", "gpt")
@@ -31,8 +31,9 @@ def test_ends_of_search_ranges_are_named_also_of_a_single_workload() -> None:
     assert at_ends(results, "narrow", "optimizer.lr") == {"mlp": "highest"}
     assert at_ends(results, "adamw", "optimizer.lr") == {} == at_ends(results, "adamw", "optimizer.other")
     assert not any("optimizer.lr" in text for text in symptoms(results, "narrow"))  # one workload may be luck
-    [sentence] = [text for text in range_ends(results) if "optimizer.lr" in text]
-    assert "highest 10 % of the search range of optimizer.lr for narrow (mlp)." in sentence
+    assert RANGE_HEADS == ("Optimizer", "Key", "Range", "In the lowest 10 %", "In the highest 10 %")
+    [row] = [each for each in range_ends(results, ["narrow", "adamw"]) if each[1] == "optimizer.lr"]
+    assert row == ["narrow", "optimizer.lr", "0.0001 to 0.0015", "-", "mlp"]
 
 
 def test_wrong_optimizers_are_named() -> None:
