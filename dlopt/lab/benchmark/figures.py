@@ -26,6 +26,7 @@ _OTHERS: Any = {"color": "0.8", "linestyle": "-", "linewidth": 1.0, "zorder": 1}
 _NAME = 22  # characters of an optimizer or a workload
 _ACROSS = 3  # panels of learning curves in a row
 _PROFILES_ACROSS = 5
+_MOST_INTERVALS = 14  # optimizers in a matrix whose cells have intervals: more would be too small to read
 _LINE = 12  # characters of a title at the width of a phone
 _MEASURE_DASHES = ("-", (0, (2, 1)), (0, (0.8, 0.8)))
 _LARGE: Any = {"fontsize": 15}
@@ -160,7 +161,8 @@ def wins(results: Results, summary: Summary) -> "Figure | None":
     if len(order) < 2:
         return None
     pairs = summary.comparisons["updates"]
-    size = 0.56 * len(order)
+    has_intervals = len(order) <= _MOST_INTERVALS
+    size = (0.56 if has_intervals else 0.32) * len(order)
     figure = drawing.figure(max(size + 2.0, 4.5), size + 2.0)
     axes = figure.add_subplot()
     cells = np.full((len(order), len(order)), np.nan)
@@ -171,7 +173,8 @@ def wins(results: Results, summary: Summary) -> "Figure | None":
                 continue
             if pair.distinguishable:
                 cells[row, column] = pair.value
-            text = f"{pair.value:.2f}\n{formats.bounds(pair, '–')}".rstrip()
+            interval = formats.bounds(pair, "–") if has_intervals else ""
+            text = f"{pair.value:.2f}\n{interval}".rstrip()
             is_dark = pair.distinguishable and abs(pair.value - 0.5) > 0.42
             colour = "white" if is_dark else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, linespacing=1.3)

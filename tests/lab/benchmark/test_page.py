@@ -188,6 +188,18 @@ def test_curves_have_the_colours_of_the_profiles() -> None:
     assert [text.get_text() for text in drawn["wins"].axes[0].get_yticklabels()] == summary.order
 
 
+def test_a_large_matrix_of_wins_has_no_intervals() -> None:
+    names = [f"optimizer_{number}" for number in range(15)]
+    speeds = {name: 1.0 + index / 20 for index, name in enumerate(names)}
+    few, many = ({name: speeds[name] for name in names[:count]} for count in (3, 15))
+    for chosen, lines in ((few, 2), (many, 1)):
+        results = make(chosen, ("mlp", "gpt"), 2, 4)
+        figure = figures.wins(results, summarize(results))
+        assert figure is not None
+        [cells] = [axes.texts for axes in figure.axes]
+        assert {len(cell.get_text().split("\n")) for cell in cells} == {lines}
+
+
 @pytest.mark.slow
 def test_tables_are_sorted_by_the_columns_that_are_clicked(tmp_path: Path) -> None:
     from tests.support.browser import chromium
