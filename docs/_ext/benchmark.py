@@ -26,7 +26,7 @@ def results() -> str:
         _scores(found, summary),
         "The score is 1 for the fastest optimizer on all workloads and 0 for one that reaches no target, with its 95 %",
         "interval over studies. *Targets* counts the workloads whose target it reaches, *Trials* the trials that do.",
-        "*In evaluations* counts those of the loss and its gradient, of which some optimizers need several per update.",
+        "The score in evaluations counts those of the loss and its gradient; some optimizers need several per update.",
         "*Cost* is the time of an update relative to SGD, *State* the memory relative to the parameters.",
         "",
         *(f"- {text(each.text)}" for each in findings(found, summary)),
