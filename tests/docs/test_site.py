@@ -179,7 +179,7 @@ def test_tables_sort_by_the_numbers_of_a_column(site: Path, browser: Any) -> Non
     browser.get((site / "results.html").as_uri())
     head = next(each for each in browser.find_elements("css selector", "th button") if each.text == "Score in time")
     rows = "[...arguments[0].closest('table').tBodies[0].rows]"
-    column = f"return {rows}.map((row) => parseFloat(row.cells[2].textContent))"
+    column = f"return {rows}.map((row) => parseFloat(row.cells[arguments[0].closest('th').cellIndex].textContent))"
     given = browser.execute_script(column, head)
     for reverse in (False, True):
         browser.execute_script("arguments[0].click()", head)
