@@ -6,6 +6,7 @@ between replays has to be in a tensor that is filled in place (inputs, learning 
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -46,8 +47,24 @@ class Recorder:
 
         `generators`: those that `function` draws from in addition to the device's default generator.
         """
-        graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        stream = torch.cuda.current_stream()
+        try:
+            return self._capture(function, generators)
+        except RuntimeError:
+            # torch leaves a failed capture half open: its stream stays current, its pool in use, and the generators
+            # refuse to draw until another capture ends.
+            torch.cuda.set_stream(stream)
+            with suppress(RuntimeError):  # it failed before the pool was opened
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            self._pool = torch.cuda.graph_pool_handle()
+            self._capture(lambda: torch.zeros((), device="cuda"), generators)
+            raise
+
+    def _capture(
+        self, function: Callable[[], T], generators: Sequence[torch.Generator]
+    ) -> tuple[Callable[[], None], T]:
+        graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
         # thread_local: a thread that copies a checkpoint may call CUDA functions during capture.

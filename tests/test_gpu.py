@@ -5,6 +5,7 @@ Parallel modes run with one process: NCCL refuses two ranks on one GPU, and dlop
 
 import contextlib
 import gc
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 from dlopt.errors import UserError
+from dlopt.graphs import GraphedFunction, Recorder
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.rendezvous import World
 from dlopt.training.build import build_workload
 from dlopt.training.cuda_graphs import GraphedStep
+from dlopt.training.nonfinite import NonFiniteCheck
 from dlopt.training.run import probe_trainer
 from dlopt.training.trainer import Trainer
 from tests.support.recorded import SimulatedRecorder
@@ -125,6 +128,67 @@ def test_replayed_updates_are_bitwise_identical(tmp_path: Path, device: str, opt
     assert replayed.step._graphed_update._replay is not None
     states = [trainer.module.state_dict() for trainer in (eager, replayed)]
     assert same(*states)
+
+
+# The crops of alexnet are larger than the images; custom has no operation.
+AUGMENTATIONS = {file.stem for file in (ROOT / "conf/augmentation").glob("[!_]*.yaml")} - {"alexnet", "custom"}
+
+
+@on_each_device
+@pytest.mark.parametrize("name", sorted(AUGMENTATIONS))
+@pytest.mark.parametrize("deterministic", ["false", "true"])
+def test_the_data_path_is_recorded(
+    tmp_path: Path, device: str, name: str, deterministic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = ("data.drop_last=true", f"augmentation={name}", f"deterministic={deterministic}")
+    with graphs(device):
+        trained(tmp_path, device, *keys, updates=6)
+    assert "could not be captured" not in caplog.text
+
+
+@on_each_device
+def test_dropout_draws_beside_a_recorded_data_path(tmp_path: Path, device: str) -> None:
+    with graphs(device):
+        trainer = trained(tmp_path, device, "augmentation=crop_flip", "model.dropout=0.3", "check=step", updates=9)
+    assert not isinstance(trainer.step, GraphedStep) or device == "cpu"  # the simulation has no obstacles
+
+
+@pytest.mark.gpu
+def test_generators_draw_after_a_capture_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    own, recorder = torch.Generator("cuda"), Recorder()
+
+    def unrecordable() -> Tensor:
+        return torch.rand(3, device="cuda", generator=own) + torch.rand(3, device="cuda").sum().item()
+
+    function = GraphedFunction("the test", unrecordable, recorder, [own])
+    for _ in range(4):
+        torch.manual_seed(5)
+        own.manual_seed(6)
+        eager = function()
+    assert "the test could not be captured" in caplog.text
+    torch.manual_seed(5)
+    own.manual_seed(6)
+    assert torch.equal(eager, unrecordable())
+    recordable = GraphedFunction("another", lambda: torch.rand(3, device="cuda", generator=own), recorder, [own])
+    drawn = []
+    for _ in range(5):
+        own.manual_seed(6)
+        drawn.append(recordable().clone())
+    assert recordable._replay is not None and all(torch.equal(each, drawn[0]) for each in drawn)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_sets_the_flag(device: str, dtype: torch.dtype) -> None:
+    parameters = [torch.zeros(size, device=device, dtype=dtype, requires_grad=True) for size in (3, 2000)]
+    check = NonFiniteCheck(parameters, immediate=False, locate=lambda _: "")
+    for value, expected in ((3e38, 0.0), (math.inf, 1.0), (-math.inf, 1.0), (math.nan, 1.0)):
+        for each in parameters:
+            each.grad = torch.ones_like(each)
+        parameters[1].grad[1234] = value  # type: ignore[index]
+        flag = torch.zeros((), device=device)
+        check.flag_nonfinite(flag)
+        assert flag.item() == expected
 
 
 def bytes_in_use(device: str) -> int:

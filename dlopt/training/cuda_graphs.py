@@ -19,6 +19,8 @@ from dlopt.training.speed import OWN_GRAPHS
 from dlopt.training.state_dtype import RoundedState
 from dlopt.training.step import Step, StepSettings, UpdateRecord
 
+_RECORDABLE = ("torch.nn.", "dlopt.models.", "dlopt.parallel.dropout", "dlopt.adapt")  # modules of known layers
+
 
 def obstacle(
     module: nn.Module,
@@ -64,7 +66,7 @@ def layer_obstacle(module: nn.Module) -> str | None:
     for layer in module.modules():
         if isinstance(layer, Recomputed):
             return "activation checkpointing restores the state of the random generator, which cannot be recorded"
-        known = type(layer).__module__.startswith(("torch.nn.", "dlopt.models."))
+        known = type(layer).__module__.startswith(_RECORDABLE)
         if not known or isinstance(layer, nn.RNNBase):  # cuDNN keeps dropout states of its own
             return f"{type(layer).__name__} may have control flow on the host"
     return None

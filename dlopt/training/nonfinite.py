@@ -88,13 +88,17 @@ class NonFiniteCheck:
         return self._free_flags.pop()
 
     def flag_nonfinite(self, flag: Tensor) -> None:
-        """Sets `flag` to 1 if a gradient is not finite, with one kernel, which leaves the gradients unchanged."""
+        """Sets `flag` to 1 if a gradient is not finite; leaves the gradients unchanged."""
         gradients = [gradient for p in self.parameters if (gradient := p.grad) is not None]
-        # torch's gradient scaler has the one kernel that looks at all gradients and writes a single flag. It also
-        # divides by a scale, here 1, which changes no value.
         if self.norm is not None:
             flag.copy_(~self.norm(gradients).isfinite())
+        elif any(gradient.dtype == torch.bfloat16 and gradient.is_cuda for gradient in gradients):
+            # The kernel below has no bf16 on a GPU. A norm other than the maximum could overflow.
+            largest = torch._foreach_norm(real_views(gradients), math.inf)
+            flag.copy_(~torch.stack([norm.float() for norm in largest]).isfinite().all())
         elif gradients:
+            # torch's gradient scaler has the one kernel that looks at all gradients and writes a single flag. It also
+            # divides by a scale, here 1, which changes no value.
             torch._amp_foreach_non_finite_check_and_unscale_(real_views(gradients), flag, self._one)
 
     def defer(self, loss: Tensor, step: int, rate: float, flag: Tensor) -> None:

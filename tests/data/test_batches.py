@@ -50,7 +50,7 @@ def flip_or_shift(
     inputs: Tensor, targets: Tensor, *, generator: torch.Generator, total: int, shard: slice, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """Draws for the whole batch and uses the shard's draws, as an augmentation should."""
-    draws = torch.rand(total, generator=generator)[shard]
+    draws = torch.rand(total, generator=generator, device=generator.device)[shard]
     return (inputs.float() + draws.view(-1, *[1] * (inputs.dim() - 1))), targets
 
 
@@ -242,7 +242,11 @@ def test_a_killed_worker_fails_the_run() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_both_paths_are_equal_and_a_step_does_not_synchronize(files: Files) -> None:
-    options: dict[str, Any] = {"device": "cuda", "augment": flip_or_shift, "memory_format": torch.channels_last}
+    options: dict[str, Any] = {
+        "device": torch.device("cuda"),
+        "augment": flip_or_shift,
+        "memory_format": torch.channels_last,
+    }
     resident = shuffled(files, in_memory=True, **options)
     streamed = shuffled(files, in_memory=False, workers=2, **options)
     assert equal(list(resident.epoch(0)), list(streamed.epoch(0)))

@@ -59,7 +59,7 @@ def refused(folder: Path, *arguments: str) -> str:
     assert "Traceback" not in result.err
     assert result.err.startswith("dlopt: ") and result.err.count("\n") == 1, result.err
     assert entries(folder) == before
-    assert result.seconds < 5
+    assert result.seconds < 20  # of processor time: it has neither trained nor read a large data set
     return result.err
 
 

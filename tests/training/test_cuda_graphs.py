@@ -19,15 +19,16 @@ from dlopt.optim import Muon
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.averaging import ExponentialAverage
+from dlopt.training.build import build_workload
 from dlopt.training.clipping import ByNorm, Clip, Unclipped
-from dlopt.training.cuda_graphs import Capture, GraphedStep, obstacle
+from dlopt.training.cuda_graphs import Capture, GraphedStep, layer_obstacle, obstacle
 from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
 from tests.support.norm import NORM
 from tests.support.recorded import SimulatedRecorder
-from tests.support.runs import result, same, start, timeless
+from tests.support.runs import experiment, result, same, start, timeless
 from tests.support.sizes import SMALL
 from tests.support.steps import train, whole
 from tests.support.tasks import CLASSIFICATION
@@ -260,6 +261,20 @@ def test_no_obstacle() -> None:
     keys: Any = {"input_shape": (3, 8, 8), "classes": 3, "whiten_kernel": 2, "widths": (4, 4, 4), "activation": "gelu"}
     model = AirBench(**keys, **NORM)
     assert obstacle_of(model=model) is None
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["model=resnet20"], ["model=mlp", "model.dropout=0.5"], ["model=vit", "model.patch=2"],
+        ["model=mlp", "adapt=lora", "adapt.rank=2"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_graphs_record_the_layers_that_a_run_has(typed: list[str]) -> None:
+    """Placing a model on a device converts its dropouts."""
+    workload = build_workload(experiment(*typed, "device=cpu"))
+    assert layer_obstacle(workload.module) is None
 
 
 class Theirs(nn.Linear):
