@@ -107,9 +107,7 @@ def _run(
     folder = folder.absolute()
     shared = [each for each in overrides if group_of(each) != "optimizer"]
     of_optimizer = [each for each in overrides if group_of(each) == "optimizer"]
-    contestants = {
-        name: _contestant(line, name, family.optimizers.get(name, ()), of_optimizer, shared) for name in names
-    }
+    contestants = {name: _contestant(line, family, name, of_optimizer, shared) for name in names}
     per_parameter = tokens_per_parameter or family.tokens_per_parameter
     measured = {name: measure(line, family, name, per_parameter, shared) for name in chosen}
     ladder = Ladder(
@@ -144,17 +142,15 @@ def _refuse_sizes(overrides: Sequence[str], family: Family) -> None:
             raise UserError(f"{override}: set by the rungs of model={family.name}; {_ADVICE}")
 
 
-def _contestant(
-    line: Line, name: str, usual: Sequence[str], overrides: Sequence[str], shared: Sequence[str]
-) -> Contestant:
-    """Returns an optimizer with the centres of its learning rates. `usual`: yields to `overrides`, which are typed.
+def _contestant(line: Line, family: Family, name: str, overrides: Sequence[str], shared: Sequence[str]) -> Contestant:
+    """Returns an optimizer with the centres of its learning rates. The keys of the family yield to `overrides`.
 
     Raises `UserError`.
     """
-    lines = [choice_of(name), *overrides, *shared]
+    lines = [f"experiment={family.experiment}", choice_of(name), *overrides, *shared]
     plain, _ = to_plain(line.composer.compose(lines), lines)
     typed = [key_of(each) for each in overrides]
-    overrides = [*(each for each in usual if key_of(each) not in typed), *overrides]
+    overrides = [*(each for each in family.optimizers.get(name, ()) if key_of(each) not in typed), *overrides]
     if _PLAIN in typed:
         lr = plain["optimizer"]["lr"]
         if not isinstance(lr, int | float):
@@ -192,7 +188,7 @@ def _launch(line: Line, request: LadderRequest) -> None:
     """Runs all trials, also those that wait for others. On a signal, raises KeyboardInterrupt."""
     from dlopt.lab.ladder.running import run
 
-    pool, plan_job = launcher(line, request.shared)
+    pool, plan_job = launcher(line, request.line(request.waiting()[0]))
     run(request, plan_job, pool)
 
 

@@ -55,6 +55,16 @@ def change(place: Path, **changes: Any) -> None:
     (place / "conf/ladder/tiny.yaml").write_text(yaml.safe_dump({**FAMILY, **changes}, sort_keys=False))
 
 
+@pytest.mark.parametrize("rest", [[], ["dry_run=true"]])
+def test_keys_of_the_recipes_data(place: Path, rest: list[str]) -> None:
+    """The default data set does not have them."""
+    typed = ["optimizer=sgd", "optimizer.lr=0.1", "data.intervals=[[-1.0,1.0],[-0.3,0.3]]"]
+    assert dlopt(place, "ladder", *typed, *LINE, "rungs=2", *rest).code == 0
+    if not rest:
+        config = RunFolder(place / "out/sgd/one/seed-0").config() or {}
+        assert config["data"]["intervals"] == [[-1.0, 1.0], [-0.3, 0.3]]
+
+
 def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
     first = dlopt(place, "ladder", "optimizer=sgd", *LINE, "rungs=2")
     assert first.code == 0, first.err
