@@ -1,5 +1,6 @@
 """Shared by the models: normalization, activations, small layers, and checks of the input's shape."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypedDict, Unpack
@@ -212,11 +213,17 @@ def example_inputs(model: nn.Module, shape: tuple[int, ...], *, count: int, devi
     return torch.zeros(count, *shape, device=device, dtype=dtype)
 
 
+def copied_state(model: nn.Module, device: torch.device | str) -> dict[str, Tensor]:
+    """Copies the parameters and buffers to a device, for `functional_call`, which takes tied ones by one name only."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: tensor.detach().to(device, copy=True) for name, tensor in tensors}
+
+
 def check_instance_norm(model: nn.Module, input_shape: tuple[int, ...], norm: NormKind) -> None:
     """Raises UserError if instance normalization gets maps of one pixel, by a forward pass on the meta device."""
     if norm != "instance":
         return
-    state = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
+    state = copied_state(model, "meta")
     images = torch.empty(2, *input_shape, device="meta", dtype=next(model.parameters()).dtype)
     try:
         with torch.no_grad():

@@ -16,6 +16,7 @@ from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.errors import UserError
+from dlopt.models.layers import copied_state
 from dlopt.processor import available_memory
 
 _VALUE_BYTES = 4  # models are built in fp32
@@ -189,11 +190,10 @@ def check_outputs(
 
 def _outputs(module: nn.Module, shape: tuple[int, ...], vocabulary: int | None, device: str) -> Any:
     """Calls the model with copies of its state, which the call may change, and restores the generator."""
-    state = {name: tensor.detach().to(device, copy=True) for name, tensor in module.state_dict().items()}
     with torch.random.fork_rng([]), torch.no_grad(), torch.device(device):
         size = (_BATCH, *shape)
         inputs = torch.randn(size) if vocabulary is None else torch.randint(vocabulary, size)
-        return functional_call(module, state, (inputs,))
+        return functional_call(module, copied_state(module, device), (inputs,))
 
 
 def _batch(shape: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlopt.config.experiment import Experiment
 from dlopt.errors import UserError
 from dlopt.graphs import Recorder
-from dlopt.models.layers import evaluation_mode, example_inputs
+from dlopt.models.layers import copied_state, evaluation_mode, example_inputs
 from dlopt.parallel.mode import Mode
 from dlopt.training.precision import Precision
 
@@ -109,10 +109,9 @@ def prefers_one_thread(module: nn.Module, shape: tuple[int, ...], samples: int) 
 
 def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:
     """Counts the FLOPs of one sample in matrix products and convolutions, on the meta device (nothing is computed)."""
-    state = {name: tensor.detach().to("meta") for name, tensor in module.state_dict().items()}
     inputs = example_inputs(module, shape, count=2, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(module, state, (inputs,))
+        torch.func.functional_call(module, copied_state(module, "meta"), (inputs,))
     return counter.get_total_flops() / len(inputs)
 
 

@@ -155,6 +155,25 @@ def test_refuses_a_custom_model_with_another_number_of_outputs(reads: bool) -> N
             build_workload(replace(checked, model=model))
 
 
+class _Tied(nn.Module):
+    """Uses one matrix twice."""
+
+    def __init__(self, *, input_shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(self.second(self.first(inputs.flatten(1))))
+        return outputs
+
+
+def test_a_custom_model_may_have_tied_weights() -> None:
+    build_workload(replace(experiment(*SMALL), model=Component("model", _Tied, {})))
+
+
 def test_refuses_a_custom_model_that_cannot_process_the_samples() -> None:
     model = Component("model", nn.Conv2d, {"in_channels": 3, "out_channels": 10, "kernel_size": 1})
     with pytest.raises(UserError, match=r"Conv2d: fails for inputs of shape \[batch, 1, 8, 8\]: .*3 channels"):

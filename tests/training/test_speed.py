@@ -19,6 +19,7 @@ from dlopt.training.cuda_graphs import GraphedStep
 from dlopt.training.precision import Precision
 from dlopt.training.run import probe_trainer
 from dlopt.training.step import Step
+from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.line import refused
 from tests.support.runs import same
 
@@ -47,6 +48,13 @@ def test_flops_equal_published_counts(model: str, published: float) -> None:
     before = {name: value.clone() for name, value in module.state_dict().items()}
     assert 3 * speed.forward_flops(module, (3, 32, 32)) / 1e9 == pytest.approx(published, rel=0.01)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_flops_of_a_gpt_with_tied_embeddings():
+    width, depth = 24, 3
+    linear = CONTEXT * (12 * width**2 * depth + VOCABULARY * width)
+    attention = depth * 2 * CONTEXT**2 * width  # scores, and weighted sums of the values
+    assert speed.forward_flops(gpt(width=width, depth=depth), (CONTEXT,)) == 2 * (linear + attention)
 
 
 LONG, SHORT = ("model=wrn_16_4", "epochs=400"), ("model=resnet20", "epochs=200")
