@@ -109,7 +109,7 @@ def test_an_optimizer_without_a_space_gets_the_keys_that_it_has(composer: Compos
 @given(study=st.integers(0, 50), number=st.integers(0, 100))
 def test_draws_are_in_the_space_and_depend_on_study_and_number_only(sgd: Candidate, study: int, number: int) -> None:
     values = sgd.values(study, number)
-    assert 0.003 <= values["optimizer.lr"] <= 3.0 and values["optimizer.momentum"] in ("0.8", "0.9", "0.95", "0.98")
+    assert 0.003 <= values["optimizer.lr"] <= 10.0 and values["optimizer.momentum"] in ("0.8", "0.9", "0.95", "0.98")
     assert values == sgd.values(study, number) and values != sgd.values(study + 1, number)
 
 
