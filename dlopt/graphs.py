@@ -55,7 +55,7 @@ class Recorder:
             # torch leaves a failed capture half open: its stream stays current, its pool in use, and the generators
             # refuse to draw until another capture ends.
             torch.cuda.set_stream(stream)
-            with suppress(RuntimeError):  # it failed before the pool was opened
+            with suppress(RuntimeError):  # if it failed before it used the pool
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
             self._pool = torch.cuda.graph_pool_handle()
             self._capture(lambda: torch.zeros((), device="cuda"), generators)
