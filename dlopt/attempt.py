@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from dlopt.config.plan import Plan
 from dlopt.config.resolve import first_lines, resolve_saved
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
 from dlopt.errors import DONE, USER_ERROR, UserError
-from dlopt.folders import SHELL_FOLDER, FolderSnapshot, RunFolder, make, make_new
+from dlopt.folders import SHELL_FOLDER, FolderSnapshot, RunFolder, make, make_new, new_run_id
 from dlopt.interruption import killed_by_signals
 from dlopt.job import Outcome, execute, reported
 from dlopt.parallel.rendezvous import current
@@ -52,9 +52,10 @@ def prepare(plan: Plan) -> Prepared:
     if saved["dry_run"]:
         raise UserError("dry_run=true: only available in `dlopt train`")
     before = FolderSnapshot(path)
-    folder, state = _find_folder(path, is_typed, saved)
+    folder, state, run_id = _find_folder(path, is_typed, saved)
     is_auto = saved["resume"] == "auto"
-    run = Run(plan.experiment, folder.path, state, plan.choices, plan.typed)
+    experiment = replace(plan.experiment, config={"run_id": run_id, **plan.experiment.config})
+    run = Run(experiment, folder.path, state, plan.choices, plan.typed)
     is_new = folder.config() is None and not (is_auto and state is not None)  # config.yaml may be damaged
     return Prepared(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 
@@ -92,7 +93,7 @@ def attempt(plan: Plan, store: "Store | None" = None) -> Iterator[Attempt]:
         assert plan.config is not None
         with job_environment(plan.config, folder.path):
             if store is not None:
-                message = {"config": plan.saved, "folder": str(folder.path), "choices": plan.choices}
+                message = {"config": run.experiment.config, "folder": str(folder.path), "choices": plan.choices}
                 store.set("run", json.dumps(message))
             with reported(run) as outcome:
                 yield tried
@@ -142,14 +143,16 @@ def _how_to_extend(done: RunFolder) -> str:
     return f"{path} has finished and differs only in its length: to extend it, add hydra.run.dir={path}"
 
 
-def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[RunFolder, Mapping[str, Any] | None]:
-    """Returns the run folder, created if missing, and the checkpoint to resume from, if any.
+def _find_folder(
+    path: Path, is_typed: bool, saved: Mapping[str, Any]
+) -> tuple[RunFolder, Mapping[str, Any] | None, str]:
+    """Returns the run folder, created if missing, the checkpoint to resume from, if any, and the id of the run.
 
     Args:
         path: hydra.run.dir; `is_typed`: given on the command line.
         saved: the config to save.
     """
-    from dlopt.training.checkpoint import Checkpoints
+    from dlopt.training.checkpoint import load_own
 
     target, resume = RunFolder(path), saved["resume"]
     if resume not in (None, "auto"):
@@ -161,14 +164,15 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
     if resume == "auto":
         previous = target if is_typed else newest_unfinished(path.parent, saved)
         if previous is not None and previous.has_run():
-            return previous, _newest_checkpoint(previous, saved)
+            newest = _newest_checkpoint(previous, saved)
+            return previous, newest, _run_id(previous, newest)
     source = earlier = None
     if resume not in (None, "auto"):
         source, earlier = RunFolder(Path(resume).absolute().parent.parent), _earlier_attempt(path, is_typed, saved)
     if earlier is not None and earlier != source:
-        newest = Checkpoints(earlier.checkpoints).load_newest()
+        newest = load_own(earlier, saved)
         if newest is not None:
-            return earlier, newest
+            return earlier, newest, _run_id(earlier, newest)
     if is_typed and target.has_run() and target not in (source, earlier):
         state = "a finished" if target.is_finished() else "an unfinished"
         raise UserError(
@@ -184,9 +188,17 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
         target = RunFolder(make_new(path))
     elif not path.is_dir():
         make(path, "hydra.run.dir")
-    if source is not None and checkpoint is not None and target != source:
-        _copy_history(source, target, checkpoint["progress"]["best"]["epoch"])
-    return target, checkpoint
+    if source is None or checkpoint is None or target == source:
+        return target, checkpoint, _run_id(target, checkpoint)
+    run_id = _run_id(target)
+    _copy_history(source, target, checkpoint["progress"]["best"]["epoch"], run_id)
+    return target, checkpoint, run_id
+
+
+def _run_id(folder: RunFolder, state: Mapping[str, Any] | None = None) -> str:
+    """Returns the id of a run, from a checkpoint of its folder if config.yaml is damaged; a new one for a new run."""
+    saved = None if state is None else state["config"].get("run_id")
+    return folder.run_id() or saved or new_run_id()
 
 
 def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -194,17 +206,11 @@ def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> Mapping[s
 
     Raises `UserError` if it is the run of another config.
     """
-    from dlopt.training.checkpoint import Checkpoints
+    from dlopt.training.checkpoint import load_own
 
     folder.refuse_newer("resume=auto")
-    config = folder.config()
-    refuse_other_config(config or saved, saved, f"{folder.path}", folder.history())
-    if folder.is_done(saved):
-        return None
-    newest = Checkpoints(folder.checkpoints).load_newest()
-    if config is None and newest is not None:  # config.yaml is damaged
-        refuse_other_config(newest["config"], saved, f"{folder.path}", folder.history())
-    return newest
+    refuse_other_config(folder.config() or saved, saved, f"{folder.path}", folder.history())
+    return None if folder.is_done(saved) else load_own(folder, saved)
 
 
 def _earlier_attempt(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> RunFolder | None:
@@ -234,13 +240,12 @@ def _load(resume: str) -> dict[str, Any]:
         raise UserError(f"resume={resume}: {reason}{'' if 'init_from' in reason else hint}") from None
 
 
-def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None) -> None:
+def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None, run_id: str) -> None:
     """Copies the metrics and the best model of a run that is resumed in another folder.
 
     Tracking removes the metrics after the checkpoint. The best model is copied only if it is that of the checkpoint,
     not one of a later epoch.
     """
-    from dlopt.training import sharded
     from dlopt.training.checkpoint import Checkpoints, evaluated_epoch, load
 
     if (source.path / "metrics.jsonl").is_file():
@@ -248,7 +253,4 @@ def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None
     best = Checkpoints(source.checkpoints).best
     with contextlib.suppress(UserError):
         if best_epoch is not None and evaluated_epoch(load(best)["progress"]) == best_epoch:
-            target.checkpoints.mkdir(exist_ok=True)
-            sharded.copy(best, target.checkpoints)
-            for path in (best.with_name(f"{best.name}.sha256"), best):
-                shutil.copy(path, target.checkpoints / path.name)
+            Checkpoints(target.checkpoints).adopt_best(best, run_id)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,15 @@ class RunFolder:
         """Reads the saved config; None if it is missing or unreadable."""
         config = self._load("config.yaml")
         return config if isinstance(config, dict) else None
+
+    def run_id(self) -> str | None:
+        """Returns the id that ties the config, the checkpoints and the summary of a run; None: an older dlopt wrote it.
+
+        A run that is resumed in its folder keeps it; one that is resumed from a checkpoint in another folder gets a new
+        one.
+        """
+        found = (self.config() or {}).get("run_id")
+        return found if isinstance(found, str) else None
 
     def summary(self) -> dict[str, Any] | None:
         return read_json(self.path / "summary.json")
@@ -105,6 +115,10 @@ class RunFolder:
             return load_yaml(self.path / name)
         except (OSError, ValueError):  # ValueError includes UnicodeDecodeError
             return None
+
+
+def new_run_id() -> str:
+    return secrets.token_hex(6)
 
 
 def refuse_url(path: str, key: str) -> None:

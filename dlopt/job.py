@@ -23,7 +23,7 @@ from dlopt.config.overrides import is_typed
 from dlopt.config.resuming import how_to_resume
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.files import read_json, write_atomically, write_json
-from dlopt.folders import FORMAT, RunFolder
+from dlopt.folders import FORMAT, RunFolder, new_run_id
 from dlopt.interruption import Interruption
 from dlopt.parallel import launch, rendezvous
 from dlopt.parallel.hung import end_if_hung
@@ -223,10 +223,11 @@ def print_error(message: str) -> None:
 def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], choices: Mapping[str, str]) -> None:
     """Writes config.yaml, overrides.yaml, environment.json and, for uncommitted changes of the user's code, code.diff.
 
-    A resumed run keeps its tags and its note, which `dlopt runs tag` may have changed, unless others are typed. Raises
-    `UserError` if the folder is not writable.
+    A resumed run keeps its tags and its note, which `dlopt runs tag` may have changed, unless others are typed; and its
+    id. Raises `UserError` if the folder is not writable.
     """
     former, before = RunFolder(folder).config() or {}, RunFolder(folder).history()
+    config = {"run_id": RunFolder(folder).run_id() or new_run_id(), **config}
     typed = [line for line in overrides if line not in before]
     config = {**config, **{key: former[key] for key in LABELS if key in former and not is_typed(key, typed)}}
     code, diff = environment.repository()
@@ -263,9 +264,9 @@ def _record_machine(folder: Path) -> None:
 
 
 def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> None:
-    summary = {"status": "failed", "reason": reason} | ({"diverged": True} if diverged else {})
+    summary = {"status": "failed", "run_id": RunFolder(folder).run_id(), "reason": reason}
     with contextlib.suppress(OSError):
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summary | ({"diverged": True} if diverged else {}))
 
 
 def main() -> int:
@@ -274,7 +275,7 @@ def main() -> int:
         launch.end_rank_with_parent()
     from dlopt.config.parsing import parse
     from dlopt.config.resolve import resolve_saved
-    from dlopt.training.checkpoint import Checkpoints, load
+    from dlopt.training.checkpoint import load, load_own
     from dlopt.training.progress import Run
 
     folder = RunFolder(Path(sys.argv[1]))
@@ -288,7 +289,7 @@ def main() -> int:
         state = None
         if rendezvous.is_main():  # the other ranks receive the state from rank 0
             checkpoint = sys.argv[2:]
-            state = load(Path(checkpoint[0])) if checkpoint else Checkpoints(folder.checkpoints).load_newest()
+            state = load(Path(checkpoint[0])) if checkpoint else load_own(folder, config)
         run = Run(experiment, folder.path, state, choices)
     except (UserError, RunError) as error:
         if rendezvous.is_main():

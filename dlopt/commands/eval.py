@@ -10,6 +10,7 @@ from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, show
 from dlopt.config.settings import Tta
 from dlopt.errors import DONE, UserError
+from dlopt.job import print_error
 from dlopt.tracking.console import ConsoleView
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _evaluate_checkpoints(
         saved_experiment(state["config"], {**size, **changes}, path) for path, state in zip(paths, states, strict=True)
     ]
     mode = join_processes(choose_device(experiments[0].settings.device), processes)
-    tested = test(paths, restored(paths, states, experiments, mode), average, views, tta)
+    tested = test(paths, restored(paths, states, experiments, mode, print_error), average, views, tta)
     if not mode.ranks.is_main:
         return DONE
     names = [str(path) for path in paths]

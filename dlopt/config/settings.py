@@ -66,6 +66,7 @@ class Published:
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     name: Annotated[str, Role.PLACE]
+    run_id: Annotated[str | None, Role.COMMAND] = None  # no key to type: see `RunFolder.run_id`
     # Configs that were saved before these keys existed lack them.
     tags: Annotated[list[str], Role.WATCH] = field(default_factory=list)
     note: Annotated[str | None, Role.WATCH] = None

@@ -19,6 +19,7 @@ from dlopt.errors import UserError, install
 
 _MAX_READ = 1 << 28  # bytes; larger tables are memory-mapped
 _BATCH_ROWS = 1024  # rows that are converted at once
+_FILE_BYTES = 1 << 17  # estimated size of an image file outside of the table
 
 
 def parquet(
@@ -92,6 +93,26 @@ class Columns:
     def labels(self) -> list[Any]:
         values: list[Any] = self._table.column(self.target).to_pylist()
         return values
+
+    @property
+    def size(self) -> int:
+        return len(self) * _FILE_BYTES if self._are_paths else int(self._table.select(self._names).nbytes)
+
+    def read(self, start: int, stop: int) -> bytes:
+        if self._are_paths:  # which differ in a moved folder
+            column, where = self._table.column(self._names[0]), f"{self._key}: {self._names[0]}"
+            files = (_file(column[row].as_py() or {}, where) or b"" for row in range(start, stop))
+            return b"".join(len(content).to_bytes(8, "little") + content for content in files)
+        # The format of Arrow's messages does not depend on how the table is divided into chunks and row groups.
+        rows = self._table.select(self._names).slice(start, stop - start).replace_schema_metadata(None).combine_chunks()
+        return b"".join(bytes(batch.serialize()) for batch in rows.to_batches())
+
+    @property
+    def _are_paths(self) -> bool:
+        """Whether the inputs are files outside of the table."""
+        column = self._table.column(self._names[0])
+        is_struct = _library(self._key).types.is_struct(column.type)
+        return self.encoded and is_struct and any(chunk.field("bytes").null_count for chunk in column.chunks)
 
     def value(self, row: int, channels: Channels) -> Any:
         return _value(self._table, self._names, row, channels, self._key)

@@ -20,12 +20,18 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")  # {000..012} or
 
 
 class Table(Protocol):
-    """The rows of a split. `target` names the labels in messages; `encoded`: whether the inputs are image files."""
+    """The rows of a split. `target` names the labels in messages; `encoded`: whether the inputs are image files.
+
+    `size`: of the stored inputs, in bytes.
+    """
 
     target: str
 
     @property
     def encoded(self) -> bool: ...
+
+    @property
+    def size(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -35,6 +41,10 @@ class Table(Protocol):
 
     def value(self, row: int, channels: Channels) -> Any:
         """Returns an input: an image uint8 [C, H, W], or an array as `Wrapped` reads it. Raises `UserError`."""
+        ...
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Returns the stored inputs of a range of rows: equal bytes for equal inputs. Raises `UserError`."""
         ...
 
     def place(self, row: int) -> str:
@@ -84,14 +94,14 @@ class Rows:
 
     def __init__(self, table: Table, targets: torch.Tensor, channels: Channels) -> None:
         self.targets = targets
-        self._table, self._channels = table, channels
+        self.table, self._channels = table, channels
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         label = self.targets[index]
-        return self._table.value(index, self._channels), label if label.ndim else label.item()
+        return self.table.value(index, self._channels), label if label.ndim else label.item()
 
 
 def numbers(value: Any, where: str, kind: str) -> np.ndarray:

@@ -77,7 +77,9 @@ class Dataset:
 
     `in_memory`: keep the samples on the training device as one tensor (decided by `prepare`).
     `notes`: lines to show the user, about skipped samples.
-    `facts`: identify the data, for environment.json.
+    `facts`: describe the data, for environment.json.
+    `is_generated`: the config defines the data.
+    `identity`: see `dlopt.data.identity`; None: not computed.
     `tokenizer`: of a text that is not read byte by byte.
     `unlabelled`: the task of a model that does not predict the labels; None: classification, several labels per sample,
     or regression.
@@ -92,6 +94,8 @@ class Dataset:
     unlabelled: Task | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    is_generated: bool = False
+    identity: Mapping[str, Any] | None = None
 
     @property
     def task(self) -> Task:
@@ -153,6 +157,7 @@ def generated(
         draw(keys["val_size"], val) if keys["val_size"] else None,
         draw(keys["test_size"], test) if keys["test_size"] else None,
         classes,
+        is_generated=True,
     )
 
 
@@ -290,7 +295,7 @@ class Wrapped:
     """
 
     def __init__(self, dataset: Any, image_size: tuple[int, int] | None, key: str) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self.image_size = image_size
         self._name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
@@ -331,7 +336,7 @@ class Wrapped:
 
     def _item(self, index: int, *, resized: bool = True) -> tuple[Tensor, Any]:
         try:
-            item = self._dataset[index]
+            item = self.dataset[index]
         except UserError:
             raise
         except Exception as error:  # user code may raise anything; name the sample
@@ -363,7 +368,7 @@ class Wrapped:
 
     def _targets(self, first: Any) -> Tensor:
         for attribute in ("targets", "labels"):
-            values = getattr(self._dataset, attribute, None)
+            values = getattr(self.dataset, attribute, None)
             if isinstance(values, list | tuple | np.ndarray | Tensor) and len(values) == len(self):
                 targets = self._as_targets(list(values) if isinstance(values, tuple) else values)
                 # One item of each class: a `target_transform` changes the labels of the items only.

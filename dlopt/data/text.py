@@ -337,8 +337,5 @@ def _character(tokens: np.ndarray, position: int) -> int:
 
 
 def _facts(tokens: np.ndarray, paths: Sequence[Path]) -> dict[str, Any]:
-    """Returns the facts that identify the text in environment.json; large texts are not hashed."""
-    facts: dict[str, Any] = {"files": len(paths), "bytes": len(tokens)}
-    if len(tokens) <= _MAX_READ:
-        facts["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
-    return facts
+    """Returns what environment.json says about the text, beside its identity."""
+    return {"files": len(paths), "bytes": len(tokens)}

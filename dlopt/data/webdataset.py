@@ -90,8 +90,25 @@ class Shards:
     def labels(self) -> list[Any]:
         return [json.loads(text) for text in self.arrays["label"].tolist()]
 
+    @property
+    def size(self) -> int:
+        return int(self.arrays["size"].sum())
+
+    def read(self, start: int, stop: int) -> bytes:
+        members = (self._content(row) for row in range(start, stop))
+        return b"".join(len(content).to_bytes(8, "little") + content for content in members)
+
     def value(self, row: int, channels: Channels) -> Any:
-        name, where = self._input(row), self.place(row)
+        name = self._input(row)
+        content, where = self._content(row), f"{self.place(row)}: {name}"
+        if _is_image(name):
+            return decode_bytes(content, channels, where)
+        array = np.atleast_1d(numbers(_decode(content, name, where), where, "in npy or json"))
+        return array if array.dtype == np.uint8 else array.astype(np.float32)
+
+    def _content(self, row: int) -> bytes:
+        """Reads the input of a sample. Raises `UserError`."""
+        where = self.place(row)
         offset, size = int(self.arrays["offset"][row]), int(self.arrays["size"][row])
         try:
             # Opened for each sample: there may be more shards than a process may keep open.
@@ -101,11 +118,7 @@ class Shards:
             raise UserError(f"{where}: cannot be read ({error.strerror})") from None
         if len(content) < size:
             raise UserError(f"{where}: the file has been cut since its samples were listed")
-        where = f"{where}: {name}"
-        if _is_image(name):
-            return decode_bytes(content, channels, where)
-        array = np.atleast_1d(numbers(_decode(content, name, where), where, "in npy or json"))
-        return array if array.dtype == np.uint8 else array.astype(np.float32)
+        return content
 
     def place(self, row: int) -> str:
         return f"{self.file_key}: sample {os.fsdecode(self.arrays['key'][row])} of {self._path(row)}"

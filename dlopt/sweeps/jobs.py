@@ -105,7 +105,7 @@ def result_of(folder: RunFolder, code: int) -> JobResult:
 
 def record_failure(folder: RunFolder, reason: str, *, died: bool = False) -> JobResult:
     """Records a failure that the run has not recorded itself. `died`: its process ended without a result."""
-    summary = {"status": "failed", "reason": reason} | ({"died": True} if died else {})
+    summary = {"status": "failed", "run_id": folder.run_id(), "reason": reason} | ({"died": True} if died else {})
     with contextlib.suppress(OSError):
         folder.path.mkdir(parents=True, exist_ok=True)
         write_json(folder.path / "summary.json", summary)

@@ -1,7 +1,7 @@
 """Builds what training and testing share: data, normalization, model, loss and parallel mode."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from dlopt.augment.pipeline import CentreCrop, crop_when_reading
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.data.batches import Batches, Delivery
+from dlopt.data.identity import difference, identify
 from dlopt.data.normalization import fit
 from dlopt.data.samplers import LossAwareSampler, shifted
 from dlopt.data.samples import Dataset, Samples
@@ -128,13 +129,18 @@ def build_mode(experiment: Experiment) -> Mode:
 
 
 def build_workload(
-    experiment: Experiment, saved: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
+    experiment: Experiment,
+    saved: Mapping[str, Any] | None = None,
+    *,
+    parallel: Mode | None = None,
+    identified: Sequence[str] = (),
 ) -> Workload:
     """Loads the data and builds normalization, model and loss.
 
     Args:
         saved: a checkpoint with the normalization and the tokenizer; None: they are computed on the training split.
         parallel: see `build_mode`; None: one process.
+        identified: the splits whose content rank 0 identifies, see `dlopt.data.identity`; (): none.
     """
     settings = experiment.settings
     parallel = Mode(choose_device(settings.device)) if parallel is None else parallel
@@ -151,6 +157,8 @@ def build_workload(
         if (message := refused_path(error)) is None:
             raise
         raise UserError(f"{experiment.data.choice}: {message}") from None
+    if identified and parallel.ranks.is_main:
+        source = replace(source, identity=identify(source, identified))
     processes, random_crops = parallel.ranks.local_processes, _crops_at_random(experiment)
     dataset = prepare(source, experiment.data_settings, device=device, processes=processes, random_crops=random_crops)
     augment = _build_augmentation(experiment, dataset)
@@ -290,7 +298,7 @@ def data_spec(workload: Workload) -> dict[str, Any]:
 
     `classes`: names of the labels, or None; `task`: the fields of a `Task`; `sample`: shape of a sample; `window`:
     shape of the model's input (a crop of an image, the first tokens of a text); `tokenizer`: of a text that is not read
-    byte by byte, the content of its tokenizer.json.
+    byte by byte, the content of its tokenizer.json; `identity`: of the data, on rank 0.
     """
     dataset = workload.dataset
     tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
@@ -300,7 +308,29 @@ def data_spec(workload: Workload) -> dict[str, Any]:
         "task": asdict(dataset.task),
         "sample": list(dataset.train.shape),
         "window": list(workload.shape),
+        "identity": dataset.identity,
     }
+
+
+def refuse_other_data(workload: Workload, state: Mapping[str, Any]) -> None:
+    """Raises `UserError` on all ranks if the data are not those of the checkpoint's run.
+
+    Equal configs do not exclude it: files may have changed, and `data.root` may name another folder.
+    """
+    saved, current = state["progress"].get("data", {}), data_spec(workload)
+    for name, what in (("classes", "classes"), ("sample", "samples of the shape")):
+        if name in saved and saved[name] != current[name]:
+            raise UserError(
+                f"resume: the run was trained on other data, with {what} {saved[name]}, now {current[name]}; see "
+                "data.root"
+            )
+    # Only rank 0 identifies the data; what it finds must end all ranks.
+    found = workload.parallel.ranks.broadcast(difference(saved.get("identity"), current["identity"]))
+    if found is not None:
+        raise UserError(
+            f"resume: the data have changed since the checkpoint was written: {found}; restore them, or start a new "
+            "run with init_from=CHECKPOINT, which loads the weights only"
+        )
 
 
 def saved_tokenizer(experiment: Experiment, state: Mapping[str, Any] | None) -> str | None:

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dlopt.adapt import merged
+from dlopt.config.resuming import refuse_other_config
 from dlopt.errors import NewerError, RunError, UserError
 from dlopt.files import digest_file, disk_in_use, link, reason, recorded_digests, sha256, write
+from dlopt.folders import RunFolder
 from dlopt.parallel.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import sharded
@@ -175,11 +177,20 @@ class Checkpoints:
                 remove(path)
         return prefix
 
-    def has_best(self, epoch: float) -> bool:
-        """Returns whether best.pt exists and is of this epoch: a run may resume from a checkpoint before its best."""
+    def has_best(self, epoch: float, run_id: str | None) -> bool:
+        """Returns whether best.pt is of this epoch and this run: a run may resume from a checkpoint before its best."""
         self.wait()
-        progress = sharded.load_without_shards(self.best).get("progress") or {}
-        return self.best.exists() and (not progress or evaluated_epoch(progress) == epoch)  # without it: damaged
+        state = sharded.load_without_shards(self.best)
+        if not state:  # damaged: reported when it is loaded
+            return self.best.exists()
+        return evaluated_epoch(state["progress"]) == epoch and state["config"].get("run_id") in (None, run_id)
+
+    def adopt_best(self, path: Path, run_id: str) -> None:
+        """Writes the checkpoint file `path` of another run, with its shards, as the best one of this run."""
+        state = sharded.load_without_shards(path)
+        self.folder.mkdir(exist_ok=True)
+        sharded.copy(path, self.folder)
+        self._write(self.best, {**state, "config": {**state["config"], "run_id": run_id}})
 
     @disk_in_use()
     def restore_best(self, state: dict[str, Any]) -> None:
@@ -301,6 +312,29 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:
         damage = f"the shards cannot be read: {reason(error)}"
     raise UserError(f"checkpoint={path}: {damage}")
+
+
+def load_own(folder: RunFolder, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Loads the newest intact checkpoint of a run; None if there is no file.
+
+    Raises `UserError` if it is of another run, or of another config than `config`; `RunError` if all are damaged.
+    """
+    state = Checkpoints(folder.checkpoints).load_newest()
+    if state is None:
+        return None
+    path = folder.checkpoints
+    if (reason := foreign(path / "last.pt", state)) is not None:
+        raise UserError(f"resume: {reason}; restore the checkpoints of this run, or use another folder")
+    refuse_other_config(state["config"], config, f"the checkpoint in {path}", folder.history())
+    return state
+
+
+def foreign(path: Path, state: Mapping[str, Any]) -> str | None:
+    """Describes that the checkpoint file `path` is of another run than its folder; None: it is not, or is older."""
+    own, found = RunFolder(path.absolute().parent.parent).run_id(), state["config"].get("run_id")
+    if own is None or found is None or own == found:
+        return None
+    return f"{path} is a checkpoint of another run ({found}) than its folder ({own})"
 
 
 def evaluated_epoch(progress: Mapping[str, Any]) -> float:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dlopt.config.teacher import teacher_file
+from dlopt.data.identity import difference
 from dlopt.data.normalization import ScaleShift
 from dlopt.errors import UserError
 from dlopt.losses import Distillation
@@ -43,6 +44,8 @@ def with_teacher(workload: Workload) -> Workload:
     note = f"teacher: {path}, epoch {trained.epoch}"
     if trained.warning is not None:
         note = f"{note}; {trained.warning}"
+    if (found := difference(trained.identity, workload.dataset.identity)) is not None:
+        note = f"{note}; warning: it was trained on other data than this run's: {found}"
     return replace(workload, teacher=Teacher(model, None if has_same else trained.normalize, note))
 
 

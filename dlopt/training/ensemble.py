@@ -1,6 +1,6 @@
 """Tests one model, or the average of several (an ensemble), on the test set."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from dlopt.config.experiment import Experiment
+from dlopt.data.identity import difference
 from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode
 from dlopt.training.build import Workload, build_workload
+from dlopt.training.checkpoint import foreign
 from dlopt.training.evaluate import (
     Average,
     Outputs,
@@ -106,14 +108,27 @@ def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[
 
 
 def restored(
-    paths: Sequence[Path], states: Sequence[Mapping[str, Any]], experiments: Sequence[Experiment], mode: Mode
+    paths: Sequence[Path],
+    states: Sequence[Mapping[str, Any]],
+    experiments: Sequence[Experiment],
+    mode: Mode,
+    warn: Callable[[str], object],
 ) -> Iterator[Workload]:
-    """Builds the models of checkpoints one by one: an ensemble may not fit into memory. Raises `UserError`."""
+    """Builds the models of checkpoints one by one: an ensemble may not fit into memory. Raises `UserError`.
+
+    `warn`: is called on rank 0 if the data, or the folder of a checkpoint, are not those of its run.
+    """
     for path, state, experiment in zip(paths, states, experiments, strict=True):
         with fitting(path):
-            workload = build_workload(experiment, state, parallel=mode)
-            _check_classes(path, state["progress"]["data"]["classes"], workload.dataset.classes)
+            # Of the training set, which is not read here, only the number of samples and the labels are compared.
+            workload = build_workload(experiment, state, parallel=mode, identified=("test",))
+            trained = state["progress"]["data"]
+            _check_classes(path, trained["classes"], workload.dataset.classes)
             workload.load(state)
+        if (found := difference(trained.get("identity"), workload.dataset.identity)) is not None:
+            warn(f"warning: checkpoint={path}: the data are not those of its run: {found}")
+        if mode.ranks.is_main and (found := foreign(path, state)) is not None:
+            warn(f"warning: {found}")
         yield workload
 
 

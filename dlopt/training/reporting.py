@@ -71,8 +71,9 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
     if workload.device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
     environment = read_json(run.folder / "environment.json")
-    if workload.parallel.ranks.is_main and dataset.facts and environment is not None:
-        write_json(run.folder / "environment.json", {**environment, "data": dataset.facts})
+    if workload.parallel.ranks.is_main and environment is not None:
+        data = {**dataset.facts, **({} if dataset.identity is None else {"identity": dataset.identity})}
+        write_json(run.folder / "environment.json", {**environment, "data": data})
     if workload.parallel.ranks.is_main and dataset.tokenizer is not None:
         write_atomically(run.folder / TOKENIZER, dataset.tokenizer.description.encode())
     tracking.begin(
@@ -173,6 +174,7 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
     """Returns the content of summary.json before the test; accuracies are left out in a regression."""
     summary = {
         "status": status,
+        "run_id": workload.experiment.config.get("run_id"),
         "epochs": progress.epoch,
         "steps": progress.step,
         "best_epoch": best.epoch,

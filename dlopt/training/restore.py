@@ -14,13 +14,14 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
+from dlopt.data.identity import Identity
 from dlopt.data.task import Task
 from dlopt.data.tokenizer import Tokenizer
 from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device, set_threads
 from dlopt.training.build import model_arguments
-from dlopt.training.checkpoint import evaluated_weights, load
+from dlopt.training.checkpoint import evaluated_weights, foreign, load
 from dlopt.training.precision import Precision, choose_precision
 
 
@@ -41,13 +42,15 @@ class Trained:
     config: Mapping[str, Any]  # saved, without the overrides
     epoch: int
     tokenizer: Tokenizer | None = None  # of a text that is not read byte by byte
+    identity: Identity | None = None  # of the training data; None: the checkpoint is of an older dlopt
+    foreign: str | None = None  # that the checkpoint is of another run than its folder
 
     @property
     def warning(self) -> str | None:
         """How the model differs from the one that the run evaluated."""
-        if self.config["norm_statistics"] == "running":
-            return None
-        return "norm_statistics=exact: needs the training data; using the running statistics instead"
+        is_exact = self.config["norm_statistics"] != "running"
+        exact = "norm_statistics=exact: needs the training data; using the running statistics instead"
+        return "; ".join(filter(None, (self.foreign, exact if is_exact else None))) or None
 
     @torch.inference_mode()
     def outputs(self, inputs: Tensor) -> Tensor:
@@ -98,6 +101,8 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
         config=state["config"],
         epoch=state["progress"]["epoch"],
         tokenizer=Tokenizer(facts["tokenizer"], f"checkpoint={path}") if "tokenizer" in facts else None,
+        identity=facts.get("identity"),
+        foreign=foreign(path, state),
     )
 
 

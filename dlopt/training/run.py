@@ -14,6 +14,7 @@ import torch
 
 from dlopt.config.resuming import how_to_resume
 from dlopt.data.batches import Batches
+from dlopt.data.identity import SPLITS
 from dlopt.errors import RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.interruption import Interruption
@@ -29,6 +30,7 @@ from dlopt.training.build import (
     data_spec,
     load_weights,
     loss_aware_sampler,
+    refuse_other_data,
     training_batches,
 )
 from dlopt.training.checkpoint import Checkpoints, load
@@ -78,7 +80,10 @@ def train_run(
     settings = run.experiment.settings
     mode = build_mode(run.experiment)
     state = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
-    workload = with_teacher(build_workload(run.experiment, state, parallel=mode))
+    workload = build_workload(run.experiment, state, parallel=mode, identified=SPLITS)
+    if state is not None:
+        refuse_other_data(workload, state)  # before the folder is changed
+    workload = with_teacher(workload)
     check_crops(workload)
     batches = training_batches(workload)
     length = run_length(settings, len(batches), state)
@@ -111,6 +116,11 @@ def train_run(
             show_first_batch(workload, trainer.batches, tracking)
         if horizon_note is not None:
             tracking.message(horizon_note)
+        if state is not None and "identity" not in state["progress"].get("data", {}):
+            tracking.message(
+                "warning: the checkpoint of an older dlopt does not identify its run and its data; whether they are "
+                "the same was not checked"
+            )
         stop = mode.ranks.synchronized_stop(interruption)
         status = trainer.fit(stop)
         summary = summarize(workload, status, trainer.progress, trainer.best, trainer.recovery)

@@ -292,7 +292,6 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores all but the normalization, which `build_workload` has loaded: initial weights may depend on it."""
         progress = dict(state["progress"])
-        self._check_data(progress.get("data", {}))
         # The average is loaded through the model, which then gets its own weights: the order of these two matters.
         if self.average is not None:
             # Through the model: the mode shards the full tensors of the state as it shards the model.
@@ -313,22 +312,14 @@ class Trainer:
         kept = {"horizon": self.progress.horizon, "data": self.progress.data}
         self.progress = Progress(**{**progress, "evaluated": evaluated_epoch(progress), **kept})
         if self.best.epoch is not None and self.best.epoch == self.progress.evaluated == self._fractional_epoch():
-            self.checkpoints.restore_best(dict(state))
+            self.checkpoints.restore_best({**state, "config": {**state["config"], "run_id": self.config.get("run_id")}})
         # Rank 0 looks for best.pt: other nodes may not see the folder.
-        if self.best.epoch is not None and not self.mode.ranks.broadcast(self.checkpoints.has_best(self.best.epoch)):
+        has_best = self.best.epoch is None or self.checkpoints.has_best(self.best.epoch, self.config.get("run_id"))
+        if not self.mode.ranks.broadcast(has_best):
             log.warning("best.pt of epoch %d is missing; the best model is chosen from later epochs", self.best.epoch)
             self.best = Best(self.best.monitor)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
         rng.restore(state["rng"])  # last: nothing above may draw random numbers after it
-
-    def _check_data(self, saved: Mapping[str, Any]) -> None:
-        """Raises `UserError` if `data.root`, which may change, names other data than those of the run."""
-        for name, what in (("classes", "classes"), ("sample", "samples of the shape")):
-            if name in saved and saved[name] != self.progress.data[name]:
-                raise UserError(
-                    f"resume: the run was trained on other data, with {what} {saved[name]}, now "
-                    f"{self.progress.data[name]}; see data.root"
-                )
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
         """Loads the optimizer's state, but keeps the choice of kernels, which depends on the device and the mode."""

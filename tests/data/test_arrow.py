@@ -257,3 +257,14 @@ def test_lists_of_labels_of_the_package_datasets(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
     dataset = hub(name=str(tmp_path / "saved"), split="train", labels="several")
     assert dataset.classes == ("red", "green", "round") and dataset.train.targets.tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+def test_names_of_classes_belong_to_their_numbers(tmp_path: Path) -> None:
+    """Also if no row has the first class."""
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["cat", "dog", "bird"])
+    features = datasets.Features({"image": datasets.Sequence(datasets.Value("float32")), "label": label})
+    rows = {"image": [[0.0], [1.0], [2.0]], "label": [2, 1, 2]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
+    dataset = hub(name=str(tmp_path / "saved"), split="train")
+    assert dataset.classes == ("dog", "bird") and dataset.train.targets.tolist() == [1, 0, 1]

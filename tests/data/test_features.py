@@ -89,6 +89,13 @@ def test_splits_of_a_column(tmp_path: Path) -> None:
     assert (len(dataset.train), len(dataset.val)) == (36, 12)
 
 
+def test_the_test_split_is_rounded_to_the_nearest_row(tmp_path: Path) -> None:
+    for count, fraction, expected in ((10, 0.19, 2), (10, 0.11, 1), (10, 0.01, 1)):
+        text = "x,y\n" + "".join(f"{i},{i / 7}\n" for i in range(count))
+        test = load(tmp_path, text, labels="value", test_split=fraction).test
+        assert test is not None and len(test) == expected
+
+
 def test_classes_are_sorted_as_numbers_and_then_as_names(tmp_path: Path) -> None:
     """In every order of the rows: set and sort would otherwise number the classes differently in each process."""
     for names in (["nan", "3", "1", "b", "2", "a"], ["3", "b", "nan", "2", "1", "a"]):

@@ -122,6 +122,18 @@ def test_long_lines_leave_no_split_out(tmp_path: Path, line: int) -> None:
     assert sizes == pytest.approx([0.02, 0.02], abs=0.01)
 
 
+@pytest.mark.parametrize("size, searched", [(1000, 25), (400_000, 4096)])
+def test_the_end_of_a_line_is_searched_nearby(tmp_path: Path, size: int, searched: int) -> None:
+    """In a quarter of the smallest split, and in at most 4096 bytes."""
+    start = size * 8 // 10
+    for offset, cut in ((searched - 1, start + searched), (searched, start)):
+        content = bytearray(b"x" * size)
+        content[start + offset] = ord("\n")
+        (tmp_path / "a.txt").write_bytes(content)
+        dataset = text(file=str(tmp_path / "a.txt"), pattern="*", sequence_length=8, val_split=0.1, test_split=0.1)
+        assert isinstance(dataset.train, Windows) and len(dataset.train.tokens) == cut
+
+
 def test_python_source_needs_a_training_set() -> None:
     with pytest.raises(UserError, match=r"val_split=0\.6, data\.test_split=0\.6: leave no text for training"):
         python_source(sequence_length=8, val_split=0.6, test_split=0.6)

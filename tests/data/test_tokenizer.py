@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dlopt.data import text as texts
-from dlopt.data.tokenizer import Tokenizer, _chunks, read_tokenizer, train_tokenizer
+from dlopt.data.tokenizer import SMALLEST, Tokenizer, _chunks, read_tokenizer, train_tokenizer
 from dlopt.data.windows import Windows
 from dlopt.errors import UserError
+from tests.support.line import refused
 
 tokenizers = pytest.importorskip("tokenizers")
 SOURCE = "data.tokenizer=bpe"
@@ -173,3 +174,10 @@ def test_what_cannot_be_tokenized_is_refused(file: str, tmp_path: Path, monkeypa
         UserError, match=r"data\.tokenizer=bpe: the package tokenizers is not installed; .*dlopt\[text\]"
     ):
         train_tokenizer(TEXT, 300, SOURCE)
+
+
+def test_the_smallest_vocabulary_has_every_byte_and_the_separator(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words\n" * 50)
+    line = ("train", "data=text", f"data.file={tmp_path / 'a.txt'}", "data.tokenizer=bpe", "model=gpt_nano")
+    assert "data.vocabulary=256: input should be greater than or equal to 257" in refused(tmp_path, *line, "data.vocabulary=256")
+    assert len(train_tokenizer(b"some words", SMALLEST, "test").bytes_of) == SMALLEST

@@ -488,3 +488,12 @@ def test_sgd_on_a_two_layer_net_equals_backpropagation_by_hand() -> None:
             w -= lr * v
         for p, w in zip(net.parameters(), (w1, b1, w2, b2), strict=True):
             np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-12, atol=1e-14)
+
+
+def test_lars_moves_a_matrix_of_zeros_by_the_learning_rate() -> None:
+    """Its norm, zero, is no scale: by the formula it would stay zero for ever."""
+    p, other = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
+    p.grad, other.grad = torch.tensor([[1.0, -2.0], [0.0, 4.0]]), torch.ones(2, 2)
+    LARS([p, other], lr=0.5, weight_decay=0.0, trust_coefficient=0.02).step()
+    torch.testing.assert_close(p.detach(), torch.tensor([[-0.5, 1.0], [0.0, -2.0]]))
+    torch.testing.assert_close(other.detach(), torch.full((2, 2), 1 - 0.5 * 0.02))

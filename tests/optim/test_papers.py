@@ -249,10 +249,11 @@ def test_algorithm_at_every_update(case: str, choose: Callable[..., Any]) -> Non
     torch.testing.assert_close(ours, written(algorithm), rtol=1e-10, atol=1e-12)
 
 
-def test_prodigy_at_every_update() -> None:
+@pytest.mark.parametrize("d_coef", [1.0, 2.5])
+def test_prodigy_at_every_update(d_coef: float) -> None:
     """Runs the algorithm over all parameters together; a schedule changes gamma, and similar gradients increase d."""
     params = parameters()
-    optimizer = Prodigy([{"params": [p]} for p in params.values()], weight_decay=DECAY, d0=0.01)
+    optimizer = Prodigy([{"params": [p]} for p in params.values()], weight_decay=DECAY, d0=0.01, d_coef=d_coef)
     x0 = x = np.concatenate([w.reshape(-1) for w in START.values()])
     m, v, s, r, d = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x), 0.0, 0.01
     root = math.sqrt(0.999)
@@ -266,7 +267,7 @@ def test_prodigy_at_every_update() -> None:
         s = root * s + (1 - root) * gamma * d**2 * g
         m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * d**2 * g**2
         x = x - gamma * d * (m / (np.sqrt(v) + d * 1e-8) + DECAY * x)
-        d = max(d, r / np.abs(s).sum())
+        d = max(d, d_coef * r / np.abs(s).sum())
         ours = torch.cat([p.detach().reshape(-1) for p in params.values()])
         torch.testing.assert_close(ours, torch.tensor(x), rtol=1e-10, atol=1e-12)
         assert optimizer.param_groups[1]["d"] == pytest.approx(d, rel=1e-10)

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -561,3 +562,20 @@ def test_restarts_stay_at_the_minimum_after_the_horizon() -> None:
     keys |= {"peak_factor": 1.0, "eta_min_factor": 1.0, "horizon": Horizon(0, 25, 5.0)}
     factor = schedules.cosine_restarts(**keys)
     assert factor(25) == factor(26) == factor(31) == factor(1000) != factor(24)
+
+
+def test_a_warmup_of_a_fraction_has_whole_updates_rounded_down() -> None:
+    for steps, length in ((19, 1), (20, 2), (29, 2)):
+        assert replace(NO_WARMUP, warmup_steps=None, warmup_fraction=0.1).length(steps, 10) == length
+
+
+def test_plateau_counts_an_equal_metric_as_no_improvement() -> None:
+    """As ReduceLROnPlateau does, without a threshold."""
+    reference = lr_scheduler.ReduceLROnPlateau(one_parameter(), patience=1, threshold=0.0, factor=0.5)
+    ours = Scheduler(one_parameter(), make("plateau", monitor="x", patience=1, threshold=0.0, factor=0.5))
+    rates = []
+    for _ in range(6):
+        reference.step(1.0)
+        ours.update({"x": 1.0})
+        rates.append((ours.get_last_lr(), reference.get_last_lr()))
+    assert all(a == b for a, b in rates) and rates[-1][0] < [1.0]

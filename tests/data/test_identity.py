@@ -1,0 +1,195 @@
+"""The identity of data: equal for equal content wherever it lies, another one for every change."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dlopt.data import identity as module
+from dlopt.data.custom import custom
+from dlopt.data.features import table
+from dlopt.data.folder import image_folder
+from dlopt.data.generated import polynomial
+from dlopt.data.identity import difference, identify
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.table import csv
+from dlopt.data.text import text, tokens
+from tests.data import test_arrow as arrow_files
+from tests.data import test_webdataset as shards
+from tests.support.runs import experiment
+
+COUNT = 24
+IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 6, 5, 3), dtype=np.uint8)
+LABELS = np.arange(COUNT) % 2
+FILES = {"on_error": "fail", "max_skips": 0.01, "image_size": None}
+
+Read = Callable[[Path, np.ndarray, np.ndarray], Dataset]
+
+
+def read_folder(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / f"train/{'ab'[label]}/{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return image_folder(root=str(folder), channels=3, **FILES)
+
+
+def read_csv(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    lines = [f"{number}.png,{label}" for number, label in enumerate(labels)]
+    (folder / "list.csv").write_text("\n".join(["path,label", *lines]))
+    keys = {"root": None, "path_column": "path", "label_column": "label", "split_column": None, "labels": "class"}
+    return csv(file=str(folder / "list.csv"), channels=3, **keys, **FILES)
+
+
+def read_parquet(folder: Path, images: np.ndarray, labels: np.ndarray, nested: bool) -> Dataset:
+    rows = len(str(folder)) % 5 + 2  # in every folder other row groups
+    file = arrow_files.write(folder / "a.parquet", images, labels.tolist(), nested=nested, rows=rows)
+    return arrow_files.read(file=file)
+
+
+def read_paths(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
+    """Parquet with the paths of images outside of it, as the package datasets writes it."""
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    column = [{"bytes": None, "path": str(folder / f"{number}.png")} for number in range(len(images))]
+    columns = arrow_files.arrow.table({"image": column, "label": labels.tolist()})
+    arrow_files.writer.write_table(columns, folder / "a.parquet")
+    return arrow_files.read(file=str(folder / "a.parquet"))
+
+
+def read_shard(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
+    members = []
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        members += [(f"{number}.png", shards.png(image)), (f"{number}.cls", str(label))]
+    return shards.read(file=shards.write(folder / "a.tar", members))
+
+
+def read_table(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
+    folder.mkdir()
+    numbers = images.reshape(len(images), -1)[:, :4].tolist()
+    rows = [",".join(map(str, [*row, "ab"[label]])) for row, label in zip(numbers, labels, strict=True)]
+    (folder / "a.csv").write_text("\n".join(["p,q,r,s,label", *rows]))
+    keys = experiment("data=table", f"data.file={folder / 'a.csv'}", "data.target=label", "model=mlp").data.arguments
+    return table(**keys)
+
+
+READERS = {
+    "folder": read_folder,
+    "csv": read_csv,
+    "parquet": partial(read_parquet, nested=False),
+    "parquet of structs": partial(read_parquet, nested=True),
+    "paths": read_paths,
+    "shard": read_shard,
+    "table": read_table,
+}
+CHANGES = {
+    "an image": lambda images, labels: (np.concatenate([images[:7], images[7:8] ^ 1, images[8:]]), labels),
+    "two inputs swapped": lambda images, labels: (images[[*range(4), 6, 5, 4, *range(7, COUNT)]], labels),
+    "labels flipped": lambda images, labels: (images, 1 - labels),
+    "shuffled": lambda images, labels: (images[::-1], labels[::-1]),
+    "a sample less": lambda images, labels: (images[:-1], labels[:-1]),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_moved_data_are_the_same_and_changed_data_are_not(read: Read, tmp_path: Path) -> None:
+    first = identify(read(tmp_path / "first", IMAGES, LABELS))
+    moved = identify(read(tmp_path / "moved elsewhere", IMAGES, LABELS))
+    assert moved == first and difference(first, moved) is None
+    for number, (name, change) in enumerate(CHANGES.items()):
+        changed = identify(read(tmp_path / f"{number}", *change(IMAGES, LABELS)))
+        assert difference(first, changed) is not None, name
+
+
+def test_a_text_and_its_tokens(tmp_path: Path) -> None:
+    words = b"the quick brown fox jumps over the lazy dog\n" * 40
+    keys = {"pattern": "*", "sequence_length": 8, "val_split": 0.1, "test_split": 0.1, "saved_tokenizer": None}
+
+    def found(name: str, content: bytes, **changes: object) -> module.Identity:
+        (tmp_path / name).write_bytes(content)
+        return identify(text(file=str(tmp_path / name), **{**keys, **changes}))  # type: ignore[arg-type]
+
+    first = found("a", words)
+    assert difference(first, found("b", words)) is None
+    assert difference(first, found("b", words, sequence_length=16)) is None, "the length belongs to the config"
+    block = hashlib.sha256(words[: first["train"]["tokens"]]).digest()
+    assert first["train"]["content"] == hashlib.sha256(block).hexdigest()
+    assert " tokens, not " in str(difference(first, found("c", words[:-440])))
+    assert "other inputs" in str(difference(first, found("d", words.replace(b"quick", b"quack", 1))))
+    for split in ("train", "val"):
+        np.arange(100, dtype="<u2").tofile(tmp_path / f"{split}.bin")
+    numbers = identify(tokens(root=str(tmp_path), sequence_length=8, vocabulary=100))
+    assert numbers["train"]["tokens"] == 100 and "test" not in numbers
+
+
+def test_large_contents_are_hashed_at_evenly_spaced_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WHOLE", 1 << 10)
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    inputs = torch.arange(1 << 16, dtype=torch.int16).view(torch.uint8)
+    changed = inputs.clone()
+    changed[:16], changed[-1] = 1, 0
+    found = [identify(Dataset(InMemory(each, torch.zeros(len(each))), None, None, None)) for each in (inputs, changed)]
+    assert "other inputs" in str(difference(*found))
+    assert module._content(InMemory(inputs, inputs)).digest() == found[0]["train"]["content"]  # type: ignore[union-attr]
+
+
+def test_many_files_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = read_folder(tmp_path / "a", IMAGES, LABELS)
+    monkeypatch.setattr(module, "_MOST_FILES", COUNT - 1)
+    monkeypatch.setattr(os, "stat", lambda *_: pytest.fail("measured"))
+    first = identify(dataset)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_MOST_FILES", COUNT - 1)
+    assert identify(read_folder(tmp_path / "b", IMAGES, LABELS)) == first
+    assert identify(read_folder(tmp_path / "c", IMAGES ^ 1, LABELS)) != first
+
+
+def test_a_dataset_of_the_user() -> None:
+    class Mine(torch.utils.data.Dataset):
+        def __init__(self, offset: float, noise: float = 0.0) -> None:
+            self.offset, self.noise = offset, noise
+
+        def __len__(self) -> int:
+            return COUNT
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.full((3,), index + self.offset) + self.noise * torch.rand(3), index % 2
+
+    def found(*arguments: float) -> module.Identity:
+        return identify(custom(train=Mine(*arguments), val=None, test=None, classes=None, image_size=None))
+
+    assert found(0.0) == found(0.0) != found(1.0)
+    assert "content" not in found(0.0, 1.0)["train"], "augmented at random: every reading differs"
+    assert difference(found(0.0), found(0.0, 1.0)) is None
+
+
+def test_generated_data_are_identified_by_their_config() -> None:
+    keys = experiment("data=polynomial", "model=mlp", "loss=mse").data.arguments
+    assert set(identify(polynomial(**keys))["train"]) == {"samples"}
+
+
+def test_the_first_difference_is_named() -> None:
+    train = {"samples": 1200, "targets": "a", "content": "b"}
+    old = {"scheme": 1, "train": train, "test": {"samples": 5}}
+    order = "or the same ones in another order"
+    cases = {
+        "the training set has 1,000 samples, not 1,200": {**old, "train": {**train, "samples": 1000}},
+        f"the training set has other labels, {order}": {**old, "train": {**train, "targets": "c"}},
+        f"the training set has other inputs, {order}": {**old, "train": {**train, "content": "c"}},
+        "they have no test set": {"scheme": 1, "train": train},
+        "they have a validation set": {**old, "val": {"samples": 1}},
+    }
+    for message, new in cases.items():
+        assert difference(old, new) == message
+    assert difference(old, None) is difference(None, old) is difference(old, {**old, "scheme": 2}) is None
+    assert difference(old, {**old, "train": {"samples": 1200}}) is None, "not hashed: not compared"
