@@ -179,5 +179,6 @@ def test_what_cannot_be_tokenized_is_refused(file: str, tmp_path: Path, monkeypa
 def test_the_smallest_vocabulary_has_every_byte_and_the_separator(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words\n" * 50)
     line = ("train", "data=text", f"data.file={tmp_path / 'a.txt'}", "data.tokenizer=bpe", "model=gpt_nano")
-    assert "data.vocabulary=256: input should be greater than or equal to 257" in refused(tmp_path, *line, "data.vocabulary=256")
+    message = refused(tmp_path, *line, "data.vocabulary=256")
+    assert "data.vocabulary=256: input should be greater than or equal to 257" in message
     assert len(train_tokenizer(b"some words", SMALLEST, "test").bytes_of) == SMALLEST
