@@ -28,7 +28,7 @@ _BLOCKS = 128  # of a content that is hashed in part, evenly spaced
 _ITEMS = 16  # of a dataset of the user, evenly spaced
 _THREADS = 8  # hide the latency of a network file system
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
-_SAYS = {
+_TEXTS = {
     "targets": "the {name} set has other labels, or the same ones in another order",
     "content": "the {name} set has other inputs, or the same ones in another order",
 }
@@ -70,7 +70,7 @@ def difference(saved: Identity | None, current: Identity | None) -> str | None:
         for size in ("samples", "tokens"):
             if old.get(size) != new.get(size):
                 return f"the {name} set has {new.get(size, 0):,} {size}, not {old.get(size, 0):,}"
-        for key, text in _SAYS.items():
+        for key, text in _TEXTS.items():
             if key in old and key in new and old[key] != new[key]:
                 return text.format(name=name)
     return None

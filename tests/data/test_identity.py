@@ -132,7 +132,7 @@ def test_a_text_and_its_tokens(tmp_path: Path) -> None:
     assert numbers["train"]["tokens"] == 100 and "test" not in numbers
 
 
-def test_large_contents_are_hashed_at_evenly_spaced_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_contents_are_hashed_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_WHOLE", 1 << 10)
     monkeypatch.setattr(module, "_BLOCK", 16)
     inputs = torch.arange(1 << 16, dtype=torch.int16).view(torch.uint8)
