@@ -9,12 +9,12 @@ Row = tuple[str, str, str]
 
 
 def config_rows(first: Record, second: Record) -> list[Row]:
-    """Returns the keys with different values, in the configs' order; "-" where a run has no such key."""
+    """Returns the keys with different values except the runs' ids, in the configs' order; "-" without such a key."""
 
     def cell(key: str, record: Record) -> str:
         return text(record.config[key]) if key in record.config else "-"
 
-    keys = dict.fromkeys([*first.config, *second.config])
+    keys = [key for key in dict.fromkeys([*first.config, *second.config]) if key != "run_id"]
     rows = [(key, cell(key, first), cell(key, second)) for key in keys]
     return [row for row in rows if row[1] != row[2]]
 
