@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -203,7 +203,7 @@ def _read_chunk(path: Path, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
         file.seek(chunk.start)
         content = io.BytesIO(file.read(chunk.length))
     with zipfile.ZipFile(content) as archive:  # torch does not compress; a few bytes could inflate to terabytes
-        if sum(member.file_size for member in archive.infolist()) > chunk.length:
+        if sum(record.file_size for record in archive.infolist()) > chunk.length:
             raise ValueError(f"{path.name} is compressed")
     content.seek(0)
     tensor = torch.load(content, map_location="cpu", weights_only=True)
@@ -267,7 +267,7 @@ def _read_layout(
 
 
 class _Record:
-    """Stands in for a class or function that `.metadata` names: holds the pickled values, and runs nothing."""
+    """Replaces a class or function that `.metadata` names: holds the pickled values, and runs nothing."""
 
     arguments: tuple[Any, ...] = ()
     state: Any = None
@@ -310,7 +310,7 @@ def _size(value: Any) -> tuple[int, ...]:
     return size
 
 
-def _is_natural(value: Any) -> bool:
+def _is_natural(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 2**63
 
 

@@ -93,13 +93,17 @@ class _CmaEs(BaseSampler):
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if not search_space or len(completed) < self._startup_trials:
             return {}
-        told: dict[Any, list[FrozenTrial]] = defaultdict(list)  # by generation
+        by_generation: dict[int, list[FrozenTrial]] = defaultdict(list)
         for each in sorted(completed, key=lambda each: (str(each.datetime_complete), each.number)):
-            if all(each.distributions.get(key) == distribution for key, distribution in search_space.items()):
-                told[each.system_attrs.get(self._GENERATION)].append(each)
+            generation = each.system_attrs.get(self._GENERATION)
+            if isinstance(generation, int) and all(
+                each.distributions.get(key) == distribution and distribution._contains(each.params[key])
+                for key, distribution in search_space.items()
+            ):
+                by_generation[generation].append(each)
         unit, size = _SearchSpaceTransform(search_space, transform_0_1=True), len(search_space)
         draws = np.random.RandomState(self._seed)
-        if not any(isinstance(generation, int) and generation > 0 for generation in told):
+        if max(by_generation, default=0) <= 0:
             draws.randint(1, 2**31 - 2)  # as Optuna, which draws a seed for an optimizer that it does not restore
         optimizer = cmaes.CMA(
             mean=np.full(size, 0.5),
@@ -110,8 +114,8 @@ class _CmaEs(BaseSampler):
             population_size=self._population,
         )
         sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
-        while len(generation := told[optimizer.generation]) >= (count := optimizer.population_size):
-            optimizer.tell([(unit.transform(each.params), sign * each.values[0]) for each in generation[:count]])
+        while len(trials := by_generation[optimizer.generation]) >= (count := optimizer.population_size):
+            optimizer.tell([(unit.transform(each.params), sign * each.values[0]) for each in trials[:count]])
         study._storage.set_trial_system_attr(trial._trial_id, self._GENERATION, optimizer.generation)
         return unit.untransform(optimizer.ask())
 

@@ -412,8 +412,8 @@ def test_compressed_shards_are_refused(shards: Path) -> None:
     buffer, packed = io.BytesIO(), io.BytesIO()
     torch.save(torch.zeros(300, 300), buffer)
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
-        for member in source.infolist():
-            target.writestr(member.filename, source.read(member))
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
     (shards / SHARDS[0]).write_bytes(packed.getvalue().ljust(10_000, b"\0"))
     metadata = pickle.loads((shards / ".metadata").read_bytes())
     place(metadata).length = len(packed.getvalue())

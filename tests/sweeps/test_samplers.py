@@ -107,9 +107,9 @@ def test_cmaes_computes_one_state_in_all_processes(two: Space) -> None:
     unit = {"lr": lambda x: (math.log10(x) + 4) / 4, "momentum": lambda x: x / 0.99}
     optimizer = cmaes.CMA(mean=np.full(2, 0.5), sigma=1 / 6, bounds=np.array([[0, 1], [0, 1]]), population_size=5)
     for start in range(6, 30, 6):
-        told = [study.trials[number] for number in ended[start : start + 5]]
+        ended_first = [study.trials[number] for number in ended[start : start + 5]]
         optimizer.tell(
-            [(np.array([unit[key](trial.params[key]) for key in unit]), bowl(trial.params)) for trial in told]
+            [(np.array([unit[key](trial.params[key]) for key in unit]), bowl(trial.params)) for trial in ended_first]
         )
     seed = np.random.RandomState(samplers._seed(5, 30)).randint(1, 2**16) + 30
     optimizer._rng.seed(seed)
@@ -127,7 +127,7 @@ def test_pickles_in_a_study_are_not_loaded(two: Space, tmp_path: Path) -> None:
         study.sampler = samplers.random(space=two, seed=1)(number)
         trial = study.ask(two.searched)  # type: ignore[arg-type]
         storage.set_trial_system_attr(trial._trial_id, "cma:optimizer:0", pickled)
-        storage.set_trial_system_attr(trial._trial_id, "cma:generation", "0")
+        storage.set_trial_system_attr(trial._trial_id, "cma:generation", [number])
         study.tell(trial, 1.0)
     for make in (
         samplers.tpe(space=two, seed=1, startup_trials=1, multivariate=True, constant_liar=True),
