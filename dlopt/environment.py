@@ -62,16 +62,15 @@ def versions() -> dict[str, Any]:
 def repository() -> tuple[dict[str, Any] | None, bytes]:
     """Describes the Git repository of the current folder, and returns the diff of its uncommitted changes.
 
-    Returns None without a repository (or without git), and b"" without changes. Untracked files do not count. A diff of
-    more than `MAX_DIFF_BYTES` is cut there, with a last line that says so.
+    Returns None without a repository (or without git), and b"" without changes. Untracked files, submodules and what
+    filters such as Git LFS would change do not count: files are compared as they are. A diff of more than
+    `MAX_DIFF_BYTES` is cut there, with a last line that says so.
     """
     top = _git("rev-parse", "--show-toplevel")
     if not top:
         return None, b""
     commit = _git("rev-parse", "--verify", "HEAD")
-    # Commands that a repository configures as diff drivers are not started.
-    plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-relative")
-    diff = None if commit is None else _git("diff", *plain, "HEAD")
+    diff = None if commit is None else _diff(top.removesuffix(b"\n"))
     facts = {
         "folder": os.fsdecode(top.removesuffix(b"\n")),
         "commit": None if commit is None else commit.decode().strip(),
@@ -144,16 +143,43 @@ def _dlopt_commit() -> str | None:
     return None if commit is None else commit.decode().strip()
 
 
-def _git(*arguments: str) -> bytes | None:
-    """Returns the output of a Git command; None if it fails."""
-    command = ["git", "-c", "core.fsmonitor=false", *arguments]
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # a run does not write to the repository
+def _diff(top: bytes) -> bytes | None:
+    """Returns the uncommitted changes below `top`. Starts no program of the repository; None if that is impossible."""
+    if _git("rev-parse", "--absolute-git-dir") != _git("-C", os.fsdecode(top), "rev-parse", "--absolute-git-dir"):
+        return None  # core.worktree: the repository compares itself with files of others, such as your home folder
+    keys = _git("config", "--null", "--name-only", "--get-regexp", r"^filter\.", allowed=(0, 1))  # 1: no such key
+    if keys is None:
+        return None
+    # A filter, selected by .gitattributes or .git/info/attributes, is a command. An empty one is none.
+    names = {os.fsdecode(key).rpartition(".")[0] for key in keys.split(b"\0") if key}
+    if any("=" in name for name in names):  # `-c` would set another key
+        return None
+    off = [f"{name}.{key}" for name in sorted(names) for key in ("clean=", "smudge=", "process=", "required=false")]
+    settings = [word for setting in off for word in ("-c", setting)]
+    # Also without diff drivers, and without submodules, which have a configuration of their own.
+    plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-relative", "--ignore-submodules=all")
+    return _git(*settings, "diff", *plain, "HEAD", "--")
+
+
+# A stranger's repository may configure programs: these keys and variables stop Git from starting them. Fetching missing
+# objects of a partial clone starts programs, too; Git before 2.45 does not know GIT_NO_LAZY_FETCH.
+_GIT = ("git", "--no-pager", "-c", "core.fsmonitor=", "-c", f"core.hooksPath={os.devnull}")
+_GIT_VARIABLES = {
+    "GIT_OPTIONAL_LOCKS": "0",  # a run does not write to the repository
+    "GIT_NO_LAZY_FETCH": "1",
+    "GIT_ALLOW_PROTOCOL": "none",
+    "GIT_TERMINAL_PROMPT": "0",
+}
+
+
+def _git(*arguments: str, allowed: tuple[int, ...] = (0,)) -> bytes | None:
+    """Returns the output of a Git command; None if it fails: with another exit code than `allowed`."""
+    command = [*_GIT, *arguments]
+    environment = {**os.environ, **_GIT_VARIABLES}
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            command, stdin=null, stdout=pipe, stderr=null, env=environment, timeout=_GIT_SECONDS, check=True
-        )
-        return done.stdout
+        done = subprocess.run(command, stdin=null, stdout=pipe, stderr=null, env=environment, timeout=_GIT_SECONDS)
+        return done.stdout if done.returncode in allowed else None
     return None
 
 

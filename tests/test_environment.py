@@ -79,17 +79,116 @@ def test_repositories_without_commits_and_folders_outside(tmp_path: Path, monkey
     assert environment.repository() == (None, b"")
 
 
-def test_programs_that_a_repository_configures_for_diffs_are_not_started(repository: Path) -> None:
-    program = repository / "program"
-    program.write_text(f"#!/bin/sh\ntouch {repository}/started\n")
-    program.chmod(0o755)
-    for key in ("diff.external", "core.fsmonitor", "diff.mine.textconv", "diff.mine.command"):
-        git(repository, "config", key, str(program))
-    (repository / ".gitattributes").write_text("*.py diff=mine\n")
+@pytest.fixture
+def program(repository: Path) -> str:
+    """A program that a stranger's repository configures; it leaves a file `started`."""
+    path = repository / ".git/program"
+    path.write_text(f"#!/bin/sh\ntouch {repository}/started\ncat\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+CONFIGURED: dict[str, dict[str, str]] = {  # keys whose value is the program, and other keys
+    "diff drivers": {"diff.external": "", "diff.mine.textconv": "", "diff.mine.command": ""},
+    "fsmonitor and hooks": {"core.fsmonitor": "", "core.pager": "", "pager.diff": "", "core.sshCommand": ""},
+    "a filter": {"filter.mine.clean": "", "filter.mine.smudge": "", "filter.mine.required": "true"},
+    "a filter process": {"filter.mine.process": "", "filter.mine.required": "true"},
+    "a name with dots": {"filter.mine.clean": "", "filter.a.b C.clean": "", "filter.a.b C.required": "true"},
+}
+
+
+@pytest.mark.parametrize("keys", CONFIGURED.values(), ids=CONFIGURED)
+@pytest.mark.parametrize("attributes", [".gitattributes", ".git/info/attributes"])
+def test_programs_of_a_repository_are_not_started(
+    repository: Path, program: str, keys: dict[str, str], attributes: str
+) -> None:
+    for key, value in keys.items():
+        git(repository, "config", key, value or program)
+    (repository / attributes).write_text("*.py diff=mine filter=mine\n")
+    hooks = repository / ".git/hooks/post-index-change"
+    hooks.parent.mkdir(exist_ok=True)
+    hooks.write_bytes(Path(program).read_bytes())
+    hooks.chmod(0o755)
     (repository / "code.py").write_text("lr = 2\n")
     facts, diff = environment.repository()
     assert facts is not None and facts["dirty"] and b"+lr = 2" in diff
     assert not (repository / "started").exists()
+    if "filter.mine.required" in keys and "filter.mine.clean" in keys:
+        git(repository, "diff", "HEAD")
+        assert (repository / "started").exists(), "the payload works"
+
+
+def test_filters_of_included_files_and_of_the_user_are_not_started(
+    repository: Path, program: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    (home / ".gitconfig").write_text(f"[filter \"lfs\"]\nclean = {program}\nrequired = true\n")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("GIT_CONFIG_GLOBAL", raising=False)
+    (repository / ".git/more").write_text(f"[filter \"mine\"]\nclean = {program}\n[Filter \"Mine\"]\nclean={program}")
+    git(repository, "config", "include.path", "more")
+    (repository / ".gitattributes").write_text("*.py filter=mine\ncode.py filter=lfs\nb.py filter=Mine\n")
+    (repository / "code.py").write_text("lr = 2\n")
+    facts, diff = environment.repository()
+    assert facts is not None and facts["dirty"] and b"+lr = 2" in diff
+    assert not (repository / "started").exists()
+
+
+def test_a_filter_that_cannot_be_turned_off_leaves_out_the_diff(repository: Path, program: str) -> None:
+    git(repository, "config", "filter.a=b.clean", program)
+    (repository / ".gitattributes").write_text("*.py filter=a=b\n")
+    (repository / "code.py").write_text("lr = 2\n")
+    facts, diff = environment.repository()
+    assert facts is not None and facts["dirty"] is None and facts["diff"] is None and diff == b""
+    assert not (repository / "started").exists()
+
+
+@pytest.mark.parametrize("url", ["/nowhere/x", "ext::sh -c {program}", "ssh://nowhere.invalid/x"])
+def test_missing_objects_are_not_fetched(repository: Path, program: str, url: str) -> None:
+    """A partial clone whose remote is a program: `git diff` needs an object that only the remote has."""
+    blob = git(repository, "rev-parse", "HEAD:code.py")
+    for key, value in {
+        "core.repositoryFormatVersion": "1", "extensions.partialClone": "origin", "remote.origin.promisor": "true",
+        "remote.origin.url": url.format(program=program), "remote.origin.uploadpack": program,
+        "protocol.allow": "always", "protocol.ext.allow": "always", "core.sshCommand": program,
+    }.items():  # fmt: skip
+        git(repository, "config", key, value)
+    (repository / "code.py").write_text("lr = 2\n")
+    (repository / f".git/objects/{blob[:2]}/{blob[2:]}").unlink()
+    facts, diff = environment.repository()
+    assert facts is not None and facts["dirty"] is None and diff == b""
+    assert not (repository / "started").exists()
+    subprocess.run(["git", "diff", "HEAD"], cwd=repository, capture_output=True)
+    assert (repository / "started").exists() or url == "/nowhere/x", "the payload works"
+
+
+def test_submodules_are_left_alone(repository: Path, program: str) -> None:
+    inner = repository / "sub"
+    inner.mkdir()
+    git(inner, "init", "-q")
+    (inner / "code.py").write_text("lr = 1\n")
+    git(inner, "add", ".")
+    git(inner, "commit", "-qm", "first")
+    git(repository, "-c", "advice.addEmbeddedRepo=false", "add", "sub")
+    git(repository, "commit", "-qm", "second")
+    git(inner, "config", "filter.mine.clean", program)
+    git(repository, "config", "diff.ignoreSubmodules", "none")
+    (inner / ".git/info/attributes").write_text("* filter=mine\n")
+    (inner / "code.py").write_text("lr = 2\n")
+    facts, diff = environment.repository()
+    assert facts is not None and facts["dirty"] is False and diff == b""
+    assert not (repository / "started").exists()
+    git(repository, "diff", "HEAD")
+    assert (repository / "started").exists(), "the payload works"
+
+
+def test_a_repository_does_not_show_files_elsewhere(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Its core.worktree may name the user's home folder, and its commit the names of files there."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "code.py").write_text("secret\n")
+    git(repository, "config", "core.worktree", str(home))
+    facts, diff = environment.repository()
+    assert diff == b"" and (facts is None or facts["dirty"] is None)
 
 
 def test_packages_have_a_version_or_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,10 @@ class _Hub:
             with _quiet(datasets, offline=self.offline):
                 if any(os.path.isfile(os.path.join(path, each)) for each in ("state.json", "dataset_dict.json")):
                     return self._saved(datasets, path, key, split)
-                return datasets.load_dataset(path, self.configuration, revision=self.revision, split=split)
+                # Versions before 4 can run a script of the dataset.
+                return datasets.load_dataset(
+                    path, self.configuration, revision=self.revision, split=split, trust_remote_code=False
+                )
         except UserError:
             raise
         except Exception as error:  # the package raises exceptions of many others

@@ -3,22 +3,26 @@
 The format is torch.distributed.checkpoint's: `__RANK_0.distcp` holds a rank's shards, `.metadata` their positions.
 """
 
+import io
+import math
 import os
 import pickle
 import shutil
-import warnings
-from collections.abc import Callable, Mapping
+import stat
+import zipfile
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from dlopt.errors import RunError
 from dlopt.files import disk_in_use, reason, sha256, sync_folder
+from dlopt.plain import read_regular
 
 T = TypeVar("T")
 
@@ -140,70 +144,201 @@ def _publish(parent: Path, name: str, files: list[dict[str, tuple[str, int]]]) -
     sync_folder(parent)
 
 
-def read(folder: Path) -> dict[str, Tensor]:
-    """Reads the full tensors to the CPU, in one process. Does not execute pickled code. Raises any error as it is."""
-    from torch.distributed import checkpoint
+# -- reading
 
-    class Reader(checkpoint.FileSystemReader):
-        # The base class would unpickle `.metadata` without restrictions.
-        def read_metadata(self, *_: Any, **__: Any) -> Any:
-            return metadata
 
-    with (folder / METADATA).open("rb") as file:
-        metadata = _Unpickler(file).load()
-    # Only files of this folder, by exact name: the metadata could name a path outside it.
-    names = {path.name for path in folder.iterdir()}
-    for info in metadata.storage_data.values():
-        if info.relative_path not in names:
-            raise RuntimeError(f"there is no file {info.relative_path}")
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
-    }
-    failures: Mapping[int, tuple[BaseException, object]] = {}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended: one process reads
-            checkpoint.load(
-                tensors,
-                storage_reader=Reader(folder),
-                planner=checkpoint.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                no_dist=True,
-            )
-    except checkpoint.api.CheckpointException as error:
-        failures = error.failures
-    for failure, _ in failures.values():
-        raise failure
+@dataclass(frozen=True)
+class _Chunk:
+    """A part of a tensor: where it is in the tensor, and in which bytes of which file."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A tensor as the metadata describes it."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    chunks: list[_Chunk]
+
+
+def read(folder: Path, files: Collection[str]) -> dict[str, Tensor]:
+    """Reads the full tensors to the CPU, in one process.
+
+    The files may be a stranger's: nothing in them is executed. torch's own reader is not used, because it unpickles
+    entries that are not tensors without restrictions. Reads only `files`, regular files of this folder, and allocates
+    no more memory for tensors than these files have bytes. Raises any error as it is.
+    """
+    sizes = {name: _regular_size(folder, name) for name in files}
+    if METADATA not in sizes:
+        raise ValueError(f"there is no file {METADATA}")
+    tensors = {}
+    for name, layout in _read_layouts(read_regular(folder / METADATA, sizes[METADATA]), sizes).items():
+        tensors[name] = torch.zeros(layout.size, dtype=layout.dtype)
+        for chunk in layout.chunks:
+            part = tensors[name]
+            for axis, (offset, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                part = part.narrow(axis, offset, length)
+            part.copy_(_read_chunk(folder / chunk.file, chunk, layout.dtype))
     return tensors
+
+
+def _regular_size(folder: Path, name: str) -> int:
+    """Returns the size of a regular file in the folder. Refuses links, which may lead out of it."""
+    if os.path.basename(name) != name:
+        raise ValueError(f"{name!r} is not a file name")
+    status = (folder / name).lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{name!r} is not a regular file")
+    return status.st_size
+
+
+def _read_chunk(path: Path, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
+    with path.open("rb") as file:
+        file.seek(chunk.start)
+        content = io.BytesIO(file.read(chunk.length))
+    with zipfile.ZipFile(content) as archive:  # torch does not compress; a few bytes could inflate to terabytes
+        if sum(record.file_size for record in archive.infolist()) > chunk.length:
+            raise ValueError(f"{path.name} is compressed")
+    content.seek(0)
+    tensor = torch.load(content, map_location="cpu", weights_only=True)
+    if type(tensor) is not Tensor or tensor.layout != torch.strided:
+        raise ValueError(f"{path.name} contains something that is not a plain tensor")
+    if tensor.dtype != dtype or tuple(tensor.shape) != chunk.sizes:
+        raise ValueError(f"{path.name} contains a tensor of another type or shape than {METADATA} says")
+    return tensor
+
+
+def _read_layouts(content: bytes, sizes: Mapping[str, int]) -> dict[str, _Layout]:
+    """Parses `.metadata` and checks every part of it against the `sizes` of the files."""
+    metadata = _fields(_Unpickler(io.BytesIO(content)).load(), "Metadata")
+    entries: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
+    for index, info in _dict(metadata, "storage_data").items():
+        where, place = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
+        file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
+        if not isinstance(file, str) or file not in sizes or file == METADATA:
+            raise ValueError(f"there is no file {file}")
+        if not _is_natural(start) or not _is_natural(length) or start + length > sizes[file]:
+            raise ValueError(f"bytes outside {file}")
+        if place.get("transform_descriptors"):
+            raise ValueError(f"{file} is transformed")
+        entries[str(where.get("fqn")), _size(where.get("offset"))] = file, start, length
+    if sum(length for _, _, length in entries.values()) > sum(sizes.values()):
+        raise ValueError("the tensors overlap in their files")
+    layouts = {}
+    for name, entry in _dict(metadata, "state_dict_metadata").items():
+        layouts[name] = _read_layout(name, _fields(entry, "TensorStorageMetadata"), entries)
+    return layouts
+
+
+def _read_layout(
+    name: str, entry: Mapping[str, Any], entries: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]]
+) -> _Layout:
+    properties = _state(entry.get("properties"), "TensorProperties")
+    dtype = properties[0] if isinstance(properties, tuple) and properties else None
+    size, parts, chunks = _size(entry.get("size")), entry.get("chunks"), []
+    if not isinstance(dtype, torch.dtype) or not isinstance(parts, list):
+        raise ValueError(f"{name} has an invalid type or invalid shards")
+    for part in parts:
+        fields = _fields(part, "ChunkStorageMetadata")
+        offsets, lengths = _size(fields.get("offsets")), _size(fields.get("sizes"))
+        is_inside = len(offsets) == len(lengths) == len(size) and all(
+            offset + length <= total for offset, length, total in zip(offsets, lengths, size, strict=True)
+        )
+        if not is_inside:
+            raise ValueError(f"{name} has a shard outside the tensor")
+        if 0 in lengths:  # of a rank without a shard
+            continue
+        if (name, offsets) not in entries:
+            raise ValueError(f"{name} has a shard that is in no file")
+        file, start, length = entries[name, offsets]
+        if math.prod(lengths) * dtype.itemsize > length:
+            raise ValueError(f"{name} is larger than its file {file}")
+        chunks.append(_Chunk(offsets, lengths, file, start, length))
+    has_duplicates = len({chunk.offsets for chunk in chunks}) != len(chunks)
+    if has_duplicates or sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+        raise ValueError(f"the shards of {name} do not add up to the tensor")
+    return _Layout(dtype, size, chunks)
+
+
+class _Record:
+    """Replaces a class or function that `.metadata` names: holds the pickled values, and runs nothing."""
+
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _state(value: Any, kind: str) -> Any:
+    """Returns the pickled state of a record of this kind. Raises ValueError for anything else."""
+    if not isinstance(value, _Record) or type(value).__name__ != kind:
+        raise ValueError(f"{METADATA} has a {type(value).__name__} in place of a {kind}")
+    return value.state
+
+
+def _fields(value: Any, kind: str) -> Mapping[str, Any]:
+    state = _state(value, kind)
+    if not isinstance(state, dict):
+        raise ValueError(f"{METADATA} has an invalid {kind}")
+    return state
+
+
+def _dict(fields: Mapping[str, Any], name: str) -> dict[Any, Any]:
+    value = fields.get(name)
+    if not isinstance(value, dict):
+        raise ValueError(f"{METADATA} has no {name}")
+    return value
+
+
+def _size(value: Any) -> tuple[int, ...]:
+    _state(value, "Size")
+    if len(value.arguments) != 1 or not isinstance(value.arguments[0], tuple):
+        raise ValueError(f"{METADATA} has an invalid Size")
+    if not all(map(_is_natural, value.arguments[0])):
+        raise ValueError(f"{METADATA} has an invalid Size")
+    size: tuple[int, ...] = value.arguments[0]
+    return size
+
+
+def _is_natural(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**63
 
 
 _LAYOUT = "torch.distributed.checkpoint"
 _ALLOWED_GLOBALS = {
     *((f"{_LAYOUT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    *((f"{_LAYOUT}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Chunk", "Bytes")),
+    *((f"{_LAYOUT}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Chunk")),
     (f"{_LAYOUT}.metadata", "TensorProperties"),
     (f"{_LAYOUT}.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
+    ("builtins", "getattr"),  # Python 3.11.2 pickles the member of an enum as getattr(enum, name)
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
-class _Unpickler(pickle.Unpickler):
-    """Allows only the classes with which torch.distributed.checkpoint describes tensors."""
+class _Unpickler(pickle._Unpickler):
+    """Reads the values with which torch.distributed.checkpoint describes tensors.
+
+    Data types are torch's; all classes and functions are replaced by new subclasses of `_Record`: a pickle can call
+    what it names, and set attributes of it. The base class is in Python: the one in C allocates as much memory as a
+    file requests.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _memory_format  # Python 3.11.2 pickles the member of an enum as getattr(enum, name)
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
         if (module, name) not in _ALLOWED_GLOBALS:
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed in {METADATA}")
-        return super().find_class(module, name)
-
-
-def _memory_format(kind: object, name: str) -> Any:
-    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
-
-    if kind is not _MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(f"builtins.getattr of {kind} is not allowed in {METADATA}")
-    return _MEM_FORMAT_ENCODING[name]
+        return type(name, (_Record,), {})

@@ -9,15 +9,19 @@ sampler learns from them.
 
 import hashlib
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import optuna
 from annotated_types import Ge
+from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from dlopt.errors import UserError, install
 from dlopt.ranges import Count, Natural, Positive
@@ -56,14 +60,69 @@ def cmaes(
         raise UserError(f"hydra/sweeper/sampler=cmaes: needs the package cmaes: {install('dlopt[sweep]')}") from None
     if all(isinstance(distribution, CategoricalDistribution) for distribution in space.searched.values()):
         raise UserError("hydra/sweeper/sampler=cmaes: needs numbers to search; for choices alone use random or tpe")
-    return lambda number: optuna.samplers.CmaEsSampler(
-        n_startup_trials=startup_trials,
-        sigma0=sigma,
-        popsize=population,
-        seed=_seed(seed, number),
-        independent_sampler=optuna.samplers.RandomSampler(seed=_seed(seed, number)),
-        warn_independent_sampling=False,
-    )
+    return lambda number: _CmaEs(space, startup_trials, sigma, population, _seed(seed, number))
+
+
+class _CmaEs(BaseSampler):
+    """The sampler of one job, which recomputes the state of CMA-ES from the completed jobs.
+
+    Draws what Optuna's `CmaEsSampler` draws, up to rounding, if the jobs run one after another. Optuna keeps the state
+    in the study as a pickle, which can execute code: whoever can write to a shared study could run programs on the
+    machines of the others. Generations are formed in the order in which the jobs end: all processes compute one state.
+    """
+
+    _GENERATION = "cma:generation"  # attribute of a trial, as Optuna names it: the generation that drew its values
+
+    def __init__(self, space: Space, startup_trials: int, sigma: float | None, population: int | None, seed: int):
+        self._space = {
+            key: each
+            for key, each in sorted(space.searched.items())
+            if isinstance(each, FloatDistribution | IntDistribution) and not each.single()
+        }
+        self._startup_trials, self._sigma, self._population = startup_trials, sigma, population
+        self._seed, self._random = seed, optuna.samplers.RandomSampler(seed=seed)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return dict(self._space)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        import cmaes
+
+        completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if not search_space or len(completed) < self._startup_trials:
+            return {}
+        by_generation: dict[int, list[FrozenTrial]] = defaultdict(list)
+        for each in sorted(completed, key=lambda each: (str(each.datetime_complete), each.number)):
+            generation = each.system_attrs.get(self._GENERATION)
+            if isinstance(generation, int) and all(
+                each.distributions.get(key) == distribution and distribution._contains(each.params[key])
+                for key, distribution in search_space.items()
+            ):
+                by_generation[generation].append(each)
+        unit, size = _SearchSpaceTransform(search_space, transform_0_1=True), len(search_space)
+        draws = np.random.RandomState(self._seed)
+        if max(by_generation, default=0) <= 0:
+            draws.randint(1, 2**31 - 2)  # as Optuna, which draws a seed for an optimizer that it does not restore
+        optimizer = cmaes.CMA(
+            mean=np.full(size, 0.5),
+            sigma=max(self._sigma or 1 / 6, 1e-10),
+            bounds=unit.bounds,
+            n_max_resampling=10 * size,
+            seed=draws.randint(1, 2**16) + trial.number,
+            population_size=self._population,
+        )
+        sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+        while len(trials := by_generation[optimizer.generation]) >= (count := optimizer.population_size):
+            optimizer.tell([(unit.transform(each.params), sign * each.values[0]) for each in trials[:count]])
+        study._storage.set_trial_system_attr(trial._trial_id, self._GENERATION, optimizer.generation)
+        return unit.untransform(optimizer.ask())
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._random.sample_independent(study, trial, param_name, param_distribution)
 
 
 def sobol(*, space: Space, seed: int, scramble: bool) -> Sampler:

@@ -176,7 +176,8 @@ class Wandb:
             resume="allow",
             dir=str(self._folder),
             config=dict(hparams),
-            settings=wandb.Settings(console="off", silent=True),
+            # W&B's own `git diff` starts programs that a repository configures (`environment.repository` does not).
+            settings=wandb.Settings(console="off", silent=True, disable_git=True),
         )
         # W&B drops what is logged for a step before its last one, such as epochs repeated after a rollback or a resume.
         # Its own steps therefore only count the calls, and charts are drawn against the number of updates.

@@ -6,6 +6,7 @@ which no file refers. Links to a checkpoint file share its shards.
 
 import errno
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,18 @@ def find_damage(path: Path, state: Mapping[str, Any]) -> str | None:
     if not is_sharded(state):
         return None
     folder = _folder(path, state)
-    if folder is None or not state[KEY].get("files"):
+    files = None if folder is None else state[KEY].get("files")
+    if folder is None or not isinstance(files, dict) or not files:
         return "its list of shards is missing"
     if not folder.is_dir():
         return f"the folder of its shards is missing: {folder}"
-    for name, digest in dict(state[KEY]["files"]).items():
-        file = folder / Path(str(name)).name
+    for name, digest in files.items():
+        if not isinstance(name, str) or name != Path(name).name:
+            return f"the shard {name!r} is not a file name"
+        file = folder / name
         try:
+            if not stat.S_ISREG(file.lstat().st_mode):  # a link, which may lead elsewhere, or a FIFO
+                return f"the shard {file} is not a regular file"
             if sha256(file) != digest:
                 return f"the shard {file} is damaged: its SHA-256 differs from the recorded one"
         except FileNotFoundError:
@@ -77,8 +83,8 @@ def load_shards(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Loads the shards of the checkpoint file `path` into its `state`. May raise any exception for damaged files."""
     folder = _folder(path, state)
     assert folder is not None
-    paths = state.pop(KEY)["tensors"]
-    tensors = shard_files.read(folder)
+    entry = state.pop(KEY)
+    paths, tensors = entry["tensors"], shard_files.read(folder, entry["files"])
     for name, keys in paths.items():
         inner: Any = state
         for key in keys[:-1]:
@@ -88,10 +94,14 @@ def load_shards(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy(path: Path, folder: Path) -> None:
-    """Copies the shards of the checkpoint file `path`, if any, to `folder`, which has a copy of the file."""
-    shards = _folder(path, load_without_shards(path))
+    """Copies the shards of the intact checkpoint file `path`, if any, to `folder`, which gets a copy of the file."""
+    state = load_without_shards(path)
+    shards = _folder(path, state)
     if shards is not None:
-        shutil.copytree(shards, folder / FOLDER / shards.name, dirs_exist_ok=True)
+        target = folder / FOLDER / shards.name
+        target.mkdir(parents=True, exist_ok=True)
+        for name in state[KEY]["files"]:  # and nothing else that is in the folder
+            shutil.copy(shards / name, target / name)
 
 
 def size(path: Path) -> int:

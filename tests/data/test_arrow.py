@@ -268,3 +268,13 @@ def test_names_of_classes_belong_to_their_numbers(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
     dataset = hub(name=str(tmp_path / "saved"), split="train")
     assert dataset.classes == ("dog", "bird") and dataset.train.targets.tolist() == [1, 0, 1]
+
+
+def test_scripts_of_datasets_are_not_run(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "foreign"
+    write(folder / "train.parquet", pictures(3), [0, 1, 0])
+    (folder / "foreign.py").write_text(f"open({str(tmp_path / 'started')!r}, 'w')\n")
+    with pytest.raises(UserError, match=r"^data\.name=.*foreign: data\.split=train cannot be loaded: "):
+        hub(name=str(folder), split="train")
+    assert not (tmp_path / "started").exists()

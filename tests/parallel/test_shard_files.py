@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint import save as save_shards
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from dlopt.errors import RunError, UserError
 from dlopt.files import sha256, write, write_digests
@@ -283,6 +293,188 @@ def test_shards_outside_their_folder_are_not_read(folder: Path, monkeypatch: pyt
         load(path)
 
 
+SHARDS = ("__0_0.distcp", ".metadata")
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7), "c": torch.empty(0, 3)}
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder of shards that one process has written."""
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with pytest.warns(UserWarning, match="torch.distributed"):
+        save_shards(dict(TENSORS), storage_writer=FileSystemWriter(tmp_path / "x"), planner=planner, no_dist=True)
+    return tmp_path / "x"
+
+
+def test_shards_of_one_process_are_read(shards: Path) -> None:
+    assert same(shard_files.read(shards, SHARDS), TENSORS)
+
+
+def chunk(metadata: Metadata) -> ChunkStorageMetadata:
+    return entry(metadata).chunks[0]
+
+
+def entry(metadata: Metadata) -> TensorStorageMetadata:
+    found = metadata.state_dict_metadata["a"]
+    assert isinstance(found, TensorStorageMetadata)
+    return found
+
+
+def place(metadata: Metadata) -> Any:
+    return metadata.storage_data[MetadataIndex("a", [0, 0])]
+
+
+def resize(metadata: Metadata, *size: Any) -> None:
+    entry(metadata).size = chunk(metadata).sizes = torch.Size(size)
+
+
+def grow_file(metadata: Metadata) -> None:
+    resize(metadata, 10**6, 10**6)
+    place(metadata).length = 10**13
+
+
+def twice(metadata: Metadata) -> None:
+    entry(metadata).chunks.append(chunk(metadata))
+    entry(metadata).size = torch.Size([4, 3])
+
+
+def in_two_tensors(metadata: Metadata) -> None:
+    for number in range(3):
+        metadata.state_dict_metadata[f"a{number}"] = entry(metadata)
+        metadata.storage_data[MetadataIndex(f"a{number}", [0, 0])] = place(metadata)
+
+
+def of_bytes(metadata: Metadata) -> None:
+    metadata.state_dict_metadata["a"] = BytesStorageMetadata()
+
+
+class Other(Metadata):
+    """A subclass."""
+
+
+HOSTILE: dict[str, tuple[Callable[[Metadata], Any], str]] = {
+    "bytes": (of_bytes, "BytesStorageMetadata is not allowed"),
+    "a subclass": (lambda m: setattr(m, "__class__", Other), "Other is not allowed"),
+    "a program": (lambda m: setattr(m, "planner_data", print), "builtins.print is not allowed"),
+    "an oversize tensor": (lambda m: resize(m, 10**6, 10**6), "a is larger than its file"),
+    "an oversize tensor and length": (grow_file, "bytes outside"),
+    "a negative size": (lambda m: resize(m, -2, -3), "invalid Size"),
+    "a size of text": (lambda m: setattr(entry(m), "size", "23"), "a str in place of a Size"),
+    "a long integer": (lambda m: resize(m, 2, 3) or setattr(place(m), "length", 2**70), "bytes outside"),
+    "a boolean": (lambda m: setattr(place(m), "offset", False), "bytes outside"),
+    "a negative offset": (lambda m: setattr(place(m), "offset", -1), "bytes outside"),
+    "a long offset": (lambda m: setattr(place(m), "offset", 10**9), "bytes outside"),
+    "an absolute path": (lambda m: setattr(place(m), "relative_path", "/etc/passwd"), "there is no file /etc/passwd"),
+    "an unlisted file": (lambda m: setattr(place(m), "relative_path", "unlisted"), "there is no file unlisted"),
+    "the metadata": (lambda m: setattr(place(m), "relative_path", ".metadata"), r"there is no file \.metadata"),
+    "no path": (lambda m: setattr(place(m), "relative_path", None), "there is no file None"),
+    "a transform": (lambda m: setattr(place(m), "transform_descriptors", ["zstd"]), "is transformed"),
+    "a shard outside": (lambda m: setattr(chunk(m), "offsets", torch.Size([1, 0])), "a shard outside the tensor"),
+    "a shard of other dimensions": (lambda m: setattr(chunk(m), "sizes", torch.Size([6])), "outside the tensor"),
+    "a hole": (lambda m: setattr(entry(m), "size", torch.Size([3, 3])), "do not add up"),
+    "a shard twice": (twice, "do not add up"),
+    "bytes in several tensors": (in_two_tensors, "overlap in their files"),
+    "another type": (lambda m: setattr(entry(m).properties, "dtype", torch.int32), "another type or shape"),
+    "no type": (lambda m: setattr(entry(m).properties, "dtype", 3), "a has an invalid type"),
+    "another shape": (lambda m: resize(m, 3, 2), "another type or shape"),
+    "no shards": (lambda m: setattr(entry(m), "chunks", None), "invalid shards"),
+    "no file of a shard": (lambda m: m.storage_data.pop(MetadataIndex("a", [0, 0])), "a shard that is in no file"),
+    "no tensors": (lambda m: setattr(m, "state_dict_metadata", None), "has no state_dict_metadata"),
+    "no files": (lambda m: setattr(m, "storage_data", []), "has no storage_data"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_metadata_is_refused(shards: Path, change: Callable[[Metadata], Any], message: str) -> None:
+    (shards / "unlisted").write_bytes((shards / SHARDS[0]).read_bytes())
+    metadata = pickle.loads((shards / ".metadata").read_bytes())
+    change(metadata)
+    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises((ValueError, pickle.UnpicklingError), match=message):
+        shard_files.read(shards, SHARDS)
+
+
+@pytest.mark.parametrize("content", [Payload, lambda _: torch.nn.Parameter(torch.zeros(2, 3)), lambda _: {"a": 1}])
+def test_hostile_shards_are_refused(shards: Path, tmp_path: Path, content: Callable[[Path], object]) -> None:
+    buffer = io.BytesIO()
+    torch.save(content(tmp_path / "marker"), buffer)
+    (shards / SHARDS[0]).write_bytes(buffer.getvalue().ljust(10_000, b"\0"))
+    metadata = pickle.loads((shards / ".metadata").read_bytes())
+    place(metadata).length = len(buffer.getvalue())
+    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises((ValueError, pickle.UnpicklingError), match=r"not a plain tensor|Weights only load failed"):
+        shard_files.read(shards, SHARDS)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_compressed_shards_are_refused(shards: Path) -> None:
+    """A few bytes could inflate to terabytes."""
+    buffer, packed = io.BytesIO(), io.BytesIO()
+    torch.save(torch.zeros(300, 300), buffer)
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
+    (shards / SHARDS[0]).write_bytes(packed.getvalue().ljust(10_000, b"\0"))
+    metadata = pickle.loads((shards / ".metadata").read_bytes())
+    place(metadata).length = len(packed.getvalue())
+    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="is compressed"):
+        shard_files.read(shards, SHARDS)
+
+
+@pytest.mark.parametrize("name", SHARDS)
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_shards_that_are_no_regular_files_are_refused(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """A link could lead to a file elsewhere, and reading a FIFO never ends."""
+    shard, elsewhere = folder / "shards/step-2" / name, tmp_path / "elsewhere"
+    shard.rename(elsewhere)
+    shard.symlink_to(elsewhere) if kind == "link" else os.mkfifo(shard)
+    assert not is_intact(folder / "last.pt")
+    with pytest.raises(UserError, match=rf"last\.pt: the shard .*{name} is not a regular file"):
+        load(folder / "last.pt")
+
+
+@pytest.mark.parametrize("names", [("../x/.metadata", *SHARDS), ("", *SHARDS), ("..", *SHARDS)])
+def test_only_files_of_the_folder_are_read(shards: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"is not a (file name|regular file)"):
+        shard_files.read(shards, names)
+
+
+def test_the_unpickler_calls_and_changes_nothing() -> None:
+    """A pickle can call what it names, and set attributes of it: here of pathlib's class, in this process."""
+    attack = b"cpathlib\nPosixPath\n(N(dS'name'\nS'x'\nstb."
+    with pytest.raises(TypeError):
+        shard_files._Unpickler(io.BytesIO(attack)).load()
+    assert Path("/a/b").name == "b"
+    for module, name in (
+        ("os", "system"),
+        ("builtins", "eval"),
+        ("torch", "load"),
+        ("torch.storage", "_load_from_bytes"),
+        ("torch", "Size.__class__"),
+        ("torch.distributed.checkpoint.metadata", "os"),
+    ):
+        with pytest.raises(pickle.UnpicklingError, match=f"{module}.{name} is not allowed"):
+            shard_files._Unpickler(io.BytesIO()).find_class(module, name)
+
+
+class Attribute:
+    """Pickled as getattr(owner, name)."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.arguments = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.arguments
+
+
+def test_enums_are_read_as_python_3_11_2_pickles_them(shards: Path) -> None:
+    metadata = pickle.loads((shards / ".metadata").read_bytes())
+    metadata.planner_data = Attribute(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")
+    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert same(shard_files.read(shards, SHARDS), TENSORS)
+
+
 def test_the_checkpoint_file_is_checked_before_its_shards(folder: Path) -> None:
     write_digests(folder / "last.pt", ["0" * 64])
     with pytest.raises(UserError, match="the file is damaged"):
@@ -409,33 +601,3 @@ def test_asynchronous_saves_copy_the_state_first(tmp_path: Path, capfd: pytest.C
 
     assert in_ranks(tmp_path, save, asynchronous=True) == [0, 0], capfd.readouterr().err
     assert same(load(tmp_path / "checkpoints/last.pt")["model"], state(1)["model"])
-
-
-def test_unpickler_allows_only_tensor_metadata() -> None:
-    for module, name in (
-        ("os", "system"),
-        ("builtins", "eval"),
-        ("torch", "load"),
-        ("torch.storage", "_load_from_bytes"),
-    ):
-        with pytest.raises(pickle.UnpicklingError, match=f"{module}.{name} is not allowed"):
-            shard_files._Unpickler(sys.stdin.buffer).find_class(module, name)  # type: ignore[arg-type]
-
-
-class Attribute:
-    """Pickled as getattr(owner, name)."""
-
-    def __init__(self, owner: object, name: str) -> None:
-        self.arguments = owner, name
-
-    def __reduce__(self) -> Any:
-        return getattr, self.arguments
-
-
-def test_enums_are_read_as_python_3_11_2_pickles_them() -> None:
-    expected = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
-    file = io.BytesIO(pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, expected.name)))
-    assert shard_files._Unpickler(file).load() is expected
-    for owner, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")):
-        with pytest.raises((pickle.UnpicklingError, KeyError)):
-            shard_files._Unpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()

@@ -2,13 +2,17 @@
 
 import io
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorProperties
 
+from dlopt.files import sha256, write
 from dlopt.training.checkpoint import Checkpoints
 
 
@@ -83,8 +87,30 @@ class Crashes:
 
 
 class Payload:
+    """An object whose pickle creates the file `marker` when it is loaded."""
+
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (self.marker,))
+
+
+def poison(path: Path, marker: Path) -> None:
+    """Makes a checkpoint a sharded one that torch's reader executes, with valid checksums, as an attacker would.
+
+    Its shard is described as bytes, not as a tensor: torch unpickles these without restrictions.
+    """
+    folder = path.parent / f"shards/{path.stem}"
+    folder.mkdir(parents=True)
+    torch.save(Payload(marker), folder / "__0_0.distcp")
+    entry: Any = BytesStorageMetadata()
+    entry.size, entry.properties = torch.Size([1]), TensorProperties()
+    place = _StorageInfo("__0_0.distcp", 0, (folder / "__0_0.distcp").stat().st_size)
+    metadata = Metadata({"x": entry}, storage_data={MetadataIndex("x"): place})
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    state = torch.load(path, weights_only=True)
+    files = {each.name: sha256(each) for each in folder.iterdir()}
+    state["shards"] = {"folder": folder.name, "files": files, "tensors": {}}
+    path.unlink()
+    write(path, lambda file: torch.save(state, file))

@@ -1,13 +1,19 @@
 """What searches draw, against Optuna's own samplers and scipy's sequences; and which jobs they stop early."""
 
 import math
+import pickle
 import statistics
+import warnings
 from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+import cmaes
 import numpy as np
 import optuna
 import pytest
+from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 from scipy.stats import qmc
 
@@ -15,13 +21,16 @@ from dlopt.errors import UserError
 from dlopt.sweeps import samplers
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space
+from tests.support.checkpoints import Payload
 from tests.sweeps.spaces import space
 
 Draws = list[dict[str, Any]]
 
 
-def drawn(sampler: Sampler, searched: Space, count: int, value: Callable[[dict[str, Any]], float]) -> Draws:
-    study = optuna.create_study()
+def drawn(
+    sampler: Sampler, searched: Space, count: int, value: Callable[[dict[str, Any]], float], direction: str = "minimize"
+) -> Draws:
+    study = optuna.create_study(direction=direction)
     draws = []
     for number in range(count):
         study.sampler = sampler(number)
@@ -54,6 +63,82 @@ def test_random_and_tpe_equal_optuna_with_the_same_seeds(two: Space) -> None:
         study.tell(trial, bowl(trial.params))
     plain = drawn(samplers.random(space=two, seed=5), two, 3, bowl)
     assert plain == ours[:3]  # TPE's first draws are random ones
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+@pytest.mark.parametrize(("sigma", "population"), [(None, None), (0.3, 4)])
+def test_cmaes_equals_optuna_with_the_same_seeds(direction: str, sigma: float | None, population: int | None) -> None:
+    """Up to rounding, for floats, integers and steps, beside choices; sampled one after another."""
+    searched = space(
+        "lr=tag(log,interval(0.0001,1))", "momentum=interval(0,0.99)", "width=tag(log,int(interval(8,512)))",
+        "depth=int(interval(1,9))", "kind=a,b",
+    )  # fmt: skip
+    sampler = samplers.cmaes(space=searched, seed=5, startup_trials=2, sigma=sigma, population=population)
+    ours = drawn(sampler, searched, 25, bowl, direction)
+
+    def of_optuna(number: int) -> BaseSampler:
+        seed = samplers._seed(5, number)
+        return optuna.samplers.CmaEsSampler(
+            n_startup_trials=2, sigma0=sigma, popsize=population, seed=seed, warn_independent_sampling=False
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = drawn(of_optuna, searched, 25, bowl, direction)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == {key: value if isinstance(value, str) else pytest.approx(value) for key, value in b.items()}
+
+
+def test_cmaes_computes_one_state_in_all_processes(two: Space) -> None:
+    """Six jobs run at once and end in another order; each is drawn by a process that has only the study."""
+    sampler = samplers.cmaes(space=two, seed=5, startup_trials=1, sigma=None, population=5)
+    study = optuna.create_study()
+    for start in range(0, 30, 6):
+        trials = []
+        for number in range(start, start + 6):
+            study.sampler = sampler(number)
+            trials.append(study.ask(two.searched))  # type: ignore[arg-type]
+        for trial in reversed(trials):
+            study.tell(trial, bowl(trial.params))
+    generations = [trial.system_attrs.get("cma:generation") for trial in study.trials]
+    assert generations == [None] * 6 + [0] * 6 + [1] * 6 + [2] * 6 + [3] * 6
+    ended = [trial.number for trial in sorted(study.trials, key=lambda trial: trial.datetime_complete or datetime.max)]
+    assert ended[6:9] == [11, 10, 9]
+    unit = {"lr": lambda x: (math.log10(x) + 4) / 4, "momentum": lambda x: x / 0.99}
+    optimizer = cmaes.CMA(mean=np.full(2, 0.5), sigma=1 / 6, bounds=np.array([[0, 1], [0, 1]]), population_size=5)
+    for start in range(6, 30, 6):
+        ended_first = [study.trials[number] for number in ended[start : start + 5]]
+        optimizer.tell(
+            [(np.array([unit[key](trial.params[key]) for key in unit]), bowl(trial.params)) for trial in ended_first]
+        )
+    seed = np.random.RandomState(samplers._seed(5, 30)).randint(1, 2**16) + 30
+    optimizer._rng.seed(seed)
+    study.sampler = sampler(30)
+    params = study.ask(two.searched).params  # type: ignore[arg-type]
+    assert [unit[key](params[key]) for key in unit] == pytest.approx(list(optimizer.ask()))
+
+
+def test_pickles_in_a_study_are_not_loaded(two: Space, tmp_path: Path) -> None:
+    """Optuna's sampler loads the state of CMA-ES from attributes of the trials, which may be a stranger's."""
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage)
+    pickled = pickle.dumps(Payload(tmp_path / "started")).hex()
+    for number in range(3):
+        study.sampler = samplers.random(space=two, seed=1)(number)
+        trial = study.ask(two.searched)  # type: ignore[arg-type]
+        storage.set_trial_system_attr(trial._trial_id, "cma:optimizer:0", pickled)
+        storage.set_trial_system_attr(trial._trial_id, "cma:generation", [number])
+        study.tell(trial, 1.0)
+    for make in (
+        samplers.tpe(space=two, seed=1, startup_trials=1, multivariate=True, constant_liar=True),
+        samplers.cmaes(space=two, seed=1, startup_trials=1, sigma=None, population=None),
+    ):
+        study.sampler = make(3)
+        assert study.ask(two.searched).relative_params.keys() == two.searched.keys()  # type: ignore[arg-type]
+    assert not (tmp_path / "started").exists()
+    study.sampler = optuna.samplers.CmaEsSampler()
+    study.ask(two.searched)  # type: ignore[arg-type]
+    assert (tmp_path / "started").exists(), "the payload works"
 
 
 @pytest.mark.parametrize("name", ["random", "sobol", "halton", "grid"])

@@ -1,9 +1,11 @@
 """Tracking services: failures are reported once and never block training; metrics arrive in order."""
 
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +104,17 @@ def test_tracking_sends_the_same_metrics_to_every_sink(tmp_path: Path, monkeypat
     assert [call[1][1] for call in service.calls[1:4]] == [
         {"train/loss": 2.0}, {"val/accuracy": 0.5, "lr": 0.1}, {"test/accuracy": 0.4}
     ]  # fmt: skip
+
+
+def test_wandb_does_not_start_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `git diff` starts the programs that a repository configures."""
+    received: dict[str, Any] = {}
+
+    def init(**options: Any) -> Any:
+        received.update(options)
+        return SimpleNamespace(define_metric=lambda *_, **__: None, id="x")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))  # type: ignore[arg-type]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    SERVICES["wandb"](tmp_path).begin({"name": "x"})
+    assert received["settings"]["disable_git"] is True

@@ -1,0 +1,62 @@
+"""Checkpoints of strangers run no code, whichever command or function reads them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.distributed import checkpoint
+
+import dlopt
+from dlopt.errors import UserError
+from tests.support.checkpoints import poison
+from tests.support.line import dlopt as run
+from tests.support.sizes import TINY
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run whose checkpoints create the file `started` when a pickle in them is loaded."""
+    folder = tmp_path_factory.mktemp("attacked")
+    assert run(folder, "train", *TINY, "hydra.run.dir=run").code == 0
+    for path in (folder / "run/checkpoints").glob("*.pt"):
+        poison(path, folder / "started")
+    Image.new("L", (8, 8)).save(folder / "image.png")
+    return folder
+
+
+LAST, TRAIN = "run/checkpoints/last.pt", ("train", *TINY)
+COMMANDS = {
+    "eval": ("eval", "checkpoint=run"),
+    "predict": ("predict", f"checkpoint={LAST}", "images=image.png"),
+    "export": ("export", f"checkpoint={LAST}", "format=safetensors"),
+    "consolidate": ("consolidate", f"checkpoint={LAST}"),
+    "init_from": (*TRAIN, f"init_from={LAST}"),
+    "resume": (*TRAIN, "epochs=3", f"resume={LAST}"),
+    "resume=auto": (*TRAIN, "epochs=3", "hydra.run.dir=run", "resume=auto"),
+    "teacher": (*TRAIN, "loss=distillation", "loss.teacher=run"),
+    "diagnose": ("diagnose", f"checkpoint={LAST}"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_commands_run_no_code_of_a_checkpoint(attacked: Path, command: tuple[str, ...]) -> None:
+    result = run(attacked, *command)
+    assert not (attacked / "started").exists()
+    reason = "all checkpoints in .* are damaged" if "resume=auto" in command else "BytesStorageMetadata is not allowed"
+    assert result.code != 0 and re.fullmatch(f"dlopt: .*{reason}.*\n", result.err), result
+
+
+def test_functions_run_no_code_of_a_checkpoint(attacked: Path) -> None:
+    with pytest.raises(UserError, match="BytesStorageMetadata is not allowed"):
+        dlopt.load(str(attacked / LAST))
+    assert not (attacked / "started").exists()
+
+
+def test_the_payload_works_with_the_reader_of_torch(attacked: Path) -> None:
+    marker = attacked / "started"
+    with pytest.warns(UserWarning, match="torch.distributed"):
+        checkpoint.load({"x": torch.zeros(1)}, checkpoint_id=attacked / "run/checkpoints/shards/last", no_dist=True)
+    assert marker.exists()
+    marker.unlink()
