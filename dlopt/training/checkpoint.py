@@ -178,12 +178,16 @@ class Checkpoints:
         return prefix
 
     def has_best(self, epoch: float, run_id: str | None) -> bool:
-        """Returns whether best.pt is of this epoch and this run: a run may resume from a checkpoint before its best."""
+        """Returns whether best.pt is of this epoch and this run: a run may resume from a checkpoint before its best.
+
+        `run_id`: None: unknown, as in checkpoints of an older dlopt.
+        """
         self.wait()
         state = sharded.load_without_shards(self.best)
         if not state:  # damaged: reported when it is loaded
             return self.best.exists()
-        return evaluated_epoch(state["progress"]) == epoch and state["config"].get("run_id") in (None, run_id)
+        is_own = run_id is None or state["config"].get("run_id") in (None, run_id)
+        return evaluated_epoch(state["progress"]) == epoch and is_own
 
     def adopt_best(self, path: Path, run_id: str) -> None:
         """Writes the checkpoint file `path` of another run, with its shards, as the best one of this run."""

@@ -174,7 +174,7 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
     """Returns the content of summary.json before the test; accuracies are left out in a regression."""
     summary = {
         "status": status,
-        "run_id": workload.experiment.config.get("run_id"),
+        **({} if (run_id := workload.experiment.config.get("run_id")) is None else {"run_id": run_id}),
         "epochs": progress.epoch,
         "steps": progress.step,
         "best_epoch": best.epoch,

@@ -80,7 +80,7 @@ def test_next_call_raises_the_error(tmp_path: Path, ask: str) -> None:
         with pytest.raises(RunError, match=r"last\.pt could not be written: .*No space left"):
             calls = {
                 "save": lambda: checkpoints.save(state(3), best=False),
-                "has_best": lambda: checkpoints.has_best(1),
+                "has_best": lambda: checkpoints.has_best(1, None),
             }
             calls.get(ask, getattr(checkpoints, ask))()
         checkpoints.wait()

@@ -56,7 +56,7 @@ def test_truncated_files_are_damaged_checkpoints(tmp_path: Path) -> None:
     torch.save(torch.zeros(3000), checkpoints.best)
     checkpoints.best.write_bytes(checkpoints.best.read_bytes()[:-1])  # torch reports an invalid argument
     assert Checkpoints(checkpoints.folder).set_aside(state(3)) is None
-    assert checkpoints.has_best(0)  # the epoch of a damaged file is not known
+    assert checkpoints.has_best(0, None)  # the epoch of a damaged file is not known
 
 
 def test_roundtrip_is_bitwise_identical(tmp_path: Path) -> None:

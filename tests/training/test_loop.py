@@ -95,7 +95,7 @@ class Checkpoints:
     def wait(self) -> None:
         pass
 
-    def has_best(self, epoch: int) -> bool:
+    def has_best(self, epoch: int, run_id: str | None) -> bool:
         return True
 
     def restore_best(self, state: dict[str, Any]) -> None:
