@@ -15,7 +15,7 @@ from typing import Any
 
 from hydra.types import RunMode
 
-from dlopt.attempt import prepare
+from dlopt.attempt import prepare, refuse_unusable_tracking
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.commands.find_lr import learning_rates
 from dlopt.config.compose import Composer
@@ -85,6 +85,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
     if not prepared.is_done:
         try:
             with preserve_global_state():
+                refuse_unusable_tracking(prepared.run)
                 code = start(prepared.run, console=console)
         except UserError:
             if prepared.is_new and not prepared.folder.is_live():

@@ -23,6 +23,7 @@ from dlopt.interruption import killed_by_signals
 from dlopt.job import Outcome, execute, reported
 from dlopt.parallel.rendezvous import current
 from dlopt.tracking.layout import short_path
+from dlopt.tracking.remote import check as check_tracking
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -60,6 +61,12 @@ def prepare(plan: Plan) -> Prepared:
     return Prepared(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 
 
+def refuse_unusable_tracking(run: "Run") -> None:
+    """Raises `UserError` if a new run has a tracking service that cannot record it; a resumed run warns."""
+    if run.checkpoint is None:
+        check_tracking(run.experiment.settings.tracking, run.experiment.settings.name)
+
+
 @dataclass
 class Attempt(Outcome):
     """A run to start; None: there is nothing to do."""
@@ -92,6 +99,7 @@ def attempt(plan: Plan, store: "Store | None" = None) -> Iterator[Attempt]:
     try:
         assert plan.config is not None
         with job_environment(plan.config, folder.path):
+            refuse_unusable_tracking(run)
             if store is not None:
                 message = {"config": run.experiment.config, "folder": str(folder.path), "choices": plan.choices}
                 store.set("run", json.dumps(message))

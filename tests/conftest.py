@@ -41,9 +41,8 @@ def pytest_configure() -> None:
     if PROFILE == "fixed":
         from hypothesis.internal.conjecture import providers
 
-        if hasattr(providers, "_get_local_constants"):  # from 6.131 on
-            nothing = providers.Constants()
-            providers._get_local_constants = lambda: nothing
+        nothing = providers.Constants()
+        providers._get_local_constants = lambda: nothing
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,13 +1,14 @@
 """A composed sweep, grid or search: its folder, its jobs, and what it prints at its end."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,6 +21,7 @@ from dlopt.folders import SPACE, RunFolder, make, make_new, newest
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.tracking.layout import short_path
+from dlopt.tracking.remote import check
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
@@ -52,6 +54,14 @@ class SweepRequest:
             folder = make_new(self.path, "hydra.sweep.dir")
         self.found[:] = [folder]
         return folder
+
+    def check_tracking(self, plans: Iterable[Plan]) -> None:
+        """Raises `UserError` if a new sweep has a tracking service that cannot record its jobs."""
+        if self.config.resume is None:
+            settings = [plan.experiment.settings for plan in plans]
+            with env_override(dict(self.config.hydra.job.env_set)):
+                for sinks, name in dict.fromkeys((tuple(each.tracking), each.name) for each in settings):
+                    check(sinks, name)
 
     def plan_job(self, overrides: Sequence[str], number: int) -> Plan:
         """Composes and checks a job. Raises `UserError`."""

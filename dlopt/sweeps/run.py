@@ -120,6 +120,7 @@ def _grid(request: SweepRequest) -> int:
         for number, label in enumerate(labels([plan.lines for plan in plans])):
             print(f"job {number}: {label}")
         return request.estimate(plans, len(plans))
+    request.check_tracking(plans)
     folder = request.find_folder(
         lambda candidate: bool(plans) and _is_unfinished(candidate, _jobs(candidate.path, plans)),
         lambda path, key: _check_folder(RunFolder(path), key, _jobs(path, plans), request.config.resume),

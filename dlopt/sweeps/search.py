@@ -72,6 +72,7 @@ def search(request: SweepRequest) -> int:
             print(f"{key}: {values}")
         print("values are drawn when a job starts")
         return request.estimate(jobs, spec.total)
+    request.check_tracking(jobs)
     before = FolderSnapshot(request.path)
     folder = request.find_folder(
         lambda candidate: bool(_jobs_left(read_space(candidate.path), facts, spec.total)),

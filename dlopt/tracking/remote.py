@@ -3,19 +3,29 @@
 import json
 import os
 import queue
+import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from hydra.core.utils import env_override
+
+from dlopt.errors import UserError, install
 from dlopt.files import read_json, write_atomically
+from dlopt.tracking.layout import waiting
 
 _CLOSE_TIMEOUT = 30.0  # seconds to wait at the end of a run for pending deliveries
 _MLFLOW_STATUS = {"finished": "FINISHED", "stopped_early": "FINISHED", "failed": "FAILED"}
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # per MLflow request
 _UPDATE = "update"  # metric of W&B
 _MAX_PARAM_LENGTH = 500  # characters, the smallest limit of all MLflow versions
+_LIMITS = {  # of MLflow, whose own defaults retry for many minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}  # fmt: skip
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # schemes of MLflow's stores that need SQLAlchemy
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 HParams = Mapping[str, str | bool | float]
 Scalars = tuple[int, float, Mapping[str, float]]
@@ -88,19 +98,30 @@ class Remote:
                         self._service.end(item)
                         return
         except BaseException as error:  # includes SystemExit: some libraries call sys.exit
-            self._error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self._error = _without_credentials(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+
+
+def check(sinks: Sequence[str], name: str) -> None:
+    """Raises `UserError` for a service that cannot record a run called `name`; call before the run starts."""
+    for sink in dict.fromkeys(sinks):
+        if sink in CHECKS:
+            with waiting(f"tracking=[{sink}] ..."):
+                CHECKS[sink](f"tracking=[{','.join(sinks)}]", name)
+
+
+def _without_credentials(text: str) -> str:
+    return _CREDENTIALS.sub("***@", text)
 
 
 class MLflow:
-    """A run on the server MLFLOW_TRACKING_URI, or in MLflow's default store. The experiment is named after `name`.
+    """A run in the store MLFLOW_TRACKING_URI, or in MLflow's default one. The experiment is named after `name`.
 
     A resumed run continues the same MLflow run. Metrics between the checkpoint and the interruption appear twice.
     """
 
     def __init__(self, folder: Path) -> None:
-        # MLflow's defaults retry for many minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        for variable, value in _LIMITS.items():
+            os.environ.setdefault(variable, value)
         self._folder = folder
         self._client: Any = None
         self._run = ""
@@ -110,28 +131,19 @@ class MLflow:
         from mlflow.entities import Param
 
         self._client = MlflowClient()
-        id_file, uri = self._folder / "mlflow.json", get_tracking_uri()
-        if (saved := read_json(id_file)) is not None and saved["tracking_uri"] == uri:
-            self._run = saved["run_id"]
+        id_file, uri = self._folder / "mlflow.json", _without_credentials(get_tracking_uri())
+        saved = read_json(id_file) or {}
+        if _without_credentials(str(saved.get("tracking_uri"))) == uri:
+            self._run = str(saved["run_id"])
             self._client.update_run(self._run, status="RUNNING")
             return
         tags = {"mlflow.runName": self._folder.name, "mlflow.source.name": "dlopt", "dlopt.folder": str(self._folder)}
-        self._run = self._client.create_run(self._experiment_id(str(hparams["name"])), tags=tags).info.run_id
+        experiment = _experiment(self._client, str(hparams["name"]))
+        self._run = self._client.create_run(experiment.experiment_id, tags=tags).info.run_id
         write_atomically(id_file, json.dumps({"tracking_uri": uri, "run_id": self._run}).encode())
         params = [Param(key, str(value)[:_MAX_PARAM_LENGTH]) for key, value in hparams.items()]
         for chunk in _chunks(params, _MAX_PARAMS):
             self._client.log_batch(self._run, params=chunk)
-
-    def _experiment_id(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return str(self._client.create_experiment(name))
-            except MlflowException:  # another job of the sweep has created it in the meantime
-                experiment = self._client.get_experiment_by_name(name)
-        return str(experiment.experiment_id)
 
     def send(self, scalars: list[Scalars]) -> None:
         from mlflow.entities import Metric
@@ -146,6 +158,71 @@ class MLflow:
 
     def end(self, status: str) -> None:
         self._client.set_terminated(self._run, _MLFLOW_STATUS.get(status, "KILLED"))
+
+
+def _check_mlflow(key: str, name: str) -> None:
+    """Raises `UserError` unless the store has the experiment `name`, or can create it."""
+    from mlflow import MlflowClient, get_tracking_uri
+
+    uri = get_tracking_uri()
+    is_set = bool(os.environ.get("MLFLOW_TRACKING_URI"))
+    store = f"MLFLOW_TRACKING_URI={uri}" if is_set else f"MLflow's default store {uri}"
+    limits = _LIMITS | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # the user is waiting
+    try:
+        if uri.partition(":")[0].partition("+")[0] in _DATABASES:
+            _connect(uri)
+        with env_override({variable: os.environ.get(variable, value) for variable, value in limits.items()}):
+            experiment = _experiment(MlflowClient(), name)
+    except (Exception, SystemExit) as error:
+        hint = "use a database, MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or the http:// address of a server"
+        raise UserError(_without_credentials(f"{key}: {store}: {_reason(error)}; {hint}")) from None
+    if experiment.lifecycle_stage != "active":
+        hint = f"restore it with `mlflow experiments restore -x {experiment.experiment_id}`, or use another name"
+        raise UserError(f"{key}: name={name}: {_without_credentials(store)} has deleted this experiment; {hint}")
+
+
+def _connect(uri: str) -> None:
+    """Connects to a database once: MLflow retries for 100 s. Creates the folder of an SQLite file, as MLflow does."""
+    try:
+        from sqlalchemy import create_engine, make_url
+    except ModuleNotFoundError:
+        raise UserError(f"a database requires the package sqlalchemy; {install('dlopt[mlflow]')}") from None
+    url = make_url(uri)
+    if url.get_backend_name() == "sqlite":
+        if url.database in (None, "", ":memory:"):
+            raise UserError("a database in memory is lost when the run ends")
+        file = Path(str(url.database))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise UserError("cannot write to this file")
+    engine = create_engine(url)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the part of an error of MLflow, SQLAlchemy or requests that says what is wrong, as one short line."""
+    if type(error).__name__.startswith("Unsupported"):  # ModelRegistryStoreURIException, whose text is about models
+        return "not a kind of store that MLflow knows"
+    text = " ".join(str(error).partition("\n")[0].partition("(Background on")[0].split())
+    text = re.split(r"\. (?=[A-Z])", text.rpartition("Caused by ")[2])[0]
+    return text.rstrip(" .)")[:300] or type(error).__name__
+
+
+def _experiment(client: Any, name: str) -> Any:
+    """Returns MLflow's experiment of this name, created if missing."""
+    from mlflow.exceptions import MlflowException
+
+    if (experiment := client.get_experiment_by_name(name)) is not None:
+        return experiment
+    try:
+        return client.get_experiment(client.create_experiment(name))
+    except MlflowException:
+        if (experiment := client.get_experiment_by_name(name)) is None:
+            raise
+        return experiment  # another job of the sweep has created it in the meantime
 
 
 def _chunks(items: list[Any], size: int) -> list[list[Any]]:
@@ -166,8 +243,7 @@ class Wandb:
     def begin(self, hparams: HParams) -> None:
         import wandb
 
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-            raise PermissionError("no account: set WANDB_API_KEY, or WANDB_MODE=offline")
+        _require_account()
         id_file = self._folder / "wandb.id"
         self._run = wandb.init(
             project=str(hparams["name"]),
@@ -193,4 +269,20 @@ class Wandb:
         self._run.finish(exit_code=0 if status in ("finished", "stopped_early") else 1)
 
 
+def _check_wandb(key: str, name: str) -> None:
+    """Raises `UserError` without an account that W&B needs."""
+    try:
+        _require_account()
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{key}: {_reason(error)}") from None
+
+
+def _require_account() -> None:
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+        raise PermissionError("no account: set WANDB_API_KEY, or WANDB_MODE=offline")
+
+
+CHECKS: dict[str, Callable[[str, str], None]] = {"mlflow": _check_mlflow, "wandb": _check_wandb}
 SERVICES: dict[str, Callable[[Path], Service]] = {"mlflow": MLflow, "wandb": Wandb}

@@ -45,6 +45,7 @@ from dlopt.sweeps.estimate import print_estimate
 from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
+from dlopt.tracking.remote import check as check_tracking
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.progress import Run
 
@@ -90,6 +91,8 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         first, *_ = plans.values()
         print_estimate([plan.saved for plan in plans.values()], first.choices, len(plans), in_process=True)
         return 0
+    if config.resume is None:
+        check_tracking(config.tracking, config.name)
     folder = _folder(config, overrides, [plan.saved for plan in plans.values()])
     frozen = _freeze(composer, config, folder)
     screen = Screen()
