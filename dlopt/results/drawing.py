@@ -89,7 +89,8 @@ def shades(*colours: str) -> "Colormap":
     """Returns a colour map between these colours."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("", colours)
+    # A list: matplotlib 3.8 takes a tuple of two as a colour and its opacity.
+    return LinearSegmentedColormap.from_list("", list(colours))
 
 
 def title_with_subtitle(title: str, subtitle: str, width: int = 90) -> str:

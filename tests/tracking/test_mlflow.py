@@ -1,5 +1,6 @@
-"""MLflow, with its own server on this machine."""
+"""MLflow, with a database and with its own server on this machine."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.tracking import Tracking
+from dlopt.errors import UserError
+from dlopt.tracking import Tracking, remote
 from tests.support.line import SMALL, dlopt, refused
 from tests.support.ports import free_port
 
@@ -69,6 +71,75 @@ def test_a_run_on_a_real_server(server: str, tmp_path: Path, monkeypatch: pytest
     assert dlopt(tmp_path, *line, "epochs=3", "schedule_epochs=3", "resume=auto").code == 0
     [run] = client.search_runs([experiment.experiment_id])
     assert [p.step for p in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_continues_in_the_same_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store := "sqlite:///new/mlflow.db")
+    line = ["train", *SMALL, "tracking=[mlflow]", "hydra.run.dir=run"]
+    assert dlopt(tmp_path, *line, "max_time=1e-9").code == 75
+    result = dlopt(tmp_path, *line, "resume=auto")
+    assert result.code == 0 and "without it" not in result.out + result.err, result
+    client = MlflowClient(store)
+    [run] = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert run.info.status == "FINISHED" and "test/accuracy" in run.data.metrics
+    history = client.get_metric_history(run.info.run_id, "val/loss")
+    losses = [json.loads(text)["val_loss"] for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [point.value for point in history] == losses
+
+
+@pytest.mark.slow
+def test_a_store_that_does_not_work_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").write_text("no database")
+    address = f"127.0.0.1:{free_port()}"
+    stores = {
+        "sqlite:///folder": "unable to open database file",
+        "sqlite:///text": "file is not a database",
+        "sqlite://": "in memory",
+        "sqlite:mlflow.db": "Could not parse",
+        "htp://server": "not a kind of store",
+        f"http://user:secret@{address}": "Connection refused",
+        f"postgresql://user:secret@{address}/x": "",  # the text is that of the driver
+    }
+    for store, reason in stores.items():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+        message = _refusal()
+        shown = store.replace("user:secret", "***")
+        assert message.startswith(f"tracking=[mlflow]: MLFLOW_TRACKING_URI={shown}: ") and reason in message, message
+        assert "use a database, MLFLOW_TRACKING_URI=sqlite:///mlflow.db" in message
+        assert "\n" not in message and "secret" not in message, message
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    for store in ("file:mlruns", "mlruns", address):  # a folder, since MLflow 3.17 no store
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+        try:
+            remote.check(["mlflow"], "x")
+        except UserError as error:
+            assert f"MLFLOW_TRACKING_URI={store}: " in str(error)
+        else:
+            assert (tmp_path / store.removeprefix("file:")).is_dir()  # an older MLflow
+
+
+def _refusal() -> str:
+    with pytest.raises(UserError) as caught:
+        remote.check(["mlflow"], "x")
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_deleted_experiment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    remote.check(["mlflow"], "x")
+    client = MlflowClient()
+    client.delete_experiment(client.get_experiment_by_name("x").experiment_id)
+    message = _refusal()
+    assert "name=x" in message and "deleted" in message
 
 
 @pytest.mark.slow

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from dlopt.errors import UserError
 from dlopt.tracking import Tracking
-from dlopt.tracking.remote import SERVICES, Remote, Scalars
+from dlopt.tracking.remote import CHECKS, SERVICES, Remote, Scalars
+from tests.support.line import refused
 
 
 class Fake:
@@ -118,3 +120,18 @@ def test_wandb_does_not_start_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WANDB_MODE", "offline")
     SERVICES["wandb"](tmp_path).begin({"name": "x"})
     assert received["settings"]["disable_git"] is True
+
+
+def _refuse(key: str, name: str) -> None:
+    raise UserError(f"{key}: name={name}: no store")
+
+
+@pytest.mark.parametrize("line", (["train"], ["train", "-m", "seed=0,1"], ["train", "experiment=lecture/clipping"]))
+def test_a_service_that_cannot_record_is_refused_before_the_run(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlopt.config.settings_rules.find_spec", lambda name: pytest.__spec__)  # installed
+    monkeypatch.setitem(CHECKS, "mlflow", _refuse)
+    message = refused(tmp_path, *line, "tracking=[tensorboard,mlflow]", "name=x")
+    assert "tracking=[tensorboard,mlflow]: name=x: no store" in message
+    assert not list(tmp_path.rglob("config.yaml"))
