@@ -6,8 +6,9 @@ exported or trained further has no adapters.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ class LoRALinear(Linear):
     """W x + b + alpha / r * B A x on [..., inputs], with frozen W and b (Hu et al. 2021, equation 3).
 
     A [r, inputs] is normal with variance 1 / inputs. B [outputs, r] is zero, so that the outputs are at first those of
-    `layer`, whose parameters this layer takes over.
+    `layer`, whose parameters this layer takes over. alpha / r is in float64 (MPS has none: in float32), whatever the
+    dtype of the layer.
     """
 
     lora_scale: Tensor
@@ -40,7 +42,7 @@ class LoRALinear(Linear):
         a = torch.randn(rank, layer.in_features, generator=generator) / math.sqrt(layer.in_features)
         self.lora_a = nn.Parameter(a.to(weight))
         self.lora_b = nn.Parameter(weight.new_zeros(layer.out_features, rank))
-        self.register_buffer(_SCALE, torch.tensor(alpha / rank).to(weight))
+        self.register_buffer(_SCALE, _exact(torch.tensor(alpha / rank, dtype=torch.float64), weight.device))
         # None instead of a dropout of zero: a layer without children counts as one layer in diagnostics.
         self.dropout = nn.Dropout(dropout) if dropout > 0 else None
 
@@ -50,8 +52,18 @@ class LoRALinear(Linear):
         outputs: Tensor = self._base(self, input) + nn.functional.linear(low_rank, self.lora_b)
         return outputs
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scale = self.lora_scale
+        super()._apply(fn, recurse)
+        self.lora_scale = _exact(scale, self.lora_scale.device)
+        return self
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={len(self.lora_a)}"
+
+
+def _exact(scale: Tensor, device: torch.device) -> Tensor:
+    return scale.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def none(*, model: nn.Module) -> None:
@@ -76,7 +88,9 @@ def lora(
 
     Raises `UserError` for a pattern without a match.
     """
-    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    # Also of a layer that has several names.
+    modules = (module for _, module in model.named_modules(remove_duplicate=False))
+    uses = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -129,8 +143,16 @@ def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in (_A, _B, _SCALE)}
 
 
+def has_adapters(weights: Mapping[str, Tensor]) -> bool:
+    """Returns whether the weights are of a model with adapters that are not merged."""
+    return any(name.rpartition(".")[2] == _SCALE for name in weights)
+
+
 def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights of the model without adapters: W + alpha / r * B A, computed in float64."""
+    """Returns the weights of the model without adapters: W + alpha / r * B A, computed in float64.
+
+    Their dtype is that of W, but at least float32: bf16 would round a small update.
+    """
     result = without_adapters(weights)
     for name in weights.keys() - result.keys():
         prefix = name.removesuffix(_A)
@@ -138,5 +160,6 @@ def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         a, b, scale = (weights[f"{prefix}{part}"].double() for part in (_A, _B, _SCALE))
         key = f"{prefix}weight"
-        result[key] = (weights[key].double() + scale * (b @ a)).to(weights[key].dtype)
+        dtype = torch.promote_types(weights[key].dtype, torch.float32)
+        result[key] = (weights[key].double() + scale * (b @ a)).to(dtype)
     return result
