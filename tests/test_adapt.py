@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training import checkpoint
 from dlopt.training.build import build_workload, load_weights
 from dlopt.training.optimizer import build_optimizer
+from dlopt.training.precision import Precision
 from tests.support.equality import Cases, compare
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.modes import DDP, FSDP
@@ -243,3 +245,80 @@ def test_refuses_modes_that_split_layers() -> None:
         UserError, match=r"^adapt=lora: not supported with parallel=filter, .*; use parallel=single, ddp or fsdp$"
     ):
         build_workload(experiment(*SMALL, *NET, *LORA), parallel=mode)
+
+
+# -- precision
+
+
+@pytest.mark.parametrize(("alpha", "rank"), [(5.0, 3), (1.0, 3), (0.7, 11)])
+def test_the_scale_is_exact_in_every_dtype(alpha: float, rank: int) -> None:
+    inputs = torch.randn(4, 16, dtype=torch.float64)
+    model = adapted(nn.Sequential(nn.Linear(16, 12)), rank, alpha=alpha)
+    for convert in (nn.Module.bfloat16, nn.Module.float, nn.Module.double):
+        assert convert(model)[0].lora_scale.item() == alpha / rank  # type: ignore[operator]
+    placed = Precision("fp64", torch.device("cpu")).place(adapted(nn.Sequential(nn.Linear(16, 12)), rank, alpha=alpha))
+    layer: Any = placed[0]  # type: ignore[index]
+    layer.lora_b.data.normal_()
+    weight, a, b = (each.detach().numpy() for each in (layer.weight, layer.lora_a, layer.lora_b))
+    expected = weight + alpha / rank * (b @ a)
+    error = abs(merged(placed.state_dict())["0.weight"].numpy() - expected).max()
+    assert error < 1e-15
+    outputs = (placed(inputs) - layer.bias).detach().numpy()
+    assert abs(outputs - inputs.numpy() @ expected.T).max() < 1e-14
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.005])
+def test_merging_keeps_a_small_update_of_bf16(fraction: float) -> None:
+    """Against NumPy in float64."""
+    model = Precision("bf16_pure", torch.device("cpu")).place(adapted(nn.Sequential(nn.Linear(64, 48)), 4))
+    layer: Any = model[0]  # type: ignore[index]
+    layer.lora_b.data.normal_()
+    update = 6 / 4 * layer.lora_b.double() @ layer.lora_a.double()
+    layer.lora_b.data *= (fraction * layer.weight.double().norm() / update.norm()).item()
+    weight, a, b = (each.detach().double().numpy() for each in (layer.weight, layer.lora_a, layer.lora_b))
+    update = 6 / 4 * b @ a
+    result = merged(model.state_dict())["0.weight"]
+    error = result.double().numpy() - weight - update
+    assert result.dtype == torch.float32
+    assert numpy.linalg.norm(error) < 1e-5 * numpy.linalg.norm(update)
+
+
+def test_layers_with_several_names_have_no_adapter() -> None:
+    layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = adapted(nn.Sequential(layer, other, layer))
+    assert type(model[0]) is nn.Linear and hasattr(model[1], "lora_a")  # type: ignore[index]
+
+
+def test_bf16_pure_evaluates_exports_and_loads_the_whole_update(base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    lines = [*SMALL, *NET, *LORA, f"init_from={base}", "epochs=1", "precision=bf16_pure", "optimizer=sgd"]
+    start(tmp_path / "run", *lines)
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    state = checkpoint.load(best)
+    model = state["model"]
+    weight, a, b = (model[f"layer1.linear.{name}"].double() for name in ("weight", "lora_a", "lora_b"))
+    update = 6 / 2 * b @ a
+    assert model["layer1.linear.weight"].dtype == torch.bfloat16 and update.norm() > 0
+    with pytest.warns(UserWarning, match=r"precision=bf16_pure: using fp32, because bf16 would round the merged"):
+        loaded = load(best)
+    assert export([f"checkpoint={best}", "format=safetensors", f"output={tmp_path / 'w.safetensors'}"]) == 0
+    for found in (loaded.module.state_dict()["layer1.linear.weight"],
+                  load_file(tmp_path / "w.safetensors")["model.layer1.linear.weight"]):  # fmt: skip
+        assert found.dtype == torch.float32
+        assert (found.double() - weight - update).norm() < 1e-5 * update.norm()
+    workload = build_workload(experiment(*lines), state)
+    workload.load(state)
+    inputs = workload.dataset.test.fetch(torch.arange(64))  # type: ignore[union-attr]
+    with torch.inference_mode():
+        evaluated = workload.module.eval()(workload.normalize(inputs).bfloat16()).float()
+        assert torch.allclose(loaded(inputs), evaluated, rtol=0, atol=0.02 * evaluated.abs().max().item())
+    assert evaluate([f"checkpoint={best}"]) == 0
+
+
+def test_loads_fp64_without_rounding(tmp_path: Path) -> None:
+    start(tmp_path / "run", *SMALL, *NET, "epochs=1", "precision=fp64")
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    state, model = checkpoint.load(best), load(best)
+    assert all(torch.equal(value, state["model"][name]) for name, value in model.module.state_dict().items())
+    assert all(torch.equal(value, state["normalize"][name]) for name, value in model.normalize.state_dict().items())

@@ -102,11 +102,12 @@ class MeanPixel(ScaleShift):
         self._factor = scale
         if values is not None:
             _check_count("values", values, input_shape)
-            self._set_mean(torch.tensor(values))
+            self._set_mean(torch.tensor(values, dtype=torch.float64))
 
     def fit(self, samples: Samples) -> None:
-        if self._fixed is None:
-            self._set_mean(moments(samples)[0])
+        # Fixed means again, because the buffers may have another dtype now.
+        mean = moments(samples)[0] if self._fixed is None else torch.tensor(self._fixed, dtype=torch.float64)
+        self._set_mean(mean)
 
     def _set_mean(self, mean: Tensor) -> None:
         self._set(torch.full_like(self.scale, self._factor), -self._factor * mean)

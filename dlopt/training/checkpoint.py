@@ -270,7 +270,10 @@ def _copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the weights that the run has evaluated: the average, if there is one, with adapters merged."""
+    """Returns the weights that the run has evaluated: the average, if there is one, with adapters merged.
+
+    Merged weights are at least float32, also if those of the checkpoint are bf16.
+    """
     return merged(state["ema"] or state["model"])
 
 

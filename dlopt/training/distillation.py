@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlopt.config.teacher import teacher_file
 from dlopt.data.identity import difference
@@ -38,7 +38,11 @@ def with_teacher(workload: Workload) -> Workload:
         raise UserError(f"{key}: {error}") from error
     if (mismatch := _mismatch(trained, workload)) is not None:
         raise UserError(f"{key}: {mismatch}")
-    model = trained.precision.autocast(trained.module.requires_grad_(False))
+    module, dtype = trained.module.requires_grad_(False), trained.precision.dtype
+    model = trained.precision.autocast(
+        # Inputs have the precision of the run.
+        module if dtype == workload.precision.dtype else lambda inputs: module(_as(inputs, dtype))
+    )
     is_text = workload.task.vocabulary is not None
     has_same = is_text or _are_equal(trained.normalize, workload.normalize)
     note = f"teacher: {path}, epoch {trained.epoch}"
@@ -47,6 +51,10 @@ def with_teacher(workload: Workload) -> Workload:
     if (found := difference(trained.identity, workload.dataset.identity)) is not None:
         note = f"{note}; warning: it was trained on other data than this run's: {found}"
     return replace(workload, teacher=Teacher(model, None if has_same else trained.normalize, note))
+
+
+def _as(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
 def _mismatch(trained: Trained, workload: Workload) -> str | None:

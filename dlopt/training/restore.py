@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlopt.adapt import has_adapters
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
@@ -44,13 +45,17 @@ class Trained:
     tokenizer: Tokenizer | None = None  # of a text that is not read byte by byte
     identity: Identity | None = None  # of the training data; None: the checkpoint is of an older dlopt
     foreign: str | None = None  # that the checkpoint is of another run than its folder
+    is_widened: bool = False  # in fp32 instead of bf16_pure
 
     @property
     def warning(self) -> str | None:
         """How the model differs from the one that the run evaluated."""
-        is_exact = self.config["norm_statistics"] != "running"
-        exact = "norm_statistics=exact: needs the training data; using the running statistics instead"
-        return "; ".join(filter(None, (self.foreign, exact if is_exact else None))) or None
+        lines = [] if self.foreign is None else [self.foreign]
+        if self.config["norm_statistics"] != "running":
+            lines.append("norm_statistics=exact: needs the training data; using the running statistics instead")
+        if self.is_widened:
+            lines.append("precision=bf16_pure: using fp32, because bf16 would round the merged update of the adapters")
+        return "; ".join(lines) or None
 
     @torch.inference_mode()
     def outputs(self, inputs: Tensor) -> Tensor:
@@ -69,6 +74,7 @@ class Trained:
 def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.device], Mode] = Mode) -> Trained:
     """Builds the model of the checkpoint `path`, its config changed by `overrides`. Raises `UserError`.
 
+    Adapters are merged into their layers, and a model with precision=bf16_pure then uses fp32.
     `join`: returns the mode of this process, given the device of the config.
     """
     state = load(path)
@@ -79,18 +85,22 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     set_threads(settings.threads, mode.ranks.local_processes)
     device = mode.device
     precision = choose_precision(settings.precision, device)
+    if is_widened := precision.name == "bf16_pure" and has_adapters(state["model"]):
+        precision = choose_precision("fp32", device)
     sample, window = tuple(facts["sample"]), tuple(facts["window"])
     classes = None if facts["classes"] is None else tuple(facts["classes"])
     normalize: nn.Module = experiment.normalize.build(input_shape=sample)
     task = Task(**facts["task"])
     module: nn.Module = experiment.model.build(**model_arguments(task, window))
     loss: nn.Module = experiment.loss.build(classes=task.classes, labels=task.labels)
+    # Placed first: loading rounds to the present dtype.
+    normalize, module = precision.place_data(normalize), precision.place(module)
     normalize.load_state_dict(state["normalize"])
     module.load_state_dict(evaluated_weights(state))
     return Trained(
         mode=mode,
-        normalize=precision.place_data(normalize).eval(),
-        module=precision.place(module).eval(),
+        normalize=normalize.eval(),
+        module=module.eval(),
         loss=precision.place_data(loss).eval(),
         precision=precision,
         classes=classes,
@@ -103,6 +113,7 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
         tokenizer=Tokenizer(facts["tokenizer"], f"checkpoint={path}") if "tokenizer" in facts else None,
         identity=facts.get("identity"),
         foreign=foreign(path, state),
+        is_widened=is_widened,
     )
 
 
