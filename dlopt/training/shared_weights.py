@@ -33,8 +33,8 @@ class _Span:
 def _span(name: str, tensor: Tensor) -> _Span:
     if tensor.is_meta or is_sharded_tensor(tensor) or not tensor.untyped_storage().data_ptr():
         # Without a memory of its full shape. Shared ones are one object.
-        like = torch.empty(tensor.shape, device="meta")
-        return _Span(name, ("object", id(tensor)), 0, tuple(like.shape), like.stride())
+        size = tuple(map(int, tensor.shape))
+        return _Span(name, ("object", id(tensor)), 0, size, torch.empty(size, device="meta").stride())
     memory = ("storage", tensor.untyped_storage().data_ptr())
     return _Span(name, memory, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 

@@ -127,6 +127,15 @@ def test_a_run(teacher: Path, tmp_path: Path) -> None:
         shutil.move(teacher_away, teacher)
 
 
+def test_a_teacher_with_adapters_in_bf16(tmp_path: Path) -> None:
+    """Its merged weights are fp32, next to a student in bf16."""
+    line = [*STUDENT, "precision=bf16_pure", "optimizer=sgd", "epochs=1"]
+    start(tmp_path / "teacher", *line, "adapt=lora")
+    path = tmp_path / "teacher/checkpoints/best.pt"
+    summary = start(tmp_path / "student", *line, "loss=distillation", f"loss.teacher={path}")
+    assert summary["status"] == "finished"
+
+
 def test_an_interrupted_run_is_the_same(teacher: Path, tmp_path: Path) -> None:
     line = distilled(teacher, "augmentation=crop_flip", "model.dropout=0.2")
     start(tmp_path / "whole", *line)

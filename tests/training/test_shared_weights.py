@@ -94,8 +94,9 @@ class Autoencoder(nn.Module):
         self.again = self.middle
         self.decoder = nn.Linear(3, 4)
         self.decoder.weight = nn.Parameter(self.encoder.weight.data.t())
-        self.register_buffer("scale", torch.rand(3))
-        self.middle.register_buffer("scale", self.scale)
+        scale = torch.rand(3)
+        self.register_buffer("scale", scale)
+        self.middle.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.again(self.middle(self.encoder(x) * self.scale)))

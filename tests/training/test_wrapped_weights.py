@@ -117,7 +117,7 @@ def test_parallel_wrappers(tmp_path: Path) -> None:
     compiled = torch.compile(wrapped)
     check(tmp_path, {"model": compiled.state_dict()}, source)  # type: ignore[attr-defined]
     # The names of FSDP without its hooks, as its parameters and optimizers have them.
-    sharded = net(1)
+    sharded: Any = net(1)
     sharded.layer1 = FullyShardedDataParallel(sharded.layer1, use_orig_params=True, device_id=torch.device("cpu"))
     names = [name for name, _ in sharded.named_parameters()]
     assert "layer1._fsdp_wrapped_module.weight" in names
