@@ -255,7 +255,7 @@ def test_the_scale_is_exact_in_every_dtype(alpha: float, rank: int) -> None:
     inputs = torch.randn(4, 16, dtype=torch.float64)
     model = adapted(nn.Sequential(nn.Linear(16, 12)), rank, alpha=alpha)
     for convert in (nn.Module.bfloat16, nn.Module.float, nn.Module.double):
-        assert adapted_layers(convert(model))[0].lora_scale.item() == alpha / rank  # type: ignore[operator]
+        assert adapted_layers(convert(model))[0].lora_scale.item() == alpha / rank
     placed = Precision("fp64", torch.device("cpu")).place(adapted(nn.Sequential(nn.Linear(16, 12)), rank, alpha=alpha))
     layer: Any = placed[0]  # type: ignore[index]
     layer.lora_b.data.normal_()

@@ -36,7 +36,7 @@ def _span(name: str, tensor: Tensor) -> _Span:
         size = tuple(map(int, tensor.shape))
         return _Span(name, ("object", id(tensor)), 0, size, torch.empty(size, device="meta").stride())
     memory = ("storage", tensor.untyped_storage().data_ptr())
-    return _Span(name, memory, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return _Span(name, memory, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
 def shared_spans(tensors: Mapping[str, Tensor]) -> list[list[_Span]]:
