@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dlopt.errors import UserError
+from dlopt.plain import is_below
 from dlopt.ranges import NonNegative, PositiveFraction
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -64,10 +66,9 @@ def parameter_groups(
     """Groups the trainable parameters for an optimizer with these `arguments`; equal settings share a group.
 
     Rules apply in order: multipliers accumulate, later rules override other settings. `layer_decay` d multiplies the
-    learning rate of the i-th of n weight layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder
-    2018, Clark et al. 2020). `decay_norm_and_bias=False` excludes normalization parameters, biases and embeddings
-    (also where the output layer uses their weights) from decay, for every optimizer. Frozen parameters do not require
-    gradients. Raises `UserError` for rules without effect.
+    learning rate of the i-th of n layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder 2018,
+    Clark et al. 2020); see `_layers`. `decay_norm_and_bias=False` excludes parameters from decay, for every optimizer;
+    see `_decays`. Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
     """
     rate, decay = _layer_rates(model, grouping.layer_decay), _decays(model, decay_norm_and_bias)
     names = dict(model.named_parameters())
@@ -113,20 +114,84 @@ def _scaled(arguments: Mapping[str, Any], rate: float, decay: float) -> dict[str
 
 
 def _decays(model: nn.Module, decay_norm_and_bias: bool) -> dict[str, float]:
-    layers = [module for module in model.modules() if isinstance(module, _WITHOUT_DECAY)]
-    without_decay = {parameter for layer in layers for parameter in layer.parameters(recurse=False)}
+    """Returns multipliers of the decay by name.
+
+    The rule is timm's (`param_groups_weight_decay`): no decay for parameters of at most one dimension (biases, gains of
+    norms of any package, scalars, `gamma` of LayerScale, slopes of PReLU), and none for those that the model, or a part
+    of it, lists by `no_weight_decay()` (names or patterns). Nor for the parameters of norm layers and of embeddings:
+    tokens and positions of a GPT, also where the output layer uses their weights, as in minGPT; nanoGPT and Hugging
+    Face's trainer decay these. In models without a list, neither biases, positions and class tokens by their usual
+    names, nor vectors in a shape that broadcasts ([1, 1, 1, C] of a global response norm) decay.
+    """
+    names = dict(model.named_parameters())
+    if decay_norm_and_bias:
+        return dict.fromkeys(names, 1.0)
+    exempt = {p for module in model.modules() if isinstance(module, _WITHOUT_DECAY) for p in module.parameters(False)}
+    lists = _no_decay_lists(model)
     decays = {}
-    for name, parameter in model.named_parameters():
-        exempt = parameter in without_decay or "bias" in name.rpartition(".")[2]
-        decays[name] = 0.0 if exempt and not decay_norm_and_bias else 1.0
+    for name, parameter in names.items():
+        own = [(prefix, patterns) for prefix, patterns in lists.items() if name.startswith(prefix)]
+        is_listed = any(fnmatchcase(name, f"{prefix}{pattern}") for prefix, patterns in own for pattern in patterns)
+        is_named = not own and _is_usually_exempt(model, name, parameter)
+        is_bias = "bias" in name.rpartition(".")[2]
+        is_exempt = parameter.ndim <= 1 or is_bias or parameter in exempt or is_listed or is_named
+        decays[name] = 0.0 if is_exempt else 1.0
     return decays
 
 
+def _no_decay_lists(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Returns the lists of `no_weight_decay` by the prefix of their modules; that of a module holds for all of it."""
+    lists: dict[str, tuple[str, ...]] = {}
+    for path, module in model.named_modules():
+        listed, prefix = getattr(module, "no_weight_decay", None), f"{path}." if path else ""
+        if listed is not None and not any(prefix.startswith(other) for other in lists):
+            lists[prefix] = tuple(map(str, (listed() if callable(listed) else listed) or ()))
+    return lists
+
+
+_POSITIONS_AND_TOKENS = (
+    "pos_embed", "pos_embedding", "position_embedding", "position_embeddings", "positional_embedding", "positions",
+    "cls_token", "class_token", "class_embedding", "dist_token", "mask_token", "reg_token", "register_tokens",
+)  # fmt: skip
+_MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def _is_usually_exempt(model: nn.Module, name: str, parameter: Tensor) -> bool:
+    path, _, last = name.rpartition(".")
+    if last in _POSITIONS_AND_TOKENS:
+        return True
+    is_vector = parameter.ndim > 2 and parameter.numel() == max(parameter.shape, default=0)
+    return is_vector and not isinstance(model.get_submodule(path), _MATRICES)
+
+
 def _layer_rates(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
-    """Returns multipliers by name. A weight of two or more dimensions starts a layer, with its bias and norm."""
-    layer, layers = -1, {}
+    """Returns multipliers of the learning rate by name."""
+    if layer_decay is None:
+        return {name: 1.0 for name, _ in model.named_parameters()}
+    layers = _layers(model)
+    last = max(layers.values())
+    return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    """Returns the layer of each parameter, from 0 at the input.
+
+    Models with a `group_matcher`, as those of timm, have the layers of timm's `param_groups_layer_decay`, as in BEiT and
+    MAE. Otherwise a weight of two or more dimensions starts a layer, with its bias and norm, and a module with
+    `is_one_layer` is one layer: patches, positions and class token, a block of a transformer, a recurrent layer.
+    """
+    if hasattr(model, "group_matcher") and find_spec("timm") is not None:
+        from timm.models import group_parameters
+
+        layers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        last = max(layers.values(), default=0)
+        return {name: layers.get(name, last) for name, _ in model.named_parameters()}
+    units = [prefix for prefix, module in model.named_modules() if getattr(module, "is_one_layer", False)]
+    layer, found, unit = -1, dict[str, int](), ""
     for name, parameter in model.named_parameters():
-        layer += parameter.ndim > 1 and name.rpartition(".")[2] not in ADAPTERS
-        layers[name] = max(layer, 0)
-    decay = 1.0 if layer_decay is None else layer_decay
-    return {name: decay ** (max(layer, 0) - depth) for name, depth in layers.items()}
+        owner = next((prefix for prefix in units if is_below(name, (prefix,))), "")
+        is_matrix = parameter.ndim > 1 and name.rpartition(".")[2] not in ADAPTERS
+        layer += owner != unit if owner else is_matrix
+        unit = owner
+        found[name] = max(layer, 0)
+    return found

@@ -1,5 +1,7 @@
 """Parameter groups: rules by name, decay of norms and biases, layer-wise learning rates."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -131,3 +133,88 @@ def test_embeddings_count_as_norm_and_bias() -> None:
 def test_biases_of_attention_are_biases() -> None:
     found = groups(nn.MultiheadAttention(4, 2), decay=False)
     assert {name for name, group in found.items() if group} == {"in_proj_bias", "out_proj.bias"}
+
+
+TIMM = [
+    "vit_tiny_patch16_224", "vit_little_patch16_reg4_gap_256", "deit_tiny_distilled_patch16_224", "cait_xxs24_224",
+    "convnext_atto", "convnextv2_atto", "swin_tiny_patch4_window7_224", "mixer_s32_224", "efficientnet_b0", "resnet18",
+    "xcit_nano_12_p16_224",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def timm_models() -> dict[str, nn.Module]:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        return {name: timm.create_model(name, pretrained=False) for name in TIMM}
+
+
+def decayed(found: list[dict[str, Any]], model: nn.Module, default: float) -> dict[str, float]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: group.get("weight_decay", default) for group in found for p in group["params"]}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_decay_equals_the_groups_of_timm(name: str, timm_models: dict[str, nn.Module]) -> None:
+    from timm.optim import param_groups_weight_decay
+
+    model = timm_models[name]
+    listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    expected = decayed(param_groups_weight_decay(model, 0.2, no_weight_decay_list=listed), model, 0.2)
+    found = groups(model, decay=False)
+    assert {parameter: 0.2 if not group else group["weight_decay"] for parameter, group in found.items()} == expected
+    assert 0 < sum(value == 0 for value in expected.values()) < len(expected)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_layer_decay_equals_the_scales_of_timm(name: str, timm_models: dict[str, nn.Module]) -> None:
+    """All parameters of the input stage (patches, class token, positions) have one rate, and each block."""
+    from timm.optim import param_groups_layer_decay
+
+    model = timm_models[name]
+    names = {parameter: each for each, parameter in model.named_parameters()}
+    scales = {
+        names[p]: group["lr_scale"]
+        for group in param_groups_layer_decay(model, layer_decay=0.75) for p in group["params"]
+    }  # fmt: skip
+    rates = {each: group.get("lr", 0.1) for each, group in groups(model, layer_decay=0.75).items()}
+    assert rates == pytest.approx({each: 0.1 * scale for each, scale in scales.items()}, rel=1e-12)
+
+
+class Foreign(nn.Module):
+    """Parameters as other packages have them, without `no_weight_decay`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 1, (1, 4))  # [1, 1, 1, 4]: a weight, although it has the shape of a gain
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 4))
+        self.grn = nn.ParameterDict({name: nn.Parameter(torch.zeros(1, 1, 1, 4)) for name in ("gamma", "beta")})
+        self.layer_scale = nn.Parameter(torch.zeros(4, 1, 1))
+        self.rms = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(4))})
+        self.logit_scale = nn.Parameter(torch.tensor(1.0))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+        self.recurrent = nn.LSTM(4, 4)
+        self.slope = nn.PReLU(4)
+        self.out = nn.Linear(4, 1)  # [1, 4]
+
+
+class Lists(Foreign):
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "grn.*"}
+
+
+class Wraps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Lists()
+
+
+def test_parameters_of_foreign_models() -> None:
+    decays = {"patches.weight", "recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "out.weight"}
+    assert {name for name, group in groups(Foreign(), decay=False).items() if not group} == decays
+    # A list is complete, as in timm: what it does not name decays from two dimensions on.
+    listed = decays | {"cls_token", "layer_scale"}
+    assert {name for name, group in groups(Lists(), decay=False).items() if not group} == listed
+    wrapped = groups(Wraps(), decay=False)
+    assert {name for name, group in wrapped.items() if not group} == {f"body.{name}" for name in listed}

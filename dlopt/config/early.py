@@ -12,6 +12,7 @@ from dlopt.config.settings import GROUPS, Settings
 from dlopt.config.settings_rules import check_settings
 from dlopt.config.signatures import annotations_of
 from dlopt.errors import UserError
+from dlopt.metric_names import former_mode
 from dlopt.plain import flatten, is_below
 
 # Keys that all choices of a group have, in addition to those of their callables.
@@ -29,6 +30,7 @@ def run_settings(config: Mapping[str, Any]) -> Settings:
     keys = {key: value for key, value in config.items() if key not in GROUPS}
     if isinstance(keys.get("observers", []), list):
         keys["observers"] = []  # components: `own_observers` checks them
+    keys.setdefault("monitor_mode", former_mode(flatten(config)))  # absent in older configs
     settings = Settings(**check_arguments("", Settings, keys, related=GROUPS))
     check_settings(settings)
     return settings

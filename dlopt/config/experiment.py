@@ -8,7 +8,7 @@ from dlopt.config.schema import Component
 from dlopt.config.settings import Settings as Settings
 from dlopt.data.settings import DataSettings
 from dlopt.parameters import Grouping
-from dlopt.schedules import Warmup
+from dlopt.schedules import Factor, Horizon, Warmup
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ GROUPS: Mapping[str, ConfigGroup] = {
     "adapt": ConfigGroup(("model", "generator"), absent="dlopt.adapt.none"),
     "loss": ConfigGroup(("classes", "class_counts", "labels", "label_fractions")),
     "optimizer": ConfigGroup(("params",), Grouping),
-    "schedule": ConfigGroup(("horizon",), Warmup),
+    "schedule": ConfigGroup(("horizon", "monitor_mode"), Warmup),
     "clip": ConfigGroup(("model",)),
-    "stopping": ConfigGroup(("model", "norm")),
+    "stopping": ConfigGroup(("model", "norm", "monitor_mode")),
     "parallel": ConfigGroup(("device", "accumulate", "batch_size", "precision", "threads")),
 }
 
@@ -69,6 +69,11 @@ class Experiment:
     own_metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # of evaluate.metrics, by name
     own_observers: Sequence[Component] = ()
     auto_lr: bool = False  # optimizer.lr=auto: a learning-rate range test runs first
+
+    def build_schedule(self, horizon: Horizon) -> Factor:
+        """Builds the schedule for a run of this length, without its warmup."""
+        factor: Factor = self.schedule.build(horizon=horizon, monitor_mode=self.settings.monitor_mode)
+        return factor
 
     def read_data(self, settings: DataSettings | None = None, *, saved_tokenizer: str | None = None) -> Any:
         """Returns the `Dataset`, before the settings of all datasets are applied. Raises `UserError`.

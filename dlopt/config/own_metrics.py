@@ -7,10 +7,10 @@ from typing import Any, get_args
 from dlopt.config.schema import resolve_target
 from dlopt.config.settings import ExtraMetric
 from dlopt.errors import UserError, did_you_mean
+from dlopt.metric_names import EVALUATED
 
 BUILT_IN: tuple[str, ...] = get_args(ExtraMetric)
-# Names of other metrics of an evaluation: {split}_loss, {split}_accuracy, ...
-_RESERVED = (*BUILT_IN, "loss", "accuracy", "worst_class_accuracy", "token_accuracy", "bits_per_byte", "perplexity")
+_RESERVED = (*BUILT_IN, *EVALUATED)
 
 
 def own_metrics(entries: Sequence[str], packages: Iterable[str]) -> dict[str, Callable[..., Any]]:

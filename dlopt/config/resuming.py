@@ -11,6 +11,7 @@ from dlopt.config.overrides import without
 from dlopt.data.settings import DataSettings
 from dlopt.errors import UserError
 from dlopt.folders import SPACE, RunFolder, newest
+from dlopt.metric_names import former_mode
 from dlopt.plain import flatten
 from dlopt.roles import Role
 
@@ -57,6 +58,8 @@ def _has_config(run: RunFolder, config: Mapping[str, Any]) -> bool:
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns by dotted key the (saved, current) values that differ, without those of keys that `may_change`."""
     old, new = {**_UNUSED, **flatten(saved)}, {**_UNUSED, **flatten(current)}
+    for config in (old, new):  # absent in older configs
+        config.setdefault("monitor_mode", former_mode(config))
     if old.get("ema") is None:
         new["ema_warmup"] = old["ema_warmup"]  # there is no average, whose warmup could differ
     keys = [key for key in old | new if not may_change(key)]

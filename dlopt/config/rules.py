@@ -13,6 +13,7 @@ from dlopt.config.settings_rules import check_monitor
 from dlopt.errors import UserError
 from dlopt.init import default
 from dlopt.losses import Distillation
+from dlopt.metric_names import Mode, known_mode
 from dlopt.optim.traits import is_schedule_free
 
 _PER_CORE = 64  # threads and data workers per core; larger values are almost certainly typos
@@ -22,10 +23,7 @@ PROCESSES_PER_CORE = 16  # training processes per core, each of which imports to
 def check_combinations(experiment: Experiment) -> None:
     """Checks what is known before data are read, after `check_settings`. Raises `UserError`."""
     settings = experiment.settings
-    if "monitor" in experiment.stopping.arguments:
-        check_monitor("stopping.monitor", experiment.stopping.arguments["monitor"], experiment.own_metrics)
-    if (monitor := experiment.schedule.arguments.get("monitor")) in [f"val_{name}" for name in experiment.own_metrics]:
-        check_monitor("schedule.monitor", monitor, experiment.own_metrics)
+    _check_monitors(experiment)
     if experiment.auto_lr and settings.scale_lr != "none":
         raise UserError(
             f"scale_lr={settings.scale_lr}: optimizer.lr=auto already chooses the learning rate for this batch size; "
@@ -62,6 +60,50 @@ def check_combinations(experiment: Experiment) -> None:
         _check_pixels(experiment)
     if experiment.loss.target is Distillation:
         _check_distillation(experiment)
+
+
+def _check_monitors(experiment: Experiment) -> None:
+    """Checks the monitored metrics and their directions; with monitor=auto, `extra_metrics` knows which one it is."""
+    settings, own = experiment.settings, [f"val_{name}" for name in experiment.own_metrics]
+    mode, plateau = settings.monitor_mode, experiment.schedule.arguments
+    monitors = {"monitor": settings.monitor}
+    if "monitor" in experiment.stopping.arguments:
+        monitors["stopping.monitor"] = experiment.stopping.arguments["monitor"]
+        check_monitor("stopping.monitor", monitors["stopping.monitor"], experiment.own_metrics, mode)
+    if "monitor" in plateau:
+        metric, direction = plateau["monitor"], plateau.get("mode", "auto")
+        known = known_mode(metric) or (mode if metric in monitors.values() else None)
+        if direction != "auto" and known not in (None, direction):
+            raise UserError(
+                f"schedule.mode={direction}: {metric} is better when {_BETTER[known]}; set schedule.mode=auto"
+            )
+        if direction == "auto":
+            monitors["schedule.monitor"] = metric
+        if direction == "auto" and metric in own:
+            check_monitor("schedule.monitor", metric, experiment.own_metrics, mode)
+    if mode is None:
+        return
+    described = dict.fromkeys(metric for metric in monitors.values() if metric in own)
+    if len(described) > 1:
+        raise UserError(
+            f"monitor_mode={mode}: cannot hold for {' and '.join(described)}, which are two metrics of your own; "
+            "monitor one of them"
+        )
+    if not described and settings.monitor != "auto":
+        check_mode(settings.monitor, mode)
+
+
+_BETTER = {"min": "smaller", "max": "larger"}
+
+
+def check_mode(monitor: str, mode: Mode | None) -> None:
+    """Raises `UserError` if `monitor_mode` contradicts the direction of a metric of dlopt."""
+    known = known_mode(monitor)
+    if known is not None and mode not in (None, known):
+        raise UserError(
+            f"monitor_mode={mode}: {monitor} is better when {_BETTER[known]}; set monitor_mode=null, which is for "
+            "metrics of your own"
+        )
 
 
 def _learning_rate(optimizer: Component) -> Any:

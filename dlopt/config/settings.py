@@ -102,6 +102,7 @@ class Settings:
     on_out_of_memory: Annotated[Literal["stop", "halve"], Role.WATCH]
     norm_statistics: Annotated[Literal["running", "exact"], Role.PROTOCOL]
     monitor: Annotated[str, Role.PROTOCOL]
+    monitor_mode: Annotated[Literal["min", "max"] | None, Role.PROTOCOL]
     evaluate: EvaluateSettings
     checkpoint: CheckpointSettings
     tracking: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], Role.WATCH]

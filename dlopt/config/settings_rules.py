@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from dlopt.config.settings import ExtraMetric, Settings
 from dlopt.errors import UserError, did_you_mean, install
-from dlopt.metric_names import HIGHER, LOWER, has_direction
+from dlopt.metric_names import Mode
 
 _MAX_NAME = 100
 MONITORS = ("auto", "val_loss", "val_accuracy")
@@ -27,7 +27,7 @@ def check_settings(settings: Settings) -> None:
         raise UserError(f"dry_run=true: estimates a whole run, not the rest of one; leave out resume={settings.resume}")
     _check_tracking(settings.tracking)
     own = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
-    check_monitor("monitor", settings.monitor, own)
+    check_monitor("monitor", settings.monitor, own, settings.monitor_mode)
     _check_diagnostics(settings)
     every = settings.evaluate
     if every.every_steps is not None and every.every_epochs != 1:
@@ -65,14 +65,14 @@ def _check_tracking(sinks: list[Any]) -> None:
             raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; {install(f'dlopt[{sink}]')}")
 
 
-def check_monitor(key: str, monitor: str, own: Iterable[str] = ()) -> None:
+def check_monitor(key: str, monitor: str, own: Iterable[str], mode: Mode | None) -> None:
+    """Raises `UserError` for an unknown metric, and for one of the user's `own` without a `mode`."""
     own = [f"val_{name}" for name in own]
     allowed = (*MONITORS, *_EXTRA, *own)
-    if monitor in own and not has_direction(monitor):
-        higher, lower = (", ".join(f"_{word}" for word in words) for words in (HIGHER, LOWER))
+    if monitor in own and mode is None:
         raise UserError(
-            f"{key}={monitor}: whether a larger value is better must follow from the name of the function; let it end "
-            f"in one of {higher} (larger) or {lower} (smaller)"
+            f"{key}={monitor}: whether smaller or larger values of your own metric are better must be set: "
+            "monitor_mode=min or monitor_mode=max"
         )
     if monitor not in allowed and not monitor.startswith(CLASS):
         raise UserError(

@@ -32,6 +32,8 @@ class RecurrentLayer(nn.Module):
     [B, T, inputs] -> [B, T, hidden].
     """
 
+    is_one_layer = True  # see `dlopt.parameters`
+
     def __init__(self, inputs: int, hidden: int, norm: Norm) -> None:
         super().__init__()
         self.input = nn.Linear(inputs, hidden, bias=norm.bias)
@@ -55,6 +57,8 @@ class LSTMLayer(nn.Module):
     i, f, g, o = norm(W x_t) + norm(U h_{t-1}) + b; c_t = s(f + forget_bias) c_{t-1} + s(i) tanh(g);
     h_t = s(o) tanh(norm(c_t)): the three normalizations of Ba, Kiros & Hinton 2016, equations 20 to 22.
     """
+
+    is_one_layer = True  # see `dlopt.parameters`
 
     def __init__(self, inputs: int, hidden: int, forget_bias: float, norm: Norm) -> None:
         super().__init__()

@@ -15,6 +15,8 @@ from dlopt.ranges import Count, Depth, Fraction, Positive
 class PatchEmbedding(nn.Module):
     """[B, C, H, W] -> [B, 1 + patches, width]: class token and one token per patch, plus learned positions."""
 
+    is_one_layer = True  # see `dlopt.parameters`
+
     def __init__(self, channels: int, width: int, patch: int, patches: int, dropout: float) -> None:
         super().__init__()
         self.project = nn.Conv2d(channels, width, patch, stride=patch)
@@ -22,6 +24,9 @@ class PatchEmbedding(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, 1 + patches, width))
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.positions, std=0.02)
+
+    def no_weight_decay(self) -> tuple[str, ...]:
+        return "class_token", "positions"
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.project(images).flatten(2).transpose(1, 2)
@@ -65,6 +70,8 @@ class TransformerBlock(nn.Module):
     `pre_norm`: x + f(norm(x)), as in the vision transformer; else norm(x + f(x)), as in Vaswani et al. 2017, which
     does not train without warmup (Xiong et al. 2020).
     """
+
+    is_one_layer = True  # see `dlopt.parameters`
 
     def __init__(self, width: int, heads: int, expansion: float, *, pre_norm: bool, dropout: float, norm: Norm) -> None:
         super().__init__()

@@ -109,7 +109,7 @@ def summary_csv(ranking: Ranking, target: float | None, *, test: bool) -> str:
             reference = known.get(id(row))
             cells += [reference and reference.measured and reference.measured.mean, reference and reference.published]
         if target is not None:
-            reached = time_to_target(row, ranking.by, target)
+            reached = time_to_target(row, ranking.by, target, ranking.lower)
             cells += [target, reached.count, _mean_and_std(reached.steps)[0], _mean_and_std(reached.seconds)[0]]
         cells += [tags_text(row)] if has_tags else []
         cells += [" ".join(short_path(run.path) for run in row.runs), row.command or ""]

@@ -6,14 +6,14 @@ test metrics would select on the test set.
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from dlopt.config.keys import is_seed, role_of
 from dlopt.config.overrides import key_of
-from dlopt.metric_names import lower_is_better
+from dlopt.metric_names import NONE, Mode, Modes, common_modes, lower_is_better
 from dlopt.plain import flatten, is_below
 from dlopt.roles import Role
 
@@ -143,8 +143,14 @@ class Leaderboard:
     rows: Sequence[Row] = ()
 
 
-def direction_of(metric: str) -> Direction:
-    return "minimize" if lower_is_better(metric) else "maximize"
+def direction_of(metric: str, modes: Modes = NONE) -> Direction:
+    """Returns the direction of the metric; `modes`: those of users' metrics. Raises `UserError` if it is unknown."""
+    return "minimize" if lower_is_better(metric, modes) else "maximize"
+
+
+def modes_of(records: Iterable[Record]) -> dict[str, Mode]:
+    """Returns the directions of the user's metrics on which the runs that monitor them agree."""
+    return common_modes(flatten(record.config) for record in records)
 
 
 def leaderboard(
@@ -152,12 +158,13 @@ def leaderboard(
 ) -> Leaderboard:
     """Ranks configurations by the mean of `metric` over seeds, best first, those without a value last.
 
-    `metric`: by default `best_val_accuracy` if any run has it, else `best_val_loss`.
+    `metric`: by default `best_val_accuracy` if any run has it, else `best_val_loss`. Raises `UserError` if its
+    direction is unknown.
     """
     if metric is None:
         has_accuracy = any(entry.metric("best_val_accuracy") is not None for entry in entries)
         metric = "best_val_accuracy" if has_accuracy else "best_val_loss"
-    direction = direction_of(metric) if direction is None else direction
+    direction = direction_of(metric, modes_of(entries)) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
     rows = [replace(row, value=row.statistic(metric)) for row in _grouped(entries)]
     rows.sort(key=lambda row: math.inf if row.value is None else sign * row.value.mean)

@@ -13,8 +13,9 @@ from dlopt import formats
 from dlopt.config.keys import LABELS
 from dlopt.formats import format_value as text
 from dlopt.formats import printable
+from dlopt.metric_names import mode_of
 from dlopt.results import reading
-from dlopt.results.leaderboard import direction_of
+from dlopt.results.leaderboard import modes_of
 from dlopt.results.reading import Condition, Damaged, Record, RunReader, value_of
 from dlopt.tracking.layout import FittedTable, plain_table, short_path
 
@@ -46,7 +47,8 @@ class Query:
 def _sorted(records: list[Record], key: str) -> list[Record]:
     """Sorts numbers before strings, runs without a value last."""
     is_metric = any(key.removeprefix("best_") in record.metrics for record in records)
-    sign = -1 if is_metric and direction_of(key) == "maximize" else 1
+    # Without a known direction in the order of the values, like a key of the config.
+    sign = -1 if is_metric and mode_of(key, modes_of(records)) == "max" else 1
 
     def order(record: Record) -> tuple[int, float, str]:
         value = value_of(record, key)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.formats import brief, format_metric, printable
-from dlopt.metric_names import lower_is_better
+from dlopt.metric_names import mode_of
 from dlopt.results import drawing
 from dlopt.results.columns import (
     FIRST,
@@ -21,7 +21,7 @@ from dlopt.results.columns import (
     tags_text,
     test_columns,
 )
-from dlopt.results.leaderboard import ENDED, Record
+from dlopt.results.leaderboard import ENDED, Record, modes_of
 from dlopt.results.plots import SPREADS, Scale
 from dlopt.results.ranking import (
     AXES,
@@ -90,8 +90,9 @@ def _columns(ranking: Ranking, metrics: Sequence[str], tests: Sequence[str]) -> 
         numbers = all(is_number(row.values.get(key, 0)) for row in ranking.rows)
         columns.append({"id": f"key {key}", "name": short_key(key, ranking.keys), "full": key, "number": numbers})
     columns.append({"id": "runs", "name": "runs", "number": True})
+    modes = modes_of(ranking.records)
     for name in (*metrics, *tests):
-        higher = not ranking.lower if name == ranking.by else not lower_is_better(name)
+        higher = not ranking.lower if name == ranking.by else mode_of(name, modes) == "max"
         columns.append({"id": name, "name": drawing.metric_name(name), "number": True, "higher": higher})
         if name == ranking.by and any(row.difference is not None for row in ranking.rows):
             unit = " (points)" if "accuracy" in name else ""
@@ -269,7 +270,8 @@ def _times(ranking: Ranking, target: float) -> list[dict[str, Any]]:
     for goal in dict.fromkeys([target, *targets(ranking)]):
         first = fastest(ranking, goal)
         reached = {id(row) for row, _ in first}
-        late = [(row, time_to_target(row, ranking.by, goal)) for row in ranking.rows if id(row) not in reached]
+        others = [row for row in ranking.rows if id(row) not in reached]
+        late = [(row, time_to_target(row, ranking.by, goal, ranking.lower)) for row in others]
         longest = {name: max((getattr(each, name).mean for _, each in first if getattr(each, name)), default=0.0) or 1.0
                    for name in ("steps", "seconds")}  # fmt: skip
         entries = []

@@ -20,6 +20,7 @@ from dlopt.config.overrides import group_of, key_of
 from dlopt.errors import UserError, install
 from dlopt.formats import brief, printable
 from dlopt.formats import format_value as text
+from dlopt.metric_names import mode_of
 from dlopt.results.leaderboard import (
     Row,
     Statistic,
@@ -27,6 +28,7 @@ from dlopt.results.leaderboard import (
     direction_of,
     is_number,
     leaderboard,
+    modes_of,
     statistic,
     student_t,
 )
@@ -72,14 +74,11 @@ class Ranking:
     """Data of the plots and the page. Rows without a value (failed or running) come last."""
 
     by: str
+    lower: bool  # whether smaller values of `by` are better
     keys: Sequence[str]
     rows: Sequence[Configuration]
     records: Sequence[Record]
     damaged: Sequence[Damaged]
-
-    @property
-    def lower(self) -> bool:
-        return direction_of(self.by) == "minimize"
 
     @property
     def failed(self) -> list[Record]:
@@ -100,7 +99,8 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
     # Runs on several devices form one configuration.
     keys = [key for key in varying_keys([record.config for record in records]) if key != "device"]
     rows = []
-    for row in leaderboard(records, metric=by).rows:
+    board = leaderboard(records, metric=by)
+    for row in board.rows:
         values = {key: row.runs[0].config[key] for key in keys if key in row.runs[0].config}
         label = " ".join(f"{short_key(key, keys)}={brief(value)}" for key, value in values.items())
         firsts: dict[object, Record] = {}
@@ -109,7 +109,7 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
         label = printable(label or short_path(row.runs[0].path))
         own = {"label": label, "values": values, "distinct": tuple(firsts.values())}
         rows.append(Configuration(**vars(row) | own))
-    return Ranking(by, keys, rows, records, damaged)
+    return Ranking(by, board.direction == "minimize", keys, rows, records, damaged)
 
 
 def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
@@ -122,6 +122,11 @@ def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
         raise UserError(f"by={by}: ranking by a test metric would select on the test set; set by=val_accuracy")
     if by not in allowed:
         raise UserError(f"by={by}: the runs have no such metric; allowed: {', '.join(allowed) or 'none'}")
+    if mode_of(by, modes_of(records)) is None:
+        raise UserError(
+            f"by={by}: no run says whether smaller or larger values of your own metric are better, or the runs "
+            f"disagree; train with monitor={by} monitor_mode=min (or max), or rank by another metric"
+        )
     return by
 
 
@@ -456,8 +461,10 @@ class Reached:
     seconds: Statistic | None
 
 
-def time_to_target(row: Configuration, by: str, target: float) -> Reached:
-    sign = 1 if direction_of(by) == "minimize" else -1
+def time_to_target(row: Configuration, by: str, target: float, lower: bool | None = None) -> Reached:
+    """`lower`: whether smaller values are better; None: as dlopt's metric says."""
+    lower = direction_of(by) == "minimize" if lower is None else lower
+    sign = 1 if lower else -1
     runs = [run for run in row.distinct if run.status not in OPEN]
     good = [[line for line in run.history if by in line and sign * line[by] <= sign * target] for run in runs]
     reached = [lines[0] for lines in good if lines]
@@ -470,7 +477,7 @@ def fastest(ranking: Ranking, target: float) -> list[tuple[Configuration, Reache
 
     The mean over a few lucky runs of a configuration is not comparable with that of one whose runs all reach it.
     """
-    results = [(row, time_to_target(row, ranking.by, target)) for row in ranking.ranked]
+    results = [(row, time_to_target(row, ranking.by, target, ranking.lower)) for row in ranking.ranked]
     reached = [(-each.count / each.runs, each.steps.mean, i) for i, (_, each) in enumerate(results) if each.steps]
     return [results[i] for *_, i in sorted(reached)]
 

@@ -20,8 +20,9 @@ from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.formats import format_value as text
 from dlopt.formats import printable
+from dlopt.metric_names import mode_of, monitored_modes
 from dlopt.plain import flatten, load_yaml, read_regular
-from dlopt.results.leaderboard import ENDED, Record, canonical, direction_of, distinguishes, is_number
+from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
 from dlopt.tracking.layout import choices_of_groups, short_path
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
@@ -197,7 +198,7 @@ def _metrics(
 ) -> dict[str, float]:
     metrics: dict[str, Any] = {}
     if history:
-        last, best = history[-1], best_line(history, str(config.get("monitor", "auto")))
+        last, best = history[-1], best_line(history, config)
         metrics = {k: v for k, v in last.items() if not k.startswith("val_") and k not in ("epoch", "step", "lr")}
         metrics |= {"epochs": last["epoch"], "steps": last["step"]}
         if best is not None:
@@ -209,15 +210,19 @@ def _metrics(
     return _numbers(metrics)
 
 
-def best_line(history: Sequence[Mapping[str, float]], monitor: str) -> Mapping[str, float] | None:
+def best_line(history: Sequence[Mapping[str, float]], config: Mapping[str, Any]) -> Mapping[str, float] | None:
     """Returns the epoch of the best model: that with the best monitored metric (`auto`: val_accuracy, or val_loss).
 
-    As in training, ties are broken by the smaller loss, then by the earlier epoch.
+    As in training, ties are broken by the smaller loss, then by the earlier epoch. `config`: of the run.
     """
+    monitor = str(config.get("monitor", "auto"))
     if monitor == "auto":
         monitor = "val_accuracy" if any("val_accuracy" in line for line in history) else "val_loss"
     known = [line for line in history if monitor in line]
-    sign = 1 if direction_of(monitor) == "minimize" else -1
+    mode = mode_of(monitor, monitored_modes(flatten(config)))
+    if mode is None:
+        return None
+    sign = 1 if mode == "min" else -1
     return min(known, key=lambda line: (sign * line[monitor], line.get("val_loss", math.inf)), default=None)
 
 

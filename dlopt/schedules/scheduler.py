@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from dlopt.errors import UserError
-from dlopt.metric_names import lower_is_better
+from dlopt.metric_names import Mode, base_name, lower_is_better
 from dlopt.optim.traits import is_schedule_free
 from dlopt.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.schedules.horizon import Factor, Horizon
@@ -155,9 +155,12 @@ class Plateau:
         cooldown: Natural,
         min_factor: Probability,
         horizon: Horizon,
+        monitor_mode: Mode | None = None,
     ) -> None:
         self.monitor = monitor
-        self._sign = -1.0 if mode == "max" or (mode == "auto" and not lower_is_better(monitor)) else 1.0
+        own = {} if monitor_mode is None else {base_name(monitor): monitor_mode}
+        is_lower = lower_is_better(monitor, own) if mode == "auto" else mode == "min"
+        self._sign = 1.0 if is_lower else -1.0
         self._reduction, self._patience, self._cooldown, self._min_factor = factor, patience, cooldown, min_factor
         self._threshold, self._relative = threshold, threshold_mode == "rel"
         self.value, self.best, self.num_bad, self.cooldown_left = 1.0, math.inf, 0, 0

@@ -21,7 +21,7 @@ from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.files import write_atomically
 from dlopt.folders import SPACE, FolderSnapshot, RunFolder
 from dlopt.locks import locked
-from dlopt.metric_names import lower_is_better
+from dlopt.metric_names import Modes, base_name, mode_of, monitored_modes
 from dlopt.plain import flatten, is_below
 from dlopt.ranges import Count, Seed
 from dlopt.results.leaderboard import Direction, direction_of, front, is_number, job_record, leaderboard
@@ -162,7 +162,8 @@ def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence
     space = parse_space(composer.parse([*lines, *overrides]))
     settings = SearchSettings(**check_arguments("hydra.sweeper", SearchSettings, plain))
     objectives = [settings.objective] if isinstance(settings.objective, str) else settings.objective
-    directions = _directions(settings, objectives)
+    modes = monitored_modes(flatten(OmegaConf.to_container(config, resolve=False)))
+    directions = _directions(settings, objectives, modes)
     sampler = component("hydra.sweeper.sampler", sampler_node, ("space", "seed"), ["dlopt.sweeps"])
     pruner = component("hydra.sweeper.pruner", pruner_node, (), ["dlopt.sweeps"]).build()
     name = sampler.target.__name__
@@ -183,7 +184,13 @@ def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence
     watch = None if isinstance(pruner, optuna.pruners.NopPruner) else _pruning_metric(settings, objectives)
     is_opposite = False
     if watch is not None and watch != objectives[0].removeprefix("best_"):  # for example a loss and an accuracy
-        is_opposite = lower_is_better(watch) != (directions[0] == "minimize")
+        mode = mode_of(watch, modes)
+        if mode is None:
+            raise UserError(
+                f"hydra.sweeper.watch={watch}: whether smaller or larger values of your own metric are better must be "
+                f"set: monitor={watch} monitor_mode=min (or max)"
+            )
+        is_opposite = (mode == "min") != (directions[0] == "minimize")
     return StudySpec(
         space,
         objectives,
@@ -198,15 +205,28 @@ def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence
     )
 
 
-def _directions(settings: SearchSettings, objectives: Sequence[str]) -> list[Direction]:
+def _directions(settings: SearchSettings, objectives: Sequence[str], modes: Modes) -> list[Direction]:
     directions = settings.direction if isinstance(settings.direction, list) else [settings.direction] * len(objectives)
     if not objectives or len(directions) != len(objectives):
         raise UserError(
             f"hydra.sweeper.direction={show(settings.direction)}: one for each objective is needed "
             f"({', '.join(objectives) or 'hydra.sweeper.objective is empty'})"
         )
+    for key, direction in zip(objectives, directions, strict=True):
+        mode = mode_of(key, modes)
+        if mode is None and direction == "auto":
+            raise UserError(
+                f"hydra.sweeper.objective={key}: whether smaller or larger values of your own metric are better must "
+                "be set: hydra.sweeper.direction=minimize or maximize, or monitor_mode=min or max if it is monitored"
+            )
+        is_metric = base_name(key) != key  # of an evaluation: a search may maximize the steps of a run
+        if is_metric and mode is not None and direction not in ("auto", f"{mode}imize"):
+            better = "smaller" if mode == "min" else "larger"
+            raise UserError(
+                f"hydra.sweeper.direction={direction}: {key} is better when {better}; set hydra.sweeper.direction=auto"
+            )
     return [
-        direction_of(key) if direction == "auto" else direction
+        direction_of(key, modes) if direction == "auto" else direction
         for key, direction in zip(objectives, directions, strict=True)
     ]
 

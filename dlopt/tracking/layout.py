@@ -26,6 +26,7 @@ from dlopt.formats import (
     format_percent,
     format_value,
 )
+from dlopt.metric_names import mode_of, monitored_modes
 from dlopt.plain import flatten
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
@@ -121,7 +122,7 @@ def header_rows(
             *schedule,
             *choices_of("clip"),
         ],
-        "run": [_length(facts), *_device(facts), *choices_of("stopping"), *settings_of("seed")],
+        "run": [_length(facts), *_device(facts), *choices_of("stopping"), *settings_of("seed"), _kept(values)],
         "folder": [facts.get("folder")],
     }
     texts = {row: [text for text in content if text] for row, content in rows.items()}
@@ -136,6 +137,13 @@ def header(config: Mapping[str, Any], choices: Mapping[str, str], facts: Mapping
     for row, texts in header_rows(config, choices, facts).items():
         table.add_row(row, Flow(texts, separator="  "))
     return table
+
+
+def _kept(values: Mapping[str, Any]) -> str | None:
+    """Says which model is kept, if `monitor` is not the default."""
+    monitor = values.get("monitor", "auto")
+    mode = None if monitor == "auto" else mode_of(str(monitor), monitored_modes(values))
+    return None if mode is None else f"keeps the {'lowest' if mode == 'min' else 'highest'} {monitor}"
 
 
 def _parameters(facts: Mapping[str, Any]) -> str | None:

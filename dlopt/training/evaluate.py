@@ -218,6 +218,11 @@ def validation(
             raise UserError(
                 f"monitor={settings.monitor}: needs a validation set; set data.val_split=0.1 or monitor=auto"
             )
+        if settings.monitor_mode is not None:
+            raise UserError(
+                f"monitor_mode={settings.monitor_mode}: needs a validation set; set data.val_split=0.1 or "
+                "monitor_mode=null"
+            )
         if names := ",".join(settings.evaluate.metrics):
             raise UserError(
                 f"evaluate.metrics=[{names}]: needs a validation set; set data.val_split=0.1 or evaluate.metrics=[]"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dlopt.config.experiment import Experiment
 from dlopt.config.own_metrics import BUILT_IN
+from dlopt.config.rules import check_mode
 from dlopt.config.settings_rules import CLASS, MONITORS
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
@@ -275,15 +276,17 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
     """
     classes, task = dataset.classes, dataset.task
     monitors = {"monitor": experiment.settings.monitor}
+    own = [f"val_{name}" for name in experiment.own_metrics]
     for key, component in (("stopping", experiment.stopping), ("schedule", experiment.schedule)):
         if "monitor" in component.arguments:
             monitors[f"{key}.monitor"] = component.arguments["monitor"]
     _check_target(experiment, task)
+    if monitors["monitor"] == "auto" and not any(monitor in own for monitor in monitors.values()):
+        check_mode(_auto(task), experiment.settings.monitor_mode)
     requested: dict[str, str] = {
         name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics if name in BUILT_IN
     }
     of_loss = [f"val_{name}" for name in task.loss_metrics(0.0)]
-    own = [f"val_{name}" for name in experiment.own_metrics]
     logged = ["auto", "val_loss", *of_loss, *own, *([] if task.classes is None else [f"val_{task.accuracy}"])]
     logged += [] if task.labels is None else [f"val_{name}" for name in LABEL_METRICS]
     for key, monitor in monitors.items():
@@ -312,10 +315,14 @@ def _check_target(experiment: Experiment, task: Task) -> None:
         return
     target, monitor = experiment.stopping.arguments["value"], experiment.stopping.arguments["monitor"]
     if monitor == "auto":
-        monitor = "val_accuracy" if task.kind == "classification" else "val_loss"
+        monitor = _auto(task)
     is_own = monitor.removeprefix("val_") in experiment.own_metrics
     if target > 1 and not is_own and not lower_is_better(monitor):
         raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
+
+
+def _auto(task: Task) -> str:
+    return "val_accuracy" if task.kind == "classification" else "val_loss"
 
 
 def _check_names(requested: Mapping[str, str], task: Task) -> None:

@@ -202,7 +202,7 @@ def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool
 def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> Scheduler:
     experiment = workload.experiment
     factor = schedules.build(
-        experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
+        experiment.build_schedule, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
     )
     # Frozen parameters have no gradients, which must not matter to the others: not in norms over all layers.
     traits = optimizer_traits(optimizer)

@@ -73,7 +73,7 @@ def check_horizon(experiment: Experiment, length: Length, state: Mapping[str, An
     if settings.schedule_epochs is not None or steps == horizon or steps <= state["progress"]["step"]:
         return None
     factor = schedules.build(
-        experiment.schedule.build, experiment.warmup, steps=horizon, steps_per_epoch=length.steps_per_epoch
+        experiment.build_schedule, experiment.warmup, steps=horizon, steps_per_epoch=length.steps_per_epoch
     )
     key = f"epochs={settings.epochs}" if settings.steps is None else f"steps={settings.steps}"
     end, schedule_end = (f"{count / length.steps_per_epoch:.6g}" for count in (steps, horizon))

@@ -184,7 +184,9 @@ def build_trainer(
     average = None
     if settings.ema is not None:
         average = ExponentialAverage(workload.module, settings.ema, warmup=settings.ema_warmup)
-    stopping: Stopping = experiment.stopping.build(model=workload.module, norm=mode.state.norm)
+    stopping: Stopping = experiment.stopping.build(
+        model=workload.module, norm=mode.state.norm, monitor_mode=settings.monitor_mode
+    )
     checkpoints = Checkpoints(
         folder / "checkpoints",
         settings.checkpoint.keep,
@@ -230,7 +232,7 @@ def build_trainer(
         tracking=tracking,
         checkpoints=checkpoints,
         stopping=stopping,
-        best=Best(settings.monitor),
+        best=Best(settings.monitor, mode=settings.monitor_mode),
         recovery=recovery,
         intervals=Intervals(
             steps=length.steps,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dlopt.errors import UserError
-from dlopt.metric_names import lower_is_better
+from dlopt.metric_names import Mode, base_name, lower_is_better
 from dlopt.parallel.shards import local
 from dlopt.ranges import Count, Natural, NonNegative, Positive
 from dlopt.training.clipping import Norm, total_norm
@@ -35,18 +35,22 @@ class Stopping:
             setattr(self, name, state[name])
 
 
-def monitored_loss(metrics: Mapping[str, Any], monitor: str) -> float:
+def monitored_loss(metrics: Mapping[str, Any], monitor: str, mode: Mode | None = None) -> float:
     """Returns the monitored metric as a loss (lower is better): accuracies and similar metrics are negated.
 
-    `auto` is val_accuracy, or val_loss in a regression. Non-finite values become infinity. Raises `UserError` if the
-    metric is not logged.
+    `auto` is val_accuracy, or val_loss in a regression. `mode`: of a user's metric. Non-finite values become infinity.
+    Raises `UserError` if the metric is not logged.
     """
     monitor = resolve_monitor(monitor, metrics)
     value = metrics.get(monitor)
     if value is None:
         logged = ", ".join(sorted(key for key in metrics if key.startswith("val_"))) or "none"
         raise UserError(f"monitor={monitor}: unknown validation metric; this run logs: {logged}")
-    return _finite(value if lower_is_better(monitor) else -value)
+    return _finite(value if _is_lower_better(monitor, mode) else -value)
+
+
+def _is_lower_better(monitor: str, mode: Mode | None) -> bool:
+    return lower_is_better(monitor, {} if mode is None else {base_name(monitor): mode})
 
 
 def resolve_monitor(monitor: str, metrics: Mapping[str, Any]) -> str:
@@ -71,8 +75,10 @@ class Early(Stopping):
 
     state_names = ("best", "waited")
 
-    def __init__(self, *, monitor: str, patience: Count, min_delta: NonNegative) -> None:
-        self.monitor = monitor
+    def __init__(
+        self, monitor_mode: Mode | None = None, *, monitor: str, patience: Count, min_delta: NonNegative
+    ) -> None:
+        self.monitor, self.mode = monitor, monitor_mode
         self.patience = patience
         self.min_delta = min_delta
         self.best = math.inf
@@ -83,7 +89,7 @@ class Early(Stopping):
         return self.waited >= self.patience
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        value = monitored_loss(metrics, self.monitor)
+        value = monitored_loss(metrics, self.monitor, self.mode)
         if value < self.best - self.min_delta:
             self.best, self.waited = value, 0
         else:
@@ -96,13 +102,13 @@ class Target(Stopping):
     should_stop = False
     state_names = ("should_stop",)
 
-    def __init__(self, *, monitor: str, value: float) -> None:
-        self.monitor = monitor
+    def __init__(self, monitor_mode: Mode | None = None, *, monitor: str, value: float) -> None:
+        self.monitor, self.mode = monitor, monitor_mode
         self.value = value
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        target = self.value if lower_is_better(resolve_monitor(self.monitor, metrics)) else -self.value
-        self.should_stop = monitored_loss(metrics, self.monitor) <= target
+        is_lower = _is_lower_better(resolve_monitor(self.monitor, metrics), self.mode)
+        self.should_stop = monitored_loss(metrics, self.monitor, self.mode) <= (self.value if is_lower else -self.value)
 
 
 class Tolerance(Stopping):
@@ -143,17 +149,21 @@ class Tolerance(Stopping):
 
 @dataclass
 class Best:
-    """The best evaluation so far. Ties are broken by the smaller loss, then by the earlier epoch."""
+    """The best evaluation so far. Ties are broken by the smaller loss, then by the earlier epoch.
+
+    `mode`: direction of a user's metric.
+    """
 
     monitor: str
     value: float = math.inf
     epoch: float | None = None  # a fraction within an epoch
     val_loss: float | None = None
     val_accuracy: float | None = None
+    mode: Mode | None = None
 
     def update(self, metrics: Mapping[str, Any]) -> bool:
         """Returns whether these metrics are the best so far."""
-        value, loss = monitored_loss(metrics, self.monitor), _finite(metrics.get("val_loss"))
+        value, loss = monitored_loss(metrics, self.monitor, self.mode), _finite(metrics.get("val_loss"))
         # Small validation sets have many equal accuracies, between which the loss decides; of equal losses the first
         # stays.
         if value == math.inf or (value, loss) >= (self.value, _finite(self.val_loss)):
@@ -165,7 +175,7 @@ class Best:
     @property
     def metric(self) -> float:
         """The monitored metric as logged, without negation."""
-        return self.value if lower_is_better(self.monitor) else -self.value
+        return self.value if _is_lower_better(self.monitor, self.mode) else -self.value
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

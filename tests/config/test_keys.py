@@ -45,6 +45,7 @@ def test_every_declared_key_exists() -> None:
         ("data.split_seed", Role.SEED),
         ("optimizer.seed", Role.SEED),
         ("monitor", Role.PROTOCOL),
+        ("monitor_mode", Role.PROTOCOL),
         ("evaluate", Role.PROTOCOL),
         ("schedule_epochs", Role.LENGTH),
         ("compile", Role.PLACE),

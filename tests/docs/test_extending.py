@@ -71,7 +71,8 @@ def test_a_metric_of_the_users(folder: Path) -> None:
     outputs[np.arange(60), targets] += 1
     expected = cohen_kappa_score(targets, outputs.argmax(1))
     assert kappa(torch.tensor(outputs), torch.tensor(targets)) == pytest.approx(expected, rel=1e-12)
-    line = ["evaluate.metrics=[macro_f1,mine.metrics.kappa]", "monitor=val_kappa", "allow_packages=[mine]"]
+    line = ["evaluate.metrics=[macro_f1,mine.metrics.kappa]", "monitor=val_kappa", "monitor_mode=max"]
+    line += ["allow_packages=[mine]"]
     result = dlopt(folder, "train", *line, *TINY, "hydra.run.dir=run")
     assert result.code == 0, result.err
     assert "val kappa" in result.out and "kappa" in result.out.partition("best validation")[0].splitlines()[-2]

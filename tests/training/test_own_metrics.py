@@ -2,12 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from dlopt.config.own_metrics import own_metrics
 from dlopt.errors import RunError, UserError
+from dlopt.results.ranking import gather
+from dlopt.results.reading import RunReader
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.checkpoint import load
 from tests.support import own_parts
@@ -28,7 +32,7 @@ def loaded(folder: Path, *lines: str) -> Workload:
 
 def test_equals_the_function_of_all_outputs(tmp_path: Path) -> None:
     """Of validation and test; the best model's line is the one of the epoch with the best monitored metric."""
-    summary = start(tmp_path, *CASE, "monitor=val_mean_rank_score", "stopping=early")
+    summary = start(tmp_path, *CASE, "monitor=val_mean_rank_score", "monitor_mode=max", "stopping=early")
     lines = metrics(tmp_path)
     best = max(lines, key=lambda line: line["val_mean_rank_score"])
     assert (summary["best_epoch"], summary["best_val_mean_rank_score"]) == (best["epoch"], best["val_mean_rank_score"])
@@ -40,6 +44,33 @@ def test_equals_the_function_of_all_outputs(tmp_path: Path) -> None:
             expected = own_parts.mean_rank_score(workload.module(inputs), samples.targets)
         assert value == pytest.approx(expected, abs=1e-5), split
     assert "val_macro_f1" in lines[0]
+
+
+def save_config(folder: Path, *lines: str) -> None:
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(experiment(*lines).config)))
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", min), ("max", max)])
+def test_direction_of_a_users_metric(tmp_path: Path, mode: str, best: Any) -> None:
+    """The kept epoch, the header, the report and a resumed run follow monitor_mode, whatever the name."""
+    lines = [*CASE, "monitor=val_mean_rank_score", f"monitor_mode={mode}", "epochs=4"]
+    summary = start(tmp_path, *lines)
+    values = [line["val_mean_rank_score"] for line in metrics(tmp_path)]
+    assert summary["best_val_mean_rank_score"] == best(values) and len(set(values)) > 1
+    kept = f"keeps the {'lowest' if mode == 'min' else 'highest'} val_mean_rank_score"
+    assert kept in (tmp_path / "train.log").read_text()
+    save_config(tmp_path, *lines)
+    records, damaged = RunReader().read([tmp_path])
+    assert gather(records, damaged, "val_mean_rank_score").lower == (mode == "min")
+    assert records[0].metrics["val_mean_rank_score"] == best(values)
+
+
+def test_no_ranking_by_a_metric_without_a_direction(tmp_path: Path) -> None:
+    start(tmp_path, *CASE, "epochs=1")
+    save_config(tmp_path, *CASE)
+    records, damaged = RunReader().read([tmp_path])
+    with pytest.raises(UserError, match="by=val_mean_rank_score: no run says whether smaller or larger"):
+        gather(records, damaged, "val_mean_rank_score")
 
 
 def test_a_regression_with_test_time_augmentation_off(tmp_path: Path) -> None:
@@ -78,7 +109,19 @@ def test_resumed(tmp_path: Path) -> None:
         ([f"evaluate.metrics=[{OWN}accuracy]"], f"evaluate.metrics={OWN}accuracy: dlopt has a metric accuracy"),
         ([f"evaluate.metrics=[{OWN}spread,{OWN}spread]"], "spread: another metric is called spread, too"),
         (["evaluate.metrics=[macro_f2]"], "evaluate.metrics=macro_f2: there is no metric of this name; did you mean m"),
-        ([f"evaluate.metrics=[{OWN}spread]", "monitor=val_spread"], "monitor=val_spread: whether a larger value is be"),
+        ([f"evaluate.metrics=[{OWN}spread]", "monitor=val_spread"], "monitor=val_spread: whether smaller or larger va"),
+        ([f"evaluate.metrics=[{OWN}mean_rank_score]", "monitor=val_mean_rank_score"], "must be set: monitor_mode=min"),
+        ([f"evaluate.metrics=[{OWN}spread]", "stopping=early", "stopping.monitor=val_spread"], "stopping.monitor=val"),
+        (["monitor=val_loss", "monitor_mode=max"], "monitor_mode=max: val_loss is better when smaller"),
+        (["monitor_mode=min"], "monitor_mode=min: val_accuracy is better when larger"),
+        (["monitor_mode=low"], "monitor_mode=low"),
+        (["schedule=plateau", "schedule.mode=max"], "schedule.mode=max: val_loss is better when smaller"),
+        (["data.val_split=0", "monitor_mode=max"], "monitor_mode=max: needs a validation set"),
+        (
+            [f"evaluate.metrics=[{OWN}spread,{OWN}squared_error]", "monitor=val_spread", "stopping=early",
+             "stopping.monitor=val_squared_error", "monitor_mode=min"],
+            "monitor_mode=min: cannot hold for val_spread and val_squared_error",
+        ),
         (["monitor=val_spread"], "monitor=val_spread: there is no validation metric of this name"),
         (
             [f"evaluate.metrics=[{OWN}spread]", "schedule=plateau", "schedule.monitor=val_spread"],

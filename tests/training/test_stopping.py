@@ -139,13 +139,32 @@ def test_tolerance_equals_reference(moves: list[float], iterations: int) -> None
         ("auto", {"val_loss": 2.0}, 2.0),
         ("val_loss", {"val_loss": 2.0, "val_accuracy": 0.25}, 2.0),
         ("val_accuracy", {"val_loss": 2.0, "val_accuracy": 0.0}, 0.0),
-        ("val_f1", {"val_f1": 0.5}, -0.5),
-        ("val_mean_error", {"val_mean_error": 0.5}, 0.5),
+        ("val_macro_f1", {"val_macro_f1": 0.5}, -0.5),
+        ("val_calibration_error", {"val_calibration_error": 0.5}, 0.5),
         ("val_class_accuracy/loss", {"val_class_accuracy/loss": 0.5}, -0.5),  # the class is named "loss"
     ],
 )
 def test_monitored_loss(monitor: str, metrics: dict[str, float], expected: float) -> None:
     assert monitored_loss(metrics, monitor) == expected
+
+
+@pytest.mark.parametrize(("mode", "best_epoch", "stops_after"), [("min", 2, 4), ("max", 1, 3)])
+def test_a_users_metric_follows_its_mode_and_not_its_name(mode: Any, best_epoch: int, stops_after: int) -> None:
+    best, early = Best("val_brier_score", mode=mode), Early(mode, monitor="val_brier_score", patience=2, min_delta=0.0)
+    target = Target(mode, monitor="val_brier_score", value=0.2 if mode == "min" else 0.7)
+    stopped, reached = [], []
+    for epoch, value in enumerate([0.6, 0.2, 0.3, 0.4], 1):
+        metrics = {"epoch": epoch, "val_brier_score": value, "val_loss": 1.0}
+        best.update(metrics), early.update(metrics), target.update(metrics)
+        stopped += [epoch] * early.should_stop
+        reached += [epoch] * target.should_stop
+    assert (best.epoch, best.metric) == (best_epoch, 0.2 if mode == "min" else 0.6)
+    assert stopped[0] == stops_after and reached == ([2] if mode == "min" else [])
+
+
+def test_the_direction_of_a_users_metric_is_never_guessed() -> None:
+    with pytest.raises(UserError, match=r"val_brier_score: whether .* monitor_mode=min \(or max\)"):
+        monitored_loss({"val_brier_score": 0.5}, "val_brier_score")
 
 
 def test_unknown_metric_lists_the_logged_ones() -> None:

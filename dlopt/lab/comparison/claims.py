@@ -9,7 +9,7 @@ from typing import Any, Literal
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
 from dlopt.lab.comparison.intervals import Bounds, Interval, interval
-from dlopt.metric_names import lower_is_better
+from dlopt.metric_names import NONE, Modes, lower_is_better
 from dlopt.ranges import Count, NonNegative
 
 Value = bool | int | float | str | None
@@ -51,6 +51,7 @@ class Claim:
             or the ratio of the largest to the smallest such value (`span`).
         factor: margin of the ratio (1.5: at least 1.5x), or None.
         difference: margin of the difference, or None.
+        is_higher_better: whether larger values of the metric are better.
     """
 
     text: str
@@ -63,6 +64,7 @@ class Claim:
     factor: float | None = None
     difference: float | None = None
     when_not: str = ""
+    is_higher_better: bool = False
 
     @property
     def margin(self) -> float:
@@ -70,8 +72,8 @@ class Claim:
         return math.log(self.factor) if self.factor is not None else float(self.difference or 0)
 
 
-def parse(key: str, written: Mapping[str, Any]) -> Claim:
-    """Builds a claim from its YAML block `key`. Raises `UserError`."""
+def parse(key: str, written: Mapping[str, Any], modes: Modes = NONE) -> Claim:
+    """Builds a claim from its YAML block `key`. `modes`: directions of the user's metrics. Raises `UserError`."""
     keys = check_arguments(key, _schema, written)
     relations: tuple[Relation, ...] = ("lower", "higher", "equal")
     given = [name for name in relations if keys.get(name) is not None]
@@ -92,6 +94,7 @@ def parse(key: str, written: Mapping[str, Any]) -> Claim:
         relation=relation,
         first=tuple(_side(f"{key}.{relation}", side, common) for side in first),
         second=_side(f"{key}.than", than, common),
+        is_higher_better=is_higher_better(keys["metric"], modes),
         **{name: value for name, value in keys.items() if name in Claim.__dataclass_fields__},
     )
     target, factor = claim.target, claim.factor
@@ -131,8 +134,9 @@ def _side(key: str, written: Written, common: Mapping[str, Any]) -> Side:
     return Side(**check_arguments(key, Side, {**common, **keys, "at": at}))
 
 
-def is_higher_better(metric: str) -> bool:
-    return not lower_is_better(metric)
+def is_higher_better(metric: str, modes: Modes = NONE) -> bool:
+    """`modes`: directions of the user's metrics."""
+    return not lower_is_better(metric, modes)
 
 
 # -- verdicts

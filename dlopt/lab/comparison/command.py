@@ -37,6 +37,7 @@ from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
 from dlopt.lab.comparison.sentences import sentence
+from dlopt.metric_names import monitored_modes
 from dlopt.plain import flatten
 from dlopt.results import drawing
 from dlopt.results.claims import FROZEN, claims_hash, is_changed, recipe_hash, recipe_path, rerun_hint
@@ -142,8 +143,10 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
     node = OmegaConf.to_container(config.comparison, resolve=True)
     assert isinstance(node, dict)
     written = {str(key): value for key, value in node.items()}
-    claims = [parse(f"comparison.claims.{i}", claim) for i, claim in enumerate(written.pop("claims", []))]
-    comparison = Comparison(**check_arguments("comparison", Comparison, written, frozenset({"claims"})), claims=claims)
+    modes = monitored_modes(flatten(OmegaConf.to_container(config, resolve=False)))
+    claims = [parse(f"comparison.claims.{i}", claim, modes) for i, claim in enumerate(written.pop("claims", []))]
+    arguments = check_arguments("comparison", Comparison, written, frozenset({"claims", "modes"}))
+    comparison = Comparison(**arguments, claims=claims, modes=modes)
     comparison = replace(comparison, variants=_chosen(comparison, composer.parse(overrides)))
     _refuse_invalid(comparison)
     overridden: dict[str, Any] = {key_of(each): each.value() for each in composer.parse(overrides)}
@@ -165,6 +168,7 @@ def _refuse_invalid(comparison: Comparison) -> None:
         if metric not in (*_METRICS, *PROBES) and not metric.startswith("val_"):
             allowed = ", ".join((*_METRICS, *PROBES))
             raise UserError(f"comparison.metrics: unknown metric {metric}; allowed: {allowed}")
+        comparison.is_higher_better(metric)  # refuses a metric of the user's own whose direction is unknown
     if both := comparison.before.keys() & comparison.variants.keys():
         raise UserError(f"comparison.before: {', '.join(both)} is the name of a variant; use another name")
     if comparison.choose in TEST_METRICS:

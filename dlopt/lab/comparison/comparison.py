@@ -12,6 +12,7 @@ from dlopt.config.schema import show
 from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
 from dlopt.lab.comparison.labels import label
 from dlopt.lab.comparison.probes import PROBES
+from dlopt.metric_names import NONE, Modes
 from dlopt.ranges import Seed
 from dlopt.tracking.layout import align_columns
 from dlopt.tracking.metrics import gaps, read_metrics, read_summary
@@ -39,6 +40,10 @@ class Comparison:
     claims: list[Claim]
     before: dict[str, list[str]] = field(default_factory=dict)
     published: dict[str, dict[str, float]] = field(default_factory=dict)
+    modes: Modes = NONE  # directions of the user's metrics
+
+    def is_higher_better(self, metric: str) -> bool:
+        return is_higher_better(metric, self.modes)
 
     @property
     def all_metrics(self) -> list[str]:
@@ -185,7 +190,7 @@ class Results:
         Best: the mean over seeds of `choose`, or of the first metric, without points at which a seed diverged.
         """
         metric = self.comparison.choose or self.comparison.metrics[0]
-        sign = -1 if is_higher_better(metric) else 1
+        sign = -1 if self.comparison.is_higher_better(metric) else 1
         variants, outcomes = {}, {}
         for variant, overrides in self.comparison.variants.items():
             means = {point: sign * fmean(values) for point, values in self.finals(variant, metric).items()}

@@ -18,7 +18,6 @@ from dlopt.lab.comparison.claims import (
     Measured,
     Side,
     Value,
-    is_higher_better,
     judge,
     weakest,
 )
@@ -110,7 +109,7 @@ def _measured(results: Results, claim: Claim, side: Side) -> Measured:
     if claim.measure == "value" and comparison.choose is not None:
         metric = comparison.choose
         scores = results.finals(side.variant, metric)
-    sign = -1 if claim.measure == "value" and is_higher_better(metric) else 1
+    sign = -1 if claim.measure == "value" and comparison.is_higher_better(metric) else 1
 
     costs = {point: _cost(scores[point], sign) for point in points}
     best = min(points, key=lambda point: costs[point])
@@ -162,7 +161,7 @@ def _length(outcome: VariantOutcome, claim: Claim) -> float | None:
 
 def _value(outcome: VariantOutcome, claim: Claim, when: str | int) -> float:
     """Reduces a run to one number; a diverged run has the worst one: infinite."""
-    worst = -math.inf if is_higher_better(claim.metric) else math.inf
+    worst = -math.inf if claim.is_higher_better else math.inf
     if claim.measure in ("epoch", "step", "evaluation", "seconds"):
         x, values = outcome.curve(claim.metric, claim.measure)
         reached = [at for at, value in zip(x, values, strict=True) if _reaches(claim, value)]
@@ -188,7 +187,7 @@ def _reduced(x: Sequence[float], values: Sequence[float], when: str | int) -> fl
 
 def _reaches(claim: Claim, value: float) -> bool:
     assert claim.target is not None
-    return value >= claim.target if is_higher_better(claim.metric) else value <= claim.target
+    return value >= claim.target if claim.is_higher_better else value <= claim.target
 
 
 def _extent(claim: Claim, grid: Sequence[float], values: Sequence[float]) -> tuple[float, float | None]:

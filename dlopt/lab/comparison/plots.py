@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dlopt.config.schema import show
-from dlopt.lab.comparison.claims import TEST_METRICS, Value, is_higher_better
+from dlopt.lab.comparison.claims import TEST_METRICS, Value
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, on_axis
 from dlopt.lab.comparison.labels import label
 from dlopt.lab.comparison.published import draw_beside
@@ -83,9 +83,9 @@ def _evenly(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width)
 
 
-def _has_logarithm(name: str) -> bool:
+def _has_logarithm(comparison: Comparison, name: str) -> bool:
     """Returns whether the metric is drawn on a logarithmic axis: gaps and R^2 may be negative, fractions 0 or 1."""
-    return not (is_higher_better(name) or name.endswith(("_error", "gap")) or name.startswith("saturated"))
+    return not (comparison.is_higher_better(name) or name.endswith(("_error", "gap")) or name.startswith("saturated"))
 
 
 def _line(i: int) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str
         for position in restarts(runs[0], x_axis):
             axes.axvline(position, color=line["color"], linewidth=1, linestyle=":", zorder=0)
             notes["restart of the learning rate"] = _mark(linestyle=":", linewidth=1)
-    if _has_logarithm(name):
+    if _has_logarithm(comparison, name):
         drawing.logarithmic(axes)
     axes.set_xlabel(_UNITS[x_axis])
     if ends and max(ends) >= 10 * min(ends) > 0:  # short curves would be at the edge
@@ -210,7 +210,7 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     notes: dict[str, Artist] = {}
     of_variants = _columns(results, name, values)
     means = {variant: [*map(fmean, columns)] for variant, columns in of_variants.items()}
-    edge = 0.02 if is_higher_better(name) else 0.98
+    edge = 0.02 if comparison.is_higher_better(name) else 0.98
     for i, (variant, columns) in enumerate(of_variants.items()):
         line = _line(i)
         marker: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 8, "markeredgecolor": "white"}
@@ -222,7 +222,7 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
         axes.set_xscale("log")
     _label_ticks(axes, positions, [show(value) for value in values], _WIDTH / len(comparison.metrics))
     axes.set_xlabel(label(key))
-    if _has_logarithm(name):
+    if _has_logarithm(comparison, name):
         drawing.logarithmic(axes)
         for i, curve in enumerate(means.values()):
             zeros = [position for position, value in zip(positions, curve, strict=True) if value == 0]
@@ -270,7 +270,7 @@ def _bars(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
                 style = {"ha": "center", "va": "bottom", "fontsize": _TEXT - 1}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
                 axes.annotate(f"{mean:.3g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
-    if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
+    if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not comparison.is_higher_better(name):
         drawing.logarithmic(axes)
     axes.set_xticks(range(len(values)), [show(value) for value in values])
     axes.set_xlabel(label(key))
@@ -292,7 +292,7 @@ def _heat_maps(results: Results) -> "Figure":
     for variant in comparison.variants:
         points = results.finals(variant, name)
         maps.append(np.array([[fmean(points[row, column]) for column in columns] for row in rows]))
-    is_accuracy, is_higher = name.endswith("accuracy"), is_higher_better(name)
+    is_accuracy, is_higher = name.endswith("accuracy"), comparison.is_higher_better(name)
     stacked = np.stack(maps)  # gaps may be negative, and errors 0: they have no logarithm
     has_logarithm = not is_higher and not (stacked <= 0).any()
     shades = -np.log10(stacked) if has_logarithm else stacked if is_higher else -stacked
@@ -333,7 +333,7 @@ def _heat_maps(results: Results) -> "Figure":
 def _best(results: Results, variant: str, metric: str) -> tuple[int, int]:
     """Returns (row, column) of the best cell of a heat map by the mean over seeds of `metric`."""
     rows, columns = ([*values] for values in results.comparison.along.values())
-    sign = 1 if is_higher_better(metric) else -1
+    sign = 1 if results.comparison.is_higher_better(metric) else -1
     means = {point: sign * fmean(values) for point, values in results.finals(variant, metric).items()}
     usable = {point: value for point, value in means.items() if not math.isnan(value)} or means
     row, column = max(usable, key=lambda point: usable[point])

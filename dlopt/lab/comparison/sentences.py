@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from dlopt.config.schema import show
-from dlopt.lab.comparison.claims import Claim, Finding, Measured, effects, is_higher_better
+from dlopt.lab.comparison.claims import Claim, Finding, Measured, effects
 from dlopt.lab.comparison.intervals import RANKED, Bounds, Interval, pseudomedian
 from dlopt.lab.comparison.labels import label
 
@@ -30,7 +30,7 @@ def sentence(finding: Finding) -> str:
 def numbers(finding: Finding) -> str:
     """Writes the measured values of both sides, their difference and its interval."""
     claim, seeds = finding.claim, len(finding.first.values)
-    sign = "at least" if is_higher_better(claim.metric) else "at most"
+    sign = "at least" if claim.is_higher_better else "at most"
     free = next((axis for axis in finding.first.point if axis not in finding.first.side.at), "value")
     what = _MEASURES[claim.measure].format(
         metric=label(claim.metric), axis=label(free), target="" if claim.target is None else f"{sign} {claim.target:g}"
