@@ -176,8 +176,8 @@ def _layer_rates(model: nn.Module, layer_decay: float | None) -> dict[str, float
 def _layers(model: nn.Module) -> dict[str, int]:
     """Returns the layer of each parameter, from 0 at the input.
 
-    Models with a `group_matcher`, as those of timm, have the layers of timm's `param_groups_layer_decay`, as in BEiT and
-    MAE. Otherwise a weight of two or more dimensions starts a layer, with its bias and norm, and a module with
+    Models with a `group_matcher`, as those of timm, have the layers of timm's `param_groups_layer_decay`, as in BEiT
+    and MAE. Otherwise a weight of two or more dimensions starts a layer, with its bias and norm, and a module with
     `is_one_layer` is one layer: patches, positions and class token, a block of a transformer, a recurrent layer.
     """
     if hasattr(model, "group_matcher") and find_spec("timm") is not None:

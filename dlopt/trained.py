@@ -15,7 +15,7 @@ from dlopt.errors import RunError, UserError
 from dlopt.openmp import adapt_waiting
 from dlopt.processor import set_deterministic, set_threads
 from dlopt.training import rng
-from dlopt.training.classify import classify, image_files, predicted_labels, refuse_other_inputs
+from dlopt.training.classify import Classified, classify, image_files, predicted_labels, refuse_other_inputs
 from dlopt.training.precision import Precision
 from dlopt.training.restore import Trained, restore
 
@@ -26,7 +26,8 @@ class Prediction:
 
     Attributes:
         image: its path.
-        label: the most probable class; None for a regression, and for a model of several labels per image.
+        label: the most probable class; None for a regression, for a model of several labels per image, and where an
+            output of the model is NaN.
         values: the probabilities of the classes, or of the labels, in the order of `Model.classes`; the outputs of a
             regression.
         labels: of a model of several labels per image: those with a probability of at least 0.5.
@@ -111,12 +112,13 @@ class Model(nn.Module):
             warnings.warn(f"skipped: {values}", stacklevel=2)
         return predictions
 
-    def _prediction(self, path: str, values: Sequence[float]) -> Prediction:
+    def _prediction(self, path: str, result: Classified) -> Prediction:
+        values = result.values
         if self.classes is None:
             return Prediction(path, None, tuple(values))
         if self._task.labels is not None:
             return Prediction(path, None, tuple(values), predicted_labels(self.classes, values))
-        return Prediction(path, self.classes[max(range(len(values)), key=values.__getitem__)], tuple(values))
+        return Prediction(path, None if result.best < 0 else self.classes[result.best], tuple(values))
 
     def _placed(self) -> Trained:
         """Returns what `dlopt predict` uses, on the device to which the caller may have moved the model."""

@@ -76,6 +76,9 @@ def _dataset(
         if len(table) == 0:
             raise UserError(f"{key}: has no rows")
     tables = [(key, None if table is None else Columns(key, table, names, target)) for key, table in splits]
+    for _, columns in tables:
+        if columns is not None:
+            _refuse_unlabelled(columns)
     return dataset(tables, labels=labels, channels=channels, image_size=image_size)
 
 
@@ -85,13 +88,13 @@ class Columns:
     def __init__(self, key: str, table: Any, names: Sequence[str], target: str) -> None:
         self.target = target
         self.encoded = _is_encoded(table.schema.field(names[0]).type)
-        self._key, self._table, self._names = key, table, names
+        self._key, self.table, self._names = key, table, names
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     def labels(self) -> list[Any]:
-        values: list[Any] = self._table.column(self.target).to_pylist()
+        values: list[Any] = self.table.column(self.target).to_pylist()
         return values
 
     @property
@@ -115,16 +118,16 @@ class Columns:
         return self.encoded and is_struct and any(chunk.field("bytes").null_count for chunk in column.chunks)
 
     def value(self, row: int, channels: Channels) -> Any:
-        return _value(self._table, self._names, row, channels, self._key)
+        return _value(self.table, self._names, row, channels, self._key)
 
     def place(self, row: int) -> str:
         return f"{self._key}, row {row}"
 
     def type(self, row: int) -> str:
-        return f"the column {self.target} has the type {self._table.schema.field(self.target).type}"
+        return f"the column {self.target} has the type {self.table.schema.field(self.target).type}"
 
     def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]:
-        return _class_names(self._table, self.target, classes)
+        return _class_names(self.table, self.target, classes)
 
 
 def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key: str) -> Any:
@@ -299,16 +302,43 @@ def _innermost(kind: Any) -> str:
     return str(kind)
 
 
-def _class_names(table: Any, target: str, classes: Sequence[Any]) -> tuple[str, ...]:
-    """Returns the names of the classes: those that the package datasets stores with the table, or the labels."""
+def _stored_names(table: Any, target: str) -> list[str] | None:
+    """Returns the names of the classes that the package datasets stores with a column of labels; None without."""
     try:
         features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
         feature = features[target]
         feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # of a list of labels
-        names = feature["names"]
-        return tuple(str(names[label]) for label in classes)
+        return [str(name) for name in feature["names"]]
     except (KeyError, IndexError, TypeError, ValueError):
+        return None
+
+
+def _class_names(table: Any, target: str, classes: Sequence[Any]) -> tuple[str, ...]:
+    """Returns the names of the classes: those that the package datasets stores with the table, or the labels."""
+    names = _stored_names(table, target)
+    if names is None or not all(isinstance(label, int) for label in classes):
         return tuple(map(str, classes))
+    return tuple(names[label] for label in classes)
+
+
+def _refuse_unlabelled(columns: Columns) -> None:
+    """Raises `UserError` for labels that stand for no class: -1, as the package datasets marks missing ones."""
+    names = _stored_names(columns.table, columns.target)
+    if names is None:
+        return
+    labels = [each if isinstance(each, list) else [each] for each in columns.labels()]
+    rows = [
+        row
+        for row, values in enumerate(labels)
+        if any(isinstance(value, int) and not 0 <= value < len(names) for value in values)
+    ]
+    if rows:
+        value = next(each for each in labels[rows[0]] if isinstance(each, int) and not 0 <= each < len(names))
+        meaning = "no label" if value == -1 else f"none of its {len(names)} classes"
+        raise UserError(
+            f"{columns.place(rows[0])}: {columns.target} is {value}, which means {meaning}; so do {len(rows)} of "
+            f"{len(labels)} rows: remove them, or choose another split"
+        )
 
 
 # -- files

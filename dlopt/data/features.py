@@ -62,7 +62,7 @@ def table(
     columns = {name: index for index, name in enumerate(header)}
     inputs = np.stack([_numbers(path, rows, columns[name], name) for name in features], 1)
     texts = [row[columns[target]] for _, row in rows]
-    answers = _numbers(path, rows, columns[target], target) if labels == "value" else texts
+    answers = _numbers(path, rows, columns[target], target, is_target=True) if labels == "value" else texts
     if labels == "class" and len(set(texts)) > max(len(rows) / 2, 2):
         raise UserError(
             f"data.labels=class: {target} has {len(set(texts))} different values in {len(rows)} rows; "
@@ -206,15 +206,19 @@ def _read(path: Path, delimiter: str) -> tuple[list[str], list[tuple[int, list[s
     return header, rows
 
 
-def _numbers(path: Path, rows: Sequence[tuple[int, list[str]]], index: int, name: str) -> np.ndarray:
+def _numbers(
+    path: Path, rows: Sequence[tuple[int, list[str]]], index: int, name: str, *, is_target: bool = False
+) -> np.ndarray:
     """Returns a column as float64 [N]. Raises `UserError` that names the first line without a finite number."""
     values = np.full(len(rows), math.nan)
     for number, (line, row) in enumerate(rows):
         with contextlib.suppress(ValueError):
             values[number] = float(row[index])
         if not abs(values[number]) <= _LARGEST:  # also for NaN
-            raise UserError(
-                f"data.file={path}, line {line}: {name} is {row[index]!r}, not a finite number; "
-                f"leave it out with data.ignore=[{name}]"
+            advice = (
+                "remove the line or fill in its value, since every row needs a target (classes: data.labels=class)"
+                if is_target
+                else f"leave it out with data.ignore=[{name}]"
             )
+            raise UserError(f"data.file={path}, line {line}: {name} is {row[index]!r}, not a finite number; {advice}")
     return values

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.data.loading import chunks
-from dlopt.data.samples import Dataset, Files, Samples
+from dlopt.data.samples import Dataset, Files, Samples, white
 from dlopt.errors import UserError
 from dlopt.ranges import Positive
 
@@ -127,9 +127,10 @@ class Fixed(ScaleShift):
 
     def fit(self, samples: Samples) -> None:
         """Sets the constants in the units of the samples."""
-        unit = 255 if samples.fetch(torch.tensor([0])).dtype == torch.uint8 else 1
+        # The same unit as in augmentation and pictures: floating-point images may have values 0..255, too.
+        unit = white(samples) if len(samples.shape) == 3 else 1.0
         for name, values in (("mean", self._mean), ("std", self._std)):
-            if unit == 255 and values.abs().max() > 1:
+            if unit == 255.0 and values.abs().max() > 1:
                 shown = [round(value, 4) for value in values.tolist()]
                 raise UserError(f"normalize.{name}={shown}: images have the range 0..1 here; divide by 255")
         self._set(1 / (self._std * unit), -self._mean / self._std)

@@ -282,10 +282,30 @@ def _naming_the_key() -> Iterator[None]:
         raise UserError(f"{error}; to skip unreadable images, set data.on_error=skip") from error
 
 
+_CHANNELS = (1, 3, 4)  # of grey images, colour images, and colour images with transparency
+
+
+def channels_first(image: np.ndarray, where: str) -> np.ndarray:
+    """Returns an image [H, W, C] or [C, H, W] as [C, H, W]; C is the dimension of 1, 3 or 4 numbers.
+
+    Raises `UserError`, which starts with `where`, if both or none of them may be the channels.
+    """
+    is_first, is_last = (image.shape[axis] in _CHANNELS for axis in (0, 2))
+    if is_first == is_last:
+        shape = "x".join(map(str, image.shape))
+        raise UserError(
+            f"{where}: the uint8 array {shape} may be [height, width, channels] or [channels, height, width]: "
+            f"{'both' if is_first else 'neither'} the first and the last dimension {'are' if is_first else 'is'} 1, 3 "
+            "or 4; return a torch tensor [channels, height, width], or store encoded images (PNG)"
+        )
+    return image if is_first else image.transpose(2, 0, 1)
+
+
 class Wrapped:
     """Wraps a map-style `torch.utils.data.Dataset` whose items are pairs (input, label).
 
-    Inputs: a PIL image, a uint8 array [H, W] or [H, W, C], or a tensor [F], [H, W] or [C, H, W]; uint8 inputs are
+    Inputs: a PIL image, a uint8 array [H, W], [H, W, C] or [C, H, W] (see `channels_first`), or a
+    tensor [F], [H, W] or [C, H, W]; uint8 inputs are
     images 0..255, all others become float32. Labels: an integer class, or floating-point values (regression).
     Labels are read from the attribute `targets` or `labels` if it matches an item of each class (at most 64 items);
     otherwise every item is read once.
@@ -352,8 +372,9 @@ class Wrapped:
         if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
             value = from_pil(value)
         elif isinstance(value, np.ndarray):
-            image = value.dtype == np.uint8 and value.ndim == 3
-            value = torch.from_numpy(np.ascontiguousarray(value.transpose(2, 0, 1) if image else value))
+            if value.dtype == np.uint8 and value.ndim == 3:
+                value = channels_first(value, f"{self._name}[{index}]")
+            value = torch.from_numpy(np.ascontiguousarray(value))
         if not isinstance(value, Tensor) or not 1 <= value.dim() <= 3 or value.is_complex():
             raise UserError(
                 f"{self._name}[{index}]: the input is {_describe(value)}; expected a PIL image, an array, or a tensor "

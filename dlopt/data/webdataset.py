@@ -24,6 +24,7 @@ from dlopt.data.samples import Dataset
 from dlopt.errors import UserError
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension, as the package webdataset splits a name
+_META = re.compile(r"__[^/]*__($|/)")
 _CACHE_MIN_SAMPLES = 10_000  # indexes of fewer samples are not cached
 _END = bytes(tarfile.BLOCKSIZE)  # a block of zeros ends a tar file
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -264,11 +265,13 @@ def _samples(key: str, path: str) -> Iterator[tuple[str, Members, Callable[[tarf
 
 
 def _members(tar: tarfile.TarFile, place: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yields (key, extension, member) of the files with an extension; skips hidden files."""
+    """Yields (key, extension, member) of the files with an extension; skips hidden files and metadata."""
     while (entry := tar.next()) is not None:
         # Otherwise the list of a million members needs gigabytes.
         tar.members.clear()  # type: ignore[attr-defined]
         matched = _NAME.fullmatch(entry.name)
+        if _META.match(entry.name):  # __meta__/...: the package webdataset skips them, too
+            continue
         if matched is not None and entry.isreg() and not entry.issparse():
             yield matched[1], matched[2].lower(), entry
     # Before the last sample, which may lack a member for this reason.

@@ -41,8 +41,10 @@ def write(folder: Path, record: Mapping[str, Any], tested: Tested) -> dict[str, 
     confusion, classes = tested.report.confusion, tested.classes
     if confusion is not None and classes is not None:
         plot = io.BytesIO()
+        samples, count = int(confusion.sum()) + tested.report.unpredicted, tested.report.unpredicted
+        unpredicted = f", {count} of them with NaN outputs and no cell" if count else ""
         accuracy = format_percent(tested.report.metrics["test_accuracy"])
-        title = f"Test accuracy {accuracy} ({int(confusion.sum())} samples)"
+        title = f"Test accuracy {accuracy} ({samples} samples{unpredicted})"
         plot_confusion(confusion, classes, title).savefig(plot, dpi=150, format="png")
         table = confusion_table(confusion, classes)
         files["confusion matrix"] = ("confusion.csv", table.encode("utf-8", "surrogateescape"))

@@ -48,7 +48,8 @@ class CautiousAdamW(RealOptimizer):
     """AdamW whose update moves no weight against its gradient (C-AdamW, Liang et al. 2024, algorithm 1).
 
     u = m^ / (sqrt(v^) + eps); theta <- (1 - lr * weight_decay) theta - lr * d / (nnz + 1) * mask * u, where the mask
-    u * g > 0 keeps nnz of a tensor's d entries. The weight decay is not masked.
+    u * g > 0 keeps nnz of a tensor's d entries The weight decay is not masked. The factor is the
+    paper's; the authors' present code has d / nnz.
     """
 
     # Its number of kept entries is that of the whole tensor.

@@ -198,7 +198,7 @@ def make_cautious(updates: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
     """Zeroes, in place, the entries of the updates whose sign is not that of the gradient, and scales up the others.
 
     Cautious optimizers (Liang et al. 2024, algorithm 1): u <- u * mask * d / (nnz + 1) for each tensor of d entries, of
-    which the mask u * g > 0 keeps nnz.
+    which the mask u * g > 0 keeps nnz. The authors' present code scales by d / nnz, at most 1000, instead.
     """
     for update, grad in zip(updates, grads, strict=True):
         mask = update * grad > 0

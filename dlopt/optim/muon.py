@@ -57,7 +57,8 @@ class Muon(torch.optim.Optimizer):
     Weight decay is decoupled, except with SGD, where it is torch's L2 penalty. `normalize_weights` scales each matrix
     to the norm sqrt(rows) before its update (Jordan's airbench94_muon), which makes the learning rate relative to the
     weights. `cautious` moves no weight against its gradient (Liang et al. 2024), neither in matrices nor in the AdamW
-    of the others. `rest_lr=None` is lr.
+    of the others; it masks the orthogonalized update, so that this holds (the authors' code masks the momentum before
+    the orthogonalization, after which entries may again move against the gradient). `rest_lr=None` is lr.
 
     Each parameter group is split in two: matrices and other parameters. The learning rate of a group is relative to
     `lr`: its other parameters get `rest_lr` * group lr / `lr`.

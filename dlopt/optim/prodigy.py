@@ -22,8 +22,9 @@ class Prodigy(RealOptimizer):
     weight_decay * x), without bias correction, with the d before its update. All groups share d.
 
     `lr` is a factor of d, 1 in the paper, which the schedule reduces. `safeguard_warmup` leaves lr out of s, as the
-    authors advise for a schedule with warmup, in which d would otherwise grow too far. Reads d on the host once per
-    update. (pytorch-optimizer accumulates r in float32.)
+    authors advise for a schedule with warmup, in which d would otherwise grow too far. Where the schedule has lr = 0,
+    the averages go on, as in algorithm 4; the authors' code pauses them. Reads d on the host once per update.
+    (pytorch-optimizer accumulates r in float32.)
     """
 
     traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="model")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from dlopt.errors import UserError
-from dlopt.metric_names import Mode, base_name, lower_is_better
+from dlopt.metric_names import Mode, known_mode, lower_is_better
 from dlopt.optim.traits import is_schedule_free
 from dlopt.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.schedules.horizon import Factor, Horizon
@@ -158,9 +158,8 @@ class Plateau:
         monitor_mode: Mode | None = None,
     ) -> None:
         self.monitor = monitor
-        own = {} if monitor_mode is None else {base_name(monitor): monitor_mode}
-        is_lower = lower_is_better(monitor, own) if mode == "auto" else mode == "min"
-        self._sign = 1.0 if is_lower else -1.0
+        # The first evaluation refuses an unknown metric, with those that the run has.
+        self._mode = (known_mode(monitor) or monitor_mode) if mode == "auto" else mode
         self._reduction, self._patience, self._cooldown, self._min_factor = factor, patience, cooldown, min_factor
         self._threshold, self._relative = threshold, threshold_mode == "rel"
         self.value, self.best, self.num_bad, self.cooldown_left = 1.0, math.inf, 0, 0
@@ -173,7 +172,8 @@ class Plateau:
         if self.monitor not in metrics:
             names = ", ".join(sorted(metrics)) or "none"
             raise UserError(f"schedule.monitor={self.monitor}: not among the evaluated metrics; allowed: {names}")
-        metric = self._sign * metrics[self.monitor]  # lower is better
+        is_lower = lower_is_better(self.monitor) if self._mode is None else self._mode == "min"
+        metric = metrics[self.monitor] if is_lower else -metrics[self.monitor]
         margin = self._threshold * (abs(self.best) if self._relative else 1.0) if math.isfinite(self.best) else 0.0
         if metric < self.best - margin:
             self.best, self.num_bad = metric, 0

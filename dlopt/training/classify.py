@@ -1,10 +1,11 @@
 """Classifies image files with a trained model."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from dlopt.data.images import decode
 from dlopt.errors import RunError, UserError
 from dlopt.losses import label_probabilities, probabilities
 from dlopt.processor import usable_cores
+from dlopt.training.metrics import predicted_classes
 from dlopt.training.multilabel import THRESHOLD
 from dlopt.training.restore import Trained
 
@@ -44,7 +46,14 @@ def refuse_other_inputs(trained: Trained, path: Path) -> None:
         raise UserError(f"checkpoint={path}: its model reconstructs images; `dlopt eval checkpoint={path}` draws some")
 
 
-def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterator[tuple[str, list[float] | str]]:
+class Classified(NamedTuple):
+    """The values that a prediction shows, and the number of the class; -1: none, because an output is NaN."""
+
+    values: list[float]
+    best: int
+
+
+def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterator[tuple[str, Classified | str]]:
     """Yields each path with the probabilities of its classes, or with the error of an unreadable file.
 
     A model of several labels has the probability of each; a regression has the outputs. Each process classifies its
@@ -83,14 +92,16 @@ def _values(outputs: Tensor, trained: Trained) -> Tensor:
 
 def _classify(
     paths: Sequence[str], images: Sequence[Tensor | UserError], trained: Trained
-) -> list[tuple[str, list[float] | str]]:
+) -> list[tuple[str, Classified | str]]:
     readable = [image for image in images if not isinstance(image, UserError)]
-    values: Iterator[list[float]] = iter(())
+    found: Iterator[Classified] = iter(())
     if readable:
         outputs = trained.outputs(torch.stack(readable))
-        values = iter(_values(outputs, trained).tolist())
+        # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
+        best = predicted_classes(outputs).tolist() if outputs.ndim == 2 else [-1] * len(outputs)
+        found = map(Classified, _values(outputs, trained).tolist(), best)
     return [
-        (path, str(image) if isinstance(image, UserError) else next(values))
+        (path, str(image) if isinstance(image, UserError) else next(found))
         for path, image in zip(paths, images, strict=True)
     ]
 
@@ -117,12 +128,14 @@ def rows(
     errors = 0
     for path, result in classify(files, trained, batch_size):
         if not isinstance(result, str):
-            cells = [f"{value:.6g}" for value in result]
+            cells = [f"{value:.6g}" for value in result.values]
+            if any(map(math.isnan, result.values)):
+                warn(f"{path}: the outputs of the model have NaN, which names no class")
             if trained.classes is not None and trained.task.labels is not None:
-                cells = [";".join(predicted_labels(trained.classes, result)), *cells]
+                cells = [";".join(predicted_labels(trained.classes, result.values)), *cells]
             elif trained.classes is not None:
-                best = max(range(len(result)), key=result.__getitem__)
-                cells = [trained.classes[best], cells[best], *cells]
+                found = ["", "nan"] if result.best < 0 else [trained.classes[result.best], cells[result.best]]
+                cells = [*found, *cells]
             yield [path, *cells]
             continue
         errors += 1

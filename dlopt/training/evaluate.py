@@ -34,6 +34,7 @@ from dlopt.training.metrics import (
     confusion_matrix,
     extra_metrics,
     f1_scores,
+    predicted_classes,
 )
 from dlopt.training.multilabel import LABEL_METRICS, LabelMetrics, LabelReport, label_report
 from dlopt.training.own_metrics import OwnMetric, OwnMetrics, compute
@@ -101,12 +102,21 @@ Outputs = tuple[Tensor, Tensor]  # outputs and targets of a batch
 class TestReport:
     """Test metrics (`test_...`), and the confusion matrix [K, K] with a row per true class (None: other tasks).
 
-    `labels`: the metrics of each label where a sample has several; None: other tasks.
+    `labels`: the metrics of each label where a sample has several; None: other tasks. `samples`: of each class [K],
+    also those whose outputs have NaN, which count as wrong and are in no cell of the confusion matrix.
     """
 
     metrics: dict[str, float]
     confusion: Tensor | None
     labels: LabelReport | None = None
+    samples: Tensor | None = None
+
+    @property
+    def unpredicted(self) -> int:
+        """Number of samples whose outputs have NaN."""
+        if self.confusion is None or self.samples is None:
+            return 0
+        return int(self.samples.sum() - self.confusion.sum())
 
     def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
         """Returns {class, samples, accuracy, f1} of each class; None for a value without samples.
@@ -115,9 +125,10 @@ class TestReport:
         """
         if self.labels is not None:
             return [without_nan(row) for row in self.labels.rows(classes)]
-        if self.confusion is None:
+        if self.confusion is None or self.samples is None:
             return []
-        columns = (self.confusion.sum(1), class_accuracies(self.confusion), f1_scores(self.confusion))
+        confusion, samples = self.confusion, self.samples
+        columns = (samples, class_accuracies(confusion, samples), f1_scores(confusion, samples))
         names = ("class", "samples", "accuracy", "f1")
         rows = zip(classes, *(column.tolist() for column in columns), strict=True)
         return [without_nan(dict(zip(names, row, strict=True))) for row in rows]
@@ -142,7 +153,7 @@ def report(
         labels = label_report(outputs, targets, lambda outputs: label_probabilities(outputs, loss))
         means = {f"test_{name}": value for name, value in labels.means.items()}
         return TestReport(metrics | means | own_values, None, labels)
-    classes, confusion = task.classes, None
+    classes, confusion, samples = task.classes, None, None
     extra: ExtraMetrics
     if classes is None:
         names = ["r2", "mae"]
@@ -150,10 +161,13 @@ def report(
     else:
         names = [*(["top5_accuracy"] if classes > TOP else []), "macro_f1", "calibration_error"]
         extra = ClassMetrics(names, list(map(str, range(classes))), lambda outputs: probabilities(outputs, loss))
-        confusion = confusion_matrix(targets, outputs.argmax(1), classes).cpu()
+        predictions = predicted_classes(outputs)
+        confusion = confusion_matrix(targets, predictions, classes).cpu()
+        samples = torch.bincount(targets, minlength=classes).cpu()
     extra.add(outputs, targets)
     means = extra.means(None)
-    return TestReport(metrics | {f"test_{name}": means[name] for name in names} | own_values, confusion)
+    metrics |= {f"test_{name}": means[name] for name in names} | own_values
+    return TestReport(metrics, confusion, samples=samples)
 
 
 def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> TestReport:

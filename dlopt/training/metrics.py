@@ -165,6 +165,13 @@ class MetricSum:
         derived = self.task.loss_metrics(metrics[f"{prefix}_loss"])
         return metrics | {f"{prefix}_{name}": value for name, value in derived.items()}
 
+    def warn_if_not_finite(self, metrics: Mapping[str, Any], name: str, show: Callable[[str], None]) -> None:
+        """Reports a loss that is NaN or infinite, beside which an accuracy looks like that of a usable model."""
+        loss = metrics.get(name)
+        if loss is not None and not math.isfinite(loss):
+            wrong = "" if self.task.classes is None else "; those with NaN count as wrong predictions"
+            show(f"warning: {name} is {loss}: the model has outputs that are not finite{wrong}")
+
     def since_last(self, prefix: str) -> dict[str, float]:
         """Returns {prefix}loss and {prefix}accuracy over the samples since the last call."""
         self.sync()
@@ -198,7 +205,13 @@ def _labels(targets: Tensor) -> Tensor:
 
 
 def _count_correct(outputs: Tensor, labels: Tensor) -> Tensor:
-    return (outputs.argmax(-1) == labels).sum()
+    return (predicted_classes(outputs) == labels).sum()
+
+
+def predicted_classes(outputs: Tensor) -> Tensor:
+    """Returns the class with the largest of the outputs [..., K]: int64 [...]; -1, no class, where one is NaN."""
+    largest, classes = outputs.max(-1)  # NaN where there is one
+    return classes.masked_fill(largest.isnan(), -1)
 
 
 def _concatenated(tensors: list[Tensor]) -> Tensor:
@@ -222,29 +235,39 @@ BINS = 15  # confidence bins, as in Guo et al. 2017
 def confusion_matrix(targets: Tensor, predictions: Tensor, classes: int) -> Tensor:
     """Counts samples by true class (row) and predicted class (column): int64 [classes, classes].
 
-    targets, predictions: int64 [N].
+    targets, predictions: int64 [N]; samples without a prediction (-1) are left out.
     """
-    return torch.bincount(targets * classes + predictions, minlength=classes**2).view(classes, classes)
+    pairs = (targets * classes + predictions)[predictions >= 0]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def class_accuracies(confusion: Tensor) -> Tensor:
-    """Returns the accuracy (recall) of each class: float64 [K]; nan for a class without samples."""
-    return confusion.diagonal().double() / confusion.sum(1)
+def class_accuracies(confusion: Tensor, samples: Tensor | None = None) -> Tensor:
+    """Returns the accuracy (recall) of each class: float64 [K]; nan for a class without samples.
+
+    `samples`: of each class, if some have no prediction.
+    """
+    return confusion.diagonal().double() / (confusion.sum(1) if samples is None else samples)
 
 
-def f1_scores(confusion: Tensor) -> Tensor:
+def f1_scores(confusion: Tensor, samples: Tensor | None = None) -> Tensor:
     """Returns 2 TP / (2 TP + FP + FN) of each class: float64 [K]; nan if it neither occurs nor is predicted."""
-    return 2 * confusion.diagonal().double() / (confusion.sum(0) + confusion.sum(1))
+    return 2 * confusion.diagonal().double() / (confusion.sum(0) + (confusion.sum(1) if samples is None else samples))
 
 
-def calibration_gaps(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> Tensor:
-    """Returns correct predictions minus the sum of confidences in each bin: float64 [bins]; probabilities: [N, K].
+def calibration_gaps(
+    probabilities: Tensor, targets: Tensor, bins: int = BINS, predictions: Tensor | None = None
+) -> Tensor:
+    """Returns correct predictions minus the sum of confidences in each bin: float64 [bins].
+
+    probabilities: [N, K]; targets: int64 [N]. `predictions`: int64 [N], of outputs whose probabilities are clamped to
+    0..1 and may be equal; None: the most probable classes. NaN probabilities make the error NaN.
 
     The sum of their absolute values, divided by N, is the expected calibration error (Guo et al. 2017, equation 5): the
     sum over `bins` bins of equal width, by confidence (the largest probability), of the bin's fraction of samples times
     |accuracy - mean confidence|. A bin includes its upper edge.
     """
-    confidence, predictions = probabilities.double().max(1)
+    predictions = predicted_classes(probabilities) if predictions is None else predictions
+    confidence = probabilities.double().amax(1)
     correct = (predictions == targets).double()
     bin_of = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
     return torch.zeros(bins, dtype=torch.float64, device=correct.device).index_add_(0, bin_of, correct - confidence)
@@ -363,15 +386,17 @@ class ClassMetrics:
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Adds outputs [N, K] and targets int64 [N]."""
         count = len(self.classes)
-        predictions = outputs.argmax(1)
+        predictions = predicted_classes(outputs)
+        is_valid = predictions >= 0
         columns = [
             torch.bincount(labels, minlength=count)
-            for labels in (targets[predictions == targets], targets, predictions)
+            for labels in (targets[predictions == targets], targets, predictions[is_valid])
         ]
         if "top5_accuracy" in self.names:
-            columns.append((outputs.topk(TOP, dim=1).indices == targets.unsqueeze(1)).any(1).sum().view(1))
+            hits = (outputs.topk(TOP, dim=1).indices == targets.unsqueeze(1)).any(1) & is_valid
+            columns.append(hits.sum().view(1))
         if "calibration_error" in self.names:
-            columns.append(calibration_gaps(self.probabilities(outputs), targets))
+            columns.append(calibration_gaps(self.probabilities(outputs), targets, predictions=predictions))
         sums = torch.cat([column.to(columns[-1].dtype) for column in columns])
         self._sums = sums if self._sums is None else self._sums + sums
 

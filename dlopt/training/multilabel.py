@@ -1,5 +1,6 @@
 """Metrics of samples with several labels each: mean average precision, and F1 at a probability of 0.5."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -48,11 +49,14 @@ class LabelReport:
     precision: Tensor
     f1: Tensor
     micro_f1: float
+    has_nan: bool = False  # in the outputs: then the means are NaN, too
 
     @property
     def means(self) -> dict[str, float]:
         """The metrics by name. The means are over the labels that have a value."""
         values = (self.precision.nanmean().item(), self.f1.nanmean().item(), self.micro_f1)
+        if self.has_nan:
+            values = (math.nan,) * 3
         return dict(zip(LABEL_METRICS, values, strict=True))
 
     def rows(self, labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -68,12 +72,15 @@ def label_report(outputs: Tensor, targets: Tensor, probabilities: Callable[[Tens
     `probabilities` maps outputs to probabilities, of which `THRESHOLD` and larger ones predict a label.
     """
     outputs, targets = outputs.cpu(), targets.cpu()
+    is_nan = outputs.isnan().any(0)
     predicted, true = probabilities(outputs) >= THRESHOLD, targets > 0
     counts = [each.sum(0) for each in (predicted & true, predicted, true)]
     hits, predictions, positives = (count.double() for count in counts)
     micro = 2 * hits.sum() / (predictions.sum() + positives.sum())
     f1 = 2 * hits / (predictions + positives)
-    return LabelReport(counts[2], average_precision(outputs, targets), f1, micro.item())
+    # A NaN has no place in an order, and predicts nothing.
+    precision, f1 = (each.masked_fill(is_nan, torch.nan) for each in (average_precision(outputs, targets), f1))
+    return LabelReport(counts[2], precision, f1, micro.item(), bool(is_nan.any()))
 
 
 class LabelMetrics:

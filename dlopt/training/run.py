@@ -129,6 +129,7 @@ def train_run(
             tracking.message(f"{stop.reason}: stopped; {how}")
         elif settings.evaluate.test:
             summary |= _test_best(trainer, workload)
+            trainer.train_metrics.warn_if_not_finite(summary, "test_loss", tracking.message)
         if own is not None:
             own.at_end(summary)
         pictures = None

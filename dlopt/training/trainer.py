@@ -164,6 +164,7 @@ class Trainer:
             if validation_metrics is None:
                 return False
             metrics |= validation_metrics
+            self.train_metrics.warn_if_not_finite(metrics, "val_loss", self.tracking.message)
             self.stopping.update(metrics)
             if self.stopping.should_stop:
                 ends_epoch, metrics["epoch"] = True, epoch

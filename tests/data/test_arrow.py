@@ -278,3 +278,44 @@ def test_scripts_of_datasets_are_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.name=.*foreign: data\.split=train cannot be loaded: "):
         hub(name=str(folder), split="train")
     assert not (tmp_path / "started").exists()
+NAMED = b'{"info": {"features": {"label": {"names": ["cat", "dog", "owl"], "_type": "ClassLabel"}}}}'
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    ([0, -1, 2, -1], r"row 1: label is -1, which means no label; so do 2 of 4 rows"),
+    ([0, 1, 2, 3], r"row 3: label is 3, which means none of its 3 classes; so do 1 of 4 rows"),
+])  # fmt: skip
+def test_labels_that_stand_for_no_class(labels: list[int], message: str, tmp_path: Path) -> None:
+    """In Parquet files with the names of the package datasets, in any split; without names -1 is a class."""
+    def file(name: str, values: list[int], metadata: dict[bytes, bytes] | None) -> str:
+        table = arrow.table({"image": [[float(each)] for each in values], "label": values})
+        writer.write_table(table.replace_schema_metadata(metadata), tmp_path / name)
+        return str(tmp_path / name)
+
+    good, bad = (file(name, values, {b"huggingface": NAMED}) for name, values in (("a", [0, 1, 2, 1]), ("b", labels)))
+    assert read(file=good).classes == ("cat", "dog", "owl")
+    with pytest.raises(UserError, match=r"^data\.file, " + message):
+        read(file=bad)
+    with pytest.raises(UserError, match=r"^data\.test_file, " + message):
+        read(file=good, test_file=bad)
+    assert read(file=file("c", [-1, 1, -1, 1], None)).classes == ("-1", "1")
+
+
+def test_unlabelled_rows_of_the_package_datasets(datasets: Any, tmp_path: Path) -> None:
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features({"image": datasets.Sequence(datasets.Value("float32")), "label": label})
+    rows = {"image": [[0.0], [1.0], [2.0]], "label": [0, 1, -1]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=r"data\.split, row 2: label is -1, which means no label; so do 1 of 3 rows"):
+        hub(name=str(tmp_path / "saved"), split="train")
+
+
+def test_arrays_of_images_with_their_channels_first(tmp_path: Path) -> None:
+    """As Array3D(shape=(3, H, W)) stores them; [H, W, 3] gives the same images."""
+    pixels = pictures(3)  # [N, H, W, 3]
+    nested = arrow.list_(arrow.list_(arrow.list_(arrow.uint8())))
+    columns = {"last": pixels.tolist(), "first": np.moveaxis(pixels, 3, 1).tolist()}
+    table = {name: arrow.array(values, nested) for name, values in columns.items()}
+    writer.write_table(arrow.table({**table, "label": [0, 1, 0]}), tmp_path / "a.parquet")
+    first, last = (inputs(read(file=str(tmp_path / "a.parquet"), input=name)) for name in ("first", "last"))
+    assert torch.equal(first, last) and torch.equal(first, torch.from_numpy(np.moveaxis(pixels, 3, 1).copy()))

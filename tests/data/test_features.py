@@ -120,6 +120,7 @@ def test_warns_about_columns_that_float32_rounds(tmp_path: Path) -> None:
         ("x,y\n1,a\n2\n", {}, r"line 3: has 1 fields instead of 2"),
         ("x,y\n1,a\n,b\n", {}, r"line 3: has an empty field"),
         ("x,y\n1,a\nnan,a\n", {}, r"line 3: x is 'nan', not a finite number"),
+        ("x,y\n1,2\n2,nan\n", {"labels": "value"}, r"line 3: y is 'nan', not a finite number; remove the line or fill"),
         ("x,y\n1,a\n1e39,a\n", {}, r"line 3: x is '1e39', not a finite number"),
         ("x;y\n1;a\n", {}, r"has 1 columns; set data\.delimiter if it is not ','"),
         ("x,x,y\n1,2,a\n", {}, r"two columns have the same name"),

@@ -192,3 +192,14 @@ def test_fixed_constants_equal_torchvisions_normalize() -> None:
 def test_fixed_constants_must_fit_the_images(mean: tuple[float, ...], std: tuple[float, ...], error: str) -> None:
     with pytest.raises(UserError, match=error):
         fitted(partial(Fixed, mean=mean, std=std), images())  # type: ignore[arg-type]
+
+
+def test_fixed_constants_of_floating_point_images() -> None:
+    """Images 0..255 in float32 are those in uint8; images 0..1 are taken as they are."""
+    pixels = images()
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    expected = ((pixels.double() / 255).movedim(1, -1) - torch.tensor(mean)) / torch.tensor(std)
+    for inputs in (pixels, pixels.float(), pixels.float() / 255):
+        module = Fixed(mean=mean, std=std, input_shape=tuple(pixels.shape[1:])).double()
+        module.fit(samples(inputs))
+        assert torch.allclose(module(inputs.double()).movedim(1, -1), expected, atol=1e-6)

@@ -82,6 +82,7 @@ def test_paths_outside_ascii(tmp_path: Path, write_images: WriteImages) -> None:
 
 
 IMAGE = torch.arange(24, dtype=torch.uint8).view(2, 3, 4)
+COLOUR = torch.arange(90, dtype=torch.uint8).view(3, 5, 6)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ IMAGE = torch.arange(24, dtype=torch.uint8).view(2, 3, 4)
         (IMAGE[0], IMAGE[:1]),
         (IMAGE.float() / 7, IMAGE.float() / 7),
         (IMAGE.double(), IMAGE.float()),
-        (IMAGE.permute(1, 2, 0).numpy(), IMAGE),
+        (COLOUR.permute(1, 2, 0).numpy(), COLOUR),
         (IMAGE[0].numpy(), IMAGE[:1]),
         (Image.fromarray(IMAGE[0].numpy()), IMAGE[:1]),
         (Image.fromarray(IMAGE[0].numpy()).convert("RGB"), IMAGE[:1].expand(3, 3, 4)),
@@ -176,3 +177,22 @@ def test_wrapped_reports_invalid_items(dataset: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Wrapped(dataset, None, "data.train")
     assert str(caught.value).startswith("data.train (")
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((5, 6, 3), (3, 5, 6)), ((3, 5, 6), (3, 5, 6)), ((1, 5, 6), (1, 5, 6)), ((5, 6, 1), (1, 5, 6)),
+     ((4, 32, 32), (4, 32, 32)), ((2, 2, 4), (4, 2, 2))],
+)  # fmt: skip
+def test_channels_of_arrays_are_the_dimension_of_1_3_or_4(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    found = Wrapped([(pixels, 0)], None, "data.train").fetch(torch.tensor([0]))[0]
+    assert found.shape == expected
+    assert (found.numpy() == (pixels if shape == expected else np.moveaxis(pixels, 2, 0))).all()
+
+
+@pytest.mark.parametrize(("shape", "which"), [((3, 5, 3), "both"), ((1, 8, 4), "both"), ((6, 8, 8), "neither")])
+def test_arrays_with_channels_in_either_place_are_refused(shape: tuple[int, ...], which: str) -> None:
+    shown = "x".join(map(str, shape))
+    with pytest.raises(UserError, match=rf"data.train .*\[0\]: the uint8 array {shown} .*: {which} the first"):
+        Wrapped([(np.zeros(shape, np.uint8), 0)], None, "data.train")

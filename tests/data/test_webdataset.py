@@ -321,3 +321,15 @@ def test_a_run_ends_and_is_evaluated(tmp_path: Path) -> None:
     predicted = dlopt(tmp_path, "predict", "checkpoint=run", "images=new", "device=cpu")
     assert predicted.code == 0, predicted.err
     assert "a.png" in (tmp_path / "predictions.csv").read_text()
+
+
+def test_metadata_of_a_shard_is_skipped(tmp_path: Path) -> None:
+    """As the package webdataset does: `__meta__/...`, and names between double underscores."""
+    images = pictures(4)
+    members: list[tuple[str, bytes | str]] = [("__meta__/info.json", "{}"), ("__index__", "1"), ("__x__/a/b.cls", "7")]
+    for number, image in enumerate(images):
+        members += [(f"{number}.png", png(image)), (f"{number}.cls", str(number % 2))]
+        members += [(f"__meta__/{number}.json", "{}")]
+    dataset = read(file=write(tmp_path / "a.tar", members))
+    assert dataset.train.targets.tolist() == [0, 1, 0, 1]
+    assert (inputs(dataset).numpy() == np.moveaxis(images, 3, 1)).all()

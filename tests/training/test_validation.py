@@ -15,11 +15,22 @@ from torch import Tensor, nn
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.task import Task
 from dlopt.errors import UserError
-from dlopt.training.metrics import ClassMetrics, RegressionMetrics, _check_names, calibration_gaps, extra_metrics
+from dlopt.losses import MSE, probabilities
+from dlopt.training.evaluate import report
+from dlopt.training.metrics import (
+    ClassMetrics,
+    MetricSum,
+    RegressionMetrics,
+    _check_names,
+    calibration_gaps,
+    extra_metrics,
+)
+from dlopt.training.multilabel import label_report
 from tests.support.runs import REGRESSION, experiment, metrics, start
 from tests.support.sizes import SMALL
 
 CLASSES = ("a", "b", "c", "d", "e", "f", "g")
+CROSS_ENTROPY = nn.CrossEntropyLoss()
 NAMES = ["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy"]
 
 
@@ -193,3 +204,55 @@ def test_the_epoch_of_an_early_stop_is_evaluated(tmp_path: Path) -> None:
     summary = start(tmp_path, *SMALL, *stop, "epochs=9", "evaluate.every_epochs=5")
     [line] = metrics(tmp_path)
     assert summary["status"] == "stopped_early" and line["epoch"] == 2 and line["val_loss"] > 0
+
+
+@pytest.mark.parametrize("size", [7, 60])
+def test_outputs_with_nan_count_as_wrong(size: int) -> None:
+    """As scikit-learn counts them with a prediction of its own, which is no class."""
+    outputs, targets = answers(3, 60)
+    outputs[targets == 0] = math.nan
+    outputs[5, 3] = math.nan  # one of them is enough
+    predictions = outputs.argmax(1).masked_fill(outputs.isnan().any(1), -1).numpy()
+    counter, total = ClassMetrics(NAMES, CLASSES, softmax), MetricSum(Task("classification", 7))
+    for batch in batches(outputs, targets, size):
+        counter.add(*batch)
+        total.add(total.measure(CROSS_ENTROPY(*batch), *batch))
+    means, sums = counter.means(None), total.means("val")
+    assert math.isnan(sums["val_loss"])
+    assert sums["val_accuracy"] == pytest.approx((predictions == targets.numpy()).mean())
+    occurring = np.union1d(targets, predictions[predictions >= 0])
+    f1 = reference.f1_score(targets, predictions, average="macro", labels=occurring, zero_division=0)
+    assert means["macro_f1"] == pytest.approx(f1)
+    top = outputs.nan_to_num(nan=-math.inf).topk(5).indices
+    hits = (top == targets.unsqueeze(1)).any(1) & ~outputs.isnan().any(1)
+    assert means["top5_accuracy"] == pytest.approx(hits.double().mean().item())
+    assert means[f"class_accuracy/{CLASSES[0]}"] == 0 == means["worst_class_accuracy"]
+    assert math.isnan(means["calibration_error"])
+    tested = report([(outputs, targets)], CROSS_ENTROPY, Task("classification", 7))
+    assert tested.unpredicted == (predictions < 0).sum()
+    rows = tested.per_class(CLASSES)
+    assert [row["samples"] for row in rows] == torch.bincount(targets, minlength=7).tolist()
+    assert rows[0]["accuracy"] == 0 and tested.metrics["test_macro_f1"] == pytest.approx(f1)
+
+
+def test_labels_with_nan_outputs_have_no_mean() -> None:
+    outputs, targets = torch.randn(20, 3), torch.randint(2, (20, 3)).float()
+    outputs[4, 1] = math.nan
+    found = label_report(outputs, targets, torch.sigmoid)
+    assert all(math.isnan(value) for value in found.means.values())
+    assert [math.isnan(value) for value in found.precision.tolist()] == [False, True, False]
+    clean = label_report(outputs[:, [0, 2]], targets[:, [0, 2]], torch.sigmoid)
+    assert found.f1[[0, 2]].tolist() == clean.f1.tolist() and not any(map(math.isnan, clean.means.values()))
+
+
+def test_classes_of_models_trained_with_mse_are_those_of_the_outputs() -> None:
+    """Clamped to 0..1 several outputs are equal: accuracy, calibration and `predict` take the largest output itself."""
+    draws = torch.Generator().manual_seed(0)
+    targets = torch.randint(4, (200,), generator=draws)
+    outputs = 1.2 + 0.1 * torch.randn(200, 4, generator=draws)
+    outputs[torch.arange(200), targets] += 0.3
+    loss = MSE(classes=4)
+    counter = ClassMetrics(["calibration_error"], list("abcd"), lambda values: probabilities(values, loss))
+    counter.add(outputs, targets)
+    accuracy = (outputs.numpy().argmax(1) == targets.numpy()).mean()
+    assert counter.means(None)["calibration_error"] == pytest.approx(1 - accuracy) and accuracy > 0.8
