@@ -96,7 +96,7 @@ def former_mode(config: Mapping[str, Any]) -> Mode | None:
 
     `config`: its values by dotted key.
     """
-    own = [metric for key in _MONITORS if _is_own(metric := config.get(key))]
+    own = [str(config[key]) for key in _MONITORS if _is_own(config.get(key))]
     if not own:
         return None
     return "max" if own[0].endswith(tuple(f"_{word}" for word in _FORMER)) else "min"

@@ -322,7 +322,7 @@ def _class_names(table: Any, target: str, classes: Sequence[Any]) -> tuple[str, 
 
 
 def _refuse_unlabelled(columns: Columns) -> None:
-    """Raises `UserError` for labels that stand for no class: -1, as the package datasets marks missing ones."""
+    """Raises `UserError` for labels of no class: -1, as the package datasets marks missing ones."""
     names = _stored_names(columns.table, columns.target)
     if names is None:
         return

@@ -51,7 +51,7 @@ class Claim:
             or the ratio of the largest to the smallest such value (`span`).
         factor: margin of the ratio (1.5: at least 1.5x), or None.
         difference: margin of the difference, or None.
-        is_higher_better: whether larger values of the metric are better.
+        modes: directions of the user's metrics.
     """
 
     text: str
@@ -64,7 +64,11 @@ class Claim:
     factor: float | None = None
     difference: float | None = None
     when_not: str = ""
-    is_higher_better: bool = False
+    modes: Modes = field(default_factory=dict)
+
+    @property
+    def is_higher_better(self) -> bool:
+        return is_higher_better(self.metric, self.modes)
 
     @property
     def margin(self) -> float:
@@ -94,7 +98,7 @@ def parse(key: str, written: Mapping[str, Any], modes: Modes = NONE) -> Claim:
         relation=relation,
         first=tuple(_side(f"{key}.{relation}", side, common) for side in first),
         second=_side(f"{key}.than", than, common),
-        is_higher_better=is_higher_better(keys["metric"], modes),
+        modes=modes,
         **{name: value for name, value in keys.items() if name in Claim.__dataclass_fields__},
     )
     target, factor = claim.target, claim.factor

@@ -12,7 +12,7 @@ from dlopt.config.schema import show
 from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
 from dlopt.lab.comparison.labels import label
 from dlopt.lab.comparison.probes import PROBES
-from dlopt.metric_names import NONE, Modes
+from dlopt.metric_names import Modes
 from dlopt.ranges import Seed
 from dlopt.tracking.layout import align_columns
 from dlopt.tracking.metrics import gaps, read_metrics, read_summary
@@ -40,7 +40,7 @@ class Comparison:
     claims: list[Claim]
     before: dict[str, list[str]] = field(default_factory=dict)
     published: dict[str, dict[str, float]] = field(default_factory=dict)
-    modes: Modes = NONE  # directions of the user's metrics
+    modes: Modes = field(default_factory=dict)  # directions of the user's metrics
 
     def is_higher_better(self, metric: str) -> bool:
         return is_higher_better(metric, self.modes)
