@@ -6,7 +6,7 @@ name: the run that monitors it sets `monitor_mode`, and its saved config keeps i
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from dlopt.errors import UserError
 
@@ -102,5 +102,5 @@ def former_mode(config: Mapping[str, Any]) -> Mode | None:
     return "max" if own[0].endswith(tuple(f"_{word}" for word in _FORMER)) else "min"
 
 
-def _is_own(metric: object) -> bool:
+def _is_own(metric: Any) -> TypeGuard[str]:
     return isinstance(metric, str) and metric != "auto" and known_mode(metric) is None
