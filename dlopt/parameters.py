@@ -183,7 +183,8 @@ def _layers(model: nn.Module) -> dict[str, int]:
     if hasattr(model, "group_matcher") and find_spec("timm") is not None:
         from timm.models import group_parameters
 
-        layers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        matcher: Any = model.group_matcher
+        layers: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
         last = max(layers.values(), default=0)
         return {name: layers.get(name, last) for name, _ in model.named_parameters()}
     units = [prefix for prefix, module in model.named_modules() if getattr(module, "is_one_layer", False)]
