@@ -99,21 +99,21 @@ class Columns:
 
     @property
     def size(self) -> int:
-        return len(self) * _FILE_BYTES if self._are_paths else int(self._table.select(self._names).nbytes)
+        return len(self) * _FILE_BYTES if self._are_paths else int(self.table.select(self._names).nbytes)
 
     def read(self, start: int, stop: int) -> bytes:
         if self._are_paths:  # which differ in a moved folder
-            column, where = self._table.column(self._names[0]), f"{self._key}: {self._names[0]}"
+            column, where = self.table.column(self._names[0]), f"{self._key}: {self._names[0]}"
             files = (_file(column[row].as_py() or {}, where) or b"" for row in range(start, stop))
             return b"".join(len(content).to_bytes(8, "little") + content for content in files)
         # The format of Arrow's messages does not depend on how the table is divided into chunks and row groups.
-        rows = self._table.select(self._names).slice(start, stop - start).replace_schema_metadata(None).combine_chunks()
+        rows = self.table.select(self._names).slice(start, stop - start).replace_schema_metadata(None).combine_chunks()
         return b"".join(bytes(batch.serialize()) for batch in rows.to_batches())
 
     @property
     def _are_paths(self) -> bool:
         """Whether the inputs are files outside of the table."""
-        column = self._table.column(self._names[0])
+        column = self.table.column(self._names[0])
         is_struct = _library(self._key).types.is_struct(column.type)
         return self.encoded and is_struct and any(chunk.field("bytes").null_count for chunk in column.chunks)
 
