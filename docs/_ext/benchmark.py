@@ -148,7 +148,9 @@ def _tuning(found: Results, summary: Summary) -> list[str]:
     return [
         "How much tuning does it take? The expected score of the best of N trials, where one trial means no tuning.",
         "The score of a trial is 1 for the fastest trial of all on the workload, and falls with the ratio of their",
-        "updates to the target, to 0 at 4. With 95 % bootstrap intervals over the trials:",
+        "updates to the target, to 0 at 4. With bootstrap intervals over the trials (nominally 95 %, they cover about",
+        f"92 %) where an optimizer has at least {tuning.PER_TRY} N trials; a resample cannot beat the best trial, so that",
+        "larger N have no interval:",
         "",
         table(["Optimizer", *heads], league),
         *(f"- {text(each)}" for each in tuning.sentences(tuned)),

@@ -72,7 +72,6 @@ def _analysis(plain: Results, saved: dict[str, Any]) -> Analysis:
             name: Prediction(_interval(each["predicted"]), each["measured"])
             for name, each in saved["predictions"].items()
         },
-        saved["draws_rungs"],
     )
 
 
@@ -80,7 +79,6 @@ def _gain(saved: dict[str, Any]) -> Gain:
     return Gain(
         [*map(_interval, saved["speed_up"])],
         [*map(_interval, saved["interpolated"])],
-        saved["speed_up_in_time"],
         [*map(_interval, saved["difference"])],
         _interval(saved["trend"]),
     )

@@ -26,7 +26,6 @@ _OTHERS: Any = {"color": "0.8", "linestyle": "-", "linewidth": 1.0, "zorder": 1}
 _NAME = 22  # characters of an optimizer or a workload
 _ACROSS = 3  # panels of learning curves in a row
 _PROFILES_ACROSS = 5
-_MOST_INTERVALS = 14  # optimizers in a matrix whose cells have intervals: more would be too small to read
 _LINE = 12  # characters of a title at the width of a phone
 _MEASURE_DASHES = ("-", (0, (2, 1)), (0, (0.8, 0.8)))
 _LARGE: Any = {"fontsize": 15}
@@ -155,34 +154,30 @@ def scores(results: Results, summary: Summary) -> "Figure":
     return figure
 
 
-def wins(results: Results, summary: Summary) -> "Figure | None":
-    """Draws the fraction of workloads on which the optimizer of the row is faster than that of the column."""
+def differences(results: Results, summary: Summary) -> "Figure | None":
+    """Draws the score in updates of the optimizer of the row minus that of the column."""
     order = summary.order
     if len(order) < 2:
         return None
     pairs = summary.comparisons["updates"]
-    has_intervals = len(order) <= _MOST_INTERVALS
-    size = (0.56 if has_intervals else 0.32) * len(order)
+    size = 0.32 * len(order)
     figure = drawing.figure(max(size + 2.0, 4.5), size + 2.0)
     axes = figure.add_subplot()
     cells = np.full((len(order), len(order)), np.nan)
-    for row, optimizer in enumerate(order):
-        for column, other in enumerate(order):
-            pair = pairs.get((optimizer, other))
-            if pair is None or math.isnan(pair.value):
-                continue
-            if pair.distinguishable:
-                cells[row, column] = pair.value
-            interval = formats.bounds(pair, "–") if has_intervals else ""
-            text = f"{pair.value:.2f}\n{interval}".rstrip()
-            is_dark = pair.distinguishable and abs(pair.value - 0.5) > 0.42
-            colour = "white" if is_dark else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, linespacing=1.3)
+    for (optimizer, other), pair in pairs.items():
+        row, column = order.index(optimizer), order.index(other)
+        if pair.distinguishable:
+            cells[row, column] = pair.value
+        is_dark = pair.distinguishable and abs(pair.value) > 0.84
+        text = f"{pair.value:+.2f}".replace("0.", ".", 1)
+        axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if is_dark else "black")
     shades = drawing.shades(COLOURS[1], "#fbe3d3", "#d6e8f4", COLOURS[0])
     axes.imshow(np.where(np.eye(len(order)), np.nan, 0.5), cmap=drawing.shades(_GREY, _GREY))
-    axes.imshow(np.ma.masked_invalid(cells), vmin=0, vmax=1, cmap=shades)
+    axes.imshow(np.ma.masked_invalid(cells), vmin=-1, vmax=1, cmap=shades)
     _grid(axes, order, order)
-    axes.set_xlabel("blue: the row is faster\norange: the column is faster\ngrey: not distinguishable", **_TICKS)
+    half = next(iter(pairs.values())).half
+    grey = "grey: not distinguishable" + ("" if math.isnan(half) else f" (up to {half:.2f})")
+    axes.set_xlabel(f"score of the row minus that of the column\n{grey}", **_TICKS)
     return figure
 
 
@@ -283,7 +278,7 @@ def tuning_curves(results: Results, summary: Summary) -> "Figure | None":
     first.set_ylabel("expected score", fontsize=10)
     for axes, name in zip(others, names, strict=False):
         for optimizer in summary.order:
-            curve = [each.value for each in found.metrics.get((optimizer, name), ())]
+            curve = found.metrics.get((optimizer, name), ())
             axes.plot(range(1, len(curve) + 1), curve, **_line(results, summary, optimizer))
         drawing.logarithmic(axes)
         axes.set_title(label(name), fontsize=12)
@@ -327,7 +322,7 @@ def _limit(axes: "Axes", results: Results, summary: Summary, name: str) -> None:
 FIGURES: Mapping[str, Callable[[Results, Summary], "Figure | None"]] = {
     "scores": scores,
     "profiles": profiles,
-    "wins": wins,
+    "differences": differences,
     "learning_curves": learning_curves,
     "sensitivity": sensitivity,
     "tuning": tuning_curves,

@@ -11,9 +11,6 @@ from dlopt.lab.benchmark.results import Measure, Results
 from dlopt.lab.benchmark.scores import Summary
 from dlopt.lab.benchmark.symptoms import symptoms
 
-_FEW_STUDIES = 3  # up to which the bootstrap is coarse
-
-
 @dataclass(frozen=True)
 class Observation:
     """A sentence; `is_warning`: something to mend or to keep in mind, instead of a result."""
@@ -27,7 +24,7 @@ def findings(results: Results, summary: Summary) -> list[Observation]:
     own = [optimizer for optimizer in summary.order if optimizer not in results.shipped]
     shown = [Observation(printable(text)) for text in _results(results, summary, own)]
     warnings = [f"{optimizer} {text}" for optimizer in own for text in symptoms(results, optimizer)]
-    warnings += [*_unreached(results, summary), *_unmeasured(results, summary), *_budget(results, own)]
+    warnings += [*_unreached(results, summary), *_unmeasured(results, summary), *_budget(results, summary, own)]
     return shown + [Observation(printable(text), is_warning=True) for text in warnings]
 
 
@@ -58,14 +55,10 @@ def _leader(summary: Summary, measure: Measure) -> Iterator[str]:
     text = f"In {MEASURE_LABELS[measure]}, {leader} has the highest score, {formats.interval(score)}."
     pairs = {other: summary.comparisons[measure][leader, other] for other in others}
     open_ = [other for other, pair in pairs.items() if not pair.distinguishable]
-    faster = [other for other, pair in pairs.items() if pair.distinguishable and pair.value < 0.5]
     if open_:
         text += f" Not distinguishable from it: {_all_or(open_, others)}."
-    elif not faster and others:
-        text += " It is faster than each of the others on most workloads."
-    if faster:
-        verb = "are" if len(faster) > 1 else "is"
-        text += f" On more workloads, {names(faster)} {verb} faster, but not by as much."
+    elif others:
+        text += " All others have lower scores."
     yield text
 
 
@@ -75,13 +68,13 @@ def _position(summary: Summary, optimizer: str) -> str:
     pairs = {other: summary.comparisons["updates"][optimizer, other] for other in summary.order if other != optimizer}
     rest = [*pairs]
     groups = {
-        "faster than": [other for other, pair in pairs.items() if pair.low > 0.5],
-        "slower than": [other for other, pair in pairs.items() if pair.high < 0.5],
+        "higher than that of": [other for other, pair in pairs.items() if pair.low > 0],
+        "lower than that of": [other for other, pair in pairs.items() if pair.high < 0],
     }
     relations = [f"{relation} {_all_or(others, rest)}" for relation, others in groups.items() if others]
     open_ = [other for other, pair in pairs.items() if not pair.distinguishable]
     text = f"{optimizer} is number {place} of {total} in updates."
-    text += f" On most workloads, it is {', and '.join(relations)}." if relations else ""
+    text += f" Its score is {', and '.join(relations)}." if relations else ""
     return text + (f" Not distinguishable from it: {_all_or(open_, rest)}." if open_ else "")
 
 
@@ -112,7 +105,7 @@ def _unmeasured(results: Results, summary: Summary) -> Iterator[str]:
         yield "The time per update was not measured on all workloads: there is no score in time."
 
 
-def _budget(results: Results, own: Sequence[str]) -> Iterator[str]:
+def _budget(results: Results, summary: Summary, own: Sequence[str]) -> Iterator[str]:
     expected = sum(results.studies_of(name) for name in own) * len(results.workloads) * results.trials
     if missing := results.missing():
         yield f"{missing} of {expected} trials have not ended: the scores are preliminary."
@@ -131,12 +124,19 @@ def _budget(results: Results, own: Sequence[str]) -> Iterator[str]:
         )
     if results.studies == 1:
         yield "One study has no interval: no two optimizers are distinguishable."
-    elif results.studies <= _FEW_STUDIES:
+    elif len(summary.order) > 1 and results.has_targets:
         counts = {name: results.studies_of(name) for name in results.optimizers}
         more = {count: [name for name in counts if counts[name] == count] for count in sorted({*counts.values()})}
         rest = "".join(f", of {names(each)} from {count}" for count, each in more.items() if count > results.studies)
-        few = f"{results.studies} studies{rest}"
-        yield f"The intervals come from {few}, and are coarse; more studies make them reliable."
+        margins = formats.names(
+            f"{next(iter(pairs.values())).half:.2f} in {MEASURE_LABELS[measure]}"
+            for measure, pairs in summary.comparisons.items()
+        )
+        yield (
+            f"The scores come from {results.studies} studies{rest}. Scores of two optimizers are distinguishable if "
+            f"they differ by more than {margins}, with an error of 5 % for all pairs together. More studies tell more "
+            "optimizers apart."
+        )
 
 
 def _size(studies: int, trials: int) -> str:

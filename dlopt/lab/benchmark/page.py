@@ -59,7 +59,8 @@ def page(results: Results, summary: Summary | None, pictures: Mapping[str, Mappi
         title=f"Optimizer benchmark, {results.tier} tier", version=dlopt.__version__,
         style=style(), script=Markup(Path(__file__).with_name("sort.js").read_text(encoding="utf-8")),
         results=results, summary=summary, workloads=list(results.workloads), pictures=pictures,
-        max_ratio=round(MAX_RATIO), self_tuning_length=SELF_TUNING_LENGTH, resamples=RESAMPLES, fact=_fact, **tables,
+        max_ratio=round(MAX_RATIO), self_tuning_length=SELF_TUNING_LENGTH, resamples=RESAMPLES, per_try=tuning.PER_TRY,
+        fact=_fact, **tables,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from dlopt.lab.benchmark.results import MEASURES, Cell, Measure, Results, TrialR
 
 MAX_RATIO = 4.0
 RESAMPLES = 1000
-_INTERVAL = (2.5, 97.5)  # percentiles
+_TAIL = 0.025  # of a 95 % interval
 Array = NDArray[np.float64]
 Times = Mapping[str, Mapping[str, float]]
 """optimizer -> workload -> time to the target; infinity: not reached."""
@@ -27,16 +27,21 @@ Times = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its bootstrap interval (95 %); NaN: there is none."""
+    """A value with its 95 % interval; NaN: there is none."""
 
     value: float
     low: float
     high: float
 
     @property
+    def half(self) -> float:
+        """Half the length of the interval."""
+        return (self.high - self.low) / 2
+
+    @property
     def distinguishable(self) -> bool:
-        """Whether the interval of a fraction of wins excludes one half."""
-        return self.low > 0.5 or self.high < 0.5
+        """Whether the interval of a difference excludes 0."""
+        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -172,23 +177,66 @@ def bootstrap(results: Results, measure: Measure, *, resamples: int = RESAMPLES)
     return np.stack(tables, axis=1)
 
 
-def interval(value: float, replicas: Array) -> Interval:
-    """Returns `value` with the percentiles of its replicas, without those that are NaN."""
+def interval(value: float, replicas: Array, tail: float = _TAIL) -> Interval:
+    """Returns `value` with the percentiles of its replicas, without those that are NaN; `tail`: below and above it."""
     finite = replicas[~np.isnan(replicas)]
     if not finite.size:
         return Interval(value, math.nan, math.nan)
-    low, high = np.percentile(finite, _INTERVAL)
+    low, high = np.quantile(finite, [tail, 1 - tail])
     return Interval(value, float(low), float(high))
+
+
+def small_sample_factor(units: int, draws: int) -> float:
+    """Returns by how much bootstrap deviations of a mean over `units` samples of `draws` values each are too small.
+
+    The variance of the draws is too small by (draws - 1) / draws, and their quantiles are those of a normal instead of
+    Student's t distribution with units (draws - 1) degrees of freedom (Hesterberg, What teachers should know about the
+    bootstrap, The American Statistician 69, 2015).
+    """
+    from scipy.stats import norm, t
+
+    return float(math.sqrt(draws / (draws - 1)) * t.isf(_TAIL, units * (draws - 1)) / norm.isf(_TAIL))
+
+
+def symmetric_interval(value: float, replicas: Array, factor: float) -> Interval:
+    """Returns `value` plus and minus the 95 % quantile of the replicas' distance from it times `factor`, within 0 to 1.
+
+    Symmetric intervals cover also where the replicas are biased, as those of scores are (Hall, On symmetric bootstrap
+    confidence intervals, Journal of the Royal Statistical Society B 50, 1988).
+    """
+    if not replicas.size:
+        return Interval(value, math.nan, math.nan)
+    half = factor * float(np.quantile(np.abs(replicas - value), 1 - 2 * _TAIL))
+    return Interval(value, max(value - half, 0.0), min(value + half, 1.0))
+
+
+def margin(replicas: Array, factor: float) -> float:
+    """Returns the difference of two values that is distinguishable, corrected for the number of comparisons.
+
+    The 95 % quantile of the range of the replicas' deviations from their means times `factor`; `replicas`: [draws,
+    values]. It is Tukey's honest significant difference, with the bootstrap in place of the studentized range (Hsu,
+    Multiple comparisons, 1996, chapter 5): where all values are equal, 5 % of the sets have a difference that is
+    larger, whichever pair of them is compared. NaN without replicas.
+    """
+    if not replicas.size:
+        return math.nan
+    deviations = replicas - replicas.mean(axis=0)
+    return factor * float(np.quantile(np.ptp(deviations, axis=1), 1 - 2 * _TAIL))
+
+
+def _factor(results: Results) -> float:
+    studies = min(map(results.studies_of, results.optimizers))
+    return small_sample_factor(len(results.workloads), studies) if studies > 1 else math.nan
 
 
 def standings(results: Results, measure: Measure, replicas: Array) -> list[Standing]:
     """Returns the optimizers by descending score."""
     table = times(results, measure)
-    own, drawn = scores(table), profile_scores(replicas)
+    own, drawn, factor = scores(table), profile_scores(replicas), _factor(results)
     rows = [
         Standing(
             optimizer,
-            interval(own[optimizer], drawn[:, i]),
+            symmetric_interval(own[optimizer], drawn[:, i], factor),
             sum(math.isfinite(value) for value in table[optimizer].values()),
             _fraction(results, optimizer, lambda record: record.reached),
             _fraction(results, optimizer, lambda record: bool(record.failure)),
@@ -214,23 +262,10 @@ def _cost(results: Results, optimizer: str) -> tuple[float | None, float | None]
 
 
 def comparisons(results: Results, measure: Measure, replicas: Array) -> dict[tuple[str, str], Interval]:
-    """Compares each pair of optimizers: how often the first is faster than the second.
-
-    A fraction of the workloads that at least one of them reaches, with ties as half a win; NaN if there are none.
-    """
-    table = _array(times(results, measure))
-    return {
-        (optimizer, other): interval(float(_wins(table[i], table[j])), _wins(replicas[:, i], replicas[:, j]))
-        for (i, optimizer), (j, other) in permutations(enumerate(results.optimizers), 2)
-    }
-
-
-def _wins(own: Array, other: Array) -> Array:
-    """Returns the fraction of wins among the workloads that one of the two reached; the times: [..., workloads]."""
-    decided = np.isfinite(own) | np.isfinite(other)
-    won = np.where(own == other, 0.5, own < other) * decided
-    with np.errstate(invalid="ignore"):  # NaN where no workload is decided
-        return won.sum(axis=-1) / decided.sum(axis=-1)
+    """Returns the score of the first minus that of the second of each pair, with intervals that hold for all pairs."""
+    own, half = scores(times(results, measure)), margin(profile_scores(replicas), _factor(results))
+    pairs = {pair: own[pair[0]] - own[pair[1]] for pair in permutations(results.optimizers, 2)}
+    return {pair: Interval(value, value - half, value + half) for pair, value in pairs.items()}
 
 
 def ranks(times: Times, workload: str) -> dict[str, float | None]:

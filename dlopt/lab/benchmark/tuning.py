@@ -5,6 +5,10 @@ draws without replacement, which is unbiased (Tang et al. 2020, Showing Your Wor
 all studies of an optimizer on a workload are one sample: N trials, best first. The i-th of them is the best of n trials
 with probability C(N - i, n - 1) / C(N, n).
 
+The best of few of many trials has a bootstrap interval over the trials. A resample cannot beat the best trial, so that
+the interval of the best of 10 of 30 trials would cover 86 % instead of 95 %, and that of the best of 30, 47 %: they
+have none, and no comparison.
+
 The metric of a trial that failed, or that never improved on the median first validation of the workload, is that
 median: a single diverged trial would decide the mean otherwise.
 """
@@ -18,10 +22,12 @@ import numpy as np
 
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.results import Cell, Results, WorkloadTarget
-from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Array, Interval, interval
+from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Array, Interval, interval, margin, small_sample_factor
 from dlopt.metric_names import lower_is_better
 
 BUDGETS = (1, 3, 10, 30)
+PER_TRY = 10
+"""Trials per try from which on the best of several tries has an interval."""
 
 
 def weights(count: int, tries: int) -> Array:
@@ -37,14 +43,15 @@ def expected_best(values: Array, tries: int) -> Array:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Expected best results, with bootstrap intervals over the trials.
+    """Expected best results, with bootstrap intervals over the trials where N is small.
 
     Attributes:
         budgets: numbers of trials of the league.
         scores: optimizer -> expected score for each budget; None: it has fewer trials. The score of a trial is 1 for
             the fastest trial of all on the workload, and falls with the ratio of their updates to the target, to 0 at
             MAX_RATIO and for one that misses it; of several trials, the best counts. Mean over the workloads.
-        open: for each budget, the optimizers that are not distinguishable from the first one.
+        open: for each budget, the optimizers that are not distinguishable from the first one, corrected for the number
+            of comparisons; None: there is no comparison.
         metrics: (optimizer, workload) -> expected best metric of 1, 2, ... trials. Only of trials that trained to the
             end: the metric of others is that at their target.
         lower_is_better: of the metric of each workload.
@@ -52,8 +59,8 @@ class Tuning:
 
     budgets: Sequence[int]
     scores: Mapping[str, Sequence[Interval | None]]
-    open: Sequence[Sequence[str]]
-    metrics: Mapping[tuple[str, str], Sequence[Interval]]
+    open: Sequence[Sequence[str] | None]
+    metrics: Mapping[tuple[str, str], Sequence[float]]
     lower_is_better: Mapping[str, bool]
 
     def leader(self, budget: int) -> str:
@@ -61,12 +68,12 @@ class Tuning:
         values = {name: row[budget] for name, row in self.scores.items()}
         return max(values, key=lambda name: -1.0 if (score := values[name]) is None else score.value)
 
-    def best(self, workload: str, budget: int) -> tuple[str, Interval] | None:
+    def best(self, workload: str, budget: int) -> tuple[str, float] | None:
         """Returns the optimizer with the best expected metric on a workload; `budget`: its index."""
         tries, sign = self.budgets[budget], 1 if self.lower_is_better[workload] else -1
         rows = {name: row for (name, each), row in self.metrics.items() if each == workload and len(row) >= tries}
         values = {name: row[tries - 1] for name, row in rows.items()}
-        return min(values.items(), key=lambda item: sign * item[1].value, default=None)
+        return min(values.items(), key=lambda item: sign * item[1], default=None)
 
 
 def tuning(results: Results) -> Tuning:
@@ -92,12 +99,14 @@ def tuning(results: Results) -> Tuning:
             if tries > counts[name]
             else (
                 1 - float(np.mean([expected_best(costs[name, each], tries) for each in results.workloads])),
-                1 - np.mean([expected_best(each, tries) for each in drawn], axis=0),
+                1 - np.mean([expected_best(each, tries) for each in drawn], axis=0)
+                if PER_TRY * tries <= counts[name]
+                else np.array([]),
             )
             for tries in budgets
         ]
     metrics = {
-        (name, workload): _expected_metrics(results.cell(name, workload), spec, _start(results, workload), rng)
+        (name, workload): _expected_metrics(results.cell(name, workload), spec, _start(results, workload))
         for workload, spec in results.workloads.items()
         for name in results.optimizers
         if _is_full(results.cell(name, workload), spec)
@@ -105,7 +114,8 @@ def tuning(results: Results) -> Tuning:
     scores = {name: [None if each is None else interval(*each) for each in row] for name, row in table.items()}
     lower = {name: lower_is_better(spec.metric) for name, spec in results.workloads.items()}
     found = Tuning(budgets, scores, [], metrics, lower)
-    return replace(found, open=[_open(table, found.leader(budget), budget) for budget in range(len(budgets))])
+    factor = small_sample_factor(len(results.workloads), max(min(counts.values(), default=0), 2))
+    return replace(found, open=[_open(table, found.leader(budget), budget, factor) for budget in range(len(budgets))])
 
 
 def _costs(results: Results, cell: Cell, workload: str) -> Array:
@@ -121,15 +131,15 @@ def _resampled(values: Array, rng: np.random.Generator) -> Array:
     return values[rng.integers(len(values), size=(RESAMPLES, len(values)))]
 
 
-def _open(table: Mapping[str, Sequence[tuple[float, Array] | None]], leader: str, budget: int) -> list[str]:
-    """Returns the others whose difference to the leader has an interval that includes 0."""
-    best, others = table[leader][budget], []
-    assert best is not None
-    for name, row in table.items():
-        each = row[budget]
-        if name != leader and each is not None and interval(best[0] - each[0], best[1] - each[1]).low <= 0:
-            others.append(name)
-    return others
+def _open(
+    table: Mapping[str, Sequence[tuple[float, Array] | None]], leader: str, budget: int, factor: float
+) -> list[str] | None:
+    """Returns the others whose score is not distinguishable from the leader's; None without intervals."""
+    rows = {name: each for name, row in table.items() if (each := row[budget]) is not None}
+    if not all(len(replicas) for _, replicas in rows.values()):
+        return None
+    least = margin(np.stack([replicas for _, replicas in rows.values()], axis=1), factor)
+    return [name for name, each in rows.items() if name != leader and rows[leader][0] - each[0] <= least]
 
 
 def _is_full(cell: Cell, workload: WorkloadTarget) -> bool:
@@ -144,15 +154,11 @@ def _start(results: Results, workload: str) -> float:
     return median([each for each in firsts if math.isfinite(each)] or [math.nan])
 
 
-def _expected_metrics(cell: Cell, workload: WorkloadTarget, start: float, rng: np.random.Generator) -> list[Interval]:
+def _expected_metrics(cell: Cell, workload: WorkloadTarget, start: float) -> list[float]:
     sign = 1 if lower_is_better(workload.metric) else -1
     known = [sign * (start if each.best is None else each.best) for each in cell.records]
     values = np.array([min(each, sign * start) if math.isfinite(each) else sign * start for each in known])
-    count = len(values)
-    matrix = np.stack([weights(count, tries) for tries in range(1, count + 1)], axis=1)
-    own, drawn = np.sort(values) @ matrix, np.sort(_resampled(values, rng), axis=-1) @ matrix
-    found = [interval(float(own[i]), drawn[:, i]) for i in range(count)]
-    return found if sign > 0 else [Interval(-each.value, -each.high, -each.low) for each in found]
+    return [sign * float(expected_best(values, tries)) for tries in range(1, len(values) + 1)]
 
 
 # -- texts
@@ -169,7 +175,7 @@ def best_results(found: Tuning, workloads: Iterable[str], width: int = 100) -> l
         cells = [found.best(workload, budget) for budget in range(len(found.budgets))]
         if any(cells):
             shown = [
-                formats.NONE if each is None else f"{each[1].value:.3g} {formats.abbreviated(each[0], width)}"
+                formats.NONE if each is None else f"{each[1]:.3g} {formats.abbreviated(each[0], width)}"
                 for each in cells
             ]
             rows.append([workload, *shown])
@@ -188,7 +194,11 @@ def sentences(found: Tuning) -> list[str]:
             continue
         start = "Without tuning (one trial)" if tries == 1 else f"With the best of {tries} trials"
         text = f"{start}, {leader} has the highest expected score, {formats.interval(score)}."
-        if found.open[budget]:
-            text += f" Not distinguishable from it: {formats.names(found.open[budget])}."
+        open_ = found.open[budget]
+        if open_ is None:
+            text += f" No comparison: that needs {PER_TRY * tries} trials of each optimizer."
+        elif open_:
+            everyone = len(open_) == len(found.scores) - 1 > 1
+            text += f" Not distinguishable from it: {'all others' if everyone else formats.names(open_)}."
         texts.append(text)
     return texts

@@ -1,8 +1,10 @@
-"""Analysis of a ladder: fitted laws, speed-ups with bootstrap intervals, the held-out rung. Pure functions.
+"""Analysis of a ladder: fitted laws, speed-ups with 95 % intervals, the held-out rung. Pure functions.
 
-The bootstrap draws rungs with replacement, and within each the seeds; all optimizers share the draws, because runs of a
-seed start from the same weights and see the same batches. With three rungs or fewer, only seeds are drawn. An interval
-contains 95 % of the draws.
+The bootstrap draws rungs with replacement, and within each one seed fewer than there are, because the variance of n
+draws of n seeds is too small by (n - 1) / n. All optimizers share the draws: runs of a seed start from the same weights
+and see the same batches. Percentiles are corrected as if the draws had Student's t distribution (Hesterberg, What
+teachers should know about the bootstrap, The American Statistician 69, 2015). Fewer than four rungs give no intervals
+of the laws: seeds alone say nothing about the fit, and such intervals exclude the truth in up to half of the cases.
 """
 
 import math
@@ -17,9 +19,11 @@ from dlopt.lab.benchmark.scores import Interval, interval
 from dlopt.lab.ladder.laws import Array, Laws, fit_laws
 
 RESAMPLES = 300
-_DRAWS_RUNGS = 4  # rungs from which the bootstrap draws them
-HELD_OUT = 4
-"""Rungs from which the largest is predicted by the others."""
+FEWEST = 4
+"""Rungs from which on the laws have intervals."""
+HELD_OUT = FEWEST + 1
+"""Rungs from which on the largest is predicted by the others."""
+_LARGEST = 0.999  # irreducible loss as a fraction of the smallest loss
 
 
 @dataclass(frozen=True)
@@ -63,19 +67,22 @@ class Gain:
     """An optimizer compared with the baseline, by rung.
 
     Attributes:
-        speed_up: compute that the baseline needs for the same loss, over that of the optimizer, by the laws.
-        interpolated: the same between the measured losses of the baseline, without a law; NaN: beyond them. The
-            intervals come from seeds alone.
-        speed_up_in_time: multiplied by the baseline's time of an update over the optimizer's; None: unknown.
+        speed_up: compute that the baseline needs for the same loss, over that of the optimizer, by the laws. The
+            intervals hold at all rungs together.
+        interpolated: the same between the measured losses of the baseline; NaN: beyond them.
         difference: mean loss minus the baseline's, over common seeds, with a 95 % interval of Student's t.
         trend: exponent with which the speed-up grows with compute; negative: it shrinks.
     """
 
     speed_up: Sequence[Interval]
     interpolated: Sequence[Interval]
-    speed_up_in_time: Sequence[float | None]
     difference: Sequence[Interval]
     trend: Interval
+
+    @property
+    def is_distinguishable(self) -> bool:
+        """Whether the speed-up differs from 1 at a rung, by the intervals of all rungs together."""
+        return any(each.low > 1 or each.high < 1 for each in self.speed_up)
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,7 @@ class Analysis:
     Attributes:
         mean: optimizer -> mean loss of each rung; NaN: no run.
         gains: of all optimizers but the baseline.
-        predictions: by optimizer; empty with fewer than four rungs.
-        draws_rungs: the bootstrap has drawn rungs as well as seeds.
+        predictions: by optimizer; empty with fewer than `HELD_OUT` rungs.
     """
 
     measured: Measured
@@ -96,7 +102,6 @@ class Analysis:
     exponents: Mapping[str, Interval]
     gains: Mapping[str, Gain]
     predictions: Mapping[str, Prediction]
-    draws_rungs: bool
 
 
 def analyze(measured: Measured, *, resamples: int = RESAMPLES) -> Analysis | None:
@@ -106,19 +111,19 @@ def analyze(measured: Measured, *, resamples: int = RESAMPLES) -> Analysis | Non
         return None
     measured = Measured(measured.rungs, measured.compute, usable, measured.seconds)
     laws, drawn = _fits(measured, resamples)
-    names, base = list(usable), measured.baseline
+    names, base, tail = list(usable), measured.baseline, _tail(measured)
+    irreducible = interval(laws.irreducible, np.array([each.irreducible for each in drawn]), tail)
     return Analysis(
         measured,
         {name: [_mean(row) for row in usable[name]] for name in names},
         laws,
-        interval(laws.irreducible, np.array([each.irreducible for each in drawn])),
+        irreducible,
         {
-            name: interval(laws.curves[name].exponent, np.array([each.curves[name].exponent for each in drawn]))
+            name: interval(laws.curves[name].exponent, np.array([each.curves[name].exponent for each in drawn]), tail)
             for name in names
         },
-        {name: _gain(measured, laws, drawn, name, resamples) for name in names if name != base},
+        {name: _gain(measured, laws, drawn, name, irreducible) for name in names if name != base},
         _predictions(measured, resamples) if len(measured.rungs) >= HELD_OUT else {},
-        len(measured.rungs) >= _DRAWS_RUNGS,
     )
 
 
@@ -127,25 +132,30 @@ def _mean(row: Array) -> float:
     return float(known.mean()) if known.size else math.nan
 
 
+def _seeds(measured: Measured) -> int:
+    return max(each.shape[1] for each in measured.losses.values())
+
+
+def _tail(measured: Measured) -> float:
+    """Returns the fraction of the draws below an interval: Phi(-t), the 97.5 % point t with a degree per free run."""
+    from scipy.stats import norm, t
+
+    rungs = len(measured.rungs)
+    freedom = max(rungs * (_seeds(measured) - 1), rungs - 2, 1)
+    return float(norm.sf(t.isf(0.025, freedom)))
+
+
 def _fits(measured: Measured, resamples: int) -> tuple[Laws, list[Laws]]:
-    """Returns the laws of all runs, and those of each resample."""
-    seeds = max(each.shape[1] for each in measured.losses.values())
-    rungs = np.arange(len(measured.rungs))
-    everything = np.repeat(rungs, seeds), np.tile(np.arange(seeds), len(rungs))
-    laws = fit_laws(_points(measured, *everything))
-    rng = np.random.default_rng(0)
-    drawn = []
-    if seeds < 2 and len(rungs) < _DRAWS_RUNGS:
-        return laws, []
-    for _ in range(resamples):
-        chosen = rungs
-        if len(rungs) >= _DRAWS_RUNGS:
+    """Returns the laws of all runs, and those of each resample; none with fewer than `FEWEST` rungs."""
+    seeds, rungs = _seeds(measured), np.arange(len(measured.rungs))
+    laws = fit_laws(_points(measured, np.repeat(rungs, seeds), np.tile(np.arange(seeds), len(rungs))))
+    rng, drawn, count = np.random.default_rng(0), [], max(seeds - 1, 1)
+    for _ in range(resamples if len(rungs) >= FEWEST else 0):
+        chosen = rng.choice(rungs, len(rungs))
+        while len(np.unique(chosen)) < 3:  # fewer do not identify a law
             chosen = rng.choice(rungs, len(rungs))
-            while len(np.unique(chosen)) < 3:  # fewer do not identify a law
-                chosen = rng.choice(rungs, len(rungs))
-        pairs = np.repeat(chosen, seeds), rng.integers(seeds, size=len(chosen) * seeds)
-        points = _points(measured, *pairs)
-        if all(len(np.unique(compute)) >= min(3, len(rungs)) for compute, _ in points.values()):
+        points = _points(measured, np.repeat(chosen, count), rng.integers(seeds, size=len(chosen) * count))
+        if all(len(np.unique(compute)) >= 3 for compute, _ in points.values()):
             drawn.append(fit_laws(points, start=laws))
     return laws, drawn
 
@@ -161,42 +171,70 @@ def _points(measured: Measured, rungs: NDArray[Any], seeds: NDArray[Any]) -> dic
     return found
 
 
-def _gain(measured: Measured, laws: Laws, drawn: Sequence[Laws], name: str, resamples: int) -> Gain:
-    base = measured.baseline
-    speed_ups = [
-        interval(laws.speed_up(name, base, compute), np.array([each.speed_up(name, base, compute) for each in drawn]))
-        for compute in measured.compute
-    ]
-    times: list[float | None] = []
-    for i, speed_up in enumerate(speed_ups):
-        known = [measured.seconds[each][i] for each in (base, name) if each in measured.seconds]
-        ratio = known[0] / known[1] if len(known) == 2 and known[1] else math.nan
-        times.append(speed_up.value * ratio if math.isfinite(ratio) else None)
+def _gain(measured: Measured, laws: Laws, drawn: Sequence[Laws], name: str, irreducible: Interval) -> Gain:
+    base, tail = measured.baseline, _tail(measured)
+    values = [laws.speed_up(name, base, compute) for compute in measured.compute]
+    replicas = np.array([[each.speed_up(name, base, compute) for compute in measured.compute] for each in drawn])
     differences = [
         difference(own, other) for own, other in zip(measured.losses[name], measured.losses[base], strict=True)
     ]
-    trend = interval(laws.trend(name, base), np.array([each.trend(name, base) for each in drawn]))
-    return Gain(speed_ups, _interpolated(measured, name, resamples), times, differences, trend)
+    trend = interval(laws.trend(name, base), np.array([each.trend(name, base) for each in drawn]), tail)
+    return Gain(band(values, replicas, tail), _interpolated(measured, name, irreducible), differences, trend)
 
 
-def _interpolated(measured: Measured, name: str, resamples: int) -> list[Interval]:
-    """Returns the speed-up at each rung, by linear interpolation of the baseline's log loss over log compute."""
+def band(values: Sequence[float], replicas: Array, tail: float) -> list[Interval]:
+    """Returns percentile intervals that contain all values of a replica together, in all but 2 `tail` of the replicas.
+
+    `replicas`: [draws, values]. The intervals are those of Besag et al., Bayesian computation and stochastic systems,
+    Statistical Science 10, 1995, section 6.3: the ranks of a replica are compared with their most extreme one.
+    """
+    known = replicas[np.isfinite(replicas).all(axis=1)] if replicas.size else replicas
+    if not len(known):
+        return [Interval(value, math.nan, math.nan) for value in values]
+    ranks = (known.argsort(axis=0).argsort(axis=0) + 0.5) / len(known)
+    extreme = float(np.quantile(np.abs(ranks - 0.5).max(axis=1), 1 - 2 * tail))
+    low, high = np.quantile(known, [0.5 - extreme, 0.5 + extreme], axis=0)
+    return [Interval(*each) for each in zip(values, low.tolist(), high.tolist(), strict=True)]
+
+
+def _interpolated(measured: Measured, name: str, irreducible: Interval) -> list[Interval]:
+    """Returns the speed-up at each rung, by linear interpolation of the baseline's log(L - E) over log compute.
+
+    A power of the compute is then a line; with E = 0, chords lie above a curve that has a floor, and the speed-up is
+    biased upwards. The interval is the union of those at E and at the ends of its interval, each Student's t of the
+    seeds; there is none without an interval of E.
+    """
+    from scipy.stats import t
+
     seeds = min(each.shape[1] for each in (measured.losses[name], measured.losses[measured.baseline]))
     own, base = (measured.losses[each][:, :seeds] for each in (name, measured.baseline))
     ended = np.isfinite(base).all(axis=1)
     unknown = [Interval(math.nan, math.nan, math.nan)] * len(own)
     if ended.sum() < 2:
         return unknown
-    x, count = np.log(measured.compute), resamples if seeds > 1 else 0
-    draws = np.random.default_rng(2).integers(seeds, size=(count, len(own), seeds))
-    ratios = []
-    for drawn in [np.tile(np.arange(seeds), (len(own), 1)), *draws]:  # first the runs themselves
-        losses, curve = (np.log(np.take_along_axis(each, drawn, 1).mean(axis=1)) for each in (own, base))
-        ratios.append([_compute_for(loss, x[ended], curve[ended]) for loss in losses] - x)
-    values = np.exp(np.clip(ratios, -50, 50))
+    x, largest = np.log(measured.compute), _LARGEST * min(np.nanmin(own), np.nanmin(base))
+    has_interval = seeds > 1 and not math.isnan(irreducible.low)
+    floors = (irreducible.value, irreducible.low, irreducible.high) if has_interval else (irreducible.value,)
+    centres, halves = [], []
+    for floor in floors:
+        # The mean over seeds first, then each seed.
+        tables = [np.log(np.column_stack([each.mean(axis=1), each]) - min(floor, largest)) for each in (own, base)]
+        found = np.array([
+            [_compute_for(loss, x[ended], curve[ended]) for loss in losses] - x
+            for losses, curve in zip(tables[0].T, tables[1].T, strict=True)
+        ])  # fmt: skip
+        centres.append(found[0])
+        if has_interval:
+            halves.append(t.isf(0.025, seeds - 1) * found[1:].std(axis=0, ddof=1) / math.sqrt(seeds))
+    values = np.exp(np.clip(centres[0], -50, 50))
+    ends = np.full((2, len(own)), np.nan)
+    if has_interval:
+        low, high = np.min(np.subtract(centres, halves), axis=0), np.max(np.add(centres, halves), axis=0)
+        ends = np.exp(np.clip([low, high], -50, 50))
     losses, curve = own.mean(axis=1), base[ended].mean(axis=1)
     is_reached = (curve.min() <= losses) & (losses <= curve.max())
-    return [interval(values[0, i], values[1:, i]) if is_reached[i] else unknown[i] for i in range(len(own))]
+    rows = zip(values.tolist(), *ends.tolist(), strict=True)
+    return [Interval(*each) if reached else unknown[0] for each, reached in zip(rows, is_reached, strict=True)]
 
 
 def _compute_for(target: float, x: Array, y: Array) -> float:
@@ -240,7 +278,7 @@ def _predictions(measured: Measured, resamples: int) -> dict[str, Prediction]:
         noise = _noise(smaller.losses[name])
         drawn_noise = rng.choice(noise, (len(drawn), len(last))).mean(axis=1) if noise.size else np.zeros(len(drawn))
         values = np.array([each.loss(name, compute) for each in drawn]) * np.exp(drawn_noise)
-        found[name] = Prediction(interval(laws.loss(name, compute), values), float(last.mean()))
+        found[name] = Prediction(interval(laws.loss(name, compute), values, _tail(smaller)), float(last.mean()))
     return found
 
 

@@ -8,7 +8,7 @@ from dlopt.formats import printable
 from dlopt.lab.benchmark.findings import Observation
 from dlopt.lab.benchmark.formats import NONE, names
 from dlopt.lab.benchmark.scores import Interval
-from dlopt.lab.ladder.analysis import HELD_OUT, Analysis, Gain
+from dlopt.lab.ladder.analysis import FEWEST, HELD_OUT, Analysis, Gain
 from dlopt.lab.ladder.results import Results
 
 _NO_CONSTANT = 0.01  # E relative to the smallest loss below which it counts as 0
@@ -65,24 +65,22 @@ def _gain(name: str, base: str, gain: Gain, rungs: Sequence[str]) -> str:
         f"{base} needs {times(first)} times the compute of {name} for the same loss at {rungs[0]}, and {times(last)} "
         f"times at {rungs[-1]}."
     )
-    if math.isnan(last.low):
-        return text + " There is no interval: more seeds or rungs are needed."
-    if all(each.low <= 1 <= each.high for each in gain.speed_up):
-        text += f" The intervals include 1: {name} and {base} are not distinguishable."
-        return text
-    trend = gain.trend
-    if trend.high < 0:
-        text += " The speed-up shrinks as models grow"
-    elif trend.low > 0:
-        text += " The speed-up grows with the models"
-    else:
-        text += " Whether it changes with size is open"
-    text += f" (exponent {signed(trend)})."
     measured = [(rung, each) for rung, each in zip(rungs, gain.interpolated, strict=True) if not math.isnan(each.value)]
     if len(measured) > 1:
         (start, smallest), (end, largest) = measured[0], measured[-1]
-        text += f" Without the laws: {times(smallest)} times at {start}, {times(largest)} at {end}."
-    return text
+        text += f" Between its measured losses: {times(smallest)} times at {start}, {times(largest)} at {end}."
+    if math.isnan(last.low):
+        return text + f" Neither has an interval, and nothing follows: that needs {FEWEST} rungs."
+    if not gain.is_distinguishable:
+        return text + f" By the laws, {name} and {base} are not distinguishable: the intervals include 1."
+    trend = gain.trend
+    if trend.high < 0:
+        text += " By the laws, the speed-up shrinks as models grow"
+    elif trend.low > 0:
+        text += " By the laws, the speed-up grows with the models"
+    else:
+        text += " By the laws, whether it changes with size is open"
+    return text + f" (exponent {signed(trend)})."
 
 
 def _rates(results: Results) -> Iterator[str]:
@@ -130,14 +128,14 @@ def _doubts(analysis: Analysis) -> Iterator[str]:
             )
     if missed := [name for name, each in analysis.predictions.items() if not each.holds]:
         yield (
-            f"The laws miss the loss held out for {names(missed)}. Prefer the speed-up between the measured losses, "
-            "which needs no law."
+            f"The laws miss the loss held out for {names(missed)}. Prefer the speed-up between the measured losses: of "
+            "the laws, it needs only E."
         )
     if count < HELD_OUT:
-        yield f"No held-out prediction: it needs four rungs, here are {count}."
+        yield f"No held-out prediction: it needs {HELD_OUT} rungs, here are {count}."
     if count == 2:
         yield "Two rungs do not identify an irreducible loss: E = 0, and extrapolations are worth little."
     elif analysis.laws.irreducible < _NO_CONSTANT * min(map(min, analysis.mean.values())):
         yield "The fit finds no irreducible loss (E = 0), and extrapolates powers of compute alone; add larger rungs."
-    if not analysis.draws_rungs:
-        yield f"With {count} rungs, the intervals come from seeds alone, and are too narrow."
+    if count < FEWEST:
+        yield f"With {count} rungs, speed-ups and laws have no intervals: two equal optimizers may look different."

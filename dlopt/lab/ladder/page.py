@@ -7,7 +7,7 @@ from typing import Any
 import dlopt
 from dlopt.files import write_atomically
 from dlopt.lab.benchmark.page import picture, style
-from dlopt.lab.ladder.analysis import RESAMPLES
+from dlopt.lab.ladder.analysis import FEWEST, RESAMPLES
 from dlopt.lab.ladder.figures import draw
 from dlopt.lab.ladder.findings import findings
 from dlopt.lab.ladder.ladder import RESULTS
@@ -46,6 +46,6 @@ def page(results: Results, pictures: Mapping[str, Mapping[str, Any]]) -> str:
         "page.html", Path(__file__).parent,
         title=f"Optimizers on a ladder of sizes: {results.ladder.family}", version=dlopt.__version__, style=style(),
         script=None, results=results, facts=facts, rules=vars(results.ladder.rules), tables=tables(results),
-        findings=findings(results), pictures=pictures, descriptions=_DESCRIPTIONS, resamples=RESAMPLES,
+        findings=findings(results), pictures=pictures, descriptions=_DESCRIPTIONS, resamples=RESAMPLES, fewest=FEWEST,
         grid=len(GRID), fitted=FITTED, spacing=f"{SPACING:.2f}", limit=f"{SPACING ** (LIMIT / 2):.0f}",
     )  # fmt: skip

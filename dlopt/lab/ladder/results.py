@@ -121,7 +121,6 @@ def _analysis(analysis: Analysis) -> dict[str, Any]:
         "mean": {name: [*each] for name, each in analysis.mean.items()},
         "gains": {name: asdict(each) for name, each in analysis.gains.items()},
         "predictions": {name: asdict(each) for name, each in analysis.predictions.items()},
-        "draws_rungs": analysis.draws_rungs,
     }
 
 

@@ -20,6 +20,7 @@ def tables(results: Results) -> list[Table]:
     found = [_sizes(results)]
     if results.analysis is not None:
         found += [_losses(results.analysis), *_gains(results.analysis), _laws(results.analysis)]
+        found.append(_seconds(results.analysis))
     return [*found, _rates(results)]
 
 
@@ -53,19 +54,24 @@ def _gains(analysis: Analysis) -> list[Table]:
     base, rungs = analysis.measured.baseline, analysis.measured.rungs
     if not analysis.gains:
         return []
-    compute, interpolated, time, loss = [], [], [], []
+    compute, interpolated, loss = [], [], []
     for name, gain in analysis.gains.items():
         compute.append([_name(name), *map(times, gain.speed_up), signed(gain.trend)])
         interpolated.append([_name(name), *map(times, gain.interpolated)])
-        time.append([_name(name), *(number(each, ".3g") for each in gain.speed_up_in_time)])
         loss.append([_name(name), *(signed(each, "+.3f") for each in gain.difference)])
     over = f"Speed-up over {printable(base)} in compute"
     return [
         Table(["optimizer", *rungs, "trend"], compute, title=f"{over}, by the laws"),
         Table(["optimizer", *rungs], interpolated, title=f"{over}, between its measured losses (-: beyond them)"),
-        Table(["optimizer", *rungs], time, title="Speed-up in time, by the laws and the seconds of these runs"),
         Table(["optimizer", *rungs], loss, title=f"Loss minus that of {printable(base)}, paired by seed"),
     ]
+
+
+def _seconds(analysis: Analysis) -> Table:
+    measured = analysis.measured
+    rows = [[_name(name), *(number(each, ".3g") for each in measured.seconds[name])] for name in measured.losses]
+    title = "Seconds of a training (median over seeds; other processes on the machine lengthen them)"
+    return Table(["optimizer", *measured.rungs], rows, title=title)
 
 
 def _laws(analysis: Analysis) -> Table:
