@@ -98,7 +98,7 @@ def test_own_optimizer_is_compared_with_the_shipped_ones() -> None:
     reference = make({"muon": 2.2, "sgd": 0.75, "bad": 1.0}, WORKLOADS, behaviours={"bad": flipped})
     results = make({"mine": 1.4}, WORKLOADS, studies=3, trials=10).with_reference(reference)
     assert (
-        "mine is number 2 of 4 in updates. On most workloads, it is faster than sgd and bad, and slower than muon."
+        "mine is number 2 of 4 in updates. Its score is higher than that of sgd and bad, and lower than that of muon."
     ) in texts(results, warnings=False)
     assert "bad" not in texts(results, warnings=True)  # nobody can mend shipped results
     smaller = make({"mine": 1.4}, WORKLOADS, studies=2, trials=5).with_reference(reference)
@@ -113,7 +113,7 @@ def test_incomplete_results() -> None:
     results = dataclasses.replace(results, cells=results.cells | {key: results.cells[key].truncated(3, 4, "val_loss")})
     warnings = texts(results, warnings=True)
     assert "18 of 360 trials have not ended" in warnings and "no score in time" in warnings
-    assert "3 studies, and are coarse" in warnings
+    assert "The scores come from 3 studies. Scores of two optimizers are distinguishable if they differ by" in warnings
     assert "No optimizer reaches the target of hard" in texts(_with_hard_workload(results), warnings=True)
     assert "One study has no interval" in texts(make(HEALTHY, WORKLOADS, studies=1), warnings=True)
 

@@ -58,4 +58,4 @@ def test_some_optimizers_may_have_more_studies() -> None:
     )
     assert [len(study_times(found, name, "mlp", "updates")) for name in ("adamw", "muon")] == [2, 5]
     shown = [each.text for each in findings(found, summarize(found))]
-    assert any("from 2 studies, of muon from 5, and are coarse" in each for each in shown)
+    assert any("The scores come from 2 studies, of muon from 5. " in each for each in shown)

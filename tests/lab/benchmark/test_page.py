@@ -3,8 +3,10 @@
 import dataclasses
 import re
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.lines import Line2D
 
@@ -106,7 +108,7 @@ def test_one_optimizer_and_empty_cells(costs: bool) -> None:
     _Checker(text)
     assert "Without any trial" in text and "mine (gpt)" in text and ("<h2>Cost</h2>" in text) == costs
     drawn = figures.draw(results, summary)
-    assert set(drawn) == set(figures.FIGURES) - {"wins", "tuning"}  # tuning: not on all workloads
+    assert set(drawn) == set(figures.FIGURES) - {"differences", "tuning"}  # tuning: not on all workloads
     [axes] = drawn["profiles"].axes
     assert len([line for line in axes.get_lines() if line.get_linewidth() > 2 and len(line.get_xdata())]) == 1 + costs
     assert table.latex(results, summary).count(r"\bottomrule") == 2
@@ -185,19 +187,21 @@ def test_curves_have_the_colours_of_the_profiles() -> None:
     [legend] = drawn["learning_curves"].legends
     entries = zip(legend.get_texts(), legend.get_lines(), strict=True)
     assert {text.get_text(): line.get_color() for text, line in entries} == lines
-    assert [text.get_text() for text in drawn["wins"].axes[0].get_yticklabels()] == summary.order
+    assert [text.get_text() for text in drawn["differences"].axes[0].get_yticklabels()] == summary.order
 
 
-def test_a_large_matrix_of_wins_has_no_intervals() -> None:
-    names = [f"optimizer_{number}" for number in range(15)]
-    speeds = {name: 1.0 + index / 20 for index, name in enumerate(names)}
-    few, many = ({name: speeds[name] for name in names[:count]} for count in (3, 15))
-    for chosen, lines in ((few, 2), (many, 1)):
-        results = make(chosen, ("mlp", "gpt"), 2, 4)
-        figure = figures.wins(results, summarize(results))
-        assert figure is not None
-        [cells] = [axes.texts for axes in figure.axes]
-        assert {len(cell.get_text().split("\n")) for cell in cells} == {lines}
+def test_the_matrix_of_differences_shows_the_scores_and_greys_pairs_that_are_not_distinguishable() -> None:
+    results = make({"muon": 2.0, "twin": 2.0, "never": 0.01}, ("mlp", "gpt"), 3, 4)
+    summary = summarize(results)
+    figure = figures.differences(results, summary)
+    assert figure is not None
+    [axes] = figure.axes
+    shown = axes.images[1].get_array()
+    pairs = summary.comparisons["updates"]
+    assert [text.get_text().count("\n") for text in axes.texts] == [0] * 6
+    for (row, name), (column, other) in product(enumerate(summary.order), repeat=2):
+        is_grey = name == other or not pairs[name, other].distinguishable
+        assert bool(np.ma.getmaskarray(shown)[row, column]) == is_grey
 
 
 @pytest.mark.slow

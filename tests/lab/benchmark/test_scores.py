@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget
 from dlopt.lab.benchmark.scores import (
@@ -19,9 +20,11 @@ from dlopt.lab.benchmark.scores import (
     comparisons,
     measured,
     profile,
+    profile_scores,
     ranks,
     ratios,
     scores,
+    small_sample_factor,
     standings,
     summarize,
     times,
@@ -171,16 +174,69 @@ def test_equal_studies_have_no_width_and_one_study_has_no_interval() -> None:
     assert not single.comparisons["updates"]["a", "b"].distinguishable
 
 
-def test_comparisons_count_wins_and_ties() -> None:
+def test_comparisons_are_differences_of_scores() -> None:
     inf = math.inf
     rows = {"a": [[1] * 3, [5] * 3, [4] * 3, [inf] * 3], "b": [[2] * 3, [5] * 3, [inf] * 3, [inf] * 3]}
     results = results_of({name: [list(map(float, row)) for row in each] for name, each in rows.items()})
     pairs = comparisons(results, "updates", bootstrap(results, "updates"))
-    assert pairs["a", "b"].value == pytest.approx(2.5 / 3)  # nobody reaches the last one
-    assert pairs["b", "a"].value == pytest.approx(0.5 / 3) and pairs["a", "b"].distinguishable
+    assert pairs["a", "b"].value == pytest.approx(3 / 4 - (2 / 3 + 1) / 4) and pairs["a", "b"].distinguishable
+    assert pairs["b", "a"].value == -pairs["a", "b"].value and pairs["b", "a"].distinguishable
     nobody = results_of({"a": [[inf, inf]], "b": [[inf, inf]]})
     pair = comparisons(nobody, "updates", bootstrap(nobody, "updates"))["a", "b"]
-    assert math.isnan(pair.value) and not pair.distinguishable
+    assert pair.value == 0 and not pair.distinguishable
+
+
+# -- simulations: the fastest of ten trials, log-normal times with a standard deviation of 0.8
+
+
+def simulated(rng: np.random.Generator, speeds: np.ndarray, studies: int) -> Results:
+    """Returns results of optimizers with these median times of a trial, [optimizers, workloads]."""
+    drawn = speeds[..., None, None] * np.exp(0.8 * rng.standard_normal((*speeds.shape, studies, 10)))
+    return results_of({f"o{i}": table.tolist() for i, table in enumerate(drawn.min(axis=-1))})
+
+
+@pytest.mark.parametrize("studies", [2, 3, 5])
+def test_of_thirty_equal_optimizers_two_are_distinguishable_in_at_most_a_twentieth(studies: int) -> None:
+    """Uncorrected intervals of pairs with the leader would exclude 0 in half of the cases."""
+    rng, leagues = np.random.default_rng(studies), 40
+    wrong = 0
+    for _ in range(leagues):
+        results = simulated(rng, np.ones((30, 9)), studies)
+        pairs = comparisons(results, "updates", bootstrap(results, "updates", resamples=200))
+        wrong += any(pair.distinguishable for pair in pairs.values())
+    assert wrong <= 0.08 * leagues
+
+
+def test_a_clear_winner_is_distinguishable() -> None:
+    speeds = np.array([[1.0], [3.0], [3.1]]) * np.ones(9)
+    for seed in range(10):
+        results = simulated(np.random.default_rng(seed), speeds, 3)
+        pairs = comparisons(results, "updates", bootstrap(results, "updates", resamples=200))
+        assert pairs["o0", "o1"].low > 0 and pairs["o2", "o0"].high < 0
+        assert not pairs["o1", "o2"].distinguishable
+
+
+@pytest.mark.parametrize("studies", [3, 5])
+def test_intervals_of_scores_cover_those_of_many_studies(studies: int) -> None:
+    rng = np.random.default_rng(studies)
+    speeds = np.exp(0.6 * rng.standard_normal((12, 9)))
+    # The median over many studies is the median of the smallest of ten draws.
+    many = speeds * np.exp(0.8 * stats.norm.ppf(1 - 0.5 ** (1 / 10)))
+    truth = profile_scores(many)
+    covered = []
+    for _ in range(30):
+        results = simulated(rng, speeds, studies)
+        found = {each.optimizer: each.score for each in standings(results, "updates", bootstrap(results, "updates"))}
+        covered += [found[f"o{i}"].low <= value <= found[f"o{i}"].high for i, value in enumerate(truth)]
+    assert np.mean(covered) >= 0.94
+
+
+def test_small_samples_have_the_standard_error_and_quantile_of_student() -> None:
+    """Of a mean of one sample, it makes the normal interval of bootstrap deviations Student's t interval."""
+    values = np.array([1.0, 2.0, 4.0])
+    half = small_sample_factor(1, 3) * stats.norm.isf(0.025) * values.std() / math.sqrt(3)
+    expected = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    assert half == pytest.approx(expected[1] - values.mean())
 
 
 def test_noisy_studies_widen_the_interval() -> None:
