@@ -176,7 +176,8 @@ def differences(results: Results, summary: Summary) -> "Figure | None":
     axes.imshow(np.ma.masked_invalid(cells), vmin=-1, vmax=1, cmap=shades)
     _grid(axes, order, order)
     half = next(iter(pairs.values())).half
-    grey = "blue: higher, orange: lower, grey: not distinguishable" + ("" if math.isnan(half) else f" (up to {half:.2f})")
+    upto = "" if math.isnan(half) else f" (up to {half:.2f})"
+    grey = f"blue: higher, orange: lower, grey: not distinguishable{upto}"
     axes.set_xlabel(f"score of the row minus that of the column\n{grey}", **_TICKS)
     return figure
 

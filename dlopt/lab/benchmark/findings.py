@@ -11,6 +11,7 @@ from dlopt.lab.benchmark.results import Measure, Results
 from dlopt.lab.benchmark.scores import Summary
 from dlopt.lab.benchmark.symptoms import symptoms
 
+
 @dataclass(frozen=True)
 class Observation:
     """A sentence; `is_warning`: something to mend or to keep in mind, instead of a result."""

@@ -43,7 +43,8 @@ def _tuning(results: Results, summary: Summary, width: int) -> list[str]:
         return []
     heads = tuning.heads(found)
     rows = [[_name(results, each, _NAME), *map(formats.short_interval, found.scores[each])] for each in summary.order]
-    tables = [Table(["optimizer", *heads], rows, title="Expected score of the best of N trials (intervals where N is small)")]
+    title = "Expected score of the best of N trials (intervals where N is small)"
+    tables = [Table(["optimizer", *heads], rows, title=title)]
     if best := tuning.best_results(found, results.workloads, _SHORT_OPTIMIZER):
         shown = [[formats.abbreviated(name, _SHORT_NAME), *cells] for name, *cells in best]
         title = "Best expected metric of the best of N trials (shipped, or with full=true)"

@@ -198,7 +198,7 @@ def sentences(found: Tuning) -> list[str]:
         if open_ is None:
             text += f" No comparison: that needs {PER_TRY * tries} trials of each optimizer."
         elif open_:
-            everyone = len(open_) == len(found.scores) - 1 > 1
-            text += f" Not distinguishable from it: {'all others' if everyone else formats.names(open_)}."
+            is_all = len(open_) == len(found.scores) - 1 > 1
+            text += f" Not distinguishable from it: {'all others' if is_all else formats.names(open_)}."
         texts.append(text)
     return texts

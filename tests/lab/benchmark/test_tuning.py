@@ -68,7 +68,8 @@ def test_the_best_optimizer_depends_on_the_number_of_trials() -> None:
     # A failed trial counts with the median first validation, 2.
     assert found.metrics["risky", "w"] == pytest.approx([3.1 / 3, (0.1 * 2 + 1) / 3, 0.1])
     assert best_results(found, ["w"]) == [["w", "0.4 steady", "0.1 risky"]]
-    assert sentences(found)[0].startswith("Without tuning (one trial), steady has the highest expected score, 0.67. No ")
+    expected = "Without tuning (one trial), steady has the highest expected score, 0.67. No comparison: "
+    assert sentences(found)[0].startswith(expected)
 
 
 def test_metrics_of_which_higher_is_better_are_maximized() -> None:
@@ -130,24 +131,24 @@ def simulated(rng: np.random.Generator, optimizers: int, trials: int = 30, workl
 
 def test_intervals_cover_the_expected_score_and_the_best_of_all_trials_has_none() -> None:
     rng, covered = np.random.default_rng(0), {1: [], 3: []}  # type: dict[int, list[bool]]
-    for _ in range(15):
-        found = tuning(simulated(rng, 6))
+    for _ in range(8):
+        found = tuning(simulated(rng, 10, workloads=4))
         for name in [*found.scores][:-1]:
             row = dict(zip(found.budgets, found.scores[name], strict=True))
             for tries, inside in covered.items():
                 each = row[tries]
                 assert each is not None
                 inside.append(each.low <= 1 - 1 / (tries + 1) <= each.high)  # the smallest of n uniform draws
-            assert all((each := row[tries]) is not None and math.isnan(each.low) for tries in (10, 30))
+            assert all(each is not None and math.isnan(each.low) for each in (row[10], row[30]))
         assert found.open[2] is None and found.open[3] is None
         assert sentences(found)[-1].endswith("No comparison: that needs 300 trials of each optimizer.")
     assert all(np.mean(inside) >= 0.9 for inside in covered.values())
 
 
 def test_equal_optimizers_are_not_distinguishable_from_the_first() -> None:
-    rng, leagues = np.random.default_rng(1), 20
+    rng, leagues = np.random.default_rng(1), 10
     wrong = np.zeros(2)
     for _ in range(leagues):
-        found = tuning(simulated(rng, 30))
+        found = tuning(simulated(rng, 30, workloads=2))
         wrong += [len(found.open[budget] or []) < 29 for budget in (0, 1)]
     assert wrong.max() <= 0.1 * leagues
