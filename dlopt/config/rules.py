@@ -14,6 +14,7 @@ from dlopt.errors import UserError
 from dlopt.init import default
 from dlopt.losses import Distillation
 from dlopt.metric_names import Mode, known_mode
+from dlopt.optim import Prodigy
 from dlopt.optim.traits import is_schedule_free
 
 _PER_CORE = 64  # threads and data workers per core; larger values are almost certainly typos
@@ -180,6 +181,11 @@ def _check_precision(experiment: Experiment) -> None:
         raise UserError(
             f"{key}: {experiment.optimizer.target.__name__} evaluates an average, which moves by less than bf16 "
             "weights resolve; use precision=bf16 or another optimizer"
+        )
+    if experiment.optimizer.is_a(Prodigy):
+        raise UserError(
+            f"{key}: Prodigy estimates its learning rate from the distance to the initial weights, which is at first "
+            "less than bf16 resolves; use precision=bf16 or another optimizer"
         )
     if "curvature" in settings.diagnostics:
         raise UserError(f"diagnostics=[curvature]: {key} does not resolve second derivatives; use precision=bf16")

@@ -162,6 +162,11 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
     return grads
 
 
+def is_dense(p: Tensor) -> bool:
+    """Whether the elements of `p` fill its memory without gaps or overlaps."""
+    return p.numel() == 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+
+
 def buffers(optimizer: torch.optim.Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
     """Returns the state tensors `name`, with the parameters' shapes and memory formats; initially zero."""
     tensors = []

@@ -290,7 +290,7 @@ class Kron(RealOptimizer):
     global generator, which a checkpoint does not hold.)
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor", separable=False)
 
     def __init__(
         self,

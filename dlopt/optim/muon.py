@@ -19,6 +19,7 @@ from dlopt.optim.common import (
     buffers,
     evaluate,
     gradients,
+    is_dense,
     make_cautious,
     refuse_complex,
     without_global_step_hooks,
@@ -125,7 +126,7 @@ class Muon(torch.optim.Optimizer):
         if not groups:
             return []
         # torch's fused kernels go wrong on parameters with gaps in memory (2.15: neighbours are overwritten).
-        fused = all(p.device.type in ("cpu", "cuda") and _is_dense(p) for group in groups for p in group["params"])
+        fused = all(p.device.type in ("cpu", "cuda") and is_dense(p) for group in groups for p in group["params"])
         implementation: dict[str, Any] = {} if self._keys["cautious"] else {"fused": fused or None}
         if self._rest is None:
             self._rest = self._rest_class(groups, lr=self._rest_lr, **implementation, **self._rest_keys)
@@ -215,11 +216,6 @@ def _selected(group: dict[str, Any], chosen: list[bool]) -> dict[str, Any]:
     """Returns the chosen parameters of a group, with their names, if any."""
     keys = {"params", "param_names"} & group.keys()
     return {key: list(compress(group[key], chosen)) for key in keys}
-
-
-def _is_dense(p: Tensor) -> bool:
-    """Whether the elements of `p` fill its memory without gaps or overlaps."""
-    return p.numel() == 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
 
 
 def _lr_factor(shape: tuple[int, ...], adjust_lr_fn: str) -> float:

@@ -27,7 +27,7 @@ class Prodigy(RealOptimizer):
     (pytorch-optimizer accumulates r in float32.)
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="model")
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="model", separable=False)
 
     def __init__(
         self,

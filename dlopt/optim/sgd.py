@@ -55,7 +55,8 @@ class LARS(ForeachOptimizer):
     `adapt_vectors`: their norms mean little, and a bias that starts at zero would stay near zero for long.
     """
 
-    traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope="tensor")  # the momentum moves weights at a rate of zero
+    # The momentum moves weights at a rate of zero.
+    traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope="tensor", separable=True)
 
     def __init__(
         self,
@@ -168,7 +169,8 @@ class Rprop(RealOptimizer):
     gradient to zero.
     """
 
-    traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope="element")  # lr is the first step size only
+    # lr is the first step size only.
+    traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope="element", separable=True)
 
     def __init__(
         self,

@@ -27,6 +27,8 @@ class OptimizerTraits:
         rests_at_zero_lr: at a learning rate of zero an update changes no weight.
         normalizes_entries: the update is invariant to per-coordinate rescaling of the gradient, as for Adam.
         rounds_state: its state may be kept in bf16 (`optimizer.state_dtype`): averages, which forget rounding errors.
+        separable: updating some tensors and then the others, in two calls of `step`, equals updating all in one: the
+            scope is a tensor at most, and nothing is counted per call.
         capturable: a CUDA graph can capture an update: none of its decisions depends on the value of a tensor.
     """
 
@@ -38,11 +40,12 @@ class OptimizerTraits:
     rests_at_zero_lr: bool = False
     normalizes_entries: bool = False
     rounds_state: bool = False
+    separable: bool = False
     capturable: bool = False
 
 
 UNKNOWN = OptimizerTraits()
-ELEMENTWISE = OptimizerTraits(scope="element", rests_at_zero_lr=True)  # as SGD
+ELEMENTWISE = OptimizerTraits(scope="element", rests_at_zero_lr=True, separable=True)  # as SGD
 ADAPTIVE = replace(ELEMENTWISE, normalizes_entries=True)  # as Adam
 
 _OF_TORCH = {
@@ -51,9 +54,8 @@ _OF_TORCH = {
     "RMSprop": ADAPTIVE, "RAdam": ELEMENTWISE,  # whose first five updates are those of gradient descent
     "SGD": replace(ELEMENTWISE, rounds_state=True),
     "Adam": replace(ADAPTIVE, rounds_state=True), "AdamW": replace(ADAPTIVE, rounds_state=True),
-    "Rprop": OptimizerTraits(scope="element"),  # its step sizes start at lr, and do not follow it
-    "Adafactor": OptimizerTraits(scope="tensor", rests_at_zero_lr=True),
-    "Muon": OptimizerTraits(scope="tensor", rests_at_zero_lr=True),
+    "Rprop": OptimizerTraits(scope="element", separable=True),  # its step sizes start at lr, and do not follow it
+    "Adafactor": replace(ELEMENTWISE, scope="tensor"), "Muon": replace(ELEMENTWISE, scope="tensor"),
     "LBFGS": OptimizerTraits(evaluations="many"),
 }  # fmt: skip
 

@@ -54,6 +54,14 @@ def _shard_like(value: Any, like: Tensor | None) -> Any:
     return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
 
 
+def plain_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the 2-norm of plain tensors as one vector, of bf16 ones in fp32: bf16 has three digits."""
+    if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
+        return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.nn.utils.get_total_norm(tensors)
+
+
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Returns the 2-norm of all tensors as one vector: a plain scalar, equal on all ranks that hold shards of them.
 
@@ -64,7 +72,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
         groups.setdefault(_shard_axes(tensor), []).append(local(tensor))
     norms = []
     for axes, shards in groups.items():
-        norm = torch.nn.utils.get_total_norm(shards)
+        norm = plain_norm(shards)
         norms.append(_all_reduce(norm.square(), axes).sqrt() if axes else norm)
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
@@ -72,8 +80,9 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 def unit_norm(tensor: Tensor) -> Tensor:
     """Returns the 2-norms of the n local rows of a weight [N, ...] as [n, 1, ...]; of a vector, its norm."""
     if tensor.ndim <= 1:
-        return total_norm([tensor]) if is_sharded_tensor(tensor) else torch.linalg.vector_norm(tensor)
-    norms = torch.linalg.vector_norm(local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True)
+        return total_norm([tensor])
+    dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+    norms = torch.linalg.vector_norm(local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True, dtype=dtype)
     within_rows = tuple(axis for axis in _shard_axes(tensor) if axis[2] != 0)
     return _all_reduce(norms.square(), within_rows).sqrt() if within_rows else norms
 
@@ -117,7 +126,7 @@ class FullState:
 
         A rank may hold shards of the tensors, or only some of them; replicas count once.
         """
-        return torch.nn.utils.get_total_norm(tensors)
+        return plain_norm(tensors)
 
     def full(self, state: T) -> T:
         """Returns the state of a model or an optimizer with full tensors, as in a single process.

@@ -6,20 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dlopt.parallel.shards import local, unit_norm
+from dlopt.parallel.shards import local, plain_norm, unit_norm
 from dlopt.parameters import real_views
 from dlopt.ranges import NonNegative, Positive
 
 Norm = Callable[[Sequence[Tensor]], Tensor]
 """Computes the 2-norm of tensors taken as one vector (scalar tensor), over all processes that have shards of them."""
 
-total_norm: Norm = torch.nn.utils.get_total_norm
-
 Clip = Callable[[Sequence[nn.Parameter], Norm], Tensor | None]
 """Clips the gradients in place; returns their global 2-norm before clipping if it was computed, else None."""
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> Tensor:
+def gradient_norm(parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
     """Computes the 2-norm of all gradients taken as one vector (scalar tensor, no host synchronization)."""
     return norm([p.grad for p in parameters if p.grad is not None])
 
@@ -27,7 +25,7 @@ def gradient_norm(parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -
 class Unclipped:
     """No clipping."""
 
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> None:
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:
         return None
 
 
@@ -38,7 +36,7 @@ class ByNorm:
     max_norm: Positive
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> Tensor:
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
         total = gradient_norm(parameters, norm)
         # As torch's clip_grad_norm_ does. Multiplying by 1 costs less than asking whether to multiply, for which the
         # host would have to wait for the norm.
@@ -55,7 +53,7 @@ class ByValue:
     max_value: Positive
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> None:
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:
         if gradients := real_views(_local_gradients(parameters)):
             torch._foreach_clamp_min_(gradients, -self.max_value)
             torch._foreach_clamp_max_(gradients, self.max_value)
@@ -75,7 +73,7 @@ class Adaptive:
         self.exempt = set(linears[-1].parameters()) if linears else set()
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> None:
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:
         for parameter in parameters:
             if parameter.grad is None or parameter in self.exempt:
                 continue

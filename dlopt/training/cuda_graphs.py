@@ -16,7 +16,6 @@ from dlopt.schedules import Scheduler
 from dlopt.training.precision import Precision
 from dlopt.training.recompute import Recomputed
 from dlopt.training.speed import OWN_GRAPHS
-from dlopt.training.state_dtype import RoundedState
 from dlopt.training.step import Step, StepSettings, UpdateRecord
 
 _RECORDABLE = ("torch.nn.", "dlopt.models.", "dlopt.parallel.dropout", "dlopt.adapt")  # modules of known layers
@@ -48,8 +47,6 @@ def obstacle(
         return "diagnostics and profile use hooks, which a replay does not run"
     if not settings.evaluates_once or not optimizer_traits(optimizer).capturable:
         return f"{type(optimizer).__name__} has control flow on the host"
-    if isinstance(optimizer, RoundedState):
-        return "optimizer.state_dtype=bf16 draws its rounding on the host"
     if precision.name == "fp16":
         return "precision=fp16 adapts its loss scale on the host"
     if settings.check_now:

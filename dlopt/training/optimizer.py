@@ -29,9 +29,9 @@ from dlopt.training.metrics import Measure
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Length
 from dlopt.training.speed import OWN_GRAPHS
-from dlopt.training.state_dtype import keep_state_in_bf16
+from dlopt.training.state_dtype import keep_state_in_bf16, round_updates
 from dlopt.training.step import Network, Observer, Step, StepSettings
-from dlopt.training.stopping import Stopping
+from dlopt.training.stopping import Stopping, Tolerance
 
 
 def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
@@ -61,12 +61,6 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = component.build(params=groups, **({"fused": True} if fused else {}))
     except ValueError as error:  # third-party optimizers validate their arguments themselves
         raise UserError(f"{component.choice}: {error}") from None
-    if workload.precision.name == "bf16_pure" and isinstance(optimizer, torch.optim.NAdam):
-        # torch rounds it to the weights' dtype when it loads a state: a resumed run would differ.
-        raise UserError(
-            "precision=bf16_pure: NAdam's state has a product of momenta, which bf16 does not resolve; "
-            "use precision=bf16, or optimizer=adamw"
-        )
     check_optimizer(workload.parallel, optimizer)
     check_label_sampling(workload.parallel, optimizer, workload.loss)
     if growth is not None:
@@ -75,8 +69,11 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         match_state_layout(optimizer)
         if isinstance(optimizer, torch.optim.SGD):
             start_momentum(optimizer)
-    if grouping.state_dtype is not None:  # after the hooks above, which may extend a loaded state
+    # After the hooks above, which may extend a loaded state.
+    if grouping.state_dtype is not None:
         keep_state_in_bf16(optimizer, stream(settings.seed, rng.ROUNDING))
+    elif workload.precision.name == "bf16_pure" and optimizer_traits(optimizer).evaluations == "once":
+        round_updates(optimizer, stream(settings.seed, rng.ROUNDING))
     return optimizer
 
 
@@ -232,6 +229,11 @@ def build_step(
         raise UserError(
             f"{clip.choice}: {type(optimizer).__name__} computes the gradient "
             "of its step itself, which would not be clipped; use clip=none or another optimizer"
+        )
+    if workload.precision.name == "bf16_pure" and isinstance(stopping, Tolerance):
+        raise UserError(
+            f"{workload.experiment.stopping.choice}: precision=bf16_pure rounds weights by more than small updates; "
+            "use precision=bf16, or stopping=early"
         )
     halves = settings.on_out_of_memory == "halve"
     if halves and (processes := mode.ranks.processes) > 1:

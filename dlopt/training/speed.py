@@ -21,6 +21,7 @@ from dlopt.training.precision import Precision
 _WORTH_THREADS = 4e6  # FLOPs of a layer for a batch: some 100 microseconds of one core
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # torch.compile's modes that record CUDA graphs themselves
 _SAMPLES = 2  # some models squeeze a batch of one
+_SHAPES = 64  # of batches, for each of which torch compiles a graph before it gives up and runs the model eagerly
 _WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compiling takes longer than it saves
 
 
@@ -66,10 +67,17 @@ def compile_obstacle(
 
 
 def compiled(model: Callable[[Tensor], Tensor], setting: bool | str) -> Callable[[Tensor], Tensor]:
-    """Returns the model under torch.compile. `setting`: true, auto, or one of torch's modes."""
-    if isinstance(setting, bool) or setting == "auto":
-        return torch.compile(model)
-    replayed = torch.compile(model, mode=setting)
+    """Returns the model under torch.compile. `setting`: true, auto, or one of torch's modes.
+
+    Discards what was compiled before in this process.
+    """
+    # By default, torch compiles the first shape as it is, and all shapes from the second one on in one graph of
+    # variable size. The kernels of a batch, and with them the last bits, would depend on the batches before it: on
+    # where a run was resumed, and on earlier runs in the process. With one graph per shape they depend on the shape.
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
+    mode = None if isinstance(setting, bool) or setting == "auto" else setting
+    replayed = torch.compile(model, mode=mode, dynamic=False)
     if setting not in OWN_GRAPHS:
         return replayed
 

@@ -1,80 +1,152 @@
-"""Optimizer state in bf16 (`optimizer.state_dtype=bf16`), rounded stochastically: half the memory of moments.
-
-Parameters, gradients and the arithmetic of an update keep their dtype. An update widens the state of some parameters,
-runs the optimizer on them, and rounds the new state.
+"""Stochastic rounding of bf16: weights (`precision=bf16_pure`) and optimizer state (`optimizer.state_dtype=bf16`).
 
 bf16 has 8 significant bits, and rounding to nearest loses changes below half a unit in the last place, 2^-9 to 2^-8 of
-a value. With beta2 = 0.999, the second moment v changes by 0.001 * (g^2 - v): after the gradients have grown or shrunk,
-it would stop far from their square. A value is therefore rounded up with a probability equal to the discarded fraction,
-and down otherwise (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"). Its expectation is exact, and
-an average with decay beta forgets the errors as it forgets gradients.
+a value. A weight would not move by smaller updates. With beta2 = 0.999, the second moment v changes by
+0.001 * (g^2 - v): after the gradients have grown or shrunk, it would stop far from their square.
+
+The arithmetic of an update is therefore that of fp32: an update widens some weights, with their gradients and state,
+runs the optimizer on them, and rounds the new values. A value is rounded up with a probability equal to the discarded
+fraction, and down otherwise (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"). Its expectation is
+exact, and an average with decay beta forgets the errors as it forgets gradients.
+
+The state of bf16 weights stays in fp32 unless `state_dtype` is bf16, too: it may hold sums, or matrices to invert.
 
 Random numbers are a hash of seed, update, parameter and element: resumed runs, and runs on any number of processes,
-round alike. The noise of a parameter costs no memory after its update.
+round alike. The noise of a parameter costs no memory after its update. Updates are counted on the device, so that a
+CUDA graph can repeat them.
 """
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt.errors import UserError
-from dlopt.optim.common import evaluate
+from dlopt.optim.common import evaluate, gradients, is_dense
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.shards import element_numbers, local
 from dlopt.random import stream
 
 ALLOWED = ("adam", "adamw", "lion", "momentum", "sgd", "sgdw", "signum")
 _UPDATES = "rounded_updates"  # key of a parameter group: updates so far, saved with the state
-_CHUNK = {"cpu": 1 << 18}  # elements whose state is widened at once: on a CPU as many as fit into the cache
+_CHUNK = {"cpu": 1 << 18}  # elements that are widened at once: on a CPU as many as fit into the cache
 _CHUNK_ON_ACCELERATORS = 1 << 24
+_WEIGHTS = 1 << 8  # the random stream of weights, after those of moments
+_ALIGNMENT = 16  # elements; vectorized kernels need aligned tensors
 
 
-class RoundedState(Optimizer):
-    """Mixed into the class of an optimizer whose state is kept in bf16."""
+@dataclass(frozen=True)
+class _Chunk:
+    """Some parameters of a group that have gradients. `numbers`: their positions among all parameters."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    numbers: list[int]
+
+
+class RoundedUpdate(Optimizer):
+    """Mixed into the class of an optimizer whose weights or moments are bf16."""
 
     rounding_seed: int
+    rounds_moments: bool
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = evaluate(closure)
+        chunks, originals = self._count_rounded(), [group["params"] for group in self.param_groups]
+        in_parts = optimizer_traits(self).separable  # then the fp32 copies of one chunk exist at a time
+        try:
+            for part in [[chunk] for chunk in chunks] if in_parts else [chunks]:
+                members = originals
+                if in_parts:
+                    members = [part[0].params if group is part[0].group else [] for group in self.param_groups]
+                self._update_rounded(part, members)
+        finally:
+            for group, params in zip(self.param_groups, originals, strict=True):
+                group["params"] = params
+        return loss
+
+    def _count_rounded(self) -> list[_Chunk]:
+        """Counts an update in each group; returns the parameters with gradients, in chunks."""
+        chunks, start = [], 0
+        for group in self.param_groups:
+            params = group["params"]
+            if not isinstance(group.get(_UPDATES), Tensor):  # at first, and after a state is loaded
+                device = next((p.device for p in params if not p.is_meta), None)
+                group[_UPDATES] = torch.tensor(group.get(_UPDATES, 0), dtype=torch.int32, device=device)
+            group[_UPDATES].add_(1)
+            for indices in _chunks(params):
+                chunks.append(_Chunk(group, [params[i] for i in indices], [start + i for i in indices]))
+            start += len(params)
+        return chunks
+
+    def _update_rounded(self, chunks: list[_Chunk], members: list[list[Tensor]]) -> None:
+        """Updates the `members` of each group, of which the chunks have gradients."""
         update = super().step
         # Without the hooks of a step, which run once, around this one, and see all groups.
         update = getattr(update, "__wrapped__", update).__get__(self) if hasattr(update, "hooked") else update
-        groups, number = self.param_groups, 0
-        try:
-            for group in groups:
-                group[_UPDATES] = group.get(_UPDATES, 0) + 1
-                for chunk in _chunks(group["params"]):
-                    self.param_groups = [{**group, "params": [group["params"][index] for index in chunk]}]
-                    with self._widened({group["params"][index]: (group[_UPDATES], number + index) for index in chunk}):
-                        update()
-                number += len(group["params"])
-        finally:
-            self.param_groups = groups
-        return loss
+        low = [[p for p in chunk.params if p.dtype == torch.bfloat16] for chunk in chunks]
+        buffers = [_widened(params) for params in low]
+        wide: dict[Tensor, nn.Parameter] = {}
+        for params, (copies, _) in zip(low, buffers, strict=True):
+            wide.update(zip(params, copies, strict=True))
+        versions = [p._version for p in wide]
+        for group, params in zip(self.param_groups, members, strict=True):
+            group["params"] = [wide.get(p, p) for p in params]
+        with self._state_of(wide), self._wide_moments(chunks, wide):
+            update()
+        if versions != [p._version for p in wide]:
+            raise UserError(
+                f"precision=bf16_pure: {type(self).__name__} updates tensors that are not in its param_groups; "
+                "use precision=bf16 or another optimizer"
+            )
+        for chunk, params, (copies, values) in zip(chunks, low, buffers, strict=True):
+            if params:
+                key = stream(self.rounding_seed, chunk.numbers[0], _WEIGHTS)
+                _write_back(params, copies, values, random_bits(chunk.group[_UPDATES], key))
 
     @contextmanager
-    def _widened(self, counters: dict[Tensor, tuple[int, int]]) -> Iterator[None]:
-        """Context in which the state of these parameters has their dtype; rounds it afterwards.
+    def _state_of(self, wide: dict[Tensor, nn.Parameter]) -> Iterator[None]:
+        """Context in which the state of parameters belongs to their copies."""
+        for p, copy in wide.items():
+            if p in self.state:
+                self.state[copy] = self.state[p]
+        try:
+            yield
+        finally:
+            for p, copy in wide.items():
+                if copy in self.state:
+                    self.state[p] = self.state.pop(copy)
 
-        `counters`: of the random numbers of each parameter.
-        """
+    @contextmanager
+    def _wide_moments(self, chunks: list[_Chunk], wide: dict[Tensor, nn.Parameter]) -> Iterator[None]:
+        """Context in which moments have the dtype of the parameters; rounds them afterwards, if they are bf16."""
+        if not self.rounds_moments:
+            yield
+            return
         narrow: dict[Tensor, dict[str, Tensor]] = {}
-        for p in counters:
+        of_chunks = [
+            (chunk, number, wide.get(p, p))
+            for chunk in chunks
+            for number, p in zip(chunk.numbers, chunk.params, strict=True)
+        ]
+        for _, _, p in of_chunks:
             narrow[p] = {name: value for name, value in _moments(self, p) if value.dtype == torch.bfloat16}
             self.state[p].update({name: value.to(p.dtype) for name, value in narrow[p].items()})
         try:
             yield
-            for p, numbers in counters.items():
+            for chunk, number, p in of_chunks:
                 indices = element_numbers(p)
                 for place, (name, value) in enumerate(_moments(self, p)):
                     if place % 2 == 0:
-                        noise = random_bits(indices, stream(self.rounding_seed, *numbers, place // 2))
+                        key = random_bits(chunk.group[_UPDATES], stream(self.rounding_seed, number, place // 2))
+                        noise = random_bits(indices, key)
                     if name not in narrow[p]:
                         narrow[p][name] = torch.empty_like(value, dtype=torch.bfloat16)
                     bits = noise if place % 2 == 0 else noise >> 16  # 16 bits for each of two moments
@@ -83,12 +155,27 @@ class RoundedState(Optimizer):
             for p, values in narrow.items():
                 self.state[p].update(values)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state. torch converts it to the dtype of the parameters: here fp32 also for bf16 ones."""
+        originals = [group["params"] for group in self.param_groups]
+        low = [p for params in originals for p in params if p.dtype == torch.bfloat16]
+        wide = {p: nn.Parameter(torch.empty_like(p, dtype=torch.float32), p.requires_grad) for p in low}
+        for group in self.param_groups:
+            group["params"] = [wide.get(p, p) for p in group["params"]]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for group, params in zip(self.param_groups, originals, strict=True):
+                group["params"] = params
+            former = {copy: p for p, copy in wide.items()}
+            self.state = defaultdict(dict, {former.get(p, p): values for p, values in self.state.items()})
+
 
 def keep_state_in_bf16(optimizer: Optimizer, seed: int) -> None:
     """Makes an optimizer keep its moments in bf16, in place. Raises `UserError` if its state does not allow it."""
     key, kind, groups = "optimizer.state_dtype=bf16", type(optimizer), optimizer.param_groups
     traits = optimizer_traits(optimizer)
-    if not traits.rounds_state or traits.scope == "model":  # tensors are updated in several chunks
+    if not traits.rounds_state or traits.scope == "model":
         raise UserError(
             f"{key}: {kind.__name__} needs its state in the dtype of the weights; use optimizer.state_dtype=null, or "
             f"optimizer={'|'.join(ALLOWED)}"
@@ -97,25 +184,37 @@ def keep_state_in_bf16(optimizer: Optimizer, seed: int) -> None:
         raise UserError(f"{key}: the maxima of amsgrad=true would add up the rounding errors; use amsgrad=false")
     if not any(group.get("momentum", True) for group in groups):
         raise UserError(f"{key}: {kind.__name__} with momentum=0 has no state; use optimizer.state_dtype=null")
-    dtypes = {p.dtype for group in groups for p in group["params"]}
-    for dtype in dtypes - {torch.float32, torch.float64}:
-        raise UserError(
-            f"{key}: requires weights in fp32 or fp64, not {str(dtype).removeprefix('torch.')}; use precision=fp32 or "
-            "bf16, or optimizer.state_dtype=null"
-        )
+    round_updates(optimizer, seed, moments=True)
+
+
+def round_updates(optimizer: Optimizer, seed: int, *, moments: bool = False) -> None:
+    """Makes an optimizer update bf16 weights in fp32 and round them, in place. `moments`: keep these in bf16, too."""
+    kind = type(optimizer)
     # The module of the class stays: dlopt knows torch's optimizers by it.
-    optimizer.__class__ = type(kind.__name__, (RoundedState, kind), {"__module__": kind.__module__})
-    assert isinstance(optimizer, RoundedState)
-    optimizer.rounding_seed = seed
+    attributes = {"__module__": kind.__module__, "rounding_seed": seed, "rounds_moments": moments}
+    optimizer.__class__ = type(kind.__name__, (RoundedUpdate, kind), attributes)
     optimizer._patch_step_function()  # hooks of a step, which torch adds to each class
-    _narrow(optimizer)
-    optimizer.register_load_state_dict_post_hook(_narrow)  # torch loads a state in the dtype of the parameters
+    _convert_state(optimizer)
+    optimizer.register_load_state_dict_post_hook(_convert_state)
+    optimizer.register_state_dict_post_hook(_convert_counts)
 
 
-def _narrow(optimizer: Optimizer) -> None:
-    """Converts moments to bf16; a loaded state does not change, since its values are those of bf16 numbers."""
-    for p in list(optimizer.state):
-        optimizer.state[p].update({name: value.to(torch.bfloat16) for name, value in _moments(optimizer, p)})
+def _convert_state(optimizer: Optimizer) -> None:
+    """Converts moments to bf16, if they are kept in it, and the other state of bf16 weights to fp32."""
+    assert isinstance(optimizer, RoundedUpdate)
+    for p, values in optimizer.state.items():
+        moments = {name for name, _ in _moments(optimizer, p)} if optimizer.rounds_moments else set()
+        for name, value in values.items():
+            if name in moments:  # a loaded one does not change, since its values are those of bf16 numbers
+                values[name] = value.to(torch.bfloat16)
+            elif isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+                values[name] = value.float()
+
+
+def _convert_counts(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Makes a saved state independent of the device."""
+    for group in state["param_groups"]:
+        group[_UPDATES] = int(group.get(_UPDATES, 0))
 
 
 def _moments(optimizer: Optimizer, p: Tensor) -> list[tuple[str, Tensor]]:
@@ -131,8 +230,8 @@ def _chunks(params: list[Tensor]) -> Iterator[list[int]]:
     for index, p in enumerate(params):
         if p.grad is None:
             continue
-        count, limit = local(p).numel(), _CHUNK.get(p.device.type, _CHUNK_ON_ACCELERATORS)
-        if chunk and (size + count > limit or p.device != params[chunk[0]].device):
+        count = local(p).numel()
+        if chunk and (size + count > _limit(p.device) or p.device != params[chunk[0]].device):
             yield chunk
             chunk, size = [], 0
         chunk.append(index)
@@ -141,9 +240,53 @@ def _chunks(params: list[Tensor]) -> Iterator[list[int]]:
         yield chunk
 
 
-def random_bits(indices: Tensor, seed: int) -> Tensor:
-    """Hashes int32 indices, with a seed of any size, to 32 random bits each (lowbias32 of Wellons 2018)."""
-    bits = indices ^ ((seed & 0xFFFFFFFF) - (1 << 31))
+def _limit(device: torch.device) -> int:
+    return _CHUNK.get(device.type, _CHUNK_ON_ACCELERATORS)
+
+
+def _widened(params: list[Tensor]) -> tuple[list[nn.Parameter], Tensor]:
+    """Returns fp32 copies of parameters, with gradients and the same strides, and the memory of their values."""
+    gradients(params)  # refuses sparse ones
+    sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in params]
+    device = params[0].device if params else None
+    values, derivatives = torch.empty(2, sum(sizes), dtype=torch.float32, device=device).unbind()
+    copies = [nn.Parameter(view, p.requires_grad) for view, p in zip(_views(values, params), params, strict=True)]
+    for copy, view in zip(copies, _views(derivatives, params), strict=True):
+        copy.grad = view
+    if params:
+        torch._foreach_copy_(copies, params)
+        torch._foreach_copy_([copy.grad for copy in copies], [p.grad for p in params])
+    return copies, values
+
+
+def _views(memory: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Returns parts of a vector in the shapes and, unless there are gaps in memory, the strides of parameters."""
+    views, start = [], 0
+    for p in params:
+        part = memory[start : start + p.numel()]
+        views.append(part.as_strided(p.shape, p.stride()) if is_dense(p) else part.view(p.shape))
+        start += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
+    return views
+
+
+def _write_back(params: list[Tensor], copies: list[nn.Parameter], values: Tensor, key: Tensor) -> None:
+    """Rounds fp32 copies, which are in the vector `values`, into bf16 parameters."""
+    for copy, view in zip(copies, _views(values, params), strict=True):
+        if copy.data_ptr() != view.data_ptr():  # the optimizer has replaced it: parameter.data = ...
+            view.copy_(copy)
+    rounded, size = torch.empty_like(values, dtype=torch.bfloat16), max(_limit(values.device), _ALIGNMENT)
+    for start in range(0, len(values), size):
+        block = values[start : start + size]
+        # 16 bits for each element
+        words = torch.arange(start // 2, (start + len(block)) // 2, dtype=torch.int32, device=values.device)
+        bits = random_bits(words, key).view(torch.int16).to(torch.int32)
+        rounded[start : start + size] = round_stochastically(block, bits)
+    torch._foreach_copy_(params, _views(rounded, params))
+
+
+def random_bits(indices: Tensor, seed: int | Tensor) -> Tensor:
+    """Hashes int32 indices, with a seed of any size, or of 32 bits, to 32 random bits (lowbias32, Wellons 2018)."""
+    bits = indices ^ (seed if isinstance(seed, Tensor) else (seed & 0xFFFFFFFF) - (1 << 31))
     # Masks, since a shift of a negative number copies its sign. Products wrap.
     bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
     bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - (1 << 32))

@@ -286,7 +286,11 @@ class Step:
             measured += [Measured.of_no_samples(losses[0])] * (count - len(measured))
             return self.mode.reduce(torch.stack(losses).sum()), measured
         losses = []
-        for micro_batch in self.mode.split.micro_batches(batch, self.accumulate):
+        micro_batches = self.mode.split.micro_batches(batch, self.accumulate)
+        sums = _GradientSums(self.parameters) if len(micro_batches) > 2 else None  # a single addition loses nothing
+        for micro_batch in micro_batches:
+            if sums is not None and micro_batch.is_last:
+                sums.put_back()
             with self.mode.micro_batch(micro_batch):
                 outputs = self._model(micro_batch.inputs)
                 if micro_batch.targets.shape[0]:
@@ -303,6 +307,8 @@ class Step:
                 # Backward has freed the activations; without this, the outputs, which are large for a text, would live
                 # until those of the next micro-batch have been computed.
                 del outputs, loss
+            if sums is not None and not micro_batch.is_last:
+                sums.take()
         return self.mode.reduce(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), measured
 
     def loss(self) -> Tensor:
@@ -457,6 +463,29 @@ class Step:
 
     def _locate(self, loss_is_finite: bool) -> str:
         return locate(self.module, self.batch.inputs, self.mode, self.loss, loss_is_finite=loss_is_finite)
+
+
+class _GradientSums:
+    """Sums of the gradients of bf16 weights in fp32.
+
+    Added up in bf16, a gradient would be lost that is below 2^-9 of the sum of those before it.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._sums: dict[Tensor, Tensor | None] = {p: None for p in parameters if p.dtype == torch.bfloat16}
+
+    def take(self) -> None:
+        """Moves the gradients from the parameters into the sums."""
+        for p, total in self._sums.items():
+            if p.grad is not None:
+                self._sums[p] = p.grad.float() if total is None else total.add_(p.grad)
+                p.grad = None
+
+    def put_back(self) -> None:
+        """Moves the sums into the parameters: before the last backward, which averages the gradients of ranks."""
+        for p, total in self._sums.items():
+            p.grad = None if total is None else total.to(p.dtype)
+            self._sums[p] = None
 
 
 @contextmanager

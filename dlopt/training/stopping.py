@@ -10,9 +10,9 @@ from torch import nn
 
 from dlopt.errors import UserError
 from dlopt.metric_names import Mode, base_name, lower_is_better
-from dlopt.parallel.shards import local
+from dlopt.parallel.shards import local, plain_norm
 from dlopt.ranges import Count, Natural, NonNegative, Positive
-from dlopt.training.clipping import Norm, total_norm
+from dlopt.training.clipping import Norm
 
 
 class Stopping:
@@ -120,7 +120,7 @@ class Tolerance(Stopping):
 
     state_names = ("count",)
 
-    def __init__(self, model: nn.Module, norm: Norm = total_norm, *, tolerance: Positive, iterations: Natural) -> None:
+    def __init__(self, model: nn.Module, norm: Norm = plain_norm, *, tolerance: Positive, iterations: Natural) -> None:
         self.norm = norm
         self.tolerance = tolerance
         self.iterations = iterations

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 OPTIMIZERS = sorted(file.stem for file in (CONF / "optimizer").glob("[!_]*.yaml") if file.stem != "custom")
 REFUSED = {  # with precision=bf16_pure, and the class that the message names
-    "bfgs": "BFGS", "dfp": "BFGS", "lbfgs": "LBFGS", "nadam": "NAdam", "newton": "Newton", "newton_cg": "NewtonCG",
+    "bfgs": "BFGS", "dfp": "BFGS", "lbfgs": "LBFGS", "newton": "Newton", "newton_cg": "NewtonCG",
     "newton_undamped": "UndampedNewton", "sam": "SAM", "schedule_free_adamw": "ScheduleFreeAdamW",
     "schedule_free_sgd": "ScheduleFreeSGD", "sophia": "Sophia",
 }  # fmt: skip

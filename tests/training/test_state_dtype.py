@@ -21,7 +21,7 @@ from dlopt.training import state_dtype
 from dlopt.training.cuda_graphs import obstacle
 from dlopt.training.optimizer import build_optimizer
 from dlopt.training.precision import Precision
-from dlopt.training.state_dtype import ALLOWED, RoundedState, keep_state_in_bf16, random_bits, round_stochastically
+from dlopt.training.state_dtype import ALLOWED, RoundedUpdate, keep_state_in_bf16, random_bits, round_stochastically
 from dlopt.training.step import StepSettings
 from tests.support.choices import names
 from tests.support.equality import Cases, compare
@@ -251,7 +251,7 @@ def test_choices_allow_or_refuse_it(choice: str) -> None:
     base = [f"optimizer={choice}"]
     if choice in ALLOWED:
         optimizer = build_optimizer(small_workload(*base, BF16))
-        assert isinstance(optimizer, RoundedState)
+        assert isinstance(optimizer, RoundedUpdate)
         assert optimizer_traits(optimizer) == optimizer_traits(build_optimizer(small_workload(*base)))
         return
     what = "momentum=0 has no state" if choice == "gradient_descent" else r"optimizer=adam\|adamw\|lion"
