@@ -20,7 +20,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 OPTIMIZERS = sorted(file.stem for file in (CONF / "optimizer").glob("[!_]*.yaml") if file.stem != "custom")
 REFUSED = {  # with precision=bf16_pure, and the class that the message names
     "bfgs": "BFGS", "dfp": "BFGS", "lbfgs": "LBFGS", "newton": "Newton", "newton_cg": "NewtonCG",
-    "newton_undamped": "UndampedNewton", "sam": "SAM", "schedule_free_adamw": "ScheduleFreeAdamW",
+    "newton_undamped": "UndampedNewton", "prodigy": "Prodigy", "sam": "SAM", "schedule_free_adamw": "ScheduleFreeAdamW",
     "schedule_free_sgd": "ScheduleFreeSGD", "sophia": "Sophia",
 }  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_emulated_bf16_is_warned_about(tmp_path: Path, monkeypatch: pytest.Monke
 PURE = [*SMALL, "precision=bf16_pure", "model.norm=batch", "augmentation=crop_flip", "model.dropout=0.3", "epochs=4"]
 
 
-def test_pure_bf16_keeps_only_batch_norm_in_fp32(tmp_path: Path) -> None:
+def test_pure_bf16_keeps_batch_norm_and_the_optimizer_in_fp32(tmp_path: Path) -> None:
     start(tmp_path, *PURE, "optimizer=adamw")
     state = checkpoint.load(tmp_path / "checkpoints/last.pt")
     norms = {name: value.dtype for name, value in state["model"].items() if value.ndim == 1 and "norm" in name}
@@ -120,7 +120,7 @@ def test_pure_bf16_keeps_only_batch_norm_in_fp32(tmp_path: Path) -> None:
     [moments] = [values["exp_avg"] for values in state["optimizer"]["state"].values() if values["exp_avg"].ndim == 2][
         :1
     ]
-    assert moments.dtype == torch.bfloat16
+    assert moments.dtype == torch.float32
     assert {value.dtype for value in state["normalize"].values()} == {torch.float32}
 
 
@@ -172,6 +172,7 @@ def test_every_optimizer_trains_and_resumes_in_pure_bf16_or_is_refused(tmp_path:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
+        ("stopping=tolerance", "stopping=tolerance: precision=bf16_pure rounds weights by more than small updates"),
         ("ema=0.9", "ema=0.9: the average moves by less than the weights of precision=bf16_pure resolve"),
         ("diagnostics=[curvature]", "diagnostics=[curvature]: precision=bf16_pure does not resolve second derivatives"),
         ("model=alexnet", "precision=bf16_pure: torch has no LocalResponseNorm in bf16 on a CPU"),

@@ -83,6 +83,34 @@ def test_accumulated_gradients_equal_those_of_the_full_batch(accumulate: int, si
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
 
 
+class Mean(nn.Module):
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.mean()
+
+
+def test_gradients_of_bf16_weights_are_added_up_in_fp32() -> None:
+    """Added up in bf16, 1,024 gradients of 1 / 1024 are 1 / 4."""
+    model = nn.Linear(1, 3, bias=False).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    evaluate = make_step(model, optimizer, accumulate=1024, loss=Mean(), precision=Precision("bf16_pure", CPU))
+    begin(evaluate, whole(torch.ones(1024, 1).bfloat16(), torch.zeros(1024, dtype=torch.int64)), 0)
+    evaluate()
+    assert model.weight.grad is not None and model.weight.grad.dtype == torch.bfloat16
+    assert model.weight.grad.flatten().tolist() == pytest.approx([1 / 3] * 3, rel=2**-7)
+
+
+@pytest.mark.parametrize("clip", [None, ByNorm(max_norm=1.0)])
+def test_gradient_norms_of_bf16_weights_are_fp32(clip: ByNorm | None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.empty(size, dtype=torch.bfloat16)) for size in (1000, 7)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=draw).bfloat16()
+    expected = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None))
+    norm = gradient_norm(parameters) if clip is None else clip(parameters)
+    assert norm is not None and norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_fewer_samples_than_micro_batches() -> None:
     model = net(dropout=0.0, norm=False)
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=8)
