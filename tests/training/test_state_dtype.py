@@ -398,7 +398,7 @@ def test_optimizers_of_others_with_bf16_weights() -> None:
     assert p.tolist() == [0.5] * 4
     optimizer = Hoarding([p])
     round_updates(optimizer, 0)
-    with pytest.raises(UserError, match="^precision=bf16_pure: Hoarding updates tensors that are not in its"):
+    with pytest.raises(UserError, match=r"^precision=bf16_pure: Hoarding updates tensors that are not in its"):
         optimizer.step()
 
 
