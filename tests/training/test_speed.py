@@ -1,5 +1,6 @@
 """Tests of the values chosen for `auto`, and of the refusals of `true`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dlopt.training.run import probe_trainer
 from dlopt.training.step import Step
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.line import refused
-from tests.support.runs import same
+from tests.support.runs import at_update, in_fork, result, resume, same, start, terminate
 
 
 def experiment(*overrides: str) -> Experiment:
@@ -242,3 +243,22 @@ def test_threads_of_a_run(monkeypatch, overrides, threads):
     monkeypatch.setattr("dlopt.processor.torch.get_num_threads", lambda: set_to[-1] if set_to else 0)
     build_workload(experiment("model=mlp", "model.widths=[128]", *overrides))
     assert set_to[-1] == threads
+
+
+@pytest.mark.slow
+def test_a_compiled_run_does_not_depend_on_the_batches_before(tmp_path: Path) -> None:
+    """Resumed at the last batch of an epoch, which is smaller, and as the second run of a process: bitwise equal."""
+    keys = ["model=mlp", "data=digits", "data.subset=300", "compile=true", "epochs=4", "tracking=[]", "threads=1"]
+
+    def interrupted() -> None:
+        with at_update(4, terminate):
+            start(tmp_path / "resumed", *keys)
+
+    def twice() -> None:
+        start(tmp_path / "first", *keys)
+        start(tmp_path / "second", *keys)
+
+    for run in (interrupted, partial(resume, tmp_path / "resumed", *keys), twice):
+        assert in_fork(run) == 0
+    first = result(tmp_path / "first")
+    assert same(first, result(tmp_path / "second")) and same(first, result(tmp_path / "resumed"))
