@@ -167,7 +167,7 @@ class RoundedUpdate(Optimizer):
         finally:
             for group, params in zip(self.param_groups, originals, strict=True):
                 group["params"] = params
-            former = {copy: p for p, copy in wide.items()}
+            former: dict[Tensor, Tensor] = {copy: p for p, copy in wide.items()}
             self.state = defaultdict(dict, {former.get(p, p): values for p, values in self.state.items()})
 
 
@@ -246,16 +246,17 @@ def _limit(device: torch.device) -> int:
 
 def _widened(params: list[Tensor]) -> tuple[list[nn.Parameter], Tensor]:
     """Returns fp32 copies of parameters, with gradients and the same strides, and the memory of their values."""
-    gradients(params)  # refuses sparse ones
+    grads = gradients(params)  # refuses sparse ones
     sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in params]
     device = params[0].device if params else None
     values, derivatives = torch.empty(2, sum(sizes), dtype=torch.float32, device=device).unbind()
     copies = [nn.Parameter(view, p.requires_grad) for view, p in zip(_views(values, params), params, strict=True)]
-    for copy, view in zip(copies, _views(derivatives, params), strict=True):
-        copy.grad = view
+    wide_grads = _views(derivatives, params)
+    for copy, grad in zip(copies, wide_grads, strict=True):
+        copy.grad = grad
     if params:
-        torch._foreach_copy_(copies, params)
-        torch._foreach_copy_([copy.grad for copy in copies], [p.grad for p in params])
+        torch._foreach_copy_(_views(values, params), params)
+        torch._foreach_copy_(wide_grads, grads)
     return copies, values
 
 
