@@ -1,10 +1,13 @@
 """The identity of data: equal for equal content wherever it lies, another one for every change."""
 
 import hashlib
+import io
 import os
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch
 from PIL import Image
 
 from dlopt.data import identity as module
+from dlopt.data.arrow import parquet
 from dlopt.data.custom import custom
 from dlopt.data.features import table
 from dlopt.data.folder import image_folder
@@ -20,14 +24,17 @@ from dlopt.data.identity import difference, identify
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.table import csv
 from dlopt.data.text import text, tokens
-from tests.data import test_arrow as arrow_files
-from tests.data import test_webdataset as shards
+from dlopt.data.webdataset import webdataset
 from tests.support.runs import experiment
 
 COUNT = 24
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 6, 5, 3), dtype=np.uint8)
 LABELS = np.arange(COUNT) % 2
-FILES = {"on_error": "fail", "max_skips": 0.01, "image_size": None}
+ROWS: dict[str, Any] = {
+    "val_file": None, "test_file": None, "input": "image", "target": "label", "labels": "class", "channels": None,
+    "image_size": None,
+}  # fmt: skip
+FILES: dict[str, Any] = {"on_error": "fail", "max_skips": 0.01, "image_size": None}
 
 Read = Callable[[Path, np.ndarray, np.ndarray], Dataset]
 
@@ -50,10 +57,24 @@ def read_csv(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
     return csv(file=str(folder / "list.csv"), channels=3, **keys, **FILES)
 
 
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def written_parquet(folder: Path, column: list[Any], labels: np.ndarray, rows: int) -> Dataset:
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir(exist_ok=True)
+    writer.write_table(arrow.table({"image": column, "label": labels.tolist()}), folder / "a.parquet", rows)
+    return parquet(file=str(folder / "a.parquet"), **ROWS)
+
+
 def read_parquet(folder: Path, images: np.ndarray, labels: np.ndarray, nested: bool) -> Dataset:
     rows = len(str(folder)) % 5 + 2  # in every folder other row groups
-    file = arrow_files.write(folder / "a.parquet", images, labels.tolist(), nested=nested, rows=rows)
-    return arrow_files.read(file=file)
+    files = [png(image) for image in images]
+    column = [{"bytes": each, "path": None} for each in files] if nested else files
+    return written_parquet(folder, column, labels, rows)
 
 
 def read_paths(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
@@ -62,16 +83,18 @@ def read_paths(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
     for number, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{number}.png")
     column = [{"bytes": None, "path": str(folder / f"{number}.png")} for number in range(len(images))]
-    columns = arrow_files.arrow.table({"image": column, "label": labels.tolist()})
-    arrow_files.writer.write_table(columns, folder / "a.parquet")
-    return arrow_files.read(file=str(folder / "a.parquet"))
+    return written_parquet(folder, column, labels, 5)
 
 
 def read_shard(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
-    members = []
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        members += [(f"{number}.png", shards.png(image)), (f"{number}.cls", str(label))]
-    return shards.read(file=shards.write(folder / "a.tar", members))
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            for name, content in ((f"{number}.png", png(image)), (f"{number}.cls", str(label).encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return webdataset(file=str(folder / "a.tar"), **{**ROWS, "input": "png", "target": "cls"})
 
 
 def read_table(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:

@@ -19,8 +19,8 @@ FLOORS = [
     "training", "results",
     "parallel", "augment", "config", "init", "adapt",
     "tracking", "folders", "data", "models", "schedules", "optim", "losses", "environment",
-    "files", "parameters", "processor", "convolutions", "interruption", "formats",
-    "errors", "graphs", "locks", "metric_names", "openmp", "plain", "random", "ranges", "roles", "table",
+    "files", "parameters", "processor", "convolutions", "interruption", "formats", "metric_names",
+    "errors", "graphs", "locks", "openmp", "plain", "random", "ranges", "roles", "table",
 ]  # fmt: skip
 
 

@@ -13,3 +13,11 @@ def files(group: str) -> list[Path]:
 
 def names(group: str) -> list[str]:
     return [path.stem for path in files(group)]
+
+
+# Optimizers that precision=bf16_pure refuses, and the class that the message names.
+REFUSED_IN_PURE_BF16 = {
+    "bfgs": "BFGS", "dfp": "BFGS", "lbfgs": "LBFGS", "newton": "Newton", "newton_cg": "NewtonCG",
+    "newton_undamped": "UndampedNewton", "prodigy": "Prodigy", "sam": "SAM", "schedule_free_adamw": "ScheduleFreeAdamW",
+    "schedule_free_sgd": "ScheduleFreeSGD", "sophia": "Sophia",
+}  # fmt: skip

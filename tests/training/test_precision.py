@@ -11,6 +11,7 @@ from dlopt.errors import UserError
 from dlopt.parallel.mode import check_precision
 from dlopt.training import checkpoint
 from dlopt.training.precision import Precision, bf16_slowdown, choose_precision
+from tests.support.choices import REFUSED_IN_PURE_BF16
 from tests.support.line import dlopt, refused
 from tests.support.runs import at_update, metrics, result, resume, same, start, terminate
 from tests.support.sizes import SMALL
@@ -18,11 +19,6 @@ from tests.support.sizes import SMALL
 CPU = torch.device("cpu")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 OPTIMIZERS = sorted(file.stem for file in (CONF / "optimizer").glob("[!_]*.yaml") if file.stem != "custom")
-REFUSED = {  # with precision=bf16_pure, and the class that the message names
-    "bfgs": "BFGS", "dfp": "BFGS", "lbfgs": "LBFGS", "newton": "Newton", "newton_cg": "NewtonCG",
-    "newton_undamped": "UndampedNewton", "prodigy": "Prodigy", "sam": "SAM", "schedule_free_adamw": "ScheduleFreeAdamW",
-    "schedule_free_sgd": "ScheduleFreeSGD", "sophia": "Sophia",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -156,8 +152,8 @@ def test_a_pure_bf16_checkpoint_is_evaluated(tmp_path: Path, typed: list[str]) -
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_trains_and_resumes_in_pure_bf16_or_is_refused(tmp_path: Path, optimizer: str) -> None:
     keys = [*PURE, f"optimizer={optimizer}", "schedule=constant"]
-    if optimizer in REFUSED:
-        with pytest.raises(UserError, match=f"precision=bf16_pure: {REFUSED[optimizer]}"):
+    if optimizer in REFUSED_IN_PURE_BF16:
+        with pytest.raises(UserError, match=f"precision=bf16_pure: {REFUSED_IN_PURE_BF16[optimizer]}"):
             start(tmp_path, *keys)
         return
     start(tmp_path / "whole", *keys)

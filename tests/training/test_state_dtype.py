@@ -26,12 +26,11 @@ from dlopt.training.state_dtype import (
     round_stochastically,
     round_updates,
 )
-from tests.support.choices import names
+from tests.support.choices import REFUSED_IN_PURE_BF16, names
 from tests.support.equality import Cases, compare
 from tests.support.modes import DDP, FSDP
 from tests.support.runs import at_update, experiment, result, resume, same, small_workload, start, terminate, timeless
 from tests.support.sizes import MLP, SMALL, without
-from tests.training.test_precision import REFUSED
 
 BF16 = "optimizer.state_dtype=bf16"
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -245,7 +244,7 @@ def test_memory_is_that_of_bf16() -> None:
 # -- bf16 weights
 
 GRADIENTS = (0.5, 2.0**-9, 0.5, 2.0**-9)
-BF16_OPTIMIZERS = [name for name in names("optimizer") if name not in REFUSED]
+BF16_OPTIMIZERS = [name for name in names("optimizer") if name not in REFUSED_IN_PURE_BF16]
 
 
 def bf16_weights(dtype: torch.dtype) -> list[Tensor]:
