@@ -26,8 +26,8 @@ class UserError(Exception):
         return [f"dlopt: {self}"]
 
 
-class NewerError(UserError):
-    """An intact input in a format of a newer dlopt."""
+class OtherVersionError(UserError):
+    """An intact input in a format that only another version of dlopt reads."""
 
 
 class RunError(Exception):

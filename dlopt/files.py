@@ -39,7 +39,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     old one; after it, only the new one. A reader accepts any of the listed digests.
     """
     with temporary_sibling(path) as temporary:
-        with _synced(temporary) as file:
+        with synced(temporary) as file:
             fill(file)
         _publish(temporary, path, sha256(temporary))
 
@@ -51,7 +51,7 @@ def link(source: Path, target: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
-            with source.open("rb") as read, _synced(temporary) as file:
+            with source.open("rb") as read, synced(temporary) as file:
                 shutil.copyfileobj(read, file, 1 << 20)
         digests = recorded_digests(source)
         _publish(temporary, target, digests[0] if len(digests) == 1 else sha256(source))
@@ -61,7 +61,7 @@ def link(source: Path, target: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces the contents of `path`: after a crash the file is the old one or the new one. Raises OSError."""
     with temporary_sibling(path) as temporary:
-        with _synced(temporary) as file:
+        with synced(temporary) as file:
             file.write(data)
         os.replace(temporary, path)
 
@@ -84,7 +84,8 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file, whose contents are on disk at the end of the block."""
     with path.open("wb") as file:
         yield file
         file.flush()

@@ -34,7 +34,7 @@ Verifies the file: compares its outputs with the model's on test images.
 
 _READS = ("data", "threads", "allow_packages")
 _FORMATS = {  # suffix, and the packages that writing it needs
-    "safetensors": (".safetensors", ["safetensors"]),
+    "safetensors": (".safetensors", []),
     "onnx": (".onnx", ["onnx", "onnxscript"]),
     "torch_export": (".pt2", []),
 }

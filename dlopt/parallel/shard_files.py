@@ -1,35 +1,41 @@
 """Sharded checkpoint files: all ranks write their shards to one folder, and a single process can read it.
 
-The format is torch.distributed.checkpoint's: `__RANK_0.distcp` holds a rank's shards, `.metadata` their positions.
+`rank-N.safetensors` has the shards of rank N. Its header also has their offsets in the full tensors, where
+torch.distributed.checkpoint has them: torch's `HuggingFaceStorageReader` reads these folders, too.
 """
 
-import io
+import json
 import math
 import os
-import pickle
 import shutil
-import stat
-import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from dlopt.errors import RunError
-from dlopt.files import disk_in_use, reason, sha256, sync_folder
-from dlopt.plain import read_regular
+from dlopt.files import disk_in_use, reason, sha256, sync_folder, synced
+from dlopt.parallel.shards import local
 
 T = TypeVar("T")
 
 Files = dict[str, str]
 """SHA-256 by file name."""
 
-METADATA = ".metadata"
+_PLACES = "DCP_SHARDING_INFO"  # in the header's metadata: JSON of {name: {saved_offsets, full_shape, complex}}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 @dataclass
@@ -60,57 +66,43 @@ class ShardWriter:
         # 1. rank 0 creates a temporary folder; 2. all ranks write and sync their files into it; 3. rank 0 checks that
         # it sees all of them and renames the folder. A crash leaves a temporary folder, which the next write removes.
         [name, *_] = self._on_all(lambda: _make_temporary(parent, name) if self.rank == 0 else "")
-        temporary = _temporary(parent, name)
+        path = _temporary(parent, name) / f"rank-{self.rank}.safetensors"
         try:
-            self._write(temporary, tensors)
-            files = self._on_all(lambda: self._local_files(temporary))
+            files = self._on_all(lambda: _write(path, tensors))
             self._on_all(lambda: _publish(parent, name, files) if self.rank == 0 else None)
         except RunError:  # raised on all ranks
             if self.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(path.parent, ignore_errors=True)
             raise
-        return name, {file: digest for rank_files in files for file, (digest, _) in rank_files.items()}
-
-    def _write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        from torch.distributed import checkpoint
-
-        failures: Mapping[int, tuple[BaseException, object]] = {}
-        try:
-            checkpoint.save(
-                dict(tensors),
-                storage_writer=checkpoint.FileSystemWriter(folder),
-                planner=checkpoint.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=self._group,
-            )
-        except checkpoint.api.CheckpointException as error:  # no subclass of Exception
-            failures = error.failures
-        for rank, (failure, _) in sorted(failures.items()):
-            if rank == self.rank and not isinstance(failure, Exception):
-                raise failure  # KeyboardInterrupt or SystemExit
-            raise RunError(f"rank {rank}: {reason(failure)}")
-
-    def _local_files(self, folder: Path) -> dict[str, tuple[str, int]]:
-        """Returns SHA-256 and size of each file that this rank has written."""
-        paths = sorted(folder.glob(f"__{self.rank}_*.distcp"))
-        if self.rank == 0:
-            paths.append(folder / METADATA)
-        return {path.name: (sha256(path), path.stat().st_size) for path in paths}
+        return name, {file.name: file.digest for file in files}
 
     def _on_all(self, work: Callable[[], T]) -> list[T]:
         """Returns the results of `work` on all ranks. Raises `RunError` on all ranks if it fails on one."""
         # Errors travel through the same collective as results: a rank that raised before it would leave the others
         # waiting until the timeout.
         outcome: tuple[T | None, str | None]
+        failed: BaseException | None = None
         try:
             outcome = work(), None
-        except (OSError, RuntimeError, RunError) as error:
-            outcome = None, reason(error)
+        except BaseException as error:
+            outcome, failed = (None, reason(error)), error
         gathered: list[Any] = [None] * distributed.get_world_size(self._group)
         distributed.all_gather_object(gathered, outcome, group=self._group)
+        if failed is not None and not isinstance(failed, Exception):
+            raise failed  # KeyboardInterrupt or SystemExit
         for rank, (_, failure) in enumerate(gathered):
             if failure is not None:
                 raise RunError(f"rank {rank}: {failure}")
         return [value for value, _ in gathered]
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that a rank has written."""
+
+    name: str
+    size: int
+    digest: str
 
 
 def _temporary(parent: Path, name: str) -> Path:
@@ -126,17 +118,16 @@ def _make_temporary(parent: Path, name: str) -> str:
     return free
 
 
-def _publish(parent: Path, name: str, files: list[dict[str, tuple[str, int]]]) -> None:
+def _publish(parent: Path, name: str, files: list[_File]) -> None:
     """Checks that all files are visible here, then gives the folder its name."""
     temporary = _temporary(parent, name)
-    for rank, rank_files in enumerate(files):
-        for file, (_, size) in rank_files.items():
-            path = temporary / file
-            if not path.is_file() or path.stat().st_size != size:
-                raise RunError(
-                    f"rank 0 does not see {path.name}, which rank {rank} has written: put the run folder on a file "
-                    "system that all processes share, or set checkpoint.sharded=false"
-                )
+    for rank, file in enumerate(files):
+        path = temporary / file.name
+        if not path.is_file() or path.stat().st_size != file.size:
+            raise RunError(
+                f"rank 0 does not see {file.name}, which rank {rank} has written: put the run folder on a file "
+                "system that all processes share, or set checkpoint.sharded=false"
+            )
     # The order makes the folder complete or absent after a power failure. The files are synced already; their directory
     # entries must be on disk before the rename, and the rename before the checkpoint that refers to it.
     sync_folder(temporary)
@@ -144,201 +135,149 @@ def _publish(parent: Path, name: str, files: list[dict[str, tuple[str, int]]]) -
     sync_folder(parent)
 
 
+# -- one file
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A box of a tensor. A complex tensor is stored as a real one with a last dimension of 2."""
+
+    values: Tensor
+    offsets: Sequence[int]
+    full_shape: Sequence[int]
+    is_complex: bool
+
+    def place(self) -> dict[str, Any]:
+        return {"saved_offsets": self.offsets, "full_shape": self.full_shape, "complex": self.is_complex}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> _File:
+    """Writes this rank's shards of DTensors, and syncs the file.
+
+    The format is written here, because safetensors' `save_file` needs all tensors on the CPU at the same time, and
+    refuses tied weights.
+    """
+    shards = {}
+    for number, name in enumerate(sorted(tensors)):
+        if (shard := _own_shard(name, tensors[name], number)) is not None:
+            shards[name] = shard
+    # The largest elements first: each tensor is then aligned to its elements, as readers that map the file require.
+    shards = dict(sorted(shards.items(), key=lambda item: -item[1].values.itemsize))
+    places = json.dumps({name: shard.place() for name, shard in shards.items()})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _PLACES: places}}
+    end = 0
+    for name, shard in shards.items():
+        start, end = end, end + shard.values.nbytes
+        shape = list(shard.values.shape)
+        header[name] = {"dtype": _CODES[shard.values.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    path.parent.mkdir(parents=True, exist_ok=True)  # missing if it is on a file system that rank 0 does not share
+    with synced(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shard in shards.values():  # copied to the CPU one at a time
+            file.write(shard.values.cpu().reshape(-1).view(torch.uint8).numpy())
+    return _File(path.name, path.stat().st_size, sha256(path))
+
+
+def _own_shard(name: str, tensor: Any, number: int) -> _Shard | None:
+    """Returns the shard that this rank writes; None for an empty one, and for one that the rank of a replica writes.
+
+    Replicas take turns with `number`, the position of the tensor among all, equal on all ranks.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    if any(type(placement) not in (Shard, Replicate) for placement in placements):  # the shard is not a box
+        raise RunError(f"{name}: placements={placements} cannot be saved")
+    values, coordinates = local(tensor), mesh.get_coordinate()
+    if coordinates is None:
+        return None
+    for axis, placement in enumerate(placements):
+        if placement.is_replicate():
+            if coordinates[axis] != number % mesh.size(axis):
+                return None
+        elif values.numel() == 0 and coordinates[axis] != 0:  # an empty tensor is written once
+            return None
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    if values.is_complex():
+        return _Shard(torch.view_as_real(values.resolve_conj()), (*offsets, 0), (*tensor.shape, 2), True)
+    if values.dtype not in _CODES:
+        raise RunError(f"{name}: dtype={values.dtype} cannot be saved")
+    return _Shard(values, offsets, tensor.shape, False)
+
+
 # -- reading
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """A part of a tensor: where it is in the tensor, and in which bytes of which file."""
+class _StoredShard:
+    """A shard as the header of its file describes it. `content`: the open file."""
 
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """A tensor as the metadata describes it."""
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    chunks: list[_Chunk]
+    content: Any
+    region: tuple[slice, ...]
+    elements: int
+    kind: tuple[str, tuple[int, ...], bool]
+    """Data type, full shape and whether it is complex: equal for all shards of a tensor."""
 
 
-def read(folder: Path, files: Collection[str]) -> dict[str, Tensor]:
-    """Reads the full tensors to the CPU, in one process.
+def read(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
+    """Reads the full tensors to the CPU, in one process. Raises any error as it is.
 
-    The files may be a stranger's: nothing in them is executed. torch's own reader is not used, because it unpickles
-    entries that are not tensors without restrictions. Reads only `files`, regular files of this folder, and allocates
-    no more memory for tensors than these files have bytes. Raises any error as it is.
+    `files`: names of regular files in the folder. They may be a stranger's: safetensors checks that the tensors of a
+    file are exactly its bytes, and `_merge` that the shards are exactly a tensor, before memory is allocated.
     """
-    sizes = {name: _regular_size(folder, name) for name in files}
-    if METADATA not in sizes:
-        raise ValueError(f"there is no file {METADATA}")
-    tensors = {}
-    for name, layout in _read_layouts(read_regular(folder / METADATA, sizes[METADATA]), sizes).items():
-        tensors[name] = torch.zeros(layout.size, dtype=layout.dtype)
-        for chunk in layout.chunks:
-            part = tensors[name]
-            for axis, (offset, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-                part = part.narrow(axis, offset, length)
-            part.copy_(_read_chunk(folder / chunk.file, chunk, layout.dtype))
-    return tensors
+    from safetensors import safe_open
+
+    shards: dict[str, list[_StoredShard]] = {}
+    with ExitStack() as stack:
+        for file in files:
+            try:
+                content = stack.enter_context(safe_open(folder / file, framework="pt"))
+                places = json.loads((content.metadata() or {}).get(_PLACES, "{}"))
+                for name in content.keys():  # noqa: SIM118 (not a mapping)
+                    shards.setdefault(name, []).append(_describe(content, name, places))
+            except Exception as error:  # safetensors' do not name the file
+                raise ValueError(f"{file}: {reason(error)}") from error
+        return {name: _merge(name, parts) for name, parts in shards.items()}
 
 
-def _regular_size(folder: Path, name: str) -> int:
-    """Returns the size of a regular file in the folder. Refuses links, which may lead out of it."""
-    if os.path.basename(name) != name:
-        raise ValueError(f"{name!r} is not a file name")
-    status = (folder / name).lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{name!r} is not a regular file")
-    return status.st_size
+def _describe(content: Any, name: str, places: Any) -> _StoredShard:
+    dtype, shape = content.get_slice(name).get_dtype(), content.get_slice(name).get_shape()
+    place = places.get(name) if isinstance(places, dict) else None
+    if not isinstance(place, dict):
+        place = {}
+    offsets, full_shape = place.get("saved_offsets"), place.get("full_shape")
+    if not _are_naturals(offsets, len(shape)) or not _are_naturals(full_shape, len(shape)):
+        raise ValueError(f"the place of {name} is missing or invalid")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} has the unsupported data type {dtype}")
+    region = tuple(slice(offset, offset + size) for offset, size in zip(offsets, shape, strict=True))
+    return _StoredShard(content, region, math.prod(shape), (dtype, tuple(full_shape), place.get("complex") is True))
 
 
-def _read_chunk(path: Path, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
-    with path.open("rb") as file:
-        file.seek(chunk.start)
-        content = io.BytesIO(file.read(chunk.length))
-    with zipfile.ZipFile(content) as archive:  # torch does not compress; a few bytes could inflate to terabytes
-        if sum(record.file_size for record in archive.infolist()) > chunk.length:
-            raise ValueError(f"{path.name} is compressed")
-    content.seek(0)
-    tensor = torch.load(content, map_location="cpu", weights_only=True)
-    if type(tensor) is not Tensor or tensor.layout != torch.strided:
-        raise ValueError(f"{path.name} contains something that is not a plain tensor")
-    if tensor.dtype != dtype or tuple(tensor.shape) != chunk.sizes:
-        raise ValueError(f"{path.name} contains a tensor of another type or shape than {METADATA} says")
-    return tensor
+def _are_naturals(values: Any, count: int) -> bool:
+    is_list = isinstance(values, list) and len(values) == count
+    return is_list and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _read_layouts(content: bytes, sizes: Mapping[str, int]) -> dict[str, _Layout]:
-    """Parses `.metadata` and checks every part of it against the `sizes` of the files."""
-    metadata = _fields(_Unpickler(io.BytesIO(content)).load(), "Metadata")
-    entries: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
-    for index, info in _dict(metadata, "storage_data").items():
-        where, place = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
-        file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
-        if not isinstance(file, str) or file not in sizes or file == METADATA:
-            raise ValueError(f"there is no file {file}")
-        if not _is_natural(start) or not _is_natural(length) or start + length > sizes[file]:
-            raise ValueError(f"bytes outside {file}")
-        if place.get("transform_descriptors"):
-            raise ValueError(f"{file} is transformed")
-        entries[str(where.get("fqn")), _size(where.get("offset"))] = file, start, length
-    if sum(length for _, _, length in entries.values()) > sum(sizes.values()):
-        raise ValueError("the tensors overlap in their files")
-    layouts = {}
-    for name, entry in _dict(metadata, "state_dict_metadata").items():
-        layouts[name] = _read_layout(name, _fields(entry, "TensorStorageMetadata"), entries)
-    return layouts
-
-
-def _read_layout(
-    name: str, entry: Mapping[str, Any], entries: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]]
-) -> _Layout:
-    properties = _state(entry.get("properties"), "TensorProperties")
-    dtype = properties[0] if isinstance(properties, tuple) and properties else None
-    size, parts, chunks = _size(entry.get("size")), entry.get("chunks"), []
-    if not isinstance(dtype, torch.dtype) or not isinstance(parts, list):
-        raise ValueError(f"{name} has an invalid type or invalid shards")
-    for part in parts:
-        fields = _fields(part, "ChunkStorageMetadata")
-        offsets, lengths = _size(fields.get("offsets")), _size(fields.get("sizes"))
-        is_inside = len(offsets) == len(lengths) == len(size) and all(
-            offset + length <= total for offset, length, total in zip(offsets, lengths, size, strict=True)
-        )
-        if not is_inside:
-            raise ValueError(f"{name} has a shard outside the tensor")
-        if 0 in lengths:  # of a rank without a shard
-            continue
-        if (name, offsets) not in entries:
-            raise ValueError(f"{name} has a shard that is in no file")
-        file, start, length = entries[name, offsets]
-        if math.prod(lengths) * dtype.itemsize > length:
-            raise ValueError(f"{name} is larger than its file {file}")
-        chunks.append(_Chunk(offsets, lengths, file, start, length))
-    has_duplicates = len({chunk.offsets for chunk in chunks}) != len(chunks)
-    if has_duplicates or sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+def _merge(name: str, shards: list[_StoredShard]) -> Tensor:
+    """Returns the full tensor. Raises ValueError unless the shards cover every element exactly once."""
+    [kind, *others] = {shard.kind for shard in shards}
+    if others:
+        raise ValueError(f"the shards of {name} differ in their data types or full shapes")
+    dtype, size, is_complex = kind
+    adds_up = math.prod(size) == sum(shard.elements for shard in shards)
+    if adds_up:  # as many elements; none of them twice, hence none missing?
+        is_covered = torch.zeros(size, dtype=torch.bool)
+        for shard in shards:
+            is_covered[shard.region] = True
+        adds_up = bool(is_covered.all())
+        del is_covered
+    if not adds_up:
         raise ValueError(f"the shards of {name} do not add up to the tensor")
-    return _Layout(dtype, size, chunks)
-
-
-class _Record:
-    """Replaces a class or function that `.metadata` names: holds the pickled values, and runs nothing."""
-
-    arguments: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-def _state(value: Any, kind: str) -> Any:
-    """Returns the pickled state of a record of this kind. Raises ValueError for anything else."""
-    if not isinstance(value, _Record) or type(value).__name__ != kind:
-        raise ValueError(f"{METADATA} has a {type(value).__name__} in place of a {kind}")
-    return value.state
-
-
-def _fields(value: Any, kind: str) -> Mapping[str, Any]:
-    state = _state(value, kind)
-    if not isinstance(state, dict):
-        raise ValueError(f"{METADATA} has an invalid {kind}")
-    return state
-
-
-def _dict(fields: Mapping[str, Any], name: str) -> dict[Any, Any]:
-    value = fields.get(name)
-    if not isinstance(value, dict):
-        raise ValueError(f"{METADATA} has no {name}")
-    return value
-
-
-def _size(value: Any) -> tuple[int, ...]:
-    _state(value, "Size")
-    if len(value.arguments) != 1 or not isinstance(value.arguments[0], tuple):
-        raise ValueError(f"{METADATA} has an invalid Size")
-    if not all(map(_is_natural, value.arguments[0])):
-        raise ValueError(f"{METADATA} has an invalid Size")
-    size: tuple[int, ...] = value.arguments[0]
-    return size
-
-
-def _is_natural(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < 2**63
-
-
-_LAYOUT = "torch.distributed.checkpoint"
-_ALLOWED_GLOBALS = {
-    *((f"{_LAYOUT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    *((f"{_LAYOUT}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Chunk")),
-    (f"{_LAYOUT}.metadata", "TensorProperties"),
-    (f"{_LAYOUT}.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("builtins", "getattr"),  # Python 3.11.2 pickles the member of an enum as getattr(enum, name)
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-}
-_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-
-
-class _Unpickler(pickle._Unpickler):
-    """Reads the values with which torch.distributed.checkpoint describes tensors.
-
-    Data types are torch's; all classes and functions are replaced by new subclasses of `_Record`: a pickle can call
-    what it names, and set attributes of it. The base class is in Python: the one in C allocates as much memory as a
-    file requests.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if (module, name) not in _ALLOWED_GLOBALS:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in {METADATA}")
-        return type(name, (_Record,), {})
+    tensor = torch.empty(size, dtype=_DTYPES[dtype])
+    for shard in shards:
+        tensor[shard.region] = shard.content.get_tensor(name)
+    return torch.view_as_complex(tensor) if is_complex else tensor

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from dlopt.adapt import merged
 from dlopt.config.resuming import refuse_other_config
-from dlopt.errors import NewerError, RunError, UserError
+from dlopt.errors import OtherVersionError, RunError, UserError
 from dlopt.files import digest_file, disk_in_use, link, reason, recorded_digests, sha256, write
 from dlopt.folders import RunFolder
 from dlopt.parallel.rendezvous import caused_by_peer
@@ -144,7 +144,7 @@ class Checkpoints:
                 continue
             try:
                 return load(path)
-            except NewerError:  # an older checkpoint would discard the progress of a newer dlopt
+            except OtherVersionError:  # an older checkpoint would discard the progress of that version
                 raise
             except UserError as error:
                 damaged.append(path.name)
@@ -306,12 +306,17 @@ def load(path: Path) -> dict[str, Any]:
     if type(form) is not int:
         raise UserError(f"checkpoint={path}: not a dlopt checkpoint: format={form!r} is not an integer")
     if form > FORMAT:
-        raise NewerError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {FORMAT})")
+        raise OtherVersionError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {FORMAT})")
     missing = sorted(KEYS - state.keys())
     if missing:
         raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; load its weights with init_from={path}")
     if not sharded.is_sharded(state):
         return state
+    if sharded.is_pickled(state):
+        raise OtherVersionError(
+            f"checkpoint={path}: these shards were written by an earlier dlopt (before safetensors); "
+            f"consolidate them with that version: dlopt consolidate checkpoint={path}"
+        )
     try:
         damage = sharded.find_damage(path, state)
         if damage is None:

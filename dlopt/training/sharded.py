@@ -53,6 +53,12 @@ def is_sharded(state: Mapping[str, Any]) -> bool:
     return KEY in state
 
 
+def is_pickled(state: Mapping[str, Any]) -> bool:
+    """Returns whether the shards are in the format of torch.distributed.checkpoint, of an earlier dlopt: pickles."""
+    files = state[KEY].get("files") if isinstance(state.get(KEY), dict) else None
+    return isinstance(files, dict) and ".metadata" in files
+
+
 def find_damage(path: Path, state: Mapping[str, Any]) -> str | None:
     """Returns what is wrong with the shards of the checkpoint file `path` with content `state`; None if intact."""
     if not is_sharded(state):
@@ -80,11 +86,16 @@ def find_damage(path: Path, state: Mapping[str, Any]) -> str | None:
 
 
 def load_shards(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Loads the shards of the checkpoint file `path` into its `state`. May raise any exception for damaged files."""
+    """Loads the shards of the checkpoint file `path`, in which `find_damage` finds none, into its `state`.
+
+    May raise any exception.
+    """
     folder = _folder(path, state)
     assert folder is not None
     entry = state.pop(KEY)
     paths, tensors = entry["tensors"], shard_files.read(folder, entry["files"])
+    if paths.keys() != tensors.keys():
+        raise ValueError("its list of tensors differs from the tensors in the files")
     for name, keys in paths.items():
         inner: Any = state
         for key in keys[:-1]:

@@ -44,8 +44,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"init_from={path}: no such file") from None
-    except ImportError:
-        raise UserError(f"init_from={path}: needs safetensors: pip install 'dlopt[export]'") from None
     except Exception as error:
         if (match := _UNSUPPORTED.search(str(error))) is not None:
             raise UserError(

@@ -14,7 +14,7 @@ PURPOSES = {  # extra -> what it adds
     "timm": "the models of timm (`model=timm model.name=resnet18`)",
     "mlflow": "logging to MLflow (`tracking=[mlflow]`)",
     "wandb": "logging to Weights & Biases (`tracking=[wandb]`)",
-    "export": "`dlopt export format=onnx` and `format=safetensors`",
+    "export": "`dlopt export format=onnx`",
     "text": "byte-pair tokenizers (`data=text data.tokenizer=bpe`)",
     "hub": "`data=parquet`, `data=huggingface`, and Parquet files of `data=text`",
     "docs": "building this documentation",

@@ -47,7 +47,6 @@ def exported(folder: Path, *arguments: str) -> str:
 
 
 def test_safetensors(run: Path) -> None:
-    pytest.importorskip("safetensors")
     from safetensors import safe_open
 
     assert exported(run, "format=safetensors").startswith("run/best.safetensors\ninput: uint8 [batch, 1, 8, 8]\n")

@@ -24,10 +24,7 @@ NEEDING = {  # extra -> command lines that need it
     "timm": ["train model=timm model.name=resnet18 data=csv data.file=list.csv"],
     "mlflow": ["train tracking=[mlflow]"],
     "wandb": ["train tracking=[wandb]"],
-    "export": [
-        "export checkpoint=run/checkpoints/last.pt format=onnx",
-        "export checkpoint=run/checkpoints/last.pt format=safetensors",
-    ],
+    "export": ["export checkpoint=run/checkpoints/last.pt format=onnx"],
 }
 
 # What pyproject.toml lists as optional cannot be found; then each command line of its own arguments is run.

@@ -1,6 +1,6 @@
 """Sharded checkpoints of two processes: complete or absent, whichever rank crashes or fails, at any call."""
 
-import io
+import json
 import logging
 import os
 import pickle
@@ -8,34 +8,26 @@ import random
 import shutil
 import sys
 import time
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint import save as save_shards
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from safetensors.torch import save_file
+from torch.distributed import checkpoint as torch_checkpoint
 
 from dlopt.errors import RunError, UserError
-from dlopt.files import sha256, write, write_digests
+from dlopt.files import sha256, synced, write, write_digests
 from dlopt.parallel import rendezvous, shard_files
 from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import sharded
 from dlopt.training.checkpoint import FORMAT, KEYS, Checkpoints, is_intact, load
 from dlopt.training.weights import read_weights
-from tests.support.checkpoints import Crashes, Payload
+from tests.support.checkpoints import Crashes
 from tests.support.checkpoints import state as small_state
 from tests.support.faults import empty, flip_bit, truncate
 from tests.support.runs import same
@@ -74,17 +66,21 @@ def shard_state(state: dict[str, Any]) -> dict[str, Any]:
     return {key: shard_value(each, key) for key, each in state.items()}
 
 
-def in_ranks(folder: Path, function: Callable[[Checkpoints, int], object], **options: Any) -> list[int]:
-    """Calls `function(checkpoints, rank)` in two processes; returns their wait statuses."""
+def in_ranks(
+    folder: Path, function: Callable[[Checkpoints, int], object], processes: int = 2, **options: Any
+) -> list[int]:
+    """Calls `function(checkpoints, rank)` in processes; returns their wait statuses."""
+    import torch._dynamo  # DTensor imports it, which takes seconds: here once, not in every process
+
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / f"store{time.monotonic_ns()}"
     children = []
-    for rank in (0, 1):
+    for rank in range(processes):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                os.environ.update(DLOPT_RANK=str(rank), DLOPT_PROCESSES="2", DLOPT_STORE=str(store))
+                os.environ.update(DLOPT_RANK=str(rank), DLOPT_PROCESSES=str(processes), DLOPT_STORE=str(store))
                 world = rendezvous.current()
                 assert world is not None
                 ProcessGroup(world, torch.device("cpu"), minutes=0.5)
@@ -123,7 +119,7 @@ def newest_step(folder: Path) -> int | None:
 
 
 def names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name[:2] != "__" and path.is_dir()} | {
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()} | {
         path.name for path in folder.glob("*.pt")
     }
 
@@ -151,9 +147,8 @@ def test_sharded_checkpoints_load_like_one_file(folder: Path) -> None:
     raw = torch.load(folder / "last.pt", weights_only=True)
     assert raw["model"]["a.weight"] is None and raw["model"]["b.running_mean"] is not None
     assert sorted(each.name for each in (folder / "shards/step-2").iterdir()) == [
-        ".metadata",
-        "__0_0.distcp",
-        "__1_0.distcp",
+        "rank-0.safetensors",
+        "rank-1.safetensors",
     ]
     assert is_intact(folder / "last.pt")
 
@@ -170,7 +165,7 @@ def test_shards_are_kept_with_their_checkpoints(tmp_path: Path, options: dict[st
 
 def test_saving_the_same_step_again_keeps_existing_shards(folder: Path) -> None:
     """As after resuming from an earlier checkpoint."""
-    before = sha256(folder / "shards/step-2/__0_0.distcp")
+    before = sha256(folder / "shards/step-2/rank-0.safetensors")
 
     def save(checkpoints: Checkpoints, rank: int) -> None:
         checkpoints.save(shard_state(state(2, ema={"weight": torch.zeros(3)})), best=False)
@@ -178,7 +173,7 @@ def test_saving_the_same_step_again_keeps_existing_shards(folder: Path) -> None:
     assert in_ranks(folder.parent, save) == [0, 0]
     assert load(folder / "last.pt")["ema"] is not None
     assert sharded.shard_folder(folder / "last.pt") == "step-2-1"
-    assert sha256(folder / "shards/step-2/__0_0.distcp") == before, "step-2.pt's"
+    assert sha256(folder / "shards/step-2/rank-0.safetensors") == before, "step-2.pt's"
 
 
 def test_unsharded_checkpoints_replace_shards(folder: Path) -> None:
@@ -186,6 +181,107 @@ def test_unsharded_checkpoints_replace_shards(folder: Path) -> None:
     for step in (3, 4, 5):
         checkpoints.save(small_state(step), best=step == 3)
     assert not (folder / "shards").exists() and newest_step(folder) == 5
+
+
+# -- what is written
+
+VALUES = torch.arange(-7, 8).reshape(5, 3)
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+    torch.complex64, torch.complex128,
+]  # fmt: skip
+TENSORS = {
+    **{str(dtype): VALUES.to(dtype) for dtype in DTYPES},
+    "imaginary": VALUES * (1 - 2j),
+    "scalar": torch.tensor(0.1),
+    "empty": torch.empty(0, 3),
+    "without columns": torch.empty(4, 0),
+    "one row": torch.ones(1, 2),
+    "transposed": torch.arange(35.0).reshape(5, 7).T,
+    "expanded": torch.tensor([[1.0], [2.0], [3.0]]).expand(3, 4),
+    "ünïcode \u2028": torch.ones(3),
+}
+
+
+def write_on_meshes(checkpoints: Checkpoints, _: int) -> None:
+    """Called on four ranks: writes the tensors, sharded in several ways."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    folder, writer = checkpoints.folder, checkpoints.shards
+    assert writer is not None
+    writer.join()
+    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    for name, mesh, placements in (
+        ("fsdp", line, [Shard(0)]),
+        ("hsdp", square, [Replicate(), Shard(0)]),
+        ("2d", square, [Shard(0), Shard(1)]),
+        ("twice", square, [Shard(0), Shard(0)]),
+        ("replicated", line, [Replicate()]),
+    ):
+        tensors = {
+            key: distribute_tensor(
+                value, mesh, placements if value.ndim == 2 else [Replicate()] * mesh.ndim, src_data_rank=None
+            )
+            for key, value in TENSORS.items()
+        }
+        local = {key: tensor.to_local() for key, tensor in tensors.items()}
+        tensors["tied"] = tensors["transposed"]
+        tied = tensors["tied"]
+        strided = local["transposed"].T.contiguous().T
+        tensors["strided"] = DTensor.from_local(
+            strided, mesh, tied.placements, shape=tied.shape, stride=tied.stride(), run_check=False
+        )
+        writer.write(folder, name, tensors)
+    partial = DTensor.from_local(torch.ones(2), line, [torch.distributed.tensor.Partial()])
+    for tensor, message in (
+        (partial, "x: placements=.*Partial.* cannot be saved"),
+        (DTensor.from_local(torch.ones(4).to(torch.float8_e4m3fnuz), line, [Shard(0)]), "x: dtype=.* cannot be saved"),
+    ):
+        with pytest.raises(RunError, match=message):
+            writer.write(folder, "refused", {"x": tensor})
+
+
+@pytest.fixture(scope="module")
+def meshes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("meshes")
+    assert in_ranks(folder, write_on_meshes, processes=4) == [0] * 4
+    return folder / "checkpoints"
+
+
+@pytest.mark.parametrize("name", ["fsdp", "hsdp", "2d", "twice", "replicated"])
+def test_all_tensors_survive(meshes: Path, name: str) -> None:
+    files = sorted(path.name for path in (meshes / name).iterdir())
+    assert files == [f"rank-{rank}.safetensors" for rank in range(4)]
+    transposed = TENSORS["transposed"]
+    expected = {**TENSORS, "tied": transposed, "strided": transposed}
+    read = shard_files.read(meshes / name, files)
+    assert read.keys() == expected.keys()
+    assert [name for name in expected if not same(as_bytes(read[name]), as_bytes(expected[name]))] == []
+    elements = sum(value.nbytes for value in TENSORS.values()) + 2 * transposed.nbytes
+    headers = sum(int.from_bytes(path.read_bytes()[:8], "little") + 8 for path in (meshes / name).iterdir())
+    assert sum(path.stat().st_size for path in (meshes / name).iterdir()) == elements + headers, "replicas once"
+
+
+def as_bytes(tensor: torch.Tensor) -> tuple[object, ...]:
+    """torch.equal does not compare all data types."""
+    return tensor.dtype, tensor.shape, tensor.contiguous().flatten().view(torch.uint8)
+
+
+def test_the_reader_of_torch_reads_the_files(meshes: Path) -> None:
+    names = ["torch.float32", "torch.bfloat16", "torch.int64", "transposed", "one row", "scalar"]
+    read = {name: torch.zeros_like(TENSORS[name]) for name in names}
+    with pytest.warns(UserWarning, match="torch.distributed"):
+        torch_checkpoint.load(
+            read, storage_reader=torch_checkpoint.HuggingFaceStorageReader(str(meshes / "2d")), no_dist=True
+        )
+    assert same(read, {name: TENSORS[name] for name in names})
+
+
+def test_replicas_share_the_writing(meshes: Path) -> None:
+    sizes = [path.stat().st_size for path in sorted((meshes / "hsdp").iterdir())]
+    assert max(sizes) < 2 * min(sizes)
 
 
 # -- damage
@@ -206,7 +302,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
+@pytest.mark.parametrize("name", ["rank-0.safetensors", "rank-1.safetensors"])
 def test_damaged_shard_is_reported_and_previous_checkpoint_loaded(
     folder: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -233,14 +329,14 @@ def test_missing_shards_raise(folder: Path, tmp_path: Path) -> None:
 
 
 def test_saving_continues_after_damage(folder: Path) -> None:
-    flip(folder / "shards/step-2/__1_0.distcp")
+    flip(folder / "shards/step-2/rank-1.safetensors")
 
     def save(checkpoints: Checkpoints, rank: int) -> None:
         checkpoints.save(shard_state(state(3)), best=False)
 
     assert in_ranks(folder.parent, save) == [0, 0]
     assert newest_step(folder) == 3
-    flip(folder / "shards/step-3/__1_0.distcp")
+    flip(folder / "shards/step-3/rank-1.safetensors")
     assert newest_step(folder) == 1, "the damaged checkpoint was not kept as a previous one"
 
 
@@ -257,22 +353,12 @@ def signed(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     return path
 
 
-def test_code_in_metadata_is_not_executed(folder: Path, tmp_path: Path) -> None:
-    marker, metadata = tmp_path / "marker", folder / "shards/step-2/.metadata"
-    metadata.write_bytes(pickle.dumps(Payload(marker)))
-    path = signed(folder, lambda entry: entry["files"].update({".metadata": sha256(metadata)}))
-    with pytest.raises(UserError, match=r"the shards cannot be read: .* is not allowed"):
-        load(path)
-    assert not marker.exists()
-    pickle.loads(metadata.read_bytes())
-    assert marker.exists(), "the payload works with an unrestricted unpickler"
-
-
 @pytest.mark.parametrize(
     "entry",
     [
         {"folder": "../shards/step-2"}, {"folder": "/etc"}, {"folder": ".hidden"}, {"folder": 3}, {"files": {}},
-        {"files": [1]}, {"files": 3}, {"tensors": {"x": ["model", "x"]}}, {"tensors": 7},
+        {"files": [1]}, {"files": 3}, {"files": {"": "0"}}, {"files": {"..": "0"}}, {"files": {"../step-1/x": "0"}},
+        {"files": {"/etc/passwd": "0"}}, {"tensors": {"x": ["model", "x"]}}, {"tensors": {}}, {"tensors": 7},
     ],
     ids=str,
 )  # fmt: skip
@@ -282,147 +368,124 @@ def test_invalid_shard_entries_are_refused(folder: Path, entry: dict[str, Any]) 
         load(path)
 
 
-def test_shards_outside_their_folder_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metadata = folder / "shards/step-2/.metadata"
-    contents = pickle.loads(metadata.read_bytes())
-    for info in contents.storage_data.values():
-        info.relative_path = f"../step-1/{info.relative_path}"
-    metadata.write_bytes(pickle.dumps(contents))
-    path = signed(folder, lambda entry: entry["files"].update({".metadata": sha256(metadata)}))
-    with pytest.raises(UserError, match=r"the shards cannot be read: there is no file \.\./step-1/"):
+def test_unlisted_files_are_not_read(folder: Path) -> None:
+    shards = folder / "shards/step-2"
+    shutil.copy(shards / "rank-1.safetensors", shards / "rank-2.safetensors")
+    assert same(load(folder / "last.pt")["model"], state(2)["model"])
+    path = signed(folder, lambda entry: entry["files"].pop("rank-1.safetensors"))
+    with pytest.raises(UserError, match=r"the shards cannot be read: the shards of .* do not add up"):
         load(path)
 
 
-SHARDS = ("__0_0.distcp", ".metadata")
-TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7), "c": torch.empty(0, 3)}
+def test_shards_of_an_earlier_version_are_refused(folder: Path) -> None:
+    """Their `.metadata` is a pickle. No earlier checkpoint is used instead: it would discard progress."""
+    metadata = folder / "shards/step-2/.metadata"
+    metadata.write_bytes(pickle.dumps(print))
+    path = signed(folder, lambda entry: entry["files"].update({".metadata": sha256(metadata)}))
+    for read in (load, lambda path: Checkpoints(path.parent).load_newest()):
+        with pytest.raises(UserError, match=r"by an earlier dlopt .* with that version: dlopt consolidate checkpoint="):
+            read(path)
 
 
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    """A folder of shards that one process has written."""
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with pytest.warns(UserWarning, match="torch.distributed"):
-        save_shards(dict(TENSORS), storage_writer=FileSystemWriter(tmp_path / "x"), planner=planner, no_dist=True)
-    return tmp_path / "x"
+ROWS = torch.arange(6.0).reshape(2, 3)
+LINE = torch.arange(6.0)
 
 
-def test_shards_of_one_process_are_read(shards: Path) -> None:
-    assert same(shard_files.read(shards, SHARDS), TENSORS)
+def put(path: Path, tensor: torch.Tensor, offsets: Any, shape: Any, **more: Any) -> None:
+    place = {"saved_offsets": offsets, "full_shape": shape, **more}
+    save_file({"a": tensor}, path, {"DCP_SHARDING_INFO": json.dumps({"a": place})})
 
 
-def chunk(metadata: Metadata) -> ChunkStorageMetadata:
-    return entry(metadata).chunks[0]
+def test_shards_that_safetensors_wrote_are_read(tmp_path: Path) -> None:
+    put(tmp_path / "x", ROWS[:1], [0, 0], [2, 3])
+    put(tmp_path / "y", ROWS[1:, :2].contiguous(), [1, 0], [2, 3])
+    put(tmp_path / "z", ROWS[1:, 2:].contiguous(), [1, 2], [2, 3])
+    assert same(shard_files.read(tmp_path, ["y", "z", "x"]), {"a": ROWS})
 
 
-def entry(metadata: Metadata) -> TensorStorageMetadata:
-    found = metadata.state_dict_metadata["a"]
-    assert isinstance(found, TensorStorageMetadata)
-    return found
-
-
-def place(metadata: Metadata) -> Any:
-    return metadata.storage_data[MetadataIndex("a", [0, 0])]
-
-
-def resize(metadata: Metadata, *size: Any) -> None:
-    entry(metadata).size = chunk(metadata).sizes = torch.Size(size)
-
-
-def grow_file(metadata: Metadata) -> None:
-    resize(metadata, 10**6, 10**6)
-    place(metadata).length = 10**13
-
-
-def twice(metadata: Metadata) -> None:
-    entry(metadata).chunks.append(chunk(metadata))
-    entry(metadata).size = torch.Size([4, 3])
-
-
-def in_two_tensors(metadata: Metadata) -> None:
-    for number in range(3):
-        metadata.state_dict_metadata[f"a{number}"] = entry(metadata)
-        metadata.storage_data[MetadataIndex(f"a{number}", [0, 0])] = place(metadata)
-
-
-def of_bytes(metadata: Metadata) -> None:
-    metadata.state_dict_metadata["a"] = BytesStorageMetadata()
-
-
-class Other(Metadata):
-    """A subclass."""
-
-
-HOSTILE: dict[str, tuple[Callable[[Metadata], Any], str]] = {
-    "bytes": (of_bytes, "BytesStorageMetadata is not allowed"),
-    "a subclass": (lambda m: setattr(m, "__class__", Other), "Other is not allowed"),
-    "a program": (lambda m: setattr(m, "planner_data", print), "builtins.print is not allowed"),
-    "an oversize tensor": (lambda m: resize(m, 10**6, 10**6), "a is larger than its file"),
-    "an oversize tensor and length": (grow_file, "bytes outside"),
-    "a negative size": (lambda m: resize(m, -2, -3), "invalid Size"),
-    "a size of text": (lambda m: setattr(entry(m), "size", "23"), "a str in place of a Size"),
-    "a long integer": (lambda m: resize(m, 2, 3) or setattr(place(m), "length", 2**70), "bytes outside"),
-    "a boolean": (lambda m: setattr(place(m), "offset", False), "bytes outside"),
-    "a negative offset": (lambda m: setattr(place(m), "offset", -1), "bytes outside"),
-    "a long offset": (lambda m: setattr(place(m), "offset", 10**9), "bytes outside"),
-    "an absolute path": (lambda m: setattr(place(m), "relative_path", "/etc/passwd"), "there is no file /etc/passwd"),
-    "an unlisted file": (lambda m: setattr(place(m), "relative_path", "unlisted"), "there is no file unlisted"),
-    "the metadata": (lambda m: setattr(place(m), "relative_path", ".metadata"), r"there is no file \.metadata"),
-    "no path": (lambda m: setattr(place(m), "relative_path", None), "there is no file None"),
-    "a transform": (lambda m: setattr(place(m), "transform_descriptors", ["zstd"]), "is transformed"),
-    "a shard outside": (lambda m: setattr(chunk(m), "offsets", torch.Size([1, 0])), "a shard outside the tensor"),
-    "a shard of other dimensions": (lambda m: setattr(chunk(m), "sizes", torch.Size([6])), "outside the tensor"),
-    "a hole": (lambda m: setattr(entry(m), "size", torch.Size([3, 3])), "do not add up"),
-    "a shard twice": (twice, "do not add up"),
-    "bytes in several tensors": (in_two_tensors, "overlap in their files"),
-    "another type": (lambda m: setattr(entry(m).properties, "dtype", torch.int32), "another type or shape"),
-    "no type": (lambda m: setattr(entry(m).properties, "dtype", 3), "a has an invalid type"),
-    "another shape": (lambda m: resize(m, 3, 2), "another type or shape"),
-    "no shards": (lambda m: setattr(entry(m), "chunks", None), "invalid shards"),
-    "no file of a shard": (lambda m: m.storage_data.pop(MetadataIndex("a", [0, 0])), "a shard that is in no file"),
-    "no tensors": (lambda m: setattr(m, "state_dict_metadata", None), "has no state_dict_metadata"),
-    "no files": (lambda m: setattr(m, "storage_data", []), "has no storage_data"),
+INVALID = (None, 0, "00", [0], [0, 0, 0], [0, "0"], [0, 0.0], [False, 0], [0, -1], [0, 2**70])
+PLACES: dict[str, tuple[str | None, str]] = {
+    "no metadata": (None, "x: the place of a is missing"),
+    "no JSON": ("{", "x: Expecting"),
+    "nested JSON": ("[" * 100_000, "x: maximum recursion depth"),
+    "a list": ("[1]", "x: the place of a is missing"),
+    "of another tensor": ('{"b": {"saved_offsets": [0, 0], "full_shape": [2, 3]}}', "the place of a is missing"),
+    **{
+        f"{key}={value}": (json.dumps({"a": {**place, key: value}}), "x: the place of a is missing or invalid")
+        for place in [{"saved_offsets": [0, 0], "full_shape": [2, 3]}]
+        for key in place
+        for value in INVALID
+    },
 }
 
 
-@pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_metadata_is_refused(shards: Path, change: Callable[[Metadata], Any], message: str) -> None:
-    (shards / "unlisted").write_bytes((shards / SHARDS[0]).read_bytes())
-    metadata = pickle.loads((shards / ".metadata").read_bytes())
-    change(metadata)
-    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises((ValueError, pickle.UnpicklingError), match=message):
-        shard_files.read(shards, SHARDS)
+@pytest.mark.parametrize(("places", "message"), PLACES.values(), ids=PLACES)
+def test_invalid_places_are_refused(tmp_path: Path, places: str | None, message: str) -> None:
+    save_file({"a": ROWS}, tmp_path / "x", None if places is None else {"DCP_SHARDING_INFO": places})
+    with pytest.raises(ValueError, match=message):
+        shard_files.read(tmp_path, ["x"])
 
 
-@pytest.mark.parametrize("content", [Payload, lambda _: torch.nn.Parameter(torch.zeros(2, 3)), lambda _: {"a": 1}])
-def test_hostile_shards_are_refused(shards: Path, tmp_path: Path, content: Callable[[Path], object]) -> None:
-    buffer = io.BytesIO()
-    torch.save(content(tmp_path / "marker"), buffer)
-    (shards / SHARDS[0]).write_bytes(buffer.getvalue().ljust(10_000, b"\0"))
-    metadata = pickle.loads((shards / ".metadata").read_bytes())
-    place(metadata).length = len(buffer.getvalue())
-    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises((ValueError, pickle.UnpicklingError), match=r"not a plain tensor|Weights only load failed"):
-        shard_files.read(shards, SHARDS)
-    assert not (tmp_path / "marker").exists()
+SUM, DIFFER = "the shards of a do not add up to the tensor", "the shards of a differ in their data types or full shapes"
+COMBINATIONS: dict[str, tuple[list[tuple[Any, ...]], str]] = {
+    "missing": ([(ROWS[:1], [0, 0], [2, 3])], SUM),
+    "outside": ([(ROWS, [1, 0], [2, 3])], SUM),
+    "one outside": ([(ROWS[:1, :1], [1, 0], [1, 1])], SUM),
+    "far outside": ([(LINE[:4], [0], [6]), (LINE[4:], [2**62], [6])], SUM),
+    "another shape": ([(ROWS, [0, 0], [3, 2])], SUM),
+    "oversize": ([(ROWS, [0, 0], [10**9, 10**9])], SUM),
+    "twice": ([(ROWS, [0, 0], [2, 3]), (ROWS, [0, 0], [2, 3])], SUM),
+    "overlap": ([(LINE[:4], [0], [6]), (LINE[3:], [3], [6])], SUM),
+    "overlap and hole": ([(LINE[:3], [0], [6]), (LINE[1:3], [1], [6]), (LINE[5:], [5], [6])], SUM),
+    "other types": ([(ROWS[:1], [0, 0], [2, 3]), (ROWS[1:].int(), [1, 0], [2, 3])], DIFFER),
+    "other shapes": ([(ROWS[:1], [0, 0], [2, 3]), (ROWS[1:], [1, 0], [3, 3])], DIFFER),
+    "half complex": ([(ROWS[:1], [0, 0], [2, 3], True), (ROWS[1:], [1, 0], [2, 3])], DIFFER),
+    "complex without pairs": ([(ROWS, [0, 0], [2, 3], True)], "must have a last dimension of size 2"),
+}  # fmt: skip
 
 
-def test_compressed_shards_are_refused(shards: Path) -> None:
-    """A few bytes could inflate to terabytes."""
-    buffer, packed = io.BytesIO(), io.BytesIO()
-    torch.save(torch.zeros(300, 300), buffer)
-    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
-        for record in source.infolist():
-            target.writestr(record.filename, source.read(record))
-    (shards / SHARDS[0]).write_bytes(packed.getvalue().ljust(10_000, b"\0"))
-    metadata = pickle.loads((shards / ".metadata").read_bytes())
-    place(metadata).length = len(packed.getvalue())
-    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match="is compressed"):
-        shard_files.read(shards, SHARDS)
+@pytest.mark.parametrize(("parts", "message"), COMBINATIONS.values(), ids=COMBINATIONS)
+def test_shards_that_are_not_a_tensor_are_refused(tmp_path: Path, parts: list[tuple[Any, ...]], message: str) -> None:
+    for number, (tensor, offsets, shape, *is_complex) in enumerate(parts):
+        put(tmp_path / f"{number}", tensor.clone(), offsets, shape, complex=bool(is_complex))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        shard_files.read(tmp_path, map(str, range(len(parts))))
 
 
-@pytest.mark.parametrize("name", SHARDS)
+def raw(data: bytes = bytes(24), **changes: Any) -> bytes:
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **changes}
+    places = {"a": {"saved_offsets": [0, 0], "full_shape": [2, 3]}}
+    text = json.dumps({"__metadata__": {"DCP_SHARDING_INFO": json.dumps(places)}, "a": entry}).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "x: "),
+    "text": (b"text without a header", "x: Error while deserializing header"),
+    "pickle": (pickle.dumps(print), "x: Error while deserializing header"),
+    "oversize header": ((2**60).to_bytes(8, "little") + b"{}", "x: Error while deserializing header"),
+    "truncated": (raw()[:-1], "x: Error while deserializing header"),
+    "trailing bytes": (raw() + b"x", "x: Error while deserializing header"),
+    "oversize tensor": (raw(shape=[10**6, 10**6]), "x: Error while deserializing header"),
+    "overflow": (raw(shape=[2**62, 2**62]), "x: Error while deserializing header"),
+    "negative size": (raw(shape=[-2, -3]), "x: Error while deserializing header"),
+    "outside": (raw(data_offsets=[0, 10**12]), "x: Error while deserializing header"),
+    "other bytes": (raw(data_offsets=[8, 24]), "x: Error while deserializing header"),
+    "unknown type": (raw(dtype="F4", shape=[2, 24]), "a has the unsupported data type F4|deserializing header"),
+    "no type": (raw(dtype="X"), "x: Error while deserializing header"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), FILES.values(), ids=FILES)
+def test_hostile_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x").write_bytes(raw())
+    assert same(shard_files.read(tmp_path, ["x"]), {"a": torch.zeros(2, 3)})
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        shard_files.read(tmp_path, ["x"])
+
+
+@pytest.mark.parametrize("name", ["rank-0.safetensors"])
 @pytest.mark.parametrize("kind", ["link", "fifo"])
 def test_shards_that_are_no_regular_files_are_refused(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
     """A link could lead to a file elsewhere, and reading a FIFO never ends."""
@@ -432,47 +495,6 @@ def test_shards_that_are_no_regular_files_are_refused(folder: Path, tmp_path: Pa
     assert not is_intact(folder / "last.pt")
     with pytest.raises(UserError, match=rf"last\.pt: the shard .*{name} is not a regular file"):
         load(folder / "last.pt")
-
-
-@pytest.mark.parametrize("names", [("../x/.metadata", *SHARDS), ("", *SHARDS), ("..", *SHARDS)])
-def test_only_files_of_the_folder_are_read(shards: Path, names: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=r"is not a (file name|regular file)"):
-        shard_files.read(shards, names)
-
-
-def test_the_unpickler_calls_and_changes_nothing() -> None:
-    """A pickle can call what it names, and set attributes of it: here of pathlib's class, in this process."""
-    attack = b"cpathlib\nPosixPath\n(N(dS'name'\nS'x'\nstb."
-    with pytest.raises(TypeError):
-        shard_files._Unpickler(io.BytesIO(attack)).load()
-    assert Path("/a/b").name == "b"
-    for module, name in (
-        ("os", "system"),
-        ("builtins", "eval"),
-        ("torch", "load"),
-        ("torch.storage", "_load_from_bytes"),
-        ("torch", "Size.__class__"),
-        ("torch.distributed.checkpoint.metadata", "os"),
-    ):
-        with pytest.raises(pickle.UnpicklingError, match=f"{module}.{name} is not allowed"):
-            shard_files._Unpickler(io.BytesIO()).find_class(module, name)
-
-
-class Attribute:
-    """Pickled as getattr(owner, name)."""
-
-    def __init__(self, owner: object, name: str) -> None:
-        self.arguments = owner, name
-
-    def __reduce__(self) -> Any:
-        return getattr, self.arguments
-
-
-def test_enums_are_read_as_python_3_11_2_pickles_them(shards: Path) -> None:
-    metadata = pickle.loads((shards / ".metadata").read_bytes())
-    metadata.planner_data = Attribute(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")
-    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
-    assert same(shard_files.read(shards, SHARDS), TENSORS)
 
 
 def test_the_checkpoint_file_is_checked_before_its_shards(folder: Path) -> None:
@@ -491,6 +513,20 @@ class AnyCrash(Crashes):
         super().install()
         for name in ("mkdir", "rename", "rmdir"):
             setattr(os, name, self._wrap(getattr(os, name)))
+        shard_files.synced = self._half_written  # type: ignore[assignment]
+
+    @contextmanager
+    def _half_written(self, path: Path) -> Iterator[Any]:
+        with synced(path) as file:
+
+            class Halves:
+                def write(_, data: Any) -> None:
+                    half = len(data) // 2
+                    file.write(data[:half])
+                    file.flush()
+                    self._wrap(file.write)(data[half:])
+
+            yield Halves()
 
 
 def crash(folder: Path, crashing_rank: int, boundary: int, after: bool) -> bool:
@@ -552,7 +588,7 @@ def test_full_disk_on_one_rank_raises_on_all(
     def save(checkpoints: Checkpoints, rank: int) -> None:
         checkpoints.save(shard_state(state(1)), best=False)
         checkpoints.wait()
-        original, torch.save = torch.save, fail if rank == crashing_rank else torch.save
+        original, os.fsync = os.fsync, fail if rank == crashing_rank else os.fsync
         try:
             checkpoints.save(shard_state(state(2)), best=False)
             checkpoints.wait()
@@ -561,7 +597,7 @@ def test_full_disk_on_one_rank_raises_on_all(
             assert f"rank {crashing_rank}: No space left on device" in str(error)
         else:
             raise AssertionError("no error was raised")
-        torch.save = original
+        os.fsync = original
         if rank == 0:
             assert newest_step(checkpoints.folder) == 1
             assert not list(checkpoints.folder.rglob("*.tmp"))
@@ -587,13 +623,13 @@ def test_unshared_file_system_raises(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 def test_asynchronous_saves_copy_the_state_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def save(checkpoints: Checkpoints, rank: int) -> None:
-        original = torch.save
+        original = sharded.write
 
-        def slow(*arguments: Any) -> None:
+        def slow(*arguments: Any) -> dict[str, Any]:
             time.sleep(0.1)
-            original(*arguments)
+            return original(*arguments)
 
-        torch.save = slow
+        sharded.write = slow
         sharded_state = shard_state(state(1))
         checkpoints.save(sharded_state, best=True)
         sharded_state["model"]["a.weight"].zero_()

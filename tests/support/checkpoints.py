@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorProperties
 
 from dlopt.files import sha256, write
 from dlopt.training.checkpoint import Checkpoints
@@ -97,18 +95,11 @@ class Payload:
 
 
 def poison(path: Path, marker: Path) -> None:
-    """Makes a checkpoint a sharded one that torch's reader executes, with valid checksums, as an attacker would.
-
-    Its shard is described as bytes, not as a tensor: torch unpickles these without restrictions.
-    """
+    """Makes a checkpoint one with shards in the format of an earlier dlopt, with valid checksums: pickled payloads."""
     folder = path.parent / f"shards/{path.stem}"
     folder.mkdir(parents=True)
-    torch.save(Payload(marker), folder / "__0_0.distcp")
-    entry: Any = BytesStorageMetadata()
-    entry.size, entry.properties = torch.Size([1]), TensorProperties()
-    place = _StorageInfo("__0_0.distcp", 0, (folder / "__0_0.distcp").stat().st_size)
-    metadata = Metadata({"x": entry}, storage_data={MetadataIndex("x"): place})
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    for name in (".metadata", "__0_0.distcp"):
+        (folder / name).write_bytes(pickle.dumps(Payload(marker)))
     state = torch.load(path, weights_only=True)
     files = {each.name: sha256(each) for each in folder.iterdir()}
     state["shards"] = {"folder": folder.name, "files": files, "tensors": {}}

@@ -1,12 +1,11 @@
 """Checkpoints of strangers run no code, whichever command or function reads them."""
 
+import pickle
 import re
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from torch.distributed import checkpoint
 
 import dlopt
 from dlopt.errors import UserError
@@ -26,6 +25,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+EARLIER = "by an earlier dlopt .before safetensors.; consolidate them with that version: dlopt consolidate checkpoint="
 LAST, TRAIN = "run/checkpoints/last.pt", ("train", *TINY)
 COMMANDS = {
     "eval": ("eval", "checkpoint=run"),
@@ -44,19 +44,16 @@ COMMANDS = {
 def test_commands_run_no_code_of_a_checkpoint(attacked: Path, command: tuple[str, ...]) -> None:
     result = run(attacked, *command)
     assert not (attacked / "started").exists()
-    reason = "all checkpoints in .* are damaged" if "resume=auto" in command else "BytesStorageMetadata is not allowed"
-    assert result.code != 0 and re.fullmatch(f"dlopt: .*{reason}.*\n", result.err), result
+    assert result.code == 2 and re.fullmatch(f"dlopt: .*{EARLIER}.*\n", result.err), result
 
 
 def test_functions_run_no_code_of_a_checkpoint(attacked: Path) -> None:
-    with pytest.raises(UserError, match="BytesStorageMetadata is not allowed"):
+    with pytest.raises(UserError, match=EARLIER):
         dlopt.load(str(attacked / LAST))
     assert not (attacked / "started").exists()
 
 
-def test_the_payload_works_with_the_reader_of_torch(attacked: Path) -> None:
-    marker = attacked / "started"
-    with pytest.warns(UserWarning, match="torch.distributed"):
-        checkpoint.load({"x": torch.zeros(1)}, checkpoint_id=attacked / "run/checkpoints/shards/last", no_dist=True)
-    assert marker.exists()
-    marker.unlink()
+def test_the_payload_works(attacked: Path) -> None:
+    pickle.loads((attacked / "run/checkpoints/shards/last/.metadata").read_bytes())
+    assert (attacked / "started").exists()
+    (attacked / "started").unlink()
