@@ -28,7 +28,7 @@ T = TypeVar("T")
 Files = dict[str, str]
 """SHA-256 by file name."""
 
-_PLACES = "DCP_SHARDING_INFO"  # in the header's metadata: JSON of {name: {saved_offsets, full_shape, complex}}
+_POSITIONS = "DCP_SHARDING_INFO"  # in the header's metadata: JSON of {name: {saved_offsets, full_shape, complex}}
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
@@ -147,7 +147,7 @@ class _Shard:
     full_shape: Sequence[int]
     is_complex: bool
 
-    def place(self) -> dict[str, Any]:
+    def position(self) -> dict[str, Any]:
         return {"saved_offsets": self.offsets, "full_shape": self.full_shape, "complex": self.is_complex}
 
 
@@ -163,8 +163,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> _File:
             shards[name] = shard
     # The largest elements first: each tensor is then aligned to its elements, as readers that map the file require.
     shards = dict(sorted(shards.items(), key=lambda item: -item[1].values.itemsize))
-    places = json.dumps({name: shard.place() for name, shard in shards.items()})
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", _PLACES: places}}
+    positions = json.dumps({name: shard.position() for name, shard in shards.items()})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _POSITIONS: positions}}
     end = 0
     for name, shard in shards.items():
         start, end = end, end + shard.values.nbytes
@@ -176,7 +176,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> _File:
     with synced(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shard in shards.values():  # copied to the CPU one at a time
-            file.write(shard.values.cpu().reshape(-1).view(torch.uint8).numpy())
+            file.write(shard.values.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return _File(path.name, path.stat().st_size, sha256(path))
 
 
@@ -235,26 +235,26 @@ def read(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
         for file in files:
             try:
                 content = stack.enter_context(safe_open(folder / file, framework="pt"))
-                places = json.loads((content.metadata() or {}).get(_PLACES, "{}"))
+                positions = json.loads((content.metadata() or {}).get(_POSITIONS, "{}"))
                 for name in content.keys():  # noqa: SIM118 (not a mapping)
-                    shards.setdefault(name, []).append(_describe(content, name, places))
+                    shards.setdefault(name, []).append(_describe(content, name, positions))
             except Exception as error:  # safetensors' do not name the file
                 raise ValueError(f"{file}: {reason(error)}") from error
         return {name: _merge(name, parts) for name, parts in shards.items()}
 
 
-def _describe(content: Any, name: str, places: Any) -> _StoredShard:
+def _describe(content: Any, name: str, positions: Any) -> _StoredShard:
     dtype, shape = content.get_slice(name).get_dtype(), content.get_slice(name).get_shape()
-    place = places.get(name) if isinstance(places, dict) else None
-    if not isinstance(place, dict):
-        place = {}
-    offsets, full_shape = place.get("saved_offsets"), place.get("full_shape")
+    position: Any = positions.get(name) if isinstance(positions, dict) else None
+    if not isinstance(position, dict):
+        position = {}
+    offsets, full_shape = position.get("saved_offsets"), position.get("full_shape")
     if not _are_naturals(offsets, len(shape)) or not _are_naturals(full_shape, len(shape)):
-        raise ValueError(f"the place of {name} is missing or invalid")
+        raise ValueError(f"the position of {name!r} is missing or invalid")
     if dtype not in _DTYPES:
-        raise ValueError(f"{name} has the unsupported data type {dtype}")
+        raise ValueError(f"{name!r} has the unsupported data type {dtype}")
     region = tuple(slice(offset, offset + size) for offset, size in zip(offsets, shape, strict=True))
-    return _StoredShard(content, region, math.prod(shape), (dtype, tuple(full_shape), place.get("complex") is True))
+    return _StoredShard(content, region, math.prod(shape), (dtype, tuple(full_shape), position.get("complex") is True))
 
 
 def _are_naturals(values: Any, count: int) -> bool:
@@ -266,7 +266,7 @@ def _merge(name: str, shards: list[_StoredShard]) -> Tensor:
     """Returns the full tensor. Raises ValueError unless the shards cover every element exactly once."""
     [kind, *others] = {shard.kind for shard in shards}
     if others:
-        raise ValueError(f"the shards of {name} differ in their data types or full shapes")
+        raise ValueError(f"the shards of {name!r} differ in their data types or full shapes")
     dtype, size, is_complex = kind
     adds_up = math.prod(size) == sum(shard.elements for shard in shards)
     if adds_up:  # as many elements; none of them twice, hence none missing?
@@ -276,7 +276,7 @@ def _merge(name: str, shards: list[_StoredShard]) -> Tensor:
         adds_up = bool(is_covered.all())
         del is_covered
     if not adds_up:
-        raise ValueError(f"the shards of {name} do not add up to the tensor")
+        raise ValueError(f"the shards of {name!r} do not add up to the tensor")
     tensor = torch.empty(size, dtype=_DTYPES[dtype])
     for shard in shards:
         tensor[shard.region] = shard.content.get_tensor(name)

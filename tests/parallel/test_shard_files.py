@@ -392,8 +392,8 @@ LINE = torch.arange(6.0)
 
 
 def put(path: Path, tensor: torch.Tensor, offsets: Any, shape: Any, **more: Any) -> None:
-    place = {"saved_offsets": offsets, "full_shape": shape, **more}
-    save_file({"a": tensor}, path, {"DCP_SHARDING_INFO": json.dumps({"a": place})})
+    position = {"saved_offsets": offsets, "full_shape": shape, **more}
+    save_file({"a": tensor}, path, {"DCP_SHARDING_INFO": json.dumps({"a": position})})
 
 
 def test_shards_that_safetensors_wrote_are_read(tmp_path: Path) -> None:
@@ -404,29 +404,29 @@ def test_shards_that_safetensors_wrote_are_read(tmp_path: Path) -> None:
 
 
 INVALID = (None, 0, "00", [0], [0, 0, 0], [0, "0"], [0, 0.0], [False, 0], [0, -1], [0, 2**70])
-PLACES: dict[str, tuple[str | None, str]] = {
-    "no metadata": (None, "x: the place of a is missing"),
+POSITIONS: dict[str, tuple[str | None, str]] = {
+    "no metadata": (None, "x: the position of 'a' is missing"),
     "no JSON": ("{", "x: Expecting"),
     "nested JSON": ("[" * 100_000, "x: maximum recursion depth"),
-    "a list": ("[1]", "x: the place of a is missing"),
-    "of another tensor": ('{"b": {"saved_offsets": [0, 0], "full_shape": [2, 3]}}', "the place of a is missing"),
+    "a list": ("[1]", "x: the position of 'a' is missing"),
+    "of another tensor": ('{"b": {"saved_offsets": [0, 0], "full_shape": [2, 3]}}', "the position of 'a' is missing"),
     **{
-        f"{key}={value}": (json.dumps({"a": {**place, key: value}}), "x: the place of a is missing or invalid")
-        for place in [{"saved_offsets": [0, 0], "full_shape": [2, 3]}]
-        for key in place
+        f"{key}={value}": (json.dumps({"a": {**position, key: value}}), "x: the position of 'a' is missing or invalid")
+        for position in [{"saved_offsets": [0, 0], "full_shape": [2, 3]}]
+        for key in position
         for value in INVALID
     },
 }
 
 
-@pytest.mark.parametrize(("places", "message"), PLACES.values(), ids=PLACES)
-def test_invalid_places_are_refused(tmp_path: Path, places: str | None, message: str) -> None:
-    save_file({"a": ROWS}, tmp_path / "x", None if places is None else {"DCP_SHARDING_INFO": places})
+@pytest.mark.parametrize(("positions", "message"), POSITIONS.values(), ids=POSITIONS)
+def test_invalid_positions_are_refused(tmp_path: Path, positions: str | None, message: str) -> None:
+    save_file({"a": ROWS}, tmp_path / "x", None if positions is None else {"DCP_SHARDING_INFO": positions})
     with pytest.raises(ValueError, match=message):
         shard_files.read(tmp_path, ["x"])
 
 
-SUM, DIFFER = "the shards of a do not add up to the tensor", "the shards of a differ in their data types or full shapes"
+SUM, DIFFER = "the shards of 'a' do not add up to the tensor", "the shards of 'a' differ in their data types or full shapes"
 COMBINATIONS: dict[str, tuple[list[tuple[Any, ...]], str]] = {
     "missing": ([(ROWS[:1], [0, 0], [2, 3])], SUM),
     "outside": ([(ROWS, [1, 0], [2, 3])], SUM),
@@ -454,8 +454,8 @@ def test_shards_that_are_not_a_tensor_are_refused(tmp_path: Path, parts: list[tu
 
 def raw(data: bytes = bytes(24), **changes: Any) -> bytes:
     entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **changes}
-    places = {"a": {"saved_offsets": [0, 0], "full_shape": [2, 3]}}
-    text = json.dumps({"__metadata__": {"DCP_SHARDING_INFO": json.dumps(places)}, "a": entry}).encode()
+    positions = {"a": {"saved_offsets": [0, 0], "full_shape": [2, 3]}}
+    text = json.dumps({"__metadata__": {"DCP_SHARDING_INFO": json.dumps(positions)}, "a": entry}).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
@@ -471,7 +471,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "negative size": (raw(shape=[-2, -3]), "x: Error while deserializing header"),
     "outside": (raw(data_offsets=[0, 10**12]), "x: Error while deserializing header"),
     "other bytes": (raw(data_offsets=[8, 24]), "x: Error while deserializing header"),
-    "unknown type": (raw(dtype="F4", shape=[2, 24]), "a has the unsupported data type F4|deserializing header"),
+    "unknown type": (raw(dtype="F4", shape=[2, 24]), "'a' has the unsupported data type F4|deserializing header"),
     "no type": (raw(dtype="X"), "x: Error while deserializing header"),
 }
 
