@@ -426,7 +426,8 @@ def test_invalid_positions_are_refused(tmp_path: Path, positions: str | None, me
         shard_files.read(tmp_path, ["x"])
 
 
-SUM, DIFFER = "the shards of 'a' do not add up to the tensor", "the shards of 'a' differ in their data types or full shapes"
+SUM = "the shards of 'a' do not add up to the tensor"
+DIFFER = "the shards of 'a' differ in their data types or full shapes"
 COMBINATIONS: dict[str, tuple[list[tuple[Any, ...]], str]] = {
     "missing": ([(ROWS[:1], [0, 0], [2, 3])], SUM),
     "outside": ([(ROWS, [1, 0], [2, 3])], SUM),
