@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dlopt.formats import brief
 from dlopt.formats import format_value as text
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS, MARKERS, literal, metric_label, style
@@ -244,9 +245,10 @@ class Scale:
         known = [value for value in values if value is not None]
         self.is_number = all(is_number(value) for value in known) and len(set(known)) > 1
         if not self.is_number:
-            names = sorted({text(value) for value in values})
-            self.positions = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
-            self.ticks = _apart([(position, name, name) for name, position in self.positions.items()])
+            named = {text(value): value for value in values}
+            self.positions = {name: (i + 0.5) / len(named) for i, name in enumerate(sorted(named))}
+            # The value stays a number where all are equal: the page formats that of the metric.
+            self.ticks = _apart([(at, brief(named[name]), named[name]) for name, at in self.positions.items()])
             return
         self.low, self.high = min(known), max(known)
         self.log = self.low > 0 and self.high / self.low >= 20
@@ -260,7 +262,8 @@ class Scale:
         if value is None:
             return math.nan
         if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            low = math.log(self.low)
+            return (math.log(value) - low) / (math.log(self.high) - low)
         return float((value - self.low) / (self.high - self.low))
 
 

@@ -40,6 +40,7 @@ _NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")
 _LR = "optimizer.lr"
 _MIN_CONFIGURATIONS = 6  # for an estimate of importance
 _MIN_EXPLAINED = 0.3  # of the variance of held-out configurations; noise alone rarely reaches it
+_SMALLEST = 1e-300  # of a target that is rounded; the reciprocals of smaller numbers are out of range
 _MANY_SEEDS = 5  # the 95 % confidence interval of three runs is 2.5 standard deviations to each side
 _OVERRIDE = re.compile(r"([+~]{0,2}|--config-(?=dir=|name=))\w[\w./@-]*(=.*)?")
 # Where one run is stored. Unlike other keys of this role, nobody needs them to repeat the run on another machine.
@@ -281,7 +282,10 @@ def band(runs: Sequence[Record], metric: str) -> Band | None:
     kept = 2 * count >= len(curves)
     values, count = values[:, kept], count[kept]
     mean = np.nanmean(values, 0)
-    deviation = np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(count - 1, 1))
+    # Divided by the largest: a diverged run may have a perplexity of 1e200, whose square is out of range.
+    distances = values - mean
+    largest = max(float(np.nanmax(np.abs(distances))), np.finfo(float).tiny)
+    deviation = largest * np.sqrt(np.nansum((distances / largest) ** 2, 0) / np.maximum(count - 1, 1))
     error = deviation / np.sqrt(count)
     quantiles = np.array([_student_t(n - 1) if n > 1 else 0.0 for n in count.tolist()])
     halves: dict[Spread, np.ndarray] = {"std": deviation, "error": error, "confidence": quantiles * error}
@@ -336,6 +340,8 @@ def importance(ranking: Ranking) -> Importance | None:
     means = [row.value.mean for row in rows if row.value is not None]
     if len(rows) < _MIN_CONFIGURATIONS or not keys or min(means) == max(means):
         return None
+    # To 0..1, which changes no fraction: the square of a diverged run's 1e200 is out of range.
+    means = [(mean - min(means)) / (max(means) - min(means)) for mean in means]
     try:
         import optuna
     except ImportError:
@@ -495,5 +501,7 @@ def targets(ranking: Ranking) -> list[float]:
 def _target(ranking: Ranking, fraction: float) -> float:
     means = [row.value.mean for row in ranking.ranked if row.value is not None]  # the best first
     value = means[min(int(fraction * len(means)), len(means) - 1)]
-    scale = 10.0 ** (2 - math.floor(math.log10(abs(value)))) if value else 1.0
+    if abs(value) < _SMALLEST:
+        return value
+    scale = 10.0 ** (2 - math.floor(math.log10(abs(value))))
     return (math.ceil(value * scale) if ranking.lower else math.floor(value * scale)) / scale
