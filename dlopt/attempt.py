@@ -181,7 +181,7 @@ def _find_folder(
         newest = load_own(earlier, saved)
         if newest is not None:
             return earlier, newest, _run_id(earlier, newest)
-    if is_typed and target.has_run() and target not in (source, earlier):
+    if is_typed and target.has_begun(resumed=source is not None) and target not in (source, earlier):
         state = "a finished" if target.is_finished() else "an unfinished"
         raise UserError(
             f"hydra.run.dir={path}: this folder contains {state} run; resume it with: dlopt train ... resume=auto, "

@@ -11,7 +11,7 @@ from functools import partial
 
 import dlopt
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
-from dlopt.interruption import Interrupted, end_on_signals, end_with
+from dlopt.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_line
 from dlopt.table import COMMANDS, of_other_packages
 
 _HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations
@@ -74,7 +74,7 @@ def main() -> None:
         command, arguments = find(sys.argv[1:])
         code = command(arguments)
     except (UserError, RunError) as error:
-        print(f"dlopt: {error}", file=sys.stderr)
+        print_line(f"dlopt: {error}")
         code = error.code
     except BrokenPipeError:  # `dlopt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,12 +82,13 @@ def main() -> None:
     except OSError as error:
         if (message := refused_path(error)) is None:
             raise
-        print(f"dlopt: {message}", file=sys.stderr)  # a path of the command line
+        print_line(f"dlopt: {message}")  # a path of the command line
         code = USER_ERROR
     except KeyboardInterrupt as error:
-        print(f"dlopt: {error or 'interrupted'}", file=sys.stderr)
+        print_line(f"dlopt: {error or 'interrupted'}")
         code = error.code if isinstance(error, Interrupted) else INTERRUPTED
     end_with(code)
+    flush_streams()
     sys.exit(code)
 
 

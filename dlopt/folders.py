@@ -18,6 +18,7 @@ from dlopt.plain import load_yaml
 
 FORMAT = 1  # version of the files in a run folder and of their keys; stored in environment.json
 LOCK = ".lock"
+LAUNCHER_LOCK = ".launcher.lock"  # of the process that starts the ranks of a run; rank 0 takes `LOCK`
 SPACE = "sweep.yaml"  # in a sweep's folder; grid: the overrides of each job; search: its space and config
 SHELL_FOLDER = "DLOPT_SHELL_FOLDER"  # in the environment: for which paths are printed, also if hydra.job.chdir is set
 _ENDED = ("finished", "stopped_early")
@@ -68,6 +69,20 @@ class RunFolder:
     def has_run(self) -> bool:
         return any((self.path / name).exists() for name in ("config.yaml", "summary.json", "checkpoints"))
 
+    def has_begun(self, *, resumed: bool = False) -> bool:
+        """Returns whether the run has left a result: a summary, metrics or a checkpoint.
+
+        A start that was cut off has none, and its folder may be used again. `resumed`: the run is resumed from another
+        folder, from which metrics and the best model are copied first.
+        """
+        if (self.path / "summary.json").exists():
+            return True
+        names = {path.name for path in self.checkpoints.glob("*.pt")}
+        if resumed:
+            return bool(names - {"best.pt"})
+        metrics = self.path / "metrics.jsonl"
+        return bool(names) or (metrics.is_file() and metrics.stat().st_size > 0)
+
     def is_finished(self) -> bool:
         return (self.summary() or {}).get("status") in _ENDED
 
@@ -80,14 +95,14 @@ class RunFolder:
         return status == "stopped_early" or (status == "finished" and not is_longer)
 
     def is_live(self) -> bool:
-        """Returns whether a process holds the lock; the lock file of a killed process does not count."""
-        return is_held(self.path / LOCK)
+        """Returns whether a process holds a lock; the lock file of a killed process does not count."""
+        return is_held(self.path / LOCK) or is_held(self.path / LAUNCHER_LOCK)
 
-    def lock(self) -> IO[str]:
+    def lock(self, name: str = LOCK) -> IO[str]:
         """Locks the folder until the returned file is closed or the process ends. Raises `UserError` if locked."""
         note_files("; resume with resume=auto")
         try:
-            file = hold(self.path / LOCK)
+            file = hold(self.path / name)
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()

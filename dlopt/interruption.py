@@ -1,11 +1,14 @@
 """Graceful stop: signals and the time limit end a run after the current update, never within it.
 
-Before a run has started, signals end the command with one line (`end_on_signals`).
+Before a run has started, signals end the command with one line (`end_on_signals`). A closed terminal or a lost
+connection (SIGHUP) stops a run like SIGTERM, unless `nohup` has made the process ignore it.
 """
 
 import contextlib
 import os
+import select
 import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -14,11 +17,11 @@ from typing import NoReturn
 
 from dlopt.errors import INTERRUPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interruption:
-    """Stop flag: true after SIGTERM, SIGINT, SIGUSR1 or `max_time` minutes. A second SIGINT raises KeyboardInterrupt.
+    """Stop flag: true after one of `SIGNALS` or `max_time` minutes. A second SIGINT raises KeyboardInterrupt.
 
     A context manager that restores the previous handlers. Outside the main thread it does not catch signals.
     """
@@ -36,7 +39,7 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         self._previous = {}
         with contextlib.suppress(ValueError):  # not the main thread
-            for number in SIGNALS:
+            for number in _handled():
                 self._previous[number] = signal.signal(number, self._catch)
         return self
 
@@ -45,6 +48,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
+        leave_closed_terminal()
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
@@ -92,7 +96,7 @@ def die_on_signals() -> None:
 @contextlib.contextmanager
 def killed_by_signals() -> Iterator[None]:
     """Lets signals kill this process within the context, for blocking calls, where no Python code could handle them."""
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {number: signal.getsignal(number) for number in _handled()}
     _install(signal.SIG_DFL)
     try:
         yield
@@ -101,14 +105,72 @@ def killed_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def ignore_hangup() -> None:
+    """Ignores SIGHUP in a child process: the terminal sends it to all, and the parent forwards it as SIGTERM."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def block_signals() -> Iterator[None]:
+    """Blocks the signals within the context, also in the processes that it starts."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def leave_closed_terminal() -> None:
+    """Redirects stdout and stderr to /dev/null if nobody can read them any more.
+
+    Writing to a closed terminal or pipe raises an error, which would take the place of the checkpoint and the exit code.
+    """
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            poll = select.poll()
+            poll.register(descriptor, select.POLLOUT)
+            is_device = stat.S_ISCHR(os.fstat(descriptor).st_mode)
+            events = dict(poll.poll(0)).get(descriptor, 0)
+            if events & select.POLLERR or (is_device and events & select.POLLHUP):
+                devnull = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(devnull, descriptor)
+                os.close(devnull)
+
+
+def print_line(text: str) -> None:
+    """Prints a line to stderr, if anybody can read it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+    flush_streams()
+
+
+def flush_streams() -> None:
+    """Flushes stdout and stderr; drops what nobody can read, for which the interpreter would exit with code 120."""
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, descriptor)
+            os.close(devnull)
+        except ValueError:  # closed
+            pass
+
+
+def _handled() -> list[signal.Signals]:
+    """Returns the signals to handle: without SIGHUP where it is ignored, by `nohup` or `ignore_hangup`."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
 def _install(handler: "signal._HANDLER") -> None:
     with contextlib.suppress(ValueError):  # not the main thread
-        for number in SIGNALS:
+        for number in _handled():
             signal.signal(number, handler)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     """Raises `Interrupted`, so that the command cleans up; within an import, ends the process."""
+    leave_closed_terminal()
     if _is_importing(frame):
         _end_now(number, frame)
     _install(_end_now)  # a second Ctrl-C does not wait for the clean-up

@@ -23,8 +23,8 @@ from dlopt.config.overrides import is_typed
 from dlopt.config.resuming import how_to_resume
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.files import read_json, write_atomically, write_json
-from dlopt.folders import FORMAT, RunFolder, new_run_id
-from dlopt.interruption import Interruption
+from dlopt.folders import FORMAT, LAUNCHER_LOCK, RunFolder, new_run_id
+from dlopt.interruption import Interruption, flush_streams, print_line
 from dlopt.parallel import launch, rendezvous
 from dlopt.parallel.hung import end_if_hung
 
@@ -94,7 +94,7 @@ def reported(run: "Run", *, may_diverge: bool = False) -> Iterator[Outcome]:
         if outcome.code == FAILED or records_user_errors:
             _record_failure(run.folder, reason, diverged=diverged)
         if frames is not None:
-            print(frames, file=sys.stderr)
+            print_line(frames)
 
 
 def failure(error: Exception) -> tuple[int, str | None]:
@@ -126,9 +126,10 @@ def _claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
     try:
         if rendezvous.current() is None:
             processes = launch.count_processes(run.experiment.parallel.arguments, run.experiment.settings.device)
-        # With child processes, rank 0 takes the lock: a lock held here would refuse it.
-        locks_here = rendezvous.is_main() and processes == 1
-        return processes, RunFolder(run.folder).lock() if locks_here else contextlib.nullcontext()
+        if not rendezvous.is_main():
+            return processes, contextlib.nullcontext()
+        # With child processes, rank 0 takes the lock: that lock held here would refuse it.
+        return processes, RunFolder(run.folder).lock(*([LAUNCHER_LOCK] if processes > 1 else []))
     except UserError as error:
         raise NotStartedError(str(error)) from None
 
@@ -217,7 +218,7 @@ def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict
 
 def print_error(message: str) -> None:
     """Prints an error or a warning to stderr."""
-    print(f"dlopt: {message}", file=sys.stderr, flush=True)
+    print_line(f"dlopt: {message}")
 
 
 def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], choices: Mapping[str, str]) -> None:
@@ -303,4 +304,5 @@ if __name__ == "__main__":
     exit_code = main()
     if rendezvous.current() is not None:
         rendezvous.end_process(exit_code)
+    flush_streams()
     sys.exit(exit_code)

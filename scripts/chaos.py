@@ -219,7 +219,7 @@ class Campaign:
             "during an evaluation": (Trainer, "_end_epoch"),
             "during a save": (Checkpoints, "save"),
         }
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
             lost, slowest = 0, 0.0
             for owner, function in stages.values():
                 folder = self.new_folder()

@@ -234,7 +234,7 @@ def _start_worker(worker: int) -> None:
         signal.set_wakeup_fd(-1)  # the inherited one is the main process's
     set_malloc({M_MMAP_THRESHOLD: _MMAP_MIN_BYTES})  # returns large blocks to the system, as `_empty` does
     end_with_parent()  # Linux only; elsewhere workers notice after some seconds
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):

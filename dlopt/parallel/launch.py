@@ -13,7 +13,7 @@ from typing import Any
 
 import dlopt
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
-from dlopt.interruption import Interruption
+from dlopt.interruption import SIGNALS, Interruption, ignore_hangup
 from dlopt.parallel.rendezvous import PROCESSES, RANK, STORE
 
 PARENT, RECORD, QUIET = "DLOPT_PARENT", "DLOPT_RECORD", "DLOPT_QUIET"
@@ -63,7 +63,9 @@ def group_code(codes: Sequence[int], killed: set[int], interruption: Interruptio
 
     Raises `RunError` naming the rank if one was killed from outside.
     """
-    if interruption and all(code in (DONE, INTERRUPTED, -signal.SIGTERM, -signal.SIGKILL) for code in codes):
+    # A rank that has not installed its handlers is killed by the signal, which may reach all processes of a terminal.
+    stopped = (DONE, INTERRUPTED, -signal.SIGKILL, *(-number for number in SIGNALS))
+    if interruption and all(code in stopped for code in codes):
         return INTERRUPTED
     for rank, code in enumerate(codes):
         if code < 0 and rank not in killed:  # killed from outside
@@ -136,9 +138,10 @@ def end_rank_with_parent() -> None:
     end_with_parent()
     if os.getppid() != int(os.environ[PARENT]):
         os._exit(FAILED)  # the launcher died before the line above took effect
-    # Ctrl-C reaches every process of the terminal, and the launcher forwards it, too. Ignored here until the run
-    # installs its handler.
+    # Ctrl-C and a hangup reach every process of the terminal, and the launcher forwards them, too. Ctrl-C is ignored
+    # here until the run installs its handler.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_hangup()
 
 
 def end_with_torchrun() -> None:

@@ -75,7 +75,7 @@ def prepare(job: Job) -> JobResult | None:
     Raises `UserError` if the folder holds a run with another config.
     """
     folder, plan = job.folder, job.plan
-    if folder.has_run():
+    if folder.has_begun():
         refuse_other_config(folder.config() or plan.saved, plan.saved, str(folder.path), folder.history())
         if job.is_done:
             return result_of(folder, DONE)
@@ -121,5 +121,5 @@ def record_pruned(folder: RunFolder, epoch: int) -> JobResult:
 
 def record_dead(folder: RunFolder) -> None:
     """Marks a job as failed if its process died without a summary; a later attempt replaces the mark."""
-    if folder.has_run() and folder.summary() is None and not folder.is_live():
+    if folder.has_begun() and folder.summary() is None and not folder.is_live():
         record_failure(folder, "its process was killed; resume=auto runs it again", died=True)

@@ -28,7 +28,7 @@ from dlopt.errors import INTERRUPTED, UserError
 from dlopt.files import NewLines
 from dlopt.folders import RunFolder
 from dlopt.formats import format_count
-from dlopt.interruption import SIGNALS, Interruption
+from dlopt.interruption import SIGNALS, Interruption, block_signals, ignore_hangup
 from dlopt.ranges import Count
 from dlopt.sweeps.jobs import OUTPUT, InvalidJob, Job, JobResult, prepare, record_failure, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
@@ -331,12 +331,10 @@ def warm_up() -> ForkServerContext:
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with _safe_path():
-        resource_tracker.ensure_running()  # unblocks signals when it starts, so start it first
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
+        with block_signals():
+            resource_tracker.ensure_running()  # unblocks some signals in this process, so start it first
+        with block_signals():
             ensure_running()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
     return context
 
 
@@ -358,6 +356,7 @@ def _safe_path() -> Iterator[None]:
 def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] | None) -> None:
     """Runs in the forked process, whose working directory, environment and streams are the server's at first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep forwards it as SIGTERM
+    ignore_hangup()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked in the server, see `warm_up`
     output = os.open(os.path.join(folder, OUTPUT), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):

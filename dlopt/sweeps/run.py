@@ -172,7 +172,7 @@ def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str |
         raise UserError(f"{key}: another sweep is active in this folder")
     for job in jobs:
         job.folder.refuse_newer(key)
-    for job in [job for job in jobs if job.folder.has_run()]:
+    for job in [job for job in jobs if job.folder.has_begun()]:
         if resume != "auto":
             raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
         folder, saved = job.folder, job.plan.saved

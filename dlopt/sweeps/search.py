@@ -129,7 +129,8 @@ def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
         raise UserError(f"{key}: this folder contains a grid sweep, not a search")
     if different := describe_differences(saved.get("facts", {}), facts):
         raise UserError(f"{key}: this folder contains a different search ({different}); use another folder")
-    if resume != "auto" and not has_live_worker(sweep):
+    has_begun = any(RunFolder(path.parent).has_begun() for path in sweep.rglob("config.yaml"))
+    if resume != "auto" and has_begun and not has_live_worker(sweep):
         raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
 
 

@@ -301,7 +301,7 @@ def _folder(config: DictConfig, overrides: list[str], configs: Sequence[Mapping[
         return make(path, "hydra.run.dir")
     for number, saved in enumerate(configs):
         folder = RunFolder(path / str(number))
-        if folder.has_run():
+        if folder.has_begun():
             if saved["resume"] != "auto":
                 raise UserError(f"hydra.run.dir={path}: this folder contains runs; resume them with resume=auto")
             old = folder.config()
