@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from dlopt.command_line.reads import refuse_untested
 from dlopt.config.compose import typed_folder
 from dlopt.config.plan import Plan
-from dlopt.config.resolve import first_lines, resolve_saved
+from dlopt.config.resolve import first_lines, job_variables, resolve_saved
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
 from dlopt.errors import DONE, USER_ERROR, UserError
 from dlopt.folders import SHELL_FOLDER, FolderSnapshot, RunFolder, make, make_new, new_run_id
@@ -123,7 +123,7 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         raise UserError(f"hydra.job_logging: {first_lines(error)}") from None
     working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
-    with env_override({**config.hydra.job.env_set, SHELL_FOLDER: os.getcwd()}), working_directory:
+    with env_override({**job_variables(config), SHELL_FOLDER: os.getcwd()}), working_directory:
         yield
 
 

@@ -7,17 +7,14 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import dlopt
-from dlopt.plain import flatten
 
 DIFF = "code.diff"  # in a run folder: the uncommitted changes of the user's repository
-_VARIABLE = re.compile(r"\$\{oc\.env:\s*'?\"?(\w+)")
 MAX_DIFF_BYTES = 200_000
 _PACKAGES = (
     "torch", "torchvision", "triton", "numpy", "hydra-core", "omegaconf", "pydantic", "scikit-learn", "pillow",
@@ -80,18 +77,6 @@ def repository() -> tuple[dict[str, Any] | None, bytes]:
     if diff is not None and len(diff) > MAX_DIFF_BYTES:
         diff = diff[:MAX_DIFF_BYTES] + f"\n[cut after {MAX_DIFF_BYTES} bytes]\n".encode()
     return facts, diff or b""
-
-
-def redact(diff: bytes, config: Mapping[str, Any]) -> bytes:
-    """Replaces the secrets of a config in the diff: the values of the environment variables that it refers to.
-
-    `config`: as saved, in which these values are interpolations (`${oc.env:TOKEN}`).
-    """
-    texts = (value for value in flatten(config).values() if isinstance(value, str))
-    for name in {name for text in texts for name in _VARIABLE.findall(text)}:
-        if secret := os.environ.get(name):
-            diff = diff.replace(os.fsencode(secret), f"${{oc.env:{name}}}".encode())
-    return diff
 
 
 def packages(names: Iterable[str]) -> dict[str, dict[str, str] | None]:

@@ -1,4 +1,4 @@
-"""Crash-safe files: written atomically, each with its SHA-256 in a checksum file."""
+"""Crash-safe files: written atomically, checkpoints with their SHA-256 in a checksum file; texts without secrets."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import yaml
+
 from dlopt.plain import read_regular
+from dlopt.secrets import redact, redacted
 
 _in_use = 0
 
@@ -58,8 +61,13 @@ def link(source: Path, target: Path) -> None:
 
 
 @disk_in_use()
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces the contents of `path`: after a crash the file is the old one or the new one. Raises OSError."""
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replaces the contents of `path`: after a crash the file is the old one or the new one. Raises OSError.
+
+    A text is redacted (see `dlopt.secrets`), bytes are written as they are.
+    """
+    if isinstance(data, str):
+        data = redact(data).encode("utf-8", "surrogateescape")
     with temporary_sibling(path) as temporary:
         with synced(temporary) as file:
             file.write(data)
@@ -67,8 +75,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Replaces the contents of `path` by `value` as JSON. Raises OSError."""
-    write_atomically(path, (json.dumps(value, indent=indent) + "\n").encode())
+    """Replaces the contents of `path` by `value`, redacted, as JSON. Raises OSError."""
+    write_atomically(path, json.dumps(redacted(value), indent=indent) + "\n")
+
+
+def write_yaml(path: Path, value: Any) -> None:
+    """Replaces the contents of `path` by `value`, redacted, as YAML. Raises OSError."""
+    write_atomically(path, yaml.safe_dump(redacted(value), sort_keys=False, allow_unicode=True))
 
 
 @contextlib.contextmanager

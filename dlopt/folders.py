@@ -70,18 +70,19 @@ class RunFolder:
         return any((self.path / name).exists() for name in ("config.yaml", "summary.json", "checkpoints"))
 
     def has_begun(self, *, resumed: bool = False) -> bool:
-        """Returns whether the run has left a result: a summary, metrics or a checkpoint.
+        """Returns whether the run has left a result: a summary, a checkpoint, or metrics of several epochs.
 
-        A start that was cut off has none, and its folder may be used again. `resumed`: the run is resumed from another
+        A start that was cut off has none, and its folder may be used again: the metrics of the first epoch and the best
+        model are written before the first checkpoint that can be resumed. `resumed`: the run is resumed from another
         folder, from which metrics and the best model are copied first.
         """
         if (self.path / "summary.json").exists():
             return True
-        names = {path.name for path in self.checkpoints.glob("*.pt")}
-        if resumed:
-            return bool(names - {"best.pt"})
-        metrics = self.path / "metrics.jsonl"
-        return bool(names) or (metrics.is_file() and metrics.stat().st_size > 0)
+        if any(path.name != "best.pt" for path in self.checkpoints.glob("*.pt")):
+            return True
+        with contextlib.suppress(OSError):
+            return not resumed and (self.path / "metrics.jsonl").read_bytes().count(b"\n") > 1
+        return False
 
     def is_finished(self) -> bool:
         return (self.summary() or {}).get("status") in _ENDED

@@ -123,7 +123,7 @@ def block_signals() -> Iterator[None]:
 def leave_closed_terminal() -> None:
     """Redirects stdout and stderr to /dev/null if nobody can read them any more.
 
-    Writing to a closed terminal or pipe raises an error, which would take the place of the checkpoint and the exit code.
+    Writing to a closed terminal or pipe raises an error, which would prevent the checkpoint and change the exit code.
     """
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):

@@ -15,18 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dlopt import environment
 from dlopt.config.keys import LABELS
-from dlopt.config.overrides import is_typed
+from dlopt.config.overrides import is_typed, storable
 from dlopt.config.resuming import how_to_resume
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
-from dlopt.files import read_json, write_atomically, write_json
+from dlopt.files import read_json, write_atomically, write_json, write_yaml
 from dlopt.folders import FORMAT, LAUNCHER_LOCK, RunFolder, new_run_id
 from dlopt.interruption import Interruption, flush_streams, print_line
 from dlopt.parallel import launch, rendezvous
 from dlopt.parallel.hung import end_if_hung
+from dlopt.secrets import RedactedStream, redact_bytes
 
 if TYPE_CHECKING:
     from dlopt.training.build import Workload
@@ -86,7 +85,7 @@ def reported(run: "Run", *, may_diverge: bool = False) -> Iterator[Outcome]:
         if reason is None:
             frames = traceback.format_exc()
             with contextlib.suppress(OSError):
-                (run.folder / "traceback.txt").write_text(frames)
+                write_atomically(run.folder / "traceback.txt", frames)
             reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
             print_error(f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}")
         elif not (may_diverge and diverged):
@@ -227,12 +226,12 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     A resumed run keeps its tags and its note, which `dlopt runs tag` may have changed, unless others are typed; and its
     id. Raises `UserError` if the folder is not writable.
     """
+    overrides = storable(overrides)
     former, before = RunFolder(folder).config() or {}, RunFolder(folder).history()
     config = {"run_id": RunFolder(folder).run_id() or new_run_id(), **config}
     typed = [line for line in overrides if line not in before]
     config = {**config, **{key: former[key] for key in LABELS if key in former and not is_typed(key, typed)}}
     code, diff = environment.repository()
-    diff = environment.redact(diff, config)
     facts = {
         "folder_format": FORMAT,
         "choices": dict(choices),
@@ -243,12 +242,11 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (("config.yaml", dict(config)), ("overrides.yaml", list(overrides))):
-            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-            write_atomically(folder / name, text.encode())
+        write_yaml(folder / "config.yaml", config)
+        write_yaml(folder / "overrides.yaml", overrides)
         write_json(folder / "environment.json", facts)
         if diff:
-            write_atomically(folder / environment.DIFF, diff)
+            write_atomically(folder / environment.DIFF, redact_bytes(diff))
         else:
             (folder / environment.DIFF).unlink(missing_ok=True)  # of the run that is resumed
     except OSError as error:
@@ -268,6 +266,12 @@ def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> Non
     summary = {"status": "failed", "run_id": RunFolder(folder).run_id(), "reason": reason}
     with contextlib.suppress(OSError):
         write_json(folder / "summary.json", summary | ({"diverged": True} if diverged else {}))
+
+
+def redact_output() -> None:
+    """Redacts what this process prints: the output of a job is stored in its folder."""
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, RedactedStream(getattr(sys, name)))
 
 
 def main() -> int:
@@ -301,6 +305,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    redact_output()
     exit_code = main()
     if rendezvous.current() is not None:
         rendezvous.end_process(exit_code)

@@ -232,10 +232,3 @@ def test_a_job_records_its_own_machine(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text(json.dumps({"host": "login", "choices": {"model": "mlp"}}))
     _record_machine(tmp_path)
     assert saved(tmp_path) == {"choices": {"model": "mlp"}, **environment.machine()}
-
-
-def test_the_diff_hides_the_secrets_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("A_TOKEN", "s3cret")
-    monkeypatch.setenv("EMPTY", "")
-    config = {"data": {"root": "${oc.env:A_TOKEN}/x", "list": "${oc.env:'EMPTY',1}"}, "seed": 0}
-    assert environment.redact(b"+token = 's3cret'\n-seed\n", config) == b"+token = '${oc.env:A_TOKEN}'\n-seed\n"

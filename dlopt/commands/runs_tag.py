@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-
 from dlopt.command_line.line import take_own
 from dlopt.config.settings_rules import check_tags
 from dlopt.errors import DONE, RunError, UserError
-from dlopt.files import write_atomically
+from dlopt.files import write_yaml
 from dlopt.folders import RunFolder
 from dlopt.formats import format_value, printable
 from dlopt.results import reading
@@ -52,8 +50,7 @@ def _write(record: Record, tags: list[str], note: str | None, *, remove: bool) -
     if note is not None:
         config["note"] = note or None
     try:
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        write_atomically(record.path / "config.yaml", text.encode())
+        write_yaml(record.path / "config.yaml", config)
     except OSError as error:
         raise RunError(f"{record.path / 'config.yaml'}: cannot be written: {error.strerror}") from None
     shown = f" note={config['note']}" if config.get("note") else ""

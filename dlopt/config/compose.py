@@ -26,7 +26,7 @@ import dlopt
 from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_folder, search
 from dlopt.config.overrides import is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
 from dlopt.config.pretrained import pretrained_overrides
-from dlopt.config.resolve import first_lines
+from dlopt.config.resolve import first_lines, note_secrets
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
@@ -90,6 +90,7 @@ class Composer:
             config = self._compose(parsed, multirun)
             raw: Any = OmegaConf.to_container(config, resolve=False)
             check_expansion(raw)
+            note_secrets(config, raw)
             check_hydra(config, raw["hydra"], lines)
             if not multirun and (more := pretrained_overrides(config, parsed)):
                 config = self._compose([*parsed, *self.parse(more)])

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dlopt.errors import UserError
+from dlopt.secrets import is_secret_name, redact, reference
 
 if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
     from hydra.core.override_parser.types import Override
@@ -57,6 +58,29 @@ def is_typed(key: str, overrides: "Iterable[str | Override]") -> bool:
 def without(overrides: Iterable[str], *keys: str) -> list[str]:
     """Returns the overrides except those of the keys."""
     return [override for override in overrides if key_of(override) not in keys]
+
+
+def storable(overrides: Iterable[str]) -> list[str]:
+    """Returns the overrides as they may be stored: without the secrets of the environment.
+
+    A secret that is typed for the environment (hydra.job.env_set.WANDB_API_KEY=...) becomes `${oc.env:WANDB_API_KEY}`:
+    whoever repeats the command sets the variable.
+    """
+    return [redact(_without_secret(line)) for line in overrides]
+
+
+def _without_secret(line: str) -> str:
+    key, equals, _ = line.partition("=")
+    name = re.sub(r"^hydra\.job\.env_set(\.|$)", "", key_of(line)) if equals else key_of(line)
+    if name == key_of(line):
+        return line
+    if name:
+        return f"{key}={reference(name)}" if is_secret_name(name) else line
+    values = _parse(line).value()  # {WANDB_API_KEY:...}
+    if not isinstance(values, Mapping):
+        return line
+    hidden = {str(each): reference(str(each)) for each in values if is_secret_name(str(each))}
+    return f"{key}={quoted_plain({**{str(each): item for each, item in values.items()}, **hidden})}"
 
 
 def is_hydra(override: "str | Override") -> bool:

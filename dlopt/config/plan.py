@@ -20,12 +20,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from dlopt.config.compose import Composer
 from dlopt.config.early import check_early
 from dlopt.config.overrides import parse_overrides, text_of
-from dlopt.config.resolve import choices_of, to_plain
+from dlopt.config.resolve import choices_of, job_variables, to_plain
 from dlopt.config.teacher import identify_teacher
 from dlopt.errors import UserError
 
@@ -111,8 +111,7 @@ def as_job(plan: Plan, number: int, overrides: Iterable[str]) -> Plan:
     assert config is not None
     with open_dict(config):
         config.hydra.job.num = config.hydra.job.id = number
-    variables: Any = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
-    environment = {str(key): str(value) for key, value in variables.items()}
+    environment = job_variables(config)
     subfolder = folder_name(str(config.hydra.sweep.subdir))
     lines = tuple(parse_overrides(overrides))
     return replace(plan, overrides=lines, environment=environment, subfolder=subfolder, config=None)

@@ -11,14 +11,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dlopt.config.choices import Catalogue
+from dlopt.config.choices import Catalogue, config_folder
 from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.schema import show
 from dlopt.config.trust import leaves
 from dlopt.errors import UserError
-from dlopt.plain import is_below, load_yaml
+from dlopt.plain import flatten, is_below, load_yaml
+from dlopt.secrets import is_secret_name, note, note_environment, redact, references
 
 _TARGET = "._target_"
+_RESOLVER = re.compile(r"\$\{\s*(?!oc\.env\s*:)[\w.]+\s*:")  # other than oc.env: it may change the value of a variable
 
 
 def choices_of(config: DictConfig) -> dict[str, str]:
@@ -42,6 +44,7 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     checked).
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
+    note_secrets(config, raw)
     task: DictConfig = pickle.loads(pickle.dumps(config))  # ten times faster than OmegaConf's own copy
     with open_dict(task):
         for key in ("hydra", "comparison"):  # commands.compare reads `comparison` before
@@ -66,7 +69,60 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
         raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
     for group, key in _former_keys(config):
         del plain[group][key], raw[group][key]
-    return plain, _redact(plain, raw, _environment_values(plain, raw))
+    hidden = _environment_values(plain, raw)
+    _note_changed(plain, raw)
+    return plain, _redact(plain, raw, hidden)
+
+
+def note_secrets(config: DictConfig, raw: Mapping[str, Any]) -> None:
+    """Notes the secrets of a config (see `dlopt.secrets`). `raw`: the config, unresolved, as a dict.
+
+    The names of choices, keys and callables are no secrets: `name=${oc.env:MODEL}` does not hide the model.
+    """
+    flat = flatten(raw)
+    names = {name for text in _texts(list(flat.values())) for name in references(text)}
+    words = " ".join([*flat, *(str(value) for key, value in flat.items() if key.endswith(_TARGET))])
+    values = {name: os.environ.get(name, "") for name in names}
+    note_environment(
+        name for name, value in values.items() if is_secret_name(name) or not (value in words or _is_choice(value))
+    )
+    if "hydra" in config:
+        note_environment(variables=job_variables(config))
+
+
+def job_variables(config: DictConfig) -> dict[str, str]:
+    """Returns the variables of the run's process (hydra.job.env_set). Raises `UserError`."""
+    try:
+        variables: Any = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'hydra.job.env_set'}: {first_lines(error)}; set this variable") from None
+    return {str(key): str(value) for key, value in variables.items()}
+
+
+def _is_choice(value: str) -> bool:
+    return re.fullmatch(r"[\w-]+", value) is not None and any(config_folder().rglob(f"{value}.yaml"))
+
+
+def _texts(value: Any) -> list[str]:
+    """Returns the texts in nested mappings and lists."""
+    if isinstance(value, Mapping):
+        return _texts(list(value.values()))
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _note_changed(plain: Any, raw: Any) -> None:
+    """Notes the values that other resolvers, such as oc.decode, make of environment variables."""
+    if isinstance(raw, dict):
+        for key, value in raw.items():
+            _note_changed(plain[key], value)
+    elif isinstance(raw, list):
+        for value, other in zip(plain, raw, strict=True):
+            _note_changed(value, other)
+    elif isinstance(raw, str) and _RESOLVER.search(raw) and (names := references(raw)):
+        for text in _texts(plain) if any(name in os.environ for name in names) else []:
+            note(text, raw, is_named=any(map(is_secret_name, names)))
 
 
 def _meaning(group: str, choice: str, key: str) -> str:
@@ -145,20 +201,23 @@ def _environment_values(plain: Any, raw: Any) -> set[str]:
     if isinstance(raw, list):
         return set().union(*(_environment_values(value, other) for value, other in zip(plain, raw, strict=True)))
     is_secret = isinstance(raw, str) and "${oc.env:" in raw and not _is_number(plain) and str(plain)
-    return {str(plain)} if is_secret else set()
+    return {str(plain), *filter(None, _texts(plain))} if is_secret else set()
 
 
 def _redact(plain: Any, raw: Any, secrets: set[str]) -> Any:
     """Replaces resolved values by their interpolations in `raw` where they contain a secret.
 
-    Interpolations of other keys count as well: `${data.root}` may refer to a key that holds a secret.
+    Interpolations of other keys count as well: `${data.root}` may refer to a key that holds a secret. A secret that is
+    typed, or that a resolver of the user returns, becomes the interpolation of its variable.
     """
     if isinstance(raw, dict):
         return {key: _redact(plain[key], value, secrets) for key, value in raw.items()}
     if isinstance(raw, list):
         return [_redact(value, other, secrets) for value, other in zip(plain, raw, strict=True)]
     is_reference = isinstance(raw, str) and "${" in raw and not _is_number(plain)
-    return raw if is_reference and any(secret in str(plain) for secret in secrets) else plain
+    if is_reference and any(secret in str(plain) for secret in secrets):
+        return raw
+    return redact(plain) if isinstance(plain, str) else plain
 
 
 def _is_number(value: Any) -> bool:

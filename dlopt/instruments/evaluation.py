@@ -13,6 +13,7 @@ from dlopt.instruments import reconstructions
 from dlopt.parallel.mode import Mode
 from dlopt.plain import without_nan
 from dlopt.results.confusion import confusion_table, plot_confusion
+from dlopt.secrets import redacted
 from dlopt.training.ensemble import Tested
 
 _MAX_LISTED_CLASSES = 20
@@ -37,7 +38,9 @@ def write(folder: Path, record: Mapping[str, Any], tested: Tested) -> dict[str, 
     """Writes the metrics, with `record`, and the plots of a test. Returns description -> path. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     record = without_nan({**record, **tested.report.metrics, "classes": tested.per_class})
-    files = {"metrics": ("eval.json", (json.dumps(record, indent=2) + "\n").encode())}
+    files: dict[str, tuple[str, bytes | str]] = {
+        "metrics": ("eval.json", json.dumps(redacted(record), indent=2) + "\n"),
+    }
     confusion, classes = tested.report.confusion, tested.classes
     if confusion is not None and classes is not None:
         plot = io.BytesIO()
@@ -47,7 +50,7 @@ def write(folder: Path, record: Mapping[str, Any], tested: Tested) -> dict[str, 
         title = f"Test accuracy {accuracy} ({samples} samples{unpredicted})"
         plot_confusion(confusion, classes, title).savefig(plot, dpi=150, format="png")
         table = confusion_table(confusion, classes)
-        files["confusion matrix"] = ("confusion.csv", table.encode("utf-8", "surrogateescape"))
+        files["confusion matrix"] = ("confusion.csv", table)
         files["plot"] = ("confusion.png", plot.getvalue())
     for name, data in files.values():
         write_atomically(folder / name, data)

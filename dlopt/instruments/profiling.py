@@ -1,7 +1,6 @@
 """`profile=true`: profiles time and memory of some updates."""
 
 import contextlib
-import json
 import math
 import os
 import resource
@@ -18,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
 from dlopt.data.batches import Batch
+from dlopt.files import write_json
 from dlopt.formats import format_bytes
 from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.processor import synchronized_time
@@ -148,7 +148,7 @@ class Profiling(Observer):
         with contextlib.suppress(OSError):  # the profile is printed anyway
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "updates.pt.trace.json"))
-            (self.folder / "profile.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
+            write_json(self.folder / "profile.json", asdict(result), indent=1)
         self.report(result)
 
     # -- memory

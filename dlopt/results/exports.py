@@ -15,6 +15,7 @@ from dlopt.results.columns import summary_csv
 from dlopt.results.page import page
 from dlopt.results.plots import PLOTS, plots
 from dlopt.results.ranking import Ranking
+from dlopt.secrets import redact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,7 +100,7 @@ def render(to: Destination, report: ReportContent) -> dict[Path, bytes]:
     figures = _figures(to, report) if set(to.formats) & set(_PICTURES) else {}
     for form in sorted(to.formats, key=lambda form: form in _PICTURES):  # the pictures last
         if form not in _PICTURES:
-            files[_NAMES[form]] = _text(form, report).encode()
+            files[_NAMES[form]] = redact(_text(form, report)).encode()
         elif to.is_file and form == "pdf":
             files |= _pages(figures)
         else:

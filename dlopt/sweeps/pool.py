@@ -374,6 +374,7 @@ def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] 
 
     np.random.seed()  # torch and random reseed after a fork; NumPy's global generator would be the same in all jobs
     threading.Thread(target=_stop_with_sweep, name="sweep", daemon=True).start()
+    job.redact_output()
     sys.argv = ["dlopt.job", folder]
     code = job.main()
     sys.stdout.flush()

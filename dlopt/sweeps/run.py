@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
 from hydra.utils import instantiate
@@ -14,15 +13,17 @@ from omegaconf import DictConfig, open_dict
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
-from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_plain, value_of
+from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_plain, storable, value_of
 from dlopt.config.plan import Plan, checked, with_params
+from dlopt.config.resolve import job_variables
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
-from dlopt.files import write_atomically
+from dlopt.files import write_yaml
 from dlopt.folders import SPACE, RunFolder
 from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import current
 from dlopt.results.leaderboard import job_record, leaderboard
+from dlopt.secrets import is_secret_name
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, labels, record_dead
@@ -129,7 +130,7 @@ def _grid(request: SweepRequest) -> int:
     if jobs and all(job.is_done for job in jobs):
         return print_next(f"this sweep is already finished: {folder}", folder)
     with RunFolder(folder).lock():
-        write_atomically(folder / SPACE, yaml.safe_dump([plan.lines for plan in plans], allow_unicode=True).encode())
+        write_yaml(folder / SPACE, [storable(plan.lines) for plan in plans])
         for job in jobs:
             record_dead(job.folder)
         _run_jobs(request, folder, jobs)
@@ -191,7 +192,7 @@ def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
         return False
     for lines, job in zip(space, jobs, strict=True):
         old = job.folder.config()
-        if differences(old, job.plan.saved) if old is not None else _values(lines) != _values(job.plan.lines):
+        if differences(old, job.plan.saved) if old is not None else _values(lines) != _values(storable(job.plan.lines)):
             return False
     return True
 
@@ -206,11 +207,14 @@ def _values(lines: Any) -> dict[str, str]:
 
 def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]) -> None:
     """Runs a sweep through Hydra's main. `overrides`: with lists spelled out, which Hydra expands in the same order."""
-    hydra = [line for line in request.hydra if key_of(line) not in ("hydra.sweep.dir", "hydra.sweeper.params")]
+    replaced = ("hydra.sweep.dir", "hydra.sweeper.params")
+    hydra = [line for line in storable(request.hydra) if key_of(line) not in replaced]
     own = [f"hydra.sweep.dir={quoted_plain(str(folder))}"]
     if str(request.config.hydra.sweeper._target_).endswith("BasicSweeper"):
         own.append("hydra.sweeper.params=null")
-    with env_override({"HYDRA_FULL_ERROR": "1"}):  # errors are raised, not printed
+    # Hydra stores its overrides in multirun.yaml, therefore secrets that are typed become variables.
+    secrets = {name: value for name, value in job_variables(request.config).items() if is_secret_name(name)}
+    with env_override({**secrets, "HYDRA_FULL_ERROR": "1"}):  # errors are raised, not printed
         hydra_main(["-m", *request.composer.flags, *hydra, *own, *overrides], start_job)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import optuna
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -18,7 +17,7 @@ from dlopt.config.keys import is_seed
 from dlopt.config.overrides import key_of, text_of
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
-from dlopt.files import write_atomically
+from dlopt.files import write_yaml
 from dlopt.folders import SPACE, FolderSnapshot, RunFolder
 from dlopt.locks import locked
 from dlopt.metric_names import Modes, base_name, mode_of, monitored_modes
@@ -281,7 +280,7 @@ def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> N
     with locked(folder / WORKERS / STUDY_LOCK):  # processes that share the study start and end at about the same time
         counts = study.counts()
         content = {"facts": dict(facts), "finished": sum(counts[state] for state in _STATES.values())}
-        write_atomically(folder / SPACE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+        write_yaml(folder / SPACE, content)
 
 
 class Search(JobSource):

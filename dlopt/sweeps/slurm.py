@@ -6,6 +6,7 @@ longer job, and every job with several processes, gets a Slurm job of its own.
 
 import contextlib
 import getpass
+import json
 import os
 import shutil
 import signal
@@ -17,12 +18,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import env_override
+
 from dlopt.errors import FAILED, INTERRUPTED, UserError, install
-from dlopt.files import read_json, write_json
+from dlopt.files import read_json, write_atomically
 from dlopt.folders import RunFolder
 from dlopt.job import CODE_OF
 from dlopt.parallel.launch import RECORD, python_module
 from dlopt.ranges import Count, Natural, Positive
+from dlopt.secrets import is_secret_name
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import RETURNED, Pool, Process
 from dlopt.sweeps.worker import JOBS, LOG, Lines, create, has_left
@@ -65,7 +69,8 @@ def slurm(
     seconds = 60 * time - _SIGNAL_SECONDS if nodes * tasks_per_node == 1 else None
     workers: dict[int, _Worker] = {}  # by slot
 
-    def submit(folder: Path, environment: Mapping[str, str]) -> _Worker:
+    def submit(folder: Path, environment: Mapping[str, str], secrets: Mapping[str, str]) -> _Worker:
+        """Submits a job with `environment`, which is stored; `secrets`: further variables, which sbatch passes on."""
         executor = submitit.SlurmExecutor(folder=folder / _FOLDER, max_num_timeout=requeue)
         executor.update_parameters(
             job_name="dlopt",
@@ -83,7 +88,8 @@ def slurm(
         path = (folder / _FOLDER / f"worker-{uuid.uuid4().hex[:8]}").absolute()
         mailbox = None if seconds is None else create(path)
         try:
-            job_id = str(executor.submit(SlurmTask(str(folder), environment, mailbox, seconds)).job_id)
+            with env_override(secrets):
+                job_id = str(executor.submit(SlurmTask(str(folder), environment, mailbox, seconds)).job_id)
         except submitit.core.utils.FailedJobError as error:
             raise OSError(" ".join(str(error).split())) from None
         queue.expire()
@@ -91,10 +97,11 @@ def slurm(
 
     def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
         # Rank 0 records a config error in the folder: nobody reads its output.
-        environment = {**environment, RECORD: "1"}
+        secrets = {name: value for name, value in environment.items() if is_secret_name(name)}
+        environment = {name: value for name, value in environment.items() if name not in secrets} | {RECORD: "1"}
         (folder / _FOLDER).mkdir(exist_ok=True)
         if slot not in workers or not workers[slot].is_free():
-            workers[slot] = submit(folder, environment)
+            workers[slot] = submit(folder, environment, secrets)
         return _SlurmJob(workers[slot], workers[slot].assign(folder, environment), folder)
 
     def find(folder: Path) -> Process | None:
@@ -204,7 +211,8 @@ class _Worker:
         number, self._count = self._count, self._count + 1
         (folder / _FOLDER / "job_id").write_text(f"{self.job_id}\n")
         if self.folder is not None:
-            write_json(folder / _FOLDER / "worker.json", {"folder": str(self.folder), "job": number})
+            noted = {"folder": str(self.folder), "job": number}
+            write_atomically(folder / _FOLDER / "worker.json", json.dumps(noted).encode())  # a path is not redacted
             self._jobs.append(job=number, folder=str(folder), environment=dict(environment))
         return number
 

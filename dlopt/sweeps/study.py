@@ -27,6 +27,7 @@ from dlopt.config.resuming import describe, may_change
 from dlopt.errors import RunError, UserError
 from dlopt.locks import hold, is_held, locked, taken
 from dlopt.results.leaderboard import Direction
+from dlopt.secrets import redact, redacted
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space
 
@@ -145,7 +146,7 @@ class Study:
                 pruner=spec.pruner,
                 load_if_exists=True,
             )
-            facts = {**facts, "space": spec.space.describe(), "directions": list(spec.directions)}
+            facts = redacted({**facts, "space": spec.space.describe(), "directions": list(spec.directions)})
             existing = self._study.user_attrs.get("facts")
             if existing is None:
                 self._study.set_user_attr("facts", facts)
@@ -238,7 +239,8 @@ class Study:
     ) -> None:
         """Records the end of a job: the objectives of a complete one, and attributes of its trial."""
         for name, value in attributes.items():
-            self._storage.set_trial_user_attr(claim.trial._trial_id, name, value)
+            text = value if name == "run" else redact(value)  # `run` is a folder that others read
+            self._storage.set_trial_user_attr(claim.trial._trial_id, name, text)
         self._study.tell(claim.number, objectives, state, skip_if_finished=True)
 
     def counts(self) -> Counter[TrialState]:

@@ -10,6 +10,7 @@ from typing import Any
 from dlopt.errors import RunError
 from dlopt.files import read_json, write_atomically
 from dlopt.plain import without_nan
+from dlopt.secrets import redact, redacted
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -64,7 +65,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Writes `folder`/summary.json atomically. Raises `RunError`: without the file the run counts as unfinished."""
     try:
-        write_atomically(folder / SUMMARY, to_json(summary, indent=2).encode() + b"\n")
+        write_atomically(folder / SUMMARY, to_json(redacted(summary), indent=2) + "\n")
     except OSError as error:
         raise RunError(f"{folder / SUMMARY}: cannot be written ({error.strerror})") from error
 
@@ -134,7 +135,7 @@ class MetricsFile:
         self._truncate(epoch, step, "lines after the checkpoint")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        self._file.write(to_json(metrics).encode() + b"\n")
+        self._file.write(redact(to_json(metrics)).encode() + b"\n")
         self._file.flush()
 
     def rewind(self, epoch: float, step: int) -> None:

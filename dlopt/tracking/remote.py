@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from hydra.core.utils import env_override
 
 from dlopt.errors import UserError, install
 from dlopt.files import read_json, write_atomically
+from dlopt.secrets import redact
 from dlopt.tracking.layout import waiting
 
 _CLOSE_TIMEOUT = 30.0  # seconds to wait at the end of a run for pending deliveries
@@ -98,7 +100,7 @@ class Remote:
                         self._service.end(item)
                         return
         except BaseException as error:  # includes SystemExit: some libraries call sys.exit
-            self._error = _without_credentials(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+            self._error = redact(_without_credentials(" ".join(f"{type(error).__name__}: {error}".split())))[:300]
 
 
 def check(sinks: Sequence[str], name: str) -> None:
@@ -131,13 +133,13 @@ class MLflow:
         from mlflow.entities import Param
 
         self._client = MlflowClient()
-        id_file, uri = self._folder / "mlflow.json", _without_credentials(get_tracking_uri())
+        id_file, uri = self._folder / "mlflow.json", redact(_without_credentials(get_tracking_uri()))
         saved = read_json(id_file) or {}
         if _without_credentials(str(saved.get("tracking_uri"))) == uri:
             self._run = str(saved["run_id"])
             self._client.update_run(self._run, status="RUNNING")
             return
-        tags = {"mlflow.runName": self._folder.name, "mlflow.source.name": "dlopt", "dlopt.folder": str(self._folder)}
+        tags = {"mlflow.runName": self._folder.name, "mlflow.source.name": "dlopt", "dlopt.folder": redact(str(self._folder))}
         experiment = _experiment(self._client, str(hparams["name"]))
         self._run = self._client.create_run(experiment.experiment_id, tags=tags).info.run_id
         write_atomically(id_file, json.dumps({"tracking_uri": uri, "run_id": self._run}).encode())
@@ -244,6 +246,7 @@ class Wandb:
         import wandb
 
         _require_account()
+        sys.argv[1:] = map(redact, sys.argv[1:])  # W&B stores the command line
         id_file = self._folder / "wandb.id"
         self._run = wandb.init(
             project=str(hparams["name"]),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt import formats
 from dlopt.errors import UserError
+from dlopt.secrets import redact, redacted
 from dlopt.tracking import layout
 from dlopt.tracking.console import ConsoleView
 from dlopt.tracking.metrics import AppendFile, MetricsFile, write_summary
@@ -68,7 +69,7 @@ class TrainLog:
             root.addHandler(handler)
 
     def _append(self, text: str) -> None:
-        self._file.write(text.encode(errors="backslashreplace") + b"\n")
+        self._file.write(redact(text).encode(errors="backslashreplace") + b"\n")
         self._file.flush()
 
     def write(self, text: str) -> None:
@@ -162,7 +163,7 @@ class Tracking:
             for name, values in layout.header_rows(config, choices, facts).items():
                 self._log.write(f"{name}: {', '.join(values)}")
         for sink in self._sinks:
-            sink.config(config, layout.hparams(config, choices))
+            sink.config(redacted(config), redacted(layout.hparams(config, choices)))
         if self._console is not None:
             self._console.begin(config, choices, facts, first_step, seconds)
             if first_step:

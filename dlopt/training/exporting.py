@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.errors import RunError, UserError
+from dlopt.secrets import redacted
 from dlopt.training.build import read_dataset
 from dlopt.training.restore import Trained
 
@@ -85,6 +86,7 @@ def write(format: str, trained: Trained, inputs: Tensor, metadata: Mapping[str, 
     Raises `RunError` if torch cannot convert the model.
     """
     module = Deployed(trained)
+    metadata = redacted(metadata)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     if format == "safetensors":
         from safetensors.torch import save

@@ -7,6 +7,7 @@ import torch
 
 from dlopt.adapt import describe
 from dlopt.config.experiment import Experiment
+from dlopt.config.overrides import storable
 from dlopt.config.schema import dotted_name
 from dlopt.files import read_json, write_atomically, write_json
 from dlopt.folders import RunFolder
@@ -51,7 +52,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
     tokens = workload.task.predictions  # of a sample; 1 for labels
     label_metrics = LABEL_METRICS if workload.task.labels is not None else ()
     facts: dict[str, Any] = {
-        "overrides": RunFolder(run.folder).history() if run.overrides is None else run.overrides,
+        "overrides": RunFolder(run.folder).history() if run.overrides is None else storable(run.overrides),
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "train": len(dataset.train) * tokens,
@@ -75,7 +76,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
         data = {**dataset.facts, **({} if dataset.identity is None else {"identity": dataset.identity})}
         write_json(run.folder / "environment.json", {**environment, "data": data})
     if workload.parallel.ranks.is_main and dataset.tokenizer is not None:
-        write_atomically(run.folder / TOKENIZER, dataset.tokenizer.description.encode())
+        write_atomically(run.folder / TOKENIZER, dataset.tokenizer.description.encode())  # not redacted: it is data
     tracking.begin(
         dict(workload.experiment.config),
         facts,

@@ -20,7 +20,7 @@ FLOORS = [
     "parallel", "augment", "config", "init", "adapt",
     "tracking", "folders", "data", "models", "schedules", "optim", "losses", "environment",
     "files", "parameters", "processor", "convolutions", "interruption", "formats", "metric_names",
-    "errors", "graphs", "locks", "openmp", "plain", "random", "ranges", "roles", "table",
+    "errors", "graphs", "locks", "openmp", "plain", "random", "ranges", "roles", "secrets", "table",
 ]  # fmt: skip
 
 

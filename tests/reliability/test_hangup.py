@@ -1,11 +1,11 @@
 """A closed terminal, a lost connection, and starts that are cut off."""
 
+import contextlib
 import json
 import os
 import pty
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +18,6 @@ import pytest
 
 from dlopt.folders import LAUNCHER_LOCK, RunFolder, make
 from dlopt.interruption import Interruption, flush_streams, killed_by_signals, leave_closed_terminal, print_line
-from dlopt.job import describe
 from dlopt.locks import hold
 from dlopt.training.checkpoint import load
 from tests.support.line import dlopt, refused
@@ -71,10 +70,8 @@ def close_terminal(folder: Path, *arguments: str, is_ready: Callable[[], bool], 
     os.set_blocking(main, False)
     while not is_ready():
         process.join(0.05)
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(main, 1 << 16)  # else the terminal is full, and the command waits
-        except BlockingIOError:
-            pass
         assert process.exitcode is None
     os.close(side)
     os.close(main)
@@ -232,7 +229,7 @@ def test_a_run_with_a_result_is_still_refused(tmp_path: Path) -> None:
     for name in ("summary.json", "metrics.jsonl", "checkpoints/last.pt"):
         path = tmp_path / "run" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
+        path.write_text("{}\n{}\n")
         assert "unfinished run; resume it with" in refused(tmp_path, "train", *TINY, IN_RUN)
         path.unlink()
 
@@ -265,7 +262,7 @@ SWEEP = ("train", "-m", *TINY, "epochs=1", "seed=0,1", "hydra.sweep.dir=sweep")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["dlopt.sweeps.run.write_atomically", "dlopt.sweeps.jobs.describe"])
+@pytest.mark.parametrize("target", ["dlopt.sweeps.run.write_yaml", "dlopt.sweeps.jobs.describe"])
 @pytest.mark.parametrize("search", [False, True])
 def test_a_sweep_that_was_cut_off_blocks_nothing(target: str, search: bool, tmp_path: Path) -> None:
     more = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=2"] if search else []

@@ -319,7 +319,7 @@ def _finish(folder: Path, reference: Results | None, note: str, config_dir: str 
         manifest = replace(manifest, workloads=_with_targets(manifest, config_dir))
     with locked(folder / _LOCK):
         results = reading.collect(folder, manifest, _facts(folder, manifest))
-        write_atomically(folder / "results.json", to_json(results).encode())
+        write_atomically(folder / "results.json", to_json(results))
         shown = results if reference is None else results.with_reference(reference)
         paths = write(shown, folder)
     print("\n".join(lines(shown, min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH))))

@@ -42,7 +42,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     if summary is not None:
         contents["table.tex"] = latex(results, summary)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    written = {folder / name: text.encode() for name, text in contents.items()}
+    written: dict[Path, bytes | str] = {folder / name: text for name, text in contents.items()}
     for name, figure in figures.items():
         written |= {folder / "figures" / f"{name}.{form}": drawing.encoded(figure, form) for form in _FORMATS}
     for path, content in written.items():

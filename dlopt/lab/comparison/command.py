@@ -106,7 +106,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     if code:
         return code
     findings = evaluate(results, claims)
-    write_atomically(folder / f"{PICTURE}.json", record(results, findings, frozen).encode())
+    write_atomically(folder / f"{PICTURE}.json", record(results, findings, frozen))
     for line in (
         *results.table(),
         *describe_published(results),

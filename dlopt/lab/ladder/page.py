@@ -30,7 +30,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     figures = draw(results)
     pictures = {name: picture(figure) for name, figure in figures.items()}
     contents = {RESULTS: to_json(results), "index.html": page(results, pictures)}
-    written = {folder / name: text.encode() for name, text in contents.items()}
+    written: dict[Path, bytes | str] = {folder / name: text for name, text in contents.items()}
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
         written |= {folder / "figures" / f"{name}.{form}": drawing.encoded(figure, form) for form in _FORMATS}

@@ -1,0 +1,145 @@
+"""Keeps secrets of the environment out of stored files: every writer of texts passes them through `redact`.
+
+Secrets are the values of environment variables that the config refers to (`${oc.env:NAME}`, also within
+`${oc.decode:...}`), of those whose name says so (WANDB_API_KEY, HF_TOKEN, DB_PASSWORD), also in hydra.job.env_set, and
+the passwords in URLs. `redact` replaces them by `${oc.env:NAME}`, also where they are quoted, escaped or URL-encoded.
+
+Short and common values stay, because replacing them would damage numbers and other texts: numbers, values of fewer than
+six characters, and lower-case words, unless the name of the variable says that it is a secret.
+"""
+
+import contextlib
+import html
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
+from urllib.parse import quote, quote_plus, unquote, urlsplit
+
+_NAME = re.compile(
+    r"(?i)(^|_)(api_?key|key|token|pat|secrets?|passwords?|passwd|pass|pwd|passphrase|credentials?|auth)(_|\d*$)|password"
+)
+_REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)")
+_WORD = re.compile(r"[a-z][a-z_]*")
+_MIN_LENGTH = 6
+_LONG_WORD = 12  # letters: longer words are no names of dlopt or of a data set
+
+_replacements: dict[str, str] = {}  # secret, in each of its forms -> what is stored
+_pattern: re.Pattern[str] | None = None
+
+
+def is_secret_name(name: str) -> bool:
+    """Returns whether the name of an environment variable says that its value is a secret."""
+    return _NAME.search(name) is not None
+
+
+def references(text: str) -> list[str]:
+    """Returns the environment variables to which the interpolations of a text refer."""
+    return _REFERENCE.findall(text)
+
+
+def reference(name: str) -> str:
+    """Returns the interpolation of an environment variable."""
+    return f"${{oc.env:{name}}}"
+
+
+def note(value: str, replacement: str, *, is_named: bool = False) -> None:
+    """Makes `redact` replace a secret. `is_named`: its name says that it is one."""
+    global _pattern
+    forms = {form for each in _parts(value) if not _is_common(each, is_named) for form in _forms(each)}
+    new = {form: replacement for form in forms if form not in _replacements and form not in replacement}
+    if new:
+        _replacements.update(new)
+        longest_first = sorted(_replacements, key=len, reverse=True)
+        _pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+
+def note_environment(names: Iterable[str] = (), variables: Mapping[str, str] = os.environ) -> None:
+    """Notes the values of the variables `names`, and of those whose name, or whose URL, says that they are secrets."""
+    names = set(names)
+    for name, value in variables.items():
+        if name in names or is_secret_name(name):
+            note(value, reference(name), is_named=is_secret_name(name))
+        if password := _password(value):
+            note(password, reference(name), is_named=True)
+
+
+def redact(text: str) -> str:
+    """Returns the text with the interpolations of secrets in place of the secrets."""
+    return text if _pattern is None else _pattern.sub(lambda match: _replacements[match[0]], text)
+
+
+def redact_bytes(data: bytes) -> bytes:
+    """Redacts a text of unknown encoding, such as a diff."""
+    return redact(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+
+def redacted(value: Any) -> Any:
+    """Redacts the texts in nested mappings and lists. Writers call it before they quote and wrap texts."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {redacted(key): redacted(item) for key, item in value.items()}
+    return [redacted(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class RedactedStream:
+    """A text stream that redacts what is written to it; for output that is stored."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _is_common(value: str, is_named: bool) -> bool:
+    if len(value) < _MIN_LENGTH:
+        return True
+    with contextlib.suppress(ValueError):
+        float(value)
+        return True
+    if is_named:
+        return False
+    is_long_word = len(value) >= _LONG_WORD and "_" not in value
+    return not any(map(str.isalpha, value)) or (_WORD.fullmatch(value) is not None and not is_long_word)
+
+
+def _parts(value: str) -> set[str]:
+    """Returns the texts that give a secret away: its lines, without the slash that paths lose, and its password."""
+    lines = [line.strip() for line in value.splitlines()]
+    parts = {value, value.strip(), " ".join(value.split()), value.rstrip("/"), *lines}
+    if password := _password(value):
+        parts |= {password, unquote(password)}
+    return parts
+
+
+def _password(value: str) -> str | None:
+    """Returns the password in a URL; None if there is none."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(value).password if "://" in value else None
+    return None
+
+
+def _forms(value: str) -> set[str]:
+    """Returns a text as messages, JSON, YAML, CSV, HTML, URLs and shells write it."""
+    quoted = {value, repr(value)[1:-1], repr(repr(value))[1:-1], ascii(value)[1:-1]}
+    escaped = {json.dumps(each, ensure_ascii=is_ascii)[1:-1] for each in quoted for is_ascii in (True, False)}
+    urls = {quote(value, safe=""), quote(value), quote_plus(value)}
+    urls |= {re.sub("%..", lambda code: code[0].lower(), url) for url in urls}
+    pages = {html.escape(value), html.escape(value, quote=False)}
+    single, double = value.replace("\\", "\\\\").replace("'", "\\'"), value.replace('"', '""')
+    shells = {value.replace("'", "'\"'\"'"), value.replace("'", "''"), single, double}
+    return {*quoted, *escaped, *urls, *pages, *shells, *(json.dumps(each)[1:-1] for each in escaped)}
+
+
+note_environment()
