@@ -132,7 +132,7 @@ def _password(value: str) -> str | None:
 
 def _forms(value: str) -> set[str]:
     """Returns a text as messages, JSON, YAML, CSV, HTML, URLs and shells write it."""
-    quoted = {value, repr(value)[1:-1], repr(repr(value))[1:-1], ascii(value)[1:-1]}
+    quoted = {value, repr(value)[1:-1], repr(repr(value)[1:-1])[1:-1], ascii(value)[1:-1]}
     escaped = {json.dumps(each, ensure_ascii=is_ascii)[1:-1] for each in quoted for is_ascii in (True, False)}
     urls = {quote(value, safe=""), quote(value), quote_plus(value)}
     urls |= {re.sub("%..", lambda code: code[0].lower(), url) for url in urls}

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+import re
 import shlex
 import sqlite3
 import sys
@@ -60,7 +61,7 @@ def test_forms_of_a_secret() -> None:
         "text": HARD, "repr": repr(HARD), "ascii": ascii(HARD), "JSON": json.dumps(HARD),
         "UTF-8 JSON": json.dumps(HARD, ensure_ascii=False), "JSON of a repr": json.dumps(repr(HARD)),
         "JSON in JSON": json.dumps(json.dumps(HARD)), "URL": f"https://me:{quote(HARD, safe='')}@host/",
-        "path of a URL": quote(HARD), "form": quote_plus(HARD), "lower-case URL": quote(HARD, safe="").lower(),
+        "path of a URL": quote(HARD), "form": quote_plus(HARD), "lower-case URL": re.sub("%..", lambda code: code[0].lower(), quote(HARD, safe="")),
         "HTML": html.escape(HARD), "CSV": table.getvalue(), "shell": shlex.quote(HARD), "within": f"x{HARD}y{HARD}",
     }  # fmt: skip
     for name, text in forms.items():
@@ -186,7 +187,8 @@ def test_no_file_of_a_run_has_a_secret(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"cannot log in as {os.environ['WANDB_API_KEY']!r} {CANARY} {HARD!r} {HARD}")
 
-    assert dlopt(tmp_path, *line).code == 0
+    first = dlopt(tmp_path, *line)
+    assert first.code == 0, first.out[-600:]
     with monkeypatch.context() as patch:
         patch.setattr("dlopt.training.trainer.Trainer.fit", fail)
         assert dlopt(tmp_path, *line[:-1], "hydra.run.dir=failed").code == 1
