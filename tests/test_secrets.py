@@ -61,7 +61,8 @@ def test_forms_of_a_secret() -> None:
         "text": HARD, "repr": repr(HARD), "ascii": ascii(HARD), "JSON": json.dumps(HARD),
         "UTF-8 JSON": json.dumps(HARD, ensure_ascii=False), "JSON of a repr": json.dumps(repr(HARD)),
         "JSON in JSON": json.dumps(json.dumps(HARD)), "URL": f"https://me:{quote(HARD, safe='')}@host/",
-        "path of a URL": quote(HARD), "form": quote_plus(HARD), "lower-case URL": re.sub("%..", lambda code: code[0].lower(), quote(HARD, safe="")),
+        "path of a URL": quote(HARD), "form": quote_plus(HARD),
+        "lower-case URL": re.sub("%..", lambda code: code[0].lower(), quote(HARD, safe="")),
         "HTML": html.escape(HARD), "CSV": table.getvalue(), "shell": shlex.quote(HARD), "within": f"x{HARD}y{HARD}",
     }  # fmt: skip
     for name, text in forms.items():

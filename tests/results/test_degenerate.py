@@ -102,7 +102,7 @@ def test_parallel_coordinates_of_a_tie_show_the_metric(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [[0.5], [0.5, 0.5], [None, None], [0.5, None, 0.5], [True, True], ["a", None, 3]])
-def test_scale_without_a_range_places_every_value(values: list[Any]) -> None:
+def test_scale_without_a_range_maps_every_value(values: list[Any]) -> None:
     scale = Scale(values)
     assert all(0 < scale(value) < 1 for value in values)
     assert {at for at, _, _ in scale.ticks} <= set(map(scale, values))
