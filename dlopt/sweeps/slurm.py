@@ -88,7 +88,7 @@ def slurm(
         path = (folder / _FOLDER / f"worker-{uuid.uuid4().hex[:8]}").absolute()
         mailbox = None if seconds is None else create(path)
         try:
-            with env_override(secrets):
+            with env_override(dict(secrets)):
                 job_id = str(executor.submit(SlurmTask(str(folder), environment, mailbox, seconds)).job_id)
         except submitit.core.utils.FailedJobError as error:
             raise OSError(" ".join(str(error).split())) from None
