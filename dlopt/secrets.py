@@ -5,7 +5,8 @@ Secrets are the values of environment variables that the config refers to (`${oc
 the passwords in URLs. `redact` replaces them by `${oc.env:NAME}`, also where they are quoted, escaped or URL-encoded.
 
 Short and common values stay, because replacing them would damage numbers and other texts: numbers, values of fewer than
-six characters, and lower-case words, unless the name of the variable says that it is a secret.
+six characters, and lower-case words, unless the name of the variable says that it is a secret. The name says nothing
+about the path of an existing file or folder.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ _pattern: re.Pattern[str] | None = None
 
 def is_secret_name(name: str) -> bool:
     """Returns whether the name of an environment variable says that its value is a secret."""
-    return _NAME.search(name) is not None
+    return name != "PWD" and _NAME.search(name) is not None
 
 
 def references(text: str) -> list[str]:
@@ -59,7 +60,8 @@ def note_environment(names: Iterable[str] = (), variables: Mapping[str, str] = o
     """Notes the values of the variables `names`, and of those whose name, or whose URL, says that they are secrets."""
     names = set(names)
     for name, value in variables.items():
-        if name in names or is_secret_name(name):
+        is_path = os.path.isabs(value) and os.path.exists(value)  # SSH_AUTH_SOCK, HF_TOKEN_PATH
+        if name in names or (is_secret_name(name) and not is_path):
             note(value, reference(name), is_named=is_secret_name(name))
         if password := _password(value):
             note(password, reference(name), is_named=True)

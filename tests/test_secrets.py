@@ -246,3 +246,13 @@ def test_no_file_of_a_sweep_has_a_secret(kind: str, tmp_path: Path) -> None:
             rows = database.execute("select value_json from trial_user_attributes").fetchall()
         assert any("not here" in row[0] for row in rows)
     assert leaks(tmp_path, CANARY, "Zq7") == []
+
+
+def test_the_path_of_a_file_is_no_secret(tmp_path: Path) -> None:
+    """Unless the config refers to it: the shell sets PWD and SSH_AUTH_SOCK, and PWD is a part of many paths."""
+    (tmp_path / "socket").touch()
+    secrets.note_environment(variables={"SSH_AUTH_SOCK": str(tmp_path / "socket"), "PWD": "/no/such/folder"})
+    text = f"{tmp_path}/socket /no/such/folder/data"
+    assert secrets.redact(text) == text
+    secrets.note_environment(["FOLDER_KEY"], {"FOLDER_KEY": str(tmp_path)})
+    assert secrets.redact(text) == "${oc.env:FOLDER_KEY}/socket /no/such/folder/data"
