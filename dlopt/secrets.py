@@ -4,17 +4,20 @@ Secrets are the values of environment variables that the config refers to (`${oc
 `${oc.decode:...}`), of those whose name says so (WANDB_API_KEY, HF_TOKEN, DB_PASSWORD), also in hydra.job.env_set, and
 the passwords in URLs. `redact` replaces them by `${oc.env:NAME}`, also where they are quoted, escaped or URL-encoded.
 
-Short and common values stay, because replacing them would damage numbers and other texts: numbers, values of fewer than
-six characters, and lower-case words, unless the name of the variable says that it is a secret. The name says nothing
-about the path of an existing file or folder.
+Short and common values stay, because replacing them would damage other texts: numbers, values of fewer than six
+characters, what occurs in dlopt itself (the names of choices, keys, metrics), and lower-case words, unless the name of
+the variable says that it is a secret. The name says nothing about the path of an existing file or folder. `forget`
+keeps names of the user, such as those of classes.
 """
 
 import contextlib
+import functools
 import html
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote, quote_plus, unquote, urlsplit
 
@@ -22,8 +25,11 @@ _NAME = re.compile(
     r"(?i)(^|_)(api_?key|key|token|pat|secrets?|passwords?|passwd|pass|pwd|passphrase|credentials?|auth)(_|\d*$)|password"
 )
 _REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)")
+_PUBLIC = ("HOME", "PWD", "OLDPWD", "TMPDIR", "USER", "LOGNAME")  # parts of many paths
 _WORD = re.compile(r"[a-z][a-z_]*")
+_NAME_OF_DLOPT = re.compile(r"[\w.-]{6,24}")  # may be one
 _MIN_LENGTH = 6
+_TEXTS = (".py", ".yaml", ".json", ".html", ".css", ".js")
 _LONG_WORD = 12  # letters: longer words are no names of dlopt or of a data set
 
 _replacements: dict[str, str] = {}  # secret, in each of its forms -> what is stored
@@ -32,7 +38,7 @@ _pattern: re.Pattern[str] | None = None
 
 def is_secret_name(name: str) -> bool:
     """Returns whether the name of an environment variable says that its value is a secret."""
-    return name != "PWD" and _NAME.search(name) is not None
+    return name not in _PUBLIC and _NAME.search(name) is not None
 
 
 def references(text: str) -> list[str]:
@@ -47,13 +53,27 @@ def reference(name: str) -> str:
 
 def note(value: str, replacement: str, *, is_named: bool = False) -> None:
     """Makes `redact` replace a secret. `is_named`: its name says that it is one."""
-    global _pattern
     forms = {form for each in _parts(value) if not _is_common(each, is_named) for form in _forms(each)}
     new = {form: replacement for form in forms if form not in _replacements and form not in replacement}
     if new:
         _replacements.update(new)
-        longest_first = sorted(_replacements, key=len, reverse=True)
-        _pattern = re.compile("|".join(map(re.escape, longest_first)))
+        _compile()
+
+
+def forget(texts: Iterable[str]) -> None:
+    """Makes `redact` keep texts that are no secrets, although a secret has the same value or a part of it."""
+    kept = "\n".join(texts)
+    known = [form for form in _replacements if form in kept]
+    for form in known:
+        del _replacements[form]
+    if known:
+        _compile()
+
+
+def _compile() -> None:
+    global _pattern
+    longest_first = sorted(_replacements, key=len, reverse=True)
+    _pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def note_environment(names: Iterable[str] = (), variables: Mapping[str, str] = os.environ) -> None:
@@ -61,7 +81,7 @@ def note_environment(names: Iterable[str] = (), variables: Mapping[str, str] = o
     names = set(names)
     for name, value in variables.items():
         is_path = os.path.isabs(value) and os.path.exists(value)  # SSH_AUTH_SOCK, HF_TOKEN_PATH
-        if name in names or (is_secret_name(name) and not is_path):
+        if (name in names and name not in _PUBLIC) or (is_secret_name(name) and not is_path):
             note(value, reference(name), is_named=is_secret_name(name))
         if password := _password(value):
             note(password, reference(name), is_named=True)
@@ -110,10 +130,21 @@ def _is_common(value: str, is_named: bool) -> bool:
     with contextlib.suppress(ValueError):
         float(value)
         return True
+    if _NAME_OF_DLOPT.fullmatch(value) and value in _own_text():
+        return True
     if is_named:
         return False
     is_long_word = len(value) >= _LONG_WORD and "_" not in value
     return not any(map(str.isalpha, value)) or (_WORD.fullmatch(value) is not None and not is_long_word)
+
+
+@functools.cache
+def _own_text() -> str:
+    """Returns the code and the configs of dlopt, with their file names, which are the names of choices."""
+    package = Path(__file__).parent
+    folders = [package, *([] if (package / "conf").is_dir() else [package.parent / "conf"])]  # next to it in a checkout
+    paths = [path for folder in folders for path in folder.rglob("*.*") if path.suffix in _TEXTS]
+    return "\n".join([*map(str, (path.name for path in paths)), *(path.read_text("utf-8") for path in paths)])
 
 
 def _parts(value: str) -> set[str]:

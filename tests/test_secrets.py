@@ -15,14 +15,17 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 import yaml
+from PIL import Image
 
 from dlopt import secrets
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import storable
 from dlopt.config.resolve import to_plain
+from dlopt.config.resuming import differences
 from dlopt.errors import UserError
 from dlopt.files import write_atomically, write_json, write_yaml
 from dlopt.folders import RunFolder
+from dlopt.sweeps.study import describe_differences
 from tests.support.line import dlopt
 from tests.support.processes import run_dlopt
 from tests.support.sizes import TINY
@@ -103,6 +106,10 @@ def test_common_values_are_no_secrets(value: str) -> None:
         ("WANDB_API_KEY", "abc", False), ("HF_TOKEN", "123456", False),
         ("KEYBOARD", "qwertz-de", False), ("TOKENIZERS_PARALLELISM", "false-1", False), ("MONKEY", "banana-1", False),
         ("DATABASE", "postgresql://me:pa-ss1@host/db", True),
+        # Of dlopt: choices, keys, metrics, a status, words of the report's page.
+        ("KEY", "resnet20", False), ("X_PASS", "cifar10", False), ("KEY", "optimizer", False), ("KEY", "fashion", False),
+        ("AUTH", "val_accuracy", False), ("TOKEN", "stopped_early", False), ("KEY", "function", False),
+        ("KEY", "checkpoints/last.pt", True), ("AUTH", "basic1", True),
     ],
 )  # fmt: skip
 def test_variables_that_are_secrets_by_their_name(name: str, value: str, is_hidden: bool) -> None:
@@ -224,7 +231,7 @@ def test_no_file_of_a_sweep_has_a_secret(kind: str, tmp_path: Path) -> None:
     code = (
         "import os, warnings\nimport torch\n"
         "class Odd(torch.optim.SGD):\n"
-        "    def __init__(self, parameters, lr: float, weight_decay: float, place: str):\n"
+        "    def __init__(self, params, lr: float, weight_decay: float, place: str):\n"
         "        warnings.warn(f'at {place}')\n        print(place, os.environ['MY_API_KEY'])\n"
         "        raise ValueError(f'not here: {place!r} ' + os.environ['MY_SECRET'] + os.environ['MY_API_KEY'])\n"
     )
@@ -248,11 +255,70 @@ def test_no_file_of_a_sweep_has_a_secret(kind: str, tmp_path: Path) -> None:
     assert leaks(tmp_path, CANARY, "Zq7") == []
 
 
+def test_secrets_with_ordinary_values_change_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its files, nor what its config means once the variables are unset."""
+    line = ["train", *TINY[:-1], "name=first-run", "schedule_epochs=4", "hydra.run.dir=run"]
+    values = {"KEY": "digits", "X_PASS": "finished", "MY_TOKEN": "first-run", "AUTH": "val_accuracy", "API_KEY": "widths"}
+    with monkeypatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        secrets.note_environment()
+        for more in ([], ["resume=auto", "epochs=3"]):
+            done = dlopt(tmp_path, *line, *more)
+            assert done.code == 0, done.err
+        assert dlopt(tmp_path, "report", "run", "output=report").code == 0
+    assert leaks(tmp_path, "${oc.env") == []
+    monkeypatch.setattr(secrets, "_replacements", {})
+    monkeypatch.setattr(secrets, "_pattern", None)
+    done = dlopt(tmp_path, *line, "resume=auto", "epochs=4")
+    assert done.code == 0, done.err
+    assert [json.loads(each)["epoch"] for each in (tmp_path / "run/metrics.jsonl").open()] == [1, 2, 3, 4]
+    assert dlopt(tmp_path, "eval", "checkpoint=run", "output=eval").code == 0
+
+
+def test_a_new_secret_changes_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that was saved before its variable was set."""
+    before = saved(f"+optimizer.place={CANARY}/x")
+    monkeypatch.setenv("PLACE_KEY", CANARY)
+    secrets.note_environment()
+    after = saved(f"+optimizer.place={CANARY}/x")
+    assert CANARY not in str(after) and differences(before, after) == {}
+    assert describe_differences({"total": f"{CANARY}"}, {"total": "${oc.env:PLACE_KEY}"}) == ""
+
+
+def test_typed_paths_and_names_are_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config that does not refer to a variable does not begin to depend on it."""
+    (tmp_path / "basic1").mkdir()
+    values = {"AUTH": "basic1", "MY_KEY": "first-run", "MY_TOKEN": str(tmp_path)}
+    secrets.note_environment(variables=values)
+    assert "oc.env" not in str(saved("data=image_folder", f"data.root={tmp_path}/basic1", "name=first-run"))
+    text = f"{tmp_path}/basic1/a.png first-run"
+    assert secrets.redact(text) == text
+    # Unless the config refers to it.
+    monkeypatch.setenv("AUTH", "basic1")
+    saved("data=image_folder", f"data.root={tmp_path}/${{oc.env:AUTH}}")
+    assert secrets.redact("a basic1") == "a ${oc.env:AUTH}"
+
+
+def test_classes_of_the_data_are_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_PASS", "zeppelin")
+    secrets.note_environment()
+    for name in ("zeppelin", "horses"):
+        (tmp_path / "data/train" / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("L", (8, 8), 40 * number).save(tmp_path / f"data/train/{name}/{number}.png")
+    line = ["data=image_folder", "data.root=data", "data.channels=1", "data.image_size=8", "data.test_split=0.3"]
+    done = dlopt(tmp_path, "train", *TINY[:2], *line, "epochs=1", "threads=1", "tracking=[]", "hydra.run.dir=run")
+    assert done.code == 0, done.err
+    assert dlopt(tmp_path, "predict", "checkpoint=run", "images=data/train/zeppelin").code == 0
+    assert "zeppelin" in (tmp_path / "predictions.csv").read_text() and leaks(tmp_path, "MY_PASS") == []
+
+
 def test_the_path_of_a_file_is_no_secret(tmp_path: Path) -> None:
     """Unless the config refers to it: the shell sets PWD and SSH_AUTH_SOCK, and PWD is a part of many paths."""
     (tmp_path / "socket").touch()
     secrets.note_environment(variables={"SSH_AUTH_SOCK": str(tmp_path / "socket"), "PWD": "/no/such/folder"})
     text = f"{tmp_path}/socket /no/such/folder/data"
     assert secrets.redact(text) == text
-    secrets.note_environment(["FOLDER_KEY"], {"FOLDER_KEY": str(tmp_path)})
+    secrets.note_environment(["FOLDER_KEY", "HOME"], {"FOLDER_KEY": str(tmp_path), "HOME": "/no/such/folder"})
     assert secrets.redact(text) == "${oc.env:FOLDER_KEY}/socket /no/such/folder/data"

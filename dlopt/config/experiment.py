@@ -9,6 +9,7 @@ from dlopt.config.settings import Settings as Settings
 from dlopt.data.settings import DataSettings
 from dlopt.parameters import Grouping
 from dlopt.schedules import Factor, Horizon, Warmup
+from dlopt.secrets import forget
 
 
 @dataclass(frozen=True)
@@ -81,4 +82,6 @@ class Experiment:
         `settings`: None: those of the experiment. `saved_tokenizer`: of a checkpoint; None: that of the config.
         """
         keys = vars(self.data_settings if settings is None else settings)
-        return self.data.build(**keys, saved_tokenizer=saved_tokenizer)
+        dataset = self.data.build(**keys, saved_tokenizer=saved_tokenizer)
+        forget(dataset.classes or ())
+        return dataset

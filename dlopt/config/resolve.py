@@ -11,15 +11,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dlopt.config.choices import Catalogue, config_folder
+from dlopt.config.choices import Catalogue
 from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.schema import show
 from dlopt.config.trust import leaves
 from dlopt.errors import UserError
 from dlopt.plain import flatten, is_below, load_yaml
-from dlopt.secrets import is_secret_name, note, note_environment, redact, references
+from dlopt.secrets import forget, is_secret_name, note, note_environment, redact, references
 
 _TARGET = "._target_"
+_IS_NAME = re.compile(r".*\._target_|name|data\.classes|hydra\.runtime\.choices\..*")
 _RESOLVER = re.compile(r"\$\{\s*(?!oc\.env\s*:)[\w.]+\s*:")  # other than oc.env: it may change the value of a variable
 
 
@@ -77,15 +78,16 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
 def note_secrets(config: DictConfig, raw: Mapping[str, Any]) -> None:
     """Notes the secrets of a config (see `dlopt.secrets`). `raw`: the config, unresolved, as a dict.
 
-    The names of choices, keys and callables are no secrets: `name=${oc.env:MODEL}` does not hide the model.
+    What the config needs is no secret: its keys, choices, callables and name, and paths that are typed and exist. A
+    secret with such a value is replaced only if the config refers to it.
     """
     flat = flatten(raw)
-    names = {name for text in _texts(list(flat.values())) for name in references(text)}
-    words = " ".join([*flat, *(str(value) for key, value in flat.items() if key.endswith(_TARGET))])
-    values = {name: os.environ.get(name, "") for name in names}
-    note_environment(
-        name for name, value in values.items() if is_secret_name(name) or not (value in words or _is_choice(value))
-    )
+    texts = _texts(list(flat.values()))
+    chosen = _texts([value for key, value in flat.items() if _IS_NAME.fullmatch(key)])
+    public = [*flat, *(text for text in chosen if "${" not in text)]
+    forget([*public, *(text for text in texts if os.path.sep in text and os.path.exists(text))])
+    values = {name: os.environ.get(name, "") for text in texts for name in references(text)}
+    note_environment(values, {name: value for name, value in values.items() if value not in "\n".join(public)})
     if "hydra" in config:
         note_environment(variables=job_variables(config))
 
@@ -97,10 +99,6 @@ def job_variables(config: DictConfig) -> dict[str, str]:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'hydra.job.env_set'}: {first_lines(error)}; set this variable") from None
     return {str(key): str(value) for key, value in variables.items()}
-
-
-def _is_choice(value: str) -> bool:
-    return re.fullmatch(r"[\w-]+", value) is not None and any(config_folder().rglob(f"{value}.yaml"))
 
 
 def _texts(value: Any) -> list[str]:

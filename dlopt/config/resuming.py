@@ -14,6 +14,7 @@ from dlopt.folders import SPACE, RunFolder, newest
 from dlopt.metric_names import former_mode
 from dlopt.plain import flatten
 from dlopt.roles import Role
+from dlopt.secrets import redacted
 
 _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 
@@ -56,8 +57,11 @@ def _has_config(run: RunFolder, config: Mapping[str, Any]) -> bool:
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns by dotted key the (saved, current) values that differ, without those of keys that `may_change`."""
-    old, new = {**_UNUSED, **flatten(saved)}, {**_UNUSED, **flatten(current)}
+    """Returns by dotted key the (saved, current) values that differ, without those of keys that `may_change`.
+
+    Both are compared redacted: a secret may have become one since the config was saved.
+    """
+    old, new = {**_UNUSED, **flatten(redacted(saved))}, {**_UNUSED, **flatten(redacted(current))}
     for config in (old, new):  # absent in older configs
         config.setdefault("monitor_mode", former_mode(config))
     if old.get("ema") is None:

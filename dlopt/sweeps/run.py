@@ -192,14 +192,15 @@ def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
         return False
     for lines, job in zip(space, jobs, strict=True):
         old = job.folder.config()
-        if differences(old, job.plan.saved) if old is not None else _values(lines) != _values(storable(job.plan.lines)):
+        if differences(old, job.plan.saved) if old is not None else _values(lines) != _values(job.plan.lines):
             return False
     return True
 
 
 def _values(lines: Any) -> dict[str, str]:
-    """Returns the overrides by key, without those that may change on resume."""
-    return {key_of(line): value_of(line) for line in map(str, lines) if not may_change(key_of(line))}
+    """Returns the overrides by key, as they are stored, without those that may change on resume."""
+    stored = storable(map(str, lines))
+    return {key_of(line): value_of(line) for line in stored if not may_change(key_of(line))}
 
 
 # -- launchers and sweepers of other packages

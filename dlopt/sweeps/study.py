@@ -268,8 +268,10 @@ def is_fact(key: str) -> bool:
 def describe_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Lists the facts that differ as `key: saved a, now b`; '' if there are none.
 
-    Ignores the saved keys that are no facts: those of another version of dlopt may have been.
+    Ignores the saved keys that are no facts: those of another version of dlopt may have been. Compares what is stored:
+    without secrets.
     """
+    saved, current = redacted(saved), redacted(current)
     pairs: dict[str, tuple[Any, Any]] = {}
     for key in {**saved, **current}:
         a, b = saved.get(key), current.get(key)
