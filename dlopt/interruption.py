@@ -11,9 +11,9 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from dlopt.errors import INTERRUPTED
 
@@ -132,9 +132,49 @@ def leave_closed_terminal() -> None:
             is_device = stat.S_ISCHR(os.fstat(descriptor).st_mode)
             events = dict(poll.poll(0)).get(descriptor, 0)
             if events & select.POLLERR or (is_device and events & select.POLLHUP):
-                devnull = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(devnull, descriptor)
-                os.close(devnull)
+                _drop(descriptor)
+
+
+class KeptStream:
+    """stdout or stderr, which drops what nobody can read: a terminal is closed some time before its signal arrives.
+
+    Otherwise a `print` of the user's code would end the run with an error, without a checkpoint.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            leave_closed_terminal()
+            return self._stream.write(text)  # raises other errors again, such as that of a full disk
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            leave_closed_terminal()
+            self._stream.flush()
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def streams_kept() -> Iterator[None]:
+    """Within the context, `KeptStream`s replace stdout and stderr."""
+    former = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and cast(TextIO, KeptStream(stream)) for stream in former)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = former
 
 
 def print_line(text: str) -> None:
@@ -150,11 +190,16 @@ def flush_streams() -> None:
         try:
             stream.flush()
         except OSError:
-            devnull = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(devnull, descriptor)
-            os.close(devnull)
+            _drop(descriptor)
         except ValueError:  # closed
             pass
+
+
+def _drop(descriptor: int) -> None:
+    """Redirects a descriptor to /dev/null."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, descriptor)
+    os.close(devnull)
 
 
 def _handled() -> list[signal.Signals]:

@@ -22,7 +22,7 @@ from dlopt.config.resuming import how_to_resume
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.files import read_json, write_atomically, write_json, write_yaml
 from dlopt.folders import FORMAT, LAUNCHER_LOCK, RunFolder, new_run_id
-from dlopt.interruption import Interruption, flush_streams, print_line
+from dlopt.interruption import Interruption, flush_streams, print_line, streams_kept
 from dlopt.parallel import launch, rendezvous
 from dlopt.parallel.hung import end_if_hung
 from dlopt.secrets import RedactedStream, redact_bytes
@@ -153,7 +153,8 @@ def start(run: "Run", *, console: bool) -> int:
             return outcome.code
         is_shown = console and rendezvous.is_main()
         watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
-        with Interruption(run.experiment.settings.max_time) as interruption, watch, torch_defaults():
+        stop = Interruption(run.experiment.settings.max_time)
+        with stop as interruption, streams_kept(), watch, torch_defaults():
             summary = train_run(run, interruption, console=is_shown, **tools(run, console=is_shown))
             rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
     return CODE_OF[summary["status"]]

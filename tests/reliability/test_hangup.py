@@ -17,7 +17,14 @@ from unittest.mock import patch
 import pytest
 
 from dlopt.folders import LAUNCHER_LOCK, RunFolder, make
-from dlopt.interruption import Interruption, flush_streams, killed_by_signals, leave_closed_terminal, print_line
+from dlopt.interruption import (
+    Interruption,
+    flush_streams,
+    killed_by_signals,
+    leave_closed_terminal,
+    print_line,
+    streams_kept,
+)
 from dlopt.locks import hold
 from dlopt.training.checkpoint import load
 from tests.support.line import dlopt, refused
@@ -154,6 +161,26 @@ def test_output_that_nobody_reads_is_dropped() -> None:
         assert in_fork(work) == 0, kind
 
 
+def test_a_print_before_the_signal_arrives_is_dropped() -> None:
+    """The kernel signals the shell only, which signals its jobs; other errors are raised."""
+
+    def work() -> None:
+        reader, writer = pty.openpty()
+        os.dup2(writer, 1)
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        os.close(writer)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        os.close(reader)
+        with streams_kept():
+            print("lost")
+            sys.stdout.writelines(["lost\n"])
+            with pytest.raises(OSError, match="No space left"):
+                print("full", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    assert in_fork(work) == 0
+
+
 def test_open_streams_are_kept(tmp_path: Path) -> None:
     def work() -> None:
         reader, writer = os.pipe()
@@ -236,11 +263,6 @@ def test_a_run_with_a_result_is_still_refused(tmp_path: Path) -> None:
 
 def test_a_launcher_whose_ranks_start_is_live(tmp_path: Path) -> None:
     """Before rank 0 has taken the lock."""
-    def work() -> None:
-        hold(tmp_path / "run" / LAUNCHER_LOCK)
-        writer.write(b"x")
-        signal.pause()
-
     make(tmp_path / "run", "hydra.run.dir")
     reading, writing = os.pipe()
     reader, writer = os.fdopen(reading, "rb", 0), os.fdopen(writing, "wb", 0)
