@@ -221,7 +221,7 @@ def test_no_file_of_a_run_has_a_secret(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", ["grid", "journal", "sqlite"])
 def test_no_file_of_a_sweep_has_a_secret(kind: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PLACE": CANARY, "MY_SECRET": HARD}
-    more = ["seed=0,1"]
+    more = ["seed=0,1", "optimizer.lr=0.1"]
     if kind != "grid":
         pytest.importorskip("optuna")
         more = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=2", "optimizer.lr=interval(0.01,0.1)"]
