@@ -25,7 +25,7 @@ from dlopt.folders import FORMAT, LAUNCHER_LOCK, RunFolder, new_run_id
 from dlopt.interruption import Interruption, flush_streams, print_line, streams_kept
 from dlopt.parallel import launch, rendezvous
 from dlopt.parallel.hung import end_if_hung
-from dlopt.secrets import RedactedStream, redact_bytes
+from dlopt.secrets import RedactedStream, note_environment, redact_bytes
 
 if TYPE_CHECKING:
     from dlopt.training.build import Workload
@@ -270,7 +270,11 @@ def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> Non
 
 
 def redact_output() -> None:
-    """Redacts what this process prints: the output of a job is stored in its folder."""
+    """Redacts what this process prints: the output of a job is stored in its folder.
+
+    A forked job has another environment than the server that imported `dlopt.secrets`.
+    """
+    note_environment()
     for name in ("stdout", "stderr"):
         setattr(sys, name, RedactedStream(getattr(sys, name)))
 

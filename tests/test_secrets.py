@@ -231,7 +231,7 @@ def test_no_file_of_a_sweep_has_a_secret(kind: str, tmp_path: Path) -> None:
     code = (
         "import os, warnings\nimport torch\n"
         "class Odd(torch.optim.SGD):\n"
-        "    def __init__(self, params, lr: float, weight_decay: float, place: str):\n"
+        "    def __init__(self, params, lr: float, place: str, weight_decay: float = 0.0):\n"
         "        warnings.warn(f'at {place}')\n        print(place, os.environ['MY_API_KEY'])\n"
         "        raise ValueError(f'not here: {place!r} ' + os.environ['MY_SECRET'] + os.environ['MY_API_KEY'])\n"
     )
@@ -239,20 +239,20 @@ def test_no_file_of_a_sweep_has_a_secret(kind: str, tmp_path: Path) -> None:
     line = [
         "train", "-m", *TINY[:-1], *more, "optimizer._target_=mine.Odd", "allow_packages=[mine]",
         "+optimizer.place=/x/${oc.env:PLACE}", "note='a ${oc.env:MY_SECRET}'",
-        f"+hydra.job.env_set.MY_API_KEY={CANARY}-typed", "hydra.sweep.dir=sweep",
+        "+hydra.job.env_set.MY_API_KEY=Typed-5ecret", "hydra.sweep.dir=sweep",
     ]  # fmt: skip
     done = run_dlopt(tmp_path, *line, environment={**environment, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1, done.stderr
     report = run_dlopt(tmp_path, "report", "sweep", environment=environment)
     assert report.returncode == 0, report.stderr
     output = (tmp_path / "sweep/0/output.log").read_text()
-    assert "/x/${oc.env:PLACE} ${oc.env:MY_API_KEY}" in output and "ValueError" in output
+    assert "/x/${oc.env:PLACE} ${oc.env:MY_API_KEY}" in output and "not here" in output
     assert "not here" in (RunFolder(tmp_path / "sweep/0").summary() or {})["reason"]
     if kind == "sqlite":
         with sqlite3.connect(tmp_path / "study.db") as database:
             rows = database.execute("select value_json from trial_user_attributes").fetchall()
         assert any("not here" in row[0] for row in rows)
-    assert leaks(tmp_path, CANARY, "Zq7") == []
+    assert leaks(tmp_path, CANARY, "Zq7", "5ecret") == []
 
 
 def test_secrets_with_ordinary_values_change_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
