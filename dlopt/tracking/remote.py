@@ -139,7 +139,8 @@ class MLflow:
             self._run = str(saved["run_id"])
             self._client.update_run(self._run, status="RUNNING")
             return
-        tags = {"mlflow.runName": self._folder.name, "mlflow.source.name": "dlopt", "dlopt.folder": redact(str(self._folder))}
+        tags = {"mlflow.runName": self._folder.name, "mlflow.source.name": "dlopt"}
+        tags["dlopt.folder"] = redact(str(self._folder))
         experiment = _experiment(self._client, str(hparams["name"]))
         self._run = self._client.create_run(experiment.experiment_id, tags=tags).info.run_id
         write_atomically(id_file, json.dumps({"tracking_uri": uri, "run_id": self._run}).encode())
