@@ -187,8 +187,8 @@ def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence
         mode = mode_of(watch, modes)
         if mode is None:
             raise UserError(
-                f"hydra.sweeper.watch={watch}: whether smaller or larger values of your own metric are better must be "
-                f"set: monitor={watch} monitor_mode=min (or max)"
+                f"hydra.sweeper.watch={watch}: not a metric of dlopt; for a metric of your own, say which values are "
+                f"better: monitor={watch} monitor_mode=min (or max)"
             )
         is_opposite = (mode == "min") != (directions[0] == "minimize")
     return StudySpec(
@@ -216,8 +216,8 @@ def _directions(settings: SearchSettings, objectives: Sequence[str], modes: Mode
         mode = mode_of(key, modes)
         if mode is None and direction == "auto":
             raise UserError(
-                f"hydra.sweeper.objective={key}: whether smaller or larger values of your own metric are better must "
-                "be set: hydra.sweeper.direction=minimize or maximize, or monitor_mode=min or max if it is monitored"
+                f"hydra.sweeper.objective={key}: not a metric of dlopt; for a metric of your own, say which values are "
+                "better: hydra.sweeper.direction=minimize (or maximize)"
             )
         is_metric = base_name(key) != key  # of an evaluation: a search may maximize the steps of a run
         if is_metric and mode is not None and direction not in ("auto", f"{mode}imize"):

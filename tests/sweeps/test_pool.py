@@ -170,8 +170,11 @@ def test_result_of_exit_codes(tmp_path: Path) -> None:
 
 def test_marks_a_dead_job_as_failed(tmp_path: Path) -> None:
     record_dead(RunFolder(tmp_path))
-    assert not (tmp_path / "summary.json").exists()  # it never began
     (tmp_path / "config.yaml").write_text("seed: 0\n")
+    record_dead(RunFolder(tmp_path))
+    assert not (tmp_path / "summary.json").exists()  # it never began
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.pt").touch()
     record_dead(RunFolder(tmp_path))
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
 

@@ -92,13 +92,13 @@ def test_processes_write_sweep_yaml_one_at_a_time(tmp_path: Path, monkeypatch: p
     """A process does not see its own lock: ask a fork."""
     held = []
 
-    def written(path: Path, data: bytes) -> None:
+    def written(path: Path, value: object) -> None:
         child = os.fork()
         if child == 0:
             os._exit(is_held(path.parent / WORKERS / STUDY_LOCK))
         held.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
-    monkeypatch.setattr(module, "write_atomically", written)
+    monkeypatch.setattr(module, "write_yaml", written)
     study = study_of(tmp_path, make_spec(1, None))
     module._write_sweep_file(tmp_path, {}, study)
     study.close()
@@ -111,18 +111,20 @@ def test_failed_job_is_reported_and_does_not_stop_the_others(tmp_path: Path) -> 
     assert {number: each["status"] for number, each in summaries(tmp_path).items()} == {"0": "finished", "1": "failed"}
 
 
-def test_unknown_objective_ends_the_search_after_the_first_job(tmp_path: Path) -> None:
-    result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=3", "hydra.sweeper.objective=best_val_f2")
+def test_unknown_objective_needs_a_direction_and_ends_the_search_after_the_first_job(tmp_path: Path) -> None:
+    line = (SPACE, "hydra.sweeper.n_trials=3", "hydra.sweeper.objective=best_val_f2")
+    result = search(tmp_path, *line)
+    assert result.code == 2 and "hydra.sweeper.objective=best_val_f2: not a metric of dlopt; " in result.err
+    result = search(tmp_path, *line, "hydra.sweeper.direction=maximize")
     assert result.code == 1 and list(summaries(tmp_path)) == ["0"]
     assert result.err.startswith("dlopt: hydra.sweeper.objective=best_val_f2: no such metric in summary.json, which ")
     assert "best_val_loss" in result.err and result.err.count("\n") == 1
 
 
-def test_unknown_metric_of_the_pruner_ends_the_search_after_the_first_job(tmp_path: Path) -> None:
+def test_unknown_metric_of_the_pruner_is_refused(tmp_path: Path) -> None:
     median = ["hydra/sweeper/pruner=median", "hydra.sweeper.watch=val_los"]
     result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=3", *median)
-    assert result.code == 1 and list(summaries(tmp_path)) == ["0"]
-    assert result.err.startswith("dlopt: hydra.sweeper.watch=val_los: no such metric in metrics.jsonl, which has ")
+    assert result.code == 2 and result.err.startswith("dlopt: hydra.sweeper.watch=val_los: not a metric of dlopt; ")
 
 
 @pytest.mark.parametrize(
