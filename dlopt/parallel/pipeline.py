@@ -194,7 +194,7 @@ class PipelineMode(GroupMode):
         self._micro_loss = lambda outputs, targets: loss(outputs, targets) * part.weight
         losses: list[Tensor] = []
         schedule = self._schedule(part.total, count)
-        arguments = (part.inputs.contiguous(),) if self.group.rank == 0 else ()
+        arguments = (as_message(part.inputs),) if self.group.rank == 0 else ()
         of_last_rank = {"target": part.targets, "losses": losses} if self.is_last else {}
         schedule.step(*arguments, **of_last_rank, return_outputs=False)
         return [loss.detach() for loss in losses]
@@ -262,6 +262,14 @@ class StageSplit(BatchSplit):
         return augment if self.needs_samples or augment is None else ShardedAugment(augment, 1, 0, 1)
 
 
+def as_message(values: Tensor) -> Tensor:
+    """Returns contiguous values with the strides of a new tensor, as `PipelineStage` in torch 2.11 requires.
+
+    `contiguous` keeps a tensor with any strides along dimensions of size 1, as channels-last ones have.
+    """
+    return values.flatten().view(values.shape)
+
+
 class Stage(nn.Module):
     """The layers of one stage as one module. Inputs and outputs are contiguous, as pipeline messages must be.
 
@@ -289,7 +297,7 @@ class Stage(nn.Module):
             for layer in self.layers:
                 values = layer(values)
         self._discard_draws(self._later, inputs)
-        return values.contiguous()
+        return as_message(values)
 
     def _discard_draws(self, dropouts: Sequence[tuple[GlobalDropout, tuple[int, ...]]], inputs: Tensor) -> None:
         for dropout, sample in dropouts:
