@@ -357,8 +357,8 @@ class ADOPT(RealOptimizer):
         roots = torch._foreach_sqrt(squares)
         torch._foreach_clamp_min_(roots, group["eps"])
         normalized = torch._foreach_div(grads, roots)
-        torch._foreach_clamp_max_(normalized, limits)
-        torch._foreach_clamp_min_(normalized, [-limit for limit in limits])
+        for update, limit in zip(normalized, limits, strict=True):
+            update.clamp_(-limit, limit)  # torch 2.11 has no foreach function with a limit for each DTensor
         torch._foreach_lerp_(averages, normalized, 1 - beta1)
         move(group, params, averages)
         torch._foreach_mul_(squares, beta2)

@@ -129,8 +129,8 @@ class Lion(RealOptimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
         grads, averages = gradients(params), buffers(self, params, "exp_avg")
-        updates = torch._foreach_lerp(averages, grads, 1 - beta1)
-        torch._foreach_sign_(updates)
+        # torch 2.11 has neither function as a foreach function of DTensors
+        updates = [average.lerp(grad, 1 - beta1).sign_() for average, grad in zip(averages, grads, strict=True)]
         if group["cautious"]:
             make_cautious(updates, grads)
         move(group, params, updates)
@@ -154,7 +154,7 @@ class Signum(RealOptimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         averages = buffers(self, params, "momentum_buffer")
         torch._foreach_lerp_(averages, gradients(params), 1 - group["momentum"])
-        move(group, params, torch._foreach_sign(averages))
+        move(group, params, [average.sign() for average in averages])  # as in Lion
 
 
 Etas = tuple[OpenFraction, Annotated[float, Gt(1)]]

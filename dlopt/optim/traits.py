@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch.torch_version import TorchVersion
 
 from dlopt.errors import UserError
 
@@ -48,13 +49,15 @@ UNKNOWN = OptimizerTraits()
 ELEMENTWISE = OptimizerTraits(scope="element", rests_at_zero_lr=True, separable=True)  # as SGD
 ADAPTIVE = replace(ELEMENTWISE, normalizes_entries=True)  # as Adam
 
+# Torch's Rprop assigns to chosen elements, which torch 2.11 cannot do with those of a shard.
+_RPROP_SCOPE: Literal["element", "tensor"] = "element" if TorchVersion(torch.__version__) >= (2, 12) else "tensor"
 _OF_TORCH = {
     "ASGD": ELEMENTWISE, "SparseAdam": ELEMENTWISE, "Adadelta": ELEMENTWISE,
     "Adagrad": ADAPTIVE, "Adamax": ADAPTIVE, "NAdam": ADAPTIVE,
     "RMSprop": ADAPTIVE, "RAdam": ELEMENTWISE,  # whose first five updates are those of gradient descent
     "SGD": replace(ELEMENTWISE, rounds_state=True),
     "Adam": replace(ADAPTIVE, rounds_state=True), "AdamW": replace(ADAPTIVE, rounds_state=True),
-    "Rprop": OptimizerTraits(scope="element", separable=True),  # its step sizes start at lr, and do not follow it
+    "Rprop": OptimizerTraits(scope=_RPROP_SCOPE, separable=True),  # its step sizes start at lr, and do not follow it
     "Adafactor": replace(ELEMENTWISE, scope="tensor"), "Muon": replace(ELEMENTWISE, scope="tensor"),
     "LBFGS": OptimizerTraits(evaluations="many"),
 }  # fmt: skip

@@ -27,6 +27,28 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local()  # type: ignore[attr-defined]
 
 
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns the full tensor of a DTensor; a plain tensor as it is. All ranks call this together."""
+    if not is_sharded_tensor(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    assert isinstance(tensor, DTensor)
+    if not any(isinstance(placement, _StridedShard) for placement in tensor.placements):
+        return tensor.full_tensor()
+    # torch 2.11 gathers no strided shards. As a tensor with a dimension for the blocks, this one has an ordinary shard.
+    [placement] = tensor.placements
+    dim, blocks = placement.dim, placement.split_factor
+    shape = (*tensor.shape[:dim], blocks, tensor.shape[dim] // blocks, *tensor.shape[dim + 1 :])
+    shard = tensor.to_local().unflatten(dim, (blocks, -1)).contiguous()
+    strides = torch.empty(shape, device="meta").stride()
+    split = DTensor.from_local(
+        shard, tensor.device_mesh, [Shard(dim + 1)], run_check=False, shape=torch.Size(shape), stride=strides
+    )
+    return split.full_tensor().flatten(dim, dim + 1)
+
+
 def element_numbers(tensor: Tensor) -> Tensor:
     """Returns the row-major index of each local element in the full tensor, modulo 2^32, as int32."""
     counts, starts = tuple(tensor.shape), (0,) * tensor.ndim
@@ -153,9 +175,7 @@ class TensorShards(FullState):
         return total_norm(tensors)
 
     def full(self, state: T) -> T:
-        return tree_map_only(
-            Tensor, lambda tensor: tensor.full_tensor() if is_sharded_tensor(tensor) else tensor, state
-        )
+        return tree_map_only(Tensor, full_tensor, state)
 
     def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
         # Meta tensors are loaded as themselves, so names and strictness are those of the full model.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from dlopt.config.parsing import parse
 from dlopt.errors import UserError
@@ -39,6 +40,8 @@ NEEDS_FULL_TENSORS = {
     "shampoo",
     "soap",
 }
+if TorchVersion(torch.__version__) < (2, 12):
+    NEEDS_FULL_TENSORS.add("irprop")  # torch's Rprop cannot update shards there
 NEEDS_FULL_MODEL = {"bfgs", "dfp", "lbfgs", "newton", "newton_cg", "newton_undamped", "prodigy", "sam", "sophia"}
 
 
@@ -94,6 +97,7 @@ def run_all(choices: dict[str, Composed]) -> None:
     for choice, plain in choices.items():
         check_updates(choice, plain)
     check_clipping()
+    check_strided()
     check_averaging()
     check_tolerance()
 
@@ -160,6 +164,26 @@ def check_clipping() -> None:
             assert a.grad is not None and b.grad is not None
             torch.testing.assert_close(TensorShards().full(b.grad), a.grad, rtol=1e-12, atol=0)
         assert not torch.equal(gradient_norm(list(full.parameters())), expected)
+
+
+def check_strided() -> None:
+    """A rank's share of the rows of each of three maps, as of the inputs of a layer behind flattened maps."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for rows in (4, 5, 1):
+        full = torch.arange(2.0 * 3 * rows).view(2, 3 * rows)
+        chunks = full.view(2, 3, rows).tensor_split([(rows + 1) // 2], 2)
+        shard = chunks[mesh.get_rank()].flatten(1)
+        placements = [_StridedShard(1, split_factor=3)]
+        strided = DTensor.from_local(shard, mesh, placements, shape=full.shape, stride=full.stride())
+        assert torch.equal(TensorShards().full(strided), full)
+        layer = nn.Module()
+        layer.register_buffer("values", torch.zeros_like(strided))
+        TensorShards().load_model(layer, {"values": full})
+        assert torch.equal(local(layer.values), shard)
 
 
 def check_averaging() -> None:
