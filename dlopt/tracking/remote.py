@@ -172,7 +172,7 @@ def _check_mlflow(key: str, name: str) -> None:
     store = f"MLFLOW_TRACKING_URI={uri}" if is_set else f"MLflow's default store {uri}"
     limits = _LIMITS | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # the user is waiting
     try:
-        if uri.partition(":")[0].partition("+")[0] in _DATABASES:
+        if re.split(r"[:+]", uri)[0] in _DATABASES:
             _connect(uri)
         with env_override({variable: os.environ.get(variable, value) for variable, value in limits.items()}):
             experiment = _experiment(MlflowClient(), name)
