@@ -87,7 +87,8 @@ def test_uses_one_thread_where_it_can(kernel: Kernel) -> None:
     assert threads == [2, 1, 1], "the gradient of the inputs, then those of the halves of the batch"
     assert number() == 2
     kernel.close()
-    torch.testing.assert_close(found, gradients(layer, images(layer, 32, 8)))
+    # Sums of 2048 products, in fp32 and another order.
+    torch.testing.assert_close(found, gradients(layer, images(layer, 32, 8)), rtol=1e-5, atol=1e-3)
 
 
 def test_restores_threads_after_an_error(kernel: Kernel) -> None:

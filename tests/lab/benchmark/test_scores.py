@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget
 from dlopt.lab.benchmark.scores import (
@@ -68,7 +68,7 @@ def algoperf_profile(ratio: pd.DataFrame, tau: float) -> pd.Series:
 def algoperf_score_on_grid(ratio: pd.DataFrame, points: int) -> pd.Series:
     taus = np.linspace(1.0, 4.0, points)
     frame = pd.concat([algoperf_profile(ratio, tau) for tau in taus], axis=1)
-    return pd.Series(np.trapezoid(frame, x=taus) / 3.0, index=frame.index)
+    return pd.Series(integrate.trapezoid(frame, x=taus) / 3.0, index=frame.index)
 
 
 def algoperf_score_by_steps(ratio: pd.DataFrame) -> pd.Series:
