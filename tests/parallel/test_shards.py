@@ -167,7 +167,7 @@ def check_clipping() -> None:
 
 
 def check_strided() -> None:
-    """A rank's share of the rows of each of three maps, as of the inputs of a layer behind flattened maps."""
+    """A rank's share of the rows of each of three maps, as the input weights of a layer after flattened maps have it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import _StridedShard
