@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,8 @@ def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes `path` atomically. A folder that cannot be written is ignored: there is no cache then."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # no allow_pickle: NumPy 1.26 would take it for the name of an array
+    named: dict[str, Any] = dict(arrays)
+    np.savez(buffer, **named)  # no allow_pickle: NumPy 1.26 would take it for the name of an array
     data = buffer.getvalue()
     save(path, hashlib.sha256(data).digest() + data)
 

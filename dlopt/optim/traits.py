@@ -50,7 +50,7 @@ ELEMENTWISE = OptimizerTraits(scope="element", rests_at_zero_lr=True, separable=
 ADAPTIVE = replace(ELEMENTWISE, normalizes_entries=True)  # as Adam
 
 # Torch's Rprop assigns to chosen elements, which torch 2.11 cannot do with those of a shard.
-_RPROP_SCOPE: Literal["element", "tensor"] = "element" if TorchVersion(torch.__version__) >= (2, 12) else "tensor"
+_RPROP_SCOPE: Literal["element", "tensor"] = "element" if TorchVersion(torch.__version__) >= "2.12" else "tensor"
 _OF_TORCH = {
     "ASGD": ELEMENTWISE, "SparseAdam": ELEMENTWISE, "Adadelta": ELEMENTWISE,
     "Adagrad": ADAPTIVE, "Adamax": ADAPTIVE, "NAdam": ADAPTIVE,

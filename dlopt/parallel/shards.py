@@ -35,10 +35,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor.placement_types import _StridedShard
 
     assert isinstance(tensor, DTensor)
-    if not any(isinstance(placement, _StridedShard) for placement in tensor.placements):
+    placement = tensor.placements[0]
+    if not isinstance(placement, _StridedShard):
         return tensor.full_tensor()
     # torch 2.11 gathers no strided shards. As a tensor with a dimension for the blocks, this one has an ordinary shard.
-    [placement] = tensor.placements
     dim, blocks = placement.dim, placement.split_factor
     shape = (*tensor.shape[:dim], blocks, tensor.shape[dim] // blocks, *tensor.shape[dim + 1 :])
     shard = tensor.to_local().unflatten(dim, (blocks, -1)).contiguous()

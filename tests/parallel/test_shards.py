@@ -40,7 +40,7 @@ NEEDS_FULL_TENSORS = {
     "shampoo",
     "soap",
 }
-if TorchVersion(torch.__version__) < (2, 12):
+if TorchVersion(torch.__version__) < "2.12":
     NEEDS_FULL_TENSORS.add("irprop")  # torch's Rprop cannot update shards there
 NEEDS_FULL_MODEL = {"bfgs", "dfp", "lbfgs", "newton", "newton_cg", "newton_undamped", "prodigy", "sam", "sophia"}
 
@@ -167,7 +167,7 @@ def check_clipping() -> None:
 
 
 def check_strided() -> None:
-    """A rank's share of the rows of each of three maps, as the input weights of a layer after flattened maps have it."""
+    """A rank's share of the rows of each of three maps, as in the weights of a layer after flattened maps."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import _StridedShard
