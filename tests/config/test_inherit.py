@@ -137,4 +137,5 @@ def test_inherits_from_an_inherited_run(tmp_path: Path) -> None:
     assert losses(first) == losses(second)
     third = yaml.safe_load((only(tmp_path, "outputs/third/*") / "config.yaml").read_text())
     saved = yaml.safe_load((tmp_path / "first/config.yaml").read_text())
-    assert third == {**saved, "name": "third", "optimizer": {**saved["optimizer"], "lr": 0.01}}
+    expected = {**saved, "name": "third", "optimizer": {**saved["optimizer"], "lr": 0.01}, "run_id": third["run_id"]}
+    assert third == expected and third["run_id"] != saved["run_id"]
