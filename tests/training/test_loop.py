@@ -65,6 +65,10 @@ class Tracking:
     advanced: list[int] = field(default_factory=list)
     steps: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def advance(self, step: int) -> None:
         self.advanced.append(step)
