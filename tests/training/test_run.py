@@ -438,7 +438,7 @@ def test_rollback_keeps_the_best_epoch_where_only_rank_0_sees_its_file(tmp_path:
     with (
         explosions(lambda step, lr: step == 6 and lr > 0.05),
         patch.object(Trainer, "_roll_back", roll_back),
-        patch.object(Checkpoints, "has_best", lambda self, epoch: False),
+        patch.object(Checkpoints, "has_best", lambda self, epoch, run_id: False),
         patch.object(Ranks, "broadcast", lambda self, value: True if value is False else value),
     ):
         start(tmp_path, *RUN, "on_divergence=rollback")

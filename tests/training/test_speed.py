@@ -1,5 +1,6 @@
 """Tests of the values chosen for `auto`, and of the refusals of `true`."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,13 @@ def test_compiles_in_the_mode_of_torch(
 ) -> None:
     """Outputs of torch's graphs are copied: the next replay overwrites them, and metrics keep them."""
     modes, output = [], torch.ones(2)
-    monkeypatch.setattr(torch, "compile", lambda model, mode=None: modes.append(mode) or (lambda inputs: output))
+
+    def compile_(model: nn.Module, *, mode: str | None, dynamic: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+        assert not dynamic
+        modes.append(mode)
+        return lambda inputs: output
+
+    monkeypatch.setattr(torch, "compile", compile_)
     result = speed.compiled(nn.Identity(), setting)(torch.zeros(2))
     assert modes == [torch_mode] and torch.equal(result, output) and (result is not output) == copies
 
