@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,9 @@ from tests.support.requires import requires
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before torch is first imported, and for the commands that tests start
+
+# Started by `nohup` or by a service, the tests and all processes of theirs would ignore it, as runs then do.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.fsync = lambda descriptor: None  # type: ignore[assignment]  # half of a small run's time; no test cuts the power
 # Neither this replacement nor that of the launcher is in new interpreters: tests/parallel/test_launch.py and
