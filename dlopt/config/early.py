@@ -42,6 +42,8 @@ def check_early(config: Mapping[str, Any], overrides: Iterable[str]) -> None:
     `config`: resolved, as plain dicts and lists.
     """
     run_settings(config)
+    if "run_id" in config:  # a saved config has one, and is not checked here
+        raise UserError(f"run_id={config['run_id']}: dlopt gives every run its id; to name a run, use name or tags")
     for key in map(key_of, overrides):
         _check_argument(config, key)
 

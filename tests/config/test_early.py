@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from dlopt.config.settings import GROUPS as NAMES
 from dlopt.config.signatures import annotations_of
 from dlopt.errors import UserError
 from dlopt.plain import load_yaml
+from tests.support.line import refused
 
 _RUN = """
 import sys
@@ -97,3 +99,8 @@ def composed_config() -> dict[str, object]:
     from dlopt.config.resolve import to_plain
 
     return to_plain(Composer().compose([]), [])[0]
+
+
+def test_the_id_of_a_run_is_not_typed(tmp_path: Path) -> None:
+    """Typed, it would tie the files of two runs to each other."""
+    assert "run_id=mine: dlopt gives every run its id" in refused(tmp_path, "train", "+run_id=mine", "model=mlp")
