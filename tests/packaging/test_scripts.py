@@ -58,7 +58,8 @@ esac
 """
 COMMAND = r"""#!/bin/sh
 echo dlopt "$@"
-ls -l /proc/$$/fd | { grep -c '[p]yproject.toml' || :; }
+ls -l /proc/$$/fd >"$LOG.$$" # not a pipe: this shell would close its ends while ls reads the folder
+grep -c '[p]yproject.toml' "$LOG.$$" || :
 exit ${EXIT:-0}
 """
 # What the stand-in for dlopt prints: its arguments, and how many descriptors of the lock it inherited.
