@@ -13,10 +13,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Fraction, Positive
 from dlopt.models.linear import Linear
 from dlopt.parameters import ADAPTERS
-from dlopt.ranges import Count, Fraction, Positive
 
 _A, _B = ADAPTERS
 _SCALE = "lora_scale"

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.types import RunMode
 
 from dlopt.attempt import prepare, refuse_unusable_tracking
+from dlopt.basics.errors import DONE, INTERRUPTED, RunError, UserError
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.commands.find_lr import learning_rates
 from dlopt.config.compose import Composer
@@ -23,7 +24,6 @@ from dlopt.config.flags import parse_arguments
 from dlopt.config.inherit import inherit
 from dlopt.config.overrides import quoted
 from dlopt.config.plan import checked
-from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
 from dlopt.instruments.lr_range import LearningRates
 from dlopt.job import start
 from dlopt.parallel.rendezvous import current

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.utils import configure_log, env_override
 from omegaconf import DictConfig
 
+from dlopt.basics.errors import DONE, USER_ERROR, UserError
+from dlopt.basics.folders import SHELL_FOLDER, FolderSnapshot, RunFolder, make, make_new, new_run_id
+from dlopt.basics.interruption import killed_by_signals
 from dlopt.command_line.reads import refuse_untested
 from dlopt.config.compose import typed_folder
 from dlopt.config.plan import Plan
 from dlopt.config.resolve import first_lines, job_variables, resolve_saved
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
-from dlopt.errors import DONE, USER_ERROR, UserError
-from dlopt.folders import SHELL_FOLDER, FolderSnapshot, RunFolder, make, make_new, new_run_id
-from dlopt.interruption import killed_by_signals
 from dlopt.job import Outcome, execute, reported
 from dlopt.parallel.rendezvous import current
 from dlopt.tracking.layout import short_path

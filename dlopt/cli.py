@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import dlopt
-from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
-from dlopt.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_line
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
+from dlopt.basics.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_line
 from dlopt.table import COMMANDS, of_other_packages
 
 _HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations

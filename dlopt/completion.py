@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from dlopt.basics.errors import UserError
 from dlopt.config.overrides import key_of, value_of
-from dlopt.errors import UserError
 
 
 def complete(arguments: list[str], commands: Mapping[str, str]) -> int:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, NonNegative, Positive
 from dlopt.models.alexnet import AlexNet, TwoColumnAlexNet
 from dlopt.models.layers import ACTIVATIONS, evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.parameters import NORMS
-from dlopt.ranges import Count, NonNegative, Positive
 
 Fan = Literal["fan_in", "fan_out"]
 _TORCH_GAINS: dict[type[nn.Module], Any] = {

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt import environment
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
+from dlopt.basics.files import read_json, write_atomically, write_json, write_yaml
+from dlopt.basics.folders import FORMAT, LAUNCHER_LOCK, RunFolder, new_run_id
+from dlopt.basics.interruption import Interruption, flush_streams, print_line, streams_kept
+from dlopt.basics.secrets import RedactedStream, note_environment, redact_bytes
 from dlopt.config.keys import LABELS
 from dlopt.config.overrides import is_typed, storable
 from dlopt.config.resuming import how_to_resume
-from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
-from dlopt.files import read_json, write_atomically, write_json, write_yaml
-from dlopt.folders import FORMAT, LAUNCHER_LOCK, RunFolder, new_run_id
-from dlopt.interruption import Interruption, flush_streams, print_line, streams_kept
 from dlopt.parallel import launch, rendezvous
 from dlopt.parallel.hung import end_if_hung
-from dlopt.secrets import RedactedStream, note_environment, redact_bytes
 
 if TYPE_CHECKING:
     from dlopt.training.build import Workload
@@ -272,7 +272,7 @@ def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> Non
 def redact_output() -> None:
     """Redacts what this process prints: the output of a job is stored in its folder.
 
-    A forked job has another environment than the server that imported `dlopt.secrets`.
+    A forked job has another environment than the server that imported `dlopt.basics.secrets`.
     """
     note_environment()
     for name in ("stdout", "stderr"):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlopt.errors import UserError
-from dlopt.ranges import Fraction, NonNegative, Positive, Probability
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Fraction, NonNegative, Positive, Probability
 
 
 class CrossEntropy(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 
 Mode = Literal["min", "max"]
 Modes = Mapping[str, Mode]

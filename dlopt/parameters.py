@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from dlopt.errors import UserError
-from dlopt.plain import is_below
-from dlopt.ranges import NonNegative, PositiveFraction
+from dlopt.basics.errors import UserError
+from dlopt.basics.plain import is_below
+from dlopt.basics.ranges import NonNegative, PositiveFraction
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ADAPTERS = ("lora_a", "lora_b")  # names of the matrices of an adapter, which belong to the layer of the weight

@@ -8,9 +8,9 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.errors import UserError, install
-from dlopt.files import read_json
-from dlopt.formats import format_metric
+from dlopt.basics.errors import UserError, install
+from dlopt.basics.files import read_json
+from dlopt.basics.formats import format_metric
 from dlopt.results import reading
 from dlopt.results.listing import Query
 from dlopt.results.reading import Condition, Damaged, Record

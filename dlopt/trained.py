@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
-from dlopt.errors import RunError, UserError
+from dlopt.basics.errors import RunError, UserError
 from dlopt.openmp import adapt_waiting
 from dlopt.processor import set_deterministic, set_threads
 from dlopt.training import rng

@@ -16,9 +16,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dlopt.basics.plain import load_yaml  # noqa: E402
 from dlopt.lab.trajectory.functions import Quadratic, Window  # noqa: E402
 from dlopt.lab.trajectory.paths import TOLERANCE, Trajectory, follow  # noqa: E402
-from dlopt.plain import load_yaml  # noqa: E402
 
 PATH = ROOT / "docs/_static/sliders/paths.js"
 CONDITIONS = (1, 5, 10, 30, 100)

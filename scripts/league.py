@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.benchmark.results import REFERENCE, Results, load_reference, read, to_json
 
 

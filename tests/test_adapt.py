@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from dlopt.adapt import adapted_layers, describe, lora, merged
 from dlopt.api import load
+from dlopt.basics.errors import UserError
 from dlopt.commands.eval import evaluate
 from dlopt.commands.export import export
 from dlopt.config.parsing import parse
 from dlopt.config.resuming import differences
-from dlopt.errors import UserError
 from dlopt.models.linear import Linear
 from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training import checkpoint

@@ -20,7 +20,7 @@ from PIL import Image
 
 import dlopt
 from dlopt import load, openmp, train
-from dlopt.errors import RunError, UserError
+from dlopt.basics.errors import RunError, UserError
 from tests.support.line import dlopt as shell
 from tests.support.runs import SMALL, at_update, same, timeless
 

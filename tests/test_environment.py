@@ -122,10 +122,10 @@ def test_filters_of_included_files_and_of_the_user_are_not_started(
     repository: Path, program: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     home = tmp_path_factory.mktemp("home")
-    (home / ".gitconfig").write_text(f"[filter \"lfs\"]\nclean = {program}\nrequired = true\n")
+    (home / ".gitconfig").write_text(f'[filter "lfs"]\nclean = {program}\nrequired = true\n')
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("GIT_CONFIG_GLOBAL", raising=False)
-    (repository / ".git/more").write_text(f"[filter \"mine\"]\nclean = {program}\n[Filter \"Mine\"]\nclean={program}")
+    (repository / ".git/more").write_text(f'[filter "mine"]\nclean = {program}\n[Filter "Mine"]\nclean={program}')
     git(repository, "config", "include.path", "more")
     (repository / ".gitattributes").write_text("*.py filter=mine\ncode.py filter=lfs\nb.py filter=Mine\n")
     (repository / "code.py").write_text("lr = 2\n")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import load_weights
 from tests.support.runs import small_workload

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.graphs import GraphedFunction, Recorder
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.mode import Mode

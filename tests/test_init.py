@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dlopt import init
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.mlp import MLP
 from dlopt.models.resnet import CifarResNet
 from tests.support.choices import names

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt import losses
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.losses import MSE, BinaryCrossEntropy, CrossEntropy, PixelCrossEntropy, sampled_cross_entropy
 
 CLASSES = 5

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.metric_names import common_modes, former_mode, known_mode, lower_is_better, mode_of, monitored_modes
 
 LOWER = [

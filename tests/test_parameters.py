@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.optim import Muon
 from dlopt.parameters import Grouping, Rule, parameter_groups
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dlopt
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from tests.support.folders import make_run
 from tests.support.line import dlopt as shell
 from tests.support.line import entries

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from hydra.types import RunMode
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import read_json
 from dlopt.commands.train import train as train_command
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import grid
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.errors import UserError
-from dlopt.files import read_json
 from dlopt.sweeps import jobs, pool
 
 STUDIES = {path.stem: path for path in sorted((config_folder() / "experiment" / "study").glob("[!_]*.yaml"))}

@@ -10,8 +10,8 @@ from dlopt.augment.colour import Brightness, Contrast, Saturation
 from dlopt.augment.geometry import Rotate, ShearX, ShearY, TranslateX, TranslateY
 from dlopt.augment.operation import DrawnStep, Draws, FixedStrengthDraws, Operation, Shape
 from dlopt.augment.tone import AutoContrast, Equalize, Posterize, Sharpness, Solarize
-from dlopt.errors import UserError
-from dlopt.ranges import Count
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count
 
 LEVELS = 31
 

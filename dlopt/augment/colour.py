@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dlopt.augment.operation import DrawnStep, Draws, Operation, PixelStep, Shape, image_shape
+from dlopt.basics.ranges import NonNegative, Probability
 from dlopt.data.normalization import covariance
 from dlopt.data.samples import Samples
-from dlopt.ranges import NonNegative, Probability
 
 
 @dataclass

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from dlopt.augment.operation import DrawnStep, Draws, Operation, Shape, check_intervals, first_fitting
 from dlopt.augment.warp import Affine
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator
+from dlopt.basics.ranges import Count, Positive, PositiveFraction
 from dlopt.data.samples import Files, Wrapped
-from dlopt.errors import UserError
-from dlopt.random import generator
-from dlopt.ranges import Count, Positive, PositiveFraction
 
 
 class RandomCrop(Operation):

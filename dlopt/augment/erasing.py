@@ -18,8 +18,8 @@ from dlopt.augment.operation import (
     first_fitting,
     image_shape,
 )
+from dlopt.basics.ranges import Positive, PositiveFraction, Probability
 from dlopt.data.samples import Samples
-from dlopt.ranges import Positive, PositiveFraction, Probability
 
 
 @dataclass

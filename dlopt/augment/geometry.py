@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dlopt.augment.operation import DrawnStep, Draws, Operation, Shape
 from dlopt.augment.warp import Affine, Radial
-from dlopt.ranges import Natural, NonNegative, Probability
+from dlopt.basics.ranges import Natural, NonNegative, Probability
 
 Factor = Annotated[float, Ge(1)]
 Degrees = Annotated[float, Interval(ge=0, le=180)]

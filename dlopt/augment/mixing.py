@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlopt.augment.erasing import centred_interval
 from dlopt.augment.operation import DrawnStep, Draws, MixingStep, Operation, Shape
-from dlopt.ranges import Positive, Probability
+from dlopt.basics.ranges import Positive, Probability
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 
 Shape = tuple[int, int, int]
 """Channels, height, width of one image."""

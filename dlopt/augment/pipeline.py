@@ -10,9 +10,9 @@ from dlopt.augment.crops import CropReader, ResizingCrop
 from dlopt.augment.erasing import RandomErase
 from dlopt.augment.operation import DrawnStep, Draws, MixingStep, Operation, PixelStep, Warp, image_shape, leaves
 from dlopt.augment.warp import Border, warp
+from dlopt.basics.errors import UserError
 from dlopt.data.batches import Position
 from dlopt.data.samples import Samples, white, whole_images
-from dlopt.errors import UserError
 
 
 class Pipeline:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dlopt.augment.operation import Draws, FixedStrengthDraws, image_shape, leaves
 from dlopt.augment.pipeline import Pipeline, crop_when_reading
+from dlopt.basics.random import generator
 from dlopt.data.batches import Augment, Position
 from dlopt.data.samples import Samples
-from dlopt.random import generator
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlopt.augment.colour import FactorOperation
 from dlopt.augment.operation import DrawnStep, Draws, Operation, PixelStep, Shape
-from dlopt.ranges import NonNegative, Probability
+from dlopt.basics.ranges import NonNegative, Probability
 
 
 class ToneOperation(Operation):

@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dlopt.basics.errors import UserError, did_you_mean, suggest
+from dlopt.basics.folders import make, make_new, refuse_url
 from dlopt.command_line.reads import refuse_unread, refuse_unread_hydra
 from dlopt.command_line.usage import own_keys, own_names
 from dlopt.config.choices import CONFIG_NAME
@@ -24,8 +26,6 @@ from dlopt.config.plan import plan
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import take_checkpoints, typed_values, with_changes
 from dlopt.config.schema import check_arguments, parameters_of
-from dlopt.errors import UserError, did_you_mean, suggest
-from dlopt.folders import make, make_new, refuse_url
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from omegaconf import OmegaConf
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.interruption import die_on_signals
 from dlopt.config.choices import config_folder
 from dlopt.config.overrides import group_of, key_of
 from dlopt.config.saved import typed_values
 from dlopt.config.schema import check_arguments
-from dlopt.errors import UserError
-from dlopt.interruption import die_on_signals
 from dlopt.job import failure, print_error
 from dlopt.parallel import launch
 from dlopt.parallel.rendezvous import current, end_process, first_to_fail, join_store, leave

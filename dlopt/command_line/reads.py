@@ -7,11 +7,11 @@ commands read.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.plain import is_below
+from dlopt.basics.roles import Role
 from dlopt.config.keys import ROLES, role_of
 from dlopt.config.overrides import group_of, key_of, value_of
-from dlopt.errors import UserError
-from dlopt.plain import is_below
-from dlopt.roles import Role
 
 RECIPE = ("experiment", "allow_packages")
 """What sets other keys, and what permits their values."""

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+from dlopt.basics.errors import DONE, RunError, UserError
+from dlopt.basics.files import reason, write
 from dlopt.command_line.line import on_checkpoint, refuse_folder
-from dlopt.errors import DONE, RunError, UserError
-from dlopt.files import reason, write
 from dlopt.tracking.layout import short_path
 
 USAGE = """\

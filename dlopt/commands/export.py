@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import dlopt
+from dlopt.basics.errors import DONE, UserError, install
+from dlopt.basics.files import temporary_sibling, write_atomically
 from dlopt.command_line.line import on_checkpoint, refuse_folder, writing
-from dlopt.errors import DONE, UserError, install
-from dlopt.files import temporary_sibling, write_atomically
 from dlopt.job import print_error
 from dlopt.tracking.layout import short_path
 

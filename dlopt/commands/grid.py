@@ -2,10 +2,10 @@
 
 from hydra.types import RunMode
 
+from dlopt.basics.errors import DONE, UserError
 from dlopt.command_line.line import read_line
 from dlopt.config.overrides import grid
 from dlopt.config.plan import with_params
-from dlopt.errors import DONE, UserError
 
 USAGE = """\
 Print the arguments of one job of a sweep, for job arrays

@@ -11,10 +11,10 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NoReturn
 
+from dlopt.basics.errors import DONE, UserError, shorten, suggest
 from dlopt.command_line.layout import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.overrides import parts_of
-from dlopt.errors import DONE, UserError, shorten, suggest
 
 USAGE = """\
 List groups, the choices of a group, or the keys of a choice with their defaults

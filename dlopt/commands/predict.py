@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.files import temporary_sibling
+from dlopt.basics.ranges import Count, Natural
 from dlopt.command_line.line import on_checkpoint, refuse_folder, writing
 from dlopt.command_line.processes import join_processes, over_processes, take_process_keys
-from dlopt.errors import DONE, UserError
-from dlopt.files import temporary_sibling
 from dlopt.job import print_error
-from dlopt.ranges import Count, Natural
 
 _READS = ("device", "precision", "threads", "allow_packages", "parallel")
 USAGE = """\

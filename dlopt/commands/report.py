@@ -11,12 +11,12 @@ from typing import Annotated
 
 from rich.console import Console
 
+from dlopt.basics.errors import DONE, UserError, suggest
+from dlopt.basics.interruption import Interruption
+from dlopt.basics.ranges import Count
 from dlopt.command_line.line import writing
 from dlopt.command_line.usage import own_keys
 from dlopt.commands.runs import parse
-from dlopt.errors import DONE, UserError, suggest
-from dlopt.interruption import Interruption
-from dlopt.ranges import Count
 from dlopt.results import reading
 from dlopt.results.claims import claims_of
 from dlopt.results.exports import Destination, Format, ReportContent, destination, write

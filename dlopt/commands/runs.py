@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from dlopt.basics.errors import DONE, RunError, UserError
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.formats import format_bytes, format_count, printable
+from dlopt.basics.ranges import Count
 from dlopt.command_line.line import take_own
 from dlopt.commands import runs_tag
 from dlopt.commands.runs_diff import diff
-from dlopt.errors import DONE, RunError, UserError
-from dlopt.folders import RunFolder
-from dlopt.formats import format_bytes, format_count, printable
 from dlopt.job import print_error
-from dlopt.ranges import Count
 from dlopt.results import reading
 from dlopt.results.listing import Query, print_values, show_table
 from dlopt.results.reading import Condition, Record

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.text import Text
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.formats import printable
 from dlopt.command_line.line import take_own
-from dlopt.errors import DONE, UserError
-from dlopt.formats import printable
 from dlopt.results import reading
 from dlopt.results.differences import config_rows, metric_rows
 from dlopt.tracking.layout import plain_table, short_path, show_table

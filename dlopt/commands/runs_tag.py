@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Annotated
 
+from dlopt.basics.errors import DONE, RunError, UserError
+from dlopt.basics.files import write_yaml
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.formats import format_value, printable
 from dlopt.command_line.line import take_own
 from dlopt.config.settings_rules import check_tags
-from dlopt.errors import DONE, RunError, UserError
-from dlopt.files import write_yaml
-from dlopt.folders import RunFolder
-from dlopt.formats import format_value, printable
 from dlopt.results import reading
 from dlopt.results.leaderboard import Record
 from dlopt.tracking.layout import short_path

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.ranges import Count, NonNegative, Seed
 from dlopt.command_line.line import on_checkpoint
 from dlopt.config.overrides import key_of, value_of, without
-from dlopt.errors import DONE, UserError
-from dlopt.ranges import Count, NonNegative, Seed
 
 _READS = ("device", "precision", "threads", "allow_packages")
 USAGE = """\
@@ -51,7 +51,7 @@ def _continue(
     seed: Annotated[Seed, "N: seed of the samples"] = 0,
     samples: Annotated[Count, "N: number of continuations"] = 1,
 ) -> int:
-    from dlopt.random import generator
+    from dlopt.basics.random import generator
     from dlopt.training.continuation import decoded, encode
     from dlopt.training.restore import restore
 

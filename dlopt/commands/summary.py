@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Annotated
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.ranges import Count
 from dlopt.command_line.line import Line, on_experiment
 from dlopt.command_line.reads import RECIPE
-from dlopt.errors import DONE, UserError
-from dlopt.ranges import Count
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import dlopt
+from dlopt.basics.errors import DONE, UserError, suggest
 from dlopt.command_line.line import read_line
-from dlopt.errors import DONE, UserError, suggest
 
 TEMPLATES = {  # name -> file in dlopt/templates/
     "slurm": "train.sbatch",

@@ -8,6 +8,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dlopt.attempt import attempt, follow, release
+from dlopt.basics.errors import DONE, FAILED, USER_ERROR, UserError
+from dlopt.basics.interruption import killed_by_signals
 from dlopt.command_line.processes import prepare_rank
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.compose import Composer
@@ -16,8 +18,6 @@ from dlopt.config.inherit import inherit
 from dlopt.config.overrides import is_typed, parse_overrides
 from dlopt.config.plan import Plan, checked
 from dlopt.config.resolve import show_config
-from dlopt.errors import DONE, FAILED, USER_ERROR, UserError
-from dlopt.interruption import killed_by_signals
 from dlopt.job import is_quiet, print_error, start
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 from dlopt.table import SERIES, function

@@ -21,8 +21,8 @@ from pathlib import Path
 import yaml
 
 import dlopt
-from dlopt.errors import UserError
-from dlopt.plain import join
+from dlopt.basics.errors import UserError
+from dlopt.basics.plain import join
 
 CONFIG_NAME = "train"  # the primary config
 VERSION_BASE = "1.3"  # of Hydra

@@ -23,6 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
+from dlopt.basics.errors import UserError, shorten, suggest
+from dlopt.basics.folders import refuse_url
+from dlopt.basics.plain import check_yaml, flatten, is_below, join
 from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_folder, search
 from dlopt.config.overrides import is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
 from dlopt.config.pretrained import pretrained_overrides
@@ -30,9 +33,6 @@ from dlopt.config.resolve import first_lines, note_secrets
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
-from dlopt.errors import UserError, shorten, suggest
-from dlopt.folders import refuse_url
-from dlopt.plain import check_yaml, flatten, is_below, join
 
 # AssertionError: Hydra asserts that an interpolated choice is a string.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)

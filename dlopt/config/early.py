@@ -6,14 +6,14 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.plain import flatten, is_below
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import RANGES, check_arguments, check_value
 from dlopt.config.settings import GROUPS, Settings
 from dlopt.config.settings_rules import check_settings
 from dlopt.config.signatures import annotations_of
-from dlopt.errors import UserError
 from dlopt.metric_names import former_mode
-from dlopt.plain import flatten, is_below
 
 # Keys that all choices of a group have, in addition to those of their callables.
 _COMMON = {

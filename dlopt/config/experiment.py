@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dlopt.basics.secrets import forget
 from dlopt.config.schema import Component
 from dlopt.config.settings import Settings as Settings
 from dlopt.data.settings import DataSettings
 from dlopt.parameters import Grouping
 from dlopt.schedules import Factor, Horizon, Warmup
-from dlopt.secrets import forget
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import dlopt
+from dlopt.basics.errors import USER_ERROR, UserError
 from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, config_folder
 from dlopt.config.overrides import quoted
 from dlopt.config.synonyms import for_flag
-from dlopt.errors import USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -12,13 +12,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.plain import flatten
+from dlopt.basics.roles import Role
 from dlopt.config.compose import Composer
 from dlopt.config.keys import LABELS, role_of
 from dlopt.config.overrides import key_of, quoted_plain
-from dlopt.errors import UserError
-from dlopt.folders import RunFolder
-from dlopt.plain import flatten
-from dlopt.roles import Role
 
 _MISSING = object()
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic.errors import PydanticInvalidForJsonSchema
 
+from dlopt.basics.errors import UserError
 from dlopt.config.choices import Catalogue, Choice, config_folder
 from dlopt.config.experiment import GROUPS, ConfigGroup
 from dlopt.config.schema import adapter_of, annotation_of, named_parameters, resolve_target, trusted_packages
 from dlopt.config.settings import Settings
-from dlopt.errors import UserError
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 # A value that is composed or required later.

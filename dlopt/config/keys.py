@@ -1,4 +1,4 @@
-"""The role of each key (`dlopt.roles`), by its dotted name. Imports no torch.
+"""The role of each key (`dlopt.basics.roles`), by its dotted name. Imports no torch.
 
 Keys declare their roles with their types: those of a run in `dlopt.config.settings`, those of every data set in
 `dlopt.data.settings`. All keys of a group have the role of the group, except the data's. A key that nobody declares,
@@ -10,11 +10,11 @@ import functools
 import typing
 from collections.abc import Mapping
 
+from dlopt.basics.plain import join
+from dlopt.basics.roles import Role
 from dlopt.config.overrides import key_of
 from dlopt.config.settings import GROUPS, Settings
 from dlopt.data.settings import DataSettings
-from dlopt.plain import join
-from dlopt.roles import Role
 
 
 def _declared(schema: type, prefix: str = "") -> dict[str, Role]:

@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dlopt.errors import UserError
-from dlopt.secrets import is_secret_name, redact, reference
+from dlopt.basics.errors import UserError
+from dlopt.basics.secrets import is_secret_name, redact, reference
 
 if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
     from hydra.core.override_parser.types import Override

@@ -4,9 +4,9 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
+from dlopt.basics.errors import UserError, did_you_mean
 from dlopt.config.schema import resolve_target
 from dlopt.config.settings import ExtraMetric
-from dlopt.errors import UserError, did_you_mean
 from dlopt.metric_names import EVALUATED
 
 BUILT_IN: tuple[str, ...] = get_args(ExtraMetric)

@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dlopt.basics.errors import UserError
 from dlopt.config.schema import Component, component, dotted_name, show
-from dlopt.errors import UserError
 
 METHODS = {"after_update": ("step", "loss", "model"), "after_evaluation": ("metrics",), "at_end": ("summary",)}
 """The methods that an observer may have, with their arguments (`dlopt.training.own_observers.RunObserver`)."""

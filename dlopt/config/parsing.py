@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dlopt.basics.errors import UserError
 from dlopt.config.early import run_settings
 from dlopt.config.experiment import GROUPS, Experiment
 from dlopt.config.own_metrics import own_metrics
 from dlopt.config.own_observers import own_observers
 from dlopt.config.rules import check_combinations
 from dlopt.config.schema import check_arguments, component, show, trusted_packages
-from dlopt.errors import UserError
 
 
 def parse(

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, open_dict
 
+from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.early import check_early
 from dlopt.config.overrides import parse_overrides, text_of
 from dlopt.config.resolve import choices_of, job_variables, to_plain
 from dlopt.config.teacher import identify_teacher
-from dlopt.errors import UserError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

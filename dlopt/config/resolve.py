@@ -11,13 +11,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.plain import flatten, is_below, load_yaml
+from dlopt.basics.secrets import forget, is_secret_name, note, note_environment, redact, references
 from dlopt.config.choices import Catalogue
 from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.schema import show
 from dlopt.config.trust import leaves
-from dlopt.errors import UserError
-from dlopt.plain import flatten, is_below, load_yaml
-from dlopt.secrets import forget, is_secret_name, note, note_environment, redact, references
 
 _TARGET = "._target_"
 _IS_NAME = re.compile(r".*\._target_|name|data\.classes|hydra\.runtime\.choices\..*")
@@ -76,7 +76,7 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
 
 
 def note_secrets(config: DictConfig, raw: Mapping[str, Any]) -> None:
-    """Notes the secrets of a config (see `dlopt.secrets`). `raw`: the config, unresolved, as a dict.
+    """Notes the secrets of a config (see `dlopt.basics.secrets`). `raw`: the config, unresolved, as a dict.
 
     What the config needs is no secret: its keys, choices, callables and name, and paths that are typed and exist. A
     secret with such a value is replaced only if the config refers to it.

@@ -6,15 +6,15 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.folders import SPACE, RunFolder, newest
+from dlopt.basics.plain import flatten
+from dlopt.basics.roles import Role
+from dlopt.basics.secrets import redacted
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import without
 from dlopt.data.settings import DataSettings
-from dlopt.errors import UserError
-from dlopt.folders import SPACE, RunFolder, newest
 from dlopt.metric_names import former_mode
-from dlopt.plain import flatten
-from dlopt.roles import Role
-from dlopt.secrets import redacted
 
 _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from dlopt.adapt import none as no_adapters
+from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
 from dlopt.config.overrides import value_of
 from dlopt.config.schema import Component
 from dlopt.config.settings_rules import check_monitor
-from dlopt.errors import UserError
 from dlopt.init import default
 from dlopt.losses import Distillation
 from dlopt.metric_names import Mode, known_mode

@@ -8,11 +8,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dlopt.basics.errors import UserError
 from dlopt.config.choices import config_folder
 from dlopt.config.overrides import parse_overrides, quoted, single_values
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_flag
-from dlopt.errors import UserError
 
 
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from annotated_types import Interval
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation
 
+from dlopt.basics.errors import UserError, suggest
+from dlopt.basics.plain import is_below, join
+from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
 from dlopt.config.choices import config_folder, extensions
 from dlopt.config.synonyms import for_key
-from dlopt.errors import UserError, suggest
-from dlopt.plain import is_below, join
-from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # The modules of dlopt that configs may name; the others act on files, processes and the network.

@@ -6,8 +6,8 @@ Imports no torch: the roles of keys are looked up without it.
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from dlopt.ranges import Count, Natural, OpenFraction, Positive, Seed
-from dlopt.roles import Role
+from dlopt.basics.ranges import Count, Natural, OpenFraction, Positive, Seed
+from dlopt.basics.roles import Role
 
 GROUPS = (
     "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule", "clip",

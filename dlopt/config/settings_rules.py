@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any, get_args
 
+from dlopt.basics.errors import UserError, did_you_mean, install
 from dlopt.config.settings import ExtraMetric, Settings
-from dlopt.errors import UserError, did_you_mean, install
 from dlopt.metric_names import Mode
 
 _MAX_NAME = 100

@@ -16,7 +16,7 @@ from typing import Any
 import annotated_types
 
 import dlopt
-from dlopt import ranges, roles
+from dlopt.basics import ranges, roles
 
 _ROOT = Path(dlopt.__file__).parent
 _TYPING = {name: getattr(typing, name) for name in ("Annotated", "Any", "Literal")}

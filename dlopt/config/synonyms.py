@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from dlopt.basics.plain import load_yaml
 from dlopt.config.overrides import parts_of
-from dlopt.plain import load_yaml
 
 
 @functools.cache

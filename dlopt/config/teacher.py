@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import sha256
 from dlopt.config.saved import checkpoint_file
-from dlopt.errors import UserError
-from dlopt.files import sha256
 
 PATH, HASH = "teacher", "teacher_sha256"
 _LOSS = "dlopt.losses.Distillation"

@@ -13,10 +13,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.plain import flatten, is_below
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import show
-from dlopt.errors import UserError
-from dlopt.plain import flatten, is_below
 
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # installed packages that Hydra discovers itself
 _SEARCH_COMPONENTS = (

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from dlopt.basics.errors import UserError, install
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.images import decode_bytes
 from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
-from dlopt.errors import UserError, install
 
 _MAX_READ = 1 << 28  # bytes; larger tables are memory-mapped
 _BATCH_ROWS = 1024  # rows that are converted at once

@@ -7,13 +7,13 @@ from typing import Any, Literal, NotRequired, Protocol, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator, stream
 from dlopt.data.loading import CudaTransferStream, Loader, on_device, prefetch, worker_count
 from dlopt.data.samplers import LossAwareSampler, Sampler, Sequential
 from dlopt.data.samples import Reader, Samples
 from dlopt.data.task import Task
-from dlopt.errors import UserError
 from dlopt.graphs import GraphedFunction, Recorder
-from dlopt.random import generator, stream
 
 
 class Position(TypedDict):

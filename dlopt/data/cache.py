@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dlopt.files import write_atomically
-from dlopt.locks import locked
+from dlopt.basics.files import write_atomically
+from dlopt.basics.locks import locked
 
 FileState = tuple[int, int, int, int]
 """Inode, size, and the times of the last change of content and of metadata: equal if a file is unchanged."""

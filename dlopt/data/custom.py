@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count
 from dlopt.data.images import size_pair
 from dlopt.data.samples import Dataset, Samples, Wrapped
-from dlopt.errors import UserError
-from dlopt.ranges import Count
 
 
 def custom(

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator
+from dlopt.basics.ranges import Count, Natural
 from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.data.splits import stratified
-from dlopt.errors import UserError
-from dlopt.random import generator
-from dlopt.ranges import Count, Natural
 
 _TEST_FRACTION = 0.2
 _SLOPE_SEED = 0

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.errors import UserError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 _IDX_STEMS = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]

@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 import torch
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Fraction
 from dlopt.data.digits import read_bundled
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import split
 from dlopt.data.table import opened_csv
-from dlopt.errors import UserError
-from dlopt.ranges import Fraction
 
 _TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
 _LARGEST = torch.finfo(torch.float32).max

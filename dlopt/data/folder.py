@@ -16,11 +16,11 @@ from typing import Literal, Unpack
 import numpy as np
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.data.cache import FileState, cache_file, file_state, load_arrays, save_arrays
 from dlopt.data.images import EXTENSIONS
 from dlopt.data.samples import Dataset, Files, ImageList
 from dlopt.data.verify import ImageKeys, image_files
-from dlopt.errors import UserError
 
 CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a cache
 # Nanoseconds. A folder that changed just before the scan may change again within the same tick of its time stamp, so

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, NonNegative
 from dlopt.data.samples import Dataset, InMemory, SplitKeys, generated
-from dlopt.errors import UserError
-from dlopt.ranges import Count, NonNegative
 
 Function = Literal["sine", "runge", "cubic", "step"]
 

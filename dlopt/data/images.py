@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

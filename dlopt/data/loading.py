@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dlopt.basics.errors import RunError, UserError
 from dlopt.data.samples import InMemory, Reader, Samples
 from dlopt.data.windows import Windows
-from dlopt.errors import RunError, UserError
 from dlopt.processor import M_MMAP_THRESHOLD, end_with_parent, set_malloc, usable_cores
 
 _CHUNK_BYTES = 1 << 22  # chunk of inputs when a whole dataset is read

@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Positive
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.data.loading import chunks
 from dlopt.data.samples import Dataset, Files, Samples, white
-from dlopt.errors import UserError
-from dlopt.ranges import Positive
 
 
 class ScaleShift(nn.Module):

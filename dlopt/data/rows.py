@@ -9,9 +9,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.data.images import size_pair
 from dlopt.data.samples import Dataset, Wrapped
-from dlopt.errors import UserError
 
 Labels = Literal["class", "several", "value"]
 Channels = Literal[1, 3] | None

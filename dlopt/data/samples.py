@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator
+from dlopt.basics.ranges import Count, Natural
 from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, resize
 from dlopt.data.resampling import resize_box
 from dlopt.data.task import Task
 from dlopt.data.tokenizer import Tokenizer
 from dlopt.data.windows import Windows
-from dlopt.errors import UserError
-from dlopt.random import generator
-from dlopt.ranges import Count, Natural
 
 _HEADERS_CHECKED = 256  # images whose size is checked in advance; the others are checked when decoded
 _LABELS_CHECKED = 64  # items whose labels are compared with the dataset's attribute

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from dlopt.ranges import Count, Fraction, Natural, PositiveFraction, Seed
-from dlopt.roles import Role
+from dlopt.basics.ranges import Count, Fraction, Natural, PositiveFraction, Seed
+from dlopt.basics.roles import Role
 
 BatchSize = Annotated[int, Interval(ge=1, le=1 << 24)]  # larger values are almost certainly typos
 ImageSize = Annotated[int, Interval(ge=1, le=1 << 14)]  # pixels

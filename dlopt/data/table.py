@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
 from dlopt.data.samples import Dataset, ImageList
 from dlopt.data.verify import ImageKeys, image_files
-from dlopt.errors import UserError
 
 
 def csv(

@@ -17,14 +17,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Interval
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Fraction
 from dlopt.data.arrow import read_parquet
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.data.tokenizer import SMALLEST, Tokenizer, read_tokenizer, tokenize, train_tokenizer
 from dlopt.data.windows import Windows
-from dlopt.errors import UserError
-from dlopt.ranges import Fraction
 
 SequenceLength = Annotated[int, Interval(ge=1, le=1 << 20)]
 Vocabulary = Annotated[int, Interval(ge=2, le=1 << 16)]  # tokens of two bytes

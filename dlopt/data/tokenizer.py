@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from dlopt.basics.errors import UserError, install
 from dlopt.data.cache import cache_file, exclusive, load_arrays, save_arrays
 from dlopt.data.windows import Windows
-from dlopt.errors import UserError, install
 
 SEPARATOR = "\0"  # between documents: one token, one byte
 SMALLEST = 257  # every byte, and the separator

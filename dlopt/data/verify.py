@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Natural, PositiveFraction
 from dlopt.data.cache import FileState, cache_file, exclusive, file_state, load_arrays, save, save_arrays
 from dlopt.data.images import decode, size_pair
 from dlopt.data.loading import Loader, worker_count
 from dlopt.data.samples import Files, ImageList
-from dlopt.errors import UserError
-from dlopt.ranges import Natural, PositiveFraction
 
 log = logging.getLogger(__name__)
 

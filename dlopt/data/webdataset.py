@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from dlopt.basics.errors import UserError
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.data.images import EXTENSIONS, decode_bytes
 from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
-from dlopt.errors import UserError
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension, as the package webdataset splits a name
 _META = re.compile(r"__[^/]*__($|/)")

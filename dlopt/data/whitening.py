@@ -9,11 +9,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Positive
 from dlopt.data.loading import chunks
 from dlopt.data.normalization import covariance
 from dlopt.data.samples import Samples
-from dlopt.errors import UserError
-from dlopt.ranges import Positive
 
 _MAX_FEATURES = 8192  # the covariance takes 0.5 GB and its decomposition minutes
 

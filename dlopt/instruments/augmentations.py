@@ -7,10 +7,10 @@ import torch
 
 from dlopt.augment import Pipeline
 from dlopt.augment.show import batch_picture, operations_picture, reading_crops
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator
 from dlopt.config.experiment import Experiment
 from dlopt.data.samples import Dataset
-from dlopt.errors import UserError
-from dlopt.random import generator
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.instruments.curvature import (
     GradientSpread,
     curvature_along,

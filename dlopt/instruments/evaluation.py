@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dlopt.files import write_atomically
-from dlopt.formats import format_number, format_percent
+from dlopt.basics.files import write_atomically
+from dlopt.basics.formats import format_number, format_percent
+from dlopt.basics.plain import without_nan
+from dlopt.basics.secrets import redacted
 from dlopt.instruments import reconstructions
 from dlopt.parallel.mode import Mode
-from dlopt.plain import without_nan
 from dlopt.results.confusion import confusion_table, plot_confusion
-from dlopt.secrets import redacted
 from dlopt.training.ensemble import Tested
 
 _MAX_LISTED_CLASSES = 20

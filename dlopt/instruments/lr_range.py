@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dlopt.basics.errors import USER_ERROR, RunError, UserError
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
-from dlopt.errors import USER_ERROR, RunError, UserError
 from dlopt.instruments.range_test import RangeTest
 from dlopt.instruments.ranks import RankOutcome, run_rank, run_ranks
 from dlopt.parallel import rendezvous
@@ -237,7 +237,7 @@ def draw(result: LearningRates, title: str) -> "Figure":
 
 def write(result: LearningRates, folder: Path, title: str) -> list[Path]:
     """Writes find_lr.png, .svg and .json into the folder; returns their paths. Raises OSError."""
-    from dlopt.files import write_json
+    from dlopt.basics.files import write_json
 
     path = folder / "find_lr.json"
     write_json(path, asdict(result), indent=1)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.formats import format_bytes
 from dlopt.config.experiment import Experiment
 from dlopt.data.task import Task
-from dlopt.errors import UserError
-from dlopt.formats import format_bytes
 from dlopt.tracking.layout import plain_table, show_table
 from dlopt.training.build import model_arguments
 from dlopt.training.model_check import model_on_meta

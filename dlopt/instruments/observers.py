@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.instruments.diagnostics import Diagnostics
 from dlopt.instruments.profiling import Profile, Profiling, table
 from dlopt.tracking.tracking import Tracking

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
+from dlopt.basics.files import write_json
+from dlopt.basics.formats import format_bytes
 from dlopt.data.batches import Batch
-from dlopt.files import write_json
-from dlopt.formats import format_bytes
 from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.processor import synchronized_time
 from dlopt.training.build import Workload

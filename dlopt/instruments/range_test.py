@@ -5,7 +5,7 @@ from typing import Annotated
 
 from annotated_types import Gt
 
-from dlopt.ranges import Count, Fraction, Positive
+from dlopt.basics.ranges import Count, Fraction, Positive
 
 
 @dataclass(frozen=True, kw_only=True)

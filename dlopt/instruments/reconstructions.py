@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dlopt.files import write_atomically
+from dlopt.basics.files import write_atomically
 from dlopt.losses import reconstructions
 from dlopt.results import drawing
 from dlopt.training.batch_norm import norm_statistics

@@ -5,10 +5,10 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count
 from dlopt.models.layers import Activation, Norm, NormKeys, check_instance_norm, conv, image_shape
 from dlopt.models.layers import activation as make_activation
-from dlopt.ranges import Count
 
 
 class Divide(nn.Module):

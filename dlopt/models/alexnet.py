@@ -6,10 +6,10 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Fraction
 from dlopt.models.layers import Norm, NormKeys, check_instance_norm, image_shape
 from dlopt.models.linear import Linear
-from dlopt.ranges import Count, Fraction
 
 
 class AlexNetKeys(NormKeys):

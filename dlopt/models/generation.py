@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import RunError
+from dlopt.basics.errors import RunError
 from dlopt.models.gpt import GPT, KeyValueCache
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Depth, Fraction, Positive
 from dlopt.models.layers import hidden_features
 from dlopt.models.linear import Linear
-from dlopt.ranges import Count, Depth, Fraction, Positive
 
 Positions = Literal["learned", "rotary"]
 NormChoice = Literal["layer", "rms"]

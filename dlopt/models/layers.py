@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dlopt.errors import UserError
-from dlopt.ranges import Count, Positive, PositiveFraction
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Positive, PositiveFraction
 
 NormKind = Literal["batch", "layer", "group", "instance", "none"]
 Activation = Literal[

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Fraction
 from dlopt.models.layers import Activation, Norm, NormKeys, check_instance_norm, image_shape
 from dlopt.models.layers import activation as make_activation
-from dlopt.ranges import Count, Fraction
 
 
 class LocallyConnected2d(nn.Module):

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Fraction, Natural
 from dlopt.models.layers import Activation, Norm, NormKeys, activation
 from dlopt.models.linear import Linear
-from dlopt.ranges import Count, Fraction, Natural
 
 Basis = Literal["monomial", "legendre", "chebyshev"]
 

@@ -9,10 +9,10 @@ from typing import Literal, Unpack
 
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Depth, Fraction
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
 from dlopt.models.resnet import ZeroPadShortcut, add_stages
-from dlopt.ranges import Count, Depth, Fraction
 
 
 class PreActBlock(nn.Module):

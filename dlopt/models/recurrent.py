@@ -7,9 +7,9 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Fraction
 from dlopt.models.layers import Norm, NormKind, image_shape
-from dlopt.ranges import Count, Fraction
 
 
 class Rows(nn.Module):

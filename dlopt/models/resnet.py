@@ -7,7 +7,8 @@ from typing import Literal, Unpack
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Depth, Fraction
 from dlopt.models.layers import (
     GlobalAveragePool,
     Norm,
@@ -18,7 +19,6 @@ from dlopt.models.layers import (
     image_shape,
     zero_branch,
 )
-from dlopt.ranges import Count, Depth, Fraction
 
 ShortcutPadding = Literal["end", "both"]
 

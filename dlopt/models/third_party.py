@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlopt.errors import UserError, install
+from dlopt.basics.errors import UserError, install
+from dlopt.basics.ranges import Fraction
 from dlopt.models.layers import image_shape
-from dlopt.ranges import Fraction
 
 
 def timm_model(

@@ -5,9 +5,9 @@ from typing import Literal, Unpack
 
 from torch import nn
 
+from dlopt.basics.ranges import Fraction
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv_norm_relu, image_shape
 from dlopt.models.linear import Linear
-from dlopt.ranges import Fraction
 
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 

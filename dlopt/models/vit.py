@@ -6,10 +6,10 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Depth, Fraction, Positive
 from dlopt.models.layers import Norm, NormKeys, hidden_features, image_shape
 from dlopt.models.linear import Linear
-from dlopt.ranges import Count, Depth, Fraction, Positive
 
 
 class PatchEmbedding(nn.Module):

@@ -9,6 +9,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Positive
 from dlopt.optim.common import (
     RealOptimizer,
     Tensors,
@@ -21,7 +22,6 @@ from dlopt.optim.common import (
     refuse_complex,
 )
 from dlopt.optim.traits import ADAPTIVE, ELEMENTWISE, OptimizerTraits
-from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive
 
 
 def adamw(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from dlopt.basics.ranges import Count, Fraction, NonNegative, Positive, Probability
 from dlopt.optim.common import (
     Closure,
     as_groups,
@@ -25,7 +26,6 @@ from dlopt.optim.common import (
 )
 from dlopt.optim.traits import OptimizerTraits
 from dlopt.parameters import real_views
-from dlopt.ranges import Count, Fraction, NonNegative, Positive, Probability
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 
 Closure = Callable[[], Any]
 Tensors = list[Tensor] | tuple[Tensor, ...]

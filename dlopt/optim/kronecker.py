@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from dlopt.basics.random import generator
+from dlopt.basics.ranges import Count, Fraction, NonNegative, Positive, PositiveFraction, Seed
 from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, count_steps, evaluate, gradients
 from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
-from dlopt.random import generator
-from dlopt.ranges import Count, Fraction, NonNegative, Positive, PositiveFraction, Seed
 
 _FLAT_UPDATES, _DECAY = 500, 0.001  # of the fraction of updates that also update Kron's preconditioner
 _MAX_RMS = 1.1  # of an update of Kron

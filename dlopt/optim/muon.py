@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Fraction, NonNegative, Positive
 from dlopt.optim.adam import CautiousAdamW
 from dlopt.optim.common import (
     Closure,
@@ -25,7 +26,6 @@ from dlopt.optim.common import (
     without_global_step_hooks,
 )
 from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
-from dlopt.ranges import Count, Fraction, NonNegative, Positive
 
 
 def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:

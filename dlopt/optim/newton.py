@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from dlopt.basics.ranges import Count, NonNegative, Positive, PositiveFraction
 from dlopt.optim.common import (
     Closure,
     assign,
@@ -26,7 +27,6 @@ from dlopt.optim.common import (
     trainable,
 )
 from dlopt.optim.traits import OptimizerTraits
-from dlopt.ranges import Count, NonNegative, Positive, PositiveFraction
 
 _ROWS = 64  # rows of the Hessian per batched backward pass
 

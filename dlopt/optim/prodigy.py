@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from dlopt.basics.ranges import NonNegative, OpenFraction, Positive
 from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, evaluate, gradients
 from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
-from dlopt.ranges import NonNegative, OpenFraction, Positive
 
 
 class Prodigy(RealOptimizer):

@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import NonNegative, Positive
 from dlopt.optim.common import Closure, Tensors, chunks, evaluate, gradients, needs_closure, without_global_step_hooks
 from dlopt.optim.traits import OptimizerTraits, is_schedule_free, optimizer_traits
-from dlopt.ranges import NonNegative, Positive
 
 
 class SAM(torch.optim.Optimizer):

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import ParamsT
 
-from dlopt.errors import UserError, install
+from dlopt.basics.errors import UserError, install
+from dlopt.basics.ranges import Fraction, NonNegative, OpenFraction, Positive
 from dlopt.optim.common import fill_defaults, refuse_complex
 from dlopt.optim.traits import OptimizerTraits
-from dlopt.ranges import Fraction, NonNegative, OpenFraction, Positive
 
 try:
     import schedulefree

@@ -8,9 +8,9 @@ from annotated_types import Gt
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from dlopt.basics.ranges import Fraction, NonNegative, OpenFraction, Positive
 from dlopt.optim.common import ForeachOptimizer, RealOptimizer, buffers, gradients, make_cautious, move
 from dlopt.optim.traits import ADAPTIVE, ELEMENTWISE, OptimizerTraits
-from dlopt.ranges import Fraction, NonNegative, OpenFraction, Positive
 
 
 class SGDW(ForeachOptimizer):

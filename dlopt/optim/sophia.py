@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from dlopt.basics.random import generator, stream
+from dlopt.basics.ranges import Count, Fraction, NonNegative, Positive, Seed
 from dlopt.optim.common import (
     Closure,
     RealOptimizer,
@@ -19,8 +21,6 @@ from dlopt.optim.common import (
     trainable,
 )
 from dlopt.optim.traits import OptimizerTraits
-from dlopt.random import generator, stream
-from dlopt.ranges import Count, Fraction, NonNegative, Positive, Seed
 
 
 class Sophia(RealOptimizer):

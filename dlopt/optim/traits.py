@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch.torch_version import TorchVersion
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.dropout import GlobalDropout
 from dlopt.processor import synchronized_time

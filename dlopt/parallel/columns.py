@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, distributed, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.parallel.collectives import ModelGroup, with_adjoint
 from dlopt.parallel.dropout import CurrentShard, GlobalDropout, convert_dropout

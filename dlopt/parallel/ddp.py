@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Positive
 from dlopt.data.batches import Batch
-from dlopt.errors import UserError
 from dlopt.parallel.dropout import convert_dropout
 from dlopt.parallel.mode import GroupMode, Mode, ModeTraits, Placed, join_mode
 from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.step_timing import StepTiming, SyncWaitTimer
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
-from dlopt.ranges import Positive
 
 _HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.models.gpt import GPT, CausalSelfAttention, FeedForward, GPTBlock
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool

@@ -13,7 +13,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Natural
 from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import convert_dropout
 from dlopt.parallel.mode import Mode, Placed, check_precision, join_mode
@@ -24,7 +25,6 @@ from dlopt.parallel.shards import TensorShards
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
 from dlopt.parameters import NORMS
-from dlopt.ranges import Count, Natural
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from dlopt.errors import FAILED
-from dlopt.files import is_disk_in_use
-from dlopt.interruption import SIGNALS
+from dlopt.basics.errors import FAILED
+from dlopt.basics.files import is_disk_in_use
+from dlopt.basics.interruption import SIGNALS
 
 HUNG_SECONDS = 20.0  # in one call; srun waits another minute for the other ranks, then kills them
 _POLL_SECONDS = 0.5

@@ -9,13 +9,13 @@ from typing import Literal, Unpack
 
 import torch
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count
 from dlopt.parallel.columns import ColumnParallel
 from dlopt.parallel.filter import split_filters
 from dlopt.parallel.mode import Mode, check_precision
 from dlopt.parallel.model_parallel import ModelParallel
 from dlopt.parallel.process_group import ProcessKeys, join
-from dlopt.ranges import Count
 
 
 def hybrid(

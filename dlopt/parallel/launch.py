@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import dlopt
-from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
-from dlopt.interruption import SIGNALS, Interruption, ignore_hangup
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
+from dlopt.basics.interruption import SIGNALS, Interruption, ignore_hangup
 from dlopt.parallel.rendezvous import PROCESSES, RANK, STORE
 
 PARENT, RECORD, QUIET = "DLOPT_PARENT", "DLOPT_RECORD", "DLOPT_QUIET"

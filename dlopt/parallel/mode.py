@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batch
-from dlopt.errors import UserError
 from dlopt.parallel.batch_shards import BatchSplit
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
 from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, join

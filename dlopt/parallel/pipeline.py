@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count
 from dlopt.data.batches import Augment, Batch
-from dlopt.errors import UserError
 from dlopt.parallel import chain as chains
 from dlopt.parallel.batch_shards import BatchShard, BatchSplit, ShardedAugment, micro_batch_bounds
 from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
@@ -25,7 +26,6 @@ from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
 from dlopt.parallel.shards import LayerShards
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.processor import usable_cores
-from dlopt.ranges import Count
 
 Schedule = Literal["1f1b", "gpipe"]
 

@@ -9,9 +9,9 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, distributed
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Positive
 from dlopt.parallel.rendezvous import World, current, join_store
-from dlopt.ranges import Count, Positive
 
 _numbers = count()  # a process may join one group after another; each gets its own prefix in the store
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed
 
-from dlopt.interruption import Interruption
+from dlopt.basics.interruption import Interruption
 from dlopt.parallel.process_group import ProcessGroup
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from dlopt.errors import DONE, INTERRUPTED, UserError
+from dlopt.basics.errors import DONE, INTERRUPTED, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from dlopt.errors import RunError
-from dlopt.files import disk_in_use, reason, sha256, sync_folder, synced
+from dlopt.basics.errors import RunError
+from dlopt.basics.files import disk_in_use, reason, sha256, sync_folder, synced
 from dlopt.parallel.shards import local
 
 T = TypeVar("T")

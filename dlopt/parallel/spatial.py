@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool, evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.resnet import ZeroPadShortcut

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlopt.basics.files import read_json
+from dlopt.basics.plain import load_yaml
 from dlopt.config.choices import config_folder
-from dlopt.files import read_json
-from dlopt.plain import load_yaml
 from dlopt.results.leaderboard import Record
 from dlopt.results.tables import Table
 from dlopt.tracking.layout import short_path

@@ -5,9 +5,9 @@ import io
 from functools import partial
 from typing import Any
 
-from dlopt import formats
-from dlopt.formats import format_count, printable
-from dlopt.formats import format_value as text
+from dlopt.basics import formats
+from dlopt.basics.formats import format_count, printable
+from dlopt.basics.formats import format_value as text
 from dlopt.results.leaderboard import ENDED, Difference, Record, Row, Statistic
 from dlopt.results.ranking import Ranking, against_published, recipe_label, time_to_target
 from dlopt.results.reading import number_in, tags_of

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.files import read_json, write_atomically
-from dlopt.formats import format_epoch_number, format_metric
+from dlopt.basics.files import read_json, write_atomically
+from dlopt.basics.formats import format_epoch_number, format_metric
 from dlopt.results import drawing
 from dlopt.tracking import read_metrics, read_summary
 

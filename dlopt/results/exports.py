@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dlopt.errors import UserError
-from dlopt.files import write_atomically
-from dlopt.folders import refuse_url
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import write_atomically
+from dlopt.basics.folders import refuse_url
+from dlopt.basics.secrets import redact
 from dlopt.results import drawing, paper
 from dlopt.results.claims import ClaimResult
 from dlopt.results.columns import summary_csv
 from dlopt.results.page import page
 from dlopt.results.plots import PLOTS, plots
 from dlopt.results.ranking import Ranking
-from dlopt.secrets import redact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

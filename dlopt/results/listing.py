@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dlopt import formats
+from dlopt.basics import formats
+from dlopt.basics.formats import format_value as text
+from dlopt.basics.formats import printable
 from dlopt.config.keys import LABELS
-from dlopt.formats import format_value as text
-from dlopt.formats import printable
 from dlopt.metric_names import mode_of
 from dlopt.results import reading
 from dlopt.results.leaderboard import modes_of

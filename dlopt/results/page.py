@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 import dlopt
-from dlopt.formats import printable
+from dlopt.basics.formats import printable
 from dlopt.results import drawing
 from dlopt.results.claims import ClaimResult, claims_table
 from dlopt.results.columns import counts_text, published_table

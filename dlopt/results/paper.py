@@ -4,7 +4,7 @@ A row has the keys that vary, the ranking metric, the test metric (of the first 
 selecting a row by it would be model selection on the test set) and the paired difference to the first row.
 """
 
-from dlopt.formats import brief, printable
+from dlopt.basics.formats import brief, printable
 from dlopt.results import drawing
 from dlopt.results.columns import difference_text, statistic_text, test_columns
 from dlopt.results.leaderboard import Statistic

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlopt.formats import brief
-from dlopt.formats import format_value as text
+from dlopt.basics.formats import brief
+from dlopt.basics.formats import format_value as text
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS, MARKERS, literal, metric_label, style
 from dlopt.results.ranking import (

@@ -15,11 +15,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from dlopt.basics.errors import UserError, install
+from dlopt.basics.formats import brief, printable
+from dlopt.basics.formats import format_value as text
+from dlopt.basics.roles import Role
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, key_of
-from dlopt.errors import UserError, install
-from dlopt.formats import brief, printable
-from dlopt.formats import format_value as text
 from dlopt.metric_names import mode_of
 from dlopt.results.leaderboard import (
     Row,
@@ -33,7 +34,6 @@ from dlopt.results.leaderboard import (
     student_t,
 )
 from dlopt.results.reading import OPEN, Damaged, Record, short_key, varying_keys
-from dlopt.roles import Role
 from dlopt.tracking.layout import short_path
 
 _NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")

@@ -15,13 +15,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.formats import format_value as text
+from dlopt.basics.formats import printable
+from dlopt.basics.plain import flatten, load_yaml, read_regular
 from dlopt.config.keys import LABELS
-from dlopt.errors import UserError
-from dlopt.folders import RunFolder
-from dlopt.formats import format_value as text
-from dlopt.formats import printable
 from dlopt.metric_names import mode_of, monitored_modes
-from dlopt.plain import flatten, load_yaml, read_regular
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
 from dlopt.tracking.layout import choices_of_groups, short_path
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps

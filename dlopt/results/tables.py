@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from dlopt.formats import printable
+from dlopt.basics.formats import printable
 from dlopt.tracking.layout import FittedTable, plain_table
 
 _SPECIAL = {

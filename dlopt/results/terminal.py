@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dlopt import formats
-from dlopt.formats import brief, printable
+from dlopt.basics import formats
+from dlopt.basics.formats import brief, printable
 from dlopt.results.claims import claims_lines
 from dlopt.results.columns import (
     counts_text,

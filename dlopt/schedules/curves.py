@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import Literal
 
-from dlopt.errors import UserError
-from dlopt.ranges import Count, NonNegative, Positive, PositiveFraction, Probability
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, NonNegative, Positive, PositiveFraction, Probability
 from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, one_unit, progress, whole
 
 Lengths = tuple[Positive, ...]

@@ -6,8 +6,17 @@ from typing import Annotated, Literal, TypedDict, Unpack
 
 from annotated_types import Ge, Interval
 
-from dlopt.errors import UserError
-from dlopt.ranges import Count, Fraction, Natural, NonNegative, OpenFraction, Positive, PositiveFraction, Probability
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    PositiveFraction,
+    Probability,
+)
 from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, progress, whole
 
 AtLeastOne = Annotated[float, Ge(1)]

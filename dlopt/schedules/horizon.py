@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from dlopt.errors import UserError
-from dlopt.ranges import Natural, NonNegative, Probability
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Natural, NonNegative, Probability
 
 Factor = Callable[[float], float]
 

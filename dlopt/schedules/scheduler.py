@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import torch
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.metric_names import Mode, known_mode, lower_is_better
 from dlopt.optim.traits import is_schedule_free
-from dlopt.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.schedules.horizon import Factor, Horizon
 
 

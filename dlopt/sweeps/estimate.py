@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dlopt.errors import USER_ERROR, RunError, UserError
-from dlopt.folders import RunFolder
-from dlopt.formats import format_count, format_duration, format_range, round_duration
+from dlopt.basics.errors import USER_ERROR, RunError, UserError
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.formats import format_count, format_duration, format_range, round_duration
 from dlopt.job import describe
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import result_of

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlopt.basics.errors import DONE, INTERRUPTED, UserError
+from dlopt.basics.files import write_json
+from dlopt.basics.folders import RunFolder
 from dlopt.config.plan import Plan
 from dlopt.config.resuming import refuse_other_config
-from dlopt.errors import DONE, INTERRUPTED, UserError
-from dlopt.files import write_json
-from dlopt.folders import RunFolder
 from dlopt.job import describe
 
 OUTPUT = "output.log"  # stdout and stderr of a job

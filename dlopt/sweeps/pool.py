@@ -23,13 +23,13 @@ from typing import Annotated, Any, Literal, Protocol
 from annotated_types import Ge
 from omegaconf import OmegaConf
 
+from dlopt.basics.errors import INTERRUPTED, UserError
+from dlopt.basics.files import NewLines
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.formats import format_count
+from dlopt.basics.interruption import SIGNALS, Interruption, block_signals, ignore_hangup
+from dlopt.basics.ranges import Count
 from dlopt.config.schema import check_arguments
-from dlopt.errors import INTERRUPTED, UserError
-from dlopt.files import NewLines
-from dlopt.folders import RunFolder
-from dlopt.formats import format_count
-from dlopt.interruption import SIGNALS, Interruption, block_signals, ignore_hangup
-from dlopt.ranges import Count
 from dlopt.sweeps.jobs import OUTPUT, InvalidJob, Job, JobResult, prepare, record_failure, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview

@@ -12,12 +12,12 @@ from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest
 from dlopt.command_line.reads import refuse_untested
 from dlopt.config.compose import Composer
 from dlopt.config.plan import Plan, as_job, checked
 from dlopt.config.resolve import choices_of
-from dlopt.errors import DONE, UserError
-from dlopt.folders import SPACE, RunFolder, make, make_new, newest
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.tracking.layout import short_path

@@ -10,6 +10,11 @@ from hydra.core.utils import env_override
 from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
+from dlopt.basics.files import write_yaml
+from dlopt.basics.folders import SPACE, RunFolder
+from dlopt.basics.interruption import Interrupted
+from dlopt.basics.secrets import is_secret_name
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
@@ -17,13 +22,8 @@ from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_plain,
 from dlopt.config.plan import Plan, checked, with_params
 from dlopt.config.resolve import job_variables
 from dlopt.config.resuming import differences, may_change, refuse_other_config
-from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
-from dlopt.files import write_yaml
-from dlopt.folders import SPACE, RunFolder
-from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import current
 from dlopt.results.leaderboard import job_record, leaderboard
-from dlopt.secrets import is_secret_name
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, labels, record_dead

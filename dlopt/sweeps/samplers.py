@@ -23,8 +23,8 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from dlopt.errors import UserError, install
-from dlopt.ranges import Count, Natural, Positive
+from dlopt.basics.errors import UserError, install
+from dlopt.basics.ranges import Count, Natural, Positive
 from dlopt.sweeps.space import Space, grid_values
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

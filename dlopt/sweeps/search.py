@@ -12,17 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
+from dlopt.basics.files import write_yaml
+from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder
+from dlopt.basics.locks import locked
+from dlopt.basics.plain import flatten, is_below
+from dlopt.basics.ranges import Count, Seed
 from dlopt.config.compose import Composer
 from dlopt.config.keys import is_seed
 from dlopt.config.overrides import key_of, text_of
 from dlopt.config.schema import check_arguments, component, show
-from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
-from dlopt.files import write_yaml
-from dlopt.folders import SPACE, FolderSnapshot, RunFolder
-from dlopt.locks import locked
 from dlopt.metric_names import Modes, base_name, mode_of, monitored_modes
-from dlopt.plain import flatten, is_below
-from dlopt.ranges import Count, Seed
 from dlopt.results.leaderboard import Direction, direction_of, front, is_number, job_record, leaderboard
 from dlopt.results.terminal import show_front, show_leaderboard
 from dlopt.sweeps import pool as pools

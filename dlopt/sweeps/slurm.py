@@ -20,13 +20,13 @@ from typing import Any
 
 from hydra.core.utils import env_override
 
-from dlopt.errors import FAILED, INTERRUPTED, UserError, install
-from dlopt.files import read_json, write_atomically
-from dlopt.folders import RunFolder
+from dlopt.basics.errors import FAILED, INTERRUPTED, UserError, install
+from dlopt.basics.files import read_json, write_atomically
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.ranges import Count, Natural, Positive
+from dlopt.basics.secrets import is_secret_name
 from dlopt.job import CODE_OF
 from dlopt.parallel.launch import RECORD, python_module
-from dlopt.ranges import Count, Natural, Positive
-from dlopt.secrets import is_secret_name
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import RETURNED, Pool, Process
 from dlopt.sweeps.worker import JOBS, LOG, Lines, create, has_left

@@ -10,8 +10,8 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from dlopt.basics.errors import UserError
 from dlopt.config.overrides import listed_values
-from dlopt.errors import UserError
 
 Value = str | int | float
 

@@ -23,11 +23,11 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.locks import hold, is_held, locked, taken
+from dlopt.basics.secrets import redact, redacted
 from dlopt.config.resuming import describe, may_change
-from dlopt.errors import RunError, UserError
-from dlopt.locks import hold, is_held, locked, taken
 from dlopt.results.leaderboard import Direction
-from dlopt.secrets import redact, redacted
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space
 

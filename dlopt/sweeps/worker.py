@@ -18,9 +18,9 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from dlopt.errors import DONE, INTERRUPTED
-from dlopt.files import NewLines
-from dlopt.interruption import Interruption
+from dlopt.basics.errors import DONE, INTERRUPTED
+from dlopt.basics.files import NewLines
+from dlopt.basics.interruption import Interruption
 from dlopt.sweeps.pool import spawn, warm_up
 
 JOBS, LOG = "jobs", "log"

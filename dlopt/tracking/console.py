@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dlopt import formats
+from dlopt.basics import formats
 from dlopt.tracking import layout
 
 _REDRAW_SECONDS = 0.1

@@ -15,8 +15,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from dlopt.folders import SHELL_FOLDER
-from dlopt.formats import (
+from dlopt.basics.folders import SHELL_FOLDER
+from dlopt.basics.formats import (
     format_count,
     format_duration,
     format_epoch_number,
@@ -26,8 +26,8 @@ from dlopt.formats import (
     format_percent,
     format_value,
 )
+from dlopt.basics.plain import flatten
 from dlopt.metric_names import mode_of, monitored_modes
-from dlopt.plain import flatten
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal

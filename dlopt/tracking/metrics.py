@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dlopt.errors import RunError
-from dlopt.files import read_json, write_atomically
-from dlopt.plain import without_nan
-from dlopt.secrets import redact, redacted
+from dlopt.basics.errors import RunError
+from dlopt.basics.files import read_json, write_atomically
+from dlopt.basics.plain import without_nan
+from dlopt.basics.secrets import redact, redacted
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dlopt import formats
+from dlopt.basics import formats
 from dlopt.tracking.console import Screen
 
 _MAX_ROWS = 12  # running jobs on display

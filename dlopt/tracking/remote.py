@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from hydra.core.utils import env_override
 
-from dlopt.errors import UserError, install
-from dlopt.files import read_json, write_atomically
-from dlopt.secrets import redact
+from dlopt.basics.errors import UserError, install
+from dlopt.basics.files import read_json, write_atomically
+from dlopt.basics.secrets import redact
 from dlopt.tracking.layout import waiting
 
 _CLOSE_TIMEOUT = 30.0  # seconds to wait at the end of a run for pending deliveries

@@ -27,8 +27,8 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
-from dlopt.errors import UserError
-from dlopt.plain import read_regular
+from dlopt.basics.errors import UserError
+from dlopt.basics.plain import read_regular
 from dlopt.tracking.layout import short_path
 from dlopt.tracking.metrics import AppendFile
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dlopt import formats
-from dlopt.errors import UserError
-from dlopt.secrets import redact, redacted
+from dlopt.basics import formats
+from dlopt.basics.errors import UserError
+from dlopt.basics.secrets import redact, redacted
 from dlopt.tracking import layout
 from dlopt.tracking.console import ConsoleView
 from dlopt.tracking.metrics import AppendFile, MetricsFile, write_summary

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batches
 from dlopt.data.normalization import PooledMoments
-from dlopt.errors import UserError
 from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.batch_shards import local_slice
 from dlopt.parallel.shards import local

@@ -15,6 +15,8 @@ from dlopt.adapt import none as no_adapters
 from dlopt.augment import Pipeline
 from dlopt.augment.crops import ResizingCrop
 from dlopt.augment.pipeline import CentreCrop, crop_when_reading
+from dlopt.basics.errors import UserError, refused_path
+from dlopt.basics.random import generator, stream
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.data.batches import Batches, Delivery
@@ -25,14 +27,12 @@ from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.data.task import Task
 from dlopt.data.windows import Windows
-from dlopt.errors import UserError, refused_path
 from dlopt.init import WidthGrowth
 from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parameters import freeze
 from dlopt.processor import choose_device, keep_freed_memory, set_deterministic, set_threads
-from dlopt.random import generator, stream
 from dlopt.training import rng, speed
 from dlopt.training.model_check import check_memory, check_outputs, check_reads
 from dlopt.training.mup import width_growth

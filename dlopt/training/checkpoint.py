@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dlopt.adapt import merged
+from dlopt.basics.errors import OtherVersionError, RunError, UserError
+from dlopt.basics.files import digest_file, disk_in_use, link, reason, recorded_digests, sha256, write
+from dlopt.basics.folders import RunFolder
 from dlopt.config.resuming import refuse_other_config
-from dlopt.errors import OtherVersionError, RunError, UserError
-from dlopt.files import digest_file, disk_in_use, link, reason, recorded_digests, sha256, write
-from dlopt.folders import RunFolder
 from dlopt.parallel.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import sharded

@@ -10,9 +10,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import RunError, UserError
 from dlopt.data.folder import images_below, reading
 from dlopt.data.images import decode
-from dlopt.errors import RunError, UserError
 from dlopt.losses import label_probabilities, probabilities
 from dlopt.processor import usable_cores
 from dlopt.training.metrics import predicted_classes

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.ranges import NonNegative, Positive
 from dlopt.parallel.shards import local, plain_norm, unit_norm
 from dlopt.parameters import real_views
-from dlopt.ranges import NonNegative, Positive
 
 Norm = Callable[[Sequence[Tensor]], Tensor]
 """Computes the 2-norm of tensors taken as one vector (scalar tensor), over all processes that have shards of them."""

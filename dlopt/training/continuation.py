@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.generation import generate
 from dlopt.training.restore import Trained
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.errors import UserError
 from dlopt.config.teacher import teacher_file
 from dlopt.data.identity import difference
 from dlopt.data.normalization import ScaleShift
-from dlopt.errors import UserError
 from dlopt.losses import Distillation
 from dlopt.training.build import Workload
 from dlopt.training.restore import Trained, restore

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
 from dlopt.data.identity import difference
 from dlopt.data.task import Task
-from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.checkpoint import foreign

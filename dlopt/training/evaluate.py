@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
+from dlopt.basics.errors import UserError
+from dlopt.basics.interruption import Interruption
+from dlopt.basics.plain import without_nan
 from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import evaluation_subset, prepare
 from dlopt.data.task import Task
-from dlopt.errors import UserError
-from dlopt.interruption import Interruption
 from dlopt.losses import MSE, CrossEntropy, label_probabilities, probabilities, processes_in_chunks
-from dlopt.plain import without_nan
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.build import Workload, evaluation_batches

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
-from dlopt.errors import RunError, UserError
-from dlopt.secrets import redacted
+from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.secrets import redacted
 from dlopt.training.build import read_dataset
 from dlopt.training.restore import Trained
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
 from dlopt.config.own_metrics import BUILT_IN
 from dlopt.config.rules import check_mode
 from dlopt.config.settings_rules import CLASS, MONITORS
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
-from dlopt.errors import UserError
 from dlopt.losses import probabilities
 from dlopt.metric_names import lower_is_better
 from dlopt.training.multilabel import LABEL_METRICS

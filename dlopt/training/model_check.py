@@ -10,12 +10,12 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component, show
 from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
-from dlopt.errors import UserError
 from dlopt.models.layers import copied_state
 from dlopt.processor import available_memory
 

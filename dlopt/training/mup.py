@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.config.schema import Component
-from dlopt.errors import UserError
 from dlopt.init import WidthGrowth, weights
 from dlopt.models.airbench import Divide
 from dlopt.optim.traits import optimizer_traits

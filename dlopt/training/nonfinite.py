@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from dlopt.errors import RunError
+from dlopt.basics.errors import RunError
 from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local

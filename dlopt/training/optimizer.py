@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt import schedules
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import stream
 from dlopt.config.schema import Component
-from dlopt.errors import UserError
 from dlopt.graphs import Recorder
 from dlopt.losses import sampling_obstacle
 from dlopt.optim import SAM
@@ -18,7 +19,6 @@ from dlopt.optim.traits import UNKNOWN, optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.parameters import parameter_groups
-from dlopt.random import stream
 from dlopt.schedules import Scheduler
 from dlopt.training import cuda_graphs, mup, rng
 from dlopt.training.averaging import ExponentialAverage

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlopt.errors import RunError
+from dlopt.basics.errors import RunError
 from dlopt.parallel.ranks import Ranks
 from dlopt.training.metrics import Reduce
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 
 _ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 _TIMED_VALUES = 1 << 18  # inputs of a timed pass; emulated, a ResNet-20 takes a second for so many

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from dlopt import schedules
+from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment, Settings
 from dlopt.data.batches import Batch
-from dlopt.errors import UserError
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.training.metrics import MetricSum
 from dlopt.training.step import EpochBatches

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from dlopt.basics.errors import UserError
 from dlopt.config.settings import Recomputation
-from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode
 from dlopt.training.step import is_stochastic
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from dlopt.adapt import describe
+from dlopt.basics.files import read_json, write_atomically, write_json
+from dlopt.basics.folders import RunFolder
 from dlopt.config.experiment import Experiment
 from dlopt.config.overrides import storable
 from dlopt.config.schema import dotted_name
-from dlopt.files import read_json, write_atomically, write_json
-from dlopt.folders import RunFolder
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dlopt.adapt import has_adapters
 from dlopt.augment.pipeline import CentreCrop
+from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
@@ -18,7 +19,6 @@ from dlopt.config.saved import with_changes
 from dlopt.data.identity import Identity
 from dlopt.data.task import Task
 from dlopt.data.tokenizer import Tokenizer
-from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device, set_threads
 from dlopt.training.build import model_arguments

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.interruption import Interruption
 from dlopt.config.resuming import how_to_resume
 from dlopt.data.batches import Batches
 from dlopt.data.identity import SPLITS
-from dlopt.errors import RunError, UserError
-from dlopt.folders import RunFolder
-from dlopt.interruption import Interruption
 from dlopt.parallel.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlopt.files import reason, sha256
+from dlopt.basics.files import reason, sha256
 from dlopt.parallel import shard_files
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import is_sharded_tensor

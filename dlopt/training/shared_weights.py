@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.parallel.shards import is_sharded_tensor
 
 _ROUNDING = 4  # units in the last place by which two copies of a shared tensor may differ

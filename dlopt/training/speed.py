@@ -11,8 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
+from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
-from dlopt.errors import UserError
 from dlopt.graphs import Recorder
 from dlopt.models.layers import copied_state, evaluation_mode, example_inputs
 from dlopt.parallel.mode import Mode

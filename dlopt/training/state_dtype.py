@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import stream
 from dlopt.optim.common import evaluate, gradients, is_dense
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.shards import element_numbers, local
-from dlopt.random import stream
 
 ALLOWED = ("adam", "adamw", "lion", "momentum", "sgd", "sgdw", "signum")
 _UPDATES = "rounded_updates"  # key of a parameter group: updates so far, saved with the state

@@ -19,13 +19,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from dlopt import convolutions
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import stream
 from dlopt.data.batches import Batch
-from dlopt.errors import UserError
 from dlopt.losses import sampled_cross_entropy
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
-from dlopt.random import stream
 from dlopt.schedules import Scheduler
 from dlopt.training.clipping import Clip, Unclipped, gradient_norm
 from dlopt.training.metrics import Measure, Measured

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Natural, NonNegative, Positive
 from dlopt.metric_names import Mode, base_name, lower_is_better
 from dlopt.parallel.shards import local, plain_norm
-from dlopt.ranges import Count, Natural, NonNegative, Positive
 from dlopt.training.clipping import Norm
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batch
-from dlopt.errors import RunError, UserError
-from dlopt.interruption import Interruption
 from dlopt.optim.traits import is_schedule_free
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.step_timing import StepTiming

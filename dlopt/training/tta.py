@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dlopt.augment.pipeline import CentreCrop
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count
 from dlopt.data.images import resize
-from dlopt.errors import UserError
-from dlopt.ranges import Count
 
 Size = tuple[int, int]  # height, width
 Crops = Callable[[Tensor], Iterator[tuple[float, Tensor]]]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.adapt import has_adapters, merged, without_adapters
-from dlopt.errors import UserError
-from dlopt.files import reason
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import reason
 from dlopt.models.foreign import differences, fold_biases, translations
 from dlopt.training.checkpoint import evaluated_weights, load
 from dlopt.training.shared_weights import complete_shared
@@ -83,9 +83,7 @@ def _is_raw_beside_average(name: str, state: Mapping[str, Any]) -> bool:
     """
     meta = state.get("meta")
     is_mmengine = isinstance(meta, Mapping) and "mmengine_version" in meta
-    return "state_dict" in state and (
-        name == "current_model_state" or (name == "ema_state_dict" and is_mmengine)
-    )
+    return "state_dict" in state and (name == "current_model_state" or (name == "ema_state_dict" and is_mmengine))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dlopt.basics.interruption import Interruption
 from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
@@ -46,7 +47,6 @@ from dlopt.config.schema import Component
 from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.graphs import Recorder
-from dlopt.interruption import Interruption
 from dlopt.parameters import freeze
 from dlopt.training import speed
 from dlopt.training.build import Workload, build_model, build_workload

@@ -181,13 +181,13 @@ def dlopt(job: Job) -> Callable[[], None]:
     """Runs dlopt's trainer as `dlopt train` builds it, with logging, on the job's images."""
     import dataclasses
 
+    from dlopt.basics.interruption import Interruption
     from dlopt.config.compose import Composer
     from dlopt.config.parsing import parse
     from dlopt.config.resolve import to_plain
     from dlopt.config.schema import Component
     from dlopt.data.samples import Dataset as Samples
     from dlopt.data.samples import InMemory
-    from dlopt.interruption import Interruption
     from dlopt.training.build import build_workload
     from dlopt.training.run import probe_trainer
 

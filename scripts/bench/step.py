@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from dlopt.basics.interruption import Interruption
 from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
@@ -41,7 +42,6 @@ from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import InMemory
 from dlopt.data.task import Task
-from dlopt.interruption import Interruption
 from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.schedules import Horizon, Scheduler, constant

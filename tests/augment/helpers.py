@@ -8,7 +8,7 @@ from torch import Tensor
 from dlopt.augment import Draws, Operation, Pipeline
 from dlopt.augment.operation import FixedStrengthDraws
 from dlopt.augment.warp import Affine, Border
-from dlopt.random import generator
+from dlopt.basics.random import generator
 
 
 def pictures(n: int, *shape: int) -> Tensor:

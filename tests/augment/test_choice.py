@@ -20,8 +20,8 @@ from dlopt.augment import (
 )
 from dlopt.augment.operation import DrawnStep
 from dlopt.augment.warp import Affine
-from dlopt.errors import UserError
-from dlopt.random import generator
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator
 from tests.augment.helpers import pictures, run, smooth_pictures
 
 NAMES = [

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dlopt.augment import Brightness, Contrast, Draws, Operation, PCAColour, Saturation
 from dlopt.augment.colour import Colour, colour_statistics
-from dlopt.random import generator
+from dlopt.basics.random import generator
 from tests.augment.helpers import SIGNS, STRENGTHS, Images, pictures, run, smooth_pictures
 
 FACTORS = (1 + 0.8 * STRENGTHS * SIGNS).tolist()

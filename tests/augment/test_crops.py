@@ -15,11 +15,11 @@ from torch import Tensor
 from dlopt.augment import Draws, HorizontalFlip, Pipeline, RandomCrop, RandomResizedCrop, RandomScaleCrop, Rotate
 from dlopt.augment.crops import CropReader, ResizingCrop
 from dlopt.augment.pipeline import crop_when_reading
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
 from dlopt.data.splits import prepare
-from dlopt.errors import UserError
-from dlopt.random import generator
 from tests.augment.helpers import matrix, pictures, run
 from tests.support.data import data_settings
 

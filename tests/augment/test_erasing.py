@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dlopt.augment import Erase, RandomErase
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from tests.augment.helpers import Images, pictures, run
 
 

@@ -29,7 +29,7 @@ from dlopt.augment import (
     TranslateY,
 )
 from dlopt.augment.warp import Affine
-from dlopt.random import generator
+from dlopt.basics.random import generator
 from tests.augment.helpers import SIGNS, STRENGTHS, matrix, pictures, run, smooth_pictures
 
 TOLERANCE = 0.02

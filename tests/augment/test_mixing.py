@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dlopt.augment import CutMix, Draws, Mixup, Operation, Pipeline
-from dlopt.random import generator
+from dlopt.basics.random import generator
 
 
 def mixed(

@@ -3,7 +3,7 @@ import torch
 
 from dlopt.augment import GaussianNoise
 from dlopt.augment.tone import normals
-from dlopt.random import generator
+from dlopt.basics.random import generator
 from tests.augment.helpers import run
 
 

@@ -24,10 +24,10 @@ from dlopt.augment import (
     RandomErase,
     RandomMix,
 )
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator
 from dlopt.config.schema import component
 from dlopt.data.samples import InMemory
-from dlopt.errors import UserError
-from dlopt.random import generator
 from tests.augment.helpers import Images, apply, pictures
 from tests.support.choices import files
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dlopt.augment import AutoContrast, Draws, Equalize, Operation, Posterize, Sharpness, Solarize
 from dlopt.augment.operation import FixedStrengthDraws, PixelStep
-from dlopt.random import generator
+from dlopt.basics.random import generator
 from tests.augment.helpers import SIGNS, STRENGTHS, pictures, run, smooth_pictures
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from dlopt.basics.errors import UserError
 from dlopt.command_line.line import output_folder, read_line, writing
-from dlopt.errors import UserError
 from tests.support.line import refused
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from dlopt import cli
 from dlopt.api import train
+from dlopt.basics.errors import UserError
+from dlopt.basics.plain import flatten, is_below
 from dlopt.command_line.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
 from dlopt.commands import train as train_command
@@ -15,13 +17,11 @@ from dlopt.config.compose import Composer
 from dlopt.config.keys import ROLES
 from dlopt.config.overrides import key_of
 from dlopt.config.resolve import to_plain
-from dlopt.errors import UserError
 from dlopt.lab import trials
 from dlopt.lab.bench import command as bench
 from dlopt.lab.comparison import command as comparison
 from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
-from dlopt.plain import flatten, is_below
 from dlopt.sweeps import run as sweeps
 from dlopt.table import COMMANDS
 from tests.support.line import SMALL, dlopt, refused

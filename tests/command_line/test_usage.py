@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import pytest
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count
 from dlopt.command_line.line import take_own
 from dlopt.command_line.usage import declaring, own_keys, two_columns, typed_words, usage
-from dlopt.errors import UserError
-from dlopt.ranges import Count
 from dlopt.table import COMMANDS
 
 MODULES = {name: importlib.import_module(path.partition(":")[0]) for name, path in COMMANDS.items() if name != "train"}

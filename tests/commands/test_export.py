@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import RunError
 from dlopt.config.parsing import parse
-from dlopt.errors import RunError
 from dlopt.training import exporting
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load

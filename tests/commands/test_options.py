@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dlopt.basics.errors import UserError
 from dlopt.commands.options import options
 from dlopt.config.choices import Catalogue
-from dlopt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = Catalogue()

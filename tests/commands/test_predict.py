@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from dlopt import cli
+from dlopt.basics.files import write
 from dlopt.config.parsing import parse
-from dlopt.files import write
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.support.line import dlopt, entries, refused

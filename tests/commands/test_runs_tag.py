@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dlopt import open_run
-from dlopt.folders import RunFolder
+from dlopt.basics.folders import RunFolder
 from tests.support.folders import make_run
 from tests.support.line import SMALL, dlopt, entries, refused
 from tests.support.terminal import in_terminal, plain

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dlopt.basics.errors import RunError, UserError
 from dlopt.commands.sample import sample
-from dlopt.errors import RunError, UserError
 from dlopt.models.generation import draw, generate
 from dlopt.models.gpt import GPT
 from tests.support.gpt import CONTEXT, OPTIONS, gpt

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.plain import load_yaml
 from dlopt.config.choices import config_folder
 from dlopt.config.early import check_early
 from dlopt.config.experiment import GROUPS
 from dlopt.config.schema import parameters_of, resolve_target
 from dlopt.config.settings import GROUPS as NAMES
 from dlopt.config.signatures import annotations_of
-from dlopt.errors import UserError
-from dlopt.plain import load_yaml
 from tests.support.line import refused
 
 _RUN = """
 import sys
 from dlopt.cli import run
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 for line in sys.stdin.read().splitlines():
     try:
         run(line.split())

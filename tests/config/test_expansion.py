@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from dlopt.basics.errors import UserError
 from dlopt.config.trust import check_expansion
-from dlopt.errors import UserError
 from tests.support.line import refused
 
 

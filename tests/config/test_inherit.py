@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.errors import UserError
 from dlopt.job import describe
 from tests.support.line import SMALL, dlopt, only, refused
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.json_schema import schema
 from dlopt.config.plan import plan
-from dlopt.errors import UserError
 from tests.support.choices import CONF
 from tests.support.line import dlopt, refused
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.config import rules
-from dlopt.errors import UserError
 from tests.support.runs import experiment
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.saved import typed_values, with_changes
-from dlopt.errors import UserError
 from dlopt.training import checkpoint
 from tests.support.line import SMALL, dlopt, refused
 

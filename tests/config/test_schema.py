@@ -8,9 +8,9 @@ from annotated_types import Ge
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Fraction, Natural, NonNegative, Positive, PositiveFraction, Probability
 from dlopt.config.schema import Component, check_arguments, component, resolve_target
-from dlopt.errors import UserError
-from dlopt.ranges import Count, Fraction, Natural, NonNegative, Positive, PositiveFraction, Probability
 
 
 def target(

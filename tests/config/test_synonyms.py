@@ -2,12 +2,12 @@
 
 import pytest
 
+from dlopt.basics.errors import UserError
 from dlopt.config.choices import Catalogue, Choice, config_folder
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.synonyms import for_choice, for_flag, for_key, table
-from dlopt.errors import UserError
 
 KEYS, CHOICES = table("keys"), table("choices")
 HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")

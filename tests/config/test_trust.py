@@ -10,11 +10,11 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from dlopt.basics.errors import UserError
 from dlopt.config import compose
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import ALLOWED_PACKAGES, resolve_target
-from dlopt.errors import UserError
 from dlopt.training import checkpoint
 from tests.support.line import SMALL, dlopt, only, refused
 
@@ -61,7 +61,7 @@ TYPED = [
     "optimizer._target_=torchvision.io.write_file",
     "optimizer._target_=dlopt.environment.subprocess.Popen",
     "optimizer._target_=dlopt.cli.main",
-    "optimizer._target_=dlopt.folders.make",
+    "optimizer._target_=dlopt.basics.folders.make",
     "optimizer._target_=torch.optim.sgd.SGD.__init__",
     "optimizer._target_=torch.optim.SGD.__init__.__globals__",
     "optimizer._target_=torch.optim",

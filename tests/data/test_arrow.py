@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dlopt.basics.errors import UserError
 from dlopt.data import arrow as module
 from dlopt.data.arrow import huggingface, parquet
 from dlopt.data.samples import Dataset
 from dlopt.data.text import text
-from dlopt.errors import UserError
 from tests.support.runs import resume, same, start
 
 arrow = pytest.importorskip("pyarrow")
@@ -278,6 +278,8 @@ def test_scripts_of_datasets_are_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.name=.*foreign: data\.split=train cannot be loaded: "):
         hub(name=str(folder), split="train")
     assert not (tmp_path / "started").exists()
+
+
 NAMED = b'{"info": {"features": {"label": {"names": ["cat", "dog", "owl"], "_type": "ClassLabel"}}}}'
 
 
@@ -287,6 +289,7 @@ NAMED = b'{"info": {"features": {"label": {"names": ["cat", "dog", "owl"], "_typ
 ])  # fmt: skip
 def test_labels_that_stand_for_no_class(labels: list[int], message: str, tmp_path: Path) -> None:
     """In Parquet files with the names of the package datasets, in any split; without names -1 is a class."""
+
     def file(name: str, values: list[int], metadata: dict[bytes, bytes] | None) -> str:
         table = arrow.table({"image": [[float(each)] for each in values], "label": values})
         writer.write_table(table.replace_schema_metadata(metadata), tmp_path / name)

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dlopt.basics.errors import RunError, UserError
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.loading import Loader
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
 from dlopt.data.samples import Files, InMemory, Samples
-from dlopt.errors import RunError, UserError
 
 Pairs = list[tuple[Tensor, Tensor]]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.plan import plan
@@ -14,7 +15,6 @@ from dlopt.config.resolve import resolve_saved
 from dlopt.config.resuming import differences
 from dlopt.config.schema import parameters_of
 from dlopt.data.splits import DataSettings
-from dlopt.errors import UserError
 from tests.support.choices import files
 
 CONF = Path(__file__).parents[2] / "conf"

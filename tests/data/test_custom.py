@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from dlopt.basics.errors import UserError
 from dlopt.data.custom import custom
-from dlopt.errors import UserError
 
 
 class Points(Dataset[tuple[torch.Tensor, Any]]):

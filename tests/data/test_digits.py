@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.data.digits import digit_pairs, digits, shaded_digits
 from dlopt.data.samples import InMemory, Samples
 from dlopt.data.splits import DataSettings, prepare
-from dlopt.errors import UserError
 
 
 def test_digits_match_scikit_learn() -> None:

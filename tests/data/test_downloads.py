@@ -11,9 +11,9 @@ import pytest
 import torch
 import torchvision
 
+from dlopt.basics.errors import UserError
 from dlopt.data import downloads
 from dlopt.data.downloads import cifar10, cifar100, fashion_mnist, mnist, read_idx
-from dlopt.errors import UserError
 from tests.support.idx import idx_bytes, write
 from tests.support.requires import requires
 

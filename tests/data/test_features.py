@@ -10,10 +10,10 @@ import pytest
 import torch
 from sklearn import datasets
 
+from dlopt.basics.errors import UserError
 from dlopt.data.features import _natural, breast_cancer, diabetes, table, wine
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.errors import UserError
 from tests.support.line import dlopt
 
 DEFAULTS: dict[str, Any] = {

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.folder import image_folder, imagenet
 from dlopt.data.images import decode
 from dlopt.data.samples import Dataset
 from dlopt.data.splits import DataSettings, prepare
-from dlopt.errors import UserError
 
 WriteImages = Callable[..., list[Path]]
 

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlopt.basics.errors import UserError
 from dlopt.data.generated import copying, linear, polynomial, recall
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import DataSettings, prepare
-from dlopt.errors import UserError
 from tests.support.line import dlopt
 
 # -- functions of one variable

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
 from dlopt.data.folder import image_folder
 from dlopt.data.images import decode
 from dlopt.data.samples import Dataset
-from dlopt.errors import UserError
 
 SIZE = (24, 32)
 COLOUR = (200, 100, 50)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from dlopt.basics.errors import UserError
 from dlopt.data.images import _centre_box, decode, from_pil, header_size, resize
-from dlopt.errors import UserError
 
 
 def gradient(height: int, width: int) -> np.ndarray:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import Normalize
 
+from dlopt.basics.errors import UserError
 from dlopt.data.normalization import Fixed, MeanImage, MeanPixel, Nothing, ScaleShift, Standardize, Unit, moments
 from dlopt.data.samples import Files, InMemory
-from dlopt.errors import UserError
 
 
 def samples(inputs: Tensor) -> InMemory:

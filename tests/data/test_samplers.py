@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlopt.basics.random import generator
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samplers import (
     ClassBalanced,
@@ -22,7 +23,6 @@ from dlopt.data.samplers import (
     WithReplacement,
 )
 from dlopt.data.samples import InMemory
-from dlopt.random import generator
 
 ALL: dict[str, Callable[..., Sampler]] = {
     "random": lambda s, seed=3: Random(targets=s.targets, seed=seed, epoch_size=None),

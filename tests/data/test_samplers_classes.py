@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlopt.basics.errors import UserError
 from dlopt.data.samplers import ClassBalanced, ClassInterleaved, ClassSorted
-from dlopt.errors import UserError
 
 
 def equal_neighbours(row: list[int]) -> int:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from dlopt.basics.random import generator
 from dlopt.data.samplers import Diverse, Random
 from dlopt.data.samplers.diverse import batch_variation, input_features, k_means
 from dlopt.data.samples import InMemory
-from dlopt.random import generator
 
 
 def blobs(count: int, centres: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from dlopt.basics.errors import UserError
 from dlopt.data.samplers import HardExamples
 from dlopt.data.samplers.hard import expected_draws
-from dlopt.errors import UserError
 from dlopt.losses import MSE, CrossEntropy
 from dlopt.training.metrics import MetricSum, sample_losses
 from tests.support.runs import (

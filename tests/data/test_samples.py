@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
 from dlopt.data.samples import Files, InMemory, Samples, Wrapped
-from dlopt.errors import UserError
 
 WriteImages = Callable[..., list[Path]]
 

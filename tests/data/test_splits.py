@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlopt.basics.errors import UserError
 from dlopt.data.samples import Dataset, Files, InMemory, Samples
 from dlopt.data.splits import DataSettings, prepare, stratified
-from dlopt.errors import UserError
 from tests.support.data import data_settings
 
 Make = Callable[..., DataSettings]

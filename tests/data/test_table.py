@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.data.images import decode
 from dlopt.data.samples import Dataset
 from dlopt.data.table import csv
-from dlopt.errors import UserError
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlopt.basics.errors import UserError
 from dlopt.data import text as texts
 from dlopt.data.samplers import Random, ShiftedWindows
 from dlopt.data.text import python_source, tokens
 from dlopt.data.windows import Windows
-from dlopt.errors import UserError
 
 CPU = torch.device("cpu")
 text = partial(texts.text, column=None, tokenizer="bytes", vocabulary=None, saved_tokenizer=None)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.data import text as texts
 from dlopt.data.tokenizer import SMALLEST, Tokenizer, _chunks, read_tokenizer, train_tokenizer
 from dlopt.data.windows import Windows
-from dlopt.errors import UserError
 from tests.support.line import refused
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.data import verify
 from dlopt.data.folder import image_folder
 from dlopt.data.images import decode
 from dlopt.data.samples import Dataset
 from dlopt.data.splits import prepare
 from dlopt.data.table import csv
-from dlopt.errors import UserError
 
 WriteImages = Callable[..., list[Path]]
 

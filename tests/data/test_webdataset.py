@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dlopt.basics.errors import UserError
 from dlopt.data import webdataset as module
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.folder import image_folder
@@ -21,7 +22,6 @@ from dlopt.data.rows import find_files
 from dlopt.data.samplers import Random
 from dlopt.data.samples import Dataset
 from dlopt.data.webdataset import webdataset
-from dlopt.errors import UserError
 from tests.support.line import dlopt
 from tests.support.runs import resume, same, start
 

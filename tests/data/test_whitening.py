@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
 from dlopt.data.samples import InMemory
 from dlopt.data.whitening import PCA, PCAWhiten, ZCAWhiten, mean_and_covariance
-from dlopt.errors import UserError
 
 
 def correlated(count: int = 200, features: int = 6, offset: float = 0.0) -> Tensor:

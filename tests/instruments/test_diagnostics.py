@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.instruments.diagnostics import Diagnostics
 from dlopt.lab.diagnosis.measuring import prepare
 from dlopt.tracking.tracking import Tracking

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.instruments.lr_range import (
     LearningRates,
     RangeTest,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.instruments.profiling import Profile, ProfiledOperation, collective_times, covered, state_bytes, table
 from tests.support.runs import SMALL, at_update, experiment, result, resume, same, start, terminate
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 
 Build = Callable[..., nn.Module]
 

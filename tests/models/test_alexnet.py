@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dlopt import init
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 
 Build = Callable[..., nn.Module]
 CHOICES = ["alexnet", "two_column_alexnet"]

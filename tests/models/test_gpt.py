@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.errors import UserError
 from dlopt.init import WidthGrowth, gpt2, mup
 from dlopt.models.gpt import GPT, KeyValueCache
 from tests.support.gpt import OPTIONS, gpt

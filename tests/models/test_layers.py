@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.layers import ACTIVATIONS, GhostBatchNorm1d, GhostBatchNorm2d, Norm, activation
 
 MAPS = torch.randn(12, 8, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 2

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dlopt import init
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.locally_connected import LocallyConnected2d
 
 Build = Callable[..., nn.Module]

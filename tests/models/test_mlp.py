@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from dlopt.basics.errors import UserError
 from dlopt.data.splits import prepare
-from dlopt.errors import UserError
 from dlopt.losses import PixelCrossEntropy
 from dlopt.models.layers import ACTIVATIONS
 from dlopt.models.mlp import MLP, Polynomials, ResidualMLP

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.preact import PreActBlock, PreActBottleneck, PreActResNet, WideResNet
 from tests.support.norm import NORM
 

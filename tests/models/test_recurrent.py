@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.layers import Norm
 from dlopt.models.recurrent import LSTMLayer, RecurrentLayer, Rows
 

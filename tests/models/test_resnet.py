@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcut
 from tests.support.norm import NORM
 

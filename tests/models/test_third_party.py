@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from dlopt import init
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.third_party import pretrained_inputs
 
 Build = Callable[..., nn.Module]

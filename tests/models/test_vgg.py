@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 
 Build = Callable[..., nn.Module]
 

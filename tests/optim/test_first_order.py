@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.optim import LAMB, LARS, SAM, SGDW, AdaBelief, Lion, LossClosure, Muon, Rprop
 from dlopt.optim.muon import orthogonalize
 from tests.support.updates import (

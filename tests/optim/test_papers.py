@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator, stream
 from dlopt.losses import sampled_cross_entropy
 from dlopt.optim import (
     SOAP,
@@ -27,7 +28,6 @@ from dlopt.optim import (
     adamw,
 )
 from dlopt.optim.kronecker import eigenvectors, update_factors
-from dlopt.random import generator, stream
 from tests.support.updates import (
     GRADS,
     SHAPES,

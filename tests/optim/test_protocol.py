@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dlopt import optim
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.optim import LARS, LBFGS, SAM, SOAP, DistributedShampoo, Kron, LossClosure, Muon, NAdam, Scion, Shampoo
 
 Make = Callable[[list[Any]], torch.optim.Optimizer]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.optim import BFGS, LBFGS, LossClosure, Newton, NewtonCG
 from dlopt.optim.bfgs import LinePoint, broyden, strong_wolfe
 from dlopt.optim.newton import UndampedNewton, backtracking

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.optim.traits import UNKNOWN, OptimizerTraits, optimizer_traits
 from tests.support.choices import names
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.errors import install
+from dlopt.basics.errors import install
 from tests.support.line import dlopt
 from tests.support.sizes import TINY
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.bench.communication import Traffic
 from dlopt.parallel.columns import split_columns
 from dlopt.parallel.dropout import CurrentShard, convert_dropout

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batch
-from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.progress import Run

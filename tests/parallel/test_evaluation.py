@@ -4,7 +4,7 @@ import os
 import traceback
 from pathlib import Path
 
-from dlopt.errors import RunError
+from dlopt.basics.errors import RunError
 from dlopt.parallel import rendezvous
 from tests.support.equality import compare
 from tests.support.modes import DDP, FILTER, PIPELINE, SYNC_DDP, SYNC_FSDP

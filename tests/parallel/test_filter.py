@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.bench.communication import Traffic
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKind
 from dlopt.models.preact import PreActBlock, PreActBottleneck

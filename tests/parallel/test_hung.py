@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.interruption import Interruption
+from dlopt.basics.interruption import Interruption
 from dlopt.parallel import hung
 from dlopt.training.checkpoint import Checkpoints
 

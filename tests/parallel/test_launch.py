@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import dlopt
-from dlopt.errors import INTERRUPTED, USER_ERROR, RunError
-from dlopt.interruption import Interruption
+from dlopt.basics.errors import INTERRUPTED, USER_ERROR, RunError
+from dlopt.basics.interruption import Interruption
 from dlopt.losses import MSE
 from dlopt.parallel import launch
 from dlopt.parallel.launch import count_processes, end_with_torchrun, group_code, python_module, run_processes

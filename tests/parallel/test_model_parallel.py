@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.progress import Run

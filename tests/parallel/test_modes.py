@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.errors import RunError
+from dlopt.basics.errors import RunError
 from dlopt.parallel import rendezvous
 from dlopt.training.checkpoint import load
 from tests.support.equality import compare, metric_values, resume_run, run_distributed

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.process_group import join
 from tests.support.line import dlopt, refused

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import distributed
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.process_group import join
 from dlopt.parallel.rendezvous import World, caused_by_peer, current, first_to_fail, missing_ranks, slurm_master

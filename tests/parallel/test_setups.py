@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from tests.support.modes import build_mode
 from tests.support.runs import start
 from tests.support.sizes import MLP

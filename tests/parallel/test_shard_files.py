@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed import checkpoint as torch_checkpoint
 
-from dlopt.errors import RunError, UserError
-from dlopt.files import sha256, synced, write, write_digests
+from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.files import sha256, synced, write, write_digests
 from dlopt.parallel import rendezvous, shard_files
 from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.shard_files import ShardWriter

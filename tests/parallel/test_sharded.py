@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.training import sharded
 from dlopt.training.checkpoint import Checkpoints, load

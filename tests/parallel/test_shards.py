@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from dlopt.basics.errors import UserError
 from dlopt.config.parsing import parse
-from dlopt.errors import UserError
 from dlopt.optim import LBFGS
 from dlopt.parallel.fsdp import FullySharded
 from dlopt.parallel.mode import Mode

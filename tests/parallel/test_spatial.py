@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.bench.communication import Traffic
 from dlopt.parallel.model_parallel import all_reduce_buckets
 from dlopt.parallel.spatial import split_rows

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.layers import GhostBatchNorm2d
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
 from tests.support.ranks import run_ranks

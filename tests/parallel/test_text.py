@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.parallel import chain
 from dlopt.parallel.columns import split_columns
 from dlopt.parallel.filter import split_filters

@@ -16,8 +16,8 @@ from unittest.mock import patch
 
 import pytest
 
-from dlopt.folders import LAUNCHER_LOCK, RunFolder, make
-from dlopt.interruption import (
+from dlopt.basics.folders import LAUNCHER_LOCK, RunFolder, make
+from dlopt.basics.interruption import (
     Interruption,
     flush_streams,
     killed_by_signals,
@@ -25,7 +25,7 @@ from dlopt.interruption import (
     print_line,
     streams_kept,
 )
-from dlopt.locks import hold
+from dlopt.basics.locks import hold
 from dlopt.training.checkpoint import load
 from tests.support.line import dlopt, refused
 from tests.support.processes import start

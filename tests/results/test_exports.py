@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.results.exports import SUFFIXES, ReportContent, destination, render
 from dlopt.results.plots import PLOTS
 from tests.support.folders import make_run, table

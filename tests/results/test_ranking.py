@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.results.columns import difference_text, statistic_text, summary_csv
 from dlopt.results.leaderboard import Difference, Statistic
 from dlopt.results.page import page

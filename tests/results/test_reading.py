@@ -6,8 +6,8 @@ from subprocess import run
 
 import pytest
 
-from dlopt.formats import format_value as text
-from dlopt.formats import printable
+from dlopt.basics.formats import format_value as text
+from dlopt.basics.formats import printable
 from dlopt.results.reading import Damaged, Record, RunReader, find, read, varying_keys
 from dlopt.training.stopping import Best
 from tests.support.folders import make_run

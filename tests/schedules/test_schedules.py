@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
 from dlopt import schedules
+from dlopt.basics.errors import UserError
 from dlopt.config.schema import parameters_of
-from dlopt.errors import UserError
 from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmup
 from tests.support.choices import names
 from tests.support.schedules import EPOCH, STEPS, make, values

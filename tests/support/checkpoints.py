@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dlopt.files import sha256, write
+from dlopt.basics.files import sha256, write
 from dlopt.training.checkpoint import Checkpoints
 
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from dlopt import files as durable
+from dlopt.basics import files as durable
 from tests.support.runs import in_fork
 
 _CLONE_NEWNS = 0x00020000

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from dlopt import cli
-from dlopt.interruption import SIGNALS
+from dlopt.basics.interruption import SIGNALS
 from dlopt.processor import set_deterministic
 from tests.support.sizes import TINY
 
@@ -99,8 +99,8 @@ class HeldByAnotherProcess:
     """Context manager in which another process holds the lock of a run folder."""
 
     def __init__(self, folder: Path) -> None:
-        lock = "l = dlopt.folders.RunFolder(pathlib.Path(sys.argv[1])).lock()"
-        code = f"import sys, pathlib, dlopt.folders; {lock}; print(flush=True); input()"
+        lock = "l = dlopt.basics.folders.RunFolder(pathlib.Path(sys.argv[1])).lock()"
+        code = f"import sys, pathlib, dlopt.basics.folders; {lock}; print(flush=True); input()"
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes)
 

@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dlopt.interruption import SIGNALS
+from dlopt.basics.interruption import SIGNALS
 from dlopt.parallel import launch
 from dlopt.sweeps.pool import warm_up
 

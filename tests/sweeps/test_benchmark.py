@@ -9,10 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.errors import UserError
 from dlopt.lab.benchmark.protocol import Track, WorkloadSpec, load_space, load_tier, trials_of
 from dlopt.lab.benchmark.results import load_reference
 from dlopt.lab.benchmark.trials import Candidate, TrialRequest, candidate

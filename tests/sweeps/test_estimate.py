@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dlopt.errors import UserError
-from dlopt.folders import RunFolder
+from dlopt.basics.errors import UserError
+from dlopt.basics.folders import RunFolder
 from dlopt.sweeps.estimate import Estimate, estimate_job, estimate_line, is_enough, per_update
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.folders import RunFolder
+from dlopt.basics.folders import RunFolder
 from dlopt.training.checkpoint import load
 from tests.support.ranks import ROOT
 from tests.support.runs import same, timeless

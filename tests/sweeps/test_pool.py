@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.plan import folder_name
-from dlopt.errors import UserError
-from dlopt.folders import RunFolder
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, labels, record_dead, result_of
 from dlopt.sweeps.pool import Pool, build_pool, gpus, local

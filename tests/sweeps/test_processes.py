@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
+from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.folders import RunFolder
 from dlopt.job import describe
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Forked, spawn

@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 from scipy.stats import qmc
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.sweeps import samplers
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.errors import FAILED, UserError
+from dlopt.basics.errors import FAILED, UserError
 from dlopt.sweeps import slurm as launcher
 from dlopt.sweeps.pool import build_pool
 from tests.support.line import dlopt, refused

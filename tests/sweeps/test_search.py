@@ -11,8 +11,8 @@ import optuna
 import pytest
 import yaml
 
-from dlopt.folders import RunFolder
-from dlopt.locks import is_held
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.locks import is_held
 from dlopt.sweeps import search as module
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.search import Search, build_study_spec

@@ -7,7 +7,7 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 import dlopt
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from tests.sweeps.spaces import space
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from dlopt.errors import UserError
-from dlopt.locks import hold, is_held, taken
+from dlopt.basics.errors import UserError
+from dlopt.basics.locks import hold, is_held, taken
 from dlopt.sweeps import samplers
 from dlopt.sweeps.study import JOURNAL, WORKERS, hide_password, open_storage
 from tests.support.requires import find, require
@@ -238,7 +238,10 @@ def test_passwords_are_not_shown() -> None:
 
 
 def test_asking_for_the_lock_of_this_process_does_not_release_it(tmp_path: Path) -> None:
-    path, script = tmp_path / "lock", "import sys, pathlib, dlopt.locks; dlopt.locks.hold(pathlib.Path(sys.argv[1]))"
+    path, script = (
+        tmp_path / "lock",
+        "import sys, pathlib, dlopt.basics.locks; dlopt.basics.locks.hold(pathlib.Path(sys.argv[1]))",
+    )
     lock = hold(path)
     with taken(path) as is_taken:
         assert not is_taken

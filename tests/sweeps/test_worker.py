@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.errors import INTERRUPTED
+from dlopt.basics.errors import INTERRUPTED
 from dlopt.sweeps import slurm as launcher
 from dlopt.sweeps import worker as workers
 from dlopt.sweeps.pool import RETURNED, Pool, build_pool

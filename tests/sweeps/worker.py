@@ -14,10 +14,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
+from dlopt.basics.errors import DONE
+from dlopt.basics.folders import RunFolder
 from dlopt.config.overrides import parse_overrides
 from dlopt.config.plan import Plan
-from dlopt.errors import DONE
-from dlopt.folders import RunFolder
 from dlopt.sweeps import jobs, samplers
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.pool import Pool, Process, run

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt import formats
+from dlopt.basics import formats
 from dlopt.tracking import read_metrics, read_summary
 from tests.support.requires import requires
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.errors import RunError
+from dlopt.basics.errors import RunError
 from dlopt.tracking.metrics import MetricsFile, read_metrics, read_summary, to_json, write_summary
 
 

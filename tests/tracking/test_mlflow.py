@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.tracking import Tracking, remote
 from tests.support.line import SMALL, dlopt, refused
 from tests.support.ports import free_port

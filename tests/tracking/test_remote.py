@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.tracking import Tracking
 from dlopt.tracking.remote import CHECKS, SERVICES, Remote, Scalars
 from tests.support.line import refused

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.hparams import metadata
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.tracking.tensorboard import TensorBoard, command, image_grid, read_scalars, record
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dlopt.errors import RunError, UserError
+from dlopt.basics.errors import RunError, UserError
 from dlopt.tracking import Tracking, read_metrics, read_summary
 
 CONFIG = {"name": "try", "seed": 0, "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}}

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dlopt.errors import RunError
+from dlopt.basics.errors import RunError
 from dlopt.training.checkpoint import Checkpoints, load
 from tests.support.checkpoints import names, state, with_checksums
 from tests.support.runs import assert_same_run, at_update, in_fork, resume, same, start, terminate

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.training.batch_norm import _smallest_micro_batch, check_norm_batches, norm_statistics
 from dlopt.training.build import build_workload, evaluation_batches, training_batches
 from tests.support.runs import experiment, same, small_workload

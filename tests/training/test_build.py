@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt.api import load
+from dlopt.basics.errors import UserError
 from dlopt.config.schema import Component
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.errors import UserError
 from dlopt.losses import CrossEntropy
 from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt import files as durable
-from dlopt.errors import RunError, UserError
-from dlopt.files import link
+from dlopt.basics import files as durable
+from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.files import link
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.weights import read_weights
 from tests.support.checkpoints import Crashes, Payload, names, state, with_checksums

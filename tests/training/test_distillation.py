@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dlopt import api
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.losses import Distillation
 from dlopt.training import checkpoint
 from dlopt.training.build import build_workload, training_batches

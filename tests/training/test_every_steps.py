@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batches
 from dlopt.data.samples import InMemory
 from dlopt.data.splits import evaluation_subset
-from dlopt.errors import UserError
 from dlopt.tracking import layout
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load

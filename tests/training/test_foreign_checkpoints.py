@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import dlopt
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from tests.support.checkpoints import poison
 from tests.support.line import dlopt as run
 from tests.support.sizes import TINY

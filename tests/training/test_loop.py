@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batch
 from dlopt.data.task import Task
-from dlopt.errors import RunError, UserError
-from dlopt.interruption import Interruption
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from sklearn import metrics as reference
 
+from dlopt.basics.errors import UserError
 from dlopt.data.digits import digit_pairs
-from dlopt.errors import UserError
 from dlopt.parallel.ranks import Ranks
 from dlopt.trained import load
 from dlopt.training.build import build_workload, training_batches

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.training.build import build_workload
 from dlopt.training.mup import describe_rates
 from dlopt.training.optimizer import build_optimizer

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.errors import RunError, UserError
 from dlopt.data.batches import Batch
-from dlopt.errors import RunError, UserError
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.metrics import Measured, MetricSum

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.optim.traits import OptimizerTraits
 from dlopt.parallel.mode import Mode, Placed
 from dlopt.training.build import Workload, build_workload

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
+from dlopt.basics.errors import RunError, UserError
 from dlopt.config.own_metrics import own_metrics
-from dlopt.errors import RunError, UserError
 from dlopt.results.ranking import gather
 from dlopt.results.reading import RunReader
 from dlopt.training.build import Workload, build_workload
@@ -118,8 +118,13 @@ def test_resumed(tmp_path: Path) -> None:
         (["schedule=plateau", "schedule.mode=max"], "schedule.mode=max: val_loss is better when smaller"),
         (["data.val_split=0", "monitor_mode=max"], "monitor_mode=max: needs a validation set"),
         (
-            [f"evaluate.metrics=[{OWN}spread,{OWN}squared_error]", "monitor=val_spread", "stopping=early",
-             "stopping.monitor=val_squared_error", "monitor_mode=min"],
+            [
+                f"evaluate.metrics=[{OWN}spread,{OWN}squared_error]",
+                "monitor=val_spread",
+                "stopping=early",
+                "stopping.monitor=val_squared_error",
+                "monitor_mode=min",
+            ],
             "monitor_mode=min: cannot hold for val_spread and val_squared_error",
         ),
         (["monitor=val_spread"], "monitor=val_spread: there is no validation metric of this name"),
@@ -151,4 +156,4 @@ def test_a_function_that_fails_ends_the_run_with_its_name(tmp_path: Path, name: 
 
 def test_dlopts_own_modules_are_no_metrics() -> None:
     with pytest.raises(UserError, match="cannot be used in a config"):
-        own_metrics(["dlopt.files.write"], ["dlopt"])
+        own_metrics(["dlopt.basics.files.write"], ["dlopt"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.errors import RunError, UserError
+from dlopt.basics.errors import RunError, UserError
 from tests.support.own_parts import CALLS
 from tests.support.runs import at_update, metrics, result, same, start, terminate
 from tests.support.sizes import SMALL

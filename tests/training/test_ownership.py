@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from dlopt.files import write
+from dlopt.basics.files import write
 from dlopt.training.checkpoint import load
 from tests.support.line import dlopt
 from tests.support.runs import assert_same_run, at_update, terminate

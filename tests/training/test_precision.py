@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.parallel.mode import check_precision
 from dlopt.training import checkpoint
 from dlopt.training.precision import Precision, bf16_slowdown, choose_precision

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.instruments.layers import LayerProbe
 from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.models.mlp import MLP as MLPModel

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import dlopt.training.run
-from dlopt import files as durable
+from dlopt.basics import files as durable
+from dlopt.basics.errors import RunError, UserError
 from dlopt.data.batches import Batch, Batches
-from dlopt.errors import RunError, UserError
 from dlopt.tracking import Tracking
 from dlopt.training import checkpoint
 from dlopt.training import trainer as loop

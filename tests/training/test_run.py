@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 import dlopt
 from dlopt import job
+from dlopt.basics.errors import UserError
+from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batches
-from dlopt.errors import UserError
-from dlopt.interruption import Interruption
 from dlopt.parallel.ranks import Ranks
 from dlopt.training.build import Workload, build_workload, training_batches
 from dlopt.training.checkpoint import KEYS, Checkpoints, load

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.training.build import load_weights
 from dlopt.training.shared_weights import complete_shared
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.errors import UserError
-from dlopt.interruption import Interruption
+from dlopt.basics.errors import UserError
+from dlopt.basics.interruption import Interruption
 from dlopt.training.build import Workload
 from dlopt.training.checkpoint import load
 from dlopt.training.progress import Run

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training import speed
 from dlopt.training.build import build_workload

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import stream
 from dlopt.instruments.profiling import state_bytes
 from dlopt.optim import SGDW, AdEMAMix, Lion, Signum, adamw
 from dlopt.optim.traits import optimizer_traits
-from dlopt.random import stream
 from dlopt.training import state_dtype
 from dlopt.training.optimizer import build_optimizer
 from dlopt.training.state_dtype import (

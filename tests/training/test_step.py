@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlopt.basics.random import stream
 from dlopt.optim import SAM
-from dlopt.random import stream
 from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
 from dlopt.training.metrics import MetricSum
 from dlopt.training.precision import Precision

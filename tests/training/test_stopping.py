@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.training.stopping import Best, Early, Never, Target, Tolerance, monitored_loss
 
 NAN, INF = math.nan, math.inf

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.commands.eval import evaluate
 from dlopt.commands.export import export
 from dlopt.commands.sample import sample
-from dlopt.errors import UserError
 from tests.support.runs import resume, same, start
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional
 
+from dlopt.basics.errors import UserError
 from dlopt.data.samples import InMemory
-from dlopt.errors import UserError
 from dlopt.training import tta
 from dlopt.training.evaluate import _build_transform, mean_outputs
 from dlopt.training.tta import Flip, MultiScaleTenCrop, ShiftFlip, Size, TenCrop, ten_crop

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 from torch import Tensor, nn
 
+from dlopt.basics.errors import UserError
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.task import Task
-from dlopt.errors import UserError
 from dlopt.losses import MSE, probabilities
 from dlopt.training.evaluate import report
 from dlopt.training.metrics import (

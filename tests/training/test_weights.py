@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.models.alexnet import AlexNet
 from dlopt.models.resnet import CifarResNet, ResNet
 from dlopt.models.vgg import VGG11

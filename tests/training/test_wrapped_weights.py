@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dlopt.adapt import lora
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.training.build import load_weights
 
 State = dict[str, Any]

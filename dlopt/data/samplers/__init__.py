@@ -7,12 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dlopt.basics.random import generator
+from dlopt.basics.ranges import Count
 from dlopt.data.samplers.classes import ClassBalanced, ClassInterleaved, ClassSorted
 from dlopt.data.samplers.diverse import Diverse
 from dlopt.data.samplers.hard import HardExamples
 from dlopt.data.windows import Windows
-from dlopt.random import generator
-from dlopt.ranges import Count
 
 
 class Sampler(Protocol):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dlopt.errors import UserError
-from dlopt.random import generator
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator
 
 _ROUNDS = 8  # of insertion at random positions; the remaining samples are then inserted class by class
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dlopt.basics.random import generator
+from dlopt.basics.ranges import Count
 from dlopt.data.loading import chunks
 from dlopt.data.samples import Samples
-from dlopt.random import generator
-from dlopt.ranges import Count
 
 _SIDE = 8  # pixels; images are downsampled to this size for the clustering
 _FIT_SAMPLES = 10_000  # for fitting the centres

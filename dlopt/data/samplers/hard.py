@@ -8,9 +8,9 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from dlopt.errors import UserError
-from dlopt.random import generator
-from dlopt.ranges import PositiveFraction
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import generator
+from dlopt.basics.ranges import PositiveFraction
 
 
 class HardExamples:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.table import Table
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.ranges import Count
 from dlopt.command_line.line import Line, output_folder, refuse_empty
-from dlopt.errors import DONE, UserError
 from dlopt.lab.bench.cluster import Cluster
 from dlopt.lab.bench.output import Output, save
-from dlopt.ranges import Count
 from dlopt.tracking.layout import plain_table, show_table
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlopt.errors import RunError
+from dlopt.basics.errors import RunError
 from dlopt.instruments.profiling import tensor_bytes
 from dlopt.processor import synchronized_time
 

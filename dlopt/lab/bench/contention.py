@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from dlopt.basics.errors import RunError
 from dlopt.config.experiment import Experiment
-from dlopt.errors import RunError
 from dlopt.instruments.ranks import run_rank, run_ranks
 from dlopt.lab.bench.layers import Layer, timed
 from dlopt.lab.bench.rank import seconds_of, updates_of

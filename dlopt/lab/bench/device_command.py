@@ -3,10 +3,10 @@
 from dataclasses import asdict
 from typing import Annotated, Literal
 
+from dlopt.basics.errors import DONE
+from dlopt.basics.ranges import Count, Positive
 from dlopt.command_line.line import Line, output_folder, refuse_empty
-from dlopt.errors import DONE
 from dlopt.lab.bench.output import Output, save
-from dlopt.ranges import Count, Positive
 
 _PRECISIONS: list[Literal["fp32", "bf16", "fp16", "fp64"]] = ["fp32", "bf16"]
 _SIZES = [64, 128, 256, 512, 1024, 2048]

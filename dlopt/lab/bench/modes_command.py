@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.ranges import Count, Natural, Positive
 from dlopt.command_line.line import Line, output_folder
 from dlopt.command_line.reads import LEARNING_RATE, RECIPE, UPDATE
 from dlopt.config.overrides import group_of, is_typed, key_of, value_of, without
-from dlopt.errors import DONE, UserError
 from dlopt.lab.bench.output import Output, save
-from dlopt.ranges import Count, Natural, Positive
 from dlopt.tracking.layout import show_table
 
 READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "ema", "stopping", "check", "on_divergence")

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from dlopt.basics.files import write_json
+from dlopt.basics.plain import without_nan
 from dlopt.command_line.line import writing
-from dlopt.files import write_json
-from dlopt.plain import without_nan
 from dlopt.results import drawing
 
 if TYPE_CHECKING:

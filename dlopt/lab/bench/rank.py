@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
-from dlopt.errors import UserError
 from dlopt.instruments.profiling import collective_times
 from dlopt.instruments.ranks import RankOutcome, run_rank
 from dlopt.lab.bench.communication import Traffic

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.table import Table
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.ranges import Count, Seed
 from dlopt.command_line.line import Line, output_folder, refuse_empty
-from dlopt.errors import DONE, UserError
 from dlopt.lab.bench.cluster import Cluster
 from dlopt.lab.bench.cluster_command import Model, describe, layers_of_model
 from dlopt.lab.bench.output import Output, save
-from dlopt.ranges import Count, Seed
 from dlopt.tracking.layout import plain_table, show_table
 
 if TYPE_CHECKING:

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt import environment
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
+from dlopt.basics.files import write_atomically, write_json
+from dlopt.basics.folders import RunFolder, refuse_url
+from dlopt.basics.formats import format_range
+from dlopt.basics.locks import locked
+from dlopt.basics.ranges import Count
+from dlopt.basics.roles import Role
 from dlopt.command_line.line import Line, output_folder, read_line, refuse_empty
 from dlopt.command_line.reads import refuse_unread_hydra
 from dlopt.command_line.usage import own_names
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
 from dlopt.config.plan import plan
-from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
-from dlopt.files import write_atomically, write_json
-from dlopt.folders import RunFolder, refuse_url
-from dlopt.formats import format_range
 from dlopt.job import print_error
 from dlopt.lab.benchmark import reading
 from dlopt.lab.benchmark.protocol import (
@@ -39,10 +42,7 @@ from dlopt.lab.benchmark.protocol import (
 from dlopt.lab.benchmark.reading import COST, Manifest, targets
 from dlopt.lab.benchmark.results import Results, TrialRecord, load_reference, to_json
 from dlopt.lab.trials import READS_OF_HYDRA, has_ended, is_fixed, launcher, refuse_protocol, take_optimizers
-from dlopt.locks import locked
-from dlopt.ranges import Count
 from dlopt.results.leaderboard import distinguishes
-from dlopt.roles import Role
 from dlopt.sweeps.estimate import Estimate, estimate_job
 from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.layout import short_path

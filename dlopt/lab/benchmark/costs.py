@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from dlopt.basics.files import write_json
+from dlopt.basics.folders import RunFolder
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
-from dlopt.files import write_json
-from dlopt.folders import RunFolder
 from dlopt.instruments.profiling import state_bytes
 from dlopt.lab.bench.rank import seconds_of, updates_of
 from dlopt.lab.benchmark.reading import TEST

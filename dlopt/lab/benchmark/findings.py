@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dlopt.formats import printable
+from dlopt.basics.formats import printable
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.formats import MEASURE_LABELS, names
 from dlopt.lab.benchmark.results import Measure, Results

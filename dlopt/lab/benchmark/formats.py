@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dlopt.formats import format_value as text
-from dlopt.formats import printable
+from dlopt.basics.formats import format_value as text
+from dlopt.basics.formats import printable
 from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
 from dlopt.lab.benchmark.results import Measure
 from dlopt.lab.benchmark.scores import Interval, Standing

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 import dlopt
-from dlopt.files import write_atomically
-from dlopt.formats import printable
+from dlopt.basics.files import write_atomically
+from dlopt.basics.formats import printable
 from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.figures import draw
 from dlopt.lab.benchmark.findings import findings

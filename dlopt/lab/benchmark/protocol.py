@@ -13,10 +13,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from dlopt.basics.errors import UserError, suggest
+from dlopt.basics.plain import load_yaml
 from dlopt.config.choices import config_folder
 from dlopt.config.schema import check_arguments, show
-from dlopt.errors import UserError, suggest
-from dlopt.plain import load_yaml
 
 FOLDER = "benchmark"  # in conf/ and in a --config-dir
 BUDGETS: Mapping[str, tuple[int, int]] = {"tiny": (1, 3), "small": (3, 10), "large": (5, 20)}

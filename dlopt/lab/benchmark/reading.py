@@ -9,14 +9,14 @@ from typing import Any
 
 import yaml
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import read_json, write_json
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.locks import locked
 from dlopt.config.overrides import key_of, value_of
-from dlopt.errors import UserError
-from dlopt.files import read_json, write_json
-from dlopt.folders import RunFolder
 from dlopt.lab.benchmark.protocol import BASELINES, Track, Trial, WorkloadSpec, target_of
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
 from dlopt.lab.trials import has_ended
-from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
 from dlopt.results.leaderboard import Record
 from dlopt.results.reading import Damaged, read

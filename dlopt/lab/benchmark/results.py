@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.benchmark.protocol import Track
 from dlopt.metric_names import lower_is_better
 

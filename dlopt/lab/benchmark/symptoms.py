@@ -8,8 +8,8 @@ from statistics import median
 
 from hydra.core.override_parser.types import IntervalSweep
 
+from dlopt.basics.errors import UserError
 from dlopt.config.overrides import parse_overrides
-from dlopt.errors import UserError
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.reading import best_trials
 from dlopt.lab.benchmark.results import Results, TrialRecord

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from dlopt.formats import printable
+from dlopt.basics.formats import printable
 from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Measure, Results

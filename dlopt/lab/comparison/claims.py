@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, NonNegative
 from dlopt.config.schema import check_arguments
-from dlopt.errors import UserError
 from dlopt.lab.comparison.intervals import Bounds, Interval, interval
 from dlopt.metric_names import NONE, Modes, lower_is_better
-from dlopt.ranges import Count, NonNegative
 
 Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]

@@ -16,6 +16,11 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from dlopt.basics.errors import FAILED, INTERRUPTED, USER_ERROR, UserError
+from dlopt.basics.files import read_json, write_atomically, write_json
+from dlopt.basics.folders import RunFolder, make, make_new, newest
+from dlopt.basics.plain import flatten
+from dlopt.basics.roles import Role
 from dlopt.command_line.reads import refuse_unread_hydra, refuse_untested
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import parse_arguments
@@ -26,9 +31,6 @@ from dlopt.config.resolve import choices_of
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.config.saved import checkpoint_file
 from dlopt.config.schema import check_arguments, show
-from dlopt.errors import FAILED, INTERRUPTED, USER_ERROR, UserError
-from dlopt.files import read_json, write_atomically, write_json
-from dlopt.folders import RunFolder, make, make_new, newest
 from dlopt.job import execute
 from dlopt.lab.comparison.claims import TEST_METRICS, parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun, format_final, read
@@ -38,10 +40,8 @@ from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
 from dlopt.lab.comparison.sentences import sentence
 from dlopt.metric_names import monitored_modes
-from dlopt.plain import flatten
 from dlopt.results import drawing
 from dlopt.results.claims import FROZEN, claims_hash, is_changed, recipe_hash, recipe_path, rerun_hint
-from dlopt.roles import Role
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.console import Screen

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.comparison.measures import gradient
 from dlopt.training.build import Workload, training_batches
 from dlopt.training.optimizer import build_optimizer

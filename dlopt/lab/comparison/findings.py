@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dlopt.basics.errors import UserError
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import show
-from dlopt.errors import UserError
 from dlopt.lab.comparison.claims import (
     TEST_METRICS,
     Claim,

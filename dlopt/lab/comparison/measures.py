@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.instruments.curvature import hessian_product, largest_eigenvalues, losses_along
 from dlopt.instruments.layers import LayerProbe, LayerStatistics
 from dlopt.lab.diagnosis.probes import TimeLagProbe

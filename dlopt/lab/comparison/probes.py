@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from dlopt.basics.errors import UserError
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Samples
-from dlopt.errors import UserError
 from dlopt.lab.comparison import decay, measures
 from dlopt.training.build import Workload, build_workload, evaluation_batches, training_batches
 from dlopt.training.checkpoint import load

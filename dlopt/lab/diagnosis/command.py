@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.files import write_json
+from dlopt.basics.formats import format_count
+from dlopt.basics.plain import without_nan
+from dlopt.basics.ranges import Count, Natural
 from dlopt.command_line.line import (
     Combination,
     Line,
@@ -23,12 +28,7 @@ from dlopt.command_line.line import (
 )
 from dlopt.command_line.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
 from dlopt.config.saved import checkpoint_file, typed_values
-from dlopt.errors import DONE, UserError
-from dlopt.files import write_json
-from dlopt.formats import format_count
 from dlopt.parallel.rendezvous import current
-from dlopt.plain import without_nan
-from dlopt.ranges import Count, Natural
 from dlopt.results import drawing
 from dlopt.tracking.layout import FittedTable, plain_table, short_path, standard_output
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import RunError, UserError
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.data.batches import Batch
-from dlopt.errors import RunError, UserError
 from dlopt.instruments.curvature import (
     GradientSpread,
     Spectrum,

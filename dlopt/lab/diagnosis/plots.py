@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dlopt.formats import format_count
+from dlopt.basics.formats import format_count
 from dlopt.instruments.layers import SATURATED_SLOPE, LayerStatistics, Moments
 from dlopt.lab.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, Snapshot
 from dlopt.results import drawing

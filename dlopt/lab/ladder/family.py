@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 from annotated_types import MinLen
 
+from dlopt.basics.errors import UserError, suggest
+from dlopt.basics.plain import load_yaml
+from dlopt.basics.ranges import Positive
 from dlopt.command_line.line import Line
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import group_of, key_of
 from dlopt.config.schema import check_arguments
-from dlopt.errors import UserError, suggest
 from dlopt.metric_names import lower_is_better
-from dlopt.plain import load_yaml
-from dlopt.ranges import Positive
 
 FOLDER = "ladder"  # in conf/ and in a --config-dir
 _Text = Annotated[str, MinLen(1)]

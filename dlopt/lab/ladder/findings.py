@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from dlopt.basics.formats import printable
 from dlopt.config.overrides import key_of
-from dlopt.formats import printable
 from dlopt.lab.benchmark.findings import Observation
 from dlopt.lab.benchmark.formats import NONE, names
 from dlopt.lab.benchmark.scores import Interval

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dlopt.errors import UserError
-from dlopt.files import read_json, write_json
-from dlopt.folders import RunFolder
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import read_json, write_json
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.locks import locked
 from dlopt.lab.ladder.family import Rules, Rung
 from dlopt.lab.ladder.rates import Optimum, RateFit, fit_rates, missing, optimum, rate
 from dlopt.lab.trials import UNRECORDED, choice_of, has_ended
-from dlopt.locks import locked
 from dlopt.tracking.metrics import read_metrics
 
 MANIFEST = "ladder.json"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dlopt
-from dlopt.files import write_atomically
+from dlopt.basics.files import write_atomically
 from dlopt.lab.benchmark.page import picture, style
 from dlopt.lab.ladder.analysis import FEWEST, RESAMPLES
 from dlopt.lab.ladder.figures import draw

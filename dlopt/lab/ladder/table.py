@@ -3,7 +3,7 @@
 import math
 import textwrap
 
-from dlopt.formats import printable
+from dlopt.basics.formats import printable
 from dlopt.lab.benchmark.formats import abbreviated, number
 from dlopt.lab.benchmark.table import rendered
 from dlopt.lab.ladder.analysis import Analysis

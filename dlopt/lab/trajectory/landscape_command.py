@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.ranges import Count, Positive, Seed
 from dlopt.command_line.line import on_checkpoint, output_folder, saved_experiment, writing
-from dlopt.errors import DONE, UserError
 from dlopt.lab.trajectory.output import Output, progress
-from dlopt.ranges import Count, Positive, Seed
 from dlopt.results import drawing
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def draw_landscape(
     seed: Annotated[Seed, "N: seed of random directions"] = 0,
     output: Output = None,
 ) -> int:
+    from dlopt.basics.random import generator
     from dlopt.lab.comparison.measures import spread_samples
     from dlopt.lab.trajectory.landscape import draw, random_plane, surface
-    from dlopt.random import generator
     from dlopt.training.build import build_workload
     from dlopt.training.checkpoint import load
     from dlopt.training.restore import fitting

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.ranges import Count
 from dlopt.command_line.line import Combination, Line, output_folder, skipped_keys, writing
 from dlopt.command_line.reads import RECIPE
 from dlopt.config.overrides import without
-from dlopt.errors import DONE, UserError
 from dlopt.lab.trajectory.output import Output
-from dlopt.ranges import Count
 from dlopt.results import drawing
 
 if TYPE_CHECKING:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Interval
 from omegaconf import DictConfig
 
+from dlopt.basics.errors import DONE, UserError, suggest
+from dlopt.basics.ranges import Positive, Seed
 from dlopt.command_line.line import Combination, Line, output_folder, skipped_keys, writing
 from dlopt.command_line.reads import refuse_unread_hydra
 from dlopt.command_line.usage import own_names
@@ -17,9 +19,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.overrides import group_of, key_of, without
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
-from dlopt.errors import DONE, UserError, suggest
 from dlopt.lab.trajectory.output import Output, progress
-from dlopt.ranges import Positive, Seed
 from dlopt.results import drawing
 
 if TYPE_CHECKING:

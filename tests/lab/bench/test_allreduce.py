@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.errors import RunError, UserError
-from dlopt.interruption import Interruption
+from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.interruption import Interruption
 from dlopt.lab.bench.command import bench
 from dlopt.lab.bench.communication import Bandwidth, measure_all_reduce
 from dlopt.parallel import launch

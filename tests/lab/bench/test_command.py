@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from dlopt.basics.errors import UserError
 from dlopt.command_line.line import Line
 from dlopt.config.compose import Composer
-from dlopt.errors import UserError
 from dlopt.lab.bench import device, modes, modes_command
 from dlopt.lab.bench.modes import ModeResult
 from tests.support.line import dlopt, refused

@@ -17,8 +17,8 @@ import yaml
 from torch import Tensor
 
 from dlopt import cli
-from dlopt.errors import UserError
-from dlopt.folders import RunFolder
+from dlopt.basics.errors import UserError
+from dlopt.basics.folders import RunFolder
 from dlopt.lab.benchmark.command import _reference, compare
 from dlopt.lab.benchmark.results import Results, TrialRecord, read
 from dlopt.lab.trials import has_ended, refuse_protocol

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.benchmark.costs import state_memory
 from dlopt.lab.benchmark.protocol import BASELINES, WorkloadSpec, target_of
 from dlopt.lab.benchmark.reading import Manifest, collect, read_manifest, targets, update_manifest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.benchmark.results import best_trial, from_json, read, to_json
 from tests.lab.benchmark.synthetic import flipped, make
 

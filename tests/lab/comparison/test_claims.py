@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.comparison.claims import parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun
 from dlopt.lab.comparison.findings import check, evaluate, judged_again, record

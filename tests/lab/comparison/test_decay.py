@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dlopt import train
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.comparison import decay, probes
 from dlopt.lab.comparison.decay import Decays
 

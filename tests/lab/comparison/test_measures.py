@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.comparison import measures
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.step import frozen_statistics

@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dlopt import train
+from dlopt.basics.errors import UserError
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.data.samples import Samples
-from dlopt.errors import UserError
 from dlopt.lab.comparison import probes
 from dlopt.lab.comparison.probes import checkpoints, effective_rate, gradient_variance
 from dlopt.training.build import Workload, build_workload, evaluation_batches, training_batches

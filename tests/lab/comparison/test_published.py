@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome
 from dlopt.lab.comparison.findings import record
 from dlopt.lab.comparison.plots import draw

@@ -93,9 +93,7 @@ def coverage(irreducible: float, rungs: int, ladders: int, resamples: int) -> tu
         for name, gain in found.gains.items():
             truth = float(name.split()[1])
             laws += [each.low <= truth <= each.high for each in gain.speed_up]
-            interpolated += [
-                each.low <= truth <= each.high for each in gain.interpolated if not math.isnan(each.value)
-            ]
+            interpolated += [each.low <= truth <= each.high for each in gain.interpolated if not math.isnan(each.value)]
             different += [gain.is_distinguishable] if truth == 1 else []
     return float(np.mean(laws)), float(np.mean(interpolated)), float(np.mean(different))
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dlopt import cli
-from dlopt.folders import RunFolder
+from dlopt.basics.folders import RunFolder
 from tests.support.line import dlopt, entries, refused
 from tests.support.processes import start
 

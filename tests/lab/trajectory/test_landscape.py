@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.errors import UserError
+from dlopt.basics.errors import UserError
 from dlopt.lab.trajectory.landscape import draw, random_plane, surface, trajectory_plane
 from dlopt.models.locally_connected import LocallyConnected2d
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from dlopt.basics.errors import UserError
 from dlopt.cli import run
-from dlopt.errors import UserError
 from dlopt.lab.trajectory.command import trajectory
 from dlopt.lab.trajectory.learning_rates import Curve
 from dlopt.results import drawing

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from dlopt.plain import read_regular
-from dlopt.secrets import redact, redacted
+from dlopt.basics.plain import read_regular
+from dlopt.basics.secrets import redact, redacted
 
 _in_use = 0
 
@@ -64,7 +64,7 @@ def link(source: Path, target: Path) -> None:
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Replaces the contents of `path`: after a crash the file is the old one or the new one. Raises OSError.
 
-    A text is redacted (see `dlopt.secrets`), bytes are written as they are.
+    A text is redacted (see `dlopt.basics.secrets`), bytes are written as they are.
     """
     if isinstance(data, str):
         data = redact(data).encode("utf-8", "surrogateescape")

@@ -141,7 +141,7 @@ def _is_common(value: str, is_named: bool) -> bool:
 @functools.cache
 def _own_text() -> str:
     """Returns the code and the configs of dlopt, with their file names, which are the names of choices."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folders = [package, *([] if (package / "conf").is_dir() else [package.parent / "conf"])]  # next to it in a checkout
     paths = [path for folder in folders for path in folder.rglob("*.*") if path.suffix in _TEXTS]
     return "\n".join([*map(str, (path.name for path in paths)), *(path.read_text("utf-8") for path in paths)])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.files import read_json
-from dlopt.folders import RunFolder
-from dlopt.plain import check_yaml, expanded_size, load_yaml, read_regular
+from dlopt.basics.files import read_json
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.plain import check_yaml, expanded_size, load_yaml, read_regular
 from tests.support.line import refused
 from tests.support.sizes import TINY
 

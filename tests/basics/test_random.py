@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.random import generator, stream
+from dlopt.basics.random import generator, stream
 
 counters = st.integers(0, 2**63 - 1)
 

@@ -16,11 +16,11 @@ import yaml
 from PIL import Image
 
 from dlopt import attempt, job
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import write
+from dlopt.basics.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, newest
+from dlopt.basics.interruption import Interrupted
 from dlopt.config.resuming import differences
-from dlopt.errors import UserError
-from dlopt.files import write
-from dlopt.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, newest
-from dlopt.interruption import Interrupted
 from dlopt.parallel.rendezvous import World
 from dlopt.training import checkpoint
 from tests.support.line import HeldByAnotherProcess, Result, dlopt, entries, only, refused
@@ -352,7 +352,7 @@ def test_the_lock_excludes_its_own_process(tmp_path: Path) -> None:
         assert RunFolder(tmp_path).is_live()
         with pytest.raises(UserError, match="another run is active"):
             RunFolder(tmp_path).lock()
-        code = "import sys, pathlib, dlopt.locks; print(dlopt.locks.is_held(pathlib.Path(sys.argv[1])))"
+        code = "import sys, pathlib, dlopt.basics.locks; print(dlopt.basics.locks.is_held(pathlib.Path(sys.argv[1])))"
         line = [sys.executable, "-c", code, str(tmp_path / ".lock")]
         assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "True\n"
     assert not RunFolder(tmp_path).is_live()

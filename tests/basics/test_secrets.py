@@ -17,21 +17,21 @@ import pytest
 import yaml
 from PIL import Image
 
-from dlopt import secrets
+from dlopt.basics import secrets
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import write_atomically, write_json, write_yaml
+from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import storable
 from dlopt.config.resolve import to_plain
 from dlopt.config.resuming import differences
-from dlopt.errors import UserError
-from dlopt.files import write_atomically, write_json, write_yaml
-from dlopt.folders import RunFolder
 from dlopt.sweeps.study import describe_differences
 from tests.support.line import dlopt
 from tests.support.processes import run_dlopt
 from tests.support.sizes import TINY
 
 CANARY = "Canary-7f3a9"
-HARD = "it's \"a\\b\" 50% <x>&\tü/Zq7-inner"  # quotes, a backslash, markup, a tab
+HARD = 'it\'s "a\\b" 50% <x>&\tü/Zq7-inner'  # quotes, a backslash, markup, a tab
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dlopt.files import NewLines
+from dlopt.basics.files import NewLines
 
 
 def test_new_lines(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import dlopt as package
-from dlopt.folders import RunFolder, make
-from dlopt.interruption import SIGNALS, Interruption
+from dlopt.basics.folders import RunFolder, make
+from dlopt.basics.interruption import SIGNALS, Interruption
 from tests.support.line import dlopt, entries
 from tests.support.sizes import TINY
 
@@ -50,7 +50,7 @@ def test_repeated_sigterm_is_ignored() -> None:
 
 def test_max_time_is_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("dlopt.interruption.time.monotonic", lambda: now)
+    monkeypatch.setattr("dlopt.basics.interruption.time.monotonic", lambda: now)
     with Interruption(max_time=2.0) as interruption:
         now += 119
         assert not interruption

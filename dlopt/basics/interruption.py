@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
-from dlopt.errors import INTERRUPTED
+from dlopt.basics.errors import INTERRUPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dlopt import formats
+from dlopt.basics import formats
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Plain helpers that know nothing of dlopt: errors, values, number formats, files, locks, random streams."""
