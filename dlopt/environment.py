@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
     """
     import torch
 
-    from dlopt.processor import installed_memory
+    from dlopt.machine.memory import installed_memory
 
     return {
         "platform": platform.platform(),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
-from dlopt.openmp import adapt_waiting
-from dlopt.processor import set_deterministic, set_threads
+from dlopt.machine.device import set_deterministic
+from dlopt.machine.openmp import adapt_waiting
+from dlopt.machine.threads import set_threads
 from dlopt.training import rng
 from dlopt.training.classify import Classified, classify, image_files, predicted_labels, refuse_other_inputs
 from dlopt.training.precision import Precision

@@ -19,8 +19,9 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 import dlopt
-from dlopt import load, openmp, train
+from dlopt import load, train
 from dlopt.basics.errors import RunError, UserError
+from dlopt.machine import openmp
 from tests.support.line import dlopt as shell
 from tests.support.runs import SMALL, at_update, same, timeless
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.graphs import GraphedFunction, Recorder
+from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.rendezvous import World

@@ -5,6 +5,7 @@ connection (SIGHUP) stops a run like SIGTERM, unless `nohup` has made the proces
 """
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -17,6 +18,7 @@ from typing import Any, NoReturn, TextIO, cast
 
 from dlopt.basics.errors import INTERRUPTED
 
+_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -248,3 +250,10 @@ def _message(number: int) -> str:
 def _exit_code(number: int) -> int:
     """Returns 130 for Ctrl-C before the command wrote a file; 75 otherwise, upon which schedulers start it again."""
     return 128 + number if number == signal.SIGINT and not _has_files else INTERRUPTED
+
+
+def end_with_parent() -> None:
+    """Makes the kernel kill this process when its parent dies (Linux only)."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

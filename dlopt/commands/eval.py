@@ -84,7 +84,7 @@ def _evaluate_checkpoints(
     output: _OutputKey = None,
 ) -> int:
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
-    from dlopt.processor import choose_device
+    from dlopt.machine.device import choose_device
     from dlopt.training.checkpoint import evaluated_epoch, load
     from dlopt.training.ensemble import restored, test
 
@@ -117,8 +117,8 @@ def _evaluate_weights(
     output: _OutputKey = None,
 ) -> int:
     """Evaluates the weights `init_from` in the model of the command line, without a checkpoint."""
+    from dlopt.machine.device import choose_device
     from dlopt.models.foreign import advice
-    from dlopt.processor import choose_device
     from dlopt.training.build import build_workload, load_weights
     from dlopt.training.ensemble import test
 

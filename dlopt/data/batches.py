@@ -13,7 +13,7 @@ from dlopt.data.loading import CudaTransferStream, Loader, on_device, prefetch, 
 from dlopt.data.samplers import LossAwareSampler, Sampler, Sequential
 from dlopt.data.samples import Reader, Samples
 from dlopt.data.task import Task
-from dlopt.graphs import GraphedFunction, Recorder
+from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
 
 
 class Position(TypedDict):

@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.interruption import end_with_parent
 from dlopt.data.samples import InMemory, Reader, Samples
 from dlopt.data.windows import Windows
-from dlopt.processor import M_MMAP_THRESHOLD, end_with_parent, set_malloc, usable_cores
+from dlopt.machine.memory import M_MMAP_THRESHOLD, set_malloc
+from dlopt.machine.threads import usable_cores
 
 _CHUNK_BYTES = 1 << 22  # chunk of inputs when a whole dataset is read
 _MIN_SAMPLES_FOR_WORKERS = 1000  # below, starting processes takes longer than decoding

@@ -14,7 +14,7 @@ from dlopt.data.loading import materialize, worker_count
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
 from dlopt.data.settings import DataSettings as DataSettings
 from dlopt.data.windows import Windows
-from dlopt.processor import available_memory
+from dlopt.machine.memory import available_memory
 
 MEMORY_FRACTION = 0.25  # of the free memory, main or GPU, that data.memory=auto may fill with samples
 _SUBSET, _VAL, _NOISE, _EVALUATED = 1, 2, 3, 4  # RNG streams: each is drawn independently of the others

@@ -20,7 +20,7 @@ from dlopt.basics.files import write_json
 from dlopt.basics.formats import format_bytes
 from dlopt.data.batches import Batch
 from dlopt.instruments.model_summary import kept_for_backward
-from dlopt.processor import synchronized_time
+from dlopt.machine.device import synchronized_time
 from dlopt.training.build import Workload
 from dlopt.training.step import EpochBatches, Network, Observer, Step
 

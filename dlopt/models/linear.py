@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlopt.processor import prefers_onednn
+from dlopt.machine.device import prefers_onednn
 
 _PREFERS_ONEDNN = prefers_onednn()
 _MIN_MULTIPLICATIONS = 1 << 22  # of a product; below, the conversion of its operands takes longer than oneDNN saves

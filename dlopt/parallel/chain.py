@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dlopt.basics.errors import UserError
+from dlopt.machine.device import synchronized_time
 from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.dropout import GlobalDropout
-from dlopt.processor import synchronized_time
 
 _REPETITIONS = 3
 

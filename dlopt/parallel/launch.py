@@ -133,7 +133,7 @@ def _running(children: "list[subprocess.Popen[bytes]]") -> "list[subprocess.Pope
 
 def end_rank_with_parent() -> None:
     """In a rank of dlopt's launcher: makes the kernel kill this process when the launcher dies."""
-    from dlopt.processor import end_with_parent
+    from dlopt.basics.interruption import end_with_parent
 
     end_with_parent()
     if os.getppid() != int(os.environ[PARENT]):
@@ -148,6 +148,6 @@ def end_with_torchrun() -> None:
     """In a rank of torchrun: makes the kernel kill this process when torchrun dies."""
     # torchrun starts ranks in new sessions, where they would outlive it and keep training.
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from dlopt.processor import end_with_parent
+        from dlopt.basics.interruption import end_with_parent
 
         end_with_parent()

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
 from dlopt.data.batches import Augment, Batch
+from dlopt.machine.threads import usable_cores
 from dlopt.parallel import chain as chains
 from dlopt.parallel.batch_shards import BatchShard, BatchSplit, ShardedAugment, micro_batch_bounds
 from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
@@ -25,7 +26,6 @@ from dlopt.parallel.mode import GroupMode, MicroLoss, Mode, ModeTraits, Placed, 
 from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
 from dlopt.parallel.shards import LayerShards
 from dlopt.parallel.step_timing import StepTiming
-from dlopt.processor import usable_cores
 
 Schedule = Literal["1f1b", "gpipe"]
 

@@ -268,7 +268,7 @@ def local(*, n_jobs: Annotated[int, Ge(-1)]) -> Pool:
 
 def gpus(*, gpus: Literal["auto"] | list[Annotated[int, Ge(0)] | str], jobs_per_gpu: Count) -> Pool:
     """Runs `jobs_per_gpu` processes per GPU, each of which sees only that GPU."""
-    from dlopt.processor import visible_gpus
+    from dlopt.machine.device import visible_gpus
 
     names = visible_gpus() if gpus == "auto" else [str(name) for name in gpus]
     if not names:

@@ -28,11 +28,13 @@ from dlopt.data.splits import prepare
 from dlopt.data.task import Task
 from dlopt.data.windows import Windows
 from dlopt.init import WidthGrowth
+from dlopt.machine.device import choose_device, set_deterministic
+from dlopt.machine.memory import keep_freed_memory
+from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parameters import freeze
-from dlopt.processor import choose_device, keep_freed_memory, set_deterministic, set_threads
 from dlopt.training import rng, speed
 from dlopt.training.model_check import check_memory, check_outputs, check_reads
 from dlopt.training.mup import width_growth

@@ -14,7 +14,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.data.folder import images_below, reading
 from dlopt.data.images import decode
 from dlopt.losses import label_probabilities, probabilities
-from dlopt.processor import usable_cores
+from dlopt.machine.threads import usable_cores
 from dlopt.training.metrics import predicted_classes
 from dlopt.training.multilabel import THRESHOLD
 from dlopt.training.restore import Trained

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dlopt.data.batches import Batch
-from dlopt.graphs import GraphedFunction, Recorder
+from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler

@@ -16,8 +16,8 @@ from dlopt.config.schema import Component, show
 from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
+from dlopt.machine.memory import available_memory
 from dlopt.models.layers import copied_state
-from dlopt.processor import available_memory
 
 _VALUE_BYTES = 4  # models are built in fp32
 _BATCH = 2  # some models squeeze a batch of one

@@ -11,8 +11,8 @@ from dlopt import schedules
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.config.schema import Component
-from dlopt.graphs import Recorder
 from dlopt.losses import sampling_obstacle
+from dlopt.machine.cuda_graphs import Recorder
 from dlopt.optim import SAM
 from dlopt.optim.common import buffers
 from dlopt.optim.traits import UNKNOWN, optimizer_traits

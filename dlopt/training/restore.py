@@ -19,8 +19,9 @@ from dlopt.config.saved import with_changes
 from dlopt.data.identity import Identity
 from dlopt.data.task import Task
 from dlopt.data.tokenizer import Tokenizer
+from dlopt.machine.device import choose_device
+from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
-from dlopt.processor import choose_device, set_threads
 from dlopt.training.build import model_arguments
 from dlopt.training.checkpoint import evaluated_weights, foreign, load
 from dlopt.training.precision import Precision, choose_precision

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
-from dlopt.graphs import Recorder
+from dlopt.machine.cuda_graphs import Recorder
 from dlopt.models.layers import copied_state, evaluation_mode, example_inputs
 from dlopt.parallel.mode import Mode
 from dlopt.training.precision import Precision

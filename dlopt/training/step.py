@@ -18,7 +18,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
-from dlopt import convolutions
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batch
@@ -364,7 +363,6 @@ class Step:
     # -- parts of an update
 
     def _begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
-        convolutions.adapt()
         self.record = None  # the next evaluation is the first one of an update
         self.batch, self.number = batch, number
         self.rate = self.schedule.rate

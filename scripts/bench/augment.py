@@ -34,7 +34,7 @@ from dlopt.augment import (
     TranslateX,
 )
 from dlopt.basics.random import generator
-from dlopt.processor import keep_freed_memory
+from dlopt.machine.memory import keep_freed_memory
 
 BATCH, SHAPE, IMAGES = 128, (3, 32, 32), 4096
 MEAN, STD = torch.full((3, 1, 1), 121.0), torch.full((3, 1, 1), 64.0)

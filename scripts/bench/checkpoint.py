@@ -21,7 +21,7 @@ from torch import nn
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.processor import choose_device
+from dlopt.machine.device import choose_device
 from dlopt.training.checkpoint import Checkpoints
 
 BATCH = 128

@@ -7,7 +7,7 @@ Measures the time of an update alone, with two and four equal runs at once, and 
 
 - loop: a hand-written PyTorch loop of the same network, batch and optimizer, on one fixed batch;
 - spinning: dlopt with all cores, whose threads spin while they wait for each other, as in PyTorch;
-- dlopt: dlopt as it is (see dlopt/openmp.py and `prefers_one_thread`).
+- dlopt: dlopt as it is (see dlopt/machine/openmp.py and `prefers_one_thread`).
 
 All processes of a measurement train during the same seconds. The table shows medians over rounds, in which the
 candidates take turns, relative to `spinning` alone (`loop`: to itself alone), and the worst process of all rounds.
@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from dlopt import processor
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.lab.bench.rank import updates_of
+from dlopt.machine import device
 from dlopt.training.build import build_workload
 from dlopt.training.run import probe_trainer
 
@@ -71,10 +71,10 @@ void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsig
 def build(workload: str, candidate: str) -> Callable[[], object]:
     """Returns a function that makes one update."""
     if candidate != "dlopt":
-        processor.adapt_waiting = lambda threads: None
+        device.adapt_waiting = lambda threads: None
     lines = [*WORKLOADS[workload], "device=cpu", "steps=1000000"]
     if candidate != "dlopt":
-        lines.append(f"threads={processor.usable_cores()}")
+        lines.append(f"threads={device.usable_cores()}")
     built = build_workload(parse(*to_plain(Composer().compose(lines), lines)))
     trainer = probe_trainer(built, Path(os.devnull))
     if candidate != "loop":

@@ -42,8 +42,9 @@ from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import InMemory
 from dlopt.data.task import Task
+from dlopt.machine.memory import keep_freed_memory
+from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
-from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.schedules import Horizon, Scheduler, constant
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.checkpoint import Checkpoints

@@ -43,7 +43,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.data.text import python_source
-from dlopt.processor import set_threads
+from dlopt.machine.threads import set_threads
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.run import probe_trainer
 

@@ -362,7 +362,7 @@ def test_the_lock_excludes_its_own_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_in_one_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dlopt", "train", *TINY, IN_RUN]
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, **pipes) for _ in range(2)]
     ends = [(process.communicate(timeout=300), process.returncode) for process in both]

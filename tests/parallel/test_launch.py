@@ -204,7 +204,7 @@ def test_a_signal_ends_stopped_ranks_as_well(tmp_path: Path, monkeypatch: pytest
 
 def test_ranks_of_torchrun_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    monkeypatch.setattr("dlopt.processor.end_with_parent", lambda: called.append("yes"))
+    monkeypatch.setattr("dlopt.basics.interruption.end_with_parent", lambda: called.append("yes"))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     end_with_torchrun()
     assert not called

@@ -17,7 +17,7 @@ import torch
 
 from dlopt import cli
 from dlopt.basics.interruption import SIGNALS
-from dlopt.processor import set_deterministic
+from dlopt.machine.device import set_deterministic
 from tests.support.sizes import TINY
 
 SMALL = TINY

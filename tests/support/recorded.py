@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from dlopt.graphs import Recorder
+from dlopt.machine.cuda_graphs import Recorder
 
 T = TypeVar("T")
 Operation = tuple[Any, tuple[Any, ...], dict[str, Any], Any]

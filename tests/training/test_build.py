@@ -14,8 +14,8 @@ from dlopt.basics.errors import UserError
 from dlopt.config.schema import Component
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.losses import CrossEntropy
+from dlopt.machine.device import choose_device
 from dlopt.parallel.mode import Mode
-from dlopt.processor import choose_device
 from dlopt.training import build as build_module
 from dlopt.training import model_check
 from dlopt.training.build import build_workload, training_batches

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.data.batches import Batch
-from dlopt.graphs import GraphedFunction
+from dlopt.machine.cuda_graphs import GraphedFunction
 from dlopt.models.airbench import AirBench
 from dlopt.optim import Muon
 from dlopt.parallel.mode import Mode

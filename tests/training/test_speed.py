@@ -245,9 +245,9 @@ def test_counting_work_changes_no_statistics_and_leaves_no_hook():
 )
 def test_threads_of_a_run(monkeypatch, overrides, threads):
     set_to: list[int] = []
-    monkeypatch.setattr("dlopt.processor.usable_cores", lambda: 3)
-    monkeypatch.setattr("dlopt.processor.torch.set_num_threads", set_to.append)
-    monkeypatch.setattr("dlopt.processor.torch.get_num_threads", lambda: set_to[-1] if set_to else 0)
+    monkeypatch.setattr("dlopt.machine.threads.usable_cores", lambda: 3)
+    monkeypatch.setattr("dlopt.machine.device.torch.set_num_threads", set_to.append)
+    monkeypatch.setattr("dlopt.machine.device.torch.get_num_threads", lambda: set_to[-1] if set_to else 0)
     build_workload(experiment("model=mlp", "model.widths=[128]", *overrides))
     assert set_to[-1] == threads
 

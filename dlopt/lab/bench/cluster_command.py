@@ -114,7 +114,7 @@ def layers_of_model(line: Line, name: Model, batch: int, *, is_measured: bool) -
 
     from dlopt.lab.bench.layers import layers_of, timed
     from dlopt.lab.bench.simulation import per_sample
-    from dlopt.processor import choose_device
+    from dlopt.machine.device import choose_device
 
     overrides, shape, classes, _ = MODELS[name]
     experiment, _ = line.experiment(overrides)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt.basics.errors import RunError
 from dlopt.instruments.profiling import tensor_bytes
-from dlopt.processor import synchronized_time
+from dlopt.machine.device import synchronized_time
 
 _WARMUP = 3  # all-reduces before the timed ones: the first ones open connections
 

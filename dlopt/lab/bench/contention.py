@@ -21,11 +21,11 @@ from dlopt.instruments.ranks import run_rank, run_ranks
 from dlopt.lab.bench.layers import Layer, timed
 from dlopt.lab.bench.rank import seconds_of, updates_of
 from dlopt.lab.bench.simulation import Link
+from dlopt.machine.memory import keep_freed_memory
 from dlopt.parallel import rendezvous
 from dlopt.parallel.collectives import ModelGroup, all_reduce
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import ProcessGroup
-from dlopt.processor import keep_freed_memory
 from dlopt.training.build import build_workload
 from dlopt.training.run import probe_trainer
 

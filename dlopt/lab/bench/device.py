@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dlopt.processor import synchronized_time
+from dlopt.machine.device import synchronized_time
 from dlopt.results import drawing
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ def bench_devices(
     import torch
 
     from dlopt.lab.bench import device as device_bench
-    from dlopt.processor import set_threads
+    from dlopt.machine.threads import set_threads
 
     set_threads(threads)
     grid = {"sizes": sorted(set(sizes)), "channels": sorted(set(channels))}

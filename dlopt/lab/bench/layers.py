@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from dlopt.processor import synchronized_time
+from dlopt.machine.device import synchronized_time
 
 _BLOCK_CONVOLUTIONS = ("conv1", "conv2", "conv3")
 

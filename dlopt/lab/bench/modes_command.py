@@ -65,7 +65,7 @@ def bench_modes(
 
 def _rows(line: Line) -> list[_ModeRow]:
     """Expands the command line to rows: a single-process baseline, then each mode with each number of processes."""
-    from dlopt.processor import usable_cores
+    from dlopt.machine.threads import usable_cores
 
     processes = [override for override in line.overrides if key_of(override) == "processes"] or ["processes=2"]
     overrides = without(line.overrides, "processes")

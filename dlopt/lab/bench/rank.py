@@ -21,9 +21,10 @@ from dlopt.config.experiment import Experiment
 from dlopt.instruments.profiling import collective_times
 from dlopt.instruments.ranks import RankOutcome, run_rank
 from dlopt.lab.bench.communication import Traffic
+from dlopt.machine.memory import keep_freed_memory
+from dlopt.machine.threads import set_threads
 from dlopt.parallel import rendezvous
 from dlopt.parallel.mode import Mode
-from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.training.build import build_mode, build_workload
 from dlopt.training.progress import endless_batches
 from dlopt.training.run import probe_trainer

@@ -167,7 +167,7 @@ def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, 
 def _refuse_large(name: str, parameters: int, device: str) -> None:
     import torch
 
-    from dlopt.processor import available_memory
+    from dlopt.machine.memory import available_memory
 
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     available = torch.cuda.get_device_properties(0).total_memory if on_gpu else available_memory()

@@ -114,7 +114,6 @@ class Watch:
         self._libraries = libraries
         # With the threads that compute, one more than there are cores. libgomp does not count the thread that opens it.
         self._size = max((os.cpu_count() or 1) - threads, 0) + 2
-        self.is_shared = False  # whether other processes use the cores of these threads
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="dlopt-contention")
         self._thread.start()
@@ -130,8 +129,7 @@ class Watch:
         while not self._end.wait(_PERIOD) and before is not None and (after := measure()) is not None:
             others, waited = after.since(before)
             before = after
-            self.is_shared = contention.update(others, waited)
-            if self.is_shared:
+            if contention.update(others, waited):
                 team = team or Team(self._libraries, self._size)
                 shared += 1
                 if shared >= _REPORTED and not has_reported and log.hasHandlers():  # those of a run's tracking
@@ -146,7 +144,7 @@ class Watch:
 
 _REPORT = (
     "other processes use %.1f of the cores of this run, whose threads wait %.1f s per second for one; until the cores "
-    "are free, threads sleep while they wait for each other (with threads=1 they need not wait)"
+    "are free, threads sleep while they wait for each other. Recommended: threads=1, which waits for no other"
 )
 _watch: Watch | None = None
 
@@ -162,11 +160,6 @@ def adapt_waiting(threads: int) -> None:
         _watch = None
     if _watch is None and threads > 1 and measure() and (libraries := libgomp()):
         _watch = Watch(libraries, threads)
-
-
-def are_cores_shared() -> bool:
-    """Returns whether the threads of this process wait for other processes, by the last measurement of the watch."""
-    return _watch is not None and _watch.is_shared
 
 
 def libgomp() -> list[ctypes.CDLL]:

@@ -7,15 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.processor import (
-    available_memory,
-    installed_memory,
-    keep_freed_memory,
-    prefers_onednn,
-    set_threads,
-    usable_cores,
-    visible_gpus,
-)
+from dlopt.machine.device import prefers_onednn, visible_gpus
+from dlopt.machine.memory import available_memory, installed_memory, keep_freed_memory
+from dlopt.machine.threads import set_threads, usable_cores
 
 
 def test_visible_gpus() -> None:
@@ -49,7 +43,7 @@ def test_cores_of_a_container_with_a_limit(
     limit: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
-    monkeypatch.setattr("dlopt.processor.CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr("dlopt.machine.threads.CPU_LIMIT", tmp_path / "cpu.max")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     assert usable_cores() == cores
 
@@ -86,7 +80,7 @@ def test_onednn_is_preferred_on_zen5(
     """The second core of the file differs: only the first one counts."""
     lines = [] if vendor is None else [f"vendor_id\t: {vendor}\n", f"cpu family\t: {family}\n", "flags\t\t:\n"]
     (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + "".join(lines) + "\nprocessor\t: 1\nvendor_id\t: Other\n")
-    monkeypatch.setattr("dlopt.processor.CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("dlopt.machine.device.CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: True)
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
     assert prefers_onednn() == preferred
@@ -95,5 +89,5 @@ def test_onednn_is_preferred_on_zen5(
 
 
 def test_onednn_is_not_preferred_on_systems_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.processor.CPU_INFO", tmp_path / "missing")
+    monkeypatch.setattr("dlopt.machine.device.CPU_INFO", tmp_path / "missing")
     assert not prefers_onednn()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dlopt import openmp, processor
-from dlopt.openmp import Contention, Team, Usage, measure
+from dlopt.machine import openmp
+from dlopt.machine.openmp import Contention, Team, Usage, measure
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: schedstat of /proc")
 
@@ -112,11 +112,11 @@ def test_watch_opens_a_team_while_cores_are_shared_and_reports_it_once(monkeypat
 @linux
 def test_one_thread_needs_no_watch_and_several_share_one(monkeypatch):
     monkeypatch.setattr(openmp, "_watch", None)
-    processor.adapt_waiting(1)
+    openmp.adapt_waiting(1)
     assert openmp._watch is None
-    processor.adapt_waiting(2)
+    openmp.adapt_waiting(2)
     watch = openmp._watch
-    processor.adapt_waiting(2)
+    openmp.adapt_waiting(2)
     assert openmp._watch is watch
-    processor.adapt_waiting(1)
+    openmp.adapt_waiting(1)
     assert openmp._watch is None

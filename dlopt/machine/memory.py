@@ -1,0 +1,48 @@
+"""Main memory and the memory allocator."""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_MAX_MMAP_THRESHOLD = 32 << 20  # glibc rejects larger values
+_UNKNOWN_MEMORY = 4 << 30  # bytes assumed where the system does not report them
+
+
+def installed_memory() -> int | None:
+    """Returns the bytes of main memory of this machine; None: unknown on this system."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def available_memory() -> int:
+    """Returns the bytes of main memory that this process can still allocate, within a container's limit."""
+    free = [installed_memory() or _UNKNOWN_MEMORY]
+    with contextlib.suppress(OSError, ValueError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # ValueError for "max": no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    return min(free)
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc's malloc keep freed memory, because every step needs the same large blocks again.
+
+    By default glibc returns large blocks to the system and maps them again page by page, zeroed. This takes 5 to 10 %
+    of a ResNet-20 step on two cores.
+    """
+    set_malloc({M_MMAP_THRESHOLD: _MAX_MMAP_THRESHOLD, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20})
+
+
+def set_malloc(options: Mapping[int, int]) -> None:
+    """Sets options of glibc's malloc, such as `M_MMAP_THRESHOLD`, in bytes. No effect with other C libraries."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        for option, value in options.items():
+            library.mallopt(option, value)
