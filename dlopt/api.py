@@ -15,7 +15,6 @@ from typing import Any
 
 from hydra.types import RunMode
 
-from dlopt.attempt import prepare, refuse_unusable_tracking
 from dlopt.basics.errors import DONE, INTERRUPTED, RunError, UserError
 from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.commands.find_lr import learning_rates
@@ -25,8 +24,9 @@ from dlopt.config.inherit import inherit
 from dlopt.config.overrides import quoted
 from dlopt.config.plan import checked
 from dlopt.instruments.lr_range import LearningRates
-from dlopt.job import start
 from dlopt.parallel.rendezvous import current
+from dlopt.run.attempt import prepare, refuse_unusable_tracking
+from dlopt.run.job import start
 from dlopt.run_table import Run, Runs, open_run, runs
 from dlopt.sweeps import run as sweeps
 from dlopt.tracking import read_metrics, read_summary

@@ -33,10 +33,10 @@ sys.path.insert(0, str(ROOT))
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
-from dlopt import job  # noqa: E402
 from dlopt.basics.errors import RunError, UserError  # noqa: E402
 from dlopt.basics.folders import RunFolder  # noqa: E402
 from dlopt.data.batches import Batch  # noqa: E402
+from dlopt.run import job  # noqa: E402
 from dlopt.training import run  # noqa: E402
 from dlopt.training.checkpoint import Checkpoints  # noqa: E402
 from dlopt.training.progress import Run  # noqa: E402

@@ -13,9 +13,9 @@ from dlopt.config.choices import config_folder
 from dlopt.config.overrides import group_of, key_of
 from dlopt.config.saved import typed_values
 from dlopt.config.schema import check_arguments
-from dlopt.job import failure, print_error
 from dlopt.parallel import launch
 from dlopt.parallel.rendezvous import current, end_process, first_to_fail, join_store, leave
+from dlopt.run.job import failure, print_error
 
 if TYPE_CHECKING:
     import torch

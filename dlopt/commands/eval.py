@@ -10,7 +10,7 @@ from dlopt.command_line.processes import join_processes, over_processes, take_pr
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, show
 from dlopt.config.settings import Tta
-from dlopt.job import print_error
+from dlopt.run.job import print_error
 from dlopt.tracking.console import ConsoleView
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import dlopt
 from dlopt.basics.errors import DONE, UserError, install
 from dlopt.basics.files import temporary_sibling, write_atomically
 from dlopt.command_line.line import on_checkpoint, refuse_folder, writing
-from dlopt.job import print_error
+from dlopt.run.job import print_error
 from dlopt.tracking.layout import short_path
 
 USAGE = """\

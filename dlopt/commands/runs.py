@@ -12,10 +12,10 @@ from dlopt.basics.ranges import Count
 from dlopt.command_line.line import take_own
 from dlopt.commands import runs_tag
 from dlopt.commands.runs_diff import diff
-from dlopt.job import print_error
 from dlopt.results import reading
 from dlopt.results.listing import Query, print_values, show_table
 from dlopt.results.reading import Condition, Record
+from dlopt.run.job import print_error
 from dlopt.tracking.layout import short_path
 
 USAGE = """\

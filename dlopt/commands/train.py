@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dlopt.attempt import attempt, follow, release
 from dlopt.basics.errors import DONE, FAILED, USER_ERROR, UserError
 from dlopt.basics.interruption import killed_by_signals
 from dlopt.command_line.processes import prepare_rank
@@ -18,8 +17,9 @@ from dlopt.config.inherit import inherit
 from dlopt.config.overrides import is_typed, parse_overrides
 from dlopt.config.plan import Plan, checked
 from dlopt.config.resolve import show_config
-from dlopt.job import is_quiet, print_error, start
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
+from dlopt.run.attempt import attempt, follow, release
+from dlopt.run.job import is_quiet, print_error, start
 from dlopt.table import SERIES, function
 from dlopt.tracking.layout import waiting
 

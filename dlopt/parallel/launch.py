@@ -1,4 +1,4 @@
-"""dlopt's own launcher: starts one `python -m dlopt.job FOLDER` per rank and waits for all of them."""
+"""dlopt's own launcher: starts one `python -m dlopt.run.job FOLDER` per rank and waits for all of them."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: b
     `checkpoint`: to resume from; None: the folder's newest, if any. `record`: whether to record config errors in the
     folder. `console`: whether rank 0 shows progress. Raises `RunError` as `group_code`.
     """
-    command = python_module("dlopt.job", str(folder), *([checkpoint] if checkpoint else []))
+    command = python_module("dlopt.run.job", str(folder), *([checkpoint] if checkpoint else []))
     options = {RECORD: "1" if record else "", QUIET: "" if console else "1"}
     return group_code(*run_processes(command, processes, options))
 

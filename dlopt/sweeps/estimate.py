@@ -17,7 +17,7 @@ from typing import Any
 from dlopt.basics.errors import USER_ERROR, RunError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_count, format_duration, format_range, round_duration
-from dlopt.job import describe
+from dlopt.run.job import describe
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import result_of
 from dlopt.tracking.metrics import read_metrics

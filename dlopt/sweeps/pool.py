@@ -370,12 +370,12 @@ def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] 
         os.sched_setaffinity(0, cores)
     import numpy as np
 
-    from dlopt import job
+    from dlopt.run import job
 
     np.random.seed()  # torch and random reseed after a fork; NumPy's global generator would be the same in all jobs
     threading.Thread(target=_stop_with_sweep, name="sweep", daemon=True).start()
     job.redact_output()
-    sys.argv = ["dlopt.job", folder]
+    sys.argv = ["dlopt.run.job", folder]
     code = job.main()
     sys.stdout.flush()
     sys.stderr.flush()

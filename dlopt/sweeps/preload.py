@@ -7,7 +7,7 @@ import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401
 
 import dlopt.config.compose
-import dlopt.job
+import dlopt.run.job
 import dlopt.sweeps.pool
 import dlopt.training.run  # noqa: F401
 

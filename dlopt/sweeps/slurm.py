@@ -25,8 +25,8 @@ from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.ranges import Count, Natural, Positive
 from dlopt.basics.secrets import is_secret_name
-from dlopt.job import CODE_OF
 from dlopt.parallel.launch import RECORD, python_module
+from dlopt.run.job import CODE_OF
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import RETURNED, Pool, Process
 from dlopt.sweeps.worker import JOBS, LOG, Lines, create, has_left
@@ -136,7 +136,7 @@ class SlurmTask:
     def __call__(self) -> int:
         rank = os.environ.get("SLURM_PROCID", "0")
         if self.mailbox is None:
-            command, environment = python_module("dlopt.job", self.folder), self.environment
+            command, environment = python_module("dlopt.run.job", self.folder), self.environment
         else:  # each of its jobs has its own environment
             command, environment = python_module("dlopt.sweeps.worker", str(self.mailbox), str(self.seconds)), {}
         with open(os.path.join(self.folder, OUTPUT if rank == "0" else f"{_FOLDER}/rank-{rank}.log"), "ab") as output:

@@ -2,7 +2,7 @@
 
     python scripts/bench/workers.py [--rounds 5] [--jobs 4] [--json FILE] [arguments of dlopt train]
 
-Alternates between JOBS runs of `python -m dlopt.job`, as a Slurm job with several processes starts them, and the same
+Alternates between JOBS runs of `python -m dlopt.run.job`, as a Slurm job with several processes starts them, and the same
 JOBS runs in one `python -m dlopt.sweeps.worker`. Reports CPU seconds (user and system) of all processes per job, for
 the worker's first job and for each of the others, and wall-clock seconds; without the time in Slurm's queue. The
 default job takes two updates, so that nearly all of its time is its start-up.
@@ -22,8 +22,8 @@ from pathlib import Path
 
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.job import describe
 from dlopt.parallel.launch import python_module
+from dlopt.run.job import describe
 from dlopt.sweeps.worker import JOBS, Lines, create
 
 LINE = ["device=cpu", "threads=1", "model=mlp", "model.widths=[8]", "data.subset=100", "epochs=1", "tracking=[]"]
@@ -48,7 +48,7 @@ def start(*command: str) -> None:
 
 def fresh(folders: list[Path]) -> None:
     for folder in folders:
-        start(*python_module("dlopt.job", str(folder)))
+        start(*python_module("dlopt.run.job", str(folder)))
 
 
 def warm(folders: list[Path]) -> None:

@@ -15,13 +15,13 @@ import torch
 import yaml
 from PIL import Image
 
-from dlopt import attempt, job
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write
 from dlopt.basics.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, newest
 from dlopt.basics.interruption import Interrupted
 from dlopt.config.resuming import differences
 from dlopt.parallel.rendezvous import World
+from dlopt.run import attempt, job
 from dlopt.training import checkpoint
 from tests.support.line import HeldByAnotherProcess, Result, dlopt, entries, only, refused
 from tests.support.sizes import TINY
@@ -210,7 +210,7 @@ def test_a_restarted_launcher_continues_the_run_that_it_has_started_from_a_check
     if not has_saved:
         for path in (first / "checkpoints").iterdir():
             path.unlink()
-    monkeypatch.setattr("dlopt.attempt.current", lambda: World("torchrun", 0, 2, 0, 2, restarts=1))
+    monkeypatch.setattr("dlopt.run.attempt.current", lambda: World("torchrun", 0, 2, 0, 2, restarts=1))
     train(tmp_path, *line, "epochs=3")
     run = first if place or has_saved else max(tmp_path.glob("outputs/train/*"))
     assert [each["epoch"] for each in lines(run)] == [1, 2, 3]

@@ -11,7 +11,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.job import describe
+from dlopt.run.job import describe
 from tests.support.line import SMALL, dlopt, only, refused
 
 RUN = (

@@ -160,15 +160,15 @@ def test_files_in_the_working_directory_do_not_shadow_modules(tmp_path: Path, mo
     for name in ("random", "signal", "dlopt"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(99)")
     monkeypatch.chdir(tmp_path)
-    codes, _, _ = run_processes(python_module("dlopt.job", "nowhere"), 1, {})
+    codes, _, _ = run_processes(python_module("dlopt.run.job", "nowhere"), 1, {})
     assert codes == [USER_ERROR], "config.yaml is missing"
 
 
 def test_modules_are_found_in_a_checkout_and_hidden_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(dlopt.__file__).parents[1])
-    assert "-P" not in python_module("dlopt.job")
+    assert "-P" not in python_module("dlopt.run.job")
     monkeypatch.chdir(tmp_path)
-    assert "-P" in python_module("dlopt.job")
+    assert "-P" in python_module("dlopt.run.job")
 
 
 def shell(rank_0: str, rank_1: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dlopt import job
+from dlopt.run import job
 from dlopt.training.checkpoint import load
 from dlopt.training.progress import Run
 from tests.support.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again

@@ -17,13 +17,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from dlopt import job
 from dlopt.basics.interruption import Interruption
 from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batch
+from dlopt.run import job
 from dlopt.training import checkpoint
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.checkpoint import Checkpoints

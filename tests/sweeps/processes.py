@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
-from dlopt import job
+from dlopt.run import job
 
 
 class InProcess:
     """Replaces a forked process: runs the job immediately, in this process."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str], cores: set[int] | None) -> None:
-        with mock.patch.object(sys, "argv", ["dlopt.job", str(folder)]):
+        with mock.patch.object(sys, "argv", ["dlopt.run.job", str(folder)]):
             self.code = job.main()
 
     def poll(self) -> int:

@@ -14,7 +14,7 @@ import yaml
 from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.job import describe
+from dlopt.run.job import describe
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Forked, spawn
 from dlopt.training import checkpoint
@@ -41,7 +41,7 @@ def test_forked_and_fresh_processes_compute_the_same_bits(tmp_path: Path) -> Non
     line = ["epochs=2", "augmentation=crop_flip", "model=resnet20", "data.subset=40"]
     forked, fresh = described(tmp_path / "forked", *line), described(tmp_path / "fresh", *line)
     assert ended(spawn(forked, {}, None)) == 0
-    subprocess.run([sys.executable, "-m", "dlopt.job", str(fresh)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "dlopt.run.job", str(fresh)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     ours, theirs = (checkpoint.load(folder / "checkpoints/last.pt")["model"] for folder in (forked, fresh))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert "test" in (forked / OUTPUT).read_text()

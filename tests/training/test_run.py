@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dlopt
-from dlopt import job
 from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batches
 from dlopt.parallel.ranks import Ranks
+from dlopt.run import job
 from dlopt.training.build import Workload, build_workload, training_batches
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.nonfinite import Diverged

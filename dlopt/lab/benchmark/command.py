@@ -12,7 +12,6 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dlopt import environment
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.basics.files import write_atomically, write_json
 from dlopt.basics.folders import RunFolder, refuse_url
@@ -26,7 +25,6 @@ from dlopt.command_line.usage import own_names
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
 from dlopt.config.plan import plan
-from dlopt.job import print_error
 from dlopt.lab.benchmark import reading
 from dlopt.lab.benchmark.protocol import (
     BASELINES,
@@ -43,6 +41,8 @@ from dlopt.lab.benchmark.reading import COST, Manifest, targets
 from dlopt.lab.benchmark.results import Results, TrialRecord, load_reference, to_json
 from dlopt.lab.trials import READS_OF_HYDRA, has_ended, is_fixed, launcher, refuse_protocol, take_optimizers
 from dlopt.results.leaderboard import distinguishes
+from dlopt.run import environment
+from dlopt.run.job import print_error
 from dlopt.sweeps.estimate import Estimate, estimate_job
 from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.layout import short_path

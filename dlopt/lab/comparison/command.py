@@ -31,7 +31,6 @@ from dlopt.config.resolve import choices_of
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.config.saved import checkpoint_file
 from dlopt.config.schema import check_arguments, show
-from dlopt.job import execute
 from dlopt.lab.comparison.claims import TEST_METRICS, parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun, format_final, read
 from dlopt.lab.comparison.findings import check, evaluate, record
@@ -42,6 +41,7 @@ from dlopt.lab.comparison.sentences import sentence
 from dlopt.metric_names import monitored_modes
 from dlopt.results import drawing
 from dlopt.results.claims import FROZEN, claims_hash, is_changed, recipe_hash, recipe_path, rerun_hint
+from dlopt.run.job import execute
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.console import Screen

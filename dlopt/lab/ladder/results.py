@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from dlopt import environment
 from dlopt.lab.ladder.analysis import Analysis, Measured, analyze
 from dlopt.lab.ladder.ladder import Ladder, LadderRequest, Outcome, Search, Trial
+from dlopt.run import environment
 
 FORMAT = 1
 

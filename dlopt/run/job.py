@@ -1,6 +1,6 @@
 """One run as a job: exit code, error messages, and the files that describe the run.
 
-`python -m dlopt.job FOLDER [CHECKPOINT]` runs the config FOLDER/config.yaml from that checkpoint, by default from the
+`python -m dlopt.run.job FOLDER [CHECKPOINT]` runs the config FOLDER/config.yaml from that checkpoint, by default from the
 newest one in the folder. The jobs of a sweep and the ranks of a parallel run are started this way, each as a separate
 process: a killed job does not affect the others.
 """
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt import environment
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.basics.files import read_json, write_atomically, write_json, write_yaml
 from dlopt.basics.folders import FORMAT, LAUNCHER_LOCK, RunFolder, new_run_id
@@ -26,6 +25,7 @@ from dlopt.config.overrides import is_typed, storable
 from dlopt.config.resuming import how_to_resume
 from dlopt.parallel import launch, rendezvous
 from dlopt.parallel.hung import end_if_hung
+from dlopt.run import environment
 
 if TYPE_CHECKING:
     from dlopt.training.build import Workload
@@ -290,7 +290,7 @@ def main() -> int:
 
     folder = RunFolder(Path(sys.argv[1]))
     try:
-        folder.refuse_newer("dlopt.job")
+        folder.refuse_newer("dlopt.run.job")
         config = folder.config()
         if config is None:
             raise UserError(f"{folder.path}: config.yaml is missing or unreadable")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dlopt import environment
-from dlopt.job import _record_machine
+from dlopt.run import environment
+from dlopt.run.job import _record_machine
 from tests.support.line import dlopt
 from tests.support.requires import require, requires
 from tests.support.sizes import TINY

@@ -1,0 +1,1 @@
+"""One run: folder, lock, resume, exit code, environment."""
