@@ -2,16 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from dlopt.api import find_lr, sweep, train
-    from dlopt.run_table import open_run, runs
-    from dlopt.trained import load
+from dlopt._version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from dlopt.python.api import find_lr, sweep, train
+    from dlopt.python.model import load
+    from dlopt.python.runs import open_run, runs
+
 __all__ = ["__version__", "find_lr", "load", "open_run", "runs", "sweep", "train"]
 
 _MODULES = {
-    "find_lr": "api", "load": "trained", "open_run": "run_table", "runs": "run_table", "sweep": "api", "train": "api"
+    "find_lr": "api", "load": "model", "open_run": "runs", "runs": "runs", "sweep": "api", "train": "api"
 }  # fmt: skip
 
 
@@ -20,7 +21,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(f"dlopt.{_MODULES[name]}"), name)
+        return getattr(import_module(f"dlopt.python.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

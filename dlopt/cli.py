@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import dlopt
+from dlopt._version import __version__
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
 from dlopt.basics.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_line
 from dlopt.table import COMMANDS, of_other_packages
@@ -24,7 +24,7 @@ SYNONYMS = {  # names of other tools -> arguments of dlopt
 }  # fmt: skip
 
 USAGE = f"""\
-dlopt {dlopt.__version__}: an experiment runner for deep-network optimization
+dlopt {__version__}: an experiment runner for deep-network optimization
 
 Usage: dlopt COMMAND [group=choice] [key=value]
 
@@ -122,7 +122,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         others = f"Of installed packages:\n  {names}\n\n" if names else ""
         return partial(_print, USAGE.replace("Examples:\n", f"{others}Examples:\n", 1)), []
     if arguments[0] in ("-V", "--version"):
-        return partial(_print, f"dlopt {dlopt.__version__}\n"), []
+        return partial(_print, f"dlopt {__version__}\n"), []
     for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command
         if argument in ("-sc", "--shell-completion"):
             from dlopt.completion import complete

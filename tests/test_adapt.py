@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.adapt import adapted_layers, describe, lora, merged
-from dlopt.api import load
 from dlopt.basics.errors import UserError
 from dlopt.commands.eval import evaluate
 from dlopt.commands.export import export
@@ -18,6 +17,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resuming import differences
 from dlopt.models.linear import Linear
 from dlopt.parallel.mode import Mode, ModeTraits
+from dlopt.python.api import load
 from dlopt.training import checkpoint
 from dlopt.training.build import build_workload, load_weights
 from dlopt.training.optimizer import build_optimizer

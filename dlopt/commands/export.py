@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import dlopt
+from dlopt._version import __version__
 from dlopt.basics.errors import DONE, UserError, install
 from dlopt.basics.files import temporary_sibling, write_atomically
 from dlopt.command_line.line import on_checkpoint, refuse_folder, writing
@@ -76,7 +76,7 @@ def export(
         "classes": trained.classes,
         "input": {"shape": list(trained.window), "type": dtype},
         "config": trained.config,
-        "dlopt": dlopt.__version__,
+        "dlopt": __version__,
     }
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)

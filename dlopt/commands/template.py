@@ -1,8 +1,6 @@
 """`dlopt template`: prints job scripts, a manifest, container files, and the JSON schema of experiment files."""
 
-from pathlib import Path
-
-import dlopt
+from dlopt._version import ROOT
 from dlopt.basics.errors import DONE, UserError, suggest
 from dlopt.command_line.line import read_line
 
@@ -59,7 +57,7 @@ def template(arguments: list[str]) -> int:
 
 def read(name: str) -> str:
     """Returns the text of a template. The job array is the job script with the options of an array."""
-    text = (Path(dlopt.__file__).with_name("templates") / TEMPLATES[name]).read_text(encoding="utf-8")
+    text = (ROOT / "templates" / TEMPLATES[name]).read_text(encoding="utf-8")
     if name == "array":
         options = "#SBATCH --output=slurm-%A_%a.log\n# One task per combination, counted from 0.\n#SBATCH --array=0-3\n"
         text = text.replace("#SBATCH --output=slurm-%j.log\n", options)

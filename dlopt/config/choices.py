@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-import dlopt
+from dlopt._version import ROOT
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain import join
 
@@ -36,7 +36,7 @@ _COMMENT = re.compile(r"\s*#\s*(.*?)\s*$")
 
 def config_folder() -> Path:
     """Returns the folder of dlopt's YAML files: inside the installed package, or next to it in a checkout."""
-    installed = Path(dlopt.__file__).parent / "conf"
+    installed = ROOT / "conf"
     return installed if installed.is_dir() else installed.parents[1] / "conf"
 
 

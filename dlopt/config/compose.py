@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import dlopt
+from dlopt._version import ROOT
 from dlopt.basics.errors import UserError, shorten, suggest
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.plain import check_yaml, flatten, is_below, join
@@ -296,7 +296,7 @@ def register_plugins() -> None:
     except ModuleNotFoundError:  # no other plug-in is installed
         namespace = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
         namespace.__path__ = []
-    folder = str(Path(dlopt.__file__).with_name("hydra_plugins"))
+    folder = str(ROOT / "hydra_plugins")
     if folder not in namespace.__path__:
         namespace.__path__.append(folder)
     plugins = Plugins.instance()  # scans the namespace on first use only, so register explicitly

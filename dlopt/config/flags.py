@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import dlopt
+from dlopt._version import __version__
 from dlopt.basics.errors import USER_ERROR, UserError
 from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, config_folder
 from dlopt.config.overrides import quoted
@@ -55,7 +55,7 @@ def _parser() -> ArgumentParser:
         parser.add_argument(*flags)
     parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
     parser.add_argument("--info", "-i", const="all", nargs="?", choices=INFO)
-    parser.add_argument("--version", action="version", version=f"dlopt {dlopt.__version__}")
+    parser.add_argument("--version", action="version", version=f"dlopt {__version__}")
     return parser
 
 

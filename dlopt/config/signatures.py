@@ -10,15 +10,13 @@ import contextlib
 import functools
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import annotated_types
 
-import dlopt
+from dlopt._version import ROOT
 from dlopt.basics import ranges, roles
 
-_ROOT = Path(dlopt.__file__).parent
 _TYPING = {name: getattr(typing, name) for name in ("Annotated", "Any", "Literal")}
 _NAMES: Mapping[str, Any] = {**vars(builtins), **_TYPING, **vars(annotated_types), **vars(ranges), **vars(roles)}
 
@@ -36,7 +34,7 @@ def annotations_of(path: str) -> Mapping[str, Any]:
 def _read(module: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Returns the types that a module of dlopt names, and the annotations of its functions and classes, by name."""
     types, callables = dict(_NAMES), dict[str, dict[str, Any]]()
-    file = _ROOT.joinpath(*module.split(".")[1:])
+    file = ROOT.joinpath(*module.split(".")[1:])
     sources = [file.with_suffix(".py"), file / "__init__.py"] if module.split(".")[0] == "dlopt" else []
     source = next((each.read_bytes() for each in sources if each.is_file()), b"")
     for node in ast.parse(source).body:

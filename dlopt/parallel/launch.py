@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import dlopt
+from dlopt._version import ROOT
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.basics.interruption import SIGNALS, Interruption, ignore_hangup
 from dlopt.parallel.rendezvous import PROCESSES, RANK, STORE
@@ -43,7 +43,7 @@ def python_module(module: str, *arguments: str) -> list[str]:
     -P keeps the working directory off sys.path, where a `random.py` would shadow Python's own; `allow_packages` appends
     the directory again (`config/parsing.py`). Without -P where dlopt itself is imported from the working directory.
     """
-    in_checkout = Path(dlopt.__file__).parents[1] == Path.cwd()
+    in_checkout = ROOT.parent == Path.cwd()
     return [sys.executable, *([] if in_checkout else ["-P"]), "-m", module, *arguments]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-import dlopt
+from dlopt._version import __version__
 from dlopt.basics.formats import printable
 from dlopt.results import drawing
 from dlopt.results.claims import ClaimResult, claims_table
@@ -49,7 +49,7 @@ def page(
     script = "\n".join(["(() => {", '"use strict";', library, *map(read_text, SCRIPTS), "})();"])
     return render(
         "report.html", FOLDER,
-        title=title, made=made, refresh=refresh, version=dlopt.__version__,
+        title=title, made=made, refresh=refresh, version=__version__,
         counts=counts_text(ranking),
         published=published_table(ranking),
         claims=claims_table(claims),

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import dlopt
+from dlopt._version import ROOT, __version__
 
 DIFF = "code.diff"  # in a run folder: the uncommitted changes of the user's repository
 MAX_DIFF_BYTES = 200_000
@@ -47,7 +47,7 @@ def versions() -> dict[str, Any]:
     import torch
 
     return {
-        "dlopt": dlopt.__version__,
+        "dlopt": __version__,
         "git_commit": _dlopt_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -123,7 +123,7 @@ def _version(distribution: str) -> str | None:
 
 def _dlopt_commit() -> str | None:
     """Returns the Git commit of dlopt if it is imported from a checkout."""
-    root = Path(dlopt.__file__).parents[1]
+    root = ROOT.parent
     commit = _git("-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
     return None if commit is None else commit.decode().strip()
 

@@ -1,8 +1,8 @@
 """One run as a job: exit code, error messages, and the files that describe the run.
 
-`python -m dlopt.run.job FOLDER [CHECKPOINT]` runs the config FOLDER/config.yaml from that checkpoint, by default from the
-newest one in the folder. The jobs of a sweep and the ranks of a parallel run are started this way, each as a separate
-process: a killed job does not affect the others.
+`python -m dlopt.run.job FOLDER [CHECKPOINT]` runs the config FOLDER/config.yaml from that checkpoint, by default from
+the newest one in the folder. The jobs of a sweep and the ranks of a parallel run are started this way, each as a
+separate process: a killed job does not affect the others.
 """
 
 import contextlib

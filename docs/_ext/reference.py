@@ -22,7 +22,6 @@ from unittest import mock
 from markup import block, code, docstring, table, text
 
 import dlopt
-from dlopt import api
 from dlopt.cli import USAGE, run
 from dlopt.command_line.usage import declaring, own_keys
 from dlopt.commands.options import choices_of, every_group
@@ -30,6 +29,7 @@ from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, Settings
 from dlopt.config.schema import annotation_of, describe_type, parameters_of, show
 from dlopt.lab.comparison.comparison import Comparison
+from dlopt.python import api
 from dlopt.sweeps.search import SearchSettings
 from dlopt.table import COMMANDS
 

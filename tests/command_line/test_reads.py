@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dlopt import cli
-from dlopt.api import train
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain import flatten, is_below
 from dlopt.command_line.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
@@ -22,6 +21,7 @@ from dlopt.lab.bench import command as bench
 from dlopt.lab.comparison import command as comparison
 from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
+from dlopt.python.api import train
 from dlopt.sweeps import run as sweeps
 from dlopt.table import COMMANDS
 from tests.support.line import SMALL, dlopt, refused

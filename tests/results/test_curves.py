@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt import api
+from dlopt.python import api
 from dlopt.results import curves
 from dlopt.schedules.scheduler import Scheduler
 from tests.support.line import SMALL, dlopt, only

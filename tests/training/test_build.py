@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlopt.api import load
 from dlopt.basics.errors import UserError
 from dlopt.config.schema import Component
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.losses import CrossEntropy
 from dlopt.machine.device import choose_device
 from dlopt.parallel.mode import Mode
+from dlopt.python.api import load
 from dlopt.training import build as build_module
 from dlopt.training import model_check
 from dlopt.training.build import build_workload, training_batches

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt import api
 from dlopt.basics.errors import UserError
 from dlopt.losses import Distillation
+from dlopt.python import api
 from dlopt.training import checkpoint
 from dlopt.training.build import build_workload, training_batches
 from dlopt.training.distillation import with_teacher

@@ -14,7 +14,7 @@ from sklearn import metrics as reference
 from dlopt.basics.errors import UserError
 from dlopt.data.digits import digit_pairs
 from dlopt.parallel.ranks import Ranks
-from dlopt.trained import load
+from dlopt.python.model import load
 from dlopt.training.build import build_workload, training_batches
 from dlopt.training.multilabel import LABEL_METRICS, LabelMetrics, average_precision, label_report
 from tests.support.equality import compare

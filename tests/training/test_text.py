@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dlopt import losses
-from dlopt.api import load
 from dlopt.basics.errors import UserError
 from dlopt.commands.eval import evaluate
 from dlopt.commands.export import export
 from dlopt.commands.summary import summary as print_summary
+from dlopt.python.api import load
 from dlopt.training.build import build_workload, training_batches
 from tests.support.choices import names
 from tests.support.requires import requires

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-import dlopt
+from dlopt._version import __version__
 from dlopt.basics.files import write_atomically
 from dlopt.basics.formats import printable
 from dlopt.lab.benchmark import agreement, formats, tuning
@@ -56,7 +56,7 @@ def page(results: Results, summary: Summary | None, pictures: Mapping[str, Mappi
     tables = {} if summary is None else _tables(results, summary)
     return render(
         "page.html", folder,
-        title=f"Optimizer benchmark, {results.tier} tier", version=dlopt.__version__,
+        title=f"Optimizer benchmark, {results.tier} tier", version=__version__,
         style=style(), script=Markup(Path(__file__).with_name("sort.js").read_text(encoding="utf-8")),
         results=results, summary=summary, workloads=list(results.workloads), pictures=pictures,
         max_ratio=round(MAX_RATIO), self_tuning_length=SELF_TUNING_LENGTH, resamples=RESAMPLES, per_try=tuning.PER_TRY,

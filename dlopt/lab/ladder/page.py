@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import dlopt
+from dlopt._version import __version__
 from dlopt.basics.files import write_atomically
 from dlopt.lab.benchmark.page import picture, style
 from dlopt.lab.ladder.analysis import FEWEST, RESAMPLES
@@ -44,7 +44,7 @@ def page(results: Results, pictures: Mapping[str, Mapping[str, Any]]) -> str:
     facts = {key: value for key, value in results.facts.items() if key != "command"}
     return render(
         "page.html", Path(__file__).parent,
-        title=f"Optimizers on a ladder of sizes: {results.ladder.family}", version=dlopt.__version__, style=style(),
+        title=f"Optimizers on a ladder of sizes: {results.ladder.family}", version=__version__, style=style(),
         script=None, results=results, facts=facts, rules=vars(results.ladder.rules), tables=tables(results),
         findings=findings(results), pictures=pictures, descriptions=_DESCRIPTIONS, resamples=RESAMPLES, fewest=FEWEST,
         grid=len(GRID), fitted=FITTED, spacing=f"{SPACING:.2f}", limit=f"{SPACING ** (LIMIT / 2):.0f}",

@@ -18,7 +18,7 @@ from dlopt.tracking.layout import short_path
 from dlopt.tracking.metrics import SUMMARY
 
 if TYPE_CHECKING:
-    from dlopt.trained import Model
+    from dlopt.python.model import Model
 
 _PICTURES = (".png", ".svg", ".pdf")
 _SHOWN = ("epochs", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
@@ -95,7 +95,7 @@ class Run:
     @functools.cached_property
     def model(self) -> "Model":
         """The best model by the validation metric: `dlopt.load(path)`."""
-        from dlopt.trained import load
+        from dlopt.python.model import load
 
         return load(self.path)
 

@@ -1,6 +1,6 @@
 """Python API for scripts and notebooks: `import dlopt`, then `dlopt.train`, `dlopt.runs`, ...
 
-`dlopt.runs` and `dlopt.open_run` are in `dlopt.run_table`, which imports no torch.
+`dlopt.runs` and `dlopt.open_run` are in `dlopt.python.runs`, which imports no torch.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from dlopt.config.overrides import quoted
 from dlopt.config.plan import checked
 from dlopt.instruments.lr_range import LearningRates
 from dlopt.parallel.rendezvous import current
+from dlopt.python.model import Model, Prediction, load, preserve_global_state
+from dlopt.python.runs import Run, Runs, open_run, runs
 from dlopt.run.attempt import prepare, refuse_unusable_tracking
 from dlopt.run.job import start
-from dlopt.run_table import Run, Runs, open_run, runs
 from dlopt.sweeps import run as sweeps
 from dlopt.tracking import read_metrics, read_summary
 from dlopt.tracking.layout import short_path
-from dlopt.trained import Model, Prediction, load, preserve_global_state
 
 __all__ = [
     "LearningRates", "Model", "Prediction", "Result", "Run", "Runs",
