@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Fraction, Positive
 from dlopt.models.linear import Linear
-from dlopt.parameters import ADAPTERS
+from dlopt.optim.parameters import ADAPTERS
 
 _A, _B = ADAPTERS
 _SCALE = "lora_scale"

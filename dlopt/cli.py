@@ -12,7 +12,7 @@ from functools import partial
 from dlopt._version import __version__
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
 from dlopt.basics.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_line
-from dlopt.table import COMMANDS, of_other_packages
+from dlopt.commands.table import COMMANDS, of_other_packages
 
 _HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations
 
@@ -125,7 +125,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         return partial(_print, f"dlopt {__version__}\n"), []
     for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command
         if argument in ("-sc", "--shell-completion"):
-            from dlopt.completion import complete
+            from dlopt.commands.completion import complete
 
             return partial(complete, commands=COMMANDS), list(arguments[index:])
     name = arguments[0]
@@ -137,7 +137,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     path, _, function = commands[name].partition(":")
     module = importlib.import_module(path)
     if _HELP & set(arguments[1:]) and hasattr(module, "USAGE"):  # the help of `train` depends on --config-dir
-        from dlopt.command_line.usage import usage
+        from dlopt.commands.shared.usage import usage
 
         return partial(_print, usage(module)), []
     command: Command = getattr(module, function)

@@ -21,7 +21,7 @@ from dlopt.basics.ranges import Count, NonNegative, Positive
 from dlopt.models.alexnet import AlexNet, TwoColumnAlexNet
 from dlopt.models.layers import ACTIVATIONS, evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
-from dlopt.parameters import NORMS
+from dlopt.optim.parameters import NORMS
 
 Fan = Literal["fan_in", "fan_out"]
 _TORCH_GAINS: dict[type[nn.Module], Any] = {

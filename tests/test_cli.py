@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import dlopt as package
 from dlopt import cli
-from dlopt.table import COMMANDS
+from dlopt.commands.table import COMMANDS
 from tests.support.line import SMALL, dlopt, entries, refused
 
 DLOPT = [sys.executable, "-m", "dlopt"]

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Annotated
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.command_line.line import Line, on_experiment, output_folder, writing
-from dlopt.command_line.reads import RECIPE, UPDATE
+from dlopt.commands.shared.line import Line, on_experiment, output_folder, writing
 from dlopt.config.compose import Composer
+from dlopt.config.reads import RECIPE, UPDATE
 from dlopt.instruments.range_test import RangeTest
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path

@@ -3,7 +3,7 @@
 from hydra.types import RunMode
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.command_line.line import read_line
+from dlopt.commands.shared.line import read_line
 from dlopt.config.overrides import grid
 from dlopt.config.plan import with_params
 

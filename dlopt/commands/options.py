@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import NoReturn
 
 from dlopt.basics.errors import DONE, UserError, shorten, suggest
-from dlopt.command_line.layout import two_columns, wrap_row
+from dlopt.commands.shared.layout import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.overrides import parts_of
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from dlopt.basics.errors import DONE, UserError, suggest
 from dlopt.basics.interruption import Interruption
 from dlopt.basics.ranges import Count
-from dlopt.command_line.line import writing
-from dlopt.command_line.usage import own_keys
 from dlopt.commands.runs import parse
+from dlopt.commands.shared.line import writing
+from dlopt.commands.shared.usage import own_keys
 from dlopt.results import reading
 from dlopt.results.claims import claims_of
 from dlopt.results.exports import Destination, Format, ReportContent, destination, write

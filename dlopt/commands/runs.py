@@ -9,9 +9,9 @@ from dlopt.basics.errors import DONE, RunError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_bytes, format_count, printable
 from dlopt.basics.ranges import Count
-from dlopt.command_line.line import take_own
 from dlopt.commands import runs_tag
 from dlopt.commands.runs_diff import diff
+from dlopt.commands.shared.line import take_own
 from dlopt.results import reading
 from dlopt.results.listing import Query, print_values, show_table
 from dlopt.results.reading import Condition, Record

@@ -7,7 +7,7 @@ from dlopt.basics.errors import DONE, RunError, UserError
 from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_value, printable
-from dlopt.command_line.line import take_own
+from dlopt.commands.shared.line import take_own
 from dlopt.config.settings_rules import check_tags
 from dlopt.results import reading
 from dlopt.results.leaderboard import Record

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count, NonNegative, Seed
-from dlopt.command_line.line import on_checkpoint
+from dlopt.commands.shared.line import on_checkpoint
 from dlopt.config.overrides import key_of, value_of, without
 
 _READS = ("device", "precision", "threads", "allow_packages")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Interval
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.command_line.line import Line, on_experiment, output_folder, refuse_folder, writing
-from dlopt.command_line.reads import RECIPE
+from dlopt.commands.shared.line import Line, on_experiment, output_folder, refuse_folder, writing
+from dlopt.config.reads import RECIPE
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:

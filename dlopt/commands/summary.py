@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count
-from dlopt.command_line.line import Line, on_experiment
-from dlopt.command_line.reads import RECIPE
+from dlopt.commands.shared.line import Line, on_experiment
+from dlopt.config.reads import RECIPE
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment

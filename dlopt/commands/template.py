@@ -2,7 +2,7 @@
 
 from dlopt._version import ROOT
 from dlopt.basics.errors import DONE, UserError, suggest
-from dlopt.command_line.line import read_line
+from dlopt.commands.shared.line import read_line
 
 TEMPLATES = {  # name -> file in dlopt/templates/
     "slurm": "train.sbatch",

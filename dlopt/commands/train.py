@@ -9,18 +9,18 @@ from omegaconf import DictConfig
 
 from dlopt.basics.errors import DONE, FAILED, USER_ERROR, UserError
 from dlopt.basics.interruption import killed_by_signals
-from dlopt.command_line.processes import prepare_rank
-from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
+from dlopt.commands.shared.processes import prepare_rank
+from dlopt.commands.table import SERIES, function
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments, show_info
 from dlopt.config.inherit import inherit
 from dlopt.config.overrides import is_typed, parse_overrides
 from dlopt.config.plan import Plan, checked
+from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.resolve import show_config
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 from dlopt.run.attempt import attempt, follow, release
 from dlopt.run.job import is_quiet, print_error, start
-from dlopt.table import SERIES, function
 from dlopt.tracking.layout import waiting
 
 if TYPE_CHECKING:

@@ -289,14 +289,14 @@ class Composer:
 def register_plugins() -> None:
     """Registers dlopt's sweeper, launchers and config folders with Hydra.
 
-    Hydra instantiates plug-ins of the namespace package `hydra_plugins` only, so dlopt/hydra_plugins joins its path.
+    Hydra instantiates plug-ins of the namespace package `hydra_plugins` only, so dlopt/sweeps/hydra_plugins joins its path.
     """
     try:
         namespace = importlib.import_module("hydra_plugins")
     except ModuleNotFoundError:  # no other plug-in is installed
         namespace = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
         namespace.__path__ = []
-    folder = str(ROOT / "hydra_plugins")
+    folder = str(ROOT / "sweeps/hydra_plugins")
     if folder not in namespace.__path__:
         namespace.__path__.append(folder)
     plugins = Plugins.instance()  # scans the namespace on first use only, so register explicitly

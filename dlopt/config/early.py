@@ -19,7 +19,7 @@ from dlopt.metric_names import former_mode
 _COMMON = {
     "data": "dlopt.data.settings.DataSettings",
     "schedule": "dlopt.schedules.Warmup",
-    "optimizer": "dlopt.parameters.Grouping",
+    "optimizer": "dlopt.optim.parameters.Grouping",
 }
 
 

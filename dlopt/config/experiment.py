@@ -8,7 +8,7 @@ from dlopt.basics.secrets import forget
 from dlopt.config.schema import Component
 from dlopt.config.settings import Settings as Settings
 from dlopt.data.settings import DataSettings
-from dlopt.parameters import Grouping
+from dlopt.optim.parameters import Grouping
 from dlopt.schedules import Factor, Horizon, Warmup
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from dlopt.parameters import real_views
+from dlopt.optim.parameters import real_views
 from dlopt.training.recompute import is_recomputing
 
 

@@ -13,7 +13,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.locks import hold
 from dlopt.basics.roles import Role
-from dlopt.command_line.line import Line
+from dlopt.commands.shared.line import Line
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of
 from dlopt.config.plan import Plan, as_job, checked

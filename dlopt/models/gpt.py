@@ -41,7 +41,7 @@ class KeyValueCache:
 class TokenEmbedding(nn.Module):
     """Tokens [B, T] -> [B, T, width], plus learned positions if `context` is given."""
 
-    is_one_layer = True  # see `dlopt.parameters`
+    is_one_layer = True  # see `dlopt.optim.parameters`
 
     def __init__(self, vocabulary: int, width: int, context: int | None, dropout: float) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class FeedForward(nn.Module):
 class GPTBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), on [B, T, width]."""
 
-    is_one_layer = True  # see `dlopt.parameters`
+    is_one_layer = True  # see `dlopt.optim.parameters`
 
     def __init__(
         self, attention: CausalSelfAttention, mlp: FeedForward, norm1: nn.Module, norm2: nn.Module, dropout: float

@@ -32,7 +32,7 @@ class RecurrentLayer(nn.Module):
     [B, T, inputs] -> [B, T, hidden].
     """
 
-    is_one_layer = True  # see `dlopt.parameters`
+    is_one_layer = True  # see `dlopt.optim.parameters`
 
     def __init__(self, inputs: int, hidden: int, norm: Norm) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class LSTMLayer(nn.Module):
     h_t = s(o) tanh(norm(c_t)): the three normalizations of Ba, Kiros & Hinton 2016, equations 20 to 22.
     """
 
-    is_one_layer = True  # see `dlopt.parameters`
+    is_one_layer = True  # see `dlopt.optim.parameters`
 
     def __init__(self, inputs: int, hidden: int, forget_bias: float, norm: Norm) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from dlopt.models.linear import Linear
 class PatchEmbedding(nn.Module):
     """[B, C, H, W] -> [B, 1 + patches, width]: class token and one token per patch, plus learned positions."""
 
-    is_one_layer = True  # see `dlopt.parameters`
+    is_one_layer = True  # see `dlopt.optim.parameters`
 
     def __init__(self, channels: int, width: int, patch: int, patches: int, dropout: float) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class TransformerBlock(nn.Module):
     does not train without warmup (Xiong et al. 2020).
     """
 
-    is_one_layer = True  # see `dlopt.parameters`
+    is_one_layer = True  # see `dlopt.optim.parameters`
 
     def __init__(self, width: int, heads: int, expansion: float, *, pre_norm: bool, dropout: float, norm: Norm) -> None:
         super().__init__()

@@ -24,8 +24,8 @@ from dlopt.optim.common import (
     refuse_group_rates,
     trainable,
 )
+from dlopt.optim.parameters import real_views
 from dlopt.optim.traits import OptimizerTraits
-from dlopt.parameters import real_views
 
 
 @dataclass

@@ -16,13 +16,13 @@ from typing import Any
 from hydra.types import RunMode
 
 from dlopt.basics.errors import DONE, INTERRUPTED, RunError, UserError
-from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.commands.find_lr import learning_rates
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
 from dlopt.config.inherit import inherit
 from dlopt.config.overrides import quoted
 from dlopt.config.plan import checked
+from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.instruments.lr_range import LearningRates
 from dlopt.parallel.rendezvous import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state

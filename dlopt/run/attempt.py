@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from dlopt.basics.errors import DONE, USER_ERROR, UserError
 from dlopt.basics.folders import SHELL_FOLDER, FolderSnapshot, RunFolder, make, make_new, new_run_id
 from dlopt.basics.interruption import killed_by_signals
-from dlopt.command_line.reads import refuse_untested
 from dlopt.config.compose import typed_folder
 from dlopt.config.plan import Plan
+from dlopt.config.reads import refuse_untested
 from dlopt.config.resolve import first_lines, job_variables, resolve_saved
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
 from dlopt.parallel.rendezvous import current

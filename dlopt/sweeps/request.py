@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest
-from dlopt.command_line.reads import refuse_untested
 from dlopt.config.compose import Composer
 from dlopt.config.plan import Plan, as_job, checked
+from dlopt.config.reads import refuse_untested
 from dlopt.config.resolve import choices_of
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate

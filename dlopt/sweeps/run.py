@@ -15,11 +15,11 @@ from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import SPACE, RunFolder
 from dlopt.basics.interruption import Interrupted
 from dlopt.basics.secrets import is_secret_name
-from dlopt.command_line.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
 from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_plain, storable, value_of
 from dlopt.config.plan import Plan, checked, with_params
+from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import job_variables
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.parallel.rendezvous import current

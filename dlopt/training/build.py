@@ -31,10 +31,10 @@ from dlopt.init import WidthGrowth
 from dlopt.machine.device import choose_device, set_deterministic
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
+from dlopt.optim.parameters import freeze
 from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.parameters import freeze
 from dlopt.training import rng, speed
 from dlopt.training.model_check import check_memory, check_outputs, check_reads
 from dlopt.training.mup import width_growth

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.basics.ranges import NonNegative, Positive
+from dlopt.optim.parameters import real_views
 from dlopt.parallel.shards import local, plain_norm, unit_norm
-from dlopt.parameters import real_views
 
 Norm = Callable[[Sequence[Tensor]], Tensor]
 """Computes the 2-norm of tensors taken as one vector (scalar tensor), over all processes that have shards of them."""

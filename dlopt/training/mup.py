@@ -13,8 +13,8 @@ from dlopt.basics.errors import UserError
 from dlopt.config.schema import Component
 from dlopt.init import WidthGrowth, weights
 from dlopt.models.airbench import Divide
+from dlopt.optim.parameters import Grouping, Rule
 from dlopt.optim.traits import optimizer_traits
-from dlopt.parameters import Grouping, Rule
 from dlopt.training.model_check import build_on_meta
 
 _WIDTH_KEYS = {"width": 1, "widths": 1, "widen": 16, "hidden": 1}  # features or channels of the first layer per unit

@@ -11,9 +11,9 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from dlopt.basics.errors import RunError
 from dlopt.models.layers import evaluation_mode
+from dlopt.optim.parameters import real_views
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
-from dlopt.parameters import real_views
 from dlopt.training.clipping import Norm
 
 _MAX_PENDING = 128  # updates

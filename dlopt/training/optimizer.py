@@ -15,10 +15,10 @@ from dlopt.losses import sampling_obstacle
 from dlopt.machine.cuda_graphs import Recorder
 from dlopt.optim import SAM
 from dlopt.optim.common import buffers
+from dlopt.optim.parameters import parameter_groups
 from dlopt.optim.traits import UNKNOWN, optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import is_sharded_tensor
-from dlopt.parameters import parameter_groups
 from dlopt.schedules import Scheduler
 from dlopt.training import cuda_graphs, mup, rng
 from dlopt.training.averaging import ExponentialAverage

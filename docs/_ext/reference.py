@@ -23,15 +23,15 @@ from markup import block, code, docstring, table, text
 
 import dlopt
 from dlopt.cli import USAGE, run
-from dlopt.command_line.usage import declaring, own_keys
 from dlopt.commands.options import choices_of, every_group
+from dlopt.commands.shared.usage import declaring, own_keys
+from dlopt.commands.table import COMMANDS
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, Settings
 from dlopt.config.schema import annotation_of, describe_type, parameters_of, show
 from dlopt.lab.comparison.comparison import Comparison
 from dlopt.python import api
 from dlopt.sweeps.search import SearchSettings
-from dlopt.table import COMMANDS
 
 CATALOGUE = Catalogue()
 COLUMNS = ("Key", "Default", "Accepts", "Meaning")

@@ -47,7 +47,7 @@ from dlopt.config.schema import Component
 from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.machine.cuda_graphs import Recorder
-from dlopt.parameters import freeze
+from dlopt.optim.parameters import freeze
 from dlopt.training import speed
 from dlopt.training.build import Workload, build_model, build_workload
 from dlopt.training.evaluate import test_metrics

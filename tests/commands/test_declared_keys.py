@@ -1,6 +1,6 @@
 """A command reads every key that it declares: what it accepts is not ignored.
 
-`tests/command_line/test_reads.py` tests that all other keys are refused.
+`tests/config/test_reads.py` tests that all other keys are refused.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from PIL import Image
 
 from dlopt import cli
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
+from dlopt.commands.table import COMMANDS
 from dlopt.config import parsing
 from dlopt.config.experiment import Experiment
 from dlopt.config.overrides import key_of
 from dlopt.config.settings import Settings
 from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
-from dlopt.table import COMMANDS
 from dlopt.training import restore
 from tests.support.line import SMALL, dlopt
 

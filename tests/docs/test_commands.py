@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from dlopt.commands.grid import overrides_of
+from dlopt.commands.table import COMMANDS
 from dlopt.config.plan import Plan
 from dlopt.sweeps.request import SweepRequest
-from dlopt.table import COMMANDS
 from tests.support.line import dlopt
 from tests.support.pages import ROOT, block_after, blocks
 from tests.support.sizes import TINY

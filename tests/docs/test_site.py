@@ -20,8 +20,8 @@ import pytest
 
 import dlopt
 from dlopt.commands.options import choices_of, every_group
+from dlopt.commands.table import COMMANDS
 from dlopt.config.choices import Catalogue, config_folder
-from dlopt.table import COMMANDS
 from tests.support.browser import chromium, narrow
 from tests.support.pages import ROOT
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.parameters import Grouping, parameter_groups
+from dlopt.optim.parameters import Grouping, parameter_groups
 from tests.models.conftest import Build
 from tests.support.gpt import gpt
 

@@ -1,6 +1,6 @@
 """`dlopt bench`: benchmarks parallel modes, the network and devices, and simulates a cluster."""
 
-from dlopt.command_line.line import Line, on_experiment
+from dlopt.commands.shared.line import Line, on_experiment
 from dlopt.config.overrides import key_of, value_of
 from dlopt.lab.bench import (
     cluster,

@@ -9,9 +9,9 @@ from typing import Annotated
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count, Natural, Positive
-from dlopt.command_line.line import Line, output_folder
-from dlopt.command_line.reads import LEARNING_RATE, RECIPE, UPDATE
+from dlopt.commands.shared.line import Line, output_folder
 from dlopt.config.overrides import group_of, is_typed, key_of, value_of, without
+from dlopt.config.reads import LEARNING_RATE, RECIPE, UPDATE
 from dlopt.lab.bench.output import Output, save
 from dlopt.tracking.layout import show_table
 

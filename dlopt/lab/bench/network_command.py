@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count, Positive
-from dlopt.command_line.line import Line, refuse_empty
-from dlopt.command_line.processes import run_rank
+from dlopt.commands.shared.line import Line, refuse_empty
+from dlopt.commands.shared.processes import run_rank
 from dlopt.lab.bench.modes_command import process_count
 from dlopt.parallel import launch
 from dlopt.parallel.rendezvous import current

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.files import write_json
 from dlopt.basics.plain import without_nan
-from dlopt.command_line.line import writing
+from dlopt.commands.shared.line import writing
 from dlopt.results import drawing
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from dlopt.basics.formats import format_range
 from dlopt.basics.locks import locked
 from dlopt.basics.ranges import Count
 from dlopt.basics.roles import Role
-from dlopt.command_line.line import Line, output_folder, read_line, refuse_empty
-from dlopt.command_line.reads import refuse_unread_hydra
-from dlopt.command_line.usage import own_names
+from dlopt.commands.shared.line import Line, output_folder, read_line, refuse_empty
+from dlopt.commands.shared.usage import own_names
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
 from dlopt.config.plan import plan
+from dlopt.config.reads import refuse_unread_hydra
 from dlopt.lab.benchmark import reading
 from dlopt.lab.benchmark.protocol import (
     BASELINES,

@@ -21,12 +21,12 @@ from dlopt.basics.files import read_json, write_atomically, write_json
 from dlopt.basics.folders import RunFolder, make, make_new, newest
 from dlopt.basics.plain import flatten
 from dlopt.basics.roles import Role
-from dlopt.command_line.reads import refuse_unread_hydra, refuse_untested
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import parse_arguments
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, key_of, without
 from dlopt.config.plan import Plan, checked
+from dlopt.config.reads import refuse_unread_hydra, refuse_untested
 from dlopt.config.resolve import choices_of
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.config.saved import checkpoint_file

@@ -17,7 +17,7 @@ from dlopt.basics.files import write_json
 from dlopt.basics.formats import format_count
 from dlopt.basics.plain import without_nan
 from dlopt.basics.ranges import Count, Natural
-from dlopt.command_line.line import (
+from dlopt.commands.shared.line import (
     Combination,
     Line,
     on_experiment,
@@ -26,7 +26,7 @@ from dlopt.command_line.line import (
     skipped_keys,
     writing,
 )
-from dlopt.command_line.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
+from dlopt.config.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
 from dlopt.config.saved import checkpoint_file, typed_values
 from dlopt.parallel.rendezvous import current
 from dlopt.results import drawing

@@ -15,11 +15,11 @@ from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_count, format_range
 from dlopt.basics.locks import locked
 from dlopt.basics.ranges import Count, Positive
-from dlopt.command_line.line import Line, output_folder, read_line, refuse_empty
-from dlopt.command_line.reads import refuse_unread_hydra
-from dlopt.command_line.usage import own_names
+from dlopt.commands.shared.line import Line, output_folder, read_line, refuse_empty
+from dlopt.commands.shared.usage import own_names
 from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
 from dlopt.config.plan import plan
+from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
 from dlopt.lab.benchmark.protocol import has_space, load_space

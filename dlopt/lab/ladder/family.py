@@ -10,7 +10,7 @@ from annotated_types import MinLen
 from dlopt.basics.errors import UserError, suggest
 from dlopt.basics.plain import load_yaml
 from dlopt.basics.ranges import Positive
-from dlopt.command_line.line import Line
+from dlopt.commands.shared.line import Line
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import group_of, key_of

@@ -1,7 +1,7 @@
 """`dlopt trajectory`: plots optimizer paths, learning-rate schedules or loss landscapes."""
 
 from dlopt.basics.errors import UserError
-from dlopt.command_line.line import Line, on_experiment
+from dlopt.commands.shared.line import Line, on_experiment
 from dlopt.config.overrides import group_of, key_of
 from dlopt.lab.trajectory import landscape_command, learning_rates, paths_command
 

@@ -13,7 +13,7 @@ from dlopt.basics.errors import UserError
 from dlopt.instruments.curvature import flat, restoring
 from dlopt.models.layers import evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
-from dlopt.parameters import NORMS
+from dlopt.optim.parameters import NORMS
 from dlopt.results import drawing
 from dlopt.training.step import frozen_statistics
 

@@ -8,7 +8,7 @@ from annotated_types import Interval
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count, Positive, Seed
-from dlopt.command_line.line import on_checkpoint, output_folder, saved_experiment, writing
+from dlopt.commands.shared.line import on_checkpoint, output_folder, saved_experiment, writing
 from dlopt.lab.trajectory.output import Output, progress
 from dlopt.results import drawing
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count
-from dlopt.command_line.line import Combination, Line, output_folder, skipped_keys, writing
-from dlopt.command_line.reads import RECIPE
+from dlopt.commands.shared.line import Combination, Line, output_folder, skipped_keys, writing
 from dlopt.config.overrides import without
+from dlopt.config.reads import RECIPE
 from dlopt.lab.trajectory.output import Output
 from dlopt.results import drawing
 

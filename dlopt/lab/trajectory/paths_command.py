@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 
 from dlopt.basics.errors import DONE, UserError, suggest
 from dlopt.basics.ranges import Positive, Seed
-from dlopt.command_line.line import Combination, Line, output_folder, skipped_keys, writing
-from dlopt.command_line.reads import refuse_unread_hydra
-from dlopt.command_line.usage import own_names
+from dlopt.commands.shared.line import Combination, Line, output_folder, skipped_keys, writing
+from dlopt.commands.shared.usage import own_names
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import group_of, key_of, without
+from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.lab.trajectory.output import Output, progress

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dlopt.basics.errors import UserError
-from dlopt.command_line.line import Line
+from dlopt.commands.shared.line import Line
 from dlopt.config.compose import Composer
 from dlopt.lab.bench import device, modes, modes_command
 from dlopt.lab.bench.modes import ModeResult

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dlopt.basics.errors import UserError, did_you_mean, suggest
 from dlopt.basics.folders import make, make_new, refuse_url
-from dlopt.command_line.reads import refuse_unread, refuse_unread_hydra
-from dlopt.command_line.usage import own_keys, own_names
+from dlopt.commands.shared.usage import own_keys, own_names
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
 from dlopt.config.overrides import grid, is_typed, key_of, refuse_several, single_values, text_of, without
 from dlopt.config.plan import plan
+from dlopt.config.reads import refuse_unread, refuse_unread_hydra
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import take_checkpoints, typed_values, with_changes
 from dlopt.config.schema import check_arguments, parameters_of

@@ -14,7 +14,7 @@ from itertools import groupby
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
-from dlopt.command_line.layout import two_columns
+from dlopt.commands.shared.layout import two_columns
 from dlopt.config.schema import parameters_of, show
 
 _WIDTH = 118  # columns of a table in a wide terminal

@@ -9,9 +9,9 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
-from dlopt.command_line.line import take_own
-from dlopt.command_line.usage import declaring, own_keys, two_columns, typed_words, usage
-from dlopt.table import COMMANDS
+from dlopt.commands.shared.line import take_own
+from dlopt.commands.shared.usage import declaring, own_keys, two_columns, typed_words, usage
+from dlopt.commands.table import COMMANDS
 
 MODULES = {name: importlib.import_module(path.partition(":")[0]) for name, path in COMMANDS.items() if name != "train"}
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.optim import Muon
-from dlopt.parameters import Grouping, Rule, parameter_groups
+from dlopt.optim.parameters import Grouping, Rule, parameter_groups
 
 ARGUMENTS = {"lr": 0.1, "weight_decay": 0.01}
 

@@ -53,7 +53,7 @@ def _candidates(program: str, words: list[str], arguments: list[str], commands: 
     elif command == "train" or command not in commands:
         return _overrides(" ".join([program, *words[1:]]), prefix, arguments)
     else:
-        from dlopt.command_line.usage import typed_words  # slow to import
+        from dlopt.commands.shared.usage import typed_words  # slow to import
 
         own = [*typed_words(importlib.import_module(commands[command].partition(":")[0]))]
         if command in ("report", "runs"):

@@ -9,12 +9,13 @@ import pytest
 from dlopt import cli
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain import flatten, is_below
-from dlopt.command_line.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
 from dlopt.commands import train as train_command
+from dlopt.commands.table import COMMANDS
 from dlopt.config.compose import Composer
 from dlopt.config.keys import ROLES
 from dlopt.config.overrides import key_of
+from dlopt.config.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.config.resolve import to_plain
 from dlopt.lab import trials
 from dlopt.lab.bench import command as bench
@@ -23,7 +24,6 @@ from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
 from dlopt.python.api import train
 from dlopt.sweeps import run as sweeps
-from dlopt.table import COMMANDS
 from tests.support.line import SMALL, dlopt, refused
 
 HYDRA = (

@@ -1,0 +1,1 @@
+"""What several commands share: command lines, usage, processes."""
