@@ -14,7 +14,7 @@ from dlopt.run.job import print_error
 from dlopt.tracking.console import ConsoleView
 
 if TYPE_CHECKING:
-    from dlopt.training.ensemble import Tested
+    from dlopt.trained.ensemble import Tested
 
 _READS = (
     "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
@@ -85,8 +85,8 @@ def _evaluate_checkpoints(
 ) -> int:
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
     from dlopt.machine.device import choose_device
+    from dlopt.trained.ensemble import restored, test
     from dlopt.training.checkpoint import evaluated_epoch, load
-    from dlopt.training.ensemble import restored, test
 
     views, processes = _views(tta, changes), take_process_keys(changes, "eval")
     states = [load(path) for path in paths]
@@ -119,8 +119,8 @@ def _evaluate_weights(
     """Evaluates the weights `init_from` in the model of the command line, without a checkpoint."""
     from dlopt.machine.device import choose_device
     from dlopt.models.foreign import advice
+    from dlopt.trained.ensemble import test
     from dlopt.training.build import build_workload, load_weights
-    from dlopt.training.ensemble import test
 
     own = [each for each in line.overrides if key_of(each).startswith(("tta.", "parallel"))]
     values = {key_of(override): override.value() for override in line.composer.parse(own)}

@@ -55,8 +55,8 @@ def export(
     ] = None,
 ) -> int:
     """Writes and verifies the file. Raises `UserError`; `RunError` if the model cannot be converted."""
-    from dlopt.training.exporting import convert, samples, verify, write
-    from dlopt.training.restore import restore
+    from dlopt.trained.exporting import convert, samples, verify, write
+    from dlopt.trained.restore import restore
 
     suffix, packages = _FORMATS[format]
     missing = [name for name in packages if find_spec(name) is None]

@@ -52,8 +52,8 @@ def _predict(
     batch_size: Annotated[Count, "N: batch size over all processes"] = 64,
 ) -> int:
     """Writes the CSV file. Raises `UserError` for wrong input, `RunError` if too many files are unreadable."""
-    from dlopt.training.classify import header, image_files, refuse_other_inputs, rows
-    from dlopt.training.restore import restore
+    from dlopt.trained.classify import header, image_files, refuse_other_inputs, rows
+    from dlopt.trained.restore import restore
 
     files = image_files(images)
     target = refuse_folder(Path(output))

@@ -52,8 +52,8 @@ def _continue(
     samples: Annotated[Count, "N: number of continuations"] = 1,
 ) -> int:
     from dlopt.basics.random import generator
-    from dlopt.training.continuation import decoded, encode
-    from dlopt.training.restore import restore
+    from dlopt.trained.continuation import decoded, encode
+    from dlopt.trained.restore import restore
 
     if changes.get("precision") in ("bf16", "bf16_pure", "fp16"):
         raise UserError(f"precision={changes['precision']}: samples are computed in fp32; use fp32, tf32 or fp64")

@@ -13,7 +13,7 @@ from dlopt.config.schema import RANGES, check_arguments, check_value
 from dlopt.config.settings import GROUPS, Settings
 from dlopt.config.settings_rules import check_settings
 from dlopt.config.signatures import annotations_of
-from dlopt.metric_names import former_mode
+from dlopt.metrics.names import former_mode
 
 # Keys that all choices of a group have, in addition to those of their callables.
 _COMMON = {

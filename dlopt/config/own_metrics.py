@@ -7,7 +7,7 @@ from typing import Any, get_args
 from dlopt.basics.errors import UserError, did_you_mean
 from dlopt.config.schema import resolve_target
 from dlopt.config.settings import ExtraMetric
-from dlopt.metric_names import EVALUATED
+from dlopt.metrics.names import EVALUATED
 
 BUILT_IN: tuple[str, ...] = get_args(ExtraMetric)
 _RESERVED = (*BUILT_IN, *EVALUATED)

@@ -14,7 +14,7 @@ from dlopt.basics.secrets import redacted
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import without
 from dlopt.data.settings import DataSettings
-from dlopt.metric_names import former_mode
+from dlopt.metrics.names import former_mode
 
 _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 

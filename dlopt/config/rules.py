@@ -13,7 +13,7 @@ from dlopt.config.schema import Component
 from dlopt.config.settings_rules import check_monitor
 from dlopt.init import default
 from dlopt.losses import Distillation
-from dlopt.metric_names import Mode, known_mode
+from dlopt.metrics.names import Mode, known_mode
 from dlopt.optim import Prodigy
 from dlopt.optim.traits import is_schedule_free
 

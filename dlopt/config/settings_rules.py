@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from dlopt.basics.errors import UserError, did_you_mean, install
 from dlopt.config.settings import ExtraMetric, Settings
-from dlopt.metric_names import Mode
+from dlopt.metrics.names import Mode
 
 _MAX_NAME = 100
 MONITORS = ("auto", "val_loss", "val_accuracy")

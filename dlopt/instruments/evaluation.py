@@ -14,7 +14,7 @@ from dlopt.basics.secrets import redacted
 from dlopt.instruments import reconstructions
 from dlopt.parallel.mode import Mode
 from dlopt.results.confusion import confusion_table, plot_confusion
-from dlopt.training.ensemble import Tested
+from dlopt.trained.ensemble import Tested
 
 _MAX_LISTED_CLASSES = 20
 

@@ -15,10 +15,10 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.machine.device import set_deterministic
 from dlopt.machine.openmp import adapt_waiting
 from dlopt.machine.threads import set_threads
+from dlopt.trained.classify import Classified, classify, image_files, predicted_labels, refuse_other_inputs
+from dlopt.trained.restore import Trained, restore
 from dlopt.training import rng
-from dlopt.training.classify import Classified, classify, image_files, predicted_labels, refuse_other_inputs
 from dlopt.training.precision import Precision
-from dlopt.training.restore import Trained, restore
 
 
 @dataclass(frozen=True)

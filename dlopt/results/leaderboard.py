@@ -15,7 +15,7 @@ from dlopt.basics.plain import flatten, is_below
 from dlopt.basics.roles import Role
 from dlopt.config.keys import is_seed, role_of
 from dlopt.config.overrides import key_of
-from dlopt.metric_names import NONE, Mode, Modes, common_modes, lower_is_better
+from dlopt.metrics.names import NONE, Mode, Modes, common_modes, lower_is_better
 
 Direction = Literal["maximize", "minimize"]
 Seeds = tuple[tuple[str, Any], ...]

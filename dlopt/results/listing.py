@@ -13,7 +13,7 @@ from dlopt.basics import formats
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.config.keys import LABELS
-from dlopt.metric_names import mode_of
+from dlopt.metrics.names import mode_of
 from dlopt.results import reading
 from dlopt.results.leaderboard import modes_of
 from dlopt.results.reading import Condition, Damaged, Record, RunReader, value_of

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.formats import brief, format_metric, printable
-from dlopt.metric_names import mode_of
+from dlopt.metrics.names import mode_of
 from dlopt.results import drawing
 from dlopt.results.columns import (
     FIRST,

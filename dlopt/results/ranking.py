@@ -21,7 +21,7 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.roles import Role
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import group_of, key_of
-from dlopt.metric_names import mode_of
+from dlopt.metrics.names import mode_of
 from dlopt.results.leaderboard import (
     Row,
     Statistic,

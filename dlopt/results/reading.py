@@ -21,7 +21,7 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.basics.plain import flatten, load_yaml, read_regular
 from dlopt.config.keys import LABELS
-from dlopt.metric_names import mode_of, monitored_modes
+from dlopt.metrics.names import mode_of, monitored_modes
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
 from dlopt.tracking.layout import choices_of_groups, short_path
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps

@@ -8,7 +8,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Natural, NonNegative, OpenFraction, Probability
-from dlopt.metric_names import Mode, known_mode, lower_is_better
+from dlopt.metrics.names import Mode, known_mode, lower_is_better
 from dlopt.optim.traits import is_schedule_free
 from dlopt.schedules.horizon import Factor, Horizon
 

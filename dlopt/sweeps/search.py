@@ -22,7 +22,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.keys import is_seed
 from dlopt.config.overrides import key_of, text_of
 from dlopt.config.schema import check_arguments, component, show
-from dlopt.metric_names import Modes, base_name, mode_of, monitored_modes
+from dlopt.metrics.names import Modes, base_name, mode_of, monitored_modes
 from dlopt.results.leaderboard import Direction, direction_of, front, is_number, job_record, leaderboard
 from dlopt.results.terminal import show_front, show_leaderboard
 from dlopt.sweeps import pool as pools

@@ -27,7 +27,7 @@ from dlopt.basics.formats import (
     format_value,
 )
 from dlopt.basics.plain import flatten
-from dlopt.metric_names import mode_of, monitored_modes
+from dlopt.metrics.names import mode_of, monitored_modes
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal

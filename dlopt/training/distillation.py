@@ -10,8 +10,8 @@ from dlopt.config.teacher import teacher_file
 from dlopt.data.identity import difference
 from dlopt.data.normalization import ScaleShift
 from dlopt.losses import Distillation
+from dlopt.trained.restore import Trained, restore
 from dlopt.training.build import Workload
-from dlopt.training.restore import Trained, restore
 from dlopt.training.step import Teacher
 
 

@@ -19,25 +19,15 @@ from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import evaluation_subset, prepare
 from dlopt.data.task import Task
 from dlopt.losses import MSE, CrossEntropy, label_probabilities, probabilities, processes_in_chunks
+from dlopt.metrics.classes import TOP, ClassMetrics, class_accuracies, confusion_matrix, f1_scores
+from dlopt.metrics.labels import LABEL_METRICS, LabelMetrics, LabelReport, label_report
+from dlopt.metrics.regression import RegressionMetrics
+from dlopt.metrics.sums import Measured, MetricSum, Reduce, predicted_classes
+from dlopt.metrics.user import OwnMetric, OwnMetrics, compute
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.build import Workload, evaluation_batches
-from dlopt.training.metrics import (
-    TOP,
-    ClassMetrics,
-    ExtraMetrics,
-    Measured,
-    MetricSum,
-    Reduce,
-    RegressionMetrics,
-    class_accuracies,
-    confusion_matrix,
-    extra_metrics,
-    f1_scores,
-    predicted_classes,
-)
-from dlopt.training.multilabel import LABEL_METRICS, LabelMetrics, LabelReport, label_report
-from dlopt.training.own_metrics import OwnMetric, OwnMetrics, compute
+from dlopt.training.extra_metrics import ExtraMetrics, extra_metrics
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 
 Accumulator = ExtraMetrics | LabelMetrics | OwnMetrics

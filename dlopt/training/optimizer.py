@@ -13,6 +13,7 @@ from dlopt.basics.random import stream
 from dlopt.config.schema import Component
 from dlopt.losses import sampling_obstacle
 from dlopt.machine.cuda_graphs import Recorder
+from dlopt.metrics.sums import Measure
 from dlopt.optim import SAM
 from dlopt.optim.common import buffers
 from dlopt.optim.parameters import parameter_groups
@@ -25,7 +26,6 @@ from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.build import Workload
 from dlopt.training.clipping import Adaptive, ByValue, Unclipped
 from dlopt.training.cuda_graphs import Capture, GraphedStep
-from dlopt.training.metrics import Measure
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Length
 from dlopt.training.speed import OWN_GRAPHS

@@ -13,8 +13,8 @@ from dlopt import schedules
 from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment, Settings
 from dlopt.data.batches import Batch
+from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.step_timing import StepTiming
-from dlopt.training.metrics import MetricSum
 from dlopt.training.step import EpochBatches
 
 Status = Literal["finished", "stopped_early", "interrupted"]

@@ -11,13 +11,13 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.experiment import Experiment
 from dlopt.config.overrides import storable
 from dlopt.config.schema import dotted_name
+from dlopt.metrics.labels import LABEL_METRICS
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
 from dlopt.training.checkpoint import Checkpoints, evaluated_epoch
-from dlopt.training.metrics import extra_metric
-from dlopt.training.multilabel import LABEL_METRICS
+from dlopt.training.extra_metrics import extra_metric
 from dlopt.training.mup import describe_rates
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.precision import bf16_slowdown

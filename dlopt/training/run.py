@@ -18,6 +18,7 @@ from dlopt.basics.interruption import Interruption
 from dlopt.config.resuming import how_to_resume
 from dlopt.data.batches import Batches
 from dlopt.data.identity import SPLITS
+from dlopt.metrics.sums import MetricSum, sample_losses
 from dlopt.parallel.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
@@ -36,7 +37,6 @@ from dlopt.training.build import (
 from dlopt.training.checkpoint import Checkpoints, load
 from dlopt.training.distillation import with_teacher
 from dlopt.training.evaluate import check_crops, check_tta, reduction, test_metrics, validation
-from dlopt.training.metrics import MetricSum, sample_losses
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
 from dlopt.training.own_observers import OwnObservers

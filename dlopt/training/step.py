@@ -22,12 +22,12 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batch
 from dlopt.losses import sampled_cross_entropy
+from dlopt.metrics.sums import Measure, Measured
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
 from dlopt.schedules import Scheduler
 from dlopt.training.clipping import Clip, Unclipped, gradient_norm
-from dlopt.training.metrics import Measure, Measured
 from dlopt.training.nonfinite import Diverged, NonFiniteCheck, check_weights, locate
 from dlopt.training.precision import Precision
 

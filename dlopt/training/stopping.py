@@ -10,7 +10,7 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Natural, NonNegative, Positive
-from dlopt.metric_names import Mode, base_name, lower_is_better
+from dlopt.metrics.names import Mode, base_name, lower_is_better
 from dlopt.parallel.shards import local, plain_norm
 from dlopt.training.clipping import Norm
 

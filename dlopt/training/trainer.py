@@ -16,6 +16,7 @@ from torch import nn
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batch
+from dlopt.metrics.sums import MetricSum
 from dlopt.optim.traits import is_schedule_free
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.step_timing import StepTiming
@@ -24,7 +25,6 @@ from dlopt.training import rng
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.checkpoint import Checkpoints, evaluated_epoch
 from dlopt.training.evaluate import Validate
-from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.own_observers import OwnObservers
 from dlopt.training.progress import Clock, Intervals, Progress, Status

@@ -44,11 +44,11 @@ from dlopt.data.samples import InMemory
 from dlopt.data.task import Task
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
+from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Horizon, Scheduler, constant
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.optimizer import can_fuse
 from dlopt.training.precision import Precision

@@ -21,7 +21,7 @@ from dlopt.config.overrides import key_of
 from dlopt.config.settings import Settings
 from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
-from dlopt.training import restore
+from dlopt.trained import restore
 from tests.support.line import SMALL, dlopt
 
 TINY = [each for each in SMALL if not each.startswith(("epochs", "tracking"))]

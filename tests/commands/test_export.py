@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlopt.basics.errors import RunError
 from dlopt.config.parsing import parse
-from dlopt.training import exporting
+from dlopt.trained import exporting
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.support.line import SMALL, dlopt, entries, refused

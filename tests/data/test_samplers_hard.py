@@ -19,7 +19,7 @@ from dlopt.basics.errors import UserError
 from dlopt.data.samplers import HardExamples
 from dlopt.data.samplers.hard import expected_draws
 from dlopt.losses import MSE, CrossEntropy
-from dlopt.training.metrics import MetricSum, sample_losses
+from dlopt.metrics.sums import MetricSum, sample_losses
 from tests.support.runs import (
     assert_same_run,
     at_update,

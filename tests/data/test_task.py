@@ -11,7 +11,7 @@ from dlopt.data.samplers import Random
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.task import Task
 from dlopt.losses import MSE, CrossEntropy
-from dlopt.training.metrics import MetricSum
+from dlopt.metrics.sums import MetricSum
 
 NEXT_TOKEN = Task("next_token", 11, predictions=5, unit="byte")
 

@@ -23,11 +23,11 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batch
+from dlopt.metrics.sums import Measured
 from dlopt.run import job
 from dlopt.training import checkpoint
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.metrics import Measured
 from dlopt.training.precision import torch_defaults
 from dlopt.training.progress import Run
 from dlopt.training.run import train_run

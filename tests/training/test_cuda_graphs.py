@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dlopt.data.batches import Batch
 from dlopt.machine.cuda_graphs import GraphedFunction
+from dlopt.metrics.sums import MetricSum
 from dlopt.models.airbench import AirBench
 from dlopt.optim import Muon
 from dlopt.parallel.mode import Mode
@@ -22,7 +23,6 @@ from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.build import build_workload
 from dlopt.training.clipping import ByNorm, Clip, Unclipped
 from dlopt.training.cuda_graphs import Capture, GraphedStep, layer_obstacle, obstacle
-from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings, UpdateRecord

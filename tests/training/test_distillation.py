@@ -12,10 +12,10 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.losses import Distillation
 from dlopt.python import api
+from dlopt.trained.restore import restore
 from dlopt.training import checkpoint
 from dlopt.training.build import build_workload, training_batches
 from dlopt.training.distillation import with_teacher
-from dlopt.training.restore import restore
 from dlopt.training.run import probe_trainer
 from tests.support.equality import compare
 from tests.support.line import dlopt, refused

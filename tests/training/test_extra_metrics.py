@@ -1,81 +1,254 @@
-"""Tests of metrics against scikit-learn and manual results."""
+"""Tests of accumulated validation metrics against scikit-learn, and of monitoring them."""
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
+from torch import Tensor, nn
 
-from dlopt.training import metrics
+from dlopt.basics.errors import UserError
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.task import Task
+from dlopt.losses import MSE, probabilities
+from dlopt.metrics.classes import ClassMetrics, calibration_gaps
+from dlopt.metrics.labels import label_report
+from dlopt.metrics.regression import RegressionMetrics
+from dlopt.metrics.sums import MetricSum
+from dlopt.training.evaluate import report
+from dlopt.training.extra_metrics import _check_names, extra_metrics
+from tests.support.runs import REGRESSION, experiment, metrics, start
+from tests.support.sizes import SMALL
 
-CLASSES = 7
+CLASSES = ("a", "b", "c", "d", "e", "f", "g")
+CROSS_ENTROPY = nn.CrossEntropyLoss()
+NAMES = ["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy"]
 
 
-def drawn(seed: int, count: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs that favour the true class, and targets; the last class neither occurs nor is predicted."""
+def softmax(outputs: Tensor) -> Tensor:
+    return outputs.softmax(1)
+
+
+def answers(seed: int, count: int, classes: int = 6) -> tuple[Tensor, Tensor]:
+    """The last class of CLASSES never occurs."""
     draws = torch.Generator().manual_seed(seed)
-    targets = torch.randint(CLASSES - 1, (count,), generator=draws)
-    outputs = torch.randn(count, CLASSES, generator=draws, dtype=torch.float64)
-    outputs[torch.arange(count), targets] += 1.5
-    outputs[:, -1] = -9
-    return outputs, targets
+    return torch.randn(count, classes + 1, generator=draws), torch.randint(classes, (count,), generator=draws)
 
 
-@given(st.integers(0, 10**6))
-def test_confusion_f1_and_class_accuracies_equal_scikit_learn(seed: int) -> None:
-    outputs, targets = drawn(seed)
+def batches(outputs: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(outputs.split(size), targets.split(size), strict=True)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), size=st.integers(1, 70))
+def test_class_metrics_equal_scikit_learn(seed: int, size: int) -> None:
+    outputs, targets = answers(seed, 60)
+    counter = ClassMetrics(NAMES, CLASSES, softmax)
+    for batch in batches(outputs, targets, size):
+        counter.add(*batch)
+    means = counter.means(None)
     predictions = outputs.argmax(1)
-    confusion = metrics.confusion_matrix(targets, predictions, CLASSES)
-    assert confusion.tolist() == reference.confusion_matrix(targets, predictions, labels=range(CLASSES)).tolist()
-    f1 = metrics.f1_scores(confusion)
-    assert math.isnan(f1[-1])
-    np.testing.assert_allclose(f1[:-1], reference.f1_score(targets, predictions, average=None), rtol=1e-12)
-    assert f1.nanmean().item() == pytest.approx(reference.f1_score(targets, predictions, average="macro"), rel=1e-12)
-    accuracies = metrics.class_accuracies(confusion)
-    assert math.isnan(accuracies[-1])
-    np.testing.assert_allclose(accuracies[:-1], reference.recall_score(targets, predictions, average=None), rtol=1e-12)
-
-
-def calibration_error(probabilities: torch.Tensor, targets: torch.Tensor, bins: int = metrics.BINS) -> float:
-    return metrics.calibration_gaps(probabilities, targets, bins).abs().sum().item() / len(targets)
-
-
-def test_calibration_error_equals_manual_result() -> None:
-    # bins of a fifth: (0.8, 1] holds 0.9 and 1.0, of which one is right; (0.6, 0.8] holds 0.7 and 0.8, both right
-    confidence = torch.tensor([0.9, 1.0, 0.7, 0.8], dtype=torch.float64)
-    probabilities = torch.stack([confidence, 1 - confidence], 1)
-    targets = torch.tensor([0, 1, 0, 0])
-    expected = 2 / 4 * abs(1 / 2 - 0.95) + 2 / 4 * abs(1 - 0.75)
-    assert calibration_error(probabilities, targets, bins=5) == pytest.approx(expected, rel=1e-12)
-
-
-def test_calibration_error_equals_numpy() -> None:
-    outputs, targets = drawn(3, count=500)
-    probabilities = outputs.softmax(1)
-    confidence = probabilities.max(1).values.numpy()
-    right = (probabilities.argmax(1) == targets).numpy()
-    bins = np.digitize(confidence, np.linspace(0, 1, 16), right=True)
-    expected = sum(
-        (bins == b).mean() * abs(right[bins == b].mean() - confidence[bins == b].mean()) for b in np.unique(bins)
+    occurring = np.union1d(targets, predictions)
+    assert means["macro_f1"] == pytest.approx(
+        reference.f1_score(targets, predictions, average="macro", labels=occurring, zero_division=0)
     )
-    assert expected > 0.01
-    assert calibration_error(probabilities, targets) == pytest.approx(expected, rel=1e-9)
+    assert means["top5_accuracy"] == pytest.approx(
+        reference.top_k_accuracy_score(targets, outputs, k=5, labels=np.arange(7))
+    )
+    assert means["calibration_error"] == pytest.approx(
+        calibration_gaps(softmax(outputs), targets).abs().sum().item() / 60
+    )
+    recalls = reference.recall_score(targets, predictions, average=None, labels=targets.unique())
+    by_class = {f"class_accuracy/{CLASSES[i]}": r for i, r in zip(targets.unique().tolist(), recalls, strict=True)}
+    assert {name: value for name, value in means.items() if "/" in name} == pytest.approx(by_class)
+    assert means["worst_class_accuracy"] == pytest.approx(min(recalls))
 
 
-def test_calibration_error_of_certain_predictions() -> None:
-    sure = torch.eye(4)
-    assert calibration_error(sure, torch.arange(4)) == 0
-    assert calibration_error(sure, torch.tensor([1, 2, 3, 0])) == 1
+@pytest.mark.parametrize("columns", [1, 3])
+def test_regression_metrics_equal_scikit_learn(columns: int) -> None:
+    draws = torch.Generator().manual_seed(1)
+    targets = torch.randn(50, columns, generator=draws) + 5
+    outputs = targets + 0.3 * torch.randn(50, columns, generator=draws)
+    counter = RegressionMetrics(["r2", "mae"], columns)
+    for batch in batches(outputs, targets, 7):
+        counter.add(*batch)
+    means = counter.means(None)
+    assert means["r2"] == pytest.approx(reference.r2_score(targets.double(), outputs.double()), rel=1e-9)
+    assert means["mae"] == pytest.approx(reference.mean_absolute_error(targets.double(), outputs.double()), rel=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_class_that_neither_occurs_nor_is_predicted_is_left_out_of_macro_f1(seed: int) -> None:
-    outputs, targets = drawn(seed)
-    accumulated = metrics.ClassMetrics(["macro_f1"], [str(k) for k in range(CLASSES)], lambda out: out.softmax(1))
-    for chunk in torch.arange(len(targets)).split(64):
-        accumulated.add(outputs[chunk], targets[chunk])
-    expected = reference.f1_score(targets, outputs.argmax(1), average="macro")
-    assert accumulated.means(None)["macro_f1"] == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize("monitor", ["auto", "val_accuracy", "val_macro_f1"])
+def test_rejects_a_target_in_percent(monitor: str, tmp_path: Path) -> None:
+    """Accuracies are displayed in percent: a run with the target 95 would never reach it."""
+    keys = ["stopping=target", f"stopping.monitor={monitor}"]
+    with pytest.raises(UserError, match=r"stopping\.value=95: val_.* is at most 1; for 95 % set 0\.95"):
+        start(tmp_path, *SMALL, *keys, "stopping.value=95")
+
+
+def test_r2_of_constant_targets_is_never_the_best() -> None:
+    """Rounding left a variance of either sign: R^2 was 1.4e14 for 100 targets of 0.7."""
+    targets = torch.full((100, 1), 0.7)
+    counter = RegressionMetrics(["r2"], 1, targets[:1])
+    for batch in batches(targets + 0.1, targets, 64):
+        counter.add(*batch)
+    assert counter.means(None)["r2"] == -math.inf
+
+
+def test_regression_metrics_of_a_model_that_returns_one_number_per_sample() -> None:
+    """Outputs [N], which model._target_ may return, are those of shape [N, 1]."""
+    draws = torch.Generator().manual_seed(1)
+    targets, outputs = torch.randn(2, 50, generator=draws)
+    expected = reference.r2_score(targets, outputs), reference.mean_absolute_error(targets, outputs)
+    for shape in ((50,), (50, 1)):
+        shaped = outputs.view(shape)
+        counter = RegressionMetrics(["r2", "mae"], 1)
+        counter.add(shaped, targets)
+        assert tuple(counter.means(None).values()) == pytest.approx(expected)
+
+
+def test_reduces_over_processes() -> None:
+    """One of three processes has no samples at all."""
+    outputs, targets = answers(3, 40)
+    whole = ClassMetrics(NAMES, CLASSES, softmax)
+    whole.add(outputs, targets)
+    states: list[list[float]] = []
+    for part in (slice(0, 13), slice(13, 40), None):
+        counter = ClassMetrics(NAMES, CLASSES, softmax)
+        if part is not None:
+            counter.add(outputs[part], targets[part])
+        counter.means(lambda own: states.append(list(own)) or [1.0] * len(own))
+    together = ClassMetrics(NAMES, CLASSES, softmax).means(
+        lambda own: [sum(each) for each in zip(*states, strict=True)]
+    )
+    assert together == pytest.approx(whole.means(None), rel=1e-12)
+
+
+def test_best_model_follows_the_monitored_metric(tmp_path: Path) -> None:
+    keys = ["epochs=4", "schedule=constant", "optimizer.lr=0.3", "monitor=val_calibration_error"]
+    summary = start(tmp_path, *SMALL, *keys, "evaluate.metrics=[class_accuracy,macro_f1]")
+    lines = metrics(tmp_path)
+    errors = [line["val_calibration_error"] for line in lines]
+    assert summary["best_epoch"] == 1 + errors.index(min(errors))
+    assert summary["best_val_calibration_error"] == min(errors)
+    assert all(0 <= line["val_worst_class_accuracy"] <= line["val_accuracy"] for line in lines)
+    assert (
+        min(v for k, v in lines[0].items() if k.startswith("val_class_accuracy/"))
+        == (lines[0]["val_worst_class_accuracy"])
+    )
+
+
+def test_regression_may_monitor_its_metrics(tmp_path: Path) -> None:
+    start(tmp_path, *REGRESSION, "monitor=val_r2", "stopping=early", "evaluate.metrics=[mae]", "epochs=2")
+    assert {"val_r2", "val_mae"} <= set(metrics(tmp_path)[0])
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "unknown class": (["monitor=val_class_accuracy/11"], "no class 11"),
+    "regression's": (["evaluate.metrics=[r2]"], "evaluate.metrics=r2: a classification"),
+    "early": (["stopping=early", "stopping.monitor=val_mae"], "stopping.monitor=val_mae: a classification"),
+    "plateau": (["schedule=plateau", "schedule.monitor=val_r2"], "schedule.monitor=val_r2: a classification"),
+    "plateau without validation": (["schedule=plateau", "data.val_split=0"], "schedule=plateau: needs a validation"),
+    "monitor without validation": (["monitor=val_loss", "data.val_split=0"], "monitor=val_loss: needs a validation"),
+    "metrics without validation": (
+        ["evaluate.metrics=[macro_f1,class_accuracy]", "data.val_split=0"],
+        r"evaluate\.metrics=\[macro_f1,class_accuracy\]: needs a validation",
+    ),
+    "target without validation": (
+        ["stopping=target", "stopping.value=1", "data.val_split=0"],
+        "stopping=target: needs a validation",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_rejects_unavailable_metrics(tmp_path: Path, name: str) -> None:
+    overrides, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        start(tmp_path, *SMALL, *overrides)
+
+
+def test_rejects_a_class_without_validation_samples() -> None:
+    checked = experiment(*SMALL, "monitor=val_class_accuracy/b")
+    train, val = (InMemory(torch.zeros(2, 3), torch.tensor(labels)) for labels in ([0, 1], [0, 0]))
+    with pytest.raises(UserError, match="monitor=val_class_accuracy/b: the validation set has no sample"):
+        extra_metrics(checked, Dataset(train, val, None, ("a", "b")), nn.CrossEntropyLoss())
+
+
+def test_plateau_rejects_unknown_metrics_of_a_regression(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"schedule\.monitor=val_foo: a regression task has no such metric"):
+        start(tmp_path, *REGRESSION, "schedule=plateau", "schedule.monitor=val_foo")
+
+
+@pytest.mark.parametrize("monitor", ["val_accuracy", "val_macro_f1"])
+def test_regression_rejects_class_metrics(tmp_path: Path, monitor: str) -> None:
+    with pytest.raises(UserError, match=f"monitor={monitor}.*regression"):
+        start(tmp_path, *REGRESSION, f"monitor={monitor}")
+
+
+def test_top5_needs_more_than_five_classes() -> None:
+    with pytest.raises(UserError, match="needs more than 5 classes"):
+        _check_names({"top5_accuracy": "monitor=val_top5_accuracy"}, Task("classification", 5))
+
+
+def test_the_epoch_of_an_early_stop_is_evaluated(tmp_path: Path) -> None:
+    stop = ["stopping=tolerance", "stopping.tolerance=1e9", "stopping.iterations=4"]
+    summary = start(tmp_path, *SMALL, *stop, "epochs=9", "evaluate.every_epochs=5")
+    [line] = metrics(tmp_path)
+    assert summary["status"] == "stopped_early" and line["epoch"] == 2 and line["val_loss"] > 0
+
+
+@pytest.mark.parametrize("size", [7, 60])
+def test_outputs_with_nan_count_as_wrong(size: int) -> None:
+    """As scikit-learn counts them with a prediction of its own, which is no class."""
+    outputs, targets = answers(3, 60)
+    outputs[targets == 0] = math.nan
+    outputs[5, 3] = math.nan  # one of them is enough
+    predictions = outputs.argmax(1).masked_fill(outputs.isnan().any(1), -1).numpy()
+    counter, total = ClassMetrics(NAMES, CLASSES, softmax), MetricSum(Task("classification", 7))
+    for batch in batches(outputs, targets, size):
+        counter.add(*batch)
+        total.add(total.measure(CROSS_ENTROPY(*batch), *batch))
+    means, sums = counter.means(None), total.means("val")
+    assert math.isnan(sums["val_loss"])
+    assert sums["val_accuracy"] == pytest.approx((predictions == targets.numpy()).mean())
+    occurring = np.union1d(targets, predictions[predictions >= 0])
+    f1 = reference.f1_score(targets, predictions, average="macro", labels=occurring, zero_division=0)
+    assert means["macro_f1"] == pytest.approx(f1)
+    top = outputs.nan_to_num(nan=-math.inf).topk(5).indices
+    hits = (top == targets.unsqueeze(1)).any(1) & ~outputs.isnan().any(1)
+    assert means["top5_accuracy"] == pytest.approx(hits.double().mean().item())
+    assert means[f"class_accuracy/{CLASSES[0]}"] == 0 == means["worst_class_accuracy"]
+    assert math.isnan(means["calibration_error"])
+    tested = report([(outputs, targets)], CROSS_ENTROPY, Task("classification", 7))
+    assert tested.unpredicted == (predictions < 0).sum()
+    rows = tested.per_class(CLASSES)
+    assert [row["samples"] for row in rows] == torch.bincount(targets, minlength=7).tolist()
+    assert rows[0]["accuracy"] == 0 and tested.metrics["test_macro_f1"] == pytest.approx(f1)
+
+
+def test_labels_with_nan_outputs_have_no_mean() -> None:
+    outputs, targets = torch.randn(20, 3), torch.randint(2, (20, 3)).float()
+    outputs[4, 1] = math.nan
+    found = label_report(outputs, targets, torch.sigmoid)
+    assert all(math.isnan(value) for value in found.means.values())
+    assert [math.isnan(value) for value in found.precision.tolist()] == [False, True, False]
+    clean = label_report(outputs[:, [0, 2]], targets[:, [0, 2]], torch.sigmoid)
+    assert found.f1[[0, 2]].tolist() == clean.f1.tolist() and not any(map(math.isnan, clean.means.values()))
+
+
+def test_classes_of_models_trained_with_mse_are_those_of_the_outputs() -> None:
+    """Clamped to 0..1 several outputs are equal: accuracy, calibration and `predict` take the largest output itself."""
+    draws = torch.Generator().manual_seed(0)
+    targets = torch.randint(4, (200,), generator=draws)
+    outputs = 1.2 + 0.1 * torch.randn(200, 4, generator=draws)
+    outputs[torch.arange(200), targets] += 0.3
+    loss = MSE(classes=4)
+    counter = ClassMetrics(["calibration_error"], list("abcd"), lambda values: probabilities(values, loss))
+    counter.add(outputs, targets)
+    accuracy = (outputs.numpy().argmax(1) == targets.numpy()).mean()
+    assert counter.means(None)["calibration_error"] == pytest.approx(1 - accuracy) and accuracy > 0.8

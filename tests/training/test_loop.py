@@ -18,11 +18,11 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batch
 from dlopt.data.task import Task
+from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.evaluate import evaluate
-from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.precision import Precision
 from dlopt.training.progress import Intervals, Progress

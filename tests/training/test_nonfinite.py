@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.data.batches import Batch
+from dlopt.metrics.sums import Measured, MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
-from dlopt.training.metrics import Measured, MetricSum
 from dlopt.training.nonfinite import Diverged, Recovery, first_nonfinite_output, is_finite
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.basics.random import stream
+from dlopt.metrics.sums import MetricSum
 from dlopt.optim import SAM
 from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
-from dlopt.training.metrics import MetricSum
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step, is_stochastic
 from tests.support.runs import same

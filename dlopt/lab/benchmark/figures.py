@@ -13,7 +13,7 @@ import numpy as np
 from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.results import Results
 from dlopt.lab.benchmark.scores import MAX_RATIO, Summary, profile, ratios
-from dlopt.metric_names import lower_is_better
+from dlopt.metrics.names import lower_is_better
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS, MARKERS, style
 

@@ -17,7 +17,7 @@ from dlopt.config.overrides import key_of, value_of
 from dlopt.lab.benchmark.protocol import BASELINES, Track, Trial, WorkloadSpec, target_of
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
 from dlopt.lab.trials import has_ended
-from dlopt.metric_names import lower_is_better
+from dlopt.metrics.names import lower_is_better
 from dlopt.results.leaderboard import Record
 from dlopt.results.reading import Damaged, read
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dlopt.basics.errors import UserError
 from dlopt.lab.benchmark.protocol import Track
-from dlopt.metric_names import lower_is_better
+from dlopt.metrics.names import lower_is_better
 
 FORMAT = 1
 REFERENCE = Path(__file__).with_name("reference")  # results of `dlopt benchmark ... full=true`, which come with dlopt

@@ -14,7 +14,7 @@ from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.reading import best_trials
 from dlopt.lab.benchmark.results import Results, TrialRecord
 from dlopt.lab.benchmark.scores import times
-from dlopt.metric_names import lower_is_better
+from dlopt.metrics.names import lower_is_better
 
 RISING = 0.9
 """Fraction of trials with a rising loss from which on the optimizer is suspicious."""

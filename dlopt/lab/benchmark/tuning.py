@@ -23,7 +23,7 @@ import numpy as np
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.results import Cell, Results, WorkloadTarget
 from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Array, Interval, interval, margin, small_sample_factor
-from dlopt.metric_names import lower_is_better
+from dlopt.metrics.names import lower_is_better
 
 BUDGETS = (1, 3, 10, 30)
 PER_TRY = 10

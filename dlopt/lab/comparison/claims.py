@@ -10,7 +10,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, NonNegative
 from dlopt.config.schema import check_arguments
 from dlopt.lab.comparison.intervals import Bounds, Interval, interval
-from dlopt.metric_names import NONE, Modes, lower_is_better
+from dlopt.metrics.names import NONE, Modes, lower_is_better
 
 Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]

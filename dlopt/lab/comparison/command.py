@@ -38,7 +38,7 @@ from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
 from dlopt.lab.comparison.sentences import sentence
-from dlopt.metric_names import monitored_modes
+from dlopt.metrics.names import monitored_modes
 from dlopt.results import drawing
 from dlopt.results.claims import FROZEN, claims_hash, is_changed, recipe_hash, recipe_path, rerun_hint
 from dlopt.run.job import execute

@@ -13,7 +13,7 @@ from dlopt.config.schema import show
 from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
 from dlopt.lab.comparison.labels import label
 from dlopt.lab.comparison.probes import PROBES
-from dlopt.metric_names import Modes
+from dlopt.metrics.names import Modes
 from dlopt.tracking.layout import align_columns
 from dlopt.tracking.metrics import gaps, read_metrics, read_summary
 

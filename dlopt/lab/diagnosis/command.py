@@ -113,7 +113,7 @@ def diagnose(
         _check(subject)
     folder = None if output is None else output_folder(output, "diagnose")  # fails before the slow measurements
     keys = {"updates": updates, "batches": batches, "eigenvalues": eigenvalues, "iterations": iterations}
-    from dlopt.training.restore import fitting
+    from dlopt.trained.restore import fitting
 
     with contextlib.nullcontext() if checkpoint is None else fitting(checkpoint):
         results = [_measure(subject, keys) for subject in subjects]

@@ -15,7 +15,7 @@ from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import group_of, key_of
 from dlopt.config.schema import check_arguments
-from dlopt.metric_names import lower_is_better
+from dlopt.metrics.names import lower_is_better
 
 FOLDER = "ladder"  # in conf/ and in a --config-dir
 _Text = Annotated[str, MinLen(1)]

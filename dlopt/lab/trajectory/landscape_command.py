@@ -40,9 +40,9 @@ def draw_landscape(
     from dlopt.basics.random import generator
     from dlopt.lab.comparison.measures import spread_samples
     from dlopt.lab.trajectory.landscape import draw, random_plane, surface
+    from dlopt.trained.restore import fitting
     from dlopt.training.build import build_workload
     from dlopt.training.checkpoint import load
-    from dlopt.training.restore import fitting
 
     state = load(path)
     experiment = saved_experiment(state["config"], changes, path)

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dlopt.training import metrics
-from dlopt.training.metrics import MetricSum
+from dlopt.metrics.sums import MetricSum
 from tests.support.tasks import CLASSIFICATION, REGRESSION
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -77,7 +76,7 @@ def test_resumes_bitwise_identically(sizes: list[int], cut: int) -> None:
 
 
 def test_bounds_pending_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_MAX_PENDING_OUTPUTS", 40)
+    monkeypatch.setattr("dlopt.metrics.sums._MAX_PENDING_OUTPUTS", 40)
     sums, held = MetricSum(CLASSIFICATION), []
     for part in batches([5] * 20):
         sums.add(sums.measure(*part))
@@ -88,7 +87,7 @@ def test_bounds_pending_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_large_outputs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text has the whole vocabulary as outputs of each token, and an update many micro-batches."""
-    monkeypatch.setattr(metrics, "_MAX_KEPT_OUTPUTS", 20)
+    monkeypatch.setattr("dlopt.metrics.sums._MAX_KEPT_OUTPUTS", 20)
     sums = MetricSum(CLASSIFICATION)
     measured = [sums.measure(*part) for part in batches([5, 6, 7])]
     assert [each.outputs is None for each in measured] == [False, True, True]

@@ -13,7 +13,9 @@ from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
 from dlopt.data.identity import difference
 from dlopt.data.task import Task
+from dlopt.metrics.user import OwnMetric
 from dlopt.parallel.mode import Mode
+from dlopt.trained.restore import fitting
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.checkpoint import foreign
 from dlopt.training.evaluate import (
@@ -26,8 +28,6 @@ from dlopt.training.evaluate import (
     report,
     unlabelled_report,
 )
-from dlopt.training.own_metrics import OwnMetric
-from dlopt.training.restore import fitting
 
 
 @dataclass(frozen=True)

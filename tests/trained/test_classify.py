@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from dlopt.losses import MSE
-from dlopt.training.classify import _classify
-from dlopt.training.metrics import predicted_classes
-from dlopt.training.restore import Trained
+from dlopt.metrics.sums import predicted_classes
+from dlopt.trained.classify import _classify
+from dlopt.trained.restore import Trained
 
 
 def trained(outputs: torch.Tensor, loss: nn.Module) -> Trained:

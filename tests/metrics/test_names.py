@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from dlopt.basics.errors import UserError
-from dlopt.metric_names import common_modes, former_mode, known_mode, lower_is_better, mode_of, monitored_modes
+from dlopt.metrics.names import common_modes, former_mode, known_mode, lower_is_better, mode_of, monitored_modes
 
 LOWER = [
     "val_loss", "best_val_loss", "test_error", "val_mae", "val_calibration_error", "val_perplexity",

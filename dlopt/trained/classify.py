@@ -15,9 +15,9 @@ from dlopt.data.folder import images_below, reading
 from dlopt.data.images import decode
 from dlopt.losses import label_probabilities, probabilities
 from dlopt.machine.threads import usable_cores
-from dlopt.training.metrics import predicted_classes
-from dlopt.training.multilabel import THRESHOLD
-from dlopt.training.restore import Trained
+from dlopt.metrics.labels import THRESHOLD
+from dlopt.metrics.sums import predicted_classes
+from dlopt.trained.restore import Trained
 
 
 def image_files(images: str) -> list[str]:

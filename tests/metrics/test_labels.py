@@ -13,10 +13,10 @@ from sklearn import metrics as reference
 
 from dlopt.basics.errors import UserError
 from dlopt.data.digits import digit_pairs
+from dlopt.metrics.labels import LABEL_METRICS, LabelMetrics, average_precision, label_report
 from dlopt.parallel.ranks import Ranks
 from dlopt.python.model import load
 from dlopt.training.build import build_workload, training_batches
-from dlopt.training.multilabel import LABEL_METRICS, LabelMetrics, average_precision, label_report
 from tests.support.equality import compare
 from tests.support.line import dlopt
 from tests.support.modes import SYNC_DDP, SYNC_FSDP

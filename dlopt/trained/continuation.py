@@ -7,7 +7,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.models.generation import generate
-from dlopt.training.restore import Trained
+from dlopt.trained.restore import Trained
 
 
 def encode(trained: Trained, prompt: bytes) -> list[int]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.errors import RunError
+from dlopt.metrics.sums import Reduce
 from dlopt.parallel.ranks import Ranks
-from dlopt.training.metrics import Reduce
 
 OwnMetric = Callable[[Tensor, Tensor], Any]
 """(outputs, targets) of all samples of a split, on the CPU -> a number."""

@@ -1,0 +1,1 @@
+"""Metrics of an evaluation: accumulators, and the names and directions of metrics."""

@@ -1,0 +1,218 @@
+"""The accumulator for losses and accuracies of training and evaluation."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.data.task import Task
+
+Reduce = Callable[[Sequence[float]], Sequence[float]]
+"""Sums each entry over ranks (a collective: all ranks call it)."""
+
+
+# Bounds on the tensors that wait for a flush. Larger ones save little, and evict a small model from the cache.
+_MAX_PENDING_STEPS = 128
+_MAX_PENDING_OUTPUTS = 1 << 20  # elements: 4 MiB in fp32
+_MAX_KEPT_OUTPUTS = 1 << 16  # of a micro-batch; an update has many, and those of a text are large
+
+
+class Measured(NamedTuple):
+    """What the metrics need of a micro-batch, on the device."""
+
+    loss: Tensor  # mean over the samples
+    samples: int
+    outputs: Tensor | None = None  # None: not needed, or `correct` is known
+    targets: Tensor | None = None
+    correct: Tensor | None = None  # number of correct predictions
+
+    @staticmethod
+    def of_no_samples(loss: Tensor) -> "Measured":
+        """A micro-batch of which this rank has no samples: all ranks must reduce the same number of entries."""
+        return Measured(torch.zeros_like(loss.detach()), 0)
+
+    def clone(self) -> "Measured":
+        outputs, targets, correct = (None if part is None else part.clone() for part in self[2:])
+        return Measured(self.loss.clone(), self.samples, outputs, targets, correct)
+
+
+Measure = Callable[[Tensor, Tensor, Tensor], Measured]
+"""(mean loss, outputs, targets) of a micro-batch, detached -> what the metrics need of it."""
+
+
+class MetricSum:
+    """Accumulates loss and correct predictions over samples, without a host-device synchronization per step.
+
+    The tensors of a step pass through three stages:
+
+    1. pending: kept as they are;
+    2. flushed: concatenated and reduced on the device, many steps at once;
+    3. synced: transferred to the host, summed over ranks, and added to `loss`, `correct` and `count`.
+
+    The sums do not depend on when flushes and syncs happen: the host adds the losses step by step in float64. A resumed
+    epoch therefore ends with exactly the metrics of an uninterrupted one.
+
+    Args:
+        task: defines the metrics, and the number of predictions per sample.
+        on_flush: called with the outputs and targets of many steps, in order, at each flush.
+        reduce: sums over ranks; None: one process. Each rank adds its own samples of every batch.
+    """
+
+    def __init__(
+        self, task: Task, on_flush: Callable[[Tensor, Tensor], None] | None = None, reduce: Reduce | None = None
+    ) -> None:
+        self.task = task
+        self.on_flush = on_flush
+        self.reduce = reduce
+        self._keeps_outputs = task.classes is not None or on_flush is not None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all samples."""
+        self.loss = 0.0
+        self.correct = 0
+        self.count = 0
+        self._pending: list[Measured] = []
+        self._max_pending = 0
+        self._flushed: list[tuple[Tensor, list[int]]] = []  # (losses and number correct, samples) of many steps
+        self._reported = (0.0, 0, 0)
+
+    def measure(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> Measured:
+        """Returns what has to be added of a batch: mean loss (scalar), outputs [B, K], targets [B] (or [B, K]:
+        probabilities).
+
+        With several predictions per sample: outputs [B, T, K], targets [B, T]. Adds nothing.
+        """
+        if not self._keeps_outputs:
+            return Measured(loss, targets.shape[0])
+        if self.on_flush is None and outputs.numel() > _MAX_KEPT_OUTPUTS:
+            return Measured(loss, targets.shape[0], correct=_count_correct(outputs, _labels(targets)))
+        return Measured(loss, targets.shape[0], outputs, targets)
+
+    def add(self, *measured: Measured) -> None:
+        """Adds what `measure` has returned: of a batch, or of each micro-batch of an update."""
+        pending = self._pending
+        if not pending:
+            kept = sum(each.outputs.numel() for each in measured if each.outputs is not None)
+            self._max_pending = max(min(_MAX_PENDING_STEPS, _MAX_PENDING_OUTPUTS // max(kept, 1)), 1)
+        pending += measured
+        if len(pending) >= self._max_pending:
+            self._flush()
+
+    def sync(self) -> None:
+        """Adds all pending steps to the totals: one device-to-host transfer, and one all-reduce with several ranks."""
+        self._flush()
+        if not self._flushed:
+            return
+        flushed, self._flushed = self._flushed, []
+        numbers = iter(torch.cat([tensor for tensor, _ in flushed]).tolist())
+        losses: list[float] = []  # per step: loss times samples
+        correct = count = 0
+        for _, counts in flushed:
+            losses += [next(numbers) * samples for samples in counts]
+            correct += round(next(numbers))
+            count += sum(counts)
+        if self.reduce is not None:
+            # Step by step, since ranks have different numbers of samples in a step; all have the same number of steps.
+            *losses, all_correct, all_count = self.reduce([*losses, correct, count])
+            correct, count = round(all_correct), round(all_count)
+        # A float64 sum in the order of the updates, whatever the interval of logging and checkpoints.
+        for loss in losses:  # one by one: a sum of partial sums would depend on when `sync` was called
+            self.loss += loss
+        self.correct += correct
+        self.count += count
+
+    def _flush(self) -> None:
+        """Reduces the pending tensors on the device, without synchronization."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        # Concatenating many steps replaces several small kernels per step by several per flush.
+        losses = torch.stack([each.loss for each in pending])
+        losses = losses.double() if losses.device.type != "mps" else losses  # MPS has no float64
+        correct = [each.correct for each in pending if each.correct is not None]
+        kept = [(e.outputs, e.targets) for e in pending if e.outputs is not None and e.targets is not None]
+        if kept:
+            outputs = _concatenated([outputs for outputs, _ in kept])
+            if self.task.classes is not None:
+                correct.append(_count_correct(outputs, _concatenated([_labels(targets) for _, targets in kept])))
+            if self.on_flush is not None:
+                self.on_flush(outputs, _concatenated([targets for _, targets in kept]))
+        number = torch.stack(correct).sum() if correct else losses.new_zeros(())
+        values = torch.cat([losses, number.to(losses.dtype).reshape(1)])
+        self._flushed.append((values, [each.samples for each in pending]))
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """Returns {prefix}_loss and, for a classifier, {prefix}_accuracy (a fraction) over all samples so far.
+
+        Of a text: {prefix}_token_accuracy, and {prefix}_bits_per_byte or {prefix}_perplexity.
+        """
+        self.sync()
+        metrics = self._means(f"{prefix}_", self.loss, self.correct, self.count)
+        derived = self.task.loss_metrics(metrics[f"{prefix}_loss"])
+        return metrics | {f"{prefix}_{name}": value for name, value in derived.items()}
+
+    def warn_if_not_finite(self, metrics: Mapping[str, Any], name: str, show: Callable[[str], None]) -> None:
+        """Reports a loss that is NaN or infinite, beside which an accuracy looks like that of a usable model."""
+        loss = metrics.get(name)
+        if loss is not None and not math.isfinite(loss):
+            wrong = "" if self.task.classes is None else "; those with NaN count as wrong predictions"
+            show(f"warning: {name} is {loss}: the model has outputs that are not finite{wrong}")
+
+    def since_last(self, prefix: str) -> dict[str, float]:
+        """Returns {prefix}loss and {prefix}accuracy over the samples since the last call."""
+        self.sync()
+        loss, correct, count = self._reported
+        self._reported = self.loss, self.correct, self.count
+        return self._means(prefix, self.loss - loss, self.correct - correct, self.count - count)
+
+    def _means(self, prefix: str, loss: float, correct: int, count: int) -> dict[str, float]:
+        metrics = {f"{prefix}loss": loss / count if count else math.nan}  # nan: all updates were skipped
+        if self.task.classes is not None:
+            metrics[f"{prefix}{self.task.accuracy}"] = correct / (count * self.task.predictions) if count else math.nan
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        self.sync()
+        loss, correct, count = self._reported
+        reported = {"reported_loss": loss, "reported_right": correct, "reported_count": count}
+        return {"loss": self.loss, "right": self.correct, "count": self.count, **reported}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.loss, self.correct, self.count = state["loss"], state["right"], state["count"]
+        # Without these keys, in an older checkpoint, the first report covers only the updates after the resume.
+        totals = ("loss", self.loss), ("right", self.correct), ("count", self.count)
+        loss, correct, count = (state.get(f"reported_{name}", value) for name, value in totals)
+        self._reported = loss, correct, count
+
+
+def _labels(targets: Tensor) -> Tensor:
+    """Returns the labels [B] of targets [B], or [B, K] with probabilities."""
+    return targets.argmax(1) if targets.is_floating_point() else targets
+
+
+def _count_correct(outputs: Tensor, labels: Tensor) -> Tensor:
+    return (predicted_classes(outputs) == labels).sum()
+
+
+def predicted_classes(outputs: Tensor) -> Tensor:
+    """Returns the class with the largest of the outputs [..., K]: int64 [...]; -1, no class, where one is NaN."""
+    largest, classes = outputs.max(-1)  # NaN where there is one
+    return classes.masked_fill(largest.isnan(), -1)
+
+
+def _concatenated(tensors: list[Tensor]) -> Tensor:
+    """Returns the tensors as one; a single one (the outputs of a text are large) without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+@torch.no_grad()
+def sample_losses(loss: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Computes the loss of each sample [N], as a batch of one. `targets`: see `MetricSum.add`.
+
+    Uses float64 where the device has it: the result must not depend on how many samples are computed at once.
+    """
+    outputs = outputs.float() if outputs.device.type == "mps" else outputs.double()
+    return torch.vmap(lambda output, target: loss(output.unsqueeze(0), target.unsqueeze(0)))(outputs, targets)

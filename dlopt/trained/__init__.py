@@ -1,0 +1,1 @@
+"""Use of trained models: restore, ensembles, labels, continued texts, export."""

@@ -1,0 +1,113 @@
+"""The further metrics that a run requests, by `evaluate.metrics` or by monitoring one: checked against its task."""
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from dlopt.basics.errors import UserError
+from dlopt.config.experiment import Experiment
+from dlopt.config.own_metrics import BUILT_IN
+from dlopt.config.rules import check_mode
+from dlopt.config.settings_rules import CLASS, MONITORS
+from dlopt.data.samples import Dataset
+from dlopt.data.task import Task
+from dlopt.losses import probabilities
+from dlopt.metrics.classes import TOP, ClassMetrics
+from dlopt.metrics.labels import LABEL_METRICS
+from dlopt.metrics.names import lower_is_better
+from dlopt.metrics.regression import RegressionMetrics
+from dlopt.training.stopping import Target
+
+_CLASS_METRICS = ("top5_accuracy", "macro_f1", "calibration_error", "class_accuracy")
+_VALUE_METRICS = ("r2", "mae")
+_METRICS_OF = {"classification": _CLASS_METRICS, "multi-label": LABEL_METRICS, "regression": _VALUE_METRICS}
+
+
+def extra_metric(monitor: str) -> str | None:
+    """Returns the entry of `evaluate.metrics` that the monitored metric requires; None if every run has the metric."""
+    if monitor in MONITORS:
+        return None
+    name = monitor.removeprefix("val_")
+    return "class_accuracy" if name == "worst_class_accuracy" or monitor.startswith(CLASS) else name
+
+
+def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> "Callable[[], ExtraMetrics] | None":
+    """Returns a factory of accumulators for `evaluate.metrics` and the monitored metrics; None if there are none.
+
+    Raises `UserError` for a metric that this run cannot compute.
+    """
+    classes, task = dataset.classes, dataset.task
+    monitors = {"monitor": experiment.settings.monitor}
+    own = [f"val_{name}" for name in experiment.own_metrics]
+    for key, component in (("stopping", experiment.stopping), ("schedule", experiment.schedule)):
+        if "monitor" in component.arguments:
+            monitors[f"{key}.monitor"] = component.arguments["monitor"]
+    _check_target(experiment, task)
+    if monitors["monitor"] == "auto" and not any(monitor in own for monitor in monitors.values()):
+        check_mode(_auto(task), experiment.settings.monitor_mode)
+    requested: dict[str, str] = {
+        name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics if name in BUILT_IN
+    }
+    of_loss = [f"val_{name}" for name in task.loss_metrics(0.0)]
+    logged = ["auto", "val_loss", *of_loss, *own, *([] if task.classes is None else [f"val_{task.accuracy}"])]
+    logged += [] if task.labels is None else [f"val_{name}" for name in LABEL_METRICS]
+    for key, monitor in monitors.items():
+        if monitor in logged:
+            continue
+        name = extra_metric(monitor)
+        if name is None:
+            of_task = (*_VALUE_METRICS,) if task.kind == "regression" else LABEL_METRICS if task.labels else ()
+            others = "".join(f", val_{each}" for each in of_task)
+            raise UserError(f"{key}={monitor}: a {task.shown_kind} task allows auto, val_loss{others}")
+        requested.setdefault(name, f"{key}={monitor}")
+    _check_names(requested, task)
+    _check_classes(monitors, dataset)
+    if not requested or task.labels is not None:  # `LabelMetrics` are those of every evaluation
+        return None
+    names = list(requested)
+    if classes is None:
+        origin = None if dataset.val is None else dataset.val.targets[:1]
+        return lambda: RegressionMetrics(names, task.outputs, origin)
+    return lambda: ClassMetrics(names, classes, lambda outputs: probabilities(outputs, loss))
+
+
+def _check_target(experiment: Experiment, task: Task) -> None:
+    """Raises `UserError` for a target above 1 of an accuracy or another metric with this maximum: a percentage."""
+    if experiment.stopping.target is not Target:
+        return
+    target, monitor = experiment.stopping.arguments["value"], experiment.stopping.arguments["monitor"]
+    if monitor == "auto":
+        monitor = _auto(task)
+    is_own = monitor.removeprefix("val_") in experiment.own_metrics
+    if target > 1 and not is_own and not lower_is_better(monitor):
+        raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
+
+
+def _auto(task: Task) -> str:
+    return "val_accuracy" if task.kind == "classification" else "val_loss"
+
+
+def _check_names(requested: Mapping[str, str], task: Task) -> None:
+    available = _METRICS_OF.get(task.kind, ())
+    for name, setting in requested.items():
+        if name not in available:
+            raise UserError(f"{setting}: a {task.shown_kind} task has no such metric")
+        if name == "top5_accuracy" and task.outputs <= TOP:
+            raise UserError(f"{setting}: needs more than {TOP} classes; the data have {task.outputs}")
+
+
+def _check_classes(monitors: Mapping[str, str], dataset: Dataset) -> None:
+    classes, val = dataset.classes, dataset.val
+    for key, monitor in monitors.items():
+        _, is_class, name = monitor.partition("class_accuracy/")
+        if not is_class or classes is None:
+            continue
+        if name not in classes:
+            shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+            raise UserError(f"{key}={monitor}: no class {name}; the classes are {shown}")
+        if val is not None and not (val.targets == classes.index(name)).any():
+            raise UserError(f"{key}={monitor}: the validation set has no sample of this class")
+
+
+ExtraMetrics = ClassMetrics | RegressionMetrics
+"""Accumulates further metrics, which are functions of sums over samples."""
