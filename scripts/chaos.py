@@ -38,10 +38,10 @@ from dlopt.basics.folders import RunFolder  # noqa: E402
 from dlopt.data.batches import Batch  # noqa: E402
 from dlopt.run import job  # noqa: E402
 from dlopt.training import run  # noqa: E402
-from dlopt.training.checkpoint import Checkpoints  # noqa: E402
+from dlopt.training.checkpoint.checkpoints import Checkpoints  # noqa: E402
+from dlopt.training.loop import Trainer  # noqa: E402
 from dlopt.training.progress import Run  # noqa: E402
 from dlopt.training.step import Step  # noqa: E402
-from dlopt.training.trainer import Trainer  # noqa: E402
 from tests.support import faults  # noqa: E402
 from tests.support.runs import RICH, experiment, result, resume, same, start, timeless  # noqa: E402
 
@@ -311,7 +311,7 @@ class Campaign:
             return
         trace = self.work / "trace"
         code = (
-            "import sys; from pathlib import Path; from dlopt.training.checkpoint import Checkpoints; "
+            "import sys; from pathlib import Path; from dlopt.training.checkpoint.checkpoints import Checkpoints; "
             "Checkpoints(Path(sys.argv[1])).save({'progress': {'step': 1, 'epoch': 1}}, best=False)"
         )
         only = ["-f", "-y", "-e", "trace=fsync,rename,renameat,renameat2", "-o", str(trace)]

@@ -18,10 +18,10 @@ from dlopt.config.resuming import differences
 from dlopt.models.linear import Linear
 from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.python.api import load
-from dlopt.training import checkpoint
-from dlopt.training.build import build_workload, load_weights
-from dlopt.training.optimizer import build_optimizer
-from dlopt.training.precision import Precision
+from dlopt.training.build.optimizer import build_optimizer
+from dlopt.training.build.precision import Precision
+from dlopt.training.build.workload import build_workload, load_weights
+from dlopt.training.checkpoint import checkpoints
 from tests.support.equality import Cases, compare
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.modes import DDP, FSDP
@@ -120,7 +120,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    return dict(checkpoint.load(path)["model"])
+    return dict(checkpoints.load(path)["model"])
 
 
 def test_fine_tunes_tests_and_exports_a_plain_model(base: Path, tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_fine_tunes_tests_and_exports_a_plain_model(base: Path, tmp_path: Path) 
     # The model that `predict`, `export` and `sample` load has linear layers only.
     model = load(best)
     assert {type(module).__name__ for module in model.modules()}.isdisjoint({"LoRALinear"})
-    workload = build_workload(experiment(*lines), checkpoint.load(best))
-    workload.load(checkpoint.load(best))
+    workload = build_workload(experiment(*lines), checkpoints.load(best))
+    workload.load(checkpoints.load(best))
     inputs = workload.dataset.test.fetch(torch.arange(64))  # type: ignore[union-attr]
     with torch.inference_mode():
         expected = workload.module.eval()(workload.normalize(inputs).float())
@@ -295,7 +295,7 @@ def test_bf16_pure_evaluates_exports_and_loads_the_whole_update(base: Path, tmp_
     lines = [*SMALL, *NET, *LORA, f"init_from={base}", "epochs=1", "precision=bf16_pure", "optimizer=sgd"]
     start(tmp_path / "run", *lines)
     best = tmp_path / "run" / "checkpoints" / "best.pt"
-    state = checkpoint.load(best)
+    state = checkpoints.load(best)
     model = state["model"]
     weight, a, b = (model[f"layer1.linear.{name}"].double() for name in ("weight", "lora_a", "lora_b"))
     update = 6 / 2 * b @ a
@@ -319,6 +319,6 @@ def test_bf16_pure_evaluates_exports_and_loads_the_whole_update(base: Path, tmp_
 def test_loads_fp64_without_rounding(tmp_path: Path) -> None:
     start(tmp_path / "run", *SMALL, *NET, "epochs=1", "precision=fp64")
     best = tmp_path / "run" / "checkpoints" / "best.pt"
-    state, model = checkpoint.load(best), load(best)
+    state, model = checkpoints.load(best), load(best)
     assert all(torch.equal(value, state["model"][name]) for name, value in model.module.state_dict().items())
     assert all(torch.equal(value, state["normalize"][name]) for name, value in model.normalize.state_dict().items())

@@ -19,11 +19,11 @@ from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
 from dlopt.parallel.launch import count_processes
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.rendezvous import World
-from dlopt.training.build import build_workload
-from dlopt.training.cuda_graphs import GraphedStep
+from dlopt.training.build.workload import build_workload
+from dlopt.training.graphed_step import GraphedStep
+from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import NonFiniteCheck
 from dlopt.training.run import probe_trainer
-from dlopt.training.trainer import Trainer
 from tests.support.recorded import SimulatedRecorder
 from tests.support.runs import SMALL, at_update, experiment, metrics, result, resume, same, start, terminate
 
@@ -106,8 +106,8 @@ def graphs(device: str) -> Iterator[None]:
     if device == "cuda":
         yield
         return
-    simulated = patch("dlopt.training.optimizer.Recorder", SimulatedRecorder)
-    with patch("dlopt.training.cuda_graphs.obstacle", return_value=None), simulated:
+    simulated = patch("dlopt.training.build.optimizer.Recorder", SimulatedRecorder)
+    with patch("dlopt.training.graphed_step.obstacle", return_value=None), simulated:
         yield
 
 

@@ -37,8 +37,8 @@ def consolidate(
 
     import torch
 
-    from dlopt.training import sharded
-    from dlopt.training.checkpoint import load
+    from dlopt.training.checkpoint import sharded
+    from dlopt.training.checkpoint.checkpoints import load
 
     state = load(path)
     if not sharded.is_sharded(sharded.load_without_shards(path)):

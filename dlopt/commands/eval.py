@@ -86,7 +86,7 @@ def _evaluate_checkpoints(
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
     from dlopt.machine.device import choose_device
     from dlopt.trained.ensemble import restored, test
-    from dlopt.training.checkpoint import evaluated_epoch, load
+    from dlopt.training.checkpoint.checkpoints import evaluated_epoch, load
 
     views, processes = _views(tta, changes), take_process_keys(changes, "eval")
     states = [load(path) for path in paths]
@@ -120,7 +120,7 @@ def _evaluate_weights(
     from dlopt.machine.device import choose_device
     from dlopt.models.foreign import advice
     from dlopt.trained.ensemble import test
-    from dlopt.training.build import build_workload, load_weights
+    from dlopt.training.build.workload import build_workload, load_weights
 
     own = [each for each in line.overrides if key_of(each).startswith(("tta.", "parallel"))]
     values = {key_of(override): override.value() for override in line.composer.parse(own)}

@@ -150,7 +150,7 @@ def _clean(
 
 def _removable(record: Record) -> dict[Path, int]:
     """Returns removable checkpoints with the bytes freed, if the run is not running and has an intact last.pt."""
-    from dlopt.training.checkpoint import freed_bytes, is_intact, removable
+    from dlopt.training.checkpoint.checkpoints import freed_bytes, is_intact, removable
 
     folder = record.path / "checkpoints"
     paths = removable(folder)
@@ -174,8 +174,8 @@ def _confirm(question: str) -> bool:
 
 def _remove(checkpoints: Iterable[Path]) -> Iterable[Path]:
     """Removes checkpoints with their checksums and shards, except of runs that were resumed meanwhile."""
-    from dlopt.training import sharded
-    from dlopt.training.checkpoint import remove
+    from dlopt.training.checkpoint import sharded
+    from dlopt.training.checkpoint.checkpoints import remove
 
     for path in checkpoints:
         if RunFolder(path.parent.parent).is_live():

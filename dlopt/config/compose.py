@@ -289,7 +289,8 @@ class Composer:
 def register_plugins() -> None:
     """Registers dlopt's sweeper, launchers and config folders with Hydra.
 
-    Hydra instantiates plug-ins of the namespace package `hydra_plugins` only, so dlopt/sweeps/hydra_plugins joins its path.
+    Hydra instantiates plug-ins of the namespace package `hydra_plugins` only, so dlopt/sweeps/hydra_plugins joins its
+    path.
     """
     try:
         namespace = importlib.import_module("hydra_plugins")

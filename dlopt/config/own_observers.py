@@ -8,7 +8,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.schema import Component, component, dotted_name, show
 
 METHODS = {"after_update": ("step", "loss", "model"), "after_evaluation": ("metrics",), "at_end": ("summary",)}
-"""The methods that an observer may have, with their arguments (`dlopt.training.own_observers.RunObserver`)."""
+"""The methods that an observer may have, with their arguments (`dlopt.training.user_observers.RunObserver`)."""
 
 
 def own_observers(entries: Sequence[Any], packages: Iterable[str]) -> tuple[Component, ...]:

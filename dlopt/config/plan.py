@@ -11,8 +11,8 @@ The way of an override, `optimizer.lr=0.1`, from the command line to its use:
    `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`rules`).
 7. The result, an `Experiment` of components, is part of the `Plan`; `Component.build` passes the value to its callable.
 
-A job of a sweep, or a rank of a parallel run, enters at step 5 with the config that `dlopt.run.job.describe` has saved in
-the run's folder, because it must run what was checked. Nothing is composed again.
+A job of a sweep, or a rank of a parallel run, enters at step 5 with the config that `dlopt.run.job.describe` has saved
+in the run's folder, because it must run what was checked. Nothing is composed again.
 """
 
 import re

@@ -19,7 +19,7 @@ from dlopt.instruments.curvature import (
     random_vector,
 )
 from dlopt.instruments.layers import LayerProbe, layer_parameters, norms, norms_by_layer
-from dlopt.training.build import Workload
+from dlopt.training.build.workload import Workload
 from dlopt.training.step import Observer, Step, frozen_statistics
 
 Kind = Literal["gradients", "activations", "curvature"]

@@ -28,8 +28,8 @@ from dlopt.parallel.launch import count_processes
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build import Workload, build_mode, build_workload, load_weights
-from dlopt.training.optimizer import build_optimizer
+from dlopt.training.build.optimizer import build_optimizer
+from dlopt.training.build.workload import Workload, build_mode, build_workload, load_weights
 from dlopt.training.progress import endless_batches
 from dlopt.training.run import probe_trainer
 

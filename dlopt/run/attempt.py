@@ -160,7 +160,7 @@ def _find_folder(
         path: hydra.run.dir; `is_typed`: given on the command line.
         saved: the config to save.
     """
-    from dlopt.training.checkpoint import load_own
+    from dlopt.training.checkpoint.checkpoints import load_own
 
     target, resume = RunFolder(path), saved["resume"]
     if resume not in (None, "auto"):
@@ -214,7 +214,7 @@ def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> Mapping[s
 
     Raises `UserError` if it is the run of another config.
     """
-    from dlopt.training.checkpoint import load_own
+    from dlopt.training.checkpoint.checkpoints import load_own
 
     folder.refuse_newer("resume=auto")
     refuse_other_config(folder.config() or saved, saved, f"{folder.path}", folder.history())
@@ -238,7 +238,7 @@ def _earlier_attempt(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> Ru
 
 
 def _load(resume: str) -> dict[str, Any]:
-    from dlopt.training.checkpoint import load
+    from dlopt.training.checkpoint.checkpoints import load
 
     try:
         return load(Path(resume))
@@ -254,7 +254,7 @@ def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None
     Tracking removes the metrics after the checkpoint. The best model is copied only if it is that of the checkpoint,
     not one of a later epoch.
     """
-    from dlopt.training.checkpoint import Checkpoints, evaluated_epoch, load
+    from dlopt.training.checkpoint.checkpoints import Checkpoints, evaluated_epoch, load
 
     if (source.path / "metrics.jsonl").is_file():
         shutil.copy(source.path / "metrics.jsonl", target.path / "metrics.jsonl")

@@ -28,7 +28,7 @@ from dlopt.parallel.hung import end_if_hung
 from dlopt.run import environment
 
 if TYPE_CHECKING:
-    from dlopt.training.build import Workload
+    from dlopt.training.build.workload import Workload
     from dlopt.training.progress import Run
 
 CODE_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
@@ -139,7 +139,7 @@ def start(run: "Run", *, console: bool) -> int:
     Raises `UserError`, `RunError` and unexpected exceptions. A resumed run that is refused keeps the files that
     describe it.
     """
-    from dlopt.training.precision import torch_defaults
+    from dlopt.training.build.precision import torch_defaults
     from dlopt.training.run import train_run
 
     processes, lock = _claim(run)
@@ -285,7 +285,7 @@ def main() -> int:
         launch.end_rank_with_parent()
     from dlopt.config.parsing import parse
     from dlopt.config.resolve import resolve_saved
-    from dlopt.training.checkpoint import load, load_own
+    from dlopt.training.checkpoint.checkpoints import load, load_own
     from dlopt.training.progress import Run
 
     folder = RunFolder(Path(sys.argv[1]))

@@ -109,7 +109,7 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
 
     Raises `UserError` if the config cannot work, `RunError` if the run fails.
     """
-    from dlopt.training.checkpoint import Checkpoints  # imports torch
+    from dlopt.training.checkpoint.checkpoints import Checkpoints  # imports torch
 
     local = [sink for sink in config.get("tracking", []) if sink == "tensorboard"]  # the others send what they get
     probe_config = {**config, "max_time": _PROBE_MINUTES, "tracking": local, "resume": None, "dry_run": False}

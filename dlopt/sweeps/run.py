@@ -166,7 +166,7 @@ def _plans(request: SweepRequest) -> list[Plan]:
 
 def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str | None) -> None:
     """Raises `UserError` for a folder that another sweep uses, or whose runs cannot be resumed as these jobs."""
-    from dlopt.training.checkpoint import Checkpoints  # imports torch
+    from dlopt.training.checkpoint.checkpoints import Checkpoints  # imports torch
     from dlopt.training.progress import check_lengthened
 
     if sweep.is_live():

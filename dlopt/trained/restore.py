@@ -22,9 +22,9 @@ from dlopt.data.tokenizer import Tokenizer
 from dlopt.machine.device import choose_device
 from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
-from dlopt.training.build import model_arguments
-from dlopt.training.checkpoint import evaluated_weights, foreign, load
-from dlopt.training.precision import Precision, choose_precision
+from dlopt.training.build.precision import Precision, choose_precision
+from dlopt.training.build.workload import model_arguments
+from dlopt.training.checkpoint.checkpoints import evaluated_weights, foreign, load
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dlopt.metrics.sums import Measured, MetricSum, Reduce, predicted_classes
 from dlopt.metrics.user import OwnMetric, OwnMetrics, compute
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
-from dlopt.training.build import Workload, evaluation_batches
+from dlopt.training.build.workload import Workload, evaluation_batches
 from dlopt.training.extra_metrics import ExtraMetrics, extra_metrics
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 

@@ -15,14 +15,14 @@ from dlopt.metrics.labels import LABEL_METRICS
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
-from dlopt.training.build import Workload, data_spec
-from dlopt.training.checkpoint import Checkpoints, evaluated_epoch
+from dlopt.training.build.mup import describe_rates
+from dlopt.training.build.precision import bf16_slowdown
+from dlopt.training.build.speed import describe_auto
+from dlopt.training.build.workload import Workload, data_spec
+from dlopt.training.checkpoint.checkpoints import Checkpoints, evaluated_epoch
 from dlopt.training.extra_metrics import extra_metric
-from dlopt.training.mup import describe_rates
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.precision import bf16_slowdown
 from dlopt.training.progress import Length, Progress, Run, Status
-from dlopt.training.speed import describe_auto
 from dlopt.training.step import EpochBatches
 from dlopt.training.stopping import Best
 

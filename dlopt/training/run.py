@@ -23,7 +23,9 @@ from dlopt.parallel.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import check_norm_batches
-from dlopt.training.build import (
+from dlopt.training.build.distillation import with_teacher
+from dlopt.training.build.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
+from dlopt.training.build.workload import (
     Workload,
     build_mode,
     build_workload,
@@ -34,17 +36,15 @@ from dlopt.training.build import (
     refuse_other_data,
     training_batches,
 )
-from dlopt.training.checkpoint import Checkpoints, load
-from dlopt.training.distillation import with_teacher
+from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.evaluate import check_crops, check_tta, reduction, test_metrics, validation
+from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
-from dlopt.training.own_observers import OwnObservers
 from dlopt.training.progress import Intervals, Length, Progress, Run, check_horizon, evaluation_interval, run_length
 from dlopt.training.reporting import log_header, notes, open_tracking, show_first_batch, summarize
 from dlopt.training.step import EpochBatches, Network, Observer
 from dlopt.training.stopping import Best, Stopping
-from dlopt.training.trainer import Trainer
+from dlopt.training.user_observers import OwnObservers
 
 Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
 """Returns the observers of a run, given its length and folder. Raises `UserError`."""

@@ -22,7 +22,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.machine.device import choose_device
-from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.checkpoint.checkpoints import Checkpoints
 
 BATCH = 128
 

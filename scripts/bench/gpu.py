@@ -48,12 +48,11 @@ from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.machine.cuda_graphs import Recorder
 from dlopt.optim.parameters import freeze
-from dlopt.training import speed
-from dlopt.training.build import Workload, build_model, build_workload
+from dlopt.training.build.workload import Workload, build_model, build_workload, speed
 from dlopt.training.evaluate import test_metrics
+from dlopt.training.loop import Trainer
 from dlopt.training.progress import Run, endless_batches
 from dlopt.training.run import probe_trainer, train_run
-from dlopt.training.trainer import Trainer
 
 Row = dict[str, Any]  # name, value, unit, goal
 

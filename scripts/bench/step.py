@@ -48,14 +48,14 @@ from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Horizon, Scheduler, constant
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.build.optimizer import can_fuse
+from dlopt.training.build.precision import Precision
+from dlopt.training.checkpoint.checkpoints import Checkpoints
+from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.optimizer import can_fuse
-from dlopt.training.precision import Precision
 from dlopt.training.progress import Intervals, Progress
 from dlopt.training.step import Network, Step, StepSettings
 from dlopt.training.stopping import Best, Never
-from dlopt.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@
     python scripts/bench/workers.py [--rounds 5] [--jobs 4] [--json FILE] [arguments of dlopt train]
 
 Alternates between JOBS runs of `python -m dlopt.run.job`, as a Slurm job with several processes starts them, and the
-same JOBS runs in one `python -m dlopt.sweeps.worker`. Reports CPU seconds (user and system) of all processes per job, for
-the worker's first job and for each of the others, and wall-clock seconds; without the time in Slurm's queue. The
+same JOBS runs in one `python -m dlopt.sweeps.worker`. Reports CPU seconds (user and system) of all processes per job,
+for the worker's first job and for each of the others, and wall-clock seconds; without the time in Slurm's queue. The
 default job takes two updates, so that nearly all of its time is its start-up.
 """
 

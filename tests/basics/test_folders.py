@@ -22,7 +22,7 @@ from dlopt.basics.interruption import Interrupted
 from dlopt.config.resuming import differences
 from dlopt.parallel.rendezvous import World
 from dlopt.run import attempt, job
-from dlopt.training import checkpoint
+from dlopt.training.checkpoint import checkpoints
 from tests.support.line import HeldByAnotherProcess, Result, dlopt, entries, only, refused
 from tests.support.sizes import TINY
 
@@ -47,7 +47,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    model: dict[str, torch.Tensor] = checkpoint.load(run / "checkpoints/last.pt")["model"]
+    model: dict[str, torch.Tensor] = checkpoints.load(run / "checkpoints/last.pt")["model"]
     return model
 
 

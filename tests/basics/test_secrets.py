@@ -198,7 +198,7 @@ def test_no_file_of_a_run_has_a_secret(tmp_path: Path, monkeypatch: pytest.Monke
     first = dlopt(tmp_path, *line)
     assert first.code == 0, first.out[-600:]
     with monkeypatch.context() as patch:
-        patch.setattr("dlopt.training.trainer.Trainer.fit", fail)
+        patch.setattr("dlopt.training.loop.Trainer.fit", fail)
         assert dlopt(tmp_path, *line[:-1], "hydra.run.dir=failed").code == 1
     assert dlopt(tmp_path, "report", ".", "format=[html,csv,latex,markdown,svg]").code == 0
     assert dlopt(tmp_path, "eval", "checkpoint=run", "output=eval").code == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from dlopt.training.checkpoint import load
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support.ranks import ROOT
 from tests.support.runs import same, timeless
 from tests.support.slurm import BATCH, EPOCHS, LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401

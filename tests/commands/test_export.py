@@ -13,8 +13,8 @@ from torch import Tensor
 from dlopt.basics.errors import RunError
 from dlopt.config.parsing import parse
 from dlopt.trained import exporting
-from dlopt.training.build import build_workload
-from dlopt.training.checkpoint import load
+from dlopt.training.build.workload import build_workload
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import SMALL, dlopt, entries, refused
 
 CHECKPOINT = "run/checkpoints/best.pt"

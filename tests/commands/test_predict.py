@@ -14,8 +14,8 @@ from PIL import Image
 from dlopt import cli
 from dlopt.basics.files import write
 from dlopt.config.parsing import parse
-from dlopt.training.build import build_workload
-from dlopt.training.checkpoint import load
+from dlopt.training.build.workload import build_workload
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import dlopt, entries, refused
 from tests.support.ranks import run_ranks
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.tracking import Tracking, read_metrics, read_summary
-from dlopt.training.checkpoint import is_intact
+from dlopt.training.checkpoint.checkpoints import is_intact
 from tests.support.line import SMALL
 from tests.support.requires import requires
 

@@ -11,7 +11,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.saved import typed_values, with_changes
-from dlopt.training import checkpoint
+from dlopt.training.checkpoint import checkpoints
 from tests.support.line import SMALL, dlopt, refused
 
 PATH = Path("best.pt")
@@ -55,10 +55,10 @@ def test_malicious_checkpoint_runs_no_code(command: list[str], tmp_path: Path) -
     (tmp_path / "x.png").write_bytes(b"")
     marker = tmp_path / "marker"
     for group in ("model", "normalize", "loss"):
-        state = checkpoint.load(path)
+        state = checkpoints.load(path)
         state["config"] = {**state["config"], group: {"_target_": "os.system", "command": f"touch {marker}"}}
         bad = tmp_path / f"{group}.pt"
-        checkpoint.write(bad, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
+        checkpoints.write(bad, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
         assert "os.system" in refused(tmp_path, command[0], f"checkpoint={bad.name}", *command[1:])
         assert not marker.exists()
 

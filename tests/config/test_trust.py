@@ -15,7 +15,7 @@ from dlopt.config import compose
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import ALLOWED_PACKAGES, resolve_target
-from dlopt.training import checkpoint
+from dlopt.training.checkpoint import checkpoints
 from tests.support.line import SMALL, dlopt, only, refused
 
 
@@ -184,12 +184,12 @@ def saved_run(tmp_path: Path) -> Path:
 
 def rewrite(path: Path, **changes: Any) -> None:
     """Changes a checkpoint's config and updates its checksum, as an attacker could."""
-    state = checkpoint.load(path)
+    state = checkpoints.load(path)
     config = OmegaConf.create(state["config"])
     for key, value in changes.items():
         OmegaConf.update(config, key.replace("__", "."), value, merge=False, force_add=True)
     state["config"] = OmegaConf.to_container(config)
-    checkpoint.write(path, lambda file: torch.save(state, file))
+    checkpoints.write(path, lambda file: torch.save(state, file))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_checkpoint(changes: dict[str, Any], tmp_path: Path, pickled: Path, mark
 
 
 def test_checkpoint_that_is_a_pickle(tmp_path: Path, pickled: Path, marker: Path) -> None:
-    checkpoint.write(tmp_path / "evil.pt", lambda file: file.write(pickled.read_bytes()))
+    checkpoints.write(tmp_path / "evil.pt", lambda file: file.write(pickled.read_bytes()))
     refused(tmp_path, "eval", "checkpoint=evil.pt")
     for key in ("resume", "init_from"):
         refused(tmp_path, "train", *SMALL, f"{key}=evil.pt")

@@ -12,8 +12,8 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.config.own_metrics import own_metrics
 from dlopt.results.ranking import gather
 from dlopt.results.reading import RunReader
-from dlopt.training.build import Workload, build_workload
-from dlopt.training.checkpoint import load
+from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support import own_parts
 from tests.support.runs import REGRESSION, assert_same_run, at_update, experiment, metrics, resume, start, terminate
 from tests.support.sizes import SMALL

@@ -9,7 +9,7 @@ import pytest
 
 from dlopt.basics.interruption import Interruption
 from dlopt.parallel import hung
-from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.checkpoint.checkpoints import Checkpoints
 
 
 def test_ends_a_rank_that_hangs_after_a_stop_signal(monkeypatch: pytest.MonkeyPatch) -> None:

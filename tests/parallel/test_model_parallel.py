@@ -10,7 +10,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.parallel import rendezvous
-from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.equality import Cases, compare, run_legs
 from tests.support.modes import COLUMNS, FILTER, MESH, SPATIAL, SYNC

@@ -11,7 +11,7 @@ import torch
 
 from dlopt.basics.errors import RunError
 from dlopt.parallel import rendezvous
-from dlopt.training.checkpoint import load
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support.equality import compare, metric_values, resume_run, run_distributed
 from tests.support.modes import FILTER, MESH, PIPELINE, SPATIAL, SYNC, SYNC_DDP, SYNC_FSDP
 from tests.support.ranks import run_ranks

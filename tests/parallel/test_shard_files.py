@@ -24,9 +24,9 @@ from dlopt.basics.files import sha256, synced, write, write_digests
 from dlopt.parallel import rendezvous, shard_files
 from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.training import sharded
-from dlopt.training.checkpoint import FORMAT, KEYS, Checkpoints, is_intact, load
-from dlopt.training.weights import read_weights
+from dlopt.training.checkpoint import sharded
+from dlopt.training.checkpoint.checkpoints import FORMAT, KEYS, Checkpoints, is_intact, load
+from dlopt.training.checkpoint.weights import read_weights
 from tests.support.checkpoints import Crashes
 from tests.support.checkpoints import state as small_state
 from tests.support.faults import empty, flip_bit, truncate

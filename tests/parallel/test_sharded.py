@@ -13,8 +13,8 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.parallel import rendezvous
-from dlopt.training import sharded
-from dlopt.training.checkpoint import Checkpoints, load
+from dlopt.training.checkpoint import sharded
+from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.progress import Run
 from tests.support.equality import metric_values, resume_run, run_legs
 from tests.support.line import dlopt, refused

@@ -19,8 +19,8 @@ from dlopt.parallel.process_group import ProcessGroup
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shards import FullState, TensorShards, local, total_norm
 from dlopt.training.averaging import ExponentialAverage
+from dlopt.training.build.optimizer import check_optimizer
 from dlopt.training.clipping import Adaptive, ByNorm, ByValue, gradient_norm
-from dlopt.training.optimizer import check_optimizer
 from dlopt.training.stopping import Tolerance
 from tests.support.choices import names
 from tests.support.ranks import run_ranks

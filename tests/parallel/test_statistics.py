@@ -9,7 +9,7 @@ from torch import nn
 
 from dlopt.parallel import rendezvous
 from dlopt.parallel.sync_batchnorm import buffer_averaging
-from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.ranks import run_ranks
 from tests.support.runs import at_update, experiment, result, run_job, same, terminate, timeless

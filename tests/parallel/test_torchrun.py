@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.training.checkpoint import load
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support.ranks import ROOT
 from tests.support.runs import same, timeless
 

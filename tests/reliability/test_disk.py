@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dlopt.run import job
-from dlopt.training.checkpoint import load
+from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import Run
 from tests.support.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again
 from tests.support.runs import assert_same_run, execute, experiment, in_fork, resume, same, start

@@ -26,7 +26,7 @@ from dlopt.basics.interruption import (
     streams_kept,
 )
 from dlopt.basics.locks import hold
-from dlopt.training.checkpoint import load
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import dlopt, refused
 from tests.support.processes import start
 from tests.support.runs import at_update, in_fork
@@ -202,7 +202,7 @@ WINDOWS = {  # a function that is called between the creation of the folder and 
     "dlopt.run.job.write_json": True,
     "dlopt.training.run.build_workload": False,
     "dlopt.training.run.log_header": True,
-    "dlopt.training.checkpoint.write": False,
+    "dlopt.training.checkpoint.checkpoints.write": False,
 }
 
 

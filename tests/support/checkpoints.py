@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dlopt.basics.files import sha256, write
-from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.checkpoint.checkpoints import Checkpoints
 
 
 def state(step: int, *, best_epoch: int | None = None, epoch: int | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from dlopt.config.parsing import parse
 from dlopt.parallel import rendezvous
-from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.ranks import run_ranks
 from tests.support.runs import Composed, composed, experiment, metrics, run_job, start

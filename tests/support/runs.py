@@ -25,10 +25,10 @@ from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batch
 from dlopt.metrics.sums import Measured
 from dlopt.run import job
-from dlopt.training import checkpoint
-from dlopt.training.build import Workload, build_workload
-from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.precision import torch_defaults
+from dlopt.training.build.precision import torch_defaults
+from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.checkpoint import checkpoints
+from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 from dlopt.training.run import train_run
 from dlopt.training.step import Step, UpdateRecord
@@ -118,7 +118,7 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 
 def result(folder: Path, name: str = "last.pt") -> dict[str, Any]:
     """Returns the state that must not depend on interruptions."""
-    state = checkpoint.load(folder / "checkpoints" / name)
+    state = checkpoints.load(folder / "checkpoints" / name)
     progress = {k: v for k, v in state["progress"].items() if k not in ("seconds", "resumed_from")}
     return {**{key: state[key] for key in ("model", "optimizer", "schedule", "ema", "normalize")}, "progress": progress}
 

@@ -10,9 +10,9 @@ from dlopt.data.batches import Batch
 from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
+from dlopt.training.build.precision import Precision
 from dlopt.training.clipping import Clip
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
 from tests.support.tasks import CLASSIFICATION
 

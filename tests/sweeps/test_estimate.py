@@ -74,7 +74,7 @@ def test_extrapolates_to_all_updates(
 
     monkeypatch.setattr("dlopt.sweeps.pool.spawn", Stopped)
     monkeypatch.setattr("dlopt.sweeps.estimate.time", Clock())
-    monkeypatch.setattr("dlopt.training.checkpoint.Checkpoints.load_newest", lambda self: state)
+    monkeypatch.setattr("dlopt.training.checkpoint.checkpoints.Checkpoints.load_newest", lambda self: state)
     estimate = estimate_job([{"seed": 0, "schedule_epochs": 5.0, "epochs": 1, "steps": None}], {})
     assert estimate is not None and estimate.start_up == pytest.approx(0.4)
     assert (estimate.low, estimate.high) == pytest.approx((0.6, 0.6) if share is None else (2.4, 1.5 * 2.4))

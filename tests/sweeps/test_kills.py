@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.folders import RunFolder
-from dlopt.training.checkpoint import load
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support.ranks import ROOT
 from tests.support.runs import same, timeless
 

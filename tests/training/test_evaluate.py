@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from dlopt import losses
 from dlopt.data.task import Task
 from dlopt.losses import CrossEntropy
+from dlopt.training.build.precision import Precision
 from dlopt.training.evaluate import evaluate
-from dlopt.training.precision import Precision
 
 CLASSES, NUMBERS = Task("classification", 3), Task("regression", 1)
 CROSS_ENTROPY = CrossEntropy(label_smoothing=0.2, class_weights=None, classes=3)

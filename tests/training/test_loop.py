@@ -22,13 +22,13 @@ from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
+from dlopt.training.build.precision import Precision
 from dlopt.training.evaluate import evaluate
+from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.precision import Precision
 from dlopt.training.progress import Intervals, Progress
 from dlopt.training.step import Network, Step, StepSettings
 from dlopt.training.stopping import Best, Early, Never
-from dlopt.training.trainer import Trainer
 from tests.support.runs import same
 from tests.support.steps import whole
 from tests.support.tasks import CLASSIFICATION

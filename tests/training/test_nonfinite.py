@@ -19,8 +19,8 @@ from dlopt.data.batches import Batch
 from dlopt.metrics.sums import Measured, MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
+from dlopt.training.build.precision import Precision
 from dlopt.training.nonfinite import Diverged, Recovery, first_nonfinite_output, is_finite
-from dlopt.training.precision import Precision
 from dlopt.training.step import Step
 from dlopt.training.stopping import Tolerance
 from tests.support.ranks import run_ranks
@@ -314,9 +314,9 @@ def test_rollback_equals_resuming_with_a_smaller_lr(tmp_path: Path) -> None:
     for group in state["optimizer"]["param_groups"]:
         group["lr"] *= 0.25
     state["schedule"]["base_lrs"] = [rate * 0.25 for rate in state["schedule"]["base_lrs"]]
-    from dlopt.training import checkpoint
+    from dlopt.training.checkpoint import checkpoints
 
-    checkpoint.write(tmp_path / "hand/checkpoints/last.pt", lambda file: torch.save(state, file))
+    checkpoints.write(tmp_path / "hand/checkpoints/last.pt", lambda file: torch.save(state, file))
     resume(tmp_path / "hand", *RUN)
     assert same(result(tmp_path / "run")["model"], result(tmp_path / "hand")["model"])
     assert timeless(tmp_path / "run") == timeless(tmp_path / "hand")

@@ -20,9 +20,9 @@ from dlopt.basics import files as durable
 from dlopt.basics.errors import RunError, UserError
 from dlopt.data.batches import Batch, Batches
 from dlopt.tracking import Tracking
-from dlopt.training import checkpoint
-from dlopt.training import trainer as loop
-from dlopt.training.checkpoint import Checkpoints
+from dlopt.training import loop as loop
+from dlopt.training.checkpoint import checkpoints
+from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run, run_length
 from dlopt.training.step import Step
 from tests.support.choices import names
@@ -177,7 +177,7 @@ def test_killed_between_last_and_best(tmp_path: Path, epochs: int) -> None:
     start(tmp_path / "whole", *overrides)
 
     def until() -> None:
-        with killed_at(checkpoint, "link", 1, behind=False):
+        with killed_at(checkpoints, "link", 1, behind=False):
             start(tmp_path / "killed", *overrides)
 
     assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
@@ -411,7 +411,7 @@ def test_does_not_test_the_best_model_of_an_abandoned_course(tmp_path: Path) -> 
     """The folder of a checkpoint before its best: best.pt is of another epoch."""
     overrides = [*RICH, "checkpoint.keep=4"]
     start(tmp_path, *overrides)
-    state = checkpoint.load(tmp_path / "checkpoints/step-12.pt")
+    state = checkpoints.load(tmp_path / "checkpoints/step-12.pt")
     state["progress"]["best"]["epoch"] = 1 if result(tmp_path, "best.pt")["progress"]["epoch"] > 1 else 2
     with at_update(13, terminate):
         assert run_job(Run(experiment(*overrides), tmp_path, state))["best_epoch"] is None
@@ -423,7 +423,7 @@ def test_killed_before_the_first_save_after_resuming_from_an_earlier_checkpoint(
     overrides = [*RICH, "checkpoint.keep=4", "ema=null"]
     start(tmp_path / "whole", *overrides)
     ends, end = timeless(tmp_path / "whole"), result(tmp_path / "whole")
-    state = checkpoint.load(tmp_path / "whole/checkpoints/step-4.pt")
+    state = checkpoints.load(tmp_path / "whole/checkpoints/step-4.pt")
 
     def until() -> None:
         with at_update(6, kill):

@@ -24,12 +24,12 @@ from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batches
 from dlopt.parallel.ranks import Ranks
 from dlopt.run import job
-from dlopt.training.build import Workload, build_workload, training_batches
-from dlopt.training.checkpoint import KEYS, Checkpoints, load
+from dlopt.training.build.workload import Workload, build_workload, training_batches
+from dlopt.training.checkpoint.checkpoints import KEYS, Checkpoints, load
+from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Run
 from dlopt.training.run import train_run
-from dlopt.training.trainer import Trainer
 from tests.support.runs import (
     at_update,
     execute,

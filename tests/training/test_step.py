@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from dlopt.basics.random import stream
 from dlopt.metrics.sums import MetricSum
 from dlopt.optim import SAM
+from dlopt.training.build.precision import Precision
 from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
-from dlopt.training.precision import Precision
 from dlopt.training.step import Step, is_stochastic
 from tests.support.runs import same
 from tests.support.steps import CPU, SEED, batch, begin, equal, make_step, net, train, whole

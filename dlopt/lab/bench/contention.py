@@ -26,7 +26,7 @@ from dlopt.parallel import rendezvous
 from dlopt.parallel.collectives import ModelGroup, all_reduce
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import ProcessGroup
-from dlopt.training.build import build_workload
+from dlopt.training.build.workload import build_workload
 from dlopt.training.run import probe_trainer
 
 SIZES = (64, 16 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes

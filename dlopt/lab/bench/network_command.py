@@ -35,7 +35,7 @@ def bench_all_reduce(
 
     def run() -> int:
         from dlopt.lab.bench.communication import measure_all_reduce
-        from dlopt.training.build import build_mode
+        from dlopt.training.build.workload import build_mode
 
         keys = ["parallel=ddp", f"parallel.timeout_minutes={timeout_minutes}", f"device={device}", "threads=1"]
         mode = build_mode(line.experiment(keys)[0])

@@ -25,10 +25,10 @@ from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
 from dlopt.parallel import rendezvous
 from dlopt.parallel.mode import Mode
-from dlopt.training.build import build_mode, build_workload
+from dlopt.training.build.workload import build_mode, build_workload
+from dlopt.training.loop import Trainer
 from dlopt.training.progress import endless_batches
 from dlopt.training.run import probe_trainer
-from dlopt.training.trainer import Trainer
 
 MIB = 2.0**20
 

@@ -14,11 +14,11 @@ from dlopt.instruments.profiling import state_bytes
 from dlopt.lab.bench.rank import seconds_of, updates_of
 from dlopt.lab.benchmark.reading import TEST
 from dlopt.lab.benchmark.results import UpdateCost
-from dlopt.training.build import Workload, build_workload
-from dlopt.training.checkpoint import Checkpoints, load
+from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.evaluate import test_metrics
+from dlopt.training.loop import Trainer
 from dlopt.training.run import probe_trainer
-from dlopt.training.trainer import Trainer
 
 _WARMUP = 5  # updates
 _PAIRS = 9

@@ -47,7 +47,7 @@ from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 from dlopt.tracking.remote import check as check_tracking
-from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 
 PICTURE = "comparison"

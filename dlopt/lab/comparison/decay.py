@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.lab.comparison.measures import gradient
-from dlopt.training.build import Workload, training_batches
-from dlopt.training.optimizer import build_optimizer
+from dlopt.training.build.optimizer import build_optimizer
+from dlopt.training.build.workload import Workload, training_batches
 
 _UPDATES = 20
 

@@ -12,7 +12,7 @@ from dlopt.basics.errors import UserError
 from dlopt.instruments.curvature import hessian_product, largest_eigenvalues, losses_along
 from dlopt.instruments.layers import LayerProbe, LayerStatistics
 from dlopt.lab.diagnosis.probes import TimeLagProbe
-from dlopt.training.build import Workload, evaluation_batches
+from dlopt.training.build.workload import Workload, evaluation_batches
 from dlopt.training.step import frozen_statistics
 
 _SAMPLES = 256  # training samples of a measurement

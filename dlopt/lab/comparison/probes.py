@@ -14,8 +14,8 @@ from dlopt.config.resolve import resolve_saved
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Samples
 from dlopt.lab.comparison import decay, measures
-from dlopt.training.build import Workload, build_workload, evaluation_batches, training_batches
-from dlopt.training.checkpoint import load
+from dlopt.training.build.workload import Workload, build_workload, evaluation_batches, training_batches
+from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.evaluate import evaluate
 from dlopt.training.step import frozen_statistics
 

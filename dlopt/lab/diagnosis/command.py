@@ -132,7 +132,7 @@ def _subject(line: Line, job: Combination) -> _Subject:
 
 
 def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
-    from dlopt.training.checkpoint import load
+    from dlopt.training.checkpoint.checkpoints import load
 
     path = checkpoint_file(path)
     refuse_unread(overrides, "dlopt diagnose", _READS_OF_CHECKPOINTS, own=["output"], hints=_INITIAL)

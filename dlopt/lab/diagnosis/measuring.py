@@ -29,12 +29,12 @@ from dlopt.instruments.curvature import (
 from dlopt.instruments.diagnostics import loss_of, preserved_state
 from dlopt.instruments.layers import LayerProbe, LayerStatistics, layer_parameters, norms, norms_by_layer
 from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag, TimeLagProbe
-from dlopt.training.build import Workload, build_workload, load_weights
+from dlopt.training.build.workload import Workload, build_workload, load_weights
 from dlopt.training.clipping import gradient_norm
+from dlopt.training.loop import Trainer
 from dlopt.training.progress import endless_batches
 from dlopt.training.run import probe_trainer
 from dlopt.training.step import Observer, Step
-from dlopt.training.trainer import Trainer
 
 STEP_FRACTIONS = tuple(i / 4 for i in range(-2, 11))
 """Fractions of an update at which the loss is evaluated: from half an update back to 2.5 updates ahead."""

@@ -14,7 +14,7 @@ from dlopt.results import drawing
 
 if TYPE_CHECKING:
     from dlopt.lab.trajectory.landscape import Plane
-    from dlopt.training.build import Workload
+    from dlopt.training.build.workload import Workload
 
 READS = ("data", "device", "threads", "allow_packages")
 _MIN_CHECKPOINTS = 3  # two differences span a plane
@@ -41,8 +41,8 @@ def draw_landscape(
     from dlopt.lab.comparison.measures import spread_samples
     from dlopt.lab.trajectory.landscape import draw, random_plane, surface
     from dlopt.trained.restore import fitting
-    from dlopt.training.build import build_workload
-    from dlopt.training.checkpoint import load
+    from dlopt.training.build.workload import build_workload
+    from dlopt.training.checkpoint.checkpoints import load
 
     state = load(path)
     experiment = saved_experiment(state["config"], changes, path)

@@ -20,7 +20,7 @@ from dlopt.lab.diagnosis.measuring import (
     trace_updates,
 )
 from dlopt.lab.diagnosis.plots import clipping_factor, plots, spread_layers
-from dlopt.training.checkpoint import load
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support.runs import SMALL, experiment, same, start
 
 DEVICE = ["threads=1", "device=cpu"]

@@ -16,8 +16,8 @@ from dlopt.models.alexnet import AlexNet
 from dlopt.models.resnet import CifarResNet, ResNet
 from dlopt.models.vgg import VGG11
 from dlopt.models.vit import ViT
-from dlopt.training.build import load_weights
-from dlopt.training.weights import match_weights
+from dlopt.training.build.workload import load_weights
+from dlopt.training.checkpoint.weights import match_weights
 from tests.support.norm import NORM
 
 

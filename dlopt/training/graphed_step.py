@@ -13,9 +13,9 @@ from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
-from dlopt.training.precision import Precision
-from dlopt.training.recompute import Recomputed
-from dlopt.training.speed import OWN_GRAPHS
+from dlopt.training.build.precision import Precision
+from dlopt.training.build.recompute import Recomputed
+from dlopt.training.build.speed import OWN_GRAPHS
 from dlopt.training.step import Step, StepSettings, UpdateRecord
 
 _RECORDABLE = ("torch.nn.", "dlopt.models.", "dlopt.parallel.dropout", "dlopt.adapt")  # modules of known layers

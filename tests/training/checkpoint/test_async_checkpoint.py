@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dlopt.basics.errors import RunError
-from dlopt.training.checkpoint import Checkpoints, load
+from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from tests.support.checkpoints import names, state, with_checksums
 from tests.support.runs import assert_same_run, at_update, in_fork, resume, same, start, terminate
 from tests.support.sizes import RICH

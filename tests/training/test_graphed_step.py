@@ -20,11 +20,11 @@ from dlopt.optim import Muon
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.averaging import ExponentialAverage
-from dlopt.training.build import build_workload
+from dlopt.training.build.precision import Precision
+from dlopt.training.build.workload import build_workload
 from dlopt.training.clipping import ByNorm, Clip, Unclipped
-from dlopt.training.cuda_graphs import Capture, GraphedStep, layer_obstacle, obstacle
+from dlopt.training.graphed_step import Capture, GraphedStep, layer_obstacle, obstacle
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
 from tests.support.norm import NORM
 from tests.support.recorded import SimulatedRecorder
@@ -219,8 +219,8 @@ def test_runs_with_replayed_updates_have_the_same_average(tmp_path: Path, warmup
     start(tmp_path / "eager", *lines)
     recorder = SimulatedRecorder()
     with (
-        patch("dlopt.training.cuda_graphs.obstacle", return_value=None),
-        patch("dlopt.training.optimizer.Recorder", return_value=recorder),
+        patch("dlopt.training.graphed_step.obstacle", return_value=None),
+        patch("dlopt.training.build.optimizer.Recorder", return_value=recorder),
     ):
         start(tmp_path / "replayed", *lines)
     assert recorder.replayed > 0

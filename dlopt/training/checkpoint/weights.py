@@ -16,8 +16,8 @@ from dlopt.adapt import has_adapters, merged, without_adapters
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import reason
 from dlopt.models.foreign import differences, fold_biases, translations
-from dlopt.training.checkpoint import evaluated_weights, load
-from dlopt.training.shared_weights import complete_shared
+from dlopt.training.checkpoint.checkpoints import evaluated_weights, load
+from dlopt.training.checkpoint.shared_weights import complete_shared
 
 # Parts of names that wrappers add, at any place: torch.compile, FSDP, activation checkpointing, and
 # DistributedDataParallel, DataParallel, AveragedModel and DeepSpeed.

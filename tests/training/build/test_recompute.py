@@ -12,9 +12,9 @@ from dlopt.instruments.layers import LayerProbe
 from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.models.mlp import MLP as MLPModel
 from dlopt.parallel.mode import Mode, ModeTraits
-from dlopt.training import cuda_graphs
-from dlopt.training.build import Workload, build_workload
-from dlopt.training.recompute import recompute, repeated_blocks
+from dlopt.training import graphed_step
+from dlopt.training.build.recompute import recompute, repeated_blocks
+from dlopt.training.build.workload import Workload, build_workload
 from dlopt.training.step import frozen_statistics
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.runs import assert_same_run, experiment, start
@@ -221,6 +221,6 @@ def test_cuda_graphs_do_not_record_it() -> None:
         "norm_affine": True, "norm_groups": 1, "norm_ghost_batch": None, "norm_eps": 1e-5, "norm_momentum": 0.1,
     }  # fmt: skip
     model = MLPModel(**arguments)
-    assert cuda_graphs.layer_obstacle(model) is None
+    assert graphed_step.layer_obstacle(model) is None
     recompute(model, "all", Mode(CPU), choice="model=mlp")
-    assert "activation checkpointing" in str(cuda_graphs.layer_obstacle(model))
+    assert "activation checkpointing" in str(graphed_step.layer_obstacle(model))

@@ -13,8 +13,8 @@ import torch
 from dlopt.basics import files as durable
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.files import link
-from dlopt.training.checkpoint import KEYS, Checkpoints, load
-from dlopt.training.weights import read_weights
+from dlopt.training.checkpoint.checkpoints import KEYS, Checkpoints, load
+from dlopt.training.checkpoint.weights import read_weights
 from tests.support.checkpoints import Crashes, Payload, names, state, with_checksums
 from tests.support.faults import DAMAGES, flip_bit
 from tests.support.runs import in_fork, same

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.parallel.mode import check_precision
-from dlopt.training import checkpoint
-from dlopt.training.precision import Precision, bf16_slowdown, choose_precision
+from dlopt.training.build.precision import Precision, bf16_slowdown, choose_precision
+from dlopt.training.checkpoint import checkpoints
 from tests.support.choices import REFUSED_IN_PURE_BF16
 from tests.support.line import dlopt, refused
 from tests.support.runs import at_update, metrics, result, resume, same, start, terminate
@@ -51,7 +51,7 @@ def test_fp32_has_no_wrapper(name: str) -> None:
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_auto_selects_bf16_if_supported(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.training.precision._has_bf16", lambda device: has_it)
+    monkeypatch.setattr("dlopt.training.build.precision._has_bf16", lambda device: has_it)
     assert choose_precision("auto", CPU).name == ("bf16" if has_it else "fp32")
 
 
@@ -95,7 +95,7 @@ def test_slowdown_of_bf16_is_measured_without_side_effects() -> None:
 def test_emulated_bf16_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [*SMALL, "precision=bf16", "epochs=1", "augmentation=crop_flip", "model.dropout=0.3"]
     start(tmp_path / "fast", *keys)
-    monkeypatch.setattr("dlopt.training.precision._has_bf16", lambda device: False)
+    monkeypatch.setattr("dlopt.training.build.precision._has_bf16", lambda device: False)
     monkeypatch.setattr("dlopt.training.reporting.bf16_slowdown", lambda *arguments, name: 12.34)
     start(tmp_path / "slow", *keys)
     log = (tmp_path / "slow" / "train.log").read_text()
@@ -109,7 +109,7 @@ PURE = [*SMALL, "precision=bf16_pure", "model.norm=batch", "augmentation=crop_fl
 
 def test_pure_bf16_keeps_batch_norm_and_the_optimizer_in_fp32(tmp_path: Path) -> None:
     start(tmp_path, *PURE, "optimizer=adamw")
-    state = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    state = checkpoints.load(tmp_path / "checkpoints/last.pt")
     norms = {name: value.dtype for name, value in state["model"].items() if value.ndim == 1 and "norm" in name}
     others = {value.dtype for name, value in state["model"].items() if name not in norms and value.ndim}
     assert set(norms.values()) == {torch.float32} and others == {torch.bfloat16}

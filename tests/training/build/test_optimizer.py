@@ -10,16 +10,16 @@ from torch import nn
 from dlopt.basics.errors import UserError
 from dlopt.optim.traits import OptimizerTraits
 from dlopt.parallel.mode import Mode, Placed
-from dlopt.training.build import Workload, build_workload
-from dlopt.training.checkpoint import load
-from dlopt.training.optimizer import (
+from dlopt.training.build.optimizer import (
     build_optimizer,
     build_schedule,
     check_label_sampling,
     check_optimizer,
     evaluates_once,
 )
-from dlopt.training.precision import Precision
+from dlopt.training.build.precision import Precision
+from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import Length
 from dlopt.training.run import probe_trainer
 from tests.support.runs import experiment, resume, small_workload, start

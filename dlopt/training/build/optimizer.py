@@ -21,15 +21,15 @@ from dlopt.optim.traits import UNKNOWN, optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.schedules import Scheduler
-from dlopt.training import cuda_graphs, mup, rng
+from dlopt.training import graphed_step, rng
 from dlopt.training.averaging import ExponentialAverage
-from dlopt.training.build import Workload
+from dlopt.training.build.speed import OWN_GRAPHS
+from dlopt.training.build.state_dtype import keep_state_in_bf16, round_updates
+from dlopt.training.build.workload import Workload, mup
 from dlopt.training.clipping import Adaptive, ByValue, Unclipped
-from dlopt.training.cuda_graphs import Capture, GraphedStep
+from dlopt.training.graphed_step import Capture, GraphedStep
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Length
-from dlopt.training.speed import OWN_GRAPHS
-from dlopt.training.state_dtype import keep_state_in_bf16, round_updates
 from dlopt.training.step import Network, Observer, Step, StepSettings
 from dlopt.training.stopping import Stopping, Tolerance
 
@@ -250,7 +250,7 @@ def build_step(
         halve_on_out_of_memory=halves,
     )
     observed = bool(observers or settings.diagnostics or settings.profile)  # only rank 0 has the observers
-    reason = cuda_graphs.obstacle(
+    reason = graphed_step.obstacle(
         workload.module, optimizer, schedule, mode, step_settings, precision=workload.precision, observed=observed,
         compile=False if workload.compile_obstacle else settings.compile,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.resuming import refuse_other_config
 from dlopt.parallel.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.training import sharded
+from dlopt.training.checkpoint import sharded
 
 FORMAT = 1  # a sharded checkpoint also has the key "shards"
 KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}

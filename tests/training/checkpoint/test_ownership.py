@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from dlopt.basics.files import write
-from dlopt.training.checkpoint import load
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import dlopt
 from tests.support.runs import assert_same_run, at_update, terminate
 from tests.support.sizes import SMALL

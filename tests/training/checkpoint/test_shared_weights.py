@@ -9,8 +9,8 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.training.build import load_weights
-from dlopt.training.shared_weights import complete_shared
+from dlopt.training.build.workload import load_weights
+from dlopt.training.checkpoint.shared_weights import complete_shared
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 
 PAIR = ("embedding.tokens.weight", "head.weight")

@@ -13,9 +13,9 @@ from dlopt.basics.errors import UserError
 from dlopt.losses import Distillation
 from dlopt.python import api
 from dlopt.trained.restore import restore
-from dlopt.training import checkpoint
-from dlopt.training.build import build_workload, training_batches
-from dlopt.training.distillation import with_teacher
+from dlopt.training.build.distillation import with_teacher
+from dlopt.training.build.workload import build_workload, training_batches
+from dlopt.training.checkpoint import checkpoints
 from dlopt.training.run import probe_trainer
 from tests.support.equality import compare
 from tests.support.line import dlopt, refused
@@ -109,7 +109,7 @@ def test_a_run(teacher: Path, tmp_path: Path) -> None:
     result = dlopt(tmp_path, "train", *line, "hydra.run.dir=run")
     assert result.code == 0 and f"teacher: {teacher}/checkpoints/best.pt, epoch " in result.out, result.err
     assert (teacher / "checkpoints/best.pt").read_bytes() == before
-    state = checkpoint.load(tmp_path / "run/checkpoints/best.pt")
+    state = checkpoints.load(tmp_path / "run/checkpoints/best.pt")
     sizes = sum(value.numel() for value in state["model"].values())
     assert sizes == 64 * 6 + 6 + 6 * 10 + 10 and state["ema"] is None  # the student only
     recorded = (teacher / "checkpoints/best.pt.sha256").read_text().split()[0]

@@ -23,13 +23,13 @@ from dlopt.parallel.step_timing import StepTiming
 from dlopt.tracking.tracking import Tracking
 from dlopt.training import rng
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
-from dlopt.training.checkpoint import Checkpoints, evaluated_epoch
+from dlopt.training.checkpoint.checkpoints import Checkpoints, evaluated_epoch
 from dlopt.training.evaluate import Validate
 from dlopt.training.nonfinite import Diverged, Recovery
-from dlopt.training.own_observers import OwnObservers
 from dlopt.training.progress import Clock, Intervals, Progress, Status
 from dlopt.training.step import EpochBatches, Step, UpdateRecord
 from dlopt.training.stopping import Best, Stopping
+from dlopt.training.user_observers import OwnObservers
 
 log = logging.getLogger(__name__)
 

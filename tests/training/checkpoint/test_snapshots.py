@@ -9,8 +9,8 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
-from dlopt.training.build import Workload
-from dlopt.training.checkpoint import load
+from dlopt.training.build.workload import Workload
+from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import Run
 from dlopt.training.run import train_run
 from tests.support.runs import at_update, experiment, in_fork, resume, same, start

@@ -1,0 +1,1 @@
+"""Builds what a run trains with: workload, batches, optimizer, precision, recomputation, muP."""

@@ -1,0 +1,1 @@
+"""Checkpoints: files, shards, and weights of others."""
