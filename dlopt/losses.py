@@ -163,7 +163,7 @@ class Distillation(nn.Module):
     (Hinton, Vinyals & Dean 2015, section 2: T^2 keeps the scale of the gradients, whatever T is). Training only:
     evaluation uses the cross-entropy, so that runs can be compared.
 
-    The step passes the teacher's outputs (`dlopt.training.build.distillation`).
+    The step passes the teacher's outputs (`dlopt.trained.distillation`).
 
     Args:
         teacher: run folder or checkpoint.

@@ -12,7 +12,7 @@ from typing import IO
 import pytest
 from hypothesis import settings
 
-from dlopt.parallel import launch
+from dlopt.parallel.processes import launch
 from dlopt.sweeps.pool import PRELOADED
 from tests.support import processes
 from tests.support.requires import requires

@@ -16,9 +16,9 @@ from torch import Tensor, distributed, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
-from dlopt.parallel.launch import count_processes
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.rendezvous import World
+from dlopt.parallel.processes.launch import count_processes
+from dlopt.parallel.processes.rendezvous import World
 from dlopt.training.build.workload import build_workload
 from dlopt.training.graphed_step import GraphedStep
 from dlopt.training.loop import Trainer
@@ -240,8 +240,8 @@ def test_compiled_runs_have_the_losses_of_eager_ones(tmp_path: Path, device: str
 def group_of_one(device: str, *overrides: str) -> Iterator[Mode]:
     """Context with the mode of a process group of one rank, which dlopt itself does without."""
     chosen = experiment(*SMALL, *overrides, f"device={device}")
-    alone = patch("dlopt.parallel.process_group.current", lambda: World("dlopt", 0, 1, 0, 1))
-    store = patch("dlopt.parallel.process_group.join_store", lambda *_, **__: distributed.HashStore())
+    alone = patch("dlopt.parallel.processes.process_group.current", lambda: World("dlopt", 0, 1, 0, 1))
+    store = patch("dlopt.parallel.processes.process_group.join_store", lambda *_, **__: distributed.HashStore())
     with alone, store:
         mode = chosen.parallel.build(
             device=torch.device(device), accumulate=1, batch_size=25, precision="fp64", threads=1

@@ -18,7 +18,7 @@ from dlopt.config.overrides import is_typed, parse_overrides
 from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.resolve import show_config
-from dlopt.parallel.rendezvous import World, current, end_process, join_store
+from dlopt.parallel.processes.rendezvous import World, current, end_process, join_store
 from dlopt.run.attempt import attempt, follow, release
 from dlopt.run.job import is_quiet, print_error, start
 from dlopt.tracking.layout import waiting

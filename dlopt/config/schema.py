@@ -37,7 +37,7 @@ _CONFIGURABLE = (
     "dlopt.training.clipping", "dlopt.training.stopping",
 )  # fmt: skip
 _NOT_CONFIGURABLE = (
-    "dlopt.data.cache", "dlopt.data.verify", "dlopt.parallel.launch", "dlopt.parallel.rendezvous",
+    "dlopt.data.cache", "dlopt.data.verify", "dlopt.optim.parameters", "dlopt.parallel.processes",
     "torchvision.datasets.utils", "torchvision.io", "torchvision.utils",
 )  # fmt: skip
 # Ranges of third-party arguments, by name: torch's own SGD accepts lr=nan and momentum=1.5.
@@ -138,6 +138,11 @@ def _build(value: Any, runtime: Mapping[str, Any]) -> Any:
     return value
 
 
+# Modules that have moved: saved configs name callables in them by the old path.
+_MODES = ("columns", "ddp", "filter", "fsdp", "hybrid", "pipeline", "spatial")
+MOVED = {f"dlopt.parallel.{mode}": f"dlopt.parallel.modes.{mode}" for mode in _MODES}
+
+
 def component(
     key: str, node: Mapping[str, Any], runtime: Iterable[str], packages: Iterable[str], related: tuple[str, ...] = ()
 ) -> Component:
@@ -162,6 +167,8 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
     level of a module, not merely be importable from it (modules import others, such as `os`). Raises `UserError`.
     """
     packages = tuple(packages)
+    module, dot, name = path.rpartition(".")
+    path = f"{MOVED.get(module, module)}{dot}{name}"
     package = path.split(".")[0]
     if not is_below(path, packages):
         hint = f"; to trust another package, set allow_packages=[{package}] on the command line" if package else ""

@@ -23,11 +23,12 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.instruments.range_test import RangeTest
 from dlopt.instruments.ranks import RankOutcome, run_rank, run_ranks
-from dlopt.parallel import rendezvous
-from dlopt.parallel.launch import count_processes
+from dlopt.parallel.processes import rendezvous
+from dlopt.parallel.processes.launch import count_processes
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS
 from dlopt.tracking.tracking import Tracking
+from dlopt.trained.distillation import with_teacher
 from dlopt.training.build.optimizer import build_optimizer
 from dlopt.training.build.workload import Workload, build_mode, build_workload, load_weights
 from dlopt.training.progress import endless_batches
@@ -104,7 +105,7 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
     workload = replace(workload, experiment=trial(workload.experiment, keys))
     with restored(workload.module, workload.device):
         # A non-finite loss ends the test, here and on all ranks.
-        trainer = probe_trainer(workload, folder, checks=False)
+        trainer = probe_trainer(with_teacher(workload), folder, checks=False)
         constant = _independent_rates(workload)
         rates, losses, smoothed = [], [], []
         average, best, diverged = 0.0, math.inf, False

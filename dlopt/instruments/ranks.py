@@ -13,7 +13,7 @@ import yaml
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
-from dlopt.parallel import launch, rendezvous
+from dlopt.parallel.processes import launch, rendezvous
 
 RankOutcome = tuple[Mapping[str, Any], int]  # content of rank-N.json, and the exit code
 

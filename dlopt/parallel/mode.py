@@ -23,7 +23,7 @@ from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batch
 from dlopt.parallel.batch_shards import BatchSplit
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
-from dlopt.parallel.process_group import ProcessGroup, ProcessKeys, join
+from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys, join
 from dlopt.parallel.ranks import GroupRanks, Ranks
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import FullState

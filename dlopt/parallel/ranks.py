@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from dlopt.basics.interruption import Interruption
-from dlopt.parallel.process_group import ProcessGroup
+from dlopt.parallel.processes.process_group import ProcessGroup
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map_only
 
-from dlopt.parallel.process_group import ProcessGroup
+from dlopt.parallel.processes.process_group import ProcessGroup
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from dlopt.parallel.process_group import ProcessGroup
+from dlopt.parallel.processes.process_group import ProcessGroup
 
 _LIMIT = 1024  # pairs of CUDA events kept between two logging points
 

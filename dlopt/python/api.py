@@ -24,7 +24,7 @@ from dlopt.config.overrides import quoted
 from dlopt.config.plan import checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.instruments.lr_range import LearningRates
-from dlopt.parallel.rendezvous import current
+from dlopt.parallel.processes.rendezvous import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state
 from dlopt.python.runs import Run, Runs, open_run, runs
 from dlopt.run.attempt import prepare, refuse_unusable_tracking

@@ -20,7 +20,7 @@ from dlopt.config.plan import Plan
 from dlopt.config.reads import refuse_untested
 from dlopt.config.resolve import first_lines, job_variables, resolve_saved
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
-from dlopt.parallel.rendezvous import current
+from dlopt.parallel.processes.rendezvous import current
 from dlopt.run.job import Outcome, execute, reported
 from dlopt.tracking.layout import short_path
 from dlopt.tracking.remote import check as check_tracking

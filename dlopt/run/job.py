@@ -23,8 +23,8 @@ from dlopt.basics.secrets import RedactedStream, note_environment, redact_bytes
 from dlopt.config.keys import LABELS
 from dlopt.config.overrides import is_typed, storable
 from dlopt.config.resuming import how_to_resume
-from dlopt.parallel import launch, rendezvous
-from dlopt.parallel.hung import end_if_hung
+from dlopt.parallel.processes import launch, rendezvous
+from dlopt.parallel.processes.hung import end_if_hung
 from dlopt.run import environment
 
 if TYPE_CHECKING:
@@ -184,12 +184,14 @@ def _described(run: "Run") -> Iterator[Outcome]:
 
 
 def tools(run: "Run", *, console: bool) -> dict[str, Any]:
-    """Returns the observers, the learning-rate range test and the picture that the settings enable, for `train_run`.
+    """Returns the observers, the range test, the teacher and the picture that the config enables, for `train_run`.
 
-    They are passed in because the trainer does not import `dlopt.instruments`.
+    They and the teacher of a distillation are passed in because the trainer does not import what uses trained models.
     """
+    from dlopt.trained.distillation import with_teacher
+
     settings = run.experiment.settings
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"add_teacher": with_teacher}
     if settings.diagnostics or settings.profile:
         from dlopt.instruments.observers import observers
 

@@ -22,7 +22,7 @@ from dlopt.config.plan import Plan, checked, with_params
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import job_variables
 from dlopt.config.resuming import differences, may_change, refuse_other_config
-from dlopt.parallel.rendezvous import current
+from dlopt.parallel.processes.rendezvous import current
 from dlopt.results.leaderboard import job_record, leaderboard
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools

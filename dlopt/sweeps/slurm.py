@@ -25,7 +25,7 @@ from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.ranges import Count, Natural, Positive
 from dlopt.basics.secrets import is_secret_name
-from dlopt.parallel.launch import RECORD, python_module
+from dlopt.parallel.processes.launch import RECORD, python_module
 from dlopt.run.job import CODE_OF
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import RETURNED, Pool, Process

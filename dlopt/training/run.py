@@ -19,11 +19,10 @@ from dlopt.config.resuming import how_to_resume
 from dlopt.data.batches import Batches
 from dlopt.data.identity import SPLITS
 from dlopt.metrics.sums import MetricSum, sample_losses
-from dlopt.parallel.rendezvous import is_launched
+from dlopt.parallel.processes.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import check_norm_batches
-from dlopt.training.build.distillation import with_teacher
 from dlopt.training.build.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
 from dlopt.training.build.workload import (
     Workload,
@@ -50,6 +49,8 @@ Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
 """Returns the observers of a run, given its length and folder. Raises `UserError`."""
 FindLr = Callable[[Workload, Tracking, Path], float]
 """Returns the learning rate for optimizer.lr=auto. Raises `UserError` if none is suitable."""
+AddTeacher = Callable[[Workload], Workload]
+"""Returns the workload with the teacher of loss=distillation. Raises `UserError`."""
 Draw = Callable[[Workload, Path, Sequence[float]], Mapping[str, Path]]
 """Draws a finished run (with its best model) into its folder, with the restarts of the schedule (in epochs).
 Returns the paths by description."""
@@ -62,6 +63,7 @@ def train_run(
     console: bool = True,
     observe: Observe | None = None,
     find_lr: FindLr | None = None,
+    add_teacher: AddTeacher | None = None,
     draw: Draw | None = None,
 ) -> dict[str, Any]:
     """Trains, tests the best model, and returns the summary, which is also written to summary.json.
@@ -71,6 +73,7 @@ def train_run(
         console: show progress.
         observe: builds observers (diagnostics, profiler).
         find_lr: runs the range test for optimizer.lr=auto.
+        add_teacher: loads the teacher of loss=distillation.
         draw: draws the run at its end, unless it is interrupted; an error in it does not fail the run.
 
     Raises:
@@ -83,7 +86,8 @@ def train_run(
     workload = build_workload(run.experiment, state, parallel=mode, identified=SPLITS)
     if state is not None:
         refuse_other_data(workload, state)  # before the folder is changed
-    workload = with_teacher(workload)
+    if add_teacher is not None:
+        workload = add_teacher(workload)
     check_crops(workload)
     batches = training_batches(workload)
     length = run_length(settings, len(batches), state)
@@ -269,7 +273,6 @@ def probe_trainer(
 
     `state`: of a checkpoint, which sets the length of the schedule. `checks`: see `build_trainer`.
     """
-    workload = with_teacher(workload)
     batches = training_batches(workload)
     silent = Tracking(None, sinks=[], console=False)
     length = run_length(workload.experiment.settings, len(batches), state)

@@ -36,7 +36,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.lab.bench.rank import updates_of
-from dlopt.machine import device
+from dlopt.machine import threads
 from dlopt.training.build.workload import build_workload
 from dlopt.training.run import probe_trainer
 
@@ -71,10 +71,10 @@ void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsig
 def build(workload: str, candidate: str) -> Callable[[], object]:
     """Returns a function that makes one update."""
     if candidate != "dlopt":
-        device.adapt_waiting = lambda threads: None
+        threads.adapt_waiting = lambda threads: None
     lines = [*WORKLOADS[workload], "device=cpu", "steps=1000000"]
     if candidate != "dlopt":
-        lines.append(f"threads={device.usable_cores()}")
+        lines.append(f"threads={threads.usable_cores()}")
     built = build_workload(parse(*to_plain(Composer().compose(lines), lines)))
     trainer = probe_trainer(built, Path(os.devnull))
     if candidate != "loop":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.parallel.launch import python_module
+from dlopt.parallel.processes.launch import python_module
 from dlopt.run.job import describe
 from dlopt.sweeps.worker import JOBS, Lines, create
 

@@ -20,7 +20,7 @@ from dlopt.basics.files import write
 from dlopt.basics.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, newest
 from dlopt.basics.interruption import Interrupted
 from dlopt.config.resuming import differences
-from dlopt.parallel.rendezvous import World
+from dlopt.parallel.processes.rendezvous import World
 from dlopt.run import attempt, job
 from dlopt.training.checkpoint import checkpoints
 from tests.support.line import HeldByAnotherProcess, Result, dlopt, entries, only, refused

@@ -31,7 +31,7 @@ def test_changes_only_the_given_keys(saved: dict[str, Any]) -> None:
 
 
 def test_sets_parallel_single(saved: dict[str, Any]) -> None:
-    several = {**saved, "parallel": {"_target_": "dlopt.parallel.ddp.DDP", "processes": 8}}
+    several = {**saved, "parallel": {"_target_": "dlopt.parallel.modes.ddp.DDP", "processes": 8}}
     assert with_changes(several, {}, PATH) == saved
 
 

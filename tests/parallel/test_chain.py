@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.parallel.chain import (
+from dlopt.parallel.dropout import CurrentShard, convert_dropout
+from dlopt.parallel.modes.chain import (
     ActivationSpec,
     ChainLayer,
     balance,
@@ -23,7 +24,6 @@ from dlopt.parallel.chain import (
     time_layers,
     trace,
 )
-from dlopt.parallel.dropout import CurrentShard, convert_dropout
 
 
 def net() -> nn.Sequential:

@@ -9,9 +9,9 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.lab.bench.communication import Traffic
-from dlopt.parallel.columns import split_columns
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
-from dlopt.parallel.filter import split_filters
+from dlopt.parallel.modes.columns import split_columns
+from dlopt.parallel.modes.filter import split_filters
 from tests.support.ranks import run_ranks
 from tests.support.split_models import SHAPE, FirstOf, build, join_all, randomized, train_step
 

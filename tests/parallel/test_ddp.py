@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batch
-from dlopt.parallel import rendezvous
+from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.choices import names

@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 
 from dlopt.basics.errors import RunError
-from dlopt.parallel import rendezvous
+from dlopt.parallel.processes import rendezvous
 from tests.support.equality import compare
 from tests.support.modes import DDP, FILTER, PIPELINE, SYNC_DDP, SYNC_FSDP
 from tests.support.ranks import run_ranks

@@ -12,7 +12,7 @@ from dlopt.lab.bench.communication import Traffic
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKind
 from dlopt.models.preact import PreActBlock, PreActBottleneck
 from dlopt.models.resnet import BasicBlock, Bottleneck
-from dlopt.parallel.filter import Splitter, split_filters
+from dlopt.parallel.modes.filter import Splitter, split_filters
 from tests.support.ranks import run_ranks
 from tests.support.split_models import FirstOf, build, compare, join_all
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from dlopt.parallel.fsdp import fsdp_units
+from dlopt.parallel.modes.fsdp import fsdp_units
 from tests.support.equality import Cases, compare
 from tests.support.modes import FSDP, SYNC_FSDP
 from tests.support.sizes import MLP, RESNET

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.interruption import Interruption
-from dlopt.parallel import hung
+from dlopt.parallel.processes import hung
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 
 

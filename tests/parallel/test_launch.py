@@ -18,8 +18,8 @@ import dlopt
 from dlopt.basics.errors import INTERRUPTED, USER_ERROR, RunError
 from dlopt.basics.interruption import Interruption
 from dlopt.losses import MSE
-from dlopt.parallel import launch
-from dlopt.parallel.launch import count_processes, end_with_torchrun, group_code, python_module, run_processes
+from dlopt.parallel.processes import launch
+from dlopt.parallel.processes.launch import count_processes, end_with_torchrun, group_code, python_module, run_processes
 from tests.support.processes import Done, run_dlopt
 from tests.support.ranks import ENDLESS, ROOT, TWO, command
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dlopt.basics.errors import UserError
-from dlopt.parallel import rendezvous
+from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.equality import Cases, compare, run_legs

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dlopt.basics.errors import RunError
-from dlopt.parallel import rendezvous
+from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.equality import compare, metric_values, resume_run, run_distributed
 from tests.support.modes import FILTER, MESH, PIPELINE, SPATIAL, SYNC, SYNC_DDP, SYNC_FSDP

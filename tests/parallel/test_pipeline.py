@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.parallel.pipeline import PipelineMode
+from dlopt.parallel.modes.pipeline import PipelineMode
 from tests.support.equality import Cases, compare
 from tests.support.modes import PIPELINE
 from tests.support.sizes import MLP, RESNET

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dlopt.basics.errors import UserError
-from dlopt.parallel.launch import count_processes
-from dlopt.parallel.process_group import join
+from dlopt.parallel.processes.launch import count_processes
+from dlopt.parallel.processes.process_group import join
 from tests.support.line import dlopt, refused
 from tests.support.ranks import ROOT
 from tests.support.sizes import TINY

@@ -6,9 +6,16 @@ import torch
 from torch import distributed
 
 from dlopt.basics.errors import UserError
-from dlopt.parallel import rendezvous
-from dlopt.parallel.process_group import join
-from dlopt.parallel.rendezvous import World, caused_by_peer, current, first_to_fail, missing_ranks, slurm_master
+from dlopt.parallel.processes import rendezvous
+from dlopt.parallel.processes.process_group import join
+from dlopt.parallel.processes.rendezvous import (
+    World,
+    caused_by_peer,
+    current,
+    first_to_fail,
+    missing_ranks,
+    slurm_master,
+)
 from tests.support.line import refused
 from tests.support.ranks import run_ranks
 from tests.support.sizes import TINY

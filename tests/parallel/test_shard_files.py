@@ -21,8 +21,9 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.files import sha256, synced, write, write_digests
-from dlopt.parallel import rendezvous, shard_files
-from dlopt.parallel.process_group import ProcessGroup
+from dlopt.parallel import shard_files
+from dlopt.parallel.processes import rendezvous
+from dlopt.parallel.processes.process_group import ProcessGroup
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training.checkpoint import sharded
 from dlopt.training.checkpoint.checkpoints import FORMAT, KEYS, Checkpoints, is_intact, load

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dlopt.basics.errors import UserError
-from dlopt.parallel import rendezvous
+from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint import sharded
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.progress import Run

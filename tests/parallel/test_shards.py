@@ -13,10 +13,10 @@ from torch.torch_version import TorchVersion
 from dlopt.basics.errors import UserError
 from dlopt.config.parsing import parse
 from dlopt.optim import LBFGS
-from dlopt.parallel.fsdp import FullySharded
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.process_group import ProcessGroup
-from dlopt.parallel.rendezvous import current
+from dlopt.parallel.modes.fsdp import FullySharded
+from dlopt.parallel.processes.process_group import ProcessGroup
+from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shards import FullState, TensorShards, local, total_norm
 from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.build.optimizer import check_optimizer

@@ -9,8 +9,8 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.lab.bench.communication import Traffic
-from dlopt.parallel.model_parallel import all_reduce_buckets
-from dlopt.parallel.spatial import split_rows
+from dlopt.parallel.modes.model_parallel import all_reduce_buckets
+from dlopt.parallel.modes.spatial import split_rows
 from tests.support.ranks import run_ranks
 from tests.support.split_models import FirstOf, build, compare, join_all, train_step
 

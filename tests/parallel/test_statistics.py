@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.parallel import rendezvous
-from dlopt.parallel.sync_batchnorm import buffer_averaging
+from dlopt.parallel.modes.sync_batchnorm import buffer_averaging
+from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.ranks import run_ranks

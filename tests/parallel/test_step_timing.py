@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.parallel import rendezvous
-from dlopt.parallel.process_group import ProcessGroup
+from dlopt.parallel.processes import rendezvous
+from dlopt.parallel.processes.process_group import ProcessGroup
 from dlopt.parallel.step_timing import StepTiming, SyncWaitTimer
 from tests.support.ranks import run_ranks
 

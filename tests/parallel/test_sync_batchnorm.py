@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.models.layers import GhostBatchNorm2d
-from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
+from dlopt.parallel.modes.sync_batchnorm import SyncBatchNorm, synchronize
 from tests.support.ranks import run_ranks
 
 SPLITS = [[3, 5], [8, 0], [1, 1], [0, 2]]
@@ -34,8 +34,8 @@ def same(actual: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def compare() -> None:
-    from dlopt.parallel.process_group import ProcessGroup
-    from dlopt.parallel.rendezvous import current
+    from dlopt.parallel.processes.process_group import ProcessGroup
+    from dlopt.parallel.processes.rendezvous import current
 
     world = current()
     assert world is not None

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.errors import UserError
-from dlopt.parallel import chain
-from dlopt.parallel.columns import split_columns
-from dlopt.parallel.filter import split_filters
-from dlopt.parallel.spatial import split_rows
+from dlopt.parallel.modes import chain
+from dlopt.parallel.modes.columns import split_columns
+from dlopt.parallel.modes.filter import split_filters
+from dlopt.parallel.modes.spatial import split_rows
 from tests.support.equality import Cases, compare
 from tests.support.gpt import CONTEXT, gpt
 from tests.support.sizes import BASE, without

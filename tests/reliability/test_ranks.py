@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.parallel import rendezvous
+from dlopt.parallel.processes import rendezvous
 from tests.support.faults import fork
 from tests.support.ports import free_port
 from tests.support.ranks import ENDLESS, ROOT, TWO, command

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dlopt.config.parsing import parse
-from dlopt.parallel import rendezvous
+from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.ranks import run_ranks

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from dlopt.parallel.ddp import data_parallel
-from dlopt.parallel.fsdp import fully_sharded
-from dlopt.parallel.hybrid import hybrid
-from dlopt.parallel.pipeline import pipeline
+from dlopt.parallel.modes.ddp import data_parallel
+from dlopt.parallel.modes.fsdp import fully_sharded
+from dlopt.parallel.modes.hybrid import hybrid
+from dlopt.parallel.modes.pipeline import pipeline
 
 SYNC = "parallel.sync_batchnorm=true"
 DDP, FSDP = ["parallel=ddp"], ["parallel=fsdp", "parallel.unit_parameters=100"]

@@ -5,7 +5,7 @@ import os
 import torch.distributed.fsdp  # noqa: F401
 
 import tests.support.equality  # noqa: F401
-from dlopt.parallel import launch
+from dlopt.parallel.processes import launch
 from tests.support import processes
 
 os.fsync = lambda descriptor: None  # type: ignore[assignment]  # see conftest.py

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.basics.interruption import SIGNALS
-from dlopt.parallel import launch
+from dlopt.parallel.processes import launch
 from dlopt.sweeps.pool import warm_up
 
 _WORKER = os.getpid()  # the process of the tests; another one in the jobs of a sweep

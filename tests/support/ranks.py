@@ -46,6 +46,6 @@ def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> l
 def _call(function: str, arguments: tuple[Any, ...]) -> None:
     module, _, name = function.partition(":")
     getattr(importlib.import_module(module), name)(*arguments)
-    from dlopt.parallel import rendezvous
+    from dlopt.parallel.processes import rendezvous
 
     rendezvous.leave()

@@ -11,13 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.parallel import rendezvous
 from dlopt.parallel.collectives import ModelGroup
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
-from dlopt.parallel.model_parallel import SplitFunction, all_reduce_buckets
-from dlopt.parallel.process_group import ProcessGroup
+from dlopt.parallel.modes.model_parallel import SplitFunction, all_reduce_buckets
+from dlopt.parallel.modes.split_layers import distribute
+from dlopt.parallel.processes import rendezvous
+from dlopt.parallel.processes.process_group import ProcessGroup
 from dlopt.parallel.shards import TensorShards, local
-from dlopt.parallel.split_layers import distribute
 
 SHAPE, CLASSES = (2, 8, 8), 10
 

@@ -466,7 +466,7 @@ def one_rank_diverges(folder: str) -> None:
     """On each rank: a run with NaN inputs on rank 1, then runs with a NaN gradient there, which the last one skips."""
     import os
 
-    from dlopt.parallel import rendezvous
+    from dlopt.parallel.processes import rendezvous
     from dlopt.training.progress import Run
 
     rank = int(os.environ["DLOPT_RANK"])

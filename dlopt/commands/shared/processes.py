@@ -13,15 +13,15 @@ from dlopt.config.choices import config_folder
 from dlopt.config.overrides import group_of, key_of
 from dlopt.config.saved import typed_values
 from dlopt.config.schema import check_arguments
-from dlopt.parallel import launch
-from dlopt.parallel.rendezvous import current, end_process, first_to_fail, join_store, leave
+from dlopt.parallel.processes import launch
+from dlopt.parallel.processes.rendezvous import current, end_process, first_to_fail, join_store, leave
 from dlopt.run.job import failure, print_error
 
 if TYPE_CHECKING:
     import torch
 
     from dlopt.parallel.mode import Mode
-    from dlopt.parallel.process_group import ProcessKeys
+    from dlopt.parallel.processes.process_group import ProcessKeys
 
 Command = Callable[[list[str]], int]
 
@@ -52,7 +52,7 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
 
 def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
     """Removes the keys of the group `parallel` from `values` and returns them, checked and with their defaults."""
-    from dlopt.parallel.process_group import join
+    from dlopt.parallel.processes.process_group import join
 
     choice = values.pop("parallel", "ddp")
     if choice not in ("ddp", "single"):

@@ -22,10 +22,11 @@ from dlopt.lab.bench.layers import Layer, timed
 from dlopt.lab.bench.rank import seconds_of, updates_of
 from dlopt.lab.bench.simulation import Link
 from dlopt.machine.memory import keep_freed_memory
-from dlopt.parallel import rendezvous
 from dlopt.parallel.collectives import ModelGroup, all_reduce
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.process_group import ProcessGroup
+from dlopt.parallel.processes import rendezvous
+from dlopt.parallel.processes.process_group import ProcessGroup
+from dlopt.trained.distillation import with_teacher
 from dlopt.training.build.workload import build_workload
 from dlopt.training.run import probe_trainer
 
@@ -88,7 +89,7 @@ def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, An
     device = torch.device("cpu")
     ProcessGroup(world, device, minutes=2.0)
     workload = build_workload(experiment, parallel=Mode(device))
-    trainer = probe_trainer(workload, folder / f"run-{rank}")
+    trainer = probe_trainer(with_teacher(workload), folder / f"run-{rank}")
     update = updates_of(trainer, device)
     for _ in range(_WARMUP):
         update()

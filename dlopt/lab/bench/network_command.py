@@ -7,8 +7,8 @@ from dlopt.basics.ranges import Count, Positive
 from dlopt.commands.shared.line import Line, refuse_empty
 from dlopt.commands.shared.processes import run_rank
 from dlopt.lab.bench.modes_command import process_count
-from dlopt.parallel import launch
-from dlopt.parallel.rendezvous import current
+from dlopt.parallel.processes import launch
+from dlopt.parallel.processes.rendezvous import current
 from dlopt.tracking.layout import plain_table, show_table
 
 

@@ -23,8 +23,9 @@ from dlopt.instruments.ranks import RankOutcome, run_rank
 from dlopt.lab.bench.communication import Traffic
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
-from dlopt.parallel import rendezvous
 from dlopt.parallel.mode import Mode
+from dlopt.parallel.processes import rendezvous
+from dlopt.trained.distillation import with_teacher
 from dlopt.training.build.workload import build_mode, build_workload
 from dlopt.training.loop import Trainer
 from dlopt.training.progress import endless_batches
@@ -77,7 +78,7 @@ def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank:
     if settings.memory_limit_mb is not None:
         _limit(settings.memory_limit_mb, device)
     workload = build_workload(experiment, parallel=parallel)
-    trainer = probe_trainer(workload, folder / f"run-{rank}")
+    trainer = probe_trainer(with_teacher(workload), folder / f"run-{rank}")
     update = updates_of(trainer, device)
     for _ in range(settings.warmup):
         update()

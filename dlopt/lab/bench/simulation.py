@@ -15,7 +15,7 @@ import numpy as np
 
 from dlopt.lab.bench.cluster import Cluster, Link
 from dlopt.lab.bench.layers import Layer, operations, parameters
-from dlopt.parallel.chain import balance
+from dlopt.parallel.modes.chain import balance
 from dlopt.results import drawing
 
 if TYPE_CHECKING:

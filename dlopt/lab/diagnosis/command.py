@@ -28,7 +28,7 @@ from dlopt.commands.shared.line import (
 )
 from dlopt.config.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
 from dlopt.config.saved import checkpoint_file, typed_values
-from dlopt.parallel.rendezvous import current
+from dlopt.parallel.processes.rendezvous import current
 from dlopt.results import drawing
 from dlopt.tracking.layout import FittedTable, plain_table, short_path, standard_output
 

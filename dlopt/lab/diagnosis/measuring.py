@@ -29,6 +29,7 @@ from dlopt.instruments.curvature import (
 from dlopt.instruments.diagnostics import loss_of, preserved_state
 from dlopt.instruments.layers import LayerProbe, LayerStatistics, layer_parameters, norms, norms_by_layer
 from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag, TimeLagProbe
+from dlopt.trained.distillation import with_teacher
 from dlopt.training.build.workload import Workload, build_workload, load_weights
 from dlopt.training.clipping import gradient_norm
 from dlopt.training.loop import Trainer
@@ -105,7 +106,7 @@ def prepare(experiment: Experiment, folder: Path, state: Mapping[str, Any] | Non
     workload = build_workload(experiment, state)
     if state is not None and experiment.auto_lr:
         workload = workload.with_lr(state["progress"]["found_lr"])
-    trainer = probe_trainer(workload, folder, state, observers=[ClippedNorm()])
+    trainer = probe_trainer(with_teacher(workload), folder, state, observers=[ClippedNorm()])
     if state is not None:
         workload.module.load_state_dict(state["model"])
         trainer.load_optimizer(state["optimizer"])

@@ -33,7 +33,7 @@ from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
 from dlopt.optim.parameters import freeze
 from dlopt.parallel.mode import Mode, Placed
-from dlopt.parallel.rendezvous import current
+from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import rng
 from dlopt.training.build import speed

@@ -22,7 +22,7 @@ from dlopt.basics.errors import OtherVersionError, RunError, UserError
 from dlopt.basics.files import digest_file, disk_in_use, link, reason, recorded_digests, sha256, write
 from dlopt.basics.folders import RunFolder
 from dlopt.config.resuming import refuse_other_config
-from dlopt.parallel.rendezvous import caused_by_peer
+from dlopt.parallel.processes.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training.checkpoint import sharded
 

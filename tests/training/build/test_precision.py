@@ -17,7 +17,7 @@ from tests.support.runs import at_update, metrics, result, resume, same, start, 
 from tests.support.sizes import SMALL
 
 CPU = torch.device("cpu")
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = Path(__file__).resolve().parents[3] / "conf"
 OPTIMIZERS = sorted(file.stem for file in (CONF / "optimizer").glob("[!_]*.yaml") if file.stem != "custom")
 
 

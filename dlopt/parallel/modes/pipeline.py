@@ -18,12 +18,12 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
 from dlopt.data.batches import Augment, Batch
 from dlopt.machine.threads import usable_cores
-from dlopt.parallel import chain as chains
 from dlopt.parallel.batch_shards import BatchShard, BatchSplit, ShardedAugment, micro_batch_bounds
-from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
 from dlopt.parallel.dropout import GlobalDropout, convert_dropout
 from dlopt.parallel.mode import GroupMode, MicroLoss, Mode, ModeTraits, Placed, check_precision, join_mode
-from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
+from dlopt.parallel.modes import chain as chains
+from dlopt.parallel.modes.chain import ActivationSpec, ChainLayer, ForwardContext
+from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys
 from dlopt.parallel.shards import LayerShards
 from dlopt.parallel.step_timing import StepTiming
 

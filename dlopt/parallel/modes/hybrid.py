@@ -11,11 +11,11 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
-from dlopt.parallel.columns import ColumnParallel
-from dlopt.parallel.filter import split_filters
 from dlopt.parallel.mode import Mode, check_precision
-from dlopt.parallel.model_parallel import ModelParallel
-from dlopt.parallel.process_group import ProcessKeys, join
+from dlopt.parallel.modes.columns import ColumnParallel
+from dlopt.parallel.modes.filter import split_filters
+from dlopt.parallel.modes.model_parallel import ModelParallel
+from dlopt.parallel.processes.process_group import ProcessKeys, join
 
 
 def hybrid(

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Natural
 from dlopt.optim.parameters import NORMS
-from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import convert_dropout
 from dlopt.parallel.mode import Mode, Placed, check_precision, join_mode
-from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
-from dlopt.parallel.rendezvous import current
+from dlopt.parallel.modes.ddp import DataParallel
+from dlopt.parallel.modes.sync_batchnorm import buffer_averaging, synchronize
+from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys
+from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import TensorShards
 from dlopt.parallel.step_timing import StepTiming
-from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -17,10 +17,10 @@ from dlopt.basics.ranges import Positive
 from dlopt.data.batches import Batch
 from dlopt.parallel.dropout import convert_dropout
 from dlopt.parallel.mode import GroupMode, Mode, ModeTraits, Placed, join_mode
-from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
-from dlopt.parallel.rendezvous import current
+from dlopt.parallel.modes.sync_batchnorm import buffer_averaging, synchronize
+from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys
+from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.step_timing import StepTiming, SyncWaitTimer
-from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
 
 _HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 

@@ -18,7 +18,7 @@ from dlopt.basics.errors import DONE, INTERRUPTED, UserError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-RANK, PROCESSES, STORE = "DLOPT_RANK", "DLOPT_PROCESSES", "DLOPT_STORE"  # set by dlopt.parallel.launch
+RANK, PROCESSES, STORE = "DLOPT_RANK", "DLOPT_PROCESSES", "DLOPT_STORE"  # set by dlopt.parallel.processes.launch
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Convolutions, poolings and locally connected layers exchange boundary rows (the halo) with the neighbouring ranks, once
 per layer. The filters of a convolution are replicated, so their gradients are summed over ranks; a locally connected
 layer has separate filters for each position, which are sharded with the rows. The layers after the feature maps are
-sharded by units, as in `dlopt.parallel.filter`.
+sharded by units, as in `dlopt.parallel.modes.filter`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,14 @@ from dlopt.basics.errors import UserError
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool, evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.resnet import ZeroPadShortcut
-from dlopt.parallel.chain import is_sequential
 from dlopt.parallel.collectives import ModelGroup, ShardSpec, is_channels_last, with_adjoint
-from dlopt.parallel.filter import Splitter, named_children, replace_by_shard
 from dlopt.parallel.mode import Mode, check_precision, join_mode
-from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import ProcessKeys
-from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, convert, transform_input
-from dlopt.parallel.sync_batchnorm import SyncBatchNorm, moments
+from dlopt.parallel.modes.chain import is_sequential
+from dlopt.parallel.modes.filter import Splitter, named_children, replace_by_shard
+from dlopt.parallel.modes.model_parallel import ModelParallel, ShardingPlan
+from dlopt.parallel.modes.split_layers import PROJECTED, InputSplitLinear, convert, transform_input
+from dlopt.parallel.modes.sync_batchnorm import SyncBatchNorm, moments
+from dlopt.parallel.processes.process_group import ProcessKeys
 
 RowRange = tuple[int, int]  # first row, and the row after the last
 

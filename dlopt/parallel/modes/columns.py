@@ -16,10 +16,10 @@ from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.parallel.collectives import ModelGroup, with_adjoint
 from dlopt.parallel.dropout import CurrentShard, GlobalDropout, convert_dropout
 from dlopt.parallel.mode import Mode, check_precision, join_mode
-from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import ProcessGroup, ProcessKeys
+from dlopt.parallel.modes.model_parallel import ModelParallel, ShardingPlan
+from dlopt.parallel.modes.split_layers import convert
+from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys
 from dlopt.parallel.shards import LayerShards
-from dlopt.parallel.split_layers import convert
 
 
 class ColumnParallel(ModelParallel):

@@ -26,12 +26,11 @@ from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
 from dlopt.models.linear import Linear
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.mlp import ResidualPair
-from dlopt.parallel.chain import is_sequential
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
 from dlopt.parallel.mode import Mode, check_precision, join_mode
-from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
-from dlopt.parallel.process_group import ProcessKeys
-from dlopt.parallel.split_layers import (
+from dlopt.parallel.modes.chain import is_sequential
+from dlopt.parallel.modes.model_parallel import ModelParallel, ShardingPlan
+from dlopt.parallel.modes.split_layers import (
     PROJECTED,
     InputSplitConv2d,
     InputSplitLinear,
@@ -39,6 +38,7 @@ from dlopt.parallel.split_layers import (
     transform_input,
     transform_output,
 )
+from dlopt.parallel.processes.process_group import ProcessKeys
 
 Layout = Literal["replicated", "sharded"]  # of features along dimension 1
 

@@ -12,11 +12,11 @@ from torch import Tensor, distributed, nn
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
 from dlopt.parallel.dropout import convert_dropout
 from dlopt.parallel.mode import GroupMode, ModeTraits, Placed
-from dlopt.parallel.process_group import ProcessGroup
+from dlopt.parallel.modes.split_layers import distribute
+from dlopt.parallel.modes.sync_batchnorm import buffer_averaging, synchronize
+from dlopt.parallel.processes.process_group import ProcessGroup
 from dlopt.parallel.shards import TensorShards, local
-from dlopt.parallel.split_layers import distribute
 from dlopt.parallel.step_timing import StepTiming
-from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
 
 _BUCKET_BYTES = 25 * 2**20  # of gradients per all-reduce, as in DDP
 

@@ -14,7 +14,7 @@ from typing import Any
 from dlopt._version import ROOT
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.basics.interruption import SIGNALS, Interruption, ignore_hangup
-from dlopt.parallel.rendezvous import PROCESSES, RANK, STORE
+from dlopt.parallel.processes.rendezvous import PROCESSES, RANK, STORE
 
 PARENT, RECORD, QUIET = "DLOPT_PARENT", "DLOPT_RECORD", "DLOPT_QUIET"
 _GRACE = 5.0  # seconds for the other ranks to exit after one has failed; then they are killed

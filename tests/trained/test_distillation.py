@@ -12,8 +12,8 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.losses import Distillation
 from dlopt.python import api
+from dlopt.trained.distillation import with_teacher
 from dlopt.trained.restore import restore
-from dlopt.training.build.distillation import with_teacher
 from dlopt.training.build.workload import build_workload, training_batches
 from dlopt.training.checkpoint import checkpoints
 from dlopt.training.run import probe_trainer
@@ -85,7 +85,7 @@ def distilled(teacher: Path, *more: str) -> list[str]:
 def test_the_first_update_has_the_gradient_of_the_formula(teacher: Path, tmp_path: Path) -> None:
     """In fp64, with the same augmented samples, which the teacher normalizes in its own way, in two micro-batches."""
     line = distilled(teacher, "precision=fp64", "augmentation=crop_flip", "accumulate=2", "loss.temperature=2")
-    trainer = probe_trainer(build_workload(experiment(*line)), tmp_path)
+    trainer = probe_trainer(with_teacher(build_workload(experiment(*line))), tmp_path)
     batch = next(iter(trainer.batches.epoch(0)))
     trainer.step._begin(batch, 0, log_norm=False)
     value = trainer.step()

@@ -1,0 +1,1 @@
+"""The parallel modes, one file each, and what several of them share."""

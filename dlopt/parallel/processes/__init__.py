@@ -1,0 +1,1 @@
+"""The processes of a parallel run: rank detection, rendezvous, launch, hung ranks."""
