@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from dlopt.metrics import sums
+from dlopt.metrics import classes
 
 CLASSES = 7
 
@@ -28,19 +28,19 @@ def drawn(seed: int, count: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
 def test_confusion_f1_and_class_accuracies_equal_scikit_learn(seed: int) -> None:
     outputs, targets = drawn(seed)
     predictions = outputs.argmax(1)
-    confusion = sums.confusion_matrix(targets, predictions, CLASSES)
+    confusion = classes.confusion_matrix(targets, predictions, CLASSES)
     assert confusion.tolist() == reference.confusion_matrix(targets, predictions, labels=range(CLASSES)).tolist()
-    f1 = sums.f1_scores(confusion)
+    f1 = classes.f1_scores(confusion)
     assert math.isnan(f1[-1])
     np.testing.assert_allclose(f1[:-1], reference.f1_score(targets, predictions, average=None), rtol=1e-12)
     assert f1.nanmean().item() == pytest.approx(reference.f1_score(targets, predictions, average="macro"), rel=1e-12)
-    accuracies = sums.class_accuracies(confusion)
+    accuracies = classes.class_accuracies(confusion)
     assert math.isnan(accuracies[-1])
     np.testing.assert_allclose(accuracies[:-1], reference.recall_score(targets, predictions, average=None), rtol=1e-12)
 
 
-def calibration_error(probabilities: torch.Tensor, targets: torch.Tensor, bins: int = sums.BINS) -> float:
-    return sums.calibration_gaps(probabilities, targets, bins).abs().sum().item() / len(targets)
+def calibration_error(probabilities: torch.Tensor, targets: torch.Tensor, bins: int = classes.BINS) -> float:
+    return classes.calibration_gaps(probabilities, targets, bins).abs().sum().item() / len(targets)
 
 
 def test_calibration_error_equals_manual_result() -> None:
@@ -74,7 +74,7 @@ def test_calibration_error_of_certain_predictions() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_class_that_neither_occurs_nor_is_predicted_is_left_out_of_macro_f1(seed: int) -> None:
     outputs, targets = drawn(seed)
-    accumulated = sums.ClassMetrics(["macro_f1"], [str(k) for k in range(CLASSES)], lambda out: out.softmax(1))
+    accumulated = classes.ClassMetrics(["macro_f1"], [str(k) for k in range(CLASSES)], lambda out: out.softmax(1))
     for chunk in torch.arange(len(targets)).split(64):
         accumulated.add(outputs[chunk], targets[chunk])
     expected = reference.f1_score(targets, outputs.argmax(1), average="macro")
