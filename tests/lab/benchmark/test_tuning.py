@@ -80,6 +80,17 @@ def test_metrics_of_which_higher_is_better_are_maximized() -> None:
     assert best_results(found, ["w"]) == [["w", "3 b"]]
 
 
+def test_a_failed_trial_counts_with_the_median_first_validation() -> None:
+    results = results_of({"a": [(10.0, 0.1), (math.inf, None), (20.0, 0.4)]})
+    cell = results.cells["a", "w"]
+    records = [
+        dataclasses.replace(record, first=first) for record, first in zip(cell.records, (1.0, 9.0, 2.0), strict=True)
+    ]
+    cells = {("a", "w"): dataclasses.replace(cell, records=tuple(records))}
+    metrics = tuning(dataclasses.replace(results, cells=cells)).metrics["a", "w"]
+    assert metrics[0] == pytest.approx((0.1 + 2.0 + 0.4) / 3)
+
+
 def test_an_optimizer_with_fewer_trials_has_no_score_at_larger_budgets() -> None:
     results = results_of({"a": [(10.0, 0.4)] * 3, "b": [(20.0, 0.4)] * 2})
     found = tuning(results)
