@@ -1,11 +1,8 @@
 """Tables of numbers: one feature per column. CSV files, and data sets bundled with scikit-learn."""
 
-import contextlib
 import csv
 import io
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,15 +10,13 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
+from dlopt.data.csv_file import SPLITS, are_values, label_warnings, natural, read_csv
 from dlopt.data.digits import read_bundled
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import split
-from dlopt.data.table import opened_csv
 
 _TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
-_LARGEST = torch.finfo(torch.float32).max
-_SPLITS = ("train", "val", "test")
 Labels = Literal["class", "value"]
 
 
@@ -49,36 +44,39 @@ def table(
     Raises:
         UserError: the file or a column is missing, or a field is empty or not a number.
     """
-    path = Path(file).expanduser()
-    header, rows = _read(path, delimiter)
+    delimiter = "\t" if delimiter == r"\t" else delimiter
+    if len(delimiter) != 1:
+        raise UserError(f"data.delimiter={delimiter!r}: must be one character, or \\t for a tab")
+    content = read_csv(file, delimiter)
+    header = content.header
+    if len(header) < 2:
+        raise UserError(f"data.file={file}: has {len(header)} columns; set data.delimiter if it is not {delimiter!r}")
+    if not content.rows:
+        raise UserError(f"data.file={file}: has no rows")
     target = header[-1] if target is None else target
-    others = [target, *ignore, *([] if split_column is None else [split_column])]
-    for column in others:
-        if column not in header:
-            raise UserError(f"data.file={file}: has no column {column!r}; it has {', '.join(header)}")
-    features = [column for column in header if column not in others]
+    for column in ignore:
+        content.column(column, may_be_empty=True)  # refuses one that the file lacks
+    texts, parts = content.column(target), content.splits(split_column)
+    features = [column for column in header if column not in (target, *ignore, split_column)]
     if not features:
         raise UserError(f"data.file={file}: no column is left as a feature")
-    columns = {name: index for index, name in enumerate(header)}
-    inputs = np.stack([_numbers(path, rows, columns[name], name) for name in features], 1)
-    texts = [row[columns[target]] for _, row in rows]
-    answers = _numbers(path, rows, columns[target], target, is_target=True) if labels == "value" else texts
-    if labels == "class" and len(set(texts)) > max(len(rows) / 2, 2):
+    inputs = np.stack([content.numbers(name, f"leave it out with data.ignore=[{name}]") for name in features], 1)
+    answers: list[str] | np.ndarray = texts
+    if labels == "value":
+        answers = content.numbers(target, "every row needs a target (classes: data.labels=class)")
+    elif are_values(texts):
         raise UserError(
-            f"data.labels=class: {target} has {len(set(texts))} different values in {len(rows)} rows; "
+            f"data.labels=class: {target} has {len(set(texts))} different values in {len(texts)} rows; "
             "for a regression, use data.labels=value loss=mse"
         )
-    parts = None
-    if split_column is not None:
-        parts = [row[columns[split_column]] for _, row in rows]
-        for (line, _), part in zip(rows, parts, strict=True):
-            if part not in _SPLITS:
-                raise UserError(
-                    f"data.file={file}, line {line}: {split_column} is {part!r}; must be train, val or test"
-                )
-        if "train" not in parts:
-            raise UserError(f"data.file={file}: has no training rows")
     dataset = _dataset(inputs, answers, parts, test_split, standardize_target=standardize_target)
+    dataset.notes += content.notes
+    dataset.notes += tuple(
+        f"warning: column {name} counts the rows; leave it out with data.ignore=[{name}] if it is an index"
+        for name in features
+        if content.counts_rows(name)
+    )
+    dataset.notes += label_warnings(target, texts) if labels == "class" else ()
     dataset.notes += _rounding_notes(inputs, features)
     return dataset
 
@@ -146,7 +144,7 @@ def _dataset(
     if isinstance(answers, np.ndarray):
         targets = torch.from_numpy(answers)
     else:
-        classes = tuple(sorted(set(answers), key=_natural))
+        classes = tuple(sorted(set(answers), key=natural))
         numbers = {name: number for number, name in enumerate(classes)}
         targets = torch.tensor([numbers[name] for name in answers])
     samples = InMemory(torch.from_numpy(inputs).float(), targets)
@@ -154,7 +152,7 @@ def _dataset(
     if parts is None and test_split:
         count = max(1, round(test_split * len(samples)))
         names[split(samples, count, _TEST_SEED, keep_one=True)[0].numpy()] = "test"
-    rows = {part: torch.from_numpy(np.flatnonzero(names == part)) for part in _SPLITS}
+    rows = {part: torch.from_numpy(np.flatnonzero(names == part)) for part in SPLITS}
     if classes is None:
         scale = (0.0, 1.0)
         if standardize_target:
@@ -172,53 +170,3 @@ def _dataset(
                 f"data.split_column: {part} has the class {classes[min(unknown)]!r}, which no training row has"
             )
     return Dataset(train, val, test, classes, notes=notes)
-
-
-def _natural(name: str) -> tuple[float, str]:
-    """Sorts numbers by value, before names, of which nan is one: as a number it has no place in an order."""
-    with contextlib.suppress(ValueError):
-        if not math.isnan(value := float(name)):
-            return value, name
-    return math.inf, name
-
-
-def _read(path: Path, delimiter: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Returns the header, and (line number, fields) of every row that is not empty."""
-    delimiter = "\t" if delimiter == r"\t" else delimiter
-    if len(delimiter) != 1:
-        raise UserError(f"data.delimiter={delimiter!r}: must be one character, or \\t for a tab")
-    with opened_csv(path) as file:
-        reader = csv.reader(file, delimiter=delimiter)
-        header = [name.strip() for name in next(reader, [])]
-        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if row]
-    if len(header) < 2:
-        raise UserError(f"data.file={path}: has {len(header)} columns; set data.delimiter if it is not {delimiter!r}")
-    if len(set(header)) < len(header):
-        raise UserError(f"data.file={path}: two columns have the same name")
-    if not rows:
-        raise UserError(f"data.file={path}: has no rows")
-    for line, row in rows:
-        if len(row) != len(header):
-            raise UserError(f"data.file={path}, line {line}: has {len(row)} fields instead of {len(header)}")
-        if not all(row):
-            name = header[row.index("")]
-            raise UserError(f"data.file={path}, line {line}: has an empty field, {name}; fill it in or remove the line")
-    return header, rows
-
-
-def _numbers(
-    path: Path, rows: Sequence[tuple[int, list[str]]], index: int, name: str, *, is_target: bool = False
-) -> np.ndarray:
-    """Returns a column as float64 [N]. Raises `UserError` that names the first line without a finite number."""
-    values = np.full(len(rows), math.nan)
-    for number, (line, row) in enumerate(rows):
-        with contextlib.suppress(ValueError):
-            values[number] = float(row[index])
-        if not abs(values[number]) <= _LARGEST:  # also for NaN
-            advice = (
-                "remove the line or fill in its value, since every row needs a target (classes: data.labels=class)"
-                if is_target
-                else f"leave it out with data.ignore=[{name}]"
-            )
-            raise UserError(f"data.file={path}, line {line}: {name} is {row[index]!r}, not a finite number; {advice}")
-    return values

@@ -11,7 +11,8 @@ import torch
 from sklearn import datasets
 
 from dlopt.basics.errors import UserError
-from dlopt.data.features import _natural, breast_cancer, diabetes, table, wine
+from dlopt.data.csv_file import natural
+from dlopt.data.features import breast_cancer, diabetes, table, wine
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
 from tests.support.line import dlopt
@@ -103,11 +104,11 @@ def test_classes_are_sorted_as_numbers_and_then_as_names(tmp_path: Path) -> None
         assert load(tmp_path, text, test_split=0.0).classes == ("1", "2", "3", "a", "b", "nan")
     text = "x,y\n" + "".join(f"{i},{(2, 10, 9)[i % 3]}\n" for i in range(12))
     assert load(tmp_path, text, test_split=0.0).classes == ("2", "9", "10")
-    assert sorted(["nan", "2", "a", "1"], key=_natural) == sorted(["1", "a", "2", "nan"], key=_natural)
+    assert sorted(["nan", "2", "a", "1"], key=natural) == sorted(["1", "a", "2", "nan"], key=natural)
 
 
 def test_warns_about_columns_that_float32_rounds(tmp_path: Path) -> None:
-    text = "time,year,flag,y\n" + "".join(f"{1.7e9 + i},{1990 + i},0.1,{i % 2}\n" for i in range(20))
+    text = "time,year,flag,y\n" + "".join(f"{1.7e9 + 3 * i},{1990 + 2 * i},0.1,{i % 2}\n" for i in range(20))
     [note] = load(tmp_path, text).notes
     assert note.startswith("warning: float32 rounds column time by up to ")
 
@@ -118,9 +119,9 @@ def test_warns_about_columns_that_float32_rounds(tmp_path: Path) -> None:
         (ROWS, {}, r"line 2: id is 'row0', not a finite number; leave it out with data\.ignore=\[id\]"),
         (ROWS, {"ignore": ("name",)}, r"has no column 'name'; it has id, height, weight, kind"),
         ("x,y\n1,a\n2\n", {}, r"line 3: has 1 fields instead of 2"),
-        ("x,y\n1,a\n,b\n", {}, r"line 3: has an empty field"),
+        ("x,y\n1,a\n,b\n", {}, r"line 3: x is empty; fill it in"),
         ("x,y\n1,a\nnan,a\n", {}, r"line 3: x is 'nan', not a finite number"),
-        ("x,y\n1,2\n2,nan\n", {"labels": "value"}, r"line 3: y is 'nan', not a finite number; remove the line or fill"),
+        ("x,y\n1,2\n2,nan\n", {"labels": "value"}, r"line 3: y is 'nan', not a finite number; fill in the"),
         ("x,y\n1,a\n1e39,a\n", {}, r"line 3: x is '1e39', not a finite number"),
         ("x;y\n1;a\n", {}, r"has 1 columns; set data\.delimiter if it is not ','"),
         ("x,x,y\n1,2,a\n", {}, r"two columns have the same name"),
