@@ -61,10 +61,10 @@ def page(
 
 
 def render(template: str, folder: Path, **values: Any) -> str:
-    """Renders a template of `folder`, or of the report, as HTML; all text but `Markup` is printable and escaped."""
+    """Renders a template of `folder`, or of the report: all text is printable; in HTML, all but `Markup` is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([folder, FOLDER]),
-        autoescape=True,
+        autoescape=lambda name: not str(name).endswith(".txt"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

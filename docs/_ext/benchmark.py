@@ -10,6 +10,7 @@ from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, load_reference
 from dlopt.lab.benchmark.scores import Summary, summarize
 from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_ends
+from dlopt.lab.benchmark.table import score_rows, update_rows
 
 
 def results() -> str:
@@ -54,13 +55,13 @@ def predicts() -> str:
     agreed = agreement.agreements(found)
     return "\n".join([
         table(agreement.HEADS, [list(map(text, map(_unbroken, row))) for row in agreement.rows(agreed)]),
-        text(agreement.note(agreed)),
+        *map(text, agreement.texts(found, agreed, "note")),
         "",
-        *(f"- {text(each)}" for each in agreement.sentences(found, agreed)),
+        *(f"- {text(each)}" for each in agreement.texts(found, agreed, "findings")),
         "",
         "The published results:",
         "",
-        *(f"- {text(each)}" for each in agreement.sources(agreed)),
+        *(f"- {text(each)}" for each in agreement.texts(found, agreed, "sources")),
     ])  # fmt: skip
 
 
@@ -84,13 +85,8 @@ def self_tuning() -> str:
 
 
 def _scores(found: Results, summary: Summary) -> str:
-    heads = ["Optimizer", *(f"Score in {each}" for each in summary.measures)]
-    heads += ["Targets", "Trials", "Cost", "State"]
-    rows = []
-    for standing in summary.standings["updates"]:
-        name = standing.optimizer
-        scores = [_unbroken(formats.interval(summary.score(name, measure))) for measure in summary.measures]
-        rows.append([code(name), *map(text, [*scores, *formats.standing(standing, len(found.workloads))])])
+    heads = ["Optimizer", *(f"Score in {each}" for each in summary.measures), "Targets", "Trials", "Cost", "State"]
+    rows = score_rows(found, summary, code, lambda score: text(_unbroken(formats.interval(score))))
     return table(heads, rows)
 
 
@@ -100,12 +96,7 @@ def _unbroken(interval: str) -> str:
 
 
 def _updates(found: Results, summary: Summary) -> str:
-    times = summary.times["updates"]
-    rows = [
-        [code(name), *(formats.updates(times[name][workload]) for workload in found.workloads)]
-        for name in summary.order
-    ]  # fmt: skip
-    return table(["Optimizer", *map(code, found.workloads)], rows)
+    return table(["Optimizer", *map(code, found.workloads)], update_rows(found, summary, code))
 
 
 def _spaces(found: Results, summary: Summary) -> str:
@@ -153,7 +144,7 @@ def _tuning(found: Results, summary: Summary) -> list[str]:
         "that larger N have no interval:",
         "",
         table(["Optimizer", *heads], league),
-        *(f"- {text(each)}" for each in tuning.sentences(tuned)),
+        *(f"- {text(each)}" for each in tuning.leaders(tuned)),
         "",
         "The best expected validation metric of the best of N trials, each trained to the end, and its optimizer:",
         "",

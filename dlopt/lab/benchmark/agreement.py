@@ -6,10 +6,11 @@ order, -1 for the reversed one, NaN if a ranking has only ties.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import yaml
@@ -17,6 +18,7 @@ import yaml
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.results import Results
 from dlopt.lab.benchmark.scores import RESAMPLES, Array, Interval, bootstrap, interval, profile_scores, times
+from dlopt.lab.report import sentences
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 ALL = "all"
@@ -181,18 +183,19 @@ def _redrawn(replicas: Array) -> Array:
     return replicas[studies, :, columns].transpose(0, 2, 1)
 
 
-def by_workload(results: Results, league: League) -> dict[str, float]:
-    """Returns the tau of the updates to each workload's target, in ascending order; NaN ones are left out."""
+def worst_workloads(results: Results, league: League) -> dict[str, float]:
+    """Returns the workloads whose updates to the target have the lowest tau, if it is not positive."""
     shared, table = _shared(results, league), times(results, "updates")
     theirs = np.array([league.results[each] for each in shared])
     taus = {
         workload: float(kendall_tau(np.array([-table[each][workload] for each in shared]), theirs))
         for workload in results.workloads
     }
-    return dict(sorted(((name, tau) for name, tau in taus.items() if not math.isnan(tau)), key=lambda each: each[1]))
+    lowest = min((tau for tau in taus.values() if not math.isnan(tau)), default=1.0)
+    return {name: tau for name, tau in taus.items() if tau == lowest <= 0}
 
 
-# -- the table and what it means
+# -- the table and what it means; agreement.txt has the sentences
 
 HEADS = ["League", "Workloads", "Verdict", "Optimizers", "Tau", "95 % interval", "By chance"]
 
@@ -200,96 +203,24 @@ HEADS = ["League", "Workloads", "Verdict", "Optimizers", "Tau", "95 % interval",
 def rows(found: Sequence[Agreement]) -> list[list[str]]:
     """Returns the rows of the table with the heads `HEADS`."""
     return [
-        [
-            each.league.name,
-            each.kind,
-            each.verdict,
-            str(len(each.optimizers)),
-            formats.number(each.tau.value, "+.2f"),
-            _bounds(each.tau) or formats.NONE,
-            formats.number(each.chance, ".2f"),
-        ]
+        [each.league.name, each.kind, each.verdict, str(len(each.optimizers)), formats.number(each.tau.value, "+.2f"),
+         _bounds(each.tau) or formats.NONE, formats.number(each.chance, ".2f")]
         for each in found
-    ]
+    ]  # fmt: skip
 
 
-def _bounds(tau: Interval) -> str:
-    return "" if math.isnan(tau.low) else f"[{tau.low:+.2f}, {tau.high:+.2f}]"
+def _bounds(tau: Interval, space: str = "") -> str:
+    return "" if math.isnan(tau.low) else f"{space}[{tau.low:+.2f}, {tau.high:+.2f}]"
 
 
-def sentences(results: Results, found: Sequence[Agreement]) -> Iterator[str]:
-    """Yields what the correlations mean, for each league, and the workloads that disagree most."""
-    for each in found:
-        if each.kind != ALL:
-            continue
-        if each.verdict == "too few":
-            yield f"{each.league.name}: {_nothing(each)}"
-            continue
-        parts = [other for other in found if other.league == each.league and other.kind != ALL]
-        yield f"{each.league.name}: {_meaning(each)}{_parts(parts)}{_worst(by_workload(results, each.league))}"
-
-
-def _nothing(each: Agreement) -> str:
-    count, names = len(each.optimizers), formats.names(each.optimizers)
-    return (
-        f"only {count} optimizers are shared ({names}), which have the same order by chance in one of "
-        f"{math.factorial(count)} cases. The interval is everything: this league says nothing."
-    )
-
-
-def _meaning(each: Agreement) -> str:
-    meanings = {
-        "agrees": "the small workloads predict the large ones",
-        "disagrees": "the small workloads reverse the large ones",
-        "inconclusive": "whether the small workloads predict the large ones is not decided",
-    }
-    tau = f"{each.tau.value:+.2f} {_bounds(each.tau)}".rstrip()
-    same = "; the orders are equal, but not in other draws of studies and workloads"
-    is_luck = each.verdict == "inconclusive" and each.tau.value > 1 - 1e-9
-    order = f" The published order of the {len(each.optimizers)} shared optimizers is {formats.names(each.optimizers)}."
-    return f"{meanings[each.verdict]} (tau {tau}{same if is_luck else ''}).{order}"
-
-
-def _parts(found: Sequence[Agreement]) -> str:
-    """Says which kinds of workloads are decided."""
-    texts = [
-        f" On {each.kind} ({formats.names(each.workloads)}), the ranking {each.verdict} (tau {each.tau.value:+.2f})."
-        for each in found
-        if each.verdict in ("agrees", "disagrees")
-    ]
-    return "".join(texts) or (
-        f" {' or '.join(each.kind for each in found).capitalize()} alone do not decide it, either." if found else ""
-    )
-
-
-def _worst(taus: Mapping[str, float]) -> str:
-    """Names the workloads with the lowest tau, if it is negative or zero."""
-    lowest = min(taus.values(), default=1.0)
-    if lowest > 0:
-        return ""
-    worst = [name for name, tau in taus.items() if tau == lowest]
-    verb = "disagree" if len(worst) > 1 else "disagrees"
-    return f" Of the workloads, {formats.names(worst)} {verb} most (tau {lowest:+.2f})."
-
-
-def note(found: Sequence[Agreement]) -> str:
-    """Returns how to read the table."""
-    sparse = [kind for kind, count in {each.kind: len(each.workloads) for each in found}.items() if count < FEWEST]
-    coarse = f"; with few workloads ({', '.join(sparse)}), the interval is coarse" if sparse else ""
-    return (
-        "Tau is Kendall's rank correlation (tau-b, with ties) of the score in updates with the published results, "
-        "over the optimizers that both have: 1 for the same order, -1 for the reversed one. The interval contains 95 % "
-        f"of {RESAMPLES} draws of studies and workloads; it is everything below {FEWEST} optimizers. By chance: the "
-        "fraction of all orders that agree at least as well. A ranking agrees if the interval is above 0 and this "
-        f"fraction is at most {LEVEL:g}. The published results count as exact, and the {len(found)} rows are not "
-        f"corrected for their number{coarse}."
-    )
-
-
-def sources(found: Sequence[Agreement]) -> list[str]:
-    """Returns the sources of the leagues, with what they measure and their dates."""
+def texts(results: Results, found: Sequence[Agreement], part: Literal["findings", "note", "sources"]) -> list[str]:
+    """Returns what the correlations mean, how to read the table, or the sources of the leagues."""
+    workloads = {each.kind: len(each.workloads) for each in found}
     leagues = {each.league.name: each.league for each in found}
-    return [
-        f"{name} ({each.date}): {each.title}. Result: {each.measure}, from {each.source}."
-        for name, each in leagues.items()
-    ]
+    return sentences(
+        Path(__file__).with_name("agreement.txt"),
+        part=part, found=found, leagues=leagues, formats=formats, bounds=_bounds, factorial=math.factorial,
+        worst={name: worst_workloads(results, league) for name, league in leagues.items()},
+        sparse=[kind for kind, count in workloads.items() if count < FEWEST],
+        resamples=RESAMPLES, fewest=FEWEST, level=f"{LEVEL:g}",
+    )  # fmt: skip

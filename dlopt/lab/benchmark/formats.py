@@ -26,17 +26,11 @@ def interval(value: Interval | None) -> str:
 
 
 def short_interval(value: Interval | None) -> str:
-    """Formats 0.83 .71-.90."""
-    return NONE if value is None else f"{value.value:.2f} {bounds(value)}".rstrip()
-
-
-def bounds(value: Interval, dash: str = "-") -> str:
-    """Formats .71-.90; empty without an interval."""
-    return "" if math.isnan(value.low) else f"{_short(value.low)}{dash}{_short(value.high)}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1.0"
+    """Formats 0.83 .71-.90, or 0.83 without an interval."""
+    if value is None or math.isnan(value.low):
+        return interval(value)
+    low, high = (f"{each:.2f}".removeprefix("0") if each < 0.995 else "1.0" for each in (value.low, value.high))
+    return f"{value.value:.2f} {low}-{high}"
 
 
 def number(value: float | None, pattern: str = ".4g") -> str:

@@ -1,15 +1,15 @@
 """Writes the results of a benchmark as a self-contained HTML page, with its figures and a LaTeX table."""
 
-import base64
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
 from dlopt._version import __version__
-from dlopt.basics.files import write_atomically
 from dlopt.basics.formats import printable
+from dlopt.lab import report
 from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.figures import draw
 from dlopt.lab.benchmark.findings import findings
@@ -17,37 +17,26 @@ from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
 from dlopt.lab.benchmark.results import Measure, Results, best_trial
 from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Summary, ranks, summarize
 from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_ends
-from dlopt.lab.benchmark.table import latex
+from dlopt.lab.benchmark.table import Rows, latex, score_rows, update_rows
 from dlopt.results import drawing
-from dlopt.results.page import read_text, render
+from dlopt.results.page import render
 from dlopt.results.reading import short_key
 from dlopt.results.tables import Bold
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_FORMATS = ("png", "pdf")
 _HEADS: Mapping[Measure, str] = {
     "updates": "Score in updates", "evaluations": "Score in evaluations", "time": "Score in time",
 }  # fmt: skip
-Rows = list[list[str]]
 
 
 def write(results: Results, folder: Path) -> list[Path]:
     """Writes index.html, table.tex and figures/NAME.png and .pdf; returns their paths. Raises OSError."""
     summary = summarize(results) if results.optimizers else None
     figures = {} if summary is None else draw(results, summary)
-    pictures = {name: picture(figure) for name, figure in figures.items()}
-    contents = {"index.html": page(results, summary, pictures)}
+    pictures = {name: report.picture(figure) for name, figure in figures.items()}
+    texts = {"index.html": page(results, summary, pictures)}
     if summary is not None:
-        contents["table.tex"] = latex(results, summary)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    written: dict[Path, bytes | str] = {folder / name: text for name, text in contents.items()}
-    for name, figure in figures.items():
-        written |= {folder / "figures" / f"{name}.{form}": drawing.encoded(figure, form) for form in _FORMATS}
-    for path, content in written.items():
-        write_atomically(path, content)
-    return [*written]
+        texts["table.tex"] = latex(results, summary)
+    return report.write(folder, texts, figures, ("png", "pdf"))
 
 
 def page(results: Results, summary: Summary | None, pictures: Mapping[str, Mapping[str, Any]]) -> str:
@@ -57,30 +46,11 @@ def page(results: Results, summary: Summary | None, pictures: Mapping[str, Mappi
     return render(
         "page.html", folder,
         title=f"Optimizer benchmark, {results.tier} tier", version=__version__,
-        style=style(), script=Markup(Path(__file__).with_name("sort.js").read_text(encoding="utf-8")),
+        style=report.style(), script=Markup(Path(__file__).with_name("sort.js").read_text(encoding="utf-8")),
         results=results, summary=summary, workloads=list(results.workloads), pictures=pictures,
         max_ratio=round(MAX_RATIO), self_tuning_length=SELF_TUNING_LENGTH, resamples=RESAMPLES, per_try=tuning.PER_TRY,
         fact=_fact, **tables,
     )  # fmt: skip
-
-
-def style() -> Markup:
-    """Returns the style of pages with figures."""
-    return Markup(read_text("page.css") + Path(__file__).with_name("page.css").read_text(encoding="utf-8"))
-
-
-def picture(figure: "Figure") -> dict[str, Any]:
-    """Returns `source` and `width` of a figure on the page, as SVG."""
-    drawing.fix_layout(figure)
-    patches = figure.patch, *(axes.patch for axes in figure.axes)
-    white = [patch for patch in patches if tuple(patch.get_facecolor()[:3]) == (1.0, 1.0, 1.0)]
-    for patch in white:  # transparent on dark pages
-        patch.set_alpha(0)
-    svg = drawing.encoded(figure, "svg")
-    for patch in white:
-        patch.set_alpha(1)
-    source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-    return {"source": source, "width": f"{96 * figure.get_figwidth():.0f}"}
 
 
 # -- the tables: a row per optimizer, in the order of the score in updates
@@ -109,15 +79,15 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
         "updates": _updates(results, summary),
         "agreement_heads": agreement.HEADS,
         "agreement": agreement.rows(agreed),
-        "agreement_findings": [*agreement.sentences(results, agreed)],
-        "agreement_note": agreement.note(agreed),
-        "agreement_sources": agreement.sources(agreed),
+        "agreement_findings": agreement.texts(results, agreed, "findings"),
+        "agreement_note": " ".join(agreement.texts(results, agreed, "note")),
+        "agreement_sources": agreement.texts(results, agreed, "sources"),
         "hyperparameters": _hyperparameters(results, summary),
         "range_heads": RANGE_HEADS,
         "range_ends": range_ends(results, summary.order),
         "tuning_heads": tuning.heads(tuned),
         "league": _league(results, summary, tuned),
-        "tuning_findings": tuning.sentences(tuned),
+        "tuning_findings": tuning.leaders(tuned),
         "best_results": tuning.best_results(tuned, results.workloads),
         "costs": _costs(results, summary),
         "tested": tested,
@@ -140,37 +110,30 @@ def _name(results: Results, optimizer: str) -> str:
 
 
 def _scores(results: Results, summary: Summary) -> Rows:
-    rows = []
-    for standing in summary.standings["updates"]:
-        name = standing.optimizer
-        scores = {measure: formats.interval(summary.score(name, measure)) for measure in summary.measures}
-        cells = [Bold(text) if summary.is_best(name, measure) else text for measure, text in scores.items()]
-        targets, trials, *costs = formats.standing(standing, len(results.workloads))
-        rows.append([_name(results, name), *cells, targets, trials, formats.percent(standing.failed), *costs])
-    return rows
+    rows = zip(summary.standings["updates"], score_rows(results, summary, partial(_name, results)), strict=True)
+    return [[*row[:-2], formats.percent(standing.failed), *row[-2:]] for standing, row in rows]
 
 
 def _updates(results: Results, summary: Summary) -> Rows:
-    times = summary.times["updates"]
-    ranked = {workload: ranks(times, workload) for workload in results.workloads}
+    """Returns the updates to the targets, with the ranks on each workload."""
+    ranked = [ranks(summary.times["updates"], workload) for workload in results.workloads]
 
-    def cell(optimizer: str, workload: str) -> str:
-        rank, text = ranked[workload][optimizer], formats.updates(times[optimizer][workload])
-        pattern = "<b>{}</b>{}" if rank == 1 else "{}{}"
-        return text if rank is None else Markup(pattern).format(text, _small(f" ({rank:g})"))
+    def cell(text: str, rank: float | None) -> str:
+        pattern = Markup("<b>{}</b>{}") if isinstance(text, Bold) else Markup("{}{}")
+        return text if rank is None else pattern.format(text, _small(f" ({rank:g})"))
 
-    return [[_name(results, each), *(cell(each, workload) for workload in results.workloads)] for each in summary.order]
+    rows = zip(summary.order, update_rows(results, summary, partial(_name, results)), strict=True)
+    return [[first, *map(cell, cells, [each[name] for each in ranked])] for name, (first, *cells) in rows]
 
 
 def _league(results: Results, summary: Summary, tuned: tuning.Tuning) -> Rows:
     leaders = [tuned.leader(budget) for budget in range(len(tuned.budgets))]
-
-    def cell(optimizer: str, budget: int) -> str:
-        text = formats.interval(tuned.scores[optimizer][budget])
-        return Bold(text) if optimizer == leaders[budget] else text
-
-    budgets = range(len(tuned.budgets))
-    return [[_name(results, each), *(cell(each, budget) for budget in budgets)] for each in summary.order]
+    rows = []
+    for optimizer in summary.order:
+        texts = map(formats.interval, tuned.scores[optimizer])
+        cells = [Bold(text) if optimizer == each else text for text, each in zip(texts, leaders, strict=True)]
+        rows.append([_name(results, optimizer), *cells])
+    return rows
 
 
 def _hyperparameters(results: Results, summary: Summary) -> Rows:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from statistics import median
+from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep
 
@@ -33,58 +34,52 @@ _NEAR = 3.0  # ratio of other hyperparameters that should make little difference
 _ALONE = 0.05  # of the pairs of trials differ in one hyperparameter only, if the others are chosen from a list
 _DIVERGENCE = ("the loss became", "is not finite", "are not finite")  # in the reasons of failures
 Pair = tuple[TrialRecord, TrialRecord]
+Symptom = dict[str, Any]
+"""The `optimizer`, the `rule` that found it, and the values of the sentence in findings.txt."""
 
 
-def symptoms(results: Results, optimizer: str) -> Iterator[str]:
-    """Yields sentences about an optimizer, without their first word, its name."""
+def symptoms(results: Results, optimizer: str) -> list[Symptom]:
+    """Returns a row per symptom of an optimizer."""
     if not results.records(optimizer):
-        return
-    rising = _rising(results, optimizer)
-    ignored = _without_effect(results, optimizer)
-    yield from rising or _no_target(results, optimizer)
-    for sentence in dict.fromkeys(ignored.values()):
-        keys = formats.names(key for key, each in ignored.items() if each == sentence)
-        yield sentence.format(keys=keys)
+        return []
+    rising, ignored = [*_rising(results, optimizer)], [*_without_effect(results, optimizer)]
+    found = [*(rising or _no_target(results, optimizer)), *ignored]
     if not rising:
+        useless = {key for row in ignored for key in row["hyperparameters"]}
         for key in results.spaces.get(optimizer, {}):
-            if key not in ignored:
-                yield from _range_ends(results, optimizer, key)
-        yield from _failures(results, optimizer)
+            if key not in useless:
+                found += _range_ends(results, optimizer, key)
+        found += _failures(results, optimizer)
+    return [{"optimizer": optimizer, **row} for row in found]
 
 
-def _no_target(results: Results, optimizer: str) -> Iterator[str]:
-    if not results.has_targets or any(map(math.isfinite, times(results, "updates")[optimizer].values())):
-        return
-    records = results.records(optimizer)
-    if reached := sum(record.reached for record in records):
-        yield f"reaches no target in half of its studies ({reached} of {len(records)} trials reach theirs)."
-    else:
-        yield f"reaches no target in any of its {len(records)} trials."
+def _no_target(results: Results, optimizer: str) -> Iterator[Symptom]:
+    if results.has_targets and all(map(math.isinf, times(results, "updates")[optimizer].values())):
+        records = results.records(optimizer)
+        yield {"rule": "no target", "count": sum(record.reached for record in records), "total": len(records)}
 
 
-def _failures(results: Results, optimizer: str) -> Iterator[str]:
+def _failures(results: Results, optimizer: str) -> Iterator[Symptom]:
     records = results.records(optimizer)
     failures = Counter(record.failure for record in records if record.failure)
     if failures.total() >= FAILED * len(records):
         reason = formats.abbreviated(failures.most_common(1)[0][0], 150)
-        yield f"fails in {failures.total()} of {len(records)} trials, most often with: {reason}."
+        yield {"rule": "failures", "count": failures.total(), "total": len(records), "reason": reason}
 
 
 # -- a wrong sign
 
 
-def _rising(results: Results, optimizer: str) -> list[str]:
+def _rising(results: Results, optimizer: str) -> Iterator[Symptom]:
     counts = {}
     for name, workload in results.workloads.items():
         trials = [each for each in results.cell(optimizer, name).records if _has_diverged(each) or not each.failure]
         if trials:
             counts[name] = sum(_gets_worse(each, workload.metric) for each in trials), len(trials)
     rising, total = (sum(count[i] for count in counts.values()) for i in (0, 1))
-    if not total or rising < RISING * total:
-        return []
-    parts = ", ".join(f"{name} {worse}/{number}" for name, (worse, number) in counts.items())
-    where = f"{rising} of {total} trials ({parts})" if rising < total else f"all of its {total} trials"
-    return [f"ends worse than it begins, or diverges, in {where}: is the sign of the update right?"]
+    if total and rising >= RISING * total:
+        parts = [f"{name} {worse}/{number}" for name, (worse, number) in counts.items()]
+        yield {"rule": "rising", "count": rising, "total": total, "parts": parts}
 
 
 def _has_diverged(record: TrialRecord) -> bool:
@@ -100,30 +95,24 @@ def _gets_worse(record: TrialRecord, metric: str) -> bool:
 # -- hyperparameters without effect
 
 
-def _without_effect(results: Results, optimizer: str) -> dict[str, str]:
-    """Returns the hyperparameters without effect, each with a sentence that has a place for `keys`."""
-    found = {}
+def _without_effect(results: Results, optimizer: str) -> Iterator[Symptom]:
+    """Yields a row for the hyperparameters with no effect, and one for a learning rate with little."""
+    equal: dict[tuple[int, int], list[str]] = {}  # (equal pairs, all pairs) -> hyperparameters
+    little: list[Symptom] = []
     for key in dict.fromkeys(key for record in results.records(optimizer) for key in record.values):
         pairs = _pairs(results, optimizer, key)
-        equal = sum((a.updates, a.best, a.last) == (b.updates, b.best, b.last) for a, b in pairs)
-        if pairs and equal >= EQUAL * len(pairs):
-            found[key] = (
-                f"ignores {{keys}}: {_of(equal, len(pairs))} pairs of trials with the same seed and different values "
-                "end equally."
-            )
+        count = sum((a.updates, a.best, a.last) == (b.updates, b.best, b.last) for a, b in pairs)
+        if pairs and count >= EQUAL * len(pairs):
+            equal.setdefault((count, len(pairs)), []).append(key)
         elif key == _RATE:
             far = [pair for pair in pairs if _ratio(pair, key) >= _FAR and _differ_only_in(key, pair)]
             similar = sum(_are_similar(*pair) for pair in far)
             if far and similar >= EQUAL * len(far):
-                found[key] = (
-                    f"hardly depends on {{keys}}: {_of(similar, len(far))} pairs of trials whose values differ "
-                    f"{_FAR:.0f}-fold or more end within {formats.percent(_TOLERANCE)} of each other. Is it used?"
-                )
-    return found
-
-
-def _of(count: int, total: int) -> str:
-    return "all" if count == total else f"{count} of {total}"
+                row = {"rule": "little effect", "hyperparameters": [key], "count": similar, "total": len(far)}
+                little.append({**row, "ratio": f"{_FAR:.0f}", "tolerance": _TOLERANCE})
+    for (count, total), keys in equal.items():
+        yield {"rule": "without effect", "hyperparameters": keys, "count": count, "total": total}
+    yield from little
 
 
 def _pairs(results: Results, optimizer: str, key: str) -> list[Pair]:
@@ -169,19 +158,15 @@ def _are_similar(a: TrialRecord, b: TrialRecord) -> bool:
 # -- search ranges
 
 
-def _range_ends(results: Results, optimizer: str, key: str) -> Iterator[str]:
-    bounds = search_range(results.spaces[optimizer][key])
-    if bounds is None:
-        return
-    positions = _positions(results, optimizer, key, bounds)
-    low, high = ([name for name, each in at_ends(results, optimizer, key).items() if each == side] for side in SIDES)
-    for found, side in zip((low, high), SIDES, strict=True):
-        if len(found) >= max(0.5 * len(positions), _FEWEST):
-            yield (
-                f"has its best trials in the {side} {formats.percent(_END)} of the search range of {key} "
-                f"({bounds[0]:g} to {bounds[1]:g}) on {len(found)} of {len(positions)} workloads "
-                f"({', '.join(found)}): extend the range."
-            )
+def _range_ends(results: Results, optimizer: str, key: str) -> Iterator[Symptom]:
+    ends, bounds = at_ends(results, optimizer, key), search_range(results.spaces[optimizer][key])
+    if bounds is not None:
+        total = len(_positions(results, optimizer, key, bounds))
+        for side in SIDES:
+            found = [name for name, each in ends.items() if each == side]
+            if len(found) >= max(0.5 * total, _FEWEST):
+                row = {"rule": "end of range", "key": key, "range": f"{bounds[0]:g} to {bounds[1]:g}", "end": _END}
+                yield {**row, "side": side, "workloads": found, "total": total}
 
 
 def at_ends(results: Results, optimizer: str, key: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ median: a single diverged trial would decide the mean otherwise.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy as np
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.results import Cell, Results, WorkloadTarget
 from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Array, Interval, interval, margin, small_sample_factor
+from dlopt.lab.report import sentences
 from dlopt.metrics.names import lower_is_better
 
 BUDGETS = (1, 3, 10, 30)
@@ -170,35 +172,26 @@ def heads(found: Tuning) -> list[str]:
 
 def best_results(found: Tuning, workloads: Iterable[str], width: int = 100) -> list[list[str]]:
     """Returns a row per workload: for each budget, the best expected metric and its optimizer (`width` characters)."""
-    rows = []
-    for workload in workloads:
-        cells = [found.best(workload, budget) for budget in range(len(found.budgets))]
-        if any(cells):
-            shown = [
-                formats.NONE if each is None else f"{each[1]:.3g} {formats.abbreviated(each[0], width)}"
-                for each in cells
-            ]
-            rows.append([workload, *shown])
-    return rows
+    rows = {each: [found.best(each, budget) for budget in range(len(found.budgets))] for each in workloads}
+    return [
+        [
+            workload,
+            *(formats.NONE if not best else f"{best[1]:.3g} {formats.abbreviated(best[0], width)}" for best in row),
+        ]
+        for workload, row in rows.items()
+        if any(row)
+    ]
 
 
-def sentences(found: Tuning) -> list[str]:
+def leaders(found: Tuning) -> list[str]:
     """Says for each budget which optimizer has the highest expected score."""
     if len(found.scores) < 2:
         return []
-    texts = []
-    for budget, tries in enumerate(found.budgets):
-        leader = found.leader(budget)
-        score = found.scores[leader][budget]
-        if score is None or not score.value:
-            continue
-        start = "Without tuning (one trial)" if tries == 1 else f"With the best of {tries} trials"
-        text = f"{start}, {leader} has the highest expected score, {formats.interval(score)}."
-        open_ = found.open[budget]
-        if open_ is None:
-            text += f" No comparison: that needs {PER_TRY * tries} trials of each optimizer."
-        elif open_:
-            is_all = len(open_) == len(found.scores) - 1 > 1
-            text += f" Not distinguishable from it: {'all others' if is_all else formats.names(open_)}."
-        texts.append(text)
-    return texts
+    rows = [
+        {"tries": tries, "optimizer": leader, "score": score, "open": found.open[budget]}
+        for budget, tries in enumerate(found.budgets)
+        if (score := found.scores[leader := found.leader(budget)][budget]) is not None and score.value
+    ]
+    others = len(found.scores) - 1
+    template = Path(__file__).with_name("tuning.txt")
+    return sentences(template, leaders=rows, others=others, per_try=PER_TRY, formats=formats)

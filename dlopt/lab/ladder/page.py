@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt._version import __version__
-from dlopt.basics.files import write_atomically
-from dlopt.lab.benchmark.page import picture, style
+from dlopt.lab import report
 from dlopt.lab.ladder.analysis import FEWEST, RESAMPLES
 from dlopt.lab.ladder.figures import draw
 from dlopt.lab.ladder.findings import findings
@@ -14,10 +13,8 @@ from dlopt.lab.ladder.ladder import RESULTS
 from dlopt.lab.ladder.rates import FITTED, GRID, LIMIT, SPACING
 from dlopt.lab.ladder.results import Results, to_json
 from dlopt.lab.ladder.table import tables
-from dlopt.results import drawing
 from dlopt.results.page import render
 
-_FORMATS = ("png", "pdf", "svg")
 _DESCRIPTIONS = {
     "loss": "Loss at the end of training against compute, with the fitted laws",
     "speed_up": "Speed-up over the baseline against the number of parameters",
@@ -28,15 +25,9 @@ _DESCRIPTIONS = {
 def write(results: Results, folder: Path) -> list[Path]:
     """Writes results.json, index.html and figures/NAME.png, .pdf and .svg; returns their paths. Raises OSError."""
     figures = draw(results)
-    pictures = {name: picture(figure) for name, figure in figures.items()}
-    contents = {RESULTS: to_json(results), "index.html": page(results, pictures)}
-    written: dict[Path, bytes | str] = {folder / name: text for name, text in contents.items()}
-    (folder / "figures").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        written |= {folder / "figures" / f"{name}.{form}": drawing.encoded(figure, form) for form in _FORMATS}
-    for path, content in written.items():
-        write_atomically(path, content)
-    return [*written]
+    pictures = {name: report.picture(figure) for name, figure in figures.items()}
+    texts = {RESULTS: to_json(results), "index.html": page(results, pictures)}
+    return report.write(folder, texts, figures, ("png", "pdf", "svg"))
 
 
 def page(results: Results, pictures: Mapping[str, Mapping[str, Any]]) -> str:
@@ -44,7 +35,7 @@ def page(results: Results, pictures: Mapping[str, Mapping[str, Any]]) -> str:
     facts = {key: value for key, value in results.facts.items() if key != "command"}
     return render(
         "page.html", Path(__file__).parent,
-        title=f"Optimizers on a ladder of sizes: {results.ladder.family}", version=__version__, style=style(),
+        title=f"Optimizers on a ladder of sizes: {results.ladder.family}", version=__version__, style=report.style(),
         script=None, results=results, facts=facts, rules=vars(results.ladder.rules), tables=tables(results),
         findings=findings(results), pictures=pictures, descriptions=_DESCRIPTIONS, resamples=RESAMPLES, fewest=FEWEST,
         grid=len(GRID), fitted=FITTED, spacing=f"{SPACING:.2f}", limit=f"{SPACING ** (LIMIT / 2):.0f}",

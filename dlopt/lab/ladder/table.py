@@ -1,17 +1,15 @@
 """The tables of a ladder, and the text for the terminal."""
 
 import math
-import textwrap
 
 from dlopt.basics.formats import printable
 from dlopt.lab.benchmark.formats import abbreviated, number
-from dlopt.lab.benchmark.table import rendered
 from dlopt.lab.ladder.analysis import Analysis
 from dlopt.lab.ladder.findings import findings, signed, times
 from dlopt.lab.ladder.results import Results
+from dlopt.lab.report import WIDTH, rendered, wrapped
 from dlopt.results.tables import Table
 
-WIDTH = 100  # characters
 _NAME = 24  # of an optimizer
 
 
@@ -26,13 +24,8 @@ def tables(results: Results) -> list[Table]:
 
 def lines(results: Results, width: int = WIDTH) -> list[str]:
     """Returns the summary for a terminal."""
-    text: list[str] = []
-    for table in tables(results):
-        text += [*rendered(table, width), ""]
-    for finding in findings(results):
-        start = "warning: " if finding.is_warning else ""
-        text += textwrap.wrap(start + finding.text, width, subsequent_indent="  ", break_on_hyphens=False)
-    return text
+    text = [line for table in tables(results) for line in [*rendered(table, width), ""]]
+    return text + wrapped(findings(results), width)
 
 
 def _sizes(results: Results) -> Table:

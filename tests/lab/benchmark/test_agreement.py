@@ -69,7 +69,7 @@ def test_equal_and_reversed_orders_are_found(monkeypatch: pytest.MonkeyPatch) ->
     assert found["R", "all"].tau.value < -0.5 and found["R", "all"].verdict == "disagrees"
     assert found["R", "all"].tau.value == -found["L", "all"].tau.value
     assert found["L", "text"].workloads == ["gpt", "lstm"] and found["L", "all"].optimizers == [*FIVE]
-    texts = [*agreement.sentences(results, [*found.values()])]
+    texts = agreement.texts(results, [*found.values()], "findings")
     text = page.page(results, summarize(results), {each: {"source": "data:,", "width": "1"} for each in FIGURES})
     assert "Does small predict large?" in text and all(each in text for each in texts)
     assert len(texts) == 2 and "predict" in texts[0] and "reverse" in texts[1] and "disagree" in texts[1]
@@ -88,7 +88,7 @@ def test_three_optimizers_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = agreement.agreements(results)
     assert {each.league.name for each in found} == {"L"} and len(found) == 3  # one shared optimizer is no ranking
     assert all((each.tau.low, each.tau.high, each.verdict) == (-1, 1, "too few") for each in found)
-    [text] = agreement.sentences(results, found)
+    [text] = agreement.texts(results, found, "findings")
     assert "one of 6 cases" in text and "interval is everything" in text
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from dlopt.lab.benchmark import table
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, WorkloadTarget, load_reference
-from dlopt.lab.benchmark.tuning import BUDGETS, best_results, expected_best, sentences, tuning, weights
+from dlopt.lab.benchmark.tuning import BUDGETS, best_results, expected_best, leaders, tuning, weights
 from tests.lab.benchmark.synthetic import make
 
 VALUES = np.array([3.0, -1.0, 2.5, 2.5, 8.0, 0.125, 7.0])
@@ -69,7 +69,7 @@ def test_the_best_optimizer_depends_on_the_number_of_trials() -> None:
     assert found.metrics["risky", "w"] == pytest.approx([3.1 / 3, (0.1 * 2 + 1) / 3, 0.1])
     assert best_results(found, ["w"]) == [["w", "0.4 steady", "0.1 risky"]]
     expected = "Without tuning (one trial), steady has the highest expected score, 0.67. No comparison: "
-    assert sentences(found)[0].startswith(expected)
+    assert leaders(found)[0].startswith(expected)
 
 
 def test_metrics_of_which_higher_is_better_are_maximized() -> None:
@@ -152,7 +152,7 @@ def test_intervals_cover_the_expected_score_and_the_best_of_all_trials_has_none(
                 inside.append(each.low <= 1 - 1 / (tries + 1) <= each.high)  # the smallest of n uniform draws
             assert all(each is not None and math.isnan(each.low) for each in (row[10], row[30]))
         assert found.open[2] is None and found.open[3] is None
-        assert sentences(found)[-1].endswith("No comparison: that needs 300 trials of each optimizer.")
+        assert leaders(found)[-1].endswith("No comparison: that needs 300 trials of each optimizer.")
     assert all(np.mean(inside) >= 0.9 for inside in covered.values())
 
 
