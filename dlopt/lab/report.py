@@ -33,13 +33,13 @@ class Observation:
 
 
 def sentences(template: Path, **values: Any) -> list[str]:
-    """Renders a template of text; returns its paragraphs, which empty lines separate, each as one printable line."""
-    paragraphs = re.split(r"\n\s*\n", render(template.name, template.parent, **values))
-    return [" ".join(each.split()) for each in paragraphs if each.strip()]
+    """Renders a template of text; returns its printable lines. An indented line continues the line before."""
+    text = re.sub(r"\n+ +", " ", render(template.name, template.parent, **values))
+    return [" ".join(each.split()) for each in text.splitlines() if each.strip()]
 
 
 def observations(template: Path, **values: Any) -> list[Observation]:
-    """Renders a template of findings; paragraphs that begin with "warning: " are warnings."""
+    """Renders a template of findings; lines that begin with "warning: " are warnings."""
     texts = sentences(template, **values)
     return [Observation(each.removeprefix(_WARNING), each.startswith(_WARNING)) for each in texts]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from dlopt.lab.report import Observation, observations, sentences, wrapped
 
 
-def test_paragraphs_are_sentences_and_values_can_neither_split_nor_colour_them(tmp_path: Path) -> None:
+def test_indented_lines_continue_a_sentence_and_values_can_neither_split_nor_colour_it(tmp_path: Path) -> None:
     template = tmp_path / "some.txt"
-    template.write_text("{% for name in names %}\n\nwarning: {{ name }}\nis wrong.\n{% endfor %}\n\nEnd.\n")
-    found = sentences(template, names=["a\n\nb", "<c>\x1b[31m"])
-    assert found == ["warning: a��b is wrong.", "warning: <c>�[31m is wrong.", "End."]
+    template.write_text("{% for name in names %}\nwarning: {{ name }}\n  is wrong.\n{% endfor %}\n\nEnd.\n")
+    found = sentences(template, names=["a\n  b", "<c>\x1b[31m"])
+    assert found == ["warning: a� b is wrong.", "warning: <c>�[31m is wrong.", "End."]
     assert observations(template, names=["x"]) == [Observation("x is wrong.", is_warning=True), Observation("End.")]
 
 
