@@ -59,14 +59,14 @@ def _line(results: Results, summary: Summary, optimizer: str) -> dict[str, Any]:
     return style(names.index(optimizer), linewidth=2.8 if is_own else 1.8)
 
 
-def _add_legend(figure: "Figure", axes: "Axes", results: Results, summary: Summary, columns: int) -> None:
+def _add_legend(figure: "Figure", panels: "Sequence[Axes]", results: Results, summary: Summary) -> None:
     """Adds the entries of all optimizers: a panel may lack some of the curves."""
-    names = coloured(results, summary)
+    axes, names = panels[0], coloured(results, summary)
     for optimizer in names:
         axes.plot([], [], label=label(optimizer), **_line(results, summary, optimizer))
     if len(names) < len(summary.order):
         axes.plot([], [], label="others", **_OTHERS)
-    drawing.legend_below(figure, axes, columns, fontsize=11)
+    drawing.legend_below(figure, axes, 4 if len(panels) >= _ACROSS else 2, fontsize=11)
 
 
 def profiles(results: Results, summary: Summary) -> "Figure":
@@ -99,15 +99,13 @@ def profiles(results: Results, summary: Summary) -> "Figure":
     for axes in panels.flat:
         axes.tick_params(labelsize=14)
     drawing.clean_axes(*panels.flat)
-    for measure, dash in zip(
-        summary.measures, _MEASURE_DASHES, strict=False
-    ):  # for the legend, in no optimizer's colour
+    for measure, dash in zip(summary.measures, _MEASURE_DASHES, strict=False):  # the legend, in no optimizer's colour
         first.plot([], [], color="0.2", linestyle=dash, linewidth=2.8, label=formats.MEASURE_LABELS[measure])
     first.plot([], [], color="0.85", linewidth=2, label="others (updates)")
-    last = len(summary.order) - 1
-    for column in range(across):  # the lowest panel of each column
-        panels[(last - column) // across, column].xaxis.set_tick_params(labelbottom=True)
-    panels.flat[min(across * (down - 1) + across // 2, last)].set_xlabel("τ: relative to the fastest", **_LARGE)
+    count = len(summary.order)
+    for axes in panels.flat[count - across : count]:  # the lowest panel of each column
+        axes.xaxis.set_tick_params(labelbottom=True)
+    panels.flat[min(across * (down - 1) + across // 2, count - 1)].set_xlabel("τ: relative to the fastest", **_LARGE)
     figure.supylabel("fraction of workloads", **_LARGE)
     columns = len(summary.measures) + 1 if across > 2 else 1
     drawing.legend_below(figure, first, columns, handlelength=2, **_LARGE)
@@ -225,18 +223,24 @@ def learning_curves(results: Results, summary: Summary) -> "Figure | None":
     names = [name for name in results.workloads if any(results.cell(each, name).curve for each in summary.order)]
     if not names:
         return None
-    across = min(_ACROSS, len(names))
-    down = math.ceil(len(names) / across)
-    figure = drawing.figure(2.8 * across + 0.3, 2.1 * down + 1.1)
-    panels = figure.subplots(down, across, squeeze=False)
-    for axes, name in zip(panels.flat, names, strict=False):
+    figure, panels = _panels(len(names), "updates")
+    for axes, name in zip(panels, names, strict=True):
         _curves(axes, results, summary, name)
-    for axes in panels.flat[len(names) :]:
-        axes.set_visible(False)
-    for column in range(across):  # the lowest panel of each column
-        panels[(len(names) - 1 - column) // across, column].set_xlabel("updates", **_TICKS)
-    _add_legend(figure, panels[0, 0], results, summary, 4 if across == _ACROSS else 2)
+    _add_legend(figure, panels, results, summary)
     return figure
+
+
+def _panels(count: int, label: str) -> "tuple[Figure, list[Axes]]":
+    """Makes a figure with rows of panels, the lowest of each column with a label."""
+    across = min(_ACROSS, count)
+    down = math.ceil(count / across)
+    figure = drawing.figure(2.8 * across + 0.3, 2.1 * down + 1.1)
+    panels = [*figure.subplots(down, across, squeeze=False).flat]
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    for axes in panels[count - across : count]:
+        axes.set_xlabel(label, **_TICKS)
+    return figure, panels[:count]
 
 
 def _curves(axes: "Axes", results: Results, summary: Summary, name: str) -> None:
@@ -267,34 +271,26 @@ def tuning_curves(results: Results, summary: Summary) -> "Figure | None":
     names = [name for name in results.workloads if any((each, name) in found.metrics for each in summary.order)]
     if len(found.budgets) < 2:
         return None
-    across = min(_ACROSS, len(names) + 1)
-    down = math.ceil((len(names) + 1) / across)
-    figure = drawing.figure(2.8 * across + 0.3, 2.1 * down + 1.1)
-    panels = figure.subplots(down, across, squeeze=False)
-    first, *others = panels.flat
+    figure, [first, *others] = _panels(len(names) + 1, "trials")
     for optimizer in summary.order:
         scores = [each.value for each in found.scores[optimizer] if each is not None]
         first.plot(found.budgets[: len(scores)], scores, **_line(results, summary, optimizer))
     first.set_title("all workloads", fontsize=12)
     first.set_ylabel("expected score", fontsize=10)
-    for axes, name in zip(others, names, strict=False):
+    for axes, name in zip(others, names, strict=True):
         for optimizer in summary.order:
             curve = found.metrics.get((optimizer, name), ())
             axes.plot(range(1, len(curve) + 1), curve, **_line(results, summary, optimizer))
         drawing.logarithmic(axes)
         axes.set_title(label(name), fontsize=12)
         axes.set_ylabel(f"expected {drawing.metric_label(results.workloads[name].metric)}", fontsize=10)
-    for axes in others[len(names) :]:
-        axes.set_visible(False)
-    for axes in panels.flat:
+    for axes in (first, *others):
         axes.set_xscale("log")
         axes.set_xticks(found.budgets, list(map(str, found.budgets)))
         axes.set_xticks([], minor=True)
         axes.tick_params(which="both", labelsize=9)
-    for column in range(across):
-        panels[(len(names) - column) // across, column].set_xlabel("trials", **_TICKS)
-    drawing.clean_axes(*panels.flat)
-    _add_legend(figure, first, results, summary, 4 if across == _ACROSS else 2)
+    drawing.clean_axes(first, *others)
+    _add_legend(figure, [first, *others], results, summary)
     return figure
 
 
