@@ -48,10 +48,6 @@ def simulate_cluster(
         'NAME: schedule for the column "days": that of the model\'s paper, or one of alexnet_imagenet, imagenet_90, '
         "resnet_imagenet, wrn_cifar",
     ] = "paper",
-    layers: Annotated[
-        Literal["counted", "measured"],
-        "NAME: layer times: counted (from FLOPs and bytes) or measured (on this machine's device)",
-    ] = "counted",
     validate: Annotated[
         list[Count] | None,
         "[N,...]: numbers of processes on this machine for which to compare estimated and measured times",
@@ -66,7 +62,7 @@ def simulate_cluster(
     refuse_empty(devices=devices, models=models)
     estimates: dict[str, list[ModeEstimate]] = {}
     for name in dict.fromkeys(models):
-        costs = layers_of_model(line, name, batch, is_measured=layers == "measured")
+        costs = layers_of_model(line, name)
         estimates[name] = []
         for count in sorted(set(devices)):
             estimates[name] += simulation.estimates(costs, batch, count, cluster)
@@ -75,7 +71,7 @@ def simulate_cluster(
         show_table(_table(title, estimates[name], samples / batch))
     points = _validate(validate) if validate else []
     folder = output_folder(output, "bench")
-    title = f"Estimated efficiency relative to one device, {batch} samples per device, layer times {layers}"
+    title = f"Estimated efficiency relative to one device, {batch} samples per device"
     figure = simulation.draw(estimates, cluster, title=title, subtitle=describe(cluster))
     records = {
         "cluster": asdict(cluster),
@@ -108,28 +104,13 @@ def describe(cluster: Cluster) -> str:
     )
 
 
-def layers_of_model(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[Layer]":
-    """Returns the layers of a model; measured ones with their seconds per sample of a batch."""
-    import torch
-
-    from dlopt.lab.bench.layers import layers_of, timed
-    from dlopt.lab.bench.simulation import per_sample
-    from dlopt.machine.device import choose_device
+def layers_of_model(line: Line, name: Model) -> "list[Layer]":
+    """Returns the layers of a model, counted."""
+    from dlopt.lab.bench.layers import layers_of
 
     overrides, shape, classes, _ = MODELS[name]
     experiment, _ = line.experiment(overrides)
-
-    def make() -> Any:
-        return experiment.model.build(input_shape=shape, classes=classes)
-
-    if not is_measured:
-        return layers_of(make, shape)
-    device = choose_device("auto")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    timed_batch = batch if device.type == "cuda" else 2  # CPUs are slow: time two samples
-    module = make().to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    inputs = torch.randn(timed_batch, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    return per_sample(timed(module, inputs), timed_batch)
+    return layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
 
 
 def _validate(counts: list[int]) -> list[dict[str, Any]]:

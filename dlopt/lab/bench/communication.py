@@ -17,6 +17,7 @@ from dlopt.instruments.profiling import tensor_bytes
 from dlopt.machine.device import synchronized_time
 
 _WARMUP = 3  # all-reduces before the timed ones: the first ones open connections
+_REPEATS = 20
 
 
 class Traffic(TorchDispatchMode):
@@ -71,7 +72,7 @@ def _group_size(args: Sequence[Any]) -> int:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """The time of an all-reduce of `size` bytes between `ranks` ranks: the median over repetitions."""
+    """The time of an all-reduce of `size` bytes between `ranks` ranks: the median of 20."""
 
     size: int
     ranks: int
@@ -92,7 +93,7 @@ class Bandwidth:
 
 
 def measure_all_reduce(
-    sizes: list[int], repeats: int, device: torch.device, clock: Callable[[torch.device], float] = synchronized_time
+    sizes: list[int], device: torch.device, clock: Callable[[torch.device], float] = synchronized_time
 ) -> Iterator[Bandwidth]:
     """Yields the bandwidth for each size in bytes. All ranks call this together.
 
@@ -111,8 +112,8 @@ def measure_all_reduce(
         values.zero_()  # further sums stay finite
         for _ in range(_WARMUP):
             distributed.all_reduce(values)
-        seconds = torch.zeros(repeats, dtype=torch.float64)
-        for number in range(repeats):
+        seconds = torch.zeros(_REPEATS, dtype=torch.float64)
+        for number in range(_REPEATS):
             distributed.barrier()
             start = clock(device)
             distributed.all_reduce(values)

@@ -39,7 +39,7 @@ class SharedTimes:
     """Times measured by several processes under the same load, in seconds."""
 
     updates: list[float]  # of every process, without communication
-    layers: list[Layer]  # their times add up to the median update
+    layers: list[Layer]  # their times per sample add up to those of the median update
     link: Link  # fitted to all-reduces over these processes
 
     @property
@@ -57,11 +57,9 @@ def measure(config: Mapping[str, Any], folder: Path, processes: int) -> SharedTi
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
     updates = [seconds for rank in ranks for seconds in rank["updates"]]
     all_reduces = {size: statistics.mean(rank["all_reduces"][str(size)] for rank in ranks) for size in SIZES}
-    return SharedTimes(
-        updates,
-        scale_to(statistics.median(updates), [Layer(**layer) for layer in ranks[0]["layers"]]),
-        fit_link(all_reduces, processes),
-    )
+    layers = [Layer(**layer) for layer in ranks[0]["layers"]]
+    per_sample = statistics.median(updates) / config["data"]["batch_size"]
+    return SharedTimes(updates, scale_to(per_sample, layers), fit_link(all_reduces, processes))
 
 
 def scale_to(update: float, layers: Sequence[Layer]) -> list[Layer]:

@@ -28,7 +28,7 @@ class Layer:
     units: int  # output channels or features
     rows: int  # of the output map; 1 without one
     halo: int  # input values that a strip of rows needs from the neighbour at one boundary
-    forward: float = 0.0  # seconds; 0 if not timed
+    forward: float = 0.0  # seconds, of a batch or a sample; 0 if not timed
     backward: float = 0.0
 
 

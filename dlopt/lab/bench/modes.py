@@ -227,10 +227,9 @@ def validate(processes: Sequence[int]) -> list[StepTime]:
                 micro_batches=1,
                 bucket_mb=25.0,
             )
-            layers = simulation.per_sample(load.layers, batch)
             calculated = {
-                "ddp": simulation.ddp(layers, batch, count, cluster),
-                "filter": simulation.filter_parallel(layers, batch, count, cluster, count),
+                "ddp": simulation.ddp(load.layers, batch, count, cluster),
+                "filter": simulation.filter_parallel(load.layers, batch, count, cluster, count),
             }
             for mode, cost in calculated.items():
                 config = _config(composer, mode, BATCH)

@@ -17,9 +17,7 @@ def bench_all_reduce(
     *,
     allreduce: Annotated[list[Positive], "[X,...]: sizes in MiB"],
     processes: Annotated[Count | None, "N: processes on this machine (default: 2); srun and torchrun set it"] = None,
-    repeats: Annotated[Count, "N: timed all-reduces per size; the result is the median"] = 20,
     device: Annotated[Literal["auto", "cpu", "cuda"], "NAME: cuda uses NCCL, cpu uses gloo"] = "auto",
-    timeout_minutes: Annotated[Positive, "X: how long processes wait for each other"] = 10.0,
 ) -> int:
     """Runs in the processes of a launcher, or starts `processes` that do."""
     line.refuse_rest("dlopt bench allreduce=[...]", bench_all_reduce)
@@ -27,8 +25,7 @@ def bench_all_reduce(
     world = current()
     if world is None:
         count = process_count(f"processes={2 if processes is None else processes}")
-        sizes = ",".join(map(str, allreduce))
-        keys = [f"allreduce=[{sizes}]", f"repeats={repeats}", f"device={device}", f"timeout_minutes={timeout_minutes}"]
+        keys = [f"allreduce=[{','.join(map(str, allreduce))}]", f"device={device}"]
         return launch.group_code(*launch.run_processes(launch.python_module("dlopt", "bench", *keys), count, {}))
     if processes not in (None, world.size):
         raise UserError(f"processes={processes}: {world.launcher} started {world.size} processes")
@@ -37,10 +34,9 @@ def bench_all_reduce(
         from dlopt.lab.bench.communication import measure_all_reduce
         from dlopt.training.build.workload import build_mode
 
-        keys = ["parallel=ddp", f"parallel.timeout_minutes={timeout_minutes}", f"device={device}", "threads=1"]
-        mode = build_mode(line.experiment(keys)[0])
+        mode = build_mode(line.experiment(["parallel=ddp", f"device={device}", "threads=1"])[0])
         table = plain_table(right=["MiB", "ms", "GB/s", "bus GB/s"])
-        for row in measure_all_reduce([round(size * 2**20) for size in allreduce], repeats, mode.device):
+        for row in measure_all_reduce([round(size * 2**20) for size in allreduce], mode.device):
             rates = [f"{rate / 1e9:.3g}" for rate in (row.algorithm, row.bus)]
             table.add_row(f"{row.size / 2**20:.4g}", f"{row.seconds * 1e3:.3f}", *rates)
         if world.is_main:

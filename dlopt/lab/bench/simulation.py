@@ -7,7 +7,7 @@ have the same global batch, `batch` samples per device; efficiency compares with
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -152,8 +152,8 @@ class ModeEstimate:
 def seconds(layer: Layer, samples: float, cluster: Cluster) -> tuple[float, float]:
     """Returns the seconds of forward and backward for `samples` samples.
 
-    A timed layer has its seconds per sample (`per_sample`). Otherwise the larger of compute and memory time (Williams,
-    Waterman & Patterson 2009, "Roofline"), from `tflops` and `memory_bandwidth`.
+    A timed layer has its seconds per sample. Otherwise the larger of compute and memory time (Williams, Waterman &
+    Patterson 2009, "Roofline"), from `tflops` and `memory_bandwidth`.
     """
     if layer.forward:
         return layer.forward * samples, layer.backward * samples
@@ -161,14 +161,6 @@ def seconds(layer: Layer, samples: float, cluster: Cluster) -> tuple[float, floa
     moved = (layer.inputs + layer.outputs) * samples * cluster.value_bytes + layer.parameters * GRADIENT
     move = moved / (cluster.memory_bandwidth * 1e9)
     return max(compute, move), _BACKWARD * max(compute, move)
-
-
-def per_sample(layers: Sequence[Layer], samples: int) -> list[Layer]:
-    """Returns the layers with their times, which are for `samples` samples, divided by that number.
-
-    The modes process different numbers of samples at once: the whole batch of a group, or a micro-batch.
-    """
-    return [replace(layer, forward=layer.forward / samples, backward=layer.backward / samples) for layer in layers]
 
 
 def single(layers: Sequence[Layer], batch: float, cluster: Cluster) -> float:

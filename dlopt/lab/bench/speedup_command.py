@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from rich.table import Table
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.ranges import Count, Seed
+from dlopt.basics.ranges import Count
 from dlopt.commands.shared.line import Line, output_folder, refuse_empty
 from dlopt.lab.bench.cluster import Cluster
 from dlopt.lab.bench.cluster_command import Model, describe, layers_of_model
@@ -27,8 +27,6 @@ def simulate_speedup(
     devices: Annotated[list[Count], "[N,...]: numbers of devices"] = _DEVICES,
     model: Annotated[Model, "NAME: model"] = "wrn_28_10",
     batch: Annotated[Count, "N: samples per update, over all devices"] = 4096,
-    updates: Annotated[Count, "N: simulated updates of the slowest device"] = 1000,
-    seed: Annotated[Seed, "N: seed of the random delays"] = 0,
     output: Output = None,
 ) -> int:
     from dlopt.lab.bench import speedup as limits
@@ -40,8 +38,8 @@ def simulate_speedup(
     refuse_empty(devices=devices)
     if max(devices) > batch:
         raise UserError(f"devices=[{max(devices)}]: must be <= batch={batch}; each device needs a sample")
-    layers = layers_of_model(line, model, batch, is_measured=False)
-    found = limits.speedups(layers, batch, devices, cluster, updates=updates, seed=seed)
+    layers = layers_of_model(line, model)
+    found = limits.speedups(layers, batch, devices, cluster)
     serial = limits.serial_fraction(layers, batch, max(devices), cluster)
     title = f"Speed-up of data parallelism, {batch:,} samples per update"
     described = f"{model}: {size(layers)}; {describe(cluster)}"
@@ -53,17 +51,9 @@ def simulate_speedup(
 
 
 def _table(title: str, found: Sequence["Speedup"]) -> Table:
-    columns = [
-        "devices",
-        "ms/step",
-        "speed-up",
-        "Amdahl",
-        "slowest, normal",
-        "closed",
-        "slowest, exponential",
-        "closed",
-    ]
-    table = plain_table(title, right=columns)
+    columns = ["devices", "ms/step", "speed-up", "Amdahl"]
+    delays = ["slowest, normal", "closed", "slowest, exponential", "closed"]
+    table = plain_table(title, right=[*columns, *delays])
     for each in found:
         slowest = [f"{value:.3f}" for kind in each.slowest for value in (each.slowest[kind], each.expected[kind])]
         table.add_row(

@@ -41,7 +41,7 @@ def test_serial_fraction_is_that_of_the_optimizer_and_the_all_reduce() -> None:
 
 
 def test_without_communication_and_delays_the_speedup_is_ideal() -> None:
-    found = speedups(CHAIN, 512, [1, 8, 64], IDEAL, updates=1, seed=0)
+    found = speedups(CHAIN, 512, [1, 8, 64], IDEAL)
     assert [each.speedup for each in found] == pytest.approx([1, 8, 64], rel=1e-3)
     assert [each.amdahl for each in found] == pytest.approx([1, 8, 64], rel=1e-3)
 
@@ -49,7 +49,7 @@ def test_without_communication_and_delays_the_speedup_is_ideal() -> None:
 def test_with_communication_the_speedup_stays_below_its_limit() -> None:
     """Computation hides communication only while there is enough of it."""
     devices = [2**i for i in range(10)]
-    found = speedups(CHAIN, 512, devices, replace(REAL, variation=0.0), updates=1, seed=0)
+    found = speedups(CHAIN, 512, devices, replace(REAL, variation=0.0))
     serial = serial_fraction(CHAIN, 512, 512, REAL)
     gains = [after.speedup / before.speedup for before, after in pairwise(found)]
     assert gains[0] > 1.8 and gains[-1] < 1.1 and found[-1].speedup < 1 / serial
@@ -59,7 +59,7 @@ def test_with_communication_the_speedup_stays_below_its_limit() -> None:
 @pytest.mark.parametrize("devices", [1, 2, 64])
 def test_the_slowest_device_takes_the_time_of_the_closed_form(delay: Delay, devices: int) -> None:
     expected = expected_slowest(delay, devices, 0.1)
-    assert simulated_slowest(delay, devices, 0.1, updates=4000, seed=1) == pytest.approx(expected, abs=0.008)
+    assert simulated_slowest(delay, devices, 0.1, updates=4000) == pytest.approx(expected, abs=0.008)
 
 
 def test_closed_forms_of_two_devices() -> None:
@@ -69,7 +69,7 @@ def test_closed_forms_of_two_devices() -> None:
 
 
 def test_command(tmp_path: Path) -> None:
-    typed = ("bench", "speedup=true", "devices=[1,8]", "batch=64", "updates=20", "variation=0.1", "output=out")
+    typed = ("bench", "speedup=true", "devices=[1,8]", "batch=64", "variation=0.1", "output=out")
     result = dlopt(tmp_path, *typed)
     assert result.code == 0, result.err
     saved = json.loads((tmp_path / "out/speedup.json").read_text())
@@ -78,7 +78,7 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_plot_shows_simulation_and_closed_forms() -> None:
-    found = speedups(CHAIN, 512, [1, 8], REAL, updates=5, seed=0)
+    found = speedups(CHAIN, 512, [1, 8], REAL)
     left, right = speedup.draw(found, 0.1, title="t", subtitle="s").axes
     lines = {str(line.get_label()): list(line.get_ydata()) for line in (*left.lines, *right.lines)}  # type: ignore[arg-type]
     assert lines["simulated"] == [each.speedup for each in found] and lines["Amdahl's limit"] == [10, 10]
