@@ -56,7 +56,7 @@ def wrapped(texts: Sequence[str | Observation], width: int) -> list[str]:
 def rendered(table: Table, width: int) -> list[str]:
     """Returns the lines of a table on a terminal of this width."""
     file = io.StringIO()
-    Console(file=file, width=width, highlight=False, color_system=None).print(table.grid())
+    Console(file=file, width=width, highlight=False, markup=False, color_system=None).print(table.grid())
     return file.getvalue().rstrip("\n").split("\n")
 
 

@@ -8,8 +8,8 @@ from dlopt.config.choices import config_folder
 from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, load_reference
-from dlopt.lab.benchmark.scores import Summary, summarize
-from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_ends
+from dlopt.lab.benchmark.scores import Interval, Summary, summarize
+from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_rows
 from dlopt.lab.benchmark.table import score_rows, update_rows
 
 
@@ -86,8 +86,11 @@ def self_tuning() -> str:
 
 def _scores(found: Results, summary: Summary) -> str:
     heads = ["Optimizer", *(f"Score in {each}" for each in summary.measures), "Targets", "Trials", "Cost", "State"]
-    rows = score_rows(found, summary, code, lambda score: text(_unbroken(formats.interval(score))))
-    return table(heads, rows)
+    return table(heads, score_rows(found, summary, code, _interval))
+
+
+def _interval(score: Interval | None) -> str:
+    return text(_unbroken(formats.interval(score)))
 
 
 def _unbroken(interval: str) -> str:
@@ -113,7 +116,7 @@ def _spaces(found: Results, summary: Summary) -> str:
 
 
 def _ends(found: Results, summary: Summary) -> str:
-    rows = range_ends(found, summary.order)
+    rows = range_rows(found, summary.order)
     cells = [[code(name), code(key.removeprefix("optimizer.")), *map(text, rest)] for name, key, *rest in rows]
     return table([*RANGE_HEADS], cells)
 
@@ -131,10 +134,7 @@ def _tuning(found: Results, summary: Summary) -> list[str]:
     """The expected scores against the number of trials, and the best expected metric of each workload."""
     tuned = tuning.tuning(found)
     heads = tuning.heads(tuned)
-    league = [
-        [code(name), *(text(_unbroken(formats.interval(score))) for score in tuned.scores[name])]
-        for name in summary.order
-    ]
+    league = tuning.league_rows(tuned, summary.order, code, _interval)
     best = [[code(name), *map(text, cells)] for name, *cells in tuning.best_results(tuned, found.workloads)]
     return [
         "How much tuning does it take? The expected score of the best of N trials, where one trial means no tuning.",

@@ -35,7 +35,6 @@ class League:
 
     Attributes:
         results: optimizer in dlopt -> published result; the higher, the better.
-        published: name in the source -> result as published.
     """
 
     name: str
@@ -44,7 +43,6 @@ class League:
     source: str
     measure: str
     results: Mapping[str, float]
-    published: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -82,15 +80,12 @@ class Agreement:
 def published() -> tuple[list[League], dict[str, list[str]]]:
     """Returns the leagues, and the workloads of each kind."""
     read = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
-    return [_league(each) for each in read["leagues"]], read["kinds"]
+    return [_league(**each) for each in read["leagues"]], read["kinds"]
 
 
-def _league(entry: Mapping[str, object]) -> League:
-    scores: Mapping[str, tuple[str | None, float]] = entry["scores"]  # type: ignore[assignment]
-    sign = 1 if entry["higher_is_better"] else -1
-    name, title, date, source, measure = (str(entry[key]) for key in ("name", "title", "date", "source", "measure"))
-    results = {name: sign * value for name, value in scores.values() if name is not None}
-    return League(name, title, date, source, measure, results, {name: value for name, (_, value) in scores.items()})
+def _league(*, scores: Mapping[str, tuple[str | None, float]], higher_is_better: bool, **facts: str) -> League:
+    sign = 1 if higher_is_better else -1
+    return League(**facts, results={name: sign * value for name, value in scores.values() if name is not None})
 
 
 # -- rank correlation

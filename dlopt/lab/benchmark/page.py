@@ -16,7 +16,7 @@ from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
 from dlopt.lab.benchmark.results import Measure, Results, best_trial
 from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Summary, ranks, summarize
-from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_ends
+from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_rows
 from dlopt.lab.benchmark.table import Rows, latex, score_rows, update_rows
 from dlopt.results import drawing
 from dlopt.results.page import render
@@ -84,9 +84,9 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
         "agreement_sources": agreement.texts(results, agreed, "sources"),
         "hyperparameters": _hyperparameters(results, summary),
         "range_heads": RANGE_HEADS,
-        "range_ends": range_ends(results, summary.order),
+        "range_ends": range_rows(results, summary.order),
         "tuning_heads": tuning.heads(tuned),
-        "league": _league(results, summary, tuned),
+        "league": tuning.league_rows(tuned, summary.order, partial(_name, results)),
         "tuning_findings": tuning.leaders(tuned),
         "best_results": tuning.best_results(tuned, results.workloads),
         "costs": _costs(results, summary),
@@ -124,16 +124,6 @@ def _updates(results: Results, summary: Summary) -> Rows:
 
     rows = zip(summary.order, update_rows(results, summary, partial(_name, results)), strict=True)
     return [[first, *map(cell, cells, [each[name] for each in ranked])] for name, (first, *cells) in rows]
-
-
-def _league(results: Results, summary: Summary, tuned: tuning.Tuning) -> Rows:
-    leaders = [tuned.leader(budget) for budget in range(len(tuned.budgets))]
-    rows = []
-    for optimizer in summary.order:
-        texts = map(formats.interval, tuned.scores[optimizer])
-        cells = [Bold(text) if optimizer == each else text for text, each in zip(texts, leaders, strict=True)]
-        rows.append([_name(results, optimizer), *cells])
-    return rows
 
 
 def _hyperparameters(results: Results, summary: Summary) -> Rows:

@@ -46,9 +46,7 @@ def symptoms(results: Results, optimizer: str) -> list[Symptom]:
     found = [*(rising or _no_target(results, optimizer)), *ignored]
     if not rising:
         useless = {key for row in ignored for key in row["hyperparameters"]}
-        for key in results.spaces.get(optimizer, {}):
-            if key not in useless:
-                found += _range_ends(results, optimizer, key)
+        found += [row for row in _range_ends(results, optimizer) if row["key"] not in useless]
         found += _failures(results, optimizer)
     return [{"optimizer": optimizer, **row} for row in found]
 
@@ -158,40 +156,36 @@ def _are_similar(a: TrialRecord, b: TrialRecord) -> bool:
 # -- search ranges
 
 
-def _range_ends(results: Results, optimizer: str, key: str) -> Iterator[Symptom]:
-    ends, bounds = at_ends(results, optimizer, key), search_range(results.spaces[optimizer][key])
-    if bounds is not None:
-        total = len(_positions(results, optimizer, key, bounds))
+def _range_ends(results: Results, optimizer: str) -> Iterator[Symptom]:
+    """Yields a row for each end of a search range with the best trials of at least half of the workloads."""
+    for row in range_ends(results, optimizer):
         for side in SIDES:
-            found = [name for name, each in ends.items() if each == side]
-            if len(found) >= max(0.5 * total, _FEWEST):
-                row = {"rule": "end of range", "key": key, "range": f"{bounds[0]:g} to {bounds[1]:g}", "end": _END}
-                yield {**row, "side": side, "workloads": found, "total": total}
+            if len(row[side]) >= max(0.5 * row["total"], _FEWEST):
+                yield {**row, "rule": "end of range", "side": side, "workloads": row[side], "end": _END}
 
 
-def at_ends(results: Results, optimizer: str, key: str) -> dict[str, str]:
-    """Returns the end of the search range at which the best trials are (median over studies), by workload."""
-    bounds = search_range(results.spaces.get(optimizer, {}).get(key, ""))
-    positions = {} if bounds is None else _positions(results, optimizer, key, bounds)
-    low = {name: SIDES[0] for name, position in positions.items() if position <= _END}
-    return low | {name: SIDES[1] for name, position in positions.items() if position >= 1 - _END}
+def range_ends(results: Results, optimizer: str) -> Iterator[dict[str, Any]]:
+    """Yields each key with best trials at an end of its search range: the workloads at each of the `SIDES`.
+
+    A workload is at an end by the median over studies; `total`: workloads with trials.
+    """
+    for key, space in results.spaces.get(optimizer, {}).items():
+        if bounds := search_range(space):
+            positions = _positions(results, optimizer, key, bounds)
+            low = [name for name, position in positions.items() if position <= _END]
+            high = [name for name, position in positions.items() if position >= 1 - _END]
+            if low or high:
+                found = {"key": key, "range": f"{bounds[0]:g} to {bounds[1]:g}", "total": len(positions)}
+                yield {**found, SIDES[0]: low, SIDES[1]: high}
 
 
-def range_ends(results: Results, optimizers: Sequence[str]) -> list[list[str]]:
-    """Returns a row (RANGE_HEADS) per key of an optimizer that has its best trials at an end of the search range."""
-    rows = []
-    for optimizer in optimizers:
-        for key, space in results.spaces.get(optimizer, {}).items():
-            ends, bounds = at_ends(results, optimizer, key), search_range(space)
-            if ends and bounds:
-                found = [", ".join(name for name in ends if ends[name] == side) or formats.NONE for side in SIDES]
-                rows.append([optimizer, key, f"{bounds[0]:g} to {bounds[1]:g}", *found])
-    return rows
-
-
-def _positions(results: Results, optimizer: str, key: str, bounds: tuple[float, float, bool]) -> dict[str, float]:
-    found = {workload: _position_of_best(results, optimizer, workload, key, bounds) for workload in results.workloads}
-    return {workload: position for workload, position in found.items() if position is not None}
+def range_rows(results: Results, optimizers: Sequence[str]) -> list[list[str]]:
+    """Returns the rows of a table with the heads `RANGE_HEADS`."""
+    return [
+        [optimizer, row["key"], row["range"], *(", ".join(row[side]) or formats.NONE for side in SIDES)]
+        for optimizer in optimizers
+        for row in range_ends(results, optimizer)
+    ]
 
 
 def search_range(space: str) -> tuple[float, float, bool] | None:
@@ -207,14 +201,16 @@ def search_range(space: str) -> tuple[float, float, bool] | None:
     return (low, high, is_log) if low < high and (low > 0 or not is_log) else None
 
 
-def _position_of_best(
-    results: Results, optimizer: str, workload: str, key: str, bounds: tuple[float, float, bool]
-) -> float | None:
-    """Returns the position of the studies' best trials within the range (0: low, 1: high), their median."""
+def _positions(results: Results, optimizer: str, key: str, bounds: tuple[float, float, bool]) -> dict[str, float]:
+    """Returns the median position of the studies' best trials in the range (0: low, 1: high), by workload."""
     low, high, is_log = bounds
-    positions = []
-    for best in best_trials(results.cell(optimizer, workload).records, results.workloads[workload].metric).values():
-        value = best.values.get(key)
-        if isinstance(value, int | float) and (value > 0 or not is_log):
-            positions.append(math.log(value / low) / math.log(high / low) if is_log else (value - low) / (high - low))
-    return median(positions) if positions else None
+    found = {}
+    for name, workload in results.workloads.items():
+        best = best_trials(results.cell(optimizer, name).records, workload.metric).values()
+        values = [record.values.get(key) for record in best]
+        known = [each for each in values if isinstance(each, int | float) and (each > 0 or not is_log)]
+        if known:
+            found[name] = median(
+                math.log(each / low) / math.log(high / low) if is_log else (each - low) / (high - low) for each in known
+            )
+    return found

@@ -2,7 +2,10 @@
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from rich.console import Console
 
 from dlopt.basics.formats import printable
 from dlopt.lab.benchmark import formats, tuning
@@ -12,9 +15,9 @@ from dlopt.lab.benchmark.scores import Interval, Summary, summarize
 from dlopt.lab.report import WIDTH, rendered, wrapped
 from dlopt.results.tables import Bold, Table
 
-_NAME = 16  # characters of an optimizer
-_LONG_NAME = 24  # where there is room
-_SHORT_NAME = 10  # beside a metric
+_NAME = 24  # characters of an optimizer
+_SHORT_NAME = 16  # beside three scores
+_SHORTEST_NAME = 10  # beside a metric
 _SHIPPED = " *"
 _HEADS: dict[Measure, str] = {"updates": "score in updates", "evaluations": "evaluations", "time": "time"}
 Rows = list[list[str]]
@@ -57,27 +60,40 @@ def lines(results: Results, width: int = WIDTH) -> list[str]:
     if not results.optimizers:
         return ["There are no results yet."]
 
-    def name(optimizer: str, width: int = _NAME) -> str:
+    summary = summarize(results)
+    is_wide = "evaluations" in summary.measures
+    form = formats.short_interval if is_wide else formats.interval
+
+    def name(optimizer: str, width: int = _SHORT_NAME if is_wide else _NAME) -> str:
         mark = _SHIPPED if optimizer in results.shipped else ""
         return formats.abbreviated(optimizer, width - len(mark)) + mark
 
-    summary = summarize(results)
-    form = formats.short_interval if "evaluations" in summary.measures else formats.interval
     heads = ["optimizer", *(_HEADS[each] for each in summary.measures), "targets", "trials", "cost", "state"]
     text = [*rendered(Table(heads, score_rows(results, summary, name, form)), width), *_note(results, width), ""]
     text += wrapped(findings(results, summary), width)
     heads = ["optimizer", *map(printable, results.workloads)]
-    title = "Updates to the target (median over studies)"
-    text += ["", *rendered(Table(heads, update_rows(results, summary, name), title=title), width)]
+    for table in _narrow(heads, update_rows(results, summary, name), width):
+        text += ["", *rendered(table, width)]
     tuned = tuning.tuning(results)
     if tuned.budgets:
-        rows = [[name(each, _LONG_NAME), *map(formats.short_interval, tuned.scores[each])] for each in summary.order]
+        long = partial(name, width=_NAME)
+        rows = tuning.league_rows(tuned, summary.order, long, formats.short_interval)
         title = "Expected score of the best of N trials (intervals where N is small)"
         text += ["", *rendered(Table(["optimizer", *tuning.heads(tuned)], rows, title=title), width)]
-    if best := tuning.best_results(tuned, results.workloads, _SHORT_NAME):
+    if best := tuning.best_results(tuned, results.workloads, _SHORTEST_NAME):
         title = "Best expected metric of the best of N trials (shipped, or with full=true)"
         text += ["", *rendered(Table(["workload", *tuning.heads(tuned)], best, title=title), width)]
     return text + wrapped(tuning.leaders(tuned), width)
+
+
+def _narrow(heads: Sequence[str], rows: Rows, width: int) -> list[Table]:
+    """Returns a table of updates, or two of half the workloads each where it does not fit."""
+    table = Table(heads, rows, title="Updates to the target (median over studies)")
+    if len(heads) == 2 or table.grid().fits(Console(), width):
+        return [table]
+    middle = len(heads) // 2 + 1
+    left = _narrow(heads[:middle], [row[:middle] for row in rows], width)
+    return left + _narrow([heads[0], *heads[middle:]], [[row[0], *row[middle:]] for row in rows], width)
 
 
 def _note(results: Results, width: int) -> list[str]:

@@ -14,7 +14,7 @@ median: a single diverged trial would decide the mean otherwise.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from dlopt.lab.benchmark.results import Cell, Results, WorkloadTarget
 from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Array, Interval, interval, margin, small_sample_factor
 from dlopt.lab.report import sentences
 from dlopt.metrics.names import lower_is_better
+from dlopt.results.tables import Bold
 
 BUDGETS = (1, 3, 10, 30)
 PER_TRY = 10
@@ -168,6 +169,21 @@ def _expected_metrics(cell: Cell, workload: WorkloadTarget, start: float) -> lis
 
 def heads(found: Tuning) -> list[str]:
     return [f"{tries} trial{'s' if tries > 1 else ''}" for tries in found.budgets]
+
+
+def league_rows(
+    found: Tuning,
+    optimizers: Sequence[str],
+    name: Callable[[str], str] = str,
+    form: Callable[[Interval | None], str] = formats.interval,
+) -> list[list[str]]:
+    """Returns a row per optimizer: its expected score for each budget, the highest in bold."""
+    leaders = [found.leader(budget) for budget in range(len(found.budgets))]
+    return [
+        [name(each), *(Bold(form(score)) if each == leader else form(score)
+                       for score, leader in zip(found.scores[each], leaders, strict=True))]
+        for each in optimizers
+    ]  # fmt: skip
 
 
 def best_results(found: Tuning, workloads: Iterable[str], width: int = 100) -> list[list[str]]:

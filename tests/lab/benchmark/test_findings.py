@@ -8,7 +8,7 @@ import pytest
 from dlopt.lab.benchmark.findings import Observation, findings
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, WorkloadTarget
 from dlopt.lab.benchmark.scores import summarize
-from dlopt.lab.benchmark.symptoms import RANGE_HEADS, at_ends, range_ends, search_range, symptoms
+from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_ends, range_rows, search_range, symptoms
 from tests.lab.benchmark.synthetic import flipped, ignores_both, ignores_lr, make
 
 WORKLOADS = ("mlp", "vit", "gpt")
@@ -36,11 +36,12 @@ def test_healthy_optimizers_have_no_symptoms() -> None:
 
 def test_ends_of_search_ranges_are_named_also_of_a_single_workload() -> None:
     results = make({"narrow": 1.5, "adamw": 1.4}, ("mlp",), ranges={"narrow": (1e-4, 1.5e-3)})
-    assert at_ends(results, "narrow", "optimizer.lr") == {"mlp": "highest"}
-    assert at_ends(results, "adamw", "optimizer.lr") == {} == at_ends(results, "adamw", "optimizer.other")
+    at_ends = {row["key"]: (row["lowest"], row["highest"]) for row in range_ends(results, "narrow")}
+    assert at_ends["optimizer.lr"] == ([], ["mlp"])
+    assert "optimizer.lr" not in {row["key"] for row in range_ends(results, "adamw")}
     assert not any("optimizer.lr" in text for text in sentences(results, "narrow"))  # one workload may be luck
     assert RANGE_HEADS == ("Optimizer", "Key", "Range", "In the lowest 10 %", "In the highest 10 %")
-    [row] = [each for each in range_ends(results, ["narrow", "adamw"]) if each[1] == "optimizer.lr"]
+    [row] = [each for each in range_rows(results, ["narrow", "adamw"]) if each[1] == "optimizer.lr"]
     assert row == ["narrow", "optimizer.lr", "0.0001 to 0.0015", "-", "mlp"]
 
 

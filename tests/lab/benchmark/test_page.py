@@ -138,7 +138,7 @@ def test_lines_fit_the_terminal() -> None:
     heads = [line for line in lines if line.startswith("optimizer ") and "mlp" in line]
     assert len(heads) == 1 and "noisy_labels" in heads[0]
     many = make({"muon": 2.0}, [f"a_workload_with_number_{i}" for i in range(9)], 1, 2)
-    assert {"muon"} <= {*table.lines(many)}  # too wide for a table: a list of its cells
+    assert sum(line.startswith("Updates to the target") for line in table.lines(many)) > 1
     assert max(map(len, table.lines(many))) <= table.WIDTH
 
 
