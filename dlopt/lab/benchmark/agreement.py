@@ -199,13 +199,13 @@ def rows(found: Sequence[Agreement]) -> list[list[str]]:
     """Returns the rows of the table with the heads `HEADS`."""
     return [
         [each.league.name, each.kind, each.verdict, str(len(each.optimizers)), formats.number(each.tau.value, "+.2f"),
-         _bounds(each.tau) or formats.NONE, formats.number(each.chance, ".2f")]
+         _tau(each.tau).partition(" ")[2] or formats.NONE, formats.number(each.chance, ".2f")]
         for each in found
     ]  # fmt: skip
 
 
-def _bounds(tau: Interval, space: str = "") -> str:
-    return "" if math.isnan(tau.low) else f"{space}[{tau.low:+.2f}, {tau.high:+.2f}]"
+def _tau(value: Interval) -> str:
+    return formats.interval(value, "{:+.2f}".format)
 
 
 def texts(results: Results, found: Sequence[Agreement], part: Literal["findings", "note", "sources"]) -> list[str]:
@@ -214,7 +214,7 @@ def texts(results: Results, found: Sequence[Agreement], part: Literal["findings"
     leagues = {each.league.name: each.league for each in found}
     return sentences(
         Path(__file__).with_name("agreement.txt"),
-        part=part, found=found, leagues=leagues, formats=formats, bounds=_bounds, factorial=math.factorial,
+        part=part, found=found, leagues=leagues, formats=formats, tau=_tau, factorial=math.factorial,
         worst={name: worst_workloads(results, league) for name, league in leagues.items()},
         sparse=[kind for kind, count in workloads.items() if count < FEWEST],
         resamples=RESAMPLES, fewest=FEWEST, level=f"{LEVEL:g}",

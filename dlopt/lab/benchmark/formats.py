@@ -1,7 +1,7 @@
 """Formats the numbers of a benchmark for the terminal, the page and papers."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dlopt.basics.formats import format_value as text
@@ -18,11 +18,11 @@ NONE = "-"
 SELF_TUNING = f"Self-tuning: fixed keys, one trial per seed, {SELF_TUNING_LENGTH} times the updates of external tuning."
 
 
-def interval(value: Interval | None) -> str:
+def interval(value: Interval | None, form: Callable[[float], str] = "{:.2f}".format) -> str:
     """Formats 0.83 [0.71, 0.90], or 0.83 without an interval."""
-    if value is None:
+    if value is None or math.isnan(value.value):
         return NONE
-    return f"{value.value:.2f}" if math.isnan(value.low) else f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+    return form(value.value) + ("" if math.isnan(value.low) else f" [{form(value.low)}, {form(value.high)}]")
 
 
 def short_interval(value: Interval | None) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.config.overrides import key_of
-from dlopt.lab.benchmark.formats import NONE, names
+from dlopt.lab.benchmark.formats import interval, names
 from dlopt.lab.benchmark.scores import Interval
 from dlopt.lab.ladder.analysis import FEWEST, HELD_OUT, Analysis
 from dlopt.lab.ladder.results import Results
@@ -26,26 +26,21 @@ def findings(results: Results) -> list[Observation]:
                if ladder.optimizers[name].lr is not None or results.searches[name].fit is not None],
         searches=[_search(results, name) for name in results.searches], searched=len(ladder.searched),
         fewest=FEWEST, held_out=HELD_OUT, far=_FAR, large_error=_LARGE_ERROR,
-        names=names, times=times, signed=signed, short=_short,
+        names=names, interval=interval, times=times, signed=signed, short=_short,
     )  # fmt: skip
 
 
 def times(value: Interval) -> str:
     """Formats 1.4 [1.2, 1.6]."""
-    return f"{_short(value.value)}" + ("" if math.isnan(value.low) else f" [{_short(value.low)}, {_short(value.high)}]")
+    return interval(value, _short)
 
 
 def signed(value: Interval, pattern: str = "+.2f") -> str:
     """Formats +0.10 [-0.02, +0.22]."""
-    if math.isnan(value.value):
-        return NONE
-    texts = [format(min(max(each, -99.0), 99.0), pattern) for each in (value.value, value.low, value.high)]
-    return texts[0] + ("" if math.isnan(value.low) else f" [{texts[1]}, {texts[2]}]")
+    return interval(value, lambda each: format(min(max(each, -99.0), 99.0), pattern))
 
 
 def _short(value: float) -> str:
-    if math.isnan(value):
-        return NONE
     return "> 1000" if value > 1000 else "< 0.001" if value < 0.001 else f"{value:.3g}"
 
 
