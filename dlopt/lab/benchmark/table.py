@@ -72,7 +72,7 @@ def lines(results: Results, width: int = WIDTH) -> list[str]:
     text = [*rendered(Table(heads, score_rows(results, summary, name, form)), width), *_note(results, width), ""]
     text += wrapped(findings(results, summary), width)
     heads = ["optimizer", *map(printable, results.workloads)]
-    for table in _narrow(heads, update_rows(results, summary, name), width):
+    for table in _narrow(heads, update_rows(results, summary, partial(name, width=_SHORT_NAME)), width):
         text += ["", *rendered(table, width)]
     tuned = tuning.tuning(results)
     if tuned.budgets:

@@ -93,6 +93,21 @@ def test_failures_are_no_divergence() -> None:
     assert any("sign" in text for text in sentences(diverged, "mine"))
 
 
+def test_counts_of_trials_are_stated() -> None:
+    def made(trials: list[TrialRecord], studies: int) -> Results:
+        spec = {"w": WorkloadTarget("val_loss", 0.5, 100)}
+        return Results("t", studies, len(trials) // studies, spec, {("mine", "w"): Cell(tuple(trials))}, {"mine": {}})
+
+    missed = TrialRecord(1, 0, {}, math.inf, math.inf, 2.0, 0.8, 0.8)
+    found = sentences(made([TrialRecord(0, 0, {}, 10, 10, 2.0, 0.4, 0.4), missed], 2), "mine")
+    assert found == ["reaches no target in half of its studies (1 of 2 trials reach theirs)."]
+    rising = [TrialRecord(0, i, {}, math.inf, math.inf, 2.0, 2.0, 1.0 if i == 9 else 3.0) for i in range(10)]
+    [text] = sentences(made(rising, 1), "mine")
+    assert (
+        text == "ends worse than it begins, or diverges, in 9 of 10 trials (w 9/10): is the sign of the update right?"
+    )
+
+
 def test_leaders_and_equals() -> None:
     text = texts(make(HEALTHY, WORKLOADS), warnings=False)
     assert "In updates, muon has the highest score" in text and "In time, muon" in text

@@ -1,6 +1,12 @@
 """What a ladder says about its results."""
 
+import math
+from dataclasses import replace
+
+from dlopt.lab.benchmark.scores import Interval
 from dlopt.lab.ladder.findings import findings
+from dlopt.lab.ladder.ladder import Contestant, Outcome, Search
+from dlopt.lab.ladder.rates import Optimum, RateFit
 from dlopt.lab.ladder.table import tables
 from tests.support.ladders import results
 
@@ -25,3 +31,48 @@ def test_no_speed_up_in_time_is_claimed() -> None:
     titles = [str(table.title) for table in tables(results(1.5))]
     assert not any("Speed-up in time" in title for title in titles)
     assert any(title.startswith("Seconds of a training (median over seeds;") for title in titles)
+
+
+def test_learning_rates_and_their_doubts_are_stated() -> None:
+    made = results(1.5)
+    contestants = {
+        "adamw": Contestant({}, 0.1, ["optimizer.lr=0.1"]),
+        "mine": Contestant({"optimizer.lr": 1.0, "optimizer.muon_lr": 2.0}, None, ["optimizer.eps=1e-8"]),
+        "lost": Contestant({"optimizer.lr": 1.0}, None, []),
+        "new": Contestant({"optimizer.lr": 1.0}, None, []),
+    }
+    optima = {"r0": Optimum(0.1, 1.0, at_end=True), "r1": Optimum(0.1, 1.0, at_end=False)}
+    searches = {
+        "adamw": Search({}, {}, None),
+        "mine": Search({"r0": {}}, optima, RateFit(0.1, -0.25, 1.7)),
+        "lost": Search({"r0": {0.1: math.inf}, "r1": {}}, {}, None),
+        "new": Search({"r0": {}}, {}, None),
+    }
+    outcomes = dict(made.outcomes)
+    outcomes[next(trial for trial in outcomes if trial.optimizer == "mine")] = Outcome(math.inf, 1.0, "nan")
+    ladder = replace(made.ladder, optimizers=contestants, searched=["r0"])
+    made = replace(made, ladder=ladder, searches=searches, outcomes=outcomes, analysis=None)
+    found = findings(made)
+    assert [each.text for each in found if not each.is_warning] == [
+        "adamw: the same rate at all sizes (optimizer.lr=0.1), not tuned per rung.",
+        "mine: best lr proportional to parameters^-0.25; left out, a searched rung is predicted within 1.7x; one "
+        "searched rung: the same at all sizes. muon_lr moves with it in a constant ratio. Set: optimizer.eps=1e-8.",
+    ]
+    assert [each.text for each in found if each.is_warning] == [
+        f"{made.missing} runs at the best rates have not ended: the results are preliminary.",
+        "mine: the best rate of r0 is at the end of the searched range.",
+        "mine: learning rates are extrapolated poorly (1.7x); search more rungs.",
+        "mine: 1 runs failed or diverged, and count in no fit.",
+        "lost: no learning rates yet: all runs of r0 failed so far.",
+        "new: no learning rates yet: its search has not ended.",
+    ]
+
+
+def test_a_changing_speed_up_has_its_exponent() -> None:
+    made = results(1.5)
+    assert made.analysis is not None
+    gain = made.analysis.gains["mine"]
+    for trend, words in (((0.1, 0.05, 0.2), "grows with the models"), ((-0.1, -0.2, -0.05), "shrinks as models grow")):
+        gains = {"mine": replace(gain, trend=Interval(*trend))}
+        found = [each.text for each in findings(replace(made, analysis=replace(made.analysis, gains=gains)))]
+        assert f"By the laws, the speed-up {words} (exponent {trend[0]:+.2f} [" in found[0]
