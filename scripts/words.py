@@ -71,7 +71,7 @@ PROSE = {  # regular expression -> what to write
     r"others are met|meets? the others": "rendezvous",
 }
 ALLOWED = {  # file or folder -> words that are the field's there
-    "dlopt/hydra_plugins/": {"setup"},  # Hydra's interface
+    "dlopt/sweeps/hydra_plugins/": {"setup"},  # Hydra's interface
     "docs/conf.py": {"setup"},  # Sphinx's interface
     "dlopt/commands/eval.py": {"member"},  # of an ensemble
     **{  # of matplotlib

@@ -1,4 +1,4 @@
-"""The one reader of CSV files, behind `data=table` and `data=csv`: a header line, and rows with a field per column."""
+"""The one reader of CSV files, for `data=table` and `data=csv`: a header line, and rows with a field per column."""
 
 import codecs
 import collections

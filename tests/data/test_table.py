@@ -83,7 +83,7 @@ def test_regression_labels(table: Callable[..., Dataset]) -> None:
         ("path,label,s\nimages/000.png,a,test\n", {"split_column": "s"}, "has no training rows"),
         ("path,label,s\nimages/000.png,a,train\nimages/001.png,b,test\n", {"split_column": "s"},
          "001.png has the class 'b', which no training row has"),
-        ("path,label\nimages/000.png,high\n", {"labels": "value"}, "line 2: label is 'high', not a finite number; data"),
+        ("path,label\nimages/000.png,high\n", {"labels": "value"}, "label is 'high', not a finite number; data"),
         ("path,label\nimages/000.png,nan\n", {"labels": "value"}, "is 'nan', not a finite number; fill in the"),
         (b"path,label\n\xff\xfe,a\n", {}, "is not a CSV file in UTF-8"),
         (b"path,label\nimages/000.png,a\0\n" + b"x" * 200000, {}, "data.file="),
