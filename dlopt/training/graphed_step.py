@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from dlopt.data.batches import Batch
 from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
+from dlopt.models.known import is_known
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
@@ -17,8 +18,6 @@ from dlopt.training.build.precision import Precision
 from dlopt.training.build.recompute import Recomputed
 from dlopt.training.build.speed import OWN_GRAPHS
 from dlopt.training.step import Step, StepSettings, UpdateRecord
-
-_RECORDABLE = ("torch.nn.", "dlopt.models.", "dlopt.parallel.dropout", "dlopt.adapt")  # modules of known layers
 
 
 def obstacle(
@@ -63,8 +62,7 @@ def layer_obstacle(module: nn.Module) -> str | None:
     for layer in module.modules():
         if isinstance(layer, Recomputed):
             return "activation checkpointing restores the state of the random generator, which cannot be recorded"
-        known = type(layer).__module__.startswith(_RECORDABLE)
-        if not known or isinstance(layer, nn.RNNBase):  # cuDNN keeps dropout states of its own
+        if not is_known(layer) or isinstance(layer, nn.RNNBase):  # cuDNN keeps dropout states of its own
             return f"{type(layer).__name__} may have control flow on the host"
     return None
 

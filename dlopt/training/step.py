@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from dlopt.basics.errors import UserError
@@ -23,6 +22,7 @@ from dlopt.basics.random import stream
 from dlopt.data.batches import Batch
 from dlopt.losses import sampled_cross_entropy
 from dlopt.metrics.sums import Measure, Measured
+from dlopt.models.known import is_stochastic
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
@@ -197,6 +197,7 @@ class Step:
         self._loss = precision.autocast(network.loss)
         self._teacher = network.teacher
         self._sampled_loss = precision.autocast(sampled_cross_entropy)
+        # Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
         self._generators = _generators(self.parameters) if is_stochastic(network.module) else []
         self._checks_all = optimizer_traits(optimizer).uses_all_gradients
         self._may_undo = skip is not None or settings.halve_on_out_of_memory
@@ -500,25 +501,6 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.track_running_stats = True
             norm.momentum = momentum
-
-
-_RANDOM_LAYERS = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
-
-
-def is_stochastic(module: nn.Module) -> bool:
-    """Returns whether the forward pass may draw random numbers. Layers that are not torch's or dlopt's count as random.
-
-    Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
-    """
-    return any(_is_random(layer) for layer in module.modules())
-
-
-def _is_random(layer: nn.Module) -> bool:
-    if isinstance(layer, _DropoutNd):
-        return layer.p > 0
-    rate = getattr(layer, "dropout", 0)  # recurrent and attention layers
-    is_known = type(layer).__module__.startswith(("torch.nn.", "dlopt.models."))
-    return not is_known or isinstance(layer, _RANDOM_LAYERS) or (isinstance(rate, float) and rate > 0)
 
 
 def _generators(parameters: Sequence[Tensor]) -> list[torch.Generator]:

@@ -18,7 +18,7 @@ from dlopt.metrics.sums import MetricSum
 from dlopt.optim import SAM
 from dlopt.training.build.precision import Precision
 from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
-from dlopt.training.step import Step, is_stochastic
+from dlopt.training.step import Step
 from tests.support.runs import same
 from tests.support.steps import CPU, SEED, batch, begin, equal, make_step, net, train, whole
 from tests.support.tasks import CLASSIFICATION
@@ -354,28 +354,6 @@ def test_bfloat16_autocast_keeps_weights_and_loss_in_float32() -> None:
         rtol=0.02,
         atol=0,
     )
-
-
-class _Drawing(nn.Module):
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs * torch.rand(())
-
-
-@pytest.mark.parametrize(
-    ("model", "draws"),
-    [
-        (nn.Linear(2, 2), False),
-        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), False),
-        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), True),
-        (nn.LSTM(2, 2, num_layers=2, dropout=0.1), True),
-        (nn.MultiheadAttention(2, 1), False),
-        (nn.MultiheadAttention(2, 1, dropout=0.5), True),
-        (nn.RReLU(), True),
-        (_Drawing(), True),  # a user's module: unknown, so treated as stochastic
-    ],
-)
-def test_is_stochastic(model: nn.Module, draws: bool) -> None:
-    assert is_stochastic(model) is draws
 
 
 def test_the_state_of_a_loss_scaler_is_loaded_where_there_is_one() -> None:

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dlopt.basics.errors import UserError
 from dlopt.config.settings import Recomputation
+from dlopt.models.known import is_stochastic
 from dlopt.parallel.mode import Mode
-from dlopt.training.step import is_stochastic
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _running = 0  # recomputations in progress

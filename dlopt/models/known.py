@@ -1,0 +1,25 @@
+"""Answers what a training step has to know about layers: are they known, do they draw random numbers?"""
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+# Of classes, by the start of their module's name. Layers of users and of other packages are not known.
+_KNOWN = ("torch.nn.", "dlopt.models.", "dlopt.adapt", "dlopt.parallel.dropout")
+_RANDOM = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Returns whether the layer is known to have no control flow on the host, and no undeclared random numbers."""
+    return type(layer).__module__.startswith(_KNOWN)
+
+
+def is_stochastic(module: nn.Module) -> bool:
+    """Returns whether the forward pass may draw random numbers; layers that are not known count as random."""
+    return any(_is_random(layer) for layer in module.modules())
+
+
+def _is_random(layer: nn.Module) -> bool:
+    if isinstance(layer, _DropoutNd):
+        return layer.p > 0
+    rate = getattr(layer, "dropout", 0)  # recurrent and attention layers
+    return not is_known(layer) or isinstance(layer, _RANDOM) or (isinstance(rate, float) and rate > 0)

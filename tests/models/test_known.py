@@ -1,0 +1,44 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.adapt import LoRALinear
+from dlopt.models.known import is_known, is_stochastic
+from dlopt.parallel.dropout import CurrentShard, convert_dropout
+
+
+class _OfUser(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * torch.rand(())
+
+
+def _lora(dropout: float) -> nn.Module:
+    return LoRALinear(nn.Linear(2, 2), rank=1, alpha=1.0, dropout=dropout, generator=torch.Generator())
+
+
+def _global_dropout(p: float) -> nn.Module:
+    model = nn.Sequential(nn.Dropout(p))
+    convert_dropout(model, CurrentShard())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "draws"),
+    [
+        (nn.Linear(2, 2), False),
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), False),
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), True),
+        (nn.LSTM(2, 2, num_layers=2, dropout=0.1), True),
+        (nn.MultiheadAttention(2, 1), False),
+        (nn.MultiheadAttention(2, 1, dropout=0.5), True),
+        (nn.RReLU(), True),
+        (_global_dropout(0.0), False),
+        (_global_dropout(0.5), True),
+        (_lora(dropout=0.0), False),
+        (_lora(dropout=0.1), True),
+        (_OfUser(), True),
+    ],
+)
+def test_is_stochastic(model: nn.Module, draws: bool) -> None:
+    assert is_stochastic(model) is draws
+    assert all(map(is_known, model.modules())) is not isinstance(model, _OfUser)
