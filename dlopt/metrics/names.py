@@ -1,9 +1,10 @@
-"""Which values of a metric are better: the only place that answers it.
+"""Which values of a metric, and which evaluation of a run, are better: the only place that answers it.
 
 dlopt knows the direction of its own metrics. That of a user's metric (`evaluate.metrics`) is never guessed from its
 name: the run that monitors it sets `monitor_mode`, and its saved config keeps it.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
@@ -64,6 +65,31 @@ def lower_is_better(metric: str, modes: Modes = NONE) -> bool:
             f"monitor=val_{base_name(metric)} monitor_mode=min (or max)"
         )
     return mode == "min"
+
+
+def resolve_monitor(monitor: str, metrics: Mapping[str, Any]) -> str:
+    """Returns the name of the monitored metric: `auto` is val_accuracy, or val_loss where there is none."""
+    if monitor != "auto":
+        return monitor
+    return "val_accuracy" if metrics.get("val_accuracy") is not None else "val_loss"
+
+
+def selection_key(metrics: Mapping[str, Any], monitor: str, modes: Modes = NONE) -> tuple[float, float]:
+    """Returns a sort key of evaluations: the best one is the first of those with the smallest key.
+
+    The key is the monitored metric as a loss (accuracies and the like are negated), then val_loss: small validation
+    sets have many equal accuracies, between which the loss decides. Missing and non-finite values are infinite. Raises
+    `UserError` if the direction of the metric is unknown.
+    """
+    value = metrics.get(monitor)
+    if value is not None and not lower_is_better(monitor, modes):
+        value = -value
+    return finite(value), finite(metrics.get("val_loss"))
+
+
+def finite(value: float | None) -> float:
+    """Returns a loss; infinity if it is missing or non-finite."""
+    return float(value) if value is not None and math.isfinite(value) else math.inf
 
 
 def monitored_modes(config: Mapping[str, Any]) -> dict[str, Mode]:

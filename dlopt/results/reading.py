@@ -4,7 +4,6 @@ Run folders are untrusted: all content is checked.
 """
 
 import json
-import math
 import operator
 import os
 import re
@@ -21,7 +20,7 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.basics.plain import flatten, load_yaml, read_regular
 from dlopt.config.keys import LABELS
-from dlopt.metrics.names import mode_of, monitored_modes
+from dlopt.metrics.names import mode_of, monitored_modes, resolve_monitor, selection_key
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
 from dlopt.tracking.layout import choices_of_groups, short_path
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
@@ -198,7 +197,8 @@ def _metrics(
 ) -> dict[str, float]:
     metrics: dict[str, Any] = {}
     if history:
-        last, best = history[-1], best_line(history, config)
+        chosen = (line for line in history if line["epoch"] == summary.get("best_epoch"))
+        last, best = history[-1], next(chosen, None) or _best_line(history, config)
         metrics = {k: v for k, v in last.items() if not k.startswith("val_") and k not in ("epoch", "step", "lr")}
         metrics |= {"epochs": last["epoch"], "steps": last["step"]}
         if best is not None:
@@ -210,20 +210,14 @@ def _metrics(
     return _numbers(metrics)
 
 
-def best_line(history: Sequence[Mapping[str, float]], config: Mapping[str, Any]) -> Mapping[str, float] | None:
-    """Returns the epoch of the best model: that with the best monitored metric (`auto`: val_accuracy, or val_loss).
-
-    As in training, ties are broken by the smaller loss, then by the earlier epoch. `config`: of the run.
-    """
-    monitor = str(config.get("monitor", "auto"))
-    if monitor == "auto":
-        monitor = "val_accuracy" if any("val_accuracy" in line for line in history) else "val_loss"
-    known = [line for line in history if monitor in line]
-    mode = mode_of(monitor, monitored_modes(flatten(config)))
-    if mode is None:
+def _best_line(history: Sequence[Mapping[str, float]], config: Mapping[str, Any]) -> Mapping[str, float] | None:
+    """Returns the epoch of the best model, as training selects it. For runs without a summary. `config`: of the run."""
+    logged = {name: value for line in history for name, value in line.items()}
+    monitor, modes = resolve_monitor(str(config.get("monitor", "auto")), logged), monitored_modes(flatten(config))
+    if mode_of(monitor, modes) is None:
         return None
-    sign = 1 if mode == "min" else -1
-    return min(known, key=lambda line: (sign * line[monitor], line.get("val_loss", math.inf)), default=None)
+    known = [line for line in history if monitor in line]
+    return min(known, key=lambda line: selection_key(line, monitor, modes), default=None)
 
 
 def _fingerprint(path: Path) -> object:

@@ -10,7 +10,7 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Natural, NonNegative, Positive
-from dlopt.metrics.names import Mode, base_name, lower_is_better
+from dlopt.metrics.names import Mode, base_name, finite, lower_is_better, resolve_monitor, selection_key
 from dlopt.parallel.shards import local, plain_norm
 from dlopt.training.clipping import Norm
 
@@ -35,32 +35,20 @@ class Stopping:
             setattr(self, name, state[name])
 
 
-def monitored_loss(metrics: Mapping[str, Any], monitor: str, mode: Mode | None = None) -> float:
-    """Returns the monitored metric as a loss (lower is better): accuracies and similar metrics are negated.
+def monitored_key(metrics: Mapping[str, Any], monitor: str, mode: Mode | None = None) -> tuple[float, float]:
+    """Returns the `selection_key` of an evaluation; its first entry is the monitored metric as a loss.
 
-    `auto` is val_accuracy, or val_loss in a regression. `mode`: of a user's metric. Non-finite values become infinity.
-    Raises `UserError` if the metric is not logged.
+    `mode`: direction of a user's metric. Raises `UserError` if the metric is not logged.
     """
     monitor = resolve_monitor(monitor, metrics)
-    value = metrics.get(monitor)
-    if value is None:
+    if metrics.get(monitor) is None:
         logged = ", ".join(sorted(key for key in metrics if key.startswith("val_"))) or "none"
         raise UserError(f"monitor={monitor}: unknown validation metric; this run logs: {logged}")
-    return _finite(value if _is_lower_better(monitor, mode) else -value)
+    return selection_key(metrics, monitor, _modes(monitor, mode))
 
 
-def _is_lower_better(monitor: str, mode: Mode | None) -> bool:
-    return lower_is_better(monitor, {} if mode is None else {base_name(monitor): mode})
-
-
-def resolve_monitor(monitor: str, metrics: Mapping[str, Any]) -> str:
-    if monitor != "auto":
-        return monitor
-    return "val_accuracy" if metrics.get("val_accuracy") is not None else "val_loss"
-
-
-def _finite(value: float | None) -> float:
-    return float(value) if value is not None and math.isfinite(value) else math.inf
+def _modes(monitor: str, mode: Mode | None) -> dict[str, Mode]:
+    return {} if mode is None else {base_name(monitor): mode}
 
 
 class Never(Stopping):
@@ -89,7 +77,7 @@ class Early(Stopping):
         return self.waited >= self.patience
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        value = monitored_loss(metrics, self.monitor, self.mode)
+        value, _ = monitored_key(metrics, self.monitor, self.mode)
         if value < self.best - self.min_delta:
             self.best, self.waited = value, 0
         else:
@@ -107,8 +95,9 @@ class Target(Stopping):
         self.value = value
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        is_lower = _is_lower_better(resolve_monitor(self.monitor, metrics), self.mode)
-        self.should_stop = monitored_loss(metrics, self.monitor, self.mode) <= (self.value if is_lower else -self.value)
+        monitor = resolve_monitor(self.monitor, metrics)
+        target = self.value if lower_is_better(monitor, _modes(monitor, self.mode)) else -self.value
+        self.should_stop = monitored_key(metrics, self.monitor, self.mode)[0] <= target
 
 
 class Tolerance(Stopping):
@@ -163,19 +152,17 @@ class Best:
 
     def update(self, metrics: Mapping[str, Any]) -> bool:
         """Returns whether these metrics are the best so far."""
-        value, loss = monitored_loss(metrics, self.monitor, self.mode), _finite(metrics.get("val_loss"))
-        # Small validation sets have many equal accuracies, between which the loss decides; of equal losses the first
-        # stays.
-        if value == math.inf or (value, loss) >= (self.value, _finite(self.val_loss)):
+        key = monitored_key(metrics, self.monitor, self.mode)
+        if key[0] == math.inf or key >= (self.value, finite(self.val_loss)):
             return False
-        self.value, self.epoch = value, metrics["epoch"]
+        self.value, self.epoch = key[0], metrics["epoch"]
         self.val_loss, self.val_accuracy = metrics.get("val_loss"), metrics.get("val_accuracy")
         return True
 
     @property
     def metric(self) -> float:
         """The monitored metric as logged, without negation."""
-        return self.value if _is_lower_better(self.monitor, self.mode) else -self.value
+        return self.value if lower_is_better(self.monitor, _modes(self.monitor, self.mode)) else -self.value
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -78,6 +78,18 @@ def test_ties_of_the_best_epoch_are_broken_by_the_loss_as_in_training(tmp_path: 
     assert record(path).metrics["best_epoch"] == 3
 
 
+def test_the_best_epoch_is_that_of_the_summary(tmp_path: Path) -> None:
+    """A run may have selected it by another rule: an older dlopt, or before a resumed run was killed."""
+    path = make_run(tmp_path / "run", accuracies=(0.5, 0.6, 0.9))
+    lines = [{**json.loads(line), "val_macro_f1": 0.1} for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines[1]["val_macro_f1"] = 0.2
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for best_epoch, expected in (2, 0.2), (None, 0.1), ([7], 0.1):
+        summary = json.loads((path / "summary.json").read_text()) | {"best_epoch": best_epoch}
+        (path / "summary.json").write_text(json.dumps(summary))
+        assert record(path).metrics["val_macro_f1"] == expected
+
+
 def test_ignores_incomplete_last_line_of_a_killed_run(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", status=None)
     with (path / "metrics.jsonl").open("a") as file:

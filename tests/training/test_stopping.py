@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dlopt.basics.errors import UserError
-from dlopt.training.stopping import Best, Early, Never, Target, Tolerance, monitored_loss
+from dlopt.training.stopping import Best, Early, Never, Target, Tolerance, monitored_key
 
 NAN, INF = math.nan, math.inf
 
@@ -145,7 +145,7 @@ def test_tolerance_equals_reference(moves: list[float], iterations: int) -> None
     ],
 )
 def test_monitored_loss(monitor: str, metrics: dict[str, float], expected: float) -> None:
-    assert monitored_loss(metrics, monitor) == expected
+    assert monitored_key(metrics, monitor)[0] == expected
 
 
 @pytest.mark.parametrize(("mode", "best_epoch", "stops_after"), [("min", 2, 4), ("max", 1, 3)])
@@ -164,14 +164,14 @@ def test_a_users_metric_follows_its_mode_and_not_its_name(mode: Any, best_epoch:
 
 def test_the_direction_of_a_users_metric_is_never_guessed() -> None:
     with pytest.raises(UserError, match=r"val_brier_score: whether .* monitor_mode=min \(or max\)"):
-        monitored_loss({"val_brier_score": 0.5}, "val_brier_score")
+        monitored_key({"val_brier_score": 0.5}, "val_brier_score")
 
 
 def test_unknown_metric_lists_the_logged_ones() -> None:
     with pytest.raises(UserError, match=r"monitor=val_f1: .*val_accuracy, val_loss"):
-        monitored_loss({"val_loss": 1.0, "val_accuracy": 0.5, "train_loss": 1.0}, "val_f1")
+        monitored_key({"val_loss": 1.0, "val_accuracy": 0.5, "train_loss": 1.0}, "val_f1")
     with pytest.raises(UserError, match=r"monitor=val_loss: .* none"):
-        monitored_loss({"train_loss": 1.0}, "auto")
+        monitored_key({"train_loss": 1.0}, "auto")
 
 
 def bests(monitor: str, sequence: list[tuple[float | None, float]]) -> tuple[list[bool], Best]:
