@@ -92,25 +92,33 @@ def attempt(plan: Plan, store: "Store | None" = None) -> Iterator[Attempt]:
         done = newest_finished(folder.path.parent, plan.saved)
         hint = "" if done is None else f"; {_how_to_extend(done)}"
         print(f"resume=auto: no unfinished run of this config found; starting a new run{hint}", flush=True)
-    if prepared.is_new and (folder.config() is not None or folder.is_live()):
-        # Another process has started a run in this folder since `prepare`.
-        raise UserError(f"hydra.run.dir={folder.path}: another run is active in this folder")
+    assert plan.config is not None
     tried = Attempt(USER_ERROR, run)
+    with removed_if_refused(prepared, tried), job_environment(plan.config, folder.path):
+        refuse_unusable_tracking(run)
+        if store is not None:
+            message = {"config": run.experiment.config, "folder": str(folder.path), "choices": plan.choices}
+            store.set("run", json.dumps(message))
+        with reported(run, tried):
+            yield tried
+
+
+@contextlib.contextmanager
+def removed_if_refused(prepared: Prepared, outcome: Outcome) -> Iterator[None]:
+    """Context in which a prepared run is started: removes its folder if it is new and the exit code is USER_ERROR.
+
+    `outcome`: has this code until the run sets another one. Raises `UserError` if another process has started a run in
+    this folder since `prepare`.
+    """
+    folder = prepared.folder
+    if prepared.is_new and (folder.config() is not None or folder.is_live()):
+        raise UserError(f"hydra.run.dir={folder.path}: another run is active in this folder")
     try:
-        assert plan.config is not None
-        with job_environment(plan.config, folder.path):
-            refuse_unusable_tracking(run)
-            if store is not None:
-                message = {"config": run.experiment.config, "folder": str(folder.path), "choices": plan.choices}
-                store.set("run", json.dumps(message))
-            with reported(run) as outcome:
-                yield tried
-                outcome.code = tried.code
-            tried.code = outcome.code
+        yield
     finally:
         # A run that has saved is never erased, not even if a signal came between its end and its exit code.
         has_saved = (folder.checkpoints / "last.pt").exists()
-        if tried.code == USER_ERROR and prepared.is_new and not has_saved and not folder.is_live():
+        if outcome.code == USER_ERROR and prepared.is_new and not has_saved and not folder.is_live():
             prepared.before.erase(folder.path)
 
 

@@ -47,7 +47,8 @@ class Outcome:
 
 def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> int:
     """Runs in this process and returns the exit code; see `reported`."""
-    with reported(run, may_diverge=may_diverge) as outcome:
+    outcome = Outcome()
+    with reported(run, outcome, may_diverge=may_diverge):
         outcome.code = start(run, console=console and not is_quiet())
     return outcome.code
 
@@ -57,43 +58,49 @@ def is_quiet() -> bool:
 
 
 @contextlib.contextmanager
-def reported(run: "Run", *, may_diverge: bool = False) -> Iterator[Outcome]:
+def reported(run: "Run", outcome: Outcome, *, may_diverge: bool = False) -> Iterator[None]:
     """Context of `start`: turns an error into one message, a record in the run's folder, and an exit code.
 
     A context instead of a function that calls `start`: few frames separate `main` from the update.
     `may_diverge`: divergence is a result of the run like any other, and only recorded.
     """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        outcome.code = record(run, error, may_diverge=may_diverge)
+
+
+def record(run: "Run", error: Exception | KeyboardInterrupt, *, prints: bool = True, may_diverge: bool = False) -> int:
+    """Writes why `start` ended to the run's folder, prints it, and returns the exit code; see `reported`."""
     from dlopt.training.nonfinite import Diverged
 
-    # A folder that existed before keeps the reason of a UserError; a new one is removed.
-    records_user_errors = _is_job_of_sweep(run)
-    outcome = Outcome()
-    try:
-        yield outcome
-    except NotStartedError as error:
-        print_error(str(error))
-        outcome.code = error.code
-    except KeyboardInterrupt:
-        if rendezvous.is_main():
+    if isinstance(error, KeyboardInterrupt):
+        if prints and rendezvous.is_main():
             print_error(f"interrupted; {how_to_resume(RunFolder(run.folder), rendezvous.is_launched())}")
-        outcome.code = INTERRUPTED
-    except Exception as error:
-        outcome.code, reason = failure(error)
-        if not rendezvous.first_to_fail():
-            return
-        diverged, frames = isinstance(error, Diverged), None
-        if reason is None:
-            frames = traceback.format_exc()
-            with contextlib.suppress(OSError):
-                write_atomically(run.folder / "traceback.txt", frames)
-            reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
-            print_error(f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}")
-        elif not (may_diverge and diverged):
-            print_error(reason)
-        if outcome.code == FAILED or records_user_errors:
-            _record_failure(run.folder, reason, diverged=diverged)
-        if frames is not None:
-            print_line(frames)
+        return INTERRUPTED
+    if isinstance(error, NotStartedError):
+        if prints:
+            print_error(str(error))
+        return error.code
+    code, reason = failure(error)
+    if not rendezvous.first_to_fail():
+        return code
+    diverged, frames = isinstance(error, Diverged), None
+    message = reason
+    if reason is None:
+        frames = traceback.format_exc()
+        with contextlib.suppress(OSError):
+            write_atomically(run.folder / "traceback.txt", frames)
+        reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
+        message = f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}"
+    if prints and not (may_diverge and diverged):
+        print_error(str(message))
+    # A folder that existed before keeps the reason of a UserError; a new one is removed.
+    if code == FAILED or _is_job_of_sweep(run):
+        _record_failure(run.folder, reason, diverged=diverged)
+    if prints and frames is not None:
+        print_line(frames)
+    return code
 
 
 def failure(error: Exception) -> tuple[int, str | None]:

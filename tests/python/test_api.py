@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -144,6 +145,43 @@ def test_raises_before_writing(tmp_path: Path, lines: Any, message: str) -> None
 def test_failed_run_raises_with_reason() -> None:
     with pytest.raises(RunError, match="learning rate"):
         train([*LINES, "optimizer.lr=1e30", "schedule=constant", "model.norm=none"])
+
+
+@pytest.mark.parametrize(
+    ("error", "update"), [(UserError, 1), (UserError, 3), (RunError, 1), (ValueError, 3), (KeyboardInterrupt, 1)]
+)
+def test_leaves_what_the_command_leaves(tmp_path: Path, error: type[BaseException], update: int) -> None:
+    """Of a run that is refused or fails, before and after its first checkpoint, in a folder with a file of the user."""
+
+    def fail() -> None:
+        raise error("stopped here")
+
+    left: dict[str, list[str]] = {}
+    lines = [*LINES, "checkpoint.every_steps=1", "tracking=[]"]
+    for name in "shell", "python":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").touch()
+        with at_update(update, fail):
+            if name == "shell":
+                assert shell(tmp_path, "train", *lines, "hydra.run.dir=shell").code
+            else:
+                with pytest.raises((error, RunError), match="stopped here"):
+                    train([*lines, "hydra.run.dir=python"])
+        left[name] = sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*"))
+    assert left["python"] == left["shell"]
+    is_refused = (error, update) == (UserError, 1)
+    assert (left["shell"] == ["notes.txt"]) is is_refused
+    assert ("checkpoints/last.pt" in left["shell"]) is (update == 3)
+    assert ("summary.json" in left["shell"]) is (not is_refused and error is not KeyboardInterrupt)
+
+
+def test_a_run_that_its_processes_refuse_leaves_no_folder(tmp_path: Path) -> None:
+    with (
+        patch("dlopt.parallel.processes.launch.run_group", return_value=2),
+        pytest.raises(UserError, match="processes"),
+    ):
+        train([*LINES, "parallel=ddp", "parallel.processes=2"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resumes() -> None:
