@@ -11,5 +11,5 @@ class Role(Enum):
     PROTOCOL = "how the run is evaluated and its best model selected: as IDENTITY; fixed in a benchmark"
     LENGTH = "how long the run trains: may change when it is resumed"
     PLACE = "where the run executes, reads and writes"
-    WATCH = "what is checked, recorded and kept during the run, and how errors are handled"
+    WATCH = "what is checked, recorded and kept during the run, when it pauses, and how errors are handled"
     COMMAND = "what one command line does: belongs to no run"

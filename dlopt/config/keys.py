@@ -31,6 +31,8 @@ def _declared(schema: type, prefix: str = "") -> dict[str, Role]:
 
 LABELS = ("tags", "note")
 """Keys that describe a run for its readers, and change nothing that it computes."""
+ROUNDING = ("precision", "deterministic")
+"""Keys of a run's identity that decide how its numbers are rounded, but not what it computes in exact arithmetic."""
 ROLES: Mapping[str, Role] = {
     **dict.fromkeys(GROUPS, Role.IDENTITY),  # of all keys of a group that have no role of their own
     "parallel": Role.PLACE,

@@ -80,7 +80,7 @@ class Settings:
     allow_packages: Annotated[list[str], Role.COMMAND]
     epochs: Annotated[Count, Role.LENGTH]
     steps: Annotated[Count | None, Role.LENGTH]
-    max_time: Annotated[Positive | None, Role.LENGTH]
+    max_time: Annotated[Positive | None, Role.WATCH]
     schedule_epochs: Annotated[Positive | None, Role.LENGTH]
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Role.PLACE]
     precision: Annotated[Literal["fp32", "tf32", "bf16", "bf16_pure", "fp16", "fp64", "auto"], Role.IDENTITY]

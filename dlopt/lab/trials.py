@@ -24,12 +24,9 @@ from dlopt.sweeps.run import build_pool
 from dlopt.tracking.overview import Overview
 
 READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
-# Part of the protocol in addition to the length, the seeds and the evaluation of runs: workloads and families name the
-# first four, and every trial writes what the results need and nothing else.
-_FIXED = (
-    "experiment", "comparison", "schedule", "stopping", "resume", "dry_run", "checkpoint", "tracking",
-    "log_every_steps",
-)  # fmt: skip
+# Part of the protocol in addition to the keys of a role: workloads and families name the first two groups, and every
+# trial runs to its end and writes what the results need and nothing else.
+_FIXED = ("schedule", "stopping", "checkpoint", "tracking", "log_every_steps", "max_time")
 UNRECORDED = (
     "evaluate.test=false", "tracking=[]", "log_every_steps=null", "checkpoint.every_epochs=null",
 )  # fmt: skip
@@ -62,8 +59,12 @@ def choice_of(name: str) -> str:
 def is_fixed(override: str) -> bool:
     """Returns whether an override would change the protocol."""
     key = key_of(override)
-    is_seed_of_run = role_of(key) is Role.SEED and "." not in key  # an optimizer may have a seed of its own
-    return group_of(key) in _FIXED or role_of(key) in (Role.LENGTH, Role.PROTOCOL) or is_seed_of_run
+    role = role_of(key)
+    if role is Role.SEED:
+        return "." not in key  # an optimizer may have a seed of its own
+    if role is Role.COMMAND:
+        return key != "allow_packages"  # an optimizer of the user's needs it
+    return role in (Role.LENGTH, Role.PROTOCOL) or group_of(key) in _FIXED
 
 
 def refuse_protocol(overrides: Iterable[str], advice: str) -> None:

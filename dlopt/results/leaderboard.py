@@ -22,9 +22,8 @@ Seeds = tuple[tuple[str, Any], ...]
 
 ENDED = ("finished", "stopped_early")
 # Modes equal a single process only without local batch norm, gradient compression and the like; and they are compared
-# by their speed. The handling of errors changes the runs that meet one.
+# by their speed: unlike others where a run executes. The handling of errors changes the runs that meet one.
 _ALSO_COMPARED = ("parallel", "on_divergence", "on_out_of_memory")
-_NOT_COMPARED = ("max_time",)  # interrupts a run, which a later one continues to the same end
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def distinguishes(key: str) -> bool:
     """Returns whether runs with different values of this key are different configurations."""
     if is_below(key, _ALSO_COMPARED):
         return True
-    return role_of(key) in (Role.IDENTITY, Role.PROTOCOL, Role.LENGTH) and key not in _NOT_COMPARED
+    return role_of(key) in (Role.IDENTITY, Role.PROTOCOL, Role.LENGTH)
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -19,7 +19,7 @@ from dlopt.basics.errors import UserError, install
 from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.roles import Role
-from dlopt.config.keys import role_of
+from dlopt.config.keys import ROUNDING, role_of
 from dlopt.config.overrides import group_of, key_of
 from dlopt.metrics.names import mode_of
 from dlopt.results.leaderboard import (
@@ -43,10 +43,8 @@ _MIN_EXPLAINED = 0.3  # of the variance of held-out configurations; noise alone 
 _SMALLEST = 1e-300  # of a target that is rounded; the reciprocals of smaller numbers are out of range
 _MANY_SEEDS = 5  # the 95 % confidence interval of three runs is 2.5 standard deviations to each side
 _OVERRIDE = re.compile(r"([+~]{0,2}|--config-(?=dir=|name=))\w[\w./@-]*(=.*)?")
-# Where one run is stored. Unlike other keys of this role, nobody needs them to repeat the run on another machine.
+# How one run is stored and started. Other keys of these roles are needed to repeat it (device, experiment).
 _NOT_REPEATED = ("hydra", "name", "resume", "dry_run")
-# A paper's error does not depend on how numbers are rounded, nor on an interruption.
-_PUBLISHED_WITH_ANY = ("precision", "deterministic", "max_time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +188,7 @@ def published_error(config: Mapping[str, Any], overrides: Sequence[str]) -> floa
 def _changes_the_experiment(override: str, conditions: Iterable[str]) -> bool:
     """Returns whether an override departs from the published experiment; `conditions` are checked by their values."""
     key = key_of(override)
-    if role_of(key) not in (Role.IDENTITY, Role.PROTOCOL, Role.LENGTH) or key in _PUBLISHED_WITH_ANY:
+    if role_of(key) not in (Role.IDENTITY, Role.PROTOCOL, Role.LENGTH) or key in ROUNDING:
         return False
     return not any(name == key or name.startswith(f"{key}.") for name in conditions)
 

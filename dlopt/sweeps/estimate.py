@@ -17,6 +17,9 @@ from typing import Any
 from dlopt.basics.errors import USER_ERROR, RunError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_count, format_duration, format_range, round_duration
+from dlopt.basics.plain import flatten
+from dlopt.basics.roles import Role
+from dlopt.config.keys import LABELS, role_of
 from dlopt.run.job import describe
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import result_of
@@ -28,7 +31,6 @@ _PROBE_MINUTES = 0.05  # training time of each, at most
 _PROBE_SHARE = 0.1  # of the estimated training time, after which a probe that has trained two epochs ends
 _MARGIN = 1.5  # by which the mean update of a probe may underestimate that of the job: measured 0.7 to 1.35
 _PROBE_TIMEOUT = 120.0  # seconds, start-up included
-_NOT_TIMED = ("seed", "init_seed", "order_seed", "augmentation_seed", "name", "resume")  # do not change the time
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def estimate_job(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str
     """
     different: dict[str, Mapping[str, Any]] = {}
     for config in configs:
-        timed = {key: value for key, value in config.items() if key not in _NOT_TIMED}
+        timed = {key: value for key, value in flatten(config).items() if _may_change_time(key)}
         different.setdefault(repr(timed), config)
     candidates = list(different.values())
     count = min(_PROBES, len(candidates), -(-len(configs) // _JOBS_PER_PROBE))
@@ -102,6 +104,11 @@ def estimate_job(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str
     # The first probe also starts the server that forks the jobs and imports PyTorch.
     starts = [estimate.start_up for estimate in known]
     return Estimate(mean(e.low for e in known), mean(e.high for e in known), min(starts), max(starts) - min(starts))
+
+
+def _may_change_time(key: str) -> bool:
+    # `name` has the role of where a run executes, of which most keys change the time.
+    return role_of(key) not in (Role.SEED, Role.COMMAND) and key not in ("name", *LABELS)
 
 
 def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | None:

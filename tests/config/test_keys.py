@@ -56,6 +56,7 @@ def test_every_declared_key_exists() -> None:
         ("hydra/launcher", Role.PLACE),
         ("checkpoint.keep", Role.WATCH),
         ("profile", Role.WATCH),
+        ("max_time", Role.WATCH),  # interrupts a run, which a later one continues to the same end
         ("tags", Role.WATCH),  # describe a run: may change when it is resumed
         ("note", Role.WATCH),
         ("resume", Role.COMMAND),

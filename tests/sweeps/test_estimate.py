@@ -121,7 +121,8 @@ def test_refuses_a_config_that_cannot_work(probes: type[Probe]) -> None:
 def test_probes_different_configs_and_fewer_than_there_are_jobs(
     jobs: int, widths: int, count: int, probes: type[Probe]
 ) -> None:
-    estimate_job([{"seed": i, "width": 0, "optimizer": i % widths} for i in range(jobs)], {})
+    seeds = [{"seed": i, "data": {"split_seed": i}, "note": str(i), "run_id": str(i)} for i in range(jobs)]
+    estimate_job([{**each, "width": 0, "optimizer": i % widths} for i, each in enumerate(seeds)], {})
     assert probes.count == count
 
 

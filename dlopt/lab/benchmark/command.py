@@ -21,7 +21,7 @@ from dlopt.basics.ranges import Count
 from dlopt.basics.roles import Role
 from dlopt.commands.shared.line import Line, output_folder, read_line, refuse_empty
 from dlopt.commands.shared.usage import own_names
-from dlopt.config.keys import role_of
+from dlopt.config.keys import ROUNDING, role_of
 from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
 from dlopt.config.plan import plan
 from dlopt.config.reads import refuse_unread_hydra
@@ -80,8 +80,6 @@ and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus)
   {check}
 """
 
-# In addition to where a trial runs: how numbers are rounded is not what a benchmark compares.
-_MACHINE = ("allow_packages", "precision", "deterministic")
 Budget = Literal["tiny", "small", "large"]
 _Tier = Annotated[str, "NAME: set of workloads: small, small_held_out, medium or large, or one in --config-dir"]
 _Track = Annotated[Track, "NAME: external_tuning, or self_tuning (fixed keys, three times the updates)"]
@@ -118,7 +116,8 @@ def benchmark(arguments: list[str]) -> int:
 def _is_of_machine(override: str) -> bool:
     """Returns whether an override changes only where and how a trial is computed and watched."""
     key = key_of(override)
-    return key in _MACHINE or (role_of(key) in (Role.PLACE, Role.WATCH) and not distinguishes(key))
+    # How numbers are rounded is not what a benchmark compares; trust in packages changes nothing.
+    return key in ("allow_packages", *ROUNDING) or (role_of(key) in (Role.PLACE, Role.WATCH) and not distinguishes(key))
 
 
 def _refuse_drawn(overrides: Iterable[str], candidates: "Mapping[str, Candidate]") -> None:

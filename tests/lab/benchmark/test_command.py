@@ -209,7 +209,7 @@ def test_only_keys_that_change_the_workloads_prevent_a_comparison_with_the_shipp
         shipped, note = _reference("small", "external_tuning", [line])
         group = line.lstrip("+").partition("=")[0].partition(".")[0]
         assert shipped is None and f"because {group} changes the workloads" in note
-    refuse_protocol([*harmless, "data.batch_size=9", "optimizer.seed=1"], "")
+    refuse_protocol([*harmless, "data.batch_size=9", "optimizer.seed=1", "allow_packages=[x]"], "")
     for line in (
         "epochs=1",
         "max_time=1",
@@ -222,6 +222,8 @@ def test_only_keys_that_change_the_workloads_prevent_a_comparison_with_the_shipp
         "checkpoint.keep=3",
         "tracking=[]",
         "experiment=x",
+        "resume=auto",
+        "dry_run=true",
     ):
         with pytest.raises(UserError, match="part of the protocol"):
             refuse_protocol([line], "")
