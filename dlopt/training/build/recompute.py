@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.mixin import mix_in
 from dlopt.config.settings import Recomputation
 from dlopt.models.known import is_stochastic
 from dlopt.parallel.mode import Mode
@@ -132,13 +133,13 @@ def recompute(model: nn.Module, setting: Recomputation, mode: Mode, *, choice: s
         is_sequence = type(model).forward is nn.Sequential.forward
         if not isinstance(model, nn.Sequential) or not is_sequence or len(_parts(model)) < 2:
             raise UserError(f"{key}: {choice} is not a sequence of layers; use activation_checkpointing=blocks")
-        _mix_in(_Chain, model)
+        mix_in(_Chain, model)
         return
     blocks = repeated_blocks(model)
     if not blocks:
         raise UserError(f"{key}: {choice} has no repeated blocks; use activation_checkpointing=all or none")
     for block in blocks:
-        _mix_in(_Block, block)
+        mix_in(_Block, block)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -176,9 +177,3 @@ def _segments(model: Iterable[nn.Module]) -> list[list[nn.Module]]:
     count = math.ceil(math.sqrt(len(parts)))
     bounds = [len(parts) * index // count for index in range(count + 1)]
     return [parts[start:end] for start, end in itertools.pairwise(bounds)]
-
-
-def _mix_in(mixin: type[Recomputed], module: nn.Module) -> None:
-    kind = type(module)
-    # The module of the class stays: dlopt knows by it whether a layer may have random numbers or host control flow.
-    module.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})

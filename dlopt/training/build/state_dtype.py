@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.mixin import mix_in
 from dlopt.basics.random import stream
 from dlopt.optim.common import evaluate, gradients, is_dense
 from dlopt.optim.traits import optimizer_traits
@@ -189,10 +190,7 @@ def keep_state_in_bf16(optimizer: Optimizer, seed: int) -> None:
 
 def round_updates(optimizer: Optimizer, seed: int, *, moments: bool = False) -> None:
     """Makes an optimizer update bf16 weights in fp32 and round them, in place. `moments`: keep these in bf16, too."""
-    kind = type(optimizer)
-    # The module of the class stays: dlopt knows torch's optimizers by it.
-    attributes = {"__module__": kind.__module__, "rounding_seed": seed, "rounds_moments": moments}
-    optimizer.__class__ = type(kind.__name__, (RoundedUpdate, kind), attributes)
+    mix_in(RoundedUpdate, optimizer, rounding_seed=seed, rounds_moments=moments)
     optimizer._patch_step_function()  # hooks of a step, which torch adds to each class
     _convert_state(optimizer)
     optimizer.register_load_state_dict_post_hook(_convert_state)
