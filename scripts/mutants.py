@@ -47,7 +47,10 @@ TARGETS = (
 )
 TESTS = ("tests/optim", "tests/schedules", "tests/training", "tests/parallel", "tests/data", "tests/config")
 ELSEWHERE = {"dlopt/config/rules.py": "tests/config/test_bad_input.py"}  # tests that refuse combinations of settings
-PRELOAD = ("torch", "torch._dynamo", "torch.utils.tensorboard", "scipy.optimize", "hypothesis", "hydra", "rich.console")
+PRELOAD = (
+    "torch", "torch._dynamo", "tensorboard.plugins.hparams.api_pb2", "scipy.optimize", "hypothesis", "hydra",
+    "rich.console",
+)  # fmt: skip
 KILLED = ("killed", "timeout")
 # At the end of a coverage context: `test|run` in the process of pytest, `test (call)` in one that the test has started
 _PHASE = r"(\|(setup|run|teardown)| \((setup|call|teardown)\))$"
