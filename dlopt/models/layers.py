@@ -256,12 +256,15 @@ def zero_branch(norm: nn.Module, layer: nn.Module) -> None:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Context in which all layers are in evaluation mode; afterwards each layer has its own mode again."""
-    training = {layer: layer.training for layer in model.modules()}
-    model.eval()
+    training = {layer: layer.training for model in models for layer in model.modules()}
+    for model in models:
+        model.eval()
     try:
         yield
     finally:
+        for model in models:
+            model.train(training[model])  # a layer may do more than set its mode, such as splitting merged weights
         for layer, was_training in training.items():
             layer.training = was_training

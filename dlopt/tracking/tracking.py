@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from dlopt.basics import formats
 from dlopt.basics.errors import UserError
@@ -89,7 +89,7 @@ class TrainLog:
 class Tracking:
     """Shows a run on the console, writes metrics.jsonl, summary.json and train.log into `folder`, and feeds `sinks`.
 
-    `folder` None: no files; ranks > 0 use `Tracking(None, sinks=[], console=False)`. `sinks`: a subset of `SINKS`.
+    `folder` None: no files; see `silent`. `sinks`: a subset of `SINKS`.
     `log_every_steps` None disables `step`. `resume_from`: (evaluated epochs, updates) of the checkpoint from which the
     run resumes; what was written after it is removed.
 
@@ -134,6 +134,11 @@ class Tracking:
                     from dlopt.tracking import remote
 
                     self._sinks.append(remote.Remote(name, remote.SERVICES[name](folder), self.message))
+
+    @classmethod
+    def silent(cls) -> Self:
+        """Returns one that shows and writes nothing: for ranks > 0 and probes."""
+        return cls(None, sinks=[], console=False)
 
     def begin(
         self,

@@ -24,6 +24,7 @@ from dlopt.metrics.labels import LABEL_METRICS, LabelMetrics, LabelReport, label
 from dlopt.metrics.regression import RegressionMetrics
 from dlopt.metrics.sums import Measured, MetricSum, Reduce, predicted_classes
 from dlopt.metrics.user import OwnMetric, OwnMetrics, compute
+from dlopt.models.layers import evaluation_mode
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.build.workload import Workload, evaluation_batches
@@ -59,9 +60,7 @@ def evaluate(
         The metrics; None if interrupted.
     """
     metrics = MetricSum(task, reduce=reduce)
-    modes = module.training, loss.training
-    module.eval(), loss.eval()
-    try:
+    with evaluation_mode(module, loss):
         for inputs, targets in batches:
             outputs = model(inputs)  # even without samples: the forward pass may contain collectives
             if len(targets):
@@ -76,8 +75,6 @@ def evaluate(
                 metrics.add(Measured.of_no_samples(outputs.sum()))
             if interruption:
                 return None
-    finally:
-        module.train(modes[0]), loss.train(modes[1])
     means = metrics.means(prefix)
     for each in extra:
         means |= {f"{prefix}_{name}": value for name, value in each.means(reduce).items()}

@@ -56,7 +56,7 @@ class Trainer:
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
     progress: Progress = field(default_factory=Progress)
     graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None: they are
-    own: OwnObservers | None = None  # the user's observers
+    user_observers: OwnObservers | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -96,8 +96,8 @@ class Trainer:
                         progress.step += 1
                         progress.position += 1
                         self.tracking.advance(progress.step)
-                        if self.own is not None and record.loss is not None:
-                            self.own.after_update(progress.step, record.loss, self.module)
+                        if self.user_observers is not None and record.loss is not None:
+                            self.user_observers.after_update(progress.step, record.loss, self.module)
                         if logs:
                             self.step.check_updates()  # before metrics that may be NaN are logged
                             self.tracking.step(progress.step, clock.metrics(float(self.step.rate), record.norm))
@@ -181,8 +181,8 @@ class Trainer:
                 improved = self.best.update(metrics)
                 self.step.schedule.update(metrics)
             self.tracking.epoch(metrics, best=improved, evaluation_seconds=evaluation_seconds)
-            if self.own is not None:
-                self.own.after_evaluation(metrics)
+            if self.user_observers is not None:
+                self.user_observers.after_evaluation(metrics)
         # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch.
         every = intervals.save_every_epochs
         save_due = every is not None and epoch % every == 0 if ends_epoch else self._is_save_due()

@@ -95,7 +95,7 @@ def train_run(
     is_shown = mode.ranks.is_main
     with (
         contextlib.closing(workload),
-        open_tracking(run, state, console) if is_shown else Tracking(None, sinks=[], console=False) as tracking,
+        open_tracking(run, state, console) if is_shown else Tracking.silent() as tracking,
     ):
         found_lr = None
         if workload.experiment.auto_lr and find_lr is not None:
@@ -107,10 +107,19 @@ def train_run(
             # Before the trainer is built: its weight average starts at the loaded weights.
             for line in load_weights(workload.module, Path(settings.init_from), mode):
                 tracking.message(line)
-        own = OwnObservers(run.experiment.own_observers) if is_shown and run.experiment.own_observers else None
-        observers = () if observe is None else observe(workload, length, tracking, run.folder)
-        trainer = build_trainer(workload, run.folder, batches, length, tracking, found_lr=found_lr, observers=observers)
-        trainer.own = own
+        user_observers = None
+        if is_shown and run.experiment.own_observers:
+            user_observers = OwnObservers(run.experiment.own_observers)
+        trainer = build_trainer(
+            workload,
+            run.folder,
+            batches,
+            length,
+            tracking,
+            found_lr=found_lr,
+            observers=() if observe is None else observe(workload, length, tracking, run.folder),
+            user_observers=user_observers,
+        )
         if state is not None:
             trainer.load_state_dict(state)
         log_header(run, workload, length, trainer.progress, tracking)
@@ -134,8 +143,8 @@ def train_run(
         elif settings.evaluate.test:
             summary |= _test_best(trainer, workload)
             trainer.train_metrics.warn_if_not_finite(summary, "test_loss", tracking.message)
-        if own is not None:
-            own.at_end(summary)
+        if user_observers is not None:
+            user_observers.at_end(summary)
         pictures = None
         if draw is not None and status != "interrupted":
             steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
@@ -169,6 +178,7 @@ def build_trainer(
     *,
     found_lr: float | None = None,
     observers: Sequence[Observer] = (),
+    user_observers: OwnObservers | None = None,
     checks: bool = True,
 ) -> Trainer:
     """Builds a trainer at its first update, with optimizer, schedule, step and checkpoints.
@@ -258,6 +268,7 @@ def build_trainer(
         timing=workload.placed.timing,
         progress=Progress(horizon=length.horizon, data=data_spec(workload), found_lr=found_lr),
         graph_obstacle=graph_obstacle,
+        user_observers=user_observers,
     )
 
 
@@ -274,6 +285,5 @@ def probe_trainer(
     `state`: of a checkpoint, which sets the length of the schedule. `checks`: see `build_trainer`.
     """
     batches = training_batches(workload)
-    silent = Tracking(None, sinks=[], console=False)
     length = run_length(workload.experiment.settings, len(batches), state)
-    return build_trainer(workload, folder, batches, length, silent, observers=observers, checks=checks)
+    return build_trainer(workload, folder, batches, length, Tracking.silent(), observers=observers, checks=checks)

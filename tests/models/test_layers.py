@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dlopt.basics.errors import UserError
-from dlopt.models.layers import ACTIVATIONS, GhostBatchNorm1d, GhostBatchNorm2d, Norm, activation
+from dlopt.models.layers import ACTIVATIONS, GhostBatchNorm1d, GhostBatchNorm2d, Norm, activation, evaluation_mode
 
 MAPS = torch.randn(12, 8, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 2
 EPS = 1e-5
@@ -103,3 +103,21 @@ def test_activations_are_not_in_place(name: str) -> None:
     after = before.clone()
     assert activation(name)(after).shape == before.shape  # type: ignore[arg-type]
     assert torch.equal(before, after)
+
+
+class _Merging(nn.Linear):
+    """Merges its weights for the evaluation, like adapters of other packages."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> "_Merging":
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_after_evaluation_mode_each_layer_has_its_own_mode() -> None:
+    merging, frozen, loss = _Merging(2, 2), nn.Dropout(0.5).eval(), nn.MSELoss()
+    model = nn.Sequential(merging, frozen)
+    with evaluation_mode(model, loss):
+        assert merging.merged and not any(layer.training for layer in (*model.modules(), loss))
+    assert merging.training and not merging.merged and not frozen.training and loss.training

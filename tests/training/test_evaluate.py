@@ -74,11 +74,12 @@ def test_does_not_change_the_model(training: bool) -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_restores_training_mode_after_an_error() -> None:
+def test_restores_training_mode_of_each_layer_after_an_error() -> None:
     model = net()
+    model[0].eval()
     with pytest.raises(RuntimeError):
         evaluate(model, model, [(torch.zeros(2, 5), torch.zeros(2))], CROSS_ENTROPY, task=CLASSES, prefix="val")
-    assert model.training and CROSS_ENTROPY.training
+    assert model.training and not model[0].training and CROSS_ENTROPY.training
 
 
 class After:
