@@ -191,6 +191,8 @@ def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
 class EpochRows:
     """The epoch table, printed row by row. The best epoch so far is marked with `*`.
 
+    Not a table of rich, which would have to know all rows before it prints the first one.
+
     `samples_per_step`: their mean, 0: unknown. `step`, `seconds`: where the run starts; > 0 if it was resumed.
     `metrics`: keys of further columns.
     """
@@ -343,7 +345,8 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 class FittedTable:
     """A table that wraps only between words; if it does not fit even then, each row becomes a list of its cells.
 
-    Lines have no trailing spaces.
+    A table of rich shares out a narrow terminal without regard to words: it shows 0.1234 as 0.1 and an ellipsis, splits
+    keys, and leaves out columns. Lines have no trailing spaces.
     """
 
     def __init__(self, table: Table) -> None:
@@ -413,7 +416,7 @@ def _stack_cells(table: Table) -> Group:
 
 
 class Flow:
-    """Texts side by side, with line breaks only between them."""
+    """Texts side by side, with line breaks only between them; rich's `Columns` would align them to a grid."""
 
     def __init__(self, texts: Sequence[Text | str], *, separator: str = "   ", indent: str = "") -> None:
         self.texts, self.separator, self.indent = texts, separator, indent
