@@ -4,6 +4,7 @@ Resumed runs, and runs with other numbers of loader workers or ranks, therefore 
 """
 
 import torch
+from torch import Tensor
 
 _MASK = (1 << 64) - 1
 
@@ -26,3 +27,15 @@ def stream(seed: int, *counters: int) -> int:
 def generator(device: torch.device | str, seed: int, *counters: int) -> torch.Generator:
     """Returns a new generator on `device` for the stream (seed, *counters)."""
     return torch.Generator(device=device).manual_seed(stream(seed, *counters))
+
+
+def hashed(words: Tensor) -> Tensor:
+    """Hashes int32 words in place: each bit depends on all bits (Wellons, hash-prospector, two rounds)."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        words = _xor_shifted(words, shift).mul_(factor)
+    return _xor_shifted(words, 15)
+
+
+def _xor_shifted(words: Tensor, shift: int) -> Tensor:
+    # torch shifts signed words only, and fills them with the sign; the mask makes the shift a logical one.
+    return words.bitwise_xor_((words >> shift).bitwise_and_((1 << (32 - shift)) - 1))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dlopt.basics.random import hashed
 from dlopt.data.batches import Batch
 from dlopt.parallel.batch_shards import MicroBatchShard
 from dlopt.parallel.collectives import ShardSpec
@@ -145,18 +146,6 @@ _KINDS: dict[type[nn.Module], type[GlobalDropout]] = {
     nn.AlphaDropout: AlphaDropout,
     nn.FeatureAlphaDropout: FeatureAlphaDropout,
 }
-
-
-def hashed(words: Tensor) -> Tensor:
-    """Hashes int32 words in place: each bit depends on all bits (Wellons, hash-prospector, two rounds)."""
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        words = _xor_shifted(words, shift).mul_(factor)
-    return _xor_shifted(words, 15)
-
-
-def _xor_shifted(words: Tensor, shift: int) -> Tensor:
-    # torch shifts signed words only, and fills them with the sign; the mask makes the shift a logical one.
-    return words.bitwise_xor_((words >> shift).bitwise_and_((1 << (32 - shift)) - 1))
 
 
 def convert_dropout(

@@ -1,8 +1,9 @@
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.basics.random import generator, stream
+from dlopt.basics.random import generator, hashed, stream
 
 counters = st.integers(0, 2**63 - 1)
 
@@ -65,3 +66,11 @@ def test_generator() -> None:
     draws = torch.rand(4, generator=first)
     assert torch.equal(draws, torch.rand(4, generator=again))
     assert not torch.equal(draws, torch.rand(4, generator=other))
+
+
+def test_hash_is_the_published_one() -> None:
+    words = torch.randint(-(2**31), 2**31, (1000,), dtype=torch.int32)
+    x = words.numpy().astype(np.uint32)
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    assert np.array_equal(hashed(words.clone()).numpy().astype(np.uint32), x ^ (x >> np.uint32(15)))

@@ -1,14 +1,13 @@
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dlopt.parallel.batch_shards import MicroBatchShard, local_slice
 from dlopt.parallel.collectives import ShardSpec
-from dlopt.parallel.dropout import CurrentShard, GlobalDropout, convert_dropout, hashed
+from dlopt.parallel.dropout import CurrentShard, GlobalDropout, convert_dropout
 
 ELEMENTWISE = [nn.Dropout, nn.AlphaDropout]
 CHANNELWISE = [nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout]
@@ -88,14 +87,6 @@ def expected_drop(kind: type[nn.Module], p: float) -> float:
         return 0.0
     limit = -1.0507009873554805 * 1.6732632423543772
     return limit * (1 - p) / math.sqrt((1 - p) * (1 + p * limit**2))
-
-
-def test_hash_is_the_published_one() -> None:
-    words = torch.randint(-(2**31), 2**31, (1000,), dtype=torch.int32)
-    x = words.numpy().astype(np.uint32)
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    assert np.array_equal(hashed(words.clone()).numpy().astype(np.uint32), x ^ (x >> np.uint32(15)))
 
 
 def test_masks_are_independent() -> None:

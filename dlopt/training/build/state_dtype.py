@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.mixin import mix_in
-from dlopt.basics.random import stream
+from dlopt.basics.random import hashed, stream
 from dlopt.optim.common import evaluate, gradients, is_dense
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.shards import element_numbers, local
@@ -284,12 +284,8 @@ def _write_back(params: list[Tensor], copies: list[nn.Parameter], values: Tensor
 
 
 def random_bits(indices: Tensor, seed: int | Tensor) -> Tensor:
-    """Hashes int32 indices, with a seed of any size, or of 32 bits, to 32 random bits (lowbias32, Wellons 2018)."""
-    bits = indices ^ (seed if isinstance(seed, Tensor) else (seed & 0xFFFFFFFF) - (1 << 31))
-    # Masks, since a shift of a negative number copies its sign. Products wrap.
-    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
-    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - (1 << 32))
-    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
+    """Hashes int32 indices, with a seed of any size, or of 32 bits, to 32 random bits."""
+    return hashed(indices ^ (seed if isinstance(seed, Tensor) else (seed & 0xFFFFFFFF) - (1 << 31)))
 
 
 def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
