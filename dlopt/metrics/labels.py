@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dlopt.metrics.outputs import KeptOutputs
 from dlopt.parallel.ranks import Ranks
 
 LABEL_METRICS = ("mean_average_precision", "macro_f1", "micro_f1")
@@ -83,27 +83,18 @@ def label_report(outputs: Tensor, targets: Tensor, probabilities: Callable[[Tens
     return LabelReport(counts[2], precision, f1, micro.item(), bool(is_nan.any()))
 
 
-class LabelMetrics:
+class LabelMetrics(KeptOutputs):
     """Keeps outputs and targets of an evaluation in main memory, and computes `LABEL_METRICS` of all of them.
 
     Unlike sums over samples, average precision needs all outputs at once.
     """
 
     def __init__(self, probabilities: Callable[[Tensor], Tensor], ranks: Ranks) -> None:
-        self._probabilities, self._ranks = probabilities, ranks
-        self._batches: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        """Adds outputs and targets [B, K] of this rank's samples of a batch."""
-        if self._ranks.counts:  # otherwise another rank has the same samples
-            self._batches.append((outputs.detach().cpu(), targets.cpu()))
+        super().__init__(ranks)
+        self._probabilities = probabilities
 
     def means(self, _: object = None) -> Mapping[str, float]:
         """Returns the metrics by name, on all ranks, which call this together."""
-        gathered = self._ranks.gather([self._batches])
-        result: Mapping[str, float] = {}
-        if self._ranks.is_main:
-            shards = [shard for batch in zip_longest(*gathered) for shard in batch if shard is not None]
-            outputs, targets = (torch.cat(column) for column in zip(*shards, strict=True))
-            result = label_report(outputs, targets, self._probabilities).means
+        samples = self.gathered()
+        result = {} if samples is None else label_report(*samples, self._probabilities).means
         return self._ranks.broadcast(result)

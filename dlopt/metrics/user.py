@@ -2,13 +2,12 @@
 
 import numbers
 from collections.abc import Callable, Mapping
-from itertools import zip_longest
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dlopt.basics.errors import RunError
+from dlopt.metrics.outputs import KeptOutputs
 from dlopt.metrics.sums import Reduce
 from dlopt.parallel.ranks import Ranks
 
@@ -16,31 +15,23 @@ OwnMetric = Callable[[Tensor, Tensor], Any]
 """(outputs, targets) of all samples of a split, on the CPU -> a number."""
 
 
-class OwnMetrics:
+class OwnMetrics(KeptOutputs):
     """Keeps outputs and targets of an evaluation in main memory, and applies the functions to all of them.
 
     The functions run in the process of rank 0 only, on the samples of all ranks in the order of the data.
     """
 
     def __init__(self, functions: Mapping[str, OwnMetric], ranks: Ranks) -> None:
-        self._functions, self._ranks = functions, ranks
-        self._batches: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        """Adds this rank's samples of a batch."""
-        if self._ranks.counts:  # otherwise another rank has the same samples
-            self._batches.append((outputs.detach().cpu(), targets.cpu()))
+        super().__init__(ranks)
+        self._functions = functions
 
     def means(self, _: Reduce | None = None) -> dict[str, float]:
         """Returns the metrics by name, on all ranks. Raises `RunError` if a function fails."""
-        gathered = self._ranks.gather([self._batches])
+        samples = self.gathered()
         result: dict[str, float] | str = {}
-        if self._ranks.is_main:
-            # Batch by batch: the ranks hold adjacent slices of each batch, of which the last may leave some without.
-            shards = [shard for batch in zip_longest(*gathered) for shard in batch if shard is not None]
-            outputs, targets = (torch.cat(column) for column in zip(*shards, strict=True))
+        if samples is not None:
             try:
-                result = compute(self._functions, outputs, targets)
+                result = compute(self._functions, *samples)
             except RunError as error:
                 if self._ranks.processes == 1:
                     raise  # with the traceback of the function, for train.log

@@ -1,0 +1,31 @@
+"""Collects the outputs of an evaluation, for metrics that are no sums over samples."""
+
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from dlopt.parallel.ranks import Ranks
+
+
+class KeptOutputs:
+    """Outputs and targets of an evaluation in main memory."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._batches: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """Adds this rank's samples of a batch."""
+        if self._ranks.counts:  # otherwise another rank has the same samples
+            self._batches.append((outputs.detach().cpu(), targets.cpu()))
+
+    def gathered(self) -> tuple[Tensor, Tensor] | None:
+        """Returns the samples of all ranks in the order of the data; None on ranks > 0. All ranks call this."""
+        gathered = self._ranks.gather([self._batches])
+        if not self._ranks.is_main:
+            return None
+        # Batch by batch: the ranks hold adjacent slices of each batch, of which the last may leave some without.
+        shards = [shard for batch in zip_longest(*gathered) for shard in batch if shard is not None]
+        outputs, targets = (torch.cat(column) for column in zip(*shards, strict=True))
+        return outputs, targets
