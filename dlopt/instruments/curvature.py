@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlopt.instruments.layers import norms
+from dlopt.optim.common import flat
 
 Product = Callable[[Tensor], Tensor]
 """v [n] -> H v [n]."""
@@ -24,10 +25,6 @@ class Spectrum(NamedTuple):
     eigenvalues: Tensor  # [k], descending, float64
     residuals: Tensor  # [k]
     vectors: Tensor  # [k, n]
-
-
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Product:

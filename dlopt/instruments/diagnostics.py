@@ -13,12 +13,12 @@ from dlopt.basics.errors import UserError
 from dlopt.instruments.curvature import (
     GradientSpread,
     curvature_along,
-    flat,
     hessian_product,
     lanczos,
     random_vector,
 )
 from dlopt.instruments.layers import LayerProbe, layer_parameters, norms, norms_by_layer
+from dlopt.optim.common import flat
 from dlopt.training.build.workload import Workload
 from dlopt.training.step import Observer, Step, frozen_statistics
 

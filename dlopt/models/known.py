@@ -1,4 +1,4 @@
-"""Answers what a training step has to know about layers: are they known, do they draw random numbers?"""
+"""Answers questions about layers: are they known, containers, do they draw random numbers?"""
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -6,6 +6,11 @@ from torch.nn.modules.dropout import _DropoutNd
 # Of classes, by the start of their module's name. Layers of users and of other packages are not known.
 _KNOWN = ("torch.nn.", "dlopt.models.", "dlopt.adapt", "dlopt.parallel.dropout")
 _RANDOM = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+def is_container(module: nn.Module) -> bool:
+    """Returns whether the module is a plain container of layers: a sequence, or one that is not called itself."""
+    return type(module).forward in (nn.Sequential.forward, nn.Module.forward)
 
 
 def is_known(layer: nn.Module) -> bool:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from dlopt.instruments.curvature import (
     GradientSpread,
     curvature_along,
-    flat,
     hessian_product,
     lanczos,
     largest_eigenvalues,
@@ -17,6 +16,7 @@ from dlopt.instruments.curvature import (
     noise_scale,
 )
 from dlopt.instruments.layers import norms
+from dlopt.optim.common import flat
 
 
 def _problem() -> tuple[nn.Module, Tensor, Tensor, list[Tensor]]:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.adapt import LoRALinear
-from dlopt.models.known import is_known, is_stochastic
+from dlopt.models.known import is_container, is_known, is_stochastic
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
 
 
@@ -42,3 +42,15 @@ def _global_dropout(p: float) -> nn.Module:
 def test_is_stochastic(model: nn.Module, draws: bool) -> None:
     assert is_stochastic(model) is draws
     assert all(map(is_known, model.modules())) is not isinstance(model, _OfUser)
+
+
+def test_is_container() -> None:
+    class Holder(nn.Module):
+        pass
+
+    class Block(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return inputs
+
+    assert all(map(is_container, (nn.Sequential(), nn.ModuleList(), nn.ModuleDict(), Holder())))
+    assert not any(map(is_container, (Block(), nn.Linear(1, 1))))

@@ -20,7 +20,6 @@ from dlopt.instruments.curvature import (
     GradientSpread,
     Spectrum,
     curvature_along,
-    flat,
     hessian_product,
     largest_eigenvalues,
     losses_along,
@@ -29,6 +28,7 @@ from dlopt.instruments.curvature import (
 from dlopt.instruments.diagnostics import loss_of, preserved_state
 from dlopt.instruments.layers import LayerProbe, LayerStatistics, layer_parameters, norms, norms_by_layer
 from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag, TimeLagProbe
+from dlopt.optim.common import flat
 from dlopt.trained.distillation import with_teacher
 from dlopt.training.build.workload import Workload, build_workload, load_weights
 from dlopt.training.clipping import gradient_norm

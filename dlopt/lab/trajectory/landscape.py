@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.basics.errors import UserError
-from dlopt.instruments.curvature import flat, restoring
+from dlopt.instruments.curvature import restoring
 from dlopt.models.layers import evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
+from dlopt.optim.common import flat
 from dlopt.optim.parameters import NORMS
 from dlopt.results import drawing
 from dlopt.training.step import frozen_statistics

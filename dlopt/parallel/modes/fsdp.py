@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Natural
+from dlopt.models.known import is_container
 from dlopt.optim.parameters import NORMS
 from dlopt.parallel.dropout import convert_dropout
 from dlopt.parallel.mode import Mode, Placed, check_precision, join_mode
@@ -25,8 +26,6 @@ from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import TensorShards
 from dlopt.parallel.step_timing import StepTiming
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class ShardingKeys(ProcessKeys):
@@ -134,7 +133,7 @@ def fsdp_units(model: nn.Module, min_parameters: int) -> list[nn.Module]:
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
-            if isinstance(child, _CONTAINERS) and type(child).forward in (kind.forward for kind in _CONTAINERS):
+            if is_container(child):
                 visit(child)
             elif sum(p.numel() for p in child.parameters()) >= max(min_parameters, 1):
                 candidates.append(child)

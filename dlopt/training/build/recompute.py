@@ -21,10 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from dlopt.basics.errors import UserError
 from dlopt.basics.mixin import mix_in
 from dlopt.config.settings import Recomputation
-from dlopt.models.known import is_stochastic
+from dlopt.models.known import is_container, is_stochastic
 from dlopt.parallel.mode import Mode
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _running = 0  # recomputations in progress
 
 
@@ -163,8 +162,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _has_layers(module: nn.Module) -> bool:
-    is_container = type(module).forward in (kind.forward for kind in _CONTAINERS)
-    return not is_container and any(True for _ in module.children())
+    return not is_container(module) and any(True for _ in module.children())
 
 
 def _parts(model: Iterable[nn.Module]) -> list[nn.Module]:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.instruments.curvature import flat
 from dlopt.lab.diagnosis.measuring import (
     STEP_FRACTIONS,
     Diagnosis,
@@ -20,6 +19,7 @@ from dlopt.lab.diagnosis.measuring import (
     trace_updates,
 )
 from dlopt.lab.diagnosis.plots import clipping_factor, plots, spread_layers
+from dlopt.optim.common import flat
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.runs import SMALL, experiment, same, start
 
