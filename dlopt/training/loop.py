@@ -29,7 +29,7 @@ from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.progress import Clock, Intervals, Progress, Status
 from dlopt.training.step import EpochBatches, Step, UpdateRecord
 from dlopt.training.stopping import Best, Stopping
-from dlopt.training.user_observers import OwnObservers
+from dlopt.training.user_observers import NO_OBSERVERS, OwnObservers
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Trainer:
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
     progress: Progress = field(default_factory=Progress)
     graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None: they are
-    user_observers: OwnObservers | None = None
+    user_observers: OwnObservers = NO_OBSERVERS
 
     @property
     def module(self) -> nn.Module:
@@ -96,7 +96,7 @@ class Trainer:
                         progress.step += 1
                         progress.position += 1
                         self.tracking.advance(progress.step)
-                        if self.user_observers is not None and record.loss is not None:
+                        if record.loss is not None:
                             self.user_observers.after_update(progress.step, record.loss, self.module)
                         if logs:
                             self.step.check_updates()  # before metrics that may be NaN are logged
@@ -181,8 +181,7 @@ class Trainer:
                 improved = self.best.update(metrics)
                 self.step.schedule.update(metrics)
             self.tracking.epoch(metrics, best=improved, evaluation_seconds=evaluation_seconds)
-            if self.user_observers is not None:
-                self.user_observers.after_evaluation(metrics)
+            self.user_observers.after_evaluation(metrics)
         # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch.
         every = intervals.save_every_epochs
         save_due = every is not None and epoch % every == 0 if ends_epoch else self._is_save_due()

@@ -43,7 +43,7 @@ from dlopt.training.progress import Intervals, Length, Progress, Run, check_hori
 from dlopt.training.reporting import log_header, notes, open_tracking, show_first_batch, summarize
 from dlopt.training.step import EpochBatches, Network, Observer
 from dlopt.training.stopping import Best, Stopping
-from dlopt.training.user_observers import OwnObservers
+from dlopt.training.user_observers import NO_OBSERVERS, OwnObservers
 
 Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
 """Returns the observers of a run, given its length and folder. Raises `UserError`."""
@@ -107,9 +107,7 @@ def train_run(
             # Before the trainer is built: its weight average starts at the loaded weights.
             for line in load_weights(workload.module, Path(settings.init_from), mode):
                 tracking.message(line)
-        user_observers = None
-        if is_shown and run.experiment.own_observers:
-            user_observers = OwnObservers(run.experiment.own_observers)
+        user_observers = OwnObservers(run.experiment.own_observers if is_shown else ())
         trainer = build_trainer(
             workload,
             run.folder,
@@ -143,8 +141,7 @@ def train_run(
         elif settings.evaluate.test:
             summary |= _test_best(trainer, workload)
             trainer.train_metrics.warn_if_not_finite(summary, "test_loss", tracking.message)
-        if user_observers is not None:
-            user_observers.at_end(summary)
+        user_observers.at_end(summary)
         pictures = None
         if draw is not None and status != "interrupted":
             steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
@@ -178,7 +175,7 @@ def build_trainer(
     *,
     found_lr: float | None = None,
     observers: Sequence[Observer] = (),
-    user_observers: OwnObservers | None = None,
+    user_observers: OwnObservers = NO_OBSERVERS,
     checks: bool = True,
 ) -> Trainer:
     """Builds a trainer at its first update, with optimizer, schedule, step and checkpoints.

@@ -68,6 +68,9 @@ class OwnObservers:
                 raise RunError(f"{label} raised {type(error).__name__}: {error}") from error
 
 
+NO_OBSERVERS = OwnObservers(())
+
+
 def _takes(method: Callable[..., Any], count: int) -> bool:
     try:
         inspect.signature(method).bind(*[None] * count)
