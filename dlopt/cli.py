@@ -23,38 +23,12 @@ SYNONYMS = {  # names of other tools -> arguments of dlopt
     "lr-find": "find-lr", "config": "train --cfg job", "completion": "train -sc install=bash",
 }  # fmt: skip
 
-USAGE = f"""\
+_USAGE = f"""\
 dlopt {__version__}: an experiment runner for deep-network optimization
 
 Usage: dlopt COMMAND [group=choice] [key=value]
 
-Training:
-  train        Train a model, or run a sweep with -m
-  find-lr      Run a learning-rate range test
-  eval         Evaluate a checkpoint or an ensemble, with or without test-time augmentation
-  predict      Classify images with a checkpoint
-  sample       Continue a text with a language model
-  export       Export a checkpoint to safetensors, ONNX or torch.export
-  consolidate  Merge a sharded checkpoint into one file
-
-Runs:
-  runs         List, filter and clean up runs
-  report       Compare runs and sweeps: leaderboard, plots, HTML page
-
-Reference:
-  options      List groups, choices, keys and their defaults
-  summary      Print the layers of a model: shapes, parameters, MACs, memory
-  show-batch   Plot augmented images
-  template     Print a job script, a manifest or a container file
-  grid         Print the arguments of one job of a sweep, for job arrays
-
-Laboratory:
-  benchmark    Compare tuned optimizers on several workloads
-  ladder       Compare optimizers on models of growing size
-  trajectory   Plot optimizer paths, learning-rate schedules or loss landscapes
-  diagnose     Measure activations, gradients and curvature layer by layer
-  bench        Benchmark parallel modes and devices
-
+%s
 Examples:
   dlopt train optimizer=adamw schedule=cosine_warmup epochs=20
   dlopt train -m optimizer.lr=0.01,0.03,0.1 seed=0,1,2     # sweep: one run per combination
@@ -118,16 +92,16 @@ Command = Callable[[list[str]], int]
 def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     """Returns the function of a command line, and its arguments. Raises `UserError`."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        names = ", ".join(of_other_packages())
-        others = f"Of installed packages:\n  {names}\n\n" if names else ""
-        return partial(_print, USAGE.replace("Examples:\n", f"{others}Examples:\n", 1)), []
+        from dlopt.commands.listing import sections
+
+        return partial(_print, _USAGE % sections({**COMMANDS, **of_other_packages()})), []
     if arguments[0] in ("-V", "--version"):
         return partial(_print, f"dlopt {__version__}\n"), []
     for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command
         if argument in ("-sc", "--shell-completion"):
             from dlopt.commands.completion import complete
 
-            return partial(complete, commands=COMMANDS), list(arguments[index:])
+            return complete, list(arguments[index:])
     name = arguments[0]
     if name in SYNONYMS:
         raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
@@ -136,7 +110,9 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         raise UserError(f"{name}: unknown command; {suggest(name, commands, 'dlopt --help')}")
     path, _, function = commands[name].partition(":")
     module = importlib.import_module(path)
-    if _HELP & set(arguments[1:]) and hasattr(module, "USAGE"):  # the help of `train` depends on --config-dir
+    if _HELP & set(arguments[1:]) and hasattr(module, "USAGE"):
+        if hasattr(module, "help_page"):  # that of `train` depends on --config-dir
+            return partial(_print, module.help_page(arguments[1:])), []
         from dlopt.commands.shared.usage import usage
 
         return partial(_print, usage(module)), []

@@ -1,1 +1,1 @@
-"""The sub-commands, one module each."""
+"""Commands: one module each."""

@@ -18,7 +18,6 @@ Use it to copy a sharded checkpoint (parallel=fsdp checkpoint.sharded=true; shar
 to read it with torch.load. The other commands and resume=PATH read sharded checkpoints directly, in any parallel mode.
 Verifies the checksums of the shards and writes one for the file.
 
-  checkpoint=PATH :: a file (RUN/checkpoints/last.pt), or a folder (RUN, RUN/checkpoints): its best.pt, or else last.pt
   {consolidate}
 """
 

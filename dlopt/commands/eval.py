@@ -23,7 +23,7 @@ _READS = (
 # Keys that a test of weights depends on; they are composed and checked as in `dlopt train`.
 _READS_OF_WEIGHTS = (*_READS, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")
 USAGE = """\
-Evaluate a checkpoint, an ensemble of checkpoints, or the weights of another tool, on the test set
+Evaluate a checkpoint, an ensemble or the weights of another tool on the test set
 
 Usage: dlopt eval checkpoint=PATH [tta=CHOICE] [key=value]
        dlopt eval init_from=FILE model=CHOICE data=CHOICE [tta=CHOICE] [key=value]
@@ -35,7 +35,6 @@ Examples:
   dlopt eval checkpoint=outputs/train/DATE/checkpoints/restart-*.pt        # ensemble
   dlopt eval init_from=resnet18.pth model=resnet18 model.stem=imagenet data=imagenet data.root=DIR normalize=fixed
 
-  checkpoint=PATH :: a checkpoint, or a run folder: its best.pt, or else last.pt
   {_evaluate_checkpoints}
   parallel.processes=N :: divides the test set over N processes; also under torchrun and srun
 

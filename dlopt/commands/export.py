@@ -13,7 +13,7 @@ from dlopt.run.job import print_error
 from dlopt.tracking.layout import short_path
 
 USAGE = """\
-Export a checkpoint for other tools
+Export a checkpoint to safetensors, ONNX or torch.export
 
 Usage: dlopt export checkpoint=PATH format=FORMAT [key=value]
 
@@ -27,7 +27,6 @@ Verifies the file: compares its outputs with the model's on test images.
   format=safetensors :: tensors model.* and normalize.*; classes, input shape and config in the metadata
   format=onnx :: an ONNX graph; requires onnx and onnxscript, and onnxruntime for the verification
   format=torch_export :: a program for torch.export.load, which does not need dlopt
-  checkpoint=PATH :: a checkpoint, or a run folder: its best.pt, or else last.pt
   {export}
   data.root=DIR :: location of the test images for the verification
 """

@@ -3,6 +3,7 @@
 from hydra.types import RunMode
 
 from dlopt.basics.errors import DONE, UserError
+from dlopt.commands.completion import keys_of_train
 from dlopt.commands.shared.line import read_line
 from dlopt.config.overrides import grid
 from dlopt.config.plan import with_params
@@ -19,6 +20,8 @@ Examples:
   dlopt grid 2 optimizer=sgd,adamw seed=0,1                # optimizer=adamw, seed=0
   dlopt grid 2 optimizer=sgd,adamw seed=0,1 | xargs -d '\\n' dlopt train
 """
+
+complete = keys_of_train
 
 
 def overrides_of(number: int, arguments: list[str]) -> list[str]:

@@ -14,10 +14,11 @@ from typing import NoReturn
 from dlopt.basics.errors import DONE, UserError, shorten, suggest
 from dlopt.commands.shared.layout import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
+from dlopt.config.flags import documented_flags
 from dlopt.config.overrides import parts_of
 
 USAGE = """\
-List groups, the choices of a group, or the keys of a choice with their defaults
+List groups, choices, keys and their defaults
 
 Usage: dlopt options [group | group=choice ...] [--config-dir DIR]
 
@@ -41,24 +42,6 @@ SWEEPS = {
     "hydra/sweeper/pruner": "none",
 }
 _TRAJECTORY = {"function": "quadratic"}  # only in `dlopt trajectory`
-
-_FLAGS = (
-    ("-m, --multirun", "run a sweep, one run per combination: optimizer.lr=0.1,0.01 seed=0,1"),
-    ("-c, --cfg job", "print the composed config and exit"),
-    ("--info defaults", "print which file each part of the config comes from; --info config: the complete config"),
-    ("-cd, --config-dir DIR", "folder with your own choices: DIR/optimizer/mine.yaml is optimizer=mine"),
-    ("-cn, --config-name NAME", "primary config (default: train)"),
-    ("--hydra-help", "list the other flags of Hydra"),
-)
-_INTRODUCTION = """\
-Train a model, or run a sweep with -m
-
-Usage: dlopt train [group=choice] [key=value] [flags]
-
-Examples:
-  dlopt train model=mlp optimizer=adamw epochs=5
-  dlopt train -m optimizer.lr=0.01,0.03,0.1 seed=0,1,2
-  dlopt train resume=auto"""
 
 
 def options(arguments: list[str]) -> int:
@@ -94,6 +77,11 @@ def options(arguments: list[str]) -> int:
         _keys(catalogue, group, matching, groups[group], page)
     print("\n".join(page.lines))
     return DONE
+
+
+def complete(_: Sequence[str]) -> list[str]:
+    """Completes the name of a group."""
+    return [*Catalogue().groups()]
 
 
 def every_group(catalogue: Catalogue) -> dict[str, str | None]:
@@ -194,8 +182,8 @@ def _shared(choices: Iterable[Sequence[Key]]) -> list[Key]:
     return [key for key, count in counts.items() if count >= _SHARED * len(choices)]
 
 
-def help_page(config_dir: str | None) -> str:
-    """Returns the help text, with the choices of `config_dir`."""
+def tables_of_train(config_dir: str | None) -> str:
+    """Returns the tables of the help of `dlopt train`, with the choices of `config_dir`."""
     catalogue = Catalogue(config_dir)
     groups = {group: _names(catalogue.choices(group), default) for group, default in catalogue.groups().items()}
     recipes = f"{len(catalogue.choices('experiment'))} recipes: `dlopt options experiment`"  # too many for a page
@@ -211,13 +199,13 @@ def help_page(config_dir: str | None) -> str:
         "`dlopt options optimizer=sgd` lists the keys of a choice.": [],
         "Keys of the run:": [*((f"{key.name}={key.value}", key.comment) for key in keys), ("from=RUN", run)],
         "Sweeps (-m; * default):": sweeps,
-        "Flags:": _FLAGS,
+        "Flags:": documented_flags(),
         "Write lists as [a,b]. Quote values with spaces or commas twice: name=\"'two words'\"": [],
     }
-    lines = _INTRODUCTION.splitlines()
+    lines: list[str] = []
     for title, rows in sections.items():
         lines += ["", title, *(two_columns(rows) if rows else ())]
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def _names(choices: Sequence[Choice], default: str | None) -> str:

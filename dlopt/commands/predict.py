@@ -24,7 +24,6 @@ Examples:
 Resizes the images to the size of the training images and takes the centre crop. Does not need the training data.
 With several labels per image, the CSV file has the columns image, labels (a;b) and p(LABEL) for each label.
 
-  checkpoint=PATH :: a checkpoint, or a run folder: its best.pt, or else last.pt
   {_predict}
   parallel.processes=N :: divides the images over N processes; also under torchrun and srun
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from dlopt.basics.errors import DONE, UserError, suggest
 from dlopt.basics.interruption import Interruption
 from dlopt.basics.ranges import Count
+from dlopt.commands.completion import folders
 from dlopt.commands.runs import parse
 from dlopt.commands.shared.line import writing
 from dlopt.commands.shared.usage import own_keys
@@ -27,7 +28,7 @@ from dlopt.results.terminal import show_report
 from dlopt.tracking import layout
 
 USAGE = """\
-Compare runs and sweeps
+Compare runs and sweeps: leaderboard, plots, HTML page
 
 Usage: dlopt report DIR... [condition...] [key=value] [--watch] [--open]
 
@@ -47,6 +48,7 @@ summary.csv and plots. Runs that differ only in their seeds count as one configu
   {_Options}
 """
 
+complete = folders
 _REFRESH = 5.0  # seconds
 _NAMED = ("index.html", "summary.csv")  # files of the default report that are named at its end; the plots are beside
 

@@ -10,6 +10,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_bytes, format_count, printable
 from dlopt.basics.ranges import Count
 from dlopt.commands import runs_tag
+from dlopt.commands.completion import folders
 from dlopt.commands.runs_diff import diff
 from dlopt.commands.shared.line import take_own
 from dlopt.results import reading
@@ -60,6 +61,7 @@ dlopt runs clean:
 """
 
 
+complete = folders
 _tag = runs_tag.edit  # declares the keys of `dlopt runs tag`
 
 

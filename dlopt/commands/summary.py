@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _READS = ("model", "data", "augmentation", "precision", *RECIPE)
 USAGE = """\
-Print the layers of a model
+Print the layers of a model: shapes, parameters, MACs, memory
 
 Usage: dlopt summary model=CHOICE [key=value]
 

@@ -1,5 +1,7 @@
 """The table of commands: names only, imported when they are used. Whoever adds a command adds a line here.
 
+`dlopt --help`, `dlopt COMMAND --help` and completion read the module that the line names.
+
 An installed package adds its own with the entry point `dlopt.commands`: `weights = "mine.commands:weights"`.
 """
 
@@ -9,17 +11,17 @@ from typing import Any
 
 COMMANDS = {  # name -> function(arguments) -> exit code
     "train": "dlopt.commands.train:train",
+    "find-lr": "dlopt.commands.find_lr:find_lr",
     "eval": "dlopt.commands.eval:evaluate",
     "predict": "dlopt.commands.predict:predict",
     "sample": "dlopt.commands.sample:sample",
     "export": "dlopt.commands.export:export",
     "consolidate": "dlopt.commands.consolidate:consolidate",
-    "show-batch": "dlopt.commands.show_batch:show_batch",
-    "find-lr": "dlopt.commands.find_lr:find_lr",
-    "summary": "dlopt.commands.summary:summary",
-    "report": "dlopt.commands.report:report",
     "runs": "dlopt.commands.runs:runs",
+    "report": "dlopt.commands.report:report",
     "options": "dlopt.commands.options:options",
+    "summary": "dlopt.commands.summary:summary",
+    "show-batch": "dlopt.commands.show_batch:show_batch",
     "template": "dlopt.commands.template:template",
     "grid": "dlopt.commands.grid:print_job",
     # The laboratory

@@ -1,5 +1,7 @@
 """`dlopt template`: prints job scripts, a manifest, container files, and the JSON schema of experiment files."""
 
+from collections.abc import Sequence
+
 from dlopt._version import ROOT
 from dlopt.basics.errors import DONE, UserError, suggest
 from dlopt.commands.shared.line import read_line
@@ -33,6 +35,11 @@ Examples:
   dlopt template slurm > train.sbatch
   dlopt template kubernetes > train.yaml
 """
+
+
+def complete(_: Sequence[str]) -> list[str]:
+    """Completes the name of a template."""
+    return [*TEMPLATES, SCHEMA]
 
 
 def template(arguments: list[str]) -> int:

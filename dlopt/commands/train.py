@@ -26,6 +26,17 @@ from dlopt.tracking.layout import waiting
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+USAGE = """\
+Train a model, or run a sweep with -m
+
+Usage: dlopt train [group=choice] [key=value] [flags]
+
+Examples:
+  dlopt train model=mlp optimizer=adamw epochs=5
+  dlopt train -m optimizer.lr=0.01,0.03,0.1 seed=0,1,2
+  dlopt train resume=auto
+"""
+
 _READS_OF_HYDRA = (*COMPOSITION, "hydra.run", "hydra.job", "hydra.job_logging", "hydra.verbose")
 # How the ranks of torchrun and srun find each other before rank 0 has sent them the run.
 _ADDRESS = ("parallel.master_addr", "parallel.master_port", "parallel.timeout_minutes")
@@ -36,9 +47,7 @@ def train(arguments: list[str]) -> int:
     """Runs `dlopt train` with the given arguments; returns the exit code. Raises `UserError`."""
     parsed = parse_arguments(arguments)
     if parsed.help:
-        from dlopt.commands.options import help_page
-
-        print(help_page(parsed.config_dir))
+        print(help_page(arguments), end="")
         return DONE
     _check_flags(parsed)
     world = current()
@@ -75,6 +84,13 @@ def train(arguments: list[str]) -> int:
         if outcome.run is not None:
             outcome.code = start(outcome.run, console=not is_quiet())
     return outcome.code
+
+
+def help_page(arguments: list[str]) -> str:
+    """Returns the help, with the choices of --config-dir. Raises `UserError`."""
+    from dlopt.commands.options import tables_of_train
+
+    return USAGE + tables_of_train(parse_arguments(arguments).config_dir)
 
 
 def _planned(composer: Composer, config: DictConfig, overrides: list[str]) -> Plan | None:

@@ -1,14 +1,11 @@
 """Composes configs with Hydra's public functions, and explains errors in overrides."""
 
 import functools
-import importlib
 import os
 import pickle
-import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -16,17 +13,16 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dlopt._version import ROOT
 from dlopt.basics.errors import UserError, shorten, suggest
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.plain import check_yaml, flatten, is_below, join
 from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_folder, search
+from dlopt.config.flags import register_plugins
 from dlopt.config.overrides import is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines, note_secrets
@@ -284,25 +280,6 @@ class Composer:
         if target.startswith("dlopt."):
             return f"{hint}the chosen {parent} has no keys"
         return f"add a new key with a plus sign: +{line}"
-
-
-def register_plugins() -> None:
-    """Registers dlopt's sweeper, launchers and config folders with Hydra.
-
-    Hydra instantiates plug-ins of the namespace package `hydra_plugins` only, so dlopt/sweeps/hydra_plugins joins its
-    path.
-    """
-    try:
-        namespace = importlib.import_module("hydra_plugins")
-    except ModuleNotFoundError:  # no other plug-in is installed
-        namespace = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
-        namespace.__path__ = []
-    folder = str(ROOT / "sweeps/hydra_plugins")
-    if folder not in namespace.__path__:
-        namespace.__path__.append(folder)
-    plugins = Plugins.instance()  # scans the namespace on first use only, so register explicitly
-    for plugin in importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS:
-        plugins.register(plugin)
 
 
 def typed_folder(config: DictConfig, key: str, overrides: Iterable[str]) -> tuple[Path, bool]:

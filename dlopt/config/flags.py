@@ -1,13 +1,15 @@
 """Hydra's flags of `dlopt train` and the other commands that compose a config; what Hydra's main prints for them."""
 
+import importlib
 import logging
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dlopt._version import __version__
+from dlopt._version import ROOT, __version__
 from dlopt.basics.errors import USER_ERROR, UserError
 from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, config_folder
 from dlopt.config.overrides import quoted
@@ -40,23 +42,39 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 
 
 def _parser() -> ArgumentParser:
-    """Returns a parser of the flags of Hydra 1.3, which has no public one; `dlopt train --help` explains them."""
+    """Returns a parser of the flags of Hydra 1.3, which has no public one. The help lists those with a text."""
     parser = ArgumentParser(prog="dlopt", add_help=False)
-    parser.add_argument("overrides", nargs="*")
-    for flags in (
-        ("--help", "-h"), ("--hydra-help",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m"),
-        ("--shell-completion", "-sc"),
-    ):  # fmt: skip
-        parser.add_argument(*flags, action="store_true")
-    for flags in (
-        ("--package", "-p"), ("--config-path", "-cp"), ("--config-name", "-cn"), ("--config-dir", "-cd"),
-        ("--experimental-rerun",),
-    ):  # fmt: skip
-        parser.add_argument(*flags)
-    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
-    parser.add_argument("--info", "-i", const="all", nargs="?", choices=INFO)
-    parser.add_argument("--version", action="version", version=f"dlopt {__version__}")
+    add = parser.add_argument
+    add("overrides", nargs="*")
+    sweep = "run a sweep, one run per combination: optimizer.lr=0.1,0.01 seed=0,1"
+    add("-m", "--multirun", action="store_true", help=sweep)
+    add("-c", "--cfg", metavar="job", choices=["job", "hydra", "all"], help="print the composed config and exit")
+    files = "print which file each part of the config comes from; --info config: the complete config"
+    add("-i", "--info", metavar="defaults", const="all", nargs="?", choices=INFO, help=files)
+    folder = "folder with your own choices: DIR/optimizer/mine.yaml is optimizer=mine"
+    add("-cd", "--config-dir", metavar="DIR", help=folder)
+    add("-cn", "--config-name", metavar="NAME", help="primary config (default: train)")
+    add("--hydra-help", action="store_true", help="list the other flags of Hydra")
+    for flags in (("-h", "--help"), ("--resolve",), ("-r", "--run"), ("-sc", "--shell-completion")):
+        add(*flags, action="store_true")
+    for flags in (("-p", "--package"), ("-cp", "--config-path"), ("--experimental-rerun",)):
+        add(*flags)
+    add("--version", action="version", version=f"dlopt {__version__}")
     return parser
+
+
+def documented_flags() -> list[tuple[str, str]]:
+    """Returns the flags that the help of `dlopt train` lists, with their values, and a line on each."""
+    actions = [action for action in _parser()._actions if action.help]
+    return [
+        (" ".join([", ".join(each.option_strings), str(each.metavar or "")]).strip(), str(each.help))
+        for each in actions
+    ]
+
+
+def flags() -> list[str]:
+    """Returns the long names of these flags."""
+    return [each for action in _parser()._actions if action.help for each in action.option_strings if each[:2] == "--"]
 
 
 def show_info(parsed: Namespace, files: Iterable[str] = ()) -> None:
@@ -75,8 +93,6 @@ def hydra_main(arguments: list[str], task: "Callable[[DictConfig], Any] | None" 
     """
     import hydra
 
-    from dlopt.config.compose import register_plugins
-
     register_plugins()
     logging.raiseExceptions = False  # Hydra prints through logging: a closed pipe (`| head`) must not be an error
     main = hydra.main(version_base=VERSION_BASE, config_path=str(config_folder()), config_name=CONFIG_NAME)
@@ -88,3 +104,24 @@ def hydra_main(arguments: list[str], task: "Callable[[DictConfig], Any] | None" 
     finally:
         del ArgumentParser._check_help  # type: ignore[attr-defined]
         sys.argv = former
+
+
+def register_plugins() -> None:
+    """Registers dlopt's sweeper, launchers and config folders with Hydra.
+
+    Hydra instantiates plug-ins of the namespace package `hydra_plugins` only, so dlopt/sweeps/hydra_plugins joins its
+    path.
+    """
+    from hydra.core.plugins import Plugins
+
+    try:
+        namespace = importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:  # no other plug-in is installed
+        namespace = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
+        namespace.__path__ = []
+    folder = str(ROOT / "sweeps/hydra_plugins")
+    if folder not in namespace.__path__:
+        namespace.__path__.append(folder)
+    plugins = Plugins.instance()  # scans the namespace on first use only, so register explicitly
+    for plugin in importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS:
+        plugins.register(plugin)

@@ -1,1 +1,1 @@
-
+"""Laboratory: benchmarks, comparisons and measurements on top of the runner."""

@@ -22,7 +22,8 @@ from unittest import mock
 from markup import block, code, docstring, table, text
 
 import dlopt
-from dlopt.cli import USAGE, run
+from dlopt.cli import run
+from dlopt.commands.listing import summary
 from dlopt.commands.options import choices_of, every_group
 from dlopt.commands.shared.usage import declaring, own_keys
 from dlopt.commands.table import COMMANDS
@@ -73,7 +74,7 @@ def label(group: str, choice: str) -> str:
 
 def command_page(name: str) -> str:
     module = importlib.import_module(COMMANDS[name].partition(":")[0])
-    lines = [f"# dlopt {name}", "", _summary(name), "", block("text", _help(name))]
+    lines = [f"# dlopt {name}", "", text(summary(COMMANDS[name])), "", block("text", _help(name))]
     rows = [row for target in declaring(module) for row in _own_rows(target)] if name != "train" else []
     if rows:
         lines += ["## Values", "", table(COLUMNS[:3], list(dict.fromkeys(rows)))]
@@ -92,17 +93,9 @@ def accepted(target: Callable[..., Any], name: str) -> str:
     return describe_type(annotation_of(target, name))
 
 
-def _summary(name: str) -> str:
-    """The line of `dlopt --help` on the command."""
-    found = re.search(rf"^  {name} {{2,}}(\S.*)$", USAGE, re.MULTILINE)
-    if found is None:
-        raise LookupError(f"dlopt --help has no line on {name}")
-    return text(found[1])
-
-
 def commands_table() -> str:
     """Every command with its summary."""
-    rows = [(f"[{code(name)}](commands/{name}.myst)", _summary(name)) for name in COMMANDS]
+    rows = [(f"[{code(name)}](commands/{name}.myst)", text(summary(path))) for name, path in COMMANDS.items()]
     return table(("Command", "Purpose"), rows)
 
 

@@ -10,7 +10,7 @@ import pytest
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
 from dlopt.commands.shared.line import take_own
-from dlopt.commands.shared.usage import declaring, own_keys, two_columns, typed_words, usage
+from dlopt.commands.shared.usage import declaring, own_keys, reads_of, two_columns, typed_words, usage
 from dlopt.commands.table import COMMANDS
 
 MODULES = {name: importlib.import_module(path.partition(":")[0]) for name, path in COMMANDS.items() if name != "train"}
@@ -45,6 +45,7 @@ def test_table_joins_declared_keys_and_written_rows() -> None:
         "  a | b",
     ]
     assert [*typed_words(command(text, Keys=Keys, _READS=()))] == ["size=", "rate=", "names=", "--fast", "path="]
+    assert reads_of(command(text, Keys=Keys, _READS=("data", "model"))) == ["data", "model"]
 
 
 def test_long_left_column_has_a_line_of_its_own() -> None:

@@ -25,7 +25,8 @@ def installed(tmp_path: Path) -> Path:
 
 
 def test_a_command_of_another_package(installed: Path) -> None:
-    assert "weights" in dlopt(installed, "--help").stdout
+    listed = dlopt(installed, "--help").stdout
+    assert "Package mine:\n  weights      Print the largest parameters of a checkpoint, by their norms\n" in listed
     assert "  top=N            parameters to print (default: 5)" in dlopt(installed, "weights", "--help").stdout
     trained = dlopt(installed, "train", "model=mlp", "data.subset=40", "epochs=1", "hydra.run.dir=run", "tracking=[]")
     assert trained.returncode == 0, trained.stderr

@@ -7,12 +7,13 @@ arguments of every component. The decorators `on_experiment` and `on_checkpoint`
 
 import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from dlopt.basics.errors import UserError, did_you_mean, suggest
 from dlopt.basics.folders import make, make_new, refuse_url
@@ -20,7 +21,7 @@ from dlopt.commands.shared.usage import own_keys, own_names
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
-from dlopt.config.overrides import grid, is_typed, key_of, refuse_several, single_values, text_of, without
+from dlopt.config.overrides import grid, is_typed, key_of, refuse_several, single_values, text_of, value_of, without
 from dlopt.config.plan import plan
 from dlopt.config.reads import refuse_unread, refuse_unread_hydra
 from dlopt.config.resolve import resolve_saved
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Command = Callable[[list[str]], int]
 Result = TypeVar("Result")
 
-_TRAIN_FLAGS = ("cfg", "hydra_help", "info", "package", "resolve", "run", "shell_completion")  # of Hydra
+_Checkpoint = Annotated[str, "PATH: a checkpoint, or a run folder: its best.pt, or else last.pt"]
 
 
 @dataclass(frozen=True)
@@ -203,27 +204,31 @@ def read_line(arguments: list[str], *, several: str) -> Line:
     parsed = parse_arguments(arguments)
     if parsed.multirun:
         raise UserError(f"-m: {several}")
-    for flag in _TRAIN_FLAGS:
-        if getattr(parsed, flag):
+    for flag, value in vars(parsed).items():
+        if value and flag not in ("overrides", "config_dir", "config_name"):
             raise UserError(f"--{flag.replace('_', '-')}: only available in `dlopt train`")
     return Line(Composer(parsed.config_name, parsed.config_dir), parsed.overrides)
 
 
 def on_checkpoint(
-    name: str, reads: Sequence[str] = (), *, several: bool = False
+    name: str, reads: Sequence[str] = (), *, several: bool = False, as_typed: Sequence[str] = ()
 ) -> Callable[[Callable[..., int]], Command]:
     """Turns `function(path, changes, **own_keys)` into a command on a checkpoint and the config saved in it.
+
+    The command has the key `checkpoint` in addition to those of the function.
 
     Args:
         name: name of the command.
         reads: keys and groups of the saved config that matter here; only they may be overridden.
         several: pass a list of paths.
+        as_typed: keys of the function whose value is any text, not even valid UTF-8: it is not parsed.
     """
 
     def decorate(function: Callable[..., int]) -> Command:
         @functools.wraps(function)
         def command(arguments: list[str]) -> int:
-            values = typed_values(arguments)
+            values = typed_values(without(arguments, *as_typed))
+            texts = {key_of(each): value_of(each) for each in arguments if key_of(each) in as_typed}
             paths = take_checkpoints(values, name, several)
             names = own_names(function)
             own = {key: values.pop(key) for key in names if key in values}
@@ -237,8 +242,13 @@ def on_checkpoint(
                     f"{key}: {did_you_mean(key, [*names, *reads])}the config is the checkpoint's; only "
                     f"{', '.join(reads)} may be changed; keys of this command: {', '.join(names)}"
                 )
-            return function(paths if several else paths[0], values, **check_own(function, own))
+            return function(paths if several else paths[0], values, **check_own(function, own), **texts)
 
+        signature = inspect.signature(function)
+        parameters = [*signature.parameters.values()]
+        checkpoint = inspect.Parameter("checkpoint", inspect.Parameter.KEYWORD_ONLY, annotation=_Checkpoint)
+        parameters.insert(len(parameters) - len(own_names(function)), checkpoint)
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return command
 
     return decorate

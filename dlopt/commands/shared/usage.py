@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from dlopt.commands.shared.layout import two_columns
-from dlopt.config.schema import parameters_of, show
 
 _WIDTH = 118  # columns of a table in a wide terminal
 _TABLE = re.compile(r"( *)(?:\{(\w+)\}|(\S.*?) :: (.*))")  # a line of a table: declared keys, or a written row
@@ -35,11 +34,15 @@ class OwnKey(NamedTuple):
 
 def own_names(target: Callable[..., Any]) -> list[str]:
     """Returns the names of the keyword-only parameters."""
+    from dlopt.config.schema import parameters_of  # with pydantic, slow to import: not needed for help without keys
+
     return [name for name, parameter in parameters_of(target).items() if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def own_keys(target: Callable[..., Any]) -> list[OwnKey]:
     """Returns the keys that a function or a dataclass declares, with their defaults in the help."""
+    from dlopt.config.schema import parameters_of
+
     parameters = parameters_of(target)
     return [_key(name, parameters[name]) for name in own_names(target)]
 
@@ -59,8 +62,12 @@ def usage(module: ModuleType) -> str:
 
 def declaring(module: ModuleType) -> list[Callable[..., Any]]:
     """Returns the functions and dataclasses that declare the keys of a command, in the order of its help."""
-    names = re.findall(r"^ *\{(\w+)\}$", module.USAGE, re.MULTILINE)
-    return [target for target in (getattr(module, name) for name in names) if callable(target)]
+    return [named for named in _named(module) if callable(named)]
+
+
+def reads_of(module: ModuleType) -> list[str]:
+    """Returns the keys of `dlopt train`, or of the config in a checkpoint, that the help of a command lists."""
+    return [key for named in _named(module) if isinstance(named, tuple) for key in named]
 
 
 def typed_words(module: ModuleType) -> Iterator[str]:
@@ -68,6 +75,11 @@ def typed_words(module: ModuleType) -> Iterator[str]:
     for target in declaring(module):
         yield from (key.line if key.is_flag else f"{key.name}=" for key in own_keys(target))
     yield from re.findall(r"^ *([\w.]+=)\S* :: ", module.USAGE, re.MULTILINE)
+
+
+def _named(module: ModuleType) -> list[Any]:
+    """Returns what the tables of the help name: functions, dataclasses and sequences of keys."""
+    return [getattr(module, name) for name in re.findall(r"^ *\{(\w+)\}$", module.USAGE, re.MULTILINE)]
 
 
 def _key(name: str, parameter: inspect.Parameter) -> OwnKey:
@@ -85,6 +97,8 @@ def _key(name: str, parameter: inspect.Parameter) -> OwnKey:
 
 def _format(default: Any) -> str:
     """Formats a default as a user would type it: 1e-6, [a,b]."""
+    from dlopt.config.schema import show
+
     if isinstance(default, list):
         return f"[{','.join(map(_format, default))}]"
     return f"{default:g}".replace("e-0", "e-") if isinstance(default, float) else show(default)

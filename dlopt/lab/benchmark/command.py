@@ -19,6 +19,7 @@ from dlopt.basics.formats import format_range
 from dlopt.basics.locks import locked
 from dlopt.basics.ranges import Count
 from dlopt.basics.roles import Role
+from dlopt.commands.completion import keys_of_train
 from dlopt.commands.shared.line import Line, output_folder, read_line, refuse_empty
 from dlopt.commands.shared.usage import own_names
 from dlopt.config.keys import ROUNDING, role_of
@@ -80,6 +81,7 @@ and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus)
   {check}
 """
 
+complete = keys_of_train
 Budget = Literal["tiny", "small", "large"]
 _Tier = Annotated[str, "NAME: set of workloads: small, small_held_out, medium or large, or one in --config-dir"]
 _Track = Annotated[Track, "NAME: external_tuning, or self_tuning (fixed keys, three times the updates)"]

@@ -15,6 +15,7 @@ from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_count, format_range
 from dlopt.basics.locks import locked
 from dlopt.basics.ranges import Count, Positive
+from dlopt.commands.completion import keys_of_train
 from dlopt.commands.shared.line import Line, output_folder, read_line, refuse_empty
 from dlopt.commands.shared.usage import own_names
 from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
@@ -57,6 +58,7 @@ and the keys of `dlopt train`, for all runs (device=cuda, hydra/launcher=gpus). 
 rate at all sizes, and nothing is searched.
 """
 
+complete = keys_of_train
 _ADVICE = "a family of your own may set it, see `dlopt ladder --help`"
 _LOCK = ".results.lock"
 _PLAIN = "optimizer.lr"

@@ -41,7 +41,6 @@ and these keys of `dlopt train`:
     {_READS}
 
 Loss landscapes:
-  checkpoint=PATH :: a checkpoint, or a run folder: its best.pt, or else last.pt
   {draw_landscape}
 and these keys of its config:
     {_READS_OF_LANDSCAPES}
