@@ -2,8 +2,8 @@
 
 import functools
 import os
-import pickle
 from collections.abc import Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +25,7 @@ from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_fo
 from dlopt.config.flags import register_plugins
 from dlopt.config.overrides import is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
 from dlopt.config.pretrained import pretrained_overrides
+from dlopt.config.recall import recall
 from dlopt.config.resolve import first_lines, note_secrets
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
@@ -33,17 +34,10 @@ from dlopt.config.trust import check_expansion, check_hydra
 # AssertionError: Hydra asserts that an interpolated choice is a string.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
 _VARIANTS = "comparison.variants"  # their labels are keys
-_MOST = 200  # remembered configs, of some 30 kB each
-# Pickled configs by name, mode and choices; those that need other files than dlopt's by `Composer`.
-_memory: dict[tuple[Any, ...], bytes] = {}
 
 
 class Composer:
-    """Composes configs of one `--config-name` and `--config-dir`.
-
-    Hydra merges some thirty files key by key for each config, which takes 60 ms. The jobs of a sweep differ mostly in
-    values: the config of each selection of files is remembered, and the values are set in a copy.
-    """
+    """Composes configs of one `--config-name` and `--config-dir`, from memory where that is possible."""
 
     def __init__(self, config_name: str | None = None, config_dir: str | None = None) -> None:
         self.config_name = config_name or CONFIG_NAME
@@ -78,16 +72,14 @@ class Composer:
 
     def compose(self, overrides: Iterable[str], multirun: bool = False) -> DictConfig:
         """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
-        # A component given as a block replaces one that is not set: data.test={_target_:mine.Dataset,count:17}.
-        lines = [f"++{text_of(each)}" if _has_new_keys(each) else text_of(each) for each in self.parse(overrides)]
-        parsed = self.parse(lines)
+        parsed = [_forced(each) if _has_new_keys(each) else each for each in self.parse(overrides)]
         self._check_overrides(parsed, multirun)
         try:
             config = self._compose(parsed, multirun)
             raw: Any = OmegaConf.to_container(config, resolve=False)
             check_expansion(raw)
             note_secrets(config, raw)
-            check_hydra(config, raw["hydra"], lines)
+            check_hydra(config, raw["hydra"], [text_of(each) for each in parsed])
             if not multirun and (more := pretrained_overrides(config, parsed)):
                 config = self._compose([*parsed, *self.parse(more)])
             return config
@@ -117,37 +109,18 @@ class Composer:
         return self._loader.load_configuration(self.config_name, list(map(text_of, overrides)), mode, from_shell=False)
 
     def _recall(self, overrides: list[Override], mode: RunMode) -> DictConfig | None:
-        """Returns a copy of the config with the same choices, with the values of `overrides` set in it.
-
-        None: only Hydra can compose these overrides, or explain what is wrong with them.
-        """
+        """Returns the config from memory; None: only Hydra can compose it, or explain what is wrong."""
         set_now = [each for each in overrides if not each.is_sweep_override()]
         choices = [each for each in set_now if self._is_choice(each)]
         values = [each for each in set_now if not self._is_choice(each)]
-        for_hydra = ("hydra.searchpath", "hydra.job.env_copy")
-        if any(each.package or each.is_delete() or key_of(each) in for_hydra for each in values):
-            return None
         # Files of other folders may have defaults lists that depend on the environment or the time.
         files = [config_folder() / each.key_or_group / f"{each.value()}.yaml" for each in choices]
         is_shared = self.config_dir is None and all(file.is_file() for file in files)
         key = (None if is_shared else self, self.config_name, mode, *map(text_of, choices))
-        if key not in _memory:
-            if len(_memory) >= _MOST:
-                _memory.clear()
-            _memory[key] = pickle.dumps(self._load(choices, mode))
-        config: DictConfig = pickle.loads(_memory[key])  # ten times faster than OmegaConf's own copy
-        if config.hydra.searchpath:  # its folders may have other groups and choices
-            return None
-        try:
-            for each in values:
-                _set(config, each)
-        except (OmegaConfBaseException, ConfigCompositionException):
-            return None
-        except ValueError as error:  # a key inside a list, which takes indices: tracking.wandb=true
-            raise ConfigCompositionException(str(error)) from error
-        config.hydra.overrides.hydra = [text_of(each) for each in overrides if each.is_hydra_override()]
-        config.hydra.overrides.task = [text_of(each) for each in overrides if not each.is_hydra_override()]
-        config.hydra.runtime.cwd = os.getcwd()
+        config = recall(choices, values, lambda: self._load(choices, mode), key)
+        if config is not None:
+            config.hydra.overrides.hydra = [text_of(each) for each in overrides if each.is_hydra_override()]
+            config.hydra.overrides.task = [text_of(each) for each in overrides if not each.is_hydra_override()]
         return config
 
     def _is_choice(self, override: Override) -> bool:
@@ -302,13 +275,12 @@ def _has_new_keys(override: Override) -> bool:
     return "_target_" in value or override.key_or_group == _VARIANTS
 
 
-def _set(config: DictConfig, override: Override) -> None:
-    """Sets a value in a composed config, as Hydra does. Raises an error where Hydra would."""
-    key, value = override.key_or_group, override.value()
-    is_new = override.is_add() and not isinstance(value, dict | list)
-    if is_new and OmegaConf.select(config, key, throw_on_missing=False) is not None:
-        raise ConfigCompositionException(key)
-    OmegaConf.update(config, key, value, merge=True, force_add=override.is_add() or override.is_force_add())
+def _forced(override: Override) -> Override:
+    """Returns the override with `++`.
+
+    A component given as a block then replaces one that is not set: data.test={_target_:mine.Dataset,count:17}.
+    """
+    return replace(override, type=OverrideType.FORCE_ADD, input_line=f"++{override.input_line}")
 
 
 def _check_files(folder: Path) -> None:

@@ -1,19 +1,29 @@
 """Configs that are composed from memory equal those of Hydra, also after files have changed."""
 
+import pickle
 import textwrap
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from dlopt.basics.errors import UserError
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
+from dlopt.config.overrides import key_of, quoted_plain
+from dlopt.config.recall import recall
 
 LINES = (
     ["optimizer.lr=0.5", "optimizer=adam", "+model.new={a:1,b:[2]}", "hydra.run.dir=x", "++seed=4", "~tracking"],
@@ -47,7 +57,7 @@ def hydras(lines: list[str], mode: RunMode) -> Any:
 def described(config: DictConfig | None) -> Any:
     if config is None:
         return None
-    found: Any = OmegaConf.to_container(config, resolve=False)
+    found = repr(OmegaConf.to_container(config, resolve=False))  # of types, NaN and the order of keys, too
     return found, OmegaConf.is_struct(config), OmegaConf.is_readonly(config.hydra), OmegaConf.get_type(config.hydra)
 
 
@@ -61,6 +71,91 @@ def test_equals_hydras_own(lines: list[str]) -> None:
         except HydraException:
             config = None
         assert described(config) == expected
+
+
+# Keys of values: numbers, texts, lists, blocks, null, typed keys of Hydra, new keys, keys inside a value or a list.
+KEYS = (
+    "seed", "name", "epochs", "optimizer.lr", "optimizer.betas", "optimizer.betas.0", "optimizer.betas.9", "optimizer",
+    "model.widths", "model.widths.x", "evaluate", "evaluate.test", "data.subset", "tags", "tracking.wandb", "new",
+    "new.deeper", "model.new", "optimizer.lr.x", "comparison", "hydra.run.dir", "hydra.job.num", "hydra.job.env_set",
+    "hydra.job.env_set.A", "hydra.verbose", "hydra.sweeper.params", "hydra.searchpath", "hydra.mode", "hydra.nope",
+    "hydra.job.config.override_dirname.exclude_keys",
+)  # fmt: skip
+GROUPS = ("optimizer=adam", "optimizer=nope", "+optimizer=sgd", "~optimizer", "model=mlp", "hydra/launcher=joblib",
+          "hydra/nope=x", "optimizer@model=sgd", "experiment=study/schedules", "optimizer=null")  # fmt: skip
+TEXTS = st.text("aZ0_ ,:=[]{}()'\"\\$#~+-.%@?*é\t\n", max_size=6) | st.sampled_from(
+    ["${seed}", "x${oc.env:HOME}", "${nothing}", "${optimizer.lr}", "???", "null", "true", "1e-3", "nan", "sweep"]
+)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["lr", "a", "0", "b"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+VALUES = PLAIN.map(quoted_plain) | st.sampled_from(["${seed}", "a_${seed}", "${oc.env:HOME}", "???", "''", "", "1,2"])
+VALUE_OVERRIDES = st.builds("{}{}={}".format, st.sampled_from(["", "", "+", "++", "~"]), st.sampled_from(KEYS), VALUES)
+ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError)
+
+
+def result(compose: Callable[[], DictConfig | None]) -> Any:
+    """The values of a config; None for an error."""
+    try:
+        return described(compose())
+    except ERRORS:
+        return None
+
+
+@cache
+def own() -> Composer:
+    return Composer()
+
+
+@cache
+def base() -> bytes:
+    composer = own()
+    return pickle.dumps(composer._load(composer.parse(["optimizer=adam", "model=mlp"]), RunMode.RUN))
+
+
+@given(st.lists(VALUE_OVERRIDES, min_size=1, max_size=3))
+@example(["+new={a:[1,{b:2}]}", "new.a.1.b=3", "++new.c.d=4"])
+@example(["optimizer={lr:1}", "+optimizer={more:${seed}}", "optimizer.more=null"])
+@example(["tracking.wandb=true"])  # a key inside a list
+@example(["~seed"])
+@example(["+seed=1"])  # exists
+@example(["new=1"])  # does not exist
+@example(["hydra.job.num=x"])  # of another type
+def test_sets_values_as_hydra_does(lines: list[str]) -> None:
+    """Sets them in a composed config: the file merging of Hydra, which takes long, is that of the tests around."""
+    try:
+        values = own().parse(lines)
+    except UserError:  # not in Hydra's grammar
+        assume(False)
+    values = [each for each in values if not each.is_sweep_override()]
+    assume(all(each.key_or_group != "optimizer" or isinstance(each.value(), dict) for each in values))  # a choice
+
+    def hydras_own() -> DictConfig:
+        config: DictConfig = pickle.loads(base())
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        return config
+
+    expected = result(hydras_own)
+    found = result(lambda: recall([], values, lambda: pickle.loads(base()), "test_sets_values"))
+    for_hydra = any(each.is_delete() or key_of(each) == "hydra.searchpath" for each in values)
+    assert found == expected or (found is None and for_hydra)
+
+
+@pytest.mark.slow
+@given(st.lists(VALUE_OVERRIDES | st.sampled_from(GROUPS), min_size=1, max_size=4), st.sampled_from(RunMode))
+def test_composes_as_hydra_does(lines: list[str], mode: RunMode) -> None:
+    composer = own()
+    try:
+        parsed = composer.parse(lines)
+    except UserError:
+        assume(False)
+    assume(mode == RunMode.MULTIRUN or not any(each.is_sweep_override() for each in parsed))
+    expected = result(lambda: hydras(lines, mode))
+    assert result(lambda: composer._compose(parsed, mode == RunMode.MULTIRUN)) == expected
 
 
 def test_composes_a_selection_of_files_once(monkeypatch: pytest.MonkeyPatch) -> None:
