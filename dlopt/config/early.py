@@ -29,7 +29,7 @@ def run_settings(config: Mapping[str, Any]) -> Settings:
         raise UserError("experiment: the first line of a recipe's file must be `# @package _global_`")
     keys = {key: value for key, value in config.items() if key not in GROUPS}
     if isinstance(keys.get("observers", []), list):
-        keys["observers"] = []  # components: `own_observers` checks them
+        keys["observers"] = []  # components: `user_observers` checks them
     keys.setdefault("monitor_mode", former_mode(flatten(config)))  # absent in older configs
     settings = Settings(**check_arguments("", Settings, keys, related=GROUPS))
     check_settings(settings)

@@ -7,10 +7,9 @@ from typing import Any
 from dlopt.basics.errors import UserError
 from dlopt.config.early import run_settings
 from dlopt.config.experiment import GROUPS, Experiment
-from dlopt.config.own_metrics import own_metrics
-from dlopt.config.own_observers import own_observers
 from dlopt.config.rules import check_combinations
 from dlopt.config.schema import check_arguments, component, show, trusted_packages
+from dlopt.config.user_parts import user_metrics, user_observers
 
 
 def parse(
@@ -52,8 +51,8 @@ def parse(
         grouping=components.pop("Grouping"),
         warmup=components.pop("Warmup"),
         config={key: to_save[key] for key in [*(key for key in config if key not in GROUPS), *GROUPS]},
-        own_metrics=own_metrics(settings.evaluate.metrics, packages),
-        own_observers=own_observers(config.get("observers", []), packages),
+        own_metrics=user_metrics(settings.evaluate.metrics, packages),
+        own_observers=user_observers(config.get("observers", []), packages),
         auto_lr=config["optimizer"].get("lr") == "auto",
         **components,
     )

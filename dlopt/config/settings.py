@@ -31,7 +31,7 @@ Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
 class EvaluateSettings:
     every_epochs: Annotated[Count, Role.PROTOCOL]
     test: Annotated[bool, Role.PROTOCOL]
-    metrics: Annotated[list[ExtraMetric | str], Role.PROTOCOL]  # str: see `dlopt.config.own_metrics`
+    metrics: Annotated[list[ExtraMetric | str], Role.PROTOCOL]  # str: see `dlopt.config.user_parts`
     tta: Annotated[Tta, Role.PROTOCOL]
     average: Annotated[Literal["probabilities", "logits"], Role.PROTOCOL]
     # The defaults are for configs that were saved before these keys existed.

@@ -6,9 +6,9 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
-from dlopt.config.own_metrics import BUILT_IN
 from dlopt.config.rules import check_mode
 from dlopt.config.settings_rules import CLASS, MONITORS
+from dlopt.config.user_parts import BUILT_IN
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.losses import probabilities

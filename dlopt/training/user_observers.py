@@ -7,8 +7,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dlopt.basics.errors import RunError, UserError
-from dlopt.config.own_observers import METHODS, check_methods
 from dlopt.config.schema import Component, dotted_name
+from dlopt.config.user_parts import METHODS, check_methods
 
 
 class RunObserver(Protocol):

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from dlopt.basics.errors import RunError, UserError
-from dlopt.config.own_metrics import own_metrics
+from dlopt.config.user_parts import user_metrics
 from dlopt.results.ranking import gather
 from dlopt.results.reading import RunReader
 from dlopt.training.build.workload import Workload, build_workload
@@ -156,4 +156,4 @@ def test_a_function_that_fails_ends_the_run_with_its_name(tmp_path: Path, name: 
 
 def test_dlopts_own_modules_are_no_metrics() -> None:
     with pytest.raises(UserError, match="cannot be used in a config"):
-        own_metrics(["dlopt.basics.files.write"], ["dlopt"])
+        user_metrics(["dlopt.basics.files.write"], ["dlopt"])

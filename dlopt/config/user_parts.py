@@ -1,19 +1,24 @@
-"""Metrics of the user's own: functions that `evaluate.metrics` names by their dotted paths."""
+"""Parts of the user's own that settings name: functions of `evaluate.metrics`, objects of `observers`."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from dlopt.basics.errors import UserError, did_you_mean
-from dlopt.config.schema import resolve_target
+from dlopt.config.schema import Component, component, dotted_name, resolve_target, show
 from dlopt.config.settings import ExtraMetric
 from dlopt.metrics.names import EVALUATED
 
 BUILT_IN: tuple[str, ...] = get_args(ExtraMetric)
 _RESERVED = (*BUILT_IN, *EVALUATED)
+METHODS = {"after_update": ("step", "loss", "model"), "after_evaluation": ("metrics",), "at_end": ("summary",)}
+"""The methods that an observer may have, with their arguments (`dlopt.training.user_observers.RunObserver`)."""
 
 
-def own_metrics(entries: Sequence[str], packages: Iterable[str]) -> dict[str, Callable[..., Any]]:
+# -- metrics
+
+
+def user_metrics(entries: Sequence[str], packages: Iterable[str]) -> dict[str, Callable[..., Any]]:
     """Returns the user's functions by name: of mine.metrics.kappa it is kappa.
 
     `packages`: those that may be named. Raises `UserError` for an entry that is no metric of dlopt and not such a
@@ -49,3 +54,26 @@ def _takes_two(function: Callable[..., Any]) -> bool:
     except TypeError:
         return False
     return True
+
+
+# -- observers
+
+
+def user_observers(entries: Sequence[Any], packages: Iterable[str]) -> tuple[Component, ...]:
+    """Checks the entries of `observers`; raises `UserError`."""
+    packages = tuple(packages)
+    checked = []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise UserError(f"observers.{i}={show(entry)}: must name a class: observers=[{{_target_: mine.Watch}}]")
+        checked.append(component(f"observers.{i}", entry, (), packages))
+        if inspect.isclass(checked[-1].target):  # known before it is built
+            check_methods(checked[-1], checked[-1].target)
+    return tuple(checked)
+
+
+def check_methods(entry: Component, observer: Any) -> None:
+    """Raises `UserError` unless an observer, or its class, has one of the methods."""
+    if not any(callable(getattr(observer, name, None)) for name in METHODS):
+        signatures = ", ".join(f"{name}({', '.join(arguments)})" for name, arguments in METHODS.items())
+        raise UserError(f"{entry.key}._target_={dotted_name(entry.target)}: has none of the methods {signatures}")
