@@ -46,7 +46,7 @@ _TRAJECTORY = {"function": "quadratic"}  # only in `dlopt trajectory`
 
 def options(arguments: list[str]) -> int:
     """Prints all groups, the choices of a group (`model`), or the keys of choices (`model=mlp`, `model=vgg*`)."""
-    parser = argparse.ArgumentParser(prog="dlopt options", add_help=False)  # Hydra's parser imports Hydra: slow
+    parser = argparse.ArgumentParser(prog="dlopt options", add_help=False)  # not of overrides
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("names", nargs="*")
     parser.add_argument("--config-dir", "-cd")
