@@ -12,7 +12,7 @@ from functools import partial
 from dlopt._version import __version__
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
 from dlopt.basics.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_line
-from dlopt.commands.table import COMMANDS, of_other_packages
+from dlopt.commands.table import COMMANDS, every_command
 
 _HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations
 
@@ -94,7 +94,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         from dlopt.commands.listing import sections
 
-        return partial(_print, _USAGE % sections({**COMMANDS, **of_other_packages()})), []
+        return partial(_print, _USAGE % sections(every_command())), []
     if arguments[0] in ("-V", "--version"):
         return partial(_print, f"dlopt {__version__}\n"), []
     for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command
@@ -105,7 +105,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     name = arguments[0]
     if name in SYNONYMS:
         raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
-    commands = COMMANDS if name in COMMANDS else {**COMMANDS, **of_other_packages()}
+    commands = COMMANDS if name in COMMANDS else every_command()
     if name not in commands:
         raise UserError(f"{name}: unknown command; {suggest(name, commands, 'dlopt --help')}")
     path, _, function = commands[name].partition(":")

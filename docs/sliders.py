@@ -51,7 +51,7 @@ def trajectory(condition: float, momentum: float, rate: float) -> Trajectory:
 
 
 def _keys() -> dict[str, list[float]]:
-    keys: dict[str, list[float]] = load_yaml(ROOT / "conf/function/quadratic.yaml")
+    keys: dict[str, list[float]] = load_yaml(ROOT / "dlopt/lab/conf/function/quadratic.yaml")
     return keys
 
 

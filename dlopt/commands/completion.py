@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dlopt.basics.errors import UserError
-from dlopt.commands.table import COMMANDS, of_other_packages
+from dlopt.commands.table import COMMANDS, every_command
 from dlopt.config.overrides import key_of, value_of
 
 
@@ -46,7 +46,7 @@ def complete(arguments: list[str]) -> int:
 def _candidates(words: list[str]) -> list[str]:
     """Returns the completions of the last of `words`, the arguments of the program."""
     command, prefix = words[0], words[-1]
-    commands = COMMANDS if command in COMMANDS else {**COMMANDS, **of_other_packages()}
+    commands = COMMANDS if command in COMMANDS else every_command()
     if len(words) == 1:
         candidates = [*commands]
     elif command not in commands:

@@ -41,7 +41,6 @@ SWEEPS = {
     "hydra/sweeper/sampler": "tpe",
     "hydra/sweeper/pruner": "none",
 }
-_TRAJECTORY = {"function": "quadratic"}  # only in `dlopt trajectory`
 
 
 def options(arguments: list[str]) -> int:
@@ -56,7 +55,8 @@ def options(arguments: list[str]) -> int:
         for group, default in catalogue.groups().items():
             page.choices(group, catalogue.choices(group), default)
             page.text("")
-        page.text(f"Sweeps (-m): {', '.join(SWEEPS)}; dlopt trajectory: {', '.join(_TRAJECTORY)}")
+        of_commands = [f"; dlopt {name}: {', '.join(each)}" for name, each in catalogue.groups_of_commands().items()]
+        page.text(f"Sweeps (-m): {', '.join(SWEEPS)}{''.join(of_commands)}")
         page.text(f"{_MARK} default. Select with group=choice; `dlopt options GROUP=CHOICE` lists its keys.")
     for name in parsed.names:
         group, pattern = parts_of(name)
@@ -85,8 +85,9 @@ def complete(_: Sequence[str]) -> list[str]:
 
 
 def every_group(catalogue: Catalogue) -> dict[str, str | None]:
-    """Maps each group, also those of sweeps and of `dlopt trajectory`, to its default choice."""
-    return {**catalogue.groups(), **_TRAJECTORY, **SWEEPS}
+    """Maps each group, also those of sweeps and of single commands, to its default choice."""
+    of_commands = {name: choice for each in catalogue.groups_of_commands().values() for name, choice in each.items()}
+    return {**catalogue.groups(), **of_commands, **SWEEPS}
 
 
 def choices_of(catalogue: Catalogue, group: str) -> list[Choice]:

@@ -18,8 +18,8 @@ from dlopt.commands.completion import folders
 from dlopt.commands.runs import parse
 from dlopt.commands.shared.line import writing
 from dlopt.commands.shared.usage import own_keys
+from dlopt.config.packages import entries, function
 from dlopt.results import reading
-from dlopt.results.claims import claims_of
 from dlopt.results.exports import Destination, Format, ReportContent, destination, write
 from dlopt.results.page import serve
 from dlopt.results.ranking import default_target, gather
@@ -148,7 +148,9 @@ def _update(
     title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders) + (f": {where}" if where else "")
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     refresh = _REFRESH if options.watch else None
-    report = ReportContent(table, title, made, goal, options.test, refresh, options.top, claims_of(records))
+    added = [function(path)(records) for path in entries("dlopt.reports").values()]
+    sections = [section for section in added if section is not None]
+    report = ReportContent(table, title, made, goal, options.test, refresh, options.top, sections)
     with writing(to.path):
         files = write(to, report)
     show_report(report, console)

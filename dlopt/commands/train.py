@@ -10,11 +10,11 @@ from omegaconf import DictConfig
 from dlopt.basics.errors import DONE, FAILED, USER_ERROR, UserError
 from dlopt.basics.interruption import killed_by_signals
 from dlopt.commands.shared.processes import prepare_rank
-from dlopt.commands.table import SERIES, function
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments, show_info
 from dlopt.config.inherit import inherit
 from dlopt.config.overrides import is_typed, parse_overrides
+from dlopt.config.packages import entries, function, series_of
 from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.resolve import show_config
@@ -71,10 +71,9 @@ def train(arguments: list[str]) -> int:
         from dlopt.sweeps import run as sweeps
 
         return sweeps.run(sweeps.request(composer, parsed))
-    for key, path in SERIES.items():
-        if config.get(key) is not None:
-            code: int = function(path)(composer, parsed, config)
-            return code
+    if (key := series_of(config)) is not None:
+        code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
+        return code
     if world is not None:
         return _lead(composer, config, parsed.overrides, typed, world)
     plan = _planned(composer, config, parsed.overrides)

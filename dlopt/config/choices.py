@@ -1,11 +1,7 @@
 """Lists config groups, choices and keys from the YAML files alone. Needs neither Hydra nor torch, so it is instant.
 
-An installed package adds choices through an entry point that names a module with a `conf` folder:
-
-    [project.entry-points.dlopt]
-    mine = "mine"
-
-Its YAML files cannot replace dlopt's own. `_target_` may name its callables: installing a package means trusting it.
+A package adds choices through an entry point that names a module with a `conf` folder (`dlopt.config.packages`). Its
+YAML files cannot replace dlopt's own. `_target_` may name its callables: installing a package means trusting it.
 """
 
 import functools
@@ -13,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -23,6 +18,7 @@ import yaml
 from dlopt._version import ROOT
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain import join
+from dlopt.config.packages import PACKAGES, entries
 
 CONFIG_NAME = "train"  # the primary config
 VERSION_BASE = "1.3"  # of Hydra
@@ -44,18 +40,23 @@ def config_folder() -> Path:
 def extensions() -> Mapping[str, Path]:
     """Maps installed extensions to their `conf` folders, without importing them. Raises `UserError` without folder."""
     installed = {}
-    for entry in sorted(entry_points(group="dlopt"), key=lambda entry: entry.name):
-        package = entry.value.split(":")[0].split(".")[0]
+    for name, value in entries("dlopt").items():
+        package = value if value in PACKAGES else value.split(":")[0].split(".")[0]
         spec = find_spec(package)
         locations = [] if spec is None else list(spec.submodule_search_locations or [])
         folders = [folder for location in locations if (folder := Path(location, "conf")).is_dir()]
         if not folders:
             raise UserError(
-                f"{entry.name}: this installed package registers as a dlopt extension, but the folder {package}/conf "
+                f"{name}: this installed package registers as a dlopt extension, but the folder {package}/conf "
                 "is missing; update or uninstall it"
             )
         installed[package] = folders[0]
     return installed
+
+
+def config_folders() -> list[Path]:
+    """Returns the folders of YAML files of dlopt and of packages."""
+    return [config_folder(), *extensions().values()]
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,19 @@ class Catalogue:
         if config_dir is not None and not Path(config_dir).is_dir():
             raise UserError(f"--config-dir={config_dir}: no such folder")
         typed = [Path(config_dir)] if config_dir is not None else []
-        self._folders = [config_folder(), *extensions().values(), *typed]
+        self._folders = [*config_folders(), *typed]
         self._primary = config_folder() / f"{CONFIG_NAME}.yaml"
 
     def groups(self) -> dict[str, str | None]:
         """Maps each group to its default choice (None: no choice), in the order of train.yaml's defaults list."""
-        chosen = [each for each in _parse(self._primary)[0] if each.value and not each.name.startswith(_OVERRIDE)]
-        names = [each.name.removeprefix("optional ").split("@")[0].strip("/") for each in chosen]
-        return {name: None if each.value == "null" else each.value for name, each in zip(names, chosen, strict=True)}
+        return _chosen(self._primary)
+
+    def groups_of_commands(self) -> dict[str, dict[str, str | None]]:
+        """Maps commands of packages that have a primary config, COMMAND.yaml, to its groups that train.yaml lacks."""
+        files = [path for folder in extensions().values() for path in sorted(folder.glob("*.yaml"))]
+        of_runs = self.groups()
+        found = {path.stem: {k: v for k, v in _chosen(path).items() if k not in of_runs} for path in files}
+        return {name: groups for name, groups in found.items() if groups}
 
     def choices(self, group: str) -> list[Choice]:
         """Returns the choices of a group in natural order of their names.
@@ -189,6 +195,13 @@ class Catalogue:
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _chosen(path: Path) -> dict[str, str | None]:
+    """Maps each group in the defaults list of a primary config to its choice (None: none)."""
+    chosen = [each for each in _parse(path)[0] if each.value and not each.name.startswith(_OVERRIDE)]
+    names = [each.name.removeprefix("optional ").split("@")[0].strip("/") for each in chosen]
+    return {name: None if each.value == "null" else each.value for name, each in zip(names, chosen, strict=True)}
 
 
 def _parse(path: Path, package: str = "") -> tuple[list[Key], dict[str, Key]]:

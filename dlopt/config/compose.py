@@ -21,9 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from dlopt.basics.errors import UserError, shorten, suggest
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.plain import check_yaml, flatten, is_below, join
-from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_folder, search
+from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_folder, config_folders, search
 from dlopt.config.flags import register_plugins
-from dlopt.config.overrides import is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
+from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
+from dlopt.config.packages import entries
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.recall import recall
 from dlopt.config.resolve import first_lines, note_secrets
@@ -33,7 +34,6 @@ from dlopt.config.trust import check_expansion, check_hydra
 
 # AssertionError: Hydra asserts that an interpolated choice is a string.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
-_VARIANTS = "comparison.variants"  # their labels are keys
 
 
 class Composer:
@@ -129,8 +129,7 @@ class Composer:
         return is_group and not isinstance(override.value(), dict)
 
     def groups(self) -> list[str]:
-        not_for_runs = ("hydra", "benchmark", "ladder")  # the others have the files of commands
-        return [name for name in self._subgroups("") if name not in not_for_runs]
+        return [name for name in self._subgroups("") if name != "hydra"]
 
     def choices(self, group: str) -> list[str]:
         """Returns the names of a group's choices, including those in subfolders (`lecture/capacity`)."""
@@ -156,8 +155,6 @@ class Composer:
                 if not multirun:
                     raise UserError(f"{line}: several values need -m (one run each); for a list, write [a,b]")
                 continue
-            if key == _VARIANTS and isinstance(value, list):
-                raise UserError(f"{line}: to choose variants by their labels, set comparison.only={value_of(override)}")
             if key == "hydra":
                 raise UserError(f"{line}: a block of keys; set them one by one: hydra.run.dir=FOLDER")
             if key == "hydra.job.env_copy":
@@ -268,11 +265,11 @@ def typed_folder(config: DictConfig, key: str, overrides: Iterable[str]) -> tupl
 
 
 def _has_new_keys(override: Override) -> bool:
-    """Returns whether an override sets a key to a block with a callable, or a comparison's variants to a block."""
+    """Returns whether an override sets a key to a block with a callable, or a key of a series, which may be labels."""
     value = override.value()
     if not isinstance(value, dict) or override.type is not OverrideType.CHANGE:
         return False
-    return "_target_" in value or override.key_or_group == _VARIANTS
+    return "_target_" in value or group_of(override) in entries("dlopt.series")
 
 
 def _forced(override: Override) -> Override:
@@ -288,16 +285,18 @@ def _check_files(folder: Path) -> None:
 
     Looks only where Hydra looks: at the top and in the groups' folders.
     """
-    groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
+    groups = {path.name for place in config_folders() for path in place.iterdir() if path.is_dir()}
     group_files = [path for group in groups for path in (folder / group).rglob("*.yaml")]
     for path in sorted([*folder.glob("*.yaml"), *group_files]):
-        own, shown = config_folder() / path.relative_to(folder), f"--config-dir={folder}: {path.relative_to(folder)}"
+        name = path.relative_to(folder)
+        shown = f"--config-dir={folder}: {name}"
         try:
             check_yaml(path).decode()
         except (ValueError, OSError) as error:  # includes UnicodeDecodeError
             reason = f"cannot be read: {error}" if isinstance(error, OSError) else error
             raise UserError(f"{shown} {reason}") from None
-        if own.is_file() and own.read_bytes() != path.read_bytes():  # Hydra would use dlopt's
+        shipped = [place / name for place in config_folders() if (place / name).is_file()]
+        if shipped and shipped[0].read_bytes() != path.read_bytes():  # Hydra would use dlopt's
             raise UserError(f"{shown} is also a file of dlopt; rename it")
 
 

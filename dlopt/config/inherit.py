@@ -19,6 +19,7 @@ from dlopt.basics.roles import Role
 from dlopt.config.compose import Composer
 from dlopt.config.keys import LABELS, role_of
 from dlopt.config.overrides import key_of, quoted_plain
+from dlopt.config.packages import entries
 
 _MISSING = object()
 
@@ -69,7 +70,7 @@ def _check(saved: Mapping[str, Any], packages: Any, source: str, typed: Mapping[
 
     Keys become part of a command line here, where `hydra.*` or a leading `+` would do something else than set a value.
     """
-    for recipe in ("experiment", "comparison"):
+    for recipe in ("experiment", *entries("dlopt.series")):
         if recipe in typed:
             raise UserError(f"{typed[recipe]}: a run's config is complete; a recipe cannot be combined with from=")
     if packages and "allow_packages" not in typed:

@@ -17,6 +17,7 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 from dlopt.basics.errors import UserError
 from dlopt.config.choices import Catalogue, Choice, config_folder
 from dlopt.config.experiment import GROUPS, ConfigGroup
+from dlopt.config.packages import entries
 from dlopt.config.schema import adapter_of, annotation_of, named_parameters, resolve_target, trusted_packages
 from dlopt.config.settings import Settings
 
@@ -34,8 +35,8 @@ def schema(config_dir: str | None = None) -> dict[str, Any]:
     properties |= _fields(Settings, comments, "", definitions)
     for name, group in GROUPS.items():
         properties[name] = _block(catalogue, name, group, definitions)
-    # Hydra checks its own block, and `dlopt train` the comparison, whose keys refer to the others.
-    properties |= {"hydra": {"type": "object"}, "comparison": {"type": ["object", "null"]}}
+    # Hydra checks its own block, and `dlopt train` that of a series, whose keys refer to the others.
+    properties |= {"hydra": {"type": "object"}} | {key: {"type": ["object", "null"]} for key in entries("dlopt.series")}
     return {
         "$schema": DRAFT,
         "title": "experiment of dlopt",

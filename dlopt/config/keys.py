@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dlopt.basics.plain import join
 from dlopt.basics.roles import Role
 from dlopt.config.overrides import key_of
+from dlopt.config.packages import entries
 from dlopt.config.settings import GROUPS, Settings
 from dlopt.data.settings import DataSettings
 
@@ -38,7 +39,6 @@ ROLES: Mapping[str, Role] = {
     "parallel": Role.PLACE,
     "hydra": Role.PLACE,
     "experiment": Role.COMMAND,  # a run's config has the effects of its recipe, key by key
-    "comparison": Role.COMMAND,
     "from": Role.COMMAND,
     **_declared(Settings),
     **_declared(DataSettings, "data"),
@@ -46,7 +46,7 @@ ROLES: Mapping[str, Role] = {
     "loss.teacher": Role.PLACE,  # loss.teacher_sha256 says which one it is
     "data.offline": Role.PLACE,  # where data=huggingface looks for the data
 }
-"""Roles by dotted key; a key without an entry has the role of its parent."""
+"""Roles by dotted key; a key without an entry has the role of its parent. Those of packages: see `role_of`."""
 
 
 @functools.cache
@@ -55,6 +55,8 @@ def role_of(key: str) -> Role:
     key = key_of(key)
     if is_seed(key):  # also the seeds of a data set or an optimizer
         return Role.SEED
+    if key.partition(".")[0] in entries("dlopt.series"):
+        return Role.COMMAND
     while key:
         if key in ROLES:
             return ROLES[key]

@@ -12,6 +12,7 @@ from dlopt.basics.plain import is_below
 from dlopt.basics.roles import Role
 from dlopt.config.keys import ROLES, role_of
 from dlopt.config.overrides import group_of, key_of, value_of
+from dlopt.config.packages import entries
 
 RECIPE = ("experiment", "allow_packages")
 """What sets other keys, and what permits their values."""
@@ -49,7 +50,8 @@ def refuse_unread(
     """
     for line in overrides:
         key = key_of(line)
-        if group_of(line) not in _TRAIN or is_below(key, (*reads, *own)):
+        is_of_train = group_of(line) in _TRAIN or group_of(line) in entries("dlopt.series")
+        if not is_of_train or is_below(key, (*reads, *own)):
             continue
         folders = dict.fromkeys(("hydra.run", "hydra.sweep"), "set output= instead") if "output" in own else {}
         advice = folders | dict(hints or {})

@@ -16,6 +16,7 @@ from dlopt.basics.plain import flatten, is_below, load_yaml
 from dlopt.basics.secrets import forget, is_secret_name, note, note_environment, redact, references
 from dlopt.config.choices import Catalogue
 from dlopt.config.overrides import is_typed, key_of, value_of
+from dlopt.config.packages import entries
 from dlopt.config.schema import show
 from dlopt.config.trust import leaves
 
@@ -48,7 +49,7 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     note_secrets(config, raw)
     task: DictConfig = pickle.loads(pickle.dumps(config))  # ten times faster than OmegaConf's own copy
     with open_dict(task):
-        for key in ("hydra", "comparison"):  # commands.compare reads `comparison` before
+        for key in ("hydra", *entries("dlopt.series")):  # `dlopt train` reads the keys of a series before
             raw.pop(key, None)
             task.pop(key, None)
     values = dict(leaves(raw))

@@ -25,15 +25,15 @@ from pydantic.errors import PydanticUndefinedAnnotation
 from dlopt.basics.errors import UserError, suggest
 from dlopt.basics.plain import is_below, join
 from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
-from dlopt.config.choices import config_folder, extensions
+from dlopt.config.choices import config_folders, extensions
+from dlopt.config.packages import entries
 from dlopt.config.synonyms import for_key
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # The modules of dlopt that configs may name; the others act on files, processes and the network.
 _CONFIGURABLE = (
-    "dlopt.adapt", "dlopt.augment", "dlopt.data", "dlopt.init", "dlopt.lab.data", "dlopt.lab.optimizers",
-    "dlopt.lab.trajectory.functions", "dlopt.losses", "dlopt.models",
-    "dlopt.optim", "dlopt.parallel", "dlopt.schedules", "dlopt.sweeps.samplers",
+    "dlopt.adapt", "dlopt.augment", "dlopt.data", "dlopt.init", "dlopt.losses", "dlopt.models", "dlopt.optim",
+    "dlopt.parallel", "dlopt.schedules", "dlopt.sweeps.samplers",
     "dlopt.training.clipping", "dlopt.training.stopping",
 )  # fmt: skip
 _NOT_CONFIGURABLE = (
@@ -76,7 +76,8 @@ def trusted_packages(allowed: Iterable[str] = ()) -> tuple[str, ...]:
     allowed = tuple(allowed)
     if allowed and not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
-    return (*ALLOWED_PACKAGES, *extensions(), *allowed)
+    others = (name for name in extensions() if not is_below(name, ALLOWED_PACKAGES))
+    return (*ALLOWED_PACKAGES, *others, *allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ def choice_of(group: str, path: str) -> str:
     """
     (package, *_), name = path.split("."), path.rpartition(".")[2]
     pattern = re.compile(rf"^_target_: {re.escape(package)}\.(.*\.)?{re.escape(name)}$", re.MULTILINE)
-    files = sorted((config_folder() / group).glob("[!_]*.yaml"))
+    files = sorted(path for folder in config_folders() for path in (folder / group).glob("[!_]*.yaml"))
     names = [file.stem for file in files if pattern.search(file.read_text())]
     return names[0] if len(names) == 1 else path
 
@@ -181,7 +182,8 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
     if not callable(target) or inspect.ismodule(target) or not is_below(module, packages):
         raise UserError(f"{key}={path}: must be a class or function defined in {', '.join(packages)}")
     is_dataset_helper = is_below(module, ("torchvision.datasets",)) and not inspect.isclass(target)
-    is_internal = is_below(module, ("dlopt",)) and not is_below(module, _CONFIGURABLE)
+    configurable = (*_CONFIGURABLE, *entries("dlopt.configurable").values())
+    is_internal = is_below(module, ("dlopt",)) and not is_below(module, configurable)
     if is_internal or is_dataset_helper or is_below(module, _NOT_CONFIGURABLE):
         raise UserError(f"{key}={path}: cannot be used in a config")
     return typing.cast(Callable[..., Any], target)
@@ -240,7 +242,7 @@ def annotation_of(target: Callable[..., Any], name: str) -> Any:
 def _explain_unknown_key(key: str, name: str, value: Any, allowed: Iterable[str]) -> str:
     parents = key.split(".")[:-1]
     groups = ["/".join(parents[:length]) for length in range(len(parents), 0, -1)]  # hydra/launcher before hydra
-    group = next((group for group in groups if (config_folder() / group).is_dir()), None)
+    group = next((group for group in groups if any((each / group).is_dir() for each in config_folders())), None)
     command = "dlopt train --help" if group is None else f"dlopt options {group}"
     hint = for_key(key, show(value)) or suggest(name, allowed, command, prefix=key.removesuffix(name))
     return f"{key}={show(value)}: unknown key; {hint}"

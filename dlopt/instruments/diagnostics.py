@@ -1,4 +1,4 @@
-"""Diagnostics during training: the statistics of `dlopt diagnose` every n updates."""
+"""Diagnostics during training: statistics of layers every n updates."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""Start and entry point of the ranks of measuring commands (`dlopt bench`, `dlopt find-lr`)."""
+"""Start and entry point of the ranks of commands that measure (`dlopt find-lr`)."""
 
 import json
 import os

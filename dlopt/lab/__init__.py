@@ -1,1 +1,19 @@
-"""Laboratory: benchmarks, comparisons and measurements on top of the runner."""
+"""Laboratory: what it adds to dlopt, by the protocol of any package (`dlopt.config.packages`)."""
+
+ENTRY_POINTS = {
+    "dlopt": {"lab": "dlopt.lab"},
+    "dlopt.commands": {
+        "benchmark": "dlopt.lab.benchmark.command:benchmark",
+        "ladder": "dlopt.lab.ladder.command:ladder",
+        "trajectory": "dlopt.lab.trajectory.command:trajectory",
+        "diagnose": "dlopt.lab.diagnosis.command:diagnose",
+        "bench": "dlopt.lab.bench.command:bench",
+    },
+    "dlopt.series": {"comparison": "dlopt.lab.comparison.command:compare"},
+    "dlopt.reports": {"claims": "dlopt.lab.comparison.frozen:section"},
+    "dlopt.configurable": {
+        "data": "dlopt.lab.data",
+        "optimizers": "dlopt.lab.optimizers",
+        "functions": "dlopt.lab.trajectory.functions",
+    },
+}

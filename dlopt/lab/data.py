@@ -5,13 +5,12 @@ from typing import Literal, Unpack
 
 import torch
 
-from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
-from dlopt.basics.ranges import Count, NonNegative, Seed
 from dlopt.data.digits import digits
 from dlopt.data.generated import Function, polynomial
-from dlopt.data.samples import Dataset, SplitKeys
+from dlopt.data.samples import SplitKeys
 from dlopt.data.splits import stratified
+from dlopt.extend import Count, Dataset, NonNegative, Seed, UserError
 
 _VAL_SEED = 1
 Digit = Literal[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.basics.ranges import Fraction, NonNegative, Positive
+from dlopt.extend import Fraction, NonNegative, Positive
 from dlopt.optim.adam import adam_updates, moments
 from dlopt.optim.common import RealOptimizer, count_steps, gradients
 from dlopt.optim.traits import ADAPTIVE, OptimizerTraits

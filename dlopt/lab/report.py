@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 from rich.console import Console
 
-from dlopt.basics.files import write_atomically
+from dlopt.extend import Table, write_atomically
 from dlopt.results import drawing
 from dlopt.results.page import read_text, render
-from dlopt.results.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,14 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Generic, Protocol, TypeVar
 
-from dlopt.basics.errors import UserError
-from dlopt.basics.folders import RunFolder
 from dlopt.basics.locks import hold
-from dlopt.basics.roles import Role
-from dlopt.commands.shared.line import Line
-from dlopt.config.keys import role_of
-from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of
-from dlopt.config.plan import Plan, as_job, checked
+from dlopt.config.overrides import is_hydra, is_typed
+from dlopt.config.plan import as_job, checked
+from dlopt.extend import Line, Plan, Role, RunFolder, UserError, group_of, key_of, role_of
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, PlanJob, build_job
 from dlopt.sweeps.pool import JobSource, Pool

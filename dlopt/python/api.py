@@ -21,6 +21,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
 from dlopt.config.inherit import inherit
 from dlopt.config.overrides import quoted
+from dlopt.config.packages import series_of
 from dlopt.config.plan import checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.instruments.lr_range import LearningRates
@@ -76,8 +77,9 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
     """
     lines = _checked("train", overrides, "use dlopt.sweep for sweeps, and `dlopt train` for flags")
     config = Composer().compose(lines)
-    if config.get("comparison") is not None or config.hydra.mode == RunMode.MULTIRUN:
-        raise UserError("train(): runs one experiment at a time; use dlopt.sweep, or `dlopt train` for comparisons")
+    if (series := series_of(config)) is not None or config.hydra.mode == RunMode.MULTIRUN:
+        way = "dlopt.sweep" if series is None else f"`dlopt train` for a {series}"
+        raise UserError(f"train(): runs one experiment at a time; use {way}")
     hints = {"hydra.job.env_set": "set os.environ", "hydra.job.chdir": "call os.chdir"}
     refuse_unread_hydra(lines, "train()", (*COMPOSITION, "hydra.run"), hints)
     prepared = prepare(checked(config, lines))

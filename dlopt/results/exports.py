@@ -11,11 +11,11 @@ from dlopt.basics.files import write_atomically
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.secrets import redact
 from dlopt.results import drawing, paper
-from dlopt.results.claims import ClaimResult
 from dlopt.results.columns import summary_csv
 from dlopt.results.page import page
 from dlopt.results.plots import PLOTS, plots
 from dlopt.results.ranking import Ranking
+from dlopt.results.tables import Section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,8 +35,7 @@ _NAMES: Mapping[Format, str] = {
 class ReportContent:
     """Export options.
 
-    `refresh`: seconds after which the page reloads; `top`: rows of a table for a paper; `claims`: of the comparisons
-    among the runs.
+    `refresh`: seconds after which the page reloads; `top`: rows of a table for a paper; `sections`: of packages.
     """
 
     ranking: Ranking
@@ -46,7 +45,7 @@ class ReportContent:
     test: bool
     refresh: float | None
     top: int
-    claims: Sequence[ClaimResult] = ()
+    sections: Sequence[Section] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _text(form: Format, report: ReportContent) -> str:
     if form == "html":
         return page(
             report.ranking, title=report.title, made=report.made, target=report.target, test=report.test,
-            refresh=report.refresh, claims=report.claims,
+            refresh=report.refresh, sections=report.sections,
         )  # fmt: skip
     if form == "csv":
         return summary_csv(report.ranking, report.target, test=report.test)

@@ -20,11 +20,10 @@ from markupsafe import Markup
 from dlopt._version import __version__
 from dlopt.basics.formats import printable
 from dlopt.results import drawing
-from dlopt.results.claims import ClaimResult, claims_table
 from dlopt.results.columns import counts_text, published_table
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import Ranking, importance
-from dlopt.results.tables import Bold
+from dlopt.results.tables import Bold, Section
 from dlopt.tracking.layout import short_path
 
 FOLDER = Path(__file__).with_name("page")
@@ -41,7 +40,7 @@ def page(
     target: float | None,
     test: bool,
     refresh: float | None,
-    claims: Sequence[ClaimResult] = (),
+    sections: Sequence[Section] = (),
 ) -> str:
     """Renders the HTML page of a report."""
     data = page_data(ranking, target=target, test=test, refresh=refresh)
@@ -52,7 +51,7 @@ def page(
         title=title, made=made, refresh=refresh, version=__version__,
         counts=counts_text(ranking),
         published=published_table(ranking),
-        claims=claims_table(claims),
+        sections=sections,
         importance=importance(ranking), damaged=ranking.damaged,
         metric=drawing.metric_name(ranking.by), configurations=len(ranking.ranked),
         style=Markup(read_text("vendor/uPlot.min.css") + read_text("page.css")),

@@ -55,6 +55,15 @@ class Table:
         return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
+@dataclass(frozen=True)
+class Section:
+    """What a package adds to `dlopt report`: a table on the page, and lines in the terminal."""
+
+    title: str
+    table: Table
+    lines: Sequence[str]
+
+
 def _escaped(text: str) -> str:
     """Escapes LaTeX's special characters; a bracket after a line's end would be read as its optional argument."""
     return "{}" * text.startswith("[") + "".join(_SPECIAL.get(character, character) for character in printable(text))

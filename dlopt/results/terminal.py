@@ -9,7 +9,6 @@ from rich.text import Text
 
 from dlopt.basics import formats
 from dlopt.basics.formats import brief, printable
-from dlopt.results.claims import claims_lines
 from dlopt.results.columns import (
     counts_text,
     difference_text,
@@ -130,7 +129,7 @@ def _notes(report: "ReportContent") -> list[str]:
         lines.append(f"{run.status}: {layout.short_path(run.path)}: {failure_text(run)}")
     lines += [f"... and {len(ranking.failed) - 5} more failed or unfinished runs"] if len(ranking.failed) > 5 else []
     lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in ranking.damaged]
-    return [*lines, *claims_lines(report.claims)]
+    return [*lines, *(line for section in report.sections for line in section.lines)]
 
 
 # -- results of a sweep: leaderboard or Pareto front

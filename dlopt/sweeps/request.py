@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest
 from dlopt.config.compose import Composer
+from dlopt.config.packages import series_of
 from dlopt.config.plan import Plan, as_job, checked
 from dlopt.config.reads import refuse_untested
 from dlopt.config.resolve import choices_of
@@ -77,10 +78,10 @@ class SweepRequest:
     def _refuse_recipe(self, config: DictConfig) -> None:
         """Raises `UserError` for a job that is a series of runs itself."""
         name = config.hydra.runtime.choices.get("experiment")
-        if config.get("comparison") is not None:
+        if (series := series_of(config)) is not None:
             raise UserError(
-                f"experiment={name}: a comparison is a series of runs already; leave out -m, or sweep its base config "
-                "with comparison=null"
+                f"experiment={name}: a {series} is a series of runs already; leave out -m, or sweep its base config "
+                f"with {series}=null"
             )
         sweepers = [OmegaConf.to_container(each.hydra.sweeper, resolve=False) for each in (config, self.config)]
         if config.hydra.mode == RunMode.MULTIRUN and sweepers[0] != sweepers[1]:

@@ -1,10 +1,10 @@
 """Generates the results of the optimizer benchmark from the file that comes with dlopt."""
 
 import re
+from pathlib import Path
 
 from markup import code, table, text
 
-from dlopt.config.choices import config_folder
 from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, load_reference
@@ -106,7 +106,7 @@ def _spaces(found: Results, summary: Summary) -> str:
     """The keys of each optimizer with their ranges or values, and why, from the comment of its file."""
     rows = []
     for name in summary.order:
-        lines = (config_folder() / f"benchmark/space/{name}.yaml").read_text(encoding="utf-8").splitlines()
+        lines = (Path(tuning.__file__).parent / f"space/{name}.yaml").read_text(encoding="utf-8").splitlines()
         why = " ".join(line.removeprefix("# ").rstrip(".") + "." for line in lines if line.startswith("#"))
         keys = [
             f"{code(key.removeprefix('optimizer.'))} {text(_range(each))}" for key, each in found.spaces[name].items()

@@ -14,8 +14,8 @@ from reference import CATALOGUE
 
 from dlopt.config.choices import Choice
 from dlopt.config.schema import show
+from dlopt.lab.comparison.frozen import CHANGED, FORMER_VERDICTS, is_changed
 from dlopt.lab.comparison.labels import label
-from dlopt.results.claims import CHANGED, FORMER_VERDICTS, is_changed
 
 FOLDER = "lecture/"
 

@@ -26,7 +26,7 @@ from dlopt.cli import run
 from dlopt.commands.listing import summary
 from dlopt.commands.options import choices_of, every_group
 from dlopt.commands.shared.usage import declaring, own_keys
-from dlopt.commands.table import COMMANDS
+from dlopt.commands.table import every_command
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, Settings
 from dlopt.config.schema import annotation_of, describe_type, parameters_of, show
@@ -55,7 +55,7 @@ def write(docs: Path) -> None:
 
 def generate() -> dict[str, str]:
     """Returns the generated pages by their names in the documentation."""
-    commands = {f"reference/commands/{name}": command_page(name) for name in COMMANDS}
+    commands = {f"reference/commands/{name}": command_page(name) for name in every_command()}
     groups = {f"reference/groups/{file_name(group)}": group_page(group) for group in every_group(CATALOGUE)}
     return {**commands, **groups, "reference/settings": settings_page(), "reference/python": python_page()}
 
@@ -73,8 +73,9 @@ def label(group: str, choice: str) -> str:
 
 
 def command_page(name: str) -> str:
-    module = importlib.import_module(COMMANDS[name].partition(":")[0])
-    lines = [f"# dlopt {name}", "", text(summary(COMMANDS[name])), "", block("text", _help(name))]
+    path = every_command()[name]
+    module = importlib.import_module(path.partition(":")[0])
+    lines = [f"# dlopt {name}", "", text(summary(path)), "", block("text", _help(name))]
     rows = [row for target in declaring(module) for row in _own_rows(target)] if name != "train" else []
     if rows:
         lines += ["## Values", "", table(COLUMNS[:3], list(dict.fromkeys(rows)))]
@@ -95,7 +96,7 @@ def accepted(target: Callable[..., Any], name: str) -> str:
 
 def commands_table() -> str:
     """Every command with its summary."""
-    rows = [(f"[{code(name)}](commands/{name}.myst)", text(summary(path))) for name, path in COMMANDS.items()]
+    rows = [(f"[{code(name)}](commands/{name}.myst)", text(summary(path))) for name, path in every_command().items()]
     return table(("Command", "Purpose"), rows)
 
 
@@ -119,10 +120,11 @@ def _default(parameter: inspect.Parameter) -> str:
 
 def group_page(group: str) -> str:
     default, choices = every_group(CATALOGUE)[group], choices_of(CATALOGUE, group)
+    of_commands = {name for each in CATALOGUE.groups_of_commands().values() for name in each}
     names = [choice.name for choice in choices]
     selected = f"Default: {_link(group, default, names)}." if default else "Default: none."
     lines = [f"# {group}", "", f"Select a choice with {code(f'{group}=CHOICE')}. {selected}"]
-    if group in GROUPS or "/" in group or group == "function":
+    if group in GROUPS or "/" in group or group in of_commands:
         place = group.replace("/", ".")
         lines[-1] += f" Set its keys with {code(f'{place}.KEY=VALUE')}."
     rows = [(_link(group, choice.name, names), text(choice.description)) for choice in choices]

@@ -11,9 +11,11 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
 from dlopt.commands.shared.line import take_own
 from dlopt.commands.shared.usage import declaring, own_keys, reads_of, two_columns, typed_words, usage
-from dlopt.commands.table import COMMANDS
+from dlopt.commands.table import every_command
 
-MODULES = {name: importlib.import_module(path.partition(":")[0]) for name, path in COMMANDS.items() if name != "train"}
+MODULES = {
+    name: importlib.import_module(path.partition(":")[0]) for name, path in every_command().items() if name != "train"
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.plain import flatten, is_below
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
 from dlopt.commands import train as train_command
-from dlopt.commands.table import COMMANDS
+from dlopt.commands.table import every_command
 from dlopt.config.compose import Composer
 from dlopt.config.keys import ROLES
 from dlopt.config.overrides import key_of
+from dlopt.config.packages import entries
 from dlopt.config.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.config.resolve import to_plain
 from dlopt.lab import trials
@@ -70,12 +71,12 @@ WITHOUT_CONFIG = {"options", "template"}
 def keys_of_a_run() -> tuple[str, ...]:
     plain, _ = to_plain(Composer().compose(["parallel=ddp", "clip=norm", "stopping=early"]), [])
     of_groups = {key.partition(".")[0] for key in ROLES if "." not in key and key not in plain}
-    return (*flatten(plain), *sorted(of_groups - {"hydra", "from"}), *HYDRA)
+    return (*flatten(plain), *sorted(of_groups - {"hydra", "from"}), *entries("dlopt.series"), *HYDRA)
 
 
 def test_every_command_is_here() -> None:
     here = {line.split()[0] for line in (*ON_EXPERIMENTS, *ON_CHECKPOINTS)}
-    assert here | OTHERS | OF_RESULTS | WITHOUT_CONFIG == set(COMMANDS)
+    assert here | OTHERS | OF_RESULTS | WITHOUT_CONFIG == set(every_command())
 
 
 @pytest.mark.parametrize("line", ON_EXPERIMENTS)

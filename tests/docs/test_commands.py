@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from dlopt.commands.grid import overrides_of
-from dlopt.commands.table import COMMANDS
+from dlopt.commands.table import every_command
 from dlopt.config.plan import Plan
 from dlopt.sweeps.request import SweepRequest
 from tests.support.line import dlopt
@@ -201,7 +201,7 @@ def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) ->
     command = words[0]
     if command in ("-h", "--help", "--version"):
         return
-    assert command in COMMANDS, line.text
+    assert command in every_command(), line.text
     more = LITTLE.get(command, ())
     if command == "trajectory" and "function=" not in line.text:
         more = ("points=3", "samples=20") if "checkpoint=" in line.text else ()

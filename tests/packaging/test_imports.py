@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2] / "dlopt"
 FLOORS = [
     "__main__", "cli",
     "lab",
+    "extend",
     "python", "commands",
     "sweeps",
     "run",

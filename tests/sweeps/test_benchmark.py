@@ -45,7 +45,7 @@ def sgd(composer: Composer) -> Candidate:
 
 @pytest.mark.slow
 def test_every_space_composes_on_a_workload(composer: Composer) -> None:
-    folder = Path(__file__).parents[2] / "conf/benchmark/space"
+    folder = Path(__file__).parents[2] / "dlopt/lab/benchmark/space"
     names = sorted(path.stem for path in folder.glob("[!_]*.yaml"))
     assert len(names) >= 10
     for name in names:
@@ -72,7 +72,7 @@ def test_tiers_name_experiments(tier: str) -> None:
 
 
 def test_every_variant_of_the_held_out_workloads_composes(composer: Composer) -> None:
-    content = yaml.safe_load((Path(__file__).parents[2] / "conf/benchmark/tier/small_held_out.yaml").read_text())
+    content = yaml.safe_load((Path(__file__).parents[2] / "dlopt/lab/benchmark/tier/small_held_out.yaml").read_text())
     assert content["workloads"].keys() == load_tier("small", None).workloads.keys()
     for name, workload in content["workloads"].items():
         base = [f"experiment={workload['experiment']}"]

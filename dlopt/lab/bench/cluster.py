@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from dlopt.basics.ranges import Count, NonNegative, Positive
+from dlopt.extend import Count, NonNegative, Positive
 
 
 @dataclass(frozen=True)

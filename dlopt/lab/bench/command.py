@@ -1,7 +1,6 @@
 """`dlopt bench`: benchmarks parallel modes, the network and devices, and simulates a cluster."""
 
-from dlopt.commands.shared.line import Line, on_experiment
-from dlopt.config.overrides import key_of, value_of
+from dlopt.extend import Line, key_of, on_experiment, value_of
 from dlopt.lab.bench import (
     cluster,
     cluster_command,

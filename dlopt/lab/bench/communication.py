@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlopt.basics.errors import RunError
+from dlopt.extend import RunError
 from dlopt.instruments.profiling import tensor_bytes
 from dlopt.machine.device import synchronized_time
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from dlopt.basics.errors import RunError
-from dlopt.config.experiment import Experiment
+from dlopt.extend import Experiment, RunError, build_workload, probe_trainer
 from dlopt.instruments.ranks import run_rank, run_ranks
 from dlopt.lab.bench.layers import Layer, timed
 from dlopt.lab.bench.rank import seconds_of, updates_of
@@ -27,8 +26,6 @@ from dlopt.parallel.mode import Mode
 from dlopt.parallel.processes import rendezvous
 from dlopt.parallel.processes.process_group import ProcessGroup
 from dlopt.trained.distillation import with_teacher
-from dlopt.training.build.workload import build_workload
-from dlopt.training.run import probe_trainer
 
 SIZES = (64, 16 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes
 _WARMUP, _UPDATES, _ROUNDS = 5, 60, 30

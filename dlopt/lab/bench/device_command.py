@@ -3,9 +3,7 @@
 from dataclasses import asdict
 from typing import Annotated, Literal
 
-from dlopt.basics.errors import DONE
-from dlopt.basics.ranges import Count, Positive
-from dlopt.commands.shared.line import Line, output_folder, refuse_empty
+from dlopt.extend import DONE, Count, Line, Positive, output_folder, refuse_empty
 from dlopt.lab.bench.output import Output, save
 
 _PRECISIONS: list[Literal["fp32", "bf16", "fp16", "fp64"]] = ["fp32", "bf16"]

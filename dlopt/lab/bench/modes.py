@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dlopt.basics.errors import RunError, UserError
-from dlopt.config.compose import Composer
 from dlopt.config.resolve import to_plain
+from dlopt.extend import Composer, RunError, UserError
 from dlopt.instruments.ranks import run_ranks
 from dlopt.results import drawing
 from dlopt.tracking.layout import plain_table

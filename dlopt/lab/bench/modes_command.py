@@ -7,11 +7,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.ranges import Count, Natural, Positive
-from dlopt.commands.shared.line import Line, output_folder
-from dlopt.config.overrides import group_of, is_typed, key_of, value_of, without
+from dlopt.config.overrides import is_typed
 from dlopt.config.reads import LEARNING_RATE, RECIPE, UPDATE
+from dlopt.extend import (
+    DONE,
+    Count,
+    Line,
+    Natural,
+    Positive,
+    UserError,
+    group_of,
+    key_of,
+    output_folder,
+    value_of,
+    without,
+)
 from dlopt.lab.bench.output import Output, save
 from dlopt.tracking.layout import show_table
 

@@ -2,10 +2,8 @@
 
 from typing import Annotated, Literal
 
-from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.ranges import Count, Positive
-from dlopt.commands.shared.line import Line, refuse_empty
 from dlopt.commands.shared.processes import run_rank
+from dlopt.extend import DONE, Count, Line, Positive, UserError, refuse_empty
 from dlopt.lab.bench.modes_command import process_count
 from dlopt.parallel.processes import launch
 from dlopt.parallel.processes.rendezvous import current

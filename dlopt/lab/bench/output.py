@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlopt.basics.files import write_json
 from dlopt.basics.plain import without_nan
-from dlopt.commands.shared.line import writing
+from dlopt.extend import write_json, writing
 from dlopt.results import drawing
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from dlopt.basics.errors import UserError
-from dlopt.config.experiment import Experiment
+from dlopt.extend import Experiment, Trainer, UserError, build_workload, probe_trainer
 from dlopt.instruments.profiling import collective_times
 from dlopt.instruments.ranks import RankOutcome, run_rank
 from dlopt.lab.bench.communication import Traffic
@@ -26,10 +25,8 @@ from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.processes import rendezvous
 from dlopt.trained.distillation import with_teacher
-from dlopt.training.build.workload import build_mode, build_workload
-from dlopt.training.loop import Trainer
+from dlopt.training.build.workload import build_mode
 from dlopt.training.progress import endless_batches
-from dlopt.training.run import probe_trainer
 
 MIB = 2.0**20
 

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.table import Table
 
-from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.ranges import Count
-from dlopt.commands.shared.line import Line, output_folder, refuse_empty
+from dlopt.extend import DONE, Count, Line, UserError, output_folder, refuse_empty
 from dlopt.lab.bench.cluster import Cluster
 from dlopt.lab.bench.cluster_command import Model, describe, layers_of_model
 from dlopt.lab.bench.output import Output, save

@@ -12,20 +12,37 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
-from dlopt.basics.files import write_atomically, write_json
-from dlopt.basics.folders import RunFolder, refuse_url
+from dlopt.basics.errors import install
+from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_range
 from dlopt.basics.locks import locked
-from dlopt.basics.ranges import Count
-from dlopt.basics.roles import Role
 from dlopt.commands.completion import keys_of_train
-from dlopt.commands.shared.line import Line, output_folder, read_line, refuse_empty
+from dlopt.commands.shared.line import read_line
 from dlopt.commands.shared.usage import own_names
-from dlopt.config.keys import ROUNDING, role_of
-from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
-from dlopt.config.plan import plan
+from dlopt.config.keys import ROUNDING
+from dlopt.config.overrides import is_hydra
 from dlopt.config.reads import refuse_unread_hydra
+from dlopt.extend import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    Count,
+    Line,
+    Role,
+    RunFolder,
+    UserError,
+    group_of,
+    key_of,
+    output_folder,
+    plan,
+    refuse_empty,
+    role_of,
+    short_path,
+    value_of,
+    without,
+    write_atomically,
+    write_json,
+)
 from dlopt.lab.benchmark import reading
 from dlopt.lab.benchmark.protocol import (
     BASELINES,
@@ -46,7 +63,6 @@ from dlopt.run import environment
 from dlopt.run.job import print_error
 from dlopt.sweeps.estimate import Estimate, estimate_job
 from dlopt.sweeps.run import refuse_ranks
-from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
     from dlopt.lab.benchmark.trials import Candidate, TrialRequest

@@ -5,20 +5,24 @@ from pathlib import Path
 
 import torch
 
-from dlopt.basics.files import write_json
-from dlopt.basics.folders import RunFolder
-from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
+from dlopt.extend import (
+    Experiment,
+    RunFolder,
+    Trainer,
+    Workload,
+    build_workload,
+    load_checkpoint,
+    probe_trainer,
+    write_json,
+)
 from dlopt.instruments.profiling import state_bytes
 from dlopt.lab.bench.rank import seconds_of, updates_of
 from dlopt.lab.benchmark.reading import TEST
 from dlopt.lab.benchmark.results import UpdateCost
-from dlopt.training.build.workload import Workload, build_workload
-from dlopt.training.checkpoint.checkpoints import Checkpoints, load
+from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.evaluate import test_metrics
-from dlopt.training.loop import Trainer
-from dlopt.training.run import probe_trainer
 
 _WARMUP = 5  # updates
 _PAIRS = 9
@@ -53,7 +57,7 @@ def test_trial(folder: Path) -> None:
     saved = run.config()
     if path.exists() or saved is None or not best.is_file():
         return
-    state = load(best)
+    state = load_checkpoint(best)
     workload: Workload = build_workload(parse(resolve_saved(saved), saved), state)
     with torch.no_grad():
         workload.load(state)

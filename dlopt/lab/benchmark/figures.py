@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dlopt.extend import lower_is_better
 from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.results import Results
 from dlopt.lab.benchmark.scores import MAX_RATIO, Summary, profile, ratios
-from dlopt.metrics.names import lower_is_better
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS, MARKERS, style
 

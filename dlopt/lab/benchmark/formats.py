@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dlopt.basics.formats import format_value as text
-from dlopt.basics.formats import printable
+from dlopt.extend import printable
 from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
 from dlopt.lab.benchmark.results import Measure
 from dlopt.lab.benchmark.scores import Interval, Standing

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dlopt._version import __version__
-from dlopt.basics.formats import printable
+from dlopt.extend import printable
 from dlopt.lab import report
 from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.figures import draw

@@ -13,12 +13,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from dlopt.basics.errors import UserError, suggest
 from dlopt.basics.plain import load_yaml
-from dlopt.config.choices import config_folder
-from dlopt.config.schema import check_arguments, show
+from dlopt.extend import UserError, check_arguments, show, suggest
 
-FOLDER = "benchmark"  # in conf/ and in a --config-dir
+FOLDER = "benchmark"  # in the laboratory and in a --config-dir
 BUDGETS: Mapping[str, tuple[int, int]] = {"tiny": (1, 3), "small": (3, 10), "large": (5, 20)}
 """Name -> (studies, trials per study). `large` is AlgoPerf's."""
 BASELINES = ("sgd", "rmsprop", "adamw", "nadam")
@@ -40,7 +38,7 @@ class WorkloadSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
-    """A set of workloads, conf/benchmark/tier/NAME.yaml."""
+    """A set of workloads, benchmark/tier/NAME.yaml."""
 
     name: str
     workloads: Mapping[str, WorkloadSpec]
@@ -155,7 +153,7 @@ def _names(kind: str, config_dir: str | None) -> list[str]:
 
 
 def _folders(config_dir: str | None) -> list[Path]:
-    return [*([] if config_dir is None else [Path(config_dir)]), config_folder()]
+    return [*([] if config_dir is None else [Path(config_dir)]), Path(__file__).parents[1]]
 
 
 def _load(path: Path) -> Any:

@@ -9,17 +9,22 @@ from typing import Any
 
 import yaml
 
-from dlopt.basics.errors import UserError
-from dlopt.basics.files import read_json, write_json
-from dlopt.basics.folders import RunFolder
 from dlopt.basics.locks import locked
-from dlopt.config.overrides import key_of, value_of
+from dlopt.extend import (
+    Record,
+    RunFolder,
+    UserError,
+    key_of,
+    lower_is_better,
+    read_json,
+    read_run,
+    value_of,
+    write_json,
+)
 from dlopt.lab.benchmark.protocol import BASELINES, Track, Trial, WorkloadSpec, target_of
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
 from dlopt.lab.trials import has_ended
-from dlopt.metrics.names import lower_is_better
-from dlopt.results.leaderboard import Record
-from dlopt.results.reading import Damaged, read
+from dlopt.results.reading import Damaged
 
 MANIFEST = "benchmark.json"
 COST = "cost.json"  # in the folder of an optimizer and a workload
@@ -147,7 +152,7 @@ def _ended(folder: Path, manifest: Manifest, workload: str, optimizer: str) -> I
         path = folder / trial.subfolder
         if not has_ended(RunFolder(path)):
             continue
-        run = read(path)
+        run = read_run(path)
         if isinstance(run, Damaged):
             raise UserError(f"{path}: {run.reason}; remove the folder and repeat the command")
         yield trial, run

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dlopt.basics.errors import UserError
+from dlopt.extend import UserError, lower_is_better
 from dlopt.lab.benchmark.protocol import Track
-from dlopt.metrics.names import lower_is_better
 
 FORMAT = 1
 REFERENCE = Path(__file__).with_name("reference")  # results of `dlopt benchmark ... full=true`, which come with dlopt

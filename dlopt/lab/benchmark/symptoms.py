@@ -9,13 +9,12 @@ from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep
 
-from dlopt.basics.errors import UserError
 from dlopt.config.overrides import parse_overrides
+from dlopt.extend import UserError, lower_is_better
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.reading import best_trials
 from dlopt.lab.benchmark.results import Results, TrialRecord
 from dlopt.lab.benchmark.scores import times
-from dlopt.metrics.names import lower_is_better
 
 RISING = 0.9
 """Fraction of trials with a rising loss from which on the optimizer is suspicious."""

@@ -7,13 +7,13 @@ from functools import partial
 
 from rich.console import Console
 
-from dlopt.basics.formats import printable
+from dlopt.extend import Table, printable
 from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Measure, Results
 from dlopt.lab.benchmark.scores import Interval, Summary, summarize
 from dlopt.lab.report import WIDTH, rendered, wrapped
-from dlopt.results.tables import Bold, Table
+from dlopt.results.tables import Bold
 
 _NAME = 24  # characters of an optimizer
 _SHORT_NAME = 16  # beside three scores

@@ -5,12 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlopt.basics.errors import UserError
-from dlopt.basics.folders import RunFolder
-from dlopt.config.compose import Composer
-from dlopt.config.overrides import key_of, value_of
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
+from dlopt.extend import Composer, RunFolder, UserError, key_of, value_of
 from dlopt.lab.benchmark.protocol import (
     SELF_TUNING_LENGTH,
     Track,

@@ -21,11 +21,11 @@ from statistics import median
 
 import numpy as np
 
+from dlopt.extend import lower_is_better
 from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.results import Cell, Results, WorkloadTarget
 from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Array, Interval, interval, margin, small_sample_factor
 from dlopt.lab.report import sentences
-from dlopt.metrics.names import lower_is_better
 from dlopt.results.tables import Bold
 
 BUDGETS = (1, 3, 10, 30)

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
-from dlopt.basics.errors import UserError
-from dlopt.basics.ranges import Count, NonNegative
-from dlopt.config.schema import check_arguments
+from dlopt.extend import Count, NonNegative, UserError, check_arguments, lower_is_better
 from dlopt.lab.comparison.intervals import Bounds, Interval, interval
-from dlopt.metrics.names import NONE, Modes, lower_is_better
+from dlopt.metrics.names import NONE, Modes
 
 Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]

@@ -16,36 +16,49 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.basics.errors import FAILED, INTERRUPTED, USER_ERROR, UserError
-from dlopt.basics.files import read_json, write_atomically, write_json
-from dlopt.basics.folders import RunFolder, make, make_new, newest
+from dlopt.basics.errors import USER_ERROR
+from dlopt.basics.folders import make, make_new, newest
 from dlopt.basics.plain import flatten
-from dlopt.basics.roles import Role
-from dlopt.config.compose import Composer, typed_folder
+from dlopt.config.compose import typed_folder
 from dlopt.config.flags import parse_arguments
-from dlopt.config.keys import role_of
-from dlopt.config.overrides import group_of, key_of, without
-from dlopt.config.plan import Plan, checked
+from dlopt.config.plan import checked
 from dlopt.config.reads import refuse_unread_hydra, refuse_untested
 from dlopt.config.resolve import choices_of
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.config.saved import checkpoint_file
-from dlopt.config.schema import check_arguments, show
+from dlopt.extend import (
+    FAILED,
+    INTERRUPTED,
+    Composer,
+    Plan,
+    Role,
+    RunFolder,
+    UserError,
+    check_arguments,
+    group_of,
+    key_of,
+    read_json,
+    role_of,
+    short_path,
+    show,
+    without,
+    write_atomically,
+    write_json,
+)
 from dlopt.lab.comparison.claims import TEST_METRICS, parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun, format_final, read
 from dlopt.lab.comparison.findings import check, evaluate, record
+from dlopt.lab.comparison.frozen import FROZEN, claims_hash, is_changed, recipe_hash, recipe_path, rerun_hint
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
 from dlopt.lab.comparison.sentences import sentence
 from dlopt.metrics.names import monitored_modes
 from dlopt.results import drawing
-from dlopt.results.claims import FROZEN, claims_hash, is_changed, recipe_hash, recipe_path, rerun_hint
 from dlopt.run.job import execute
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.console import Screen
-from dlopt.tracking.layout import short_path
 from dlopt.tracking.remote import check as check_tracking
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
@@ -143,6 +156,9 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
     node = OmegaConf.to_container(config.comparison, resolve=True)
     assert isinstance(node, dict)
     written = {str(key): value for key, value in node.items()}
+    if isinstance(labels := written.get("variants"), list):
+        shown = f"[{','.join(map(show, labels))}]"
+        raise UserError(f"comparison.variants={shown}: to choose variants by their labels, set comparison.only={shown}")
     modes = monitored_modes(flatten(OmegaConf.to_container(config, resolve=False)))
     claims = [parse(f"comparison.claims.{i}", claim, modes) for i, claim in enumerate(written.pop("claims", []))]
     arguments = check_arguments("comparison", Comparison, written, frozenset({"claims", "modes"}))

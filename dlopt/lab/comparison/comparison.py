@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from dlopt.basics.ranges import Seed
-from dlopt.config.schema import show
+from dlopt.extend import Seed, show
 from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
 from dlopt.lab.comparison.labels import label
 from dlopt.lab.comparison.probes import PROBES

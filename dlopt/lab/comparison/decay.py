@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlopt.basics.errors import UserError
+from dlopt.extend import UserError, Workload, training_batches
 from dlopt.lab.comparison.measures import gradient
 from dlopt.training.build.optimizer import build_optimizer
-from dlopt.training.build.workload import Workload, training_batches
 
 _UPDATES = 20
 

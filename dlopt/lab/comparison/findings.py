@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dlopt.basics.errors import UserError
-from dlopt.config.overrides import key_of
-from dlopt.config.schema import show
+from dlopt.extend import UserError, key_of, show
 from dlopt.lab.comparison.claims import (
     TEST_METRICS,
     Claim,

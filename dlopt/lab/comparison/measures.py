@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dlopt.basics.errors import UserError
+from dlopt.extend import UserError, Workload, evaluation_batches
 from dlopt.instruments.curvature import hessian_product, largest_eigenvalues, losses_along
 from dlopt.instruments.layers import LayerProbe, LayerStatistics
 from dlopt.lab.diagnosis.probes import TimeLagProbe
-from dlopt.training.build.workload import Workload, evaluation_batches
 from dlopt.training.step import frozen_statistics
 
 _SAMPLES = 256  # training samples of a measurement

@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from dlopt.config.schema import show
+from dlopt.extend import show
 from dlopt.lab.comparison.claims import TEST_METRICS, Value
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, on_axis
 from dlopt.lab.comparison.labels import label

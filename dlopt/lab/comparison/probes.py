@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dlopt.basics.errors import UserError
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Samples
+from dlopt.extend import UserError, Workload, build_workload, evaluation_batches, load_checkpoint, training_batches
 from dlopt.lab.comparison import decay, measures
-from dlopt.training.build.workload import Workload, build_workload, evaluation_batches, training_batches
-from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.evaluate import evaluate
 from dlopt.training.step import frozen_statistics
 
@@ -29,7 +27,7 @@ def checkpoints(folder: Path) -> Iterator[Mapping[str, Any]]:
     kept = sorted((folder / "checkpoints").glob("step-*.pt"), key=lambda path: int(path.stem.partition("-")[2]))
     steps = set()
     for path in [*kept, folder / "checkpoints" / "last.pt"]:
-        if path.is_file() and (state := load(path))["progress"]["step"] not in steps:
+        if path.is_file() and (state := load_checkpoint(path))["progress"]["step"] not in steps:
             steps.add(state["progress"]["step"])
             yield state
 

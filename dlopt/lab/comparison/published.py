@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dlopt.basics.errors import UserError
+from dlopt.extend import UserError
 from dlopt.lab.comparison.comparison import Comparison, Results
 from dlopt.lab.comparison.labels import label
 from dlopt.results import drawing

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal
 
-from dlopt.config.schema import show
+from dlopt.extend import show
 from dlopt.lab.comparison.claims import Claim, Finding, Measured, effects
 from dlopt.lab.comparison.intervals import RANKED, Bounds, Interval, pseudomedian
 from dlopt.lab.comparison.labels import label

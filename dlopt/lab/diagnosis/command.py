@@ -12,30 +12,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.files import write_json
 from dlopt.basics.formats import format_count
 from dlopt.basics.plain import without_nan
-from dlopt.basics.ranges import Count, Natural
-from dlopt.commands.shared.line import (
-    Combination,
-    Line,
-    on_experiment,
-    output_folder,
-    saved_experiment,
-    skipped_keys,
-    writing,
-)
+from dlopt.commands.shared.line import Combination, saved_experiment, skipped_keys
 from dlopt.config.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
 from dlopt.config.saved import checkpoint_file, typed_values
+from dlopt.extend import (
+    DONE,
+    Count,
+    Line,
+    Natural,
+    UserError,
+    on_experiment,
+    output_folder,
+    short_path,
+    write_json,
+    writing,
+)
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.results import drawing
-from dlopt.tracking.layout import FittedTable, plain_table, short_path, standard_output
+from dlopt.tracking.layout import FittedTable, plain_table, standard_output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dlopt.config.experiment import Experiment
+    from dlopt.extend import Experiment
     from dlopt.lab.diagnosis.measuring import Diagnosis, Snapshot
     from dlopt.lab.diagnosis.verdicts import Facts, Verdict
 
@@ -132,12 +133,12 @@ def _subject(line: Line, job: Combination) -> _Subject:
 
 
 def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
-    from dlopt.training.checkpoint.checkpoints import load
+    from dlopt.extend import load_checkpoint
 
     path = checkpoint_file(path)
     refuse_unread(overrides, "dlopt diagnose", _READS_OF_CHECKPOINTS, own=["output"], hints=_INITIAL)
     values = typed_values(overrides)
-    state = load(path)
+    state = load_checkpoint(path)
     experiment = saved_experiment(state["config"], values, path)
     return _Subject(f"epoch {state['progress']['epoch']}", experiment, {}, state=state)
 

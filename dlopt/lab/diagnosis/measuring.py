@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlopt.basics.errors import RunError, UserError
-from dlopt.config.experiment import Experiment
-from dlopt.config.schema import Component
 from dlopt.data.batches import Batch
+from dlopt.extend import Component, Experiment, RunError, Trainer, UserError, Workload, build_workload, probe_trainer
 from dlopt.instruments.curvature import (
     GradientSpread,
     Spectrum,
@@ -30,11 +28,9 @@ from dlopt.instruments.layers import LayerProbe, LayerStatistics, layer_paramete
 from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag, TimeLagProbe
 from dlopt.optim.common import flat
 from dlopt.trained.distillation import with_teacher
-from dlopt.training.build.workload import Workload, build_workload, load_weights
+from dlopt.training.build.workload import load_weights
 from dlopt.training.clipping import gradient_norm
-from dlopt.training.loop import Trainer
 from dlopt.training.progress import endless_batches
-from dlopt.training.run import probe_trainer
 from dlopt.training.step import Observer, Step
 
 STEP_FRACTIONS = tuple(i / 4 for i in range(-2, 11))

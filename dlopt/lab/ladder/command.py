@@ -10,26 +10,38 @@ from typing import Annotated, Any
 
 from hydra.core.override_parser.types import IntervalSweep
 
-from dlopt.basics.errors import DONE, INTERRUPTED, UserError
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_count, format_range
 from dlopt.basics.locks import locked
-from dlopt.basics.ranges import Count, Positive
 from dlopt.commands.completion import keys_of_train
-from dlopt.commands.shared.line import Line, output_folder, read_line, refuse_empty
+from dlopt.commands.shared.line import read_line
 from dlopt.commands.shared.usage import own_names
-from dlopt.config.overrides import group_of, is_hydra, key_of, value_of, without
-from dlopt.config.plan import plan
+from dlopt.config.overrides import is_hydra
 from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
+from dlopt.extend import (
+    DONE,
+    INTERRUPTED,
+    Count,
+    Line,
+    Positive,
+    UserError,
+    group_of,
+    key_of,
+    output_folder,
+    plan,
+    refuse_empty,
+    short_path,
+    value_of,
+    without,
+)
 from dlopt.lab.benchmark.protocol import has_space, load_space
 from dlopt.lab.ladder.family import Family, chosen_rungs, load_family, measure
 from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, read_ladder, update_ladder
 from dlopt.lab.trials import READS_OF_HYDRA, choice_of, launcher, refuse_protocol, take_optimizers
 from dlopt.sweeps.estimate import estimate_job
 from dlopt.sweeps.run import refuse_ranks
-from dlopt.tracking.layout import short_path
 
 USAGE = """\
 Compare optimizers on models of growing size: does the gain last?

@@ -1,4 +1,4 @@
-"""Families of models: conf/ladder/NAME.yaml in dlopt's folder or in --config-dir, and the sizes of their rungs."""
+"""Families of models: ladder/NAME.yaml in the laboratory or in --config-dir, and the sizes of their rungs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,17 +7,20 @@ from typing import Annotated, Any
 
 from annotated_types import MinLen
 
-from dlopt.basics.errors import UserError, suggest
 from dlopt.basics.plain import load_yaml
-from dlopt.basics.ranges import Positive
-from dlopt.commands.shared.line import Line
-from dlopt.config.choices import config_folder
-from dlopt.config.compose import Composer
-from dlopt.config.overrides import group_of, key_of
-from dlopt.config.schema import check_arguments
-from dlopt.metrics.names import lower_is_better
+from dlopt.extend import (
+    Composer,
+    Line,
+    Positive,
+    UserError,
+    check_arguments,
+    group_of,
+    key_of,
+    lower_is_better,
+    suggest,
+)
 
-FOLDER = "ladder"  # in conf/ and in a --config-dir
+FOLDER = "ladder"  # in the laboratory and in a --config-dir
 _Text = Annotated[str, MinLen(1)]
 _COPIES = 4  # of the parameters, in fp32: themselves, gradients, and two of an optimizer's state
 
@@ -88,7 +91,7 @@ class Rung:
 def load_family(name: str, composer: Composer) -> Family:
     """Reads a family. Raises `UserError`."""
     own = composer.config_dir
-    folders = [*([] if own is None else [Path(own)]), config_folder()]
+    folders = [*([] if own is None else [Path(own)]), Path(__file__).parents[1]]
     paths = {path.stem: path for folder in reversed(folders) for path in sorted((folder / FOLDER).glob("*.yaml"))}
     if name not in paths:
         raise UserError(f"model={name}: not a family; {suggest(name, paths, 'dlopt ladder --help', title='families')}")

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dlopt.config.overrides import key_of
+from dlopt.extend import key_of
 from dlopt.lab.benchmark.formats import interval, names
 from dlopt.lab.benchmark.scores import Interval
 from dlopt.lab.ladder.analysis import FEWEST, HELD_OUT, Analysis

@@ -6,10 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dlopt.basics.errors import UserError
-from dlopt.basics.files import read_json, write_json
-from dlopt.basics.folders import RunFolder
 from dlopt.basics.locks import locked
+from dlopt.extend import RunFolder, UserError, read_json, write_json
 from dlopt.lab.ladder.family import Rules, Rung
 from dlopt.lab.ladder.rates import Optimum, RateFit, fit_rates, missing, optimum, rate
 from dlopt.lab.trials import UNRECORDED, choice_of, has_ended

@@ -2,13 +2,12 @@
 
 import math
 
-from dlopt.basics.formats import printable
+from dlopt.extend import Table, printable
 from dlopt.lab.benchmark.formats import abbreviated, number
 from dlopt.lab.ladder.analysis import Analysis
 from dlopt.lab.ladder.findings import findings, signed, times
 from dlopt.lab.ladder.results import Results
 from dlopt.lab.report import WIDTH, rendered, wrapped
-from dlopt.results.tables import Table
 
 _NAME = 24  # of an optimizer
 

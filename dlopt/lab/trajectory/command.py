@@ -1,8 +1,6 @@
 """`dlopt trajectory`: plots optimizer paths, learning-rate schedules or loss landscapes."""
 
-from dlopt.basics.errors import UserError
-from dlopt.commands.shared.line import Line, on_experiment
-from dlopt.config.overrides import group_of, key_of
+from dlopt.extend import Line, UserError, group_of, key_of, on_experiment
 from dlopt.lab.trajectory import landscape_command, learning_rates, paths_command
 
 # Of the help:

@@ -13,9 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dlopt.basics.errors import UserError
-from dlopt.basics.ranges import Count, NonNegative, Positive
 from dlopt.data.digits import digits
+from dlopt.extend import Count, NonNegative, Positive, UserError
 
 Point = tuple[float, float]
 Window = tuple[float, float, float, float]

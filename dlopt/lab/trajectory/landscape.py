@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dlopt.basics.errors import UserError
+from dlopt.extend import UserError
 from dlopt.instruments.curvature import restoring
 from dlopt.models.layers import evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d

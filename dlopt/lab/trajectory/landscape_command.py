@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.ranges import Count, Positive, Seed
-from dlopt.commands.shared.line import on_checkpoint, output_folder, saved_experiment, writing
+from dlopt.commands.shared.line import saved_experiment
+from dlopt.extend import DONE, Count, Positive, Seed, UserError, on_checkpoint, output_folder, writing
 from dlopt.lab.trajectory.output import Output, progress
 from dlopt.results import drawing
 
 if TYPE_CHECKING:
+    from dlopt.extend import Workload
     from dlopt.lab.trajectory.landscape import Plane
-    from dlopt.training.build.workload import Workload
 
 READS = ("data", "device", "threads", "allow_packages")
 _MIN_CHECKPOINTS = 3  # two differences span a plane
@@ -38,13 +37,12 @@ def draw_landscape(
     output: Output = None,
 ) -> int:
     from dlopt.basics.random import generator
+    from dlopt.extend import build_workload, load_checkpoint
     from dlopt.lab.comparison.measures import spread_samples
     from dlopt.lab.trajectory.landscape import draw, random_plane, surface
     from dlopt.trained.restore import fitting
-    from dlopt.training.build.workload import build_workload
-    from dlopt.training.checkpoint.checkpoints import load
 
-    state = load(path)
+    state = load_checkpoint(path)
     experiment = saved_experiment(state["config"], changes, path)
     with fitting(path):
         workload = build_workload(experiment, state)

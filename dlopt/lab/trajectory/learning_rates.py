@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.ranges import Count
-from dlopt.commands.shared.line import Combination, Line, output_folder, skipped_keys, writing
-from dlopt.config.overrides import without
+from dlopt.commands.shared.line import Combination, skipped_keys
 from dlopt.config.reads import RECIPE
+from dlopt.extend import DONE, Count, Line, UserError, output_folder, without, writing
 from dlopt.lab.trajectory.output import Output
 from dlopt.results import drawing
 

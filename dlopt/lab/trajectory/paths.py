@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt.basics.random import generator
-from dlopt.config.schema import Component
+from dlopt.extend import Component, LossClosure
 from dlopt.lab.trajectory.functions import Function, Window
-from dlopt.optim import SGDW, LossClosure
+from dlopt.optim import SGDW
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 from dlopt.schedules import Factor, Scheduler

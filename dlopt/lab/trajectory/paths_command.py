@@ -9,16 +9,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Interval
 from omegaconf import DictConfig
 
-from dlopt.basics.errors import DONE, UserError, suggest
-from dlopt.basics.ranges import Positive, Seed
-from dlopt.commands.shared.line import Combination, Line, output_folder, skipped_keys, writing
+from dlopt.commands.shared.line import Combination, skipped_keys
 from dlopt.commands.shared.usage import own_names
 from dlopt.config.choices import CONFIG_NAME
-from dlopt.config.compose import Composer
-from dlopt.config.overrides import group_of, key_of, without
 from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.config.schema import Component, check_arguments, component, trusted_packages
+from dlopt.config.schema import component, trusted_packages
+from dlopt.extend import (
+    DONE,
+    Component,
+    Composer,
+    Line,
+    Positive,
+    Seed,
+    UserError,
+    check_arguments,
+    group_of,
+    key_of,
+    output_folder,
+    suggest,
+    without,
+    writing,
+)
 from dlopt.lab.trajectory.output import Output, progress
 from dlopt.results import drawing
 
@@ -34,7 +46,7 @@ _LINE_SEARCH_EVALUATIONS = 25  # default for L-BFGS
 
 @dataclass(frozen=True, kw_only=True)
 class PathSettings:
-    """The keys of conf/trajectory.yaml."""
+    """The keys of dlopt/lab/conf/trajectory.yaml."""
 
     steps: Annotated[int, Interval(ge=1, le=100_000), "N: number of updates (default: 50)"]
     seed: Annotated[Seed, "N: seed of noisy functions (default: 0)"]
@@ -69,7 +81,7 @@ class _PathJob:
 
 
 def draw_paths(line: Line) -> int:
-    """Saves the plot of the paths; the config is conf/trajectory.yaml, unless --config-name names another."""
+    """Saves the plot of the paths; the config is trajectory.yaml, unless --config-name names another."""
     from dlopt.lab.trajectory.paths import animate, draw_trajectories, table
     from dlopt.lab.trajectory.tolerance import draw_ends, end_table, ends
 

@@ -1,17 +1,20 @@
 """What the YAML files beside this name."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge, Gt
 from torch import Tensor, nn
+
+from dlopt.extend import NonNegative, OptimizerTraits, Positive
 
 
 class SignDescent(torch.optim.Optimizer):
     """A step of one length for every weight, against the sign of its gradient."""
 
-    def __init__(self, params: Any, *, lr: Annotated[float, Gt(0)]) -> None:
+    traits = OptimizerTraits(scope="element")
+
+    def __init__(self, params: Any, *, lr: Positive) -> None:
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
@@ -33,7 +36,7 @@ class Linear(nn.Sequential):
 class Stripes(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Images with a bright column; its place is the class."""
 
-    def __init__(self, count: int, noise: Annotated[float, Ge(0)], seed: int) -> None:
+    def __init__(self, count: int, noise: NonNegative, seed: int) -> None:
         draws = torch.Generator().manual_seed(seed)
         self.labels = torch.arange(count) % 4
         images = noise * torch.rand(count, 1, 4, 4, generator=draws)

@@ -8,7 +8,7 @@ import torch
 import yaml
 from PIL import Image
 
-from dlopt.results.claims import CHANGED
+from dlopt.lab.comparison.frozen import CHANGED
 from dlopt.sweeps.estimate import Estimate
 from tests.support.line import Result, dlopt, refused
 

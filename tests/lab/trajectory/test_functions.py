@@ -8,13 +8,13 @@ import torch
 from scipy.optimize import minimize
 
 from dlopt.basics.errors import UserError
-from dlopt.config.choices import config_folder
+from dlopt.config.choices import extensions
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import component
 from dlopt.lab.trajectory.functions import DigitPair, Quadratic
 
-NAMES = sorted(path.stem for path in (config_folder() / "function").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (extensions()["dlopt.lab"] / "function").glob("*.yaml"))
 
 
 def function(name: str, **keys: Any) -> Any:

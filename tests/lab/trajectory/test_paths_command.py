@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dlopt.cli import run
-from dlopt.config.choices import config_folder
+from dlopt.config.choices import extensions
 from dlopt.lab.trajectory.command import trajectory
 from dlopt.lab.trajectory.paths import Trajectory
 from dlopt.results import drawing
@@ -128,7 +128,7 @@ def test_refused(tmp_path: Path, typed: str, message: str) -> None:
 def test_help_lists_all_functions(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["trajectory", "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(path.stem in text for path in (config_folder() / "function").glob("*.yaml"))
+    assert all(path.stem in text for path in (extensions()["dlopt.lab"] / "function").glob("*.yaml"))
 
 
 def test_shows_the_search_for_a_learning_rate_in_a_terminal(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dlopt.results.claims import claims_hash, claims_lines, is_changed, read_claims, recipe_hash, recipe_path
+from dlopt.lab.comparison.frozen import claims_hash, claims_lines, is_changed, read_claims, recipe_hash, recipe_path
 from tests.support.comparisons import GALLERY, SHIPPED
 
 COMPARISON: dict[str, Any] = yaml.safe_load("""

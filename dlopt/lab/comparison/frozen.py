@@ -1,4 +1,4 @@
-"""Reads the claims of comparisons with their verdicts, and detects claims that were changed after their results.
+"""Reads claims with their verdicts, and detects claims that were changed after their results.
 
 A comparison writes claims.json before its first run: the recipe, and a hash of what its claims say. comparison.json has
 the same entries. If the hash of the recipe differs now, the verdicts are those of other claims, margins or grids.
@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlopt.basics.files import read_json
 from dlopt.basics.plain import load_yaml
 from dlopt.config.choices import config_folder
-from dlopt.results.leaderboard import Record
-from dlopt.results.tables import Table
-from dlopt.tracking.layout import short_path
+from dlopt.extend import Record, Section, Table, read_json, short_path
 
 RESULTS = "comparison.json"
 FROZEN = "claims.json"
@@ -110,17 +107,13 @@ def read_claims(folder: Path) -> list[ClaimResult]:
     return found
 
 
-def claims_of(records: Iterable[Record]) -> list[ClaimResult]:
-    """Reads the claims of the comparisons to which runs belong."""
-    return [
-        claim for folder in dict.fromkeys(record.path.parent for record in records) for claim in read_claims(folder)
-    ]
-
-
-def claims_table(claims: Sequence[ClaimResult]) -> Table:
-    """Returns a table of claims with verdicts and outcomes."""
+def section(records: Iterable[Record]) -> Section | None:
+    """Returns what `dlopt report` shows of the comparisons to which runs belong; None: they have no claims."""
+    folders = dict.fromkeys(record.path.parent for record in records)
+    claims = [claim for folder in folders for claim in read_claims(folder)]
     rows = [[each.claim, each.mark, each.outcome, short_path(each.folder)] for each in claims]
-    return Table(["claim", "verdict", "outcome", "folder"], rows)
+    table = Table(["claim", "verdict", "outcome", "folder"], rows, texts=4)
+    return Section("Claims", table, claims_lines(claims)) if claims else None
 
 
 def claims_lines(claims: Sequence[ClaimResult]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.results.claims import FORMER_VERDICTS, claims_hash
+from dlopt.lab.comparison.frozen import FORMER_VERDICTS, claims_hash
 from tests.support.pages import ROOT
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts/claims.py"))

@@ -1,0 +1,59 @@
+"""What packages add to dlopt: commands, choices, keys of recipes, sections of the report. Imports nothing heavy.
+
+An installed package says so by entry points, in its pyproject.toml:
+
+| group                | name = value                                                                               |
+|----------------------|--------------------------------------------------------------------------------------------|
+| `dlopt`              | any name = a package with a folder `conf`, whose callables configs may name                |
+| `dlopt.commands`     | command = function(arguments) -> exit code                                                 |
+| `dlopt.series`       | key of a recipe = function(composer, flags, config) -> exit code, which `dlopt train` calls |
+| `dlopt.reports`      | any name = function(records) -> `Section` of `dlopt report`, or None                       |
+| `dlopt.configurable` | any name = a module below dlopt whose callables configs may name                           |
+
+The packages in `PACKAGES` say the same in a dict `ENTRY_POINTS`, so that they work in a source tree.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+PACKAGES = ("dlopt.lab",)
+
+
+@functools.cache
+def shipped() -> list[ModuleType]:
+    """Imports the packages that come with dlopt, each of which may be left out of a copy."""
+    return [importlib.import_module(name) for name in PACKAGES if find_spec(name) is not None]
+
+
+@functools.cache
+def entries(group: str) -> Mapping[str, str]:
+    """Returns the entry points of a group, `MODULE:FUNCTION` by name; those of `PACKAGES` come first and win."""
+    found: dict[str, str] = {}
+    for package in shipped():
+        found |= package.ENTRY_POINTS.get(group, {})
+    for entry in sorted(_installed().select(group=group), key=lambda entry: entry.name):
+        found.setdefault(entry.name, entry.value)
+    return found
+
+
+@functools.cache
+def _installed() -> Any:
+    from importlib.metadata import entry_points  # slow to import, and to scan all packages
+
+    return entry_points()
+
+
+def function(path: str) -> Callable[..., Any]:
+    """Imports what an entry names."""
+    module, _, name = path.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def series_of(config: Mapping[str, Any]) -> str | None:
+    """Returns the key by which a recipe makes a series of runs out of its config; None: it is one run."""
+    return next((key for key in entries("dlopt.series") if config.get(key) is not None), None)

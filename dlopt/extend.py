@@ -1,0 +1,93 @@
+"""The names of dlopt that packages may import, the laboratory like any other. Other modules may change in any version.
+
+Errors and exit codes
+    UserError, RunError: one line for the user; exit code 2, and 1. DONE, FAILED, INTERRUPTED: codes of a command.
+    suggest: "did you mean ...?" for a name that is unknown.
+Types of arguments and keys, with ranges
+    Count, Natural (from 0), Seed; Positive, NonNegative, Fraction (below 1), Probability.
+Files
+    RunFolder: the paths and states of a run. read_json, write_json, write_atomically: None or whole files.
+Commands
+    on_experiment, on_checkpoint: turn a function into a command; its keyword-only parameters are the command's keys.
+    Line: its overrides, parsed and composed. output_folder, writing, refuse_empty: what commands share.
+    key_of, group_of, value_of, without: take overrides apart.
+Configs
+    Composer, Plan, plan, Experiment: from overrides to a checked config. Component: a callable with checked arguments.
+    check_arguments: checks values against a signature. show: formats a value as typed. Role, role_of: what a key is.
+Runs and models
+    build_workload, Workload: data, model and loss of an experiment. training_batches, evaluation_batches: its batches.
+    probe_trainer, Trainer: a training without output, for measurements. load_checkpoint: a verified checkpoint.
+Results
+    Record, read_run: a finished run. lower_is_better: the direction of a metric. Section: a part of `dlopt report`.
+    Table, short_path, printable: texts.
+Components
+    OptimizerTraits, LossClosure: of an optimizer. RunObserver: methods of an observer. Dataset: splits of a data set.
+    GroupMode: base of a parallel mode.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, UserError, suggest
+from dlopt.basics.files import read_json, write_atomically, write_json
+from dlopt.basics.folders import RunFolder
+from dlopt.basics.formats import printable
+from dlopt.basics.ranges import Count, Fraction, Natural, NonNegative, Positive, Probability, Seed
+from dlopt.basics.roles import Role
+
+if TYPE_CHECKING:
+    from dlopt.commands.shared.line import Line, on_checkpoint, on_experiment, output_folder, refuse_empty, writing
+    from dlopt.config.compose import Composer
+    from dlopt.config.experiment import Experiment
+    from dlopt.config.keys import role_of
+    from dlopt.config.overrides import group_of, key_of, value_of, without
+    from dlopt.config.plan import Plan, plan
+    from dlopt.config.schema import Component, check_arguments, show
+    from dlopt.data.samples import Dataset
+    from dlopt.metrics.names import lower_is_better
+    from dlopt.optim import LossClosure, OptimizerTraits
+    from dlopt.parallel.mode import GroupMode
+    from dlopt.results.leaderboard import Record
+    from dlopt.results.reading import read as read_run
+    from dlopt.results.tables import Section, Table
+    from dlopt.tracking.layout import short_path
+    from dlopt.training.build.workload import Workload, build_workload, evaluation_batches, training_batches
+    from dlopt.training.checkpoint.checkpoints import load as load_checkpoint
+    from dlopt.training.loop import Trainer
+    from dlopt.training.run import probe_trainer
+    from dlopt.training.user_observers import RunObserver
+
+_MODULES = {  # imported on first use, because most of them import torch
+    "dlopt.commands.shared.line": "Line on_checkpoint on_experiment output_folder refuse_empty writing",
+    "dlopt.config.compose": "Composer",
+    "dlopt.config.experiment": "Experiment",
+    "dlopt.config.keys": "role_of",
+    "dlopt.config.overrides": "group_of key_of value_of without",
+    "dlopt.config.plan": "Plan plan",
+    "dlopt.config.schema": "Component check_arguments show",
+    "dlopt.data.samples": "Dataset",
+    "dlopt.metrics.names": "lower_is_better",
+    "dlopt.optim": "LossClosure OptimizerTraits",
+    "dlopt.parallel.mode": "GroupMode",
+    "dlopt.results.leaderboard": "Record",
+    "dlopt.results.reading": "read_run=read",
+    "dlopt.results.tables": "Section Table",
+    "dlopt.tracking.layout": "short_path",
+    "dlopt.training.build.workload": "Workload build_workload evaluation_batches training_batches",
+    "dlopt.training.checkpoint.checkpoints": "load_checkpoint=load",
+    "dlopt.training.loop": "Trainer",
+    "dlopt.training.run": "probe_trainer",
+    "dlopt.training.user_observers": "RunObserver",
+}
+_LATER = {
+    name: (module, inner or name)
+    for module, names in _MODULES.items()
+    for name, _, inner in (each.partition("=") for each in names.split())
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, inner = _LATER[name]
+    return getattr(import_module(module), inner)
