@@ -1,0 +1,47 @@
+"""The surface of dlopt has a budget. A change that raises a number says in the same line what was taken away for it.
+
+The numbers are what existed when the budget was made, and after the plus sign what was promised then.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dlopt.basics.plain import flatten
+from dlopt.commands.options import choices_of, every_group
+from dlopt.commands.table import COMMANDS, of_packages
+from dlopt.config.choices import Catalogue, config_folder
+
+BUDGET = {
+    "commands of the runner": 14 + 1,  # sweep
+    "commands of the laboratory": 5 + 2,  # verify, judge; scaling replaces bench
+    "keys of conf/train.yaml": 61,
+    "groups": 18 + 2,  # decay, space
+    "choices": 235 + 5,  # of decay; those of space replace dlopt/lab/benchmark/space
+    "recipes": 118,
+    "names of dlopt.extend": 55,
+}
+
+
+def counts() -> dict[str, int]:
+    catalogue, config = Catalogue(), yaml.safe_load((config_folder() / "train.yaml").read_text())
+    choices = {group: len(choices_of(catalogue, group)) for group in every_group(catalogue)}
+    extend = ast.parse((Path(__file__).parents[2] / "dlopt/extend.py").read_text())
+    imports = [each for each in ast.walk(extend) if isinstance(each, ast.ImportFrom) and each.module]
+    return {
+        "commands of the runner": len(COMMANDS),
+        "commands of the laboratory": len(of_packages()),
+        "keys of conf/train.yaml": sum(key.split(".")[0] not in ("defaults", "hydra") for key in flatten(config)),
+        "recipes": choices.pop("experiment"),
+        "groups": len(choices),
+        "choices": sum(choices.values()),
+        "names of dlopt.extend": sum(len(each.names) for each in imports if str(each.module).split(".")[0] == "dlopt"),
+    }
+
+
+@pytest.mark.parametrize("what", BUDGET)
+def test_the_surface_is_within_its_budget(what: str) -> None:
+    count = counts()[what]
+    assert 0 < count <= BUDGET[what], f"{count} {what}, of {BUDGET[what]}: take one away, or say what was taken away"
