@@ -22,7 +22,7 @@ _NAMES: Mapping[str, Any] = {**vars(builtins), **_TYPING, **vars(annotated_types
 
 
 def annotations_of(path: str) -> Mapping[str, Any]:
-    """Returns the annotations of the arguments of the dlopt function or class at a dotted path, as far as known here.
+    """Returns the annotations of the arguments of a function or class of dlopt at a dotted path, as known here.
 
     The arguments of a class are those of its `__init__`, or else its annotated fields and the arguments of its bases.
     """

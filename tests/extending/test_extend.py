@@ -18,13 +18,13 @@ NAMES = {
 }
 
 
-def test_every_name_is_what_its_import_says() -> None:
+def test_every_name_is_that_of_its_import() -> None:
     for name, (module, inner) in NAMES.items():
         assert getattr(extend, name) is getattr(importlib.import_module(str(module)), inner), name
     assert extend._LATER.keys() <= NAMES.keys()
 
 
-def test_the_docstring_says_what_each_is_for() -> None:
+def test_the_docstring_has_every_name() -> None:
     assert not NAMES.keys() - {*re.findall(r"\w+", str(extend.__doc__))}
 
 
