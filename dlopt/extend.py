@@ -10,7 +10,7 @@ Files
 Commands
     on_experiment, on_checkpoint: turn a function into a command; its keyword-only parameters are the command's keys.
     Line: its overrides, parsed and composed. output_folder, writing, refuse_empty: what commands share.
-    key_of, group_of, value_of, without: take overrides apart.
+    key_of, group_of, value_of, without: take overrides apart. keys_of_train: completes them.
 Configs
     Composer, Plan, plan, Experiment: from overrides to a checked config. Component: a callable with checked arguments.
     check_arguments: checks values against a signature. show: formats a value as typed. Role, role_of: what a key is.
@@ -36,6 +36,7 @@ from dlopt.basics.ranges import Count, Fraction, Natural, NonNegative, Positive,
 from dlopt.basics.roles import Role
 
 if TYPE_CHECKING:
+    from dlopt.commands.completion import keys_of_train
     from dlopt.commands.shared.line import Line, on_checkpoint, on_experiment, output_folder, refuse_empty, writing
     from dlopt.config.compose import Composer
     from dlopt.config.experiment import Experiment
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from dlopt.training.user_observers import RunObserver
 
 _MODULES = {  # imported on first use, because most of them import torch
+    "dlopt.commands.completion": "keys_of_train",
     "dlopt.commands.shared.line": "Line on_checkpoint on_experiment output_folder refuse_empty writing",
     "dlopt.config.compose": "Composer",
     "dlopt.config.experiment": "Experiment",

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from dlopt.commands.listing import sections, summary
-from dlopt.commands.table import COMMANDS
+from dlopt.commands.table import every_command
+
+COMMANDS = every_command()
 
 
 @pytest.mark.parametrize("path", COMMANDS.values(), ids=COMMANDS)

@@ -16,7 +16,6 @@ from dlopt.basics.errors import install
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_range
 from dlopt.basics.locks import locked
-from dlopt.commands.completion import keys_of_train
 from dlopt.commands.shared.line import read_line
 from dlopt.commands.shared.usage import own_names
 from dlopt.config.keys import ROUNDING
@@ -33,6 +32,7 @@ from dlopt.extend import (
     UserError,
     group_of,
     key_of,
+    keys_of_train,
     output_folder,
     plan,
     refuse_empty,

@@ -13,7 +13,6 @@ from hydra.core.override_parser.types import IntervalSweep
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_count, format_range
 from dlopt.basics.locks import locked
-from dlopt.commands.completion import keys_of_train
 from dlopt.commands.shared.line import read_line
 from dlopt.commands.shared.usage import own_names
 from dlopt.config.overrides import is_hydra
@@ -29,6 +28,7 @@ from dlopt.extend import (
     UserError,
     group_of,
     key_of,
+    keys_of_train,
     output_folder,
     plan,
     refuse_empty,
