@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from dlopt.results.reading import read as read_run
     from dlopt.results.tables import Section, Table
     from dlopt.tracking.layout import short_path
-    from dlopt.training.build.workload import Workload, build_workload, evaluation_batches, training_batches
+    from dlopt.training.builders.workload import Workload, build_workload, evaluation_batches, training_batches
     from dlopt.training.checkpoint.checkpoints import load as load_checkpoint
     from dlopt.training.loop import Trainer
     from dlopt.training.run import probe_trainer
@@ -75,7 +75,7 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.results.reading": "read_run=read",
     "dlopt.results.tables": "Section Table",
     "dlopt.tracking.layout": "short_path",
-    "dlopt.training.build.workload": "Workload build_workload evaluation_batches training_batches",
+    "dlopt.training.builders.workload": "Workload build_workload evaluation_batches training_batches",
     "dlopt.training.checkpoint.checkpoints": "load_checkpoint=load",
     "dlopt.training.loop": "Trainer",
     "dlopt.training.run": "probe_trainer",

@@ -350,7 +350,7 @@ def mup(
 
     With m = width / base_width: N(0, std^2) for input weights and embeddings, N(0, std^2 / m) for hidden weights, whose
     inputs and outputs grow with the width, and N(0, std^2 / m^2) for output weights, of which only the inputs grow. The
-    learning rates of hidden and output weights are divided by m (`dlopt.training.build.mup`), for Adam and its
+    learning rates of hidden and output weights are divided by m (`dlopt.training.builders.mup`), for Adam and its
     relatives. Where the features per head grow, divide attention scores by their number (`model.attention_scale=linear`
     of GPT); without this key (ViT), let the number of heads grow with the width.
 

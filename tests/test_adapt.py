@@ -18,9 +18,9 @@ from dlopt.config.resuming import differences
 from dlopt.models.linear import Linear
 from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.python.api import load
-from dlopt.training.build.optimizer import build_optimizer
-from dlopt.training.build.precision import Precision
-from dlopt.training.build.workload import build_workload, load_weights
+from dlopt.training.builders.optimizer import build_optimizer
+from dlopt.training.builders.precision import Precision
+from dlopt.training.builders.workload import build_workload, load_weights
 from dlopt.training.checkpoint import checkpoints
 from tests.support.equality import Cases, compare
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from dlopt.basics.errors import UserError
 from dlopt.training.batch_norm import small_batch_warnings
-from dlopt.training.build.workload import load_weights
+from dlopt.training.builders.workload import load_weights
 from tests.support.runs import small_workload
 
 

@@ -19,7 +19,7 @@ from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.processes.launch import count_processes
 from dlopt.parallel.processes.rendezvous import World
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.graphed_step import GraphedStep
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import NonFiniteCheck
@@ -106,7 +106,7 @@ def graphs(device: str) -> Iterator[None]:
     if device == "cuda":
         yield
         return
-    simulated = patch("dlopt.training.build.optimizer.Recorder", SimulatedRecorder)
+    simulated = patch("dlopt.training.builders.optimizer.Recorder", SimulatedRecorder)
     with patch("dlopt.training.graphed_step.obstacle", return_value=None), simulated:
         yield
 

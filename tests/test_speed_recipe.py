@@ -9,7 +9,7 @@ import torch
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.run import probe_trainer
 from tests.support.line import dlopt
 

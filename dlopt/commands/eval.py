@@ -119,7 +119,7 @@ def _evaluate_weights(
     from dlopt.machine.device import choose_device
     from dlopt.models.foreign import advice
     from dlopt.trained.ensemble import test
-    from dlopt.training.build.workload import build_workload, load_weights
+    from dlopt.training.builders.workload import build_workload, load_weights
 
     own = [each for each in line.overrides if key_of(each).startswith(("tta.", "parallel"))]
     values = {key_of(override): override.value() for override in line.composer.parse(own)}

@@ -48,7 +48,7 @@ def show_batch(
     target = None if output is None else _target(output)
     experiments = _experiments(line)
     from dlopt.instruments.augmentations import draw
-    from dlopt.training.build.workload import read_dataset
+    from dlopt.training.builders.workload import read_dataset
 
     batch, operations = draw(experiments, read_dataset(next(iter(experiments.values()))), tile)
     if target is None:

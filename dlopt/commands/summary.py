@@ -65,7 +65,7 @@ def summary(
 
 def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], "Task", int]:
     """Reads the shape of the model's input, the task, and the number of training samples from the data set."""
-    from dlopt.training.build.workload import read_dataset, with_task
+    from dlopt.training.builders.workload import read_dataset, with_task
 
     dataset = read_dataset(experiment)
     shape = dataset.train.shape

@@ -19,7 +19,7 @@ from dlopt.instruments.curvature import (
 )
 from dlopt.instruments.layers import LayerProbe, layer_parameters, norms, norms_by_layer
 from dlopt.optim.common import flat
-from dlopt.training.build.workload import Workload
+from dlopt.training.builders.workload import Workload
 from dlopt.training.step import Observer, Step, frozen_statistics
 
 Kind = Literal["gradients", "activations", "curvature"]

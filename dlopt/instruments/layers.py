@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dlopt.optim.parameters import real_views
-from dlopt.training.build.recompute import is_recomputing
+from dlopt.training.builders.recompute import is_recomputing
 
 
 @dataclass

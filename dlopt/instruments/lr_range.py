@@ -29,8 +29,8 @@ from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS
 from dlopt.tracking.tracking import Tracking
 from dlopt.trained.distillation import with_teacher
-from dlopt.training.build.optimizer import build_optimizer
-from dlopt.training.build.workload import Workload, build_mode, build_workload, load_weights
+from dlopt.training.builders.optimizer import build_optimizer
+from dlopt.training.builders.workload import Workload, build_mode, build_workload, load_weights
 from dlopt.training.progress import endless_batches
 from dlopt.training.run import probe_trainer
 

@@ -17,9 +17,9 @@ from dlopt.basics.formats import format_bytes
 from dlopt.config.experiment import Experiment
 from dlopt.data.task import Task
 from dlopt.tracking.layout import plain_table, show_table
-from dlopt.training.build.model_check import model_on_meta
-from dlopt.training.build.precision import Precision
-from dlopt.training.build.workload import model_arguments
+from dlopt.training.builders.model_check import model_on_meta
+from dlopt.training.builders.precision import Precision
+from dlopt.training.builders.workload import model_arguments
 
 _UNKNOWN_BATCH = 2  # data.batch_size=full without data; batch norm does not support a batch of one
 

@@ -7,7 +7,7 @@ from dlopt.basics.errors import UserError
 from dlopt.instruments.diagnostics import Diagnostics
 from dlopt.instruments.profiling import Profile, Profiling, table
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build.workload import Workload
+from dlopt.training.builders.workload import Workload
 from dlopt.training.progress import Length
 from dlopt.training.step import Observer
 

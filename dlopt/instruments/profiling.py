@@ -21,7 +21,7 @@ from dlopt.basics.formats import format_bytes
 from dlopt.data.batches import Batch
 from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.machine.device import synchronized_time
-from dlopt.training.build.workload import Workload
+from dlopt.training.builders.workload import Workload
 from dlopt.training.step import EpochBatches, Network, Observer, Step
 
 _TOP = 10

@@ -18,7 +18,7 @@ from dlopt.machine.threads import set_threads
 from dlopt.trained.classify import Classified, classify, image_files, predicted_labels, refuse_other_inputs
 from dlopt.trained.restore import Trained, restore
 from dlopt.training import rng
-from dlopt.training.build.precision import Precision
+from dlopt.training.builders.precision import Precision
 
 
 @dataclass(frozen=True)

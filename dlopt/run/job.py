@@ -28,7 +28,7 @@ from dlopt.parallel.processes.hung import end_if_hung
 from dlopt.run import environment
 
 if TYPE_CHECKING:
-    from dlopt.training.build.workload import Workload
+    from dlopt.training.builders.workload import Workload
     from dlopt.training.progress import Run
 
 CODE_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
@@ -146,7 +146,7 @@ def start(run: "Run", *, console: bool) -> int:
     Raises `UserError`, `RunError` and unexpected exceptions. A resumed run that is refused keeps the files that
     describe it.
     """
-    from dlopt.training.build.precision import torch_defaults
+    from dlopt.training.builders.precision import torch_defaults
     from dlopt.training.run import train_run
 
     processes, lock = _claim(run)

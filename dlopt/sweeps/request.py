@@ -90,7 +90,7 @@ class SweepRequest:
     def _check_size(self, experiment: "Experiment") -> None:
         """Raises `UserError` for a model that does not fit into memory, and for tasks that would train the same one."""
         from dlopt.data.images import size_pair
-        from dlopt.training.build.model_check import check_minimum_memory
+        from dlopt.training.builders.model_check import check_minimum_memory
 
         size = size_pair(experiment.data_settings.image_size)
         is_local = self.pool is not None and self.pool.is_local  # other machines may have more memory

@@ -11,7 +11,7 @@ from dlopt.data.identity import difference
 from dlopt.data.normalization import ScaleShift
 from dlopt.losses import Distillation
 from dlopt.trained.restore import Trained, restore
-from dlopt.training.build.workload import Workload
+from dlopt.training.builders.workload import Workload
 from dlopt.training.step import Teacher
 
 

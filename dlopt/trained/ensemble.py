@@ -16,7 +16,7 @@ from dlopt.data.task import Task
 from dlopt.metrics.user import OwnMetric
 from dlopt.parallel.mode import Mode
 from dlopt.trained.restore import fitting
-from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import foreign
 from dlopt.training.evaluate import (
     Average,

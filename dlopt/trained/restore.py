@@ -22,8 +22,8 @@ from dlopt.data.tokenizer import Tokenizer
 from dlopt.machine.device import choose_device
 from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
-from dlopt.training.build.precision import Precision, choose_precision
-from dlopt.training.build.workload import model_arguments
+from dlopt.training.builders.precision import Precision, choose_precision
+from dlopt.training.builders.workload import model_arguments
 from dlopt.training.checkpoint.checkpoints import evaluated_weights, foreign, load
 
 

@@ -27,7 +27,7 @@ from dlopt.metrics.user import OwnMetric, OwnMetrics, compute
 from dlopt.models.layers import evaluation_mode
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
-from dlopt.training.build.workload import Workload, evaluation_batches
+from dlopt.training.builders.workload import Workload, evaluation_batches
 from dlopt.training.extra_metrics import ExtraMetrics, extra_metrics
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 

@@ -14,9 +14,9 @@ from dlopt.models.known import is_known
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
-from dlopt.training.build.precision import Precision
-from dlopt.training.build.recompute import Recomputed
-from dlopt.training.build.speed import OWN_GRAPHS
+from dlopt.training.builders.precision import Precision
+from dlopt.training.builders.recompute import Recomputed
+from dlopt.training.builders.speed import OWN_GRAPHS
 from dlopt.training.step import Step, StepSettings, UpdateRecord
 
 

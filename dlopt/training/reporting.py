@@ -15,10 +15,10 @@ from dlopt.metrics.labels import LABEL_METRICS
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
-from dlopt.training.build.mup import describe_rates
-from dlopt.training.build.precision import bf16_slowdown
-from dlopt.training.build.speed import describe_auto
-from dlopt.training.build.workload import Workload, data_spec
+from dlopt.training.builders.mup import describe_rates
+from dlopt.training.builders.precision import bf16_slowdown
+from dlopt.training.builders.speed import describe_auto
+from dlopt.training.builders.workload import Workload, data_spec
 from dlopt.training.checkpoint.checkpoints import Checkpoints, evaluated_epoch
 from dlopt.training.extra_metrics import extra_metric
 from dlopt.training.nonfinite import Recovery

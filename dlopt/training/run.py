@@ -23,8 +23,8 @@ from dlopt.parallel.processes.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import check_norm_batches
-from dlopt.training.build.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
-from dlopt.training.build.workload import (
+from dlopt.training.builders.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
+from dlopt.training.builders.workload import (
     Workload,
     build_mode,
     build_workload,

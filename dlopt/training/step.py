@@ -27,7 +27,7 @@ from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
 from dlopt.schedules import Scheduler
-from dlopt.training.build.precision import Precision
+from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import Clip, Unclipped, gradient_norm
 from dlopt.training.nonfinite import Diverged, NonFiniteCheck, check_weights, locate
 

@@ -37,7 +37,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.lab.bench.rank import updates_of
 from dlopt.machine import threads
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.run import probe_trainer
 
 WORKLOADS = {

@@ -20,7 +20,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.instruments.diagnostics import CURVATURE_INTERVAL, Diagnostics, Kind
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.run import probe_trainer
 
 KINDS: tuple[tuple[Kind, ...], ...] = (("activations",), ("gradients", "activations"), ("curvature",))

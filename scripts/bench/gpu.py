@@ -48,8 +48,8 @@ from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.machine.cuda_graphs import Recorder
 from dlopt.optim.parameters import freeze
-from dlopt.training.build import speed
-from dlopt.training.build.workload import Workload, build_model, build_workload
+from dlopt.training.builders import speed
+from dlopt.training.builders.workload import Workload, build_model, build_workload
 from dlopt.training.evaluate import test_metrics
 from dlopt.training.loop import Trainer
 from dlopt.training.progress import Run, endless_batches

@@ -188,7 +188,7 @@ def dlopt(job: Job) -> Callable[[], None]:
     from dlopt.config.schema import Component
     from dlopt.data.samples import Dataset as Samples
     from dlopt.data.samples import InMemory
-    from dlopt.training.build.workload import build_workload
+    from dlopt.training.builders.workload import build_workload
     from dlopt.training.run import probe_trainer
 
     typed = [

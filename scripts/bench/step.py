@@ -48,8 +48,8 @@ from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Horizon, Scheduler, constant
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build.optimizer import can_fuse
-from dlopt.training.build.precision import Precision
+from dlopt.training.builders.optimizer import can_fuse
+from dlopt.training.builders.precision import Precision
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery

@@ -44,7 +44,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.data.text import python_source
 from dlopt.machine.threads import set_threads
-from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.run import probe_trainer
 
 BATCH, CONTEXT, WIDTH, DEPTH, HEADS = 12, 64, 128, 4, 4

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from dlopt import cli
 from dlopt.config.parsing import parse
 from dlopt.results.confusion import confusion_table, plot_confusion
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import SMALL, Result, dlopt, entries, refused
 from tests.support.ports import free_port

@@ -13,7 +13,7 @@ from torch import Tensor
 from dlopt.basics.errors import RunError
 from dlopt.config.parsing import parse
 from dlopt.trained import exporting
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import SMALL, dlopt, entries, refused
 

@@ -14,7 +14,7 @@ from PIL import Image
 from dlopt import cli
 from dlopt.basics.files import write
 from dlopt.config.parsing import parse
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import dlopt, entries, refused
 from tests.support.ranks import run_ranks

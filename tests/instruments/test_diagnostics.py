@@ -12,7 +12,7 @@ from dlopt.basics.errors import UserError
 from dlopt.instruments.diagnostics import Diagnostics
 from dlopt.lab.diagnosis.measuring import prepare
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.run import probe_trainer
 from dlopt.training.step import Step
 from tests.support.runs import RICH, SMALL, experiment, result, resume, same, start

@@ -21,8 +21,8 @@ from dlopt.instruments.lr_range import (
     write,
 )
 from dlopt.optim import Muon
-from dlopt.training.build.optimizer import build_optimizer
-from dlopt.training.build.workload import build_workload, training_batches
+from dlopt.training.builders.optimizer import build_optimizer
+from dlopt.training.builders.workload import build_workload, training_batches
 from tests.support.ranks import run_ranks
 from tests.support.runs import SMALL, experiment, metrics, result, resume, same, start
 

@@ -16,7 +16,7 @@ from dlopt.data.digits import digit_pairs
 from dlopt.metrics.labels import LABEL_METRICS, LabelMetrics, average_precision, label_report
 from dlopt.parallel.ranks import Ranks
 from dlopt.python.model import load
-from dlopt.training.build.workload import build_workload, training_batches
+from dlopt.training.builders.workload import build_workload, training_batches
 from tests.support.equality import compare
 from tests.support.line import dlopt
 from tests.support.modes import SYNC_DDP, SYNC_FSDP

@@ -12,7 +12,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.config.user_parts import user_metrics
 from dlopt.results.ranking import gather
 from dlopt.results.reading import RunReader
-from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support import own_parts
 from tests.support.runs import REGRESSION, assert_same_run, at_update, experiment, metrics, resume, start, terminate

@@ -19,7 +19,7 @@ from dlopt.parallel.processes.process_group import ProcessGroup
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shards import FullState, TensorShards, local, total_norm
 from dlopt.training.averaging import ExponentialAverage
-from dlopt.training.build.optimizer import check_optimizer
+from dlopt.training.builders.optimizer import check_optimizer
 from dlopt.training.clipping import Adaptive, ByNorm, ByValue, gradient_norm
 from dlopt.training.stopping import Tolerance
 from tests.support.choices import names

@@ -66,7 +66,7 @@ def test_train_returns_the_result(tmp_path: Path) -> None:
 
 
 def test_model_accepts_raw_images() -> None:
-    from dlopt.training.build.workload import build_workload
+    from dlopt.training.builders.workload import build_workload
     from tests.support.runs import experiment
 
     result = train([*LINES, "hydra.run.dir=run"])

@@ -25,8 +25,8 @@ from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batch
 from dlopt.metrics.sums import Measured
 from dlopt.run import job
-from dlopt.training.build.precision import torch_defaults
-from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.builders.precision import torch_defaults
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint import checkpoints
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run

@@ -10,7 +10,7 @@ from dlopt.data.batches import Batch
 from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
-from dlopt.training.build.precision import Precision
+from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import Clip
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.step import Network, Step, StepSettings, UpdateRecord

@@ -1,6 +1,6 @@
 import torch
 
-from dlopt.training.build.workload import evaluation_batches, training_batches
+from dlopt.training.builders.workload import evaluation_batches, training_batches
 from tests.support.runs import same, small_workload
 
 

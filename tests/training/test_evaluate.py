@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from dlopt import losses
 from dlopt.data.task import Task
 from dlopt.losses import CrossEntropy
-from dlopt.training.build.precision import Precision
+from dlopt.training.builders.precision import Precision
 from dlopt.training.evaluate import evaluate
 
 CLASSES, NUMBERS = Task("classification", 3), Task("regression", 1)

@@ -16,7 +16,7 @@ from dlopt.data.batches import Batches
 from dlopt.data.samples import InMemory
 from dlopt.data.splits import evaluation_subset
 from dlopt.tracking import layout
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.runs import (
     assert_same_run,

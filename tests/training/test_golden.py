@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.nonfinite import NonFiniteCheck
 from tests.support.runs import experiment, start
 

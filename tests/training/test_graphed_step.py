@@ -20,8 +20,8 @@ from dlopt.optim import Muon
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.averaging import ExponentialAverage
-from dlopt.training.build.precision import Precision
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders.precision import Precision
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.clipping import ByNorm, Clip, Unclipped
 from dlopt.training.graphed_step import Capture, GraphedStep, layer_obstacle, obstacle
 from dlopt.training.nonfinite import Diverged
@@ -220,7 +220,7 @@ def test_runs_with_replayed_updates_have_the_same_average(tmp_path: Path, warmup
     recorder = SimulatedRecorder()
     with (
         patch("dlopt.training.graphed_step.obstacle", return_value=None),
-        patch("dlopt.training.build.optimizer.Recorder", return_value=recorder),
+        patch("dlopt.training.builders.optimizer.Recorder", return_value=recorder),
     ):
         start(tmp_path / "replayed", *lines)
     assert recorder.replayed > 0

@@ -22,7 +22,7 @@ from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
-from dlopt.training.build.precision import Precision
+from dlopt.training.builders.precision import Precision
 from dlopt.training.evaluate import evaluate
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery

@@ -19,7 +19,7 @@ from dlopt.data.batches import Batch
 from dlopt.metrics.sums import Measured, MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
-from dlopt.training.build.precision import Precision
+from dlopt.training.builders.precision import Precision
 from dlopt.training.nonfinite import Diverged, Recovery, first_nonfinite_output, is_finite
 from dlopt.training.step import Step
 from dlopt.training.stopping import Tolerance

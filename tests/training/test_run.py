@@ -24,7 +24,7 @@ from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batches
 from dlopt.parallel.ranks import Ranks
 from dlopt.run import job
-from dlopt.training.build.workload import Workload, build_workload, training_batches
+from dlopt.training.builders.workload import Workload, build_workload, training_batches
 from dlopt.training.checkpoint.checkpoints import KEYS, Checkpoints, load
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Diverged

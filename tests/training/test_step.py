@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dlopt.basics.random import stream
 from dlopt.metrics.sums import MetricSum
 from dlopt.optim import SAM
-from dlopt.training.build.precision import Precision
+from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
 from dlopt.training.step import Step
 from tests.support.runs import same

@@ -30,7 +30,7 @@ def bench_all_reduce(
 
     def run() -> int:
         from dlopt.lab.bench.communication import measure_all_reduce
-        from dlopt.training.build.workload import build_mode
+        from dlopt.training.builders.workload import build_mode
 
         mode = build_mode(line.experiment(["parallel=ddp", f"device={device}", "threads=1"])[0])
         table = plain_table(right=["MiB", "ms", "GB/s", "bus GB/s"])

@@ -25,7 +25,7 @@ from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.processes import rendezvous
 from dlopt.trained.distillation import with_teacher
-from dlopt.training.build.workload import build_mode
+from dlopt.training.builders.workload import build_mode
 from dlopt.training.progress import endless_batches
 
 MIB = 2.0**20

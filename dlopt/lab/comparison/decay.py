@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlopt.extend import UserError, Workload, training_batches
 from dlopt.lab.comparison.measures import gradient
-from dlopt.training.build.optimizer import build_optimizer
+from dlopt.training.builders.optimizer import build_optimizer
 
 _UPDATES = 20
 

@@ -28,7 +28,7 @@ from dlopt.instruments.layers import LayerProbe, LayerStatistics, layer_paramete
 from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag, TimeLagProbe
 from dlopt.optim.common import flat
 from dlopt.trained.distillation import with_teacher
-from dlopt.training.build.workload import load_weights
+from dlopt.training.builders.workload import load_weights
 from dlopt.training.clipping import gradient_norm
 from dlopt.training.progress import endless_batches
 from dlopt.training.step import Observer, Step

@@ -145,9 +145,9 @@ def chosen_rungs(family: Family, rungs: int | Sequence[str] | None) -> list[str]
 
 def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, overrides: Sequence[str]) -> Rung:
     """Builds a rung on the meta device and returns its size. Raises `UserError` if it does not fit the memory."""
-    from dlopt.training.build.model_check import model_on_meta
-    from dlopt.training.build.speed import forward_flops
-    from dlopt.training.build.workload import model_arguments, read_dataset
+    from dlopt.training.builders.model_check import model_on_meta
+    from dlopt.training.builders.speed import forward_flops
+    from dlopt.training.builders.workload import model_arguments, read_dataset
 
     own = family.rungs[name]
     experiment, _ = line.experiment([f"experiment={family.experiment}", *own, *overrides])

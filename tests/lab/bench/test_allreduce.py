@@ -12,7 +12,7 @@ from dlopt.basics.interruption import Interruption
 from dlopt.lab.bench.command import bench
 from dlopt.lab.bench.communication import Bandwidth, measure_all_reduce
 from dlopt.parallel.processes import launch
-from dlopt.training.build.workload import build_mode
+from dlopt.training.builders.workload import build_mode
 from tests.support.line import dlopt, refused
 from tests.support.ranks import run_ranks
 from tests.support.runs import experiment

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from dlopt.basics.errors import UserError
 from dlopt.lab.comparison import measures
-from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.step import frozen_statistics
 from tests.support.runs import experiment
 

@@ -14,7 +14,7 @@ from dlopt.config.resolve import resolve_saved
 from dlopt.data.samples import Samples
 from dlopt.lab.comparison import probes
 from dlopt.lab.comparison.probes import checkpoints, effective_rate, gradient_variance
-from dlopt.training.build.workload import Workload, build_workload, evaluation_batches, training_batches
+from dlopt.training.builders.workload import Workload, build_workload, evaluation_batches, training_batches
 from tests.support.runs import experiment
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.training.build.workload import load_weights
+from dlopt.training.builders.workload import load_weights
 from dlopt.training.checkpoint.shared_weights import complete_shared
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 

@@ -9,7 +9,7 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
-from dlopt.training.build.workload import Workload
+from dlopt.training.builders.workload import Workload
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import Run
 from dlopt.training.run import train_run

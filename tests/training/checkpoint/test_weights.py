@@ -16,7 +16,7 @@ from dlopt.models.alexnet import AlexNet
 from dlopt.models.resnet import CifarResNet, ResNet
 from dlopt.models.vgg import VGG11
 from dlopt.models.vit import ViT
-from dlopt.training.build.workload import load_weights
+from dlopt.training.builders.workload import load_weights
 from dlopt.training.checkpoint.weights import match_weights
 from tests.support.norm import NORM
 

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dlopt.adapt import lora
 from dlopt.basics.errors import UserError
-from dlopt.training.build.workload import load_weights
+from dlopt.training.builders.workload import load_weights
 
 State = dict[str, Any]
 

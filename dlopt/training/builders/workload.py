@@ -36,11 +36,11 @@ from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import rng
-from dlopt.training.build import speed
-from dlopt.training.build.model_check import check_memory, check_outputs, check_reads
-from dlopt.training.build.mup import width_growth
-from dlopt.training.build.precision import Precision, choose_precision
-from dlopt.training.build.recompute import recompute
+from dlopt.training.builders import speed
+from dlopt.training.builders.model_check import check_memory, check_outputs, check_reads
+from dlopt.training.builders.mup import width_growth
+from dlopt.training.builders.precision import Precision, choose_precision
+from dlopt.training.builders.recompute import recompute
 from dlopt.training.checkpoint.weights import match_weights
 from dlopt.training.rng import ADAPTERS, AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network, Teacher

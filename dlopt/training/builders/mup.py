@@ -15,7 +15,7 @@ from dlopt.init import WidthGrowth, weights
 from dlopt.models.airbench import Divide
 from dlopt.optim.parameters import Grouping, Rule
 from dlopt.optim.traits import optimizer_traits
-from dlopt.training.build.model_check import build_on_meta
+from dlopt.training.builders.model_check import build_on_meta
 
 _WIDTH_KEYS = {"width": 1, "widths": 1, "widen": 16, "hidden": 1}  # features or channels of the first layer per unit
 

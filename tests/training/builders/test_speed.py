@@ -15,9 +15,9 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.parallel.mode import Mode, ModeTraits
-from dlopt.training.build import speed
-from dlopt.training.build.precision import Precision
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders import speed
+from dlopt.training.builders.precision import Precision
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.graphed_step import GraphedStep
 from dlopt.training.run import probe_trainer
 from dlopt.training.step import Step

@@ -16,9 +16,9 @@ from dlopt.basics.random import stream
 from dlopt.instruments.profiling import state_bytes
 from dlopt.optim import SGDW, AdEMAMix, Lion, Signum, adamw
 from dlopt.optim.traits import optimizer_traits
-from dlopt.training.build import state_dtype
-from dlopt.training.build.optimizer import build_optimizer
-from dlopt.training.build.state_dtype import (
+from dlopt.training.builders import state_dtype
+from dlopt.training.builders.optimizer import build_optimizer
+from dlopt.training.builders.state_dtype import (
     ALLOWED,
     RoundedUpdate,
     keep_state_in_bf16,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.training.build.mup import describe_rates
-from dlopt.training.build.optimizer import build_optimizer
-from dlopt.training.build.workload import build_workload
+from dlopt.training.builders.mup import describe_rates
+from dlopt.training.builders.optimizer import build_optimizer
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.progress import endless_batches
 from dlopt.training.run import probe_trainer
 from tests.support.runs import experiment, start

@@ -16,9 +16,9 @@ from dlopt.losses import CrossEntropy
 from dlopt.machine.device import choose_device
 from dlopt.parallel.mode import Mode
 from dlopt.python.api import load
-from dlopt.training.build import model_check
-from dlopt.training.build import workload as build_module
-from dlopt.training.build.workload import build_workload, training_batches
+from dlopt.training.builders import model_check
+from dlopt.training.builders import workload as build_module
+from dlopt.training.builders.workload import build_workload, training_batches
 from dlopt.training.run import probe_trainer
 from tests.support.runs import experiment, same, small_workload, start
 from tests.support.sizes import SMALL, without

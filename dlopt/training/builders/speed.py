@@ -16,7 +16,7 @@ from dlopt.config.experiment import Experiment
 from dlopt.machine.cuda_graphs import Recorder
 from dlopt.models.layers import copied_state, evaluation_mode, example_inputs
 from dlopt.parallel.mode import Mode
-from dlopt.training.build.precision import Precision
+from dlopt.training.builders.precision import Precision
 
 _WORTH_THREADS = 4e6  # FLOPs of a layer for a batch: some 100 microseconds of one core
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # torch.compile's modes that record CUDA graphs themselves

@@ -23,10 +23,10 @@ from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.schedules import Scheduler
 from dlopt.training import graphed_step, rng
 from dlopt.training.averaging import ExponentialAverage
-from dlopt.training.build import mup
-from dlopt.training.build.speed import OWN_GRAPHS
-from dlopt.training.build.state_dtype import keep_state_in_bf16, round_updates
-from dlopt.training.build.workload import Workload
+from dlopt.training.builders import mup
+from dlopt.training.builders.speed import OWN_GRAPHS
+from dlopt.training.builders.state_dtype import keep_state_in_bf16, round_updates
+from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Adaptive, ByValue, Unclipped
 from dlopt.training.graphed_step import Capture, GraphedStep
 from dlopt.training.nonfinite import Diverged

@@ -10,15 +10,15 @@ from torch import nn
 from dlopt.basics.errors import UserError
 from dlopt.optim.traits import OptimizerTraits
 from dlopt.parallel.mode import Mode, Placed
-from dlopt.training.build.optimizer import (
+from dlopt.training.builders.optimizer import (
     build_optimizer,
     build_schedule,
     check_label_sampling,
     check_optimizer,
     evaluates_once,
 )
-from dlopt.training.build.precision import Precision
-from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.builders.precision import Precision
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import Length
 from dlopt.training.run import probe_trainer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.parallel.mode import check_precision
-from dlopt.training.build.precision import Precision, bf16_slowdown, choose_precision
+from dlopt.training.builders.precision import Precision, bf16_slowdown, choose_precision
 from dlopt.training.checkpoint import checkpoints
 from tests.support.choices import REFUSED_IN_PURE_BF16
 from tests.support.line import dlopt, refused
@@ -51,7 +51,7 @@ def test_fp32_has_no_wrapper(name: str) -> None:
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_auto_selects_bf16_if_supported(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.training.build.precision._has_bf16", lambda device: has_it)
+    monkeypatch.setattr("dlopt.training.builders.precision._has_bf16", lambda device: has_it)
     assert choose_precision("auto", CPU).name == ("bf16" if has_it else "fp32")
 
 
@@ -95,7 +95,7 @@ def test_slowdown_of_bf16_is_measured_without_side_effects() -> None:
 def test_emulated_bf16_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [*SMALL, "precision=bf16", "epochs=1", "augmentation=crop_flip", "model.dropout=0.3"]
     start(tmp_path / "fast", *keys)
-    monkeypatch.setattr("dlopt.training.build.precision._has_bf16", lambda device: False)
+    monkeypatch.setattr("dlopt.training.builders.precision._has_bf16", lambda device: False)
     monkeypatch.setattr("dlopt.training.reporting.bf16_slowdown", lambda *arguments, name: 12.34)
     start(tmp_path / "slow", *keys)
     log = (tmp_path / "slow" / "train.log").read_text()

@@ -13,8 +13,8 @@ from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.models.mlp import MLP as MLPModel
 from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training import graphed_step
-from dlopt.training.build.recompute import recompute, repeated_blocks
-from dlopt.training.build.workload import Workload, build_workload
+from dlopt.training.builders.recompute import recompute, repeated_blocks
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.step import frozen_statistics
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.runs import assert_same_run, experiment, start

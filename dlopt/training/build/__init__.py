@@ -1,1 +1,0 @@
-"""Builds what a run trains with: workload, batches, optimizer, precision, recomputation, muP."""
