@@ -18,7 +18,7 @@ parallel.processes.process_group parallel.processes.rendezvous results.drawing r
 results.reading results.tables run.environment run.job schedules sweeps.estimate sweeps.jobs sweeps.pool
 sweeps.run sweeps.samplers sweeps.search sweeps.space tracking.console tracking.layout tracking.metrics
 tracking.overview tracking.remote tracking.tensorboard trained.distillation trained.restore training.averaging
-training.build.model_check training.build.optimizer training.build.speed training.build.workload
+training.builders.model_check training.builders.optimizer training.builders.speed training.builders.workload
 training.checkpoint.checkpoints training.clipping training.evaluate training.progress training.step
 training.stopping
 """
