@@ -219,6 +219,9 @@ class Composer:
         names = [str(each) for each in node if each not in ("_target_", "hydra")]
         if name in names and override.is_add():
             return f"this key exists; set it without the plus sign: {key}={typed}"
+        if not rest and isinstance(node.get(name), DictConfig):
+            keys = ", ".join(str(each) for each in node[name] if each != "_target_")
+            return f"this is a block of keys ({keys}); set them one by one"
         if name in names:  # the key exists; a key inside its value does not
             is_new = "Could not override" in str(error)
             hint = f"; add a new key with a plus sign: +{key}.KEY=VALUE" if is_new else ""

@@ -54,9 +54,10 @@ def recall(
 
 
 def _set(config: DictConfig, override: Override) -> None:
-    """Sets a value in a composed config, as Hydra does. Raises an error where Hydra would."""
+    """Sets a value in a composed config, as Hydra does. Raises an error where Hydra would, but for lists onto blocks."""
     key, value = override.key_or_group, override.value()
     is_new = override.is_add() and not isinstance(value, dict | list)
     if is_new and OmegaConf.select(config, key, throw_on_missing=False) is not None:
         raise ConfigCompositionException(key)
-    OmegaConf.update(config, key, value, merge=True, force_add=override.is_add() or override.is_force_add())
+    is_block = isinstance(value, dict)  # anything else in place of a block is explained where the block is checked
+    OmegaConf.update(config, key, value, merge=is_block, force_add=override.is_add() or override.is_force_add())

@@ -12,6 +12,7 @@ from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hypothesis import assume, example, given
@@ -118,6 +119,20 @@ def base() -> bytes:
     return pickle.dumps(composer._load(composer.parse(["optimizer=adam", "model=mlp"]), RunMode.RUN))
 
 
+def replaces_block(values: list[Override]) -> bool:
+    """Returns whether something else is put in place of a block, which `recall` leaves to the check of the block."""
+    config, blocks = pickle.loads(base()), set()
+    for each in values:
+        key, value = each.key_or_group, None if each.is_delete() else each.value()
+        if isinstance(value, dict):
+            blocks.add(key)
+        elif not each.is_delete() and (
+            key in blocks or isinstance(OmegaConf.select(config, key, throw_on_resolution_failure=False), DictConfig)
+        ):
+            return True
+    return False
+
+
 @given(st.lists(VALUE_OVERRIDES, min_size=1, max_size=3))
 @example(["+new={a:[1,{b:2}]}", "new.a.1.b=3", "++new.c.d=4"])
 @example(["optimizer={lr:1}", "+optimizer={more:${seed}}", "optimizer.more=null"])
@@ -134,6 +149,7 @@ def test_sets_values_as_hydra_does(lines: list[str]) -> None:
         assume(False)
     values = [each for each in values if not each.is_sweep_override()]
     assume(all(each.key_or_group != "optimizer" or isinstance(each.value(), dict) for each in values))  # a choice
+    assume(not replaces_block(values))
 
     def hydras_own() -> DictConfig:
         config: DictConfig = pickle.loads(base())
@@ -155,6 +171,8 @@ def test_composes_as_hydra_does(lines: list[str], mode: RunMode) -> None:
     except UserError:
         assume(False)
     assume(mode == RunMode.MULTIRUN or not any(each.is_sweep_override() for each in parsed))
+    values = [each for each in parsed if each.key_or_group not in composer.groups() and not each.is_sweep_override()]
+    assume(not replaces_block(values))
     expected = result(lambda: hydras(lines, mode))
     assert result(lambda: composer._compose(parsed, mode == RunMode.MULTIRUN)) == expected
 
