@@ -181,8 +181,8 @@ def test_killed_between_last_and_best(tmp_path: Path, epochs: int) -> None:
             start(tmp_path / "killed", *overrides)
 
     assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
-    checkpoints = tmp_path / "killed/checkpoints"
-    assert (checkpoints / "last.pt").exists() and not (checkpoints / "best.pt").exists()
+    left = tmp_path / "killed/checkpoints"
+    assert (left / "last.pt").exists() and not (left / "best.pt").exists()
     assert resume(tmp_path / "killed", *overrides)["status"] == "finished"
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
