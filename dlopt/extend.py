@@ -72,11 +72,11 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.optim": "LossClosure OptimizerTraits",
     "dlopt.parallel.mode": "GroupMode",
     "dlopt.results.leaderboard": "Record",
-    "dlopt.results.reading": "read_run=read",
+    "dlopt.results.reading": "read_run:read",
     "dlopt.results.tables": "Section Table",
     "dlopt.tracking.layout": "short_path",
     "dlopt.training.builders.workload": "Workload build_workload evaluation_batches training_batches",
-    "dlopt.training.checkpoint.checkpoints": "load_checkpoint=load",
+    "dlopt.training.checkpoint.checkpoints": "load_checkpoint:load",
     "dlopt.training.loop": "Trainer",
     "dlopt.training.run": "probe_trainer",
     "dlopt.training.user_observers": "RunObserver",
@@ -84,7 +84,7 @@ _MODULES = {  # imported on first use, because most of them import torch
 _LATER = {
     name: (module, inner or name)
     for module, names in _MODULES.items()
-    for name, _, inner in (each.partition("=") for each in names.split())
+    for name, _, inner in (each.partition(":") for each in names.split())
 }
 
 
