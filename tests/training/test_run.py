@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import dlopt
 from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batches
@@ -400,30 +399,6 @@ def test_signals_to_a_process_group(tmp_path: Path, number: signal.Signals, extr
     left, right = result(folder), result(tmp_path / "whole")
     for key in ("model", "optimizer", "ema", "schedule"):
         assert same(left[key], right[key]), key
-
-
-SHOWS_STACK = """
-import sys, traceback, torch
-from pathlib import Path
-import dlopt
-from dlopt.cli import main
-
-package, original = str(Path(dlopt.__file__).parent), torch.Tensor.backward
-def backward(self, *arguments, **keys):
-    print([each.name for each in traceback.extract_stack() if each.filename.startswith(package)], file=sys.stderr)
-    original(self, *arguments, **keys)
-torch.Tensor.backward = backward
-main()
-"""
-
-
-def test_few_frames_between_main_and_backward(tmp_path: Path) -> None:
-    """A reader who follows the calls of a run finds `backward()` in eight frames."""
-    command = [sys.executable, "-c", SHOWS_STACK, "train", *SMALL, "steps=1"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(dlopt.__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    frames = ["main", "train", "start", "train_run", "fit", "update", "__call__", "forward_backward"]
-    assert (done.returncode, done.stderr) == (0, f"{frames}\n")
 
 
 def test_rollback_keeps_the_best_epoch_where_only_rank_0_sees_its_file(tmp_path: Path) -> None:
