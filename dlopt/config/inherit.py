@@ -20,6 +20,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.keys import LABELS, role_of
 from dlopt.config.overrides import key_of, quoted_plain
 from dlopt.config.packages import entries
+from dlopt.config.schema import present_path
 
 _MISSING = object()
 
@@ -39,7 +40,10 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
     config = folder.config()
     if config is None:
         raise UserError(f"{source}: not a run folder: {folder.path} has no readable config.yaml")
-    saved = flatten(config)
+    saved = {
+        key: present_path(value) if key.endswith("._target_") and isinstance(value, str) else value
+        for key, value in flatten(config).items()
+    }
     _check(saved, config.get("allow_packages"), source, dict(zip(keys, typed, strict=True)))
     groups = [group for group in composer.groups() if role_of(group) is not Role.COMMAND]
     choices = _choices(composer, folder, [group for group in groups if group not in keys], source)

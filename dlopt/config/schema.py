@@ -144,6 +144,12 @@ _MODES = ("columns", "ddp", "filter", "fsdp", "hybrid", "pipeline", "spatial")
 MOVED = {f"dlopt.parallel.{mode}": f"dlopt.parallel.modes.{mode}" for mode in _MODES}
 
 
+def present_path(path: str) -> str:
+    """Returns the dotted path of a callable in this version, given that in any version."""
+    module, dot, name = path.rpartition(".")
+    return f"{MOVED.get(module, module)}{dot}{name}"
+
+
 def component(
     key: str, node: Mapping[str, Any], runtime: Iterable[str], packages: Iterable[str], related: tuple[str, ...] = ()
 ) -> Component:
@@ -168,8 +174,7 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
     level of a module, not merely be importable from it (modules import others, such as `os`). Raises `UserError`.
     """
     packages = tuple(packages)
-    module, dot, name = path.rpartition(".")
-    path = f"{MOVED.get(module, module)}{dot}{name}"
+    path = present_path(path)
     package = path.split(".")[0]
     if not is_below(path, packages):
         hint = f"; to trust another package, set allow_packages=[{package}] on the command line" if package else ""
