@@ -54,7 +54,7 @@ def recall(
 
 
 def _set(config: DictConfig, override: Override) -> None:
-    """Sets a value in a composed config, as Hydra does. Raises an error where Hydra would, except for lists on blocks."""
+    """Sets a value in a composed config. Raises an error where Hydra would, except for lists in place of blocks."""
     key, value = override.key_or_group, override.value()
     is_new = override.is_add() and not isinstance(value, dict | list)
     if is_new and OmegaConf.select(config, key, throw_on_missing=False) is not None:
