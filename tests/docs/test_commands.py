@@ -205,9 +205,7 @@ def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) ->
     more = LITTLE.get(command, ())
     if command == "trajectory" and "function=" not in line.text:
         more = ("points=3", "samples=20") if "checkpoint=" in line.text else ()
-    if command == "bench" and "allreduce" in line.text:
-        more = ("repeats=1",)
-    elif command == "bench" and "parallel=" in line.text:
+    if command == "bench" and "parallel=" in line.text and "allreduce" not in line.text:
         more = ("updates=2", "warmup=1", "profiled=1")
     if command == "benchmark":
         fewer = () if "workloads=" in line.text else ("workloads=[mlp]",)
