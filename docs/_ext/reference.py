@@ -174,7 +174,7 @@ def _target_of(group: str, name: str) -> str | None:
 def _locate(target: str) -> Callable[..., Any]:
     """Imports the callable; for a plug-in of Hydra, the function or dataclass that checks its settings."""
     if target.startswith("hydra_plugins."):
-        function = getattr(pydoc.locate(f"dlopt.{target}"), "function", None)
+        function = getattr(pydoc.locate(f"dlopt.sweeps.{target}"), "function", None)
         found = pydoc.locate(function) if function else SearchSettings
     else:
         found = pydoc.locate(target)
