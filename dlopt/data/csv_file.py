@@ -88,13 +88,6 @@ class CsvFile:
             raise UserError(f"data.file={self.path}: has no training rows")
         return names
 
-    def counts_rows(self, name: str) -> bool:
-        """Returns whether a column holds consecutive integers, one per row in any order: an index, not a feature."""
-        values = np.array([number(field) for field in self.column(name)])
-        if len(values) < _FEW or not (values == np.round(values)).all():
-            return False
-        return len(np.unique(values)) == len(values) == np.ptp(values) + 1
-
 
 def number(text: str) -> float:
     """Returns the number that a text shows; NaN for any other text.
@@ -104,6 +97,13 @@ def number(text: str) -> float:
     with contextlib.suppress(ValueError):
         return float(text) if text.isascii() and "_" not in text else math.nan
     return math.nan
+
+
+def count_rows(values: np.ndarray) -> bool:
+    """Returns whether numbers [N] are consecutive integers in any order: the index of a table, not a feature."""
+    if len(values) < _FEW or not (values == np.round(values)).all():
+        return False
+    return len(np.unique(values)) == len(values) == np.ptp(values) + 1
 
 
 def natural(name: str) -> tuple[float, str]:
@@ -126,7 +126,7 @@ def read_csv(file: str, delimiter: str = ",") -> CsvFile:
     for row, line in zip(rows, lines, strict=True):
         if len(row) != len(header):
             raise UserError(f"data.file={path}, line {line}: has {len(row)} fields instead of {len(header)}")
-    if _are_values(header, rows):
+    if rows and _is_row(header, rows):
         raise UserError(
             f"data.file={path}: line 1 has values ({', '.join(header[:3])}, ...); insert a line with the names of the "
             "columns before it"
@@ -165,25 +165,18 @@ def _read(path: Path, delimiter: str) -> tuple[list[str], list[list[str]], list[
     return header, rows, lines
 
 
-def _are_values(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+def _is_row(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Returns whether the first line looks like a row: a number in each column of numbers, a known text in the others.
 
     Not 0, 1, 2, ..., which pandas writes for columns without names, and not the years of a pivot table whose column of
     texts has a name.
     """
-    if not rows or [*header] == [str(i) for i in range(len(header))]:
+    if [*header] == [str(i) for i in range(len(header))]:
         return False
-    columns = [*zip(header, *rows, strict=True)]
-    are_numbers = [not any(math.isnan(number(field)) for field in fields[:100]) for _, *fields in columns]
-    of_numbers = [name for (name, *_), is_number in zip(columns, are_numbers, strict=True) if is_number]
-    of_texts = [
-        (name, fields) for (name, *fields), is_number in zip(columns, are_numbers, strict=True) if not is_number
-    ]
-    return (
-        len(of_numbers) > 0
-        and not any(math.isnan(number(name)) for name in of_numbers)
-        and all(name in fields for name, fields in of_texts)
-    )
+    numeric = {i for i in range(len(header)) if not any(math.isnan(number(row[i])) for row in rows[:100])}
+    if not numeric or any(math.isnan(number(header[i])) for i in numeric):
+        return False
+    return all(any(row[i] == name for row in rows) for i, name in enumerate(header) if i not in numeric)
 
 
 def _remedy(text: str) -> str | None:

@@ -10,7 +10,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
-from dlopt.data.csv_file import SPLITS, are_values, label_warnings, natural, read_csv
+from dlopt.data.csv_file import SPLITS, are_values, count_rows, label_warnings, natural, read_csv
 from dlopt.data.digits import read_bundled
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
@@ -73,8 +73,8 @@ def table(
     dataset.notes += content.notes
     dataset.notes += tuple(
         f"warning: column {name} counts the rows; leave it out with data.ignore=[{name}] if it is an index"
-        for name in features
-        if content.counts_rows(name)
+        for name, values in zip(features, inputs.T, strict=True)
+        if count_rows(values)
     )
     dataset.notes += label_warnings(target, texts) if labels == "class" else ()
     dataset.notes += _rounding_notes(inputs, features)

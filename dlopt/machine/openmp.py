@@ -144,7 +144,7 @@ class Watch:
 
 _REPORT = (
     "other processes use %.1f of the cores of this run, whose threads wait %.1f s per second for one; until the cores "
-    "are free, threads sleep while they wait for each other. Recommended: threads=1, which waits for no other"
+    "are free, threads sleep while they wait for each other. Recommended: threads=1, which avoids the wait"
 )
 _watch: Watch | None = None
 
