@@ -64,7 +64,7 @@ def _masked_crc(data: bytes) -> int:
 
 def record(event: bytes) -> bytes:
     """Frames a serialized event as a TFRecord: length, CRC of the length, data, CRC of the data."""
-    # As tensorboard's RecordWriter, whose import takes 0.5 s of processor time, and each event 28 us instead of 22.
+    # Not tensorboard's RecordWriter: its import takes 0.5 s of CPU time, and an event 28 µs instead of 22 µs.
     length = struct.pack("<Q", len(event))
     return length + struct.pack("<I", _masked_crc(length)) + event + struct.pack("<I", _masked_crc(event))
 
