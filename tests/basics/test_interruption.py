@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 import dlopt as package
 from dlopt.basics.folders import RunFolder, make
@@ -124,6 +125,23 @@ def test_signal_before_the_stop_flag(
     run_instead(command, monkeypatch)
     result = dlopt(tmp_path, "options")
     assert (result.code, result.err) == (code, f"dlopt: interrupted by {number.name}{advice}\n")
+
+
+def test_signal_within_a_composition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra's clean-up asserts what holds only after a whole composition, and replaces the exception of the signal."""
+
+    signals = [signal.SIGTERM]
+
+    def load(*_: object, **__: object) -> None:
+        try:
+            if signals:
+                send(signals.pop())
+        finally:
+            raise AssertionError
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", load)
+    result = dlopt(tmp_path, "train", *TINY, "model.norm=none")
+    assert (result.code, result.err) == (75, "dlopt: interrupted by SIGTERM\n")
 
 
 def test_signal_after_the_command_keeps_its_exit_code(tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def test_sweep_under_torchrun(tmp_path: Path) -> None:
     ]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and not (tmp_path / "sweep").exists()
-    assert lines(done) and set(lines(done)) == {
+    assert lines(done), done.stderr
+    assert set(lines(done)) == {
         "dlopt: -m: cannot run inside torchrun or srun, because every rank would start the sweep; start it from a shell"
     }
 

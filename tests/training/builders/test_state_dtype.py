@@ -254,22 +254,34 @@ def bf16_weights(dtype: torch.dtype) -> list[Tensor]:
     return [(1 + torch.rand(shape, generator=draw)).bfloat16().to(dtype).requires_grad_() for shape in shapes]
 
 
-def update(params: list[Tensor], optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for _ in range(steps):
+def update(params: list[Tensor], optimizer: torch.optim.Optimizer, steps: int) -> list[dict[str, float]]:
+    """Returns the largest norm of each tensor of the state, at every 20th update, by parameter."""
+    largest: list[dict[str, float]] = [{} for _ in params]
+    for number in range(steps):
         for p, value in zip(params, GRADIENTS, strict=True):
             p.grad = torch.full_like(p, value)
         optimizer.step()
+        if number % 20:
+            continue
+        for p, norms in zip(params, largest, strict=True):
+            for name, state in optimizer.state[p].items():
+                if isinstance(state, Tensor):
+                    norms[name] = max(norms.get(name, 0.0), state.double().norm().item())
+    return largest
 
 
 def compare_with_fp32(choice: str, steps: int) -> None:
-    """States within 5 %, and mean displacements of 256 weights within 2 % and five standard errors of the rounding."""
+    """States within 5 %, and mean displacements of 256 weights within 2 % and five standard errors of the rounding.
+
+    5 % of a state's largest norm: where decay balances the gradient, as in LARS, the momentum tends to zero.
+    """
     build = experiment(f"optimizer={choice}").optimizer.build
     params, wide_params = bf16_weights(torch.bfloat16), bf16_weights(torch.float32)
     optimizer, wide = build(params=params), build(params=wide_params)
     round_updates(optimizer, 0)
     update(params, optimizer, steps)
-    update(wide_params, wide, steps)
-    for p, q, first in zip(params, wide_params, bf16_weights(torch.float64), strict=True):
+    largest = update(wide_params, wide, steps)
+    for p, q, first, norms in zip(params, wide_params, bf16_weights(torch.float64), largest, strict=True):
         assert p.dtype == torch.bfloat16
         actual, expected = ((each.detach().double() - first).mean() for each in (p, q))
         ulp = torch.exp2(torch.stack([q.abs().max(), first.abs().max()]).max().log2().floor() - 7)
@@ -278,7 +290,7 @@ def compare_with_fp32(choice: str, steps: int) -> None:
             if isinstance(value, Tensor):
                 assert optimizer.state[p][name].dtype == value.dtype
                 error = (optimizer.state[p][name].double() - value.double()).norm()
-                assert error <= 0.05 * value.double().norm(), name
+                assert error <= 0.05 * norms[name], name
 
 
 @pytest.mark.parametrize("choice", BF16_OPTIMIZERS)
