@@ -10,8 +10,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from dlopt._version import __version__
-from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, refused_path, suggest
-from dlopt.basics.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_line
+from dlopt.basics.errors import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    USER_ERROR,
+    ReportedError,
+    RunError,
+    UserError,
+    refused_path,
+    suggest,
+)
+from dlopt.basics.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_error
 from dlopt.commands.table import COMMANDS, every_command
 
 _HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations
@@ -48,7 +58,9 @@ def main() -> None:
         command, arguments = find(sys.argv[1:])
         code = command(arguments)
     except (UserError, RunError) as error:
-        print_line(f"dlopt: {error}")
+        print_error(str(error))
+        code = error.code
+    except ReportedError as error:
         code = error.code
     except BrokenPipeError:  # `dlopt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,10 +68,10 @@ def main() -> None:
     except OSError as error:
         if (message := refused_path(error)) is None:
             raise
-        print_line(f"dlopt: {message}")  # a path of the command line
+        print_error(message)  # a path of the command line
         code = USER_ERROR
     except KeyboardInterrupt as error:
-        print_line(f"dlopt: {error or 'interrupted'}")
+        print_error(str(error) or "interrupted")
         code = error.code if isinstance(error, Interrupted) else INTERRUPTED
     end_with(code)
     flush_streams()

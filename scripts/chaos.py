@@ -36,7 +36,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 from dlopt.basics.errors import RunError, UserError  # noqa: E402
 from dlopt.basics.folders import RunFolder  # noqa: E402
 from dlopt.data.batches import Batch  # noqa: E402
-from dlopt.run import job  # noqa: E402
+from dlopt.run import runner  # noqa: E402
 from dlopt.training import run  # noqa: E402
 from dlopt.training.checkpoint.checkpoints import Checkpoints  # noqa: E402
 from dlopt.training.loop import Trainer  # noqa: E402
@@ -245,7 +245,7 @@ class Campaign:
     def run_for_long(self, folder: Path, announcement: AbstractContextManager[Any]) -> None:
         with announcement:
             run = Run(experiment(*OVERRIDES, "epochs=5000"), folder, overrides=OVERRIDES)
-            os._exit(job.execute(run, console=False))
+            os._exit(runner.exit_code(run, console=False))
 
     def second_interrupt(self) -> FaultResult:
         folder = self.new_folder()
@@ -253,7 +253,7 @@ class Campaign:
 
         def work() -> None:
             with faults.slow_saves(20.0, writing):
-                os._exit(job.execute(Run(experiment(*OVERRIDES), folder, overrides=OVERRIDES), console=False))
+                os._exit(runner.exit_code(Run(experiment(*OVERRIDES), folder, overrides=OVERRIDES), console=False))
 
         child = faults.fork(work)
         os.close(writing)

@@ -36,6 +36,14 @@ class RunError(Exception):
     code = FAILED
 
 
+class ReportedError(Exception):
+    """A failed or interrupted run that has printed and recorded why: only its exit code is left to pass on."""
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
+
+
 def refused_path(error: OSError) -> str | None:
     """Returns the message for a path that the system refuses (no access, or too long); None for other errors."""
     is_refused = error.filename is not None and error.errno in (errno.EACCES, errno.ENAMETOOLONG)

@@ -186,6 +186,11 @@ def print_line(text: str) -> None:
     flush_streams()
 
 
+def print_error(message: str) -> None:
+    """Prints an error or a warning of dlopt to stderr."""
+    print_line(f"dlopt: {message}")
+
+
 def flush_streams() -> None:
     """Flushes stdout and stderr; drops what nobody can read, for which the interpreter would exit with code 120."""
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from dlopt._version import __version__
 from dlopt.basics.errors import DONE, UserError, install
 from dlopt.basics.files import temporary_sibling, write_atomically
+from dlopt.basics.interruption import print_error
 from dlopt.commands.shared.line import on_checkpoint, refuse_folder, writing
-from dlopt.run.job import print_error
 from dlopt.tracking.layout import short_path
 
 USAGE = """\

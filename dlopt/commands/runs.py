@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from dlopt.basics.errors import DONE, RunError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_bytes, format_count, printable
+from dlopt.basics.interruption import print_error
 from dlopt.basics.ranges import Count
 from dlopt.commands import runs_tag
 from dlopt.commands.completion import folders
@@ -16,7 +17,6 @@ from dlopt.commands.shared.line import take_own
 from dlopt.results import reading
 from dlopt.results.listing import Query, print_values, show_table
 from dlopt.results.reading import Condition, Record
-from dlopt.run.job import print_error
 from dlopt.tracking.layout import short_path
 
 USAGE = """\

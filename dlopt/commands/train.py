@@ -4,11 +4,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dlopt.basics.errors import DONE, FAILED, USER_ERROR, UserError
-from dlopt.basics.interruption import killed_by_signals
+from dlopt.basics.errors import DONE, FAILED, USER_ERROR, ReportedError, UserError
+from dlopt.basics.interruption import killed_by_signals, print_error
 from dlopt.commands.shared.processes import prepare_rank
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments, show_info
@@ -19,8 +20,7 @@ from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.resolve import show_config
 from dlopt.parallel.processes.rendezvous import World, current, end_process, join_store
-from dlopt.run.attempt import attempt, follow, release
-from dlopt.run.job import is_quiet, print_error, start
+from dlopt.run.runner import CODE_OF, follow, release, run_plan
 from dlopt.tracking.layout import waiting
 
 if TYPE_CHECKING:
@@ -59,14 +59,15 @@ def train(arguments: list[str]) -> int:
         return _follow(parsed, world)
     composer = Composer(parsed.config_name, parsed.config_dir)
     typed, parsed.overrides = parsed.overrides, inherit(composer, parsed.overrides)
+    overrides = composer.parse(parsed.overrides)
     if parsed.hydra_help or parsed.cfg or parsed.info:
-        shown = composer.compose(parsed.overrides)  # has clearer error messages than Hydra
+        shown = composer.compose(overrides)  # has clearer error messages than Hydra
         if parsed.cfg:
             print(show_config(shown, parsed.cfg, parsed.package, resolve=parsed.resolve), end="")
         else:
             show_info(parsed, composer.flags)
         return DONE
-    config = None if parsed.multirun else composer.compose(parsed.overrides)
+    config = None if parsed.multirun else composer.compose(overrides)
     if config is None or config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
         from dlopt.sweeps import run as sweeps
 
@@ -75,14 +76,12 @@ def train(arguments: list[str]) -> int:
         code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
         return code
     if world is not None:
-        return _lead(composer, config, parsed.overrides, typed, world)
-    plan = _planned(composer, config, parsed.overrides)
+        return _lead(composer, config, overrides, typed, world)
+    plan = _planned(composer, config, overrides)
     if plan is None:
         return DONE
-    with attempt(plan) as outcome:
-        if outcome.run is not None:
-            outcome.code = start(outcome.run, console=not is_quiet())
-    return outcome.code
+    _, summary = run_plan(plan)
+    return CODE_OF[summary["status"]]
 
 
 def help_page(arguments: list[str]) -> str:
@@ -92,7 +91,7 @@ def help_page(arguments: list[str]) -> str:
     return USAGE + tables_of_train(parse_arguments(arguments).config_dir)
 
 
-def _planned(composer: Composer, config: DictConfig, overrides: list[str]) -> Plan | None:
+def _planned(composer: Composer, config: DictConfig, overrides: list[Override]) -> Plan | None:
     """Checks a composed config; None: only its time is estimated, and printed. Raises `UserError`."""
     refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
     with waiting("loading PyTorch ..."):
@@ -115,7 +114,7 @@ def _check_flags(parsed: Namespace) -> None:
             raise UserError(f"--{name}: only valid with --cfg")
 
 
-def _lead(composer: Composer, config: DictConfig, overrides: list[str], typed: list[str], world: World) -> int:
+def _lead(composer: Composer, config: DictConfig, overrides: list[Override], typed: list[str], world: World) -> int:
     """Rank 0 of a launcher's processes: checks the run, chooses the folder and sends the run to the other ranks.
 
     `typed`: the command line, of which `overrides` are made.
@@ -128,13 +127,13 @@ def _lead(composer: Composer, config: DictConfig, overrides: list[str], typed: l
         if plan is None:
             code = DONE
         else:
-            with attempt(plan, store) as outcome:
-                if outcome.run is not None:
-                    outcome.code = start(outcome.run, console=not is_quiet())
-            code = outcome.code
+            _, summary = run_plan(plan, store=store)
+            code = CODE_OF[summary["status"]]
     except UserError as error:
         print_error(str(error))
         code = USER_ERROR
+    except ReportedError as error:
+        code = error.code
     finally:
         release(store, code)
     end_process(code)

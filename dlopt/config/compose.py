@@ -64,14 +64,14 @@ class Composer:
         name = () if self.config_name == CONFIG_NAME else (f"--config-name={self.config_name}",)
         return name if self.config_dir is None else (f"--config-dir={Path(self.config_dir).absolute()}", *name)
 
-    def parse(self, overrides: Iterable[str]) -> list[Override]:
+    def parse(self, overrides: Iterable[str | Override]) -> list[Override]:
         return parse_overrides(overrides, self)
 
     def get_group_options(self, group: str, results_filter: ObjectType = ObjectType.CONFIG) -> list[str]:
         """Lists the choices of a group for glob(*): without `custom`, which needs a callable."""
         return [name for name in self._options(group, results_filter) if name != "custom"]
 
-    def compose(self, overrides: Iterable[str], multirun: bool = False) -> DictConfig:
+    def compose(self, overrides: Iterable[str | Override], multirun: bool = False) -> DictConfig:
         """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
         parsed = [_forced(each) if _has_new_keys(each) else each for each in self.parse(overrides)]
         self._check_overrides(parsed, multirun)
@@ -261,7 +261,7 @@ class Composer:
         return f"add a new key with a plus sign: +{line}"
 
 
-def typed_folder(config: DictConfig, key: str, overrides: Iterable[str]) -> tuple[Path, bool]:
+def typed_folder(config: DictConfig, key: str, overrides: Iterable[str | Override]) -> tuple[Path, bool]:
     """Returns the folder in `key` (hydra.run.dir or hydra.sweep.dir) and whether the command line sets it.
 
     Raises `UserError` for an empty path and for a URL.

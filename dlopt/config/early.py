@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain import flatten, is_below
@@ -14,6 +14,9 @@ from dlopt.config.settings import GROUPS, Settings
 from dlopt.config.settings_rules import check_settings
 from dlopt.config.signatures import annotations_of
 from dlopt.metrics.names import former_mode
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 # Keys that all choices of a group have, in addition to those of their callables.
 _COMMON = {
@@ -36,7 +39,7 @@ def run_settings(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def check_early(config: Mapping[str, Any], overrides: Iterable[str]) -> None:
+def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]") -> None:
     """Checks the run's own keys, and what `overrides` set in components of dlopt and torch. Raises `UserError`.
 
     `config`: resolved, as plain dicts and lists.

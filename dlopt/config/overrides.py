@@ -88,16 +88,19 @@ def is_hydra(override: "str | Override") -> bool:
     return group_of(override) == "hydra"
 
 
-def parse_overrides(lines: Iterable[str], choices: Any = None) -> "list[Override]":
-    """Parses overrides. `choices`: lists those of a group for glob(*), as Hydra's config loader. Raises `UserError`."""
+def parse_overrides(overrides: "Iterable[str | Override]", choices: Any = None) -> "list[Override]":
+    """Parses overrides; keeps those that are parsed. Raises `UserError`.
+
+    `choices`: lists those of a group for glob(*), as Hydra's config loader.
+    """
     from hydra.errors import HydraException
 
-    lines, parsed = list(lines), []
-    for line, following in zip(lines, [*lines[1:], ""], strict=False):
+    overrides, parsed = list(overrides), []
+    for each, following in zip(overrides, [*overrides[1:], ""], strict=True):
         try:
-            override = copy.copy(_parse(line))
+            override = copy.copy(_parse(each) if isinstance(each, str) else each)
         except HydraException:
-            raise UserError(explain_grammar(line, following)) from None
+            raise UserError(explain_grammar(text_of(each), text_of(following))) from None
         override.config_loader = choices
         parsed.append(override)
     return parsed

@@ -3,7 +3,8 @@
 The way of an override, `optimizer.lr=0.1`, from the command line to its use:
 
 1. `flags.parse_arguments` separates Hydra's flags; `inherit` replaces `from=RUN` by the overrides of that run.
-2. `overrides.parse_overrides` turns the text into Hydra's `Override`. No other module takes the text apart.
+2. `overrides.parse_overrides` turns the text into Hydra's `Override`, which is passed on until it is saved. No other
+   module takes the text apart.
 3. `compose.Composer` refuses what Hydra accepts but nobody means, and sets the value in the config of the choices.
 4. `trust` checks what interpolations expand to and that Hydra's node names no code, before anything is resolved.
 5. `resolve.to_plain` resolves the config to plain values; the form to save keeps secrets as interpolations.
@@ -11,8 +12,8 @@ The way of an override, `optimizer.lr=0.1`, from the command line to its use:
    `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`rules`).
 7. The result, an `Experiment` of components, is part of the `Plan`; `Component.build` passes the value to its callable.
 
-A job of a sweep, or a rank of a parallel run, enters at step 5 with the config that `dlopt.run.job.describe` has saved
-in the run's folder, because it must run what was checked. Nothing is composed again.
+A job of a sweep, or a rank of a parallel run, enters at step 5 with the config that `dlopt.run.record.describe` has
+saved in the run's folder, because it must run what was checked. Nothing is composed again.
 """
 
 import re
@@ -74,16 +75,16 @@ class Plan:
         return [*self.flags, *self.lines]
 
 
-def plan(composer: Composer, overrides: Iterable[str]) -> Plan:
+def plan(composer: Composer, overrides: "Iterable[str | Override]") -> Plan:
     """Composes and checks the run of a command line. Raises `UserError`."""
-    lines = list(overrides)
-    return checked(composer.compose(lines), lines, flags=composer.flags)
+    parsed = composer.parse(overrides)
+    return checked(composer.compose(parsed), parsed, flags=composer.flags)
 
 
 def checked(
     config: DictConfig,
-    overrides: Iterable[str],
-    typed: Iterable[str] | None = (),
+    overrides: "Iterable[str | Override]",
+    typed: "Iterable[str | Override] | None" = (),
     flags: tuple[str, ...] = (),
     has_teacher: bool = True,
 ) -> Plan:
@@ -94,18 +95,18 @@ def checked(
         typed: further ones of the command line; None: it has been checked.
         has_teacher: False: the teacher of loss=distillation is not trained yet, and therefore not checked.
     """
-    lines = list(overrides)
-    plain, saved = to_plain(config, None if typed is None else [*lines, *typed])
+    parsed = tuple(parse_overrides(overrides))
+    plain, saved = to_plain(config, None if typed is None else [*parsed, *typed])
     for each in (plain, saved) if has_teacher else ():
         identify_teacher(each)
     choices = choices_of(config)
-    check_early(plain, lines)
+    check_early(plain, parsed)
     from dlopt.config.parsing import parse  # imports torch
 
-    return Plan(tuple(parse_overrides(lines)), choices, parse(plain, saved, choices), flags=flags, config=config)
+    return Plan(parsed, choices, parse(plain, saved, choices), flags=flags, config=config)
 
 
-def as_job(plan: Plan, number: int, overrides: Iterable[str]) -> Plan:
+def as_job(plan: Plan, number: int, overrides: "Iterable[str | Override]") -> Plan:
     """Returns the plan of job `number` of a sweep, with the overrides of the job alone. Raises `UserError`."""
     config = plan.config
     assert config is not None
@@ -113,11 +114,11 @@ def as_job(plan: Plan, number: int, overrides: Iterable[str]) -> Plan:
         config.hydra.job.num = config.hydra.job.id = number
     environment = job_variables(config)
     subfolder = folder_name(str(config.hydra.sweep.subdir))
-    lines = tuple(parse_overrides(overrides))
-    return replace(plan, overrides=lines, environment=environment, subfolder=subfolder, config=None)
+    parsed = tuple(parse_overrides(overrides))
+    return replace(plan, overrides=parsed, environment=environment, subfolder=subfolder, config=None)
 
 
-def with_params(config: DictConfig, overrides: Iterable[str]) -> list[str]:
+def with_params(config: DictConfig, overrides: "Iterable[str | Override]") -> "list[str | Override]":
     """Returns the overrides of a sweep after those in its config file (hydra.sweeper.params), which they replace."""
     params = config.hydra.sweeper.get("params") or {}
     return [*(f"{key}={value}" for key, value in params.items()), *overrides]

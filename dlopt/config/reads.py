@@ -5,14 +5,17 @@ commands read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain import is_below
 from dlopt.basics.roles import Role
 from dlopt.config.keys import ROLES, role_of
-from dlopt.config.overrides import group_of, key_of, value_of
+from dlopt.config.overrides import group_of, key_of, text_of, value_of
 from dlopt.config.packages import entries
+
+if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
+    from hydra.core.override_parser.types import Override
 
 RECIPE = ("experiment", "allow_packages")
 """What sets other keys, and what permits their values."""
@@ -31,7 +34,7 @@ _TRAIN = frozenset(key.partition(".")[0] for key in ROLES)
 
 
 def refuse_unread(
-    overrides: Iterable[str],
+    overrides: "Iterable[str | Override]",
     command: str,
     reads: Sequence[str],
     *,
@@ -48,8 +51,8 @@ def refuse_unread(
         own: the command's own keys.
         hints: advice for keys and those below them.
     """
-    for line in overrides:
-        key = key_of(line)
+    for override in overrides:
+        key, line = key_of(override), text_of(override)
         is_of_train = group_of(line) in _TRAIN or group_of(line) in entries("dlopt.series")
         if not is_of_train or is_below(key, (*reads, *own)):
             continue
@@ -62,19 +65,23 @@ def refuse_unread(
 
 
 def refuse_unread_hydra(
-    overrides: Iterable[str], command: str, reads: Sequence[str], hints: Mapping[str, str], own: Sequence[str] = ()
+    overrides: "Iterable[str | Override]",
+    command: str,
+    reads: Sequence[str],
+    hints: Mapping[str, str],
+    own: Sequence[str] = (),
 ) -> None:
     """As `refuse_unread`, for a command that reads all keys except some of Hydra's."""
     hydra = [line for line in overrides if group_of(line) == "hydra"]
     refuse_unread(hydra, command, reads, own=own, hints=hints)
 
 
-def refuse_untested(config: Mapping[str, Any], overrides: Iterable[str]) -> None:
+def refuse_untested(config: Mapping[str, Any], overrides: "Iterable[str | Override]") -> None:
     """Raises `UserError` for typed keys of the final test in a run without one. `config`: of the run."""
     for line in overrides:
         if key_of(line) in ("evaluate.tta", "evaluate.average") and config["evaluate"]["test"] is False:
             name = key_of(line).partition(".")[2]
             raise UserError(
-                f"{line}: belongs to the final test, which evaluate.test=false skips; test later with "
+                f"{text_of(line)}: belongs to the final test, which evaluate.test=false skips; test later with "
                 f"`dlopt eval checkpoint=PATH {name}={value_of(line)}`"
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -37,7 +38,7 @@ def choices_of(config: DictConfig) -> dict[str, str]:
     return names | {group: named[f"{group}{_TARGET}"] for group in names if f"{group}{_TARGET}" in named}
 
 
-def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def to_plain(config: DictConfig, overrides: Iterable[str | Override] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the config without Hydra's node as plain dicts and lists: (resolved, as it may be saved).
 
     The second keeps interpolations of environment variables (`${oc.env:TOKEN}`), so that no secret is written. Numbers

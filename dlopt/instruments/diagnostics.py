@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlopt.basics.errors import UserError
@@ -20,6 +20,7 @@ from dlopt.instruments.curvature import (
 from dlopt.instruments.layers import LayerProbe, layer_parameters, norms, norms_by_layer
 from dlopt.optim.common import flat
 from dlopt.training.builders.workload import Workload
+from dlopt.training.clipping import Clip, Norm
 from dlopt.training.step import Observer, Step, frozen_statistics
 
 Kind = Literal["gradients", "activations", "curvature"]
@@ -74,18 +75,26 @@ class Diagnostics(Observer):
         self._norms: dict[str, float] | None = None  # None: not recorded in this update, {}: not yet
         self._hooks = contextlib.ExitStack()  # of the probe, until the first evaluation has ended
 
+    def attach(self, step: Step) -> None:
+        step.clip = self._recorded(step.clip)
+
     def around(
         self, step: Step, inputs: Tensor, targets: Tensor, number: int
     ) -> contextlib.AbstractContextManager[None] | None:
         return None if number % self.every else self._recording(step, inputs, targets, number)
 
-    def after_evaluation(self) -> None:
-        """Ends the recording after the first evaluation of an update; records gradient norms, before clipping."""
-        self._hooks.close()
-        if self._norms == {}:
-            gradients = [[p.grad for p in each if p.grad is not None] for each in self._layers.values()]
-            values = norms(gradients).tolist()
-            self._norms = {f"gradients/norm/{name}": v for name, v in zip(self._layers, values, strict=True)}
+    def _recorded(self, clip: Clip) -> Clip:
+        """Ends the recording before the first clipping of an update; records gradient norms."""
+
+        def recorded(parameters: Sequence[nn.Parameter], norm: Norm) -> Tensor | None:
+            self._hooks.close()
+            if self._norms == {}:
+                gradients = [[p.grad for p in each if p.grad is not None] for each in self._layers.values()]
+                values = norms(gradients).tolist()
+                self._norms = {f"gradients/norm/{name}": v for name, v in zip(self._layers, values, strict=True)}
+            return clip(parameters, norm)
+
+        return recorded
 
     @contextlib.contextmanager
     def _recording(self, step: Step, inputs: Tensor, targets: Tensor, number: int) -> Iterator[None]:

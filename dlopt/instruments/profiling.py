@@ -21,8 +21,9 @@ from dlopt.basics.formats import format_bytes
 from dlopt.data.batches import Batch
 from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.machine.device import synchronized_time
+from dlopt.metrics.sums import Measured
 from dlopt.training.builders.workload import Workload
-from dlopt.training.step import EpochBatches, Network, Observer, Step
+from dlopt.training.step import EpochBatches, ForwardBackward, Network, Observer, Step
 
 _TOP = 10
 _PREFIX = "dlopt: "
@@ -66,13 +67,15 @@ class Profiling(Observer):
         self.seconds = dict.fromkeys(("data", "forward", "forward and backward", "update"), 0.0)
         self._profiler: profile | None = None
         self._start = 0.0
-        self._evaluation: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         self._measures_peaks = False  # of GPU memory: of forward and backward, and of the rest of the update
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
         """Times the model and the loss as `forward`, and fetching a batch as `data`."""
         model, loss = self._timed("forward", network.model), self._timed("forward", network.loss)
         return replace(network, model=model, loss=loss), TimedBatches(batches, self)
+
+    def attach(self, step: Step) -> None:
+        step.run_batch = self._measured(step.run_batch)
 
     def around(
         self, step: Step, inputs: Tensor, targets: Tensor, number: int
@@ -81,17 +84,20 @@ class Profiling(Observer):
             return self._measuring_memory(step, inputs, targets)
         return self._timing(number) if self.first < number < self.last and self._profiler is not None else None
 
-    def before_evaluation(self) -> None:
-        if self._measures_peaks:
-            torch.cuda.reset_peak_memory_stats(self.workload.device)
-        self._evaluation = self.timer("forward and backward")
-        self._evaluation.__enter__()
+    def _measured(self, run_batch: ForwardBackward) -> ForwardBackward:
+        """Times forward and backward, and measures its peak memory in the first update."""
 
-    def after_evaluation(self) -> None:
-        self._evaluation.__exit__(None, None, None)
-        if self._measures_peaks:
-            self.result.peaks["forward and backward"] = torch.cuda.max_memory_allocated(self.workload.device)
-            torch.cuda.reset_peak_memory_stats(self.workload.device)
+        def measured(batch: Batch) -> tuple[Tensor, list[Measured]]:
+            if self._measures_peaks:
+                torch.cuda.reset_peak_memory_stats(self.workload.device)
+            with self.timer("forward and backward"):
+                results = run_batch(batch)
+            if self._measures_peaks:
+                self.result.peaks["forward and backward"] = torch.cuda.max_memory_allocated(self.workload.device)
+                torch.cuda.reset_peak_memory_stats(self.workload.device)
+            return results
+
+        return measured
 
     # -- time
 

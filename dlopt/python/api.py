@@ -15,7 +15,7 @@ from typing import Any
 
 from hydra.types import RunMode
 
-from dlopt.basics.errors import DONE, INTERRUPTED, USER_ERROR, RunError, UserError
+from dlopt.basics.errors import USER_ERROR, ReportedError, RunError, UserError
 from dlopt.commands.find_lr import learning_rates
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
@@ -28,10 +28,9 @@ from dlopt.instruments.lr_range import LearningRates
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state
 from dlopt.python.runs import Run, Runs, open_run, runs
-from dlopt.run.attempt import prepare, refuse_unusable_tracking, removed_if_refused
-from dlopt.run.job import Outcome, record, start
+from dlopt.run.runner import run_plan
 from dlopt.sweeps import run as sweeps
-from dlopt.tracking import read_metrics, read_summary
+from dlopt.tracking import read_metrics
 from dlopt.tracking.layout import short_path
 
 __all__ = [
@@ -82,21 +81,13 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
         raise UserError(f"train(): runs one experiment at a time; use {way}")
     hints = {"hydra.job.env_set": "set os.environ", "hydra.job.chdir": "call os.chdir"}
     refuse_unread_hydra(lines, "train()", (*COMPOSITION, "hydra.run"), hints)
-    prepared = prepare(checked(config, lines))
-    folder, run = prepared.folder.path, prepared.run
-    if not prepared.is_done:
-        outcome = Outcome(USER_ERROR)
-        with removed_if_refused(prepared, outcome), preserve_global_state():
-            refuse_unusable_tracking(run)
-            try:
-                outcome.code = start(run, console=console)
-            except (Exception, KeyboardInterrupt) as error:
-                outcome.code = record(run, error, prints=False)
-                raise
-        if outcome.code not in (DONE, INTERRUPTED):  # of processes that the run has started
-            reason = (read_summary(folder) or {}).get("reason", f"{folder}: the run failed; its processes report why")
-            raise (UserError if outcome.code == USER_ERROR else RunError)(reason)
-    return Result(folder, read_summary(folder) or {}, read_metrics(folder))
+    plan = checked(config, lines)
+    try:
+        with preserve_global_state():
+            folder, summary = run_plan(plan, console=console, from_python=True)
+    except ReportedError as error:  # of processes that the run has started
+        raise (UserError if error.code == USER_ERROR else RunError)(str(error)) from None
+    return Result(folder.path, summary, read_metrics(folder.path))
 
 
 def sweep(overrides: Sequence[str] = (), *, console: bool = False) -> Runs:

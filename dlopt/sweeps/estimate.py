@@ -20,7 +20,7 @@ from dlopt.basics.formats import format_count, format_duration, format_range, ro
 from dlopt.basics.plain import flatten
 from dlopt.basics.roles import Role
 from dlopt.config.keys import LABELS, role_of
-from dlopt.run.job import describe
+from dlopt.run.record import describe
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import result_of
 from dlopt.tracking.metrics import read_metrics

@@ -12,7 +12,7 @@ from dlopt.basics.files import write_json
 from dlopt.basics.folders import RunFolder
 from dlopt.config.plan import Plan
 from dlopt.config.resuming import refuse_other_config
-from dlopt.run.job import describe
+from dlopt.run.record import describe
 
 OUTPUT = "output.log"  # stdout and stderr of a job
 

@@ -34,8 +34,8 @@ class SweepRequest:
 
     composer: Composer
     config: DictConfig
-    overrides: list[str]  # of the command line
-    hydra: list[str]  # those of Hydra's config, which every job is composed with
+    overrides: list[Override]  # of the command line
+    hydra: list[Override]  # those of Hydra's config, which every job is composed with
     swept: list[Override]  # those of the jobs
     path: Path  # hydra.sweep.dir
     is_typed: bool  # on the command line
@@ -66,10 +66,11 @@ class SweepRequest:
 
     def plan_job(self, overrides: Sequence[str], number: int) -> Plan:
         """Composes and checks a job. Raises `UserError`."""
-        config = self.composer.compose([*self.hydra, *overrides])
+        parsed = self.composer.parse(overrides)
+        config = self.composer.compose([*self.hydra, *parsed])
         self._refuse_recipe(config)
-        job = as_job(checked(config, overrides, self.overrides, self.composer.flags), number, overrides)
-        refuse_untested(job.saved, overrides)
+        job = as_job(checked(config, parsed, self.overrides, self.composer.flags), number, parsed)
+        refuse_untested(job.saved, parsed)
         self._check_size(job.experiment)
         if job.saved["resume"] not in (None, "auto"):
             raise UserError(f"resume={job.saved['resume']}: not supported in a sweep; use resume=auto")

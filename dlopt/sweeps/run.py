@@ -17,7 +17,7 @@ from dlopt.basics.interruption import Interrupted
 from dlopt.basics.secrets import is_secret_name
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
-from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_plain, storable, value_of
+from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_plain, storable, text_of, value_of
 from dlopt.config.plan import Plan, checked, with_params
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import job_variables
@@ -49,18 +49,19 @@ def refuse_ranks(command: str, what: str) -> None:
 def request(composer: Composer, parsed: Namespace) -> SweepRequest:
     """Composes and checks a sweep, except its jobs. Raises `UserError`."""
     refuse_ranks("-m", "the sweep")
-    config = composer.compose(parsed.overrides, multirun=True)
-    refuse_unread_hydra(parsed.overrides, "a sweep", _READS_OF_HYDRA, {"hydra.run": "use hydra.sweep.dir"})
+    overrides = composer.parse(parsed.overrides)
+    config = composer.compose(overrides, multirun=True)
+    refuse_unread_hydra(overrides, "a sweep", _READS_OF_HYDRA, {"hydra.run": "use hydra.sweep.dir"})
     if config.hydra.job.chdir:
         raise UserError("hydra.job.chdir=true: not supported in a sweep, whose jobs run in the current folder")
-    path, is_typed = typed_folder(config, "hydra.sweep.dir", parsed.overrides)
+    path, is_typed = typed_folder(config, "hydra.sweep.dir", overrides)
     is_search = str(config.hydra.sweeper._target_) == SEARCH
     refusal = "starts jobs in batches, but a search starts one per free slot" if is_search else None
     pool = build_pool(config, refusal)
-    lines = parsed.overrides if is_search else with_params(config, parsed.overrides)
-    swept = composer.parse([line for line in lines if not is_hydra(line)])
-    hydra = [line for line in lines if is_hydra(line)]
-    return SweepRequest(composer, config, parsed.overrides, hydra, swept, path, is_typed, pool)
+    all_overrides = overrides if is_search else composer.parse(with_params(config, overrides))
+    swept = [each for each in all_overrides if not is_hydra(each)]
+    hydra = [each for each in all_overrides if is_hydra(each)]
+    return SweepRequest(composer, config, overrides, hydra, swept, path, is_typed, pool)
 
 
 def run(request: SweepRequest) -> int:
@@ -209,7 +210,7 @@ def _values(lines: Any) -> dict[str, str]:
 def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]) -> None:
     """Runs a sweep through Hydra's main. `overrides`: with lists spelled out, which Hydra expands in the same order."""
     replaced = ("hydra.sweep.dir", "hydra.sweeper.params")
-    hydra = [line for line in storable(request.hydra) if key_of(line) not in replaced]
+    hydra = [line for line in storable(map(text_of, request.hydra)) if key_of(line) not in replaced]
     own = [f"hydra.sweep.dir={quoted_plain(str(folder))}"]
     if str(request.config.hydra.sweeper._target_).endswith("BasicSweeper"):
         own.append("hydra.sweeper.params=null")

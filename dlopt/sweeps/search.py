@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import optuna
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -20,7 +21,7 @@ from dlopt.basics.plain import flatten, is_below
 from dlopt.basics.ranges import Count, Seed
 from dlopt.config.compose import Composer
 from dlopt.config.keys import is_seed
-from dlopt.config.overrides import key_of, text_of
+from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.metrics.names import Modes, base_name, mode_of, monitored_modes
 from dlopt.results.leaderboard import Direction, direction_of, front, is_number, job_record, leaderboard
@@ -63,7 +64,7 @@ class SearchSettings:
 
 def search(request: SweepRequest) -> int:
     """Runs the jobs of a search; returns the exit code. Raises `UserError` before it creates any file."""
-    spec = build_study_spec(request.composer, request.config, [text_of(override) for override in request.swept])
+    spec = build_study_spec(request.composer, request.config, request.swept)
     jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
     facts = study_facts(spec, jobs[0].saved)
     if request.config.dry_run:
@@ -153,7 +154,7 @@ def _show(spec: StudySpec, jobs: Sequence[FrozenTrial]) -> None:
 # -- the search's config
 
 
-def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence[str]) -> StudySpec:
+def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence[str | Override]) -> StudySpec:
     """Checks the search in a composed config and the command line's overrides. Raises `UserError`."""
     sweeper = cast("dict[str, Any]", OmegaConf.to_container(config.hydra.sweeper, resolve=True))
     plain = {key: value for key, value in sweeper.items() if not key.startswith("_")}

@@ -26,7 +26,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.basics.ranges import Count, Natural, Positive
 from dlopt.basics.secrets import is_secret_name
 from dlopt.parallel.processes.launch import RECORD, python_module
-from dlopt.run.job import CODE_OF
+from dlopt.run.runner import CODE_OF
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import RETURNED, Pool, Process
 from dlopt.sweeps.worker import JOBS, LOG, Lines, create, has_left

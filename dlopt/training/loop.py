@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from dlopt.training.checkpoint.checkpoints import Checkpoints, evaluated_epoch
 from dlopt.training.evaluate import Validate
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.progress import Clock, Intervals, Progress, Status
-from dlopt.training.step import EpochBatches, Step, UpdateRecord
+from dlopt.training.step import EpochBatches, Step, Update, UpdateRecord
 from dlopt.training.stopping import Best, Stopping
 from dlopt.training.user_observers import NO_OBSERVERS, OwnObservers
 
@@ -39,6 +39,7 @@ class Trainer:
     """A run in progress. `fit` is the training loop; `state_dict` is the content of a checkpoint."""
 
     step: Step
+    run_update: Update  # `step.update`, with what surrounds it
     batches: EpochBatches
     validate: Validate | None
     tracking: Tracking
@@ -85,14 +86,18 @@ class Trainer:
                 self.module.train()
                 progress = self.progress  # replaced by a rollback
                 try:
-                    # Resumed where the run was interrupted before an evaluation within the epoch, or during it.
-                    interrupted = self._is_evaluation_due() and not self._evaluate(clock, stop, ends_epoch=False)
+                    # 1. A run that resumes just before an evaluation within the epoch, or during it, evaluates first.
+                    interrupted = False
+                    if self._is_evaluation_due():
+                        interrupted = self._evaluate(clock, stop, ends_epoch=False) == "interrupted"
+
+                    # 2. The updates of an epoch, or the rest of it. After the last one, only the evaluation or the
+                    #    summary may be missing.
                     for batch in self.batches.epoch(progress.epoch, progress.position, progress.step):
                         if interrupted or progress.step == steps or self.stopping.should_stop:
-                            break  # resumed after the last update: its evaluation, or only the summary, is missing
+                            break
                         logs = log_every is not None and (progress.step + 1) % log_every == 0
-                        record = self.step.update(batch, progress.step, log_norm=logs)
-                        self.train_metrics.add(*record.micro_batches)
+                        record = self.update(batch, progress.step, log_norm=logs)
                         progress.step += 1
                         progress.position += 1
                         self.tracking.advance(progress.step)
@@ -103,19 +108,26 @@ class Trainer:
                             self.tracking.step(progress.step, clock.metrics(float(self.step.rate), record.norm))
                         # Between updates only: all ranks have counted the same updates when they read the flag, and
                         # a checkpoint never holds half an update.
-                        if stop or self.stopping.should_stop:
+                        interrupted = bool(stop)
+                        if interrupted or self.stopping.should_stop:
                             break
                         if self._is_evaluation_due():
                             self.step.check_weights()
-                            interrupted = not self._evaluate(clock, stop, ends_epoch=False)
+                            interrupted = self._evaluate(clock, stop, ends_epoch=False) == "interrupted"
                             if interrupted or self.stopping.should_stop:
                                 break
                         elif self._is_save_due():
                             clock.stop()
                             self.save()
                     self.step.check_weights()
-                    # An interrupted run is saved without evaluation: its time is limited, and it resumes right here.
-                    if interrupted or stop or not self._end_epoch(clock, stop):
+
+                    # 3. Evaluate the epoch, unless an evaluation within it has stopped the run and ended it.
+                    interrupted = interrupted or bool(stop)
+                    if not interrupted and progress.position > 0:
+                        interrupted = self._evaluate(clock, stop, ends_epoch=True) == "interrupted"
+
+                    # 4. An interrupted run is saved as it is: its time is limited, and it resumes right here.
+                    if interrupted:
                         clock.stop()
                         self.save()
                         return "interrupted"
@@ -128,24 +140,19 @@ class Trainer:
             return "finished"
 
     def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
-        """Runs one update and adds its metrics, for loops other than `fit`. See `Step.update`."""
-        record = self.step.update(batch, number, log_norm=log_norm)
+        """Runs one update and adds its metrics. See `Step.update`."""
+        record = self.run_update(batch, number, log_norm=log_norm)
         self.train_metrics.add(*record.micro_batches)
         return record
 
     def _clock(self) -> Clock:
         return Clock(self.progress, self.train_metrics, self.timing)
 
-    def _end_epoch(self, clock: Clock, stop: Interruption) -> bool:
-        """Evaluates after the last update of an epoch, unless an evaluation has ended it. See `_evaluate`."""
-        return self.progress.position == 0 or self._evaluate(clock, stop, ends_epoch=True)
-
-    def _evaluate(self, clock: Clock, stop: Interruption, *, ends_epoch: bool) -> bool:
+    def _evaluate(self, clock: Clock, stop: Interruption, *, ends_epoch: bool) -> Literal["done", "interrupted"]:
         """Evaluates, updates best model, stopping rule and schedule, logs, and saves, each if due.
 
         `ends_epoch`: whether all updates of the epoch are done. An evaluation within an epoch that stops the run ends
-        the epoch, too. Returns False if the evaluation was interrupted. The state is then unchanged: a resumed run
-        evaluates again.
+        the epoch, too. After an interrupted evaluation the state is unchanged: a resumed run evaluates again.
         """
         progress, intervals, epoch = self.progress, self.intervals, self.progress.epoch + 1
         last = ends_epoch and (progress.step >= intervals.steps or self.stopping.should_stop)
@@ -162,7 +169,7 @@ class Trainer:
         if evaluated and self.validate is not None:
             validation_metrics = self.validate(stop)
             if validation_metrics is None:
-                return False
+                return "interrupted"
             metrics |= validation_metrics
             self.train_metrics.warn_if_not_finite(metrics, "val_loss", self.tracking.message)
             self.stopping.update(metrics)
@@ -188,7 +195,7 @@ class Trainer:
         if improved or save_due or last or self.stopping.should_stop:
             self.save(best=improved)
             clock.stop()
-        return True
+        return "done"
 
     def _fractional_epoch(self) -> float:
         """Returns completed epochs, with the fraction of the current one."""

@@ -23,7 +23,8 @@ from dlopt.parallel.processes.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import check_norm_batches
-from dlopt.training.builders.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
+from dlopt.training.builders.optimizer import build_optimizer, build_schedule, snapshot_names
+from dlopt.training.builders.step import build_step, build_update
 from dlopt.training.builders.workload import (
     Workload,
     build_mode,
@@ -224,21 +225,21 @@ def build_trainer(
             sampler.observe(sample_losses(workload.loss, outputs, targets))
 
     train_metrics = MetricSum(workload.task, update_sampler, reduction(workload))
-    step, graph_obstacle = build_step(
+    step = build_step(
+        workload, network, optimizer, schedule, measure=train_metrics.measure, average=average, checks=checks
+    )
+    update, graph_obstacle = build_update(
         workload,
-        network,
-        optimizer,
-        schedule,
+        step,
         average=average,
         stopping=stopping,
         skip=recovery.skip if checks and settings.on_divergence == "skip" else None,
-        measure=train_metrics.measure,
-        observers=observers if mode.ranks.is_main else (),
-        checks=checks,
+        observers=observers,
         batch_size=batches.batch_size,
     )
     return Trainer(
         step=step,
+        run_update=update,
         batches=observed,
         validate=validation(workload, optimizer, average, tracking.evaluating),
         tracking=tracking,

@@ -1,13 +1,12 @@
-"""One training step: forward, backward, non-finite check, clipping, optimizer, schedule, hooks.
+"""One training step, in three functions: `Step.update`, its closure `Step.__call__`, and `Step.forward_backward`.
 
 All optimizers (gradient descent, L-BFGS, SAM, Newton with a line search) share one code path: the step itself is the
-closure of `optimizer.step(closure)`. For an optimizer that evaluates the loss once per update, the closure runs first,
-and the optimizer then steps without it. This is what allows gradient scaling: `GradScaler.step` accepts no closure.
+closure of `optimizer.step(closure)`. What only some runs need (observers, skipped updates, micro-batches that are
+halved when memory runs out) surrounds these functions: see `around.py`.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,13 +24,10 @@ from dlopt.metrics.sums import Measure, Measured
 from dlopt.models.known import is_stochastic
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.shards import local
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import Clip, Unclipped, gradient_norm
-from dlopt.training.nonfinite import Diverged, NonFiniteCheck, check_weights, locate
-
-log = logging.getLogger(__name__)
+from dlopt.training.nonfinite import NonFiniteCheck, check_weights, locate
 
 _NO_CONTEXT = nullcontext()
 
@@ -115,25 +111,46 @@ class EpochBatches(Protocol):
         ...
 
 
+ForwardBackward = Callable[[Batch], tuple[Tensor, list[Measured]]]
+"""See `Step.forward_backward`."""
+
+
+class Update(Protocol):
+    """See `Step.update`."""
+
+    def __call__(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord: ...
+
+
 class Observer:
     """Base of diagnostics and profiler: observes updates and must not change their results."""
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
-        """Returns the network and the training batches, possibly wrapped."""
+        """Returns the network and the training batches, possibly wrapped, before the step is built."""
         return network, batches
+
+    def attach(self, step: "Step") -> None:
+        """Puts functions around `step.run_batch` and `step.clip`.
+
+        When `clip` is called, the gradients are reduced and unscaled; after it, the optimizer may overwrite them.
+        """
 
     def around(self, step: "Step", inputs: Tensor, targets: Tensor, number: int) -> AbstractContextManager[None] | None:
         """Returns a context manager for update `number` (from 0) on this batch; None: do not observe this update."""
         return None
 
-    def before_evaluation(self) -> None:
-        """Called before each forward and backward pass of a batch."""
 
-    def after_evaluation(self) -> None:
-        """Called after each backward pass; gradients are reduced and unscaled, but not clipped."""
+@dataclass(frozen=True)
+class CurrentUpdate:
+    """The arguments of the current update, which the closure repeats: an optimizer calls it without arguments.
 
-    def after_clipping(self) -> None:
-        """Called after each clipping, before the optimizer, which may overwrite the gradients."""
+    Attributes:
+        seed: of the random numbers of the model's layers.
+    """
+
+    batch: Batch
+    number: int  # from 0
+    log_norm: bool
+    seed: int
 
 
 class Step:
@@ -147,9 +164,14 @@ class Step:
         mode: splits a batch into micro-batches and reduces their losses and gradients over processes.
         measure: keeps what the metrics need of a micro-batch.
         clip: clips the reduced gradients.
-        post_hooks: called after every update that was not skipped (buffer synchronization, weight averaging).
-        after_step: called after every update that has changed the weights (stopping rules).
-        skip: decides whether to skip an update with non-finite gradients; None: raise the error.
+        synchronize_buffers: makes the buffers equal on all ranks; called after every update.
+        average: updates the average of the weights; called after every update.
+
+    Attributes:
+        run_batch: calls `forward_backward`; may be replaced by a function around it.
+        seeds: whether evaluations seed the random numbers of the model's layers.
+        rate: learning rate of the latest update.
+        record: of the latest update; None until its first evaluation has ended.
     """
 
     def __init__(
@@ -163,10 +185,8 @@ class Step:
         precision: Precision,
         measure: Measure,
         clip: Clip | None = None,
-        post_hooks: Sequence[Callable[[], None]] = (),
-        after_step: Callable[[], None] | None = None,
-        skip: Callable[[Diverged], bool] | None = None,
-        observers: Sequence[Observer] = (),
+        synchronize_buffers: Callable[[], None] | None = None,
+        average: Callable[[], None] | None = None,
     ) -> None:
         self.module = network.module
         self.optimizer = optimizer
@@ -174,16 +194,16 @@ class Step:
         self.mode = mode
         self.settings = settings
         self.measure = measure
-        self.clip = Unclipped() if clip is None else clip
-        self.post_hooks = post_hooks
-        self.after_step = after_step
-        self.skip = skip
-        self.observers = observers
+        self.clip: Clip = Unclipped() if clip is None else clip
+        self.synchronize_buffers = synchronize_buffers
+        self.average = average
+        self.run_batch: ForwardBackward = self.forward_backward
+        self.seeds = True
         self.scaler = precision.scaler()
         self.accumulate = settings.accumulate
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-        self.rate = schedule.rate  # learning rate of the latest update
-        self.record: UpdateRecord | None = None  # of the latest update; None until its first evaluation has ended
+        self.rate = schedule.rate
+        self.record: UpdateRecord | None = None
         self.check = NonFiniteCheck(
             self.parameters,
             immediate=settings.check_now,
@@ -191,7 +211,7 @@ class Step:
             norm=None if mode.state.sharding == "replicated" else mode.state.norm,
         )
         has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
-        self._zero_grad = optimizer.zero_grad if has_own_zero_grad else self._drop_gradients
+        self.zero_grad: Callable[[], None] = optimizer.zero_grad if has_own_zero_grad else self._drop_gradients
         self._model = precision.autocast(network.model)
         self._eager_model = precision.autocast(network.module)
         self._loss = precision.autocast(network.loss)
@@ -200,11 +220,6 @@ class Step:
         # Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
         self._generators = _generators(self.parameters) if is_stochastic(network.module) else []
         self._checks_all = optimizer_traits(optimizer).uses_all_gradients
-        self._may_undo = skip is not None or settings.halve_on_out_of_memory
-        buffers = network.module.buffers() if self._may_undo else ()
-        self._buffers = [local(buffer) for buffer in buffers if not buffer.is_meta]  # batch-norm statistics
-        self._saved_buffers = [buffer.clone() for buffer in self._buffers]
-        self._scale = None if self.scaler is None or after_step is None else self.scaler.get_scale()
         self._evaluations = 0  # of the loss, in all updates of the run
 
     # -- the update
@@ -214,63 +229,59 @@ class Step:
 
         `log_norm`: compute the norm of the gradient before clipping. Raises `Diverged`.
         """
-        with self._observed(batch, number) if self.observers else _NO_CONTEXT:
-            self._begin(batch, number, log_norm=log_norm)
-            try:
-                if not self.settings.evaluates_once:
-                    self.optimizer.step(self)  # type: ignore[arg-type]
-                else:
-                    self()  # raises `Diverged` before the optimizer changes the weights
-                    if self.scaler is None:
-                        self.optimizer.step()
-                    else:
-                        self.scaler.step(self.optimizer)
-                        self.scaler.update()
-            except Diverged as error:
-                if self.skip is None or not error.before_update or not self.skip(error):
-                    raise
-                self._restore_buffers()
-                self.record = UpdateRecord(None, [])
-            # A skipped update counts: schedule, data and seeds depend on the update's number only.
-            self.schedule.step()
-            assert self.record is not None  # the optimizer has called the closure
-            return self._end(self.record, self.post_hooks)
+        # 1. Begin: keep what all evaluations of this update share.
+        self.begin(batch, number, log_norm=log_norm)
+
+        # 2. Compute gradients, and change the weights.
+        if not self.settings.evaluates_once:
+            self.optimizer.step(self)  # type: ignore[arg-type]  # calls `self()` as often as it needs
+        else:
+            self()  # before the optimizer: `GradScaler.step` accepts no closure; raises `Diverged` with weights intact
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)  # skips an overflow, upon which `update` reduces the scale
+                self.scaler.update()
+
+        # 3. Advance the learning rate.
+        self.schedule.step()
+
+        # 4. End: synchronize buffers, average the weights, and leave the checks that would wait for the device.
+        assert self.record is not None  # the optimizer has called the closure
+        self.end(self.record, self.average)
+        return self.record
 
     def __call__(self) -> Tensor:
         """Computes the mean loss of the batch, returned detached, and its clipped gradients, in the parameters."""
-        is_first = self.record is None
+        current, is_first = self.current, self.record is None
         self._evaluations += 1
-        self._zero_grad()
-        for observer in self.observers:
-            observer.before_evaluation()
-        # In every evaluation, not once per update: a line search compares losses of different weights, which must not
-        # differ by their dropout masks, nor count the batch once per evaluation in the statistics of batch norm.
-        self._seed()
+
+        # 1. Start from no gradients, and from the random numbers of this update. In every evaluation: a line search
+        #    compares losses of different weights, which must not differ by their dropout masks.
+        self.zero_grad()
+        self.seed()
+
+        # 2. Forward and backward. Only the first evaluation counts the batch in the statistics of batch norm.
         with _NO_CONTEXT if is_first else frozen_statistics(self.module):
-            while True:
-                try:
-                    loss, micro_batches = self.forward_backward(self.batch)
-                    break
-                except torch.OutOfMemoryError:
-                    if not self.settings.halve_on_out_of_memory or self.accumulate >= len(self.batch.targets):
-                        raise
-                # Outside the except clause, in which the exception's traceback would keep the activations alive.
-                self._halve_micro_batches()
-        # The order matters: clipping needs unscaled gradients, and would turn one non-finite entry into many. With a
-        # scaler non-finite gradients are normal: it skips the update and reduces its scale.
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+            loss, micro_batches = self.run_batch(current.batch)
         if self.record is None:
             self.record = UpdateRecord(loss, micro_batches)
+
+        # 3. Unscale before clipping, which needs the gradients in their own unit.
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+
+        # 4. Check before clipping, which would turn one non-finite entry into many. With a scaler non-finite gradients
+        #    are normal.
         if is_first or self._checks_all:
-            flag = self.check(loss, self.number, self.rate, gradients=self.scaler is None)
+            flag = self.check(loss, current.number, self.rate, gradients=self.scaler is None)
             if flag is not None:
                 self.record.flags.append((loss, flag))
-        for observer in self.observers:
-            observer.after_evaluation()
-        self.record.norm = self._clip_gradients()
-        for observer in self.observers:
-            observer.after_clipping()
+
+        # 5. Clip; the logged norm is that of before.
+        norm = gradient_norm(self.parameters, self.mode.state.norm) if current.log_norm else None
+        clipped = self.clip(self.parameters, self.mode.state.norm)
+        self.record.norm = norm if clipped is None else clipped
         return loss
 
     def forward_backward(self, batch: Batch) -> tuple[Tensor, list[Measured]]:
@@ -279,12 +290,14 @@ class Step:
         Returns that loss, detached and equal on all ranks, and what the metrics need of each micro-batch.
         """
         measured: list[Measured] = []
-        # Only a pipeline runs its micro-batches itself, several at a time.
+        # 1. A pipeline runs its micro-batches itself, several at a time.
         staged = self.mode.run_stages(batch, lambda outputs, targets: self._measured(measured, outputs, targets))
         if staged is not None:
             losses, count = staged
             measured += [Measured.of_no_samples(losses[0])] * (count - len(measured))
             return self.mode.reduce(torch.stack(losses).sum()), measured
+
+        # 2. All others run one after the other, and add up their gradients.
         losses = []
         micro_batches = self.mode.split.micro_batches(batch, self.accumulate)
         sums = _GradientSums(self.parameters) if len(micro_batches) > 2 else None  # a single addition loses nothing
@@ -292,23 +305,25 @@ class Step:
             if sums is not None and micro_batch.is_last:
                 sums.put_back()
             with self.mode.micro_batch(micro_batch):
+                # 3. Forward. Parts differ in size: each loss is weighted by its samples, because a mean of means would
+                #    weight the samples of small parts more.
                 outputs = self._model(micro_batch.inputs)
                 if micro_batch.targets.shape[0]:
-                    # Each part is weighted by its samples: parts differ in size, and a mean of means would weight the
-                    # samples of small ones more.
                     loss = self._measured(measured, outputs, micro_batch.targets, *self._teacher_outputs(micro_batch))
                     if micro_batch.weight != 1.0:
                         loss = loss * micro_batch.weight
                 else:  # the other ranks wait for this one in collectives; its gradients are zero
                     loss = outputs.sum() * 0.0
                     measured.append(Measured.of_no_samples(loss))
+                # 4. Backward. It frees the activations; without `del`, the outputs, which are large for a text, would
+                #    live until those of the next micro-batch have been computed.
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 losses.append(loss.detach())
-                # Backward has freed the activations; without this, the outputs, which are large for a text, would live
-                # until those of the next micro-batch have been computed.
                 del outputs, loss
             if sums is not None and not micro_batch.is_last:
                 sums.take()
+
+        # 5. Average over the ranks: a collective, because all ranks branch on the same loss and gradients.
         return self.mode.reduce(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), measured
 
     def loss(self) -> Tensor:
@@ -316,7 +331,8 @@ class Step:
         # Fused attention kernels have no second derivatives.
         with sdpa_kernel(SDPBackend.MATH):
             return self._differentiable(
-                self.batch, lambda outputs, part: self._loss(outputs, part.targets, *self._teacher_outputs(part))
+                self.current.batch,
+                lambda outputs, part: self._loss(outputs, part.targets, *self._teacher_outputs(part)),
             )
 
     def sampled_loss(self, seed: int) -> tuple[Tensor, int]:
@@ -325,11 +341,12 @@ class Step:
 
         Each prediction has its own random number, so that the draw does not depend on the micro-batches.
         """
-        inputs, targets = self.batch
+        batch = self.current.batch
+        inputs, targets = batch
         shape = targets.shape[:1] if targets.is_floating_point() else targets.shape  # mixed labels: [B, K]
         draw = torch.Generator(targets.device).manual_seed(seed)
         noise = torch.rand(shape, generator=draw, device=targets.device)
-        drawn = Batch(inputs, noise, self.batch.total)
+        drawn = Batch(inputs, noise, batch.total)
         return self._differentiable(
             drawn, lambda outputs, part: self._sampled_loss(outputs, part.targets)
         ), noise.numel()
@@ -363,45 +380,26 @@ class Step:
 
     # -- parts of an update
 
-    def _begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
+    def begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
+        """Starts an update, whose evaluations `self()` makes."""
         self.record = None  # the next evaluation is the first one of an update
-        self.batch, self.number = batch, number
         self.rate = self.schedule.rate
-        self._log_norm = log_norm
-        # The forward pass changes running statistics before anyone can know that the update will be skipped. Weights
-        # need no copy: they are unchanged until the check has passed.
-        if self._buffers:
-            torch._foreach_copy_(self._saved_buffers, self._buffers)
-        if self._generators:
-            self._draw_seed = stream(self.settings.seed, number)
+        seed = stream(self.settings.seed, number) if self._generators else 0
+        self.current = CurrentUpdate(batch, number, log_norm, seed)
 
-    def _end(self, record: UpdateRecord, hooks: Sequence[Callable[[], None]]) -> UpdateRecord:
-        """Hands the deferred checks over, and calls the hooks of an update that was not skipped."""
+    def end(self, record: UpdateRecord, average: Callable[[], None] | None) -> None:
+        """Hands the deferred checks over; synchronizes buffers before `average`, which includes them."""
         for loss, flag in record.flags:
-            self.check.defer(loss, self.number, self.rate, flag)
-        if record.loss is None:
-            return record
-        for hook in hooks:
-            hook()
-        if self.after_step is not None and not self._was_skipped_by_scaler():
-            self.after_step()
-        return record
+            self.check.defer(loss, self.current.number, self.rate, flag)
+        if self.synchronize_buffers is not None:
+            self.synchronize_buffers()
+        if average is not None:
+            average()
 
-    def _was_skipped_by_scaler(self) -> bool:
-        """Returns whether the gradient scaler has skipped this update: then it reduces its scale. Synchronizes."""
-        if self.scaler is None:
-            return False
-        former, self._scale = self._scale, self.scaler.get_scale()
-        return former is not None and self._scale < former
-
-    @contextmanager
-    def _observed(self, batch: Batch, number: int) -> Iterator[None]:
-        contexts = [observer.around(self, batch.inputs, batch.targets, number) for observer in self.observers]
-        with ExitStack() as stack:
-            for context in contexts:
-                if context is not None:
-                    stack.enter_context(context)
-            yield
+    def seed(self) -> None:
+        """Gives all evaluations of an update the same random numbers, which depend on its number only (resuming)."""
+        for generator in self._generators if self.seeds else ():
+            generator.manual_seed(self.current.seed)
 
     def _teacher_outputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Returns the further argument of the loss, if there is a teacher."""
@@ -421,7 +419,7 @@ class Step:
                 "not averaged over ranks; use parallel=single or another optimizer"
             )
         self._evaluations += 1
-        self._seed()
+        self.seed()
         with torch.enable_grad(), frozen_statistics(self.module):
             # The uncompiled model: torch.compile has no second derivatives.
             parts = self.mode.split.micro_batches(batch, self.accumulate)
@@ -433,35 +431,8 @@ class Step:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _seed(self) -> None:
-        """Gives all evaluations of an update the same random numbers, which depend on its number only (resuming)."""
-        for generator in self._generators:
-            generator.manual_seed(self._draw_seed)
-
-    def _clip_gradients(self) -> Tensor | None:
-        """Returns the norm before clipping if clipping or logging needs it."""
-        norm = gradient_norm(self.parameters, self.mode.state.norm) if self._log_norm else None
-        clipped = self.clip(self.parameters, self.mode.state.norm)
-        return norm if clipped is None else clipped
-
-    def _restore_buffers(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._saved_buffers)
-
-    def _halve_micro_batches(self) -> None:
-        """Undoes the failed evaluation, frees its memory, and doubles the number of micro-batches."""
-        self._zero_grad()
-        if self.record is None:  # further evaluations leave them unchanged
-            self._restore_buffers()
-        self._seed()
-        if self.batch.targets.is_cuda:
-            torch.cuda.empty_cache()
-        self.accumulate *= 2
-        size = -(-len(self.batch.targets) // self.accumulate)
-        log.warning("out of memory at update %d: continuing with micro-batches of %d samples", self.number + 1, size)
-
     def _locate(self, loss_is_finite: bool) -> str:
-        return locate(self.module, self.batch.inputs, self.mode, self.loss, loss_is_finite=loss_is_finite)
+        return locate(self.module, self.current.batch.inputs, self.mode, self.loss, loss_is_finite=loss_is_finite)
 
 
 class _GradientSums:

@@ -358,7 +358,7 @@ def split(bench: Bench, name: str, workload: Workload) -> list[Row]:
         init_seconds = initialize(bench, workload, workload.experiment)
         training = probe_trainer(workload, bench.folder / f"{name} split")
         set_up = bench.wait() - start
-        update = training.step.update
+        update = training.run_update
 
         def timed_update(*arguments: Any, **keys: Any) -> Any:
             start, captured = bench.wait(), sum(captures)
@@ -366,7 +366,7 @@ def split(bench: Bench, name: str, workload: Workload) -> list[Row]:
             updates.append(bench.wait() - start - (sum(captures) - captured))
             return record
 
-        training.step.update = timed_update  # type: ignore[method-assign]
+        training.run_update = timed_update
         start = bench.wait()
         training.fit(Interruption())  # not entered: signals end the script
         total = bench.wait() - start

@@ -110,6 +110,7 @@ def training(
     )
     return Trainer(
         step=step,
+        run_update=step.update,
         batches=batches,
         validate=None,
         tracking=tracking,

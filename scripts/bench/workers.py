@@ -23,7 +23,7 @@ from pathlib import Path
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.parallel.processes.launch import python_module
-from dlopt.run.job import describe
+from dlopt.run.record import describe
 from dlopt.sweeps.worker import JOBS, Lines, create
 
 LINE = ["device=cpu", "threads=1", "model=mlp", "model.widths=[8]", "data.subset=100", "epochs=1", "tracking=[]"]

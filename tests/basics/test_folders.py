@@ -21,7 +21,8 @@ from dlopt.basics.folders import FORMAT, FolderSnapshot, RunFolder, make, make_n
 from dlopt.basics.interruption import Interrupted
 from dlopt.config.resuming import differences
 from dlopt.parallel.processes.rendezvous import World
-from dlopt.run import attempt, job
+from dlopt.run import runner
+from dlopt.run.folder import Placed
 from dlopt.training.checkpoint import checkpoints
 from tests.support.line import HeldByAnotherProcess, Result, dlopt, entries, only, refused
 from tests.support.sizes import TINY
@@ -210,7 +211,7 @@ def test_a_restarted_launcher_continues_the_run_that_it_has_started_from_a_check
     if not has_saved:
         for path in (first / "checkpoints").iterdir():
             path.unlink()
-    monkeypatch.setattr("dlopt.run.attempt.current", lambda: World("torchrun", 0, 2, 0, 2, restarts=1))
+    monkeypatch.setattr("dlopt.run.folder.current", lambda: World("torchrun", 0, 2, 0, 2, restarts=1))
     train(tmp_path, *line, "epochs=3")
     run = first if place or has_saved else max(tmp_path.glob("outputs/train/*"))
     assert [each["epoch"] for each in lines(run)] == [1, 2, 3]
@@ -449,15 +450,15 @@ def test_relative_folders_are_relative_to_the_working_directory(tmp_path: Path) 
 
 
 def test_folder_taken_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = attempt.prepare
+    place = runner.place
 
-    def taken_meanwhile(*arguments: Any) -> attempt.Prepared:
+    def taken_meanwhile(*arguments: Any) -> Placed:
         monkeypatch.undo()
-        ready = prepare(*arguments)
+        placed = place(*arguments)
         train(tmp_path, IN_RUN)
-        return ready
+        return placed
 
-    monkeypatch.setattr(attempt, "prepare", taken_meanwhile)
+    monkeypatch.setattr(runner, "place", taken_meanwhile)
     result = dlopt(tmp_path, "train", *TINY, IN_RUN)
     assert result.code == 2 and "active in this folder" in result.err
     assert RunFolder(tmp_path / "run").is_finished() and len(lines(tmp_path / "run")) == 2
@@ -478,13 +479,13 @@ def test_cleanup_of_a_resumed_run(place: str, tmp_path: Path, monkeypatch: pytes
 
 def test_signal_after_the_run_leaves_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the end of the training and its exit code."""
-    start = job.start
+    execute = runner.execute
 
-    def interrupted(*arguments: Any, **keys: Any) -> int:
-        start(*arguments, **keys)
+    def interrupted(*arguments: Any, **keys: Any) -> None:
+        execute(*arguments, **keys)
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr("dlopt.commands.train.start", interrupted)
+    monkeypatch.setattr(runner, "execute", interrupted)
     assert dlopt(tmp_path, "train", *TINY, IN_RUN).code == 75
     assert RunFolder(tmp_path / "run").is_finished()
 

@@ -139,6 +139,7 @@ def test_signal_within_a_composition(tmp_path: Path, monkeypatch: pytest.MonkeyP
         finally:
             raise AssertionError
 
+    monkeypatch.setattr("dlopt.config.compose.recall", lambda *_: None)  # else from memory, without Hydra
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", load)
     result = dlopt(tmp_path, "train", *TINY, "model.norm=none")
     assert (result.code, result.err) == (75, "dlopt: interrupted by SIGTERM\n")

@@ -12,7 +12,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.schema import MOVED, resolve_target
-from dlopt.run.job import describe
+from dlopt.run.record import describe
 from tests.support.line import SMALL, dlopt, only, refused
 
 RUN = (

@@ -14,7 +14,6 @@ from dlopt.lab.diagnosis.measuring import prepare
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.run import probe_trainer
-from dlopt.training.step import Step
 from tests.support.runs import RICH, SMALL, experiment, result, resume, same, start
 
 DIAGNOSTICS = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
@@ -105,7 +104,7 @@ def test_eigenvalue_converges_over_measurements(tmp_path: Path) -> None:
 
 def test_no_observers_by_default(tmp_path: Path) -> None:
     trainer = probe_trainer(build_workload(experiment(*SMALL)), tmp_path)
-    assert type(trainer.step) is Step and not trainer.step.observers
+    assert trainer.run_update == trainer.step.update
 
 
 def test_logs_to_tensorboard_at_the_same_updates_after_resume(tmp_path: Path) -> None:

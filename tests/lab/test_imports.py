@@ -15,7 +15,7 @@ instruments.profiling instruments.ranks machine.device machine.memory machine.th
 models.layers models.locally_connected models.recurrent models.vit optim optim.adam optim.common optim.newton
 optim.parameters optim.traits parallel.collectives parallel.mode parallel.modes.chain parallel.processes.launch
 parallel.processes.process_group parallel.processes.rendezvous results.drawing results.leaderboard results.page
-results.reading results.tables run.environment run.job schedules sweeps.estimate sweeps.jobs sweeps.pool
+results.reading results.tables run.environment run.runner schedules sweeps.estimate sweeps.jobs sweeps.pool
 sweeps.run sweeps.samplers sweeps.search sweeps.space tracking.console tracking.layout tracking.metrics
 tracking.overview tracking.remote tracking.tensorboard trained.distillation trained.restore training.averaging
 training.builders.model_check training.builders.optimizer training.builders.speed training.builders.workload

@@ -197,9 +197,9 @@ def test_open_streams_are_kept(tmp_path: Path) -> None:
 # -- starts that are cut off
 
 WINDOWS = {  # a function that is called between the creation of the folder and the first checkpoint -> call it first
-    "dlopt.run.attempt.make": True,
-    "dlopt.run.job.describe": False,
-    "dlopt.run.job.write_json": True,
+    "dlopt.run.folder.make": True,
+    "dlopt.run.record.describe": False,
+    "dlopt.run.record.write_json": True,
     "dlopt.training.run.build_workload": False,
     "dlopt.training.run.log_header": True,
     "dlopt.training.checkpoint.checkpoints.write": False,
@@ -230,7 +230,7 @@ def cut_off(target: str, is_after: bool, number: signal.Signals, folder: Path, *
     [
         *((target, signal.SIGKILL) for target in WINDOWS),
         # From `training.run` on, the other signals stop the run with a checkpoint.
-        *(("dlopt.run.job.write_json", number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)),
+        *(("dlopt.run.record.write_json", number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)),
     ],
 )
 def test_a_start_that_was_cut_off_blocks_nothing(target: str, number: signal.Signals, tmp_path: Path) -> None:

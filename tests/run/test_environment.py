@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dlopt.run import environment
-from dlopt.run.job import _record_machine
+from dlopt.run.record import _record_machine
 from tests.support.line import dlopt
 from tests.support.requires import require, requires
 from tests.support.sizes import TINY

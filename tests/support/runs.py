@@ -24,7 +24,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batch
 from dlopt.metrics.sums import Measured
-from dlopt.run import job
+from dlopt.run import runner
 from dlopt.training.builders.precision import torch_defaults
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint import checkpoints
@@ -68,7 +68,7 @@ def resume(folder: Path, *overrides: str) -> dict[str, Any]:
 def run_job(run: Run) -> dict[str, Any]:
     """Trains as a job does, in this process."""
     with Interruption(run.experiment.settings.max_time) as interruption, torch_defaults():
-        return train_run(run, interruption, console=False, **job.tools(run, console=False))
+        return train_run(run, interruption, console=False, **runner.tools(run, console=False))
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def execute(folder: Path, *overrides: str) -> int:
     """Runs a job that starts, or resumes from the newest checkpoint in `folder`; returns its exit code."""
     folder.mkdir(exist_ok=True)
     state = Checkpoints(folder / "checkpoints").load_newest()
-    return job.execute(Run(experiment(*overrides), folder, state, overrides=[*overrides]), console=False)
+    return runner.exit_code(Run(experiment(*overrides), folder, state, overrides=[*overrides]), console=False)
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def explosions(bad: Callable[[int, float], bool], on: str = "loss") -> Iterator[
 
     def forward_backward(self: Step, batch: Batch) -> tuple[Tensor, list[Measured]]:
         value, measured = original(self, batch)
-        if bad(self.number + 1, self.optimizer.param_groups[0]["lr"]):
+        if bad(self.current.number + 1, self.optimizer.param_groups[0]["lr"]):
             if on == "loss":
                 return value * math.nan, measured
             self.parameters[0].grad.view(-1)[0] = math.nan  # type: ignore[union-attr]

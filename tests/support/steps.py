@@ -1,6 +1,6 @@
 """A small network, its batches, and steps that train it in one process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from dlopt.data.batches import Batch
 from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
+from dlopt.training.around import surround
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import Clip
 from dlopt.training.nonfinite import Diverged
@@ -45,12 +46,13 @@ def make_step(
     loss: nn.Module | None = None,
     precision: Precision | None = None,
     clip: Clip | None = None,
-    post_hooks: Sequence[Callable[[], None]] = (),
-    after_step: Callable[[], None] | None = None,
+    average: Callable[[], None] | None = None,
+    after_change: Callable[[], None] | None = None,
     skip: Callable[[Diverged], bool] | None = None,
     **settings: Any,
 ) -> Step:
-    return Step(
+    """Returns a step whose `update` has around it what the arguments enable."""
+    step = Step(
         Network(model, model, loss or nn.CrossEntropyLoss()),
         optimizer,
         Scheduler(optimizer, factor),
@@ -59,10 +61,10 @@ def make_step(
         precision=precision or Precision("fp32", CPU),
         measure=MetricSum(CLASSIFICATION).measure,
         clip=clip,
-        post_hooks=post_hooks,
-        after_step=after_step,
-        skip=skip,
+        average=average,
     )
+    step.update = surround(step, step.update, after_change=after_change, skip=skip)  # type: ignore[method-assign]
+    return step
 
 
 def train(step: Step, batch: Batch, number: int, sums: MetricSum, *, log_norm: bool = False) -> UpdateRecord:
@@ -74,7 +76,7 @@ def train(step: Step, batch: Batch, number: int, sums: MetricSum, *, log_norm: b
 
 def begin(step: Step, batch: Batch, number: int = 0, *, log_norm: bool = False) -> None:
     """Starts an update, of which a test calls the evaluations itself."""
-    step._begin(batch, number, log_norm=log_norm)
+    step.begin(batch, number, log_norm=log_norm)
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:

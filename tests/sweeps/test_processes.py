@@ -14,7 +14,7 @@ import yaml
 from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.run.job import describe
+from dlopt.run.record import describe
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Forked, spawn
 from dlopt.training.checkpoint import checkpoints

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.text import Text
 
-from dlopt.run.attempt import job_environment
+from dlopt.run.runner import job_environment
 from dlopt.tracking import layout
 
 METRICS = {

@@ -132,7 +132,7 @@ def training(
         StepSettings(check_now=check_now),
         precision=Precision("fp32", cpu),
         measure=MetricSum(CLASSIFICATION).measure,
-        post_hooks=() if average is None else (average.update,),
+        average=None if average is None else average.update,
     )
     inputs, targets = samples()
 
@@ -161,6 +161,7 @@ def training(
     }
     return Trainer(
         step=step,
+        run_update=step.update,
         intervals=Intervals(**lengths),
         average=average,
         normalize=nn.Identity(),

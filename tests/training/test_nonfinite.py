@@ -230,7 +230,9 @@ def test_updates_that_the_scaler_skips_do_not_count_as_small() -> None:
             return torch.amp.GradScaler("cpu", init_scale=4.0)
 
     rule = Tolerance(model, tolerance=1e9, iterations=10)
-    update = make_step(model, sgd(model), precision=Scaled("fp32", CPU), check_now=False, after_step=rule.after_update)
+    update = make_step(
+        model, sgd(model), precision=Scaled("fp32", CPU), check_now=False, after_change=rule.after_update
+    )
     for step in range(3):
         update.update(batch(0), step)
         assert rule.count == 0
@@ -252,8 +254,7 @@ def test_skipped_update_changes_nothing(how: str) -> None:
     """Weights, momentum, running statistics, metrics and the count of tiny changes; schedule and data advance."""
     model = nn.Sequential(*list(net(dropout=0.0)), Bad(NAN, calls=10**6))
     skipping, rule = recovery("skip"), Tolerance(model, tolerance=1e9, iterations=10)
-    hooks = [rule.after_update]
-    update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip, post_hooks=hooks)
+    update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip, average=rule.after_update)
     sums = MetricSum(CLASSIFICATION)
     train(update, batch(0), 0, sums)
     before = copy.deepcopy((model.state_dict(), update.optimizer.state_dict()["state"]))
@@ -476,7 +477,7 @@ def one_rank_diverges(folder: str) -> None:
     original, made = Step.forward_backward, Step.__init__
 
     def is_time(step: Step, on: str) -> bool:
-        return rank == 1 and step.number + 1 == 6 and on == kind
+        return rank == 1 and step.current.number + 1 == 6 and on == kind
 
     def forward_backward(self: Step, batch: Batch) -> tuple[Tensor, list[Measured]]:
         if is_time(self, "inputs"):

@@ -242,12 +242,12 @@ def augmentation_stream_lost() -> AbstractContextManager[Any]:
 
 
 def dropout_stream_lost() -> AbstractContextManager[Any]:
-    original = Step._begin
+    original = Step.begin
 
     def begin(self: Step, batch: Batch, number: int, **keys: Any) -> None:
         original(self, batch, number - 6, **keys)
 
-    return patch.object(Step, "_begin", begin)
+    return patch.object(Step, "begin", begin)
 
 
 def optimizer_lost() -> AbstractContextManager[Any]:

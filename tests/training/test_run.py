@@ -22,7 +22,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batches
 from dlopt.parallel.ranks import Ranks
-from dlopt.run import job
+from dlopt.run import runner
 from dlopt.training.builders.workload import Workload, build_workload, training_batches
 from dlopt.training.checkpoint.checkpoints import KEYS, Checkpoints, load
 from dlopt.training.loop import Trainer
@@ -267,7 +267,7 @@ def test_stopping_early(tmp_path: Path) -> None:
     overrides = [*SMALL, "stopping=early", "stopping.patience=2", "monitor=val_loss", "schedule=constant"]
     summary = start(tmp_path, *overrides, "optimizer.lr=1e-30", "epochs=50", "model.norm=none")
     assert (summary["status"], summary["epochs"], summary["best_epoch"]) == ("stopped_early", 3, 1)
-    assert job.CODE_OF[summary["status"]] == 0
+    assert runner.CODE_OF[summary["status"]] == 0
 
 
 # -- status

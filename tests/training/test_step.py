@@ -299,11 +299,11 @@ def test_clips_before_the_update() -> None:
     assert 0 < max(moved) <= 1.01e-4
 
 
-def test_post_hooks_see_the_new_weights() -> None:
+def test_the_weight_average_sees_the_new_weights() -> None:
     model = net()
     seen = []
     update = make_step(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), post_hooks=[lambda: seen.append(copy.deepcopy(model))]
+        model, torch.optim.SGD(model.parameters(), lr=0.1), average=lambda: seen.append(copy.deepcopy(model))
     )
     for step in range(3):
         update.update(batch(step), step)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from omegaconf import OmegaConf
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.interruption import die_on_signals
+from dlopt.basics.interruption import die_on_signals, print_error
 from dlopt.config.choices import config_folder
 from dlopt.config.overrides import group_of, key_of
 from dlopt.config.saved import typed_values
 from dlopt.config.schema import check_arguments
 from dlopt.parallel.processes import launch
 from dlopt.parallel.processes.rendezvous import current, end_process, first_to_fail, join_store, leave
-from dlopt.run.job import failure, print_error
+from dlopt.run.record import failure
 
 if TYPE_CHECKING:
     import torch

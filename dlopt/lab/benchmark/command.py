@@ -60,7 +60,6 @@ from dlopt.lab.benchmark.results import Results, TrialRecord, load_reference, to
 from dlopt.lab.trials import READS_OF_HYDRA, has_ended, is_fixed, launcher, refuse_protocol, take_optimizers
 from dlopt.results.leaderboard import distinguishes
 from dlopt.run import environment
-from dlopt.run.job import print_error
 from dlopt.sweeps.estimate import Estimate, estimate_job
 from dlopt.sweeps.run import refuse_ranks
 
@@ -304,7 +303,8 @@ def _measure(line: Line, request: "TrialRequest", manifest: Manifest) -> None:
                 _measure_cost(line, request, optimizer, workload, folder / COST)
             except Exception as error:  # of the optimizer, which is the user's
                 reason = f"{type(error).__name__}: {error}"
-                print_error(f"{optimizer} on {workload}: cannot measure the time of an update: {reason}")
+                message = f"dlopt: {optimizer} on {workload}: cannot measure the time of an update: {reason}"
+                print(message, file=sys.stderr)
         for study, record in best.items():
             costs.test_trial(folder / f"{study}-{record.trial}")
 
@@ -392,7 +392,8 @@ def _on_folder(action: str, line: Line) -> int:
         trials = [*trials_of([*manifest.workloads], BASELINES, manifest.studies, manifest.trials)]
         waiting = sum(not has_ended(RunFolder(folder / trial.subfolder)) for trial in trials)
         if waiting:
-            print_error(f"warning: {waiting} of {len(trials)} trials have not ended: the targets are preliminary")
+            message = f"{waiting} of {len(trials)} trials have not ended: the targets are preliminary"
+            print(f"dlopt: warning: {message}", file=sys.stderr)
         none = "none, because most studies have no finite value in time"
         for name, target in targets(folder, manifest).items():
             print(f"{name}: {f'{target:.4g}' if math.isfinite(target) else none}")

@@ -55,7 +55,7 @@ from dlopt.lab.comparison.published import check_published, describe_published
 from dlopt.lab.comparison.sentences import sentence
 from dlopt.metrics.names import monitored_modes
 from dlopt.results import drawing
-from dlopt.run.job import execute
+from dlopt.run.runner import exit_code
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.sweeps.run import refuse_ranks
 from dlopt.tracking.console import Screen
@@ -371,7 +371,7 @@ def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen)
             subfolder.path.mkdir(exist_ok=True)
             state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
             job = Run(plan.experiment, subfolder.path, state, plan.choices, plan.typed)
-            code = execute(job, console=False, may_diverge=True)
+            code = exit_code(job, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code == INTERRUPTED:
                 screen.message(f"stopped after {number} of {len(plans)} runs; resume with resume=auto")

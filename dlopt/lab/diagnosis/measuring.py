@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlopt.data.batches import Batch
 from dlopt.extend import Component, Experiment, RunError, Trainer, UserError, Workload, build_workload, probe_trainer
@@ -29,7 +29,7 @@ from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag
 from dlopt.optim.common import flat
 from dlopt.trained.distillation import with_teacher
 from dlopt.training.builders.workload import load_weights
-from dlopt.training.clipping import gradient_norm
+from dlopt.training.clipping import Norm, gradient_norm
 from dlopt.training.progress import endless_batches
 from dlopt.training.step import Observer, Step
 
@@ -72,14 +72,14 @@ class ClippedNorm(Observer):
 
     def __init__(self) -> None:
         self.norm = math.nan
-        self._step: Step | None = None
 
-    def around(self, step: Step, inputs: Tensor, targets: Tensor, number: int) -> None:
-        self._step = step
+    def attach(self, step: Step) -> None:
+        self._clip, step.clip = step.clip, self
 
-    def after_clipping(self) -> None:
-        assert self._step is not None
-        self.norm = float(gradient_norm(self._step.parameters, self._step.mode.state.norm))
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm) -> Tensor | None:
+        total = self._clip(parameters, norm)
+        self.norm = float(gradient_norm(parameters, norm))
+        return total
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,12 @@ def snapshot(
 def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_curvature: bool) -> UpdateTrace:
     """Makes the first `updates` of a run (or the next ones after a checkpoint) and records their metrics.
 
-    The trainer has a `ClippedNorm` among its observers. Measures the curvature along the update in eight of them, as it
+    The trainer's observer is a `ClippedNorm`. Measures the curvature along the update in eight of them, as it
     needs a Hessian-vector product.
     """
     trace, training_step, progress = UpdateTrace(), trainer.step, trainer.progress
-    clipped = next(each for each in training_step.observers if isinstance(each, ClippedNorm))
+    clipped = training_step.clip
+    assert isinstance(clipped, ClippedNorm)
     layers = layer_parameters(workload.module)
     parameters = training_step.parameters
     curvature_updates = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()

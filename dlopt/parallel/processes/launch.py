@@ -47,6 +47,11 @@ def python_module(module: str, *arguments: str) -> list[str]:
     return [sys.executable, *([] if in_checkout else ["-P"]), "-m", module, *arguments]
 
 
+def is_quiet() -> bool:
+    """Returns whether the process that has started this rank shows no progress."""
+    return os.environ.get(QUIET) == "1"
+
+
 def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: bool, console: bool) -> int:
     """Runs FOLDER/config.yaml in `processes` processes and returns one exit code for all.
 

@@ -1,4 +1,4 @@
-"""Builds optimizer, schedule and step of an experiment."""
+"""Builds optimizer and schedule of an experiment."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,8 +12,6 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.config.schema import Component
 from dlopt.losses import sampling_obstacle
-from dlopt.machine.cuda_graphs import Recorder
-from dlopt.metrics.sums import Measure
 from dlopt.optim import SAM
 from dlopt.optim.common import buffers
 from dlopt.optim.parameters import parameter_groups
@@ -21,18 +19,13 @@ from dlopt.optim.traits import UNKNOWN, optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.schedules import Scheduler
-from dlopt.training import graphed_step, rng
-from dlopt.training.averaging import ExponentialAverage
+from dlopt.training import rng
 from dlopt.training.builders import mup
 from dlopt.training.builders.speed import OWN_GRAPHS
 from dlopt.training.builders.state_dtype import keep_state_in_bf16, round_updates
 from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Adaptive, ByValue, Unclipped
-from dlopt.training.graphed_step import Capture, GraphedStep
-from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Length
-from dlopt.training.step import Network, Observer, Step, StepSettings
-from dlopt.training.stopping import Stopping, Tolerance
 
 
 def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
@@ -207,78 +200,6 @@ def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> 
     is_independent = experiment.clip.target in (Unclipped, ByValue, Adaptive) and traits.scope != "model"
     freezes = workload.parallel.ranks.processes == 1 and is_independent and traits.rests_at_zero_lr
     return Scheduler(optimizer, factor, freezes=freezes)
-
-
-def build_step(
-    workload: Workload,
-    network: Network,
-    optimizer: Optimizer,
-    schedule: Scheduler,
-    *,
-    average: ExponentialAverage | None,
-    stopping: Stopping,
-    skip: Callable[[Diverged], bool] | None,
-    measure: Measure,
-    observers: Sequence[Observer],
-    checks: bool,
-    batch_size: int,
-) -> tuple[Step, str | None]:
-    """Builds the step; also returns why it is not replayed from a CUDA graph (None: it is). Raises `UserError`."""
-    settings, mode, device = workload.experiment.settings, workload.parallel, workload.device
-    clip = workload.experiment.clip
-    if optimizer_traits(optimizer).ignores_clipping and clip.target is not Unclipped:
-        raise UserError(
-            f"{clip.choice}: {type(optimizer).__name__} computes the gradient "
-            "of its step itself, which would not be clipped; use clip=none or another optimizer"
-        )
-    if workload.precision.name == "bf16_pure" and isinstance(stopping, Tolerance):
-        raise UserError(
-            f"{workload.experiment.stopping.choice}: precision=bf16_pure rounds weights by more than small updates; "
-            "use precision=bf16, or stopping=early"
-        )
-    halves = settings.on_out_of_memory == "halve"
-    if halves and (processes := mode.ranks.processes) > 1:
-        raise UserError(
-            f"on_out_of_memory=halve: not supported with {processes} processes, which need equal micro-batches; "
-            "set accumulate instead"
-        )
-    check_now = device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip"
-    step_settings = StepSettings(
-        accumulate=settings.accumulate,
-        seed=stream(settings.augmentation_seed, rng.DROPOUT),
-        evaluates_once=evaluates_once(workload, optimizer),
-        check_now=checks and check_now,
-        halve_on_out_of_memory=halves,
-    )
-    observed = bool(observers or settings.diagnostics or settings.profile)  # only rank 0 has the observers
-    reason = graphed_step.obstacle(
-        workload.module, optimizer, schedule, mode, step_settings, precision=workload.precision, observed=observed,
-        compile=False if workload.compile_obstacle else settings.compile,
-    )  # fmt: skip
-    if reason is None and network.teacher is not None:
-        reason = "the static batch of a graph has no inputs of a teacher"
-    if reason is not None and settings.cuda_graphs is True:
-        raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
-    # The order matters: the average includes buffers, which have to be synchronized before.
-    average_weights = None if average is None else average.update
-    after_update = getattr(stopping, "after_update", None)
-    hooks = [workload.placed.after_update, average_weights]
-    args = network, optimizer, schedule, mode, step_settings
-    kwargs = {
-        "precision": workload.precision,
-        "measure": measure,
-        "clip": clip.build(model=workload.module),
-        "post_hooks": [hook for hook in hooks if hook],
-        "after_step": after_update,
-        "skip": skip,
-        "observers": observers,
-    }
-    if reason is not None or settings.cuda_graphs is False:
-        return Step(*args, **kwargs), reason
-    # A graph would repeat the weight of the captured update, which the warmup changes.
-    captured_hooks = [average.update] if average is not None and not average.warmup else []
-    capture = Capture(Recorder(), batch_size, settings.log_every_steps is not None, captured_hooks)
-    return GraphedStep(*args, capture=capture, **kwargs), None
 
 
 def snapshot_names(schedule: Scheduler) -> Callable[[int], str | None]:

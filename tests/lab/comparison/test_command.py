@@ -161,7 +161,7 @@ def test_stops_at_a_failed_run(folder: Path) -> None:
 
 
 def test_interrupted_comparison_prints_how_to_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.lab.comparison.command.execute", lambda *_, **__: 75)
+    monkeypatch.setattr("dlopt.lab.comparison.command.exit_code", lambda *_, **__: 75)
     result = compare(folder, "hydra.run.dir=out")
     assert (result.code, result.err) == (75, "")
     assert result.out.splitlines() == [

@@ -12,7 +12,7 @@ from dlopt.instruments.layers import LayerProbe
 from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.models.mlp import MLP as MLPModel
 from dlopt.parallel.mode import Mode, ModeTraits
-from dlopt.training import graphed_step
+from dlopt.training import graphed_update
 from dlopt.training.builders.recompute import recompute, repeated_blocks
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.step import frozen_statistics
@@ -221,6 +221,6 @@ def test_cuda_graphs_do_not_record_it() -> None:
         "norm_affine": True, "norm_groups": 1, "norm_ghost_batch": None, "norm_eps": 1e-5, "norm_momentum": 0.1,
     }  # fmt: skip
     model = MLPModel(**arguments)
-    assert graphed_step.layer_obstacle(model) is None
+    assert graphed_update.layer_obstacle(model) is None
     recompute(model, "all", Mode(CPU), choice="model=mlp")
-    assert "activation checkpointing" in str(graphed_step.layer_obstacle(model))
+    assert "activation checkpointing" in str(graphed_update.layer_obstacle(model))

@@ -23,9 +23,9 @@ from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.clipping import ByNorm, Clip, Unclipped
-from dlopt.training.graphed_step import Capture, GraphedStep, layer_obstacle, obstacle
+from dlopt.training.graphed_update import Capture, GraphedUpdate, layer_obstacle, obstacle
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
+from dlopt.training.step import Network, Step, StepSettings, Update, UpdateRecord
 from tests.support.norm import NORM
 from tests.support.recorded import SimulatedRecorder
 from tests.support.runs import experiment, result, same, start, timeless
@@ -71,7 +71,6 @@ class Run:
         # Exact in single precision.
         self.schedule = (schedule or (lambda each: Scheduler(each, lambda t: 0.5 ** (t // 3))))(self.optimizer)
         self.average = ExponentialAverage(self.model, 0.9)
-        average = [self.average.update]
         arguments: Any = (
             Network(self.model, self.model, nn.CrossEntropyLoss()), self.optimizer, self.schedule, Mode(CPU),
             StepSettings(accumulate=accumulate, seed=3, check_now=False),
@@ -80,17 +79,17 @@ class Run:
         self.record: UpdateRecord | None = None
         keys: Any = {
             "precision": Precision("fp32", CPU), "measure": self.sums.measure, "clip": clip or ByNorm(max_norm=1.0),
-            "post_hooks": average,
+            "average": self.average.update,
         }  # fmt: skip
-        self.step: Step = (
-            Step(*arguments, **keys)
-            if recorder is None
-            else GraphedStep(*arguments, **keys, capture=Capture(recorder, SIZE, log_norm=True, post_hooks=average))
-        )
+        self.step = Step(*arguments, **keys)
+        self.update: Update = self.step.update
+        if recorder is not None:
+            self.update = GraphedUpdate(self.step, Capture(recorder, SIZE, log_norm=True, averages=True))
 
     def go(self, steps: range, sizes: Callable[[int], int] = lambda step: SIZE) -> "Run":
         for step in steps:
-            self.record = train(self.step, batch(step, sizes(step)), step, self.sums, log_norm=True)
+            self.record = self.update(batch(step, sizes(step)), step, log_norm=True)
+            self.sums.add(*self.record.micro_batches)
             self.rates.append(float(self.step.rate))
         return self
 
@@ -219,8 +218,8 @@ def test_runs_with_replayed_updates_have_the_same_average(tmp_path: Path, warmup
     start(tmp_path / "eager", *lines)
     recorder = SimulatedRecorder()
     with (
-        patch("dlopt.training.graphed_step.obstacle", return_value=None),
-        patch("dlopt.training.builders.optimizer.Recorder", return_value=recorder),
+        patch("dlopt.training.graphed_update.obstacle", return_value=None),
+        patch("dlopt.training.builders.step.Recorder", return_value=recorder),
     ):
         start(tmp_path / "replayed", *lines)
     assert recorder.replayed > 0

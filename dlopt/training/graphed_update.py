@@ -1,6 +1,5 @@
 """Replays updates from a CUDA graph: the speed of small models on small batches is limited by kernel launches."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,20 +73,20 @@ class Capture:
     Attributes:
         batch_size: samples in a captured batch; other batches, such as the last one of an epoch, run eagerly.
         log_norm: also capture the gradient norm, for logging.
-        post_hooks: the step's `post_hooks` that are part of the graph (weight averaging, if its decay is constant).
+        averages: the weight average is part of the graph. Only if its decay is constant: a replay repeats it.
     """
 
     recorder: Recorder
     batch_size: int
     log_norm: bool = False
-    post_hooks: Sequence[Callable[[], None]] = ()
+    averages: bool = False
 
 
-class GraphedStep(Step):
-    """A step that runs the first updates eagerly, then captures one, and replays it for all others.
+class GraphedUpdate:
+    """Runs the first updates of a step eagerly, then captures one, and replays it for all others.
 
-    One graph holds forward, backward, clipping, the optimizer's update and `Capture.post_hooks`. A replay uses the
-    captured memory addresses and runs no Python. Therefore:
+    One graph holds forward, backward, clipping, the optimizer's update and, if `Capture.averages`, the weight average.
+    A replay uses the captured memory addresses and runs no Python. Therefore:
 
     - each batch is copied into static input tensors;
     - learning rates are tensors, which the schedule fills in place;
@@ -95,52 +94,49 @@ class GraphedStep(Step):
     - losses and outputs are cloned before the next replay overwrites them.
     """
 
-    def __init__(self, *arguments: Any, capture: Capture, **keys: Any) -> None:
-        super().__init__(*arguments, **keys)
-        device = self.parameters[0].device
+    def __init__(self, step: Step, capture: Capture) -> None:
+        device = step.parameters[0].device
+        self.step = step
         self._capture = capture
-        self._eager_hooks = [hook for hook in self.post_hooks if hook not in capture.post_hooks]
-        self._graphed_update = GraphedFunction("the update", self._captured_update, capture.recorder)
+        self._graphed = GraphedFunction("the update", self._captured_update, capture.recorder)
         self._static: Batch | None = None  # the graph's inputs and targets
-        self.check.immediate = False  # would read a value on the host
-        self.check.preallocates = False  # a graph would reuse, or clear, the flags of other updates
+        step.check.immediate = False  # would read a value on the host
+        step.check.preallocates = False  # a graph would reuse, or clear, the flags of other updates
         self._frozen = 0
-        self._is_seeded = False
-        self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
-        self._use_rate_tensors(self.optimizer)
-        self.optimizer.register_state_dict_post_hook(_convert_rates_to_floats)
-        self.optimizer.register_load_state_dict_post_hook(self._use_rate_tensors)
+        self._rates = [torch.zeros((), device=device) for _ in step.optimizer.param_groups]
+        self._use_rate_tensors(step.optimizer)
+        step.optimizer.register_state_dict_post_hook(_convert_rates_to_floats)
+        step.optimizer.register_load_state_dict_post_hook(self._use_rate_tensors)
 
-    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
-        static = self._copied(batch)
+    def __call__(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
+        """See `Step.update`."""
+        step, static = self.step, self._copied(batch)
         if static is None:
-            return super().update(batch, number, log_norm=log_norm)
-        self._begin(static, number, log_norm=self._capture.log_norm)
-        if self.schedule.frozen != self._frozen:  # the schedule froze parameters: the backward pass has changed
-            self._frozen = self.schedule.frozen
+            return step.update(batch, number, log_norm=log_norm)
+        step.begin(static, number, log_norm=self._capture.log_norm)
+        if step.schedule.frozen != self._frozen:  # the schedule froze parameters: the backward pass has changed
+            self._frozen = step.schedule.frozen
             # One eager update: a compiled model compiles its new backward pass in it. All other kernels are known.
-            self._graphed_update.reset(warmup_runs=1)
-        self._seed()
-        self._is_seeded = True
-        # A replay continues the generator from the seed set before it: seeding on the host would not be in the graph.
-        record = self._graphed_update().clone()  # the next replay overwrites it
-        self._is_seeded = False
-        self.schedule.step()
-        return self._end(record, self._eager_hooks)
+            self._graphed.reset(warmup_runs=1)
+        # Seeding on the host would not be in the graph: a replay continues from the seed that is set before it.
+        step.seed()
+        step.seeds = False
+        record = self._graphed().clone()  # the next replay overwrites it
+        step.seeds = True
+        step.schedule.step()
+        step.end(record, None if self._capture.averages else step.average)
+        return record
 
     def _captured_update(self) -> UpdateRecord:
         """Runs the update on the static batch: the closure of an eager update, and the optimizer."""
-        self.record = None  # the next evaluation is the first one of an update
-        self()
-        self.optimizer.step()
-        for hook in self._capture.post_hooks:
-            hook()
-        assert self.record is not None
-        return self.record
-
-    def _seed(self) -> None:
-        if not self._is_seeded:  # seeding is not captured; each replay continues from the seed set before it
-            super()._seed()
+        step = self.step
+        step.record = None  # the next evaluation is the first one of an update
+        step()
+        step.optimizer.step()
+        if self._capture.averages and step.average is not None:
+            step.average()
+        assert step.record is not None
+        return step.record
 
     def _copied(self, batch: Batch) -> Batch | None:
         """Copies a batch into the static tensors; returns None if its shape or dtype differs from theirs."""
@@ -165,7 +161,7 @@ class GraphedStep(Step):
             group["lr"] = rate.fill_(float(group["lr"]))
             if "capturable" in group:
                 group["capturable"] = True
-        self._graphed_update.reset()
+        self._graphed.reset()
 
 
 def _convert_rates_to_floats(optimizer: Optimizer, state: dict[str, Any]) -> None:

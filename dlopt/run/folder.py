@@ -1,39 +1,34 @@
-"""Starts a checked run: finds or creates its folder, resumes, and removes a new folder if the run is refused."""
+"""The folder of a run: a new one, or that of the run to resume with its newest checkpoint."""
 
 import contextlib
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.utils import configure_log, env_override
-from omegaconf import DictConfig
-
-from dlopt.basics.errors import DONE, USER_ERROR, UserError
-from dlopt.basics.folders import SHELL_FOLDER, FolderSnapshot, RunFolder, make, make_new, new_run_id
-from dlopt.basics.interruption import killed_by_signals
+from dlopt.basics.errors import UserError
+from dlopt.basics.folders import FolderSnapshot, RunFolder, make, make_new, new_run_id
 from dlopt.config.compose import typed_folder
 from dlopt.config.plan import Plan
 from dlopt.config.reads import refuse_untested
-from dlopt.config.resolve import first_lines, job_variables, resolve_saved
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
 from dlopt.parallel.processes.rendezvous import current
-from dlopt.run.job import Outcome, execute, reported
 from dlopt.tracking.layout import short_path
-from dlopt.tracking.remote import check as check_tracking
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
-
     from dlopt.training.progress import Run
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A checked run and its folder, before anything is written to it."""
+class Placed:
+    """A checked run in its folder, before anything is written to it.
+
+    Attributes:
+        before: the folder as it was, to restore it if the run is refused.
+        is_new: no earlier run has left its config in the folder.
+        is_done: resume=auto, and the run has ended.
+    """
 
     run: "Run"
     folder: RunFolder
@@ -41,8 +36,22 @@ class Prepared:
     is_new: bool
     is_done: bool
 
+    def refuse_other_run(self) -> None:
+        """Raises `UserError` if another process has started a run in this new folder since `place`."""
+        if self.is_new and (self.folder.config() is not None or self.folder.is_live()):
+            raise UserError(f"hydra.run.dir={self.folder.path}: another run is active in this folder")
 
-def prepare(plan: Plan) -> Prepared:
+    def erase_if_new(self) -> None:
+        """Removes the folder of a new run that was refused.
+
+        A run that has saved is never erased, not even if a signal came between its end and its exit code.
+        """
+        has_saved = (self.folder.checkpoints / "last.pt").exists()
+        if self.is_new and not has_saved and not self.folder.is_live():
+            self.before.erase(self.folder.path)
+
+
+def place(plan: Plan) -> Placed:
     """Finds or creates the folder of a checked run. Raises `UserError`."""
     from dlopt.training.progress import Run
 
@@ -58,105 +67,17 @@ def prepare(plan: Plan) -> Prepared:
     experiment = replace(plan.experiment, config={"run_id": run_id, **plan.experiment.config})
     run = Run(experiment, folder.path, state, plan.choices, plan.typed)
     is_new = folder.config() is None and not (is_auto and state is not None)  # config.yaml may be damaged
-    return Prepared(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
+    return Placed(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 
 
-def refuse_unusable_tracking(run: "Run") -> None:
-    """Raises `UserError` if a new run has a tracking service that cannot record it; a resumed run warns."""
-    if run.checkpoint is None:
-        check_tracking(run.experiment.settings.tracking, run.experiment.settings.name)
-
-
-@dataclass
-class Attempt(Outcome):
-    """A run to start; None: there is nothing to do."""
-
-    run: "Run | None" = None
-
-
-@contextlib.contextmanager
-def attempt(plan: Plan, store: "Store | None" = None) -> Iterator[Attempt]:
-    """Context in which a plan is started in its folder; a new folder is removed if the run is refused.
-
-    `store`: of the ranks of a launcher, through which the others receive the run (see `follow`).
-    """
-    prepared = prepare(plan)
-    run, folder = prepared.run, prepared.folder
-    if prepared.is_done:
-        from dlopt.tracking.console import ConsoleView
-
-        ConsoleView().finish(folder.summary() or {}, [f"this run is already finished: {folder.path}"])
-        yield Attempt(DONE)
-        return
-    if plan.experiment.settings.resume == "auto" and prepared.is_new:
-        done = newest_finished(folder.path.parent, plan.saved)
-        hint = "" if done is None else f"; {_how_to_extend(done)}"
-        print(f"resume=auto: no unfinished run of this config found; starting a new run{hint}", flush=True)
-    assert plan.config is not None
-    tried = Attempt(USER_ERROR, run)
-    with removed_if_refused(prepared, tried), job_environment(plan.config, folder.path):
-        refuse_unusable_tracking(run)
-        if store is not None:
-            message = {"config": run.experiment.config, "folder": str(folder.path), "choices": plan.choices}
-            store.set("run", json.dumps(message))
-        with reported(run, tried):
-            yield tried
-
-
-@contextlib.contextmanager
-def removed_if_refused(prepared: Prepared, outcome: Outcome) -> Iterator[None]:
-    """Context in which a prepared run is started: removes its folder if it is new and the exit code is USER_ERROR.
-
-    `outcome`: has this code until the run sets another one. Raises `UserError` if another process has started a run in
-    this folder since `prepare`.
-    """
-    folder = prepared.folder
-    if prepared.is_new and (folder.config() is not None or folder.is_live()):
-        raise UserError(f"hydra.run.dir={folder.path}: another run is active in this folder")
-    try:
-        yield
-    finally:
-        # A run that has saved is never erased, not even if a signal came between its end and its exit code.
-        has_saved = (folder.checkpoints / "last.pt").exists()
-        if outcome.code == USER_ERROR and prepared.is_new and not has_saved and not folder.is_live():
-            prepared.before.erase(folder.path)
-
-
-@contextlib.contextmanager
-def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
-    """Applies hydra.job_logging, and hydra.job.env_set and hydra.job.chdir until it exits. Raises `UserError`."""
-    config.hydra.runtime.output_dir = str(folder)
-    try:
-        configure_log(config.hydra.job_logging, config.hydra.verbose)
-    except (ValueError, OSError) as error:
-        raise UserError(f"hydra.job_logging: {first_lines(error)}") from None
-    working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
-    with env_override({**job_variables(config), SHELL_FOLDER: os.getcwd()}), working_directory:
-        yield
-
-
-def follow(store: "Store", overrides: list[str]) -> int:
-    """Executes the run that rank 0 sends, as one of its other ranks; returns the exit code."""
-    from dlopt.config.parsing import parse
-    from dlopt.training.progress import Run
-
-    with killed_by_signals():
-        message = json.loads(store.get("run"))
-    if "exit" in message:
-        return int(message["exit"])
-    experiment = parse(resolve_saved(message["config"]), message["config"], message["choices"])
-    return execute(Run(experiment, Path(message["folder"]), None, message["choices"], overrides))
-
-
-def release(store: "Store", code: int) -> None:
-    """Ends the ranks that wait in `follow`, with exit code `code`, if rank 0 has not sent a run."""
-    with contextlib.suppress(RuntimeError):  # the launcher that hosts the store may be gone
-        store.compare_set("run", "", json.dumps({"exit": code}))
-
-
-def _how_to_extend(done: RunFolder) -> str:
-    path = short_path(done.path)
-    return f"{path} has finished and differs only in its length: to extend it, add hydra.run.dir={path}"
+def started_anew(placed: Placed, saved: Mapping[str, Any]) -> str:
+    """Says that resume=auto has found no run to resume, and how to extend a finished one."""
+    done = newest_finished(placed.folder.path.parent, saved)
+    hint = ""
+    if done is not None:
+        path = short_path(done.path)
+        hint = f"; {path} has finished and differs only in its length: to extend it, add hydra.run.dir={path}"
+    return f"resume=auto: no unfinished run of this config found; starting a new run{hint}"
 
 
 def _find_folder(

@@ -1,0 +1,155 @@
+"""What a run leaves besides its results: the files that describe it, and why it ended."""
+
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dlopt.basics.errors import FAILED, INTERRUPTED, USER_ERROR, ReportedError, RunError, UserError
+from dlopt.basics.files import read_json, write_atomically, write_json, write_yaml
+from dlopt.basics.folders import FORMAT, RunFolder, new_run_id
+from dlopt.basics.interruption import print_error, print_line
+from dlopt.basics.secrets import redact_bytes
+from dlopt.config.keys import LABELS
+from dlopt.config.overrides import is_typed, storable
+from dlopt.config.resuming import how_to_resume
+from dlopt.parallel.processes import launch, rendezvous
+from dlopt.run import environment
+
+if TYPE_CHECKING:
+    from dlopt.training.progress import Run
+
+
+class NotStartedError(UserError):
+    """A run that cannot start, for example because another process has it: its folder stays as it is."""
+
+
+def report(run: "Run", error: Exception | KeyboardInterrupt, *, prints: bool = True, may_diverge: bool = False) -> int:
+    """Writes to the run's folder why it has ended, prints it in one line, and returns the exit code.
+
+    The one rule for shell, job and rank; of several ranks only the first one to fail reports. `may_diverge`: divergence
+    is a result of the run like any other, and only recorded.
+    """
+    from dlopt.training.nonfinite import Diverged
+
+    if isinstance(error, KeyboardInterrupt):
+        if prints and rendezvous.is_main():
+            print_error(f"interrupted; {how_to_resume(RunFolder(run.folder), rendezvous.is_launched())}")
+        return INTERRUPTED
+    if isinstance(error, NotStartedError):
+        if prints:
+            print_error(str(error))
+        return error.code
+    code, reason = failure(error)
+    if not rendezvous.first_to_fail():
+        return code
+    diverged, frames = isinstance(error, Diverged), None
+    message = reason
+    if reason is None:
+        frames = traceback.format_exc()
+        with contextlib.suppress(OSError):
+            write_atomically(run.folder / "traceback.txt", frames)
+        reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
+        message = f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}"
+    if prints and not (may_diverge and diverged):
+        print_error(str(message))
+    # A folder that existed before keeps the reason of a UserError; a new one is removed.
+    if code == FAILED or is_job_of_sweep(run):
+        record_failure(run.folder, reason, diverged=diverged)
+    if prints and frames is not None:
+        print_line(frames)
+    return code
+
+
+def failure(error: Exception) -> tuple[int, str | None]:
+    """Returns the exit code of a rank for an error, and its message; None for a bug, which needs a traceback.
+
+    All ranks that the error reaches call this together.
+    """
+    if isinstance(error, UserError | RunError):
+        return error.code, f"{_rank_prefix()}{error}"
+    if missing := rendezvous.missing_ranks(error):
+        ranks = ", ".join(map(str, missing))
+        return FAILED, f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)"
+    return FAILED, None
+
+
+def _rank_prefix() -> str:
+    world = rendezvous.current()
+    return "" if world is None or world.is_main else f"rank {world.rank}: "
+
+
+def is_job_of_sweep(run: "Run") -> bool:
+    """Returns whether a sweep has described the run, which this process, or one rank of it, executes."""
+    return run.overrides is None if rendezvous.current() is None else os.environ.get(launch.RECORD) == "1"
+
+
+@contextlib.contextmanager
+def described(run: "Run") -> Iterator[None]:
+    """Writes the files that describe a run; a refused run that was resumed gets its former ones back."""
+    is_described_here = run.overrides is not None and rendezvous.is_main()
+    names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
+    paths = [run.folder / name for name in names] if is_described_here and run.checkpoint is not None else []
+    former = {path: path.read_bytes() if path.is_file() else None for path in paths}
+    try:
+        if run.overrides is not None and is_described_here:
+            describe(run.folder, run.experiment.config, run.overrides, run.choices)
+        elif rendezvous.is_main():
+            _record_machine(run.folder)
+        yield
+    except (UserError, ReportedError) as error:
+        if error.code == USER_ERROR:  # here, or in child processes
+            for path, data in former.items():
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True) if data is None else write_atomically(path, data)
+        raise
+
+
+def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], choices: Mapping[str, str]) -> None:
+    """Writes config.yaml, overrides.yaml, environment.json and, for uncommitted changes of the user's code, code.diff.
+
+    A resumed run keeps its tags and its note, which `dlopt runs tag` may have changed, unless others are typed; and its
+    id. Raises `UserError` if the folder is not writable.
+    """
+    overrides = storable(overrides)
+    former, before = RunFolder(folder).config() or {}, RunFolder(folder).history()
+    config = {"run_id": RunFolder(folder).run_id() or new_run_id(), **config}
+    typed = [line for line in overrides if line not in before]
+    config = {**config, **{key: former[key] for key in LABELS if key in former and not is_typed(key, typed)}}
+    code, diff = environment.repository()
+    facts = {
+        "folder_format": FORMAT,
+        "choices": dict(choices),
+        **environment.versions(),
+        **environment.machine(),
+        "code": code,
+        "allow_packages": environment.packages(config.get("allow_packages") or ()),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(folder / "config.yaml", config)
+        write_yaml(folder / "overrides.yaml", overrides)
+        write_json(folder / "environment.json", facts)
+        if diff:
+            write_atomically(folder / environment.DIFF, redact_bytes(diff))
+        else:
+            (folder / environment.DIFF).unlink(missing_ok=True)  # of the run that is resumed
+    except OSError as error:
+        raise UserError(f"hydra.run.dir={folder}: cannot write to this folder: {error.strerror}") from None
+
+
+def _record_machine(folder: Path) -> None:
+    """Updates the machine in environment.json, which the sweep of this job may have written on another one."""
+    path = folder / "environment.json"
+    saved = read_json(path)
+    if saved is not None and saved != (facts := saved | environment.machine()):
+        with contextlib.suppress(OSError):
+            write_json(path, facts)
+
+
+def record_failure(folder: Path, reason: str, *, diverged: bool = False) -> None:
+    summary = {"status": "failed", "run_id": RunFolder(folder).run_id(), "reason": reason}
+    with contextlib.suppress(OSError):
+        write_json(folder / "summary.json", summary | ({"diverged": True} if diverged else {}))

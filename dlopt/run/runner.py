@@ -1,0 +1,229 @@
+"""Runs a checked run: `run_plan` for the shell and for Python, `execute` for a job, and for a rank of several.
+
+Both raise what ends a run. `dlopt.run.record.report` has printed and recorded it then, in `execute`.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import configure_log, env_override
+from omegaconf import DictConfig
+
+from dlopt.basics.errors import DONE, INTERRUPTED, USER_ERROR, ReportedError, UserError
+from dlopt.basics.folders import LAUNCHER_LOCK, SHELL_FOLDER, RunFolder
+from dlopt.basics.interruption import Interruption, killed_by_signals, streams_kept
+from dlopt.config.plan import Plan
+from dlopt.config.resolve import first_lines, job_variables, resolve_saved
+from dlopt.parallel.processes import launch, rendezvous
+from dlopt.parallel.processes.hung import end_if_hung
+from dlopt.run.folder import place, started_anew
+from dlopt.run.record import NotStartedError, described, is_job_of_sweep, report
+from dlopt.tracking.remote import check as check_tracking
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from dlopt.training.builders.workload import Workload
+    from dlopt.training.progress import Run
+
+CODE_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
+"""The exit code of a run by the status in its summary."""
+
+
+def run_plan(
+    plan: Plan, *, store: "Store | None" = None, console: bool = True, from_python: bool = False
+) -> tuple[RunFolder, dict[str, Any]]:
+    """Runs a checked plan; returns its folder, and its summary as in summary.json.
+
+    Args:
+        store: of the ranks of a launcher, through which the others receive the run (see `follow`).
+        console: show progress.
+        from_python: a call of `dlopt.train`: errors are not printed but raised as they are, and neither logging nor
+            the environment of the process change.
+
+    Raises:
+        UserError: the run cannot start; a new folder is removed again.
+        ReportedError: the run has failed, and has reported why.
+    """
+    # 1. Find the folder: a new one, or that of the run to resume, with its newest checkpoint.
+    placed = place(plan)
+    run, folder = placed.run, placed.folder
+    if placed.is_done:
+        if not from_python:
+            _show_finished(folder)
+        return folder, folder.summary() or {}
+    if plan.experiment.settings.resume == "auto" and placed.is_new and not from_python:
+        print(started_anew(placed, plan.saved), flush=True)
+    placed.refuse_other_run()
+
+    has_started = False
+    try:
+        # 2. Prepare what the run needs of this process, and of the services that record it.
+        assert plan.config is not None
+        with contextlib.nullcontext() if from_python else job_environment(plan.config, folder.path):
+            if run.checkpoint is None:  # a resumed run warns instead
+                check_tracking(run.experiment.settings.tracking, run.experiment.settings.name)
+
+            # 3. Send the run to the other ranks of a launcher.
+            if store is not None:
+                message = {"config": run.experiment.config, "folder": str(folder.path), "choices": plan.choices}
+                store.set("run", json.dumps(message))
+
+            # 4. Lock, describe, train.
+            has_started = True
+            return folder, execute(run, console=console, prints=not from_python)
+    except BaseException as error:
+        # 5. A refused run leaves no folder; a failed or interrupted one leaves its record.
+        if not has_started or getattr(error, "code", None) == USER_ERROR:
+            placed.erase_if_new()
+        raise
+
+
+def execute(run: "Run", *, console: bool = True, prints: bool = True, may_diverge: bool = False) -> dict[str, Any]:
+    """Runs in this process, or in the processes that the run needs; returns the summary.
+
+    Args:
+        prints: print an error in one line, and raise `ReportedError`; otherwise the error is recorded and raised.
+        may_diverge: divergence is a result of the run like any other, and not printed.
+
+    Raises:
+        ReportedError: the run has failed or was interrupted, and has recorded and printed why.
+    """
+    try:
+        return _train(run, console=console and not launch.is_quiet())
+    except ReportedError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        code = report(run, error, prints=prints, may_diverge=may_diverge)
+        if not prints:
+            raise
+        raise ReportedError(code) from error
+
+
+def exit_code(run: "Run", *, console: bool = True, may_diverge: bool = False) -> int:
+    """Executes a run as a job, or as one rank of several; returns its exit code. See `execute`."""
+    try:
+        return CODE_OF[execute(run, console=console, may_diverge=may_diverge)["status"]]
+    except ReportedError as error:
+        return error.code
+
+
+def _train(run: "Run", *, console: bool) -> dict[str, Any]:
+    """Describes a run in its folder, and trains. Raises `UserError`, `RunError` and unexpected exceptions."""
+    from dlopt.training.builders.precision import torch_defaults
+    from dlopt.training.run import train_run
+
+    processes, lock = _claim(run)
+    with lock, described(run):
+        if processes > 1:
+            return _train_in_processes(run, processes, console=console)
+        is_shown = console and rendezvous.is_main()
+        watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
+        stop = Interruption(run.experiment.settings.max_time)
+        with stop as interruption, streams_kept(), watch, torch_defaults():
+            summary = train_run(run, interruption, console=is_shown, **tools(run, console=is_shown))
+            rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
+    return summary
+
+
+def _train_in_processes(run: "Run", processes: int, *, console: bool) -> dict[str, Any]:
+    """Starts one process per rank, which report their errors themselves. Raises `ReportedError` and `RunError`."""
+    resume = run.experiment.settings.resume
+    checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
+    code = launch.run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
+    summary = RunFolder(run.folder).summary() or {}
+    if code not in (DONE, INTERRUPTED):
+        raise ReportedError(code, summary.get("reason", f"{run.folder}: the run failed; its processes report why"))
+    # Stopped by a signal before it wrote anything, or in an attempt of which an earlier summary knows nothing.
+    return {**summary, "status": "interrupted"} if code == INTERRUPTED else summary
+
+
+def _claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
+    """Returns the number of processes of the run (1: this one) and the lock on its folder."""
+    processes = 1
+    try:
+        if rendezvous.current() is None:
+            processes = launch.count_processes(run.experiment.parallel.arguments, run.experiment.settings.device)
+        if not rendezvous.is_main():
+            return processes, contextlib.nullcontext()
+        # With child processes, rank 0 takes the lock: that lock held here would refuse it.
+        return processes, RunFolder(run.folder).lock(*([LAUNCHER_LOCK] if processes > 1 else []))
+    except UserError as error:
+        raise NotStartedError(str(error)) from None
+
+
+@contextlib.contextmanager
+def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
+    """Applies hydra.job_logging, and hydra.job.env_set and hydra.job.chdir until it exits. Raises `UserError`."""
+    config.hydra.runtime.output_dir = str(folder)
+    try:
+        configure_log(config.hydra.job_logging, config.hydra.verbose)
+    except (ValueError, OSError) as error:
+        raise UserError(f"hydra.job_logging: {first_lines(error)}") from None
+    working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
+    with env_override({**job_variables(config), SHELL_FOLDER: os.getcwd()}), working_directory:
+        yield
+
+
+def follow(store: "Store", overrides: list[str]) -> int:
+    """Executes the run that rank 0 sends, as one of its other ranks; returns the exit code."""
+    from dlopt.config.parsing import parse
+    from dlopt.training.progress import Run
+
+    with killed_by_signals():
+        message = json.loads(store.get("run"))
+    if "exit" in message:
+        return int(message["exit"])
+    experiment = parse(resolve_saved(message["config"]), message["config"], message["choices"])
+    return exit_code(Run(experiment, Path(message["folder"]), None, message["choices"], overrides))
+
+
+def release(store: "Store", code: int) -> None:
+    """Ends the ranks that wait in `follow`, with exit code `code`, if rank 0 has not sent a run."""
+    with contextlib.suppress(RuntimeError):  # the launcher that hosts the store may be gone
+        store.compare_set("run", "", json.dumps({"exit": code}))
+
+
+def _show_finished(folder: RunFolder) -> None:
+    from dlopt.tracking.console import ConsoleView
+
+    ConsoleView().finish(folder.summary() or {}, [f"this run is already finished: {folder.path}"])
+
+
+def tools(run: "Run", *, console: bool) -> dict[str, Any]:
+    """Returns the observers, the range test, the teacher and the picture that the config enables, for `train_run`.
+
+    They and the teacher of a distillation are passed in because the trainer does not import what uses trained models.
+    """
+    from dlopt.trained.distillation import with_teacher
+
+    settings = run.experiment.settings
+    chosen: dict[str, Any] = {"add_teacher": with_teacher}
+    if settings.diagnostics or settings.profile:
+        from dlopt.instruments.observers import observers
+
+        chosen["observe"] = observers
+    if run.experiment.auto_lr:
+        from dlopt.instruments.lr_range import find_lr
+
+        chosen["find_lr"] = find_lr
+    # A picture for the person who watches the run: jobs of sweeps, comparisons and calls of the library have a report,
+    # or draw themselves; tracking=[] requests the fewest files.
+    if console and settings.tracking and not is_job_of_sweep(run):
+        chosen["draw"] = _draw
+    return chosen
+
+
+def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict[str, Path]:
+    from dlopt.instruments import reconstructions  # late: matplotlib takes long to import
+    from dlopt.results import curves
+
+    pictures = {"curves": curves.write(folder, restarts)}
+    # Reconstructions are of test images, by the best model, which the final test has loaded.
+    if workload.experiment.settings.evaluate.test and (picture := reconstructions.write(workload, folder)) is not None:
+        pictures["reconstructions"] = picture
+    return pictures

@@ -1,0 +1,112 @@
+"""Builds the step of an experiment, and its update with everything around it."""
+
+from collections.abc import Callable, Sequence
+
+from torch.optim import Optimizer
+
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import stream
+from dlopt.machine.cuda_graphs import Recorder
+from dlopt.metrics.sums import Measure
+from dlopt.optim.traits import optimizer_traits
+from dlopt.schedules import Scheduler
+from dlopt.training import graphed_update, rng
+from dlopt.training.around import surround
+from dlopt.training.averaging import ExponentialAverage
+from dlopt.training.builders.optimizer import evaluates_once
+from dlopt.training.builders.workload import Workload
+from dlopt.training.clipping import Unclipped
+from dlopt.training.graphed_update import Capture, GraphedUpdate
+from dlopt.training.nonfinite import Diverged
+from dlopt.training.step import Network, Observer, Step, StepSettings, Update
+from dlopt.training.stopping import Stopping, Tolerance
+
+
+def build_step(
+    workload: Workload,
+    network: Network,
+    optimizer: Optimizer,
+    schedule: Scheduler,
+    *,
+    measure: Measure,
+    average: ExponentialAverage | None,
+    checks: bool,
+) -> Step:
+    """Builds the step. `checks`: false disables the non-finite check. Raises `UserError`."""
+    settings, mode, device = workload.experiment.settings, workload.parallel, workload.device
+    clip, stopping = workload.experiment.clip, workload.experiment.stopping
+    if optimizer_traits(optimizer).ignores_clipping and clip.target is not Unclipped:
+        raise UserError(
+            f"{clip.choice}: {type(optimizer).__name__} computes the gradient "
+            "of its step itself, which would not be clipped; use clip=none or another optimizer"
+        )
+    if workload.precision.name == "bf16_pure" and stopping.target is Tolerance:
+        raise UserError(
+            f"{stopping.choice}: precision=bf16_pure rounds weights by more than small updates; "
+            "use precision=bf16, or stopping=early"
+        )
+    halves = settings.on_out_of_memory == "halve"
+    if halves and (processes := mode.ranks.processes) > 1:
+        raise UserError(
+            f"on_out_of_memory=halve: not supported with {processes} processes, which need equal micro-batches; "
+            "set accumulate instead"
+        )
+    check_now = device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip"
+    return Step(
+        network,
+        optimizer,
+        schedule,
+        mode,
+        StepSettings(
+            accumulate=settings.accumulate,
+            seed=stream(settings.augmentation_seed, rng.DROPOUT),
+            evaluates_once=evaluates_once(workload, optimizer),
+            check_now=checks and check_now,
+            halve_on_out_of_memory=halves,
+        ),
+        precision=workload.precision,
+        measure=measure,
+        clip=clip.build(model=workload.module),
+        synchronize_buffers=workload.placed.after_update,
+        average=None if average is None else average.update,
+    )
+
+
+def build_update(
+    workload: Workload,
+    step: Step,
+    *,
+    average: ExponentialAverage | None,
+    stopping: Stopping,
+    skip: Callable[[Diverged], bool] | None,
+    observers: Sequence[Observer],
+    batch_size: int,
+) -> tuple[Update, str | None]:
+    """Builds the update of a step: replayed from a CUDA graph, or eager, with what the run needs around it.
+
+    Also returns why it is not replayed from a CUDA graph (None: it is). Raises `UserError`.
+    """
+    settings, mode = workload.experiment.settings, workload.parallel
+    reason = graphed_update.obstacle(
+        workload.module,
+        step.optimizer,
+        step.schedule,
+        mode,
+        step.settings,
+        precision=workload.precision,
+        observed=bool(observers or settings.diagnostics or settings.profile),  # only rank 0 has the observers
+        compile=False if workload.compile_obstacle else settings.compile,
+    )
+    if reason is None and workload.network.teacher is not None:
+        reason = "the static batch of a graph has no inputs of a teacher"
+    if reason is not None and settings.cuda_graphs is True:
+        raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
+    update: Update = step.update
+    if reason is None and settings.cuda_graphs is not False:
+        is_captured = average is not None and not average.warmup
+        update = GraphedUpdate(step, Capture(Recorder(), batch_size, settings.log_every_steps is not None, is_captured))
+    after_change = getattr(stopping, "after_update", None)
+    update = surround(
+        step, update, after_change=after_change, skip=skip, observers=observers if mode.ranks.is_main else ()
+    )
+    return update, reason
