@@ -92,12 +92,6 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, mode))
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Runs `dlopt ARGUMENTS`; returns the exit code. Raises `UserError` and `RunError`."""
-    command, remaining = find(arguments)
-    return command(remaining)
-
-
 Command = Callable[[list[str]], int]
 
 

@@ -96,7 +96,7 @@ def parse_overrides(overrides: "Iterable[str | Override]", choices: Any = None) 
     from hydra.errors import HydraException
 
     overrides, parsed = list(overrides), []
-    for each, following in zip(overrides, [*overrides[1:], ""], strict=True):
+    for each, following in zip(overrides, [*overrides[1:], ""], strict=False):
         try:
             override = copy.copy(_parse(each) if isinstance(each, str) else each)
         except HydraException:

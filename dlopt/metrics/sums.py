@@ -177,6 +177,7 @@ class MetricSum:
     def state_dict(self) -> dict[str, Any]:
         self.sync()
         loss, correct, count = self._reported
+        # "right" is `correct` in checkpoints, whose keys stay: older ones resume, and older versions read newer ones.
         reported = {"reported_loss": loss, "reported_right": correct, "reported_count": count}
         return {"loss": self.loss, "right": self.correct, "count": self.count, **reported}
 

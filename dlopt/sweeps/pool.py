@@ -36,15 +36,15 @@ from dlopt.tracking.overview import Overview
 
 PRELOADED = ["dlopt.sweeps.preload"]
 """Modules that the server imports."""
-RETURNED = 1000
+Returned = Literal["returned"]
 """In place of an exit code: the process has ended without the job, which is to be started again if it is not done."""
 
 
 class Process(Protocol):
     """A started job."""
 
-    def poll(self) -> int | None:
-        """Returns its exit code or `RETURNED`; None while it runs."""
+    def poll(self) -> int | Returned | None:
+        """Returns its exit code or "returned"; None while it runs."""
 
     def stop(self) -> None:
         """Requests that it writes a checkpoint and ends."""
@@ -161,7 +161,7 @@ class _Workers:
         finally:
             self._overview.refresh()
 
-    def _take_ended(self) -> Iterator[tuple[int, _Worker, int]]:
+    def _take_ended(self) -> Iterator[tuple[int, _Worker, int | Returned]]:
         """Removes the workers that have ended and yields them with their slots and exit codes."""
         for slot, worker in list(self.active.items()):
             if (code := worker.process.poll()) is not None:
@@ -209,10 +209,10 @@ class _Workers:
                 worker.pruned_at = int(metrics.get("epoch", 0))
                 worker.process.stop()
 
-    def _collect(self, slot: int, worker: _Worker, code: int) -> None:
+    def _collect(self, slot: int, worker: _Worker, code: int | Returned) -> None:
         job = worker.job
         self._read_metrics(worker)
-        if worker.is_adopted or code == RETURNED:
+        if worker.is_adopted or code == "returned":
             self._start(slot, job, again=True)
             return
         if worker.pruned_at is not None and code == -signal.SIGTERM and job.folder.summary() is None:
@@ -235,8 +235,11 @@ class _Workers:
         while self.active:
             for _, worker, code in self._take_ended():
                 folder = worker.job.folder
-                if not worker.is_adopted:  # without a summary the signal came before the job's handler was installed
-                    self._ended(worker.job, result_of(folder, INTERRUPTED if folder.summary() is None else code))
+                # Without a summary, the signal came before the job had started or installed its handler.
+                if code == "returned" or folder.summary() is None:
+                    code = INTERRUPTED
+                if not worker.is_adopted:
+                    self._ended(worker.job, result_of(folder, code))
             self.wait()
 
 
@@ -295,8 +298,8 @@ class _Adopted:
 
     folder: Path
 
-    def poll(self) -> int | None:
-        return None if RunFolder(self.folder).is_live() else RETURNED
+    def poll(self) -> Returned | None:
+        return None if RunFolder(self.folder).is_live() else "returned"
 
     def stop(self) -> None:
         pass

@@ -28,7 +28,7 @@ from dlopt.basics.secrets import is_secret_name
 from dlopt.parallel.processes.launch import RECORD, python_module
 from dlopt.run.runner import CODE_OF
 from dlopt.sweeps.jobs import OUTPUT
-from dlopt.sweeps.pool import RETURNED, Pool, Process
+from dlopt.sweeps.pool import Pool, Process, Returned
 from dlopt.sweeps.worker import JOBS, LOG, Lines, create, has_left
 
 _FOLDER = "slurm"  # in a job's folder: submitit's files, the Slurm job id, and the folder of the worker
@@ -260,13 +260,13 @@ class _SlurmJob:
     is_stopped: bool = False
     missing_since: float | None = None  # in the queue, or its summary in the folder
 
-    def poll(self) -> int | None:
+    def poll(self) -> int | Returned | None:
         code = self.worker.code_of(self.number)
         if code is not None:
             # The summary of another machine may become visible later.
             return code if code < 0 or RunFolder(self.folder).summary() is not None or self._is_missing() else None
         if self.worker.has_returned(self.number):
-            return INTERRUPTED if self.is_stopped else RETURNED
+            return INTERRUPTED if self.is_stopped else "returned"
         if self.worker.state is not None:
             self.missing_since = None
             return None
@@ -275,7 +275,7 @@ class _SlurmJob:
         if status in (None, "interrupted") and not self._is_missing():
             return None
         if self.number > 0 and not self.worker.has("started", self.number):
-            return INTERRUPTED if self.is_stopped else RETURNED
+            return INTERRUPTED if self.is_stopped else "returned"
         return CODE_OF.get(status or "", FAILED)
 
     def _is_missing(self) -> bool:

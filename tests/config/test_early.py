@@ -18,11 +18,12 @@ from tests.support.line import refused
 
 _RUN = """
 import sys
-from dlopt.cli import run
 from dlopt.basics.errors import UserError
+from dlopt.cli import find
 for line in sys.stdin.read().splitlines():
+    command, arguments = find(line.split())
     try:
-        run(line.split())
+        command(arguments)
     except UserError as error:
         print("torch" in sys.modules, error)
 """

@@ -7,11 +7,12 @@ from types import ModuleType
 
 import pytest
 
-from dlopt import cli, lab
+from dlopt import lab
 from dlopt.basics.roles import Role
 from dlopt.commands.table import COMMANDS, every_command
 from dlopt.config import packages
 from dlopt.config.keys import role_of
+from tests.support.line import run
 
 INSTALLED = EntryPoints(
     EntryPoint(name, value, group)
@@ -41,7 +42,7 @@ def test_installed_packages_add_commands_and_replace_none(capsys: pytest.Capture
     assert commands["weights"] == "mine:weights"
     assert commands["train"] == COMMANDS["train"]
     assert commands["bench"] == lab.ENTRY_POINTS["dlopt.commands"]["bench"]
-    cli.run(["--help"])
+    run("--help")
     text = capsys.readouterr().out
     assert "\n\nPackage mine:\n  weights" in text and "\nLaboratory:\n  benchmark " in text
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dlopt import cli
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain import flatten, is_below
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
@@ -25,7 +24,7 @@ from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
 from dlopt.python.api import train
 from dlopt.sweeps import run as sweeps
-from tests.support.line import SMALL, dlopt, refused
+from tests.support.line import SMALL, dlopt, refused, run
 
 HYDRA = (
     "hydra.run.dir", "hydra.sweep.dir", "hydra/launcher", "hydra/sweeper", "hydra.launcher.n_jobs",
@@ -87,7 +86,7 @@ def test_a_command_refuses_what_it_does_not_read(line: str, tmp_path: Path, monk
     assert len(unread) > 20
     for key in unread:
         with pytest.raises(UserError) as caught:
-            cli.run([*line.split(), f"{key}=1"])
+            run(f"{line} {key}=1")
         message = str(caught.value)
         assert message.startswith(f"{key}=1: ") and ("does not read this key" in message or "`dlopt train`" in message
             or "unknown key of" in message), message  # fmt: skip
@@ -103,7 +102,7 @@ def test_a_command_on_a_checkpoint_refuses_what_it_does_not_read(
     reads, own = ON_CHECKPOINTS[line]
     for key in (key for key in keys_of_a_run() if not is_below(key, (*reads, *own))):
         with pytest.raises(UserError) as caught:
-            cli.run([*line.split(), "checkpoint=x.pt", f"{key}=1"])
+            run(f"{line} checkpoint=x.pt {key}=1")
         assert str(caught.value).startswith(f"{key}"), caught.value
 
 
@@ -124,7 +123,7 @@ def test_a_command_without_runs_refuses_all_keys(line: str, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     for key in keys_of_a_run():
         with pytest.raises(UserError) as caught:
-            cli.run([*line.split(), f"{key}=none"])
+            run(f"{line} {key}=none")
         assert key in str(caught.value)
 
 

@@ -31,6 +31,12 @@ class Result:
     seconds: float
 
 
+def run(line: str) -> int:
+    """Runs `dlopt LINE` in the current folder; returns the exit code, and raises the command's errors."""
+    command, arguments = cli.find(line.split())
+    return command(arguments)
+
+
 def dlopt(folder: Path, *arguments: str) -> Result:
     """Runs `dlopt ARGUMENTS` in `folder`."""
     out, err = io.StringIO(), io.StringIO()

@@ -14,7 +14,7 @@ import pytest
 from dlopt.basics.errors import INTERRUPTED
 from dlopt.sweeps import slurm as launcher
 from dlopt.sweeps import worker as workers
-from dlopt.sweeps.pool import RETURNED, Pool, build_pool
+from dlopt.sweeps.pool import Pool, build_pool
 from dlopt.sweeps.worker import JOBS, LOG, Lines, Worker, create
 from tests.sweeps.fake_slurm import SETTINGS, WriteTool
 
@@ -200,7 +200,7 @@ def test_a_job_that_its_worker_returns_gets_a_slurm_job_of_its_own(last: Mapping
     assert first.poll() == 0
     second, _ = cluster.start(pool, "b")
     say(**last)
-    assert second.poll() == RETURNED
+    assert second.poll() == "returned"
     again = pool.start(0, cluster.folder / "b", {})
     assert again.poll() is None and cluster.submitted() == 2
     assert (cluster.folder / "b/slurm/job_id").read_text() == "2\n"
@@ -216,7 +216,7 @@ def test_a_job_whose_worker_dies_first_is_submitted_again(cluster: Cluster) -> N
     assert first.poll() == 0
     second, _ = cluster.start(pool, "b")
     cluster.finish()
-    assert second.poll() == RETURNED
+    assert second.poll() == "returned"
 
 
 def test_a_worker_that_has_left_gets_no_job(cluster: Cluster) -> None:

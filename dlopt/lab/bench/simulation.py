@@ -112,10 +112,10 @@ def slowed(devices: int, variation: float, barriers: int = 1, group: int | None 
     """Straggler slowdown of `devices` in groups of `group` devices (None: one group).
 
     The devices of a group wait for its slowest one `barriers` times per update, the groups for the slowest group once.
-    The time of an update varies by
-    `variation` (standard deviation over mean), independently between devices and between the k intervals from barrier
-    to barrier. An interval has 1/k of the variance, so the sum over k maxima has mean mu + sigma sqrt(k) E[max] and
-    standard deviation sigma SD[max], and the slowest group takes E[max over groups] of the latter longer.
+    The time of an update varies by `variation` (standard deviation over mean), independently between devices and
+    between the k intervals from barrier to barrier. An interval has 1/k of the variance, so the sum over k maxima has
+    mean mu + sigma sqrt(k) E[max] and standard deviation sigma SD[max], and the slowest group takes E[max over groups]
+    of the latter longer.
     """
     group = devices if group is None else group
     mean = expected_maximum(group)
