@@ -88,6 +88,7 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
         if not workload.task.has_labels:
             return Tested(unlabelled_report(workload, tta=tta, members=len(paths)), chosen, None, workload)
         batches = predict_test_set(workload, views, chosen)
+        assert batches is not None  # nothing interrupts it
         own = workload.experiment.own_metrics
         models.append(_Predictions(path, chosen, workload.dataset.classes, workload.loss, workload.task, own, batches))
         models[-1].check_matches(models[0])

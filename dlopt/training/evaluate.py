@@ -168,7 +168,7 @@ def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> Test
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
     if workload.dataset.test is None:
         raise UserError(f"{workload.experiment.data.choice}: this dataset has no test set")
-    return TestReport(test_metrics(workload), None)
+    return TestReport(test_metrics(workload) or {}, None)
 
 
 def _refuse_tta(workload: Workload, key: str, tta: str) -> None:
@@ -288,10 +288,14 @@ def _evaluate(
         )
 
 
-def test_metrics(workload: Workload, on_batch: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def test_metrics(
+    workload: Workload,
+    on_batch: Callable[[int, int], None] | None = None,
+    interruption: Interruption | None = None,
+) -> dict[str, Any] | None:
     """Returns test_loss, for classes test_accuracy, for labels `LABEL_METRICS`, and what the task derives.
 
-    {} without a test set.
+    {} without a test set, None if interrupted, which is checked after each batch.
 
     `on_batch(done, total)` is called after each batch, except with test-time augmentation.
     """
@@ -299,7 +303,9 @@ def test_metrics(workload: Workload, on_batch: Callable[[int, int], None] | None
         return {}
     settings = workload.experiment.settings.evaluate
     if settings.tta != "none":
-        outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload))
+        outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload), interruption)
+        if outputs is None:
+            return None
         own = workload.experiment.own_metrics
         metrics = report(outputs, workload.loss, workload.task, own).metrics
         of_labels = LABEL_METRICS if workload.task.labels is not None else ()
@@ -307,7 +313,8 @@ def test_metrics(workload: Workload, on_batch: Callable[[int, int], None] | None
         return {name: metrics[name] for name in names if name in metrics}
     batches = evaluation_batches(workload, workload.dataset.test)
     task = workload.dataset.task_on(workload.dataset.test)
-    return _evaluate(workload, task, _reporting(batches, on_batch) if on_batch else batches.epoch(0), "test") or {}
+    observed = _reporting(batches, on_batch) if on_batch else batches.epoch(0)
+    return _evaluate(workload, task, observed, "test", interruption)
 
 
 def check_crops(workload: Workload) -> None:
@@ -350,9 +357,14 @@ def choose_average(average: Average | None, workload: Workload, *, key: str = "a
 
 
 def predict_test_set(
-    workload: Workload, choice: Flip | ShiftFlip | TenCrop | MultiScaleTenCrop | None, average: Average
-) -> list[Outputs]:
+    workload: Workload,
+    choice: Flip | ShiftFlip | TenCrop | MultiScaleTenCrop | None,
+    average: Average,
+    interruption: Interruption | None = None,
+) -> list[Outputs] | None:
     """Returns outputs (fp32 or fp64, on the device) and targets of the test set, in its order, batch by batch.
+
+    None if interrupted.
 
     choice: the test-time augmentation whose outputs are averaged; None: as in the final test of `dlopt train`.
     """
@@ -362,7 +374,7 @@ def predict_test_set(
     model = workload.precision.autocast(workload.model)
     with norm_statistics(workload, workload.module, model):
         if choice is None:
-            return _outputs(workload, model, evaluation_batches(workload, samples))
+            return _outputs(workload, model, evaluation_batches(workload, samples), interruption)
         transform = _build_transform(workload, choice, samples)
 
         def averaged(images: Tensor) -> Tensor:
@@ -370,15 +382,25 @@ def predict_test_set(
             return mean_outputs(((weight, _promoted(model(inputs))) for weight, inputs in crops), average)
 
         with contextlib.closing(_image_batches(workload, samples, transform)) as batches:
-            return _outputs(workload, averaged, batches)
+            return _outputs(workload, averaged, batches, interruption)
 
 
 @torch.inference_mode()
-def _outputs(workload: Workload, model: Callable[[Tensor], Tensor], batches: Batches) -> list[Outputs]:
-    """Returns outputs and targets batch by batch; each process computes those of its samples."""
+def _outputs(
+    workload: Workload,
+    model: Callable[[Tensor], Tensor],
+    batches: Batches,
+    interruption: Interruption | None,
+) -> list[Outputs] | None:
+    """Returns outputs and targets batch by batch; each process computes those of its samples. None if interrupted."""
     workload.module.eval()
-    own = [(_promoted(model(inputs)), targets) if len(targets) else None for inputs, targets in batches.epoch(0)]
     mode = workload.parallel
+    stop = None if interruption is None else mode.ranks.evaluation_stop(interruption)
+    own = []
+    for inputs, targets in batches.epoch(0):
+        own.append((_promoted(model(inputs)), targets) if len(targets) else None)
+        if stop:
+            return None
     if mode.split.evaluation_shard is None:
         return [batch for batch in own if batch is not None]
     # Batch by batch, because the ranks hold adjacent slices of each batch, not of the data set: joined per batch, the

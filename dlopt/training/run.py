@@ -135,13 +135,16 @@ def train_run(
             )
         stop = mode.ranks.synchronized_stop(interruption)
         status = trainer.fit(stop)
-        summary = summarize(workload, status, trainer.progress, trainer.best, trainer.recovery)
+        tested: dict[str, Any] | None = {}
+        if status != "interrupted" and settings.evaluate.test:
+            tested = _test_best(trainer, workload, stop)
+            trainer.train_metrics.warn_if_not_finite(tested or {}, "test_loss", tracking.message)
+        if tested is None:  # interrupted in the test: the last checkpoint is that of the whole training
+            status = "interrupted"
         if status == "interrupted":
             how = how_to_resume(RunFolder(run.folder), is_launched())
             tracking.message(f"{stop.reason}: stopped; {how}")
-        elif settings.evaluate.test:
-            summary |= _test_best(trainer, workload)
-            trainer.train_metrics.warn_if_not_finite(summary, "test_loss", tracking.message)
+        summary = summarize(workload, status, trainer.progress, trainer.best, trainer.recovery) | (tested or {})
         user_observers.at_end(summary)
         pictures = None
         if draw is not None and status != "interrupted":
@@ -151,17 +154,17 @@ def train_run(
     return summary
 
 
-def _test_best(trainer: Trainer, workload: Workload) -> dict[str, Any]:
-    """Tests the best model, which stays loaded in `workload.module`. Raises `RunError`."""
+def _test_best(trainer: Trainer, workload: Workload, stop: Interruption) -> dict[str, Any] | None:
+    """Tests the best model, which stays loaded in `workload.module`. None if interrupted. Raises `RunError`."""
     mode, progress = workload.parallel, partial(trainer.tracking.evaluating, split="test")
     try:
         if trainer.best.epoch is None:
             with evaluation_weights(trainer.step.optimizer, trainer.average):
-                return test_metrics(workload, progress)
+                return test_metrics(workload, progress, stop)
         state = mode.ranks.broadcast(load(trainer.checkpoints.best) if mode.ranks.is_main else None)
         assert state is not None
         workload.load(state)
-        return test_metrics(workload, progress)
+        return test_metrics(workload, progress, stop)
     except UserError as error:
         advice = "fix the cause and repeat the command with resume=auto"
         raise RunError(f"training is finished, but the test failed: {error}; {advice}") from error

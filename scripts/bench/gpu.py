@@ -326,7 +326,7 @@ def speed_runs(bench: Bench, name: str, *overrides: str) -> tuple[float, list[Ro
         start = bench.wait()
         training.fit(Interruption())  # not entered: signals end the script
         training_end = bench.wait()
-        metrics = test_metrics(workload)
+        metrics = test_metrics(workload) or {}
         if number:  # the first run compiles
             seconds.append(init_seconds + bench.wait() - start)
             training_seconds.append(training_end - start)

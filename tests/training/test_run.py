@@ -23,6 +23,7 @@ from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batches
 from dlopt.parallel.ranks import Ranks
 from dlopt.run import runner
+from dlopt.training import evaluate
 from dlopt.training.builders.workload import Workload, build_workload, training_batches
 from dlopt.training.checkpoint.checkpoints import KEYS, Checkpoints, load
 from dlopt.training.loop import Trainer
@@ -285,6 +286,27 @@ def test_exit_codes_and_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert status(tmp_path / "a") == "finished"
     assert execute(tmp_path / "b", *RICH, "max_time=0.00001") == 75
     assert status(tmp_path / "b") == "interrupted"
+
+
+@pytest.mark.parametrize("keys", [[], ["evaluate.tta=flip"]])
+def test_a_signal_in_the_final_test(keys: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The run ends at once, and makes no further update when it is resumed."""
+    tested = evaluate.test_metrics
+
+    def interrupted(*arguments: Any) -> dict[str, Any] | None:
+        terminate()
+        return tested(*arguments)
+
+    with patch("dlopt.training.run.test_metrics", interrupted):
+        assert execute(tmp_path / "cut", *RICH, *keys) == 75
+    assert status(tmp_path / "cut") == "interrupted"
+    assert execute(tmp_path / "cut", *RICH, *keys) == 0
+    whole = start(tmp_path / "whole", *RICH, *keys)
+    summary = json.loads((tmp_path / "cut/summary.json").read_text())
+    assert {**summary, **DIFFERENT} == {**whole, **DIFFERENT} and whole["test_loss"] is not None
+
+
+DIFFERENT: dict[str, Any] = {"seconds": 0.0, "resumed_from": [], "run_id": ""}
 
 
 def test_nonfinite_loss_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
