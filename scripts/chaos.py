@@ -318,7 +318,7 @@ class Campaign:
         command = ["strace", *only, sys.executable, "-c", code, str(self.work / "traced")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True)
         lines = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines() if "traced" in line]
-        synced = next(i for i, line in enumerate(lines) if line.startswith("fsync") and ".last.pt.tmp" in line)
+        synced = next(i for i, line in enumerate(lines) if line.startswith("fsync") and ".last.pt." in line)
         renamed = next(i for i, line in enumerate(lines) if line.startswith("rename") and '/last.pt"' in line)
         folder = [i for i, line in enumerate(lines) if line.startswith("fsync") and "traced>" in line]
         fine = done.returncode == 0 and synced < renamed < max(folder)

@@ -1,11 +1,13 @@
 """Crash-safe files: written atomically, checkpoints with their SHA-256 in a checksum file; texts without secrets."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +17,7 @@ import yaml
 from dlopt.basics.plain import read_regular
 from dlopt.basics.secrets import redact, redacted
 
+_ABANDONED = 3600.0  # seconds
 _in_use = 0
 
 
@@ -86,14 +89,25 @@ def write_yaml(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """Yields a path in the same folder to write and rename to `path`; removes it afterwards if it still exists."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    """Yields a path in the same folder to write and rename to `path`; removes it afterwards if it still exists.
+
+    Every writer has a path of its own: two processes may write the same file at once, and the later rename wins.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
+    _remove_abandoned(path)
     try:
         yield temporary
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what killed processes have left of `path`; after an hour, since a process elsewhere may still write."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - temporary.stat().st_mtime > _ABANDONED:
+                temporary.unlink()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 import contextlib
 import fcntl
 import os
+import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,6 +21,21 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("a+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Waits for the lock of a folder and holds it in the block, where the file system has such locks (not over NFS).
+
+    It needs no file of its own, and opening files in the folder does not release it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def hold(path: Path) -> IO[str]:
@@ -53,9 +70,32 @@ def taken(path: Path) -> Iterator[bool | None]:
 
 
 def is_held(path: Path) -> bool:
-    """Returns whether a process holds the lock; False if the file is missing or not writable."""
-    with taken(path) as is_taken:
-        return is_taken is False
+    """Returns whether a process holds the lock; False if the file is missing or not readable."""
+    if _is_held_here(path):
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO of that name would block
+    except OSError:
+        return False
+    try:
+        return _conflicts(descriptor)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _conflicts(descriptor: int) -> bool:
+    """Asks the kernel for a lock that excludes a shared one: F_GETLK of fcntl(2) with its struct flock. Raises OSError.
+
+    Trying the lock instead would hold it for an instant, in which a run that starts is refused.
+    """
+    layout, place = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi4x", 0)
+    fields = [0] * 5  # the whole file, from its start
+    fields[place] = fcntl.F_RDLCK
+    answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(layout, *fields))
+    kind: int = struct.unpack(layout, answer)[place]
+    return kind != fcntl.F_UNLCK
 
 
 def _key(path: Path) -> tuple[int, str]:

@@ -7,6 +7,7 @@ from dlopt.basics.errors import DONE, RunError, UserError
 from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_value, printable
+from dlopt.basics.locks import locked_folder
 from dlopt.commands.shared.line import take_own
 from dlopt.config.settings_rules import check_tags
 from dlopt.results import reading
@@ -42,15 +43,16 @@ def edit(
 
 def _write(record: Record, tags: list[str], note: str | None, *, remove: bool) -> str:
     """Replaces the tags and the note in config.yaml; returns the line to print. Raises `RunError`."""
-    before = reading.tags_of(record)
-    after = [each for each in before if each not in tags] if remove else list(dict.fromkeys([*before, *tags]))
-    config = RunFolder(record.path).config()
-    assert config is not None  # it has just been read
-    config["tags"] = after
-    if note is not None:
-        config["note"] = note or None
     try:
-        write_yaml(record.path / "config.yaml", config)
+        # Without the lock, of two commands at once one would write tags that it has read before the other wrote its own.
+        with locked_folder(record.path):
+            config = RunFolder(record.path).config() or dict(record.config)
+            before = config.get("tags") or []
+            after = [each for each in before if each not in tags] if remove else list(dict.fromkeys([*before, *tags]))
+            config["tags"] = after
+            if note is not None:
+                config["note"] = note or None
+            write_yaml(record.path / "config.yaml", config)
     except OSError as error:
         raise RunError(f"{record.path / 'config.yaml'}: cannot be written: {error.strerror}") from None
     shown = f" note={config['note']}" if config.get("note") else ""

@@ -1,4 +1,4 @@
-"""What a run leaves besides its results: the files that describe it, and why it ended."""
+"""What a run leaves in addition to its results: the files that describe it, and why it ended."""
 
 import contextlib
 import os

@@ -1,8 +1,38 @@
-"""Files: lines that another process appends."""
+"""Files: atomic writes by several processes, and lines that another process appends."""
 
+import os
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
-from dlopt.basics.files import NewLines
+from dlopt.basics.files import NewLines, write_atomically
+
+
+def write_often(path: Path, text: str) -> None:
+    for _ in range(50):
+        write_atomically(path, text * 1000)
+
+
+def test_processes_that_write_one_file(tmp_path: Path) -> None:
+    """Neither fails, and the file is always a whole one."""
+    path = tmp_path / "file"
+    processes = [get_context("fork").Process(target=write_often, args=(path, text)) for text in "abcd"]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        if path.exists():
+            text = path.read_text()
+            assert len(text) == 1000 and len(set(text)) == 1
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_process_has_left_is_removed_later(tmp_path: Path) -> None:
+    for name, age in ((".file.1-1.tmp", 7200), (".file.2-2.tmp", 60), (".other.1-1.tmp", 7200)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write_atomically(tmp_path / "file", "")
+    assert sorted(os.listdir(tmp_path)) == [".file.2-2.tmp", ".other.1-1.tmp", "file"]
 
 
 def test_new_lines(tmp_path: Path) -> None:

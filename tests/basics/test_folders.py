@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.files import write
 from dlopt.basics.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, newest
 from dlopt.basics.interruption import Interrupted
+from dlopt.basics.locks import hold, is_held
 from dlopt.config.resuming import differences
 from dlopt.parallel.processes.rendezvous import World
 from dlopt.run import runner
@@ -345,6 +347,35 @@ def test_lock_is_exclusive(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another run is active"):
             RunFolder(tmp_path).lock()
     assert not RunFolder(tmp_path).is_live()
+
+
+def test_asking_for_the_lock_does_not_take_it(tmp_path: Path) -> None:
+    """A reader that polls must not refuse a run that starts."""
+    lock = tmp_path / ".lock"
+    lock.touch()
+    reader = get_context("fork").Process(target=ask_until, args=(tmp_path,))
+    reader.start()
+    for _ in range(2000):
+        hold(lock).close()
+    (tmp_path / "end").touch()
+    reader.join()
+    assert reader.exitcode == 0
+
+
+def ask_until(folder: Path) -> None:
+    while not (folder / "end").exists():
+        is_held(folder / ".lock")
+
+
+def test_a_lock_in_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).lock():
+        code = (
+            "import sys, pathlib, os, dlopt.basics.locks as locks; flags = [];"
+            "opened = os.open; os.open = lambda path, how, *rest: flags.append(how) or opened(path, how, *rest);"
+            "print(locks.is_held(pathlib.Path(sys.argv[1])), any(how & os.O_ACCMODE for how in flags))"
+        )
+        line = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+        assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "True False\n"
 
 
 def test_the_lock_excludes_its_own_process(tmp_path: Path) -> None:

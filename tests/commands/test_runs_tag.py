@@ -1,5 +1,6 @@
 """Tags and notes of runs: `dlopt train tags=[...]`, `dlopt runs tag`, conditions, columns."""
 
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from dlopt import open_run
 from dlopt.basics.folders import RunFolder
+from dlopt.commands.runs_tag import edit
 from tests.support.folders import make_run
 from tests.support.line import SMALL, dlopt, entries, refused
 from tests.support.terminal import in_terminal, plain
@@ -65,6 +67,18 @@ def test_tag_adds_and_removes(outputs: Path) -> None:
     assert result.out == "outputs/a: tags=[good]\n"
     assert dlopt(outputs, "runs", "tag", "outputs/b", "note=größe, 2").out == "outputs/b: tags=[] note=größe, 2\n"
     assert open_run(outputs / "outputs/b").note == "größe, 2"
+
+
+def test_commands_at_once_lose_no_tag(outputs: Path) -> None:
+    def add(tag: str) -> None:
+        edit([outputs / "outputs/a"], [tag])
+
+    processes = [get_context("fork").Process(target=add, args=(f"t{number}",)) for number in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert {f"t{number}" for number in range(8)} < {*open_run(outputs / "outputs/a").tags}
 
 
 def test_tag_changes_nothing_else(outputs: Path) -> None:
