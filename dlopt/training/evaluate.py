@@ -402,6 +402,7 @@ def _outputs(
     own = []
     for inputs, targets in batches.epoch(0):
         own.append((_promoted(model(inputs)), targets) if len(targets) else None)
+        # A collective, as in `evaluate`.
         if stop:
             return None
     if mode.split.evaluation_shard is None:
