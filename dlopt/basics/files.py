@@ -54,6 +54,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 def link(source: Path, target: Path) -> None:
     """Makes `target` a hard link to `source`, or a copy if the file system has no hard links."""
     with temporary_sibling(target) as temporary:
+        # A link needs no sync: the contents of the source have been on disk since it was written. A copy needs one.
         try:
             os.link(source, temporary)
         except OSError:
@@ -72,6 +73,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     if isinstance(data, str):
         data = redact(data).encode("utf-8", "surrogateescape")
     with temporary_sibling(path) as temporary:
+        # Synced before the rename: otherwise a power failure could leave the new name with incomplete contents.
         with synced(temporary) as file:
             file.write(data)
         os.replace(temporary, path)
@@ -123,6 +125,7 @@ def _publish(temporary: Path, path: Path, digest: str) -> None:
     old_digests = recorded_digests(path) if path.exists() else []
     write_digests(path, [digest, *(old for old in old_digests if old != digest)])
     os.replace(temporary, path)
+    # Before the old digest is removed: if a power failure undid the rename, the old file would be left without it.
     sync_folder(path.parent)
     if old_digests:
         write_digests(path, [digest])

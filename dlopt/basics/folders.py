@@ -103,6 +103,8 @@ class RunFolder:
         """Locks the folder until the returned file is closed or the process ends. Raises `UserError` if locked."""
         note_files("; resume with resume=auto")
         try:
+            # Two runs in one folder would replace each other's checkpoints and metrics. The file is emptied under the
+            # lock only: until then it may name the process of another run.
             file = hold(self.path / name)
             file.truncate(0)
             file.write(f"{os.getpid()}\n")

@@ -395,6 +395,7 @@ def _mapped(key: str, paths: Sequence[str], columns: Sequence[str], schema: Any)
                     with arrow.OSFile(str(temporary), "wb") as sink, arrow.ipc.new_file(sink, schema) as writer:
                         for batch in _batches(key, paths, columns):
                             writer.write_batch(batch)
+                    # Renamed when it is complete: a killed process leaves no file of this name that lacks rows.
                     os.replace(temporary, target)
                 finally:
                     temporary.unlink(missing_ok=True)

@@ -69,5 +69,7 @@ def exclusive(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Ranks of a run and jobs of a sweep start at the same time: one of them computes the result, and the others
+            # wait for it and read it.
             stack.enter_context(locked(path.with_suffix(".lock")))
         yield

@@ -283,6 +283,7 @@ def _map_joined(paths: Sequence[Path]) -> np.ndarray:
                             with path.open("rb") as source:
                                 shutil.copyfileobj(source, joined)
                             joined.write(SEPARATOR)
+                    # Renamed when it is complete: a killed process leaves no text of this name that is cut off.
                     os.replace(joined.name, target)
     except OSError:  # no access, or no space
         return _read(paths)

@@ -89,6 +89,7 @@ class ClassMetrics:
         """Returns the metrics of all samples so far, on all ranks, by name; `reduce`: see `MetricSum`."""
         size = 3 * len(self.classes) + ("top5_accuracy" in self.names)
         size += BINS if "calibration_error" in self.names else 0
+        # One transfer from the device per evaluation. `reduce` is a collective: a rank without samples calls it, too.
         local = [0.0] * size if self._sums is None else self._sums.tolist()  # zeros: this rank had no samples
         sums = torch.tensor(local if reduce is None else list(reduce(local)), dtype=torch.float64)
         correct, true, predicted, rest = sums.split([*[len(self.classes)] * 3, size - 3 * len(self.classes)])

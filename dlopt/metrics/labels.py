@@ -97,4 +97,5 @@ class LabelMetrics(KeptOutputs):
         """Returns the metrics by name, on all ranks, which call this together."""
         samples = self.gathered()
         result = {} if samples is None else label_report(*samples, self._probabilities).means
+        # All ranks need the numbers: the best epoch and the stopping rule depend on them.
         return self._ranks.broadcast(result)

@@ -36,6 +36,8 @@ class OwnMetrics(KeptOutputs):
                 if self._ranks.processes == 1:
                     raise  # with the traceback of the function, for train.log
                 result = str(error)
+        # All ranks need the metrics. An error is sent, too: they would otherwise wait for rank 0 in the next
+        # collective.
         result = self._ranks.broadcast(result)
         if isinstance(result, str):
             raise RunError(result)

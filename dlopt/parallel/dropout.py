@@ -159,5 +159,6 @@ def convert_dropout(
     for each in module.modules():
         kind = type(each) if isinstance(each, GlobalDropout) else _KINDS.get(type(each))
         if kind is not None:
+            # Not replaced by another module: hooks, attributes and all references to this one stay valid.
             each.__class__ = kind
             each.current, each.feature_spec = current, specs.get(each)  # type: ignore[assignment]

@@ -76,6 +76,7 @@ class GroupRanks(Ranks):
 
     def broadcast(self, value: T) -> T:
         box = [value]
+        # Over gloo, because the object is in main memory: a checkpoint does not have to fit on the GPU as well.
         distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 

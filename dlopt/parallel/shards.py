@@ -105,6 +105,8 @@ def unit_norm(tensor: Tensor) -> Tensor:
         return total_norm([tensor])
     dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
     norms = torch.linalg.vector_norm(local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True, dtype=dtype)
+    # A rank has whole rows, unless the tensor is sharded within its rows, too: then their squares are summed over the
+    # ranks that have the other parts.
     within_rows = tuple(axis for axis in _shard_axes(tensor) if axis[2] != 0)
     return _all_reduce(norms.square(), within_rows).sqrt() if within_rows else norms
 
@@ -211,11 +213,13 @@ class LayerShards(TensorShards):
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         held = [] if self.is_replica else [tensor for tensor in tensors if not tensor.is_meta]
         norm = torch.nn.utils.get_total_norm(held) if held else torch.zeros((), device=self.device)
+        # Gathered, not all-reduced: all ranks combine the same numbers in the same order, so they clip and stop alike.
         norms = self.group.all_gather(norm.to(device=self.device, dtype=torch.float64).reshape(1))
         return torch.linalg.vector_norm(norms)
 
     def full(self, state: T) -> T:
         states: list[Any] | None = [None] * self.group.size if self.group.rank == 0 else None
+        # Rank 0, which writes the checkpoint, collects the layers of all ranks, as pickled objects from main memory.
         on_cpu = None if self.is_replica else tree_map_only(Tensor, lambda t: t if t.is_meta else t.cpu(), state)
         distributed.gather_object(on_cpu, states, dst=0)
         for other in (states or [])[1:]:

@@ -185,6 +185,8 @@ def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None
     """
     from dlopt.training.checkpoint.checkpoints import Checkpoints, evaluated_epoch, load
 
+    # A crash in between does no harm: with these files only, the folder counts as not begun (`has_begun`), and the next
+    # start copies them again.
     if (source.path / "metrics.jsonl").is_file():
         shutil.copy(source.path / "metrics.jsonl", target.path / "metrics.jsonl")
     best = Checkpoints(source.checkpoints).best

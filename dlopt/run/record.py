@@ -129,6 +129,7 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # A crash in between does no harm: every start of the run, also a resumed one, writes all of these files again.
         write_yaml(folder / "config.yaml", config)
         write_yaml(folder / "overrides.yaml", overrides)
         write_json(folder / "environment.json", facts)

@@ -70,6 +70,8 @@ def run_plan(
 
             # 3. Send the run to the other ranks of a launcher.
             if store is not None:
+                # After the checks above: a run that they refuse is never sent, and `release` ends the ranks that wait
+                # for it.
                 message = {"config": run.experiment.config, "folder": str(folder.path), "choices": plan.choices}
                 store.set("run", json.dumps(message))
 
@@ -118,6 +120,7 @@ def _train(run: "Run", *, console: bool) -> dict[str, Any]:
     from dlopt.training.run import train_run
 
     processes, lock = _claim(run)
+    # Locked before it is described: a second start in this folder must not replace the config of the active run.
     with lock, described(run):
         if processes > 1:
             return _train_in_processes(run, processes, console=console)

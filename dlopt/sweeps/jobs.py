@@ -79,6 +79,7 @@ def prepare(job: Job) -> JobResult | None:
         refuse_other_config(folder.config() or plan.saved, plan.saved, str(folder.path), folder.history())
         if job.is_done:
             return result_of(folder, DONE)
+        # Before the job starts: if its process dies without a summary, the former one would count as its result.
         with contextlib.suppress(OSError):
             (folder.path / "summary.json").unlink(missing_ok=True)  # of the previous attempt
     describe(folder.path, plan.saved, plan.typed, plan.choices)

@@ -130,6 +130,7 @@ def _grid(request: SweepRequest) -> int:
     jobs = _jobs(folder, plans)
     if jobs and all(job.is_done for job in jobs):
         return print_next(f"this sweep is already finished: {folder}", folder)
+    # A second sweep in this folder would start the same jobs.
     with RunFolder(folder).lock():
         write_yaml(folder / SPACE, [storable(plan.lines) for plan in plans])
         for job in jobs:

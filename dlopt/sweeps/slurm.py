@@ -209,6 +209,8 @@ class _Worker:
     def assign(self, folder: Path, environment: Mapping[str, str]) -> int:
         """Gives a job to this worker, which the job's folder notes, and returns its number. Raises OSError."""
         number, self._count = self._count, self._count + 1
+        # Noted before a worker receives the job: a sweep that is killed in between leaves a worker that ends without
+        # the job (`has_returned`). In the other order it would leave a running job that no sweep finds.
         (folder / _FOLDER / "job_id").write_text(f"{self.job_id}\n")
         if self.folder is not None:
             noted = {"folder": str(self.folder), "job": number}

@@ -138,6 +138,7 @@ class Study:
         self._claimed: set[int] = set()
         # The operating system releases this lock when the process dies: so others can tell that its trials are free.
         self._alive_lock = hold(self._workers / f"{self.worker}.lock")
+        # One process at a time: two that create the study together would both set its facts and add all of its trials.
         with locked(self._workers / STUDY_LOCK):
             self._study = optuna.create_study(
                 storage=self._storage,
@@ -155,8 +156,8 @@ class Study:
                     f"hydra.sweeper: the study {spec.name} has another search space or config ({different}); "
                     "use the same one, or another hydra.sweep.dir or hydra.sweeper.study_name"
                 )
-            # The total may have grown. Machines without this folder may add trials at the same time: those beyond the
-            # total are ignored.
+            # The total may have grown, or a process may have been killed here before it had added all trials. Machines
+            # without this folder may add trials at the same time: those beyond the total are ignored.
             for _ in range(self.total - len(self._trials())):
                 self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
 
@@ -184,6 +185,7 @@ class Study:
         return None
 
     def _record_owner(self, trial: FrozenTrial) -> None:
+        # The folder first: a trial that names its worker must also name the folder with the lock of that worker.
         self._storage.set_trial_user_attr(trial._trial_id, "folder", str(self.folder))
         self._storage.set_trial_user_attr(trial._trial_id, "worker", self.worker)
 
@@ -238,6 +240,7 @@ class Study:
         self, claim: ClaimedJob, state: TrialState, objectives: Sequence[float] | None = None, **attributes: str
     ) -> None:
         """Records the end of a job: the objectives of a complete one, and attributes of its trial."""
+        # The attributes first: Optuna refuses those of a finished trial, and other processes then read its `run`.
         for name, value in attributes.items():
             text = value if name == "run" else redact(value)  # `run` is a folder that others read
             self._storage.set_trial_user_attr(claim.trial._trial_id, name, text)

@@ -79,6 +79,8 @@ class Worker:
         with Interruption() as interruption:
             while (job := self._next(interruption)) is not None:
                 number = job["job"]
+                # Before the job starts: a job that the log of an ended worker does not have was not run, and runs
+                # elsewhere.
                 self._log.append(started=number)
                 begin = time.monotonic()
                 code = INTERRUPTED if number in self._stopped else self._run(job, interruption)

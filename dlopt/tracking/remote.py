@@ -143,6 +143,7 @@ class MLflow:
         tags["dlopt.folder"] = redact(str(self._folder))
         experiment = _experiment(self._client, str(hparams["name"]))
         self._run = self._client.create_run(experiment.experiment_id, tags=tags).info.run_id
+        # At once: a run that is killed before this line creates a second MLflow run when it is resumed.
         write_atomically(id_file, json.dumps({"tracking_uri": uri, "run_id": self._run}).encode())
         params = [Param(key, str(value)[:_MAX_PARAM_LENGTH]) for key, value in hparams.items()]
         for chunk in _chunks(params, _MAX_PARAMS):
@@ -263,6 +264,7 @@ class Wandb:
         # Its own steps therefore only count the calls, and charts are drawn against the number of updates.
         self._run.define_metric(_UPDATE)
         self._run.define_metric("*", step_metric=_UPDATE)
+        # A run that is killed before this line creates a second run of W&B when it is resumed.
         write_atomically(id_file, f"{self._run.id}\n".encode())
 
     def send(self, scalars: list[Scalars]) -> None:

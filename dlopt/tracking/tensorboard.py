@@ -168,6 +168,7 @@ class TensorBoard:
 
     def histograms(self, step: int, values: Mapping[str, "Tensor"]) -> None:
         """Adds one event with a histogram of each tensor's finite values in 50 bins."""
+        # Waits for the device, only in the updates that diagnostics observe.
         finite = {tag: tensor[tensor.isfinite()].double().cpu() for tag, tensor in values.items()}
         self._add(*(Summary.Value(tag=tag, histo=_histogram(t)) for tag, t in finite.items() if t.numel()), step=step)
 

@@ -253,6 +253,7 @@ class Tracking:
             sink.end(str(summary.get("status", "")))
         pictures: Mapping[str, Path] = {}
         try:
+            # Before the pictures: a run that is killed while they are drawn has its summary.
             if self._folder is not None:
                 write_summary(self._folder, summary)
             pictures = {} if draw is None else self._draw(draw)

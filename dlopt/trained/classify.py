@@ -75,6 +75,8 @@ def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterato
         upcoming = pool.map(read, batches[0])
         for paths, following in zip(batches, [*batches[1:], []], strict=True):
             images, upcoming = upcoming, pool.map(read, following)  # decodes the next batch while this one is computed
+            # Rank 0 writes the results of all ranks, in the order of the files: the ranks hold adjacent slices of a
+            # batch.
             yield from trained.mode.ranks.gather(_classify(paths, list(images), trained))
 
 

@@ -80,6 +80,8 @@ def _pool_inputs(pool: PooledMoments, norm: nn.Module, inputs: tuple[Tensor, ...
     values = inputs[0].double() if inputs[0].device.type != "mps" else inputs[0].float()
     moments: Any = getattr(norm, "moments", None)
     if moments is not None:  # a layer that normalizes over several processes
+        # A collective, which all ranks reach in the same order, because each goes through all batches. Reading the
+        # count waits for the device, as an evaluation may.
         mean, variance, global_count = moments(values)
         count = round(float(global_count))
     else:

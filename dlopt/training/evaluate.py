@@ -73,8 +73,10 @@ def evaluate(
                     each.add(outputs, targets)
             else:
                 metrics.add(Measured.of_no_samples(outputs.sum()))
+            # With several ranks a collective (`evaluation_stop`), once per batch: all ranks have equally many batches.
             if interruption:
                 return None
+    # With several ranks collectives, which a rank without samples calls, too.
     means = metrics.means(prefix)
     for each in extra:
         means |= {f"{prefix}_{name}": value for name, value in each.means(reduce).items()}
@@ -149,6 +151,7 @@ def report(
         names = [*(["top5_accuracy"] if classes > TOP else []), "macro_f1", "calibration_error"]
         extra = ClassMetrics(names, list(map(str, range(classes))), lambda outputs: probabilities(outputs, loss))
         predictions = predicted_classes(outputs)
+        # On the host, once per test: the report is printed, drawn and written.
         confusion = confusion_matrix(targets, predictions, classes).cpu()
         samples = torch.bincount(targets, minlength=classes).cpu()
     extra.add(outputs, targets)
@@ -399,6 +402,7 @@ def _outputs(
     own = []
     for inputs, targets in batches.epoch(0):
         own.append((_promoted(model(inputs)), targets) if len(targets) else None)
+        # A collective, as in `evaluate`.
         if stop:
             return None
     if mode.split.evaluation_shard is None:

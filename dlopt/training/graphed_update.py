@@ -166,5 +166,6 @@ class GraphedUpdate:
 
 def _convert_rates_to_floats(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Makes a saved state independent of CUDA graphs: it can be loaded by a run without them."""
+    # Waits for the device, as the checkpoint does for which the state is taken.
     for group in state["param_groups"]:
         group["lr"] = float(group["lr"])

@@ -78,6 +78,7 @@ class Trainer:
         steps, log_every = self.intervals.steps, self.intervals.log_every_steps
         with self._error_handling():
             needs_checkpoint = self.recovery.policy == "rollback" or bool(self.progress.resumed_from)
+            # Rank 0 looks for the file, because other nodes may not see the folder; then all ranks save together.
             if needs_checkpoint and not self.mode.ranks.broadcast(self.checkpoints.last.exists()):
                 self.save()  # to roll back to; or, if the run was resumed in a new folder, to resume from
             clock = self._clock()
@@ -103,6 +104,8 @@ class Trainer:
                         self.tracking.advance(progress.step)
                         if record.loss is not None:
                             self.user_observers.after_update(progress.step, record.loss, self.module)
+                        # The check and the metrics wait for the device. Only at logging points: if the host waited in
+                        # every update, it could not queue the next one meanwhile.
                         if logs:
                             self.step.check_updates()  # before metrics that may be NaN are logged
                             self.tracking.step(progress.step, clock.metrics(float(self.step.rate), record.norm))
@@ -112,6 +115,7 @@ class Trainer:
                         if interrupted or self.stopping.should_stop:
                             break
                         if self._is_evaluation_due():
+                            # Before the evaluation, which waits for the device anyway: NaN weights are not evaluated.
                             self.step.check_weights()
                             interrupted = self._evaluate(clock, stop, ends_epoch=False) == "interrupted"
                             if interrupted or self.stopping.should_stop:
@@ -119,6 +123,7 @@ class Trainer:
                         elif self._is_save_due():
                             clock.stop()
                             self.save()
+                    # Waits for the device, as the evaluation or the save that follows does.
                     self.step.check_weights()
 
                     # 3. Evaluate the epoch, unless an evaluation within it has stopped the run and ended it.
@@ -157,6 +162,7 @@ class Trainer:
         progress, intervals, epoch = self.progress, self.intervals, self.progress.epoch + 1
         last = ends_epoch and (progress.step >= intervals.steps or self.stopping.should_stop)
         evaluated = not ends_epoch or last or epoch % intervals.evaluate_every == 0
+        # Waits for the device and, with several ranks, sums over them: all ranks evaluate after the same update.
         metrics: dict[str, Any] = {
             "epoch": epoch if ends_epoch else self._fractional_epoch(),
             "step": progress.step,
@@ -189,7 +195,9 @@ class Trainer:
                 self.step.schedule.update(metrics)
             self.tracking.epoch(metrics, best=improved, evaluation_seconds=evaluation_seconds)
             self.user_observers.after_evaluation(metrics)
-        # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch.
+        # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch, and metrics.jsonl has
+        # the line of this evaluation. A run that is killed in between removes the line when it resumes, and writes it
+        # again; in the other order the line would be missing for good.
         every = intervals.save_every_epochs
         save_due = every is not None and epoch % every == 0 if ends_epoch else self._is_save_due()
         if improved or save_due or last or self.stopping.should_stop:
@@ -250,6 +258,8 @@ class Trainer:
 
     def save(self, *, best: bool = False) -> None:
         """Writes a checkpoint. Raises `Diverged` if the weights are not finite: a checkpoint never contains NaN."""
+        # All ranks call this: the check and the state of a sharded model are collectives. Then rank 0 writes, or with
+        # sharded checkpoints every rank.
         self.step.check_weights()
         self.checkpoints.save(self.state_dict(), best=best, snapshot=self._snapshot_name())
 

@@ -167,6 +167,7 @@ def is_finite(tensors: Sequence[Tensor]) -> bool:
     if not shards:
         return True
     maxima = torch._foreach_norm(shards, ord=math.inf)  # propagates NaN, and does not overflow as a sum would
+    # Reduced on the device: the host waits for it once, not once per tensor.
     return bool(torch.stack([maximum.isfinite() for maximum in maxima]).all())
 
 
@@ -193,6 +194,7 @@ def locate(
     """
     if mode.ranks.processes > 1:
         text = _locate_on_this_rank(module, inputs, mode, loss_is_finite)
+        # Any rank may have the cause, in its samples or in its shards; all ranks raise the same message.
         first = next(((rank, each) for rank, each in enumerate(mode.ranks.gather([text])) if each is not None), None)
         unknown = "the loss itself" if mode.state.sharding == "replicated" else "an activation or the loss itself"
         return f"first: {unknown}" if first is None else f"first on rank {first[0]}: {first[1]}"

@@ -169,6 +169,8 @@ class Clock:
         now = time.perf_counter()
         self.progress.seconds += now - self._since
         self._since = now
+        # For the count from which `_restart` measures the throughput. Waits for the device, and is a collective with
+        # several ranks: the clock stops at evaluations and saves only, on all ranks after the same update.
         self.train_metrics.sync()
         self._restart()
 
@@ -179,6 +181,7 @@ class Clock:
         """
         metrics = {"lr": lr} | self.train_metrics.since_last("train/")
         if norm is not None:
+            # The sums above have waited for the device already.
             metrics["grad_norm/global"] = float(norm)
         now, count = time.perf_counter(), self.train_metrics.count
         metrics["throughput/samples_per_second"] = (count - self._count) / max(now - self._log_since, 1e-9)

@@ -136,6 +136,7 @@ def show_first_batch(workload: Workload, batches: EpochBatches, tracking: Tracki
     """Logs training images, and a warning if the processor emulates the precision."""
     if len(workload.dataset.train.shape) == 3 and workload.experiment.settings.tracking:
         inputs, _ = next(iter(batches.epoch(0)))
+        # Waits for the device once, before the first update.
         tracking.images(inputs[:64].float().cpu())
     if workload.precision.is_emulated:
         tracking.message(_emulation_warning(workload, batches))

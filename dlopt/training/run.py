@@ -150,6 +150,8 @@ def train_run(
         if draw is not None and status != "interrupted":
             steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
             pictures = partial(draw, workload, run.folder, [step / length.steps_per_epoch for step in steps])
+        # Last, because summary.json marks the run as finished: one that is killed before, in the test, is tested again
+        # when it is resumed.
         tracking.finish(summary, pictures)
     return summary
 
@@ -161,6 +163,7 @@ def _test_best(trainer: Trainer, workload: Workload, stop: Interruption) -> dict
         if trainer.best.epoch is None:
             with evaluation_weights(trainer.step.optimizer, trainer.average):
                 return test_metrics(workload, progress, stop)
+        # Rank 0 reads the file, because other nodes may not see the folder; all ranks test the same weights.
         state = mode.ranks.broadcast(load(trainer.checkpoints.best) if mode.ranks.is_main else None)
         assert state is not None
         workload.load(state)
@@ -214,6 +217,8 @@ def build_trainer(
         settings.on_divergence,
         attempts=settings.recovery.attempts,
         lr_factor=settings.recovery.lr_factor,
+        # Rank 0 reads the file, because other nodes may not see the folder. All ranks call this: they find the same
+        # non-finite number, and go back to the same state.
         load_newest=lambda: mode.ranks.broadcast(checkpoints.load_newest() if mode.ranks.is_main else None),
         log=tracking.message,
     )

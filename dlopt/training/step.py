@@ -240,6 +240,7 @@ class Step:
             if self.scaler is None:
                 self.optimizer.step()
             else:
+                # Waits for the device, except with a fused optimizer, whose kernel skips an overflow itself.
                 self.scaler.step(self.optimizer)  # skips an overflow, upon which `update` reduces the scale
                 self.scaler.update()
 

@@ -123,6 +123,8 @@ class Tolerance(Stopping):
 
     @torch.no_grad()
     def after_update(self) -> None:
+        # The rule decides after every update, so the host waits for the device in each. For sharded parameters the norm
+        # is a collective with the same result on all ranks, which therefore stop together.
         change = self.norm(torch._foreach_sub(self._parameters, self._previous)).item()
         self._remember()
         self.count = self.count + 1 if change < self.tolerance else 0

@@ -97,6 +97,7 @@ class HardExamples:
         if not len(losses):
             return
         samples, steps = self._next_served(len(losses))
+        # Waits for the device, but only once for all updates that `MetricSum` flushes together.
         values = losses.detach().float().cpu().numpy()
         finite = np.isfinite(values)
         samples, steps, values = samples[finite], steps[finite], values[finite]

@@ -93,6 +93,7 @@ class DataParallel(GroupMode):
         # `Placed.after_update` averages the others.
         broadcast = "forward_sync_buffers" if _HAS_FORWARD_SYNC_BUFFERS else "broadcast_buffers"
         options: dict[str, Any] = {**self.options, broadcast: False}
+        # A collective: DDP compares the shapes of the parameters, and sends the values of rank 0 to all ranks.
         placed = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
         if self.compression == "powersgd":
             state = powerSGD_hook.PowerSGDState(process_group=None, start_powerSGD_iter=10)

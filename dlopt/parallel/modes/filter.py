@@ -70,6 +70,7 @@ class Splitter:
         elif is_sequential(model):
             self.find_last_layer(model)
             if self.split_sequence(named_children(model), "replicated") == "sharded":
+                # Every rank computes the loss, for which it needs all outputs.
                 transform_output(model, self.model_group.gather)
         else:
             self.refuse("the model", model)
@@ -125,6 +126,7 @@ class Splitter:
             return self.split_sequence(named_children(module, name), layout)
         if type(module) in (*PROJECTED, ResidualPair):
             if layout == "sharded":
+                # A block adds its input to its output, which is replicated.
                 transform_input(module, self.model_group.gather)
             self._split_block(name, module)
             return "replicated"
@@ -159,6 +161,8 @@ class Splitter:
         what = "units" if isinstance(layer, nn.Linear) else "filters"
         for tensor, dim in zip(("weight", "bias"), dims, strict=True):
             self._shard(name, layer, tensor, dim, outputs, what)
+        # Every filter reads all features: the filters of each rank have a gradient of their own for them, and backward
+        # sums these gradients over the ranks.
         if layout == "sharded":
             transform_input(layer, lambda shard: self.model_group.gather(shard, reduce_grad=True))
         elif copy_input:

@@ -54,6 +54,7 @@ class ModelParallel(GroupMode):
     ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
+        # Creates the process groups of both dimensions, which is a collective: all ranks build the mode together.
         self.mesh = init_device_mesh(
             device.type, (data_degree, group.size // data_degree), mesh_dim_names=("data", "model")
         )

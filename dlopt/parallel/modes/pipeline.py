@@ -232,6 +232,7 @@ class PipelineMode(GroupMode):
                 values = micro_batch
                 if self.group.rank > 0:
                     values = self.stage.input_spec.empty(len(micro_batch), self.device)
+                    # Blocking: without the activations of the previous stage this one has nothing to compute.
                     distributed.recv(values, self.group.rank - 1)
                 values = self.stage(values)
                 if self.is_last:
@@ -244,6 +245,7 @@ class PipelineMode(GroupMode):
                 work.wait()
             assert self._output is not None
             result = torch.cat(outputs) if outputs else self._output.empty(len(inputs), self.device)
+            # All ranks continue with the outputs: every rank runs the same evaluation, and only the last one counts.
             distributed.broadcast(result, self.group.size - 1)
         return result
 

@@ -205,6 +205,7 @@ class RowAveragePool(GlobalAveragePool):
     height: int
 
     def forward(self, maps: Tensor) -> Tensor:
+        # Each rank adds the rows of its strip, divided by the size of the full map; a rank without rows adds zeros.
         return self.model_group.reduce(maps.sum((2, 3)) / (self.height * maps.shape[3]))
 
 

@@ -52,6 +52,7 @@ class SyncBatchNorm(_BatchNorm):
         # As in torch: the batch is normalized by the biased variance, but the running average is of the unbiased one.
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
+        # Without a momentum, a cumulative average: the counter is read on the host, as in torch's batch norm.
         factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         unbiased = variance * (count / (count - 1).clamp(min=1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)

@@ -25,6 +25,7 @@ class ProcessGroup:
         store = join_store(world, minutes=minutes, address=address, port=port)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # A collective: every rank waits here until all have joined, for at most `minutes`.
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=distributed.PrefixStore(f"group{next(_numbers)}", store),

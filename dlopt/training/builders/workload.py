@@ -500,5 +500,7 @@ def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler
             f"on_divergence=skip: {choice} needs the losses of every update; "
             "use on_divergence=rollback or another sampler"
         )
+    # Each rank observes the losses of its own samples only: the sampler merges them before it plans an epoch and before
+    # it is saved, on all ranks together.
     sampler.maximum = mode.ranks.maximum
     return sampler

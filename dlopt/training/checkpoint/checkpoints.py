@@ -75,6 +75,7 @@ class Checkpoints:
             self.shards.join()
         elif not self.writes:
             return
+        # One save at a time: two would write the same temporary files. Raises the error of the former one.
         self.wait()
         if not self.asynchronous:
             self._save(state, best, snapshot)
@@ -122,8 +123,11 @@ class Checkpoints:
             if snapshot is not None:
                 link(target, self.last)
             self._last_step = state["progress"]["step"]
+            # After last.pt: a run that is killed in between resumes from last.pt and writes best.pt (`restore_best`).
             if best:
                 link(self.last, self.best)
+            # Removed last, first the files and then the shards to which none refers any more: a crash in between leaves
+            # too many files, which the next save removes.
             earlier = self._earlier_checkpoints()
             for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
                 remove(path)
@@ -169,6 +173,8 @@ class Checkpoints:
             return None
         prefixes = (f"abandoned-{i}" for i in count(1))
         prefix = next(each for each in prefixes if not any(self.folder.glob(f"{each}-*")))
+        # Links first, then last.pt, and the old names last: a crash in between leaves a checkpoint under two names, but
+        # none without a name.
         for path in later:
             link(path, path.with_name(f"{prefix}-{path.name}"))
         self._write(self.last, state)
@@ -193,6 +199,7 @@ class Checkpoints:
         """Writes the checkpoint file `path` of another run, with its shards, as the best one of this run."""
         state = sharded.load_without_shards(path)
         self.folder.mkdir(exist_ok=True)
+        # The shards first: a crash after this line leaves shards to which no file refers, not a file without shards.
         sharded.copy(path, self.folder)
         self._write(self.best, {**state, "config": {**state["config"], "run_id": run_id}})
 
@@ -257,6 +264,8 @@ def freed_bytes(path: Path) -> int:
 
 def remove(path: Path) -> None:
     """Removes a checkpoint and its checksum, not its shards: see `sharded.remove_unused`."""
+    # The checksum last: a checksum without a file is removed by the next run (`_clean_folder`), but a file without a
+    # checksum would be reported as a damaged checkpoint.
     path.unlink(missing_ok=True)
     digest_file(path).unlink(missing_ok=True)
 
