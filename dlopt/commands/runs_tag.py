@@ -44,7 +44,7 @@ def edit(
 def _write(record: Record, tags: list[str], note: str | None, *, remove: bool) -> str:
     """Replaces the tags and the note in config.yaml; returns the line to print. Raises `RunError`."""
     try:
-        # Without the lock, of two commands at once one would write tags that it has read before the other wrote its own.
+        # Without the lock, one of two commands at once would write tags that it read before the other had written.
         with locked_folder(record.path):
             config = RunFolder(record.path).config() or dict(record.config)
             before = config.get("tags") or []
