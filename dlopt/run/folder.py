@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedRun:
     """A checked run in its folder, before anything is written to it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Placed:
             self.before.erase(self.folder.path)
 
 
-def place(plan: Plan) -> Placed:
+def place(plan: Plan) -> PlacedRun:
     """Finds or creates the folder of a checked run. Raises `UserError`."""
     from dlopt.training.progress import Run
 
@@ -67,10 +67,10 @@ def place(plan: Plan) -> Placed:
     experiment = replace(plan.experiment, config={"run_id": run_id, **plan.experiment.config})
     run = Run(experiment, folder.path, state, plan.choices, plan.typed)
     is_new = folder.config() is None and not (is_auto and state is not None)  # config.yaml may be damaged
-    return Placed(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
+    return PlacedRun(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 
 
-def started_anew(placed: Placed, saved: Mapping[str, Any]) -> str:
+def started_anew(placed: PlacedRun, saved: Mapping[str, Any]) -> str:
     """Says that resume=auto has found no run to resume, and how to extend a finished one."""
     done = newest_finished(placed.folder.path.parent, saved)
     hint = ""

@@ -24,7 +24,7 @@ from dlopt.basics.locks import hold, is_held
 from dlopt.config.resuming import differences
 from dlopt.parallel.processes.rendezvous import World
 from dlopt.run import runner
-from dlopt.run.folder import Placed
+from dlopt.run.folder import PlacedRun
 from dlopt.training.checkpoint import checkpoints
 from tests.support.line import HeldByAnotherProcess, Result, dlopt, entries, only, refused
 from tests.support.sizes import TINY
@@ -483,7 +483,7 @@ def test_relative_folders_are_relative_to_the_working_directory(tmp_path: Path) 
 def test_folder_taken_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = runner.place
 
-    def taken_meanwhile(*arguments: Any) -> Placed:
+    def taken_meanwhile(*arguments: Any) -> PlacedRun:
         monkeypatch.undo()
         placed = place(*arguments)
         train(tmp_path, IN_RUN)
