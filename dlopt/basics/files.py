@@ -1,11 +1,13 @@
 """Crash-safe files: written atomically, checkpoints with their SHA-256 in a checksum file; texts without secrets."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -179,6 +181,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def refuse_special(path: Path | str) -> None:
+    """Raises OSError for a pipe, a device or a socket: reading one may wait forever, or never end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "is a pipe, a device or a socket, not a file", str(path))
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.errors import UserError, install
+from dlopt.basics.files import refuse_special
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.images import decode_bytes
 from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
@@ -159,6 +160,7 @@ def _file(value: Mapping[str, Any], where: str) -> bytes | None:
     content, path = value.get("bytes"), value.get("path")
     if content is None and path is not None:
         try:
+            refuse_special(Path(path).expanduser())
             return Path(path).expanduser().read_bytes()
         except OSError as error:
             raise UserError(f"{where}: {path}: cannot be read ({error.strerror})") from None
@@ -354,6 +356,7 @@ def read_parquet(key: str, files: Files, columns: Sequence[str]) -> Any:
     schema: Any = None
     for path in paths:
         with _reading(key, path):
+            refuse_special(path)
             opened = reader.ParquetFile(path)
             available = opened.schema_arrow
             size += sum(opened.metadata.row_group(i).total_byte_size for i in range(opened.num_row_groups))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.files import refuse_special
 
 SPLITS = ("train", "val", "test")
 _LARGEST = torch.finfo(torch.float32).max
@@ -146,6 +147,7 @@ def read_csv(file: str, delimiter: str = ",") -> CsvFile:
 def _read(path: Path, delimiter: str) -> tuple[list[str], list[list[str]], list[int]]:
     """Returns the header, and the fields and the line number of each row. Raises `UserError`."""
     try:
+        refuse_special(path)
         with path.open("rb") as binary:
             mark = binary.read(2)
         encoding = "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"

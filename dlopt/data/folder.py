@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.files import refuse_special
 from dlopt.data.cache import FileState, cache_file, file_state, load_arrays, save_arrays
 from dlopt.data.images import EXTENSIONS
 from dlopt.data.samples import Dataset, Files, ImageList
@@ -209,6 +210,7 @@ def _imagenet_names(root: str, wnids: tuple[str, ...], file: str | None) -> tupl
         if not path.is_file():
             return wnids
     try:
+        refuse_special(path)
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.class_names={path}: cannot be read ({error})") from error

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.files import refuse_special
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,6 +86,8 @@ def header_size(path: str) -> tuple[int, int]:
     """
     from PIL import Image
 
+    with _naming(path):
+        refuse_special(path)
     with _naming(path), Image.open(path, formats=_formats()) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
@@ -139,6 +142,8 @@ class EncodedImage:
     def __init__(self, source: str | bytes) -> None:
         from PIL import Image
 
+        if isinstance(source, str):
+            refuse_special(source)
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         self._image: Image.Image = Image.open(io.BytesIO(content), formats=_formats())
         self._orientation = _orientation(self._image)

@@ -18,6 +18,7 @@ import numpy as np
 from annotated_types import Interval
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.files import refuse_special
 from dlopt.basics.ranges import Fraction
 from dlopt.data.arrow import read_parquet
 from dlopt.data.cache import cache_file, exclusive, file_state
@@ -260,6 +261,7 @@ def _read(paths: Sequence[Path]) -> np.ndarray:
     parts = []
     for path in paths:
         try:
+            refuse_special(path)
             parts.append(path.read_bytes())
         except OSError as error:
             raise UserError(f"data.file: {path}: cannot be read ({error.strerror})") from None
@@ -280,6 +282,7 @@ def _map_joined(paths: Sequence[Path]) -> np.ndarray:
                 with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                     with open(Path(folder, "joined"), "wb") as joined:
                         for path in paths:
+                            refuse_special(path)
                             with path.open("rb") as source:
                                 shutil.copyfileobj(source, joined)
                             joined.write(SEPARATOR)
@@ -292,6 +295,7 @@ def _map_joined(paths: Sequence[Path]) -> np.ndarray:
 
 def _memory_map(path: Path, dtype: str) -> np.ndarray:
     try:
+        refuse_special(path)
         # Copy-on-write: torch warns about read-only memory.
         return np.memmap(path, dtype=dtype, mode="c")
     except FileNotFoundError:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.errors import UserError, install
+from dlopt.basics.files import refuse_special
 from dlopt.data.cache import cache_file, exclusive, load_arrays, save_arrays
 from dlopt.data.windows import Windows
 
@@ -108,6 +109,7 @@ def read_tokenizer(file: str) -> Tokenizer:
     """Reads a tokenizer.json. Raises `UserError`."""
     path, source = Path(file).expanduser(), f"data.tokenizer={file}"
     try:
+        refuse_special(path)
         return Tokenizer(path.read_text(encoding="utf-8"), source)
     except FileNotFoundError:
         raise UserError(f"{source}: no such file; bytes, bpe, or the path of a tokenizer.json are allowed") from None

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.files import refuse_special
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.data.images import EXTENSIONS, decode_bytes
 from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
@@ -242,6 +243,8 @@ def _find(members: Members, names: Sequence[str], option: str, place: str) -> tu
 
 def _samples(key: str, path: str) -> Iterator[tuple[str, Members, Callable[[tarfile.TarInfo], bytes]]]:
     """Yields the samples of a tar file: their keys, their members by extension, and what reads a member."""
+    with _reading(key, path):
+        refuse_special(path)
     with _reading(key, path), open(path, "rb") as file:
         start = file.read(8)
         for magic, program in _COMPRESSED.items():

@@ -64,18 +64,20 @@ class RunReader:
 
 def find(folder: Path) -> Iterator[Path]:
     """Yields run folders in and below `folder` in natural order (9 before 10), without following links."""
-    folder = Path(os.path.abspath(folder))
-    try:
-        entries = list(os.scandir(folder))
-    except OSError:
-        return
-    is_run = any(entry.name in _RUN_FILES for entry in entries)
-    if is_run:
-        yield folder
-    names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")]
-    for name in sorted(names, key=lambda name: (len(name) if name.isdigit() else 0, name)):
-        if not (is_run and name in _RUN_SUBFOLDERS):
-            yield from find(folder / name)
+    waiting = [os.path.abspath(folder)]  # a stack, because a tree may be deeper than Python's calls
+    while waiting:
+        path = waiting.pop()
+        try:
+            entries = list(os.scandir(path))
+        except OSError:
+            continue
+        is_run = any(entry.name in _RUN_FILES for entry in entries)
+        if is_run:
+            yield Path(path)
+        names = [each.name for each in entries if each.is_dir(follow_symlinks=False) and not each.name.startswith(".")]
+        names = [name for name in names if not (is_run and name in _RUN_SUBFOLDERS)]
+        names.sort(key=lambda name: (len(name) if name.isdigit() else 0, name), reverse=True)
+        waiting += [os.path.join(path, name) for name in names]
 
 
 def read(path: Path) -> Record | Damaged:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dlopt.adapt import has_adapters, merged, without_adapters
 from dlopt.basics.errors import UserError
-from dlopt.basics.files import reason
+from dlopt.basics.files import reason, refuse_special
 from dlopt.models.foreign import differences, fold_biases, translations
 from dlopt.training.checkpoint.checkpoints import evaluated_weights, load
 from dlopt.training.checkpoint.shared_weights import complete_shared
@@ -34,6 +34,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     tensors. Nothing but tensors and plain values is unpickled.
     """
     try:
+        refuse_special(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
