@@ -1,5 +1,6 @@
 """Invalid command lines are rejected with one message that names the key, the value and what is allowed."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -299,6 +300,19 @@ def test_accepted(line: str, tmp_path: Path) -> None:
     result = dlopt(tmp_path, *command(line))
     assert (result.code, result.err) == (0, "")
     assert len(list(tmp_path.glob("outputs/*/*/summary.json"))) == 1
+
+
+SPECIAL = ["data=csv data.file=f", "data=table data.file=f", "data=parquet data.file=f", "init_from=f",
+    "data=webdataset data.file=f data.input=jpg data.target=cls", "data=text data.file=f model=gpt_nano"]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", SPECIAL)
+def test_does_not_wait_for_a_pipe(line: str, tmp_path: Path) -> None:
+    if "parquet" in line:
+        pytest.importorskip("pyarrow")
+    os.mkfifo(tmp_path / "f")
+    message = refused(tmp_path, "train", *line.split())
+    assert "data.file=f" in message or "data.file: f" in message or "init_from=f" in message
 
 
 # -- dlopt eval

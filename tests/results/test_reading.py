@@ -200,6 +200,19 @@ def test_ignores_metrics_beyond_the_range_of_floats(tmp_path: Path) -> None:
     assert "seconds" not in record(path).metrics or record(path).metrics["seconds"] < 1e308
 
 
+def test_finds_runs_in_a_deep_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deeper than Python's calls, and than the system's paths, below which nothing can be read."""
+    make_run(tmp_path / "10")
+    make_run(tmp_path / "9" / "run")
+    monkeypatch.chdir(tmp_path / "9")
+    for _ in range(2500):
+        os.mkdir("d")
+        os.chdir("d")
+    os.chdir(tmp_path)
+    assert [path.relative_to(tmp_path) for path in find(tmp_path)] == [Path("9/run"), Path("10")]
+    run(["rm", "-r", tmp_path / "9"], check=True)  # shutil.rmtree calls itself for each folder
+
+
 def test_folders_of_other_tools_are_no_runs(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "wandb/offline-run-1/files").mkdir(parents=True)
