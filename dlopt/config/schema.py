@@ -262,10 +262,16 @@ def check_value(
             names = ", ".join(field.name for field in dataclasses.fields(annotation))
             raise UserError(f"{key}={show(value)}: this is a block of keys ({names}); set them one by one")
         return annotation(**check_arguments(key, annotation, value, runtime, packages))
-    if isinstance(value, Mapping) and "_target_" in value:  # null: an optional component that is not set
+    if _is_component(value):
+        if value["_target_"] is None:  # an optional component that is not set
+            return check_value(key, None, annotation)
+        if not _may_be_component(annotation):
+            raise UserError(f"{key}={show(value)}: must be a value; allowed: {describe_type(annotation)}")
         # A nested component may have an argument of its own with a runtime argument's name (a dataset's image_size).
-        return None if value["_target_"] is None else component(key, value, runtime - value.keys(), packages)
-    if isinstance(value, list) and any(isinstance(item, Mapping) and "_target_" in item for item in value):
+        return component(key, value, runtime - value.keys(), packages)
+    if isinstance(value, list) and any(map(_is_component, value)):
+        if not _may_be_component(annotation):
+            raise UserError(f"{key}={show(value)}: must be values; allowed: {describe_type(annotation)}")
         return [check_value(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
     adapter = adapter_of(annotation)
     try:
@@ -275,6 +281,20 @@ def check_value(
     if _exceeds_int64(checked):
         raise UserError(f"{key}={show(value)}: too large for a 64-bit integer")
     return checked
+
+
+def _is_component(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _may_be_component(annotation: Any) -> bool:
+    """Returns whether a value of the type, or an item of it, may be an object that a component builds."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return False
+    inner = [each for each in typing.get_args(annotation) if isinstance(each, type) or typing.get_origin(each)]
+    if inner and typing.get_origin(annotation) is not Callable:
+        return any(map(_may_be_component, inner))
+    return annotation not in (int, float, str, bool, type(None))
 
 
 def _exceeds_int64(value: Any) -> bool:
