@@ -13,6 +13,7 @@ from dlopt import schedules
 from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment, Settings
 from dlopt.data.batches import Batch
+from dlopt.metrics.names import Metric
 from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.training.step import EpochBatches
@@ -179,7 +180,8 @@ class Clock:
 
         `norm`: of the gradient of the latest update, if it was computed.
         """
-        metrics = {"lr": lr} | self.train_metrics.since_last("train/")
+        since = self.train_metrics.since_last()
+        metrics = {"lr": lr} | {Metric("train", name).tag: value for name, value in since.items()}
         if norm is not None:
             # The sums above have waited for the device already.
             metrics["grad_norm/global"] = float(norm)

@@ -11,6 +11,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.experiment import Experiment
 from dlopt.config.overrides import storable
 from dlopt.config.schema import dotted_name
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
 from dlopt.metrics.labels import LABEL_METRICS
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
@@ -64,7 +65,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
         "processes": workload.parallel.ranks.processes,
         "unit": _unit(workload),
         "inputs": _inputs(workload),
-        "metrics": [f"val_{name}" for name in (*label_metrics, *workload.experiment.own_metrics)],
+        "metrics": [Metric("val", name).column for name in (*label_metrics, *workload.experiment.own_metrics)],
     }
     samples = workload.experiment.settings.evaluate.samples
     if samples is not None and dataset.val is not None and samples < len(dataset.val):
@@ -180,8 +181,8 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         "epochs": progress.epoch,
         "steps": progress.step,
         "best_epoch": best.epoch,
-        "best_val_loss": best.val_loss,
-        "best_val_accuracy": best.val_accuracy,
+        VAL_LOSS.best: best.val_loss,
+        VAL_ACCURACY.best: best.val_accuracy,
         "test_loss": None,
         "test_accuracy": None,
         "seconds": progress.seconds,
@@ -193,10 +194,10 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         **recovery.summary(),
     }
     if extra_metric(best.monitor) is not None and best.epoch is not None:
-        summary[f"best_{best.monitor}"] = best.metric
+        summary[best_key(best.monitor)] = best.metric
     if workload.task.kind != "classification":
         summary = {key: value for key, value in summary.items() if not key.endswith("accuracy")}
     derived: dict[str, float] = {}
     if best.val_loss is not None and workload.dataset.val is not None:
         derived = workload.dataset.task_on(workload.dataset.val).loss_metrics(best.val_loss)
-    return summary | {f"best_val_{name}": value for name, value in derived.items()}
+    return summary | {Metric("val", name).best: value for name, value in derived.items()}

@@ -186,9 +186,9 @@ def evaluated_gap(workload: Workload) -> float:
 
 def _evaluated_loss(workload: Workload, samples: Samples) -> float:
     batches = evaluation_batches(workload, samples).epoch(0)
-    found = evaluate(workload.module, workload.module, batches, workload.loss, task=workload.task, prefix="probe")
+    found = evaluate(workload.module, workload.module, batches, workload.loss, task=workload.task, split="val")
     assert found is not None  # not interrupted
-    return found["probe_loss"]
+    return found["val_loss"]
 
 
 def _at_checkpoints(measure: Callable[[Workload], float], *, initial: bool = False) -> Probe:

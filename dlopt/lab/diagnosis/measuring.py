@@ -211,7 +211,7 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
         ratios = norms_by_layer(layers, step) / norms_by_layer(layers, before)
         for name, ratio in zip(layers, ratios.tolist(), strict=True):
             trace.ratios.setdefault(name, []).append(ratio)
-        trace.losses.append(trainer.train_metrics.since_last("")["loss"])
+        trace.losses.append(trainer.train_metrics.since_last()["loss"])
         trace.norms.append(math.nan if record.norm is None else float(record.norm))
         trace.clipped.append(clipped.norm)
         trace.rates.append(float(training_step.rate))
