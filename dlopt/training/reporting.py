@@ -1,6 +1,5 @@
 """Output of a run: the header that describes it, and the summary at its end."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.experiment import Experiment
 from dlopt.config.overrides import storable
 from dlopt.config.schema import dotted_name
-from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
 from dlopt.metrics.labels import LABEL_METRICS
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
@@ -20,7 +19,8 @@ from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
 from dlopt.training.builders.speed import describe_auto
 from dlopt.training.builders.workload import Workload, data_spec
-from dlopt.training.checkpoint.checkpoints import Checkpoints, evaluated_epoch
+from dlopt.training.checkpoint.checkpoints import Checkpoints
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.extra_metrics import extra_metric
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Length, Progress, Run, Status
@@ -30,19 +30,19 @@ from dlopt.training.stopping import Best
 TOKENIZER = "tokenizer.json"  # of a text that is not read byte by byte
 
 
-def open_tracking(run: Run, state: Mapping[str, Any] | None, console: bool) -> Tracking:
-    settings, progress = run.experiment.settings, None if state is None else state["progress"]
+def open_tracking(run: Run, checkpoint: Checkpoint | None, console: bool) -> Tracking:
+    settings = run.experiment.settings
     # Before metrics are removed, because last.pt must never be of a later update than these.
-    abandoned = state and Checkpoints(run.folder / "checkpoints").set_aside(state)
+    abandoned = None if checkpoint is None else Checkpoints(run.folder / "checkpoints").set_aside(checkpoint.state)
     tracking = Tracking(
         run.folder,
         sinks=settings.tracking,
         console=console,
         log_every_steps=settings.log_every_steps,
-        resume_from=progress and (evaluated_epoch(progress), progress["step"]),
+        resume_from=None if checkpoint is None else (checkpoint.evaluated_epoch, checkpoint.step),
     )
-    if abandoned and progress:
-        tracking.message(f"the checkpoints after update {progress['step']} are kept as checkpoints/{abandoned}-*.pt")
+    if abandoned is not None and checkpoint is not None:
+        tracking.message(f"the checkpoints after update {checkpoint.step} are kept as checkpoints/{abandoned}-*.pt")
     return tracking
 
 

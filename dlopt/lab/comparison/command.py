@@ -369,8 +369,8 @@ def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen)
         subfolder = RunFolder(folder / str(number))
         if not (subfolder.has_run() and subfolder.is_done(plan.saved)):
             subfolder.path.mkdir(exist_ok=True)
-            state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            job = Run(plan.experiment, subfolder.path, state, plan.choices, plan.typed)
+            newest = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
+            job = Run(plan.experiment, subfolder.path, newest, plan.choices, plan.typed)
             code = exit_code(job, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code == INTERRUPTED:
