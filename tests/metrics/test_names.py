@@ -1,7 +1,10 @@
+import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
+import dlopt
 from dlopt.basics.errors import UserError
 from dlopt.metrics.names import (
     EVALUATED,
@@ -110,3 +113,13 @@ def test_final_metrics_of_a_summary() -> None:
     others = ["status", "best_epoch", "val_loss", "best_test_loss", "best_train_loss", "seconds"]
     found = final_metrics(dict.fromkeys([*others, "best_val_loss", "test_loss"], 1.0))
     assert found == {"best_val_loss": Metric("val", "loss"), "test_loss": Metric("test", "loss")}
+
+
+def test_one_module_spells_metrics() -> None:
+    apart = re.compile(
+        r"""(removeprefix|removesuffix|startswith|replace|partition|split)\(\(?["'](best|val|train|test)_["']"""
+        r"""|f["'](best_)?(val|train|test)_\{|f["']best_\{|["'](best|val|train|test|best_val)_["'] ?[+,)]"""
+        r"""|\{(split|prefix)\}_|["']best_val_|(?<!r)partition\(["']_["']\)"""
+    )
+    package = Path(dlopt.__file__).parent
+    assert not [path for path in package.rglob("*.py") if apart.search(path.read_text())]
