@@ -16,7 +16,7 @@ Configs
     check_arguments: checks values against a signature. show: formats a value as typed. Role, role_of: what a key is.
 Runs and models
     build_workload, Workload: data, model and loss of an experiment. training_batches, evaluation_batches: its batches.
-    probe_trainer, Trainer: a training without output, for measurements. load_checkpoint: a verified checkpoint.
+    probe_trainer, Trainer: a training without output, for measurements. load_checkpoint: a verified `Checkpoint`.
 Results
     Record, read_run: a finished run. lower_is_better: the direction of a metric. Section: a part of `dlopt report`.
     Table, short_path, printable: texts.
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from dlopt.tracking.layout import short_path
     from dlopt.training.builders.workload import Workload, build_workload, evaluation_batches, training_batches
     from dlopt.training.checkpoint.checkpoints import load as load_checkpoint
+    from dlopt.training.checkpoint.content import Checkpoint
     from dlopt.training.loop import Trainer
     from dlopt.training.run import probe_trainer
     from dlopt.training.user_observers import RunObserver
@@ -77,6 +78,7 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.tracking.layout": "short_path",
     "dlopt.training.builders.workload": "Workload build_workload evaluation_batches training_batches",
     "dlopt.training.checkpoint.checkpoints": "load_checkpoint:load",
+    "dlopt.training.checkpoint.content": "Checkpoint",
     "dlopt.training.loop": "Trainer",
     "dlopt.training.run": "probe_trainer",
     "dlopt.training.user_observers": "RunObserver",

@@ -191,7 +191,7 @@ class Campaign:
                 shutil.copytree(self.reference / "checkpoints", folder / "checkpoints")
                 damage(folder / "checkpoints/last.pt", self.draws)
                 found = Checkpoints(folder / "checkpoints").load_newest()
-                lost += found is None or found["progress"]["step"] != 196
+                lost += found is None or found.step != 196
                 if number == 0:  # resume one to the end, too
                     shutil.copy(self.reference / "metrics.jsonl", folder / "metrics.jsonl")
                     resume(folder, *OVERRIDES)

@@ -120,7 +120,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    return dict(checkpoints.load(path)["model"])
+    return dict(checkpoints.load(path).model)
 
 
 def test_fine_tunes_tests_and_exports_a_plain_model(base: Path, tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_bf16_pure_evaluates_exports_and_loads_the_whole_update(base: Path, tmp_
     lines = [*SMALL, *NET, *LORA, f"init_from={base}", "epochs=1", "precision=bf16_pure", "optimizer=sgd"]
     start(tmp_path / "run", *lines)
     best = tmp_path / "run" / "checkpoints" / "best.pt"
-    state = checkpoints.load(best)
-    model = state["model"]
+    checkpoint = checkpoints.load(best)
+    model = checkpoint.model
     weight, a, b = (model[f"layer1.linear.{name}"].double() for name in ("weight", "lora_a", "lora_b"))
     update = 6 / 2 * b @ a
     assert model["layer1.linear.weight"].dtype == torch.bfloat16 and update.norm() > 0
@@ -307,8 +307,8 @@ def test_bf16_pure_evaluates_exports_and_loads_the_whole_update(base: Path, tmp_
                   load_file(tmp_path / "w.safetensors")["model.layer1.linear.weight"]):  # fmt: skip
         assert found.dtype == torch.float32
         assert (found.double() - weight - update).norm() < 1e-5 * update.norm()
-    workload = build_workload(experiment(*lines), state)
-    workload.load(state)
+    workload = build_workload(experiment(*lines), checkpoint)
+    workload.load(checkpoint)
     inputs = workload.dataset.test.fetch(torch.arange(64))  # type: ignore[union-attr]
     with torch.inference_mode():
         evaluated = workload.module.eval()(workload.normalize(inputs).bfloat16()).float()
@@ -319,6 +319,6 @@ def test_bf16_pure_evaluates_exports_and_loads_the_whole_update(base: Path, tmp_
 def test_loads_fp64_without_rounding(tmp_path: Path) -> None:
     start(tmp_path / "run", *SMALL, *NET, "epochs=1", "precision=fp64")
     best = tmp_path / "run" / "checkpoints" / "best.pt"
-    state, model = checkpoints.load(best), load(best)
-    assert all(torch.equal(value, state["model"][name]) for name, value in model.module.state_dict().items())
-    assert all(torch.equal(value, state["normalize"][name]) for name, value in model.normalize.state_dict().items())
+    checkpoint, model = checkpoints.load(best), load(best)
+    assert all(torch.equal(value, checkpoint.model[name]) for name, value in model.module.state_dict().items())
+    assert all(torch.equal(value, checkpoint.normalize[name]) for name, value in model.normalize.state_dict().items())

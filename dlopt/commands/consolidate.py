@@ -39,13 +39,13 @@ def consolidate(
     from dlopt.training.checkpoint import sharded
     from dlopt.training.checkpoint.checkpoints import load
 
-    state = load(path)
+    checkpoint = load(path)
     if not sharded.is_sharded(sharded.load_without_shards(path)):
         raise UserError(f"checkpoint={path}: is not sharded")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(target, lambda file: torch.save(state, file))
+        write(target, lambda file: torch.save(checkpoint.state, file))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise RunError(f"output={target}: cannot write: {reason(error)}") from None
-    print(f"{short_path(target)}: {state['progress']['step']} updates, {target.stat().st_size / 1e6:.1f} MB")
+    print(f"{short_path(target)}: {checkpoint.step} updates, {target.stat().st_size / 1e6:.1f} MB")
     return DONE

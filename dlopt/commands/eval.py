@@ -85,21 +85,22 @@ def _evaluate_checkpoints(
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
     from dlopt.machine.device import choose_device
     from dlopt.trained.ensemble import restored, test
-    from dlopt.training.checkpoint.checkpoints import evaluated_epoch, load
+    from dlopt.training.checkpoint.checkpoints import load
 
     views, processes = _views(tta, changes), take_process_keys(changes, "eval")
-    states = [load(path) for path in paths]
-    size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
+    checkpoints = [load(path) for path in paths]
+    size = {} if len(paths) == 1 else {"data.batch_size": checkpoints[0].config["data"]["batch_size"]}
     experiments = [
-        saved_experiment(state["config"], {**size, **changes}, path) for path, state in zip(paths, states, strict=True)
+        saved_experiment(checkpoint.config, {**size, **changes}, path)
+        for path, checkpoint in zip(paths, checkpoints, strict=True)
     ]
     mode = join_processes(choose_device(experiments[0].settings.device), processes)
-    tested = test(paths, restored(paths, states, experiments, mode, print_error), average, views, tta)
+    tested = test(paths, restored(paths, checkpoints, experiments, mode, print_error), average, views, tta)
     if not mode.ranks.is_main:
         return DONE
     names = [str(path) for path in paths]
     # A fraction, if the best model is one of an evaluation within an epoch.
-    epochs = [max(state["progress"]["epoch"], evaluated_epoch(state["progress"])) for state in states]
+    epochs = [max(checkpoint.epoch, checkpoint.evaluated_epoch) for checkpoint in checkpoints]
     is_one = len(paths) == 1
     source = {"checkpoint": names[0], "epoch": epochs[0]} if is_one else {"checkpoint": names, "epoch": epochs}
     run = paths[0].absolute().parent.parent

@@ -13,7 +13,7 @@ from dlopt.config.schema import Component
 from dlopt.config.settings_rules import check_monitor
 from dlopt.init import default
 from dlopt.losses import Distillation
-from dlopt.metrics.names import Mode, known_mode
+from dlopt.metrics.names import Metric, Mode, known_mode
 from dlopt.optim import Prodigy
 from dlopt.optim.traits import is_schedule_free
 
@@ -65,7 +65,7 @@ def check_combinations(experiment: Experiment) -> None:
 
 def _check_monitors(experiment: Experiment) -> None:
     """Checks the monitored metrics and their directions; with monitor=auto, `extra_metrics` knows which one it is."""
-    settings, own = experiment.settings, [f"val_{name}" for name in experiment.own_metrics]
+    settings, own = experiment.settings, [Metric("val", name).column for name in experiment.own_metrics]
     mode, plateau = settings.monitor_mode, experiment.schedule.arguments
     monitors = {"monitor": settings.monitor}
     if "monitor" in experiment.stopping.arguments:

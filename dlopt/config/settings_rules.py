@@ -7,12 +7,13 @@ from typing import Any, get_args
 
 from dlopt.basics.errors import UserError, did_you_mean, install
 from dlopt.config.settings import ExtraMetric, Settings
-from dlopt.metrics.names import Mode
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, Mode
 
 _MAX_NAME = 100
-MONITORS = ("auto", "val_loss", "val_accuracy")
-_EXTRA = [f"val_{name}".replace("val_class_", "val_worst_class_") for name in get_args(ExtraMetric)]
-CLASS = "val_class_accuracy/"
+MONITORS = ("auto", VAL_LOSS.column, VAL_ACCURACY.column)
+_CLASS = "class_accuracy"  # of each class, and of the worst one
+_EXTRA = [Metric("val", f"worst_{name}" if name == _CLASS else name).column for name in get_args(ExtraMetric)]
+_OF_A_CLASS = Metric("val", f"{_CLASS}/").column
 _TAG = re.compile(r"\w[\w.+-]*")
 
 
@@ -67,17 +68,17 @@ def _check_tracking(sinks: list[Any]) -> None:
 
 def check_monitor(key: str, monitor: str, own: Iterable[str], mode: Mode | None) -> None:
     """Raises `UserError` for an unknown metric, and for one of the user's `own` without a `mode`."""
-    own = [f"val_{name}" for name in own]
+    own = [Metric("val", name).column for name in own]
     allowed = (*MONITORS, *_EXTRA, *own)
     if monitor in own and mode is None:
         raise UserError(
             f"{key}={monitor}: whether smaller or larger values of your own metric are better must be set: "
             "monitor_mode=min or monitor_mode=max"
         )
-    if monitor not in allowed and not monitor.startswith(CLASS):
+    if monitor not in allowed and not monitor.startswith(_OF_A_CLASS):
         raise UserError(
             f"{key}={monitor}: there is no validation metric of this name; {did_you_mean(monitor, allowed)}"
-            f"allowed: {', '.join(allowed)}, {CLASS}NAME"
+            f"allowed: {', '.join(allowed)}, {_OF_A_CLASS}NAME"
         )
 
 

@@ -118,7 +118,7 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
             trainer.update(batch, number)
             # Waits for the device in every update, and is a collective with several ranks: the test decides after each
             # update whether to end, on all ranks alike.
-            losses.append(trainer.train_metrics.since_last("")["loss"])
+            losses.append(trainer.train_metrics.since_last()["loss"])
             average = keys.smoothing * average + (1 - keys.smoothing) * losses[-1]
             smoothed.append(average / (1 - keys.smoothing ** (number + 1)))  # corrects the bias of the zero start
             best = min(best, smoothed[-1])

@@ -1,11 +1,13 @@
-"""Which values of a metric, and which evaluation of a run, are better: the only place that answers it.
+"""How a metric is spelled, and which of its values, and which evaluation of a run, are better. Nothing else says it.
 
 dlopt knows the direction of its own metrics. That of a user's metric (`evaluate.metrics`) is never guessed from its
 name: the run that monitors it sets `monitor_mode`, and its saved config keeps it.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
@@ -23,13 +25,115 @@ _LOWER = ("loss", *_ERRORS, "calibration_error", "mae", "bits_per_byte", "perple
 EVALUATED = (*_HIGHER, *_LOWER)
 """Names, without the split, of the metrics that dlopt computes in an evaluation."""
 _MONITORS = ("monitor", "stopping.monitor", "schedule.monitor")
-_SPLITS = ("val_", "train_", "test_", "evaluated_train_")
+
+# -- spelling
+
+Split = Literal["train", "val", "test", "evaluated_train"]
+"""Samples of a metric, and how it is measured: `train` during the updates, the others in evaluation mode."""
+FINAL_TAGS = ("best/", "test/")
+"""How the tags of the end of a run begin."""
+_BEST = "best_"
+_SPELLED = re.compile(rf"(?:{_BEST})?(?P<split>train|val|test|evaluated_train)_(?P<name>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a split. `name`: without the split: loss, macro_f1, class_accuracy/8."""
+
+    split: Split
+    name: str
+
+    @classmethod
+    def of(cls, key: str) -> "Metric | None":
+        """Parses a `column` or a key `best`; None: it has no split (seconds, gap, best_epoch)."""
+        match = _SPELLED.fullmatch(key)
+        return None if match is None else cls(match["split"], match["name"])  # type: ignore[arg-type]
+
+    @property
+    def column(self) -> str:
+        """The key in metrics.jsonl, and of a test in summary.json: val_loss, test_loss."""
+        return f"{self.split}_{self.name}"
+
+    @property
+    def best(self) -> str:
+        """The key of the best evaluation in summary.json: best_val_loss."""
+        return best_key(self.column)
+
+    @property
+    def tag(self) -> str:
+        """The tag in TensorBoard: val/loss."""
+        return f"{self.split}/{self.name}"
+
+    @property
+    def best_tag(self) -> str:
+        """The tag of the best evaluation in TensorBoard: best/val_loss."""
+        return f"best/{self.column}"
+
+    @property
+    def base(self) -> str:
+        """The name without the class: class_accuracy. A class may be named "loss" (class_accuracy/loss)."""
+        return self.name.partition("/")[0]
+
+    @property
+    def class_name(self) -> str | None:
+        """The class: 8 of class_accuracy/8; None: the metric is of all classes."""
+        _, has_class, name = self.name.partition("/")
+        return name if has_class else None
+
+
+VAL_LOSS, VAL_ACCURACY = Metric("val", "loss"), Metric("val", "accuracy")
+
+
+def tag_of(column: str) -> str:
+    """Returns the tag of a column in TensorBoard: val/loss for val_loss. Keys without a split are unchanged."""
+    metric = Metric.of(column)
+    return metric.tag if metric is not None and metric.column == column else column
+
+
+def by_column(split: Split, values: Mapping[str, float]) -> dict[str, float]:
+    """Returns values by column instead of by name."""
+    return {Metric(split, name).column: value for name, value in values.items()}
+
+
+def best_key(column: str) -> str:
+    """Returns the key in summary.json of the best value of a column: best_val_loss for val_loss."""
+    return f"{_BEST}{column}"
+
+
+def column_of(key: str) -> str:
+    """Returns the column of a key of summary.json: val_loss for best_val_loss. Other keys are unchanged."""
+    return key.removeprefix(_BEST)
+
+
+def split_of(column: str) -> Split | None:
+    """Returns the split of a column; None: it has none (seconds), or is a key `best_...` of summary.json."""
+    metric = Metric.of(column)
+    return metric.split if metric is not None and metric.column == column else None
+
+
+def final_metrics(summary: Mapping[str, Any]) -> dict[str, Metric]:
+    """Returns the metrics of the best evaluation and of the test in summary.json, by their keys."""
+    final = {}
+    for key in summary:
+        metric = Metric.of(key)
+        if metric is not None and (metric.split, key) in (("val", metric.best), ("test", metric.column)):
+            final[key] = metric
+    return final
+
+
+def in_words(metric: str) -> str:
+    """Returns a column, or another key, in words: validation accuracy for val_accuracy."""
+    words = metric.replace("_", " ").replace("lr", "learning rate")
+    return words.replace("val ", "validation ").replace("train ", "training ")
 
 
 def base_name(metric: str) -> str:
     """Returns the name without split and class: macro_f1 for best_val_macro_f1; unchanged if it has no split."""
-    name = metric.removeprefix("best_").partition("/")[0]  # a class may be named "loss" (val_class_accuracy/loss)
-    return next((name.removeprefix(split) for split in _SPLITS if name.startswith(split)), metric)
+    parsed = Metric.of(metric)
+    return metric if parsed is None else parsed.base
+
+
+# -- direction
 
 
 def known_mode(metric: str) -> Mode | None:
@@ -62,7 +166,7 @@ def lower_is_better(metric: str, modes: Modes = NONE) -> bool:
     if mode is None:
         raise UserError(
             f"{metric}: whether smaller or larger values of your own metric are better is unknown; set "
-            f"monitor=val_{base_name(metric)} monitor_mode=min (or max)"
+            f"monitor={Metric('val', base_name(metric)).column} monitor_mode=min (or max)"
         )
     return mode == "min"
 
@@ -71,7 +175,7 @@ def resolve_monitor(monitor: str, metrics: Mapping[str, Any]) -> str:
     """Returns the name of the monitored metric: `auto` is val_accuracy, or val_loss where there is none."""
     if monitor != "auto":
         return monitor
-    return "val_accuracy" if metrics.get("val_accuracy") is not None else "val_loss"
+    return VAL_LOSS.column if metrics.get(VAL_ACCURACY.column) is None else VAL_ACCURACY.column
 
 
 def selection_key(metrics: Mapping[str, Any], monitor: str, modes: Modes = NONE) -> tuple[float, float]:
@@ -84,7 +188,7 @@ def selection_key(metrics: Mapping[str, Any], monitor: str, modes: Modes = NONE)
     value = metrics.get(monitor)
     if value is not None and not lower_is_better(monitor, modes):
         value = -value
-    return finite(value), finite(metrics.get("val_loss"))
+    return finite(value), finite(metrics.get(VAL_LOSS.column))
 
 
 def finite(value: float | None) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.data.task import Task
+from dlopt.metrics.names import Split, by_column
 
 Reduce = Callable[[Sequence[float]], Sequence[float]]
 """Sums each entry over ranks (a collective: all ranks call it)."""
@@ -144,15 +145,14 @@ class MetricSum:
         values = torch.cat([losses, number.to(losses.dtype).reshape(1)])
         self._flushed.append((values, [each.samples for each in pending]))
 
-    def means(self, prefix: str) -> dict[str, float]:
-        """Returns {prefix}_loss and, for a classifier, {prefix}_accuracy (a fraction) over all samples so far.
+    def means(self, split: Split) -> dict[str, float]:
+        """Returns by column the loss and, for a classifier, the accuracy (a fraction) over all samples so far.
 
-        Of a text: {prefix}_token_accuracy, and {prefix}_bits_per_byte or {prefix}_perplexity.
+        Of a text: token_accuracy, and bits_per_byte or perplexity.
         """
         self.sync()
-        metrics = self._means(f"{prefix}_", self.loss, self.correct, self.count)
-        derived = self.task.loss_metrics(metrics[f"{prefix}_loss"])
-        return metrics | {f"{prefix}_{name}": value for name, value in derived.items()}
+        means = self._means(self.loss, self.correct, self.count)
+        return by_column(split, means | self.task.loss_metrics(means["loss"]))
 
     def warn_if_not_finite(self, metrics: Mapping[str, Any], name: str, show: Callable[[str], None]) -> None:
         """Reports a loss that is NaN or infinite, beside which an accuracy looks like that of a usable model."""
@@ -161,17 +161,17 @@ class MetricSum:
             wrong = "" if self.task.classes is None else "; those with NaN count as wrong predictions"
             show(f"warning: {name} is {loss}: the model has outputs that are not finite{wrong}")
 
-    def since_last(self, prefix: str) -> dict[str, float]:
-        """Returns {prefix}loss and {prefix}accuracy over the samples since the last call."""
+    def since_last(self) -> dict[str, float]:
+        """Returns the loss and, for a classifier, the accuracy over the samples since the last call, by name."""
         self.sync()
         loss, correct, count = self._reported
         self._reported = self.loss, self.correct, self.count
-        return self._means(prefix, self.loss - loss, self.correct - correct, self.count - count)
+        return self._means(self.loss - loss, self.correct - correct, self.count - count)
 
-    def _means(self, prefix: str, loss: float, correct: int, count: int) -> dict[str, float]:
-        metrics = {f"{prefix}loss": loss / count if count else math.nan}  # nan: all updates were skipped
+    def _means(self, loss: float, correct: int, count: int) -> dict[str, float]:
+        metrics = {"loss": loss / count if count else math.nan}  # nan: all updates were skipped
         if self.task.classes is not None:
-            metrics[f"{prefix}{self.task.accuracy}"] = correct / (count * self.task.predictions) if count else math.nan
+            metrics[self.task.accuracy] = correct / (count * self.task.predictions) if count else math.nan
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dlopt.config.packages import series_of
 from dlopt.config.plan import checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.instruments.lr_range import LearningRates
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state
 from dlopt.python.runs import Run, Runs, open_run, runs
@@ -38,7 +39,7 @@ __all__ = [
     "find_lr", "load", "open_run", "runs", "sweep", "train",
 ]  # fmt: skip
 
-_REPR_METRICS = ("epochs", "best_val_loss", "best_val_accuracy", "test_loss", "test_accuracy")
+_REPR_METRICS = ("epochs", VAL_LOSS.best, VAL_ACCURACY.best, "test_loss", "test_accuracy")
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import read_json
 from dlopt.basics.formats import format_metric
+from dlopt.metrics.names import FINAL_TAGS, split_of
 from dlopt.results import reading
 from dlopt.results.listing import Query
 from dlopt.results.reading import Condition, Damaged, Record
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _PICTURES = (".png", ".svg", ".pdf")
 _SHOWN = ("epochs", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
-_FINAL = ("best/", "test/")  # tags of the end of a run, which `best` and `test` have
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,12 +61,12 @@ class Run:
     @property
     def best(self) -> dict[str, float]:
         """Validation metrics of the best epoch, and its number (`best_epoch`)."""
-        return {key: value for key, value in self.metrics.items() if key.startswith("val_") or key == "best_epoch"}
+        return {key: value for key, value in self.metrics.items() if split_of(key) == "val" or key == "best_epoch"}
 
     @property
     def test(self) -> dict[str, float]:
         """Test metrics of the best model. Compare runs by `best`: to choose by `test` is selection on the test set."""
-        return {key: value for key, value in self.metrics.items() if key.startswith("test_")}
+        return {key: value for key, value in self.metrics.items() if split_of(key) == "test"}
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Run:
         from dlopt.tracking.tensorboard import read_scalars
 
         lines = [
-            {tag: value for tag, value in line.items() if not tag.startswith(_FINAL)}
+            {tag: value for tag, value in line.items() if not tag.startswith(FINAL_TAGS)}
             for line in read_scalars(self.path / "tensorboard")
         ]
         return [line for line in lines if line.keys() != {"step"}]

@@ -8,6 +8,7 @@ from typing import Any
 from dlopt.basics import formats
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.formats import format_value as text
+from dlopt.metrics.names import Metric
 from dlopt.results.leaderboard import ENDED, Difference, Record, Row, Statistic
 from dlopt.results.ranking import Ranking, against_published, recipe_label, time_to_target
 from dlopt.results.reading import number_in, tags_of
@@ -16,11 +17,11 @@ from dlopt.tracking.layout import short_path
 
 _LABELS = ("mean_average_precision", "macro_f1", "micro_f1")
 FIRST = (
-    "val_accuracy", *(f"val_{name}" for name in _LABELS), "val_loss", "train_accuracy", "train_loss", "accuracy_gap",
-    "gap",
+    "val_accuracy", *(Metric("val", name).column for name in _LABELS), "val_loss", "train_accuracy", "train_loss",
+    "accuracy_gap", "gap",
 )  # fmt: skip
 _COST = ("epochs", "steps", "seconds", "parameters")
-_TEST = ("test_accuracy", *(f"test_{name}" for name in _LABELS), "test_loss")
+_TEST = ("test_accuracy", *(Metric("test", name).column for name in _LABELS), "test_loss")
 
 
 def metric_columns(ranking: Ranking) -> list[str]:

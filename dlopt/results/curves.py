@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.formats import format_epoch_number, format_metric
+from dlopt.metrics.names import Metric, Split
 from dlopt.results import drawing
 from dlopt.tracking import read_metrics, read_summary
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 PICTURE = "curves.png"
 _PANELS = ("loss", "accuracy")
-_SPLITS = {"train": "training", "val": "validation"}
+_SPLITS: Mapping[Split, str] = {"train": "training", "val": "validation"}
 _MAX_MARKED = 40  # epochs; markers of more would hide the curve
 
 
@@ -38,19 +39,23 @@ def draw(
     restarts: Sequence[float],
 ) -> "Figure":
     """Plots the lines of metrics.jsonl in one panel each for losses, accuracies (if any) and the learning rate."""
-    metrics = [name for name in _PANELS if any(f"{split}_{name}" in line for line in history for split in _SPLITS)]
+    metrics = [
+        name for name in _PANELS if any(Metric(split, name).column in line for line in history for split in _SPLITS)
+    ]
     figure = drawing.figure(4.2 * (len(metrics) + 1), 3.6, _title(summary, choices))
     panels = figure.subplots(1, len(metrics) + 1, squeeze=False)[0]
     epochs = [line["epoch"] for line in history]
     marker = {"marker": "o", "markersize": 3} if len(epochs) <= _MAX_MARKED else {}
     for axes, name in zip(panels, metrics, strict=False):
         for i, (split, label) in enumerate(_SPLITS.items()):
-            values = _values(history, f"{split}_{name}")
+            values = _values(history, Metric(split, name).column)
             if not all(map(math.isnan, values)):
                 axes.plot(epochs, values, label=label, **drawing.style(i), **marker)
         _mark_best(axes, history, summary.get("best_epoch"), name)
         axes.set_ylabel("accuracy [%]" if name == "accuracy" else name)
-        losses = [loss for split in _SPLITS for loss in _values(history, f"{split}_loss") if math.isfinite(loss)]
+        losses = [
+            loss for split in _SPLITS for loss in _values(history, Metric(split, "loss").column) if math.isfinite(loss)
+        ]
         if name == "loss" and drawing.spans_decades(losses):
             drawing.logarithmic(axes)
     panels[-1].plot(epochs, _values(history, "lr"), **drawing.style(2, dash=0), **marker)
@@ -78,7 +83,7 @@ def _title(summary: Mapping[str, Any], choices: Mapping[str, str]) -> str:
 
 def _mark_best(axes: "Axes", history: Sequence[Mapping[str, Any]], epoch: float | None, name: str) -> None:
     best = [line for line in history if line["epoch"] == epoch]
-    if epoch is not None and best and not math.isnan(value := _values(best, f"val_{name}")[0]):
+    if epoch is not None and best and not math.isnan(value := _values(best, Metric("val", name).column)[0]):
         label = f"best: epoch {format_epoch_number(epoch)}"
         axes.plot([epoch], [value], "*", color=drawing.COLOURS[1], markersize=11, label=label)
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dlopt.metrics.names import in_words
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
@@ -62,13 +64,7 @@ _LABELS = {  # metrics and keys whose names do not explain themselves
 
 def metric_label(metric: str) -> str:
     """Returns the axis label of a metric: val_accuracy -> validation accuracy."""
-    return _LABELS.get(metric) or metric_name(metric)
-
-
-def metric_name(metric: str) -> str:
-    """Returns the short name of a metric, for the head of a column."""
-    words = metric.replace("_", " ").replace("lr", "learning rate")
-    return words.replace("val ", "validation ").replace("train ", "training ")
+    return _LABELS.get(metric) or in_words(metric)
 
 
 def literal(text: str) -> str:

@@ -15,7 +15,7 @@ from dlopt.basics.plain import flatten, is_below
 from dlopt.basics.roles import Role
 from dlopt.config.keys import is_seed, role_of
 from dlopt.config.overrides import key_of
-from dlopt.metrics.names import NONE, Mode, Modes, common_modes, lower_is_better
+from dlopt.metrics.names import NONE, VAL_ACCURACY, VAL_LOSS, Mode, Modes, common_modes, lower_is_better
 
 Direction = Literal["maximize", "minimize"]
 Seeds = tuple[tuple[str, Any], ...]
@@ -161,8 +161,8 @@ def leaderboard(
     direction is unknown.
     """
     if metric is None:
-        has_accuracy = any(entry.metric("best_val_accuracy") is not None for entry in entries)
-        metric = "best_val_accuracy" if has_accuracy else "best_val_loss"
+        has_accuracy = any(entry.metric(VAL_ACCURACY.best) is not None for entry in entries)
+        metric = VAL_ACCURACY.best if has_accuracy else VAL_LOSS.best
     direction = direction_of(metric, modes_of(entries)) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
     rows = [replace(row, value=row.statistic(metric)) for row in _grouped(entries)]

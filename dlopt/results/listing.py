@@ -13,7 +13,7 @@ from dlopt.basics import formats
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.config.keys import LABELS
-from dlopt.metrics.names import mode_of
+from dlopt.metrics.names import Metric, column_of, mode_of
 from dlopt.results import reading
 from dlopt.results.leaderboard import modes_of
 from dlopt.results.reading import Condition, Damaged, Record, RunReader, value_of
@@ -21,7 +21,6 @@ from dlopt.tracking.layout import FittedTable, plain_table, short_path
 
 _METRICS = ("val_accuracy", "val_loss", "epochs", "seconds")  # default columns, the most important first
 _MAX_CELL = 24  # characters of a config value in a terminal
-_SPLITS = ("val_", "train_", "test_", "best_val_")
 _STYLES = {"finished": "green", "stopped_early": "green", "running": "cyan", "failed": "red"}
 
 
@@ -46,7 +45,7 @@ class Query:
 
 def _sorted(records: list[Record], key: str) -> list[Record]:
     """Sorts numbers before strings, runs without a value last."""
-    is_metric = any(key.removeprefix("best_") in record.metrics for record in records)
+    is_metric = any(column_of(key) in record.metrics for record in records)
     # Without a known direction in the order of the values, like a key of the config.
     sign = -1 if is_metric and mode_of(key, modes_of(records)) == "max" else 1
 
@@ -133,7 +132,7 @@ def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
     for key in columns:
         is_right = any(reading.is_number(value_of(record, key)) for record in records)
         # The last component of a key if it is unique; metrics as words, which may wrap.
-        title = key.replace("_", " ") if key.startswith(_SPLITS) else reading.short_key(key, columns)
+        title = key.replace("_", " ") if Metric.of(key) is not None else reading.short_key(key, columns)
         table.add_column(Text(printable(title)), justify="right" if is_right else "left")
     for record in records:
         table.add_row(Text(printable(short_path(record.path))), *(_cell(key, record) for key in columns))
@@ -146,7 +145,7 @@ def _cell(key: str, record: Record) -> Text:
         return Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
     if value is None or (key == "tags" and not value):
         return Text("-")
-    if key.startswith((*_SPLITS, "seconds")) and reading.is_number(value):
+    if (Metric.of(key) is not None or key.startswith("seconds")) and reading.is_number(value):
         return Text(formats.format_metric(key, value))
     content = printable(",".join(reading.tags_of(record)) if key == "tags" else formats.brief(value))
     half = _MAX_CELL // 2

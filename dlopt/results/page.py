@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from dlopt._version import __version__
 from dlopt.basics.formats import printable
-from dlopt.results import drawing
+from dlopt.metrics.names import in_words
 from dlopt.results.columns import counts_text, published_table
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import Ranking, importance
@@ -53,7 +53,7 @@ def page(
         published=published_table(ranking),
         sections=sections,
         importance=importance(ranking), damaged=ranking.damaged,
-        metric=drawing.metric_name(ranking.by), configurations=len(ranking.ranked),
+        metric=in_words(ranking.by), configurations=len(ranking.ranked),
         style=Markup(read_text("vendor/uPlot.min.css") + read_text("page.css")),
         script=Markup(script), data=Markup(_escaped_json(data)),
     )  # fmt: skip

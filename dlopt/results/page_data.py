@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.formats import brief, format_metric, printable
-from dlopt.metrics.names import mode_of
+from dlopt.metrics.names import in_words, mode_of
 from dlopt.results import drawing
 from dlopt.results.columns import (
     FIRST,
@@ -62,7 +62,7 @@ def page_data(ranking: Ranking, *, target: float | None, test: bool, refresh: fl
         "refresh": refresh,
         "by": ranking.by,
         "lower": ranking.lower,
-        "titles": {name: drawing.metric_name(name) for name in (ranking.by, *curves)},
+        "titles": {name: in_words(name) for name in (ranking.by, *curves)},
         "percent": [name for name in (ranking.by, *curves) if "accuracy" in name],
         "keys": list(ranking.keys),
         "columns": _columns(ranking, metrics, tests if test else []),
@@ -93,7 +93,7 @@ def _columns(ranking: Ranking, metrics: Sequence[str], tests: Sequence[str]) -> 
     modes = modes_of(ranking.records)
     for name in (*metrics, *tests):
         higher = not ranking.lower if name == ranking.by else mode_of(name, modes) == "max"
-        columns.append({"id": name, "name": drawing.metric_name(name), "number": True, "higher": higher})
+        columns.append({"id": name, "name": in_words(name), "number": True, "higher": higher})
         if name == ranking.by and any(row.difference is not None for row in ranking.rows):
             unit = " (points)" if "accuracy" in name else ""
             columns.append({"id": "difference", "name": f"difference to #1{unit}", "number": True})
@@ -131,11 +131,11 @@ def _row(
         "cells": cells,
         "note": ", ".join(f"{count} {status}" for status, count in _not_ended(row).items()),
         "bad": row.failed > 0,
-        "facts": [[drawing.metric_name(name), statistic_text(name, found)]
+        "facts": [[in_words(name), statistic_text(name, found)]
                   for name, found in statistics.items() if found is not None or name in metrics] + _labels(row),
         "about": about if tests or rank > 1 else "",
         "command": row.command,
-        "heads": [drawing.metric_name(name) for name in names],
+        "heads": [in_words(name) for name in names],
         "runs": [
             {
                 "path": printable(short_path(run.path)),
@@ -170,7 +170,7 @@ def _ranked_by(ranking: Ranking) -> str:
     spread = ": mean ± standard deviation over seeds" if any(len(row.runs) > 1 for row in ranking.rows) else ""
     paired = any(row.difference is not None and row.difference.low is not None for row in ranking.rows)
     note = " Differences to #1 are paired over seeds, with 95 % confidence intervals." if paired else ""
-    return f"Ranked by {drawing.metric_name(ranking.by)} of the best epoch{spread}.{note}"
+    return f"Ranked by {in_words(ranking.by)} of the best epoch{spread}.{note}"
 
 
 def _failure(run: Record, label: str) -> list[str | None]:
@@ -251,7 +251,7 @@ def _parallel(ranking: Ranking) -> dict[str, Any] | None:
     axes = [
         {
             "id": name,
-            "name": drawing.metric_name(name) if name == ranking.by else short_key(name, ranking.keys),
+            "name": in_words(name) if name == ranking.by else short_key(name, ranking.keys),
             "full": name,
             "ticks": [[at, format_metric(name, value) if name == ranking.by else printable(text)]
                       for at, text, value in scale.ticks],

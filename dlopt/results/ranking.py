@@ -21,7 +21,7 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.roles import Role
 from dlopt.config.keys import ROUNDING, role_of
 from dlopt.config.overrides import group_of, key_of
-from dlopt.metrics.names import mode_of
+from dlopt.metrics.names import column_of, mode_of, split_of
 from dlopt.results.leaderboard import (
     Row,
     Statistic,
@@ -113,11 +113,11 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
 
 def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
     names = dict.fromkeys(name for record in records for name in record.metrics)
-    allowed = [name for name in names if name not in _NOT_RANKED and not name.startswith("test_")]
+    allowed = [name for name in names if name not in _NOT_RANKED and split_of(name) != "test"]
     if by is None:
         return "val_accuracy" if "val_accuracy" in names or "val_loss" not in names else "val_loss"
-    by = by.removeprefix("best_")
-    if by.startswith("test_"):
+    by = column_of(by)
+    if split_of(by) == "test":
         raise UserError(f"by={by}: ranking by a test metric would select on the test set; set by=val_accuracy")
     if by not in allowed:
         raise UserError(f"by={by}: the runs have no such metric; allowed: {', '.join(allowed) or 'none'}")

@@ -20,7 +20,7 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.basics.plain import flatten, load_yaml, read_regular
 from dlopt.config.keys import LABELS
-from dlopt.metrics.names import mode_of, monitored_modes, resolve_monitor, selection_key
+from dlopt.metrics.names import column_of, mode_of, monitored_modes, resolve_monitor, selection_key, split_of
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
 from dlopt.tracking.layout import choices_of_groups, short_path
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
@@ -201,14 +201,15 @@ def _metrics(
     if history:
         chosen = (line for line in history if line["epoch"] == summary.get("best_epoch"))
         last, best = history[-1], next(chosen, None) or _best_line(history, config)
-        metrics = {k: v for k, v in last.items() if not k.startswith("val_") and k not in ("epoch", "step", "lr")}
+        metrics = {k: v for k, v in last.items() if split_of(k) != "val" and k not in ("epoch", "step", "lr")}
         metrics |= {"epochs": last["epoch"], "steps": last["step"]}
         if best is not None:
-            metrics |= {k: v for k, v in best.items() if k.startswith("val_")} | {"best_epoch": best["epoch"]}
+            metrics |= {k: v for k, v in best.items() if split_of(k) == "val"} | {"best_epoch": best["epoch"]}
             metrics |= gaps(best)
     for key, value in summary.items():
         if key not in ("epochs", "steps") or is_number(value):
-            metrics[key.replace("best_val_", "val_") if key.startswith("best_val_") else key] = value
+            column = column_of(key)
+            metrics[column if split_of(column) == "val" else key] = value
     return _numbers(metrics)
 
 
@@ -318,7 +319,7 @@ def known_keys(records: Sequence[Record]) -> list[str]:
 def is_known(key: str, records: Sequence[Record]) -> bool:
     """Returns whether a run has this key or metric; `tags` and `note` are keys of every run."""
     known = {"status", *LABELS, *(k for r in records for k in (*r.metrics, *r.config))}
-    return key in known or key.removeprefix("best_") in known
+    return key in known or column_of(key) in known
 
 
 def check_key(key: str, line: str, records: Sequence[Record]) -> None:
@@ -344,7 +345,7 @@ def value_of(record: Record, key: str) -> Any:
     """Returns a metric, a config value, or the status; None if the run has none."""
     if key == "status":
         return record.status
-    metric = record.metrics.get(key, record.metrics.get(key.removeprefix("best_")))
+    metric = record.metrics.get(key, record.metrics.get(column_of(key)))
     return record.config.get(key) if metric is None else metric
 
 

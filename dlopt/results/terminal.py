@@ -9,6 +9,7 @@ from rich.text import Text
 
 from dlopt.basics import formats
 from dlopt.basics.formats import brief, printable
+from dlopt.metrics.names import Metric
 from dlopt.results.columns import (
     counts_text,
     difference_text,
@@ -145,7 +146,8 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
     if not rows:
         return
     is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
-    test = board.metric.replace("best_val_", "test_")
+    ranked = Metric.of(board.metric)
+    test = board.metric if ranked is None else Metric("test", ranked.name).column
     metric, better = board.metric.replace("_", " "), "higher" if board.direction == "maximize" else "lower"
     table = plain_table(f"{metric} ({better} is better)", left=[""], fold=["configuration"])
     table.add_column("mean ± std" if is_paired else metric, justify="right", no_wrap=True)

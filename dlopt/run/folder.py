@@ -17,6 +17,7 @@ from dlopt.parallel.processes.rendezvous import current
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
+    from dlopt.training.checkpoint.content import Checkpoint
     from dlopt.training.progress import Run
 
 
@@ -80,9 +81,7 @@ def started_anew(placed: PlacedRun, saved: Mapping[str, Any]) -> str:
     return f"resume=auto: no unfinished run of this config found; starting a new run{hint}"
 
 
-def _find_folder(
-    path: Path, is_typed: bool, saved: Mapping[str, Any]
-) -> tuple[RunFolder, Mapping[str, Any] | None, str]:
+def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[RunFolder, "Checkpoint | None", str]:
     """Returns the run folder, created if missing, the checkpoint to resume from, if any, and the id of the run.
 
     Args:
@@ -120,7 +119,7 @@ def _find_folder(
     if source is not None:
         source.refuse_newer(f"resume={resume}")
         checkpoint = _load(resume)
-        refuse_other_config(checkpoint["config"], saved, resume, source.history())
+        refuse_other_config(checkpoint.config, saved, resume, source.history())
     if not is_typed:
         target = RunFolder(make_new(path))
     elif not path.is_dir():
@@ -128,17 +127,17 @@ def _find_folder(
     if source is None or checkpoint is None or target == source:
         return target, checkpoint, _run_id(target, checkpoint)
     run_id = _run_id(target)
-    _copy_history(source, target, checkpoint["progress"]["best"]["epoch"], run_id)
+    _copy_history(source, target, checkpoint.best_epoch, run_id)
     return target, checkpoint, run_id
 
 
-def _run_id(folder: RunFolder, state: Mapping[str, Any] | None = None) -> str:
+def _run_id(folder: RunFolder, state: "Checkpoint | None" = None) -> str:
     """Returns the id of a run, from a checkpoint of its folder if config.yaml is damaged; a new one for a new run."""
-    saved = None if state is None else state["config"].get("run_id")
+    saved = None if state is None else state.run_id
     return folder.run_id() or saved or new_run_id()
 
 
-def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> "Checkpoint | None":
     """Returns the newest checkpoint of a run for resume=auto; None: it has none, or is done.
 
     Raises `UserError` if it is the run of another config.
@@ -166,7 +165,7 @@ def _earlier_attempt(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> Ru
     return folder
 
 
-def _load(resume: str) -> dict[str, Any]:
+def _load(resume: str) -> "Checkpoint":
     from dlopt.training.checkpoint.checkpoints import load
 
     try:
@@ -183,7 +182,7 @@ def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None
     Tracking removes the metrics after the checkpoint. The best model is copied only if it is that of the checkpoint,
     not one of a later epoch.
     """
-    from dlopt.training.checkpoint.checkpoints import Checkpoints, evaluated_epoch, load
+    from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 
     # A crash in between does no harm: with these files only, the folder counts as not begun (`has_begun`), and the next
     # start copies them again.
@@ -191,5 +190,5 @@ def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None
         shutil.copy(source.path / "metrics.jsonl", target.path / "metrics.jsonl")
     best = Checkpoints(source.checkpoints).best
     with contextlib.suppress(UserError):
-        if best_epoch is not None and evaluated_epoch(load(best)["progress"]) == best_epoch:
+        if best_epoch is not None and load(best).evaluated_epoch == best_epoch:
             Checkpoints(target.checkpoints).adopt_best(best, run_id)

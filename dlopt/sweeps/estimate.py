@@ -143,9 +143,9 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
         start_up = max(elapsed - seconds, 0.0)
         if result.status in ("finished", "stopped_early"):
             return Estimate(seconds, seconds, start_up)
-        state = Checkpoints(folder.checkpoints).load_newest()
-        assert state is not None  # an interrupted run that has trained leaves a checkpoint
-        updates = state["progress"]["horizon"]
+        checkpoint = Checkpoints(folder.checkpoints).load_newest()
+        assert checkpoint is not None  # an interrupted run that has trained leaves one
+        updates = checkpoint.horizon
         fastest, average = per_update(read_metrics(folder.path), seconds, steps)
         return Estimate(fastest * updates, _MARGIN * average * updates, start_up)
 

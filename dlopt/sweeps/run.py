@@ -182,8 +182,8 @@ def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str |
         former = folder.config() or saved
         refuse_other_config(former, saved, str(folder.path), folder.history())
         has_other_length = any(former.get(name) != saved[name] for name in ("epochs", "steps"))
-        if has_other_length and (state := Checkpoints(folder.checkpoints).load_newest()) is not None:
-            check_lengthened(job.plan.experiment, state)
+        if has_other_length and (newest := Checkpoints(folder.checkpoints).load_newest()) is not None:
+            check_lengthened(job.plan.experiment, newest)
 
 
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:

@@ -23,7 +23,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.keys import is_seed
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, component, show
-from dlopt.metrics.names import Modes, base_name, mode_of, monitored_modes
+from dlopt.metrics.names import Metric, Modes, base_name, column_of, mode_of, monitored_modes
 from dlopt.results.leaderboard import Direction, direction_of, front, is_number, job_record, leaderboard
 from dlopt.results.terminal import show_front, show_leaderboard
 from dlopt.sweeps import pool as pools
@@ -184,7 +184,7 @@ def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence
         total = min(total, size)
     watch = None if isinstance(pruner, optuna.pruners.NopPruner) else _pruning_metric(settings, objectives)
     is_opposite = False
-    if watch is not None and watch != objectives[0].removeprefix("best_"):  # for example a loss and an accuracy
+    if watch is not None and watch != column_of(objectives[0]):  # for example a loss and an accuracy
         mode = mode_of(watch, modes)
         if mode is None:
             raise UserError(
@@ -237,12 +237,13 @@ def _pruning_metric(settings: SearchSettings, objectives: Sequence[str]) -> str:
         raise UserError("hydra/sweeper/pruner: pruning needs a single objective; with several set none")
     if settings.watch != "auto":
         return settings.watch
-    if not objectives[0].startswith("best_val_"):
+    metric = Metric.of(objectives[0])
+    if metric is None or metric.split != "val" or metric.best != objectives[0]:
         raise UserError(
             f"hydra.sweeper.watch=auto: metrics.jsonl has no {objectives[0]}; set the metric "
             "that the pruner compares, for example hydra.sweeper.watch=val_loss"
         )
-    return objectives[0].removeprefix("best_")
+    return metric.column
 
 
 def probes(space: Space) -> list[list[str]]:

@@ -16,8 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric
 from dlopt.tracking import layout
 
+_TRAIN, _VAL = (Metric("train", "loss"), Metric("train", "accuracy")), (VAL_LOSS, VAL_ACCURACY)  # of the live display
 _REDRAW_SECONDS = 0.1
 _REDRAW_FRACTION = 0.01  # of the training time that redrawing may take
 
@@ -254,8 +256,8 @@ class ConsoleView(Screen):
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Stores metrics by TensorBoard tag for the next redraw."""
         if self._display is not None:
-            names = {"train/loss": "loss", "train/accuracy": "accuracy", "lr": "lr"}
-            self._display.train = _renamed(values, **names)
+            names = {metric.tag: metric.name for metric in _TRAIN}
+            self._display.train = _renamed(values, names | {"lr": "lr"})
 
     def _redraw(self) -> None:
         if self._live is None:
@@ -275,8 +277,8 @@ class ConsoleView(Screen):
         self._print(self._rows.row(metrics, best, evaluation_seconds))
         if (display := self._display) is not None:
             display.step = metrics["step"]
-            display.train = _renamed(metrics, train_loss="loss", train_accuracy="accuracy", lr="lr")
-            display.val = _renamed(metrics, val_loss="loss", val_accuracy="accuracy")
+            train, val = ({metric.column: metric.name for metric in each} for each in (_TRAIN, _VAL))
+            display.train, display.val = _renamed(metrics, train | {"lr": "lr"}), _renamed(metrics, val)
             self._redraw()
 
     def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
@@ -291,5 +293,5 @@ class ConsoleView(Screen):
         super().close()
 
 
-def _renamed(values: Mapping[str, float | None], **names: str) -> dict[str, float | None]:
+def _renamed(values: Mapping[str, float | None], names: Mapping[str, str]) -> dict[str, float | None]:
     return {name: values[key] for key, name in names.items() if key in values}

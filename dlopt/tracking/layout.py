@@ -27,7 +27,7 @@ from dlopt.basics.formats import (
     format_value,
 )
 from dlopt.basics.plain import flatten
-from dlopt.metrics.names import mode_of, monitored_modes
+from dlopt.metrics.names import Metric, Split, final_metrics, mode_of, monitored_modes
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
@@ -176,9 +176,10 @@ def _device(facts: Mapping[str, Any]) -> list[str]:
 def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
     """Formats an evaluated epoch as one line without a table header, for train.log."""
     texts = [f"epoch {format_epoch_number(metrics['epoch'])}/{epochs}"]
-    for split in ("train", "val"):
-        if (loss := metrics.get(f"{split}_loss")) is not None:
-            accuracy = metrics.get(f"{split}_accuracy")
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
+        if (loss := metrics.get(Metric(split, "loss").column)) is not None:
+            accuracy = metrics.get(Metric(split, "accuracy").column)
             suffix = "" if accuracy is None else f" accuracy {format_percent(accuracy)}"
             texts.append(f"{split} loss {format_number(loss)}{suffix}")
     if metrics.get("lr") is not None:
@@ -276,14 +277,10 @@ def format_result(summary: Mapping[str, Any]) -> Group:
     if summary.get("seconds") is not None:
         line.append(f" in {format_duration(summary['seconds'])}", "none")
 
-    metrics = {
-        split: {
-            key.removeprefix(prefix): value
-            for key, value in summary.items()
-            if key.startswith(prefix) and isinstance(value, int | float)
-        }
-        for split, prefix in (("best validation", "best_val_"), ("test", "test_"))
-    }
+    metrics: dict[str, dict[str, float]] = {"best validation": {}, "test": {}}
+    for key, metric in final_metrics(summary).items():
+        if isinstance(value := summary[key], int | float):
+            metrics["test" if metric.split == "test" else "best validation"][metric.name] = value
     names = list(dict.fromkeys(name for row in metrics.values() for name in row))
     if not names:
         return Group(line)

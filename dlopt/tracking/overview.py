@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS
 from dlopt.tracking.console import Screen
 
 _MAX_ROWS = 12  # running jobs on display
@@ -100,10 +101,10 @@ class Overview(Screen):
             self._update_best(number, formats.round_floats(label), "finished", metrics)
 
     def _update_best(self, number: int, label: str, status: str, metrics: Mapping[str, Any]) -> None:
-        if self._metric is None and metrics.get("best_val_accuracy") is not None:
-            self._metric, self._direction = "best_val_accuracy", "maximize"
-        elif self._metric is None and metrics.get("best_val_loss") is not None:
-            self._metric, self._direction = "best_val_loss", "minimize"
+        if self._metric is None and metrics.get(VAL_ACCURACY.best) is not None:
+            self._metric, self._direction = VAL_ACCURACY.best, "maximize"
+        elif self._metric is None and metrics.get(VAL_LOSS.best) is not None:
+            self._metric, self._direction = VAL_LOSS.best, "minimize"
         value = metrics.get(self._metric or "")
         if status not in ("finished", "stopped_early") or not isinstance(value, int | float):
             return

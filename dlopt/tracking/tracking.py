@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from dlopt.basics import formats
 from dlopt.basics.errors import UserError
 from dlopt.basics.secrets import redact, redacted
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, final_metrics, tag_of
 from dlopt.tracking import layout
 from dlopt.tracking.console import ConsoleView
 from dlopt.tracking.metrics import AppendFile, MetricsFile, write_summary
@@ -28,9 +29,7 @@ _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"  # of train.log
 _CONTROL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")  # colours and cursor movements
 SINKS = ("tensorboard", "mlflow", "wandb")
 # TensorBoard's HParams table shows the first five metrics by name: `best/` comes before all the curves.
-_FINAL_TAGS = {
-    "best_val_loss": "best/val_loss", "best_val_accuracy": "best/val_accuracy",
-}  # fmt: skip
+_BEST_TAGS = {metric.best: metric.best_tag for metric in (VAL_LOSS, VAL_ACCURACY)}
 
 
 class _PlainTextHandler(logging.Handler):
@@ -245,7 +244,8 @@ class Tracking:
 
         `draw` draws pictures and returns their paths by description. An error in it is only logged.
         """
-        tags = {key: key.replace("_", "/", 1) for key in summary if key.startswith("test_")} | _FINAL_TAGS
+        final = final_metrics(summary)
+        tags = {key: metric.tag for key, metric in final.items() if metric.split == "test"} | _BEST_TAGS
         scalars = {tag: float(summary[key]) for key, tag in tags.items() if _is_number(summary.get(key))}
         for sink in self._sinks:
             if scalars:
@@ -262,7 +262,7 @@ class Tracking:
                 metrics = ", ".join(
                     f"{key} {formats.format_metric(key, value)}"
                     for key, value in summary.items()
-                    if key.startswith(("best_val_", "test_")) and isinstance(value, int | float)
+                    if key in final and isinstance(value, int | float)
                 )
                 self._log.write(f"{summary.get('status', 'ended')}: {metrics}")
             if self._console is not None:
@@ -324,8 +324,7 @@ def _to_tags(metrics: Mapping[str, Any], excluded: set[str]) -> dict[str, float]
     for key, value in metrics.items():
         if key in ("epoch", "step") or not _is_number(value):
             continue
-        split, _, rest = key.partition("_")
-        tag = f"{split}/{rest}" if split in ("train", "val") and rest else key
+        tag = tag_of(key)
         if tag not in excluded:
             scalars[tag] = float(value) if math.isfinite(value) else math.nan
     return scalars

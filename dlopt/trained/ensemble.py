@@ -18,6 +18,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.trained.restore import fitting
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import foreign
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import (
     Average,
     Outputs,
@@ -110,7 +111,7 @@ def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[
 
 def restored(
     paths: Sequence[Path],
-    states: Sequence[Mapping[str, Any]],
+    checkpoints: Sequence[Checkpoint],
     experiments: Sequence[Experiment],
     mode: Mode,
     warn: Callable[[str], object],
@@ -119,16 +120,15 @@ def restored(
 
     `warn`: is called on rank 0 if the data, or the folder of a checkpoint, are not those of its run.
     """
-    for path, state, experiment in zip(paths, states, experiments, strict=True):
+    for path, checkpoint, experiment in zip(paths, checkpoints, experiments, strict=True):
         with fitting(path):
             # Of the training set, which is not read here, only the number of samples and the labels are compared.
-            workload = build_workload(experiment, state, parallel=mode, identified=("test",))
-            trained = state["progress"]["data"]
-            _check_classes(path, trained["classes"], workload.dataset.classes)
-            workload.load(state)
-        if (found := difference(trained.get("identity"), workload.dataset.identity)) is not None:
+            workload = build_workload(experiment, checkpoint, parallel=mode, identified=("test",))
+            _check_classes(path, checkpoint.classes, workload.dataset.classes)
+            workload.load(checkpoint)
+        if (found := difference(checkpoint.identity, workload.dataset.identity)) is not None:
             warn(f"warning: checkpoint={path}: the data are not those of its run: {found}")
-        if mode.ranks.is_main and (found := foreign(path, state)) is not None:
+        if mode.ranks.is_main and (found := foreign(path, checkpoint)) is not None:
             warn(f"warning: {found}")
         yield workload
 

@@ -24,7 +24,7 @@ from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
 from dlopt.training.builders.precision import Precision, choose_precision
 from dlopt.training.builders.workload import model_arguments
-from dlopt.training.checkpoint.checkpoints import evaluated_weights, foreign, load
+from dlopt.training.checkpoint.checkpoints import foreign, load
 
 
 @dataclass(frozen=True)
@@ -78,42 +78,39 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     Adapters are merged into their layers, and a model with precision=bf16_pure then uses fp32.
     `join`: returns the mode of this process, given the device of the config.
     """
-    state = load(path)
-    facts = state["progress"]["data"]
-    experiment = parse(resolve_saved(with_changes(state["config"], overrides, path)))
+    checkpoint = load(path)
+    experiment = parse(resolve_saved(with_changes(checkpoint.config, overrides, path)))
     settings = experiment.settings
     mode = join(choose_device(settings.device))
     set_threads(settings.threads, mode.ranks.local_processes)
     device = mode.device
     precision = choose_precision(settings.precision, device)
-    if is_widened := precision.name == "bf16_pure" and has_adapters(state["model"]):
+    if is_widened := precision.name == "bf16_pure" and has_adapters(checkpoint.model):
         precision = choose_precision("fp32", device)
-    sample, window = tuple(facts["sample"]), tuple(facts["window"])
-    classes = None if facts["classes"] is None else tuple(facts["classes"])
-    normalize: nn.Module = experiment.normalize.build(input_shape=sample)
-    task = Task(**facts["task"])
-    module: nn.Module = experiment.model.build(**model_arguments(task, window))
+    normalize: nn.Module = experiment.normalize.build(input_shape=checkpoint.sample)
+    task = checkpoint.task
+    module: nn.Module = experiment.model.build(**model_arguments(task, checkpoint.window))
     loss: nn.Module = experiment.loss.build(classes=task.classes, labels=task.labels)
     # Placed first: loading rounds to the present dtype.
     normalize, module = precision.place_data(normalize), precision.place(module)
-    normalize.load_state_dict(state["normalize"])
-    module.load_state_dict(evaluated_weights(state))
+    normalize.load_state_dict(checkpoint.normalize)
+    module.load_state_dict(checkpoint.merged_weights)
     return Trained(
         mode=mode,
         normalize=normalize.eval(),
         module=module.eval(),
         loss=precision.place_data(loss).eval(),
         precision=precision,
-        classes=classes,
+        classes=checkpoint.classes,
         task=task,
-        sample=sample,
-        window=window,
+        sample=checkpoint.sample,
+        window=checkpoint.window,
         experiment=experiment,
-        config=state["config"],
-        epoch=state["progress"]["epoch"],
-        tokenizer=Tokenizer(facts["tokenizer"], f"checkpoint={path}") if "tokenizer" in facts else None,
-        identity=facts.get("identity"),
-        foreign=foreign(path, state),
+        config=checkpoint.config,
+        epoch=checkpoint.epoch,
+        tokenizer=None if (text := checkpoint.tokenizer) is None else Tokenizer(text, f"checkpoint={path}"),
+        identity=checkpoint.identity,
+        foreign=foreign(path, checkpoint),
         is_widened=is_widened,
     )
 

@@ -21,6 +21,7 @@ from dlopt.data.task import Task
 from dlopt.losses import MSE, CrossEntropy, label_probabilities, probabilities, processes_in_chunks
 from dlopt.metrics.classes import TOP, ClassMetrics, class_accuracies, confusion_matrix, f1_scores
 from dlopt.metrics.labels import LABEL_METRICS, LabelMetrics, LabelReport, label_report
+from dlopt.metrics.names import Metric, Split, by_column
 from dlopt.metrics.regression import RegressionMetrics
 from dlopt.metrics.sums import Measured, MetricSum, Reduce, predicted_classes
 from dlopt.metrics.user import OwnMetric, OwnMetrics, compute
@@ -42,12 +43,12 @@ def evaluate(
     loss: nn.Module,
     *,
     task: Task,
-    prefix: str,
+    split: Split,
     interruption: object = None,
     reduce: Reduce | None = None,
     extra: Sequence[Accumulator] = (),
 ) -> dict[str, float] | None:
-    """Computes sample-weighted means over `batches`: {prefix}_loss, {prefix}_accuracy (of classes), `extra` metrics.
+    """Computes sample-weighted means over `batches` by column: loss, accuracy (of classes), `extra` metrics.
 
     Puts `module` and `loss` into evaluation mode for the call. A rank may have no samples in a batch.
 
@@ -77,9 +78,9 @@ def evaluate(
             if interruption:
                 return None
     # With several ranks collectives, which a rank without samples calls, too.
-    means = metrics.means(prefix)
+    means = metrics.means(split)
     for each in extra:
-        means |= {f"{prefix}_{name}": value for name, value in each.means(reduce).items()}
+        means |= by_column(split, each.means(reduce))
     return means
 
 
@@ -137,11 +138,10 @@ def report(
         return TestReport(metrics, None)
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     with torch.inference_mode():
-        own_values = {f"test_{name}": value for name, value in compute(own, outputs, targets).items()}
+        own_values = by_column("test", compute(own, outputs, targets))
     if task.labels is not None:
         labels = label_report(outputs, targets, lambda outputs: label_probabilities(outputs, loss))
-        means = {f"test_{name}": value for name, value in labels.means.items()}
-        return TestReport(metrics | means | own_values, None, labels)
+        return TestReport(metrics | by_column("test", labels.means) | own_values, None, labels)
     classes, confusion, samples = task.classes, None, None
     extra: ExtraMetrics
     if classes is None:
@@ -156,7 +156,7 @@ def report(
         samples = torch.bincount(targets, minlength=classes).cpu()
     extra.add(outputs, targets)
     means = extra.means(None)
-    metrics |= {f"test_{name}": means[name] for name in names} | own_values
+    metrics |= by_column("test", {name: means[name] for name in names}) | own_values
     return TestReport(metrics, confusion, samples=samples)
 
 
@@ -272,7 +272,7 @@ def _evaluate(
     workload: Workload,
     task: Task,
     batches: Iterable[Batch],
-    prefix: str,
+    split: Split,
     interruption: Interruption | None = None,
     extra: Sequence[Accumulator] = (),
 ) -> dict[str, float] | None:
@@ -284,7 +284,7 @@ def _evaluate(
             batches,
             workload.loss,
             task=task,
-            prefix=prefix,
+            split=split,
             interruption=None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption),
             reduce=reduction(workload),
             extra=[*extra, *_whole_metrics(workload)],
@@ -312,7 +312,7 @@ def test_metrics(
         own = workload.experiment.own_metrics
         metrics = report(outputs, workload.loss, workload.task, own).metrics
         of_labels = LABEL_METRICS if workload.task.labels is not None else ()
-        names = ("test_loss", "test_accuracy", *(f"test_{name}" for name in (*of_labels, *own)))
+        names = [Metric("test", name).column for name in ("loss", "accuracy", *of_labels, *own)]
         return {name: metrics[name] for name in names if name in metrics}
     batches = evaluation_batches(workload, workload.dataset.test)
     task = workload.dataset.task_on(workload.dataset.test)

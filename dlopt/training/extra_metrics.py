@@ -7,14 +7,14 @@ from torch import nn
 from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
 from dlopt.config.rules import check_mode
-from dlopt.config.settings_rules import CLASS, MONITORS
+from dlopt.config.settings_rules import MONITORS
 from dlopt.config.user_parts import BUILT_IN
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.losses import probabilities
 from dlopt.metrics.classes import TOP, ClassMetrics
 from dlopt.metrics.labels import LABEL_METRICS
-from dlopt.metrics.names import lower_is_better
+from dlopt.metrics.names import Metric, lower_is_better
 from dlopt.metrics.regression import RegressionMetrics
 from dlopt.training.stopping import Target
 
@@ -27,8 +27,11 @@ def extra_metric(monitor: str) -> str | None:
     """Returns the entry of `evaluate.metrics` that the monitored metric requires; None if every run has the metric."""
     if monitor in MONITORS:
         return None
-    name = monitor.removeprefix("val_")
-    return "class_accuracy" if name == "worst_class_accuracy" or monitor.startswith(CLASS) else name
+    metric = Metric.of(monitor)
+    if metric is None or metric.column != monitor or metric.split != "val":
+        return monitor  # which no run has
+    is_of_classes = metric.base == "class_accuracy" or metric.name == "worst_class_accuracy"
+    return "class_accuracy" if is_of_classes else metric.name
 
 
 def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> "Callable[[], ExtraMetrics] | None":
@@ -38,7 +41,7 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
     """
     classes, task = dataset.classes, dataset.task
     monitors = {"monitor": experiment.settings.monitor}
-    own = [f"val_{name}" for name in experiment.own_metrics]
+    own = [_val(name) for name in experiment.own_metrics]
     for key, component in (("stopping", experiment.stopping), ("schedule", experiment.schedule)):
         if "monitor" in component.arguments:
             monitors[f"{key}.monitor"] = component.arguments["monitor"]
@@ -48,16 +51,16 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
     requested: dict[str, str] = {
         name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics if name in BUILT_IN
     }
-    of_loss = [f"val_{name}" for name in task.loss_metrics(0.0)]
-    logged = ["auto", "val_loss", *of_loss, *own, *([] if task.classes is None else [f"val_{task.accuracy}"])]
-    logged += [] if task.labels is None else [f"val_{name}" for name in LABEL_METRICS]
+    of_loss = [_val(name) for name in task.loss_metrics(0.0)]
+    logged = ["auto", "val_loss", *of_loss, *own, *([] if task.classes is None else [_val(task.accuracy)])]
+    logged += [] if task.labels is None else [_val(name) for name in LABEL_METRICS]
     for key, monitor in monitors.items():
         if monitor in logged:
             continue
         name = extra_metric(monitor)
         if name is None:
             of_task = (*_VALUE_METRICS,) if task.kind == "regression" else LABEL_METRICS if task.labels else ()
-            others = "".join(f", val_{each}" for each in of_task)
+            others = "".join(f", {_val(each)}" for each in of_task)
             raise UserError(f"{key}={monitor}: a {task.shown_kind} task allows auto, val_loss{others}")
         requested.setdefault(name, f"{key}={monitor}")
     _check_names(requested, task)
@@ -78,9 +81,13 @@ def _check_target(experiment: Experiment, task: Task) -> None:
     target, monitor = experiment.stopping.arguments["value"], experiment.stopping.arguments["monitor"]
     if monitor == "auto":
         monitor = _auto(task)
-    is_own = monitor.removeprefix("val_") in experiment.own_metrics
+    is_own = monitor in [_val(name) for name in experiment.own_metrics]
     if target > 1 and not is_own and not lower_is_better(monitor):
         raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
+
+
+def _val(name: str) -> str:
+    return Metric("val", name).column
 
 
 def _auto(task: Task) -> str:
@@ -99,8 +106,9 @@ def _check_names(requested: Mapping[str, str], task: Task) -> None:
 def _check_classes(monitors: Mapping[str, str], dataset: Dataset) -> None:
     classes, val = dataset.classes, dataset.val
     for key, monitor in monitors.items():
-        _, is_class, name = monitor.partition("class_accuracy/")
-        if not is_class or classes is None:
+        metric = Metric.of(monitor)
+        name = None if metric is None else metric.class_name
+        if name is None or classes is None:
             continue
         if name not in classes:
             shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")

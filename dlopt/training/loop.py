@@ -23,7 +23,8 @@ from dlopt.parallel.step_timing import StepTiming
 from dlopt.tracking.tracking import Tracking
 from dlopt.training import rng
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
-from dlopt.training.checkpoint.checkpoints import Checkpoints, evaluated_epoch
+from dlopt.training.checkpoint.checkpoints import Checkpoints
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import Validate
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.progress import Clock, Intervals, Progress, Status
@@ -242,7 +243,7 @@ class Trainer:
     def _roll_back(self, error: Diverged) -> None:
         """Loads the newest checkpoint and reduces the learning rate; raises `error` if rollbacks are not enabled."""
         recovery = self.recovery
-        state = recovery.rollback(error)
+        state = recovery.rollback(error).state
         # These two must survive: the checkpoint has their values from before the rollback.
         recovery_state, resumed_from = recovery.state_dict(), self.progress.resumed_from
         # The sums are of updates that the checkpoint does not have, and that will be made again.
@@ -327,9 +328,9 @@ class Trainer:
         self.best.load_state_dict(progress.pop("best"))
         self.recovery.load_state_dict(progress.pop("recovery"))
         kept = {"horizon": self.progress.horizon, "data": self.progress.data}
-        self.progress = Progress(**{**progress, "evaluated": evaluated_epoch(progress), **kept})
+        self.progress = Progress(**{**progress, "evaluated": Checkpoint(state).evaluated_epoch, **kept})
         if self.best.epoch is not None and self.best.epoch == self.progress.evaluated == self._fractional_epoch():
-            self.checkpoints.restore_best({**state, "config": {**state["config"], "run_id": self.config.get("run_id")}})
+            self.checkpoints.restore_best(Checkpoint(state).with_run_id(self.config.get("run_id")))
         # Rank 0 looks for best.pt: other nodes may not see the folder.
         has_best = self.best.epoch is None or self.checkpoints.has_best(self.best.epoch, self.config.get("run_id"))
         if not self.mode.ranks.broadcast(has_best):

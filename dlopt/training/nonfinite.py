@@ -14,6 +14,7 @@ from dlopt.models.layers import evaluation_mode
 from dlopt.optim.parameters import real_views
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.clipping import Norm
 
 _MAX_PENDING = 128  # updates
@@ -257,7 +258,7 @@ class Recovery:
     _: KW_ONLY
     attempts: int
     lr_factor: float
-    load_newest: Callable[[], Mapping[str, Any] | None]
+    load_newest: Callable[[], Checkpoint | None]
     log: Callable[[str], None]
     rollbacks: int = 0
     skipped: int = 0
@@ -277,7 +278,7 @@ class Recovery:
         self.log(f"update {error.step} is skipped: {_without_advice(error)}")
         return True
 
-    def rollback(self, error: Diverged) -> Mapping[str, Any]:
+    def rollback(self, error: Diverged) -> Checkpoint:
         """Returns the checkpoint to load, counts the rollback and lowers `lr_scale`; raises `error` if not allowed."""
         if self.policy != "rollback":
             raise error
@@ -285,16 +286,16 @@ class Recovery:
             raise Diverged(
                 f"{error}; {self.attempts} rollbacks (recovery.attempts) did not help", error.step, before_update=False
             ) from error
-        state = self.load_newest()
-        if state is None:
+        checkpoint = self.load_newest()
+        if checkpoint is None:
             raise error
         self.rollbacks += 1
         self.lr_scale *= self.lr_factor
         self.log(
             f"{_without_advice(error)}; rollback {self.rollbacks} of {self.attempts} to update "
-            f"{state['progress']['step']}, with {self.lr_scale:g} times the configured learning rate"
+            f"{checkpoint.step}, with {self.lr_scale:g} times the configured learning rate"
         )
-        return state
+        return checkpoint
 
     def summary(self) -> dict[str, int]:
         counts = {"rollback": {"rollbacks": self.rollbacks}, "skip": {"skipped_updates": self.skipped}}

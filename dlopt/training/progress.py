@@ -13,8 +13,10 @@ from dlopt import schedules
 from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment, Settings
 from dlopt.data.batches import Batch
+from dlopt.metrics.names import Metric
 from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.step_timing import StepTiming
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.step import EpochBatches
 
 Status = Literal["finished", "stopped_early", "interrupted"]
@@ -28,7 +30,7 @@ class Run:
 
     experiment: Experiment
     folder: Path
-    checkpoint: Mapping[str, Any] | None = None  # state to resume from
+    checkpoint: Checkpoint | None = None  # to resume from
     choices: Mapping[str, str] = field(default_factory=dict)  # config group -> choice, for display
     overrides: Sequence[str] | None = None  # of the command line; None: the folder already describes the run
 
@@ -44,33 +46,32 @@ class Length:
     done: int = 0  # updates of the checkpoint from which the run resumes
 
 
-def run_length(settings: Settings, steps_per_epoch: int, state: Mapping[str, Any] | None) -> Length:
-    """Computes the length of a run, resumed from the checkpoint `state` or new.
+def run_length(settings: Settings, steps_per_epoch: int, checkpoint: Checkpoint | None) -> Length:
+    """Computes the length of a run, resumed from a checkpoint or new.
 
     A run that is resumed with more epochs keeps its schedule, unless `schedule_epochs` is set.
     """
     steps = settings.steps if settings.steps is not None else settings.epochs * steps_per_epoch
     horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
     epochs = first = done = 0
-    if state is not None:
-        progress = state["progress"]
+    if checkpoint is not None:
         # After steps=N within an epoch, the next update is the first of another one.
-        epochs, done = progress["epoch"], progress["step"]
-        first = done - progress["position"]
-        horizon = progress["horizon"] if settings.schedule_epochs is None else horizon
+        epochs, done = checkpoint.epoch, checkpoint.step
+        first = done - checkpoint.position
+        horizon = checkpoint.horizon if settings.schedule_epochs is None else horizon
     # From the first update of the epoch in which the checkpoint lies: this epoch counts as a whole one.
     epochs += max(math.ceil((steps - first) / steps_per_epoch), 0)
     return Length(steps, epochs, steps_per_epoch, horizon, done)
 
 
-def check_horizon(experiment: Experiment, length: Length, state: Mapping[str, Any]) -> str | None:
-    """Compares the length of a run resumed from `state` with its schedule's; returns a line if they differ.
+def check_horizon(experiment: Experiment, length: Length, checkpoint: Checkpoint) -> str | None:
+    """Compares the length of a run resumed from `checkpoint` with its schedule's; returns a line if they differ.
 
     Raises `UserError` if all updates after the end of the schedule would have learning rate 0. Whoever sets
     `schedule_epochs` has chosen the horizon.
     """
     settings, steps, horizon = experiment.settings, length.steps, length.horizon
-    if settings.schedule_epochs is not None or steps == horizon or steps <= state["progress"]["step"]:
+    if settings.schedule_epochs is not None or steps == horizon or steps <= checkpoint.step:
         return None
     factor = schedules.build(
         experiment.build_schedule, experiment.warmup, steps=horizon, steps_per_epoch=length.steps_per_epoch
@@ -93,12 +94,11 @@ def check_horizon(experiment: Experiment, length: Length, state: Mapping[str, An
     return None if final == 1.0 else f"{line}; to stretch the schedule, set schedule_epochs={end}"
 
 
-def check_lengthened(experiment: Experiment, state: Mapping[str, Any]) -> None:
+def check_lengthened(experiment: Experiment, checkpoint: Checkpoint) -> None:
     """Like `check_horizon`, before the data is read; only for checkpoints at the end of an epoch."""
-    progress = state["progress"]
-    if progress["epoch"] and not progress["position"]:
-        steps_per_epoch = -(-progress["step"] // progress["epoch"])  # steps=N may have ended the last epoch early
-        check_horizon(experiment, run_length(experiment.settings, steps_per_epoch, state), state)
+    if checkpoint.epoch and not checkpoint.position:
+        steps_per_epoch = -(-checkpoint.step // checkpoint.epoch)  # steps=N may have ended the last epoch early
+        check_horizon(experiment, run_length(experiment.settings, steps_per_epoch, checkpoint), checkpoint)
 
 
 def evaluation_interval(settings: Settings, length: Length) -> int | None:
@@ -179,7 +179,8 @@ class Clock:
 
         `norm`: of the gradient of the latest update, if it was computed.
         """
-        metrics = {"lr": lr} | self.train_metrics.since_last("train/")
+        since = self.train_metrics.since_last()
+        metrics = {"lr": lr} | {Metric("train", name).tag: value for name, value in since.items()}
         if norm is not None:
             # The sums above have waited for the device already.
             metrics["grad_norm/global"] = float(norm)

@@ -1,6 +1,5 @@
 """Output of a run: the header that describes it, and the summary at its end."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.overrides import storable
 from dlopt.config.schema import dotted_name
 from dlopt.metrics.labels import LABEL_METRICS
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
@@ -19,7 +19,8 @@ from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
 from dlopt.training.builders.speed import describe_auto
 from dlopt.training.builders.workload import Workload, data_spec
-from dlopt.training.checkpoint.checkpoints import Checkpoints, evaluated_epoch
+from dlopt.training.checkpoint.checkpoints import Checkpoints
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.extra_metrics import extra_metric
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Length, Progress, Run, Status
@@ -29,19 +30,19 @@ from dlopt.training.stopping import Best
 TOKENIZER = "tokenizer.json"  # of a text that is not read byte by byte
 
 
-def open_tracking(run: Run, state: Mapping[str, Any] | None, console: bool) -> Tracking:
-    settings, progress = run.experiment.settings, None if state is None else state["progress"]
+def open_tracking(run: Run, checkpoint: Checkpoint | None, console: bool) -> Tracking:
+    settings = run.experiment.settings
     # Before metrics are removed, because last.pt must never be of a later update than these.
-    abandoned = state and Checkpoints(run.folder / "checkpoints").set_aside(state)
+    abandoned = None if checkpoint is None else Checkpoints(run.folder / "checkpoints").set_aside(checkpoint.state)
     tracking = Tracking(
         run.folder,
         sinks=settings.tracking,
         console=console,
         log_every_steps=settings.log_every_steps,
-        resume_from=progress and (evaluated_epoch(progress), progress["step"]),
+        resume_from=None if checkpoint is None else (checkpoint.evaluated_epoch, checkpoint.step),
     )
-    if abandoned and progress:
-        tracking.message(f"the checkpoints after update {progress['step']} are kept as checkpoints/{abandoned}-*.pt")
+    if abandoned is not None and checkpoint is not None:
+        tracking.message(f"the checkpoints after update {checkpoint.step} are kept as checkpoints/{abandoned}-*.pt")
     return tracking
 
 
@@ -64,7 +65,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
         "processes": workload.parallel.ranks.processes,
         "unit": _unit(workload),
         "inputs": _inputs(workload),
-        "metrics": [f"val_{name}" for name in (*label_metrics, *workload.experiment.own_metrics)],
+        "metrics": [Metric("val", name).column for name in (*label_metrics, *workload.experiment.own_metrics)],
     }
     samples = workload.experiment.settings.evaluate.samples
     if samples is not None and dataset.val is not None and samples < len(dataset.val):
@@ -180,8 +181,8 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         "epochs": progress.epoch,
         "steps": progress.step,
         "best_epoch": best.epoch,
-        "best_val_loss": best.val_loss,
-        "best_val_accuracy": best.val_accuracy,
+        VAL_LOSS.best: best.val_loss,
+        VAL_ACCURACY.best: best.val_accuracy,
         "test_loss": None,
         "test_accuracy": None,
         "seconds": progress.seconds,
@@ -193,10 +194,10 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         **recovery.summary(),
     }
     if extra_metric(best.monitor) is not None and best.epoch is not None:
-        summary[f"best_{best.monitor}"] = best.metric
+        summary[best_key(best.monitor)] = best.metric
     if workload.task.kind != "classification":
         summary = {key: value for key, value in summary.items() if not key.endswith("accuracy")}
     derived: dict[str, float] = {}
     if best.val_loss is not None and workload.dataset.val is not None:
         derived = workload.dataset.task_on(workload.dataset.val).loss_metrics(best.val_loss)
-    return summary | {f"best_val_{name}": value for name, value in derived.items()}
+    return summary | {Metric("val", name).best: value for name, value in derived.items()}

@@ -37,6 +37,7 @@ from dlopt.training.builders.workload import (
     training_batches,
 )
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import check_crops, check_tta, reduction, test_metrics, validation
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery
@@ -101,7 +102,7 @@ def train_run(
         found_lr = None
         if workload.experiment.auto_lr and find_lr is not None:
             # A resumed run keeps the learning rate of its range test.
-            found_lr = None if state is None else state["progress"].get("found_lr")
+            found_lr = None if state is None else state.found_lr
             found_lr = find_lr(workload, tracking, run.folder) if found_lr is None else found_lr
             workload = workload.with_lr(found_lr)
         if state is None and settings.init_from is not None:
@@ -120,7 +121,7 @@ def train_run(
             user_observers=user_observers,
         )
         if state is not None:
-            trainer.load_state_dict(state)
+            trainer.load_state_dict(state.state)
         log_header(run, workload, length, trainer.progress, tracking)
         for line in notes(workload, trainer.graph_obstacle):
             tracking.message(line)
@@ -128,7 +129,7 @@ def train_run(
             show_first_batch(workload, trainer.batches, tracking)
         if horizon_note is not None:
             tracking.message(horizon_note)
-        if state is not None and "identity" not in state["progress"].get("data", {}):
+        if state is not None and not state.is_identified:
             tracking.message(
                 "warning: the checkpoint of an older dlopt does not identify its run and its data; whether they are "
                 "the same was not checked"
@@ -281,15 +282,15 @@ def build_trainer(
 def probe_trainer(
     workload: Workload,
     folder: Path,
-    state: Mapping[str, Any] | None = None,
+    checkpoint: Checkpoint | None = None,
     *,
     observers: Sequence[Observer] = (),
     checks: bool = True,
 ) -> Trainer:
     """Builds a trainer without output, for probes and diagnostics; nothing is written to `folder`.
 
-    `state`: of a checkpoint, which sets the length of the schedule. `checks`: see `build_trainer`.
+    `checkpoint`: sets the length of the schedule. `checks`: see `build_trainer`.
     """
     batches = training_batches(workload)
-    length = run_length(workload.experiment.settings, len(batches), state)
+    length = run_length(workload.experiment.settings, len(batches), checkpoint)
     return build_trainer(workload, folder, batches, length, Tracking.silent(), observers=observers, checks=checks)

@@ -10,7 +10,7 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Natural, NonNegative, Positive
-from dlopt.metrics.names import Mode, base_name, finite, lower_is_better, resolve_monitor, selection_key
+from dlopt.metrics.names import Mode, base_name, finite, lower_is_better, resolve_monitor, selection_key, split_of
 from dlopt.parallel.shards import local, plain_norm
 from dlopt.training.clipping import Norm
 
@@ -42,7 +42,7 @@ def monitored_key(metrics: Mapping[str, Any], monitor: str, mode: Mode | None = 
     """
     monitor = resolve_monitor(monitor, metrics)
     if metrics.get(monitor) is None:
-        logged = ", ".join(sorted(key for key in metrics if key.startswith("val_"))) or "none"
+        logged = ", ".join(sorted(key for key in metrics if split_of(key) == "val")) or "none"
         raise UserError(f"monitor={monitor}: unknown validation metric; this run logs: {logged}")
     return selection_key(metrics, monitor, _modes(monitor, mode))
 

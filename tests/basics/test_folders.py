@@ -50,7 +50,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    model: dict[str, torch.Tensor] = checkpoints.load(run / "checkpoints/last.pt")["model"]
+    model: dict[str, torch.Tensor] = checkpoints.load(run / "checkpoints/last.pt").model
     return model
 
 

@@ -41,7 +41,7 @@ def test_preempted_job_is_requeued_and_ends_with_identical_weights(cluster: Clus
     assert last["resumed_from"] == [first["steps"], second["steps"]] and expected["resumed_from"] == []
     assert expected["processes"] == 2 and expected["parallel"] == "ddp"
     assert timeless(folder) == timeless(uninterrupted)
-    models = [load(run / "checkpoints" / "last.pt")["model"] for run in (folder, uninterrupted)]
+    models = [load(run / "checkpoints" / "last.pt").model for run in (folder, uninterrupted)]
     assert same(*models)
 
 

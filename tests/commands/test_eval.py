@@ -61,10 +61,10 @@ def metrics_of(folder: Path, *arguments: str, run: str = "a") -> dict[str, Any]:
 
 def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Outputs of best.pt for each augmented crop of the test images, and the targets."""
-    state = load(folder / run / "checkpoints/best.pt")
-    workload = build_workload(parse(state["config"]), state)
+    checkpoint = load(folder / run / "checkpoints/best.pt")
+    workload = build_workload(parse(checkpoint.config), checkpoint)
     assert workload.dataset.test is not None
-    workload.module.load_state_dict(state["model"])
+    workload.module.load_state_dict(checkpoint.model)
     workload.module.eval()
     indices = torch.arange(len(workload.dataset.test))
     images = workload.dataset.test.fetch(indices).float()
@@ -250,10 +250,10 @@ def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
     line += ("model=resnet20", "model.width=4", "epochs=2", "threads=1", "device=cpu", "hydra.run.dir=run")
     assert dlopt(tmp_path, "train", *line).code == 0
     report = metrics_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=ten_crop", "average=logits", run="run")
-    state = load(tmp_path / "run/checkpoints/best.pt")
+    checkpoint = load(tmp_path / "run/checkpoints/best.pt")
     with contextlib.chdir(tmp_path):
-        workload = build_workload(parse(state["config"]), state)
-    workload.module.load_state_dict(state["model"])
+        workload = build_workload(parse(checkpoint.config), checkpoint)
+    workload.module.load_state_dict(checkpoint.model)
     workload.module.eval()
     images = torch.stack([decode(str(path), (8, 8), 3) for path in sorted((tmp_path / "data/test").rglob("*.png"))])
     with torch.no_grad():
@@ -430,7 +430,7 @@ def test_weights_without_a_checkpoint(folder: Path) -> None:
 
 @pytest.mark.usefixtures("undrawn")
 def test_weights_at_chance_get_advice(folder: Path) -> None:
-    state = load(folder / "a/checkpoints/best.pt")["model"]
+    state = load(folder / "a/checkpoints/best.pt").model
     bias = state["head.bias"] + 1e4 * torch.eye(len(state["head.bias"]))[0]
     torch.save({**state, "head.bias": bias}, folder / "w.pt")
     config = ("model=resnet20", "model.width=4", "data.subset=300", "data.batch_size=20", "device=cpu", "threads=1")
@@ -440,7 +440,7 @@ def test_weights_at_chance_get_advice(folder: Path) -> None:
 
 
 def test_refused_weights(folder: Path) -> None:
-    state = load(folder / "a/checkpoints/best.pt")["model"]
+    state = load(folder / "a/checkpoints/best.pt").model
     torch.save({name: value for name, value in state.items() if not name.startswith("head.")}, folder / "headless.pt")
     config = ("model=resnet20", "model.width=4", "data.subset=300")
     for line, error in (

@@ -29,10 +29,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reference(folder: Path) -> tuple[Tensor, Tensor]:
     """uint8 test images and the model's outputs."""
-    state = load(folder / CHECKPOINT)
-    workload = build_workload(parse(state["config"]), state)
+    checkpoint = load(folder / CHECKPOINT)
+    workload = build_workload(parse(checkpoint.config), checkpoint)
     assert workload.dataset.test is not None
-    workload.module.load_state_dict(state["model"])
+    workload.module.load_state_dict(checkpoint.model)
     workload.module.eval()
     images = workload.dataset.test.fetch(torch.arange(5))
     with torch.no_grad():
@@ -50,15 +50,15 @@ def test_safetensors(run: Path) -> None:
     from safetensors import safe_open
 
     assert exported(run, "format=safetensors").startswith("run/best.safetensors\ninput: uint8 [batch, 1, 8, 8]\n")
-    state = load(run / CHECKPOINT)
+    checkpoint = load(run / CHECKPOINT)
     with safe_open(run / "run/best.safetensors", "pt") as file:
         outputs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
-    expected = {f"model.{k}": v for k, v in state["model"].items()}
-    expected |= {f"normalize.{k}": v for k, v in state["normalize"].items()}
+    expected = {f"model.{k}": v for k, v in checkpoint.model.items()}
+    expected |= {f"normalize.{k}": v for k, v in checkpoint.normalize.items()}
     assert outputs.keys() == expected.keys() and all(torch.equal(outputs[name], expected[name]) for name in outputs)
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
-    assert json.loads(metadata["config"]) == state["config"]
+    assert json.loads(metadata["config"]) == checkpoint.config
     assert (run / "run/best.safetensors").stat().st_mode == (run / "run/config.yaml").stat().st_mode
 
 

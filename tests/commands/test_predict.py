@@ -65,11 +65,11 @@ def test_predictions_match_the_model(workdir: Path, trained: Path) -> None:
     assert head == ["image", "class", "probability", "p(bright, very)", "p(dark)"]
     assert [row[0] for row in rows] == sorted(str(path.relative_to(workdir)) for path in workdir.glob("images/*/*.png"))
 
-    state = load(workdir / CHECKPOINT)
-    state["config"]["data"]["root"] = str(trained / "data")
-    state["config"]["data"]["val_split"] = 0.0
-    workload = build_workload(parse(state["config"]), state)
-    workload.module.load_state_dict(state["model"])
+    checkpoint = load(workdir / CHECKPOINT)
+    checkpoint.config["data"]["root"] = str(trained / "data")
+    checkpoint.config["data"]["val_split"] = 0.0
+    workload = build_workload(parse(checkpoint.config), checkpoint)
+    workload.module.load_state_dict(checkpoint.model)
     workload.module.eval()
     images = workload.dataset.train.fetch(torch.arange(20))[:, :, 1:7, 1:7]
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_refused(workdir: Path, line: list[str], parts: list[str]) -> None:
 
 
 def test_refuses_a_model_of_other_values_than_those_of_image_files(workdir: Path) -> None:
-    state = load(workdir / CHECKPOINT)
+    state = load(workdir / CHECKPOINT).state
     state["progress"]["data"]["task"]["white"] = 1.0  # as of a data=custom that returns images in 0..1
     write(workdir / CHECKPOINT, lambda file: torch.save(state, file))
     message = refused(workdir, "predict", f"checkpoint={CHECKPOINT}", "images=images")

@@ -55,8 +55,9 @@ def test_malicious_checkpoint_runs_no_code(command: list[str], tmp_path: Path) -
     (tmp_path / "x.png").write_bytes(b"")
     marker = tmp_path / "marker"
     for group in ("model", "normalize", "loss"):
-        state = checkpoints.load(path)
-        state["config"] = {**state["config"], group: {"_target_": "os.system", "command": f"touch {marker}"}}
+        checkpoint = checkpoints.load(path)
+        config = {**checkpoint.config, group: {"_target_": "os.system", "command": f"touch {marker}"}}
+        state = {**checkpoint.state, "config": config}
         bad = tmp_path / f"{group}.pt"
         checkpoints.write(bad, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
         assert "os.system" in refused(tmp_path, command[0], f"checkpoint={bad.name}", *command[1:])

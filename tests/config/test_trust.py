@@ -184,11 +184,11 @@ def saved_run(tmp_path: Path) -> Path:
 
 def rewrite(path: Path, **changes: Any) -> None:
     """Changes a checkpoint's config and updates its checksum, as an attacker could."""
-    state = checkpoints.load(path)
-    config = OmegaConf.create(state["config"])
+    checkpoint = checkpoints.load(path)
+    config = OmegaConf.create(checkpoint.config)
     for key, value in changes.items():
         OmegaConf.update(config, key.replace("__", "."), value, merge=False, force_add=True)
-    state["config"] = OmegaConf.to_container(config)
+    state = {**checkpoint.state, "config": OmegaConf.to_container(config)}
     checkpoints.write(path, lambda file: torch.save(state, file))
 
 

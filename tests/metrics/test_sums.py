@@ -56,7 +56,7 @@ def test_does_not_depend_on_the_times_of_syncs(sizes: list[int], settled: set[in
         if number in settled:
             sums.sync()
         if number in reported:
-            sums.since_last("train/")
+            sums.since_last()
     first, second = sums.state_dict(), reference.state_dict()
     assert [first[key] for key in ("loss", "right", "count")] == [second[key] for key in ("loss", "right", "count")]
 
@@ -100,18 +100,18 @@ def test_since_last_covers_each_sample_once() -> None:
     parts = batches([3, 4, 5, 2])
     for part in parts[:2]:
         sums.add(sums.measure(*part))
-    assert sums.since_last("train/")["train/accuracy"] == plain_loop(parts[:2])["train_accuracy"]
+    assert sums.since_last()["accuracy"] == plain_loop(parts[:2])["train_accuracy"]
     for part in parts[2:]:
         sums.add(sums.measure(*part))
-    metrics_since = sums.since_last("train/")
-    assert metrics_since["train/accuracy"] == plain_loop(parts[2:])["train_accuracy"]
-    assert metrics_since["train/loss"] == pytest.approx(plain_loop(parts[2:])["train_loss"], rel=1e-12)
+    metrics_since = sums.since_last()
+    assert metrics_since["accuracy"] == plain_loop(parts[2:])["train_accuracy"]
+    assert metrics_since["loss"] == pytest.approx(plain_loop(parts[2:])["train_loss"], rel=1e-12)
 
 
 def test_a_report_after_a_resume_covers_the_whole_interval() -> None:
     first, second, parts = MetricSum(CLASSIFICATION), MetricSum(CLASSIFICATION), batches([3, 4, 5, 2])
     first.add(first.measure(*parts[0]))
-    first.since_last("train/")
+    first.since_last()
     first.add(first.measure(*parts[1]))
     second.load_state_dict(first.state_dict())
     old = MetricSum(CLASSIFICATION)
@@ -119,7 +119,7 @@ def test_a_report_after_a_resume_covers_the_whole_interval() -> None:
     for sums in (second, old):
         for part in parts[2:]:
             sums.add(sums.measure(*part))
-    reports = [sums.since_last("train/")["train/loss"] for sums in (second, old)]
+    reports = [sums.since_last()["loss"] for sums in (second, old)]
     assert reports == [pytest.approx(plain_loop(parts[start:])["train_loss"], rel=1e-12) for start in (1, 2)]
 
 

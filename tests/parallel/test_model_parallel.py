@@ -85,11 +85,11 @@ def relay(tmp_path: Path, processes: int, both: list[str], modes: list[list[str]
     ends = [Checkpoints(tmp_path / name / "checkpoints").load_newest() for name in ("relay", "whole")]
     for one, other in zip(*(_tensors(each) for each in ends), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-    assert ends[0] is not None and len(ends[0]["progress"]["resumed_from"]) == len(modes) + 1
+    assert ends[0] is not None and len(ends[0].state["progress"]["resumed_from"]) == len(modes) + 1
 
 
-def _tensors(state: Any) -> list[torch.Tensor]:
-    parts = [state["model"], *state["optimizer"]["state"].values(), state["ema"] or {}]
+def _tensors(checkpoint: Any) -> list[torch.Tensor]:
+    parts = [checkpoint.model, *checkpoint.optimizer["state"].values(), checkpoint.state["ema"] or {}]
     return [value for part in parts for value in part.values() if isinstance(value, torch.Tensor)]
 
 

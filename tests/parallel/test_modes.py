@@ -80,16 +80,16 @@ def test_runs_resume_from_mode_to_mode(tmp_path: Path) -> None:
     start(uninterrupted, *CASE)
     with at_update(3, terminate):
         start(run, *CASE)
-    before = load(run / "checkpoints/last.pt")
+    before = load(run / "checkpoints/last.pt").state
     run_ranks("tests.parallel.test_modes:resume_in_all_modes", 2, tmp_path, str(run))
-    after = load(run / "checkpoints/last.pt")
+    after = load(run / "checkpoints/last.pt").state
     for part in ("model", "optimizer", "ema", "normalize"):
         assert structure(after[part]) == structure(before[part])
     resume(run, *CASE)
     for a, b in zip(metrics(uninterrupted), metrics(run), strict=True):
         assert metric_values(b) == pytest.approx(metric_values(a), rel=1e-9)
     assert json.loads((run / "summary.json").read_text())["resumed_from"] == [3, *range(5, 5 + 3 * len(MODES), 3)]
-    one, other = (load(folder / "checkpoints/last.pt") for folder in (uninterrupted, run))
+    one, other = (load(folder / "checkpoints/last.pt").state for folder in (uninterrupted, run))
     for name, value in one["ema"].items():
         torch.testing.assert_close(other["ema"][name], value, rtol=1e-9, atol=1e-12)
 

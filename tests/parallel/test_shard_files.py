@@ -26,7 +26,8 @@ from dlopt.parallel.processes import rendezvous
 from dlopt.parallel.processes.process_group import ProcessGroup
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training.checkpoint import sharded
-from dlopt.training.checkpoint.checkpoints import FORMAT, KEYS, Checkpoints, is_intact, load
+from dlopt.training.checkpoint.checkpoints import Checkpoints, is_intact, load
+from dlopt.training.checkpoint.content import FORMAT, KEYS
 from dlopt.training.checkpoint.weights import read_weights
 from tests.support.checkpoints import Crashes
 from tests.support.checkpoints import state as small_state
@@ -116,7 +117,7 @@ def saved(folder: Path, *steps: int, best: bool = False, **options: Any) -> Path
 
 def newest_step(folder: Path) -> int | None:
     loaded = Checkpoints(folder).load_newest()
-    return None if loaded is None else int(loaded["progress"]["step"])
+    return None if loaded is None else loaded.step
 
 
 def names(folder: Path) -> set[str]:
@@ -139,11 +140,11 @@ def folder(shared: Path, tmp_path: Path) -> Path:
 
 
 def test_sharded_checkpoints_load_like_one_file(folder: Path) -> None:
-    loaded = load(folder / "last.pt")
+    loaded = load(folder / "last.pt").state
     assert set(loaded) == KEYS and loaded["format"] == FORMAT
     assert same({key: loaded[key] for key in state(2)}, state(2))
     assert list(loaded["model"]) == list(state(2)["model"])
-    assert same(load(folder / "best.pt")["model"], state(1)["model"])
+    assert same(load(folder / "best.pt").model, state(1)["model"])
     assert same(read_weights(folder / "best.pt"), state(1)["model"])
     raw = torch.load(folder / "last.pt", weights_only=True)
     assert raw["model"]["a.weight"] is None and raw["model"]["b.running_mean"] is not None
@@ -161,7 +162,7 @@ def test_shards_are_kept_with_their_checkpoints(tmp_path: Path, options: dict[st
     steps = [9, 10, 11][-options.get("keep", 2) :]
     assert {each.name for each in (folder / "shards").iterdir()} == {f"step-{step}" for step in (8, *steps)}
     assert names(folder) >= {"last.pt", "best.pt", *(f"step-{step}.pt" for step in steps[:-1])}
-    assert newest_step(folder) == 11 and load(folder / "best.pt")["progress"]["step"] == 8
+    assert newest_step(folder) == 11 and load(folder / "best.pt").step == 8
 
 
 def test_saving_the_same_step_again_keeps_existing_shards(folder: Path) -> None:
@@ -172,7 +173,7 @@ def test_saving_the_same_step_again_keeps_existing_shards(folder: Path) -> None:
         checkpoints.save(shard_state(state(2, ema={"weight": torch.zeros(3)})), best=False)
 
     assert in_ranks(folder.parent, save) == [0, 0]
-    assert load(folder / "last.pt")["ema"] is not None
+    assert load(folder / "last.pt").state["ema"] is not None
     assert sharded.shard_folder(folder / "last.pt") == "step-2-1"
     assert sha256(folder / "shards/step-2/rank-0.safetensors") == before, "step-2.pt's"
 
@@ -326,7 +327,7 @@ def test_missing_shards_raise(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the folder of its shards is missing: .*/shards/step-2"):
         load(tmp_path / "last.pt")
     sharded.copy(folder / "last.pt", tmp_path)
-    assert load(tmp_path / "last.pt")["progress"]["step"] == 2
+    assert load(tmp_path / "last.pt").step == 2
 
 
 def test_saving_continues_after_damage(folder: Path) -> None:
@@ -372,7 +373,7 @@ def test_invalid_shard_entries_are_refused(folder: Path, entry: dict[str, Any]) 
 def test_unlisted_files_are_not_read(folder: Path) -> None:
     shards = folder / "shards/step-2"
     shutil.copy(shards / "rank-1.safetensors", shards / "rank-2.safetensors")
-    assert same(load(folder / "last.pt")["model"], state(2)["model"])
+    assert same(load(folder / "last.pt").model, state(2)["model"])
     path = signed(folder, lambda entry: entry["files"].pop("rank-1.safetensors"))
     with pytest.raises(UserError, match=r"the shards cannot be read: the shards of .* do not add up"):
         load(path)
@@ -546,10 +547,10 @@ def crash(folder: Path, crashing_rank: int, boundary: int, after: bool) -> bool:
     checkpoint_folder = folder / "checkpoints"
     loaded = Checkpoints(checkpoint_folder).load_newest()
     assert loaded is not None
-    step = loaded["progress"]["step"]
+    step = loaded.step
     assert step in (9, 10) and (died or step == 10)
-    assert same({key: loaded[key] for key in state(step)}, state(step))
-    assert load(checkpoint_folder / "best.pt")["progress"]["step"] in ((8, 10) if step == 10 else (8,))
+    assert same({key: loaded.state[key] for key in state(step)}, state(step))
+    assert load(checkpoint_folder / "best.pt").step in ((8, 10) if step == 10 else (8,))
 
     def save_again(checkpoints: Checkpoints, rank: int) -> None:
         for step in (11, 12):
@@ -638,4 +639,4 @@ def test_asynchronous_saves_copy_the_state_first(tmp_path: Path, capfd: pytest.C
         checkpoints.wait()
 
     assert in_ranks(tmp_path, save, asynchronous=True) == [0, 0], capfd.readouterr().err
-    assert same(load(tmp_path / "checkpoints/last.pt")["model"], state(1)["model"])
+    assert same(load(tmp_path / "checkpoints/last.pt").model, state(1)["model"])

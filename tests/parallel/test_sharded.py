@@ -59,7 +59,7 @@ def test_runs_are_bitwise_identical(finished: Path, name: str) -> None:
         assert len(raw["shards"]["files"]) == 2 and not any(
             isinstance(value, torch.Tensor) and value.numel() > 100 for value in raw["model"].values()
         )
-    best = load(finished / name / "checkpoints/best.pt")["progress"]["step"]
+    best = load(finished / name / "checkpoints/best.pt").step
     shards = {each.name for each in (finished / name / "checkpoints/shards").iterdir()}
     assert shards == {f"step-{step}" for step in (best, 9, 12)}
 
@@ -73,7 +73,7 @@ def assert_ended_like(run: Path, whole: Path) -> None:
     start(whole, *CASE, f"epochs={epochs}")
     for a, b in zip(metrics(whole), metrics(run), strict=True):
         assert metric_values(b) == pytest.approx(metric_values(a), rel=1e-9)
-    one, other = (load(folder / "checkpoints/last.pt") for folder in (whole, run))
+    one, other = (load(folder / "checkpoints/last.pt").state for folder in (whole, run))
     for part in ("model", "ema"):
         for name, value in one[part].items():
             torch.testing.assert_close(other[part][name], value, rtol=1e-9, atol=1e-9)
@@ -162,9 +162,9 @@ def test_commands_read_shards_and_consolidate_them(finished: Path, tmp_path: Pat
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("run/checkpoints/best-whole.pt: ") and " updates, " in done.out
     whole = tmp_path / "run/checkpoints/best-whole.pt"
-    assert same(load(whole), load(best))
+    assert same(load(whole).state, load(best).state)
     raw = torch.load(whole, weights_only=True)
-    assert raw["format"] == 1 and "shards" not in raw and same(raw["model"], load(best)["model"])
+    assert raw["format"] == 1 and "shards" not in raw and same(raw["model"], load(best).model)
     outputs = [dlopt(tmp_path, "eval", f"checkpoint={path}", "device=cpu") for path in (best, whole)]
     assert outputs[0].code == outputs[1].code == 0
     tables = [[line for line in each.out.splitlines() if "best" not in line] for each in outputs]
@@ -210,8 +210,8 @@ def test_resume_in_a_new_folder_copies_the_best_checkpoint(finished: Path, tmp_p
 def test_clean_removes_shards(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "sharded", tmp_path / "run")
     checkpoints = tmp_path / "run/checkpoints"
-    (tmp_path / "run/config.yaml").write_text(json.dumps(load(checkpoints / "last.pt")["config"]))
-    best = load(checkpoints / "best.pt")["progress"]["step"]
+    (tmp_path / "run/config.yaml").write_text(json.dumps(load(checkpoints / "last.pt").config))
+    best = load(checkpoints / "best.pt").step
     done = dlopt(tmp_path, "runs", "clean", "run", "--yes")
     assert done.code == 0 and "step-9.pt" in done.out, done
     assert {each.name for each in (checkpoints / "shards").iterdir()} == {f"step-{best}", "step-12"}

@@ -60,5 +60,5 @@ def test_restarted_run_ends_with_identical_weights(tmp_path: Path) -> None:
     assert first["resumed_from"] and not second["resumed_from"]  # the kill did happen
     assert first["status"] == second["status"] == "finished" and first["processes"] == 2
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
-    models = [load(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("killed", "whole")]
+    models = [load(tmp_path / name / "checkpoints" / "last.pt").model for name in ("killed", "whole")]
     assert same(*models)

@@ -75,7 +75,7 @@ def test_disk_with_space_for_one_and_a_half_checkpoints(
         assert execute(folder, *lines) == 1
         message = one_line(capfd.readouterr().err)
         assert "could not be written" in message and "No space left" in message
-        assert load(folder / "checkpoints/last.pt")["progress"]["step"] == 4, "the previous checkpoint is intact"
+        assert load(folder / "checkpoints/last.pt").step == 4, "the previous checkpoint is intact"
         assert not stray(folder)
         assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
         resize(folder, 20 * size)
@@ -150,7 +150,7 @@ def test_file_size_limit(reference: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert out == "1"
     assert "could not be written" in one_line(err)
     assert not stray(tmp_path)
-    assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 1
+    assert load(tmp_path / "checkpoints/last.pt").step == 1
     assert resume(tmp_path, *LARGE)["status"] == "finished"
     assert_same_run(tmp_path, reference)
 

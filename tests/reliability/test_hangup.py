@@ -91,7 +91,7 @@ def test_closed_terminal_stops_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     process = close_terminal(tmp_path, "train", *LONG, IN_RUN, is_ready=ready)
     run = RunFolder(tmp_path / "run")
     assert process.exitcode == 75
-    assert load(run.checkpoints / "last.pt")["progress"]["step"] >= 2
+    assert load(run.checkpoints / "last.pt").step >= 2
     assert (run.summary() or {})["status"] == "interrupted"
     log = (run.path / "train.log").read_text()
     assert "SIGHUP: stopped" in log and "Traceback" not in log and not (run.path / "traceback.txt").exists()

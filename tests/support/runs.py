@@ -118,7 +118,7 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 
 def result(folder: Path, name: str = "last.pt") -> dict[str, Any]:
     """Returns the state that must not depend on interruptions."""
-    state = checkpoints.load(folder / "checkpoints" / name)
+    state = checkpoints.load(folder / "checkpoints" / name).state
     progress = {k: v for k, v in state["progress"].items() if k not in ("seconds", "resumed_from")}
     return {**{key: state[key] for key in ("model", "optimizer", "schedule", "ema", "normalize")}, "progress": progress}
 

@@ -9,6 +9,7 @@ import pytest
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.sweeps.estimate import Estimate, estimate_job, estimate_line, is_enough, per_update
+from dlopt.training.checkpoint.content import Checkpoint
 
 
 def lines(*ends: tuple[int, float]) -> list[dict[str, Any]]:
@@ -60,7 +61,7 @@ def test_extrapolates_to_all_updates(
 ) -> None:
     """Two of eight updates in 0.6 s give an estimate from 2.4 s, with a margin; a finished run needs neither."""
     summary = {"status": "finished" if share is None else "interrupted", "seconds": 0.6, "steps": 2}
-    state = {"progress": {"horizon": horizon}}
+    checkpoint = Checkpoint({"progress": {"horizon": horizon}})
 
     class Stopped:
         def __init__(self, folder: Path, *_: object) -> None:
@@ -74,7 +75,7 @@ def test_extrapolates_to_all_updates(
 
     monkeypatch.setattr("dlopt.sweeps.pool.spawn", Stopped)
     monkeypatch.setattr("dlopt.sweeps.estimate.time", Clock())
-    monkeypatch.setattr("dlopt.training.checkpoint.checkpoints.Checkpoints.load_newest", lambda self: state)
+    monkeypatch.setattr("dlopt.training.checkpoint.checkpoints.Checkpoints.load_newest", lambda self: checkpoint)
     estimate = estimate_job([{"seed": 0, "schedule_epochs": 5.0, "epochs": 1, "steps": None}], {})
     assert estimate is not None and estimate.start_up == pytest.approx(0.4)
     assert (estimate.low, estimate.high) == pytest.approx((0.6, 0.6) if share is None else (2.4, 1.5 * 2.4))

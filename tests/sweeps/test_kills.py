@@ -61,4 +61,4 @@ def test_kills_at_random_moments(kills: int, whole: tuple[Path, float], tmp_path
             assert each.pop("status") == "finished" and each.pop("seconds") > 0
             each.pop("resumed_from"), each.pop("run_id")
         assert metrics[0] == metrics[1]
-        assert same(*(load(folder / "checkpoints/last.pt")["model"] for folder in (ours, theirs)))
+        assert same(*(load(folder / "checkpoints/last.pt").model for folder in (ours, theirs)))

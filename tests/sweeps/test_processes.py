@@ -42,7 +42,7 @@ def test_forked_and_fresh_processes_compute_the_same_bits(tmp_path: Path) -> Non
     forked, fresh = described(tmp_path / "forked", *line), described(tmp_path / "fresh", *line)
     assert ended(spawn(forked, {}, None)) == 0
     subprocess.run([sys.executable, "-m", "dlopt.run.job", str(fresh)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    ours, theirs = (checkpoints.load(folder / "checkpoints/last.pt")["model"] for folder in (forked, fresh))
+    ours, theirs = (checkpoints.load(folder / "checkpoints/last.pt").model for folder in (forked, fresh))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert "test" in (forked / OUTPUT).read_text()
 

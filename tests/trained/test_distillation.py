@@ -109,7 +109,7 @@ def test_a_run(teacher: Path, tmp_path: Path) -> None:
     result = dlopt(tmp_path, "train", *line, "hydra.run.dir=run")
     assert result.code == 0 and f"teacher: {teacher}/checkpoints/best.pt, epoch " in result.out, result.err
     assert (teacher / "checkpoints/best.pt").read_bytes() == before
-    state = checkpoints.load(tmp_path / "run/checkpoints/best.pt")
+    state = checkpoints.load(tmp_path / "run/checkpoints/best.pt").state
     sizes = sum(value.numel() for value in state["model"].values())
     assert sizes == 64 * 6 + 6 + 6 * 10 + 10 and state["ema"] is None  # the student only
     recorded = (teacher / "checkpoints/best.pt.sha256").read_text().split()[0]

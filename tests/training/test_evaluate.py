@@ -53,7 +53,7 @@ def test_result_does_not_depend_on_batch_size(size: int) -> None:
         loss += F.cross_entropy(outputs, y[None]).item()
         right += int(outputs.argmax()) == int(y)
     batches = ((x.double(), y) for x, y in cut(size))
-    found = evaluate(model.train(), model, batches, CROSS_ENTROPY, task=CLASSES, prefix="val")
+    found = evaluate(model.train(), model, batches, CROSS_ENTROPY, task=CLASSES, split="val")
     assert found is not None and set(found) == {"val_loss", "val_accuracy"}
     assert found["val_loss"] == pytest.approx(loss / 23, rel=1e-13)
     assert found["val_accuracy"] == right / 23
@@ -67,7 +67,7 @@ def test_does_not_change_the_model(training: bool) -> None:
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    evaluate(model, model, cut(5), loss, task=CLASSES, prefix="val")
+    evaluate(model, model, cut(5), loss, task=CLASSES, split="val")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(module.training is training for module in (*model.modules(), loss))
@@ -78,7 +78,7 @@ def test_restores_training_mode_of_each_layer_after_an_error() -> None:
     model = net()
     model[0].eval()
     with pytest.raises(RuntimeError):
-        evaluate(model, model, [(torch.zeros(2, 5), torch.zeros(2))], CROSS_ENTROPY, task=CLASSES, prefix="val")
+        evaluate(model, model, [(torch.zeros(2, 5), torch.zeros(2))], CROSS_ENTROPY, task=CLASSES, split="val")
     assert model.training and not model[0].training and CROSS_ENTROPY.training
 
 
@@ -101,7 +101,7 @@ def test_returns_none_if_interrupted() -> None:
             taken.append(number)
             yield each
 
-    found = evaluate(model, model, batches(), CROSS_ENTROPY, task=CLASSES, prefix="val", interruption=After(2))
+    found = evaluate(model, model, batches(), CROSS_ENTROPY, task=CLASSES, split="val", interruption=After(2))
     assert found is None and taken == [0, 1, 2]
     assert model.training
 
@@ -111,7 +111,7 @@ def test_regression() -> None:
     inputs = data()[0]
     targets = inputs.sum(1)
     batches = zip(inputs.split(6), targets.split(6), strict=True)
-    found = evaluate(model, lambda x: model(x).squeeze(1), batches, nn.MSELoss(), task=NUMBERS, prefix="test")
+    found = evaluate(model, lambda x: model(x).squeeze(1), batches, nn.MSELoss(), task=NUMBERS, split="test")
     expected = F.mse_loss(model(inputs).squeeze(1), targets).item()
     assert found == {"test_loss": pytest.approx(expected, rel=1e-6)}
 
@@ -121,7 +121,7 @@ def test_bf16_outputs_have_an_fp32_loss() -> None:
     model = net()
     autocast = Precision("bf16", torch.device("cpu")).autocast
     low = autocast(model)
-    found = evaluate(model, low, cut(23), CROSS_ENTROPY, task=CLASSES, prefix="val")
+    found = evaluate(model, low, cut(23), CROSS_ENTROPY, task=CLASSES, split="val")
     with torch.no_grad():
         outputs = autocast(model.eval())(data()[0])
     assert outputs.dtype == torch.bfloat16
@@ -143,7 +143,7 @@ def test_outputs_in_chunks_are_not_promoted_as_a_whole(
     loss.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
     model = net()
     low = Precision("bf16", torch.device("cpu")).autocast(model)
-    found = evaluate(model, low, cut(23), loss, task=CLASSES, prefix="val", extra=extra)
+    found = evaluate(model, low, cut(23), loss, task=CLASSES, split="val", extra=extra)
     assert set(seen) == {dtype}
     assert found is not None
     model.eval()
@@ -166,7 +166,7 @@ def test_empty_batches_are_passed_to_the_model_and_not_counted() -> None:
 
     parts = [(inputs, targets), (inputs[:0], targets[:0])]
     whole, with_none = (
-        evaluate(model, call, batches, CROSS_ENTROPY, task=CLASSES, prefix="val") for batches in (parts[:1], parts)
+        evaluate(model, call, batches, CROSS_ENTROPY, task=CLASSES, split="val") for batches in (parts[:1], parts)
     )
     assert whole == with_none
     assert sizes == [23, 23, 0]

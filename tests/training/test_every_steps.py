@@ -141,9 +141,9 @@ def test_the_best_model_may_be_one_within_an_epoch(tmp_path: Path) -> None:
     assert first["val_loss"] < last["val_loss"]
     assert (summary["best_epoch"], summary["best_val_loss"]) == (0.5, first["val_loss"])
     best = load(tmp_path / "whole/checkpoints/best.pt")
-    assert (best["progress"]["step"], best["progress"]["epoch"]) == (2, 0)
+    assert (best.step, best.epoch) == (2, 0)
     start(tmp_path / "short", *without(lines, "evaluate.", "epochs="), "steps=2")
-    assert same(best["model"], result(tmp_path / "short")["model"])
+    assert same(best.model, result(tmp_path / "short")["model"])
     with at_update(3, terminate):
         ruin(tmp_path / "resumed", start)
     resumed = ruin(tmp_path / "resumed", resume)
@@ -166,7 +166,7 @@ def test_a_target_that_is_reached_within_an_epoch_keeps_its_model(tmp_path: Path
     lines = [*RUN, EVERY, "stopping=target", "stopping.monitor=val_loss", "stopping.value=1e9"]
     summary = start(tmp_path, *lines)
     assert (summary["status"], summary["steps"], summary["best_epoch"]) == ("stopped_early", 2, 1)
-    assert load(tmp_path / "checkpoints/best.pt")["progress"]["step"] == 2
+    assert load(tmp_path / "checkpoints/best.pt").step == 2
 
 
 def test_a_rollback_removes_the_lines_after_its_checkpoint(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class Run:
     def left(self) -> list[Tensor]:
         tensors = [*self.model.state_dict().values(), *self.average._averages]
         assert self.record is not None and self.record.norm is not None
-        means = torch.tensor([*self.sums.means("").values(), *self.rates])
+        means = torch.tensor([*self.sums.means("train").values(), *self.rates])
         return [*(each.clone() for each in tensors), means, self.record.norm]
 
 

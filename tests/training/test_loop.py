@@ -145,7 +145,7 @@ def training(
                 batches,
                 nn.CrossEntropyLoss(),
                 task=Task("classification", 3),
-                prefix="val",
+                split="val",
                 interruption=interruption,
             )
 

@@ -268,7 +268,7 @@ def test_skipped_update_changes_nothing(how: str) -> None:
         handle.remove()
     assert same(before, (model.state_dict(), update.optimizer.state_dict()["state"]))
     assert update.optimizer.param_groups[0]["lr"] == 0.125 / 3
-    assert (skipping.skipped, sums.means("t").keys()) == (1, {"t_loss", "t_accuracy"})
+    assert (skipping.skipped, sums.means("train").keys()) == (1, {"train_loss", "train_accuracy"})
     assert rule.count == 1, "only the first update"
     assert sums.count == 10 and math.isfinite(sums.loss)
     train(update, batch(2), 2, sums)

@@ -23,6 +23,7 @@ from dlopt.tracking import Tracking
 from dlopt.training import loop as loop
 from dlopt.training.checkpoint import checkpoints
 from dlopt.training.checkpoint.checkpoints import Checkpoints
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.progress import Run, run_length
 from dlopt.training.step import Step
 from tests.support.choices import names
@@ -357,7 +358,7 @@ def test_counts_an_epoch_that_steps_ended_early(epoch: int, position: int, epoch
     settings = experiment(*SMALL, "steps=12").settings
     progress = {"epoch": epoch, "position": position, "step": 6, "horizon": 12}
     assert run_length(settings, STEPS_PER_EPOCH, None).epochs == 3
-    assert run_length(settings, STEPS_PER_EPOCH, {"progress": progress}).epochs == epochs
+    assert run_length(settings, STEPS_PER_EPOCH, Checkpoint({"progress": progress})).epochs == epochs
 
 
 def test_longer_run_keeps_its_schedule(tmp_path: Path) -> None:
@@ -412,7 +413,7 @@ def test_does_not_test_the_best_model_of_an_abandoned_course(tmp_path: Path) -> 
     overrides = [*RICH, "checkpoint.keep=4"]
     start(tmp_path, *overrides)
     state = checkpoints.load(tmp_path / "checkpoints/step-12.pt")
-    state["progress"]["best"]["epoch"] = 1 if result(tmp_path, "best.pt")["progress"]["epoch"] > 1 else 2
+    state.state["progress"]["best"]["epoch"] = 1 if result(tmp_path, "best.pt")["progress"]["epoch"] > 1 else 2
     with at_update(13, terminate):
         assert run_job(Run(experiment(*overrides), tmp_path, state))["best_epoch"] is None
 

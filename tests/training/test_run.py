@@ -25,7 +25,8 @@ from dlopt.parallel.ranks import Ranks
 from dlopt.run import runner
 from dlopt.training import evaluate
 from dlopt.training.builders.workload import Workload, build_workload, training_batches
-from dlopt.training.checkpoint.checkpoints import KEYS, Checkpoints, load
+from dlopt.training.checkpoint.checkpoints import Checkpoints, load
+from dlopt.training.checkpoint.content import KEYS
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Run
@@ -138,13 +139,13 @@ def test_metrics_equal_those_of_the_saved_models(tmp_path: Path) -> None:
     assert workload.dataset.val is not None and workload.dataset.test is not None
     assert (len(workload.dataset.train), len(workload.dataset.val)) == (90, 30), "30 is no multiple of 25"
 
-    workload.module.load_state_dict(last["ema"])
+    workload.module.load_state_dict(last.evaluated_weights)
     loss, accuracy = means(workload.module, *evaluated(workload, workload.dataset.val))
     line = metrics(tmp_path)[-1]
     assert line["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert line["val_accuracy"] == accuracy
 
-    workload.module.load_state_dict(best["ema"])
+    workload.module.load_state_dict(best.evaluated_weights)
     loss, accuracy = means(workload.module, *evaluated(workload, workload.dataset.test))
     assert summary["test_loss"] == pytest.approx(loss, rel=1e-5)
     assert summary["test_accuracy"] == accuracy
@@ -152,7 +153,7 @@ def test_metrics_equal_those_of_the_saved_models(tmp_path: Path) -> None:
     assert chosen["val_accuracy"] == max(line["val_accuracy"] for line in metrics(tmp_path))
     for key in ("val_loss", "val_accuracy"):
         assert summary[f"best_{key}"] == chosen[key]
-    assert best["progress"]["epoch"] == summary["best_epoch"]
+    assert best.epoch == summary["best_epoch"]
 
 
 def test_tests_the_best_model(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_tests_the_best_model(tmp_path: Path) -> None:
     assert workload.dataset.test is not None
     tested = []
     for name in ("best.pt", "last.pt"):
-        workload.module.load_state_dict(load(tmp_path / "checkpoints" / name)["model"])
+        workload.module.load_state_dict(load(tmp_path / "checkpoints" / name).model)
         tested.append(build_test(workload))
     assert summary["test_accuracy"] == tested[0] != tested[1]
 
@@ -211,10 +212,10 @@ def test_init_from(tmp_path: Path) -> None:
     best = tmp_path / "first/checkpoints/best.pt"
     summary = start(tmp_path / "second", *RICH, f"init_from={best}", "optimizer.lr=1e-30", "epochs=1")
     assert (summary["resumed_from"], summary["steps"]) == ([], 4)
-    given, taken = load(best)["ema"], load(tmp_path / "second/checkpoints/last.pt")["model"]
+    given, taken = load(best).state["ema"], load(tmp_path / "second/checkpoints/last.pt").model
     weights = [name for name in given if "running" not in name and "num_batches" not in name]
     assert weights and all(torch.equal(given[name], taken[name]) for name in weights)
-    averaged = load(tmp_path / "second/checkpoints/last.pt")["ema"]
+    averaged = load(tmp_path / "second/checkpoints/last.pt").state["ema"]
     for name in weights:
         torch.testing.assert_close(averaged[name], given[name], msg=f"the EMA of {name} starts at the loaded weights")
 
@@ -326,7 +327,7 @@ def test_sigint(tmp_path: Path, twice: bool, capfd: pytest.CaptureFixture[str]) 
 
     with at_update(6, interrupt):
         assert execute(tmp_path, *RICH) == 75
-    assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == (4 if twice else 6)
+    assert load(tmp_path / "checkpoints/last.pt").step == (4 if twice else 6)
     assert resume(tmp_path, *RICH)["status"] == "finished"
 
 
@@ -412,7 +413,7 @@ def test_signals_to_a_process_group(tmp_path: Path, number: signal.Signals, extr
             assert process.wait(300) == (-signal.SIGKILL if number == signal.SIGKILL else 75)
             if number != signal.SIGKILL:
                 assert status(folder) == "interrupted"
-            resumed_from.append(load(folder / "checkpoints/last.pt")["progress"]["step"])
+            resumed_from.append(load(folder / "checkpoints/last.pt").step)
         else:
             assert process.wait(300) == 0
     assert json.loads((folder / "summary.json").read_text())["resumed_from"] == resumed_from

@@ -211,7 +211,7 @@ def test_lbfgs_equals_plain_loop() -> None:
         optimizer.step(plain)  # type: ignore[arg-type]
     assert equal(model, reference)
     assert len(calls) > 6, "otherwise L-BFGS evaluated once per update"
-    assert sums.means("t")["t_loss"] > 0
+    assert sums.means("train")["train_loss"] > 0
     assert sums.count == 30
 
 
@@ -349,7 +349,7 @@ def test_bfloat16_autocast_keeps_weights_and_loss_in_float32() -> None:
     assert evaluate.loss().dtype == torch.float32
     reference = net(dropout=0.0)
     torch.testing.assert_close(
-        sums.means("t")["t_loss"],
+        sums.means("train")["train_loss"],
         F.cross_entropy(reference(batch(0).inputs), batch(0).targets).item(),
         rtol=0.02,
         atol=0,

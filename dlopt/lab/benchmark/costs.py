@@ -57,8 +57,8 @@ def test_trial(folder: Path) -> None:
     saved = run.config()
     if path.exists() or saved is None or not best.is_file():
         return
-    state = load_checkpoint(best)
-    workload: Workload = build_workload(parse(resolve_saved(saved), saved), state)
+    checkpoint = load_checkpoint(best)
+    workload: Workload = build_workload(parse(resolve_saved(saved), saved), checkpoint)
     with torch.no_grad():
-        workload.load(state)
+        workload.load(checkpoint)
     write_json(path, test_metrics(workload), indent=None)

@@ -18,6 +18,7 @@ from dlopt.lab.benchmark.results import Measure, Results, best_trial
 from dlopt.lab.benchmark.scores import MAX_RATIO, RESAMPLES, Summary, ranks, summarize
 from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_rows
 from dlopt.lab.benchmark.table import Rows, latex, score_rows, update_rows
+from dlopt.metrics.names import base_name
 from dlopt.results import drawing
 from dlopt.results.page import render
 from dlopt.results.reading import short_key
@@ -163,7 +164,7 @@ def _tests(results: Results, summary: Summary, workloads: Sequence[str]) -> Rows
             [formats.mean_and_std([test[each] for test in cell if test.get(each) is not None]) for each in metrics]
             for cell in tested
         ]
-        labels = [metric.removeprefix("test_").replace("_", " ") for metric in metrics]
+        labels = [base_name(metric).replace("_", " ") for metric in metrics]
         rows.append([_name(results, optimizer), _lines(labels), *map(_lines, columns)])
     return rows
 

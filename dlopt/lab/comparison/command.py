@@ -53,7 +53,7 @@ from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
 from dlopt.lab.comparison.sentences import sentence
-from dlopt.metrics.names import monitored_modes
+from dlopt.metrics.names import monitored_modes, split_of
 from dlopt.results import drawing
 from dlopt.run.runner import exit_code
 from dlopt.sweeps.estimate import print_estimate
@@ -181,7 +181,7 @@ def _refuse_invalid(comparison: Comparison) -> None:
         if not getattr(comparison, name):
             raise UserError(f"comparison.{name}: needs at least one entry")
     for metric in comparison.all_metrics:
-        if metric not in (*_METRICS, *PROBES) and not metric.startswith("val_"):
+        if metric not in (*_METRICS, *PROBES) and split_of(metric) != "val":
             allowed = ", ".join((*_METRICS, *PROBES))
             raise UserError(f"comparison.metrics: unknown metric {metric}; allowed: {allowed}")
         comparison.is_higher_better(metric)  # refuses a metric of the user's own whose direction is unknown
@@ -369,8 +369,8 @@ def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen)
         subfolder = RunFolder(folder / str(number))
         if not (subfolder.has_run() and subfolder.is_done(plan.saved)):
             subfolder.path.mkdir(exist_ok=True)
-            state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            job = Run(plan.experiment, subfolder.path, state, plan.choices, plan.typed)
+            newest = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
+            job = Run(plan.experiment, subfolder.path, newest, plan.choices, plan.typed)
             code = exit_code(job, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code == INTERRUPTED:

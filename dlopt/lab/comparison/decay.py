@@ -1,14 +1,13 @@
 """How fast weight decay shrinks each weight, measured by updates with and without it."""
 
 import copy
-from collections.abc import Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dlopt.extend import UserError, Workload, training_batches
+from dlopt.extend import Checkpoint, UserError, Workload, training_batches
 from dlopt.lab.comparison.measures import gradient
 from dlopt.training.builders.optimizer import build_optimizer
 
@@ -26,28 +25,28 @@ class Decays(NamedTuple):
     gradients: Tensor
 
 
-def decays(workload: Workload, saved: Mapping[str, Any]) -> Decays:
+def decays(workload: Workload, checkpoint: Checkpoint) -> Decays:
     """Makes 20 updates with the optimizer of a checkpoint, with its weight decay and without, from the same gradients.
 
     The gradients are those of training batches at the weights of the checkpoint. Raises `UserError` without decay.
     """
     workload.module.train()
-    batches = islice(iter(training_batches(workload).epoch(saved["progress"]["epoch"])), _UPDATES)
+    batches = islice(iter(training_batches(workload).epoch(checkpoint.epoch)), _UPDATES)
     rows = [gradient(workload, workload.loss(workload.module(inputs), targets)) for inputs, targets in batches]
     initial = torch.nn.utils.parameters_to_vector(workload.module.parameters()).detach().clone()
-    with_decay, scale = _updated(workload, saved, rows, initial, decays=True)
-    without, _ = _updated(workload, saved, rows, initial, decays=False)
+    with_decay, scale = _updated(workload, checkpoint, rows, initial, decays=True)
+    without, _ = _updated(workload, checkpoint, rows, initial, decays=False)
     return Decays((initial + without) / 2, (without - with_decay) / scale, torch.stack(rows).square().mean(0).sqrt())
 
 
 def _updated(
-    workload: Workload, saved: Mapping[str, Any], rows: list[Tensor], initial: Tensor, *, decays: bool
+    workload: Workload, checkpoint: Checkpoint, rows: list[Tensor], initial: Tensor, *, decays: bool
 ) -> tuple[Tensor, float]:
     """Returns the weights after an update per gradient, and lr * weight_decay * updates; restores the weights."""
     parameters = list(workload.module.parameters())
     torch.nn.utils.vector_to_parameters(initial.clone(), parameters)
     optimizer = build_optimizer(workload)
-    optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # which it would update in place
+    optimizer.load_state_dict(copy.deepcopy(checkpoint.optimizer))  # which it would update in place
     [group] = optimizer.param_groups
     scale = float(group["lr"]) * group["weight_decay"] * len(rows)
     if not scale:

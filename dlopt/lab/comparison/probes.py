@@ -12,24 +12,38 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Samples
-from dlopt.extend import UserError, Workload, build_workload, evaluation_batches, load_checkpoint, training_batches
+from dlopt.extend import (
+    Checkpoint,
+    UserError,
+    Workload,
+    build_workload,
+    evaluation_batches,
+    load_checkpoint,
+    training_batches,
+)
 from dlopt.lab.comparison import decay, measures
 from dlopt.training.evaluate import evaluate
 from dlopt.training.step import frozen_statistics
 
-Values = list[tuple[Mapping[str, Any], float]]
+Progress = Mapping[str, Any]
+"""epoch, step and seconds."""
+Values = list[tuple[Progress, float]]
 """(progress, value) of each checkpoint."""
 Probe = Callable[[Path], Values]
 
 
-def checkpoints(folder: Path) -> Iterator[Mapping[str, Any]]:
+def checkpoints(folder: Path) -> Iterator[Checkpoint]:
     """Yields the checkpoints of a run in the order of their updates."""
     kept = sorted((folder / "checkpoints").glob("step-*.pt"), key=lambda path: int(path.stem.partition("-")[2]))
     steps = set()
     for path in [*kept, folder / "checkpoints" / "last.pt"]:
-        if path.is_file() and (state := load_checkpoint(path))["progress"]["step"] not in steps:
-            steps.add(state["progress"]["step"])
-            yield state
+        if path.is_file() and (checkpoint := load_checkpoint(path)).step not in steps:
+            steps.add(checkpoint.step)
+            yield checkpoint
+
+
+def _progress(checkpoint: Checkpoint) -> Progress:
+    return {"epoch": checkpoint.epoch, "step": checkpoint.step, "seconds": checkpoint.seconds}
 
 
 def effective_rate(folder: Path) -> Values:
@@ -40,10 +54,10 @@ def effective_rate(folder: Path) -> Values:
     lr sqrt(E delta^2 + eps) / sqrt(E g^2 + eps); others: lr.
     """
     values = []
-    for saved in checkpoints(folder):
-        groups, states = saved["optimizer"]["param_groups"], saved["optimizer"]["state"]
+    for checkpoint in checkpoints(folder):
+        groups, states = checkpoint.optimizer["param_groups"], checkpoint.optimizer["state"]
         rates = [_rates(states.get(index, {}), group).flatten() for group in groups for index in group["params"]]
-        values.append((saved["progress"], float(torch.cat(rates).median())))
+        values.append((_progress(checkpoint), float(torch.cat(rates).median())))
     return values
 
 
@@ -63,19 +77,19 @@ def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     return torch.tensor([lr])
 
 
-def _models(folder: Path, *, initial: bool = False) -> Iterator[tuple[Mapping[str, Any], Workload]]:
+def _models(folder: Path, *, initial: bool = False) -> Iterator[tuple[Progress, Workload]]:
     """Yields (progress, workload) with the weights of each checkpoint; the workload is the same object.
 
     `initial`: first with the initial weights.
     """
     workload: Workload | None = None
-    for state in checkpoints(folder):
+    for checkpoint in checkpoints(folder):
         if workload is None:
-            workload = build_workload(parse(resolve_saved(state["config"])), state)
+            workload = build_workload(parse(resolve_saved(checkpoint.config)), checkpoint)
             if initial:
                 yield {"epoch": 0, "step": 0, "seconds": 0.0}, workload
-        workload.module.load_state_dict(state["model"])
-        yield state["progress"], workload
+        workload.module.load_state_dict(checkpoint.model)
+        yield _progress(checkpoint), workload
 
 
 def input_drift(folder: Path) -> Values:
@@ -186,9 +200,9 @@ def evaluated_gap(workload: Workload) -> float:
 
 def _evaluated_loss(workload: Workload, samples: Samples) -> float:
     batches = evaluation_batches(workload, samples).epoch(0)
-    found = evaluate(workload.module, workload.module, batches, workload.loss, task=workload.task, prefix="probe")
+    found = evaluate(workload.module, workload.module, batches, workload.loss, task=workload.task, split="val")
     assert found is not None  # not interrupted
-    return found["probe_loss"]
+    return found["val_loss"]
 
 
 def _at_checkpoints(measure: Callable[[Workload], float], *, initial: bool = False) -> Probe:
@@ -208,8 +222,8 @@ def _of_decay(measure: Callable[[decay.Decays], float]) -> Probe:
     """Returns the probe that applies `measure` to the decay of each weight at every checkpoint."""
 
     return lambda folder: [
-        (progress, measure(decay.decays(workload, state)))
-        for state, (progress, workload) in zip(checkpoints(folder), _models(folder), strict=True)
+        (progress, measure(decay.decays(workload, checkpoint)))
+        for checkpoint, (progress, workload) in zip(checkpoints(folder), _models(folder), strict=True)
     ]
 
 

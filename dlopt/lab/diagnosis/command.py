@@ -36,7 +36,7 @@ from dlopt.tracking.layout import FittedTable, plain_table, standard_output
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dlopt.extend import Experiment
+    from dlopt.extend import Checkpoint, Experiment
     from dlopt.lab.diagnosis.measuring import Diagnosis, Snapshot
     from dlopt.lab.diagnosis.verdicts import Facts, Verdict
 
@@ -77,7 +77,7 @@ class _Subject:
     experiment: "Experiment"
     choices: Mapping[str, str]
     job: Combination | None = None  # of the command line
-    state: Mapping[str, Any] | None = None  # of a checkpoint
+    checkpoint: "Checkpoint | None" = None
 
 
 @on_experiment(
@@ -138,9 +138,9 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     path = checkpoint_file(path)
     refuse_unread(overrides, "dlopt diagnose", _READS_OF_CHECKPOINTS, own=["output"], hints=_INITIAL)
     values = typed_values(overrides)
-    state = load_checkpoint(path)
-    experiment = saved_experiment(state["config"], values, path)
-    return _Subject(f"epoch {state['progress']['epoch']}", experiment, {}, state=state)
+    checkpoint = load_checkpoint(path)
+    experiment = saved_experiment(checkpoint.config, values, path)
+    return _Subject(f"epoch {checkpoint.epoch}", experiment, {}, checkpoint=checkpoint)
 
 
 def _check(subject: _Subject) -> None:
@@ -156,7 +156,7 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
     from dlopt.models.recurrent import LSTM
     from dlopt.training.clipping import Unclipped
 
-    workload, training = prepare(subject.experiment, Path(os.devnull), subject.state)
+    workload, training = prepare(subject.experiment, Path(os.devnull), subject.checkpoint)
     diagnosis = measuring.diagnose(subject.label, workload, training, **keys)
     model = subject.experiment.model
     layers = diagnosis.before.layers

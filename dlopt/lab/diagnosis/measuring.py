@@ -2,18 +2,27 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dlopt.data.batches import Batch
-from dlopt.extend import Component, Experiment, RunError, Trainer, UserError, Workload, build_workload, probe_trainer
+from dlopt.extend import (
+    Checkpoint,
+    Component,
+    Experiment,
+    RunError,
+    Trainer,
+    UserError,
+    Workload,
+    build_workload,
+    probe_trainer,
+)
 from dlopt.instruments.curvature import (
     GradientSpread,
     Spectrum,
@@ -94,21 +103,22 @@ class Diagnosis:
         return [self.before] if self.after is None else [self.before, self.after]
 
 
-def prepare(experiment: Experiment, folder: Path, state: Mapping[str, Any] | None = None) -> tuple[Workload, Trainer]:
-    """Builds data, model and optimizer as `dlopt train` does, or restores them from a checkpoint's `state`.
+def prepare(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Workload, Trainer]:
+    """Builds data, model and optimizer as `dlopt train` does, or restores them from a checkpoint.
 
     Writes nothing; `folder` is a placeholder for the run folder.
     """
-    workload = build_workload(experiment, state)
-    if state is not None and experiment.auto_lr:
-        workload = workload.with_lr(state["progress"]["found_lr"])
-    trainer = probe_trainer(with_teacher(workload), folder, state, observers=[ClippedNorm()])
-    if state is not None:
-        workload.module.load_state_dict(state["model"])
-        trainer.load_optimizer(state["optimizer"])
-        trainer.step.schedule.load_state_dict(state["schedule"])
-        for name in ("epoch", "position", "step"):
-            setattr(trainer.progress, name, state["progress"][name])
+    workload = build_workload(experiment, checkpoint)
+    if checkpoint is not None and experiment.auto_lr:
+        assert checkpoint.found_lr is not None
+        workload = workload.with_lr(checkpoint.found_lr)
+    trainer = probe_trainer(with_teacher(workload), folder, checkpoint, observers=[ClippedNorm()])
+    if checkpoint is not None:
+        workload.module.load_state_dict(checkpoint.model)
+        trainer.load_optimizer(checkpoint.optimizer)
+        trainer.step.schedule.load_state_dict(checkpoint.schedule)
+        progress = trainer.progress
+        progress.epoch, progress.position, progress.step = checkpoint.epoch, checkpoint.position, checkpoint.step
     elif experiment.settings.init_from is not None:
         load_weights(workload.module, Path(experiment.settings.init_from))
     return workload, trainer
@@ -211,7 +221,7 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
         ratios = norms_by_layer(layers, step) / norms_by_layer(layers, before)
         for name, ratio in zip(layers, ratios.tolist(), strict=True):
             trace.ratios.setdefault(name, []).append(ratio)
-        trace.losses.append(trainer.train_metrics.since_last("")["loss"])
+        trace.losses.append(trainer.train_metrics.since_last()["loss"])
         trace.norms.append(math.nan if record.norm is None else float(record.norm))
         trace.clipped.append(clipped.norm)
         trace.rates.append(float(training_step.rate))

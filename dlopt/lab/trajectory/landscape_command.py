@@ -1,6 +1,5 @@
 """`dlopt trajectory checkpoint=...`: plots the loss on a plane through the weights of a model."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -42,14 +41,14 @@ def draw_landscape(
     from dlopt.lab.trajectory.landscape import draw, random_plane, surface
     from dlopt.trained.restore import fitting
 
-    state = load_checkpoint(path)
-    experiment = saved_experiment(state["config"], changes, path)
+    checkpoint = load_checkpoint(path)
+    experiment = saved_experiment(checkpoint.config, changes, path)
     with fitting(path):
-        workload = build_workload(experiment, state)
-        workload.load(state)
+        workload = build_workload(experiment, checkpoint)
+        workload.load(checkpoint)
     found = None if directions == "random" else _path_plane(workload, path, is_required=directions == "path")
     if found is None:
-        plane, epoch = random_plane(workload.module, span, generator("cpu", seed)), state["progress"]["epoch"]
+        plane, epoch = random_plane(workload.module, span, generator("cpu", seed)), checkpoint.epoch
         title = f"Loss landscape of {path}, epoch {epoch}"
     else:
         plane, epoch = found
@@ -81,15 +80,15 @@ def _path_plane(workload: "Workload", path: Path, *, is_required: bool) -> "tupl
     from dlopt.lab.comparison.probes import checkpoints
     from dlopt.lab.trajectory.landscape import trajectory_plane
 
-    states: list[Mapping[str, Any]] = list(checkpoints(path.parent.parent))
-    if len(states) >= _MIN_CHECKPOINTS:
+    found = list(checkpoints(path.parent.parent))
+    if len(found) >= _MIN_CHECKPOINTS:
         names = [name for name, _ in workload.module.named_parameters()]
-        weights = [[state["model"][name].to(workload.device) for name in names] for state in states]
-        plane = trajectory_plane(weights, [state["progress"]["step"] for state in states])
-        return plane, states[-1]["progress"]["epoch"]
+        weights = [[checkpoint.model[name].to(workload.device) for name in names] for checkpoint in found]
+        plane = trajectory_plane(weights, [checkpoint.step for checkpoint in found])
+        return plane, found[-1].epoch
     if is_required:
         raise UserError(
-            f"directions=path: needs {_MIN_CHECKPOINTS} checkpoints, but {path.parent} contains {len(states)}; "
+            f"directions=path: needs {_MIN_CHECKPOINTS} checkpoints, but {path.parent} contains {len(found)}; "
             "train with checkpoint.keep=100"
         )
     return None

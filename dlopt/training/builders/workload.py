@@ -1,7 +1,7 @@
 """Builds what training and testing share: data, normalization, model, loss and parallel mode."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from dlopt.training.builders.model_check import check_memory, check_outputs, che
 from dlopt.training.builders.mup import width_growth
 from dlopt.training.builders.precision import Precision, choose_precision
 from dlopt.training.builders.recompute import recompute
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.checkpoint.weights import match_weights
 from dlopt.training.rng import ADAPTERS, AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network, Teacher
@@ -101,9 +102,9 @@ class Workload:
         for batches in list(self.opened):
             batches.close()
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Loads the weights of a checkpoint that its run has evaluated. All ranks call this with the same state."""
-        self.parallel.state.load_model(self.module, state["ema"] or state["model"])  # the module has the adapters
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Loads the weights that the run of a checkpoint has evaluated. All ranks call this with the same one."""
+        self.parallel.state.load_model(self.module, checkpoint.evaluated_weights)  # the module has the adapters
 
     def with_lr(self, lr: float) -> "Workload":
         """Returns a copy with a learning rate in place of optimizer.lr=auto."""
@@ -133,7 +134,7 @@ def build_mode(experiment: Experiment) -> Mode:
 
 def build_workload(
     experiment: Experiment,
-    saved: Mapping[str, Any] | None = None,
+    saved: Checkpoint | None = None,
     *,
     parallel: Mode | None = None,
     identified: Sequence[str] = (),
@@ -173,7 +174,7 @@ def build_workload(
         kind = f"{experiment.normalize.target.__qualname__} {experiment.normalize.arguments} {precision.data_dtype}"
         fit(normalize, dataset, count=experiment.data_settings.statistics_samples, kind=kind)
     else:
-        normalize.load_state_dict(saved["normalize"])
+        normalize.load_state_dict(saved.normalize)
     normalize = normalize.to(device)
     if task.vocabulary is None:
         _check_normalization(experiment, normalize, shape)
@@ -315,12 +316,12 @@ def data_spec(workload: Workload) -> dict[str, Any]:
     }
 
 
-def refuse_other_data(workload: Workload, state: Mapping[str, Any]) -> None:
+def refuse_other_data(workload: Workload, checkpoint: Checkpoint) -> None:
     """Raises `UserError` on all ranks if the data are not those of the checkpoint's run.
 
     Equal configs do not exclude it: files may have changed, and `data.root` may name another folder.
     """
-    saved, current = state["progress"].get("data", {}), data_spec(workload)
+    saved, current = checkpoint.data, data_spec(workload)
     for name, what in (("classes", "classes"), ("sample", "samples of the shape")):
         if name in saved and saved[name] != current[name]:
             raise UserError(
@@ -328,7 +329,7 @@ def refuse_other_data(workload: Workload, state: Mapping[str, Any]) -> None:
                 "data.root"
             )
     # Only rank 0 identifies the data; what it finds must end all ranks.
-    found = workload.parallel.ranks.broadcast(difference(saved.get("identity"), current["identity"]))
+    found = workload.parallel.ranks.broadcast(difference(checkpoint.identity, current["identity"]))
     if found is not None:
         raise UserError(
             f"resume: the data have changed since the checkpoint was written: {found}; restore them, or start a new "
@@ -336,15 +337,14 @@ def refuse_other_data(workload: Workload, state: Mapping[str, Any]) -> None:
         )
 
 
-def saved_tokenizer(experiment: Experiment, state: Mapping[str, Any] | None) -> str | None:
+def saved_tokenizer(experiment: Experiment, checkpoint: Checkpoint | None) -> str | None:
     """Returns the tokenizer of a checkpoint; None without one. Raises `UserError` if the experiment sets another."""
-    if state is None:
+    if checkpoint is None:
         return None
-    trained, chosen = (config["data"].get("tokenizer") for config in (state["config"], experiment.config))
+    trained, chosen = (config["data"].get("tokenizer") for config in (checkpoint.config, experiment.config))
     if trained != chosen:
         raise UserError(f"data.tokenizer={chosen}: the model reads tokens of data.tokenizer={trained}; leave it out")
-    tokenizer: str | None = state["progress"]["data"].get("tokenizer")
-    return tokenizer
+    return checkpoint.tokenizer
 
 
 def build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from dlopt.adapt import merged
 from dlopt.basics.errors import OtherVersionError, RunError, UserError
 from dlopt.basics.files import digest_file, disk_in_use, link, reason, recorded_digests, sha256, write
 from dlopt.basics.folders import RunFolder
@@ -25,9 +24,8 @@ from dlopt.config.resuming import refuse_other_config
 from dlopt.parallel.processes.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training.checkpoint import sharded
+from dlopt.training.checkpoint.content import FORMAT, KEYS, Checkpoint, is_checkpoint
 
-FORMAT = 1  # a sharded checkpoint also has the key "shards"
-KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
 _OWN_NAMES = re.compile(r"last|best|(step|restart)-\d+")  # of files that runs replace
 
 log = logging.getLogger(__name__)
@@ -122,7 +120,7 @@ class Checkpoints:
             write(target, lambda file: torch.save(state, file))
             if snapshot is not None:
                 link(target, self.last)
-            self._last_step = state["progress"]["step"]
+            self._last_step = Checkpoint(state).step
             # After last.pt: a run that is killed in between resumes from last.pt and writes best.pt (`restore_best`).
             if best:
                 link(self.last, self.best)
@@ -139,7 +137,7 @@ class Checkpoints:
             raise _write_error(self.last, reason(error)) from error
 
     @disk_in_use()
-    def load_newest(self) -> dict[str, Any] | None:
+    def load_newest(self) -> Checkpoint | None:
         """Loads the newest intact checkpoint; None if there is no file. Raises `RunError` if all are damaged."""
         self.wait()
         damaged = []
@@ -166,7 +164,7 @@ class Checkpoints:
         Call before a run resumes: after an earlier checkpoint in its own folder, it would otherwise load checkpoints of
         a course that it has left, or count them among the newest. Returns None if there are none.
         """
-        step = state["progress"]["step"]
+        step = Checkpoint(state).step
         later = [p for p in self.folder.glob("*.pt") if _OWN_NAMES.fullmatch(p.stem) and _step(p) > step]
         # A damaged last.pt, or a snapshot that a killed run wrote before its last.pt, belongs to the same course.
         if not any(path in (self.last, *self._earlier_checkpoints()) and is_intact(path) for path in later):
@@ -192,19 +190,19 @@ class Checkpoints:
         state = sharded.load_without_shards(self.best)
         if not state:  # damaged: reported when it is loaded
             return self.best.exists()
-        is_own = run_id is None or state["config"].get("run_id") in (None, run_id)
-        return evaluated_epoch(state["progress"]) == epoch and is_own
+        best = Checkpoint(state)
+        return best.evaluated_epoch == epoch and (run_id is None or best.run_id in (None, run_id))
 
     def adopt_best(self, path: Path, run_id: str) -> None:
         """Writes the checkpoint file `path` of another run, with its shards, as the best one of this run."""
-        state = sharded.load_without_shards(path)
+        checkpoint = Checkpoint(sharded.load_without_shards(path))
         self.folder.mkdir(exist_ok=True)
         # The shards first: a crash after this line leaves shards to which no file refers, not a file without shards.
         sharded.copy(path, self.folder)
-        self._write(self.best, {**state, "config": {**state["config"], "run_id": run_id}})
+        self._write(self.best, checkpoint.with_run_id(run_id))
 
     @disk_in_use()
-    def restore_best(self, state: dict[str, Any]) -> None:
+    def restore_best(self, state: Mapping[str, Any]) -> None:
         """Writes `state`, the best so far, to best.pt unless it is there.
 
         A run that is killed during a save may leave a new last.pt and an old best.pt.
@@ -213,7 +211,7 @@ class Checkpoints:
             return
         self.wait()
         with contextlib.suppress(UserError):
-            if load(self.best)["progress"]["step"] == state["progress"]["step"]:
+            if load(self.best).step == Checkpoint(state).step:
                 return
         self._write(self.best, state)
 
@@ -233,7 +231,7 @@ class Checkpoints:
             if path.suffix == ".tmp" or not path.with_suffix("").exists():
                 path.unlink(missing_ok=True)
         with contextlib.suppress(UserError):
-            self._last_step = load(self.last)["progress"]["step"]
+            self._last_step = load(self.last).step
 
     def _earlier_checkpoints(self) -> list[Path]:
         """Returns step-N.pt, oldest first, in numerical order."""
@@ -245,8 +243,8 @@ def _step(path: Path) -> int:
     """Returns the update of a checkpoint; -1 if it is damaged."""
     if match := re.fullmatch(r"step-(\d+)", path.stem):  # saves reading the file
         return int(match[1])
-    progress = sharded.load_without_shards(path).get("progress") or {}
-    return int(progress.get("step", -1))
+    content = sharded.load_without_shards(path)
+    return Checkpoint(content).step if is_checkpoint(content) else -1
 
 
 def removable(folder: Path) -> list[Path]:
@@ -278,16 +276,8 @@ def _copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
-def evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the weights that the run has evaluated: the average, if there is one, with adapters merged.
-
-    Merged weights are at least float32, also if those of the checkpoint are bf16.
-    """
-    return merged(state["ema"] or state["model"])
-
-
 @disk_in_use()
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Checkpoint:
     """Loads a checkpoint to the CPU, without unpickling code. Raises `UserError` that says what is wrong with it."""
     if path.is_dir():
         raise UserError(f"checkpoint={path}: is a folder; set a file, such as {path}/checkpoints/last.pt")
@@ -320,7 +310,7 @@ def load(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; load its weights with init_from={path}")
     if not sharded.is_sharded(state):
-        return state
+        return Checkpoint(state)
     if sharded.is_pickled(state):
         raise OtherVersionError(
             f"checkpoint={path}: these shards were written by an earlier dlopt (before safetensors); "
@@ -329,42 +319,33 @@ def load(path: Path) -> dict[str, Any]:
     try:
         damage = sharded.find_damage(path, state)
         if damage is None:
-            return sharded.load_shards(path, state)
+            return Checkpoint(sharded.load_shards(path, state))
     except Exception as error:
         damage = f"the shards cannot be read: {reason(error)}"
     raise UserError(f"checkpoint={path}: {damage}")
 
 
-def load_own(folder: RunFolder, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def load_own(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | None:
     """Loads the newest intact checkpoint of a run; None if there is no file.
 
     Raises `UserError` if it is of another run, or of another config than `config`; `RunError` if all are damaged.
     """
-    state = Checkpoints(folder.checkpoints).load_newest()
-    if state is None:
+    checkpoint = Checkpoints(folder.checkpoints).load_newest()
+    if checkpoint is None:
         return None
     path = folder.checkpoints
-    if (reason := foreign(path / "last.pt", state)) is not None:
+    if (reason := foreign(path / "last.pt", checkpoint)) is not None:
         raise UserError(f"resume: {reason}; restore the checkpoints of this run, or use another folder")
-    refuse_other_config(state["config"], config, f"the checkpoint in {path}", folder.history())
-    return state
+    refuse_other_config(checkpoint.config, config, f"the checkpoint in {path}", folder.history())
+    return checkpoint
 
 
-def foreign(path: Path, state: Mapping[str, Any]) -> str | None:
+def foreign(path: Path, checkpoint: Checkpoint) -> str | None:
     """Describes that the checkpoint file `path` is of another run than its folder; None: it is not, or is older."""
-    own, found = RunFolder(path.absolute().parent.parent).run_id(), state["config"].get("run_id")
+    own, found = RunFolder(path.absolute().parent.parent).run_id(), checkpoint.run_id
     if own is None or found is None or own == found:
         return None
     return f"{path} is a checkpoint of another run ({found}) than its folder ({own})"
-
-
-def evaluated_epoch(progress: Mapping[str, Any]) -> float:
-    """Returns the latest evaluated epoch of a checkpoint, a fraction within an epoch.
-
-    An older dlopt has no such key, and evaluates at the end of epochs only.
-    """
-    evaluated: float = progress.get("evaluated", progress["epoch"])
-    return evaluated
 
 
 def is_intact(path: Path) -> bool:

@@ -18,6 +18,7 @@ from dlopt.basics.files import reason, sha256
 from dlopt.parallel import shard_files
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import is_sharded_tensor
+from dlopt.training.checkpoint.content import Checkpoint
 
 FOLDER = "shards"
 KEY = "shards"  # in the checkpoint file: {folder, files, tensors}
@@ -45,7 +46,7 @@ def write(folder: Path, state: Mapping[str, Any], writer: ShardWriter) -> dict[s
         return value
 
     rest = {key: without_shards(value, [key]) for key, value in state.items()}
-    name, files = writer.write(folder / FOLDER, f"step-{state['progress']['step']}", tensors)
+    name, files = writer.write(folder / FOLDER, f"step-{Checkpoint(state).step}", tensors)
     return {**rest, KEY: {"folder": name, "files": files, "tensors": paths}}
 
 

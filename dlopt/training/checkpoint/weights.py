@@ -16,7 +16,8 @@ from dlopt.adapt import has_adapters, merged, without_adapters
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import reason, refuse_special
 from dlopt.models.foreign import differences, fold_biases, translations
-from dlopt.training.checkpoint.checkpoints import evaluated_weights, load
+from dlopt.training.checkpoint.checkpoints import load
+from dlopt.training.checkpoint.content import is_checkpoint
 from dlopt.training.checkpoint.shared_weights import complete_shared
 
 # Parts of names that wrappers add, at any place: torch.compile, FSDP, activation checkpointing, and
@@ -52,8 +53,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 "and plain values are read; save its state dict in a file of its own"
             ) from None
         raise UserError(f"init_from={path}: cannot be loaded as weights: {reason(error)}") from None
-    if isinstance(state, Mapping) and {"format", "model", "progress"} <= state.keys():
-        return evaluated_weights(load(path))  # again, to verify the checksum and to load shards
+    if is_checkpoint(state):
+        return load(path).merged_weights  # again, to verify the checksum and to load shards
     if weights := dict(_flattened(state)):
         return weights
     keys = f" (its keys: {', '.join(map(str, list(state)[:5]))})" if isinstance(state, Mapping) else ""

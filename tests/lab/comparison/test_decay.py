@@ -19,11 +19,11 @@ LINES = (
 def measured(folder: Path, *more: str) -> tuple[Decays, torch.Tensor]:
     """Returns the decays at the last checkpoint of a run, and Adam's corrected average of the squared gradients."""
     train([*LINES, *more, f"hydra.run.dir={folder}/run"])
-    *_, state = probes.checkpoints(folder / "run")
+    *_, checkpoint = probes.checkpoints(folder / "run")
     *_, (_, workload) = probes._models(folder / "run")
-    found = decay.decays(workload, state)
-    rows = [state["optimizer"]["state"][i] for i in state["optimizer"]["param_groups"][0]["params"]]
-    (beta, steps) = state["optimizer"]["param_groups"][0]["betas"][1], state["progress"]["step"]
+    found = decay.decays(workload, checkpoint)
+    state, group = checkpoint.optimizer["state"], checkpoint.optimizer["param_groups"][0]
+    rows, beta, steps = [state[i] for i in group["params"]], group["betas"][1], checkpoint.step
     return found, torch.cat([row["exp_avg_sq"].flatten() for row in rows]) / (1 - beta**steps)
 
 

@@ -15,6 +15,7 @@ from dlopt.data.samples import Samples
 from dlopt.lab.comparison import probes
 from dlopt.lab.comparison.probes import checkpoints, effective_rate, gradient_variance
 from dlopt.training.builders.workload import Workload, build_workload, evaluation_batches, training_batches
+from dlopt.training.checkpoint.content import Checkpoint
 from tests.support.runs import experiment
 
 
@@ -27,11 +28,11 @@ def test_gradient_variance_matches_sampling(tmp_path: Path) -> None:
     result = gradient_variance(folder)
     assert [progress["epoch"] for progress, _ in result] == [0, 1]
 
-    [state] = checkpoints(folder)
-    workload = build_workload(parse(resolve_saved(state["config"])), state)
+    [checkpoint] = checkpoints(folder)
+    workload = build_workload(parse(resolve_saved(checkpoint.config)), checkpoint)
     batches = evaluation_batches(workload, workload.dataset.train).epoch(0)
     inputs, targets = (torch.cat(each) for each in zip(*batches, strict=True))
-    workload.module.load_state_dict(state["model"])
+    workload.module.load_state_dict(checkpoint.model)
 
     def gradient(indices: torch.Tensor) -> torch.Tensor:
         loss = cross_entropy(workload.module(inputs[indices]), targets[indices])
@@ -63,7 +64,7 @@ def test_effective_rate_is_the_step_per_gradient(monkeypatch: pytest.MonkeyPatch
         before = weights.detach().clone()
         weights.grad = scale * torch.arange(1.0, 6.0, dtype=torch.float64)
         optimizer.step()
-    saved = {"optimizer": optimizer.state_dict(), "progress": {"step": 3}}
+    saved = Checkpoint({"optimizer": optimizer.state_dict(), "progress": {"epoch": 1, "step": 3, "seconds": 1.0}})
     monkeypatch.setattr(probes, "checkpoints", lambda folder: [saved])
     [(_, rate)] = effective_rate(Path())
     assert rate == pytest.approx(float(((before - weights.detach()) / weights.grad).median()), rel=1e-9)
@@ -71,9 +72,11 @@ def test_effective_rate_is_the_step_per_gradient(monkeypatch: pytest.MonkeyPatch
 
 def test_effective_rate_of_an_optimizer_that_counts_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     group = {"lr": 0.3, "betas": (0.9, 0.999), "eps": 1e-8, "params": [0]}
-    saved = {"optimizer": {"param_groups": [group], "state": {0: {"exp_avg_sq": torch.ones(2)}}}, "progress": {}}
-    monkeypatch.setattr(probes, "checkpoints", lambda folder: [saved])  # as Prodigy's
-    assert effective_rate(Path()) == [({}, pytest.approx(0.3))]
+    optimizer = {"param_groups": [group], "state": {0: {"exp_avg_sq": torch.ones(2)}}}  # as Prodigy's
+    progress = {"epoch": 1, "step": 3, "seconds": 1.0}
+    saved = Checkpoint({"optimizer": optimizer, "progress": progress})
+    monkeypatch.setattr(probes, "checkpoints", lambda folder: [saved])
+    assert effective_rate(Path()) == [(progress, pytest.approx(0.3))]
 
 
 def test_evaluated_losses_are_those_without_dropout() -> None:

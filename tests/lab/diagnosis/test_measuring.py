@@ -193,9 +193,9 @@ def test_prepares_gpu_checkpoint_on_a_cpu(tmp_path: Path) -> None:
     """CUDA graphs set capturable=true in the checkpoint, which torch rejects on a CPU."""
     lines = [*SMALL, "optimizer=adamw", "+optimizer.fused=false", "epochs=1"]
     start(tmp_path, *lines)
-    state = load(tmp_path / "checkpoints/last.pt")
-    state["optimizer"]["param_groups"][0]["capturable"] = True
-    _, training = prepare(experiment(*lines), tmp_path / "other", state)
+    checkpoint = load(tmp_path / "checkpoints/last.pt")
+    checkpoint.optimizer["param_groups"][0]["capturable"] = True
+    _, training = prepare(experiment(*lines), tmp_path / "other", checkpoint)
     batch = next(iter(training.batches.epoch(1)))
     training.update(batch, training.progress.step)
     assert not training.step.optimizer.param_groups[0]["capturable"]

@@ -120,7 +120,7 @@ def test_the_best_learning_rate_does_not_move_with_the_width(gpt: list[str]) -> 
             losses = []
             for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), 60)):
                 trainer.update(batch, number)
-                losses.append(trainer.train_metrics.since_last("")["loss"])
+                losses.append(trainer.train_metrics.since_last()["loss"])
             ends[rate] = sum(losses[-10:])
         return min(ends, key=ends.__getitem__)
 

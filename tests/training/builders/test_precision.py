@@ -109,7 +109,7 @@ PURE = [*SMALL, "precision=bf16_pure", "model.norm=batch", "augmentation=crop_fl
 
 def test_pure_bf16_keeps_batch_norm_and_the_optimizer_in_fp32(tmp_path: Path) -> None:
     start(tmp_path, *PURE, "optimizer=adamw")
-    state = checkpoints.load(tmp_path / "checkpoints/last.pt")
+    state = checkpoints.load(tmp_path / "checkpoints/last.pt").state
     norms = {name: value.dtype for name, value in state["model"].items() if value.ndim == 1 and "norm" in name}
     others = {value.dtype for name, value in state["model"].items() if name not in norms and value.ndim}
     assert set(norms.values()) == {torch.float32} and others == {torch.bfloat16}

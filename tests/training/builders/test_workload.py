@@ -19,6 +19,7 @@ from dlopt.python.api import load
 from dlopt.training.builders import model_check
 from dlopt.training.builders import workload as build_module
 from dlopt.training.builders.workload import build_workload, training_batches
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.run import probe_trainer
 from tests.support.runs import experiment, same, small_workload, start
 from tests.support.sizes import SMALL, without
@@ -205,7 +206,7 @@ def test_memory_format(layout: str, model: str) -> None:
 def test_normalization_is_loaded_from_a_checkpoint() -> None:
     first = small_workload()
     state = {name: value * 2 for name, value in first.normalize.state_dict().items()}
-    saved = {"normalize": state, "config": first.experiment.config, "progress": {"data": {}}}
+    saved = Checkpoint({"normalize": state, "config": first.experiment.config, "progress": {"data": {}}})
     resumed = build_workload(experiment(*SMALL), saved)
     assert same(dict(resumed.normalize.state_dict()), state)
     assert not same(dict(first.normalize.state_dict()), state)

@@ -56,7 +56,7 @@ def test_saves_the_state_at_the_time_of_the_call(tmp_path: Path) -> None:
         given["progress"]["step"] = 99
         returned.set()
         checkpoints.wait()
-    assert same({key: load(checkpoints.best)[key] for key in state(1)}, state(1))
+    assert same({key: load(checkpoints.best).state[key] for key in state(1)}, state(1))
     assert names(checkpoints) == with_checksums("last.pt", "best.pt")
 
 
@@ -66,8 +66,8 @@ def test_writes_in_order(tmp_path: Path) -> None:
         for step in range(8, 12):
             checkpoints.save(state(step), best=step == 9)
         found = checkpoints.load_newest()
-    assert written == [8, 9, 10, 11] and found is not None and found["progress"]["step"] == 11
-    assert load(checkpoints.best)["progress"]["step"] == 9
+    assert written == [8, 9, 10, 11] and found is not None and found.step == 11
+    assert load(checkpoints.best).step == 9
     assert names(checkpoints) == with_checksums("last.pt", "best.pt", "step-9.pt", "step-10.pt")
 
 
@@ -84,7 +84,7 @@ def test_next_call_raises_the_error(tmp_path: Path, ask: str) -> None:
             }
             calls.get(ask, getattr(checkpoints, ask))()
         checkpoints.wait()
-    assert load(checkpoints.last)["progress"]["step"] == 1
+    assert load(checkpoints.last).step == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -98,7 +98,7 @@ def test_run_equals_a_synchronous_one(whole: Path, tmp_path: Path) -> None:
 def test_interrupted_run_waits_for_its_save(whole: Path, tmp_path: Path) -> None:
     with slow_disk(0.3), at_update(6, terminate):
         assert start(tmp_path, *RICH, ASYNC)["status"] == "interrupted"
-    assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 6
+    assert load(tmp_path / "checkpoints/last.pt").step == 6
     assert resume(tmp_path, *RICH, ASYNC)["resumed_from"] == [6]
     assert_same_run(tmp_path, whole)
 
@@ -127,5 +127,5 @@ def test_failed_run_waits_for_its_save(tmp_path: Path) -> None:
 
     with slow_disk(0.2), at_update(5, fail), pytest.raises(ZeroDivisionError):
         start(tmp_path, *RICH, ASYNC)
-    assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 4
+    assert load(tmp_path / "checkpoints/last.pt").step == 4
     assert not [each for each in threading.enumerate() if each.name == "checkpoint"]

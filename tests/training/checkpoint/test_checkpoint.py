@@ -14,7 +14,8 @@ import torch
 from dlopt.basics import files as durable
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.files import link
-from dlopt.training.checkpoint.checkpoints import KEYS, Checkpoints, load
+from dlopt.training.checkpoint.checkpoints import Checkpoints, load
+from dlopt.training.checkpoint.content import KEYS
 from dlopt.training.checkpoint.weights import read_weights
 from tests.support.checkpoints import Crashes, Payload, names, state, with_checksums
 from tests.support.faults import DAMAGES, flip_bit
@@ -30,7 +31,7 @@ def folder_of(tmp_path: Path, *steps: int, keep: int = 2, best: bool = False) ->
 
 def newest_step(checkpoints: Checkpoints) -> int | None:
     found = Checkpoints(checkpoints.folder, checkpoints.keep).load_newest()
-    return None if found is None else found["progress"]["step"]
+    return None if found is None else found.step
 
 
 # -- contents
@@ -49,7 +50,7 @@ def test_sets_later_checkpoints_aside(tmp_path: Path) -> None:
     )
     damage(resumed.last)
     assert newest_step(checkpoints) == 3
-    assert {name: load(checkpoints.folder / name)["progress"]["step"] for name in abandoned} == abandoned
+    assert {name: load(checkpoints.folder / name).step for name in abandoned} == abandoned
 
 
 def test_truncated_files_are_damaged_checkpoints(tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_truncated_files_are_damaged_checkpoints(tmp_path: Path) -> None:
 
 def test_roundtrip_is_bitwise_identical(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, 3)
-    found = load(checkpoints.last)
+    found = load(checkpoints.last).state
     assert set(found) == KEYS == {"format", *state(3)}
     assert same({key: found[key] for key in state(3)}, state(3))
 
@@ -85,10 +86,10 @@ def test_best_is_not_overwritten(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path)
     for step, best in ((1, True), (2, True), (3, False)):
         checkpoints.save(state(step), best=best)
-    assert load(checkpoints.best)["progress"]["step"] == 2
-    assert load(checkpoints.last)["progress"]["step"] == 3
+    assert load(checkpoints.best).step == 2
+    assert load(checkpoints.last).step == 3
     damage(checkpoints.last)
-    assert load(checkpoints.best)["progress"]["step"] == 2, "files are replaced, not written over"
+    assert load(checkpoints.best).step == 2, "files are replaced, not written over"
 
 
 def test_a_snapshot_is_also_the_last_checkpoint(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_a_snapshot_is_also_the_last_checkpoint(tmp_path: Path) -> None:
     assert newest_step(checkpoints) == 2
     checkpoints.save(state(3), best=False)
     assert newest_step(checkpoints) == 3
-    assert load(checkpoints.folder / "cycle-1.pt")["progress"]["step"] == 2
+    assert load(checkpoints.folder / "cycle-1.pt").step == 2
 
 
 def test_new_folder_has_no_checkpoint(tmp_path: Path) -> None:
@@ -207,18 +208,18 @@ def test_crash_at_any_call_leaves_intact_files(tmp_path: Path, keep: int, after:
         resumed = Checkpoints(checkpoints.folder, keep)
         found = resumed.load_newest()
         assert found is not None
-        step = found["progress"]["step"]
+        step = found.step
         assert step in (9, 10)
-        assert same(found["model"], state(step)["model"])
+        assert same(found.model, state(step)["model"])
         if step == 10:
-            resumed.restore_best(found)
+            resumed.restore_best(found.state)
         best = load(resumed.best)
-        assert best["progress"]["step"] == step, "a best that last.pt speaks of is there"
+        assert best.step == step, "a best that last.pt speaks of is there"
         for number in (10, 11, 12):
             resumed.save(state(number), best=number == 11)
         kept = ["step-11.pt"] if keep == 2 else []
         assert names(resumed) == with_checksums("last.pt", "best.pt", *kept), "no stray files once it has gone on"
-        assert load(resumed.best)["progress"]["step"] == 11
+        assert load(resumed.best).step == 11
     assert boundary > 15, "otherwise the calls were not seen"
     assert step == 10
 
@@ -323,8 +324,8 @@ def test_copies_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "link", link)
     checkpoints = folder_of(tmp_path, 1, 2, 3, best=True)
     assert names(checkpoints) == with_checksums("last.pt", "best.pt", "step-2.pt")
-    assert load(checkpoints.best)["progress"]["step"] == 3
-    assert load(checkpoints.folder / "step-2.pt")["progress"]["step"] == 2
+    assert load(checkpoints.best).step == 3
+    assert load(checkpoints.folder / "step-2.pt").step == 2
 
 
 # -- hostile and foreign files

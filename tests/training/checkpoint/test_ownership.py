@@ -98,7 +98,7 @@ def test_every_file_of_a_run_has_its_id(tmp_path: Path, stopped: list[str]) -> N
         config = yaml.safe_load((tmp_path / folder / "config.yaml").read_text())
         summary = json.loads((tmp_path / folder / "summary.json").read_text())
         states = [load(tmp_path / folder / "checkpoints" / name) for name in ("last.pt", "best.pt")]
-        return {config["run_id"], summary["run_id"], *(state["config"]["run_id"] for state in states)}
+        return {config["run_id"], summary["run_id"], *(state.run_id for state in states)}
 
     assert dlopt(tmp_path, *stopped[:-1], "resume=run", "hydra.run.dir=branch").code == 0
     before = ids("run")
@@ -135,7 +135,7 @@ def test_an_older_checkpoint_is_compared_by_its_config(tmp_path: Path, stopped: 
     assert "optimizer.lr: saved 0.03, now" in refused(tmp_path, *stopped, AUTO)
     result = dlopt(tmp_path, *stopped[:-1], "hydra.run.dir=copy", AUTO)
     assert result.code == 0 and (result.out + result.err).count("warning: the checkpoint of an older dlopt") == 1
-    assert load(tmp_path / "copy/checkpoints/last.pt")["progress"]["data"]["identity"]["train"]["samples"] == 64
+    assert load(tmp_path / "copy/checkpoints/last.pt").state["progress"]["data"]["identity"]["train"]["samples"] == 64
 
 
 def test_a_foreign_best_model_is_not_tested(tmp_path: Path, stopped: list[str]) -> None:
@@ -145,8 +145,7 @@ def test_a_foreign_best_model_is_not_tested(tmp_path: Path, stopped: list[str]) 
     result = dlopt(tmp_path, "eval", "checkpoint=run")
     assert result.code == 0 and "is a checkpoint of another run" in result.err
     assert dlopt(tmp_path, *stopped, AUTO).code == 0
-    state = load(tmp_path / "run/checkpoints/best.pt")
-    assert state["config"]["seed"] == 0
+    assert load(tmp_path / "run/checkpoints/best.pt").config["seed"] == 0
 
 
 def test_jobs_of_sweeps_compare_too(tmp_path: Path, rows: list[str]) -> None:

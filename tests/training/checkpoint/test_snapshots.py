@@ -21,7 +21,7 @@ SNAPSHOTS = [*CYCLES, "checkpoint.at_restarts=true"]  # 24 updates, 8 to a cycle
 
 
 def snapshots(folder: Path) -> dict[str, int]:
-    return {path.name: load(path)["progress"]["step"] for path in sorted((folder / "checkpoints").glob("restart-*.pt"))}
+    return {path.name: load(path).step for path in sorted((folder / "checkpoints").glob("restart-*.pt"))}
 
 
 def test_saves_a_snapshot_at_the_end_of_each_cycle(tmp_path: Path) -> None:
@@ -29,15 +29,15 @@ def test_saves_a_snapshot_at_the_end_of_each_cycle(tmp_path: Path) -> None:
     assert snapshots(tmp_path / "snapshots") == {"restart-1.pt": 8, "restart-2.pt": 16, "restart-3.pt": 24}
     start(tmp_path / "short", *CYCLES, "epochs=2", "schedule_epochs=6")
     first = load(tmp_path / "snapshots/checkpoints/restart-1.pt")
-    assert same(first["model"], load(tmp_path / "short/checkpoints/last.pt")["model"])
-    assert load(tmp_path / "snapshots/checkpoints/restart-2.pt")["progress"]["lr"] < 0.05 * 0.1
+    assert same(first.model, load(tmp_path / "short/checkpoints/last.pt").model)
+    assert load(tmp_path / "snapshots/checkpoints/restart-2.pt").state["progress"]["lr"] < 0.05 * 0.1
 
 
 def test_snapshots_do_not_change_the_run(tmp_path: Path) -> None:
     start(tmp_path / "snapshots", *SNAPSHOTS)
     start(tmp_path / "plain", *CYCLES)
     kept, plain = (load(tmp_path / name / "checkpoints/last.pt") for name in ("snapshots", "plain"))
-    assert same(kept["model"], plain["model"]) and same(kept["optimizer"], plain["optimizer"])
+    assert same(kept.model, plain.model) and same(kept.optimizer, plain.optimizer)
     assert snapshots(tmp_path / "plain") == {}
 
 
@@ -53,7 +53,7 @@ def test_killed_run_has_the_same_snapshots(tmp_path: Path, update: int) -> None:
     assert snapshots(tmp_path / "killed") == snapshots(tmp_path / "whole")
     for name in snapshots(tmp_path / "whole"):
         states = [load(tmp_path / run / "checkpoints" / name) for run in ("killed", "whole")]
-        assert same(states[0]["model"], states[1]["model"]), name
+        assert same(states[0].model, states[1].model), name
 
 
 def test_draws_the_restarts_before_the_end(tmp_path: Path) -> None:

@@ -1,0 +1,173 @@
+"""What a checkpoint holds, by name. Nothing else knows the keys of its file, except `Trainer`, which writes them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dlopt.adapt import merged
+from dlopt.data.task import Task
+
+FORMAT = 1  # a sharded checkpoint also has the key "shards"
+KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint. Has the defaults for what an older dlopt did not write.
+
+    `state`: the content of its file, which `Trainer.state_dict` makes.
+    """
+
+    state: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The saved config of the run."""
+        config: Mapping[str, Any] = self.state["config"]
+        return config
+
+    @property
+    def run_id(self) -> str | None:
+        """None: written by an older dlopt."""
+        return self.config.get("run_id")
+
+    def with_run_id(self, run_id: str | None) -> dict[str, Any]:
+        """Returns the state as one of another run."""
+        return {**self.state, "config": {**self.config, "run_id": run_id}}
+
+    # -- weights and states
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """The trained weights and buffers."""
+        model: dict[str, Tensor] = self.state["model"]
+        return model
+
+    @property
+    def evaluated_weights(self) -> dict[str, Tensor]:
+        """The weights that the run has evaluated: the average, if there is one. For a model with its adapters."""
+        return self.state["ema"] or self.model
+
+    @property
+    def merged_weights(self) -> dict[str, Tensor]:
+        """The evaluated weights with adapters merged into their layers. For a model without adapters.
+
+        Merged weights are at least float32, also if those of the checkpoint are bf16.
+        """
+        return merged(self.evaluated_weights)
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        """The optimizer's state dict."""
+        optimizer: dict[str, Any] = self.state["optimizer"]
+        return optimizer
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The schedule's state dict."""
+        schedule: dict[str, Any] = self.state["schedule"]
+        return schedule
+
+    @property
+    def normalize(self) -> Mapping[str, Any]:
+        """The normalization's state dict."""
+        normalize: Mapping[str, Any] = self.state["normalize"]
+        return normalize
+
+    # -- progress
+
+    @property
+    def _progress(self) -> Mapping[str, Any]:
+        progress: Mapping[str, Any] = self.state["progress"]
+        return progress
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs."""
+        return int(self._progress["epoch"])
+
+    @property
+    def position(self) -> int:
+        """Completed batches of the current epoch."""
+        return int(self._progress["position"])
+
+    @property
+    def step(self) -> int:
+        """Completed updates."""
+        return int(self._progress["step"])
+
+    @property
+    def seconds(self) -> float:
+        """Training time."""
+        return float(self._progress["seconds"])
+
+    @property
+    def horizon(self) -> int:
+        """Updates over which the schedule runs."""
+        return int(self._progress["horizon"])
+
+    @property
+    def found_lr(self) -> float | None:
+        """The learning rate of a range test."""
+        return self._progress.get("found_lr")
+
+    @property
+    def evaluated_epoch(self) -> float:
+        """The latest evaluated epoch, a fraction within an epoch; an older dlopt evaluated at the end of epochs."""
+        evaluated: float = self._progress.get("evaluated", self.epoch)
+        return evaluated
+
+    @property
+    def best_epoch(self) -> float | None:
+        """The epoch of the best evaluation; None: there was none."""
+        best: float | None = self._progress["best"]["epoch"]
+        return best
+
+    # -- data
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """What `data_spec` (builders/workload.py) says of the data; an older dlopt did not say all of it."""
+        return self._progress.get("data", {})
+
+    @property
+    def identity(self) -> Mapping[str, Any] | None:
+        """The identity of the data, see `dlopt.data.identity`; None: not known."""
+        return self.data.get("identity")
+
+    @property
+    def is_identified(self) -> bool:
+        """Whether the run and its data were identified; false: written by an older dlopt."""
+        return "identity" in self.data
+
+    @property
+    def task(self) -> Task:
+        return Task(**self.data["task"])
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the labels; None: the task has none."""
+        classes = self.data["classes"]
+        return None if classes is None else tuple(classes)
+
+    @property
+    def sample(self) -> tuple[int, ...]:
+        """Shape of a sample."""
+        return tuple(self.data["sample"])
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Shape of the model's input: a centre crop of the sample."""
+        return tuple(self.data["window"])
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The content of tokenizer.json; None: no text, or a text that is read byte by byte."""
+        return self.data.get("tokenizer")
+
+
+def is_checkpoint(content: object) -> bool:
+    """Returns whether the content of a file of torch.save is a checkpoint of dlopt."""
+    return isinstance(content, Mapping) and {"format", "model", "progress"} <= content.keys()
