@@ -7,7 +7,7 @@ ENTRY_POINTS = {
         "ladder": "dlopt.lab.ladder.command:ladder",
         "trajectory": "dlopt.lab.trajectory.command:trajectory",
         "diagnose": "dlopt.lab.diagnosis.command:diagnose",
-        "bench": "dlopt.lab.bench.command:bench",
+        "scaling": "dlopt.lab.scaling.command:scaling",
     },
     "dlopt.series": {"comparison": "dlopt.lab.comparison.command:compare"},
     "dlopt.reports": {"claims": "dlopt.lab.comparison.frozen:section"},

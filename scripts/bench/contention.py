@@ -35,7 +35,7 @@ from torch import nn
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.lab.bench.rank import updates_of
+from dlopt.lab.scaling.rank import updates_of
 from dlopt.machine import threads
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.run import probe_trainer

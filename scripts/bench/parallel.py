@@ -1,4 +1,4 @@
-"""Compares parallel modes on this machine: four comparisons with `dlopt bench`, and their conclusions.
+"""Compares parallel modes on this machine: four comparisons with `dlopt scaling`, and their conclusions.
 
     python scripts/bench/parallel.py [--json FILE] [--folder DIR] [--updates 20] [--only overlap,norm,columns,memory]
 
@@ -87,7 +87,7 @@ def main() -> None:
         updates = (
             [] if any(override.startswith("updates=") for override in overrides) else [f"updates={arguments.updates}"]
         )
-        subprocess.run([sys.executable, "-m", "dlopt", "bench", *overrides, *common, *updates], check=True)
+        subprocess.run([sys.executable, "-m", "dlopt", "scaling", *overrides, *common, *updates], check=True)
         results[name] = json.loads((folder / name / "modes.json").read_text())
         for line in conclude(results[name]):
             print(f"-> {line}")

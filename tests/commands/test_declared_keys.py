@@ -51,7 +51,7 @@ NOT_ON_A_CPU = ["check"]
 ELSEWHERE = {
     **dict.fromkeys(("train", "benchmark", "ladder", "grid"), "every key is read by a training"),
     **dict.fromkeys(("report", "runs", "options", "template", "consolidate"), "no keys of a run"),
-    "bench": "its ranks read the keys, in processes of their own",
+    "scaling": "its ranks read the keys, in processes of their own",
 }
 FIELDS = {"data_settings": "data", "grouping": "optimizer", "warmup": "schedule"}  # of an experiment -> key
 

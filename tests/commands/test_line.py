@@ -21,7 +21,7 @@ def test_values_of_a_key_that_a_choice_lacks_make_no_further_jobs() -> None:
     assert jobs == [["init=normal", "init.std=0.01"], ["init=normal", "init.std=1"], ["init=xavier_normal"]]
 
 
-@pytest.mark.parametrize("command", ["summary", "diagnose", "find-lr", "show-batch", "trajectory", "bench"])
+@pytest.mark.parametrize("command", ["summary", "diagnose", "find-lr", "show-batch", "trajectory", "scaling"])
 @pytest.mark.parametrize(
     ("flag", "message"),
     [("-m", "-m: "), ("--cfg=job", "--cfg: only available in `dlopt train`"), ("--info", "--info: ")],

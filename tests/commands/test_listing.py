@@ -22,7 +22,7 @@ def test_a_section_per_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (tmp_path / f"mine/{name}.py").write_text("raise RuntimeError")
     (tmp_path / "mine/inner/weights.py").write_text('USAGE = """Print weights\n\nUsage: ..."""\n')
     monkeypatch.syspath_prepend(tmp_path)
-    commands = {"train": COMMANDS["train"], "weights": "mine.inner.weights:run", "bench": COMMANDS["bench"]}
+    commands = {"train": COMMANDS["train"], "weights": "mine.inner.weights:run", "scaling": COMMANDS["scaling"]}
     commands |= {"gone": "mine.gone:run", "absent": "nowhere:run"}
     assert sections(commands).splitlines() == [
         "Commands:",
@@ -33,7 +33,7 @@ def test_a_section_per_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "  gone",
         "",
         "Laboratory:",
-        "  bench    Benchmark parallel modes, the network or devices, or simulate a cluster",
+        "  scaling  Benchmark parallel modes, the network or devices, or simulate a cluster",
         "",
         "Package nowhere:",
         "  absent",

@@ -19,7 +19,7 @@ INSTALLED = EntryPoints(
     for name, value, group in (
         ("weights", "mine:weights", "dlopt.commands"),
         ("train", "mine:train", "dlopt.commands"),
-        ("bench", "mine:bench", "dlopt.commands"),
+        ("scaling", "mine:scaling", "dlopt.commands"),
         ("ladder_of_mine", "mine:climb", "dlopt.series"),
         ("notes", "mine:notes", "dlopt.reports"),
     )
@@ -41,7 +41,7 @@ def test_installed_packages_add_commands_and_replace_none(capsys: pytest.Capture
     commands = every_command()
     assert commands["weights"] == "mine:weights"
     assert commands["train"] == COMMANDS["train"]
-    assert commands["bench"] == lab.ENTRY_POINTS["dlopt.commands"]["bench"]
+    assert commands["scaling"] == lab.ENTRY_POINTS["dlopt.commands"]["scaling"]
     run("--help")
     text = capsys.readouterr().out
     assert "\n\nPackage mine:\n  weights" in text and "\nLaboratory:\n  benchmark " in text

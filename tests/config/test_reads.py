@@ -18,9 +18,9 @@ from dlopt.config.packages import entries
 from dlopt.config.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.config.resolve import to_plain
 from dlopt.lab import trials
-from dlopt.lab.bench import command as bench
 from dlopt.lab.comparison import command as comparison
 from dlopt.lab.diagnosis import command as diagnose
+from dlopt.lab.scaling import command as scaling
 from dlopt.lab.trajectory import command as trajectory
 from dlopt.python.api import train
 from dlopt.sweeps import run as sweeps
@@ -36,10 +36,10 @@ ON_EXPERIMENTS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "summary": (summary._READS, ()),
     "show-batch": (show_batch._READS, ()),
     "diagnose": (diagnose._READS, ()),
-    "bench": (bench._READS, ()),
-    "bench allreduce=[1]": ((), ("device",)),
-    "bench device=[cpu]": ((), ("device", "precision", "threads")),
-    "bench simulate=true": ((), ()),
+    "scaling": (scaling._READS, ()),
+    "scaling allreduce=[1]": ((), ("device",)),
+    "scaling device=[cpu]": ((), ("device", "precision", "threads")),
+    "scaling simulate=true": ((), ()),
     "trajectory schedule=step": (trajectory._READS, ()),
     "trajectory function=quadratic": (("optimizer", "schedule", "allow_packages"), ("seed", "steps")),
     "eval init_from=x.pt": (eval._READS_OF_WEIGHTS, ("tta",)),
@@ -149,8 +149,8 @@ def test_only_typed_keys_are_refused() -> None:
         ("find-lr hydra.run.dir=x", "set output= instead"),
         ("show-batch hydra.run.dir=x", "set output= instead"),
         ("diagnose hydra.run.dir=x", "set output= instead"),
-        ("bench hydra.run.dir=x", "set output= instead"),
-        ("bench simulate=true hydra.run.dir=x", "set output= instead"),
+        ("scaling hydra.run.dir=x", "set output= instead"),
+        ("scaling simulate=true hydra.run.dir=x", "set output= instead"),
         ("trajectory schedule=step hydra.run.dir=x", "set output= instead"),
         ("trajectory function=saddle hydra.run.dir=x", "set output= instead"),
         ("benchmark optimizer=sgd hydra.sweep.dir=x", "dlopt benchmark does not read this key; set output= instead"),

@@ -35,7 +35,7 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
     "ladder": ("dry_run=true", "rungs=2", "tokens_per_parameter=0.1"),
 }
 # These start processes and measure, or diagnose a dozen deep networks.
-LONG = {"bench", "--check", "model=plain56,resnet56", "model.widths=[100,100,100]"}
+LONG = {"scaling", "--check", "model=plain56,resnet56", "model.widths=[100,100,100]"}
 WATCHING = {"--watch", "--open"}
 PLAN_JOB = SweepRequest.plan_job
 _HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
@@ -205,7 +205,7 @@ def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) ->
     more = LITTLE.get(command, ())
     if command == "trajectory" and "function=" not in line.text:
         more = ("points=3", "samples=20") if "checkpoint=" in line.text else ()
-    if command == "bench" and "parallel=" in line.text and "allreduce" not in line.text:
+    if command == "scaling" and "parallel=" in line.text and "allreduce" not in line.text:
         more = ("updates=2", "warmup=1", "profiled=1")
     if command == "benchmark":
         fewer = () if "workloads=" in line.text else ("workloads=[mlp]",)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dlopt.basics.errors import UserError
-from dlopt.lab.bench.communication import Traffic
+from dlopt.lab.scaling.communication import Traffic
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
 from dlopt.parallel.modes.columns import split_columns
 from dlopt.parallel.modes.filter import split_filters

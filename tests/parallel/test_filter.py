@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dlopt.basics.errors import UserError
-from dlopt.lab.bench.communication import Traffic
+from dlopt.lab.scaling.communication import Traffic
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKind
 from dlopt.models.preact import PreActBlock, PreActBottleneck
 from dlopt.models.resnet import BasicBlock, Bottleneck

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dlopt.basics.errors import UserError
-from dlopt.lab.bench.communication import Traffic
+from dlopt.lab.scaling.communication import Traffic
 from dlopt.parallel.modes.model_parallel import all_reduce_buckets
 from dlopt.parallel.modes.spatial import split_rows
 from tests.support.ranks import run_ranks

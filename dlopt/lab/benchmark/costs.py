@@ -18,9 +18,9 @@ from dlopt.extend import (
     write_json,
 )
 from dlopt.instruments.profiling import state_bytes
-from dlopt.lab.bench.rank import seconds_of, updates_of
 from dlopt.lab.benchmark.reading import TEST
 from dlopt.lab.benchmark.results import UpdateCost
+from dlopt.lab.scaling.rank import seconds_of, updates_of
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.evaluate import test_metrics
 

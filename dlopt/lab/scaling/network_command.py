@@ -1,16 +1,16 @@
-"""`dlopt bench allreduce=[...]`: measures the bandwidth between processes, also on several nodes."""
+"""`dlopt scaling allreduce=[...]`: measures the bandwidth between processes, also on several nodes."""
 
 from typing import Annotated, Literal
 
 from dlopt.commands.shared.processes import run_rank
 from dlopt.extend import DONE, Count, Line, Positive, UserError, refuse_empty
-from dlopt.lab.bench.modes_command import process_count
+from dlopt.lab.scaling.modes_command import process_count
 from dlopt.parallel.processes import launch
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.tracking.layout import plain_table, show_table
 
 
-def bench_all_reduce(
+def time_all_reduce(
     line: Line,
     *,
     allreduce: Annotated[list[Positive], "[X,...]: sizes in MiB"],
@@ -18,18 +18,18 @@ def bench_all_reduce(
     device: Annotated[Literal["auto", "cpu", "cuda"], "NAME: cuda uses NCCL, cpu uses gloo"] = "auto",
 ) -> int:
     """Runs in the processes of a launcher, or starts `processes` that do."""
-    line.refuse_rest("dlopt bench allreduce=[...]", bench_all_reduce)
+    line.refuse_rest("dlopt scaling allreduce=[...]", time_all_reduce)
     refuse_empty(allreduce=allreduce)
     world = current()
     if world is None:
         count = process_count(f"processes={2 if processes is None else processes}")
         keys = [f"allreduce=[{','.join(map(str, allreduce))}]", f"device={device}"]
-        return launch.group_code(*launch.run_processes(launch.python_module("dlopt", "bench", *keys), count, {}))
+        return launch.group_code(*launch.run_processes(launch.python_module("dlopt", "scaling", *keys), count, {}))
     if processes not in (None, world.size):
         raise UserError(f"processes={processes}: {world.launcher} started {world.size} processes")
 
     def run() -> int:
-        from dlopt.lab.bench.communication import measure_all_reduce
+        from dlopt.lab.scaling.communication import measure_all_reduce
         from dlopt.training.builders.workload import build_mode
 
         mode = build_mode(line.experiment(["parallel=ddp", f"device={device}", "threads=1"])[0])

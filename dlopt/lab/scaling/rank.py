@@ -1,4 +1,4 @@
-"""`python -m dlopt.lab.bench.rank FOLDER`: benchmarks one rank of the run in FOLDER/config.yaml.
+"""`python -m dlopt.lab.scaling.rank FOLDER`: benchmarks one rank of the run in FOLDER/config.yaml.
 
 Runs updates of the same trainer as `dlopt train` and writes FOLDER/rank-N.json.
 """
@@ -19,7 +19,7 @@ from torch import distributed
 from dlopt.extend import Experiment, Trainer, UserError, build_workload, probe_trainer
 from dlopt.instruments.profiling import collective_times
 from dlopt.instruments.ranks import RankOutcome, run_rank
-from dlopt.lab.bench.communication import Traffic
+from dlopt.lab.scaling.communication import Traffic
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
@@ -32,8 +32,8 @@ MIB = 2.0**20
 
 
 @dataclass(frozen=True)
-class BenchSettings:
-    """Options of `dlopt bench` that each rank needs."""
+class ScalingSettings:
+    """Options of `dlopt scaling` that each rank needs."""
 
     updates: int
     warmup: int
@@ -42,7 +42,7 @@ class BenchSettings:
 
 
 def main() -> int:
-    settings = BenchSettings(**json.loads((Path(sys.argv[1]) / "plan.json").read_text()))
+    settings = ScalingSettings(**json.loads((Path(sys.argv[1]) / "plan.json").read_text()))
 
     def explain(error: Exception) -> RankOutcome | None:
         if isinstance(error, UserError):
@@ -52,7 +52,7 @@ def main() -> int:
     return run_rank(lambda experiment, folder, rank: measure(experiment, folder, settings, rank), explain)
 
 
-def _reason(error: RuntimeError | MemoryError, settings: BenchSettings) -> str:
+def _reason(error: RuntimeError | MemoryError, settings: ScalingSettings) -> str:
     text = (str(error).splitlines() or [""])[0]
     is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text
     if is_memory or "alloc" in text:
@@ -61,7 +61,7 @@ def _reason(error: RuntimeError | MemoryError, settings: BenchSettings) -> str:
     return "another process failed" if rendezvous.caused_by_peer(error) else f"{type(error).__name__}: {text}"
 
 
-def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank: int) -> Mapping[str, Any]:
+def measure(experiment: Experiment, folder: Path, settings: ScalingSettings, rank: int) -> Mapping[str, Any]:
     """Runs warm-up updates, timed updates, updates with bytes counted, and updates under the profiler.
 
     Returns the metrics that `modes.summarize` reads; times in seconds per update.

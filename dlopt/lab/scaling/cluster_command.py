@@ -1,4 +1,4 @@
-"""`dlopt bench simulate=true`: estimates the efficiency of parallel modes on a cluster."""
+"""`dlopt scaling simulate=true`: estimates the efficiency of parallel modes on a cluster."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.table import Table
 
 from dlopt.extend import DONE, Count, Line, UserError, output_folder, refuse_empty
-from dlopt.lab.bench.cluster import Cluster
-from dlopt.lab.bench.output import Output, save
+from dlopt.lab.scaling.cluster import Cluster
+from dlopt.lab.scaling.output import Output, save
 from dlopt.tracking.layout import plain_table, show_table
 
 if TYPE_CHECKING:
-    from dlopt.lab.bench.layers import Layer
-    from dlopt.lab.bench.simulation import ModeEstimate
+    from dlopt.lab.scaling.layers import Layer
+    from dlopt.lab.scaling.simulation import ModeEstimate
 
 
 Model = Literal["wrn_28_10", "resnet50", "resnet101"]
@@ -52,11 +52,11 @@ def simulate_cluster(
     ] = None,
     output: Output = None,
 ) -> int:
-    from dlopt.lab.bench import simulation
+    from dlopt.lab.scaling import simulation
 
     arguments, rest = line.take(Cluster)
     cluster = Cluster(**arguments)
-    rest.refuse_rest("dlopt bench simulate=true", simulate_cluster, Cluster)
+    rest.refuse_rest("dlopt scaling simulate=true", simulate_cluster, Cluster)
     refuse_empty(devices=devices, models=models)
     estimates: dict[str, list[ModeEstimate]] = {}
     for name in dict.fromkeys(models):
@@ -68,7 +68,7 @@ def simulate_cluster(
         title = f"{name}: {simulation.size(costs)}\ndays: {described}"
         show_table(_table(title, estimates[name], samples / batch))
     points = _validate(validate) if validate else []
-    folder = output_folder(output, "bench")
+    folder = output_folder(output, "scaling")
     title = f"Estimated efficiency relative to one device, {batch} samples per device"
     figure = simulation.draw(estimates, cluster, title=title, subtitle=describe(cluster))
     records = {
@@ -104,7 +104,7 @@ def describe(cluster: Cluster) -> str:
 
 def layers_of_model(line: Line, name: Model) -> "list[Layer]":
     """Returns the layers of a model, counted."""
-    from dlopt.lab.bench.layers import layers_of
+    from dlopt.lab.scaling.layers import layers_of
 
     overrides, shape, classes, _ = MODELS[name]
     experiment, _ = line.experiment(overrides)
@@ -112,7 +112,7 @@ def layers_of_model(line: Line, name: Model) -> "list[Layer]":
 
 
 def _validate(counts: list[int]) -> list[dict[str, Any]]:
-    from dlopt.lab.bench import modes
+    from dlopt.lab.scaling import modes
 
     batch = modes.BATCH
     if max(counts) > batch:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.lab.bench import speedup
-from dlopt.lab.bench.cluster import Cluster
-from dlopt.lab.bench.layers import Layer
-from dlopt.lab.bench.simulation import all_reduce, optimizer_step, parameters, single
-from dlopt.lab.bench.speedup import Delay, amdahl, expected_slowest, serial_fraction, simulated_slowest, speedups
+from dlopt.lab.scaling import speedup
+from dlopt.lab.scaling.cluster import Cluster
+from dlopt.lab.scaling.layers import Layer
+from dlopt.lab.scaling.simulation import all_reduce, optimizer_step, parameters, single
+from dlopt.lab.scaling.speedup import Delay, amdahl, expected_slowest, serial_fraction, simulated_slowest, speedups
 from tests.support.line import dlopt
 
 LAYER = Layer(
@@ -69,7 +69,7 @@ def test_closed_forms_of_two_devices() -> None:
 
 
 def test_command(tmp_path: Path) -> None:
-    typed = ("bench", "speedup=true", "devices=[1,8]", "batch=64", "variation=0.1", "output=out")
+    typed = ("scaling", "speedup=true", "devices=[1,8]", "batch=64", "variation=0.1", "output=out")
     result = dlopt(tmp_path, *typed)
     assert result.code == 0, result.err
     saved = json.loads((tmp_path / "out/speedup.json").read_text())

@@ -1,7 +1,7 @@
-"""`dlopt bench`: benchmarks parallel modes, the network and devices, and simulates a cluster."""
+"""`dlopt scaling`: benchmarks parallel modes, the network and devices, and simulates a cluster."""
 
 from dlopt.extend import Line, key_of, on_experiment, value_of
-from dlopt.lab.bench import (
+from dlopt.lab.scaling import (
     cluster,
     cluster_command,
     device_command,
@@ -11,8 +11,8 @@ from dlopt.lab.bench import (
 )
 
 # Of the help:
-_READS, bench_modes = modes_command.READS, modes_command.bench_modes
-bench_all_reduce, bench_devices = network_command.bench_all_reduce, device_command.bench_devices
+_READS, time_modes = modes_command.READS, modes_command.time_modes
+time_all_reduce, time_devices = network_command.time_all_reduce, device_command.time_devices
 simulate_cluster, Cluster = cluster_command.simulate_cluster, cluster.Cluster
 simulate_speedup = speedup_command.simulate_speedup
 
@@ -20,19 +20,19 @@ USAGE = """\
 Benchmark parallel modes, the network or devices, or simulate a cluster
 
 Usage:
-  dlopt bench parallel=a,b processes=1,2 [key=value]   parallel modes on this machine
-  dlopt bench allreduce=[1,256] [key=value]            bandwidth between processes, also on several nodes
-  dlopt bench device=[cpu,cuda] [key=value]            throughput of matrix products and convolutions vs. size
-  dlopt bench simulate=true [key=value]                estimated efficiency on a cluster
-  dlopt bench speedup=true [key=value]                 limits of data parallelism, simulated and in closed form
+  dlopt scaling parallel=a,b processes=1,2 [key=value]   parallel modes on this machine
+  dlopt scaling allreduce=[1,256] [key=value]            bandwidth between processes, also on several nodes
+  dlopt scaling device=[cpu,cuda] [key=value]            throughput of matrix products and convolutions vs. size
+  dlopt scaling simulate=true [key=value]                estimated efficiency on a cluster
+  dlopt scaling speedup=true [key=value]                 limits of data parallelism, simulated and in closed form
 
 Examples:
-  dlopt bench parallel=ddp,filter processes=1,2
-  dlopt bench parallel=ddp processes=2 parallel.bucket_cap_mb=0.25,1000 model=resnet56
-  dlopt bench parallel=filter model=mlp model.widths=[8192,8192] model.norm=none memory_limit_mb=720
-  dlopt bench simulate=true devices=[8,64,512,4096]
-  dlopt bench speedup=true batch=4096 variation=0.1
-  srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 dlopt bench allreduce=[1,16,256,1024]
+  dlopt scaling parallel=ddp,filter processes=1,2
+  dlopt scaling parallel=ddp processes=2 parallel.bucket_cap_mb=0.25,1000 model=resnet56
+  dlopt scaling parallel=filter model=mlp model.widths=[8192,8192] model.norm=none memory_limit_mb=720
+  dlopt scaling simulate=true devices=[8,64,512,4096]
+  dlopt scaling speedup=true batch=4096 variation=0.1
+  srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 dlopt scaling allreduce=[1,16,256,1024]
 
 Parallel modes:
   Each combination of values is one row; the first row is one process. A row shows the time per update, samples/s,
@@ -41,7 +41,7 @@ Parallel modes:
   time of the fastest and the slowest rank. On CPUs all processes use the same number of threads.
 
   processes=N,M :: numbers of processes on this machine (default: 2)
-  {bench_modes}
+  {time_modes}
 and these keys of `dlopt train`:
     {_READS}
 
@@ -49,10 +49,10 @@ Bandwidth (allreduce=[...]):
   Times all-reduces of the given sizes in MiB, as DDP does with gradients. Starts its processes, or runs in those of
   srun or torchrun. bus GB/s: what each rank sends per second, comparable to the speed of a link.
 
-  {bench_all_reduce}
+  {time_all_reduce}
 
 Devices (device=[...]):
-  {bench_devices}
+  {time_devices}
 
 Simulated cluster (simulate=true):
   {simulate_cluster}
@@ -63,8 +63,8 @@ Limits of the speed-up (speedup=true), on the same cluster:
 """
 
 
-@on_experiment("bench", None, several="not needed here; list the values: parallel=ddp,filter")
-def bench(line: Line) -> int:
+@on_experiment("scaling", None, several="not needed here; list the values: parallel=ddp,filter")
+def scaling(line: Line) -> int:
     """Runs one of the benchmarks. Raises `UserError`."""
     keys = {key_of(override): value_of(override) for override in line.overrides}
     if "simulate" in keys:
@@ -72,7 +72,7 @@ def bench(line: Line) -> int:
     if "speedup" in keys:
         return line.call(simulate_speedup)
     if "allreduce" in keys:
-        return line.call(bench_all_reduce)
+        return line.call(time_all_reduce)
     if keys.get("device", "").startswith("["):
-        return line.call(bench_devices)
-    return line.call(bench_modes, "dlopt bench", _READS)
+        return line.call(time_devices)
+    return line.call(time_modes, "dlopt scaling", _READS)

@@ -1,4 +1,4 @@
-"""`dlopt bench speedup=true`: the limits of data parallelism at a fixed global batch, simulated and in closed form."""
+"""`dlopt scaling speedup=true`: the limits of data parallelism at a fixed batch, simulated and in closed form."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from rich.table import Table
 
 from dlopt.extend import DONE, Count, Line, UserError, output_folder, refuse_empty
-from dlopt.lab.bench.cluster import Cluster
-from dlopt.lab.bench.cluster_command import Model, describe, layers_of_model
-from dlopt.lab.bench.output import Output, save
+from dlopt.lab.scaling.cluster import Cluster
+from dlopt.lab.scaling.cluster_command import Model, describe, layers_of_model
+from dlopt.lab.scaling.output import Output, save
 from dlopt.tracking.layout import plain_table, show_table
 
 if TYPE_CHECKING:
-    from dlopt.lab.bench.speedup import Speedup
+    from dlopt.lab.scaling.speedup import Speedup
 
 _DEVICES = [2**i for i in range(11)]
 
@@ -27,12 +27,12 @@ def simulate_speedup(
     batch: Annotated[Count, "N: samples per update, over all devices"] = 4096,
     output: Output = None,
 ) -> int:
-    from dlopt.lab.bench import speedup as limits
-    from dlopt.lab.bench.simulation import size
+    from dlopt.lab.scaling import speedup as limits
+    from dlopt.lab.scaling.simulation import size
 
     arguments, rest = line.take(Cluster)
     cluster = Cluster(**arguments)
-    rest.refuse_rest("dlopt bench speedup=true", simulate_speedup, Cluster)
+    rest.refuse_rest("dlopt scaling speedup=true", simulate_speedup, Cluster)
     refuse_empty(devices=devices)
     if max(devices) > batch:
         raise UserError(f"devices=[{max(devices)}]: must be <= batch={batch}; each device needs a sample")
@@ -44,7 +44,7 @@ def simulate_speedup(
     show_table(_table(f"{title}\n{described}\nserial fraction {serial:.3g}: at most {1 / serial:.3g}x", found))
     figure = limits.draw(found, serial, title=title, subtitle=described)
     records = {"cluster": asdict(cluster), "serial_fraction": serial, "points": [asdict(each) for each in found]}
-    save(figure, output_folder(output, "bench"), "speedup", records)
+    save(figure, output_folder(output, "scaling"), "speedup", records)
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""`dlopt bench parallel=...`: benchmarks parallel modes with several numbers of processes on this machine."""
+"""`dlopt scaling parallel=...`: benchmarks parallel modes with several numbers of processes on this machine."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ from dlopt.extend import (
     value_of,
     without,
 )
-from dlopt.lab.bench.output import Output, save
+from dlopt.lab.scaling.output import Output, save
 from dlopt.tracking.layout import show_table
 
 READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "ema", "stopping", "check", "on_divergence")
@@ -36,7 +36,7 @@ class _ModeRow:
     baseline: int  # index of the row with the same config on one process
 
 
-def bench_modes(
+def time_modes(
     line: Line,
     *,
     updates: Annotated[Count, "N: timed updates"] = 20,
@@ -47,14 +47,14 @@ def bench_modes(
     ] = None,
     output: Output = None,
 ) -> int:
-    from dlopt.lab.bench import modes
+    from dlopt.lab.scaling import modes
 
     jobs = _rows(line)
     checked = [line.experiment(job.overrides) for job in jobs]
-    folder = output_folder(output, "bench")
+    folder = output_folder(output, "scaling")
     settings = {"updates": updates, "warmup": warmup, "profiled": profiled, "memory_limit_mb": memory_limit_mb}
     rows: list[modes.ModeResult] = []
-    with tempfile.TemporaryDirectory(prefix="dlopt-bench-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(prefix="dlopt-scaling-", ignore_cleanup_errors=True) as scratch:
         for number, (job, (experiment, choices)) in enumerate(zip(jobs, checked, strict=True)):
             processes = f"{job.processes} process{'' if job.processes == 1 else 'es'}"
             print(f"{number + 1}/{len(jobs)}: {job.label}, {processes}", file=sys.stderr, flush=True)
@@ -68,7 +68,7 @@ def bench_modes(
     for problem in modes.failures(rows):
         print(problem)
     overrides = " ".join(without(line.overrides, "processes"))
-    figure = modes.draw(rows, title=f"dlopt bench {overrides}")
+    figure = modes.draw(rows, title=f"dlopt scaling {overrides}")
     save(figure, folder, "modes", [asdict(row) | {"spread": row.spread} for row in rows])
     return DONE
 

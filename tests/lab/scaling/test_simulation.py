@@ -12,13 +12,13 @@ from torch import nn
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.lab.bench import simulation
-from dlopt.lab.bench.cluster_command import MODELS
-from dlopt.lab.bench.contention import fit_link, scale_to
-from dlopt.lab.bench.layers import Layer, layers_of, operations, parameters, timed
-from dlopt.lab.bench.modes import validate
-from dlopt.lab.bench.simulation import Cluster, ddp, draw, fsdp, pipeline, single, spatial
-from dlopt.lab.bench.simulation import filter_parallel as filters
+from dlopt.lab.scaling import simulation
+from dlopt.lab.scaling.cluster_command import MODELS
+from dlopt.lab.scaling.contention import fit_link, scale_to
+from dlopt.lab.scaling.layers import Layer, layers_of, operations, parameters, timed
+from dlopt.lab.scaling.modes import validate
+from dlopt.lab.scaling.simulation import Cluster, ddp, draw, fsdp, pipeline, single, spatial
+from dlopt.lab.scaling.simulation import filter_parallel as filters
 
 IDEAL = Cluster(
     per_server=8, tflops=100.0, memory_bandwidth=1e9, memory=80.0, bandwidth_within=1e12, latency_within=1e-9,

@@ -1,4 +1,4 @@
-"""`dlopt bench allreduce=[...]` in gloo processes."""
+"""`dlopt scaling allreduce=[...]` in gloo processes."""
 
 import itertools
 import sys
@@ -9,8 +9,8 @@ import torch
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
-from dlopt.lab.bench.command import bench
-from dlopt.lab.bench.communication import Bandwidth, measure_all_reduce
+from dlopt.lab.scaling.command import scaling
+from dlopt.lab.scaling.communication import Bandwidth, measure_all_reduce
 from dlopt.parallel.processes import launch
 from dlopt.training.builders.workload import build_mode
 from tests.support.line import dlopt, refused
@@ -30,8 +30,8 @@ def rank() -> None:
 
 def command() -> None:
     with pytest.raises(UserError, match="processes=3: dlopt started 2 processes"):
-        bench(["allreduce=[1]", "processes=3"])
-    bench(["allreduce=[0.25,1]", "device=cpu"])  # ends the process with the exit code
+        scaling(["allreduce=[1]", "processes=3"])
+    scaling(["allreduce=[0.25,1]", "device=cpu"])  # ends the process with the exit code
 
 
 @pytest.mark.slow
@@ -55,11 +55,11 @@ def test_command(tmp_path: Path) -> None:
 
 def test_a_killed_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "run_processes", lambda *_: ([1, -9], set(), Interruption()))
-    result = dlopt(tmp_path, "bench", "allreduce=[1]")
+    result = dlopt(tmp_path, "scaling", "allreduce=[1]")
     assert (result.code, result.err) == (1, "dlopt: rank 1 was killed by SIGKILL (out of memory?)\n")
 
 
 def test_errors(tmp_path: Path) -> None:
-    assert "allreduce=[]: needs at least one value" in refused(tmp_path, "bench", "allreduce=[]")
-    assert "processes=100000: this machine has" in refused(tmp_path, "bench", "allreduce=[1]", "processes=100000")
-    assert "model=mlp: unknown key of dlopt bench" in refused(tmp_path, "bench", "allreduce=[1]", "model=mlp")
+    assert "allreduce=[]: needs at least one value" in refused(tmp_path, "scaling", "allreduce=[]")
+    assert "processes=100000: this machine has" in refused(tmp_path, "scaling", "allreduce=[1]", "processes=100000")
+    assert "model=mlp: unknown key of dlopt scaling" in refused(tmp_path, "scaling", "allreduce=[1]", "model=mlp")

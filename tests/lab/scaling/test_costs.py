@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from dlopt.lab.bench import simulation as costs
-from dlopt.lab.bench.simulation import Link
+from dlopt.lab.scaling import simulation as costs
+from dlopt.lab.scaling.simulation import Link
 
 LINK = Link(latency=3e-6, bandwidth=5e9)
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dlopt.lab.bench.cluster import Cluster
-from dlopt.lab.bench.layers import Layer, parameters
-from dlopt.lab.bench.simulation import GRADIENT, ddp, optimizer_step, single, slowed, two_level_all_reduce
+from dlopt.lab.scaling.cluster import Cluster
+from dlopt.lab.scaling.layers import Layer, parameters
+from dlopt.lab.scaling.simulation import GRADIENT, ddp, optimizer_step, single, slowed, two_level_all_reduce
 from dlopt.results import drawing
 from dlopt.results.drawing import style
 

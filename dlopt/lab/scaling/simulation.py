@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dlopt.lab.bench.cluster import Cluster, Link
-from dlopt.lab.bench.layers import Layer, operations, parameters
+from dlopt.lab.scaling.cluster import Cluster, Link
+from dlopt.lab.scaling.layers import Layer, operations, parameters
 from dlopt.parallel.modes.chain import balance
 from dlopt.results import drawing
 

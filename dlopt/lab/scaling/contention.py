@@ -1,7 +1,7 @@
 """Times an update, its layers and an all-reduce while other processes run the same load.
 
 Processes on one machine share its cores, caches and memory. `measure` starts them, each as
-`python -m dlopt.lab.bench.contention FOLDER`.
+`python -m dlopt.lab.scaling.contention FOLDER`.
 """
 
 import json
@@ -17,9 +17,9 @@ from torch import Tensor, distributed
 
 from dlopt.extend import Experiment, RunError, build_workload, probe_trainer
 from dlopt.instruments.ranks import run_rank, run_ranks
-from dlopt.lab.bench.layers import Layer, timed
-from dlopt.lab.bench.rank import seconds_of, updates_of
-from dlopt.lab.bench.simulation import Link
+from dlopt.lab.scaling.layers import Layer, timed
+from dlopt.lab.scaling.rank import seconds_of, updates_of
+from dlopt.lab.scaling.simulation import Link
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.parallel.collectives import ModelGroup, all_reduce
 from dlopt.parallel.mode import Mode
@@ -48,7 +48,7 @@ class SharedTimes:
 
 def measure(config: Mapping[str, Any], folder: Path, processes: int) -> SharedTimes:
     """Starts `processes` processes that each train on their own; times their updates, layers and all-reduces."""
-    codes = run_ranks("dlopt.lab.bench.contention", folder, config, processes, {})
+    codes = run_ranks("dlopt.lab.scaling.contention", folder, config, processes, {})
     if any(codes):
         raise RunError(f"benchmark processes failed: exit codes {codes}")
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dlopt.lab.bench.modes import summarize
+from dlopt.lab.scaling.modes import summarize
 
 
 def test_an_update_takes_the_median_of_an_even_number_of_updates() -> None:

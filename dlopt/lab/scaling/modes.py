@@ -60,12 +60,12 @@ def measure(
 def _run(
     config: Mapping[str, Any], folder: Path, processes: int, settings: Mapping[str, Any]
 ) -> tuple[list[Any], str | None]:
-    """Starts `dlopt.lab.bench.rank` processes; returns the metrics of each rank, and the error of a failed one."""
+    """Starts `dlopt.lab.scaling.rank` processes; returns the metrics of each rank, and the error of a failed one."""
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text(json.dumps(dict(settings)))
     # The limit counts address space: by default, each thread's malloc arena reserves 64 MiB that it does not use.
     environment = _QUIET | ({} if settings["memory_limit_mb"] is None else {"MALLOC_ARENA_MAX": "1"})
-    codes = run_ranks("dlopt.lab.bench.rank", folder, config, processes, environment)
+    codes = run_ranks("dlopt.lab.scaling.rank", folder, config, processes, environment)
     files = [folder / f"rank-{rank}.json" for rank in range(processes)]
     ranks = [json.loads(path.read_text()) if path.exists() else None for path in files]
     return ranks, _problem(ranks, codes)
@@ -205,11 +205,11 @@ def validate(processes: Sequence[int]) -> list[StepTime]:
     The simulation gets the times of updates, layers and all-reduces of single processes under the same load. It assumes
     that 1/p of the filters cost as much as 1/p of the samples.
     """
-    from dlopt.lab.bench import contention, simulation
+    from dlopt.lab.scaling import contention, simulation
 
     composer = Composer()
     results = []
-    with tempfile.TemporaryDirectory(prefix="dlopt-bench-", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix="dlopt-scaling-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         for count in (number for number in processes if number > 1):
             batch = BATCH // count

@@ -10,7 +10,7 @@ from dlopt.results import drawing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Output = Annotated[str | None, "DIR: folder of the plot and the results (default: outputs/bench/DATE_TIME)"]
+Output = Annotated[str | None, "DIR: folder of the plot and the results (default: outputs/scaling/DATE_TIME)"]
 
 
 def save(figure: "Figure", folder: Path, name: str, records: Any) -> None:

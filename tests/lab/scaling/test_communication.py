@@ -1,6 +1,6 @@
 """Bytes sent by collectives; test_command.py checks those of whole updates."""
 
-from dlopt.lab.bench.communication import _fraction_sent
+from dlopt.lab.scaling.communication import _fraction_sent
 
 
 def test_fraction_sent_by_collective() -> None:

@@ -1,4 +1,4 @@
-"""The simulated cluster; without torch, because the help of `dlopt bench` shows its keys."""
+"""The simulated cluster; without torch, because the help of `dlopt scaling` shows its keys."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`dlopt bench`: rows, results and errors."""
+"""`dlopt scaling`: rows, results and errors."""
 
 import io
 import json
@@ -13,8 +13,8 @@ from rich.console import Console
 from dlopt.basics.errors import UserError
 from dlopt.commands.shared.line import Line
 from dlopt.config.compose import Composer
-from dlopt.lab.bench import device, modes, modes_command
-from dlopt.lab.bench.modes import ModeResult
+from dlopt.lab.scaling import device, modes, modes_command
+from dlopt.lab.scaling.modes import ModeResult
 from tests.support.line import dlopt, refused
 
 SMALL = ["model=mlp", "model.widths=[8]", "model.norm=none", "data.subset=60", "data.batch_size=16", "data.workers=0"]
@@ -62,17 +62,17 @@ def test_threads_per_process_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
         ("parallel=dpp", "parallel=dpp: unknown choice; did you mean parallel=ddp?"),
         ("optimizer.lr=-1", "optimizer.lr=-1: input should be greater than 0"),
         ("device=[tpu]", 'device=["tpu"]: unknown value'),
-        ("device=[cpu] lr=1", "lr=1: unknown key of dlopt bench device=[...]; allowed: "),
+        ("device=[cpu] lr=1", "lr=1: unknown key of dlopt scaling device=[...]; allowed: "),
         ("simulate=true models=[vgg]", 'models=["vgg"]: unknown value'),
         ("simulate=true tflops=0", "tflops=0: input should be greater than 0"),
-        ("simulate=true optimizer=sgd", "optimizer=sgd: unknown key of dlopt bench simulate=true; allowed: "),
+        ("simulate=true optimizer=sgd", "optimizer=sgd: unknown key of dlopt scaling simulate=true; allowed: "),
         ("simulate=false", "simulate=false: unknown value"),
         ("speedup=true devices=[1,512] batch=256", "devices=[512]: must be <= batch=256; each device needs a sample"),
-        ("speedup=true optimizer=sgd", "optimizer=sgd: unknown key of dlopt bench speedup=true; allowed: "),
+        ("speedup=true optimizer=sgd", "optimizer=sgd: unknown key of dlopt scaling speedup=true; allowed: "),
     ],
 )
 def test_refused(tmp_path: Path, typed: str, message: str) -> None:
-    assert message in refused(tmp_path, "bench", *typed.split())
+    assert message in refused(tmp_path, "scaling", *typed.split())
 
 
 def rank(number: int, steps: float, waiting: float, **metrics: Any) -> Mapping[str, Any]:
@@ -105,7 +105,7 @@ def test_failed_row_reports_the_reason() -> None:
 
 @pytest.mark.slow
 def test_benchmarks_two_processes(tmp_path: Path) -> None:
-    result = dlopt(tmp_path, "bench", *SMALL, "updates=3", "warmup=1", "profiled=2", "output=out")
+    result = dlopt(tmp_path, "scaling", *SMALL, "updates=3", "warmup=1", "profiled=2", "output=out")
     assert result.code == 0, result.err
     single, ddp = json.loads((tmp_path / "out" / "modes.json").read_text())
     assert (single["processes"], ddp["processes"]) == (1, 2) and single["sent_mb"] == 0 == single["waiting"]
@@ -123,7 +123,7 @@ def test_benchmarks_two_processes(tmp_path: Path) -> None:
 def test_filter_parallelism_fits_a_larger_model(tmp_path: Path) -> None:
     """An 8192 x 8192 layer: weights, gradients and momentum take 3 x 256 MiB, half of them 384 MiB."""
     wide = [*SMALL, "model.widths=[8192,8192]", "parallel=filter", "memory_limit_mb=720"]
-    result = dlopt(tmp_path, "bench", *wide, "updates=1", "warmup=0", "profiled=1", "output=out")
+    result = dlopt(tmp_path, "scaling", *wide, "updates=1", "warmup=0", "profiled=1", "output=out")
     assert result.code == 0, result.err
     single, filters = json.loads((tmp_path / "out" / "modes.json").read_text())
     assert "out of memory of 720 MiB" in single["problem"] and filters["problem"] is None
@@ -135,7 +135,7 @@ def test_simulation_prints_the_days_of_a_named_training(tmp_path: Path) -> None:
     """On 4 devices with 64 samples each, the 600,000 updates of He et al. 2016; 90 epochs are 450,000."""
     keys = ["simulate=true", "models=[resnet101]", "devices=[4]", "output=out"]
     for typed, updates in ((), 600_000), (("training=imagenet_90",), 90 * 1_281_167 / 256):
-        result = dlopt(tmp_path, "bench", *keys, *typed)
+        result = dlopt(tmp_path, "scaling", *keys, *typed)
         assert result.code == 0, result.err
         [ddp] = [line.split() for line in result.out.splitlines() if line.startswith("ddp ")]
         assert float(ddp[-1]) == pytest.approx(float(ddp[2]) * 1e-3 * updates / 86400, rel=0.01)
@@ -151,7 +151,7 @@ def test_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(device, "_seconds", seconds)
     keys = ["sizes=[100,10]", "channels=[4]", "precision=[fp32]", "seconds=0.1", "output=out"]
-    result = dlopt(tmp_path, "bench", "device=[cpu,cuda]", *keys)
+    result = dlopt(tmp_path, "scaling", "device=[cpu,cuda]", *keys)
     assert result.code == 0 and calls[:3] == [0.1] * 3
     assert "cuda: no CUDA device available, skipped" in result.out or "cuda  fp32" in result.out
     points = json.loads((tmp_path / "out" / "throughput.json").read_text())

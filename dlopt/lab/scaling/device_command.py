@@ -1,17 +1,17 @@
-"""`dlopt bench device=[...]`: measures the throughput of devices against the size of the operation."""
+"""`dlopt scaling device=[...]`: measures the throughput of devices against the size of the operation."""
 
 from dataclasses import asdict
 from typing import Annotated, Literal
 
 from dlopt.extend import DONE, Count, Line, Positive, output_folder, refuse_empty
-from dlopt.lab.bench.output import Output, save
+from dlopt.lab.scaling.output import Output, save
 
 _PRECISIONS: list[Literal["fp32", "bf16", "fp16", "fp64"]] = ["fp32", "bf16"]
 _SIZES = [64, 128, 256, 512, 1024, 2048]
 _CHANNELS = [8, 16, 32, 64, 128, 256]
 
 
-def bench_devices(
+def time_devices(
     line: Line,
     *,
     device: Annotated[list[Literal["cpu", "cuda"]], "[NAME,...]: cpu and cuda"],
@@ -24,11 +24,11 @@ def bench_devices(
     seconds: Annotated[Positive, "X: time per measurement"] = 0.5,
     output: Output = None,
 ) -> int:
-    line.refuse_rest("dlopt bench device=[...]", bench_devices)
+    line.refuse_rest("dlopt scaling device=[...]", time_devices)
     refuse_empty(device=device, precision=precision, sizes=sizes, channels=channels)
     import torch
 
-    from dlopt.lab.bench import device as device_bench
+    from dlopt.lab.scaling import device as device_throughput
     from dlopt.machine.threads import set_threads
 
     set_threads(threads)
@@ -39,13 +39,13 @@ def bench_devices(
             print("cuda: no CUDA device available, skipped")
             continue
         for dtype in dict.fromkeys(precision):
-            for point in device_bench.throughput(torch.device(name), dtype, seconds=seconds, **grid):
+            for point in device_throughput.throughput(torch.device(name), dtype, seconds=seconds, **grid):
                 print(f"{name}  {dtype}  {point.kind:14}  {point.size:6}  {point.flops / 1e9:10.1f} GFLOP/s")
                 points.append(point)
     if not points:
         return DONE
     devices = [f"cpu: {torch.get_num_threads()} threads"] if "cpu" in device else []
     devices += [torch.cuda.get_device_name(0)] if any(p.device == "cuda" for p in points) else []
-    figure = device_bench.draw(points, "Throughput vs. size (" + ", ".join(devices) + ")")
-    save(figure, output_folder(output, "bench"), "throughput", [asdict(p) for p in points])
+    figure = device_throughput.draw(points, "Throughput vs. size (" + ", ".join(devices) + ")")
+    save(figure, output_folder(output, "scaling"), "throughput", [asdict(p) for p in points])
     return DONE
