@@ -23,6 +23,7 @@ from dlopt.basics.errors import (
 )
 from dlopt.basics.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_error
 from dlopt.commands.table import COMMANDS, every_command
+from dlopt.config.packages import entries
 
 _HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations
 
@@ -113,6 +114,8 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
     commands = COMMANDS if name in COMMANDS else every_command()
     if name not in commands:
+        if (renamed := entries("dlopt.renamed").get(name)) is not None:
+            raise UserError(f"{name}: unknown command; use dlopt {renamed}")
         raise UserError(f"{name}: unknown command; {suggest(name, commands, 'dlopt --help')}")
     path, _, function = commands[name].partition(":")
     module = importlib.import_module(path)

@@ -9,6 +9,7 @@ ENTRY_POINTS = {
         "diagnose": "dlopt.lab.diagnosis.command:diagnose",
         "scaling": "dlopt.lab.scaling.command:scaling",
     },
+    "dlopt.renamed": {"bench": "scaling"},
     "dlopt.series": {"comparison": "dlopt.lab.comparison.command:compare"},
     "dlopt.reports": {"claims": "dlopt.lab.comparison.frozen:section"},
     "dlopt.configurable": {
