@@ -123,8 +123,8 @@ class RunFolder:
                 return file
         return Path(path)
 
-    def history(self) -> list[str]:
-        """Reads the overrides of the run, after the flags that name its config files."""
+    def typed(self) -> list[str]:
+        """Reads the overrides of the run as they were typed, after the flags that name its config files."""
         overrides = self._load("overrides.yaml")
         return [str(override) for override in overrides] if isinstance(overrides, list) else []
 

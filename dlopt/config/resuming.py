@@ -37,7 +37,7 @@ def how_to_resume(folder: RunFolder, is_ranks: bool = False) -> str:
     if (folder.path.parent / SPACE).is_file():
         return "add resume=auto to the command of the sweep"
     launcher = "the same launcher, and " if is_ranks else ""
-    words = without(folder.history(), "resume")
+    words = without(folder.typed(), "resume")
     return f"resume with: {launcher}{shlex.join(['dlopt', 'train', *words, 'resume=auto'])}"
 
 

@@ -113,7 +113,7 @@ def _read(path: Path) -> Record:
     environment = _mapping(path / "environment.json", _json) or {}
     summary = _mapping(path / SUMMARY, _json)
     history = tuple(_lines(path / METRICS))
-    overrides = tuple(RunFolder(path).history())
+    overrides = tuple(RunFolder(path).typed())
     status = _status(path, summary)
     if status == "running" or summary is None:  # the summary of a resumed, running run is outdated
         summary = {}

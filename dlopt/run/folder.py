@@ -119,7 +119,7 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
     if source is not None:
         source.refuse_newer(f"resume={resume}")
         checkpoint = _load(resume)
-        refuse_other_config(checkpoint.config, saved, resume, source.history())
+        refuse_other_config(checkpoint.config, saved, resume, source.typed())
     if not is_typed:
         target = RunFolder(make_new(path))
     elif not path.is_dir():
@@ -145,7 +145,7 @@ def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> "Checkpoi
     from dlopt.training.checkpoint.checkpoints import load_own
 
     folder.refuse_newer("resume=auto")
-    refuse_other_config(folder.config() or saved, saved, f"{folder.path}", folder.history())
+    refuse_other_config(folder.config() or saved, saved, f"{folder.path}", folder.typed())
     return None if folder.is_done(saved) else load_own(folder, saved)
 
 
@@ -161,7 +161,7 @@ def _earlier_attempt(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> Ru
     config = None if folder is None else folder.config()
     if folder is None or config is None or config.get("resume") != saved["resume"]:
         return None
-    refuse_other_config(config, saved, f"{folder.path}", folder.history())
+    refuse_other_config(config, saved, f"{folder.path}", folder.typed())
     return folder
 
 

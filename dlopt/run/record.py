@@ -114,7 +114,7 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     id. Raises `UserError` if the folder is not writable.
     """
     overrides = storable(overrides)
-    former, before = RunFolder(folder).config() or {}, RunFolder(folder).history()
+    former, before = RunFolder(folder).config() or {}, RunFolder(folder).typed()
     config = {"run_id": RunFolder(folder).run_id() or new_run_id(), **config}
     typed = [line for line in overrides if line not in before]
     config = {**config, **{key: former[key] for key in LABELS if key in former and not is_typed(key, typed)}}

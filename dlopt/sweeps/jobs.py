@@ -76,7 +76,7 @@ def prepare(job: Job) -> JobResult | None:
     """
     folder, plan = job.folder, job.plan
     if folder.has_begun():
-        refuse_other_config(folder.config() or plan.saved, plan.saved, str(folder.path), folder.history())
+        refuse_other_config(folder.config() or plan.saved, plan.saved, str(folder.path), folder.typed())
         if job.is_done:
             return result_of(folder, DONE)
         # Before the job starts: if its process dies without a summary, the former one would count as its result.

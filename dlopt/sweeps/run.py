@@ -180,7 +180,7 @@ def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str |
             raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
         folder, saved = job.folder, job.plan.saved
         former = folder.config() or saved
-        refuse_other_config(former, saved, str(folder.path), folder.history())
+        refuse_other_config(former, saved, str(folder.path), folder.typed())
         has_other_length = any(former.get(name) != saved[name] for name in ("epochs", "steps"))
         if has_other_length and (newest := Checkpoints(folder.checkpoints).load_newest()) is not None:
             check_lengthened(job.plan.experiment, newest)

@@ -53,7 +53,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
     tokens = workload.task.predictions  # of a sample; 1 for labels
     label_metrics = LABEL_METRICS if workload.task.labels is not None else ()
     facts: dict[str, Any] = {
-        "overrides": RunFolder(run.folder).history() if run.overrides is None else storable(run.overrides),
+        "overrides": RunFolder(run.folder).typed() if run.overrides is None else storable(run.overrides),
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "train": len(dataset.train) * tokens,

@@ -209,7 +209,7 @@ def test_no_file_of_a_run_has_a_secret(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "report/index.html").exists() and (tmp_path / "failed/train.log").exists()
     # Resumed with the variable set, and refused without it.
     more = ["resume=auto", "epochs=3", "schedule_epochs=3"]
-    history = [word for word in RunFolder(tmp_path / "run").history() if not word.startswith(("hydra.run", "epochs"))]
+    history = [word for word in RunFolder(tmp_path / "run").typed() if not word.startswith(("hydra.run", "epochs"))]
     assert "WANDB_API_KEY" in dlopt(tmp_path, "train", *history, *more, "hydra.run.dir=run").err
     monkeypatch.setenv("WANDB_API_KEY", f"{CANARY}-typed")
     resumed = dlopt(tmp_path, "train", *history, *more, "hydra.run.dir=run")

@@ -322,7 +322,7 @@ def _folder(config: DictConfig, overrides: list[str], configs: Sequence[Mapping[
                 raise UserError(f"hydra.run.dir={path}: this folder contains runs; resume them with resume=auto")
             old = folder.config()
             refuse_other_config(
-                saved if old is None else _as_planned(old, saved), saved, str(folder.path), folder.history()
+                saved if old is None else _as_planned(old, saved), saved, str(folder.path), folder.typed()
             )
     return path
 

@@ -336,7 +336,7 @@ def load_own(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | None:
     path = folder.checkpoints
     if (reason := foreign(path / "last.pt", checkpoint)) is not None:
         raise UserError(f"resume: {reason}; restore the checkpoints of this run, or use another folder")
-    refuse_other_config(checkpoint.config, config, f"the checkpoint in {path}", folder.history())
+    refuse_other_config(checkpoint.config, config, f"the checkpoint in {path}", folder.typed())
     return checkpoint
 
 
