@@ -260,7 +260,7 @@ def test_a_group_of_one_process_computes_the_same_as_no_group(tmp_path: Path, de
     expected = weights(trained(tmp_path, device, *keys, updates=3))
     with group_of_one(device, *keys, f"parallel={mode}") as group:
         trainer = trained(tmp_path, device, *keys, f"parallel={mode}", updates=3, parallel=group)
-        state = group.state.full(trainer.module.state_dict())
+        state = group.sharding.full(trainer.module.state_dict())
         names = [name for name, _ in trainer.module.named_parameters()]
         actual = torch.cat([state[name].detach().double().cpu().flatten() for name in names])
         del trainer, state

@@ -36,7 +36,7 @@ _KEPT = 2000  # values of a histogram
 
 def check(workload: Workload, kinds: Sequence[Kind]) -> None:
     """Raises `UserError` for diagnostics that the parallel mode or torch.compile does not support."""
-    if workload.parallel.state.sharding != "replicated":
+    if workload.parallel.sharding.kind != "replicated":
         raise UserError(
             f"diagnostics=[{','.join(kinds)}]: with parallel={workload.parallel.name} no process has the whole model; "
             "use parallel=single or ddp"

@@ -2,9 +2,9 @@
 
 A mode has three parts, each of which can be read alone:
 
-    ranks  collectives: sum, maximum, gather, broadcast, the stop flag (`ranks.py`)
-    state  norms and states of a model, by how it is sharded (`shards.py`)
-    split  this process's samples of a batch, micro-batch by micro-batch (`batch_shards.py`)
+    ranks     collectives: sum, maximum, gather, broadcast, the stop flag (`ranks.py`)
+    sharding  norms and states of a model, by how it is sharded (`shards.py`)
+    split     this process's samples of a batch, micro-batch by micro-batch (`batch_shards.py`)
 
 What is its own: `place` brings a model onto the processes, `micro_batch` surrounds the forward and backward of one
 micro-batch, and `reduce` sums what the processes have computed. To write a mode, subclass `GroupMode` and name the
@@ -26,7 +26,7 @@ from dlopt.parallel.dropout import CurrentShard, convert_dropout
 from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys, join
 from dlopt.parallel.ranks import GroupRanks, Ranks
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.parallel.shards import FullState
+from dlopt.parallel.shards import Sharding
 from dlopt.parallel.step_timing import StepTiming
 
 MicroLoss = Callable[[Tensor, Tensor], Tensor]
@@ -82,7 +82,7 @@ class Mode:
         self.device = device
         self.name = name
         self.ranks = Ranks()
-        self.state: FullState = FullState()
+        self.sharding: Sharding = Sharding()
         self.split = BatchSplit()
         self.traits = ModeTraits(recomputes=True, adapters=True)
 

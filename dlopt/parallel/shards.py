@@ -140,10 +140,10 @@ def _merge(state: Any, other: Any) -> Any:
 # -- norms and states, by how a model is sharded
 
 
-class FullState:
-    """Norms and states of a model that every process holds as a whole (single, ddp)."""
+class Sharding:
+    """Norms and states of a model by how it is sharded; this one: every process holds all of it (single, ddp)."""
 
-    sharding: Literal["replicated", "tensors", "layers"] = "replicated"
+    kind: Literal["replicated", "tensors", "layers"] = "replicated"
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Returns the 2-norm of all parameters, or of their gradients, as one vector: a scalar, equal on all ranks.
@@ -168,10 +168,10 @@ class FullState:
         optimizer.load_state_dict(dict(state))
 
 
-class TensorShards(FullState):
+class TensorShards(Sharding):
     """Parameters are DTensors of which each process holds a shard (fsdp, filter, spatial, hybrid)."""
 
-    sharding: Literal["replicated", "tensors", "layers"] = "tensors"
+    kind: Literal["replicated", "tensors", "layers"] = "tensors"
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         return total_norm(tensors)
@@ -203,7 +203,7 @@ class LayerShards(TensorShards):
     count once.
     """
 
-    sharding: Literal["replicated", "tensors", "layers"] = "layers"
+    kind: Literal["replicated", "tensors", "layers"] = "layers"
 
     def __init__(self, group: ProcessGroup, device: torch.device, *, is_replica: bool = False) -> None:
         self.group = group

@@ -296,7 +296,7 @@ class Trainer:
 
     def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
         """Gathers full tensors (a collective), unless every rank saves its own shards."""
-        return self.mode.state.full(state) if self.checkpoints.shards is None else state
+        return self.mode.sharding.full(state) if self.checkpoints.shards is None else state
 
     def _evaluated_weights(self) -> dict[str, Any] | None:
         """Returns the weights to validate and test if they differ from the trained ones (EMA, schedule-free)."""
@@ -313,9 +313,9 @@ class Trainer:
         # The average is loaded through the model, which then gets its own weights: the order of these two matters.
         if self.average is not None:
             # Through the model: the mode shards the full tensors of the state as it shards the model.
-            self.mode.state.load_model(self.module, state["ema"])
+            self.mode.sharding.load_model(self.module, state["ema"])
             self.average.restart(progress["step"] - progress["recovery"]["skipped"])  # skipped updates do not count
-        self.mode.state.load_model(self.module, state["model"])
+        self.mode.sharding.load_model(self.module, state["model"])
         self.load_optimizer(state["optimizer"])
         self.step.schedule.load_state_dict(state["schedule"])
         step_keys = ("lr", "scaler", "accumulate", *self.step.cost())
@@ -344,4 +344,4 @@ class Trainer:
         optimizer, keys = self.step.optimizer, ("fused", "foreach", "capturable")
         kernels = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
         groups = [{**saved, **kernel} for saved, kernel in zip(state["param_groups"], kernels, strict=True)]
-        self.mode.state.load_optimizer(optimizer, {**state, "param_groups": groups})
+        self.mode.sharding.load_optimizer(optimizer, {**state, "param_groups": groups})

@@ -197,7 +197,7 @@ def locate(
         text = _locate_on_this_rank(module, inputs, mode, loss_is_finite)
         # Any rank may have the cause, in its samples or in its shards; all ranks raise the same message.
         first = next(((rank, each) for rank, each in enumerate(mode.ranks.gather([text])) if each is not None), None)
-        unknown = "the loss itself" if mode.state.sharding == "replicated" else "an activation or the loss itself"
+        unknown = "the loss itself" if mode.sharding.kind == "replicated" else "an activation or the loss itself"
         return f"first: {unknown}" if first is None else f"first on rank {first[0]}: {first[1]}"
     if weight := first_nonfinite_weight(module):
         return f"first: the weights {weight}"
@@ -213,7 +213,7 @@ def _locate_on_this_rank(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_
     """Describes the first non-finite tensor of this rank's samples and parameters; None: there is none."""
     if weight := first_nonfinite_weight(module):
         return f"the weights {weight}"
-    if loss_is_finite or mode.state.sharding != "replicated":  # layers of shards would communicate in the forward pass
+    if loss_is_finite or mode.sharding.kind != "replicated":  # layers of shards would communicate in the forward pass
         gradient = first_nonfinite_gradient(module)
         return None if gradient is None else f"the gradient of {gradient}"
     if not len(inputs) or not is_finite([inputs]):

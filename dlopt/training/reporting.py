@@ -145,7 +145,7 @@ def show_first_batch(workload: Workload, batches: EpochBatches, tracking: Tracki
 
 def _emulation_warning(workload: Workload, batches: EpochBatches) -> str:
     cost, name = "is slower than fp32", workload.precision.name
-    if workload.parallel.state.sharding == "replicated":  # otherwise this process has only a part of the model
+    if workload.parallel.sharding.kind == "replicated":  # otherwise this process has only a part of the model
         batch = next(iter(batches.epoch(0)))
         loss = getattr(workload.loss, "cross_entropy", workload.loss)  # that of a distillation without its teacher
         slowdown = bf16_slowdown(workload.module, loss, *batch, name=name)

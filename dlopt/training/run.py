@@ -205,7 +205,7 @@ def build_trainer(
     if settings.ema is not None:
         average = ExponentialAverage(workload.module, settings.ema, warmup=settings.ema_warmup)
     stopping: Stopping = experiment.stopping.build(
-        model=workload.module, norm=mode.state.norm, monitor_mode=settings.monitor_mode
+        model=workload.module, norm=mode.sharding.norm, monitor_mode=settings.monitor_mode
     )
     checkpoints = Checkpoints(
         folder / "checkpoints",

@@ -208,7 +208,7 @@ class Step:
             self.parameters,
             immediate=settings.check_now,
             locate=self._locate,
-            norm=None if mode.state.sharding == "replicated" else mode.state.norm,
+            norm=None if mode.sharding.kind == "replicated" else mode.sharding.norm,
         )
         has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
         self.zero_grad: Callable[[], None] = optimizer.zero_grad if has_own_zero_grad else self._drop_gradients
@@ -280,8 +280,8 @@ class Step:
                 self.record.flags.append((loss, flag))
 
         # 5. Clip; the logged norm is that of before.
-        norm = gradient_norm(self.parameters, self.mode.state.norm) if current.log_norm else None
-        clipped = self.clip(self.parameters, self.mode.state.norm)
+        norm = gradient_norm(self.parameters, self.mode.sharding.norm) if current.log_norm else None
+        clipped = self.clip(self.parameters, self.mode.sharding.norm)
         self.record.norm = norm if clipped is None else clipped
         return loss
 

@@ -17,7 +17,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.parallel.modes.fsdp import FullySharded
 from dlopt.parallel.processes.process_group import ProcessGroup
 from dlopt.parallel.processes.rendezvous import current
-from dlopt.parallel.shards import FullState, TensorShards, local, total_norm
+from dlopt.parallel.shards import Sharding, TensorShards, local, total_norm
 from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.builders.optimizer import check_optimizer
 from dlopt.training.clipping import Adaptive, ByNorm, ByValue, gradient_norm
@@ -231,8 +231,8 @@ def test_two_processes_match_one(tmp_path: Path) -> None:
 def mode(name: str, sharding: Any) -> Mode:
     """Returns a mode of one process that shards the model, as far as checks of optimizers can tell."""
     mode = Mode(torch.device("cpu"), name)
-    mode.state = FullState()
-    mode.state.sharding = sharding
+    mode.sharding = Sharding()
+    mode.sharding.kind = sharding
     return mode
 
 

@@ -27,7 +27,7 @@ class ColumnParallel(ModelParallel):
 
     def __init__(self, group: ProcessGroup, device: torch.device, **options: Any) -> None:
         super().__init__(group, device, split=split_columns, **options)
-        self.state = LayerShards(group, device, is_replica=self.split.rank > 0)  # the first group holds the same layers
+        self.sharding = LayerShards(group, device, is_replica=self.split.rank > 0)  # group 0 holds the same layers
 
     def distribute_parameters(self, model: nn.Module, plan: ShardingPlan) -> None:
         """Keeps plain parameters: every tensor is on exactly one rank of a model group."""

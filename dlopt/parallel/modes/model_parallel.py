@@ -63,7 +63,7 @@ class ModelParallel(GroupMode):
         self.split_model = split
         self.data_degree = data_degree
         self.model_group = ModelGroup(self.mesh.get_group("model"))
-        self.state = TensorShards()
+        self.sharding = TensorShards()
         self.ranks.counts = self.model_group.rank == 0  # all ranks of a model group have the same losses
         self.sync_batchnorm = sync_batchnorm and data_degree > 1
         batch_norm_shards = 1 if sync_batchnorm else data_degree
@@ -92,7 +92,7 @@ class ModelParallel(GroupMode):
         held = sum(local(p).numel() for p in named.values() if not p.is_meta)
         replicated = sum(p.numel() for p in named.values() if not p.is_meta and local(p).numel() == p.numel())
         line = f"parallel={self.name}: {total} parameters over {self.model_group.size} processes; {held} on this one"
-        if self.state.sharding == "tensors":
+        if self.sharding.kind == "tensors":
             line += f" ({replicated} replicated)"
         return line + (f"; {self.data_degree} data-parallel groups" if self.data_degree > 1 else "")
 

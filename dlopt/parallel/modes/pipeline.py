@@ -90,7 +90,7 @@ class PipelineMode(GroupMode):
         super().__init__(group, device, "pipeline")
         self.is_last = self.ranks.counts = group.rank == group.size - 1  # it computes the losses
         self.split = StageSplit(needs_samples=group.rank == 0 or self.is_last)
-        self.state = LayerShards(group, device)
+        self.sharding = LayerShards(group, device)
         self.traits = ModeTraits(compiles=False, observes_losses=False, micro_batches=in_flight)
         self.schedule = schedule
         self.first_layers = split

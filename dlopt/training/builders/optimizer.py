@@ -142,7 +142,7 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     name, traits = f"parallel={parallel.name}: {type(optimizer).__name__}", optimizer_traits(optimizer)
     advice = "use parallel=ddp or an elementwise optimizer (sgd, adamw, ...)"
     missing = {"tensors": traits.scope != "element", "layers": traits.scope == "model"}
-    if not missing.get(parallel.state.sharding):
+    if not missing.get(parallel.sharding.kind):
         return
     if traits is UNKNOWN:
         raise UserError(
@@ -150,7 +150,7 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
             "each element is updated from its own gradients only, add to the class: "
             'traits = dlopt.optim.OptimizerTraits(scope="element")'
         )
-    needs = "full tensors or the full model" if parallel.state.sharding == "tensors" else "all layers"
+    needs = "full tensors or the full model" if parallel.sharding.kind == "tensors" else "all layers"
     raise UserError(f"{name} needs {needs}, but each rank has a part of them; {advice}")
 
 

@@ -124,7 +124,7 @@ def recompute(model: nn.Module, setting: Recomputation, mode: Mode, *, choice: s
             "activation_checkpointing=none"
         )
     if setting == "all":
-        if mode.state.sharding != "replicated":
+        if mode.sharding.kind != "replicated":
             raise UserError(
                 f"{key}: parallel={mode.name} gathers the weights block by block, a segment has several blocks; "
                 "use activation_checkpointing=blocks"

@@ -104,7 +104,7 @@ class Workload:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Loads the weights that the run of a checkpoint has evaluated. All ranks call this with the same one."""
-        self.parallel.state.load_model(self.module, checkpoint.evaluated_weights)  # the module has the adapters
+        self.parallel.sharding.load_model(self.module, checkpoint.evaluated_weights)  # the module has the adapters
 
     def with_lr(self, lr: float) -> "Workload":
         """Returns a copy with a learning rate in place of optimizer.lr=auto."""
@@ -389,7 +389,7 @@ def load_weights(module: nn.Module, path: Path, mode: Mode | None = None, *, com
             f"init_from={path}: an untrained part cannot be tested; the file lacks, or has with another shape: "
             f"{', '.join(match.missing)}"
         )
-    (mode or Mode(torch.device("cpu"))).state.load_model(module, match.weights, strict=False)
+    (mode or Mode(torch.device("cpu"))).sharding.load_model(module, match.weights, strict=False)
     return match.lines
 
 

@@ -267,7 +267,7 @@ def test_modes_that_split_the_model_refuse_optimizers_that_need_it(sharding: Any
         traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope=scope, rests_at_zero_lr=True)
 
     mode = Mode(torch.device("cpu"), "filter")
-    mode.state.sharding = sharding
+    mode.sharding.kind = sharding
     optimizer = Mine([torch.zeros(2, requires_grad=True)], lr=0.1)
     with pytest.raises(UserError, match=rf"parallel=filter: Mine needs {needs}, but"):
         check_optimizer(mode, optimizer)
@@ -281,6 +281,6 @@ def test_modes_that_split_the_model_refuse_optimizers_without_traits(sharding: A
     mode = Mode(torch.device("cpu"), "fsdp")
     optimizer = Mine([torch.zeros(2, requires_grad=True)], lr=0.1)
     check_optimizer(mode, optimizer)
-    mode.state.sharding = sharding
+    mode.sharding.kind = sharding
     with pytest.raises(UserError, match=r'Mine does not say .* add to the class: traits = .*\(scope="element"\)$'):
         check_optimizer(mode, optimizer)
