@@ -17,7 +17,7 @@ class KeptOutputs:
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Adds this rank's samples of a batch."""
-        if self._ranks.counts:  # otherwise another rank has the same samples
+        if self._ranks.is_counted:  # otherwise another rank has the same samples
             # The host waits for the device at each batch: the outputs of a whole split may not fit on a GPU.
             self._batches.append((outputs.detach().cpu(), targets.cpu()))
 

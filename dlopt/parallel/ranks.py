@@ -23,7 +23,7 @@ class Ranks:
     processes = 1
     local_processes = 1  # on this machine; they share its cores
     is_main = True  # writes files and prints
-    counts = True  # whether sums over ranks include this one; false: another rank has the same values
+    is_counted = True  # whether sums over ranks include this one; false: another rank has the same values
 
     def sum(self, values: Sequence[float]) -> Sequence[float]:
         """Returns the elementwise sums over ranks. Values that the ranks of a model group share count once."""
@@ -58,11 +58,11 @@ class GroupRanks(Ranks):
         self.rank, self.processes = group.rank, group.size
         self.local_processes = group.world.local_size
         self.is_main = group.world.is_main
-        self.counts = True
+        self.is_counted = True
         self.stop = StopFlag(None)
 
     def sum(self, values: Sequence[float]) -> Sequence[float]:
-        return self.group.sum(values if self.counts else [0.0] * len(values))
+        return self.group.sum(values if self.is_counted else [0.0] * len(values))
 
     def maximum(self, values: Tensor) -> Tensor:
         largest = values.clone()
@@ -82,7 +82,7 @@ class GroupRanks(Ranks):
 
     def sum_loss(self, loss: Tensor) -> Tensor:
         """Returns the sum over the ranks that count. The stop flag is part of the same collective."""
-        loss = loss if self.counts else torch.zeros_like(loss)
+        loss = loss if self.is_counted else torch.zeros_like(loss)
         # Gathered and then added in the order of the ranks: the sum of an all-reduce depends on its algorithm, and the
         # ranks must agree to the last bit, since a line search branches on this number.
         pair = torch.stack([loss, loss.new_full((), self.stop.flag())])

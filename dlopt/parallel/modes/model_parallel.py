@@ -64,7 +64,7 @@ class ModelParallel(GroupMode):
         self.data_degree = data_degree
         self.model_group = ModelGroup(self.mesh.get_group("model"))
         self.sharding = TensorShards()
-        self.ranks.counts = self.model_group.rank == 0  # all ranks of a model group have the same losses
+        self.ranks.is_counted = self.model_group.rank == 0  # all ranks of a model group have the same losses
         self.sync_batchnorm = sync_batchnorm and data_degree > 1
         batch_norm_shards = 1 if sync_batchnorm else data_degree
         self.traits = ModeTraits(compiles=False, observes_losses=False, batch_norm_shards=batch_norm_shards)

@@ -88,7 +88,7 @@ class PipelineMode(GroupMode):
         threads: int | str,
     ) -> None:
         super().__init__(group, device, "pipeline")
-        self.is_last = self.ranks.counts = group.rank == group.size - 1  # it computes the losses
+        self.is_last = self.ranks.is_counted = group.rank == group.size - 1  # it computes the losses
         self.split = StageSplit(needs_samples=group.rank == 0 or self.is_last)
         self.sharding = LayerShards(group, device)
         self.traits = ModeTraits(compiles=False, observes_losses=False, micro_batches=in_flight)
