@@ -67,8 +67,8 @@ class Experiment:
     stopping: Component
     parallel: Component
     config: Mapping[str, Any] = field(repr=False)  # as saved: resolved, except for values from environment variables
-    own_metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # of evaluate.metrics, by name
-    own_observers: Sequence[Component] = ()
+    user_metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # of evaluate.metrics, by name
+    user_observers: Sequence[Component] = ()
     auto_lr: bool = False  # optimizer.lr=auto: a learning-rate range test runs first
 
     def build_schedule(self, horizon: Horizon) -> Factor:

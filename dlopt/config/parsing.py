@@ -51,8 +51,8 @@ def parse(
         grouping=components.pop("Grouping"),
         warmup=components.pop("Warmup"),
         config={key: to_save[key] for key in [*(key for key in config if key not in GROUPS), *GROUPS]},
-        own_metrics=user_metrics(settings.evaluate.metrics, packages),
-        own_observers=user_observers(config.get("observers", []), packages),
+        user_metrics=user_metrics(settings.evaluate.metrics, packages),
+        user_observers=user_observers(config.get("observers", []), packages),
         auto_lr=config["optimizer"].get("lr") == "auto",
         **components,
     )

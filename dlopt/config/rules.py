@@ -65,12 +65,12 @@ def check_combinations(experiment: Experiment) -> None:
 
 def _check_monitors(experiment: Experiment) -> None:
     """Checks the monitored metrics and their directions; with monitor=auto, `extra_metrics` knows which one it is."""
-    settings, own = experiment.settings, [Metric("val", name).column for name in experiment.own_metrics]
+    settings, user_metrics = experiment.settings, [Metric("val", name).column for name in experiment.user_metrics]
     mode, plateau = settings.monitor_mode, experiment.schedule.arguments
     monitors = {"monitor": settings.monitor}
     if "monitor" in experiment.stopping.arguments:
         monitors["stopping.monitor"] = experiment.stopping.arguments["monitor"]
-        check_monitor("stopping.monitor", monitors["stopping.monitor"], experiment.own_metrics, mode)
+        check_monitor("stopping.monitor", monitors["stopping.monitor"], experiment.user_metrics, mode)
     if "monitor" in plateau:
         metric, direction = plateau["monitor"], plateau.get("mode", "auto")
         known = known_mode(metric) or (mode if metric in monitors.values() else None)
@@ -80,11 +80,11 @@ def _check_monitors(experiment: Experiment) -> None:
             )
         if direction == "auto":
             monitors["schedule.monitor"] = metric
-        if direction == "auto" and metric in own:
-            check_monitor("schedule.monitor", metric, experiment.own_metrics, mode)
+        if direction == "auto" and metric in user_metrics:
+            check_monitor("schedule.monitor", metric, experiment.user_metrics, mode)
     if mode is None:
         return
-    described = dict.fromkeys(metric for metric in monitors.values() if metric in own)
+    described = dict.fromkeys(metric for metric in monitors.values() if metric in user_metrics)
     if len(described) > 1:
         raise UserError(
             f"monitor_mode={mode}: cannot hold for {' and '.join(described)}, which are two metrics of your own; "

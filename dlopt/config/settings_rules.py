@@ -27,8 +27,8 @@ def check_settings(settings: Settings) -> None:
     if settings.dry_run and settings.resume is not None:
         raise UserError(f"dry_run=true: estimates a whole run, not the rest of one; leave out resume={settings.resume}")
     _check_tracking(settings.tracking)
-    own = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
-    check_monitor("monitor", settings.monitor, own, settings.monitor_mode)
+    user_metrics = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
+    check_monitor("monitor", settings.monitor, user_metrics, settings.monitor_mode)
     _check_diagnostics(settings)
     every = settings.evaluate
     if every.every_steps is not None and every.every_epochs != 1:
@@ -66,11 +66,11 @@ def _check_tracking(sinks: list[Any]) -> None:
             raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; {install(f'dlopt[{sink}]')}")
 
 
-def check_monitor(key: str, monitor: str, own: Iterable[str], mode: Mode | None) -> None:
-    """Raises `UserError` for an unknown metric, and for one of the user's `own` without a `mode`."""
-    own = [Metric("val", name).column for name in own]
-    allowed = (*MONITORS, *_EXTRA, *own)
-    if monitor in own and mode is None:
+def check_monitor(key: str, monitor: str, user_metrics: Iterable[str], mode: Mode | None) -> None:
+    """Raises `UserError` for an unknown metric, and for one of `user_metrics` without a `mode`."""
+    user_metrics = [Metric("val", name).column for name in user_metrics]
+    allowed = (*MONITORS, *_EXTRA, *user_metrics)
+    if monitor in user_metrics and mode is None:
         raise UserError(
             f"{key}={monitor}: whether smaller or larger values of your own metric are better must be set: "
             "monitor_mode=min or monitor_mode=max"

@@ -204,7 +204,7 @@ def monitored_modes(config: Mapping[str, Any]) -> dict[str, Mode]:
         metric, mode = config.get(key, "auto"), run_mode
         if key == "schedule.monitor" and config.get("schedule.mode") != "auto":
             mode = config.get("schedule.mode")
-        if mode in ("min", "max") and _is_own(metric):
+        if mode in ("min", "max") and _is_user_metric(metric):
             modes.setdefault(base_name(metric), mode)
     return modes
 
@@ -226,11 +226,11 @@ def former_mode(config: Mapping[str, Any]) -> Mode | None:
 
     `config`: its values by dotted key.
     """
-    own = [str(config[key]) for key in _MONITORS if _is_own(config.get(key))]
-    if not own:
+    user_metrics = [str(config[key]) for key in _MONITORS if _is_user_metric(config.get(key))]
+    if not user_metrics:
         return None
-    return "max" if own[0].endswith(tuple(f"_{word}" for word in _FORMER)) else "min"
+    return "max" if user_metrics[0].endswith(tuple(f"_{word}" for word in _FORMER)) else "min"
 
 
-def _is_own(metric: Any) -> TypeGuard[str]:
+def _is_user_metric(metric: Any) -> TypeGuard[str]:
     return isinstance(metric, str) and metric != "auto" and known_mode(metric) is None

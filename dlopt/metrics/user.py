@@ -11,17 +11,17 @@ from dlopt.metrics.outputs import KeptOutputs
 from dlopt.metrics.sums import Reduce
 from dlopt.parallel.ranks import Ranks
 
-OwnMetric = Callable[[Tensor, Tensor], Any]
+UserMetric = Callable[[Tensor, Tensor], Any]
 """(outputs, targets) of all samples of a split, on the CPU -> a number."""
 
 
-class OwnMetrics(KeptOutputs):
+class UserMetrics(KeptOutputs):
     """Keeps outputs and targets of an evaluation in main memory, and applies the functions to all of them.
 
     The functions run in the process of rank 0 only, on the samples of all ranks in the order of the data.
     """
 
-    def __init__(self, functions: Mapping[str, OwnMetric], ranks: Ranks) -> None:
+    def __init__(self, functions: Mapping[str, UserMetric], ranks: Ranks) -> None:
         super().__init__(ranks)
         self._functions = functions
 
@@ -44,13 +44,13 @@ class OwnMetrics(KeptOutputs):
         return result
 
 
-def compute(functions: Mapping[str, OwnMetric], outputs: Tensor, targets: Tensor) -> dict[str, float]:
+def compute(functions: Mapping[str, UserMetric], outputs: Tensor, targets: Tensor) -> dict[str, float]:
     """Returns the value of each function by name. Raises `RunError` if one raises, or returns no number."""
     outputs, targets = outputs.cpu(), targets.cpu()
     return {name: _value(function, outputs, targets) for name, function in functions.items()}
 
 
-def _value(function: OwnMetric, outputs: Tensor, targets: Tensor) -> float:
+def _value(function: UserMetric, outputs: Tensor, targets: Tensor) -> float:
     name = getattr(function, "__name__", type(function).__name__)
     setting = f"evaluate.metrics={function.__module__}.{name}"
     try:

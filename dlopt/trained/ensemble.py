@@ -13,7 +13,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.experiment import Experiment
 from dlopt.data.identity import difference
 from dlopt.data.task import Task
-from dlopt.metrics.user import OwnMetric
+from dlopt.metrics.user import UserMetric
 from dlopt.parallel.mode import Mode
 from dlopt.trained.restore import fitting
 from dlopt.training.builders.workload import Workload, build_workload
@@ -57,7 +57,7 @@ class _Predictions:
     classes: tuple[str, ...] | None
     loss: nn.Module
     task: Task
-    own_metrics: Mapping[str, OwnMetric]
+    user_metrics: Mapping[str, UserMetric]
     batches: Sequence[Outputs]
 
     def check_matches(self, first: "_Predictions") -> None:
@@ -90,12 +90,14 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
             return Tested(unlabelled_report(workload, tta=tta, members=len(paths)), chosen, None, workload)
         batches = predict_test_set(workload, views, chosen)
         assert batches is not None  # nothing interrupts it
-        own = workload.experiment.own_metrics
-        models.append(_Predictions(path, chosen, workload.dataset.classes, workload.loss, workload.task, own, batches))
+        user_metrics = workload.experiment.user_metrics
+        models.append(
+            _Predictions(path, chosen, workload.dataset.classes, workload.loss, workload.task, user_metrics, batches)
+        )
         models[-1].check_matches(models[0])
     first = models[0]
     combined = _combine([model.batches for model in models], first.average)
-    return Tested(report(combined, first.loss, first.task, first.own_metrics), first.average, first.classes)
+    return Tested(report(combined, first.loss, first.task, first.user_metrics), first.average, first.classes)
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:

@@ -24,7 +24,7 @@ from dlopt.metrics.labels import LABEL_METRICS, LabelMetrics, LabelReport, label
 from dlopt.metrics.names import Metric, Split, by_column
 from dlopt.metrics.regression import RegressionMetrics
 from dlopt.metrics.sums import Measured, MetricSum, Reduce, predicted_classes
-from dlopt.metrics.user import OwnMetric, OwnMetrics, compute
+from dlopt.metrics.user import UserMetric, UserMetrics, compute
 from dlopt.models.layers import evaluation_mode
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
@@ -32,7 +32,7 @@ from dlopt.training.builders.workload import Workload, evaluation_batches
 from dlopt.training.extra_metrics import ExtraMetrics, extra_metrics
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 
-Accumulator = ExtraMetrics | LabelMetrics | OwnMetrics
+Accumulator = ExtraMetrics | LabelMetrics | UserMetrics
 
 
 @torch.inference_mode()
@@ -125,9 +125,12 @@ class TestReport:
 
 
 def report(
-    batches: Sequence[Outputs], loss: nn.Module, task: Task, own: Mapping[str, OwnMetric] = MappingProxyType({})
+    batches: Sequence[Outputs],
+    loss: nn.Module,
+    task: Task,
+    user_metrics: Mapping[str, UserMetric] = MappingProxyType({}),
 ) -> TestReport:
-    """Computes all test metrics of outputs; loss, accuracy and `own` metrics equal those in a run's summary."""
+    """Computes all test metrics of outputs; loss, accuracy and user metrics equal those in a run's summary."""
     accumulator = MetricSum(task)
     with torch.inference_mode():
         loss.eval()
@@ -138,10 +141,10 @@ def report(
         return TestReport(metrics, None)
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     with torch.inference_mode():
-        own_values = by_column("test", compute(own, outputs, targets))
+        user_values = by_column("test", compute(user_metrics, outputs, targets))
     if task.labels is not None:
         labels = label_report(outputs, targets, lambda outputs: label_probabilities(outputs, loss))
-        return TestReport(metrics | by_column("test", labels.means) | own_values, None, labels)
+        return TestReport(metrics | by_column("test", labels.means) | user_values, None, labels)
     classes, confusion, samples = task.classes, None, None
     extra: ExtraMetrics
     if classes is None:
@@ -156,7 +159,7 @@ def report(
         samples = torch.bincount(targets, minlength=classes).cpu()
     extra.add(outputs, targets)
     means = extra.means(None)
-    metrics |= by_column("test", {name: means[name] for name in names}) | own_values
+    metrics |= by_column("test", {name: means[name] for name in names}) | user_values
     return TestReport(metrics, confusion, samples=samples)
 
 
@@ -259,13 +262,13 @@ def _reporting(batches: Batches, on_batch: Callable[[int, int], None]) -> Iterat
         on_batch(done, len(batches))
 
 
-def _whole_metrics(workload: Workload) -> list[LabelMetrics | OwnMetrics]:
+def _whole_metrics(workload: Workload) -> list[LabelMetrics | UserMetrics]:
     """Returns the accumulators of metrics that are functions of all samples at once."""
-    functions, ranks, loss = workload.experiment.own_metrics, workload.parallel.ranks, workload.loss
-    own = [OwnMetrics(functions, ranks)] if functions else []
+    functions, ranks, loss = workload.experiment.user_metrics, workload.parallel.ranks, workload.loss
+    user_metrics = [UserMetrics(functions, ranks)] if functions else []
     if workload.task.labels is None:
-        return [*own]
-    return [LabelMetrics(lambda outputs: label_probabilities(outputs, loss), ranks), *own]
+        return [*user_metrics]
+    return [LabelMetrics(lambda outputs: label_probabilities(outputs, loss), ranks), *user_metrics]
 
 
 def _evaluate(
@@ -309,10 +312,10 @@ def test_metrics(
         outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload), interruption)
         if outputs is None:
             return None
-        own = workload.experiment.own_metrics
-        metrics = report(outputs, workload.loss, workload.task, own).metrics
+        user_metrics = workload.experiment.user_metrics
+        metrics = report(outputs, workload.loss, workload.task, user_metrics).metrics
         of_labels = LABEL_METRICS if workload.task.labels is not None else ()
-        names = [Metric("test", name).column for name in ("loss", "accuracy", *of_labels, *own)]
+        names = [Metric("test", name).column for name in ("loss", "accuracy", *of_labels, *user_metrics)]
         return {name: metrics[name] for name in names if name in metrics}
     batches = evaluation_batches(workload, workload.dataset.test)
     task = workload.dataset.task_on(workload.dataset.test)

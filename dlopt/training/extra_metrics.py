@@ -41,18 +41,18 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
     """
     classes, task = dataset.classes, dataset.task
     monitors = {"monitor": experiment.settings.monitor}
-    own = [_val(name) for name in experiment.own_metrics]
+    user_metrics = [_val(name) for name in experiment.user_metrics]
     for key, component in (("stopping", experiment.stopping), ("schedule", experiment.schedule)):
         if "monitor" in component.arguments:
             monitors[f"{key}.monitor"] = component.arguments["monitor"]
     _check_target(experiment, task)
-    if monitors["monitor"] == "auto" and not any(monitor in own for monitor in monitors.values()):
+    if monitors["monitor"] == "auto" and not any(monitor in user_metrics for monitor in monitors.values()):
         check_mode(_auto(task), experiment.settings.monitor_mode)
     requested: dict[str, str] = {
         name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics if name in BUILT_IN
     }
     of_loss = [_val(name) for name in task.loss_metrics(0.0)]
-    logged = ["auto", "val_loss", *of_loss, *own, *([] if task.classes is None else [_val(task.accuracy)])]
+    logged = ["auto", "val_loss", *of_loss, *user_metrics, *([] if task.classes is None else [_val(task.accuracy)])]
     logged += [] if task.labels is None else [_val(name) for name in LABEL_METRICS]
     for key, monitor in monitors.items():
         if monitor in logged:
@@ -81,8 +81,8 @@ def _check_target(experiment: Experiment, task: Task) -> None:
     target, monitor = experiment.stopping.arguments["value"], experiment.stopping.arguments["monitor"]
     if monitor == "auto":
         monitor = _auto(task)
-    is_own = monitor in [_val(name) for name in experiment.own_metrics]
-    if target > 1 and not is_own and not lower_is_better(monitor):
+    is_user_metric = monitor in [_val(name) for name in experiment.user_metrics]
+    if target > 1 and not is_user_metric and not lower_is_better(monitor):
         raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
 
 

@@ -30,7 +30,7 @@ from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.progress import Clock, Intervals, Progress, Status
 from dlopt.training.step import EpochBatches, Step, Update, UpdateRecord
 from dlopt.training.stopping import Best, Stopping
-from dlopt.training.user_observers import NO_OBSERVERS, OwnObservers
+from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Trainer:
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
     progress: Progress = field(default_factory=Progress)
     graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None: they are
-    user_observers: OwnObservers = NO_OBSERVERS
+    user_observers: UserObservers = NO_OBSERVERS
 
     @property
     def module(self) -> nn.Module:

@@ -65,7 +65,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
         "processes": workload.parallel.ranks.processes,
         "unit": _unit(workload),
         "inputs": _inputs(workload),
-        "metrics": [Metric("val", name).column for name in (*label_metrics, *workload.experiment.own_metrics)],
+        "metrics": [Metric("val", name).column for name in (*label_metrics, *workload.experiment.user_metrics)],
     }
     samples = workload.experiment.settings.evaluate.samples
     if samples is not None and dataset.val is not None and samples < len(dataset.val):

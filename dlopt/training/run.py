@@ -45,7 +45,7 @@ from dlopt.training.progress import Intervals, Length, Progress, Run, check_hori
 from dlopt.training.reporting import log_header, notes, open_tracking, show_first_batch, summarize
 from dlopt.training.step import EpochBatches, Network, Observer
 from dlopt.training.stopping import Best, Stopping
-from dlopt.training.user_observers import NO_OBSERVERS, OwnObservers
+from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
 
 Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
 """Returns the observers of a run, given its length and folder. Raises `UserError`."""
@@ -109,7 +109,7 @@ def train_run(
             # Before the trainer is built: its weight average starts at the loaded weights.
             for line in load_weights(workload.module, Path(settings.init_from), mode):
                 tracking.message(line)
-        user_observers = OwnObservers(run.experiment.own_observers if is_shown else ())
+        user_observers = UserObservers(run.experiment.user_observers if is_shown else ())
         trainer = build_trainer(
             workload,
             run.folder,
@@ -183,7 +183,7 @@ def build_trainer(
     *,
     found_lr: float | None = None,
     observers: Sequence[Observer] = (),
-    user_observers: OwnObservers = NO_OBSERVERS,
+    user_observers: UserObservers = NO_OBSERVERS,
     checks: bool = True,
 ) -> Trainer:
     """Builds a trainer at its first update, with optimizer, schedule, step and checkpoints.

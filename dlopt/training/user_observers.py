@@ -28,7 +28,7 @@ class RunObserver(Protocol):
         """Called after the final test, or when the run was interrupted, with the content of summary.json."""
 
 
-class OwnObservers:
+class UserObservers:
     """The observers of a run, whose errors end it. Only the main process has them.
 
     Raises `UserError` for an observer that cannot be built, or whose methods have other arguments.
@@ -68,7 +68,7 @@ class OwnObservers:
                 raise RunError(f"{label} raised {type(error).__name__}: {error}") from error
 
 
-NO_OBSERVERS = OwnObservers(())
+NO_OBSERVERS = UserObservers(())
 
 
 def _takes(method: Callable[..., Any], count: int) -> bool:

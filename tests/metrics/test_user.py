@@ -14,11 +14,11 @@ from dlopt.results.ranking import gather
 from dlopt.results.reading import RunReader
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import load
-from tests.support import own_parts
+from tests.support import user_parts
 from tests.support.runs import REGRESSION, assert_same_run, at_update, experiment, metrics, resume, start, terminate
 from tests.support.sizes import SMALL
 
-OWN = "tests.support.own_parts."
+OWN = "tests.support.user_parts."
 TRUST = "allow_packages=[tests]"
 CASE = [*SMALL, TRUST, f"evaluate.metrics=[macro_f1,{OWN}mean_rank_score]", "epochs=2"]
 
@@ -41,7 +41,7 @@ def test_equals_the_function_of_all_outputs(tmp_path: Path) -> None:
         samples = getattr(workload.dataset, split)
         with torch.inference_mode():
             inputs = workload.normalize(samples.fetch(torch.arange(len(samples)))).float()
-            expected = own_parts.mean_rank_score(workload.module(inputs), samples.targets)
+            expected = user_parts.mean_rank_score(workload.module(inputs), samples.targets)
         assert value == pytest.approx(expected, abs=1e-5), split
     assert "val_macro_f1" in lines[0]
 

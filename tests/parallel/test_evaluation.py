@@ -16,7 +16,7 @@ from tests.support.sizes import MLP
 CASE = [
     *MLP, "data.batch_size=35", "epochs=2", "ema=0.9", "evaluate.every_steps=1", "evaluate.samples=15",
     "stopping=early", "stopping.patience=9", "allow_packages=[tests]",
-    "evaluate.metrics=[tests.support.own_parts.mean_rank_score]",
+    "evaluate.metrics=[tests.support.user_parts.mean_rank_score]",
 ]  # fmt: skip
 MODES = {"ddp": SYNC_DDP, "fsdp": SYNC_FSDP, "pipeline": PIPELINE, "filter": FILTER}
 
@@ -29,7 +29,7 @@ def test_equal_in_every_mode(tmp_path: Path) -> None:
 def fail(folder: str) -> None:
     """Called on all ranks."""
     try:
-        start(Path(folder), *CASE, *DDP, "evaluate.metrics=[tests.support.own_parts.broken]")
+        start(Path(folder), *CASE, *DDP, "evaluate.metrics=[tests.support.user_parts.broken]")
     except RunError as error:
         print(os.environ["DLOPT_RANK"], error)
         traceback.clear_frames(error.__traceback__)
@@ -37,6 +37,6 @@ def fail(folder: str) -> None:
 
 
 def test_all_ranks_report_a_metric_that_raises(tmp_path: Path) -> None:
-    message = "evaluate.metrics=tests.support.own_parts.broken: raised KeyError: 'weights'"
+    message = "evaluate.metrics=tests.support.user_parts.broken: raised KeyError: 'weights'"
     outputs = run_ranks("tests.parallel.test_evaluation:fail", 2, tmp_path / "logs", str(tmp_path / "run"))
     assert [f"{rank} {message}" in output for rank, output in enumerate(outputs)] == [True, True]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from dlopt.basics.errors import RunError, UserError
-from tests.support.own_parts import CALLS
 from tests.support.runs import at_update, metrics, result, same, start, terminate
 from tests.support.sizes import SMALL
+from tests.support.user_parts import CALLS
 
-OWN = "tests.support.own_parts."
+OWN = "tests.support.user_parts."
 CASE = [*SMALL, "allow_packages=[tests]", "epochs=2"]
 RECORDER = f"observers=[{{_target_: {OWN}Recorder}}]"
 
