@@ -122,11 +122,11 @@ def _evaluate_weights(
     from dlopt.trained.ensemble import test
     from dlopt.training.builders.workload import build_workload, load_weights
 
-    own = [each for each in line.overrides if key_of(each).startswith(("tta.", "parallel"))]
-    values = {key_of(override): override.value() for override in line.composer.parse(own)}
+    command_overrides = [each for each in line.overrides if key_of(each).startswith(("tta.", "parallel"))]
+    values = {key_of(override): override.value() for override in line.composer.parse(command_overrides)}
     processes = take_process_keys(values, "eval")
     views = _views(tta, values)
-    experiment, _ = line.experiment([each for each in line.overrides if each not in own])
+    experiment, _ = line.experiment([each for each in line.overrides if each not in command_overrides])
     path = Path(experiment.settings.init_from or "")
     mode = join_processes(choose_device(experiment.settings.device), processes)
     workload = build_workload(experiment, parallel=mode)

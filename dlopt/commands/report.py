@@ -17,7 +17,7 @@ from dlopt.basics.ranges import Count
 from dlopt.commands.completion import folders
 from dlopt.commands.runs import parse
 from dlopt.commands.shared.line import writing
-from dlopt.commands.shared.usage import own_keys
+from dlopt.commands.shared.usage import command_keys
 from dlopt.config.packages import entries, function
 from dlopt.results import reading
 from dlopt.results.exports import Destination, Format, ReportContent, destination, write
@@ -81,8 +81,8 @@ class _Options:
 
 def report(arguments: list[str]) -> int:
     """Writes and prints the report; with `--watch` or `--open` runs until interrupted. Raises `UserError`."""
-    folders, conditions, own = parse(arguments, _Options, "report")
-    options = _Options(**own)
+    folders, conditions, command_values = parse(arguments, _Options, "report")
+    options = _Options(**command_values)
     if not folders:
         raise UserError("report: needs a folder of runs: dlopt report outputs/NAME")
     to = destination(folders[0], options.output, options.format, options.plot)
@@ -113,7 +113,7 @@ def _refuse_unknown(conditions: Sequence[Condition], records: Sequence[Record]) 
     """Raises `UserError` for a condition on a key that no run has: a misspelled key of the command, or of a run."""
     for condition in conditions:
         if records and not reading.is_known(condition.key, records):
-            names = [key.line if key.is_flag else key.name for key in own_keys(_Options)]
+            names = [key.line if key.is_flag else key.name for key in command_keys(_Options)]
             hint = suggest(condition.key, [*names, *reading.known_keys(records)], "dlopt report --help")
             raise UserError(f"{condition.line}: unknown key; {hint}")
 

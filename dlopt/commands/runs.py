@@ -13,7 +13,7 @@ from dlopt.basics.ranges import Count
 from dlopt.commands import runs_tag
 from dlopt.commands.completion import folders
 from dlopt.commands.runs_diff import diff
-from dlopt.commands.shared.line import take_own
+from dlopt.commands.shared.line import take_command_keys
 from dlopt.results import reading
 from dlopt.results.listing import Query, print_values, show_table
 from dlopt.results.reading import Condition, Record
@@ -70,10 +70,10 @@ def runs(arguments: list[str]) -> int:
     if arguments[:1] in (["tag"], ["diff"]):
         return (runs_tag.tag if arguments[0] == "tag" else diff)(arguments[1:])
     command, rest = (_clean, arguments[1:]) if arguments[:1] == ["clean"] else (_list, arguments)
-    folders, conditions, own = parse(rest, command, "runs")
+    folders, conditions, command_values = parse(rest, command, "runs")
     if not folders and not Path("outputs").is_dir():
         raise UserError("outputs: no such folder; name the folders to search")
-    return command(folders or [Path("outputs")], conditions, **own)
+    return command(folders or [Path("outputs")], conditions, **command_values)
 
 
 def _list(
@@ -109,11 +109,13 @@ def _print_skipped(path: Path, reason: str) -> None:
 
 
 def parse(
-    arguments: Sequence[str], own: Callable[..., object], command: str
+    arguments: Sequence[str], target: Callable[..., object], command: str
 ) -> tuple[list[Path], list[Condition], dict[str, Any]]:
-    """Splits arguments into existing folders, conditions, and the keys that `own` declares. Raises `UserError`."""
+    """Splits arguments into existing folders, conditions, and the keys that `target` declares. Raises `UserError`."""
     folders = [Path(argument) for argument in arguments if Path(argument).is_dir()]
-    values, others = take_own(own, [argument for argument in arguments if Path(argument) not in folders], command)
+    values, others = take_command_keys(
+        target, [argument for argument in arguments if Path(argument) not in folders], command
+    )
     conditions: list[Condition] = []
     for argument in others:
         if (parsed := reading.condition(argument)) is None:

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.formats import printable
-from dlopt.commands.shared.line import take_own
+from dlopt.commands.shared.line import take_command_keys
 from dlopt.results import reading
 from dlopt.results.differences import config_rows, metric_rows
 from dlopt.tracking.layout import plain_table, short_path, show_table
@@ -15,7 +15,7 @@ from dlopt.tracking.layout import plain_table, short_path, show_table
 
 def diff(arguments: list[str]) -> int:
     """Prints the keys in which two runs differ, and their metrics. Raises `UserError`."""
-    _, folders = take_own(lambda: None, arguments, "runs")
+    _, folders = take_command_keys(lambda: None, arguments, "runs")
     missing = next((folder for folder in folders if not Path(folder).is_dir()), None)
     if missing is not None:
         raise UserError(f"{missing}: no such folder")

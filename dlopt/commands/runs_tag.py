@@ -8,7 +8,7 @@ from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_value, printable
 from dlopt.basics.locks import locked_folder
-from dlopt.commands.shared.line import take_own
+from dlopt.commands.shared.line import take_command_keys
 from dlopt.config.settings_rules import check_tags
 from dlopt.results import reading
 from dlopt.results.leaderboard import Record
@@ -17,7 +17,7 @@ from dlopt.tracking.layout import short_path
 
 def tag(arguments: list[str]) -> int:
     """Runs `dlopt runs tag` with the given arguments. Raises `UserError` before it changes any run."""
-    values, rest = take_own(edit, arguments, "runs")
+    values, rest = take_command_keys(edit, arguments, "runs")
     count = next((i for i, argument in enumerate(rest) if not Path(argument).is_dir()), len(rest))
     if count == 0:
         missing = f"{rest[0]}: no such folder; " if rest else ""

@@ -38,7 +38,7 @@ def refuse_unread(
     command: str,
     reads: Sequence[str],
     *,
-    own: Sequence[str] = (),
+    command_keys: Sequence[str] = (),
     hints: Mapping[str, str] | None = None,
 ) -> None:
     """Raises `UserError` for a typed key of `dlopt train` that is not among or below those that a command reads.
@@ -48,15 +48,15 @@ def refuse_unread(
     Args:
         command: for messages.
         reads: groups and dotted keys, also of Hydra.
-        own: the command's own keys.
+        command_keys: of the command alone.
         hints: advice for keys and those below them.
     """
     for override in overrides:
         key, line = key_of(override), text_of(override)
         is_of_train = group_of(line) in _TRAIN or group_of(line) in entries("dlopt.series")
-        if not is_of_train or is_below(key, (*reads, *own)):
+        if not is_of_train or is_below(key, (*reads, *command_keys)):
             continue
-        folders = dict.fromkeys(("hydra.run", "hydra.sweep"), "set output= instead") if "output" in own else {}
+        folders = dict.fromkeys(("hydra.run", "hydra.sweep"), "set output= instead") if "output" in command_keys else {}
         advice = folders | dict(hints or {})
         hint = next((text for name, text in advice.items() if is_below(key, [name])), "")
         if not hint and role_of(key) is Role.COMMAND:
@@ -69,11 +69,11 @@ def refuse_unread_hydra(
     command: str,
     reads: Sequence[str],
     hints: Mapping[str, str],
-    own: Sequence[str] = (),
+    command_keys: Sequence[str] = (),
 ) -> None:
     """As `refuse_unread`, for a command that reads all keys except some of Hydra's."""
     hydra = [line for line in overrides if group_of(line) == "hydra"]
-    refuse_unread(hydra, command, reads, own=own, hints=hints)
+    refuse_unread(hydra, command, reads, command_keys=command_keys, hints=hints)
 
 
 def refuse_untested(config: Mapping[str, Any], overrides: "Iterable[str | Override]") -> None:

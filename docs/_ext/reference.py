@@ -25,7 +25,7 @@ import dlopt
 from dlopt.cli import run
 from dlopt.commands.listing import summary
 from dlopt.commands.options import choices_of, every_group
-from dlopt.commands.shared.usage import declaring, own_keys
+from dlopt.commands.shared.usage import command_keys, declaring
 from dlopt.commands.table import every_command
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, Settings
@@ -85,7 +85,7 @@ def command_page(name: str) -> str:
 
 def _own_rows(target: Callable[..., Any]) -> list[tuple[str, str, str]]:
     parameters = parameters_of(target)
-    keys = [key for key in own_keys(target) if not key.is_flag]
+    keys = [key for key in command_keys(target) if not key.is_flag]
     return [(code(key.name), _default(parameters[key.name]), text(accepted(target, key.name))) for key in keys]
 
 

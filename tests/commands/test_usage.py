@@ -9,8 +9,8 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
-from dlopt.commands.shared.line import take_own
-from dlopt.commands.shared.usage import declaring, own_keys, reads_of, two_columns, typed_words, usage
+from dlopt.commands.shared.line import take_command_keys
+from dlopt.commands.shared.usage import command_keys, declaring, reads_of, two_columns, typed_words, usage
 from dlopt.commands.table import every_command
 
 MODULES = {
@@ -60,16 +60,16 @@ def test_key_without_help() -> None:
     def undeclared(*, size: int = 3) -> None: ...
 
     with pytest.raises(TypeError, match="size: declare its help"):
-        own_keys(undeclared)
+        command_keys(undeclared)
 
 
 def test_takes_own_keys_and_flags() -> None:
-    assert take_own(Keys, ["size=4", "--fast", "size>=3", "folder"], "x") == (
+    assert take_command_keys(Keys, ["size=4", "--fast", "size>=3", "folder"], "x") == (
         {"size": 4, "fast": True}, ["size>=3", "folder"],
     )  # fmt: skip
     for typed, message in (("--slow", "unknown flag; see `dlopt x --help`"), ("size=0", "an integer >= 1")):
         with pytest.raises(UserError, match=message):
-            take_own(Keys, [typed], "x")
+            take_command_keys(Keys, [typed], "x")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -78,7 +78,7 @@ def test_help_lists_every_key_once(name: str, monkeypatch: pytest.MonkeyPatch) -
     text = usage(MODULES[name])
     assert "{" not in re.sub(r"\{name", "", text) and " :: " not in text
     for target in declaring(MODULES[name]):
-        for key in own_keys(target):
+        for key in command_keys(target):
             assert re.search(rf"^ +{re.escape(key.line)}( |$)", text, re.MULTILINE), key
 
 
@@ -92,10 +92,10 @@ def functions_of(module: types.ModuleType) -> list[Callable[..., Any]]:
 def test_every_declared_key_is_in_the_help(name: str) -> None:
     """A function that declares help for its keys is named in the help: else nobody learns of them."""
     module = MODULES[name]
-    shown = {key.name for target in declaring(module) for key in own_keys(target)}
+    shown = {key.name for target in declaring(module) for key in command_keys(target)}
     for function in functions_of(module):
         try:
-            keys = own_keys(function)
+            keys = command_keys(function)
         except (TypeError, ValueError):  # a helper without keys of a command
             continue
         assert {key.name for key in keys} <= shown, function

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from dlopt.basics.errors import UserError, did_you_mean, suggest
 from dlopt.basics.folders import make, make_new, refuse_url
-from dlopt.commands.shared.usage import own_keys, own_names
+from dlopt.commands.shared.usage import command_key_names, command_keys
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
@@ -67,10 +67,12 @@ class Line:
 
     def take(self, target: Callable[..., Any]) -> tuple[dict[str, Any], "Line"]:
         """Returns the checked keyword-only arguments of `target` and the line without them. Raises `UserError`."""
-        names = own_names(target)
+        names = command_key_names(target)
         self.composer.more_keys.update(names)
         taken = self.composer.parse(override for override in self.overrides if key_of(override) in names)
-        return check_own(target, single_values(taken)), replace(self, overrides=without(self.overrides, *names))
+        return check_command_keys(target, single_values(taken)), replace(
+            self, overrides=without(self.overrides, *names)
+        )
 
     def call(
         self,
@@ -81,18 +83,18 @@ class Line:
         hints: Mapping[str, str] | None = None,
         several: str = "",
     ) -> Result:
-        """Calls `function(line, **own_keys)`.
+        """Calls `function(line, **command_keys)`.
 
         Args:
             reads, hints: see `refuse_unread`; None: `function` refuses the keys that it does not read.
             several: error message for several values of a key; "": allowed.
         """
-        own, rest = self.take(function)
+        command_values, rest = self.take(function)
         if several:
             refuse_several(self.composer.parse(rest.overrides), several)
         if reads is not None:
-            refuse_unread(rest.overrides, command, reads, own=own_names(function), hints=hints)
-        return function(rest, **own)
+            refuse_unread(rest.overrides, command, reads, command_keys=command_key_names(function), hints=hints)
+        return function(rest, **command_values)
 
     def refuse_config_files(self, reason: str) -> None:
         """Raises `UserError` for --config-dir and --config-name, which the command does not read."""
@@ -104,7 +106,7 @@ class Line:
     def refuse_rest(self, command: str, *targets: Callable[..., Any]) -> None:
         """Raises `UserError` for an override that none of the `targets` has taken."""
         if self.overrides:
-            names = [name for target in targets for name in own_names(target)]
+            names = [name for target in targets for name in command_key_names(target)]
             refuse_unread_hydra(self.overrides, command, (), {}, names)
             hint = suggest(key_of(self.overrides[0]), names, f"{' '.join(command.split()[:2])} --help")
             raise UserError(f"{self.overrides[0]}: unknown key of {command}; {hint}")
@@ -180,7 +182,7 @@ def on_experiment(
     one: bool = False,
     hints: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., int]], Command]:
-    """Turns `function(line, **own_keys)` into a command; the remaining overrides are keys of `dlopt train`.
+    """Turns `function(line, **command_keys)` into a command; the remaining overrides are keys of `dlopt train`.
 
     Args:
         name: name of the command.
@@ -213,7 +215,7 @@ def read_line(arguments: list[str], *, several: str) -> Line:
 def on_checkpoint(
     name: str, reads: Sequence[str] = (), *, several: bool = False, as_typed: Sequence[str] = ()
 ) -> Callable[[Callable[..., int]], Command]:
-    """Turns `function(path, changes, **own_keys)` into a command on a checkpoint and the config saved in it.
+    """Turns `function(path, changes, **command_keys)` into a command on a checkpoint and the config saved in it.
 
     The command has the key `checkpoint` in addition to those of the function.
 
@@ -230,8 +232,8 @@ def on_checkpoint(
             values = typed_values(without(arguments, *as_typed))
             texts = {key_of(each): value_of(each) for each in arguments if key_of(each) in as_typed}
             paths = take_checkpoints(values, name, several)
-            names = own_names(function)
-            own = {key: values.pop(key) for key in names if key in values}
+            names = command_key_names(function)
+            command_values = {key: values.pop(key) for key in names if key in values}
             for key in values:
                 if key.split(".")[0] in (*names, *reads):  # tta.crop belongs to tta
                     continue
@@ -242,26 +244,30 @@ def on_checkpoint(
                     f"{key}: {did_you_mean(key, [*names, *reads])}the config is the checkpoint's; only "
                     f"{', '.join(reads)} may be changed; keys of this command: {', '.join(names)}"
                 )
-            return function(paths if several else paths[0], values, **check_own(function, own), **texts)
+            return function(
+                paths if several else paths[0], values, **check_command_keys(function, command_values), **texts
+            )
 
         signature = inspect.signature(function)
         parameters = [*signature.parameters.values()]
         checkpoint = inspect.Parameter("checkpoint", inspect.Parameter.KEYWORD_ONLY, annotation=_Checkpoint)
-        parameters.insert(len(parameters) - len(own_names(function)), checkpoint)
+        parameters.insert(len(parameters) - len(command_key_names(function)), checkpoint)
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return command
 
     return decorate
 
 
-def check_own(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def check_command_keys(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Validates values of keyword-only parameters against their annotations. Raises `UserError`."""
-    return check_arguments("", target, values, frozenset(parameters_of(target).keys() - own_names(target)))
+    return check_arguments("", target, values, frozenset(parameters_of(target).keys() - command_key_names(target)))
 
 
-def take_own(function: Callable[..., Any], arguments: Sequence[str], name: str) -> tuple[dict[str, Any], list[str]]:
+def take_command_keys(
+    function: Callable[..., Any], arguments: Sequence[str], name: str
+) -> tuple[dict[str, Any], list[str]]:
     """Splits the arguments of a command into its own keys and flags, checked, and the others. Raises `UserError`."""
-    keys = own_keys(function)
+    keys = command_keys(function)
     flags = {key.line: key.name for key in keys if key.is_flag}
     names = [key.name for key in keys if not key.is_flag]
     for argument in arguments:
@@ -270,7 +276,7 @@ def take_own(function: Callable[..., Any], arguments: Sequence[str], name: str) 
     typed = [each for each in arguments if key_of(each) in names]
     given = dict.fromkeys((flags[each] for each in arguments if each in flags), True)
     rest = [each for each in arguments if each not in typed and each not in flags]
-    return check_own(function, typed_values(typed) | given), rest
+    return check_command_keys(function, typed_values(typed) | given), rest
 
 
 def refuse_empty(**lists: Sequence[Any]) -> None:

@@ -20,7 +20,7 @@ _WIDTH = 118  # columns of a table in a wide terminal
 _TABLE = re.compile(r"( *)(?:\{(\w+)\}|(\S.*?) :: (.*))")  # a line of a table: declared keys, or a written row
 
 
-class OwnKey(NamedTuple):
+class CommandKey(NamedTuple):
     """A key of a command. `line`: as typed, updates=N or --paths."""
 
     name: str
@@ -32,19 +32,19 @@ class OwnKey(NamedTuple):
         return self.line.startswith("-")
 
 
-def own_names(target: Callable[..., Any]) -> list[str]:
+def command_key_names(target: Callable[..., Any]) -> list[str]:
     """Returns the names of the keyword-only parameters."""
     from dlopt.config.schema import parameters_of  # with pydantic, slow to import: not needed for help without keys
 
     return [name for name, parameter in parameters_of(target).items() if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def own_keys(target: Callable[..., Any]) -> list[OwnKey]:
+def command_keys(target: Callable[..., Any]) -> list[CommandKey]:
     """Returns the keys that a function or a dataclass declares, with their defaults in the help."""
     from dlopt.config.schema import parameters_of
 
     parameters = parameters_of(target)
-    return [_key(name, parameters[name]) for name in own_names(target)]
+    return [_key(name, parameters[name]) for name in command_key_names(target)]
 
 
 def usage(module: ModuleType) -> str:
@@ -73,7 +73,7 @@ def reads_of(module: ModuleType) -> list[str]:
 def typed_words(module: ModuleType) -> Iterator[str]:
     """Yields what completes the first letters of a key or flag of a command: `updates=`, `--paths`."""
     for target in declaring(module):
-        yield from (key.line if key.is_flag else f"{key.name}=" for key in own_keys(target))
+        yield from (key.line if key.is_flag else f"{key.name}=" for key in command_keys(target))
     yield from re.findall(r"^ *([\w.]+=)\S* :: ", module.USAGE, re.MULTILINE)
 
 
@@ -82,17 +82,17 @@ def _named(module: ModuleType) -> list[Any]:
     return [getattr(module, name) for name in re.findall(r"^ *\{(\w+)\}$", module.USAGE, re.MULTILINE)]
 
 
-def _key(name: str, parameter: inspect.Parameter) -> OwnKey:
+def _key(name: str, parameter: inspect.Parameter) -> CommandKey:
     documented = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else ()
     text = next((each for each in documented if isinstance(each, str)), None)
     if text is None:
         raise TypeError(f'{name}: declare its help: Annotated[TYPE, "VALUE: help"]')
     value, _, line = text.partition(": ")
     if value == "--":
-        return OwnKey(name, f"--{name}", line)
+        return CommandKey(name, f"--{name}", line)
     if parameter.default not in (parameter.empty, None) and "default: " not in line:
         line += f" (default: {_format(parameter.default)})"
-    return OwnKey(name, f"{name}={value}", line)
+    return CommandKey(name, f"{name}={value}", line)
 
 
 def _format(default: Any) -> str:
@@ -113,5 +113,5 @@ def _table(module: ModuleType, lines: Sequence[str]) -> list[str]:
         named = getattr(module, name) if name else None
         if isinstance(named, tuple):
             return textwrap.wrap(", ".join(named), width, initial_indent=" " * indent, subsequent_indent=" " * indent)
-        rows += [(left, right)] if named is None else [(key.line, key.help) for key in own_keys(named)]
+        rows += [(left, right)] if named is None else [(key.line, key.help) for key in command_keys(named)]
     return two_columns(rows, indent=indent, width=width)

@@ -17,7 +17,7 @@ from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_range
 from dlopt.basics.locks import locked
 from dlopt.commands.shared.line import read_line
-from dlopt.commands.shared.usage import own_names
+from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.keys import ROUNDING
 from dlopt.config.overrides import is_hydra
 from dlopt.config.reads import refuse_unread_hydra
@@ -122,9 +122,9 @@ def benchmark(arguments: list[str]) -> int:
     if checks:
         return line.call(check)
     names, rest = take_optimizers(line, "dlopt benchmark")
-    own, rest = rest.take(_run)
+    command_values, rest = rest.take(_run)
     typed = [shlex.quote(each) for each in without(arguments, "output")]
-    return _run(rest, names, " ".join(["dlopt benchmark", *typed]), **own)
+    return _run(rest, names, " ".join(["dlopt benchmark", *typed]), **command_values)
 
 
 # -- the overrides
@@ -194,7 +194,7 @@ def _run(
     if workloads is not None:
         refuse_empty(workloads=workloads)
     refuse_protocol(line.overrides, _ADVICE)
-    refuse_unread_hydra(line.overrides, "dlopt benchmark", READS_OF_HYDRA, {}, own_names(_run))
+    refuse_unread_hydra(line.overrides, "dlopt benchmark", READS_OF_HYDRA, {}, command_key_names(_run))
     overrides = [each for each in line.overrides if not is_hydra(each)]
     chosen = load_tier(tier, line.composer.config_dir).select(workloads)
     unset = [name for name, spec in chosen.workloads.items() if spec.target is None]
@@ -416,7 +416,7 @@ def check(
     """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
     from dlopt.lab.benchmark.trials import TrialRequest, candidate, lengths_of
 
-    refuse_unread_hydra(line.overrides, "dlopt benchmark", READS_OF_HYDRA, {}, own_names(check))
+    refuse_unread_hydra(line.overrides, "dlopt benchmark", READS_OF_HYDRA, {}, command_key_names(check))
     for override in line.overrides:
         if is_fixed(override) or not _is_of_machine(override):
             reason = "--check repeats shipped trials, of which only the machine may differ (device, precision, ...)"

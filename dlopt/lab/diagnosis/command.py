@@ -103,7 +103,7 @@ def diagnose(
     """Measures, prints the table and the advice, and saves the plots. Raises `UserError`."""
     if checkpoint is None:
         hints = {"resume": "to diagnose a trained model, use checkpoint=PATH"}
-        refuse_unread(line.overrides, "dlopt diagnose", _READS, own=["output"], hints=hints)
+        refuse_unread(line.overrides, "dlopt diagnose", _READS, command_keys=["output"], hints=hints)
         subjects = [_subject(line, job) for job in line.jobs(_GROUPS, _MAX_JOBS)]
         title = " ".join(line.fixed()) or ("other keys at their defaults" if line.overrides else "default model")
     else:
@@ -136,7 +136,7 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     from dlopt.extend import load_checkpoint
 
     path = checkpoint_file(path)
-    refuse_unread(overrides, "dlopt diagnose", _READS_OF_CHECKPOINTS, own=["output"], hints=_INITIAL)
+    refuse_unread(overrides, "dlopt diagnose", _READS_OF_CHECKPOINTS, command_keys=["output"], hints=_INITIAL)
     values = typed_values(overrides)
     checkpoint = load_checkpoint(path)
     experiment = saved_experiment(checkpoint.config, values, path)

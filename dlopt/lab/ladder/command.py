@@ -14,7 +14,7 @@ from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_count, format_range
 from dlopt.basics.locks import locked
 from dlopt.commands.shared.line import read_line
-from dlopt.commands.shared.usage import own_names
+from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra
 from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import to_plain
@@ -88,9 +88,9 @@ def ladder(arguments: list[str]) -> int:
         raise UserError("model: name one family: dlopt ladder optimizer=adamw,muon model=gpt")
     family = load_family(value_of(typed[0]), line.composer)
     rest = Line(rest.composer, [each for each in rest.overrides if each not in typed])
-    own, rest = rest.take(_run)
+    command_values, rest = rest.take(_run)
     command = ["dlopt", "ladder", *(shlex.quote(each) for each in without(arguments, "output"))]
-    return _run(rest, names, family, " ".join(command), **own)
+    return _run(rest, names, family, " ".join(command), **command_values)
 
 
 def _run(
@@ -112,7 +112,7 @@ def _run(
     if isinstance(rungs, list):
         refuse_empty(rungs=rungs)
     refuse_protocol(line.overrides, _ADVICE)
-    refuse_unread_hydra(line.overrides, "dlopt ladder", READS_OF_HYDRA, {}, own_names(_run))
+    refuse_unread_hydra(line.overrides, "dlopt ladder", READS_OF_HYDRA, {}, command_key_names(_run))
     overrides = [each for each in line.overrides if not is_hydra(each)]
     _refuse_sizes(overrides, family)
     chosen = chosen_rungs(family, rungs)

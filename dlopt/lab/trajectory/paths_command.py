@@ -10,7 +10,7 @@ from annotated_types import Interval
 from omegaconf import DictConfig
 
 from dlopt.commands.shared.line import Combination, skipped_keys
-from dlopt.commands.shared.usage import own_names
+from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import choices_of, to_plain
@@ -174,7 +174,7 @@ def _check_job(config: DictConfig, job: Combination) -> _PathJob:
     for name in _GROUPS:
         if not isinstance(plain[name], dict) or "_target_" not in plain[name]:
             raise UserError(f"{name}: choose one; `dlopt options {name}` lists all")
-    warmup = {key: plain["schedule"].pop(key) for key in own_names(Warmup) if key in plain["schedule"]}
+    warmup = {key: plain["schedule"].pop(key) for key in command_key_names(Warmup) if key in plain["schedule"]}
     overridden = set(map(key_of, job.overrides))
     optimizer = component("optimizer", plain["optimizer"], GROUPS["optimizer"].runtime, packages)
     if optimizer.is_a(Muon, torch.optim.Muon):
