@@ -195,8 +195,8 @@ class Batches:
                 samples = self._build(inputs, indices, rng, total, shard, epoch)
             if loss_aware is not None:
                 loss_aware.serve(step + number, order[number * self.batch_size :][shard])
-            own, targets, *others = samples
-            yield Batch(own, targets, total, teacher_inputs=others[0] if others else None)
+            local_inputs, targets, *others = samples
+            yield Batch(local_inputs, targets, total, teacher_inputs=others[0] if others else None)
 
     def _build(
         self,

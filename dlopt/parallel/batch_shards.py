@@ -107,9 +107,9 @@ class ShardedAugment:
         # seed, so that every sample gets the draws that it has in a single process.
         def augmented(inputs: Tensor, targets: Tensor, shard: slice, indices: Tensor) -> tuple[Tensor, Tensor]:
             generator.manual_seed(seed)
-            own = position.copy()
-            own["shard"], own["indices"] = shard, indices
-            return self.augment(inputs, targets, **own)
+            local_position = position.copy()
+            local_position["shard"], local_position["indices"] = shard, indices
+            return self.augment(inputs, targets, **local_position)
 
         generator, indices = position["generator"], position["indices"]
         seed = generator.initial_seed()

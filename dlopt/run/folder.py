@@ -88,7 +88,7 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
         path: hydra.run.dir; `is_typed`: given on the command line.
         saved: the config to save.
     """
-    from dlopt.training.checkpoint.checkpoints import load_own
+    from dlopt.training.checkpoint.checkpoints import load_of_run
 
     target, resume = RunFolder(path), saved["resume"]
     if resume not in (None, "auto"):
@@ -106,7 +106,7 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
     if resume not in (None, "auto"):
         source, earlier = RunFolder(Path(resume).absolute().parent.parent), _earlier_attempt(path, is_typed, saved)
     if earlier is not None and earlier != source:
-        newest = load_own(earlier, saved)
+        newest = load_of_run(earlier, saved)
         if newest is not None:
             return earlier, newest, _run_id(earlier, newest)
     if is_typed and target.has_begun(resumed=source is not None) and target not in (source, earlier):
@@ -142,11 +142,11 @@ def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> "Checkpoi
 
     Raises `UserError` if it is the run of another config.
     """
-    from dlopt.training.checkpoint.checkpoints import load_own
+    from dlopt.training.checkpoint.checkpoints import load_of_run
 
     folder.refuse_newer("resume=auto")
     refuse_other_config(folder.config() or saved, saved, f"{folder.path}", folder.typed())
-    return None if folder.is_done(saved) else load_own(folder, saved)
+    return None if folder.is_done(saved) else load_of_run(folder, saved)
 
 
 def _earlier_attempt(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> RunFolder | None:

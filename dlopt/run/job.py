@@ -35,7 +35,7 @@ def main() -> int:
         launch.end_rank_with_parent()
     from dlopt.config.parsing import parse
     from dlopt.config.resolve import resolve_saved
-    from dlopt.training.checkpoint.checkpoints import load, load_own
+    from dlopt.training.checkpoint.checkpoints import load, load_of_run
     from dlopt.training.progress import Run
 
     folder = RunFolder(Path(sys.argv[1]))
@@ -49,7 +49,7 @@ def main() -> int:
         state = None
         if rendezvous.is_main():  # the other ranks receive the state from rank 0
             checkpoint = sys.argv[2:]
-            state = load(Path(checkpoint[0])) if checkpoint else load_own(folder, config)
+            state = load(Path(checkpoint[0])) if checkpoint else load_of_run(folder, config)
         run = Run(experiment, folder.path, state, choices)
     except (UserError, RunError) as error:
         if rendezvous.is_main():

@@ -402,17 +402,17 @@ def _outputs(
     workload.module.eval()
     mode = workload.parallel
     stop = None if interruption is None else mode.ranks.evaluation_stop(interruption)
-    own = []
+    local_outputs = []
     for inputs, targets in batches.epoch(0):
-        own.append((_promoted(model(inputs)), targets) if len(targets) else None)
+        local_outputs.append((_promoted(model(inputs)), targets) if len(targets) else None)
         # A collective, as in `evaluate`.
         if stop:
             return None
     if mode.split.evaluation_shard is None:
-        return [batch for batch in own if batch is not None]
+        return [batch for batch in local_outputs if batch is not None]
     # Batch by batch, because the ranks hold adjacent slices of each batch, not of the data set: joined per batch, the
     # outputs are in its order, as `dlopt predict` writes them and an ensemble pairs them.
-    ranks = mode.ranks.gather([[batch and tuple(tensor.cpu() for tensor in batch) for batch in own]])
+    ranks = mode.ranks.gather([[batch and tuple(tensor.cpu() for tensor in batch) for batch in local_outputs]])
     gathered = []
     for shards in zip(*ranks, strict=True):
         outputs, targets = (torch.cat(column) for column in zip(*(s for s in shards if s is not None), strict=True))

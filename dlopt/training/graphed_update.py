@@ -15,7 +15,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.recompute import Recomputed
-from dlopt.training.builders.speed import OWN_GRAPHS
+from dlopt.training.builders.speed import GRAPH_MODES
 from dlopt.training.step import Step, StepSettings, UpdateRecord
 
 
@@ -39,7 +39,7 @@ def obstacle(
         return f"CUDA graphs are not available on {mode.device.type}"
     if mode.ranks.processes > 1:
         return "an update communicates between processes"
-    if compile in OWN_GRAPHS:
+    if compile in GRAPH_MODES:
         return f"compile={compile} records graphs of its own; compile=max-autotune-no-cudagraphs does not"
     if observed:
         return "diagnostics and profile use hooks, which a replay does not run"

@@ -21,7 +21,7 @@ from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.schedules import Scheduler
 from dlopt.training import rng
 from dlopt.training.builders import mup
-from dlopt.training.builders.speed import OWN_GRAPHS
+from dlopt.training.builders.speed import GRAPH_MODES
 from dlopt.training.builders.state_dtype import keep_state_in_bf16, round_updates
 from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Adaptive, ByValue, Unclipped
@@ -182,7 +182,7 @@ def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool
             f"precision=bf16_pure: {name}, at weights that differ by less than bf16 resolves; "
             "use precision=bf16 or fp32"
         )
-    if compile in OWN_GRAPHS:
+    if compile in GRAPH_MODES:
         raise UserError(
             f"compile={compile}: {name}, and its CUDA graphs overwrite the gradients of the previous one; "
             "use compile=max-autotune-no-cudagraphs or compile=true"

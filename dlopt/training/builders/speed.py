@@ -19,7 +19,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.training.builders.precision import Precision
 
 _WORTH_THREADS = 4e6  # FLOPs of a layer for a batch: some 100 microseconds of one core
-OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # torch.compile's modes that record CUDA graphs themselves
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # torch.compile's modes that record CUDA graphs themselves
 _SAMPLES = 2  # some models squeeze a batch of one
 _SHAPES = 64  # of batches, for each of which torch compiles a graph before it gives up and runs the model eagerly
 _WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compiling takes longer than it saves
@@ -40,7 +40,7 @@ def compile_obstacle(
         if requested is not None:
             raise UserError(f"{requested}: parallel={parallel.name} communicates between layers; use compile=auto")
         return f"parallel={parallel.name} communicates between layers"
-    if settings.compile in OWN_GRAPHS and parallel.ranks.processes > 1:
+    if settings.compile in GRAPH_MODES and parallel.ranks.processes > 1:
         raise UserError(
             f"{requested}: its CUDA graphs cannot contain the communication of parallel={parallel.name}; "
             "use compile=max-autotune-no-cudagraphs or compile=true"
@@ -78,7 +78,7 @@ def compiled(model: Callable[[Tensor], Tensor], setting: bool | str) -> Callable
     torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
     mode = None if isinstance(setting, bool) or setting == "auto" else setting
     replayed = torch.compile(model, mode=mode, dynamic=False)
-    if setting not in OWN_GRAPHS:
+    if setting not in GRAPH_MODES:
         return replayed
 
     def run(inputs: Tensor) -> Tensor:

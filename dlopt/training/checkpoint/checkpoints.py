@@ -325,7 +325,7 @@ def load(path: Path) -> Checkpoint:
     raise UserError(f"checkpoint={path}: {damage}")
 
 
-def load_own(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | None:
+def load_of_run(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | None:
     """Loads the newest intact checkpoint of a run; None if there is no file.
 
     Raises `UserError` if it is of another run, or of another config than `config`; `RunError` if all are damaged.
@@ -342,10 +342,10 @@ def load_own(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | None:
 
 def foreign(path: Path, checkpoint: Checkpoint) -> str | None:
     """Describes that the checkpoint file `path` is of another run than its folder; None: it is not, or is older."""
-    own, found = RunFolder(path.absolute().parent.parent).run_id(), checkpoint.run_id
-    if own is None or found is None or own == found:
+    expected, found = RunFolder(path.absolute().parent.parent).run_id(), checkpoint.run_id
+    if expected is None or found is None or expected == found:
         return None
-    return f"{path} is a checkpoint of another run ({found}) than its folder ({own})"
+    return f"{path} is a checkpoint of another run ({found}) than its folder ({expected})"
 
 
 def is_intact(path: Path) -> bool:

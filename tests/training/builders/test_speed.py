@@ -114,7 +114,7 @@ def test_modes_of_compilation_refuse_what_they_cannot_do(tmp_path: Path, typed: 
 def test_torch_graphs_are_refused_with_communication() -> None:
     parallel = mode()
     parallel.ranks.processes = 2
-    for name in speed.OWN_GRAPHS:
+    for name in speed.GRAPH_MODES:
         with pytest.raises(UserError, match=f"compile={name}: its CUDA graphs cannot contain the communication"):
             speed.compile_obstacle(experiment(f"compile={name}"), parallel, net(), (3, 32, 32), 100)
     assert not speed.compile_obstacle(
