@@ -12,10 +12,10 @@ Commands
     Line: its overrides, parsed and composed. output_folder, writing, refuse_empty: what commands share.
     key_of, group_of, value_of, without: take overrides apart. keys_of_train: completes them.
 Configs
-    Composer, Plan, plan, Experiment: from overrides to a checked config. Component: a callable with checked arguments.
+    Composer, Plan, plan, RunConfig: from overrides to a checked config. Component: a callable with checked arguments.
     check_arguments: checks values against a signature. show: formats a value as typed. Role, role_of: what a key is.
 Runs and models
-    build_workload, Workload: data, model and loss of an experiment. training_batches, evaluation_batches: its batches.
+    build_workload, Workload: data, model and loss of a config. training_batches, evaluation_batches: its batches.
     probe_trainer, Trainer: a training without output, for measurements. load_checkpoint: a verified `Checkpoint`.
 Results
     Record, read_run: a finished run. lower_is_better: the direction of a metric. Section: a part of `dlopt report`.
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from dlopt.commands.completion import keys_of_train
     from dlopt.commands.shared.line import Line, on_checkpoint, on_experiment, output_folder, refuse_empty, writing
     from dlopt.config.compose import Composer
-    from dlopt.config.experiment import Experiment
     from dlopt.config.keys import role_of
     from dlopt.config.overrides import group_of, key_of, value_of, without
     from dlopt.config.plan import Plan, plan
+    from dlopt.config.run_config import RunConfig
     from dlopt.config.schema import Component, check_arguments, show
     from dlopt.data.samples import Dataset
     from dlopt.metrics.names import lower_is_better
@@ -63,7 +63,7 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.commands.completion": "keys_of_train",
     "dlopt.commands.shared.line": "Line on_checkpoint on_experiment output_folder refuse_empty writing",
     "dlopt.config.compose": "Composer",
-    "dlopt.config.experiment": "Experiment",
+    "dlopt.config.run_config": "RunConfig",
     "dlopt.config.keys": "role_of",
     "dlopt.config.overrides": "group_of key_of value_of without",
     "dlopt.config.plan": "Plan plan",

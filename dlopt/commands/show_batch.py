@@ -11,7 +11,7 @@ from dlopt.config.reads import RECIPE
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from dlopt.config.experiment import Experiment
+    from dlopt.config.run_config import RunConfig
 
 _READS = ("data", "augmentation", "seed", "order_seed", "augmentation_seed", *RECIPE)
 USAGE = """\
@@ -64,7 +64,7 @@ def show_batch(
     return DONE
 
 
-def _experiments(line: Line) -> dict[str, "Experiment"]:
+def _experiments(line: Line) -> dict[str, "RunConfig"]:
     """Returns the experiments by the name of their augmentation. Raises `UserError` for other varied keys."""
     for override in line.composer.parse(line.overrides):
         key = override.get_key_element()

@@ -8,7 +8,7 @@ from dlopt.commands.shared.line import Line, on_experiment
 from dlopt.config.reads import RECIPE
 
 if TYPE_CHECKING:
-    from dlopt.config.experiment import Experiment
+    from dlopt.config.run_config import RunConfig
     from dlopt.data.task import Task
 
 _READS = ("model", "data", "augmentation", "precision", *RECIPE)
@@ -63,7 +63,7 @@ def summary(
     return DONE
 
 
-def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], "Task", int]:
+def _sizes(experiment: "RunConfig") -> tuple[tuple[int, ...], "Task", int]:
     """Reads the shape of the model's input, the task, and the number of training samples from the data set."""
     from dlopt.training.builders.workload import read_dataset, with_task
 

@@ -1,4 +1,4 @@
-"""Turns a composed config into a checked `Experiment`."""
+"""Turns a composed config into a checked `RunConfig`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,15 +6,15 @@ from typing import Any
 
 from dlopt.basics.errors import UserError
 from dlopt.config.early import run_settings
-from dlopt.config.experiment import GROUPS, Experiment
 from dlopt.config.rules import check_combinations
+from dlopt.config.run_config import GROUPS, RunConfig
 from dlopt.config.schema import check_arguments, component, show, trusted_packages
 from dlopt.config.user_parts import user_metrics, user_observers
 
 
 def parse(
     config: Mapping[str, Any], saved: Mapping[str, Any] | None = None, choices: Mapping[str, str] | None = None
-) -> Experiment:
+) -> RunConfig:
     """Checks a composed and resolved config (plain dicts and lists). Raises `UserError`.
 
     Args:
@@ -45,7 +45,7 @@ def parse(
             common = {key: value for key, value in node.items() if key in names}
             components[group.common.__name__] = group.common(**check_arguments(name, group.common, common))
     to_save = config if saved is None else saved
-    experiment = Experiment(
+    experiment = RunConfig(
         settings=settings,
         data_settings=components.pop("DataSettings"),
         grouping=components.pop("Grouping"),

@@ -10,7 +10,7 @@ The way of an override, `optimizer.lr=0.1`, from the command line to its use:
 5. `resolve.to_plain` resolves the config to plain values; the form to save keeps secrets as interpolations.
 6. `early.check_early` checks what it can before torch is imported, which takes seconds; then
    `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`rules`).
-7. The result, an `Experiment` of components, is part of the `Plan`; `Component.build` passes the value to its callable.
+7. The result, a `RunConfig` of components, is part of the `Plan`; `Component.build` passes the value to its callable.
 
 A job of a sweep, or a rank of a parallel run, enters at step 5 with the config that `dlopt.run.record.describe` has
 saved in the run's folder, because it must run what was checked. Nothing is composed again.
@@ -33,7 +33,7 @@ from dlopt.config.teacher import identify_teacher
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-    from dlopt.config.experiment import Experiment
+    from dlopt.config.run_config import RunConfig
 
 _UNSAFE = re.compile(r"[^\w.,=+@-]+")  # in a file name
 
@@ -54,7 +54,7 @@ class Plan:
 
     overrides: "tuple[Override, ...]"
     choices: Mapping[str, str]
-    experiment: "Experiment"
+    experiment: "RunConfig"
     environment: Mapping[str, str] = field(default_factory=dict)
     subfolder: str = ""
     flags: tuple[str, ...] = ()

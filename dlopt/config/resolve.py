@@ -152,7 +152,7 @@ def _former_keys(config: DictConfig) -> list[tuple[str, str]]:
     names = sorted(key.removesuffix(_TARGET) for key in typed if key.endswith(_TARGET))
     if not names:
         return []
-    from dlopt.config.experiment import GROUPS  # imports torch
+    from dlopt.config.run_config import GROUPS  # imports torch
 
     found = []
     for name in names:

@@ -7,8 +7,8 @@ import torch
 
 from dlopt.adapt import none as no_adapters
 from dlopt.basics.errors import UserError
-from dlopt.config.experiment import Experiment
 from dlopt.config.overrides import value_of
+from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
 from dlopt.config.settings_rules import check_monitor
 from dlopt.init import default
@@ -21,7 +21,7 @@ _PER_CORE = 64  # threads and data workers per core; larger values are almost ce
 PROCESSES_PER_CORE = 16  # training processes per core, each of which imports torch
 
 
-def check_combinations(experiment: Experiment) -> None:
+def check_combinations(experiment: RunConfig) -> None:
     """Checks what is known before data are read, after `check_settings`. Raises `UserError`."""
     settings = experiment.settings
     _check_monitors(experiment)
@@ -63,7 +63,7 @@ def check_combinations(experiment: Experiment) -> None:
         _check_distillation(experiment)
 
 
-def _check_monitors(experiment: Experiment) -> None:
+def _check_monitors(experiment: RunConfig) -> None:
     """Checks the monitored metrics and their directions; with monitor=auto, `extra_metrics` knows which one it is."""
     settings, user_metrics = experiment.settings, [Metric("val", name).column for name in experiment.user_metrics]
     mode, plateau = settings.monitor_mode, experiment.schedule.arguments
@@ -114,7 +114,7 @@ def _learning_rate(optimizer: Component) -> Any:
     return _learning_rate(base) if lr is None and isinstance(base, Component) else lr
 
 
-def _check_pixels(experiment: Experiment) -> None:
+def _check_pixels(experiment: RunConfig) -> None:
     model = experiment.model
     if not getattr(model.target, "reconstructs", False):
         raise UserError("loss=pixel_cross_entropy: the targets must be the pixels of images; use model=autoencoder")
@@ -122,7 +122,7 @@ def _check_pixels(experiment: Experiment) -> None:
         raise UserError("model.output=sigmoid: loss=pixel_cross_entropy applies a sigmoid; use model.output=identity")
 
 
-def _check_distillation(experiment: Experiment) -> None:
+def _check_distillation(experiment: RunConfig) -> None:
     """Refuses what computes the loss without the teacher, and modes in which a rank has no whole samples or outputs."""
     settings, mode = experiment.settings, experiment.parallel
     if value_of(mode.choice) not in ("single", "ddp", "fsdp"):
@@ -142,7 +142,7 @@ def _check_distillation(experiment: Experiment) -> None:
         )
 
 
-def _check_device(experiment: Experiment) -> None:
+def _check_device(experiment: RunConfig) -> None:
     settings = experiment.settings
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: no CUDA device is available; use device=cpu or device=auto")
@@ -167,7 +167,7 @@ def _check_device(experiment: Experiment) -> None:
             raise UserError(f"{key}={number}: this machine has {cores} cores; at most {per_core * cores}")
 
 
-def _check_precision(experiment: Experiment) -> None:
+def _check_precision(experiment: RunConfig) -> None:
     """Refuses what bf16 weights do not resolve."""
     settings, key = experiment.settings, "precision=bf16_pure"
     if settings.precision != "bf16_pure":

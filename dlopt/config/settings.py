@@ -112,5 +112,5 @@ class Settings:
     profile_steps: Annotated[tuple[Natural, Count], Role.WATCH]
     log_every_steps: Annotated[Count | None, Role.WATCH]
     published: Annotated[list[Published], Role.WATCH]
-    # Absent in older configs; see `Experiment.user_observers`.
+    # Absent in older configs; see `RunConfig.user_observers`.
     observers: Annotated[list[dict[str, Any]], Role.WATCH] = field(default_factory=list)

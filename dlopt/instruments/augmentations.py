@@ -9,7 +9,7 @@ from dlopt.augment import Pipeline
 from dlopt.augment.show import batch_picture, operations_picture, reading_crops
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
-from dlopt.config.experiment import Experiment
+from dlopt.config.run_config import RunConfig
 from dlopt.data.samples import Dataset
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _IMAGES = 8
 
 
-def draw(experiments: Mapping[str, Experiment], dataset: Dataset, tile: int) -> tuple["Image", "Image | None"]:
+def draw(experiments: Mapping[str, RunConfig], dataset: Dataset, tile: int) -> tuple["Image", "Image | None"]:
     """Plots random training images (`order_seed`), and the operations of a single augmentation that has any.
 
     Args:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dlopt.basics.errors import USER_ERROR, RunError, UserError
-from dlopt.config.experiment import Experiment
+from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
 from dlopt.instruments.range_test import RangeTest
 from dlopt.instruments.ranks import RankOutcome, run_rank, run_ranks
@@ -71,7 +71,7 @@ def uses_line_search(optimizer: Component) -> str | None:
     return next((key for key in keys if optimizer.arguments.get(key) is not None), None)
 
 
-def trial(experiment: Experiment, keys: RangeTest) -> Experiment:
+def trial(experiment: RunConfig, keys: RangeTest) -> RunConfig:
     """Returns the experiment with the test's learning rates; multipliers of parameter groups are kept."""
 
     def exponential(horizon: Any) -> Callable[[float], float]:
@@ -263,7 +263,7 @@ def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
     return rate
 
 
-def measure(experiment: Experiment, keys: RangeTest) -> LearningRates | None:
+def measure(experiment: RunConfig, keys: RangeTest) -> LearningRates | None:
     """Runs a range test here, or in as many processes as the experiment has; None on ranks > 0 of a launcher."""
     world = rendezvous.current()
     # A launcher has started the processes already, maybe more than this machine has GPUs.
@@ -276,7 +276,7 @@ def measure(experiment: Experiment, keys: RangeTest) -> LearningRates | None:
     return result if rendezvous.is_main() else None
 
 
-def _measure_in_ranks(experiment: Experiment, keys: RangeTest, processes: int) -> LearningRates:
+def _measure_in_ranks(experiment: RunConfig, keys: RangeTest, processes: int) -> LearningRates:
     """Starts one process per rank and returns the result of rank 0."""
     with tempfile.TemporaryDirectory(prefix="dlopt-find-lr-", ignore_cleanup_errors=True) as name:
         scratch = Path(name)
@@ -291,12 +291,12 @@ def _measure_in_ranks(experiment: Experiment, keys: RangeTest, processes: int) -
     return LearningRates(**results[0])
 
 
-def test_range(experiment: Experiment, keys: RangeTest, folder: Path) -> LearningRates:
+def test_range(experiment: RunConfig, keys: RangeTest, folder: Path) -> LearningRates:
     """Runs a range test in this process, or as one rank of several. `folder` is not written."""
     return find(build_workload(experiment, parallel=build_mode(experiment)), keys, folder)
 
 
-def _measure_rank(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:
+def _measure_rank(experiment: RunConfig, folder: Path, _: int) -> dict[str, Any]:
     keys = RangeTest(**json.loads((folder / "sweep.json").read_text()))
     return asdict(test_range(experiment, keys, folder))
 

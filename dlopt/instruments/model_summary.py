@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_bytes
-from dlopt.config.experiment import Experiment
+from dlopt.config.run_config import RunConfig
 from dlopt.data.task import Task
 from dlopt.tracking.layout import plain_table, show_table
 from dlopt.training.builders.model_check import model_on_meta
@@ -98,9 +98,9 @@ def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
 
 
 def summarize_experiment(
-    experiment: Experiment, shape: tuple[int, ...], task: Task, samples: int | None
+    experiment: RunConfig, shape: tuple[int, ...], task: Task, samples: int | None
 ) -> ModelSummary:
-    """Summarizes the model of an experiment for inputs of `shape`. Raises `UserError` if it does not support them.
+    """Summarizes the model of a config for inputs of `shape`. Raises `UserError` if it does not support them.
 
     `samples`: of the training set, None if it is unknown.
     """

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
+from dlopt.config.run_config import RunConfig
 from dlopt.parallel.processes import launch, rendezvous
 
 RankOutcome = tuple[Mapping[str, Any], int]  # content of rank-N.json, and the exit code
@@ -37,7 +37,7 @@ def run_ranks(
 
 
 def run_rank(
-    measure: Callable[[Experiment, Path, int], Mapping[str, Any]], explain: Callable[[Exception], RankOutcome | None]
+    measure: Callable[[RunConfig, Path, int], Mapping[str, Any]], explain: Callable[[Exception], RankOutcome | None]
 ) -> int:
     """Writes the result of `measure(experiment, folder, rank)` to FOLDER/rank-N.json; returns the exit code.
 

@@ -25,7 +25,7 @@ from dlopt.tracking.layout import short_path
 from dlopt.tracking.remote import check
 
 if TYPE_CHECKING:
-    from dlopt.config.experiment import Experiment
+    from dlopt.config.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class SweepRequest:
         if config.hydra.mode == RunMode.MULTIRUN and sweepers[0] != sweepers[1]:
             raise UserError(f"experiment={name}: a study is a sweep already; run one at a time: experiment={name}")
 
-    def _check_size(self, experiment: "Experiment") -> None:
+    def _check_size(self, experiment: "RunConfig") -> None:
         """Raises `UserError` for a model that does not fit into memory, and for tasks that would train the same one."""
         from dlopt.data.images import size_pair
         from dlopt.training.builders.model_check import check_minimum_memory

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dlopt.basics.errors import UserError
-from dlopt.config.experiment import Experiment
+from dlopt.config.run_config import RunConfig
 from dlopt.data.identity import difference
 from dlopt.data.task import Task
 from dlopt.metrics.user import UserMetric
@@ -114,7 +114,7 @@ def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[
 def restored(
     paths: Sequence[Path],
     checkpoints: Sequence[Checkpoint],
-    experiments: Sequence[Experiment],
+    experiments: Sequence[RunConfig],
     mode: Mode,
     warn: Callable[[str], object],
 ) -> Iterator[Workload]:

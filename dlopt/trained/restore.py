@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from dlopt.adapt import has_adapters
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError
-from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
+from dlopt.config.run_config import RunConfig
 from dlopt.config.saved import with_changes
 from dlopt.data.identity import Identity
 from dlopt.data.task import Task
@@ -40,7 +40,7 @@ class Trained:
     task: Task
     sample: tuple[int, ...]  # shape of a sample
     window: tuple[int, ...]  # shape of the model's input: a centre crop of the sample
-    experiment: Experiment
+    experiment: RunConfig
     config: Mapping[str, Any]  # saved, without the overrides
     epoch: int
     tokenizer: Tokenizer | None = None  # of a text that is not read byte by byte

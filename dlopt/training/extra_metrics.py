@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from dlopt.basics.errors import UserError
-from dlopt.config.experiment import Experiment
 from dlopt.config.rules import check_mode
+from dlopt.config.run_config import RunConfig
 from dlopt.config.settings_rules import MONITORS
 from dlopt.config.user_parts import BUILT_IN
 from dlopt.data.samples import Dataset
@@ -34,7 +34,7 @@ def extra_metric(monitor: str) -> str | None:
     return "class_accuracy" if is_of_classes else metric.name
 
 
-def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> "Callable[[], ExtraMetrics] | None":
+def extra_metrics(experiment: RunConfig, dataset: Dataset, loss: nn.Module) -> "Callable[[], ExtraMetrics] | None":
     """Returns a factory of accumulators for `evaluate.metrics` and the monitored metrics; None if there are none.
 
     Raises `UserError` for a metric that this run cannot compute.
@@ -74,7 +74,7 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
     return lambda: ClassMetrics(names, classes, lambda outputs: probabilities(outputs, loss))
 
 
-def _check_target(experiment: Experiment, task: Task) -> None:
+def _check_target(experiment: RunConfig, task: Task) -> None:
     """Raises `UserError` for a target above 1 of an accuracy or another metric with this maximum: a percentage."""
     if experiment.stopping.target is not Target:
         return

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlopt import schedules
 from dlopt.basics.errors import UserError
-from dlopt.config.experiment import Experiment, Settings
+from dlopt.config.run_config import RunConfig, Settings
 from dlopt.data.batches import Batch
 from dlopt.metrics.names import Metric
 from dlopt.metrics.sums import MetricSum
@@ -28,7 +28,7 @@ _ZERO = 1e-12  # learning-rate factors below are rounding errors of 0
 class Run:
     """An experiment and its folder."""
 
-    experiment: Experiment
+    experiment: RunConfig
     folder: Path
     checkpoint: Checkpoint | None = None  # to resume from
     choices: Mapping[str, str] = field(default_factory=dict)  # config group -> choice, for display
@@ -64,7 +64,7 @@ def run_length(settings: Settings, steps_per_epoch: int, checkpoint: Checkpoint 
     return Length(steps, epochs, steps_per_epoch, horizon, done)
 
 
-def check_horizon(experiment: Experiment, length: Length, checkpoint: Checkpoint) -> str | None:
+def check_horizon(experiment: RunConfig, length: Length, checkpoint: Checkpoint) -> str | None:
     """Compares the length of a run resumed from `checkpoint` with its schedule's; returns a line if they differ.
 
     Raises `UserError` if all updates after the end of the schedule would have learning rate 0. Whoever sets
@@ -94,7 +94,7 @@ def check_horizon(experiment: Experiment, length: Length, checkpoint: Checkpoint
     return None if final == 1.0 else f"{line}; to stretch the schedule, set schedule_epochs={end}"
 
 
-def check_lengthened(experiment: Experiment, checkpoint: Checkpoint) -> None:
+def check_lengthened(experiment: RunConfig, checkpoint: Checkpoint) -> None:
     """Like `check_horizon`, before the data is read; only for checkpoints at the end of an epoch."""
     if checkpoint.epoch and not checkpoint.position:
         steps_per_epoch = -(-checkpoint.step // checkpoint.epoch)  # steps=N may have ended the last epoch early

@@ -7,8 +7,8 @@ import torch
 from dlopt.adapt import describe
 from dlopt.basics.files import read_json, write_atomically, write_json
 from dlopt.basics.folders import RunFolder
-from dlopt.config.experiment import Experiment
 from dlopt.config.overrides import storable
+from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import dotted_name
 from dlopt.metrics.labels import LABEL_METRICS
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
@@ -112,7 +112,7 @@ def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
     return [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]
 
 
-def describe_pretrained(experiment: Experiment, shape: tuple[int, ...]) -> str:
+def describe_pretrained(experiment: RunConfig, shape: tuple[int, ...]) -> str:
     """Describes the images for which pretrained weights were trained, and how those of this run differ.
 
     `shape`: of the model's input. Empty without pretrained weights.

@@ -79,7 +79,7 @@ def train_run(
         draw: draws the run at its end, unless it is interrupted; an error in it does not fail the run.
 
     Raises:
-        UserError: the experiment cannot work; before the first update.
+        UserError: the config cannot work; before the first update.
         RunError: the run failed later.
     """
     settings = run.experiment.settings

@@ -28,7 +28,7 @@ from dlopt.commands.options import choices_of, every_group
 from dlopt.commands.shared.usage import command_keys, declaring
 from dlopt.commands.table import every_command
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
-from dlopt.config.experiment import GROUPS, Settings
+from dlopt.config.run_config import GROUPS, Settings
 from dlopt.config.schema import annotation_of, describe_type, parameters_of, show
 from dlopt.lab.comparison.comparison import Comparison
 from dlopt.python import api

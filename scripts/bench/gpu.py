@@ -40,9 +40,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dlopt.basics.interruption import Interruption
 from dlopt.config.compose import Composer
-from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
+from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
 from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, InMemory, Samples
@@ -73,7 +73,7 @@ class Bench:
         self.dataset = generated_images() if self.rehearse else read(options.data, self.folder)
         self.rate = 0.0  # throughput of the card in FLOP/s
 
-    def experiment(self, *overrides: str) -> Experiment:
+    def experiment(self, *overrides: str) -> RunConfig:
         """Builds an experiment on the in-memory data."""
         typed = [*overrides, f"device={self.device.type}"]
         if self.rehearse:
@@ -289,7 +289,7 @@ def device_loop(bench: Bench) -> tuple[int, Callable[[], None]]:
     return size, call
 
 
-def initialize(bench: Bench, workload: Workload, experiment: Experiment) -> float:
+def initialize(bench: Bench, workload: Workload, experiment: RunConfig) -> float:
     """Gives the (compiled) model new initial weights, as in a new run; returns the seconds of the initialization."""
     seconds = 0.0
     function = experiment.init.target

@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader
 
 from dlopt.basics.interruption import Interruption
 from dlopt.config.compose import Composer
-from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
+from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import InMemory
 from dlopt.data.task import Task
@@ -60,7 +60,7 @@ from dlopt.training.stopping import Best, Never
 CPU = torch.device("cpu")
 
 
-def experiment(*overrides: str) -> Experiment:
+def experiment(*overrides: str) -> RunConfig:
     return parse(to_plain(Composer().compose(list(overrides)), overrides)[0])
 
 

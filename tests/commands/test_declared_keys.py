@@ -16,8 +16,8 @@ from dlopt import cli
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
 from dlopt.commands.table import every_command
 from dlopt.config import parsing
-from dlopt.config.experiment import Experiment
 from dlopt.config.overrides import key_of
+from dlopt.config.run_config import RunConfig
 from dlopt.config.settings import Settings
 from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
@@ -93,8 +93,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 
         monkeypatch.setattr(schema, "__getattribute__", get)
 
-    def unwatched(parse: Callable[..., Experiment]) -> Callable[..., Experiment]:
-        def parsed(*arguments: Any, **keys: Any) -> Experiment:
+    def unwatched(parse: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
+        def parsed(*arguments: Any, **keys: Any) -> RunConfig:
             nonlocal checking
             checking = True
             try:
@@ -107,7 +107,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     for module in (parsing, restore):
         monkeypatch.setattr(module, "parse", unwatched(parsing.parse))
     watch(Settings)
-    watch(Experiment)
+    watch(RunConfig)
     yield seen
 
 

@@ -13,9 +13,9 @@ import yaml
 from PIL import Image
 
 from dlopt.config.compose import Composer
-from dlopt.config.experiment import GROUPS
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
+from dlopt.config.run_config import GROUPS
 from tests.support import choices
 from tests.support.comparisons import SHIPPED
 from tests.support.line import dlopt, only

@@ -10,7 +10,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.plain import load_yaml
 from dlopt.config.choices import config_folder
 from dlopt.config.early import check_early
-from dlopt.config.experiment import GROUPS
+from dlopt.config.run_config import GROUPS
 from dlopt.config.schema import parameters_of, resolve_target
 from dlopt.config.settings import GROUPS as NAMES
 from dlopt.config.signatures import annotations_of

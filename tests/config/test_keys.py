@@ -10,10 +10,10 @@ import pytest
 from dlopt.basics.plain import flatten
 from dlopt.basics.roles import Role
 from dlopt.config.compose import Composer
-from dlopt.config.experiment import GROUPS
 from dlopt.config.keys import ROLES, role_of
 from dlopt.config.overrides import group_of, key_of
 from dlopt.config.resolve import to_plain
+from dlopt.config.run_config import GROUPS
 from dlopt.data.settings import DataSettings
 
 CONF = Path(__file__).parents[2] / "conf"

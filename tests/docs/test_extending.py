@@ -11,7 +11,7 @@ import torch
 import yaml
 from sklearn.metrics import cohen_kappa_score
 
-from dlopt.config.experiment import GROUPS
+from dlopt.config.run_config import GROUPS
 from tests.support.line import dlopt, refused
 from tests.support.pages import ROOT, block_after
 from tests.support.sizes import TINY

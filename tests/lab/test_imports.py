@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STILL_IMPORTED = """
 _version basics.errors basics.folders basics.formats basics.locks basics.plain basics.random
 commands.shared.line commands.shared.processes commands.shared.usage config.choices config.compose
-config.experiment config.flags config.keys config.overrides config.parsing config.plan config.reads
+config.run_config config.flags config.keys config.overrides config.parsing config.plan config.reads
 config.resolve config.resuming config.rules config.saved config.schema data.batches data.digits data.generated
 data.samples data.splits instruments.curvature instruments.diagnostics instruments.layers instruments.lr_range
 instruments.profiling instruments.ranks machine.device machine.memory machine.threads metrics.names models.gpt

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dlopt.basics.interruption import Interruption
 from dlopt.config.compose import Composer
-from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
+from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch
 from dlopt.metrics.sums import Measured
 from dlopt.run import runner
@@ -35,7 +35,7 @@ from dlopt.training.step import Step, UpdateRecord
 from tests.support.sizes import RICH, RUN, SMALL, STEPS_PER_EPOCH  # noqa: F401  # used by importers
 
 
-def experiment(*overrides: str) -> Experiment:
+def experiment(*overrides: str) -> RunConfig:
     return parse(*copy.deepcopy(composed(*overrides)))
 
 

@@ -29,7 +29,7 @@ from dlopt.config.saved import take_checkpoints, typed_values, with_changes
 from dlopt.config.schema import check_arguments, parameters_of
 
 if TYPE_CHECKING:
-    from dlopt.config.experiment import Experiment
+    from dlopt.config.run_config import RunConfig
 
 Command = Callable[[list[str]], int]
 Result = TypeVar("Result")
@@ -111,7 +111,7 @@ class Line:
             hint = suggest(key_of(self.overrides[0]), names, f"{' '.join(command.split()[:2])} --help")
             raise UserError(f"{self.overrides[0]}: unknown key of {command}; {hint}")
 
-    def experiment(self, overrides: list[str] | None = None) -> tuple["Experiment", Mapping[str, str]]:
+    def experiment(self, overrides: list[str] | None = None) -> tuple["RunConfig", Mapping[str, str]]:
         """Returns the checked experiment of `overrides` (default: all of the line) and its choices: group -> name."""
         run = plan(self.composer, self.overrides if overrides is None else overrides)
         if run.experiment.settings.dry_run:
@@ -289,7 +289,7 @@ def refuse_empty(**lists: Sequence[Any]) -> None:
 # -- data and output
 
 
-def saved_experiment(config: Mapping[str, Any], changes: Mapping[str, Any], checkpoint: Path) -> "Experiment":
+def saved_experiment(config: Mapping[str, Any], changes: Mapping[str, Any], checkpoint: Path) -> "RunConfig":
     """Returns the checked experiment of the config in `checkpoint`, changed by overrides. Raises `UserError`."""
     from dlopt.config.parsing import parse
 

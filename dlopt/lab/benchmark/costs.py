@@ -8,7 +8,7 @@ import torch
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.extend import (
-    Experiment,
+    RunConfig,
     RunFolder,
     Trainer,
     Workload,
@@ -29,7 +29,7 @@ _PAIRS = 9
 _UPDATES = 20  # of each of a pair; SOAP, Shampoo and Kron update their preconditioners every 10
 
 
-def measure(baseline: Experiment, experiment: Experiment, scratch: Path) -> UpdateCost:
+def measure(baseline: RunConfig, experiment: RunConfig, scratch: Path) -> UpdateCost:
     """Measures updates of both experiments in turn, which differ in their optimizers only, in this process."""
     workloads = [build_workload(each) for each in (baseline, experiment)]
     trainers = [probe_trainer(workload, scratch, checks=False) for workload in workloads]

@@ -36,7 +36,7 @@ from dlopt.tracking.layout import FittedTable, plain_table, standard_output
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dlopt.extend import Checkpoint, Experiment
+    from dlopt.extend import Checkpoint, RunConfig
     from dlopt.lab.diagnosis.measuring import Diagnosis, Snapshot
     from dlopt.lab.diagnosis.verdicts import Facts, Verdict
 
@@ -74,7 +74,7 @@ _GROUPS = ("data", "model", "init", "normalize", "loss", "optimizer", "schedule"
 @dataclass(frozen=True)
 class _Subject:
     label: str
-    experiment: "Experiment"
+    experiment: "RunConfig"
     choices: Mapping[str, str]
     job: Combination | None = None  # of the command line
     checkpoint: "Checkpoint | None" = None

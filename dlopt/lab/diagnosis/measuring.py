@@ -15,7 +15,7 @@ from dlopt.data.batches import Batch
 from dlopt.extend import (
     Checkpoint,
     Component,
-    Experiment,
+    RunConfig,
     RunError,
     Trainer,
     UserError,
@@ -103,7 +103,7 @@ class Diagnosis:
         return [self.before] if self.after is None else [self.before, self.after]
 
 
-def prepare(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Workload, Trainer]:
+def prepare(experiment: RunConfig, folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Workload, Trainer]:
     """Builds data, model and optimizer as `dlopt train` does, or restores them from a checkpoint.
 
     Writes nothing; `folder` is a placeholder for the run folder.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from dlopt.extend import Experiment, RunError, build_workload, probe_trainer
+from dlopt.extend import RunConfig, RunError, build_workload, probe_trainer
 from dlopt.instruments.ranks import run_rank, run_ranks
 from dlopt.lab.scaling.layers import Layer, timed
 from dlopt.lab.scaling.rank import seconds_of, updates_of
@@ -76,7 +76,7 @@ def fit_link(times: Mapping[int, float], processes: int) -> Link:
     return Link(max(float(latency), 1e-7), 1 / max(float(per_byte), 1e-13))
 
 
-def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, Any]:
+def _measure(experiment: RunConfig, folder: Path, rank: int) -> Mapping[str, Any]:
     world = rendezvous.current()
     assert world is not None
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from dlopt.extend import Experiment, Trainer, UserError, build_workload, probe_trainer
+from dlopt.extend import RunConfig, Trainer, UserError, build_workload, probe_trainer
 from dlopt.instruments.profiling import collective_times
 from dlopt.instruments.ranks import RankOutcome, run_rank
 from dlopt.lab.scaling.communication import Traffic
@@ -61,7 +61,7 @@ def _reason(error: RuntimeError | MemoryError, settings: ScalingSettings) -> str
     return "another process failed" if rendezvous.caused_by_peer(error) else f"{type(error).__name__}: {text}"
 
 
-def measure(experiment: Experiment, folder: Path, settings: ScalingSettings, rank: int) -> Mapping[str, Any]:
+def measure(experiment: RunConfig, folder: Path, settings: ScalingSettings, rank: int) -> Mapping[str, Any]:
     """Runs warm-up updates, timed updates, updates with bytes counted, and updates under the profiler.
 
     Returns the metrics that `modes.summarize` reads; times in seconds per update.

@@ -160,7 +160,7 @@ def _refuse_others(overrides: Sequence[str]) -> None:
 def _check_job(config: DictConfig, job: Combination) -> _PathJob:
     import torch
 
-    from dlopt.config.experiment import GROUPS
+    from dlopt.config.run_config import GROUPS
     from dlopt.instruments.lr_range import uses_line_search
     from dlopt.optim import Muon
     from dlopt.optim.newton import UndampedNewton

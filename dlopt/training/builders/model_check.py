@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from dlopt.basics.errors import UserError
-from dlopt.config.experiment import Experiment
+from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component, show
 from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
@@ -135,7 +135,7 @@ def _largest_integer(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def check_reads(experiment: Experiment, module: nn.Module, task: Task) -> None:
+def check_reads(experiment: RunConfig, module: nn.Module, task: Task) -> None:
     """Raises `UserError` if one of dlopt's models or components does not fit a text."""
     if task.vocabulary is None:
         return
@@ -149,7 +149,7 @@ def check_reads(experiment: Experiment, module: nn.Module, task: Task) -> None:
 
 
 def check_outputs(
-    experiment: Experiment, module: nn.Module, shape: tuple[int, ...], dataset: Dataset, device: torch.device
+    experiment: RunConfig, module: nn.Module, shape: tuple[int, ...], dataset: Dataset, device: torch.device
 ) -> None:
     """Raises `UserError` if a custom or third-party model does not fit the data: the number of outputs or the inputs.
 

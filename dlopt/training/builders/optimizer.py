@@ -1,4 +1,4 @@
-"""Builds optimizer and schedule of an experiment."""
+"""Builds optimizer and schedule of a config."""
 
 import math
 from collections.abc import Callable, Sequence

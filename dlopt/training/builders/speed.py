@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlopt.basics.errors import UserError
-from dlopt.config.experiment import Experiment
+from dlopt.config.run_config import RunConfig
 from dlopt.machine.cuda_graphs import Recorder
 from dlopt.models.layers import copied_state, evaluation_mode, example_inputs
 from dlopt.parallel.mode import Mode
@@ -26,7 +26,7 @@ _WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compil
 
 
 def compile_obstacle(
-    experiment: Experiment, parallel: Mode, module: nn.Module, shape: tuple[int, ...], samples: int
+    experiment: RunConfig, parallel: Mode, module: nn.Module, shape: tuple[int, ...], samples: int
 ) -> str:
     """Returns why the model is not compiled; empty: it is. `samples`: number of samples in an epoch.
 
@@ -123,7 +123,7 @@ def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:
     return counter.get_total_flops() / len(inputs)
 
 
-def data_recorder(experiment: Experiment, device: torch.device) -> Recorder | None:
+def data_recorder(experiment: RunConfig, device: torch.device) -> Recorder | None:
     """Returns the recorder that captures the data path as a CUDA graph; None: it runs eagerly."""
     settings = experiment.settings
     observed = settings.diagnostics or settings.profile  # they hook into single batches
@@ -131,7 +131,7 @@ def data_recorder(experiment: Experiment, device: torch.device) -> Recorder | No
 
 
 def describe_auto(
-    experiment: Experiment, precision: Precision, compile_obstacle: str, graph_obstacle: str | None
+    experiment: RunConfig, precision: Precision, compile_obstacle: str, graph_obstacle: str | None
 ) -> str:
     """Returns the values chosen for keys set to `auto`, in one line; empty if there are none."""
     settings = experiment.settings

@@ -1,4 +1,4 @@
-"""Builds the step of an experiment, and its update with everything around it."""
+"""Builds the step of a config, and its update with everything around it."""
 
 from collections.abc import Callable, Sequence
 

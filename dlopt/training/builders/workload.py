@@ -17,7 +17,7 @@ from dlopt.augment.crops import ResizingCrop
 from dlopt.augment.pipeline import CentreCrop, crop_when_reading
 from dlopt.basics.errors import UserError, refused_path
 from dlopt.basics.random import generator, stream
-from dlopt.config.experiment import Experiment
+from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.identity import difference, identify
@@ -49,9 +49,9 @@ from dlopt.training.step import Network, Teacher
 
 @dataclass
 class Workload:
-    """Data, normalization, model and loss of an experiment, on their device."""
+    """Data, normalization, model and loss of a config, on their device."""
 
-    experiment: Experiment
+    experiment: RunConfig
     parallel: Mode
     precision: Precision
     dataset: Dataset
@@ -112,7 +112,7 @@ class Workload:
         return replace(self, experiment=replace(self.experiment, optimizer=optimizer, auto_lr=False))
 
 
-def build_mode(experiment: Experiment) -> Mode:
+def build_mode(experiment: RunConfig) -> Mode:
     """Builds the parallel mode and joins its process group. Raises `UserError`."""
     settings = experiment.settings
     device = choose_device(settings.device)
@@ -133,7 +133,7 @@ def build_mode(experiment: Experiment) -> Mode:
 
 
 def build_workload(
-    experiment: Experiment,
+    experiment: RunConfig,
     saved: Checkpoint | None = None,
     *,
     parallel: Mode | None = None,
@@ -230,13 +230,13 @@ def build_workload(
     )
 
 
-def read_dataset(experiment: Experiment, *, saved_tokenizer: str | None = None) -> Dataset:
-    """Returns the experiment's dataset with the splits of training; images are decoded on access."""
+def read_dataset(experiment: RunConfig, *, saved_tokenizer: str | None = None) -> Dataset:
+    """Returns the dataset of a config with the splits of training; images are decoded on access."""
     source = experiment.read_data(saved_tokenizer=saved_tokenizer)
     return prepare(source, replace(experiment.data_settings, memory=False))
 
 
-def _check_normalization(experiment: Experiment, normalize: nn.Module, shape: tuple[int, ...]) -> None:
+def _check_normalization(experiment: RunConfig, normalize: nn.Module, shape: tuple[int, ...]) -> None:
     """Raises `UserError` if the statistics are per pixel and the augmentation changes the image size."""
     try:
         normalize(torch.zeros(1, *shape, device=next(iter(normalize.buffers()), torch.zeros(())).device))
@@ -247,13 +247,13 @@ def _check_normalization(experiment: Experiment, normalize: nn.Module, shape: tu
         ) from None
 
 
-def _crops_at_random(experiment: Experiment) -> bool:
+def _crops_at_random(experiment: RunConfig) -> bool:
     operations = experiment.augmentation.arguments.get("operations", [])
     targets = [operation.target for operation in operations if isinstance(operation, Component)]
     return any(isinstance(target, type) and issubclass(target, ResizingCrop) for target in targets)
 
 
-def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | None:
+def _build_augmentation(experiment: RunConfig, dataset: Dataset) -> Pipeline | None:
     """Returns None for an empty pipeline, which would seed a generator in every step."""
     if experiment.augmentation.arguments.get("operations") == []:
         return None
@@ -261,7 +261,7 @@ def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | 
     return experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
 
 
-def with_task(experiment: Experiment, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
+def with_task(experiment: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
     """Returns the dataset with the task of the model: reconstruction if the model's callable sets `reconstructs`.
 
     `shape`: of the augmented samples. Raises `UserError` if these are not images.
@@ -274,7 +274,7 @@ def with_task(experiment: Experiment, dataset: Dataset, shape: tuple[int, ...]) 
     return replace(dataset, unlabelled=Task("reconstruction", math.prod(shape)))
 
 
-def class_counts(experiment: Experiment, dataset: Dataset) -> list[int] | None:
+def class_counts(experiment: RunConfig, dataset: Dataset) -> list[int] | None:
     """Returns the training samples per class, if the loss balances the classes. Raises `UserError` without labels."""
     if experiment.loss.arguments.get("class_weights") != "balanced":
         return None
@@ -285,7 +285,7 @@ def class_counts(experiment: Experiment, dataset: Dataset) -> list[int] | None:
     return torch.bincount(dataset.train.targets, minlength=task.classes).tolist()
 
 
-def label_fractions(experiment: Experiment, dataset: Dataset) -> list[float] | None:
+def label_fractions(experiment: RunConfig, dataset: Dataset) -> list[float] | None:
     """Returns the fraction of the training samples with each label, if the loss balances the labels."""
     if experiment.loss.arguments.get("pos_weight") != "balanced" or dataset.task.labels is None:
         return None
@@ -337,8 +337,8 @@ def refuse_other_data(workload: Workload, checkpoint: Checkpoint) -> None:
         )
 
 
-def saved_tokenizer(experiment: Experiment, checkpoint: Checkpoint | None) -> str | None:
-    """Returns the tokenizer of a checkpoint; None without one. Raises `UserError` if the experiment sets another."""
+def saved_tokenizer(experiment: RunConfig, checkpoint: Checkpoint | None) -> str | None:
+    """Returns the tokenizer of a checkpoint; None without one. Raises `UserError` if the config sets another."""
     if checkpoint is None:
         return None
     trained, chosen = (config["data"].get("tokenizer") for config in (checkpoint.config, experiment.config))
@@ -347,7 +347,7 @@ def saved_tokenizer(experiment: Experiment, checkpoint: Checkpoint | None) -> st
     return checkpoint.tokenizer
 
 
-def build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+def build_model(experiment: RunConfig, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """Builds and initializes the model on the CPU, for the same initial weights on every device."""
     seed = experiment.settings.init_seed
     rng.seed_all(stream(seed, WEIGHTS))

@@ -11,9 +11,9 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
-from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
+from dlopt.config.run_config import RunConfig
 from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training.builders import speed
 from dlopt.training.builders.precision import Precision
@@ -26,7 +26,7 @@ from tests.support.line import refused
 from tests.support.runs import at_update, in_fork, result, resume, same, start, terminate
 
 
-def experiment(*overrides: str) -> Experiment:
+def experiment(*overrides: str) -> RunConfig:
     return parse(to_plain(Composer().compose(list(overrides)), [])[0])
 
 

@@ -1,4 +1,4 @@
-"""The checked experiment: one component per config group, the keys that a group's choices share, the run's settings."""
+"""The checked config of a run: one component per group, the keys that a group's choices share, the run's settings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -48,7 +48,7 @@ GROUPS: Mapping[str, ConfigGroup] = {
 
 
 @dataclass(frozen=True)
-class Experiment:
+class RunConfig:
     settings: Settings
     data: Component
     data_settings: DataSettings
@@ -79,7 +79,7 @@ class Experiment:
     def read_data(self, settings: DataSettings | None = None, *, saved_tokenizer: str | None = None) -> Any:
         """Returns the `Dataset`, before the settings of all datasets are applied. Raises `UserError`.
 
-        `settings`: None: those of the experiment. `saved_tokenizer`: of a checkpoint; None: that of the config.
+        `settings`: None: those of the config. `saved_tokenizer`: of a checkpoint; None: that of the config.
         """
         keys = vars(self.data_settings if settings is None else settings)
         dataset = self.data.build(**keys, saved_tokenizer=saved_tokenizer)
