@@ -22,7 +22,7 @@ from dlopt.basics.errors import (
     suggest,
 )
 from dlopt.basics.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_error
-from dlopt.commands.table import COMMANDS, every_command
+from dlopt.commands.command_table import COMMANDS, every_command
 from dlopt.config.packages import entries
 
 _HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import dlopt as package
 from dlopt import cli
-from dlopt.commands.table import every_command
+from dlopt.commands.command_table import every_command
 from tests.support.line import SMALL, dlopt, entries, refused
 
 DLOPT = [sys.executable, "-m", "dlopt"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dlopt.basics.errors import UserError
-from dlopt.commands.table import COMMANDS, every_command
+from dlopt.commands.command_table import COMMANDS, every_command
 from dlopt.config.overrides import key_of, value_of
 
 

@@ -23,10 +23,10 @@ from markup import block, code, docstring, table, text
 
 import dlopt
 from dlopt.cli import run
+from dlopt.commands.command_table import every_command
 from dlopt.commands.listing import summary
 from dlopt.commands.options import choices_of, every_group
 from dlopt.commands.shared.usage import command_keys, declaring
-from dlopt.commands.table import every_command
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.run_config import GROUPS, Settings
 from dlopt.config.schema import annotation_of, describe_type, parameters_of, show

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dlopt import cli
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
-from dlopt.commands.table import every_command
+from dlopt.commands.command_table import every_command
 from dlopt.config import parsing
 from dlopt.config.overrides import key_of
 from dlopt.config.run_config import RunConfig

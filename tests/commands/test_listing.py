@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from dlopt.commands.command_table import every_command
 from dlopt.commands.listing import sections, summary
-from dlopt.commands.table import every_command
 
 COMMANDS = every_command()
 

@@ -9,7 +9,7 @@ import pytest
 
 from dlopt import lab
 from dlopt.basics.roles import Role
-from dlopt.commands.table import COMMANDS, every_command
+from dlopt.commands.command_table import COMMANDS, every_command
 from dlopt.config import packages
 from dlopt.config.keys import role_of
 from tests.support.line import run

@@ -10,7 +10,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.plain import flatten, is_below
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
 from dlopt.commands import train as train_command
-from dlopt.commands.table import every_command
+from dlopt.commands.command_table import every_command
 from dlopt.config.compose import Composer
 from dlopt.config.keys import ROLES
 from dlopt.config.overrides import key_of

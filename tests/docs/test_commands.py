@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dlopt.commands.command_table import every_command
 from dlopt.commands.grid import overrides_of
-from dlopt.commands.table import every_command
 from dlopt.config.plan import Plan
 from dlopt.sweeps.request import SweepRequest
 from tests.support.line import dlopt

@@ -19,8 +19,8 @@ from urllib.parse import quote, unquote, urlsplit
 import pytest
 
 import dlopt
+from dlopt.commands.command_table import every_command
 from dlopt.commands.options import choices_of, every_group
-from dlopt.commands.table import every_command
 from dlopt.config.choices import Catalogue, config_folder
 from tests.support.browser import chromium, narrow
 from tests.support.pages import ROOT

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from dlopt.basics.plain import flatten
+from dlopt.commands.command_table import COMMANDS, of_packages
 from dlopt.commands.options import choices_of, every_group
-from dlopt.commands.table import COMMANDS, of_packages
 from dlopt.config.choices import Catalogue, config_folder
 
 BUDGET = {
