@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dlopt.basics.plain import load_yaml  # noqa: E402
+from dlopt.basics.plain_values import load_yaml  # noqa: E402
 from dlopt.lab.trajectory.functions import Quadratic, Window  # noqa: E402
 from dlopt.lab.trajectory.paths import TOLERANCE, Trajectory, follow  # noqa: E402
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from dlopt.basics.plain import read_regular
+from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact, redacted
 
 _ABANDONED = 3600.0  # seconds

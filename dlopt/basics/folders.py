@@ -14,7 +14,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json
 from dlopt.basics.interruption import note_files
 from dlopt.basics.locks import hold, is_held
-from dlopt.basics.plain import load_yaml
+from dlopt.basics.plain_values import load_yaml
 
 FORMAT = 1  # version of the files in a run folder and of their keys; stored in environment.json
 LOCK = ".lock"

@@ -65,7 +65,7 @@ def _candidates(words: list[str]) -> list[str]:
 
 def _declared(module: ModuleType, words: list[str]) -> list[str]:
     """Returns the keys and flags that the help of a command lists."""
-    from dlopt.basics.plain import is_below  # slow to import; not needed for the names of commands
+    from dlopt.basics.plain_values import is_below  # slow to import; not needed for the names of commands
     from dlopt.commands.shared.usage import reads_of, typed_words
 
     def is_read(word: str) -> bool:  # `model=mlp`, `model.`, `hydra/`: one of the keys, or below or above one

@@ -17,7 +17,7 @@ import yaml
 
 from dlopt._version import ROOT
 from dlopt.basics.errors import UserError
-from dlopt.basics.plain import join
+from dlopt.basics.plain_values import join
 from dlopt.config.packages import PACKAGES, entries
 
 CONFIG_NAME = "train"  # the primary config

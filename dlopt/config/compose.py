@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dlopt.basics.errors import UserError, shorten, suggest
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.interruption import block_signals
-from dlopt.basics.plain import check_yaml, flatten, is_below, join
+from dlopt.basics.plain_values import check_yaml, flatten, is_below, join
 from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_folder, config_folders, search
 from dlopt.config.flags import register_plugins
 from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of, parse_overrides, text_of, value_of

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.plain import flatten, is_below
+from dlopt.basics.plain_values import flatten, is_below
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import RANGES, check_arguments, check_value
 from dlopt.config.settings import GROUPS, Settings

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
-from dlopt.basics.plain import flatten
+from dlopt.basics.plain_values import flatten
 from dlopt.basics.roles import Role
 from dlopt.config.compose import Composer
 from dlopt.config.keys import LABELS, role_of

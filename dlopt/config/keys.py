@@ -10,7 +10,7 @@ import functools
 import typing
 from collections.abc import Mapping
 
-from dlopt.basics.plain import join
+from dlopt.basics.plain_values import join
 from dlopt.basics.roles import Role
 from dlopt.config.overrides import key_of
 from dlopt.config.packages import entries

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.plain import is_below
+from dlopt.basics.plain_values import is_below
 from dlopt.basics.roles import Role
 from dlopt.config.keys import ROLES, role_of
 from dlopt.config.overrides import group_of, key_of, text_of, value_of

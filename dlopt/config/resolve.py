@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.plain import flatten, is_below, load_yaml
+from dlopt.basics.plain_values import flatten, is_below, load_yaml
 from dlopt.basics.secrets import forget, is_secret_name, note, note_environment, redact, references
 from dlopt.config.choices import Catalogue
 from dlopt.config.overrides import is_typed, key_of, value_of

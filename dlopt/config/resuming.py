@@ -8,7 +8,7 @@ from typing import Any
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import SPACE, RunFolder, newest
-from dlopt.basics.plain import flatten
+from dlopt.basics.plain_values import flatten
 from dlopt.basics.roles import Role
 from dlopt.basics.secrets import redacted
 from dlopt.config.keys import role_of

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from pydantic.errors import PydanticUndefinedAnnotation
 
 from dlopt.basics.errors import UserError, suggest
-from dlopt.basics.plain import is_below, join
+from dlopt.basics.plain_values import is_below, join
 from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
 from dlopt.config.choices import config_folders, extensions
 from dlopt.config.packages import entries

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from dlopt.basics.plain import load_yaml
+from dlopt.basics.plain_values import load_yaml
 from dlopt.config.overrides import parts_of
 
 

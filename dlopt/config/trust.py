@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.plain import flatten, is_below
+from dlopt.basics.plain_values import flatten, is_below
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import show
 

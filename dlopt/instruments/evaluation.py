@@ -9,7 +9,7 @@ from typing import Any
 
 from dlopt.basics.files import write_atomically
 from dlopt.basics.formats import format_number, format_percent
-from dlopt.basics.plain import without_nan
+from dlopt.basics.plain_values import without_nan
 from dlopt.basics.secrets import redacted
 from dlopt.instruments import reconstructions
 from dlopt.parallel.mode import Mode

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.plain import is_below
+from dlopt.basics.plain_values import is_below
 from dlopt.basics.ranges import NonNegative, PositiveFraction
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from dlopt.basics.plain import flatten, is_below
+from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.roles import Role
 from dlopt.config.keys import is_seed, role_of
 from dlopt.config.overrides import key_of

@@ -18,7 +18,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
-from dlopt.basics.plain import flatten, load_yaml, read_regular
+from dlopt.basics.plain_values import flatten, load_yaml, read_regular
 from dlopt.config.keys import LABELS
 from dlopt.metrics.names import column_of, mode_of, monitored_modes, resolve_monitor, selection_key, split_of
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number

@@ -17,7 +17,7 @@ from typing import Any
 from dlopt.basics.errors import USER_ERROR, RunError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_count, format_duration, format_range, round_duration
-from dlopt.basics.plain import flatten
+from dlopt.basics.plain_values import flatten
 from dlopt.basics.roles import Role
 from dlopt.config.keys import LABELS, role_of
 from dlopt.run.record import describe

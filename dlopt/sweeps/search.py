@@ -17,7 +17,7 @@ from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder
 from dlopt.basics.locks import locked
-from dlopt.basics.plain import flatten, is_below
+from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.ranges import Count, Seed
 from dlopt.config.compose import Composer
 from dlopt.config.keys import is_seed

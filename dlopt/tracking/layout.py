@@ -26,7 +26,7 @@ from dlopt.basics.formats import (
     format_percent,
     format_value,
 )
-from dlopt.basics.plain import flatten
+from dlopt.basics.plain_values import flatten
 from dlopt.metrics.names import Metric, Split, final_metrics, mode_of, monitored_modes
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"

@@ -9,7 +9,7 @@ from typing import Any
 
 from dlopt.basics.errors import RunError
 from dlopt.basics.files import read_json, write_atomically
-from dlopt.basics.plain import without_nan
+from dlopt.basics.plain_values import without_nan
 from dlopt.basics.secrets import redact, redacted
 
 METRICS = "metrics.jsonl"

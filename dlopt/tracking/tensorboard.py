@@ -28,7 +28,7 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.plain import read_regular
+from dlopt.basics.plain_values import read_regular
 from dlopt.tracking.layout import short_path
 from dlopt.tracking.metrics import AppendFile
 

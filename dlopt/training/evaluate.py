@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
-from dlopt.basics.plain import without_nan
+from dlopt.basics.plain_values import without_nan
 from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import evaluation_subset, prepare

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.plain import load_yaml
+from dlopt.basics.plain_values import load_yaml
 from dlopt.config.choices import config_folder
 from dlopt.config.early import check_early
 from dlopt.config.run_config import GROUPS

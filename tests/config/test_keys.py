@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.basics.plain import flatten
+from dlopt.basics.plain_values import flatten
 from dlopt.basics.roles import Role
 from dlopt.config.compose import Composer
 from dlopt.config.keys import ROLES, role_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.plain import flatten, is_below
+from dlopt.basics.plain_values import flatten, is_below
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
 from dlopt.commands import train as train_command
 from dlopt.commands.command_table import every_command

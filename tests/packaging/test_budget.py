@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dlopt.basics.plain import flatten
+from dlopt.basics.plain_values import flatten
 from dlopt.commands.command_table import COMMANDS, of_packages
 from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, config_folder

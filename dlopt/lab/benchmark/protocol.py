@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from dlopt.basics.plain import load_yaml
+from dlopt.basics.plain_values import load_yaml
 from dlopt.extend import UserError, check_arguments, show, suggest
 
 FOLDER = "benchmark"  # in the laboratory and in a --config-dir

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.errors import USER_ERROR
 from dlopt.basics.folders import make, make_new, newest
-from dlopt.basics.plain import flatten
+from dlopt.basics.plain_values import flatten
 from dlopt.config.compose import typed_folder
 from dlopt.config.flags import parse_arguments
 from dlopt.config.plan import checked

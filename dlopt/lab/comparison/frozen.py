@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlopt.basics.plain import load_yaml
+from dlopt.basics.plain_values import load_yaml
 from dlopt.config.choices import config_folder
 from dlopt.extend import Record, Section, Table, read_json, short_path
 

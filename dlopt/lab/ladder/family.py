@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from annotated_types import MinLen
 
-from dlopt.basics.plain import load_yaml
+from dlopt.basics.plain_values import load_yaml
 from dlopt.extend import (
     Composer,
     Line,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlopt.basics.plain import without_nan
+from dlopt.basics.plain_values import without_nan
 from dlopt.extend import write_json, writing
 from dlopt.results import drawing
 

@@ -8,7 +8,7 @@ import pytest
 
 from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder
-from dlopt.basics.plain import check_yaml, expanded_size, load_yaml, read_regular
+from dlopt.basics.plain_values import check_yaml, expanded_size, load_yaml, read_regular
 from tests.support.line import refused
 from tests.support.sizes import TINY
 
