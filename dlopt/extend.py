@@ -37,7 +37,14 @@ from dlopt.basics.roles import Role
 
 if TYPE_CHECKING:
     from dlopt.commands.completion import keys_of_train
-    from dlopt.commands.shared.line import Line, on_checkpoint, on_experiment, output_folder, refuse_empty, writing
+    from dlopt.commands.shared.command_line import (
+        Line,
+        on_checkpoint,
+        on_experiment,
+        output_folder,
+        refuse_empty,
+        writing,
+    )
     from dlopt.config.compose import Composer
     from dlopt.config.keys import role_of
     from dlopt.config.overrides import group_of, key_of, value_of, without
@@ -61,7 +68,7 @@ if TYPE_CHECKING:
 
 _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.commands.completion": "keys_of_train",
-    "dlopt.commands.shared.line": "Line on_checkpoint on_experiment output_folder refuse_empty writing",
+    "dlopt.commands.shared.command_line": "Line on_checkpoint on_experiment output_folder refuse_empty writing",
     "dlopt.config.compose": "Composer",
     "dlopt.config.run_config": "RunConfig",
     "dlopt.config.keys": "role_of",

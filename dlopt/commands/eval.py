@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.interruption import print_error
-from dlopt.commands.shared.line import Line, on_checkpoint, on_experiment, saved_experiment, writing
+from dlopt.commands.shared.command_line import Line, on_checkpoint, on_experiment, saved_experiment, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, show

@@ -9,7 +9,7 @@ from dlopt._version import __version__
 from dlopt.basics.errors import DONE, UserError, install
 from dlopt.basics.files import temporary_sibling, write_atomically
 from dlopt.basics.interruption import print_error
-from dlopt.commands.shared.line import on_checkpoint, refuse_folder, writing
+from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
 from dlopt.tracking.layout import short_path
 
 USAGE = """\

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Annotated
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.commands.shared.line import Line, on_experiment, output_folder, writing
+from dlopt.commands.shared.command_line import Line, on_experiment, output_folder, writing
 from dlopt.config.compose import Composer
 from dlopt.config.reads import RECIPE, UPDATE
 from dlopt.instruments.range_test import RangeTest

@@ -4,7 +4,7 @@ from hydra.types import RunMode
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.commands.completion import keys_of_train
-from dlopt.commands.shared.line import read_line
+from dlopt.commands.shared.command_line import read_line
 from dlopt.config.overrides import grid
 from dlopt.config.plan import with_params
 

@@ -9,7 +9,7 @@ from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import temporary_sibling
 from dlopt.basics.interruption import print_error
 from dlopt.basics.ranges import Count, Natural
-from dlopt.commands.shared.line import on_checkpoint, refuse_folder, writing
+from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 
 _READS = ("device", "precision", "threads", "allow_packages", "parallel")

@@ -16,7 +16,7 @@ from dlopt.basics.interruption import Interruption
 from dlopt.basics.ranges import Count
 from dlopt.commands.completion import folders
 from dlopt.commands.runs import parse
-from dlopt.commands.shared.line import writing
+from dlopt.commands.shared.command_line import writing
 from dlopt.commands.shared.usage import command_keys
 from dlopt.config.packages import entries, function
 from dlopt.results import reading

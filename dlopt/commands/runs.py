@@ -13,7 +13,7 @@ from dlopt.basics.ranges import Count
 from dlopt.commands import runs_tag
 from dlopt.commands.completion import folders
 from dlopt.commands.runs_diff import diff
-from dlopt.commands.shared.line import take_command_keys
+from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.results import reading
 from dlopt.results.listing import Query, print_values, show_table
 from dlopt.results.reading import Condition, Record

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.formats import printable
-from dlopt.commands.shared.line import take_command_keys
+from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.results import reading
 from dlopt.results.differences import config_rows, metric_rows
 from dlopt.tracking.layout import plain_table, short_path, show_table

@@ -8,7 +8,7 @@ from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_value, printable
 from dlopt.basics.locks import locked_folder
-from dlopt.commands.shared.line import take_command_keys
+from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.config.settings_rules import check_tags
 from dlopt.results import reading
 from dlopt.results.leaderboard import Record

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count, NonNegative, Seed
-from dlopt.commands.shared.line import on_checkpoint
+from dlopt.commands.shared.command_line import on_checkpoint
 
 _READS = ("device", "precision", "threads", "allow_packages")
 USAGE = """\

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Interval
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.commands.shared.line import Line, on_experiment, output_folder, refuse_folder, writing
+from dlopt.commands.shared.command_line import Line, on_experiment, output_folder, refuse_folder, writing
 from dlopt.config.reads import RECIPE
 from dlopt.tracking.layout import short_path
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count
-from dlopt.commands.shared.line import Line, on_experiment
+from dlopt.commands.shared.command_line import Line, on_experiment
 from dlopt.config.reads import RECIPE
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dlopt._version import ROOT
 from dlopt.basics.errors import DONE, UserError, suggest
-from dlopt.commands.shared.line import read_line
+from dlopt.commands.shared.command_line import read_line
 
 TEMPLATES = {  # name -> file in dlopt/templates/
     "slurm": "train.sbatch",

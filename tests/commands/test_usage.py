@@ -10,7 +10,7 @@ import pytest
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
 from dlopt.commands.command_table import every_command
-from dlopt.commands.shared.line import take_command_keys
+from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.commands.shared.usage import command_keys, declaring, reads_of, two_columns, typed_words, usage
 
 MODULES = {

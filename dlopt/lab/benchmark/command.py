@@ -16,7 +16,7 @@ from dlopt.basics.errors import install
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_range
 from dlopt.basics.locks import locked
-from dlopt.commands.shared.line import read_line
+from dlopt.commands.shared.command_line import read_line
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.keys import ROUNDING
 from dlopt.config.overrides import is_hydra

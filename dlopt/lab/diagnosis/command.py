@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dlopt.basics.formats import format_count
 from dlopt.basics.plain_values import without_nan
-from dlopt.commands.shared.line import Combination, saved_experiment, skipped_keys
+from dlopt.commands.shared.command_line import Combination, saved_experiment, skipped_keys
 from dlopt.config.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
 from dlopt.config.saved import checkpoint_file, typed_values
 from dlopt.extend import (

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import IntervalSweep
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_count, format_range
 from dlopt.basics.locks import locked
-from dlopt.commands.shared.line import read_line
+from dlopt.commands.shared.command_line import read_line
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra
 from dlopt.config.reads import refuse_unread_hydra

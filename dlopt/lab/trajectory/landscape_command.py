@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from dlopt.commands.shared.line import saved_experiment
+from dlopt.commands.shared.command_line import saved_experiment
 from dlopt.extend import DONE, Count, Positive, Seed, UserError, on_checkpoint, output_folder, writing
 from dlopt.lab.trajectory.output import Output, progress
 from dlopt.results import drawing

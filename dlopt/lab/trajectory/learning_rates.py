@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlopt.commands.shared.line import Combination, skipped_keys
+from dlopt.commands.shared.command_line import Combination, skipped_keys
 from dlopt.config.reads import RECIPE
 from dlopt.extend import DONE, Count, Line, UserError, output_folder, without, writing
 from dlopt.lab.trajectory.output import Output

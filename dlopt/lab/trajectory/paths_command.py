@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Interval
 from omegaconf import DictConfig
 
-from dlopt.commands.shared.line import Combination, skipped_keys
+from dlopt.commands.shared.command_line import Combination, skipped_keys
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.reads import refuse_unread_hydra

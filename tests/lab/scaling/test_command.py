@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dlopt.basics.errors import UserError
-from dlopt.commands.shared.line import Line
+from dlopt.commands.shared.command_line import Line
 from dlopt.config.compose import Composer
 from dlopt.lab.scaling import device, modes, modes_command
 from dlopt.lab.scaling.modes import ModeResult

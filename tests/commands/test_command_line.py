@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.errors import UserError
-from dlopt.commands.shared.line import output_folder, read_line, writing
+from dlopt.commands.shared.command_line import output_folder, read_line, writing
 from tests.support.line import refused
 
 
