@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import NoReturn
 
 from dlopt.basics.errors import DONE, UserError, shorten, suggest
-from dlopt.commands.shared.layout import two_columns, wrap_row
+from dlopt.commands.shared.text_columns import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.flags import documented_flags
 from dlopt.config.overrides import parts_of

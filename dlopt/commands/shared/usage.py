@@ -14,7 +14,7 @@ from itertools import groupby
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
-from dlopt.commands.shared.layout import two_columns
+from dlopt.commands.shared.text_columns import two_columns
 
 _WIDTH = 118  # columns of a table in a wide terminal
 _TABLE = re.compile(r"( *)(?:\{(\w+)\}|(\S.*?) :: (.*))")  # a line of a table: declared keys, or a written row
