@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from dlopt.results.leaderboard import Record
     from dlopt.results.reading import read as read_run
     from dlopt.results.tables import Section, Table
-    from dlopt.tracking.layout import short_path
+    from dlopt.tracking.terminal_text import short_path
     from dlopt.training.builders.workload import Workload, build_workload, evaluation_batches, training_batches
     from dlopt.training.checkpoint.checkpoints import load as load_checkpoint
     from dlopt.training.checkpoint.content import Checkpoint
@@ -82,7 +82,7 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.results.leaderboard": "Record",
     "dlopt.results.reading": "read_run:read",
     "dlopt.results.tables": "Section Table",
-    "dlopt.tracking.layout": "short_path",
+    "dlopt.tracking.terminal_text": "short_path",
     "dlopt.training.builders.workload": "Workload build_workload evaluation_batches training_batches",
     "dlopt.training.checkpoint.checkpoints": "load_checkpoint:load",
     "dlopt.training.checkpoint.content": "Checkpoint",

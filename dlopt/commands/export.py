@@ -10,7 +10,7 @@ from dlopt.basics.errors import DONE, UserError, install
 from dlopt.basics.files import temporary_sibling, write_atomically
 from dlopt.basics.interruption import print_error
 from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 USAGE = """\
 Export a checkpoint to safetensors, ONNX or torch.export

@@ -8,7 +8,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.reads import RECIPE, UPDATE
 from dlopt.instruments.range_test import RangeTest
 from dlopt.tracking.console import Screen
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.instruments.lr_range import LearningRates

@@ -17,7 +17,7 @@ from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.results import reading
 from dlopt.results.listing import Query, print_values, show_table
 from dlopt.results.reading import Condition, Record
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 USAGE = """\
 List, filter, tag, compare and clean up runs

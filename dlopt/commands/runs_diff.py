@@ -10,7 +10,7 @@ from dlopt.basics.formats import printable
 from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.results import reading
 from dlopt.results.differences import config_rows, metric_rows
-from dlopt.tracking.layout import plain_table, short_path, show_table
+from dlopt.tracking.terminal_text import plain_table, short_path, show_table
 
 
 def diff(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.config.settings_rules import check_tags
 from dlopt.results import reading
 from dlopt.results.leaderboard import Record
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 
 def tag(arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ from annotated_types import Interval
 from dlopt.basics.errors import DONE, UserError
 from dlopt.commands.shared.command_line import Line, on_experiment, output_folder, refuse_folder, writing
 from dlopt.config.reads import RECIPE
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig

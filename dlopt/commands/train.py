@@ -21,7 +21,7 @@ from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.resolve import show_config
 from dlopt.parallel.processes.rendezvous import World, current, end_process, join_store
 from dlopt.run.runner import CODE_OF, follow, release, run_plan
-from dlopt.tracking.layout import waiting
+from dlopt.tracking.terminal_text import waiting
 
 if TYPE_CHECKING:
     from torch.distributed import Store

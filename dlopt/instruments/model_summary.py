@@ -16,7 +16,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_bytes
 from dlopt.config.run_config import RunConfig
 from dlopt.data.task import Task
-from dlopt.tracking.layout import plain_table, show_table
+from dlopt.tracking.terminal_text import plain_table, show_table
 from dlopt.training.builders.model_check import model_on_meta
 from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.workload import model_arguments

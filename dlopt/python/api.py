@@ -32,7 +32,7 @@ from dlopt.python.runs import Run, Runs, open_run, runs
 from dlopt.run.runner import run_plan
 from dlopt.sweeps import run as sweeps
 from dlopt.tracking import read_metrics
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 __all__ = [
     "LearningRates", "Model", "Prediction", "Result", "Run", "Runs",

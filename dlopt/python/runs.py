@@ -15,8 +15,8 @@ from dlopt.metrics.names import FINAL_TAGS, split_of
 from dlopt.results import reading
 from dlopt.results.listing import Query
 from dlopt.results.reading import Condition, Damaged, Record
-from dlopt.tracking.layout import short_path
 from dlopt.tracking.metrics import SUMMARY
+from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.python.model import Model

@@ -13,7 +13,7 @@ from dlopt.results.leaderboard import ENDED, Difference, Record, Row, Statistic
 from dlopt.results.ranking import Ranking, against_published, recipe_label, time_to_target
 from dlopt.results.reading import number_in, tags_of
 from dlopt.results.tables import Table
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 _LABELS = ("mean_average_precision", "macro_f1", "micro_f1")
 FIRST = (

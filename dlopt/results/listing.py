@@ -17,7 +17,7 @@ from dlopt.metrics.names import Metric, column_of, mode_of
 from dlopt.results import reading
 from dlopt.results.leaderboard import modes_of
 from dlopt.results.reading import Condition, Damaged, Record, RunReader, value_of
-from dlopt.tracking.layout import FittedTable, plain_table, short_path
+from dlopt.tracking.terminal_text import FittedTable, plain_table, short_path
 
 _METRICS = ("val_accuracy", "val_loss", "epochs", "seconds")  # default columns, the most important first
 _MAX_CELL = 24  # characters of a config value in a terminal

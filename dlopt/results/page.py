@@ -24,7 +24,7 @@ from dlopt.results.columns import counts_text, published_table
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import Ranking, importance
 from dlopt.results.tables import Bold, Section
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 FOLDER = Path(__file__).with_name("page")
 SCRIPTS = ("base.js", "leaderboard.js", "charts.js", "curves.js", "plots.js", "main.js")

@@ -38,7 +38,7 @@ from dlopt.results.ranking import (
     tolerance_text,
 )
 from dlopt.results.reading import is_number, short_key
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 # Columns that are hidden, the first ones first, until the table fits the page; the reader may choose others.
 _EXPENDABLE = ("train_loss", "train_accuracy", "gap", "accuracy_gap", "parameters", "epochs", "steps", "seconds")

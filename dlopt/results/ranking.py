@@ -34,7 +34,7 @@ from dlopt.results.leaderboard import (
     student_t,
 )
 from dlopt.results.reading import OPEN, Damaged, Record, short_key, varying_keys
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 _NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")
 _LR = "optimizer.lr"

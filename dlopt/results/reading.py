@@ -22,8 +22,8 @@ from dlopt.basics.plain_values import flatten, load_yaml, read_regular
 from dlopt.config.keys import LABELS
 from dlopt.metrics.names import column_of, mode_of, monitored_modes, resolve_monitor, selection_key, split_of
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
-from dlopt.tracking.layout import choices_of_groups, short_path
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
+from dlopt.tracking.terminal_text import choices_of_groups, short_path
 
 OPEN = ("running", "interrupted", "unfinished")
 """Statuses of runs whose training has not ended; all but `running` can be resumed."""

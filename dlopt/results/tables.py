@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from dlopt.basics.formats import printable
-from dlopt.tracking.layout import FittedTable, plain_table
+from dlopt.tracking.terminal_text import FittedTable, plain_table
 
 _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",

@@ -24,9 +24,9 @@ from dlopt.results.leaderboard import Leaderboard, Statistic
 from dlopt.results.ranking import Ranking
 from dlopt.results.reading import short_key
 from dlopt.results.tables import Table
-from dlopt.tracking import layout
+from dlopt.tracking import terminal_text
 from dlopt.tracking.console import open_console
-from dlopt.tracking.layout import FittedTable, plain_table
+from dlopt.tracking.terminal_text import FittedTable, plain_table
 
 if TYPE_CHECKING:
     from dlopt.results.exports import ReportContent
@@ -127,9 +127,9 @@ def _notes(report: "ReportContent") -> list[str]:
     best = ranking.ranked[0].command if ranking.ranked else None
     lines += [] if best is None else [f"best: {best}"]
     for run in ranking.failed[:5]:
-        lines.append(f"{run.status}: {layout.short_path(run.path)}: {failure_text(run)}")
+        lines.append(f"{run.status}: {terminal_text.short_path(run.path)}: {failure_text(run)}")
     lines += [f"... and {len(ranking.failed) - 5} more failed or unfinished runs"] if len(ranking.failed) > 5 else []
-    lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in ranking.damaged]
+    lines += [f"skipped: {terminal_text.short_path(each.path)}: {each.reason}" for each in ranking.damaged]
     return [*lines, *(line for section in report.sections for line in section.lines)]
 
 

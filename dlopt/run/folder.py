@@ -14,7 +14,7 @@ from dlopt.config.plan import Plan
 from dlopt.config.reads import refuse_untested
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
 from dlopt.parallel.processes.rendezvous import current
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.training.checkpoint.content import Checkpoint

@@ -21,8 +21,8 @@ from dlopt.config.reads import refuse_untested
 from dlopt.config.resolve import choices_of
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
-from dlopt.tracking.layout import short_path
 from dlopt.tracking.remote import check
+from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig

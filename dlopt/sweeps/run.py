@@ -28,7 +28,7 @@ from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, labels, record_dead
 from dlopt.sweeps.request import SweepRequest, print_next, read_space
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.terminal_text import short_path
 
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it

@@ -42,8 +42,8 @@ from dlopt.sweeps.study import (
     is_fact,
     storage_errors,
 )
-from dlopt.tracking.layout import short_path
 from dlopt.tracking.overview import Overview
+from dlopt.tracking.terminal_text import short_path
 
 _RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes, once no other job is left
 _STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}

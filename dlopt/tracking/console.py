@@ -17,7 +17,7 @@ from rich.text import Text
 
 from dlopt.basics import formats
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric
-from dlopt.tracking import layout
+from dlopt.tracking import terminal_text
 
 _TRAIN, _VAL = (Metric("train", "loss"), Metric("train", "accuracy")), (VAL_LOSS, VAL_ACCURACY)  # of the live display
 _REDRAW_SECONDS = 0.1
@@ -212,7 +212,7 @@ class ConsoleView(Screen):
         super().__init__(stream)
         self._width = shutil.get_terminal_size().columns if self._output.isatty() else None  # None: not a terminal
         self._display: _Display | None = None
-        self._rows = layout.EpochRows(0)
+        self._rows = terminal_text.EpochRows(0)
         self._rows_width: int | None = -1  # for which the table's header was printed; -1: for none
         self._due = float("inf")
 
@@ -224,9 +224,9 @@ class ConsoleView(Screen):
         first_step: int,
         seconds: float,
     ) -> None:
-        """Shows the header and starts the display; `facts`: see `layout.header_rows`."""
+        """Shows the header and starts the display; `facts`: see `terminal_text.header_rows`."""
         per_step, unit = (facts.get("train") or 0) / max(facts["steps_per_epoch"], 1), facts.get("unit", "samples")
-        self._rows = layout.EpochRows(
+        self._rows = terminal_text.EpochRows(
             facts["epochs"],
             samples_per_step=per_step,
             unit=unit,
@@ -234,7 +234,7 @@ class ConsoleView(Screen):
             seconds=seconds,
             metrics=facts.get("metrics", ()),
         )
-        self._print_block(layout.header(config, choices, facts), Text(""))
+        self._print_block(terminal_text.header(config, choices, facts), Text(""))
         if not self.terminal:
             return
         self._display = _Display(facts["epochs"], facts["steps_per_epoch"], facts["steps"], first_step, per_step, unit)
@@ -284,7 +284,7 @@ class ConsoleView(Screen):
     def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
         """Prints the result table, then `lines` (run folder, suggested commands) without wrapping them."""
         self.close()
-        self._print_block(Text(""), layout.format_result(summary), Text(""))
+        self._print_block(Text(""), terminal_text.format_result(summary), Text(""))
         for line in lines:
             self._print(line)
 

@@ -16,7 +16,7 @@ from hydra.core.utils import env_override
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.secrets import redact
-from dlopt.tracking.layout import waiting
+from dlopt.tracking.terminal_text import waiting
 
 _CLOSE_TIMEOUT = 30.0  # seconds to wait at the end of a run for pending deliveries
 _MLFLOW_STATUS = {"finished": "FINISHED", "stopped_early": "FINISHED", "failed": "FAILED"}

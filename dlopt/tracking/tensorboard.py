@@ -29,8 +29,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import read_regular
-from dlopt.tracking.layout import short_path
 from dlopt.tracking.metrics import AppendFile
+from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image

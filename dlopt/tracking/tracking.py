@@ -15,7 +15,7 @@ from dlopt.basics import formats
 from dlopt.basics.errors import UserError
 from dlopt.basics.secrets import redact, redacted
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, final_metrics, tag_of
-from dlopt.tracking import layout
+from dlopt.tracking import terminal_text
 from dlopt.tracking.console import ConsoleView
 from dlopt.tracking.metrics import AppendFile, MetricsFile, write_summary
 
@@ -153,21 +153,23 @@ class Tracking:
     ) -> None:
         """Shows the header and starts the progress display.
 
-        `config`: resolved, plain, without secrets. `facts`: see `layout.header`; `unit`: "images" or "samples".
+        `config`: resolved, plain, without secrets. `facts`: see `terminal_text.header`; `unit`: "images" or "samples".
         `first_step`, `seconds`: updates already done, and their time. `steps`: total updates (None: epochs *
         steps_per_epoch). `choices`: group -> name of its YAML file; default: the last part of `_target_`.
         """
         self._epochs = epochs
         choices = choices or {}
         total = epochs * steps_per_epoch if steps is None else steps
-        folder = None if self._folder is None else f"{layout.short_path(self._folder)} (config.yaml lists every key)"
+        folder = (
+            None if self._folder is None else f"{terminal_text.short_path(self._folder)} (config.yaml lists every key)"
+        )
         facts = {**facts, "folder": folder, "epochs": epochs, "steps_per_epoch": steps_per_epoch, "steps": total}
         if self._log is not None:
             self._log.write("starts" if first_step == 0 else f"resumes from step {first_step}")
-            for name, values in layout.header_rows(config, choices, facts).items():
+            for name, values in terminal_text.header_rows(config, choices, facts).items():
                 self._log.write(f"{name}: {', '.join(values)}")
         for sink in self._sinks:
-            sink.config(redacted(config), redacted(layout.hparams(config, choices)))
+            sink.config(redacted(config), redacted(terminal_text.hparams(config, choices)))
         if self._console is not None:
             self._console.begin(config, choices, facts, first_step, seconds)
             if first_step:
@@ -218,7 +220,7 @@ class Tracking:
             sink.scalars(metrics["step"], _to_tags(metrics, self._step_tags))
             sink.flush()
         if self._log is not None:
-            self._log.write(layout.format_epoch(metrics, self._epochs, best=best))
+            self._log.write(terminal_text.format_epoch(metrics, self._epochs, best=best))
         if self._console is not None:
             self._console.epoch(metrics, best, evaluation_seconds)
 
@@ -279,14 +281,14 @@ class Tracking:
 
     def _next_commands(self, folder: Path, pictures: Mapping[str, Path]) -> list[str]:
         """Returns the run folder, the pictures and the next commands, for a shell in the current folder."""
-        path = layout.short_path(folder)
+        path = terminal_text.short_path(folder)
         lines = [f"run folder: {path}"]
-        lines += [f"{description}: {layout.short_path(picture)}" for description, picture in pictures.items()]
+        lines += [f"{description}: {terminal_text.short_path(picture)}" for description, picture in pictures.items()]
         lines.append("next:")
         has_checkpoint = any((folder / "checkpoints" / name).exists() for name in ("best.pt", "last.pt"))
         if has_checkpoint:
             lines.append(f"  dlopt eval checkpoint={shlex.quote(path)}")
-        lines.append(f"  dlopt report {shlex.quote(layout.short_path(folder.parent))}")
+        lines.append(f"  dlopt report {shlex.quote(terminal_text.short_path(folder.parent))}")
         if self._tensorboard is not None:
             from dlopt.tracking.tensorboard import command
 

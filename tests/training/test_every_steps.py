@@ -15,7 +15,7 @@ from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batches
 from dlopt.data.samples import InMemory
 from dlopt.data.splits import evaluation_subset
-from dlopt.tracking import layout
+from dlopt.tracking import terminal_text
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.runs import (
@@ -227,6 +227,6 @@ def test_the_subset_is_a_function_of_the_seed() -> None:
 
 
 def test_the_header_names_the_subset() -> None:
-    rows = layout.header_rows({}, {}, {"train": 4_000, "val": 144, "test": 10_000, "all_val": 1_000})
+    rows = terminal_text.header_rows({}, {}, {"train": 4_000, "val": 144, "test": 10_000, "all_val": 1_000})
     assert rows["data"] == ["4,000 train, 144 of 1,000 val, 10,000 test"]
-    assert layout.header_rows({}, {}, {"train": 4_000, "val": 144})["data"] == ["4,000 train, 144 val"]
+    assert terminal_text.header_rows({}, {}, {"train": 4_000, "val": 144})["data"] == ["4,000 train, 144 val"]

@@ -13,8 +13,8 @@ from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
 from dlopt.lab.comparison.labels import label
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.metrics.names import Modes
-from dlopt.tracking.layout import align_columns
 from dlopt.tracking.metrics import gaps, read_metrics, read_summary
+from dlopt.tracking.terminal_text import align_columns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from dlopt.extend import (
 )
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.results import drawing
-from dlopt.tracking.layout import FittedTable, plain_table, standard_output
+from dlopt.tracking.terminal_text import FittedTable, plain_table, standard_output
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from rich.table import Table
 from dlopt.extend import DONE, Count, Line, UserError, output_folder, refuse_empty
 from dlopt.lab.scaling.cluster import Cluster
 from dlopt.lab.scaling.output import Output, save
-from dlopt.tracking.layout import plain_table, show_table
+from dlopt.tracking.terminal_text import plain_table, show_table
 
 if TYPE_CHECKING:
     from dlopt.lab.scaling.layers import Layer

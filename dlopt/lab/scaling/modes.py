@@ -15,7 +15,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.extend import Composer, RunError, UserError
 from dlopt.instruments.ranks import run_ranks
 from dlopt.results import drawing
-from dlopt.tracking.layout import plain_table
+from dlopt.tracking.terminal_text import plain_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,7 +23,7 @@ from dlopt.extend import (
     without,
 )
 from dlopt.lab.scaling.output import Output, save
-from dlopt.tracking.layout import show_table
+from dlopt.tracking.terminal_text import show_table
 
 READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "ema", "stopping", "check", "on_divergence")
 

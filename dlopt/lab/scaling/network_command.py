@@ -7,7 +7,7 @@ from dlopt.extend import DONE, Count, Line, Positive, UserError, refuse_empty
 from dlopt.lab.scaling.modes_command import process_count
 from dlopt.parallel.processes import launch
 from dlopt.parallel.processes.rendezvous import current
-from dlopt.tracking.layout import plain_table, show_table
+from dlopt.tracking.terminal_text import plain_table, show_table
 
 
 def time_all_reduce(

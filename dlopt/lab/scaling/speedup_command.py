@@ -10,7 +10,7 @@ from dlopt.extend import DONE, Count, Line, UserError, output_folder, refuse_emp
 from dlopt.lab.scaling.cluster import Cluster
 from dlopt.lab.scaling.cluster_command import Model, describe, layers_of_model
 from dlopt.lab.scaling.output import Output, save
-from dlopt.tracking.layout import plain_table, show_table
+from dlopt.tracking.terminal_text import plain_table, show_table
 
 if TYPE_CHECKING:
     from dlopt.lab.scaling.speedup import Speedup

@@ -22,7 +22,7 @@ from dlopt.optim import SGDW
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 from dlopt.schedules import Factor, Scheduler
-from dlopt.tracking.layout import align_columns
+from dlopt.tracking.terminal_text import align_columns
 from dlopt.training.averaging import evaluation_weights
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from dlopt.lab.trajectory.functions import Quadratic
 from dlopt.lab.trajectory.paths import Trajectory
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
-from dlopt.tracking.layout import align_columns
+from dlopt.tracking.terminal_text import align_columns
 from dlopt.training.stopping import Tolerance
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dlopt.run.runner import job_environment
-from dlopt.tracking import layout
+from dlopt.tracking import terminal_text
 
 METRICS = {
     "epoch": 100,
@@ -31,11 +31,11 @@ def rendered(renderable: object, width: int) -> list[str]:
 
 
 def test_format_epoch() -> None:
-    assert layout.format_epoch(METRICS, 200, best=True) == (
+    assert terminal_text.format_epoch(METRICS, 200, best=True) == (
         "epoch 100/200  train loss 1.2346 accuracy 50.00 %  val loss 12.3456 accuracy 100.00 %  lr 0.006699  2:04  best"
     )
     regression = {key: value for key, value in METRICS.items() if "accuracy" not in key}
-    assert layout.format_epoch(regression, 200, best=False) == (
+    assert terminal_text.format_epoch(regression, 200, best=False) == (
         "epoch 100/200  train loss 1.2346  val loss 12.3456  lr 0.006699  2:04"
     )
 
@@ -44,7 +44,7 @@ def test_format_epoch() -> None:
 @pytest.mark.parametrize("regression", [True, False])
 def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regression: bool) -> None:
     metrics = {key: value for key, value in METRICS.items() if not (regression and "accuracy" in key)}
-    rows = layout.EpochRows(200, samples_per_step=50.0)
+    rows = terminal_text.EpochRows(200, samples_per_step=50.0)
     header, row = rows.header(metrics, width).plain, rows.row(metrics, best=False).plain
     assert len(header) == len(row) <= (width or 200) - 2
     assert ("val acc" in header) != regression
@@ -54,7 +54,7 @@ def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regressio
 def test_rows_show_the_time_and_throughput_of_their_own_epochs() -> None:
     """Also for the first row after a resume, and where several epochs lie between two evaluations."""
     start = {"step": METRICS["step"] - 60, "seconds": 103.4}
-    rows = layout.EpochRows(200, samples_per_step=1000 / 30, unit="images", **start)
+    rows = terminal_text.EpochRows(200, samples_per_step=1000 / 30, unit="images", **start)
     header = rows.header(METRICS, None).plain
     columns = header.replace("epoch time", "epoch_time").replace("total time", "total_time").split()
     assert columns[-3:] == ["epoch_time", "total_time", "images/s"]
@@ -79,7 +79,7 @@ def test_header_summarizes_the_run() -> None:
     facts |= {"steps_per_epoch": 23, "parallel": "ddp", "processes": 2, "overrides": ["seed=3", "packages=[mine]"]}
     facts |= {"device": "cpu", "threads": 2, "precision": "bf16", "inputs": "1x8x8, 10 classes", "unit": "images"}
     choices = {"data": "digits", "model": "mlp", "optimizer": "sgd", "schedule": "cosine", "clip": "none"}
-    lines = rendered(layout.header(CONFIG, choices, {**facts, "folder": "out/1"}), 100)
+    lines = rendered(terminal_text.header(CONFIG, choices, {**facts, "folder": "out/1"}), 100)
     assert [line.rstrip() for line in lines] == [
         "overrides  seed=3  'packages=[mine]'",
         "data       digits  1,437 train, 360 test  1x8x8, 10 classes  batch_size 64",
@@ -92,7 +92,7 @@ def test_header_summarizes_the_run() -> None:
 
 @given(st.integers(40, 120))
 def test_header_wraps_only_between_texts(width: int) -> None:
-    lines = rendered(layout.header(CONFIG, {}, {"parameters": 272474, "train": 1437, "test": 360}), width)
+    lines = rendered(terminal_text.header(CONFIG, {}, {"parameters": 272474, "train": 1437, "test": 360}), width)
     assert all(len(line) <= width for line in lines) and any("272,474 parameters" in line for line in lines)
 
 
@@ -106,30 +106,30 @@ def test_short_paths_are_those_of_the_shell_that_started_the_run(
     hydra = {"job": job, "job_logging": {"root": None}, "runtime": {}, "verbose": False}
     with job_environment(OmegaConf.create({"hydra": hydra}), folder):
         assert Path.cwd() == folder
-        assert layout.short_path(folder) == "outputs/run"
-        assert layout.short_path(Path("curves.png")) == "outputs/run/curves.png"
-    assert Path.cwd() == tmp_path and layout.short_path(folder) == "outputs/run"
+        assert terminal_text.short_path(folder) == "outputs/run"
+        assert terminal_text.short_path(Path("curves.png")) == "outputs/run/curves.png"
+    assert Path.cwd() == tmp_path and terminal_text.short_path(folder) == "outputs/run"
 
 
 def test_header_of_a_run_that_is_not_built() -> None:
-    assert layout.header_rows({}, {}, {}) == {}
+    assert terminal_text.header_rows({}, {}, {}) == {}
 
 
 def test_hparams_are_flat() -> None:
     config = {"seed": 3, "steps": None, "model": {"_target_": "a.MLP", "widths": [64, 64], "inner": {"bias": True}}}
-    assert layout.hparams(config, {}) == {
+    assert terminal_text.hparams(config, {}) == {
         "model": "MLP",
         "seed": 3,
         "model.widths": "[64,64]",
         "model.inner.bias": True,
     }
-    assert layout.hparams(config, {"model": "mlp"})["model"] == "mlp"
+    assert terminal_text.hparams(config, {"model": "mlp"})["model"] == "mlp"
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped_early", "interrupted", "failed"])
 def test_result_of_every_status(status: str) -> None:
     text = "\n".join(
-        rendered(layout.format_result({"status": status, "epochs": 3, "steps": 1200, "seconds": 61.0}), 60)
+        rendered(terminal_text.format_result({"status": status, "epochs": 3, "steps": 1200, "seconds": 61.0}), 60)
     )
     assert text.startswith(f"{status.replace('_', ' ')} after 3 epochs, 1,200 steps in 1:01")
 
@@ -142,14 +142,14 @@ def test_result_table() -> None:
         "test_loss": 0.25,
         "test_accuracy": 0.5,
     }
-    rows = [line.split() for line in rendered(layout.format_result(summary), 60)]
+    rows = [line.split() for line in rendered(terminal_text.format_result(summary), 60)]
     assert ["best", "validation", "0.5000", "75.00", "%", "2"] in rows
     assert ["test", "0.2500", "50.00", "%", "2"] in rows
 
 
 def test_hparams_leave_out_derived_seeds() -> None:
     config = {"seed": 3, "init_seed": 3, "order_seed": 5, "data": {"split_seed": 3, "batch_size": 8}}
-    assert layout.hparams(config, {"data": "digits"}) == {
+    assert terminal_text.hparams(config, {"data": "digits"}) == {
         "data": "digits", "seed": 3, "order_seed": 5, "data.batch_size": 8
     }  # fmt: skip
 
@@ -157,15 +157,15 @@ def test_hparams_leave_out_derived_seeds() -> None:
 # -- tables
 
 
-def runs_table() -> layout.FittedTable:
-    table = layout.plain_table("runs")
+def runs_table() -> terminal_text.FittedTable:
+    table = terminal_text.plain_table("runs")
     table.add_column("run", overflow="fold")
     table.add_column("best epoch", justify="right")
     table.add_column("val accuracy", justify="right")
     table.add_column("note")
     table.add_row("outputs/train/2026-01-01_12-00-00", "12", Text("97.57 ± 1.47 %"), "")
     table.add_row("outputs/b", "3", Text("9.10 %"), "failed")
-    return layout.FittedTable(table)
+    return terminal_text.FittedTable(table)
 
 
 def shown(width: int) -> list[str]:
