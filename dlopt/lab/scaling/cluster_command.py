@@ -8,7 +8,7 @@ from rich.table import Table
 
 from dlopt.extend import DONE, Count, Line, UserError, output_folder, refuse_empty
 from dlopt.lab.scaling.cluster import Cluster
-from dlopt.lab.scaling.output import Output, save
+from dlopt.lab.scaling.saving import Output, save
 from dlopt.tracking.terminal_text import plain_table, show_table
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Annotated, Literal
 
 from dlopt.extend import DONE, Count, Line, Positive, output_folder, refuse_empty
-from dlopt.lab.scaling.output import Output, save
+from dlopt.lab.scaling.saving import Output, save
 
 _PRECISIONS: list[Literal["fp32", "bf16", "fp16", "fp64"]] = ["fp32", "bf16"]
 _SIZES = [64, 128, 256, 512, 1024, 2048]

@@ -22,7 +22,7 @@ from dlopt.extend import (
     value_of,
     without,
 )
-from dlopt.lab.scaling.output import Output, save
+from dlopt.lab.scaling.saving import Output, save
 from dlopt.tracking.terminal_text import show_table
 
 READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "ema", "stopping", "check", "on_divergence")

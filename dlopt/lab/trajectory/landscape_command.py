@@ -7,7 +7,7 @@ from annotated_types import Interval
 
 from dlopt.commands.shared.command_line import saved_experiment
 from dlopt.extend import DONE, Count, Positive, Seed, UserError, on_checkpoint, output_folder, writing
-from dlopt.lab.trajectory.output import Output, progress
+from dlopt.lab.trajectory.progress import Output, progress
 from dlopt.results import drawing
 
 if TYPE_CHECKING:

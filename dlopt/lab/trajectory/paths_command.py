@@ -31,7 +31,7 @@ from dlopt.extend import (
     without,
     writing,
 )
-from dlopt.lab.trajectory.output import Output, progress
+from dlopt.lab.trajectory.progress import Output, progress
 from dlopt.results import drawing
 
 if TYPE_CHECKING:
