@@ -69,7 +69,7 @@ def train(arguments: list[str]) -> int:
         return DONE
     config = None if parsed.multirun else composer.compose(overrides)
     if config is None or config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
-        from dlopt.sweeps import run as sweeps
+        from dlopt.sweeps import sweep as sweeps
 
         return sweeps.run(sweeps.request(composer, parsed))
     if (key := series_of(config)) is not None:

@@ -16,7 +16,7 @@ from dlopt.extend import Line, Plan, Role, RunFolder, UserError, group_of, key_o
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, PlanJob, build_job
 from dlopt.sweeps.pool import JobSource, Pool
-from dlopt.sweeps.run import build_pool
+from dlopt.sweeps.sweep import build_pool
 from dlopt.tracking.overview import Overview
 
 READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")

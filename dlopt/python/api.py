@@ -30,7 +30,7 @@ from dlopt.parallel.processes.rendezvous import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state
 from dlopt.python.runs import Run, Runs, open_run, runs
 from dlopt.run.runner import run_plan
-from dlopt.sweeps import run as sweeps
+from dlopt.sweeps import sweep as sweeps
 from dlopt.tracking import read_metrics
 from dlopt.tracking.terminal_text import short_path
 

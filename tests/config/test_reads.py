@@ -23,7 +23,7 @@ from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.scaling import command as scaling
 from dlopt.lab.trajectory import command as trajectory
 from dlopt.python.api import train
-from dlopt.sweeps import run as sweeps
+from dlopt.sweeps import sweep as sweeps
 from tests.support.line import SMALL, dlopt, refused, run
 
 HYDRA = (

@@ -16,7 +16,7 @@ models.layers models.locally_connected models.recurrent models.vit optim optim.a
 optim.parameters optim.traits parallel.collectives parallel.mode parallel.modes.chain parallel.processes.launch
 parallel.processes.process_group parallel.processes.rendezvous results.drawing results.leaderboard results.page
 results.reading results.tables run.environment run.runner schedules sweeps.estimate sweeps.jobs sweeps.pool
-sweeps.run sweeps.samplers sweeps.search sweeps.space tracking.console tracking.terminal_text tracking.metrics
+sweeps.sweep sweeps.samplers sweeps.search sweeps.space tracking.console tracking.terminal_text tracking.metrics
 tracking.overview tracking.remote tracking.tensorboard trained.distillation trained.restore training.averaging
 training.builders.model_check training.builders.optimizer training.builders.speed training.builders.workload
 training.checkpoint.checkpoints training.clipping training.evaluate training.progress training.step

@@ -284,14 +284,14 @@ SWEEP = ("train", "-m", *TINY, "epochs=1", "seed=0,1", "hydra.sweep.dir=sweep")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["dlopt.sweeps.run.write_yaml", "dlopt.sweeps.jobs.describe"])
+@pytest.mark.parametrize("target", ["dlopt.sweeps.sweep.write_yaml", "dlopt.sweeps.jobs.describe"])
 @pytest.mark.parametrize("search", [False, True])
 def test_a_sweep_that_was_cut_off_blocks_nothing(target: str, search: bool, tmp_path: Path) -> None:
     more = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=2"] if search else []
     line = [*SWEEP[:-2], "optimizer.lr=interval(0.01,0.1)", SWEEP[-1], *more] if search else [*SWEEP]
     if search:
         pytest.importorskip("optuna")
-        target = target.replace("sweeps.run", "sweeps.search")
+        target = target.replace("sweeps.sweep", "sweeps.search")
     cut_off(target, False, signal.SIGKILL, tmp_path, *line)
     assert (tmp_path / "sweep").exists()
     result = dlopt(tmp_path, *line)

@@ -61,7 +61,7 @@ from dlopt.lab.trials import READS_OF_HYDRA, has_ended, is_fixed, launcher, refu
 from dlopt.results.leaderboard import distinguishes
 from dlopt.run import environment
 from dlopt.sweeps.estimate import Estimate, estimate_job
-from dlopt.sweeps.run import refuse_ranks
+from dlopt.sweeps.sweep import refuse_ranks
 
 if TYPE_CHECKING:
     from dlopt.lab.benchmark.trials import Candidate, TrialRequest

@@ -57,7 +57,7 @@ from dlopt.metrics.names import monitored_modes, split_of
 from dlopt.results import drawing
 from dlopt.run.runner import exit_code
 from dlopt.sweeps.estimate import print_estimate
-from dlopt.sweeps.run import refuse_ranks
+from dlopt.sweeps.sweep import refuse_ranks
 from dlopt.tracking.console import Screen
 from dlopt.tracking.remote import check as check_tracking
 from dlopt.training.checkpoint.checkpoints import Checkpoints

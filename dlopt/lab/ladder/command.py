@@ -41,7 +41,7 @@ from dlopt.lab.ladder.family import Family, chosen_rungs, load_family, measure
 from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, read_ladder, update_ladder
 from dlopt.lab.trials import READS_OF_HYDRA, choice_of, launcher, refuse_protocol, take_optimizers
 from dlopt.sweeps.estimate import estimate_job
-from dlopt.sweeps.run import refuse_ranks
+from dlopt.sweeps.sweep import refuse_ranks
 
 USAGE = """\
 Compare optimizers on models of growing size: does the gain last?

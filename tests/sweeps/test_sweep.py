@@ -311,7 +311,7 @@ def test_a_sweeper_of_another_package_is_judged_by_the_runs_in_its_folder(
             (folder / str(number) / "config.yaml").write_text("seed: 0\n")
             (folder / str(number) / "summary.json").write_text(json.dumps({"status": status}))
 
-    monkeypatch.setattr("dlopt.sweeps.run.run_with_hydra", run)
+    monkeypatch.setattr("dlopt.sweeps.sweep.run_with_hydra", run)
     result = sweep(tmp_path, "hydra.sweeper._target_=hydra_plugins.mine.Sweeper")
     assert result.code == code, result.err
     assert ("dlopt runs sweep status=failed" in result.out) == ("failed" in statuses)
