@@ -54,11 +54,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Network:
-    """A model with its loss: a function of outputs, targets and, with a teacher, its outputs."""
+    """The part of a `Workload` that an update calls, and that observers may wrap."""
 
     module: nn.Module
     model: Callable[[Tensor], Tensor]  # calls the module: wrapped by the parallel mode, compiled
-    loss: Callable[..., Tensor]  # mean over the samples
+    loss: Callable[..., Tensor]  # (outputs, targets[, outputs of the teacher]) -> mean over the samples
     teacher: Teacher | None = None
 
 
