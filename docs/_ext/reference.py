@@ -22,7 +22,7 @@ from unittest import mock
 from markup import block, code, docstring, table, text
 
 import dlopt
-from dlopt.cli import run
+from dlopt.cli import find
 from dlopt.commands.command_table import every_command
 from dlopt.commands.listing import summary
 from dlopt.commands.options import choices_of, every_group
@@ -107,7 +107,8 @@ def _help(name: str) -> list[str]:
         contextlib.redirect_stdout(out),
         contextlib.suppress(SystemExit),  # argparse
     ):
-        run([name, "--help"])
+        command, arguments = find([name, "--help"])
+        command(arguments)
     return out.getvalue().rstrip().splitlines()
 
 

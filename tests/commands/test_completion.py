@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt import cli
+from tests.support.line import run
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     def completed(line: str, shell: str) -> str:
         monkeypatch.setenv("COMP_LINE", line)
         monkeypatch.setenv("COMP_POINT", str(len(line)))
-        assert cli.run(["-sc", f"query={shell}"]) == 0
+        assert run(f"-sc query={shell}") == 0
         return capsys.readouterr().out
 
     return completed
@@ -59,7 +59,8 @@ def test_fish_takes_one_completion_per_line(complete: Callable[[str, str], str])
 
 @pytest.mark.parametrize(("typed", "slow"), [("dlopt tr", "hydra"), ("dlopt options opt", "pydantic")])
 def test_needs_no_slow_import(typed: str, slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = f"import sys; from dlopt.cli import run; run(['-sc', 'query=bash']); print({slow!r} in sys.modules)"
+    code = "import sys; from dlopt.cli import find; complete, words = find(['-sc', 'query=bash']); complete(words)"
+    code += f"; print({slow!r} in sys.modules)"
     monkeypatch.setenv("COMP_LINE", typed)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "False"

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dlopt import cli
 from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
 from dlopt.commands.command_table import every_command
 from dlopt.config import parsing
@@ -22,7 +21,7 @@ from dlopt.config.settings import Settings
 from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.trajectory import command as trajectory
 from dlopt.trained import restore
-from tests.support.line import SMALL, dlopt
+from tests.support.line import SMALL, dlopt, run
 
 TINY = [each for each in SMALL if not each.startswith(("epochs", "tracking"))]
 LINES: Sequence[tuple[str, Sequence[str]]] = [
@@ -118,7 +117,7 @@ def test_a_command_reads_the_keys_that_it_declares(
     monkeypatch.chdir(folder)
     on_checkpoint = "checkpoint=" in line
     declares = [each for each in TINY if key_of(each).partition(".")[0] in declared]
-    assert cli.run([*line.split(), *([] if on_checkpoint else declares)]) == 0
+    assert run(" ".join([line, *([] if on_checkpoint else declares)])) == 0
     expected = {key.partition(".")[0] for key in declared} - READ_EARLIER.keys() - {*NOT_ON_A_CPU}
     if line.startswith(("eval", "predict")):
         expected -= {"parallel"}  # taken before the config is changed: tested with processes

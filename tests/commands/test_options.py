@@ -105,7 +105,8 @@ def test_unknown_names_get_suggestions(typed: str, message: str) -> None:
 
 
 def test_imports_neither_torch_nor_hydra() -> None:
-    code = "import sys; from dlopt.cli import run; run(['options']); print(*sys.modules, file=sys.stderr)"
+    code = "import sys; from dlopt.cli import find; options, words = find(['options']); options(words)"
+    code += "; print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     imported = set(done.stderr.split())
     assert "dlopt.commands.options" in imported and not imported & {"torch", "hydra", "pydantic", "numpy"}

@@ -28,7 +28,8 @@ def without_laboratory(tmp_path: Path) -> Path:
 
 def run(folder: Path, *lines: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs commands in one new interpreter: a forked one has imported the package with its laboratory."""
-    code = "import json, sys; from dlopt import cli; [cli.run(line) for line in json.loads(sys.argv[1])]"
+    code = "import json, sys; from dlopt import cli; "
+    code += "[command(words) for command, words in map(cli.find, json.loads(sys.argv[1]))]"
     environment |= {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", f"{code}; import dlopt; print(dlopt.__file__)", json.dumps(lines)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

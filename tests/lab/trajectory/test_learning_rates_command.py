@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from dlopt.basics.errors import UserError
-from dlopt.cli import run
 from dlopt.lab.trajectory.command import trajectory
 from dlopt.lab.trajectory.learning_rates import Curve
 from dlopt.results import drawing
+from tests.support.line import run
 
 
 @pytest.fixture
@@ -94,6 +94,6 @@ def test_output_folder_cannot_be_created(drawn: dict[str, Any]) -> None:
 
 
 def test_help_lists_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["trajectory", "--help"]) == 0
+    assert run("trajectory --help") == 0
     text = capsys.readouterr().out
     assert all(f"  {key}=" in text for key in ("steps_per_epoch", "log_y", "output"))

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from dlopt.cli import run
 from dlopt.config.choices import extensions
 from dlopt.lab.trajectory.command import trajectory
 from dlopt.lab.trajectory.paths import Trajectory
 from dlopt.results import drawing
 from tests.support.choices import names
-from tests.support.line import dlopt, refused
+from tests.support.line import dlopt, refused, run
 
 MUON = {"muon", "dmuon"}
 OPTIMIZERS = [name for name in names("optimizer") if name not in MUON]
@@ -126,7 +125,7 @@ def test_refused(tmp_path: Path, typed: str, message: str) -> None:
 
 
 def test_help_lists_all_functions(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["trajectory", "--help"]) == 0
+    assert run("trajectory --help") == 0
     text = capsys.readouterr().out
     assert all(path.stem in text for path in (extensions()["dlopt.lab"] / "function").glob("*.yaml"))
 
