@@ -87,7 +87,7 @@ def test_the_first_update_has_the_gradient_of_the_formula(teacher: Path, tmp_pat
     line = distilled(teacher, "precision=fp64", "augmentation=crop_flip", "accumulate=2", "loss.temperature=2")
     trainer = probe_trainer(with_teacher(build_workload(experiment(*line))), tmp_path)
     batch = next(iter(trainer.batches.epoch(0)))
-    trainer.step._begin(batch, 0, log_norm=False)
+    trainer.step.begin(batch, 0, log_norm=False)
     value = trainer.step()
     raw = build_workload(experiment(*line, "normalize=none"))
     images, _ = next(iter(training_batches(raw).epoch(0)))

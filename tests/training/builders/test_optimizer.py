@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from torch import nn
 from dlopt.basics.errors import UserError
 from dlopt.optim.traits import OptimizerTraits
 from dlopt.parallel.mode import Mode, Placed
+from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.builders.optimizer import (
     build_optimizer,
     build_schedule,
@@ -250,12 +252,14 @@ def test_gradients_with_other_strides_disable_the_fused_kernel() -> None:
 
 
 def test_buffers_are_synchronized_before_they_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def synchronize() -> None: ...
-
+    calls: list[str] = []
+    synchronize = partial(calls.append, "synchronized")
     monkeypatch.setattr(Mode, "place", lambda self, model, shape: Placed(model, synchronize))
+    monkeypatch.setattr(ExponentialAverage, "update", lambda self: calls.append("averaged"))
     trainer = probe_trainer(small_workload("ema=0.9"), tmp_path)
-    assert trainer.average is not None
-    assert list(trainer.step.post_hooks) == [synchronize, trainer.average.update]
+    for number, batch in enumerate(trainer.batches.epoch(0)):
+        trainer.update(batch, number)
+    assert calls == ["synchronized", "averaged"] * (number + 1)
 
 
 @pytest.mark.parametrize(("sharding", "scope", "needs"), [
