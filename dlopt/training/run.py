@@ -82,33 +82,36 @@ def train_run(
         UserError: the config cannot work; before the first update.
         RunError: the run failed later.
     """
+    # 1. Join the processes of the run, and build data, model and loss.
     settings = run.experiment.settings
     mode = build_mode(run.experiment)
-    state = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
-    workload = build_workload(run.experiment, state, parallel=mode, identified=SPLITS)
-    if state is not None:
-        refuse_other_data(workload, state)  # before the folder is changed
+    checkpoint = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
+    workload = build_workload(run.experiment, checkpoint, parallel=mode, identified=SPLITS)
+    if checkpoint is not None:
+        refuse_other_data(workload, checkpoint)  # before the folder is changed
     if add_teacher is not None:
         workload = add_teacher(workload)
     check_crops(workload)
     batches = training_batches(workload)
-    length = run_length(settings, len(batches), state)
-    horizon_note = None if state is None else check_horizon(run.experiment, length, state)
+    length = run_length(settings, len(batches), checkpoint)
+    horizon_note = None if checkpoint is None else check_horizon(run.experiment, length, checkpoint)
     is_shown = mode.ranks.is_main
     with (
         contextlib.closing(workload),
-        open_tracking(run, state, console) if is_shown else Tracking.silent() as tracking,
+        open_tracking(run, checkpoint, console) if is_shown else Tracking.silent() as tracking,
     ):
-        found_lr = None
+        # 2. Find the learning rate (optimizer.lr=auto); a resumed run keeps that of its range test.
+        found_lr = None if checkpoint is None else checkpoint.found_lr
         if workload.experiment.auto_lr and find_lr is not None:
-            # A resumed run keeps the learning rate of its range test.
-            found_lr = None if state is None else state.found_lr
             found_lr = find_lr(workload, tracking, run.folder) if found_lr is None else found_lr
             workload = workload.with_lr(found_lr)
-        if state is None and settings.init_from is not None:
-            # Before the trainer is built: its weight average starts at the loaded weights.
+
+        # 3. Load weights, before the trainer is built: its weight average starts at them.
+        if checkpoint is None and settings.init_from is not None:
             for line in load_weights(workload.module, Path(settings.init_from), mode):
                 tracking.message(line)
+
+        # 4. Build optimizer, schedule, step and loop, and resume.
         user_observers = UserObservers(run.experiment.user_observers if is_shown else ())
         trainer = build_trainer(
             workload,
@@ -120,8 +123,10 @@ def train_run(
             observers=() if observe is None else observe(workload, length, tracking, run.folder),
             user_observers=user_observers,
         )
-        if state is not None:
-            trainer.load_state_dict(state.state)
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint.state)
+
+        # 5. Say what runs.
         log_header(run, workload, length, trainer.progress, tracking)
         for line in notes(workload, trainer.graph_obstacle):
             tracking.message(line)
@@ -129,11 +134,13 @@ def train_run(
             show_first_batch(workload, trainer.batches, tracking)
         if horizon_note is not None:
             tracking.message(horizon_note)
-        if state is not None and not state.is_identified:
+        if checkpoint is not None and not checkpoint.is_identified:
             tracking.message(
                 "warning: the checkpoint of an older dlopt does not identify its run and its data; whether they are "
                 "the same was not checked"
             )
+
+        # 6. Train, and test the best model.
         stop = mode.ranks.synchronized_stop(interruption)
         status = trainer.fit(stop)
         tested: dict[str, Any] | None = {}
@@ -145,14 +152,15 @@ def train_run(
         if status == "interrupted":
             how = how_to_resume(RunFolder(run.folder), is_launched())
             tracking.message(f"{stop.reason}: stopped; {how}")
+
+        # 7. Record the results. Last, because summary.json marks the run as finished: one that is killed before, in
+        #    the test, is tested again when it is resumed.
         summary = summarize(workload, status, trainer.progress, trainer.best, trainer.recovery) | (tested or {})
         user_observers.at_end(summary)
         pictures = None
         if draw is not None and status != "interrupted":
             steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
             pictures = partial(draw, workload, run.folder, [step / length.steps_per_epoch for step in steps])
-        # Last, because summary.json marks the run as finished: one that is killed before, in the test, is tested again
-        # when it is resumed.
         tracking.finish(summary, pictures)
     return summary
 
@@ -165,9 +173,9 @@ def _test_best(trainer: Trainer, workload: Workload, stop: Interruption) -> dict
             with evaluation_weights(trainer.step.optimizer, trainer.average):
                 return test_metrics(workload, progress, stop)
         # Rank 0 reads the file, because other nodes may not see the folder; all ranks test the same weights.
-        state = mode.ranks.broadcast(load(trainer.checkpoints.best) if mode.ranks.is_main else None)
-        assert state is not None
-        workload.load(state)
+        best = mode.ranks.broadcast(load(trainer.checkpoints.best) if mode.ranks.is_main else None)
+        assert best is not None
+        workload.load(best)
         return test_metrics(workload, progress, stop)
     except UserError as error:
         advice = "fix the cause and repeat the command with resume=auto"
