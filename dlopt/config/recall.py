@@ -1,7 +1,7 @@
 """Composes configs from memory.
 
-Hydra merges some thirty files key by key for each config, which takes 60 ms. The jobs of a sweep differ mostly in
-values: the config of each selection of files is remembered, and the values are set in a copy, as Hydra would.
+Hydra merges some thirty files key by key for each config, which takes 60 to 170 ms. The jobs of a sweep differ mostly
+in values: the config of each selection of files is remembered, and the values are set in a copy, as Hydra would.
 """
 
 import os
@@ -35,10 +35,9 @@ def recall(
     """
     if any(each.package or each.is_delete() or key_of(each) in _BEFORE_VALUES for each in values):
         return None
-    if key not in _memory:
-        if len(_memory) >= _MOST:
-            _memory.clear()
-        _memory[key] = pickle.dumps(load())
+    _memory[key] = _memory.pop(key, None) or pickle.dumps(load())  # the last one used is the last to be dropped
+    if len(_memory) > _MOST:
+        del _memory[next(iter(_memory))]
     config: DictConfig = pickle.loads(_memory[key])  # ten times faster than OmegaConf's own copy
     if config.hydra.searchpath:  # its folders may have other groups and choices
         return None

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -126,16 +125,9 @@ def test_ensemble_matches_manual_average(folder: Path) -> None:
 # -- several processes
 
 
-def rank(folder: str, *arguments: str) -> None:
-    """Runs `dlopt ARGUMENTS` as one of several ranks; ends the process."""
-    os.chdir(folder)
-    sys.argv = ["dlopt", *arguments]
-    cli.main()
-
-
 def in_processes(folder: Path, processes: int, *arguments: str) -> list[str]:
     with tempfile.TemporaryDirectory() as store:
-        return run_ranks("tests.commands.test_eval:rank", processes, Path(store), str(folder), *arguments)
+        return run_ranks("tests.support.ranks:run_command", processes, Path(store), str(folder), *arguments)
 
 
 def test_processes_divide_the_test_set(folder: Path) -> None:

@@ -1,9 +1,7 @@
 """`dlopt predict`: predictions and unreadable files."""
 
 import csv
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dlopt import cli
 from dlopt.basics.files import write
 from dlopt.config.parsing import parse
 from dlopt.training.builders.workload import build_workload
@@ -81,13 +78,6 @@ def test_predictions_match_the_model(workdir: Path, trained: Path) -> None:
     assert [float(row[2]) for row in rows] == probabilities.max(1).tolist()
 
 
-def rank(folder: str, *arguments: str) -> None:
-    """Runs `dlopt ARGUMENTS` as one of several ranks; ends the process."""
-    os.chdir(folder)
-    sys.argv = ["dlopt", *arguments]
-    cli.main()
-
-
 def test_processes_divide_the_images(workdir: Path) -> None:
     """Into one file in the same order; rank 0 reports all unreadable files."""
     for number in (0, 7):
@@ -96,7 +86,7 @@ def test_processes_divide_the_images(workdir: Path) -> None:
     one = dlopt(workdir, *line, "output=one.csv")
     assert one.code == 0
     first, *others = run_ranks(
-        "tests.commands.test_predict:rank", 3, workdir / "store", str(workdir), *line, "output=three.csv"
+        "tests.support.ranks:run_command", 3, workdir / "store", str(workdir), *line, "output=three.csv"
     )
     assert others == ["", ""]
     assert sorted(first.splitlines()) == sorted((one.err + one.out.replace("one", "three")).splitlines())

@@ -253,3 +253,18 @@ def test_notices_what_is_registered_with_hydra() -> None:
         ConfigStore.instance().store(group="optimizer", name="registered", node={"lr": value})
         assert [Composer().compose(["optimizer=registered"]).optimizer.lr for _ in range(2)] == [value, value]
     del ConfigStore.instance().repo["optimizer"]["registered.yaml"]
+
+
+def test_the_configs_that_were_used_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.config.recall._memory", {})
+    monkeypatch.setattr("dlopt.config.recall._MOST", 2)
+    loaded = []
+
+    def load(name: str) -> DictConfig:
+        loaded.append(name)
+        config: DictConfig = pickle.loads(base())
+        return config
+
+    for name in ("a", "b", "a", "c", "a", "b"):
+        assert recall([], [], lambda name=name: load(name), name) is not None  # type: ignore[misc]
+    assert loaded == ["a", "b", "c", "b"]

@@ -141,7 +141,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every optional package counts as installed, and Slurm; nothing is run for an estimate of its time."""
-    monkeypatch.setattr("dlopt.sweeps.estimate.estimate_job", lambda *_: None)
+    for module in ("dlopt.sweeps.estimate", "dlopt.lab.benchmark.command", "dlopt.lab.ladder.command"):
+        monkeypatch.setattr(f"{module}.estimate_job", lambda *_: None)
     monkeypatch.setattr(SweepRequest, "plan_job", plan_new)
     monkeypatch.syspath_prepend(place)
     for name in [each for each in sys.modules if each.partition(".")[0] == "mine"]:  # another test's package

@@ -1,9 +1,9 @@
 """The tables in the pages of the repository are those of their sources, and the FAQ shows the messages of the code."""
 
 import ast
+import functools
 import json
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,15 +80,16 @@ def test_the_address_of_the_repository_is_set_in_one_place() -> None:
 )
 def test_messages_of_the_faq_are_those_of_the_code(line: str) -> None:
     """`...` is a value; every part between two of them is in a string of the code."""
-    parts = line.removeprefix("dlopt: ").split("...")
-    known = list(strings())
-    for part in parts:
-        assert any(part in each for each in known), part
+    for part in line.removeprefix("dlopt: ").split("..."):
+        assert any(part in each for each in strings()), part
 
 
-def strings() -> Iterator[str]:
-    """The constants of the package's code; those of a message with values are separate."""
-    for path in (ROOT / "dlopt").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+@functools.cache
+def strings() -> set[str]:
+    """Returns the constants of the package's code; those of a message with values are separate."""
+    return {
+        node.value
+        for path in (ROOT / "dlopt").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }

@@ -64,8 +64,8 @@ def test_forward_and_backward_with_every_norm(build: Callable[..., nn.Module], n
     counts = []
     for affine in ("true", "false"):
         overrides = [*keys, f"norm={kind}", f"norm_affine={affine}"]
-        model = build(name.partition(",")[0], *overrides, input_shape=shape, classes=3).double()
-        output = model(torch.randn(5, *shape, dtype=torch.float64))
+        model = build(name.partition(",")[0], *overrides, input_shape=shape, classes=3)
+        output = model(torch.randn(5, *shape))
         assert output.shape == (5, 3)
         output.square().sum().backward()
         for parameter_name, parameter in model.named_parameters():

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dlopt import cli
 from tests.support.processes import start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,16 @@ def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> l
                 process.kill()
             assert process.exitcode == 0, text
         return texts
+
+
+def run_command(folder: str, *arguments: str) -> None:
+    """Runs `dlopt ARGUMENTS` as one of several ranks, for `run_ranks`; ends the process.
+
+    Here and not in a test module, which each rank would import with its reference implementations.
+    """
+    os.chdir(folder)
+    sys.argv = ["dlopt", *arguments]
+    cli.main()
 
 
 def _call(function: str, arguments: tuple[Any, ...]) -> None:

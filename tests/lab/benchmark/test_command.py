@@ -105,6 +105,7 @@ def results(place: Path) -> Results:
     return read(place / "out/results.json")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compares_optimizers_continues_and_refuses_another_benchmark(place: Path) -> None:
     line = (*TIER, "workloads=[line]", "studies=2", "trials=2")
     first = dlopt(place, "benchmark", "optimizer=sgd", *line)
@@ -143,6 +144,7 @@ def test_lists_the_trials_and_estimates_their_time(place: Path) -> None:
     assert "sgd on line: about" in lines[-2] and "4 trials: about" in lines[-1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_self_tuning_has_one_long_trial_per_seed_with_fixed_keys(place: Path) -> None:
     space = place / "conf/benchmark/space/sgd_self_tuning.yaml"
     space.parent.mkdir(parents=True)

@@ -56,6 +56,7 @@ def change(place: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("rest", [[], ["dry_run=true"]])
+@pytest.mark.usefixtures("undrawn")
 def test_keys_of_the_recipes_data(place: Path, rest: list[str]) -> None:
     """The default data set does not have them."""
     typed = ["optimizer=sgd", "optimizer.lr=0.1", "data.intervals=[[-1.0,1.0],[-0.3,0.3]]"]
@@ -254,6 +255,7 @@ def test_bad_families(changes: dict[str, Any], message: str, place: Path) -> Non
     assert message in refused(place, "ladder", "optimizer=sgd", *LINE)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_family_sets_hyperparameters_that_yield_to_typed_ones(place: Path) -> None:
     change(place, optimizers={"sgd": ["optimizer.momentum=0.5", "optimizer.weight_decay=0.01"]})
     line = ("optimizer=sgd", *LINE, "rungs=2", "optimizer.lr=0.01", "optimizer.weight_decay=0.02")
