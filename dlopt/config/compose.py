@@ -30,7 +30,6 @@ from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.recall import recall
 from dlopt.config.resolve import first_lines, note_secrets
 from dlopt.config.schema import show
-from dlopt.config.sources import RememberedSource
 from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
 
@@ -54,8 +53,6 @@ class Composer:
         try:
             initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=VERSION_BASE)
             self._loader = state.config_loader()
-            sources = self._loader.repository.sources
-            sources[:] = [RememberedSource(each) if each.provider in ("hydra", "main") else each for each in sources]
         finally:
             state.hydra = former
             search.reset(token)

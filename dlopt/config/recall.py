@@ -35,7 +35,8 @@ def recall(
     """
     if any(each.package or each.is_delete() or key_of(each) in _BEFORE_VALUES for each in values):
         return None
-    _memory[key] = _memory.pop(key, None) or pickle.dumps(load())  # the last one used is the last to be dropped
+    found = _memory.pop(key, b"")
+    _memory[key] = found or pickle.dumps(load())  # the last one used is the last to be dropped
     if len(_memory) > _MOST:
         del _memory[next(iter(_memory))]
     config: DictConfig = pickle.loads(_memory[key])  # ten times faster than OmegaConf's own copy
