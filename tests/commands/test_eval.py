@@ -71,6 +71,7 @@ def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[to
         return [workload.module(workload.normalize(view)) for view in views(images)], workload.dataset.test.targets
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_reproduces_metrics_of_the_run_exactly(folder: Path) -> None:
     summary = json.loads((folder / "a/summary.json").read_text())
     for checkpoint in ("a/checkpoints/best.pt", "a/checkpoints", "[a]"):
@@ -130,6 +131,7 @@ def in_processes(folder: Path, processes: int, *arguments: str) -> list[str]:
         return run_ranks("tests.support.ranks:run_command", processes, Path(store), str(folder), *arguments)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_processes_divide_the_test_set(folder: Path) -> None:
     """Of an ensemble with flipped images; the last batch has one sample, hence none for one of the two processes."""
     samples = len(outputs(folder, "a")[1])
