@@ -63,4 +63,5 @@ def resize_box(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
         )
     )
     result = resample(image[None].float(), rows, columns)[0]
-    return result.round_().clamp_(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else result.to(image.dtype)
+    # Averages of pixels stay within 0..255.
+    return result.round_().to(torch.uint8) if image.dtype == torch.uint8 else result.to(image.dtype)

@@ -498,7 +498,7 @@ def targets(ranking: Ranking) -> list[float]:
 
 def _target(ranking: Ranking, fraction: float) -> float:
     means = [row.value.mean for row in ranking.ranked if row.value is not None]  # the best first
-    value = means[min(int(fraction * len(means)), len(means) - 1)]
+    value = means[int(fraction * len(means))]
     if abs(value) < _SMALLEST:
         return value
     scale = 10.0 ** (2 - math.floor(math.log10(abs(value))))

@@ -80,6 +80,27 @@ def test_conditions_select_the_runs(runs: Path) -> None:
     assert "tags" not in dlopt(runs, "report", "night", "tags!=paper", "format=csv").out
 
 
+def test_a_configuration_without_tags_shows_a_dash(tmp_path: Path) -> None:
+    make_run(tmp_path / "night/0", lr=0.5, accuracies=(0.8,))
+    make_run(tmp_path / "night/1", lr=0.1, accuracies=(0.7,), config={"tags": ["base", "paper"]})
+    lines = dlopt(tmp_path, "report", "night", "format=csv").out.splitlines()
+    cells = [re.split(r"\s{2,}", line.strip()) for line in (lines[0], *lines[2:4])]
+    assert [row[:4] for row in cells] == [
+        ["#", "lr", "tags", "runs"], ["1", "0.5", "-", "1"], ["2", "0.1", "base, paper", "1"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("failed", [1, 5, 6, 8])
+def test_at_most_five_failed_runs_are_listed(tmp_path: Path, failed: int) -> None:
+    make_run(tmp_path / "night/0")
+    for i in range(failed):
+        make_run(tmp_path / f"night/failed-{i}", lr=0.2 + i, status="failed", accuracies=(0.1,))
+    lines = dlopt(tmp_path, "report", "night", "format=csv").out.splitlines()
+    assert sum(line.startswith("failed: night/failed-") for line in lines) == min(failed, 5)
+    rest = [line for line in lines if line.startswith("...")]
+    assert rest == ([f"... and {failed - 5} more failed or unfinished runs"] if failed > 5 else [])
+
+
 def test_removes_the_plots_of_an_earlier_report(runs: Path) -> None:
     (runs / "night/report").mkdir()
     for name in ("lr_sensitivity.png", "lr_sensitivity.pdf", "mine.png"):

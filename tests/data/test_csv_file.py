@@ -47,6 +47,7 @@ def test_a_column_that_counts_the_rows() -> None:
     rows = np.arange(30.0)
     assert count_rows(100 - rows) and count_rows(np.random.default_rng(0).permutation(rows))
     assert not any(map(count_rows, (2 * rows, rows % 20, rows + 0.5, rows[:10])))
+    assert count_rows(rows[:20]) and not count_rows(rows[:19])  # fewer may do so by chance
 
 
 @pytest.mark.parametrize(
@@ -98,9 +99,27 @@ def test_numbers_and_their_order() -> None:
     assert sorted(["10", "9", "b", "1_0", "a", "-1"], key=natural) == ["-1", "9", "10", "1_0", "a", "b"]
 
 
-def test_values_and_classes() -> None:
-    assert are_values([str(i / 2) for i in range(40)] * 3) and are_values(["a", "b", "c", "d", "a"])
-    assert not are_values([str(i) for i in range(40)] * 3) and not are_values(["0.5", "1.5"] * 5)
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        # Texts of which more than half are different are values, but not two of them.
+        ([*"abcda"], True),
+        ([*"abca"], True),
+        ([*"abcabc"], False),
+        ([*"abcdabcdaa"], False),
+        ([*"abc"], True),
+        ([*"ab"], False),
+        # Texts that repeat are values if they are more than 20 numbers with decimals.
+        ([str(i / 2) for i in range(40)] * 3, True),
+        ([str(i / 2) for i in range(21)] * 3, True),
+        ([str(i / 2) for i in range(20)] * 3, False),
+        ([str(i) for i in range(40)] * 3, False),
+        ([*(str(i / 2) for i in range(40)), "none"] * 3, False),
+        (["0.5", "1.5"] * 5, False),
+    ],
+)
+def test_values_and_classes(labels: list[str], expected: bool) -> None:
+    assert are_values(labels) == expected
 
 
 @pytest.mark.parametrize(
@@ -109,14 +128,17 @@ def test_values_and_classes() -> None:
         (["cat", "Cat", "cat", "Cat"], "y has classes that differ in form only: 'Cat', 'cat'"),
         (["1", "1.0", "1", "1.0"], "y has classes that differ in form only: '1', '1.0'"),
         (["a", "a", "b"], "y has 1 class with one sample: b"),
-        (["a", "a", *"bcdef"], "y has 5 classes with one sample: b, c, d, ..."),
-        ([str(i % 60) for i in range(300)], "the 60 classes of y are numbers; for a regression, use"),
+        (["a", "a", *"bcde"], "y has 4 classes with one sample: b, c, d, ..."),
+        (["a", "a", *"bcd"], "y has 3 classes with one sample: b, c, d"),
+        ([str(i % 51) for i in range(300)], "the 51 classes of y are numbers; for a regression, use"),
     ],
 )
 def test_warns(labels: list[str], warning: str) -> None:
     [found] = label_warnings("y", labels)
-    assert found.startswith(f"warning: {warning}")
+    assert found.startswith(f"warning: {warning}") and found.endswith("...") == warning.endswith("...")
 
 
 def test_no_warning_of_ordinary_classes() -> None:
     assert label_warnings("y", ["a", "b", "a", "b", "10", "9", "10", "9"]) == ()
+    assert label_warnings("y", [str(i) for i in range(50)] * 2) == ()
+    assert label_warnings("y", [*(str(i) for i in range(60)), "other"] * 2) == ()

@@ -183,6 +183,30 @@ def test_tokens_are_read_as_nanogpt_writes_them(tmp_path: Path) -> None:
         tokens(root=str(tmp_path), sequence_length=16, vocabulary=700)
 
 
+def test_evenly_spaced_parts_of_a_large_file_are_compared_with_the_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "_CHECKED", 64)
+
+    def compared(count: int) -> list[int]:
+        """Returns the positions at which a token outside of the vocabulary is refused."""
+        found = []
+        for position in range(count):
+            ids = np.zeros(count, dtype="<u2")
+            np.zeros(9, dtype="<u2").tofile(tmp_path / "val.bin")
+            ids[position] = 10
+            ids.tofile(tmp_path / "train.bin")
+            try:
+                tokens(root=str(tmp_path), sequence_length=8, vocabulary=10)
+            except UserError:
+                found.append(position)
+        return found
+
+    assert compared(64) == [*range(64)]
+    found = compared(256)
+    assert len(found) == 64 and {position // 16 for position in found} == {*range(16)}
+
+
 def test_names_what_is_wrong_with_a_text(tmp_path: Path) -> None:
     keys = {"pattern": "*.txt", "sequence_length": 10, "val_split": 0.1, "test_split": 0.1}
     (tmp_path / "a.txt").write_bytes(b"short text")

@@ -82,3 +82,10 @@ def test_rejects_large_images(kind: type[PCA], name: str) -> None:
     options = {} if kind is PCA else {"epsilon": 1e-3}
     with pytest.raises(UserError, match=rf"normalize={name}: needs the covariance of all 150528"):
         kind(input_shape=(3, 224, 224), **options)
+
+
+def test_accepts_as_many_features_as_the_message_allows() -> None:
+    with torch.device("meta"):  # allocates nothing
+        assert PCA(input_shape=(8192,)).matrix.shape == (8192, 8192)
+        with pytest.raises(UserError, match="all 8193 values of a sample; at most 8192 are allowed"):
+            PCA(input_shape=(8193,))

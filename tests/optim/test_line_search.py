@@ -70,6 +70,21 @@ def test_evaluates_at_most_as_often_as_allowed(evaluations: int) -> None:
     assert len(falling.evaluated) == len(rising.evaluated) == evaluations
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_the_search_ends_when_the_interval_is_as_short_as_rounding(scale: float) -> None:
+    """The loss falls up to a step at 0.3 `scale`: no point satisfies the conditions."""
+    line = Line(lambda t: -t / scale if t < 0.3 * scale else 1.0, lambda t: -1 / scale)
+    found = strong_wolfe(line, line.start, scale, c1=1e-4, c2=0.1, evaluations=1000)
+    assert found.t < 0.3 * scale and found.t == pytest.approx(0.3 * scale, rel=1e-11)
+    assert 40 < len(line.evaluated) < 55  # 40 bisections to 1e-12, and a few interpolations
+
+
+def test_the_search_ends_at_the_start_when_no_shorter_step_exists() -> None:
+    rising = Line(lambda t: 0.0 if t == 0 else 1.0, lambda t: -1.0)
+    assert strong_wolfe(rising, rising.start, 1.0, c1=1e-4, c2=0.1, evaluations=3000).t == 0
+    assert len(rising.evaluated) < 1100  # 1074 bisections lead from 1 to the smallest number
+
+
 def test_steps_grow_at_most_tenfold() -> None:
     falling = Line(lambda t: -t, lambda t: -1.0)
     strong_wolfe(falling, falling.start, 1.0, c1=1e-4, c2=0.1, evaluations=4)

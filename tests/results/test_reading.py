@@ -8,7 +8,7 @@ import pytest
 
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
-from dlopt.results.reading import Damaged, Record, RunReader, find, read, varying_keys
+from dlopt.results.reading import Damaged, Record, RunReader, condition, find, read, varying_keys
 from dlopt.training.stopping import Best
 from tests.support.folders import make_run
 from tests.support.line import HeldByAnotherProcess
@@ -223,3 +223,42 @@ def test_folders_of_other_tools_are_no_runs(tmp_path: Path) -> None:
     records, damaged = RunReader().read([tmp_path])
     assert [each.path for each in records] == [run]
     assert [each.path for each in damaged] == [other] and "another tool" in damaged[0].reason
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("optimizer=sgd", True),
+        ("optimizer!=sgd", False),
+        ("optimizer=adamw", False),
+        ("optimizer!=adamw", True),
+        ("optimizer=s*", True),
+        ("optimizer!=s*", False),
+        ("optimizer.lr=1e-1", True),
+        ("optimizer.lr!=1e-1", False),
+        ("optimizer.lr=0.2", False),
+        ("optimizer.lr!=0.2", True),
+        ("optimizer.lr>0.1", False),
+        ("optimizer.lr>=0.1", True),
+        ("optimizer.lr<0.1", False),
+        ("optimizer.lr<=0.1", True),
+        ("optimizer>0", False),  # a text is not above a number
+        ("optimizer<0", False),
+        ("optimizer.lr=0.*", True),
+        ("optimizer.lr=none", False),  # nor is a number equal to a text
+        ("optimizer.lr!=none", True),
+        ("tags=base", True),
+        ("tags!=base", False),
+        ("tags=paper", False),
+        ("tags!=paper", True),
+        ("tags=b*", True),
+        ("tags=[base,late]", True),
+        ("tags!=[base,late]", False),
+        ("tags=[base]", False),
+        ("tags!=[base]", True),
+    ],
+)
+def test_conditions_on_a_run(tmp_path: Path, line: str, expected: bool) -> None:
+    parsed = condition(line)
+    assert parsed is not None
+    assert parsed.holds(record(make_run(tmp_path / "run", config={"tags": ["base", "late"]}))) == expected

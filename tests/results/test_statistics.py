@@ -18,6 +18,7 @@ from dlopt.results.ranking import (
     fastest,
     importance,
     sensitivities,
+    targets,
     time_to_target,
 )
 from tests.support.folders import make_run, table
@@ -207,12 +208,28 @@ def test_configurations_whose_runs_all_reach_the_target_come_first(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("by", "expected"), [(None, 0.712), ("val_loss", 0.287)]  # of 0.5, 0.7129, 0.9 and of one minus these
+    ("by", "expected"), [(None, 0.712), ("val_loss", 0.288)]  # of 0.5, 0.7129, 0.9 and of one minus these
 )  # fmt: skip
 def test_half_of_the_configurations_reach_the_default_target(tmp_path: Path, by: str | None, expected: float) -> None:
     for i, accuracy in enumerate((0.5, 0.7129, 0.9)):
         make_run(tmp_path / str(i), lr=0.1 * (i + 1), accuracies=(accuracy,))
     result = table(tmp_path, by)
     target = default_target(result)
-    assert target == pytest.approx(expected, abs=1.1e-3)
+    assert target == expected  # three digits, rounded to the easier side
     assert target is not None and sum(time_to_target(row, result.by, target).count for row in result.rows) == 2
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(123.4, 124.0), (1.2341, 1.24), (0.0012341, 0.00124), (1e-301, 1e-301)])
+def test_targets_have_three_digits_at_every_scale(tmp_path: Path, loss: float, expected: float) -> None:
+    make_run(tmp_path / "0", accuracies=(0.5,), losses=(loss,))
+    assert default_target(table(tmp_path, "val_loss")) == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("by", ["val_accuracy", "val_loss"])
+@pytest.mark.parametrize("count", [1, 4, 20])
+def test_the_given_fractions_of_the_configurations_reach_the_targets(tmp_path: Path, by: str, count: int) -> None:
+    for i in range(count):
+        make_run(tmp_path / str(i), lr=0.1 * (i + 1), accuracies=(0.5 + 0.02 * i,))
+    result = table(tmp_path, by)
+    reached = [sum(time_to_target(row, by, target).count for row in result.rows) for target in targets(result)]
+    assert reached == [int(fraction * count) + 1 for fraction in (0.1, 0.25, 0.5, 0.75, 0.9)]  # at least the fraction

@@ -10,10 +10,10 @@ import yaml
 from scipy.stats import kendalltau
 
 from dlopt.lab.benchmark import agreement, page
-from dlopt.lab.benchmark.agreement import League, chance, kendall_tau
+from dlopt.lab.benchmark.agreement import Agreement, League, chance, kendall_tau
 from dlopt.lab.benchmark.figures import FIGURES
 from dlopt.lab.benchmark.results import Results, load_reference
-from dlopt.lab.benchmark.scores import summarize
+from dlopt.lab.benchmark.scores import Interval, summarize
 from tests.lab.benchmark.synthetic import make
 
 FIVE = {"soap": 2.9, "muon": 2.4, "nadam": 1.9, "adamw": 1.4, "lion": 0.9}
@@ -98,6 +98,24 @@ def test_one_study_has_no_interval_and_no_verdict(monkeypatch: pytest.MonkeyPatc
     found = agreement.agreements(make(FIVE, studies=1))
     assert all(math.isnan(each.tau.low) and each.verdict == "inconclusive" for each in found)
     assert agreement.rows(found)[0][5] == "-"
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "low", "high", "chance", "verdict"),
+    [
+        (3, 0.1, 1.0, 0.01, "too few"),
+        (4, 0.1, 1.0, 0.01, "agrees"),
+        (5, 0.1, 1.0, 0.05, "agrees"),  # at most 0.05, as the page says
+        (5, 0.1, 1.0, 0.06, "inconclusive"),
+        (5, 0.0, 1.0, 0.01, "inconclusive"),
+        (5, -1.0, 0.0, 0.99, "inconclusive"),
+        (5, -1.0, -0.1, 0.99, "disagrees"),
+        (3, -1.0, -0.1, 0.99, "too few"),
+    ],
+)
+def test_verdicts(optimizers: int, low: float, high: float, chance: float, verdict: str) -> None:
+    interval, names = Interval((low + high) / 2, low, high), [*FIVE][:optimizers]
+    assert Agreement(league(**FIVE), "all", ["mlp"], names, interval, chance).verdict == verdict
 
 
 def test_self_tuning_and_results_without_targets_are_not_compared() -> None:
