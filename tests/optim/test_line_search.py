@@ -47,6 +47,28 @@ def test_a_short_first_point_is_extended_to_the_minimizer_of_a_quadratic() -> No
     assert line.evaluated == pytest.approx([0.1, 0.5])
 
 
+def test_an_extension_is_at_least_one_percent() -> None:
+    line = parabola(0.1005)
+    strong_wolfe(line, line.start, 0.1, c1=1e-9, c2=1e-9, evaluations=2)
+    assert line.evaluated == pytest.approx([0.1, 0.101])
+
+
+@pytest.mark.parametrize("steepness", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize(("c2", "is_accepted"), [(0.5, True), (0.49, False)])
+def test_the_slope_must_fall_to_c2_of_that_of_the_start(steepness: float, c2: float, is_accepted: bool) -> None:
+    """The slope at 0.25 is half of that at 0."""
+    line = Line(lambda t: steepness * (t - 0.5) ** 2, lambda t: 2 * steepness * (t - 0.5))
+    strong_wolfe(line, line.start, 0.25, c1=1e-4, c2=c2, evaluations=2)
+    assert (line.evaluated == [0.25]) == is_accepted
+
+
+def test_a_second_point_as_high_as_the_first_ends_the_extension() -> None:
+    """The loss falls with slope 1, but rises by 1.125 at 0.5: it is -0.125 at 0.125 and at the second point, 1.25."""
+    line = Line(lambda t: -t if t < 0.5 else 1.125 - t, lambda t: -1.0)
+    found = strong_wolfe(line, line.start, 0.125, c1=1e-4, c2=0.1, evaluations=6)
+    assert max(line.evaluated) == line.evaluated[1] == 1.25 and 0.125 < found.t < 0.5
+
+
 @pytest.mark.parametrize("minimum", [0.0004, 0.9996])
 def test_a_guess_next_to_an_end_of_the_interval_is_replaced_by_the_midpoint(minimum: float) -> None:
     line = parabola(minimum)
