@@ -122,6 +122,27 @@ def block_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Lets signals wait until the end of the block. Outside the main thread it does nothing.
+
+    Blocking them would not suffice: another thread receives the signal then, and Python runs the handler in the main
+    thread at once.
+    """
+    received: list[int] = []
+    previous = {}
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in _handled():
+            previous[number] = signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for each in received:
+            signal.raise_signal(each)
+
+
 def leave_closed_terminal() -> None:
     """Redirects stdout and stderr to /dev/null if nobody can read them any more.
 

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.basics.errors import UserError, shorten, suggest
 from dlopt.basics.folders import refuse_url
-from dlopt.basics.interruption import block_signals
+from dlopt.basics.interruption import signals_deferred
 from dlopt.basics.plain_values import check_yaml, flatten, is_below, join
 from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_folder, config_folders, search
 from dlopt.config.flags import register_plugins
@@ -76,7 +76,7 @@ class Composer:
         parsed = [_forced(each) if _has_new_keys(each) else each for each in self.parse(overrides)]
         self._check_overrides(parsed, multirun)
         # A signal waits: Hydra's and OmegaConf's clean-up turns its exception into an AssertionError, or drops it.
-        with block_signals():
+        with signals_deferred():
             return self._composed(parsed, multirun)
 
     def _composed(self, parsed: list[Override], multirun: bool) -> DictConfig:

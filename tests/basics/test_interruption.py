@@ -141,7 +141,11 @@ def test_signal_within_a_composition(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("dlopt.config.compose.recall", lambda *_: None)  # else from memory, without Hydra
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", load)
+    end = threading.Event()
+    other = threading.Thread(target=end.wait)  # which receives the signal, if the main thread blocks it
+    other.start()
     result = dlopt(tmp_path, "train", *TINY, "model.norm=none")
+    end.set()
     assert (result.code, result.err) == (75, "dlopt: interrupted by SIGTERM\n")
 
 
