@@ -29,12 +29,13 @@ def same(one: Listing, other: Listing) -> bool:
 
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Records the listed folders."""
+    """Records the folders that a scan lists, by names in bytes."""
     names: list[bytes] = []
     scandir = os.scandir
 
-    def record(path: bytes) -> object:
-        names.append(path)
+    def record(path: bytes | Path) -> object:
+        if isinstance(path, bytes):
+            names.append(path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", record)
