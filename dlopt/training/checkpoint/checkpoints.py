@@ -73,7 +73,7 @@ class Checkpoints:
             self.shards.join()
         elif not self.writes:
             return
-        # One save at a time: two would write the same temporary files. Raises the error of the former one.
+        # One save at a time: of two, the last to end would win, which may be the older. Raises the error of the former.
         self.wait()
         if not self.asynchronous:
             self._save(state, best, snapshot)
