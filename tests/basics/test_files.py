@@ -16,10 +16,12 @@ def write_often(path: Path, text: str) -> None:
 def test_processes_that_write_one_file(tmp_path: Path) -> None:
     """Neither fails, and the file is always a whole one."""
     path = tmp_path / "file"
-    processes = [get_context("fork").Process(target=write_often, args=(path, text)) for text in "abcd"]
+    processes = [get_context("fork").Process(target=write_often, args=(path, text), daemon=True) for text in "abcd"]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + 300
     while any(process.is_alive() for process in processes):
+        assert time.monotonic() < deadline
         if path.exists():
             text = path.read_text()
             assert len(text) == 1000 and len(set(text)) == 1

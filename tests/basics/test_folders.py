@@ -353,12 +353,12 @@ def test_asking_for_the_lock_does_not_take_it(tmp_path: Path) -> None:
     """A reader that polls must not refuse a run that starts."""
     lock = tmp_path / ".lock"
     lock.touch()
-    reader = get_context("fork").Process(target=ask_until, args=(tmp_path,))
+    reader = get_context("fork").Process(target=ask_until, args=(tmp_path,), daemon=True)
     reader.start()
     for _ in range(2000):
         hold(lock).close()
     (tmp_path / "end").touch()
-    reader.join()
+    reader.join(300)
     assert reader.exitcode == 0
 
 

@@ -73,11 +73,11 @@ def test_commands_at_once_lose_no_tag(outputs: Path) -> None:
     def add(tag: str) -> None:
         edit([outputs / "outputs/a"], [tag])
 
-    processes = [get_context("fork").Process(target=add, args=(f"t{number}",)) for number in range(8)]
+    processes = [get_context("fork").Process(target=add, args=(f"t{number}",), daemon=True) for number in range(8)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(300)
     assert {f"t{number}" for number in range(8)} < {*open_run(outputs / "outputs/a").tags}
 
 
