@@ -27,7 +27,7 @@ from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import Validate
 from dlopt.training.nonfinite import Diverged, Recovery
-from dlopt.training.progress import Clock, Intervals, Progress, Status
+from dlopt.training.progress import Clock, Intervals, Length, Progress, Status
 from dlopt.training.step import EpochBatches, Step, Update, UpdateRecord
 from dlopt.training.stopping import Best, Stopping
 from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
@@ -48,6 +48,7 @@ class Trainer:
     stopping: Stopping
     best: Best
     recovery: Recovery
+    length: Length
     intervals: Intervals
     normalize: nn.Module
     config: Mapping[str, Any]
@@ -76,7 +77,7 @@ class Trainer:
         `stop` becomes true on all ranks at the same update. It is read between updates only: a signal never interrupts
         an update. Invalid data (a damaged image) raises `UserError` before the first update, and `RunError` later.
         """
-        steps, log_every = self.intervals.steps, self.intervals.log_every_steps
+        steps, log_every = self.length.steps, self.intervals.log_every_steps
         with self._error_handling():
             needs_checkpoint = self.recovery.policy == "rollback" or bool(self.progress.resumed_from)
             # Rank 0 looks for the file, because other nodes may not see the folder; then all ranks save together.
@@ -161,7 +162,7 @@ class Trainer:
         the epoch, too. After an interrupted evaluation the state is unchanged: a resumed run evaluates again.
         """
         progress, intervals, epoch = self.progress, self.intervals, self.progress.epoch + 1
-        last = ends_epoch and (progress.step >= intervals.steps or self.stopping.should_stop)
+        last = ends_epoch and (progress.step >= self.length.steps or self.stopping.should_stop)
         evaluated = not ends_epoch or last or epoch % intervals.evaluate_every == 0
         # Waits for the device and, with several ranks, sums over them: all ranks evaluate after the same update.
         metrics: dict[str, Any] = {
@@ -208,18 +209,17 @@ class Trainer:
 
     def _fractional_epoch(self) -> float:
         """Returns completed epochs, with the fraction of the current one."""
-        return self.progress.epoch + self.progress.position / self.intervals.steps_per_epoch
+        return self.progress.epoch + self.progress.position / self.length.steps_per_epoch
 
     def _is_evaluation_due(self) -> bool:
         """Returns whether to evaluate after this update, within an epoch; at its end, and the run's, `fit` evaluates.
 
         False after the evaluation: a run that was interrupted before it, or during it, resumes with it.
         """
-        progress, intervals = self.progress, self.intervals
-        every = intervals.evaluate_every_steps
-        if every is None or progress.step % every or progress.step >= intervals.steps:
+        progress, length, every = self.progress, self.length, self.intervals.evaluate_every_steps
+        if every is None or progress.step % every or progress.step >= length.steps:
             return False
-        return 0 < progress.position < intervals.steps_per_epoch and progress.evaluated != self._fractional_epoch()
+        return 0 < progress.position < length.steps_per_epoch and progress.evaluated != self._fractional_epoch()
 
     @contextlib.contextmanager
     def _error_handling(self) -> Iterator[None]:

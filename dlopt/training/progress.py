@@ -130,12 +130,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Length of a run, and intervals of evaluation, checkpoints and logging."""
+    """Intervals of evaluation, checkpoints and logging."""
 
-    steps: int  # updates of the run
     evaluate_every: int = 1  # epochs
     evaluate_every_steps: int | None = None  # updates; in addition, within an epoch
-    steps_per_epoch: int = 1
     save_every_epochs: int | None = 1
     save_every_steps: int | None = None
     log_every_steps: int | None = None

@@ -264,11 +264,10 @@ def build_trainer(
         stopping=stopping,
         best=Best(settings.monitor, mode=settings.monitor_mode),
         recovery=recovery,
+        length=length,
         intervals=Intervals(
-            steps=length.steps,
             evaluate_every=settings.evaluate.every_epochs,
             evaluate_every_steps=evaluation_interval(settings, length),
-            steps_per_epoch=length.steps_per_epoch,
             save_every_epochs=settings.checkpoint.every_epochs,
             save_every_steps=settings.checkpoint.every_steps,
             log_every_steps=settings.log_every_steps,

@@ -53,7 +53,7 @@ from dlopt.training.builders.precision import Precision
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.progress import Intervals, Progress
+from dlopt.training.progress import Intervals, Length, Progress
 from dlopt.training.step import Network, Step, StepSettings
 from dlopt.training.stopping import Best, Never
 
@@ -120,7 +120,8 @@ def training(
         normalize=nn.Identity(),
         config={},
         recovery=Recovery("stop", attempts=1, lr_factor=1.0, load_newest=lambda: None, log=print),
-        intervals=Intervals(steps, save_every_epochs=None, log_every_steps=log_every),
+        length=Length(steps, 1, steps, steps),
+        intervals=Intervals(save_every_epochs=None, log_every_steps=log_every),
         progress=Progress(horizon=steps),
         train_metrics=train_metrics,
     ), tracking

@@ -26,7 +26,7 @@ from dlopt.training.builders.precision import Precision
 from dlopt.training.evaluate import evaluate
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.progress import Intervals, Progress
+from dlopt.training.progress import Intervals, Length, Progress
 from dlopt.training.step import Network, Step, StepSettings
 from dlopt.training.stopping import Best, Early, Never
 from tests.support.runs import same
@@ -111,8 +111,7 @@ class Checkpoints:
 
 
 INTERVALS = (
-    "steps", "evaluate_every", "evaluate_every_steps", "steps_per_epoch", "save_every_epochs", "save_every_steps",
-    "log_every_steps", "snapshot",
+    "evaluate_every", "evaluate_every_steps", "save_every_epochs", "save_every_steps", "log_every_steps", "snapshot",
 )  # fmt: skip
 
 
@@ -149,7 +148,8 @@ def training(
                 interruption=interruption,
             )
 
-    lengths = {"steps": 15, **{key: changed.pop(key) for key in INTERVALS if key in changed}}
+    steps, steps_per_epoch = changed.pop("steps", 15), changed.pop("steps_per_epoch", 1)
+    intervals = {key: changed.pop(key) for key in INTERVALS if key in changed}
     arguments: dict[str, Any] = {
         "batches": Batches(),
         "validate": validate,
@@ -162,7 +162,8 @@ def training(
     return Trainer(
         step=step,
         run_update=step.update,
-        intervals=Intervals(**lengths),
+        length=Length(steps, 1, steps_per_epoch, steps),
+        intervals=Intervals(**intervals),
         average=average,
         normalize=nn.Identity(),
         config={"name": "try"},
