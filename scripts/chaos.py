@@ -216,7 +216,7 @@ class Campaign:
         stages = {
             "while building": (run, "training_batches"),
             "during training": (Step, "update"),
-            "during an evaluation": (Trainer, "_end_epoch"),
+            "during an evaluation": (Trainer, "_evaluate"),
             "during a save": (Checkpoints, "save"),
         }
         for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
