@@ -97,11 +97,7 @@ _LATER = {
 }
 
 
-_FORMER = {"Experiment": "RunConfig"}
-
-
 def __getattr__(name: str) -> Any:
-    name = _FORMER.get(name, name)
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, inner = _LATER[name]

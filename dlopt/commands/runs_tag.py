@@ -46,8 +46,10 @@ def _write(record: Record, tags: list[str], note: str | None, *, remove: bool) -
     try:
         # Without the lock, one of two commands at once would write tags that it read before the other had written.
         with locked_folder(record.path):
-            config = RunFolder(record.path).config() or dict(record.config)
-            before = config.get("tags") or []
+            config = RunFolder(record.path).config()
+            if config is None:
+                raise RunError(f"{record.path / 'config.yaml'}: is no longer readable")
+            before = config["tags"] if isinstance(config.get("tags"), list) else []
             after = [each for each in before if each not in tags] if remove else list(dict.fromkeys([*before, *tags]))
             config["tags"] = after
             if note is not None:

@@ -81,6 +81,14 @@ def test_commands_at_once_lose_no_tag(outputs: Path) -> None:
     assert {f"t{number}" for number in range(8)} < {*open_run(outputs / "outputs/a").tags}
 
 
+@pytest.mark.parametrize("tags", ["abc", 3, {"a": 1}, None])
+def test_what_is_no_list_of_tags_is_replaced(outputs: Path, tags: object) -> None:
+    """In a config.yaml that was edited by hand."""
+    path = outputs / "outputs/a/config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"tags": tags}))
+    assert dlopt(outputs, "runs", "tag", "outputs/a", "x").out == "outputs/a: tags=[x] note=lower lr\n"
+
+
 def test_tag_changes_nothing_else(outputs: Path) -> None:
     before = {name: (outputs / f"outputs/{name}/config.yaml").read_bytes() for name in RUNS}
     files = entries(outputs)

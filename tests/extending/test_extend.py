@@ -22,7 +22,6 @@ def test_every_name_is_that_of_its_import() -> None:
     for name, (module, inner) in NAMES.items():
         assert getattr(extend, name) is getattr(importlib.import_module(str(module)), inner), name
     assert extend._LATER.keys() <= NAMES.keys()
-    assert all(getattr(extend, former) is getattr(extend, name) for former, name in extend._FORMER.items())
 
 
 def test_the_docstring_has_every_name() -> None:
