@@ -8,7 +8,7 @@ Types of arguments and keys, with ranges
 Files
     RunFolder: the paths and states of a run. read_json, write_json, write_atomically: None or whole files.
 Commands
-    on_experiment, on_checkpoint: turn a function into a command; its keyword-only parameters are the command's keys.
+    on_config, on_checkpoint: turn a function into a command; its keyword-only parameters are the command's keys.
     Line: its overrides, parsed and composed. output_folder, writing, refuse_empty: what commands share.
     key_of, group_of, value_of, without: take overrides apart. keys_of_train: completes them.
 Configs
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from dlopt.commands.shared.command_line import (
         Line,
         on_checkpoint,
-        on_experiment,
+        on_config,
         output_folder,
         refuse_empty,
         writing,
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.commands.completion": "keys_of_train",
-    "dlopt.commands.shared.command_line": "Line on_checkpoint on_experiment output_folder refuse_empty writing",
+    "dlopt.commands.shared.command_line": "Line on_checkpoint on_config output_folder refuse_empty writing",
     "dlopt.config.compose": "Composer",
     "dlopt.config.run_config": "RunConfig",
     "dlopt.config.keys": "role_of",

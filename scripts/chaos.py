@@ -43,7 +43,7 @@ from dlopt.training.loop import Trainer  # noqa: E402
 from dlopt.training.progress import Run  # noqa: E402
 from dlopt.training.step import Step  # noqa: E402
 from tests.support import faults  # noqa: E402
-from tests.support.runs import RICH, experiment, result, resume, same, start, timeless  # noqa: E402
+from tests.support.runs import RICH, result, resume, run_config, same, start, timeless  # noqa: E402
 
 OVERRIDES = [*RICH, "epochs=50", "checkpoint.every_steps=7", "checkpoint.keep=3"]  # 200 updates
 STREAMED = ["data.memory=false", "data.workers=2"]
@@ -244,7 +244,7 @@ class Campaign:
 
     def run_for_long(self, folder: Path, announcement: AbstractContextManager[Any]) -> None:
         with announcement:
-            run = Run(experiment(*OVERRIDES, "epochs=5000"), folder, overrides=OVERRIDES)
+            run = Run(run_config(*OVERRIDES, "epochs=5000"), folder, overrides=OVERRIDES)
             os._exit(runner.exit_code(run, console=False))
 
     def second_interrupt(self) -> FaultResult:
@@ -253,7 +253,7 @@ class Campaign:
 
         def work() -> None:
             with faults.slow_saves(20.0, writing):
-                os._exit(runner.exit_code(Run(experiment(*OVERRIDES), folder, overrides=OVERRIDES), console=False))
+                os._exit(runner.exit_code(Run(run_config(*OVERRIDES), folder, overrides=OVERRIDES), console=False))
 
         child = faults.fork(work)
         os.close(writing)

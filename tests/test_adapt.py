@@ -25,7 +25,7 @@ from dlopt.training.checkpoint import checkpoints
 from tests.support.equality import Cases, compare
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.modes import DDP, FSDP
-from tests.support.runs import assert_same_run, composed, experiment, metrics, resume, start
+from tests.support.runs import assert_same_run, composed, metrics, resume, run_config, start
 from tests.support.sizes import MLP, SMALL
 
 NET = ["model.norm=none", "model.widths=[12,12]"]
@@ -103,7 +103,7 @@ def test_layers_of_a_gpt() -> None:
 
 def test_layer_decay_counts_an_adapter_as_part_of_its_layer() -> None:
     lines = [*SMALL, *NET, "adapt=lora", "adapt.rank=2", "optimizer.layer_decay=0.5", "optimizer.lr=1"]
-    workload = build_workload(experiment(*lines))
+    workload = build_workload(run_config(*lines))
     rates = {p: group["lr"] for group in build_optimizer(workload).param_groups for p in group["params"]}
     found = {name: rates[p] for name, p in workload.module.named_parameters() if p in rates}
     assert found["layer1.linear.lora_a"] == found["layer1.linear.lora_b"] == 0.25 and found["head.lora_b"] == 1.0
@@ -134,7 +134,7 @@ def test_fine_tunes_tests_and_exports_a_plain_model(base: Path, tmp_path: Path) 
     # The model that `predict`, `export` and `sample` load has linear layers only.
     model = load(best)
     assert {type(module).__name__ for module in model.modules()}.isdisjoint({"LoRALinear"})
-    workload = build_workload(experiment(*lines), checkpoints.load(best))
+    workload = build_workload(run_config(*lines), checkpoints.load(best))
     workload.load(checkpoints.load(best))
     inputs = workload.dataset.test.fetch(torch.arange(64))  # type: ignore[union-attr]
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_fine_tunes_tests_and_exports_a_plain_model(base: Path, tmp_path: Path) 
     assert names == set(before)
     # A further run starts from the merged weights, with or without adapters of its own.
     for more in ([], LORA):
-        module = build_workload(experiment(*SMALL, *NET, *more)).module
+        module = build_workload(run_config(*SMALL, *NET, *more)).module
         [line] = load_weights(module, best)
         assert "6 of 6 tensors loaded" in line
         assert torch.equal(module.state_dict()["layer1.linear.weight"], merged(after)["layer1.linear.weight"])
@@ -161,14 +161,14 @@ def test_first_loss_is_that_of_the_base(base: Path) -> None:
     inputs = torch.randn(9, 1, 8, 8)
     outputs = []
     for more in ([], LORA):
-        module = build_workload(experiment(*SMALL, *NET, *more, "init_seed=5")).module.eval()
+        module = build_workload(run_config(*SMALL, *NET, *more, "init_seed=5")).module.eval()
         load_weights(module, base)
         outputs.append(module(inputs))
     assert torch.equal(*outputs)
 
 
 def test_adapters_do_not_change_the_random_weights_of_the_model() -> None:
-    plain, other = (build_workload(experiment(*SMALL, *NET, *more)).module.state_dict() for more in ([], LORA))
+    plain, other = (build_workload(run_config(*SMALL, *NET, *more)).module.state_dict() for more in ([], LORA))
     assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
@@ -204,7 +204,7 @@ def test_compiled_run_equals_eager_run(tmp_path: Path) -> None:
 
 
 def test_describes_the_trainable_parameters() -> None:
-    module = build_workload(experiment(*SMALL, *NET, *LORA)).module
+    module = build_workload(run_config(*SMALL, *NET, *LORA)).module
     # 64-12-12-10 units: layer1 has 2 * (64 + 12) adapter weights; the head has 130 parameters.
     assert describe(module) == "LoRA of rank 2 in 1 linear layer: trains 282 of 1,218 parameters (23.15%)"
     assert describe(nn.Linear(2, 2)) is None
@@ -212,7 +212,7 @@ def test_describes_the_trainable_parameters() -> None:
 
 def test_rules_of_the_optimizer_apply_afterwards() -> None:
     rules = "optimizer.groups=[{match: '*.bias', freeze: false}, {match: 'head.*', freeze: true}]"
-    names = trainable(build_workload(experiment(*SMALL, *NET, *LORA, rules)).module)
+    names = trainable(build_workload(run_config(*SMALL, *NET, *LORA, rules)).module)
     assert names == {"layer1.linear.lora_a", "layer1.linear.lora_b", "layer1.linear.bias", "layer2.linear.bias"}
 
 
@@ -235,7 +235,7 @@ def test_configs_of_earlier_versions_have_no_adapters() -> None:
 )
 def test_refusals(lines: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_workload(experiment(*SMALL, *NET, *LORA, *lines))
+        build_workload(run_config(*SMALL, *NET, *LORA, *lines))
 
 
 def test_refuses_modes_that_split_layers() -> None:
@@ -244,7 +244,7 @@ def test_refuses_modes_that_split_layers() -> None:
     with pytest.raises(
         UserError, match=r"^adapt=lora: not supported with parallel=filter, .*; use parallel=single, ddp or fsdp$"
     ):
-        build_workload(experiment(*SMALL, *NET, *LORA), parallel=mode)
+        build_workload(run_config(*SMALL, *NET, *LORA), parallel=mode)
 
 
 # -- precision
@@ -307,7 +307,7 @@ def test_bf16_pure_evaluates_exports_and_loads_the_whole_update(base: Path, tmp_
                   load_file(tmp_path / "w.safetensors")["model.layer1.linear.weight"]):  # fmt: skip
         assert found.dtype == torch.float32
         assert (found.double() - weight - update).norm() < 1e-5 * update.norm()
-    workload = build_workload(experiment(*lines), checkpoint)
+    workload = build_workload(run_config(*lines), checkpoint)
     workload.load(checkpoint)
     inputs = workload.dataset.test.fetch(torch.arange(64))  # type: ignore[union-attr]
     with torch.inference_mode():

@@ -121,8 +121,8 @@ def test_is_valid_and_shipped_numbers_support_the_verdict_but_not_of_an_inverted
 )
 def test_recipes_state_the_number_of_training_samples(name: str, text: str) -> None:
     line = [f"experiment={name.replace('_digits', 'vit')}"]
-    experiment = parse(*to_plain(Composer().compose(line), line))
-    train = prepare(experiment.data.build(), experiment.data_settings).train
+    run_config = parse(*to_plain(Composer().compose(line), line))
+    train = prepare(run_config.data.build(), run_config.data_settings).train
     stated = (config_folder() / f"experiment/{name}.yaml").read_text()
     assert text.format(len(train)) in " ".join(stated.split())
 
@@ -130,8 +130,8 @@ def test_recipes_state_the_number_of_training_samples(name: str, text: str) -> N
 @pytest.mark.parametrize("name", ["regression", "medium/regression"])
 def test_the_condition_number_of_the_regression_includes_the_bias(name: str) -> None:
     line = [f"experiment=benchmark/{name}"]
-    experiment = parse(*to_plain(Composer().compose(line), line))
-    train = prepare(experiment.data.build(), experiment.data_settings).train
+    run_config = parse(*to_plain(Composer().compose(line), line))
+    train = prepare(run_config.data.build(), run_config.data_settings).train
     assert isinstance(train, InMemory)
     inputs = np.column_stack([train.inputs.double().numpy(), np.ones(len(train))])
     condition = np.linalg.cond(inputs) ** 2  # of the Hessian of the squared error

@@ -27,7 +27,7 @@ from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import NonFiniteCheck
 from dlopt.training.run import probe_trainer
 from tests.support.recorded import SimulatedRecorder
-from tests.support.runs import SMALL, at_update, experiment, metrics, result, resume, same, start, terminate
+from tests.support.runs import SMALL, at_update, metrics, result, resume, run_config, same, start, terminate
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = sorted(file.stem for file in (ROOT / "conf/optimizer").glob("[!_]*.yaml") if file.stem != "custom")
@@ -37,7 +37,7 @@ on_each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 def trained(folder: Path, device: str, *overrides: str, updates: int, parallel: Mode | None = None) -> Trainer:
     """Makes the first updates of a run; returns its trainer."""
-    chosen = experiment(*SMALL, *overrides, f"device={device}")
+    chosen = run_config(*SMALL, *overrides, f"device={device}")
     trainer = probe_trainer(build_workload(chosen, parallel=parallel), folder)
     trainer.module.train()
     number, epoch = 0, 0
@@ -249,7 +249,7 @@ def test_compiled_runs_have_the_losses_of_eager_ones(tmp_path: Path, device: str
 @contextlib.contextmanager
 def group_of_one(device: str, *overrides: str) -> Iterator[Mode]:
     """Context with the mode of a process group of one rank, which dlopt itself does without."""
-    chosen = experiment(*SMALL, *overrides, f"device={device}")
+    chosen = run_config(*SMALL, *overrides, f"device={device}")
     alone = patch("dlopt.parallel.processes.process_group.current", lambda: World("dlopt", 0, 1, 0, 1))
     store = patch("dlopt.parallel.processes.process_group.join_store", lambda *_, **__: distributed.HashStore())
     with alone, store:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.interruption import print_error
-from dlopt.commands.shared.command_line import Line, on_checkpoint, on_experiment, saved_experiment, writing
+from dlopt.commands.shared.command_line import Line, on_checkpoint, on_config, saved_run_config, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import check_arguments, show
@@ -90,12 +90,12 @@ def _evaluate_checkpoints(
     views, processes = _views(tta, changes), take_process_keys(changes, "eval")
     checkpoints = [load(path) for path in paths]
     size = {} if len(paths) == 1 else {"data.batch_size": checkpoints[0].config["data"]["batch_size"]}
-    experiments = [
-        saved_experiment(checkpoint.config, {**size, **changes}, path)
+    run_configs = [
+        saved_run_config(checkpoint.config, {**size, **changes}, path)
         for path, checkpoint in zip(paths, checkpoints, strict=True)
     ]
-    mode = join_processes(choose_device(experiments[0].settings.device), processes)
-    tested = test(paths, restored(paths, checkpoints, experiments, mode, print_error), average, views, tta)
+    mode = join_processes(choose_device(run_configs[0].settings.device), processes)
+    tested = test(paths, restored(paths, checkpoints, run_configs, mode, print_error), average, views, tta)
     if not mode.ranks.is_main:
         return DONE
     names = [str(path) for path in paths]
@@ -108,7 +108,7 @@ def _evaluate_checkpoints(
     return _finish(source, tta, views, tested, folder, [f"checkpoint: {path}" for path in paths])
 
 
-@on_experiment("eval", _READS_OF_WEIGHTS, several="one value is needed: a test has one model", one=True)
+@on_config("eval", _READS_OF_WEIGHTS, several="one value is needed: a test has one model", one=True)
 def _evaluate_weights(
     line: Line,
     *,
@@ -126,10 +126,10 @@ def _evaluate_weights(
     values = {key_of(override): override.value() for override in line.composer.parse(command_overrides)}
     processes = take_process_keys(values, "eval")
     views = _views(tta, values)
-    experiment, _ = line.experiment([each for each in line.overrides if each not in command_overrides])
-    path = Path(experiment.settings.init_from or "")
-    mode = join_processes(choose_device(experiment.settings.device), processes)
-    workload = build_workload(experiment, parallel=mode)
+    run_config, _ = line.run_config([each for each in line.overrides if each not in command_overrides])
+    path = Path(run_config.settings.init_from or "")
+    mode = join_processes(choose_device(run_config.settings.device), processes)
+    workload = build_workload(run_config, parallel=mode)
     lines = load_weights(workload.module, path, complete=True)
     tested = test([path], [workload], average, views, tta)
     if tested.report.confusion is not None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Annotated
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.commands.shared.command_line import Line, on_experiment, output_folder, writing
+from dlopt.commands.shared.command_line import Line, on_config, output_folder, writing
 from dlopt.config.compose import Composer
 from dlopt.config.reads import RECIPE, UPDATE
 from dlopt.instruments.range_test import RangeTest
@@ -51,7 +51,7 @@ def learning_rates(lines: list[str]) -> "LearningRates":
     return result
 
 
-@on_experiment("find-lr", _READS, several="find-lr runs one test at a time", one=True, hints=_HINTS)
+@on_config("find-lr", _READS, several="find-lr runs one test at a time", one=True, hints=_HINTS)
 def find_lr(
     line: Line,
     *,
@@ -83,11 +83,11 @@ def _measure(line: Line) -> tuple["LearningRates | None", Line]:
     arguments, line = line.take(RangeTest)
     range_test = RangeTest(**arguments)
     check(range_test)
-    experiment, _ = line.experiment()
-    trial(experiment, range_test)  # refuses optimizers without a learning rate
-    if experiment.settings.scale_lr != "none":  # of a recipe: training would multiply the suggestion once more
+    run_config, _ = line.run_config()
+    trial(run_config, range_test)  # refuses optimizers without a learning rate
+    if run_config.settings.scale_lr != "none":  # of a recipe: training would multiply the suggestion once more
         raise UserError(
-            f"scale_lr={experiment.settings.scale_lr}: the test finds the learning rate for this batch size; set "
+            f"scale_lr={run_config.settings.scale_lr}: the test finds the learning rate for this batch size; set "
             "scale_lr=none, here and in the training"
         )
-    return measure(experiment, range_test), line
+    return measure(run_config, range_test), line

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Interval
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.commands.shared.command_line import Line, on_experiment, output_folder, refuse_folder, writing
+from dlopt.commands.shared.command_line import Line, on_config, output_folder, refuse_folder, writing
 from dlopt.config.reads import RECIPE
 from dlopt.tracking.terminal_text import short_path
 
@@ -35,7 +35,7 @@ and these keys of `dlopt train`:
 _PIPELINES = 6
 
 
-@on_experiment("show-batch", _READS, several="show-batch plots one batch; only augmentation takes several values")
+@on_config("show-batch", _READS, several="show-batch plots one batch; only augmentation takes several values")
 def show_batch(
     line: Line,
     *,
@@ -46,11 +46,11 @@ def show_batch(
 ) -> int:
     """Saves the plots and prints their paths. Raises `UserError`."""
     target = None if output is None else _target(output)
-    experiments = _experiments(line)
+    run_configs = _run_configs(line)
     from dlopt.instruments.augmentations import draw
     from dlopt.training.builders.workload import read_dataset
 
-    batch, operations = draw(experiments, read_dataset(next(iter(experiments.values()))), tile)
+    batch, operations = draw(run_configs, read_dataset(next(iter(run_configs.values()))), tile)
     if target is None:
         target = output_folder(None, "show-batch") / "batch.png"
     pictures = {target: batch}
@@ -64,17 +64,17 @@ def show_batch(
     return DONE
 
 
-def _experiments(line: Line) -> dict[str, "RunConfig"]:
-    """Returns the experiments by the name of their augmentation. Raises `UserError` for other varied keys."""
+def _run_configs(line: Line) -> dict[str, "RunConfig"]:
+    """Returns the configs by the name of their augmentation. Raises `UserError` for other varied keys."""
     for override in line.composer.parse(line.overrides):
         key = override.get_key_element()
         if override.is_sweep_override() and key.partition(".")[0] != "augmentation":
             raise UserError(f"{override.input_line}: one value is needed; only augmentation takes several")
-    experiments = {}
+    run_configs = {}
     for job in line.jobs(("augmentation",), max_jobs=_PIPELINES, what="augmentations"):
-        experiment, choices = line.experiment(job.overrides)
-        experiments[job.label({"augmentation": choices["augmentation"]}, "augmentation")] = experiment
-    return experiments
+        run_config, choices = line.run_config(job.overrides)
+        run_configs[job.label({"augmentation": choices["augmentation"]}, "augmentation")] = run_config
+    return run_configs
 
 
 def _target(output: str) -> Path:

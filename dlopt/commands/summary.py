@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count
-from dlopt.commands.shared.command_line import Line, on_experiment
+from dlopt.commands.shared.command_line import Line, on_config
 from dlopt.config.reads import RECIPE
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ and these keys of `dlopt train`:
 """
 
 
-@on_experiment("summary", _READS, several="summary shows one model at a time", one=True)
+@on_config("summary", _READS, several="summary shows one model at a time", one=True)
 def summary(
     line: Line,
     *,
@@ -44,9 +44,9 @@ def summary(
     ] = None,
 ) -> int:
     """Prints the table. Raises `UserError`."""
-    experiment, choices = line.experiment()  # before torch is imported: it checks the values of the line
+    run_config, choices = line.run_config()  # before torch is imported: it checks the values of the line
     from dlopt.data.task import Task
-    from dlopt.instruments.model_summary import show_summary, summarize_experiment
+    from dlopt.instruments.model_summary import show_summary, summarize_run
 
     if classes is not None and vocabulary is not None:
         raise UserError(f"classes={classes}, vocabulary={vocabulary}: set one of them")
@@ -55,23 +55,23 @@ def summary(
         missing = "classes=N or vocabulary=N" if outputs is None else "input_shape=[C,H,W]"
         raise UserError(f"input_shape, classes: need each other; add {missing}, or omit both to use the data set")
     if input_shape is None or outputs is None:
-        shape, task, samples = _sizes(experiment)
+        shape, task, samples = _sizes(run_config)
     else:
         shape, task = tuple(input_shape), Task("classification" if vocabulary is None else "next_token", outputs)
         samples = None
-    show_summary(choices.get("model", "model"), shape, summarize_experiment(experiment, shape, task, samples))
+    show_summary(choices.get("model", "model"), shape, summarize_run(run_config, shape, task, samples))
     return DONE
 
 
-def _sizes(experiment: "RunConfig") -> tuple[tuple[int, ...], "Task", int]:
+def _sizes(run_config: "RunConfig") -> tuple[tuple[int, ...], "Task", int]:
     """Reads the shape of the model's input, the task, and the number of training samples from the data set."""
     from dlopt.training.builders.workload import read_dataset, with_task
 
-    dataset = read_dataset(experiment)
+    dataset = read_dataset(run_config)
     shape = dataset.train.shape
-    if experiment.augmentation.arguments.get("operations") != []:
+    if run_config.augmentation.arguments.get("operations") != []:
         classes = dataset.task.classes
-        pipeline = experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
+        pipeline = run_config.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
         shape = pipeline.output_shape
-    task = with_task(experiment, dataset, shape).task
+    task = with_task(run_config, dataset, shape).task
     return task.input_shape(shape), task, len(dataset.train)

@@ -96,7 +96,7 @@ def _planned(composer: Composer, config: DictConfig, overrides: list[Override]) 
     refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
     with waiting("loading PyTorch ..."):
         plan = checked(config, overrides, flags=composer.flags)
-    if plan.experiment.settings.dry_run:
+    if plan.run_config.settings.dry_run:
         from dlopt.sweeps.estimate import print_estimate
 
         refuse_untested(plan.saved, plan.lines)

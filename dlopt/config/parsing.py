@@ -45,7 +45,7 @@ def parse(
             common = {key: value for key, value in node.items() if key in names}
             components[group.common.__name__] = group.common(**check_arguments(name, group.common, common))
     to_save = config if saved is None else saved
-    experiment = RunConfig(
+    run_config = RunConfig(
         settings=settings,
         data_settings=components.pop("DataSettings"),
         grouping=components.pop("Grouping"),
@@ -56,5 +56,5 @@ def parse(
         auto_lr=config["optimizer"].get("lr") == "auto",
         **components,
     )
-    check_combinations(experiment)
-    return experiment
+    check_combinations(run_config)
+    return run_config

@@ -45,7 +45,7 @@ class Plan:
     Attributes:
         overrides: of the command line, or of the job of a sweep, as Hydra has parsed them.
         choices: the choice of each config group.
-        experiment: the checked config; `saved`: its form in config.yaml.
+        run_config: the checked config; `saved`: its form in config.yaml.
         environment: variables of the run's process (hydra.job.env_set).
         subfolder: of a job, below the folder of its sweep (hydra.sweep.subdir).
         flags: --config-dir and --config-name of the command line, which a command that repeats the run needs.
@@ -54,7 +54,7 @@ class Plan:
 
     overrides: "tuple[Override, ...]"
     choices: Mapping[str, str]
-    experiment: "RunConfig"
+    run_config: "RunConfig"
     environment: Mapping[str, str] = field(default_factory=dict)
     subfolder: str = ""
     flags: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def saved(self) -> Mapping[str, Any]:
-        return self.experiment.config
+        return self.run_config.config
 
     @property
     def lines(self) -> list[str]:

@@ -21,56 +21,56 @@ _PER_CORE = 64  # threads and data workers per core; larger values are almost ce
 PROCESSES_PER_CORE = 16  # training processes per core, each of which imports torch
 
 
-def check_combinations(experiment: RunConfig) -> None:
+def check_combinations(run_config: RunConfig) -> None:
     """Checks what is known before data are read, after `check_settings`. Raises `UserError`."""
-    settings = experiment.settings
-    _check_monitors(experiment)
-    if experiment.auto_lr and settings.scale_lr != "none":
+    settings = run_config.settings
+    _check_monitors(run_config)
+    if run_config.auto_lr and settings.scale_lr != "none":
         raise UserError(
             f"scale_lr={settings.scale_lr}: optimizer.lr=auto already chooses the learning rate for this batch size; "
             "set scale_lr=none, or set optimizer.lr to a number"
         )
-    if settings.scale_lr != "none" and _learning_rate(experiment.optimizer) is None:
+    if settings.scale_lr != "none" and _learning_rate(run_config.optimizer) is None:
         raise UserError(
-            f"scale_lr={settings.scale_lr}: {experiment.optimizer.choice} has no learning rate to scale; set "
+            f"scale_lr={settings.scale_lr}: {run_config.optimizer.choice} has no learning rate to scale; set "
             "optimizer.lr to a number, or scale_lr=none"
         )
-    if settings.ema is not None and is_schedule_free(experiment.optimizer.target):
+    if settings.ema is not None and is_schedule_free(run_config.optimizer.target):
         raise UserError(
-            f"ema={settings.ema}: {experiment.optimizer.target.__name__} evaluates an average of its own; use ema=null "
+            f"ema={settings.ema}: {run_config.optimizer.target.__name__} evaluates an average of its own; use ema=null "
             "or another optimizer"
         )
-    _check_device(experiment)
-    _check_precision(experiment)
-    size = experiment.data_settings.batch_size
+    _check_device(run_config)
+    _check_precision(run_config)
+    size = run_config.data_settings.batch_size
     if isinstance(size, int) and settings.accumulate > size:
         raise UserError(
             f"accumulate={settings.accumulate}: more micro-batches than samples in a batch (data.batch_size={size})"
         )
-    if experiment.model.arguments.get("pretrained") and experiment.init.target is not default:
+    if run_config.model.arguments.get("pretrained") and run_config.init.target is not default:
         raise UserError(
-            f"{experiment.init.choice}: would overwrite the pretrained weights; "
+            f"{run_config.init.choice}: would overwrite the pretrained weights; "
             "use init=default or model.pretrained=false"
         )
-    if experiment.init.takes("growth") and experiment.adapt.target is not no_adapters:
+    if run_config.init.takes("growth") and run_config.adapt.target is not no_adapters:
         raise UserError(
-            f"{experiment.init.choice}: sets learning rates of the model's own weights, which "
-            f"{experiment.adapt.choice} freezes; use another init, or adapt=none"
+            f"{run_config.init.choice}: sets learning rates of the model's own weights, which "
+            f"{run_config.adapt.choice} freezes; use another init, or adapt=none"
         )
-    if getattr(experiment.loss.target, "predicts_pixels", False):
-        _check_pixels(experiment)
-    if experiment.loss.target is Distillation:
-        _check_distillation(experiment)
+    if getattr(run_config.loss.target, "predicts_pixels", False):
+        _check_pixels(run_config)
+    if run_config.loss.target is Distillation:
+        _check_distillation(run_config)
 
 
-def _check_monitors(experiment: RunConfig) -> None:
+def _check_monitors(run_config: RunConfig) -> None:
     """Checks the monitored metrics and their directions; with monitor=auto, `extra_metrics` knows which one it is."""
-    settings, user_metrics = experiment.settings, [Metric("val", name).column for name in experiment.user_metrics]
-    mode, plateau = settings.monitor_mode, experiment.schedule.arguments
+    settings, user_metrics = run_config.settings, [Metric("val", name).column for name in run_config.user_metrics]
+    mode, plateau = settings.monitor_mode, run_config.schedule.arguments
     monitors = {"monitor": settings.monitor}
-    if "monitor" in experiment.stopping.arguments:
-        monitors["stopping.monitor"] = experiment.stopping.arguments["monitor"]
-        check_monitor("stopping.monitor", monitors["stopping.monitor"], experiment.user_metrics, mode)
+    if "monitor" in run_config.stopping.arguments:
+        monitors["stopping.monitor"] = run_config.stopping.arguments["monitor"]
+        check_monitor("stopping.monitor", monitors["stopping.monitor"], run_config.user_metrics, mode)
     if "monitor" in plateau:
         metric, direction = plateau["monitor"], plateau.get("mode", "auto")
         known = known_mode(metric) or (mode if metric in monitors.values() else None)
@@ -81,7 +81,7 @@ def _check_monitors(experiment: RunConfig) -> None:
         if direction == "auto":
             monitors["schedule.monitor"] = metric
         if direction == "auto" and metric in user_metrics:
-            check_monitor("schedule.monitor", metric, experiment.user_metrics, mode)
+            check_monitor("schedule.monitor", metric, run_config.user_metrics, mode)
     if mode is None:
         return
     described = dict.fromkeys(metric for metric in monitors.values() if metric in user_metrics)
@@ -114,25 +114,25 @@ def _learning_rate(optimizer: Component) -> Any:
     return _learning_rate(base) if lr is None and isinstance(base, Component) else lr
 
 
-def _check_pixels(experiment: RunConfig) -> None:
-    model = experiment.model
+def _check_pixels(run_config: RunConfig) -> None:
+    model = run_config.model
     if not getattr(model.target, "reconstructs", False):
         raise UserError("loss=pixel_cross_entropy: the targets must be the pixels of images; use model=autoencoder")
     if model.arguments.get("output") == "sigmoid":
         raise UserError("model.output=sigmoid: loss=pixel_cross_entropy applies a sigmoid; use model.output=identity")
 
 
-def _check_distillation(experiment: RunConfig) -> None:
+def _check_distillation(run_config: RunConfig) -> None:
     """Refuses what computes the loss without the teacher, and modes in which a rank has no whole samples or outputs."""
-    settings, mode = experiment.settings, experiment.parallel
+    settings, mode = run_config.settings, run_config.parallel
     if value_of(mode.choice) not in ("single", "ddp", "fsdp"):
         raise UserError(
             f"{mode.choice}: loss=distillation needs whole samples and outputs on every rank; use parallel=ddp or "
             "parallel=fsdp"
         )
-    if hasattr(experiment.sampler.target, "observe"):
+    if hasattr(run_config.sampler.target, "observe"):
         raise UserError(
-            f"{experiment.sampler.choice}: needs losses of single samples, which loss=distillation has not; use "
+            f"{run_config.sampler.choice}: needs losses of single samples, which loss=distillation has not; use "
             "sampler=random"
         )
     if names := [name for name in settings.diagnostics if name != "activations"]:
@@ -142,8 +142,8 @@ def _check_distillation(experiment: RunConfig) -> None:
         )
 
 
-def _check_device(experiment: RunConfig) -> None:
-    settings = experiment.settings
+def _check_device(run_config: RunConfig) -> None:
+    settings = run_config.settings
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: no CUDA device is available; use device=cpu or device=auto")
     if settings.device == "mps" and not torch.backends.mps.is_available():
@@ -160,16 +160,16 @@ def _check_device(experiment: RunConfig) -> None:
     cores = os.cpu_count() or 1
     for key, number, per_core in (
         ("threads", settings.threads, _PER_CORE),
-        ("data.workers", experiment.data_settings.workers, _PER_CORE),
-        ("parallel.processes", experiment.parallel.arguments.get("processes"), PROCESSES_PER_CORE),
+        ("data.workers", run_config.data_settings.workers, _PER_CORE),
+        ("parallel.processes", run_config.parallel.arguments.get("processes"), PROCESSES_PER_CORE),
     ):
         if isinstance(number, int) and number > per_core * cores:
             raise UserError(f"{key}={number}: this machine has {cores} cores; at most {per_core * cores}")
 
 
-def _check_precision(experiment: RunConfig) -> None:
+def _check_precision(run_config: RunConfig) -> None:
     """Refuses what bf16 weights do not resolve."""
-    settings, key = experiment.settings, "precision=bf16_pure"
+    settings, key = run_config.settings, "precision=bf16_pure"
     if settings.precision != "bf16_pure":
         return
     if settings.ema is not None:
@@ -177,12 +177,12 @@ def _check_precision(experiment: RunConfig) -> None:
             f"ema={settings.ema}: the average moves by less than the weights of {key} resolve; "
             "use precision=bf16 or ema=null"
         )
-    if is_schedule_free(experiment.optimizer.target):
+    if is_schedule_free(run_config.optimizer.target):
         raise UserError(
-            f"{key}: {experiment.optimizer.target.__name__} evaluates an average, which moves by less than bf16 "
+            f"{key}: {run_config.optimizer.target.__name__} evaluates an average, which moves by less than bf16 "
             "weights resolve; use precision=bf16 or another optimizer"
         )
-    if experiment.optimizer.is_a(Prodigy):
+    if run_config.optimizer.is_a(Prodigy):
         raise UserError(
             f"{key}: Prodigy estimates its learning rate from the distance to the initial weights, which is at first "
             "less than bf16 resolves; use precision=bf16 or another optimizer"

@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 _IMAGES = 8
 
 
-def draw(experiments: Mapping[str, RunConfig], dataset: Dataset, tile: int) -> tuple["Image", "Image | None"]:
+def draw(run_configs: Mapping[str, RunConfig], dataset: Dataset, tile: int) -> tuple["Image", "Image | None"]:
     """Plots random training images (`order_seed`), and the operations of a single augmentation that has any.
 
     Args:
-        experiments: by the name of their augmentation, in which alone they differ.
+        run_configs: by the name of their augmentation, in which alone they differ.
         tile: size of an image in pixels.
 
     Raises:
         UserError: the data are not images.
     """
-    experiment = next(iter(experiments.values()))
-    settings, train = experiment.settings, dataset.train
+    run_config = next(iter(run_configs.values()))
+    settings, train = run_config.settings, dataset.train
     order = torch.randperm(len(train), generator=generator("cpu", settings.order_seed))[:_IMAGES]
     images, targets = train.fetch(order), train.targets[order]
-    name = experiment.config["data"]["_target_"].rpartition(".")[2]
+    name = run_config.config["data"]["_target_"].rpartition(".")[2]
     if images.ndim != 4:
-        raise UserError(f"data={experiment.data.target.__name__}: not images but vectors; cannot be plotted")
+        raise UserError(f"data={run_config.data.target.__name__}: not images but vectors; cannot be plotted")
     seed = settings.augmentation_seed
     pipelines: dict[str, Pipeline] = {
         label: each.augmentation.build(input_shape=train.shape, classes=dataset.task.classes, train=train)
-        for label, each in experiments.items()
+        for label, each in run_configs.items()
     }
     batch = batch_picture(
         {label: reading_crops(pipeline, train, order, seed) for label, pipeline in pipelines.items()},

@@ -71,24 +71,24 @@ def uses_line_search(optimizer: Component) -> str | None:
     return next((key for key in keys if optimizer.arguments.get(key) is not None), None)
 
 
-def trial(experiment: RunConfig, keys: RangeTest) -> RunConfig:
-    """Returns the experiment with the test's learning rates; multipliers of parameter groups are kept."""
+def trial(run_config: RunConfig, keys: RangeTest) -> RunConfig:
+    """Returns the config with the test's learning rates; multipliers of parameter groups are kept."""
 
     def exponential(horizon: Any) -> Callable[[float], float]:
         return keys.rate
 
-    if "lr" not in experiment.optimizer.arguments:
-        raise UserError(f"{experiment.optimizer.choice}: has no learning rate to tune")
-    if key := uses_line_search(experiment.optimizer):
-        value = experiment.optimizer.arguments[key]
+    if "lr" not in run_config.optimizer.arguments:
+        raise UserError(f"{run_config.optimizer.choice}: has no learning rate to tune")
+    if key := uses_line_search(run_config.optimizer):
+        value = run_config.optimizer.arguments[key]
         raise UserError(f"optimizer.{key}={value}: the line search chooses the length of a step; set optimizer.lr")
     return replace(
-        experiment,
-        optimizer=experiment.optimizer.partial(lr=1.0),
+        run_config,
+        optimizer=run_config.optimizer.partial(lr=1.0),
         auto_lr=False,
         schedule=Component("schedule", exponential, {}),
-        warmup=replace(experiment.warmup, warmup_epochs=None, warmup_steps=0, warmup_fraction=0.0),
-        settings=replace(experiment.settings, scale_lr="none", ema=None, steps=keys.updates),
+        warmup=replace(run_config.warmup, warmup_epochs=None, warmup_steps=0, warmup_fraction=0.0),
+        settings=replace(run_config.settings, scale_lr="none", ema=None, steps=keys.updates),
     )
 
 
@@ -100,9 +100,9 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
     so all ranks return the same result.
     """
     check(keys)
-    if (path := workload.experiment.settings.init_from) is not None:
+    if (path := workload.run_config.settings.init_from) is not None:
         load_weights(workload.module, Path(path), workload.parallel)
-    workload = replace(workload, experiment=trial(workload.experiment, keys))
+    workload = replace(workload, run_config=trial(workload.run_config, keys))
     with restored(workload.module, workload.device):
         # A non-finite loss ends the test, here and on all ranks.
         trainer = probe_trainer(with_teacher(workload), folder, checks=False)
@@ -263,25 +263,25 @@ def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
     return rate
 
 
-def measure(experiment: RunConfig, keys: RangeTest) -> LearningRates | None:
-    """Runs a range test here, or in as many processes as the experiment has; None on ranks > 0 of a launcher."""
+def measure(run_config: RunConfig, keys: RangeTest) -> LearningRates | None:
+    """Runs a range test here, or in as many processes as the config has; None on ranks > 0 of a launcher."""
     world = rendezvous.current()
     # A launcher has started the processes already, maybe more than this machine has GPUs.
-    processes = 1 if world else count_processes(experiment.parallel.arguments, experiment.settings.device)
+    processes = 1 if world else count_processes(run_config.parallel.arguments, run_config.settings.device)
     if processes > 1:
-        return _measure_in_ranks(experiment, keys, processes)
-    result = test_range(experiment, keys, Path(os.devnull))
+        return _measure_in_ranks(run_config, keys, processes)
+    result = test_range(run_config, keys, Path(os.devnull))
     if world is not None:
         rendezvous.leave()
     return result if rendezvous.is_main() else None
 
 
-def _measure_in_ranks(experiment: RunConfig, keys: RangeTest, processes: int) -> LearningRates:
+def _measure_in_ranks(run_config: RunConfig, keys: RangeTest, processes: int) -> LearningRates:
     """Starts one process per rank and returns the result of rank 0."""
     with tempfile.TemporaryDirectory(prefix="dlopt-find-lr-", ignore_cleanup_errors=True) as name:
         scratch = Path(name)
         (scratch / "sweep.json").write_text(json.dumps(asdict(keys)))
-        codes = run_ranks("dlopt.instruments.lr_range", scratch, experiment.config, processes, {})
+        codes = run_ranks("dlopt.instruments.lr_range", scratch, run_config.config, processes, {})
         results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
     for result in results:
         if "error" in result:
@@ -291,14 +291,14 @@ def _measure_in_ranks(experiment: RunConfig, keys: RangeTest, processes: int) ->
     return LearningRates(**results[0])
 
 
-def test_range(experiment: RunConfig, keys: RangeTest, folder: Path) -> LearningRates:
+def test_range(run_config: RunConfig, keys: RangeTest, folder: Path) -> LearningRates:
     """Runs a range test in this process, or as one rank of several. `folder` is not written."""
-    return find(build_workload(experiment, parallel=build_mode(experiment)), keys, folder)
+    return find(build_workload(run_config, parallel=build_mode(run_config)), keys, folder)
 
 
-def _measure_rank(experiment: RunConfig, folder: Path, _: int) -> dict[str, Any]:
+def _measure_rank(run_config: RunConfig, folder: Path, _: int) -> dict[str, Any]:
     keys = RangeTest(**json.loads((folder / "sweep.json").read_text()))
-    return asdict(test_range(experiment, keys, folder))
+    return asdict(test_range(run_config, keys, folder))
 
 
 def _explain(error: Exception) -> RankOutcome | None:

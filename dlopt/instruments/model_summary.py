@@ -97,19 +97,17 @@ def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
     )
 
 
-def summarize_experiment(
-    experiment: RunConfig, shape: tuple[int, ...], task: Task, samples: int | None
-) -> ModelSummary:
+def summarize_run(run_config: RunConfig, shape: tuple[int, ...], task: Task, samples: int | None) -> ModelSummary:
     """Summarizes the model of a config for inputs of `shape`. Raises `UserError` if it does not support them.
 
     `samples`: of the training set, None if it is unknown.
     """
-    batch_size = experiment.data_settings.batch_size
+    batch_size = run_config.data_settings.batch_size
     batch = _UNKNOWN_BATCH if samples is None else samples
     if batch_size != "full":
         batch = batch_size if samples is None else min(batch_size, samples)
-    dtype = Precision(experiment.settings.precision, torch.device("meta")).dtype
-    module = model_on_meta(experiment.model, model_arguments(task, shape)).to(dtype)
+    dtype = Precision(run_config.settings.precision, torch.device("meta")).dtype
+    module = model_on_meta(run_config.model, model_arguments(task, shape)).to(dtype)
     input_dtype = dtype if task.vocabulary is None else torch.int64
     try:
         return summarize(module, torch.empty(batch, *shape, device="meta", dtype=input_dtype))

@@ -14,7 +14,7 @@ from dlopt.training.step import Observer
 
 def observers(workload: Workload, length: Length, tracking: Tracking, folder: Path) -> Sequence[Observer]:
     """Builds the observers that `diagnostics` and `profile` enable. Raises `UserError` for unsupported settings."""
-    settings = workload.experiment.settings
+    settings = workload.run_config.settings
     enabled: list[Observer] = []
     if settings.diagnostics:
         enabled.append(Diagnostics(workload, settings.diagnostics, settings.diagnostics_every, tracking.diagnostics))

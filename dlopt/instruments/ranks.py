@@ -39,9 +39,9 @@ def run_ranks(
 def run_rank(
     measure: Callable[[RunConfig, Path, int], Mapping[str, Any]], explain: Callable[[Exception], RankOutcome | None]
 ) -> int:
-    """Writes the result of `measure(experiment, folder, rank)` to FOLDER/rank-N.json; returns the exit code.
+    """Writes the result of `measure(run_config, folder, rank)` to FOLDER/rank-N.json; returns the exit code.
 
-    FOLDER is the only command-line argument; the experiment is FOLDER/config.yaml. `explain` converts an error to an
+    FOLDER is the only command-line argument; the config is FOLDER/config.yaml. `explain` converts an error to an
     outcome, or returns None for a bug, which is raised.
     """
     if rendezvous.RANK in os.environ:

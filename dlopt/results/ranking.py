@@ -180,12 +180,12 @@ def published_error(config: Mapping[str, Any], overrides: Sequence[str]) -> floa
             continue
         conditions = _mapping(when)
         holds = all(key in config and canonical(config[key]) == value for key, value in conditions.items())
-        if holds and not any(_changes_the_experiment(line, conditions) for line in overrides):
+        if holds and not any(_changes_the_config(line, conditions) for line in overrides):
             return float(error)
     return None
 
 
-def _changes_the_experiment(override: str, conditions: Iterable[str]) -> bool:
+def _changes_the_config(override: str, conditions: Iterable[str]) -> bool:
     """Returns whether an override departs from the published experiment; `conditions` are checked by their values."""
     key = key_of(override)
     if role_of(key) not in (Role.IDENTITY, Role.PROTOCOL, Role.LENGTH) or key in ROUNDING:

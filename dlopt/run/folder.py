@@ -65,8 +65,8 @@ def place(plan: Plan) -> PlacedRun:
     before = FolderSnapshot(path)
     folder, state, run_id = _find_folder(path, is_typed, saved)
     is_auto = saved["resume"] == "auto"
-    experiment = replace(plan.experiment, config={"run_id": run_id, **plan.experiment.config})
-    run = Run(experiment, folder.path, state, plan.choices, plan.typed)
+    run_config = replace(plan.run_config, config={"run_id": run_id, **plan.run_config.config})
+    run = Run(run_config, folder.path, state, plan.choices, plan.typed)
     is_new = folder.config() is None and not (is_auto and state is not None)  # config.yaml may be damaged
     return PlacedRun(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 

@@ -45,12 +45,12 @@ def main() -> int:
         if config is None:
             raise UserError(f"{folder.path}: config.yaml is missing or unreadable")
         choices = json.loads((folder.path / "environment.json").read_text())["choices"]
-        experiment = parse(resolve_saved(config), config, choices)
+        run_config = parse(resolve_saved(config), config, choices)
         state = None
         if rendezvous.is_main():  # the other ranks receive the state from rank 0
             checkpoint = sys.argv[2:]
             state = load(Path(checkpoint[0])) if checkpoint else load_of_run(folder, config)
-        run = Run(experiment, folder.path, state, choices)
+        run = Run(run_config, folder.path, state, choices)
     except (UserError, RunError) as error:
         if rendezvous.is_main():
             print_error(str(error))

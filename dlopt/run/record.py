@@ -95,7 +95,7 @@ def described(run: "Run") -> Iterator[None]:
     former = {path: path.read_bytes() if path.is_file() else None for path in paths}
     try:
         if run.overrides is not None and is_described_here:
-            describe(run.folder, run.experiment.config, run.overrides, run.choices)
+            describe(run.folder, run.run_config.config, run.overrides, run.choices)
         elif rendezvous.is_main():
             _record_machine(run.folder)
         yield

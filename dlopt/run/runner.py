@@ -56,7 +56,7 @@ def run_plan(
         if not from_python:
             _show_finished(folder)
         return folder, folder.summary() or {}
-    if plan.experiment.settings.resume == "auto" and placed.is_new and not from_python:
+    if plan.run_config.settings.resume == "auto" and placed.is_new and not from_python:
         print(started_anew(placed, plan.saved), flush=True)
     placed.refuse_other_run()
 
@@ -66,13 +66,13 @@ def run_plan(
         assert plan.config is not None
         with contextlib.nullcontext() if from_python else job_environment(plan.config, folder.path):
             if run.checkpoint is None:  # a resumed run warns instead
-                check_tracking(run.experiment.settings.tracking, run.experiment.settings.name)
+                check_tracking(run.run_config.settings.tracking, run.run_config.settings.name)
 
             # 3. Send the run to the other ranks of a launcher.
             if store is not None:
                 # After the checks above: a run that they refuse is never sent, and `release` ends the ranks that wait
                 # for it.
-                message = {"config": run.experiment.config, "folder": str(folder.path), "choices": plan.choices}
+                message = {"config": run.run_config.config, "folder": str(folder.path), "choices": plan.choices}
                 store.set("run", json.dumps(message))
 
             # 4. Lock, describe, train.
@@ -126,7 +126,7 @@ def _train(run: "Run", *, console: bool) -> dict[str, Any]:
             return _train_in_processes(run, processes, console=console)
         is_shown = console and rendezvous.is_main()
         watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
-        stop = Interruption(run.experiment.settings.max_time)
+        stop = Interruption(run.run_config.settings.max_time)
         with stop as interruption, streams_kept(), watch, torch_defaults():
             summary = train_run(run, interruption, console=is_shown, **tools(run, console=is_shown))
             rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
@@ -135,7 +135,7 @@ def _train(run: "Run", *, console: bool) -> dict[str, Any]:
 
 def _train_in_processes(run: "Run", processes: int, *, console: bool) -> dict[str, Any]:
     """Starts one process per rank, which report their errors themselves. Raises `ReportedError` and `RunError`."""
-    resume = run.experiment.settings.resume
+    resume = run.run_config.settings.resume
     checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
     code = launch.run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
     summary = RunFolder(run.folder).summary() or {}
@@ -150,7 +150,7 @@ def _claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
     processes = 1
     try:
         if rendezvous.current() is None:
-            processes = launch.count_processes(run.experiment.parallel.arguments, run.experiment.settings.device)
+            processes = launch.count_processes(run.run_config.parallel.arguments, run.run_config.settings.device)
         if not rendezvous.is_main():
             return processes, contextlib.nullcontext()
         # With child processes, rank 0 takes the lock: that lock held here would refuse it.
@@ -181,8 +181,8 @@ def follow(store: "Store", overrides: list[str]) -> int:
         message = json.loads(store.get("run"))
     if "exit" in message:
         return int(message["exit"])
-    experiment = parse(resolve_saved(message["config"]), message["config"], message["choices"])
-    return exit_code(Run(experiment, Path(message["folder"]), None, message["choices"], overrides))
+    run_config = parse(resolve_saved(message["config"]), message["config"], message["choices"])
+    return exit_code(Run(run_config, Path(message["folder"]), None, message["choices"], overrides))
 
 
 def release(store: "Store", code: int) -> None:
@@ -204,13 +204,13 @@ def tools(run: "Run", *, console: bool) -> dict[str, Any]:
     """
     from dlopt.trained.distillation import with_teacher
 
-    settings = run.experiment.settings
+    settings = run.run_config.settings
     chosen: dict[str, Any] = {"add_teacher": with_teacher}
     if settings.diagnostics or settings.profile:
         from dlopt.instruments.observers import observers
 
         chosen["observe"] = observers
-    if run.experiment.auto_lr:
+    if run.run_config.auto_lr:
         from dlopt.instruments.lr_range import find_lr
 
         chosen["find_lr"] = find_lr
@@ -227,6 +227,6 @@ def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict
 
     pictures = {"curves": curves.write(folder, restarts)}
     # Reconstructions are of test images, by the best model, which the final test has loaded.
-    if workload.experiment.settings.evaluate.test and (picture := reconstructions.write(workload, folder)) is not None:
+    if workload.run_config.settings.evaluate.test and (picture := reconstructions.write(workload, folder)) is not None:
         pictures["reconstructions"] = picture
     return pictures

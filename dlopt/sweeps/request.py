@@ -59,7 +59,7 @@ class SweepRequest:
     def check_tracking(self, plans: Iterable[Plan]) -> None:
         """Raises `UserError` if a new sweep has a tracking service that cannot record its jobs."""
         if self.config.resume is None:
-            settings = [plan.experiment.settings for plan in plans]
+            settings = [plan.run_config.settings for plan in plans]
             with env_override(dict(self.config.hydra.job.env_set)):
                 for sinks, name in dict.fromkeys((tuple(each.tracking), each.name) for each in settings):
                     check(sinks, name)
@@ -71,7 +71,7 @@ class SweepRequest:
         self._refuse_recipe(config)
         job = as_job(checked(config, parsed, self.overrides, self.composer.flags), number, parsed)
         refuse_untested(job.saved, parsed)
-        self._check_size(job.experiment)
+        self._check_size(job.run_config)
         if job.saved["resume"] not in (None, "auto"):
             raise UserError(f"resume={job.saved['resume']}: not supported in a sweep; use resume=auto")
         return job
@@ -88,19 +88,19 @@ class SweepRequest:
         if config.hydra.mode == RunMode.MULTIRUN and sweepers[0] != sweepers[1]:
             raise UserError(f"experiment={name}: a study is a sweep already; run one at a time: experiment={name}")
 
-    def _check_size(self, experiment: "RunConfig") -> None:
+    def _check_size(self, run_config: "RunConfig") -> None:
         """Raises `UserError` for a model that does not fit into memory, and for tasks that would train the same one."""
         from dlopt.data.images import size_pair
         from dlopt.training.builders.model_check import check_minimum_memory
 
-        size = size_pair(experiment.data_settings.image_size)
+        size = size_pair(run_config.data_settings.image_size)
         is_local = self.pool is not None and self.pool.is_local  # other machines may have more memory
-        if is_local and (key := f"{experiment.model} {size}") not in self.sized:
+        if is_local and (key := f"{run_config.model} {size}") not in self.sized:
             self.sized.add(key)
-            check_minimum_memory(experiment.model, size)
+            check_minimum_memory(run_config.model, size)
         launcher = self.config.hydra.launcher
         tasks = launcher.get("nodes", 1) * launcher.get("tasks_per_node", 1)
-        if tasks > 1 and "processes" not in experiment.parallel.arguments:
+        if tasks > 1 and "processes" not in run_config.parallel.arguments:
             raise UserError(
                 f"hydra.launcher: nodes x tasks_per_node starts {tasks} processes per job, which would train the same "
                 "model; use parallel=ddp, or one process"

@@ -183,7 +183,7 @@ def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str |
         refuse_other_config(former, saved, str(folder.path), folder.typed())
         has_other_length = any(former.get(name) != saved[name] for name in ("epochs", "steps"))
         if has_other_length and (newest := Checkpoints(folder.checkpoints).load_newest()) is not None:
-            check_lengthened(job.plan.experiment, newest)
+            check_lengthened(job.plan.run_config, newest)
 
 
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:

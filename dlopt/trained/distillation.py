@@ -21,10 +21,10 @@ def with_teacher(workload: Workload) -> Workload:
     Every rank loads the whole teacher. Its weights are no part of the model: neither of the optimizer nor of
     checkpoints. Raises `UserError` if it is missing, has changed since the run began, or does not fit the run.
     """
-    loss, experiment = workload.loss, workload.experiment
+    loss, run_config = workload.loss, workload.run_config
     if not isinstance(loss, Distillation) or workload.teacher is not None:
         return workload
-    mode, settings = workload.parallel, experiment.settings
+    mode, settings = workload.parallel, run_config.settings
     key, (path, _) = f"loss.teacher={loss.teacher}", teacher_file(loss.teacher, loss.teacher_sha256)
     changes = {
         "device": settings.device,

@@ -90,7 +90,7 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
             return Tested(unlabelled_report(workload, tta=tta, members=len(paths)), chosen, None, workload)
         batches = predict_test_set(workload, views, chosen)
         assert batches is not None  # nothing interrupts it
-        user_metrics = workload.experiment.user_metrics
+        user_metrics = workload.run_config.user_metrics
         models.append(
             _Predictions(path, chosen, workload.dataset.classes, workload.loss, workload.task, user_metrics, batches)
         )
@@ -114,7 +114,7 @@ def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[
 def restored(
     paths: Sequence[Path],
     checkpoints: Sequence[Checkpoint],
-    experiments: Sequence[RunConfig],
+    run_configs: Sequence[RunConfig],
     mode: Mode,
     warn: Callable[[str], object],
 ) -> Iterator[Workload]:
@@ -122,10 +122,10 @@ def restored(
 
     `warn`: is called on rank 0 if the data, or the folder of a checkpoint, are not those of its run.
     """
-    for path, checkpoint, experiment in zip(paths, checkpoints, experiments, strict=True):
+    for path, checkpoint, run_config in zip(paths, checkpoints, run_configs, strict=True):
         with fitting(path):
             # Of the training set, which is not read here, only the number of samples and the labels are compared.
-            workload = build_workload(experiment, checkpoint, parallel=mode, identified=("test",))
+            workload = build_workload(run_config, checkpoint, parallel=mode, identified=("test",))
             _check_classes(path, checkpoint.classes, workload.dataset.classes)
             workload.load(checkpoint)
         if (found := difference(checkpoint.identity, workload.dataset.identity)) is not None:

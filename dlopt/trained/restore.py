@@ -40,7 +40,7 @@ class Trained:
     task: Task
     sample: tuple[int, ...]  # shape of a sample
     window: tuple[int, ...]  # shape of the model's input: a centre crop of the sample
-    experiment: RunConfig
+    run_config: RunConfig
     config: Mapping[str, Any]  # saved, without the overrides
     epoch: int
     tokenizer: Tokenizer | None = None  # of a text that is not read byte by byte
@@ -79,18 +79,18 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     `join`: returns the mode of this process, given the device of the config.
     """
     checkpoint = load(path)
-    experiment = parse(resolve_saved(with_changes(checkpoint.config, overrides, path)))
-    settings = experiment.settings
+    run_config = parse(resolve_saved(with_changes(checkpoint.config, overrides, path)))
+    settings = run_config.settings
     mode = join(choose_device(settings.device))
     set_threads(settings.threads, mode.ranks.local_processes)
     device = mode.device
     precision = choose_precision(settings.precision, device)
     if is_widened := precision.name == "bf16_pure" and has_adapters(checkpoint.model):
         precision = choose_precision("fp32", device)
-    normalize: nn.Module = experiment.normalize.build(input_shape=checkpoint.sample)
+    normalize: nn.Module = run_config.normalize.build(input_shape=checkpoint.sample)
     task = checkpoint.task
-    module: nn.Module = experiment.model.build(**model_arguments(task, checkpoint.window))
-    loss: nn.Module = experiment.loss.build(classes=task.classes, labels=task.labels)
+    module: nn.Module = run_config.model.build(**model_arguments(task, checkpoint.window))
+    loss: nn.Module = run_config.loss.build(classes=task.classes, labels=task.labels)
     # Placed first: loading rounds to the present dtype.
     normalize, module = precision.place_data(normalize), precision.place(module)
     normalize.load_state_dict(checkpoint.normalize)
@@ -105,7 +105,7 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
         task=task,
         sample=checkpoint.sample,
         window=checkpoint.window,
-        experiment=experiment,
+        run_config=run_config,
         config=checkpoint.config,
         epoch=checkpoint.epoch,
         tokenizer=None if (text := checkpoint.tokenizer) is None else Tokenizer(text, f"checkpoint={path}"),

@@ -104,8 +104,8 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
 
     `batches`: the training batches, whose sampler may select some of the training samples.
     """
-    data, count = workload.experiment.data_settings, batches.count
-    micro_batches = max(workload.experiment.settings.accumulate, workload.parallel.traits.micro_batches)
+    data, count = workload.run_config.data_settings, batches.count
+    micro_batches = max(workload.run_config.settings.accumulate, workload.parallel.traits.micro_batches)
     smallest = _smallest_micro_batch(count, batches.batch_size, micro_batches)
     shards = workload.parallel.traits.batch_norm_shards
     if shards > 1:
@@ -156,10 +156,10 @@ def norm_statistics(
 
     If interrupted, the statistics are incomplete and the evaluation must be discarded.
     """
-    if workload.experiment.settings.norm_statistics == "running":
+    if workload.run_config.settings.norm_statistics == "running":
         return contextlib.nullcontext()
     if workload.statistics_batches is None:
-        samples, size = workload.dataset.train, workload.experiment.data_settings.batch_size
+        samples, size = workload.dataset.train, workload.run_config.data_settings.batch_size
         while size != "full" and size < len(samples) and len(samples) % size == 1:
             size += 1  # a batch of one sample has no variance in a linear layer
         workload.statistics_batches = evaluation_batches(workload, samples, shared=False, batch_size=size)
@@ -169,7 +169,7 @@ def norm_statistics(
 
 def small_batch_warnings(workload: Workload) -> list[str]:
     """Returns a warning if batch norm averages over few samples per device, which is allowed but rarely intended."""
-    data, settings = workload.experiment.data_settings, workload.experiment.settings
+    data, settings = workload.run_config.data_settings, workload.run_config.settings
     count = len(workload.dataset.train)
     size = count if data.batch_size == "full" else min(data.batch_size, count)
     mode = workload.parallel

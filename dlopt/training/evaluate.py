@@ -173,7 +173,7 @@ def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> Test
         kind = workload.task.shown_kind
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
     if workload.dataset.test is None:
-        raise UserError(f"{workload.experiment.data.choice}: this dataset has no test set")
+        raise UserError(f"{workload.run_config.data.choice}: this dataset has no test set")
     return TestReport(test_metrics(workload) or {}, None)
 
 
@@ -218,9 +218,9 @@ def validation(
     `on_batch(done, total)` is called after each batch. Raises `UserError` for settings that need a validation set if
     there is none.
     """
-    samples, experiment = workload.dataset.val, workload.experiment
+    samples, run_config = workload.dataset.val, workload.run_config
     if samples is None:
-        settings = experiment.settings
+        settings = run_config.settings
         if settings.monitor != "auto":
             raise UserError(
                 f"monitor={settings.monitor}: needs a validation set; set data.val_split=0.1 or monitor=auto"
@@ -238,12 +238,12 @@ def validation(
             raise UserError(
                 f"evaluate.samples={count}: needs a validation set; set data.val_split=0.1 or evaluate.samples=null"
             )
-        for component, other in ((experiment.stopping, "stopping=none"), (experiment.schedule, "schedule=cosine")):
+        for component, other in ((run_config.stopping, "stopping=none"), (run_config.schedule, "schedule=cosine")):
             if "monitor" in component.arguments:
                 raise UserError(f"{component.choice}: needs a validation set; set data.val_split=0.1 or {other}")
         return None
-    extra = extra_metrics(experiment, workload.dataset, workload.loss)
-    count, seed = experiment.settings.evaluate.samples, experiment.data_settings.split_seed
+    extra = extra_metrics(run_config, workload.dataset, workload.loss)
+    count, seed = run_config.settings.evaluate.samples, run_config.data_settings.split_seed
     subset = evaluation_subset(samples, count, seed)
     batches, task = evaluation_batches(workload, subset), workload.dataset.task_on(subset)
 
@@ -264,7 +264,7 @@ def _reporting(batches: Batches, on_batch: Callable[[int, int], None]) -> Iterat
 
 def _whole_metrics(workload: Workload) -> list[LabelMetrics | UserMetrics]:
     """Returns the accumulators of metrics that are functions of all samples at once."""
-    functions, ranks, loss = workload.experiment.user_metrics, workload.parallel.ranks, workload.loss
+    functions, ranks, loss = workload.run_config.user_metrics, workload.parallel.ranks, workload.loss
     user_metrics = [UserMetrics(functions, ranks)] if functions else []
     if workload.task.labels is None:
         return [*user_metrics]
@@ -307,12 +307,12 @@ def test_metrics(
     """
     if workload.dataset.test is None:
         return {}
-    settings = workload.experiment.settings.evaluate
+    settings = workload.run_config.settings.evaluate
     if settings.tta != "none":
         outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload), interruption)
         if outputs is None:
             return None
-        user_metrics = workload.experiment.user_metrics
+        user_metrics = workload.run_config.user_metrics
         metrics = report(outputs, workload.loss, workload.task, user_metrics).metrics
         of_labels = LABEL_METRICS if workload.task.labels is not None else ()
         names = [Metric("test", name).column for name in ("loss", "accuracy", *of_labels, *user_metrics)]
@@ -325,7 +325,7 @@ def test_metrics(
 
 def check_crops(workload: Workload) -> None:
     """Raises `UserError` if the run evaluates images that are smaller than the crops on which it trains."""
-    dataset, settings = workload.dataset, workload.experiment.settings.evaluate
+    dataset, settings = workload.dataset, workload.run_config.settings.evaluate
     is_tested = settings.test and settings.tta == "none" and dataset.test is not None
     if workload.augment is not None and (is_tested or dataset.val is not None):
         CentreCrop(workload.augment.output_shape).corner(*dataset.train.shape[1:])
@@ -333,7 +333,7 @@ def check_crops(workload: Workload) -> None:
 
 def check_tta(workload: Workload) -> None:
     """Raises `UserError` if the final test does not support `evaluate.tta`."""
-    tta = workload.experiment.settings.evaluate.tta
+    tta = workload.run_config.settings.evaluate.tta
     if tta == "none" or workload.dataset.test is None:
         return
     _refuse_tta(workload, "evaluate.tta", tta)
@@ -347,7 +347,7 @@ def check_tta(workload: Workload) -> None:
 
 
 def _final_average(workload: Workload) -> Average:
-    average = workload.experiment.settings.evaluate.average
+    average = workload.run_config.settings.evaluate.average
     return choose_average(average if workload.classify else None, workload, key="evaluate.average")
 
 
@@ -376,7 +376,7 @@ def predict_test_set(
     """
     samples = workload.dataset.test
     if samples is None:
-        raise UserError(f"{workload.experiment.data.choice}: this dataset has no test set")
+        raise UserError(f"{workload.run_config.data.choice}: this dataset has no test set")
     model = workload.precision.autocast(workload.model)
     with norm_statistics(workload, workload.module, model):
         if choice is None:
@@ -432,7 +432,7 @@ def _normalized(workload: Workload, images: Tensor) -> Tensor:
 def _build_transform(workload: Workload, choice: Any, samples: Samples, *, key: str = "tta") -> TestTransform:
     """Builds the transform for `samples`. Raises `UserError` for other data than images, or for a wrong crop size."""
     if len(samples.shape) != 3:
-        raise UserError(f"{key}: the samples of {workload.experiment.data.choice} are not images; use {key}=none")
+        raise UserError(f"{key}: the samples of {workload.run_config.data.choice} are not images; use {key}=none")
     channels, *image = samples.shape
     shape = samples.shape if workload.augment is None else workload.augment.output_shape
     transform: TestTransform = choice.build((shape[1], shape[2]), (image[0], image[1]))
@@ -451,12 +451,12 @@ def _build_transform(workload: Workload, choice: Any, samples: Samples, *, key: 
 
 def _image_batches(workload: Workload, samples: Samples, transform: TestTransform) -> Batches:
     """Returns batches of images before normalization. Files are decoded at the largest size that the crops need."""
-    experiment, in_memory = workload.experiment, workload.dataset.in_memory
-    data = experiment.data_settings
+    run_config, in_memory = workload.run_config, workload.dataset.in_memory
+    data = run_config.data_settings
     size = transform.image_size
     if isinstance(samples, Files) and data.image_size is not None and min(size) > min(samples.shape[1:]):
         larger = replace(data, image_size=size, memory=False)
-        source: Dataset = experiment.read_data(larger)
+        source: Dataset = run_config.read_data(larger)
         decoded = prepare(source, larger).test
         assert decoded is not None
         samples, in_memory = decoded, False

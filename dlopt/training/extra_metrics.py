@@ -34,22 +34,22 @@ def extra_metric(monitor: str) -> str | None:
     return "class_accuracy" if is_of_classes else metric.name
 
 
-def extra_metrics(experiment: RunConfig, dataset: Dataset, loss: nn.Module) -> "Callable[[], ExtraMetrics] | None":
+def extra_metrics(run_config: RunConfig, dataset: Dataset, loss: nn.Module) -> "Callable[[], ExtraMetrics] | None":
     """Returns a factory of accumulators for `evaluate.metrics` and the monitored metrics; None if there are none.
 
     Raises `UserError` for a metric that this run cannot compute.
     """
     classes, task = dataset.classes, dataset.task
-    monitors = {"monitor": experiment.settings.monitor}
-    user_metrics = [_val(name) for name in experiment.user_metrics]
-    for key, component in (("stopping", experiment.stopping), ("schedule", experiment.schedule)):
+    monitors = {"monitor": run_config.settings.monitor}
+    user_metrics = [_val(name) for name in run_config.user_metrics]
+    for key, component in (("stopping", run_config.stopping), ("schedule", run_config.schedule)):
         if "monitor" in component.arguments:
             monitors[f"{key}.monitor"] = component.arguments["monitor"]
-    _check_target(experiment, task)
+    _check_target(run_config, task)
     if monitors["monitor"] == "auto" and not any(monitor in user_metrics for monitor in monitors.values()):
-        check_mode(_auto(task), experiment.settings.monitor_mode)
+        check_mode(_auto(task), run_config.settings.monitor_mode)
     requested: dict[str, str] = {
-        name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics if name in BUILT_IN
+        name: f"evaluate.metrics={name}" for name in run_config.settings.evaluate.metrics if name in BUILT_IN
     }
     of_loss = [_val(name) for name in task.loss_metrics(0.0)]
     logged = ["auto", "val_loss", *of_loss, *user_metrics, *([] if task.classes is None else [_val(task.accuracy)])]
@@ -74,14 +74,14 @@ def extra_metrics(experiment: RunConfig, dataset: Dataset, loss: nn.Module) -> "
     return lambda: ClassMetrics(names, classes, lambda outputs: probabilities(outputs, loss))
 
 
-def _check_target(experiment: RunConfig, task: Task) -> None:
+def _check_target(run_config: RunConfig, task: Task) -> None:
     """Raises `UserError` for a target above 1 of an accuracy or another metric with this maximum: a percentage."""
-    if experiment.stopping.target is not Target:
+    if run_config.stopping.target is not Target:
         return
-    target, monitor = experiment.stopping.arguments["value"], experiment.stopping.arguments["monitor"]
+    target, monitor = run_config.stopping.arguments["value"], run_config.stopping.arguments["monitor"]
     if monitor == "auto":
         monitor = _auto(task)
-    is_user_metric = monitor in [_val(name) for name in experiment.user_metrics]
+    is_user_metric = monitor in [_val(name) for name in run_config.user_metrics]
     if target > 1 and not is_user_metric and not lower_is_better(monitor):
         raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
 

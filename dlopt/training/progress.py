@@ -1,4 +1,4 @@
-"""A run: its experiment and folder, its length, progress and timing."""
+"""A run: its config and folder, its length, progress and timing."""
 
 import math
 import time
@@ -26,9 +26,9 @@ _ZERO = 1e-12  # learning-rate factors below are rounding errors of 0
 
 @dataclass(frozen=True)
 class Run:
-    """An experiment and its folder."""
+    """A config and the folder of its run."""
 
-    experiment: RunConfig
+    run_config: RunConfig
     folder: Path
     checkpoint: Checkpoint | None = None  # to resume from
     choices: Mapping[str, str] = field(default_factory=dict)  # config group -> choice, for display
@@ -64,17 +64,17 @@ def run_length(settings: Settings, steps_per_epoch: int, checkpoint: Checkpoint 
     return Length(steps, epochs, steps_per_epoch, horizon, done)
 
 
-def check_horizon(experiment: RunConfig, length: Length, checkpoint: Checkpoint) -> str | None:
+def check_horizon(run_config: RunConfig, length: Length, checkpoint: Checkpoint) -> str | None:
     """Compares the length of a run resumed from `checkpoint` with its schedule's; returns a line if they differ.
 
     Raises `UserError` if all updates after the end of the schedule would have learning rate 0. Whoever sets
     `schedule_epochs` has chosen the horizon.
     """
-    settings, steps, horizon = experiment.settings, length.steps, length.horizon
+    settings, steps, horizon = run_config.settings, length.steps, length.horizon
     if settings.schedule_epochs is not None or steps == horizon or steps <= checkpoint.step:
         return None
     factor = schedules.build(
-        experiment.build_schedule, experiment.warmup, steps=horizon, steps_per_epoch=length.steps_per_epoch
+        run_config.build_schedule, run_config.warmup, steps=horizon, steps_per_epoch=length.steps_per_epoch
     )
     key = f"epochs={settings.epochs}" if settings.steps is None else f"steps={settings.steps}"
     end, schedule_end = (f"{count / length.steps_per_epoch:.6g}" for count in (steps, horizon))
@@ -94,11 +94,11 @@ def check_horizon(experiment: RunConfig, length: Length, checkpoint: Checkpoint)
     return None if final == 1.0 else f"{line}; to stretch the schedule, set schedule_epochs={end}"
 
 
-def check_lengthened(experiment: RunConfig, checkpoint: Checkpoint) -> None:
+def check_lengthened(run_config: RunConfig, checkpoint: Checkpoint) -> None:
     """Like `check_horizon`, before the data is read; only for checkpoints at the end of an epoch."""
     if checkpoint.epoch and not checkpoint.position:
         steps_per_epoch = -(-checkpoint.step // checkpoint.epoch)  # steps=N may have ended the last epoch early
-        check_horizon(experiment, run_length(experiment.settings, steps_per_epoch, checkpoint), checkpoint)
+        check_horizon(run_config, run_length(run_config.settings, steps_per_epoch, checkpoint), checkpoint)
 
 
 def evaluation_interval(settings: Settings, length: Length) -> int | None:

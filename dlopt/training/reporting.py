@@ -31,7 +31,7 @@ TOKENIZER = "tokenizer.json"  # of a text that is not read byte by byte
 
 
 def open_tracking(run: Run, checkpoint: Checkpoint | None, console: bool) -> Tracking:
-    settings = run.experiment.settings
+    settings = run.run_config.settings
     # Before metrics are removed, because last.pt must never be of a later update than these.
     abandoned = None if checkpoint is None else Checkpoints(run.folder / "checkpoints").set_aside(checkpoint.state)
     tracking = Tracking(
@@ -65,9 +65,9 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
         "processes": workload.parallel.ranks.processes,
         "unit": _unit(workload),
         "inputs": _inputs(workload),
-        "metrics": [Metric("val", name).column for name in (*label_metrics, *workload.experiment.user_metrics)],
+        "metrics": [Metric("val", name).column for name in (*label_metrics, *workload.run_config.user_metrics)],
     }
-    samples = workload.experiment.settings.evaluate.samples
+    samples = workload.run_config.settings.evaluate.samples
     if samples is not None and dataset.val is not None and samples < len(dataset.val):
         facts |= {"val": samples * tokens, "all_val": facts["val"]}
     if workload.device.type == "cpu":
@@ -79,7 +79,7 @@ def log_header(run: Run, workload: Workload, length: Length, progress: Progress,
     if workload.parallel.ranks.is_main and dataset.tokenizer is not None:
         write_atomically(run.folder / TOKENIZER, dataset.tokenizer.description.encode())  # not redacted: it is data
     tracking.begin(
-        dict(workload.experiment.config),
+        dict(workload.run_config.config),
         facts,
         epochs=length.epochs,
         steps_per_epoch=length.steps_per_epoch,
@@ -96,11 +96,11 @@ def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
     `graph_obstacle`: why updates are not replayed from a CUDA graph; None: they are.
     """
     dataset = workload.dataset
-    chosen = describe_auto(workload.experiment, workload.precision, workload.compile_obstacle, graph_obstacle)
-    pretrained = describe_pretrained(workload.experiment, data_spec(workload)["window"])
-    growth, init = workload.growth, workload.experiment.init.arguments
+    chosen = describe_auto(workload.run_config, workload.precision, workload.compile_obstacle, graph_obstacle)
+    pretrained = describe_pretrained(workload.run_config, data_spec(workload)["window"])
+    growth, init = workload.growth, workload.run_config.init.arguments
     rates = None if growth is None else describe_rates(growth, init["base_width"])
-    size, samples = workload.experiment.data_settings.batch_size, len(dataset.train)
+    size, samples = workload.run_config.data_settings.batch_size, len(dataset.train)
     small = (
         f"warning: data.batch_size={size} exceeds the {samples:,} training samples: every epoch is one update"
         if isinstance(size, int) and size > samples
@@ -112,12 +112,12 @@ def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
     return [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]
 
 
-def describe_pretrained(experiment: RunConfig, shape: tuple[int, ...]) -> str:
+def describe_pretrained(run_config: RunConfig, shape: tuple[int, ...]) -> str:
     """Describes the images for which pretrained weights were trained, and how those of this run differ.
 
     `shape`: of the model's input. Empty without pretrained weights.
     """
-    model, constants = experiment.model, experiment.normalize.arguments
+    model, constants = run_config.model, run_config.normalize.arguments
     name, pretrained = str(model.arguments.get("name")), model.arguments.get("pretrained", False)
     inputs = pretrained_inputs(dotted_name(model.target), name, pretrained)
     if inputs is None:
@@ -135,7 +135,7 @@ def describe_pretrained(experiment: RunConfig, shape: tuple[int, ...]) -> str:
 
 def show_first_batch(workload: Workload, batches: EpochBatches, tracking: Tracking) -> None:
     """Logs training images, and a warning if the processor emulates the precision."""
-    if len(workload.dataset.train.shape) == 3 and workload.experiment.settings.tracking:
+    if len(workload.dataset.train.shape) == 3 and workload.run_config.settings.tracking:
         inputs, _ = next(iter(batches.epoch(0)))
         # Waits for the device once, before the first update.
         tracking.images(inputs[:64].float().cpu())
@@ -177,7 +177,7 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
     """Returns the content of summary.json before the test; accuracies are left out in a regression."""
     summary = {
         "status": status,
-        **({} if (run_id := workload.experiment.config.get("run_id")) is None else {"run_id": run_id}),
+        **({} if (run_id := workload.run_config.config.get("run_id")) is None else {"run_id": run_id}),
         "epochs": progress.epoch,
         "steps": progress.step,
         "best_epoch": best.epoch,

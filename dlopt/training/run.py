@@ -83,10 +83,10 @@ def train_run(
         RunError: the run failed later.
     """
     # 1. Join the processes of the run, and build data, model and loss.
-    settings = run.experiment.settings
-    mode = build_mode(run.experiment)
+    settings = run.run_config.settings
+    mode = build_mode(run.run_config)
     checkpoint = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
-    workload = build_workload(run.experiment, checkpoint, parallel=mode, identified=SPLITS)
+    workload = build_workload(run.run_config, checkpoint, parallel=mode, identified=SPLITS)
     if checkpoint is not None:
         refuse_other_data(workload, checkpoint)  # before the folder is changed
     if add_teacher is not None:
@@ -94,7 +94,7 @@ def train_run(
     check_crops(workload)
     batches = training_batches(workload)
     length = run_length(settings, len(batches), checkpoint)
-    horizon_note = None if checkpoint is None else check_horizon(run.experiment, length, checkpoint)
+    horizon_note = None if checkpoint is None else check_horizon(run.run_config, length, checkpoint)
     is_shown = mode.ranks.is_main
     with (
         contextlib.closing(workload),
@@ -102,7 +102,7 @@ def train_run(
     ):
         # 2. Find the learning rate (optimizer.lr=auto); a resumed run keeps that of its range test.
         found_lr = None if checkpoint is None else checkpoint.found_lr
-        if workload.experiment.auto_lr and find_lr is not None:
+        if workload.run_config.auto_lr and find_lr is not None:
             found_lr = find_lr(workload, tracking, run.folder) if found_lr is None else found_lr
             workload = workload.with_lr(found_lr)
 
@@ -112,7 +112,7 @@ def train_run(
                 tracking.message(line)
 
         # 4. Build optimizer, schedule, step and loop, and resume.
-        user_observers = UserObservers(run.experiment.user_observers if is_shown else ())
+        user_observers = UserObservers(run.run_config.user_observers if is_shown else ())
         trainer = build_trainer(
             workload,
             run.folder,
@@ -203,7 +203,7 @@ def build_trainer(
     Raises:
         UserError: components cannot be combined.
     """
-    experiment, settings, mode = workload.experiment, workload.experiment.settings, workload.parallel
+    run_config, settings, mode = workload.run_config, workload.run_config.settings, workload.parallel
     check_norm_batches(workload, batches)
     check_tta(workload)
     optimizer = build_optimizer(workload)
@@ -212,7 +212,7 @@ def build_trainer(
     average = None
     if settings.ema is not None:
         average = ExponentialAverage(workload.module, settings.ema, warmup=settings.ema_warmup)
-    stopping: Stopping = experiment.stopping.build(
+    stopping: Stopping = run_config.stopping.build(
         model=workload.module, norm=mode.sharding.norm, monitor_mode=settings.monitor_mode
     )
     checkpoints = Checkpoints(
@@ -274,7 +274,7 @@ def build_trainer(
             snapshot=snapshot_names(schedule) if settings.checkpoint.at_restarts else None,
         ),
         normalize=workload.normalize,
-        config=experiment.config,
+        config=run_config.config,
         average=average,
         sampler=sampler,
         sampler_metrics=getattr(batches.sampler, "metrics", dict),
@@ -299,5 +299,5 @@ def probe_trainer(
     `checkpoint`: sets the length of the schedule. `checks`: see `build_trainer`.
     """
     batches = training_batches(workload)
-    length = run_length(workload.experiment.settings, len(batches), checkpoint)
+    length = run_length(workload.run_config.settings, len(batches), checkpoint)
     return build_trainer(workload, folder, batches, length, Tracking.silent(), observers=observers, checks=checks)

@@ -30,10 +30,10 @@ MODELS = {"resnet20": ["model=resnet20", "data.image_size=32"], "mlp": ["model=m
 def measure(typed: list[str], kinds: tuple[Kind, ...], rounds: int) -> tuple[float, float, int]:
     """Returns the seconds of a plain and of an observed update, and the updates between observed ones."""
     lines = [*typed, f"diagnostics=[{','.join(kinds)}]"]
-    experiment = parse(to_plain(Composer().compose(lines), lines)[0])
-    every = experiment.settings.diagnostics_every
+    run_config = parse(to_plain(Composer().compose(lines), lines)[0])
+    every = run_config.settings.diagnostics_every
     with tempfile.TemporaryDirectory() as folder:
-        workload = build_workload(experiment)
+        workload = build_workload(run_config)
         tracking = Tracking(Path(folder), sinks=["tensorboard"], console=False)
         observer = Diagnostics(workload, kinds, every, tracking.diagnostics)
         # The same model and optimizer with and without the observer.

@@ -73,18 +73,18 @@ class Bench:
         self.dataset = generated_images() if self.rehearse else read(options.data, self.folder)
         self.rate = 0.0  # throughput of the card in FLOP/s
 
-    def experiment(self, *overrides: str) -> RunConfig:
+    def run_config(self, *overrides: str) -> RunConfig:
         """Builds an experiment on the in-memory data."""
         typed = [*overrides, f"device={self.device.type}"]
         if self.rehearse:
             typed += ["threads=2"]
         plain = to_plain(Composer().compose(typed), [])[0]
-        experiment = parse(plain)
+        run_config = parse(plain)
         data = self.dataset
-        return dataclasses.replace(experiment, data=Component("data", lambda: data, {}))
+        return dataclasses.replace(run_config, data=Component("data", lambda: data, {}))
 
     def training(self, *overrides: str) -> tuple[Workload, Trainer]:
-        workload = build_workload(self.experiment(*overrides))
+        workload = build_workload(self.run_config(*overrides))
         return workload, probe_trainer(workload, self.folder)
 
     def wait(self) -> float:
@@ -143,8 +143,8 @@ def read(path: Path | None, scratch: Path) -> Dataset:
     typed = ["data=cifar10", f"data.root={path}", "data.download=false"]
     if not batches:
         typed = ["data=image_folder", f"data.root={path}"]
-    experiment = parse(to_plain(Composer().compose(typed), [])[0])
-    dataset: Dataset = experiment.read_data()
+    run_config = parse(to_plain(Composer().compose(typed), [])[0])
+    dataset: Dataset = run_config.read_data()
     assert dataset.test is not None
     print("reading the images ...")
     return Dataset(loaded(dataset.train), None, loaded(dataset.test), dataset.classes, in_memory=True)
@@ -217,7 +217,7 @@ def step(bench: Bench) -> list[Row]:
 
 def plain_step(bench: Bench) -> tuple[nn.Module, Callable[[Tensor, Tensor], None]]:
     """Builds the update of a hand-written loop: SGD, bf16 autocast, channels-last."""
-    model: nn.Module = bench.experiment("model=resnet20").model.build(input_shape=(3, 32, 32), classes=10)
+    model: nn.Module = bench.run_config("model=resnet20").model.build(input_shape=(3, 32, 32), classes=10)
     model = model.to(device=bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     loss_of = nn.CrossEntropyLoss()
@@ -289,10 +289,10 @@ def device_loop(bench: Bench) -> tuple[int, Callable[[], None]]:
     return size, call
 
 
-def initialize(bench: Bench, workload: Workload, experiment: RunConfig) -> float:
+def initialize(bench: Bench, workload: Workload, run_config: RunConfig) -> float:
     """Gives the (compiled) model new initial weights, as in a new run; returns the seconds of the initialization."""
     seconds = 0.0
-    function = experiment.init.target
+    function = run_config.init.target
 
     def timed(**arguments: Any) -> None:
         nonlocal seconds
@@ -301,11 +301,11 @@ def initialize(bench: Bench, workload: Workload, experiment: RunConfig) -> float
         seconds += bench.wait() - start
 
     timed.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    timed_init = dataclasses.replace(experiment, init=dataclasses.replace(experiment.init, target=timed))
+    timed_init = dataclasses.replace(run_config, init=dataclasses.replace(run_config.init, target=timed))
     fresh = build_model(timed_init, workload.dataset, workload.normalize, workload.shape)
     workload.module.load_state_dict(fresh.state_dict())
     workload.module.requires_grad_(True)  # the schedule of the former run has frozen parameters
-    freeze(workload.module, experiment.grouping)
+    freeze(workload.module, run_config.grouping)
     return seconds
 
 
@@ -315,13 +315,13 @@ def speed_runs(bench: Bench, name: str, *overrides: str) -> tuple[float, list[Ro
     typed = ["experiment=cifar10_speed", *overrides, "tracking=[]"]
     if bench.rehearse:
         typed += ["data.batch_size=64", "model.widths=[8,8,16]", "optimizer.rest_lr=0.5", "epochs=2"]
-    first = bench.experiment(*typed, "seed=0")
+    first = bench.run_config(*typed, "seed=0")
     workload = build_workload(first)
     seconds, accuracies, training_seconds = [], [], []
     for number in range(bench.runs + 1):
-        experiment = bench.experiment(*typed, f"seed={number}")
-        workload = dataclasses.replace(workload, experiment=experiment)
-        init_seconds = initialize(bench, workload, experiment)
+        run_config = bench.run_config(*typed, f"seed={number}")
+        workload = dataclasses.replace(workload, run_config=run_config)
+        init_seconds = initialize(bench, workload, run_config)
         training = probe_trainer(workload, bench.folder / f"{name}{number}")
         start = bench.wait()
         training.fit(Interruption())  # not entered: signals end the script
@@ -355,7 +355,7 @@ def split(bench: Bench, name: str, workload: Workload) -> list[Row]:
 
     with patch.object(Recorder, "capture", timed_capture):
         start = bench.wait()
-        init_seconds = initialize(bench, workload, workload.experiment)
+        init_seconds = initialize(bench, workload, workload.run_config)
         training = probe_trainer(workload, bench.folder / f"{name} split")
         set_up = bench.wait() - start
         update = training.run_update
@@ -471,7 +471,7 @@ def recipe(bench: Bench) -> list[Row]:
     folder = bench.folder / "recipe"
     folder.mkdir()
     start = bench.wait()
-    summary = train_run(Run(bench.experiment(*typed), folder), Interruption(), console=False)
+    summary = train_run(Run(bench.run_config(*typed), folder), Interruption(), console=False)
     return [
         entry("ResNet-20 recipe, 200 epochs including test", bench.wait() - start, "s", "<= 90"),
         entry("ResNet-20 recipe, error", 100 * (1 - summary["test_accuracy"]), "%", "published: 8.75"),

@@ -197,11 +197,11 @@ def dlopt(job: Job) -> Callable[[], None]:
         "optimizer.lr=0.01", "optimizer.weight_decay=1e-4",
     ]  # fmt: skip
     data = Samples(InMemory(*job.images), None, None, tuple("0123456789"), in_memory=True)
-    experiment = parse(to_plain(Composer().compose(typed), [])[0])
-    experiment = dataclasses.replace(experiment, data=Component("data", lambda: data, {}))
+    run_config = parse(to_plain(Composer().compose(typed), [])[0])
+    run_config = dataclasses.replace(run_config, data=Component("data", lambda: data, {}))
 
     def run() -> None:
-        workload = build_workload(experiment)
+        workload = build_workload(run_config)
         with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
             training = probe_trainer(workload, Path(folder))
             training.tracking.advance = job.count_step  # type: ignore[method-assign, assignment]

@@ -60,7 +60,7 @@ from dlopt.training.stopping import Best, Never
 CPU = torch.device("cpu")
 
 
-def experiment(*overrides: str) -> RunConfig:
+def run_config(*overrides: str) -> RunConfig:
     return parse(to_plain(Composer().compose(list(overrides)), overrides)[0])
 
 
@@ -90,7 +90,7 @@ def training(
 ) -> tuple[Trainer, Tracking]:
     """Builds a trainer like `dlopt train`, without console and evaluation."""
     parameters = list(module.parameters())
-    optimizer_component = experiment("optimizer=sgd", "optimizer.lr=0.01").optimizer
+    optimizer_component = run_config("optimizer=sgd", "optimizer.lr=0.01").optimizer
     optimizer = optimizer_component.build(params=parameters, fused=can_fuse(optimizer_component, parameters))
     steps = steps if steps is not None else len(batches)
     schedule = Scheduler(optimizer, constant(horizon=Horizon(0, steps, len(batches))))
@@ -143,7 +143,7 @@ def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
     torch.manual_seed(0)
     data = [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,))) for _ in range(16)]
 
-    mlp = experiment("model=mlp", "model.widths=[32]", "model.norm=none").model
+    mlp = run_config("model=mlp", "model.widths=[32]", "model.norm=none").model
 
     def model() -> nn.Module:
         return mlp.build(input_shape=(1, 8, 8), classes=10)
@@ -205,7 +205,7 @@ def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
 
 
 def resnet20() -> nn.Module:
-    return experiment("model=resnet20").model.build(input_shape=(3, 32, 32), classes=10)
+    return run_config("model=resnet20").model.build(input_shape=(3, 32, 32), classes=10)
 
 
 COUNT = 2560  # images of one measurement
@@ -257,7 +257,7 @@ def rate_of_dlopt(precision: str) -> float:
     keep_freed_memory()
     torch.manual_seed(0)
     inputs, targets = images()
-    config = experiment("augmentation=crop_flip")
+    config = run_config("augmentation=crop_flip")
     samples = InMemory(inputs, targets)
     normalize = config.normalize.build(input_shape=(3, 32, 32))
     normalize.fit(samples)

@@ -61,8 +61,8 @@ def test_group_lists_one_line_per_choice_and_how_to_list_keys(printed: Callable[
     assert lines[-3].startswith("keys (model.KEY=VALUE): ") and {"norm,", "widths"} <= set(lines[-3].split())
     assert "`dlopt options model=resnet20` lists the keys of a choice" in lines[-1]
     assert "`dlopt options clip=adaptive` lists the keys" in printed("clip")  # the default, none, has no keys
-    experiments = printed("experiment")
-    assert len(experiments.splitlines()) == len(CATALOGUE.choices("experiment")) + 3 and "* default" not in experiments
+    run_configs = printed("experiment")
+    assert len(run_configs.splitlines()) == len(CATALOGUE.choices("experiment")) + 3 and "* default" not in run_configs
 
 
 def test_wildcard_lists_the_keys_of_several_choices(printed: Callable[..., str]) -> None:

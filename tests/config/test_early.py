@@ -90,7 +90,7 @@ def test_components_and_the_range_test_pass(composed_config: dict[str, object]) 
         check_early({**composed_config, "optimizer": {**optimizer, "lr": "now"}}, overrides)
 
 
-def test_the_groups_are_those_of_an_experiment() -> None:
+def test_the_groups_are_those_of_a_config() -> None:
     assert tuple(GROUPS) == NAMES
 
 

@@ -10,7 +10,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.resolve import choices_of
 from dlopt.training.reporting import describe_pretrained
 from tests.support.line import dlopt, refused
-from tests.support.runs import experiment
+from tests.support.runs import run_config
 
 PRETRAINED = ("model=torchvision", "model.name=efficientnet_b3", "model.pretrained=true")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -43,12 +43,12 @@ def test_timm_constants_and_an_unknown_model() -> None:
 
 
 def test_the_header_compares_the_inputs() -> None:
-    same = describe_pretrained(experiment(*PRETRAINED), (3, 300, 300))
+    same = describe_pretrained(run_config(*PRETRAINED), (3, 300, 300))
     assert same.startswith("pretrained on images of 300x300 with mean [0.485, 0.456, 0.406] and std [0.229,")
     assert same.endswith("; this run uses the same")
-    other = describe_pretrained(experiment(*PRETRAINED, "normalize=unit"), (3, 64, 48))
+    other = describe_pretrained(run_config(*PRETRAINED, "normalize=unit"), (3, 64, 48))
     assert other.endswith("; this run uses another normalization and images of 64x48")
-    assert describe_pretrained(experiment("model=mlp"), (1, 8, 8)) == ""
+    assert describe_pretrained(run_config("model=mlp"), (1, 8, 8)) == ""
 
 
 @pytest.mark.slow

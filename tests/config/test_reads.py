@@ -31,7 +31,7 @@ HYDRA = (
     "hydra.sweeper.params", "hydra.job.env_set.A", "hydra.job.chdir", "hydra.output_subdir", "hydra.verbose",
 )  # fmt: skip
 # Command lines -> the keys of a run and the own keys that they read.
-ON_EXPERIMENTS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+ON_CONFIGS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "find-lr": (find_lr._READS, ()),
     "summary": (summary._READS, ()),
     "show-batch": (show_batch._READS, ()),
@@ -74,14 +74,14 @@ def keys_of_a_run() -> tuple[str, ...]:
 
 
 def test_every_command_is_here() -> None:
-    here = {line.split()[0] for line in (*ON_EXPERIMENTS, *ON_CHECKPOINTS)}
+    here = {line.split()[0] for line in (*ON_CONFIGS, *ON_CHECKPOINTS)}
     assert here | OTHERS | OF_RESULTS | WITHOUT_CONFIG == set(every_command())
 
 
-@pytest.mark.parametrize("line", ON_EXPERIMENTS)
+@pytest.mark.parametrize("line", ON_CONFIGS)
 def test_a_command_refuses_what_it_does_not_read(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    reads, own = ON_EXPERIMENTS[line]
+    reads, own = ON_CONFIGS[line]
     unread = [key for key in keys_of_a_run() if not is_below(key, (*reads, *own))]
     assert len(unread) > 20
     for key in unread:
@@ -127,9 +127,9 @@ def test_a_command_without_runs_refuses_all_keys(line: str, tmp_path: Path, monk
         assert key in str(caught.value)
 
 
-@pytest.mark.parametrize("line", [*ON_EXPERIMENTS, *ON_CHECKPOINTS])
+@pytest.mark.parametrize("line", [*ON_CONFIGS, *ON_CHECKPOINTS])
 def test_a_command_reads_keys_that_exist(line: str) -> None:
-    reads, _ = {**ON_EXPERIMENTS, **ON_CHECKPOINTS}[line]
+    reads, _ = {**ON_CONFIGS, **ON_CHECKPOINTS}[line]
     for key in reads:
         assert any(is_below(known, [key]) for known in (*ROLES, *keys_of_a_run())), key
 

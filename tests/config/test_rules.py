@@ -7,33 +7,33 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.config import rules
-from tests.support.runs import experiment
+from tests.support.runs import run_config
 
 
 def test_precisions_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match="device=mps: no Apple GPU is available"):
-        experiment("device=mps")
+        run_config("device=mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert experiment("device=mps", "precision=fp16").settings.precision == "fp16"
+    assert run_config("device=mps", "precision=fp16").settings.precision == "fp16"
     for precision in ("fp64", "tf32"):
         with pytest.raises(UserError, match=f"precision={precision}: not supported on an Apple GPU"):
-            experiment("device=mps", f"precision={precision}")
+            run_config("device=mps", f"precision={precision}")
     for available in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)  # noqa: B023
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)  # noqa: B023
         for device in ("auto", "cuda") if available else ():
-            assert experiment(f"device={device}", "precision=fp16").settings.device == device
+            assert run_config(f"device={device}", "precision=fp16").settings.device == device
     for device in ("auto", "cpu"):
         with pytest.raises(UserError, match="precision=fp16: not supported on a CPU"):
-            experiment(f"device={device}", "precision=fp16")
+            run_config(f"device={device}", "precision=fp16")
     with pytest.raises(UserError, match="device=cuda: no CUDA device is available"):
-        experiment("device=cuda")
+        run_config("device=cuda")
 
 
 def test_counts_are_limited_by_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "os", SimpleNamespace(cpu_count=lambda: 2))
-    most = experiment("threads=128", "data.workers=128", "parallel=ddp", "parallel.processes=32")
+    most = run_config("threads=128", "data.workers=128", "parallel=ddp", "parallel.processes=32")
     assert most.settings.threads == 128
     for line, message in (
         (["threads=129"], "threads=129: this machine has 2 cores; at most 128"),
@@ -41,10 +41,10 @@ def test_counts_are_limited_by_the_cores(monkeypatch: pytest.MonkeyPatch) -> Non
         (["parallel=ddp", "parallel.processes=33"], "parallel.processes=33: this machine has 2 cores; at most 32"),
     ):
         with pytest.raises(UserError, match=message):
-            experiment(*line)
+            run_config(*line)
 
 
 def test_scale_lr_needs_a_learning_rate() -> None:
     with pytest.raises(UserError, match=r"scale_lr=linear: optimizer=torch.optim.sgd.SGD has no learning rate"):
-        experiment("optimizer=custom", "optimizer._target_=torch.optim.SGD", "scale_lr=linear")
-    assert experiment("optimizer=sam", "scale_lr=linear").settings.scale_lr == "linear"
+        run_config("optimizer=custom", "optimizer._target_=torch.optim.SGD", "scale_lr=linear")
+    assert run_config("optimizer=sam", "scale_lr=linear").settings.scale_lr == "linear"

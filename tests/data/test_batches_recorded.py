@@ -86,8 +86,8 @@ def test_sharded_batches_are_not_recorded() -> None:
 def augmentation(choice: str, source: InMemory) -> Any:
     size = source.shape[1]
     typed = [f"augmentation={choice}", *(["augmentation.operations.0.size=12"] if choice in LARGE else [])]
-    experiment = parse(to_plain(Composer().compose(typed), [])[0])
-    return experiment.augmentation.build(input_shape=(3, size, size), classes=10, train=source)
+    run_config = parse(to_plain(Composer().compose(typed), [])[0])
+    return run_config.augmentation.build(input_shape=(3, size, size), classes=10, train=source)
 
 
 LARGE = {"alexnet", "imagenet"}  # crops of 224 pixels

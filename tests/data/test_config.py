@@ -85,6 +85,6 @@ def test_configs_saved_with_all_keys_load_and_resume() -> None:
     former = {**run.saved, "data": {**shared("_common"), **run.saved["data"]}}
     assert former["data"]["image_size"] is None and "image_size" not in run.saved["data"]
     assert not differences(former, run.saved) and not differences(run.saved, former)
-    assert parse(resolve_saved(former)).data_settings == run.experiment.data_settings
+    assert parse(resolve_saved(former)).data_settings == run.run_config.data_settings
     changed = {**former, "data": {**former["data"], "label_noise": 0.5}}
     assert differences(changed, run.saved) == {"data.label_noise": (0.5, 0.0)}

@@ -25,7 +25,7 @@ from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.table import csv
 from dlopt.data.text import text, tokens
 from dlopt.data.webdataset import webdataset
-from tests.support.runs import experiment
+from tests.support.runs import run_config
 
 COUNT = 24
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 6, 5, 3), dtype=np.uint8)
@@ -102,7 +102,7 @@ def read_table(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
     numbers = images.reshape(len(images), -1)[:, :4].tolist()
     rows = [",".join(map(str, [*row, "ab"[label]])) for row, label in zip(numbers, labels, strict=True)]
     (folder / "a.csv").write_text("\n".join(["p,q,r,s,label", *rows]))
-    keys = experiment("data=table", f"data.file={folder / 'a.csv'}", "data.target=label", "model=mlp").data.arguments
+    keys = run_config("data=table", f"data.file={folder / 'a.csv'}", "data.target=label", "model=mlp").data.arguments
     return table(**keys)
 
 
@@ -197,7 +197,7 @@ def test_a_dataset_of_the_user() -> None:
 
 
 def test_generated_data_are_identified_by_their_config() -> None:
-    keys = experiment("data=polynomial", "model=mlp", "loss=mse").data.arguments
+    keys = run_config("data=polynomial", "model=mlp", "loss=mse").data.arguments
     assert set(identify(polynomial(**keys))["train"]) == {"samples"}
 
 

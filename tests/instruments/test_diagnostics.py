@@ -14,7 +14,7 @@ from dlopt.lab.diagnosis.measuring import prepare
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.run import probe_trainer
-from tests.support.runs import RICH, SMALL, experiment, result, resume, same, start
+from tests.support.runs import RICH, SMALL, result, resume, run_config, same, start
 
 DIAGNOSTICS = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
 
@@ -37,8 +37,8 @@ def test_training_is_bitwise_identical(tmp_path: Path, typed: list[str]) -> None
 def _reports(tmp_path: Path, *typed: str, steps: int = 7) -> dict[int, tuple[dict[str, float], dict[str, Tensor]]]:
     """Returns the diagnostics of the first updates, by the number of updates."""
     reports: dict[int, Any] = {}
-    workload = build_workload(experiment(*SMALL, *DIAGNOSTICS, *typed))
-    settings = workload.experiment.settings
+    workload = build_workload(run_config(*SMALL, *DIAGNOSTICS, *typed))
+    settings = workload.run_config.settings
     report = lambda number, figures, histograms: reports.update({number: (figures, histograms)})  # noqa: E731
     diagnostics = Diagnostics(workload, settings.diagnostics, settings.diagnostics_every, report)
     trainer = probe_trainer(workload, tmp_path, observers=[diagnostics])
@@ -54,7 +54,7 @@ def test_metrics_match_the_update(tmp_path: Path) -> None:
     reports = _reports(tmp_path, *typed, "clip=norm", "clip.max_norm=1e-3")
     assert list(reports) == [1, 4, 7]  # updates 0, 3, 6
     metrics, histograms = reports[1]
-    workload, training = prepare(experiment(*SMALL, *typed), tmp_path)
+    workload, training = prepare(run_config(*SMALL, *typed), tmp_path)
     inputs, targets = next(iter(training.batches.epoch(0)))
     module = workload.module
     loss = workload.loss(module(inputs), targets)
@@ -91,7 +91,7 @@ def test_eigenvalue_converges_over_measurements(tmp_path: Path) -> None:
     """Lanczos starts from the previous eigenvector; with a tiny learning rate the Hessian is constant."""
     typed = ("precision=fp64", "data.batch_size=full", "schedule=constant", "optimizer.lr=1e-9", "diagnostics_every=1")
     reports = _reports(tmp_path, *typed, steps=21)
-    workload, training = prepare(experiment(*SMALL, *typed), tmp_path)
+    workload, training = prepare(run_config(*SMALL, *typed), tmp_path)
     [batch] = training.batches.epoch(0)
     from dlopt.lab.diagnosis.measuring import snapshot
 
@@ -103,7 +103,7 @@ def test_eigenvalue_converges_over_measurements(tmp_path: Path) -> None:
 
 
 def test_no_observers_by_default(tmp_path: Path) -> None:
-    trainer = probe_trainer(build_workload(experiment(*SMALL)), tmp_path)
+    trainer = probe_trainer(build_workload(run_config(*SMALL)), tmp_path)
     assert trainer.run_update == trainer.step.update
 
 
@@ -126,10 +126,10 @@ def test_logs_to_tensorboard_at_the_same_updates_after_resume(tmp_path: Path) ->
 
 def test_rejects_unsupported_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"diagnostics=\[gradients\]: requires a tracker"):
-        experiment(*SMALL, "diagnostics=[gradients]")
+        run_config(*SMALL, "diagnostics=[gradients]")
     with pytest.raises(UserError, match=r"diagnostics\.0=loss|diagnostics"):
-        experiment("diagnostics=[loss]")
-    workload, _ = prepare(experiment(*SMALL, *DIAGNOSTICS), tmp_path)
+        run_config("diagnostics=[loss]")
+    workload, _ = prepare(run_config(*SMALL, *DIAGNOSTICS), tmp_path)
     compiled = Workload(**{**vars(workload), "compile_obstacle": ""})
     with pytest.raises(UserError, match="compile=false"):
         Diagnostics(compiled, ["activations"], 1, lambda *_: None)

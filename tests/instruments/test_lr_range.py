@@ -24,7 +24,7 @@ from dlopt.optim import Muon
 from dlopt.training.builders.optimizer import build_optimizer
 from dlopt.training.builders.workload import build_workload, training_batches
 from tests.support.ranks import run_ranks
-from tests.support.runs import SMALL, experiment, metrics, result, resume, same, start
+from tests.support.runs import SMALL, metrics, result, resume, run_config, same, start
 
 QUICK = RangeTest(updates=40)
 
@@ -51,7 +51,7 @@ def test_valley_tolerates_noise() -> None:
 
 
 def test_restores_model_and_stops_at_divergence(tmp_path: Path) -> None:
-    typed = experiment(*SMALL, "data.batch_size=25", "model.dropout=0.3", "augmentation=crop_flip", "optimizer.lr=0.7")
+    typed = run_config(*SMALL, "data.batch_size=25", "model.dropout=0.3", "augmentation=crop_flip", "optimizer.lr=0.7")
     workload = build_workload(typed)
     before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     generator = torch.get_rng_state()
@@ -69,7 +69,7 @@ def test_restores_model_and_stops_at_divergence(tmp_path: Path) -> None:
 
 def test_losses_match_training_with_these_rates(tmp_path: Path) -> None:
     """Compares with manual SGD without momentum on the same batches."""
-    typed = experiment(*SMALL, "precision=fp64", "optimizer.momentum=0", "optimizer.weight_decay=0")
+    typed = run_config(*SMALL, "precision=fp64", "optimizer.momentum=0", "optimizer.weight_decay=0")
     workload = build_workload(typed)
     result = find(workload, RangeTest(updates=10, max_lr=0.1), tmp_path)
     losses = []
@@ -93,7 +93,7 @@ def test_rates_that_do_not_depend_on_lr_are_constant(tmp_path: Path, monkeypatch
         rates.append({group["use_muon"]: group["lr"] for group in optimizer.param_groups})
 
     monkeypatch.setattr(Muon, "step", step)
-    workload = build_workload(experiment(*SMALL, "optimizer=muon", "optimizer.rest_lr=0.003"))
+    workload = build_workload(run_config(*SMALL, "optimizer=muon", "optimizer.rest_lr=0.003"))
     found = find(workload, QUICK, tmp_path)
     assert [each[False] for each in rates] == [0.003] * len(rates)
     assert [each[True] for each in rates] == pytest.approx(found.rates)
@@ -120,13 +120,13 @@ def test_rejects_invalid_keys() -> None:
     with pytest.raises(UserError, match="updates=3"):
         check(RangeTest(updates=3))
     with pytest.raises(UserError, match=r"scale_lr=linear: optimizer\.lr=auto"):
-        experiment("optimizer.lr=auto", "scale_lr=linear")
+        run_config("optimizer.lr=auto", "scale_lr=linear")
     with pytest.raises(UserError, match="only `dlopt train` runs a range test"):
-        build_optimizer(build_workload(experiment(*SMALL, "optimizer.lr=auto")))
+        build_optimizer(build_workload(run_config(*SMALL, "optimizer.lr=auto")))
     with pytest.raises(UserError, match=r"optimizer\.line_search_fn=strong_wolfe: the line search chooses"):
-        trial(experiment("optimizer=lbfgs"), QUICK)
-    trial(experiment("optimizer=lbfgs", "optimizer.line_search_fn=null"), QUICK)
-    multiplied = trial(experiment("optimizer.lr=auto"), QUICK)
+        trial(run_config("optimizer=lbfgs"), QUICK)
+    trial(run_config("optimizer=lbfgs", "optimizer.line_search_fn=null"), QUICK)
+    multiplied = trial(run_config("optimizer.lr=auto"), QUICK)
     assert multiplied.optimizer.arguments["lr"] == 1.0 and not multiplied.auto_lr
 
 
@@ -163,7 +163,7 @@ def rank(folder: str) -> None:
     """Runs the range test on one of two ranks."""
     from dlopt.instruments.lr_range import test_range
 
-    typed = experiment(*SMALL, "data.batch_size=24", "parallel=ddp", "precision=fp64", "model.norm=none")
+    typed = run_config(*SMALL, "data.batch_size=24", "parallel=ddp", "precision=fp64", "model.norm=none")
     print(json.dumps(vars(test_range(typed, QUICK, Path(folder)))))
 
 
@@ -172,7 +172,7 @@ def test_two_processes_match_one(tmp_path: Path) -> None:
         json.loads(text.splitlines()[-1]) for text in run_ranks(f"{__name__}:rank", 2, tmp_path, str(tmp_path))
     )
     assert first == second
-    alone = experiment(*SMALL, "data.batch_size=24", "precision=fp64", "model.norm=none")
+    alone = run_config(*SMALL, "data.batch_size=24", "precision=fp64", "model.norm=none")
     result = find(build_workload(alone), QUICK, tmp_path)
     assert first["losses"] == pytest.approx(result.losses, rel=1e-9)
     assert first["steepest"] == result.steepest and first["valley"] == result.valley

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dlopt.instruments.model_summary import summarize
-from tests.support.runs import experiment
+from tests.support.runs import run_config
 
 
 def _meta(module: nn.Module, *shape: int) -> torch.Tensor:
@@ -23,7 +23,7 @@ def _meta(module: nn.Module, *shape: int) -> torch.Tensor:
 def test_counts_match_papers(
     typed: list[str], shape: tuple[int, ...], classes: int, macs: float, parameters: float
 ) -> None:
-    module = experiment(*typed).model.build(input_shape=shape, classes=classes)
+    module = run_config(*typed).model.build(input_shape=shape, classes=classes)
     result = summarize(module, _meta(module, 2, *shape))
     assert result.forward_macs == pytest.approx(macs, rel=0.02)
     assert result.parameters == pytest.approx(parameters, rel=0.005)
@@ -50,6 +50,6 @@ def test_small_network_matches_manual_count() -> None:
 
 
 def test_activation_memory_is_proportional_to_batch_size() -> None:
-    module = experiment("model=lstm").model.build(input_shape=(1, 8, 8), classes=10)
+    module = run_config("model=lstm").model.build(input_shape=(1, 8, 8), classes=10)
     one, four = (summarize(module, _meta(module, size, 1, 8, 8)) for size in (1, 4))
     assert four.activation_bytes == 4 * one.activation_bytes and four.forward_macs == one.forward_macs

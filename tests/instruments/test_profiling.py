@@ -10,7 +10,7 @@ from torch.autograd import DeviceType
 
 from dlopt.basics.errors import UserError
 from dlopt.instruments.profiling import Profile, ProfiledOperation, collective_times, covered, state_bytes, table
-from tests.support.runs import SMALL, at_update, experiment, result, resume, same, start, terminate
+from tests.support.runs import SMALL, at_update, result, resume, run_config, same, start, terminate
 
 PROFILED = ["profile=true", "profile_steps=[1,5]", "epochs=2"]
 
@@ -71,7 +71,7 @@ def test_rejects_profile_steps_after_the_end(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"profile_steps=\[3,40\]: the run has only 8 updates"):
         start(tmp_path, *SMALL, "profile=true", "profile_steps=[3,40]", "epochs=2")
     with pytest.raises(UserError, match=r"profile_steps=\[3,4\]: too short"):
-        experiment(*SMALL, "profile_steps=[3,4]")
+        run_config(*SMALL, "profile_steps=[3,4]")
 
 
 def test_table_lists_parts_and_top_operations() -> None:

@@ -20,7 +20,7 @@ from dlopt.training.builders.workload import build_workload, training_batches
 from tests.support.equality import compare
 from tests.support.line import dlopt
 from tests.support.modes import SYNC_DDP, SYNC_FSDP
-from tests.support.runs import assert_same_run, at_update, experiment, metrics, resume, start, terminate
+from tests.support.runs import assert_same_run, at_update, metrics, resume, run_config, start, terminate
 
 LABELS = 6
 PAIRS = [
@@ -135,7 +135,7 @@ def test_crops_are_averaged_as_logits(tmp_path: Path) -> None:
 
 def test_mixed_labels_are_means_of_labels() -> None:
     line = [*PAIRS, "augmentation=mixup", "augmentation.operations=[{_target_:dlopt.augment.Mixup,alpha:1.0,p:1.0}]"]
-    workload = build_workload(experiment(*line))
+    workload = build_workload(run_config(*line))
     batch = next(iter(training_batches(workload).epoch(0)))
     assert batch.targets.shape == (25, 10)
     # Two pairs of digits: weights w and 1 - w, which a common digit adds up.
@@ -144,7 +144,7 @@ def test_mixed_labels_are_means_of_labels() -> None:
 
 
 def test_balanced_weights_count_the_training_split() -> None:
-    workload = build_workload(experiment(*PAIRS, "loss.pos_weight=balanced"))
+    workload = build_workload(run_config(*PAIRS, "loss.pos_weight=balanced"))
     positives = workload.dataset.train.targets.sum(0).double()
     torch.testing.assert_close(workload.loss.pos_weight, ((90 - positives) / positives).float())
 

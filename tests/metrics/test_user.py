@@ -15,7 +15,7 @@ from dlopt.results.reading import RunReader
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support import user_parts
-from tests.support.runs import REGRESSION, assert_same_run, at_update, experiment, metrics, resume, start, terminate
+from tests.support.runs import REGRESSION, assert_same_run, at_update, metrics, resume, run_config, start, terminate
 from tests.support.sizes import SMALL
 
 OWN = "tests.support.user_parts."
@@ -24,7 +24,7 @@ CASE = [*SMALL, TRUST, f"evaluate.metrics=[macro_f1,{OWN}mean_rank_score]", "epo
 
 
 def loaded(folder: Path, *lines: str) -> Workload:
-    workload = build_workload(experiment(*lines))
+    workload = build_workload(run_config(*lines))
     workload.load(load(folder / "checkpoints/best.pt"))
     workload.module.eval()
     return workload
@@ -47,7 +47,7 @@ def test_equals_the_function_of_all_outputs(tmp_path: Path) -> None:
 
 
 def save_config(folder: Path, *lines: str) -> None:
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(experiment(*lines).config)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(run_config(*lines).config)))
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", min), ("max", max)])

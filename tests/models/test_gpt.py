@@ -98,9 +98,9 @@ def test_cached_logits_equal_uncached_ones(options: dict[str, Any], parts: list[
 def test_sizes() -> None:
     def parameters(choice: str, shape: tuple[int, ...], vocabulary: int) -> int:
         lines = [f"model={choice}"]
-        experiment = parse(*to_plain(Composer().compose(lines), lines))
+        run_config = parse(*to_plain(Composer().compose(lines), lines))
         with torch.device("meta"):
-            model: nn.Module = experiment.model.build(input_shape=shape, classes=vocabulary, vocabulary=vocabulary)
+            model: nn.Module = run_config.model.build(input_shape=shape, classes=vocabulary, vocabulary=vocabulary)
         return sum(parameter.numel() for parameter in model.parameters())
 
     assert parameters("gpt2_small", (1024,), 50257) == 124_439_808  # Radford et al.'s smallest model, as published

@@ -18,7 +18,7 @@ from dlopt.models.mlp import MLP, Polynomials, ResidualMLP
 from tests.support.idx import write
 from tests.support.line import dlopt, refused
 from tests.support.norm import NORM
-from tests.support.runs import experiment
+from tests.support.runs import run_config
 
 # -- perceptrons
 
@@ -130,7 +130,7 @@ def test_a_linear_autoencoder_finds_the_principal_components(tmp_path: Path) -> 
     result = dlopt(tmp_path, "train", *line, "steps=40", "tracking=[]", "hydra.run.dir=run", "log_every_steps=null")
     assert result.code == 0, result.err
     losses = [json.loads(text)["train_loss"] for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    chosen = experiment(*line)
+    chosen = run_config(*line)
     samples = prepare(chosen.data.build(), chosen.data_settings).train
     pixels = samples.fetch(torch.arange(len(samples))).flatten(1).double() / 255
     values = torch.linalg.svdvals(pixels - pixels.mean(0))

@@ -17,7 +17,7 @@ from tests.support.choices import names
 from tests.support.equality import Cases, compare, metric_values, run_distributed
 from tests.support.modes import DDP, SYNC_DDP, build_mode
 from tests.support.ranks import run_ranks
-from tests.support.runs import at_update, experiment, metrics, resume, run_job, start, terminate
+from tests.support.runs import at_update, metrics, resume, run_config, run_job, start, terminate
 from tests.support.sizes import MLP, RESNET
 
 CASES: Cases = {
@@ -93,7 +93,7 @@ def interrupt_and_resume(folder: str, left_by_one: str, overrides: list[str]) ->
     assert (summary["status"], summary["steps"]) == ("interrupted", 6)  # synchronized with the next loss
     rendezvous.leave()
     state = Checkpoints(Path(left_by_one) / "checkpoints").load_newest() if rank == 0 else None
-    run_job(Run(experiment(*lines), Path(left_by_one), state))
+    run_job(Run(run_config(*lines), Path(left_by_one), state))
     rendezvous.leave()
 
 

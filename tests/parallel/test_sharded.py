@@ -21,7 +21,7 @@ from tests.support.line import dlopt, refused
 from tests.support.modes import FILTER, SPATIAL, SYNC_DDP, SYNC_FSDP
 from tests.support.processes import run_dlopt, start_dlopt
 from tests.support.ranks import ROOT, run_ranks
-from tests.support.runs import at_update, experiment, metrics, result, run_job, same, start, terminate, timeless
+from tests.support.runs import at_update, metrics, result, run_config, run_job, same, start, terminate, timeless
 from tests.support.sizes import MLP
 
 SHARDED = [*SYNC_FSDP, "checkpoint.sharded=true"]
@@ -84,7 +84,7 @@ def assert_ended_like(run: Path, whole: Path) -> None:
 
 def resume_in_one_process(run: Path, epochs: int) -> None:
     state = Checkpoints(run / "checkpoints").load_newest()
-    run_job(Run(experiment(*CASE, f"epochs={epochs}"), run, state))
+    run_job(Run(run_config(*CASE, f"epochs={epochs}"), run, state))
 
 
 def test_shards_resume_in_any_mode(tmp_path: Path) -> None:

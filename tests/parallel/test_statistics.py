@@ -12,7 +12,7 @@ from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.ranks import run_ranks
-from tests.support.runs import at_update, experiment, result, run_job, same, terminate, timeless
+from tests.support.runs import at_update, result, run_config, run_job, same, terminate, timeless
 from tests.support.sizes import SMALL, without
 from tests.support.split_models import join_all
 
@@ -44,7 +44,7 @@ def resume_run(folder: Path, *overrides: str, until: int | None = None) -> None:
     """Called on all ranks: resumes the run in `folder`; only rank 0 receives the stop request."""
     is_main = os.environ["DLOPT_RANK"] == "0"
     state = Checkpoints(folder / "checkpoints").load_newest() if is_main else None
-    run = Run(experiment(*overrides), folder, state)
+    run = Run(run_config(*overrides), folder, state)
     if until is None:
         run_job(run)
     else:

@@ -67,10 +67,10 @@ def test_train_returns_the_result(tmp_path: Path) -> None:
 
 def test_model_accepts_raw_images() -> None:
     from dlopt.training.builders.workload import build_workload
-    from tests.support.runs import experiment
+    from tests.support.runs import run_config
 
     result = train([*LINES, "hydra.run.dir=run"])
-    test = build_workload(experiment(*LINES)).dataset.test
+    test = build_workload(run_config(*LINES)).dataset.test
     assert test is not None
     with torch.no_grad():
         found = load("run")(test.fetch(torch.arange(len(test)))).argmax(1)

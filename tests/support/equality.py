@@ -13,7 +13,7 @@ from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import Run
 from tests.support.ranks import run_ranks
-from tests.support.runs import Composed, composed, experiment, metrics, run_job, start
+from tests.support.runs import Composed, composed, metrics, run_config, run_job, start
 
 Cases = dict[str, tuple[list[str], list[str]]]
 """By name: (overrides of both runs, additional overrides of the distributed run)."""
@@ -21,13 +21,13 @@ Cases = dict[str, tuple[list[str], list[str]]]
 
 def run_distributed(processes: int, folder: Path, cases: Cases) -> None:
     """Runs all cases in folders of their names. Composes them here: each rank would need the same time again."""
-    experiments = {name: composed(*overrides, *distributed) for name, (overrides, distributed) in cases.items()}
-    run_ranks("tests.support.equality:run_all", processes, folder, str(folder), experiments)
+    run_configs = {name: composed(*overrides, *distributed) for name, (overrides, distributed) in cases.items()}
+    run_ranks("tests.support.equality:run_all", processes, folder, str(folder), run_configs)
 
 
-def run_all(folder: str, experiments: dict[str, Composed]) -> None:
+def run_all(folder: str, run_configs: dict[str, Composed]) -> None:
     """Runs all experiments; called on all ranks."""
-    for name, plain in experiments.items():
+    for name, plain in run_configs.items():
         summary = run_job(Run(parse(*plain), Path(folder) / name))
         assert summary["status"] in ("finished", "stopped_early")
         rendezvous.leave()
@@ -36,7 +36,7 @@ def run_all(folder: str, experiments: dict[str, Composed]) -> None:
 def resume_run(folder: Path, *overrides: str) -> dict[str, Any]:
     """Called on all ranks: resumes the run in `folder` from the checkpoint that rank 0 loads."""
     state = Checkpoints(folder / "checkpoints").load_newest() if os.environ["DLOPT_RANK"] == "0" else None
-    summary = run_job(Run(experiment(*overrides), folder, state))
+    summary = run_job(Run(run_config(*overrides), folder, state))
     rendezvous.leave()
     return summary
 

@@ -35,13 +35,13 @@ from dlopt.training.step import Step, UpdateRecord
 from tests.support.sizes import RICH, RUN, SMALL, STEPS_PER_EPOCH  # noqa: F401  # used by importers
 
 
-def experiment(*overrides: str) -> RunConfig:
+def run_config(*overrides: str) -> RunConfig:
     return parse(*copy.deepcopy(composed(*overrides)))
 
 
 def small_workload(*overrides: str) -> Workload:
     """Builds data, model and loss of a small run with these overrides."""
-    return build_workload(experiment(*SMALL, *overrides))
+    return build_workload(run_config(*SMALL, *overrides))
 
 
 Composed = tuple[dict[str, Any], dict[str, Any]]
@@ -56,18 +56,18 @@ def composed(*overrides: str) -> Composed:
 
 def start(folder: Path, *overrides: str) -> dict[str, Any]:
     """Starts a new run in `folder`; returns its summary."""
-    return run_job(Run(experiment(*overrides), folder))
+    return run_job(Run(run_config(*overrides), folder))
 
 
 def resume(folder: Path, *overrides: str) -> dict[str, Any]:
     """Resumes from the newest checkpoint in `folder`, or starts if there is none."""
     state = Checkpoints(folder / "checkpoints").load_newest()
-    return run_job(Run(experiment(*overrides), folder, state))
+    return run_job(Run(run_config(*overrides), folder, state))
 
 
 def run_job(run: Run) -> dict[str, Any]:
     """Trains as a job does, in this process."""
-    with Interruption(run.experiment.settings.max_time) as interruption, torch_defaults():
+    with Interruption(run.run_config.settings.max_time) as interruption, torch_defaults():
         return train_run(run, interruption, console=False, **runner.tools(run, console=False))
 
 
@@ -145,7 +145,7 @@ def execute(folder: Path, *overrides: str) -> int:
     """Runs a job that starts, or resumes from the newest checkpoint in `folder`; returns its exit code."""
     folder.mkdir(exist_ok=True)
     state = Checkpoints(folder / "checkpoints").load_newest()
-    return runner.exit_code(Run(experiment(*overrides), folder, state, overrides=[*overrides]), console=False)
+    return runner.exit_code(Run(run_config(*overrides), folder, state, overrides=[*overrides]), console=False)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from dlopt.training.run import probe_trainer
 from tests.support.equality import compare
 from tests.support.line import dlopt, refused
 from tests.support.modes import SYNC_DDP, SYNC_FSDP
-from tests.support.runs import assert_same_run, at_update, execute, experiment, resume, start, terminate
+from tests.support.runs import assert_same_run, at_update, execute, resume, run_config, start, terminate
 from tests.support.sizes import SMALL
 
 CLASSES = 5
@@ -85,11 +85,11 @@ def distilled(teacher: Path, *more: str) -> list[str]:
 def test_the_first_update_has_the_gradient_of_the_formula(teacher: Path, tmp_path: Path) -> None:
     """In fp64, with the same augmented samples, which the teacher normalizes in its own way, in two micro-batches."""
     line = distilled(teacher, "precision=fp64", "augmentation=crop_flip", "accumulate=2", "loss.temperature=2")
-    trainer = probe_trainer(with_teacher(build_workload(experiment(*line))), tmp_path)
+    trainer = probe_trainer(with_teacher(build_workload(run_config(*line))), tmp_path)
     batch = next(iter(trainer.batches.epoch(0)))
     trainer.step.begin(batch, 0, log_norm=False)
     value = trainer.step()
-    raw = build_workload(experiment(*line, "normalize=none"))
+    raw = build_workload(run_config(*line, "normalize=none"))
     images, _ = next(iter(training_batches(raw).epoch(0)))
     trained = restore(teacher / "checkpoints/best.pt", {"precision": "fp64"})
     assert not trained.module.training
@@ -170,10 +170,10 @@ def test_another_teacher_is_detected(teacher: Path, tmp_path: Path) -> None:
     message = refused(tmp_path, "train", *moved, "resume=auto", "epochs=5")
     assert "has another config (loss.teacher_sha256: saved " in message
     # A job of a sweep, or a rank, has the config of the sweep.
-    saved = json.loads(json.dumps(experiment(*distilled(tmp_path / "moved")).config))
+    saved = json.loads(json.dumps(run_config(*distilled(tmp_path / "moved")).config))
     assert saved["loss"]["teacher_sha256"] is None  # the tests compose without a plan
     with pytest.raises(UserError, match=r"^loss.teacher=.*: its checkpoint has the SHA-256 .*, not 000000000000"):
-        with_teacher(build_workload(experiment(*distilled(tmp_path / "moved", f"loss.teacher_sha256='{'0' * 64}'"))))
+        with_teacher(build_workload(run_config(*distilled(tmp_path / "moved", f"loss.teacher_sha256='{'0' * 64}'"))))
 
 
 @pytest.mark.parametrize(

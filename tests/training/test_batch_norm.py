@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from dlopt.basics.errors import UserError
 from dlopt.training.batch_norm import _smallest_micro_batch, check_norm_batches, norm_statistics
 from dlopt.training.builders.workload import build_workload, evaluation_batches, training_batches
-from tests.support.runs import experiment, same, small_workload
+from tests.support.runs import run_config, same, small_workload
 from tests.support.sizes import SMALL, without
 
 
@@ -58,7 +58,7 @@ def test_rejects_ghost_batches_of_one_value() -> None:
 
 def test_allows_one_image_for_convolutions() -> None:
     lines = without(SMALL, "model")
-    workload = build_workload(experiment(*lines, "model=resnet20", "data.batch_size=1"))
+    workload = build_workload(run_config(*lines, "model=resnet20", "data.batch_size=1"))
     check_norm_batches(workload, training_batches(workload))
 
 

@@ -21,11 +21,11 @@ from dlopt.training.checkpoint.checkpoints import load
 from tests.support.runs import (
     assert_same_run,
     at_update,
-    experiment,
     in_fork,
     metrics,
     result,
     resume,
+    run_config,
     same,
     start,
     terminate,
@@ -199,10 +199,10 @@ def test_validates_on_a_fixed_subset_with_the_class_proportions(tmp_path: Path) 
     """The loss of the subset is recomputed from the model and the samples; the test set stays whole."""
     lines = [*SMALL, "epochs=1", "evaluate.samples=20", "norm_statistics=running"]
     summary = start(tmp_path / "some", *lines)
-    workload = build_workload(experiment(*lines))
+    workload = build_workload(run_config(*lines))
     val = workload.dataset.val
     assert val is not None and len(val) == 30
-    subset = evaluation_subset(val, 20, workload.experiment.data_settings.split_seed)
+    subset = evaluation_subset(val, 20, workload.run_config.data_settings.split_seed)
     assert len(subset) == 20
     all_counts, counts = (torch.bincount(each.targets, minlength=10) for each in (val, subset))
     assert (counts >= 1).all() and (counts - all_counts * 20 / 30).abs().max() < 1.5

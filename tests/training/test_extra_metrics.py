@@ -22,7 +22,7 @@ from dlopt.metrics.regression import RegressionMetrics
 from dlopt.metrics.sums import MetricSum
 from dlopt.training.evaluate import report
 from dlopt.training.extra_metrics import _check_names, extra_metrics
-from tests.support.runs import REGRESSION, experiment, metrics, start
+from tests.support.runs import REGRESSION, metrics, run_config, start
 from tests.support.sizes import SMALL
 
 CLASSES = ("a", "b", "c", "d", "e", "f", "g")
@@ -173,7 +173,7 @@ def test_rejects_unavailable_metrics(tmp_path: Path, name: str) -> None:
 
 
 def test_rejects_a_class_without_validation_samples() -> None:
-    checked = experiment(*SMALL, "monitor=val_class_accuracy/b")
+    checked = run_config(*SMALL, "monitor=val_class_accuracy/b")
     train, val = (InMemory(torch.zeros(2, 3), torch.tensor(labels)) for labels in ([0, 1], [0, 0]))
     with pytest.raises(UserError, match="monitor=val_class_accuracy/b: the validation set has no sample"):
         extra_metrics(checked, Dataset(train, val, None, ("a", "b")), nn.CrossEntropyLoss())

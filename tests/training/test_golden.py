@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.nonfinite import NonFiniteCheck
-from tests.support.runs import experiment, start
+from tests.support.runs import run_config, start
 
 FILE = Path(__file__).with_name("golden.json")
 COMMON = ["precision=fp64", "steps=30", "device=cpu", "threads=1", "tracking=[]", "data.workers=0", "seed=3"]
@@ -63,7 +63,7 @@ def losses(folder: Path, recipe: str) -> list[float]:
 def exact_weights(*overrides: str) -> dict[str, Tensor]:
     """Initial weights from integers: random floats differ in their last bit between processors."""
     draws = torch.Generator().manual_seed(0)
-    state = build_workload(experiment(*overrides)).module.state_dict()
+    state = build_workload(run_config(*overrides)).module.state_dict()
     for name, value in state.items():
         if value.ndim > 1:
             integers = torch.randint(-999, 1000, value.shape, generator=draws)

@@ -28,7 +28,7 @@ from dlopt.training.nonfinite import Diverged
 from dlopt.training.step import Network, Step, StepSettings, Update, UpdateRecord
 from tests.support.norm import NORM
 from tests.support.recorded import SimulatedRecorder
-from tests.support.runs import experiment, result, same, start, timeless
+from tests.support.runs import result, run_config, same, start, timeless
 from tests.support.sizes import SMALL
 from tests.support.steps import train, whole
 from tests.support.tasks import CLASSIFICATION
@@ -272,7 +272,7 @@ def test_no_obstacle() -> None:
 )  # fmt: skip
 def test_graphs_record_the_layers_that_a_run_has(typed: list[str]) -> None:
     """Placing a model on a device converts its dropouts."""
-    workload = build_workload(experiment(*typed, "device=cpu"))
+    workload = build_workload(run_config(*typed, "device=cpu"))
     assert layer_obstacle(workload.module) is None
 
 

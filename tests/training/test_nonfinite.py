@@ -26,11 +26,11 @@ from dlopt.training.stopping import Tolerance
 from tests.support.ranks import run_ranks
 from tests.support.runs import (
     at_update,
-    experiment,
     explosions,
     in_fork,
     result,
     resume,
+    run_config,
     run_job,
     same,
     start,
@@ -492,7 +492,7 @@ def one_rank_diverges(folder: str) -> None:
     with patch.object(Step, "forward_backward", forward_backward), patch.object(Step, "__init__", make):
         for kind, mode in modes.items():
             try:
-                summary = run_job(Run(experiment(*RUN, *mode), Path(folder) / kind))
+                summary = run_job(Run(run_config(*RUN, *mode), Path(folder) / kind))
                 print(json.dumps([summary["skipped_updates"]]))
             except Diverged as error:
                 print(json.dumps([error.step, error.before_update, str(error)]))

@@ -31,10 +31,10 @@ from tests.support.faults import flip_bit, no_generator_restored, no_position_re
 from tests.support.runs import (
     assert_same_run,
     at_update,
-    experiment,
     in_fork,
     result,
     resume,
+    run_config,
     run_job,
     same,
     start,
@@ -355,7 +355,7 @@ def test_log_names_the_end_of_the_schedule_for_another_length(
 @pytest.mark.parametrize(("epoch", "position", "epochs"), [(1, 2, 3), (2, 0, 4)])
 def test_counts_an_epoch_that_steps_ended_early(epoch: int, position: int, epochs: int) -> None:
     """The console showed epoch 4/3 of a run of 6 updates that was resumed with 12."""
-    settings = experiment(*SMALL, "steps=12").settings
+    settings = run_config(*SMALL, "steps=12").settings
     progress = {"epoch": epoch, "position": position, "step": 6, "horizon": 12}
     assert run_length(settings, STEPS_PER_EPOCH, None).epochs == 3
     assert run_length(settings, STEPS_PER_EPOCH, Checkpoint({"progress": progress})).epochs == epochs
@@ -415,7 +415,7 @@ def test_does_not_test_the_best_model_of_an_abandoned_course(tmp_path: Path) -> 
     state = checkpoints.load(tmp_path / "checkpoints/step-12.pt")
     state.state["progress"]["best"]["epoch"] = 1 if result(tmp_path, "best.pt")["progress"]["epoch"] > 1 else 2
     with at_update(13, terminate):
-        assert run_job(Run(experiment(*overrides), tmp_path, state))["best_epoch"] is None
+        assert run_job(Run(run_config(*overrides), tmp_path, state))["best_epoch"] is None
 
 
 @pytest.mark.parametrize("name", ["whole", "new"])
@@ -428,7 +428,7 @@ def test_killed_before_the_first_save_after_resuming_from_an_earlier_checkpoint(
 
     def until() -> None:
         with at_update(6, kill):
-            run_job(Run(experiment(*overrides), tmp_path / name, state))
+            run_job(Run(run_config(*overrides), tmp_path / name, state))
 
     assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
     assert set(resume(tmp_path / name, *overrides)["resumed_from"]) == {4}

@@ -34,11 +34,11 @@ from dlopt.training.run import train_run
 from tests.support.runs import (
     at_update,
     execute,
-    experiment,
     explosions,
     metrics,
     result,
     resume,
+    run_config,
     same,
     start,
     terminate,
@@ -91,7 +91,7 @@ def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> N
     overrides = [*PLAIN, f"optimizer={optimizer}", "optimizer.lr=0.05", "data.subset=100"]
     start(tmp_path, *overrides)
 
-    workload = build_workload(experiment(*overrides))
+    workload = build_workload(run_config(*overrides))
     batches, model = training_batches(workload), workload.module
     inputs, targets = evaluated(workload, workload.dataset.train)
     made: torch.optim.Optimizer
@@ -134,7 +134,7 @@ def test_modes_of_the_caller_do_not_change_the_result(tmp_path: Path) -> None:
 def test_metrics_equal_those_of_the_saved_models(tmp_path: Path) -> None:
     """Sample by sample: validation of the last model, test of the best one, both of the EMA."""
     summary = start(tmp_path, *RICH, "optimizer.lr=0.3")
-    workload = build_workload(experiment(*RICH))
+    workload = build_workload(run_config(*RICH))
     last, best = load(tmp_path / "checkpoints/last.pt"), load(tmp_path / "checkpoints/best.pt")
     assert workload.dataset.val is not None and workload.dataset.test is not None
     assert (len(workload.dataset.train), len(workload.dataset.val)) == (90, 30), "30 is no multiple of 25"
@@ -161,7 +161,7 @@ def test_tests_the_best_model(tmp_path: Path) -> None:
     overrides = [*SMALL, "model.norm=none", "epochs=4", "schedule=constant", "optimizer.lr=1", "seed=2"]
     summary = start(tmp_path, *overrides)
     assert summary["best_epoch"] < 4
-    workload = build_workload(experiment(*overrides))
+    workload = build_workload(run_config(*overrides))
     assert workload.dataset.test is not None
     tested = []
     for name in ("best.pt", "last.pt"):
@@ -258,7 +258,7 @@ def test_checkpoint_contents(whole: Path, name: str) -> None:
     state = torch.load(whole / "checkpoints" / name, weights_only=True)
     assert set(state) == KEYS
     assert {"epoch", "step", "position", "sums", "stopping"} <= set(state["progress"])
-    model = build_workload(experiment(*RICH)).module
+    model = build_workload(run_config(*RICH)).module
     assert list(state["model"]) == list(model.state_dict())
     assert state["config"]["optimizer"]["lr"] == 0.1
     assert set(state["ema"]) == set(state["model"])
@@ -391,7 +391,7 @@ def test_ends_all_loader_workers(tmp_path: Path) -> None:
 
     before = set(multiprocessing.active_children())
     with Interruption() as interruption:
-        train_run(Run(experiment(*RICH, *WORKERS, "epochs=1"), tmp_path), interruption, console=False, observe=observe)
+        train_run(Run(run_config(*RICH, *WORKERS, "epochs=1"), tmp_path), interruption, console=False, observe=observe)
     assert len(kept) >= 2 and set(multiprocessing.active_children()) <= before
 
 

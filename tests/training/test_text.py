@@ -18,7 +18,7 @@ from dlopt.python.api import load
 from dlopt.training.builders.workload import build_workload, training_batches
 from tests.support.choices import names
 from tests.support.requires import requires
-from tests.support.runs import experiment, in_fork, metrics, resume, same, start
+from tests.support.runs import in_fork, metrics, resume, run_config, same, start
 from tests.support.sizes import without
 
 TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))
@@ -141,7 +141,7 @@ def test_exports_to_onnx(rich: bool, lines: list[str], tmp_path: Path, capsys: p
 
 def test_batches_do_not_depend_on_their_delivery(lines: list[str]) -> None:
     def batches(*extra: str) -> list[tuple[torch.Tensor, ...]]:
-        loop = training_batches(build_workload(experiment(*lines, *extra)))
+        loop = training_batches(build_workload(run_config(*lines, *extra)))
         try:
             return [tuple(batch) for batch in loop.epoch(1)]
         finally:
@@ -182,7 +182,7 @@ def test_refusals(lines: list[str], tmp_path: Path, extra: list[str], message: s
     with pytest.raises(UserError, match=message):
         start(tmp_path, *(without(lines, "model") if extra == ["model=mlp"] else lines), *extra)
     with pytest.raises(UserError, match="model=gpt: reads text"):
-        build_workload(experiment("model=gpt", "device=cpu"))
+        build_workload(run_config("model=gpt", "device=cpu"))
 
 
 def test_summary_counts_shared_weights_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Parsing, composition and output shared by all commands except `dlopt train`.
 
 The keyword-only parameters of a command function are its own keys, validated against their annotations like the
-arguments of every component. The decorators `on_experiment` and `on_checkpoint` turn the function into
+arguments of every component. The decorators `on_config` and `on_checkpoint` turn the function into
 `command(arguments) -> exit code`.
 """
 
@@ -111,12 +111,12 @@ class Line:
             hint = suggest(key_of(self.overrides[0]), names, f"{' '.join(command.split()[:2])} --help")
             raise UserError(f"{self.overrides[0]}: unknown key of {command}; {hint}")
 
-    def experiment(self, overrides: list[str] | None = None) -> tuple["RunConfig", Mapping[str, str]]:
-        """Returns the checked experiment of `overrides` (default: all of the line) and its choices: group -> name."""
+    def run_config(self, overrides: list[str] | None = None) -> tuple["RunConfig", Mapping[str, str]]:
+        """Returns the checked config of `overrides` (default: all of the line) and its choices: group -> name."""
         run = plan(self.composer, self.overrides if overrides is None else overrides)
-        if run.experiment.settings.dry_run:
+        if run.run_config.settings.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")
-        return run.experiment, run.choices
+        return run.run_config, run.choices
 
     def fixed(self) -> list[str]:
         """Returns the overrides with one value."""
@@ -174,7 +174,7 @@ def skipped_keys(jobs: Sequence[tuple[str, Combination]]) -> list[str]:
 # -- command lines
 
 
-def on_experiment(
+def on_config(
     name: str,
     reads: Sequence[str] | None,
     *,
@@ -289,8 +289,8 @@ def refuse_empty(**lists: Sequence[Any]) -> None:
 # -- data and output
 
 
-def saved_experiment(config: Mapping[str, Any], changes: Mapping[str, Any], checkpoint: Path) -> "RunConfig":
-    """Returns the checked experiment of the config in `checkpoint`, changed by overrides. Raises `UserError`."""
+def saved_run_config(config: Mapping[str, Any], changes: Mapping[str, Any], checkpoint: Path) -> "RunConfig":
+    """Returns the checked config of the config in `checkpoint`, changed by overrides. Raises `UserError`."""
     from dlopt.config.parsing import parse
 
     return parse(resolve_saved(with_changes(config, changes, checkpoint)))

@@ -266,7 +266,7 @@ def _check_lines(line: Line, request: "TrialRequest") -> None:
         points = probes(chosen.space)
         for number, workload in enumerate(request.workloads):
             for drawn in points if number == 0 else points[:1]:
-                line.experiment(request.compose_line(workload, chosen, drawn, 0))
+                line.run_config(request.compose_line(workload, chosen, drawn, 0))
 
 
 def _list(line: Line, request: "TrialRequest", waiting: Sequence[Trial]) -> int:
@@ -317,7 +317,7 @@ def _measure_cost(line: Line, request: "TrialRequest", optimizer: str, workload:
     sgd = candidate(line.composer, "sgd", request.overrides)
     # At the low ends of the ranges no run diverges.
     baseline, own = (
-        line.experiment(request.compose_line(workload, each, probes(each.space)[0], 0))[0]
+        line.run_config(request.compose_line(workload, each, probes(each.space)[0], 0))[0]
         for each in (sgd, request.candidates[optimizer])
     )
     with tempfile.TemporaryDirectory(prefix="dlopt-") as scratch:

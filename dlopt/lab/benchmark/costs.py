@@ -29,9 +29,9 @@ _PAIRS = 9
 _UPDATES = 20  # of each of a pair; SOAP, Shampoo and Kron update their preconditioners every 10
 
 
-def measure(baseline: RunConfig, experiment: RunConfig, scratch: Path) -> UpdateCost:
-    """Measures updates of both experiments in turn, which differ in their optimizers only, in this process."""
-    workloads = [build_workload(each) for each in (baseline, experiment)]
+def measure(baseline: RunConfig, run_config: RunConfig, scratch: Path) -> UpdateCost:
+    """Measures updates of both configs in turn, which differ in their optimizers only, in this process."""
+    workloads = [build_workload(each) for each in (baseline, run_config)]
     trainers = [probe_trainer(workload, scratch, checks=False) for workload in workloads]
     updates = [updates_of(trainer, workload.device) for trainer, workload in zip(trainers, workloads, strict=True)]
     for update in updates:

@@ -294,7 +294,7 @@ def _with_paths(plan: Plan, cell: VariantRun, plans: Plans, folder: Path) -> Pla
         OmegaConf.update(config, key, str(path if key == _TEACHER else checkpoint_file(path)))
     made = checked(config, plan.lines, None, plan.flags)
     saved = {**made.saved, "init_from": plan.saved["init_from"]}
-    return replace(made, experiment=replace(made.experiment, config=saved))
+    return replace(made, run_config=replace(made.run_config, config=saved))
 
 
 def _as_planned(saved: Mapping[str, Any], planned: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -370,7 +370,7 @@ def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen)
         if not (subfolder.has_run() and subfolder.is_done(plan.saved)):
             subfolder.path.mkdir(exist_ok=True)
             newest = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            job = Run(plan.experiment, subfolder.path, newest, plan.choices, plan.typed)
+            job = Run(plan.run_config, subfolder.path, newest, plan.choices, plan.typed)
             code = exit_code(job, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code == INTERRUPTED:

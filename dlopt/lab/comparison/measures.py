@@ -36,7 +36,7 @@ def gradient(workload: Workload, loss: Tensor) -> Tensor:
 
 
 def _batch_size(workload: Workload) -> int:
-    size, most = workload.experiment.data_settings.batch_size, min(_SAMPLES, len(workload.dataset.train))
+    size, most = workload.run_config.data_settings.batch_size, min(_SAMPLES, len(workload.dataset.train))
     return most if size == "full" else min(size, most)
 
 
@@ -182,7 +182,7 @@ def higher_order_effect(workload: Workload) -> float:
     section 8.7.1): for small rates lr |g'Hg| / (2 g'g).
     """
     loss, parameters = _closure(workload)
-    rate = float(workload.experiment.optimizer.arguments["lr"])
+    rate = float(workload.run_config.optimizer.arguments["lr"])
     with frozen_statistics(workload.module):
         gradients = torch.autograd.grad(loss(), parameters)
         predicted = rate * float(sum(g.double().square().sum() for g in gradients))

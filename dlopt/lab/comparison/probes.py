@@ -127,7 +127,7 @@ def first_updates(folder: Path) -> Values:
     _, workload = next(models)
     initial = flattened(workload.module)
     progress, workload = next(models)
-    lr = workload.experiment.optimizer.arguments["lr"]
+    lr = workload.run_config.optimizer.arguments["lr"]
     moved = (flattened(workload.module) - initial).abs().mean()
     return [(progress, float(moved) / (progress["step"] * lr))]
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dlopt.basics.formats import format_count
 from dlopt.basics.plain_values import without_nan
-from dlopt.commands.shared.command_line import Combination, saved_experiment, skipped_keys
+from dlopt.commands.shared.command_line import Combination, saved_run_config, skipped_keys
 from dlopt.config.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
 from dlopt.config.saved import checkpoint_file, typed_values
 from dlopt.extend import (
@@ -23,7 +23,7 @@ from dlopt.extend import (
     Line,
     Natural,
     UserError,
-    on_experiment,
+    on_config,
     output_folder,
     short_path,
     write_json,
@@ -74,13 +74,13 @@ _GROUPS = ("data", "model", "init", "normalize", "loss", "optimizer", "schedule"
 @dataclass(frozen=True)
 class _Subject:
     label: str
-    experiment: "RunConfig"
+    run_config: "RunConfig"
     choices: Mapping[str, str]
     job: Combination | None = None  # of the command line
     checkpoint: "Checkpoint | None" = None
 
 
-@on_experiment(
+@on_config(
     "diagnose",
     None,  # with a checkpoint, its config decides which keys exist
     several="not needed here; list the values: init=normal,xavier_normal",
@@ -128,8 +128,8 @@ def diagnose(
 
 
 def _subject(line: Line, job: Combination) -> _Subject:
-    experiment, choices = line.experiment(job.overrides)
-    return _Subject(job.label(choices, "model"), experiment, choices, job)
+    run_config, choices = line.run_config(job.overrides)
+    return _Subject(job.label(choices, "model"), run_config, choices, job)
 
 
 def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
@@ -139,12 +139,12 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     refuse_unread(overrides, "dlopt diagnose", _READS_OF_CHECKPOINTS, command_keys=["output"], hints=_INITIAL)
     values = typed_values(overrides)
     checkpoint = load_checkpoint(path)
-    experiment = saved_experiment(checkpoint.config, values, path)
-    return _Subject(f"epoch {checkpoint.epoch}", experiment, {}, checkpoint=checkpoint)
+    run_config = saved_run_config(checkpoint.config, values, path)
+    return _Subject(f"epoch {checkpoint.epoch}", run_config, {}, checkpoint=checkpoint)
 
 
 def _check(subject: _Subject) -> None:
-    processes = subject.experiment.parallel.arguments.get("processes")
+    processes = subject.run_config.parallel.arguments.get("processes")
     if current() is not None or (processes or 1) > 1:
         raise UserError("parallel: diagnose runs in one process; use parallel=single, without a launcher")
 
@@ -156,19 +156,19 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
     from dlopt.models.recurrent import LSTM
     from dlopt.training.clipping import Unclipped
 
-    workload, training = prepare(subject.experiment, Path(os.devnull), subject.checkpoint)
+    workload, training = prepare(subject.run_config, Path(os.devnull), subject.checkpoint)
     diagnosis = measuring.diagnose(subject.label, workload, training, **keys)
-    model = subject.experiment.model
+    model = subject.run_config.model
     layers = diagnosis.before.layers
     activations = [layer.activation for layer in layers if layer.activation is not None]
     facts = Facts(
-        init=subject.choices.get("init", subject.experiment.init.target.__name__),
+        init=subject.choices.get("init", subject.run_config.init.target.__name__),
         norm=model.arguments.get("norm"),
         activation=max(activations, key=activations.count) if activations else None,
         has_skips=has_skips(model),
         is_recurrent=bool(diagnosis.before.lags),
         is_gated=model.is_a(LSTM),
-        clip="none" if subject.experiment.clip.is_a(Unclipped) else "some",
+        clip="none" if subject.run_config.clip.is_a(Unclipped) else "some",
         gradient_norms=diagnosis.trace.norms or diagnosis.before.total_norms,
     )
     return diagnosis, facts

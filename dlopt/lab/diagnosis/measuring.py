@@ -103,13 +103,13 @@ class Diagnosis:
         return [self.before] if self.after is None else [self.before, self.after]
 
 
-def prepare(experiment: RunConfig, folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Workload, Trainer]:
+def prepare(run_config: RunConfig, folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Workload, Trainer]:
     """Builds data, model and optimizer as `dlopt train` does, or restores them from a checkpoint.
 
     Writes nothing; `folder` is a placeholder for the run folder.
     """
-    workload = build_workload(experiment, checkpoint)
-    if checkpoint is not None and experiment.auto_lr:
+    workload = build_workload(run_config, checkpoint)
+    if checkpoint is not None and run_config.auto_lr:
         assert checkpoint.found_lr is not None
         workload = workload.with_lr(checkpoint.found_lr)
     trainer = probe_trainer(with_teacher(workload), folder, checkpoint, observers=[ClippedNorm()])
@@ -119,8 +119,8 @@ def prepare(experiment: RunConfig, folder: Path, checkpoint: Checkpoint | None =
         trainer.step.schedule.load_state_dict(checkpoint.schedule)
         progress = trainer.progress
         progress.epoch, progress.position, progress.step = checkpoint.epoch, checkpoint.position, checkpoint.step
-    elif experiment.settings.init_from is not None:
-        load_weights(workload.module, Path(experiment.settings.init_from))
+    elif run_config.settings.init_from is not None:
+        load_weights(workload.module, Path(run_config.settings.init_from))
     return workload, trainer
 
 

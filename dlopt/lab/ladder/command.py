@@ -131,7 +131,7 @@ def _run(
     request = LadderRequest(folder, ladder, shared)
     for name, contestant in contestants.items():
         lr = contestant.lr or contestant.rates[_PLAIN]
-        line.experiment(ladder.line(name, chosen[0], lr, 0, shared))
+        line.run_config(ladder.line(name, chosen[0], lr, 0, shared))
     if dry_run:
         return _list(line, request)
     output_folder(str(folder), "ladder")

@@ -150,16 +150,16 @@ def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, 
     from dlopt.training.builders.workload import model_arguments, read_dataset
 
     own = family.rungs[name]
-    experiment, _ = line.experiment([f"experiment={family.experiment}", *own, *overrides])
-    batch = experiment.data_settings.batch_size
+    run_config, _ = line.run_config([f"experiment={family.experiment}", *own, *overrides])
+    batch = run_config.data_settings.batch_size
     if not isinstance(batch, int):
         raise UserError(f"data.batch_size={batch}: a ladder needs a number, which its batch-size rule sets")
-    dataset = read_dataset(experiment)
+    dataset = read_dataset(run_config)
     is_text = dataset.task.vocabulary is not None
     shape = dataset.task.input_shape(dataset.train.shape)
-    module = model_on_meta(experiment.model, model_arguments(dataset.task, shape))
+    module = model_on_meta(run_config.model, model_arguments(dataset.task, shape))
     parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
-    _refuse_large(name, parameters, experiment.settings.device)
+    _refuse_large(name, parameters, run_config.settings.device)
     per_window = shape[0] if is_text else 1
     updates = max(round(tokens_per_parameter * parameters / (batch * per_window)), 1)
     samples = updates * batch * per_window

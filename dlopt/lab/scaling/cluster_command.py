@@ -107,8 +107,8 @@ def layers_of_model(line: Line, name: Model) -> "list[Layer]":
     from dlopt.lab.scaling.layers import layers_of
 
     overrides, shape, classes, _ = MODELS[name]
-    experiment, _ = line.experiment(overrides)
-    return layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
+    run_config, _ = line.run_config(overrides)
+    return layers_of(lambda: run_config.model.build(input_shape=shape, classes=classes), shape)
 
 
 def _validate(counts: list[int]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """`dlopt scaling`: benchmarks parallel modes, the network and devices, and simulates a cluster."""
 
-from dlopt.extend import Line, key_of, on_experiment, value_of
+from dlopt.extend import Line, key_of, on_config, value_of
 from dlopt.lab.scaling import (
     cluster,
     cluster_command,
@@ -63,7 +63,7 @@ Limits of the speed-up (speedup=true), on the same cluster:
 """
 
 
-@on_experiment("scaling", None, several="not needed here; list the values: parallel=ddp,filter")
+@on_config("scaling", None, several="not needed here; list the values: parallel=ddp,filter")
 def scaling(line: Line) -> int:
     """Runs one of the benchmarks. Raises `UserError`."""
     keys = {key_of(override): value_of(override) for override in line.overrides}

@@ -76,14 +76,14 @@ def fit_link(times: Mapping[int, float], processes: int) -> Link:
     return Link(max(float(latency), 1e-7), 1 / max(float(per_byte), 1e-13))
 
 
-def _measure(experiment: RunConfig, folder: Path, rank: int) -> Mapping[str, Any]:
+def _measure(run_config: RunConfig, folder: Path, rank: int) -> Mapping[str, Any]:
     world = rendezvous.current()
     assert world is not None
     torch.set_num_threads(1)
     keep_freed_memory()
     device = torch.device("cpu")
     ProcessGroup(world, device, minutes=2.0)
-    workload = build_workload(experiment, parallel=Mode(device))
+    workload = build_workload(run_config, parallel=Mode(device))
     trainer = probe_trainer(with_teacher(workload), folder / f"run-{rank}")
     update = updates_of(trainer, device)
     for _ in range(_WARMUP):

@@ -50,17 +50,17 @@ def time_modes(
     from dlopt.lab.scaling import modes
 
     jobs = _rows(line)
-    checked = [line.experiment(job.overrides) for job in jobs]
+    checked = [line.run_config(job.overrides) for job in jobs]
     folder = output_folder(output, "scaling")
     settings = {"updates": updates, "warmup": warmup, "profiled": profiled, "memory_limit_mb": memory_limit_mb}
     rows: list[modes.ModeResult] = []
     with tempfile.TemporaryDirectory(prefix="dlopt-scaling-", ignore_cleanup_errors=True) as scratch:
-        for number, (job, (experiment, choices)) in enumerate(zip(jobs, checked, strict=True)):
+        for number, (job, (run_config, choices)) in enumerate(zip(jobs, checked, strict=True)):
             processes = f"{job.processes} process{'' if job.processes == 1 else 'es'}"
             print(f"{number + 1}/{len(jobs)}: {job.label}, {processes}", file=sys.stderr, flush=True)
             workdir, mode = Path(scratch) / str(number), choices["parallel"]
             row = modes.measure(
-                experiment.config, workdir, label=job.label, mode=mode, processes=job.processes, settings=settings
+                run_config.config, workdir, label=job.label, mode=mode, processes=job.processes, settings=settings
             )
             rows.append(modes.with_speedup(row, rows[job.baseline] if rows else row))
     modes.refuse_if_all_failed(rows)

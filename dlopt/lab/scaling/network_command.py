@@ -32,7 +32,7 @@ def time_all_reduce(
         from dlopt.lab.scaling.communication import measure_all_reduce
         from dlopt.training.builders.workload import build_mode
 
-        mode = build_mode(line.experiment(["parallel=ddp", f"device={device}", "threads=1"])[0])
+        mode = build_mode(line.run_config(["parallel=ddp", f"device={device}", "threads=1"])[0])
         table = plain_table(right=["MiB", "ms", "GB/s", "bus GB/s"])
         for row in measure_all_reduce([round(size * 2**20) for size in allreduce], mode.device):
             rates = [f"{rate / 1e9:.3g}" for rate in (row.algorithm, row.bus)]

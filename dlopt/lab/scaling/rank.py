@@ -49,7 +49,7 @@ def main() -> int:
             return {"refused": str(error)}, 2
         return ({"failed": _reason(error, settings)}, 1) if isinstance(error, RuntimeError | MemoryError) else None
 
-    return run_rank(lambda experiment, folder, rank: measure(experiment, folder, settings, rank), explain)
+    return run_rank(lambda run_config, folder, rank: measure(run_config, folder, settings, rank), explain)
 
 
 def _reason(error: RuntimeError | MemoryError, settings: ScalingSettings) -> str:
@@ -61,20 +61,20 @@ def _reason(error: RuntimeError | MemoryError, settings: ScalingSettings) -> str
     return "another process failed" if rendezvous.caused_by_peer(error) else f"{type(error).__name__}: {text}"
 
 
-def measure(experiment: RunConfig, folder: Path, settings: ScalingSettings, rank: int) -> Mapping[str, Any]:
+def measure(run_config: RunConfig, folder: Path, settings: ScalingSettings, rank: int) -> Mapping[str, Any]:
     """Runs warm-up updates, timed updates, updates with bytes counted, and updates under the profiler.
 
     Returns the metrics that `modes.summarize` reads; times in seconds per update.
     """
-    parallel = build_mode(experiment)
+    parallel = build_mode(run_config)
     device = parallel.device
-    set_threads(experiment.settings.threads, parallel.ranks.local_processes)
+    set_threads(run_config.settings.threads, parallel.ranks.local_processes)
     keep_freed_memory()
     torch.ones(64, 64).mm(torch.ones(64, 64))  # BLAS allocates its buffers on first use; they belong to the baseline
     baseline = _memory(device)
     if settings.memory_limit_mb is not None:
         _limit(settings.memory_limit_mb, device)
-    workload = build_workload(experiment, parallel=parallel)
+    workload = build_workload(run_config, parallel=parallel)
     trainer = probe_trainer(with_teacher(workload), folder / f"run-{rank}")
     update = updates_of(trainer, device)
     for _ in range(settings.warmup):

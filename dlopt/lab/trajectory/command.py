@@ -1,6 +1,6 @@
 """`dlopt trajectory`: plots optimizer paths, learning-rate schedules or loss landscapes."""
 
-from dlopt.extend import Line, UserError, group_of, key_of, on_experiment
+from dlopt.extend import Line, UserError, group_of, key_of, on_config
 from dlopt.lab.trajectory import landscape_command, learning_rates, paths_command
 
 # Of the help:
@@ -45,7 +45,7 @@ and these keys of its config:
 """
 
 
-@on_experiment("trajectory", None, several="not needed here; list the values: optimizer=momentum,adam")
+@on_config("trajectory", None, several="not needed here; list the values: optimizer=momentum,adam")
 def trajectory(line: Line) -> int:
     """Saves one of the three plots and prints its path. Raises `UserError`."""
     keys, groups = set(map(key_of, line.overrides)), set(map(group_of, line.overrides))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from dlopt.commands.shared.command_line import saved_experiment
+from dlopt.commands.shared.command_line import saved_run_config
 from dlopt.extend import DONE, Count, Positive, Seed, UserError, on_checkpoint, output_folder, writing
 from dlopt.lab.trajectory.progress import Output, progress
 from dlopt.results import drawing
@@ -42,9 +42,9 @@ def draw_landscape(
     from dlopt.trained.restore import fitting
 
     checkpoint = load_checkpoint(path)
-    experiment = saved_experiment(checkpoint.config, changes, path)
+    run_config = saved_run_config(checkpoint.config, changes, path)
     with fitting(path):
-        workload = build_workload(experiment, checkpoint)
+        workload = build_workload(run_config, checkpoint)
         workload.load(checkpoint)
     found = None if directions == "random" else _path_plane(workload, path, is_required=directions == "path")
     if found is None:

@@ -52,17 +52,17 @@ def _curve(line: Line, job: Combination, steps_per_epoch: int) -> tuple[str, "Cu
     """Returns the name of the schedule and its curve."""
     from dlopt import schedules
 
-    experiment, choices = line.experiment(job.overrides)
-    settings, lr = experiment.settings, experiment.optimizer.arguments.get("lr")
+    run_config, choices = line.run_config(job.overrides)
+    settings, lr = run_config.settings, run_config.optimizer.arguments.get("lr")
     if lr is None:
         raise UserError(f"optimizer={choices['optimizer']}: has no learning rate")
-    if experiment.auto_lr:
+    if run_config.auto_lr:
         raise UserError("optimizer.lr=auto: only available in `dlopt train`; must be a number here")
     if settings.scale_lr != "none":
         raise UserError(f"scale_lr={settings.scale_lr}: not supported here; use scale_lr=none")
     steps = settings.epochs * steps_per_epoch if settings.steps is None else settings.steps
     horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
-    schedule, warmup = experiment.schedule, experiment.warmup
+    schedule, warmup = run_config.schedule, run_config.warmup
     factor = schedules.build(schedule.build, warmup, steps=horizon, steps_per_epoch=steps_per_epoch)
     name = choices["schedule"]
     label = ", ".join([name, *(each.removeprefix("schedule.") for each in without(job.varied, "schedule"))])

@@ -135,28 +135,28 @@ def _largest_integer(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def check_reads(experiment: RunConfig, module: nn.Module, task: Task) -> None:
+def check_reads(run_config: RunConfig, module: nn.Module, task: Task) -> None:
     """Raises `UserError` if one of dlopt's models or components does not fit a text."""
     if task.vocabulary is None:
         return
-    model, normalize = experiment.model, experiment.normalize
+    model, normalize = run_config.model, run_config.normalize
     if model.target.__module__.startswith("dlopt.") and getattr(module, "vocabulary", None) is None:
         raise UserError(f"{model.choice}: does not read text; use model=gpt, lstm or rnn")
     if normalize.target is not Nothing:
         raise UserError(f"{normalize.choice}: tokens have no mean; use normalize=none")
-    if experiment.augmentation.arguments.get("operations") != []:
+    if run_config.augmentation.arguments.get("operations") != []:
         raise UserError("augmentation: its operations change images, not text; use augmentation=none")
 
 
 def check_outputs(
-    experiment: RunConfig, module: nn.Module, shape: tuple[int, ...], dataset: Dataset, device: torch.device
+    run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], dataset: Dataset, device: torch.device
 ) -> None:
     """Raises `UserError` if a custom or third-party model does not fit the data: the number of outputs or the inputs.
 
     Does nothing for dlopt's models, for losses from other packages, which may require other outputs, and for lazy
     models. `shape`: of one input. `module` is on the CPU; `device`: that of the run.
     """
-    target, loss = experiment.model.target, experiment.loss.target
+    target, loss = run_config.model.target, run_config.loss.target
     is_ours = target.__module__.startswith("dlopt.") or not loss.__module__.startswith(("dlopt.", "torch."))
     if is_ours or any(is_lazy(parameter) for parameter in module.parameters()):
         return

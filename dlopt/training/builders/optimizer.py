@@ -30,21 +30,21 @@ from dlopt.training.progress import Length
 
 def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     """Builds the optimizer over the model's parameter groups; scales its learning rate by the batch size (scale_lr)."""
-    experiment, settings = workload.experiment, workload.experiment.settings
-    component = experiment.optimizer
-    if experiment.auto_lr:
+    run_config, settings = workload.run_config, workload.run_config.settings
+    component = run_config.optimizer
+    if run_config.auto_lr:
         raise UserError("optimizer.lr=auto: only `dlopt train` runs a range test; set a number")
     arguments, base = dict(component.arguments), None
     if component.is_a(SAM):  # the groups are those of its base: their multipliers refer to the base's arguments
         base = arguments["base"]
         arguments = {**base.arguments, **({} if arguments.get("lr") is None else {"lr": arguments["lr"]})}
     if settings.scale_lr != "none":
-        size, count = experiment.data_settings.batch_size, len(workload.dataset.train)
+        size, count = run_config.data_settings.batch_size, len(workload.dataset.train)
         ratio = (count if size == "full" else min(size, count)) / settings.scale_lr_reference
         arguments["lr"] *= math.sqrt(ratio) if settings.scale_lr == "sqrt" else ratio
-    growth, grouping = workload.growth, experiment.grouping
+    growth, grouping = workload.growth, run_config.grouping
     if growth is not None:
-        grouping = mup.with_rates(grouping, growth, experiment.init.arguments["base_width"], arguments)
+        grouping = mup.with_rates(grouping, growth, run_config.init.arguments["base_width"], arguments)
     groups = parameter_groups(workload.module, grouping, arguments, decay_norm_and_bias=settings.decay_norm_and_bias)
     if base is None:
         component = component.partial(**arguments)
@@ -174,7 +174,7 @@ def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool
     if optimizer_traits(optimizer).evaluations == "once":
         return True
     name = f"{type(optimizer).__name__} evaluates the loss several times per update"
-    precision, compile = workload.precision.name, workload.experiment.settings.compile
+    precision, compile = workload.precision.name, workload.run_config.settings.compile
     if precision == "fp16":
         raise UserError(f"precision=fp16: {name}, which loss scaling does not support; use precision=bf16 or fp32")
     if precision == "bf16_pure":
@@ -191,13 +191,13 @@ def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool
 
 
 def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> Scheduler:
-    experiment = workload.experiment
+    run_config = workload.run_config
     factor = schedules.build(
-        experiment.build_schedule, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
+        run_config.build_schedule, run_config.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
     )
     # Frozen parameters have no gradients, which must not matter to the others: not in norms over all layers.
     traits = optimizer_traits(optimizer)
-    is_independent = experiment.clip.target in (Unclipped, ByValue, Adaptive) and traits.scope != "model"
+    is_independent = run_config.clip.target in (Unclipped, ByValue, Adaptive) and traits.scope != "model"
     freezes = workload.parallel.ranks.processes == 1 and is_independent and traits.rests_at_zero_lr
     return Scheduler(optimizer, factor, freezes=freezes)
 

@@ -26,13 +26,13 @@ _WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compil
 
 
 def compile_obstacle(
-    experiment: RunConfig, parallel: Mode, module: nn.Module, shape: tuple[int, ...], samples: int
+    run_config: RunConfig, parallel: Mode, module: nn.Module, shape: tuple[int, ...], samples: int
 ) -> str:
     """Returns why the model is not compiled; empty: it is. `samples`: number of samples in an epoch.
 
     Raises `UserError` for a requested compilation that the parallel mode or the device does not support.
     """
-    settings = experiment.settings
+    settings = run_config.settings
     if settings.compile is False:
         return "compile=false"
     requested = None if settings.compile == "auto" else f"compile={str(settings.compile).lower()}"
@@ -58,7 +58,7 @@ def compile_obstacle(
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if find_spec("triton") is None or compiler is None:
         return "Triton or a C compiler is missing"
-    size = experiment.data_settings.batch_size
+    size = run_config.data_settings.batch_size
     batch_size = samples if size == "full" else size
     total = settings.steps * batch_size if settings.steps else settings.epochs * samples
     if 3 * forward_flops(module, shape) * total < _WORTH_COMPILING:  # the backward pass takes twice the forward's
@@ -123,18 +123,18 @@ def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:
     return counter.get_total_flops() / len(inputs)
 
 
-def data_recorder(experiment: RunConfig, device: torch.device) -> Recorder | None:
+def data_recorder(run_config: RunConfig, device: torch.device) -> Recorder | None:
     """Returns the recorder that captures the data path as a CUDA graph; None: it runs eagerly."""
-    settings = experiment.settings
+    settings = run_config.settings
     observed = settings.diagnostics or settings.profile  # they hook into single batches
     return Recorder() if device.type == "cuda" and settings.cuda_graphs is not False and not observed else None
 
 
 def describe_auto(
-    experiment: RunConfig, precision: Precision, compile_obstacle: str, graph_obstacle: str | None
+    run_config: RunConfig, precision: Precision, compile_obstacle: str, graph_obstacle: str | None
 ) -> str:
     """Returns the values chosen for keys set to `auto`, in one line; empty if there are none."""
-    settings = experiment.settings
+    settings = run_config.settings
     values = []
     if settings.precision == "auto":
         values.append(f"precision=auto: {precision.name}")

@@ -33,8 +33,8 @@ def build_step(
     checks: bool,
 ) -> Step:
     """Builds the step. `checks`: false disables the non-finite check. Raises `UserError`."""
-    settings, mode, device = workload.experiment.settings, workload.parallel, workload.device
-    clip, stopping = workload.experiment.clip, workload.experiment.stopping
+    settings, mode, device = workload.run_config.settings, workload.parallel, workload.device
+    clip, stopping = workload.run_config.clip, workload.run_config.stopping
     if optimizer_traits(optimizer).ignores_clipping and clip.target is not Unclipped:
         raise UserError(
             f"{clip.choice}: {type(optimizer).__name__} computes the gradient "
@@ -86,7 +86,7 @@ def build_update(
 
     Also returns why it is not replayed from a CUDA graph (None: it is). Raises `UserError`.
     """
-    settings, mode = workload.experiment.settings, workload.parallel
+    settings, mode = workload.run_config.settings, workload.parallel
     reason = graphed_update.obstacle(
         workload.module,
         step.optimizer,

@@ -51,7 +51,7 @@ from dlopt.training.step import Network, Teacher
 class Workload:
     """Data, normalization, model and loss of a config, on their device."""
 
-    experiment: RunConfig
+    run_config: RunConfig
     parallel: Mode
     precision: Precision
     dataset: Dataset
@@ -88,10 +88,10 @@ class Workload:
     @property
     def growth(self) -> WidthGrowth | None:
         """The weights that grow with the width, if the initialization (muP) scales them; else None."""
-        init = self.experiment.init
+        init = self.run_config.init
         if not (init.takes("growth") and init.takes("base_width")):
             return None
-        return width_growth(self.experiment.model, model_arguments(self.task, self.shape))
+        return width_growth(self.run_config.model, model_arguments(self.task, self.shape))
 
     @property
     def network(self) -> Network:
@@ -108,18 +108,18 @@ class Workload:
 
     def with_lr(self, lr: float) -> "Workload":
         """Returns a copy with a learning rate in place of optimizer.lr=auto."""
-        optimizer = self.experiment.optimizer.partial(lr=lr)
-        return replace(self, experiment=replace(self.experiment, optimizer=optimizer, auto_lr=False))
+        optimizer = self.run_config.optimizer.partial(lr=lr)
+        return replace(self, run_config=replace(self.run_config, optimizer=optimizer, auto_lr=False))
 
 
-def build_mode(experiment: RunConfig) -> Mode:
+def build_mode(run_config: RunConfig) -> Mode:
     """Builds the parallel mode and joins its process group. Raises `UserError`."""
-    settings = experiment.settings
+    settings = run_config.settings
     device = choose_device(settings.device)
-    mode: Mode = experiment.parallel.build(
+    mode: Mode = run_config.parallel.build(
         device=device,
         accumulate=settings.accumulate,
-        batch_size=experiment.data_settings.batch_size,
+        batch_size=run_config.data_settings.batch_size,
         precision=choose_precision(settings.precision, device).name,
         threads=settings.threads,
     )
@@ -133,7 +133,7 @@ def build_mode(experiment: RunConfig) -> Mode:
 
 
 def build_workload(
-    experiment: RunConfig,
+    run_config: RunConfig,
     saved: Checkpoint | None = None,
     *,
     parallel: Mode | None = None,
@@ -146,7 +146,7 @@ def build_workload(
         parallel: see `build_mode`; None: one process.
         identified: the splits whose content rank 0 identifies, see `dlopt.data.identity`; (): none.
     """
-    settings = experiment.settings
+    settings = run_config.settings
     parallel = Mode(choose_device(settings.device)) if parallel is None else parallel
     set_threads(settings.threads, parallel.ranks.local_processes)
     keep_freed_memory()
@@ -156,66 +156,66 @@ def build_workload(
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     precision = choose_precision(settings.precision, device)
     try:
-        source: Dataset = experiment.read_data(saved_tokenizer=saved_tokenizer(experiment, saved))
+        source: Dataset = run_config.read_data(saved_tokenizer=saved_tokenizer(run_config, saved))
     except OSError as error:
         if (message := refused_path(error)) is None:
             raise
-        raise UserError(f"{experiment.data.choice}: {message}") from None
+        raise UserError(f"{run_config.data.choice}: {message}") from None
     if identified and parallel.ranks.is_main:
         source = replace(source, identity=identify(source, identified))
-    processes, random_crops = parallel.ranks.local_processes, _crops_at_random(experiment)
-    dataset = prepare(source, experiment.data_settings, device=device, processes=processes, random_crops=random_crops)
-    augment = _build_augmentation(experiment, dataset)
-    dataset = with_task(experiment, dataset, dataset.train.shape if augment is None else augment.output_shape)
+    processes, random_crops = parallel.ranks.local_processes, _crops_at_random(run_config)
+    dataset = prepare(source, run_config.data_settings, device=device, processes=processes, random_crops=random_crops)
+    augment = _build_augmentation(run_config, dataset)
+    dataset = with_task(run_config, dataset, dataset.train.shape if augment is None else augment.output_shape)
     task = dataset.task
     shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
-    normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.data_dtype)
+    normalize: nn.Module = run_config.normalize.build(input_shape=dataset.train.shape).to(precision.data_dtype)
     if saved is None:
-        kind = f"{experiment.normalize.target.__qualname__} {experiment.normalize.arguments} {precision.data_dtype}"
-        fit(normalize, dataset, count=experiment.data_settings.statistics_samples, kind=kind)
+        kind = f"{run_config.normalize.target.__qualname__} {run_config.normalize.arguments} {precision.data_dtype}"
+        fit(normalize, dataset, count=run_config.data_settings.statistics_samples, kind=kind)
     else:
         normalize.load_state_dict(saved.normalize)
     normalize = normalize.to(device)
     if task.vocabulary is None:
-        _check_normalization(experiment, normalize, shape)
+        _check_normalization(run_config, normalize, shape)
 
     runtime = model_arguments(task, shape)
     is_new = saved is None
-    freezes = any(rule.freeze for rule in experiment.grouping.groups) or experiment.adapt.target is not no_adapters
+    freezes = any(rule.freeze for rule in run_config.grouping.groups) or run_config.adapt.target is not no_adapters
     has_gradients = is_new and device.type == "cpu" and parallel.ranks.processes == 1 and not freezes
-    check_memory(experiment.model, runtime, has_gradients=has_gradients)
-    module = build_model(experiment, dataset, normalize, shape)
-    check_reads(experiment, module, task)
+    check_memory(run_config.model, runtime, has_gradients=has_gradients)
+    module = build_model(run_config, dataset, normalize, shape)
+    check_reads(run_config, module, task)
     if adapted_layers(module) and not parallel.traits.adapters:
         raise UserError(
-            f"{experiment.adapt.choice}: not supported with parallel={parallel.name}, which splits the layers "
+            f"{run_config.adapt.choice}: not supported with parallel={parallel.name}, which splits the layers "
             "themselves; use parallel=single, ddp or fsdp"
         )
     if is_new:  # a checkpoint can be used although its model has other outputs
-        check_outputs(experiment, module, shape, dataset, device)
+        check_outputs(run_config, module, shape, dataset, device)
     has_convolutions = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
     channels_last = has_convolutions if settings.channels_last == "auto" else settings.channels_last
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     module = precision.place(module)
     if has_convolutions:
         module = module.to(memory_format=memory_format)
-    loss: nn.Module = experiment.loss.build(
+    loss: nn.Module = run_config.loss.build(
         classes=task.classes,
-        class_counts=class_counts(experiment, dataset),
+        class_counts=class_counts(run_config, dataset),
         labels=task.labels,
-        label_fractions=label_fractions(experiment, dataset),
+        label_fractions=label_fractions(run_config, dataset),
     )
     if settings.threads == "auto" and device.type == "cpu" and parallel.ranks.processes == 1:
-        size = experiment.data_settings.batch_size
+        size = run_config.data_settings.batch_size
         samples = len(dataset.train) if size == "full" else size
         if speed.prefers_one_thread(module, shape, samples // settings.accumulate):
             set_threads(1)
-    compile_obstacle = speed.compile_obstacle(experiment, parallel, module, shape, len(dataset.train))
-    freeze(module, experiment.grouping)  # before `place`: DDP waits for all gradients that are required at that time
-    recompute(module, settings.activation_checkpointing, parallel, choice=experiment.model.choice)
+    compile_obstacle = speed.compile_obstacle(run_config, parallel, module, shape, len(dataset.train))
+    freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
+    recompute(module, settings.activation_checkpointing, parallel, choice=run_config.model.choice)
     placed = parallel.place(module, shape)
     return Workload(
-        experiment=experiment,
+        run_config=run_config,
         parallel=parallel,
         precision=precision,
         dataset=dataset,
@@ -230,53 +230,53 @@ def build_workload(
     )
 
 
-def read_dataset(experiment: RunConfig, *, saved_tokenizer: str | None = None) -> Dataset:
+def read_dataset(run_config: RunConfig, *, saved_tokenizer: str | None = None) -> Dataset:
     """Returns the dataset of a config with the splits of training; images are decoded on access."""
-    source = experiment.read_data(saved_tokenizer=saved_tokenizer)
-    return prepare(source, replace(experiment.data_settings, memory=False))
+    source = run_config.read_data(saved_tokenizer=saved_tokenizer)
+    return prepare(source, replace(run_config.data_settings, memory=False))
 
 
-def _check_normalization(experiment: RunConfig, normalize: nn.Module, shape: tuple[int, ...]) -> None:
+def _check_normalization(run_config: RunConfig, normalize: nn.Module, shape: tuple[int, ...]) -> None:
     """Raises `UserError` if the statistics are per pixel and the augmentation changes the image size."""
     try:
         normalize(torch.zeros(1, *shape, device=next(iter(normalize.buffers()), torch.zeros(())).device))
     except RuntimeError:
         raise UserError(
-            f"{experiment.normalize.choice}: its statistics are per pixel, but the augmentation "
+            f"{run_config.normalize.choice}: its statistics are per pixel, but the augmentation "
             f"changes the image size to {shape[1]}x{shape[2]}; use normalize=standardize"
         ) from None
 
 
-def _crops_at_random(experiment: RunConfig) -> bool:
-    operations = experiment.augmentation.arguments.get("operations", [])
+def _crops_at_random(run_config: RunConfig) -> bool:
+    operations = run_config.augmentation.arguments.get("operations", [])
     targets = [operation.target for operation in operations if isinstance(operation, Component)]
     return any(isinstance(target, type) and issubclass(target, ResizingCrop) for target in targets)
 
 
-def _build_augmentation(experiment: RunConfig, dataset: Dataset) -> Pipeline | None:
+def _build_augmentation(run_config: RunConfig, dataset: Dataset) -> Pipeline | None:
     """Returns None for an empty pipeline, which would seed a generator in every step."""
-    if experiment.augmentation.arguments.get("operations") == []:
+    if run_config.augmentation.arguments.get("operations") == []:
         return None
     shape, classes = dataset.train.shape, dataset.task.classes
-    return experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
+    return run_config.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
 
 
-def with_task(experiment: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
+def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
     """Returns the dataset with the task of the model: reconstruction if the model's callable sets `reconstructs`.
 
     `shape`: of the augmented samples. Raises `UserError` if these are not images.
     """
-    if not getattr(experiment.model.target, "reconstructs", False):
+    if not getattr(run_config.model.target, "reconstructs", False):
         return dataset
     if dataset.unlabelled is not None or len(shape) != 3:
         what = "a text" if dataset.unlabelled is not None else "vectors"
-        raise UserError(f"{experiment.model.choice}: reconstructs images, but the samples are {what}")
+        raise UserError(f"{run_config.model.choice}: reconstructs images, but the samples are {what}")
     return replace(dataset, unlabelled=Task("reconstruction", math.prod(shape)))
 
 
-def class_counts(experiment: RunConfig, dataset: Dataset) -> list[int] | None:
+def class_counts(run_config: RunConfig, dataset: Dataset) -> list[int] | None:
     """Returns the training samples per class, if the loss balances the classes. Raises `UserError` without labels."""
-    if experiment.loss.arguments.get("class_weights") != "balanced":
+    if run_config.loss.arguments.get("class_weights") != "balanced":
         return None
     task = dataset.task
     if task.classes is None or not task.has_labels:
@@ -285,9 +285,9 @@ def class_counts(experiment: RunConfig, dataset: Dataset) -> list[int] | None:
     return torch.bincount(dataset.train.targets, minlength=task.classes).tolist()
 
 
-def label_fractions(experiment: RunConfig, dataset: Dataset) -> list[float] | None:
+def label_fractions(run_config: RunConfig, dataset: Dataset) -> list[float] | None:
     """Returns the fraction of the training samples with each label, if the loss balances the labels."""
-    if experiment.loss.arguments.get("pos_weight") != "balanced" or dataset.task.labels is None:
+    if run_config.loss.arguments.get("pos_weight") != "balanced" or dataset.task.labels is None:
         return None
     return dataset.train.targets.double().mean(0).tolist()
 
@@ -337,33 +337,33 @@ def refuse_other_data(workload: Workload, checkpoint: Checkpoint) -> None:
         )
 
 
-def saved_tokenizer(experiment: RunConfig, checkpoint: Checkpoint | None) -> str | None:
+def saved_tokenizer(run_config: RunConfig, checkpoint: Checkpoint | None) -> str | None:
     """Returns the tokenizer of a checkpoint; None without one. Raises `UserError` if the config sets another."""
     if checkpoint is None:
         return None
-    trained, chosen = (config["data"].get("tokenizer") for config in (checkpoint.config, experiment.config))
+    trained, chosen = (config["data"].get("tokenizer") for config in (checkpoint.config, run_config.config))
     if trained != chosen:
         raise UserError(f"data.tokenizer={chosen}: the model reads tokens of data.tokenizer={trained}; leave it out")
     return checkpoint.tokenizer
 
 
-def build_model(experiment: RunConfig, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+def build_model(run_config: RunConfig, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """Builds and initializes the model on the CPU, for the same initial weights on every device."""
-    seed = experiment.settings.init_seed
+    seed = run_config.settings.init_seed
     rng.seed_all(stream(seed, WEIGHTS))
-    module: nn.Module = experiment.model.build(**model_arguments(dataset.task, shape))
+    module: nn.Module = run_config.model.build(**model_arguments(dataset.task, shape))
     runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, SCHEME)}
-    if experiment.init.takes("inputs"):
+    if run_config.init.takes("inputs"):
         if dataset.task.vocabulary is not None:
             raise UserError(
-                f"{experiment.init.choice}: measures images or features, not text; use init=gpt2 or init=default"
+                f"{run_config.init.choice}: measures images or features, not text; use init=gpt2 or init=default"
             )
         runtime["inputs"] = _init_inputs(dataset.train, normalize, shape)
-    if experiment.init.takes("growth"):
-        runtime["growth"] = width_growth(experiment.model, model_arguments(dataset.task, shape))
-    experiment.init.build(**runtime)
-    adapters = {"generator": generator("cpu", seed, ADAPTERS)} if experiment.adapt.takes("generator") else {}
-    experiment.adapt.build(model=module, **adapters)
+    if run_config.init.takes("growth"):
+        runtime["growth"] = width_growth(run_config.model, model_arguments(dataset.task, shape))
+    run_config.init.build(**runtime)
+    adapters = {"generator": generator("cpu", seed, ADAPTERS)} if run_config.adapt.takes("generator") else {}
+    run_config.adapt.build(model=module, **adapters)
     return module
 
 
@@ -398,22 +398,22 @@ _MIN_EVALUATION_BATCH = 1024  # on a GPU, where kernel launches limit the speed 
 
 def training_batches(workload: Workload) -> Batches:
     """Returns the sampled and augmented training batches of this rank."""
-    experiment, samples, mode = workload.experiment, workload.dataset.train, workload.parallel
-    settings, data = experiment.settings, experiment.data_settings
-    sampler = experiment.sampler.build(
+    run_config, samples, mode = workload.run_config, workload.dataset.train, workload.parallel
+    settings, data = run_config.settings, run_config.data_settings
+    sampler = run_config.sampler.build(
         targets=samples.targets, samples=samples, batch_size=data.batch_size, seed=stream(settings.order_seed, ORDER)
     )
     if isinstance(samples, Windows):
         if type(sampler).__module__.startswith("dlopt.data.samplers."):
             raise UserError(
-                f"{experiment.sampler.choice}: the windows of a text have no labels and change in every epoch; "
+                f"{run_config.sampler.choice}: the windows of a text have no labels and change in every epoch; "
                 "use sampler=random"
             )
         sampler, samples = shifted(sampler, samples, stream(settings.order_seed, ORDER))
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     reader, augment = crop_when_reading(workload.augment, samples, seed)
-    recorder = speed.data_recorder(experiment, workload.device)
+    recorder = speed.data_recorder(run_config, workload.device)
     teacher_normalize = None if workload.teacher is None else workload.teacher.normalize
     batches = Batches(
         samples,
@@ -439,7 +439,7 @@ def evaluation_batches(
     """
     shape = samples.shape if workload.augment is None else workload.augment.output_shape
     shard = workload.parallel.split.evaluation_shard if shared else None
-    size = workload.experiment.data_settings.batch_size if batch_size is None else batch_size
+    size = workload.run_config.data_settings.batch_size if batch_size is None else batch_size
     if shared and workload.device.type == "cuda" and workload.dataset.in_memory and size != "full":
         size = max(size, _MIN_EVALUATION_BATCH)
     augment = None if shape == samples.shape else CentreCrop(shape)
@@ -452,7 +452,7 @@ def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
     return Delivery(
         workload.device,
         in_memory=workload.dataset.in_memory,
-        workers=workload.experiment.data_settings.workers,
+        workers=workload.run_config.data_settings.workers,
         task=workload.task,
         normalize=workload.normalize,
         memory_format=workload.memory_format,
@@ -467,7 +467,7 @@ _MIN_SHARDED_PARAMETERS = 100_000_000  # one process quickly gathers and writes 
 
 def checkpoint_writer(workload: Workload) -> ShardWriter | None:
     """Returns the writer of sharded checkpoints; None: rank 0 writes a single file. Raises `UserError`."""
-    sharded, mode = workload.experiment.settings.checkpoint.sharded, workload.parallel
+    sharded, mode = workload.run_config.settings.checkpoint.sharded, workload.parallel
     writer = workload.placed.writer
     if writer is None:
         if sharded is True:
@@ -486,16 +486,16 @@ def checkpoint_writer(workload: Workload) -> ShardWriter | None:
 
 def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler | None:
     """Returns the sampler of `batches` if it is loss-aware. Raises `UserError` if the mode does not support it."""
-    sampler, experiment, mode = batches.sampler, workload.experiment, workload.parallel
+    sampler, run_config, mode = batches.sampler, workload.run_config, workload.parallel
     if not isinstance(sampler, LossAwareSampler):
         return None
-    choice = experiment.sampler.choice
+    choice = run_config.sampler.choice
     if not mode.traits.observes_losses:
         raise UserError(
             f"{choice}: parallel={mode.name} does not exchange the losses that it needs; "
             "use parallel=ddp or another sampler"
         )
-    if experiment.settings.on_divergence == "skip":
+    if run_config.settings.on_divergence == "skip":
         raise UserError(
             f"on_divergence=skip: {choice} needs the losses of every update; "
             "use on_divergence=rollback or another sampler"

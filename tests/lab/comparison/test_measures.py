@@ -12,13 +12,13 @@ from dlopt.basics.errors import UserError
 from dlopt.lab.comparison import measures
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.step import frozen_statistics
-from tests.support.runs import experiment
+from tests.support.runs import run_config
 
 LINES = ("data.subset=64", "data.val_split=0.0", "data.batch_size=16", "threads=1")
 
 
 def workload(*more: str, model: tuple[str, ...] = ("model=mlp", "model.widths=[6,5]")) -> Workload:
-    return build_workload(experiment(*LINES, *model, *more))
+    return build_workload(run_config(*LINES, *model, *more))
 
 
 def test_only_batch_norm_makes_samples_dependent() -> None:
@@ -42,11 +42,11 @@ def test_gradient_ratio_of_a_deep_network_vanishes() -> None:
 def test_the_condition_number_of_a_linear_regression_is_that_of_its_inputs() -> None:
     """The Hessian of the squared error is 2 X^T X / N with a column of ones for the bias."""
     linear = ("data=diabetes", "data.val_split=0.2", "model=mlp", "model.widths=[]", "model.norm=none", "loss=mse")
-    made = build_workload(experiment(*linear, "normalize=standardize"))
+    made = build_workload(run_config(*linear, "normalize=standardize"))
     inputs = made.normalize(made.dataset.train.fetch(torch.arange(len(made.dataset.train)))).double()
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], 1)
     assert measures.condition_number(made) == pytest.approx(float(torch.linalg.cond(inputs)) ** 2, rel=1e-6)
-    white = build_workload(experiment(*linear, "normalize=pca_whiten"))
+    white = build_workload(run_config(*linear, "normalize=pca_whiten"))
     assert measures.condition_number(white) == pytest.approx(1, rel=0.05)
 
 
@@ -121,7 +121,7 @@ def test_texts_have_no_input_sensitivity(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_dependence_of_few_samples() -> None:
     data = ("data=linear", "data.train_size=5", "data.batch_size=16", "loss=mse", "normalize=none", "threads=1")
-    few = build_workload(experiment(*data, "model=mlp", "model.widths=[6]", "model.norm=batch"))
+    few = build_workload(run_config(*data, "model=mlp", "model.widths=[6]", "model.norm=batch"))
     assert measures.sample_dependence(few) < 1e-4  # all samples are in every batch
 
 
@@ -166,7 +166,7 @@ def test_largest_eigenvalue_is_that_of_the_whole_hessian(norm: str) -> None:
         point = torch.cat([value.detach().flatten() for value in values])
         hessian = torch.autograd.functional.hessian(loss, point)
         gradient = torch.autograd.functional.jacobian(loss, point)
-        rate = made.experiment.optimizer.arguments["lr"]
+        rate = made.run_config.optimizer.arguments["lr"]
         change = float(loss(point - rate * gradient) - loss(point))
     first = rate * float(gradient @ gradient)
     assert measures.largest_eigenvalue(made) == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-4)

@@ -16,7 +16,7 @@ from dlopt.lab.comparison import probes
 from dlopt.lab.comparison.probes import checkpoints, effective_rate, gradient_variance
 from dlopt.training.builders.workload import Workload, build_workload, evaluation_batches, training_batches
 from dlopt.training.checkpoint.content import Checkpoint
-from tests.support.runs import experiment
+from tests.support.runs import run_config
 
 
 def test_gradient_variance_matches_sampling(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_effective_rate_of_an_optimizer_that_counts_no_steps(monkeypatch: pytest
 
 def test_evaluated_losses_are_those_without_dropout() -> None:
     lines = ["data.subset=60", "data.val_split=0.5", "model=mlp", "model.widths=[16]", "model.dropout=0.9", "epochs=1"]
-    trained = build_workload(experiment(*lines, "threads=1"))
+    trained = build_workload(run_config(*lines, "threads=1"))
     samples = [next(iter(evaluation_batches(trained, each, batch_size="full").epoch(0))) for each in splits(trained)]
     trained.module.eval()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def splits(workload: Workload) -> tuple[Samples, Samples]:
 
 
 def test_the_evaluated_gap_needs_validation_samples() -> None:
-    made = build_workload(experiment("data.subset=60", "data.val_split=0.0", "model=mlp", "threads=1"))
+    made = build_workload(run_config("data.subset=60", "data.val_split=0.0", "model=mlp", "threads=1"))
     with pytest.raises(UserError, match="evaluated_gap needs validation samples"):
         probes.evaluated_gap(made)
 

@@ -21,20 +21,20 @@ from dlopt.lab.diagnosis.measuring import (
 from dlopt.lab.diagnosis.plots import clipping_factor, plots, spread_layers
 from dlopt.optim.common import flat
 from dlopt.training.checkpoint.checkpoints import load
-from tests.support.runs import SMALL, experiment, same, start
+from tests.support.runs import SMALL, run_config, same, start
 
 DEVICE = ["threads=1", "device=cpu"]
 MLP = [*SMALL, "model.widths=[8,8]", "model.activation=tanh", "precision=fp64"]
 
 
 def _diagnosed(tmp_path: Path, *overrides: str, **keys: Any) -> Diagnosis:
-    workload, training = prepare(experiment(*MLP, *overrides), tmp_path)
+    workload, training = prepare(run_config(*MLP, *overrides), tmp_path)
     keys = {"batches": 3, "updates": 4, "eigenvalues": 2, "iterations": 5, **keys}
     return diagnose("it", workload, training, **keys)
 
 
 def test_snapshot_preserves_state(tmp_path: Path) -> None:
-    workload, training = prepare(experiment(*SMALL[:-5], *DEVICE, "model=resnet20", "model.dropout=0.3"), tmp_path)
+    workload, training = prepare(run_config(*SMALL[:-5], *DEVICE, "model=resnet20", "model.dropout=0.3"), tmp_path)
     batches = list(training.batches.epoch(0))[:2]
     before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     generator = torch.get_rng_state()
@@ -49,7 +49,7 @@ def test_trace_updates_makes_the_updates_of_training(tmp_path: Path) -> None:
     typed = [*MLP, "model.dropout=0.2", "augmentation=crop_flip", "clip=norm", "clip.max_norm=0.5"]
     weights: list[dict[str, Tensor]] = []
     for is_traced in (True, False):
-        workload, training = prepare(experiment(*typed), tmp_path)
+        workload, training = prepare(run_config(*typed), tmp_path)
         if is_traced:
             trace = trace_updates(workload, training, 6, with_curvature=True)
         else:
@@ -62,7 +62,7 @@ def test_trace_updates_makes_the_updates_of_training(tmp_path: Path) -> None:
 
 
 def test_snapshot_metrics(tmp_path: Path) -> None:
-    workload, training = prepare(experiment(*MLP), tmp_path)
+    workload, training = prepare(run_config(*MLP), tmp_path)
     batches = list(training.batches.epoch(0))  # of 25, 25, 25, 15 samples
     result = snapshot(workload, batches, 0, eigenvalues=1, iterations=300)
     assert [layer.name for layer in result.layers] == ["layer1.linear", "layer2.linear", "head"]
@@ -87,7 +87,7 @@ def test_snapshot_metrics(tmp_path: Path) -> None:
 
 
 def test_gradient_norm_does_not_depend_on_the_number_of_batches(tmp_path: Path) -> None:
-    workload, training = prepare(experiment(*MLP), tmp_path)
+    workload, training = prepare(run_config(*MLP), tmp_path)
     [batch, *_] = training.batches.epoch(0)
     once, often = (snapshot(workload, [batch] * n, 0, eigenvalues=0, iterations=1).layers for n in (1, 4))
     for one, several in zip(once, often, strict=True):
@@ -100,7 +100,7 @@ def test_gradient_norm_does_not_depend_on_the_number_of_batches(tmp_path: Path) 
 def test_noise_scale_covers_all_parameters(tmp_path: Path) -> None:
     """Also those of batch norm, which belong to no layer."""
     typed = ["model.norm=batch", "data.subset=null", "data.batch_size=50"]
-    workload, training = prepare(experiment(*MLP, *typed), tmp_path)
+    workload, training = prepare(run_config(*MLP, *typed), tmp_path)
     batches = list(training.batches.epoch(0))[:4]
     result = snapshot(workload, batches, 0, eigenvalues=0, iterations=1)
     with preserved_state(workload):
@@ -114,7 +114,7 @@ def test_noise_scale_covers_all_parameters(tmp_path: Path) -> None:
 def test_clipped_norms_are_measured_before_the_optimizer(tmp_path: Path) -> None:
     """Schedule-free AdamW overwrites the gradients."""
     pytest.importorskip("schedulefree")
-    workload, training = prepare(experiment(*MLP, "optimizer=schedule_free_adamw"), tmp_path)
+    workload, training = prepare(run_config(*MLP, "optimizer=schedule_free_adamw"), tmp_path)
     trace = trace_updates(workload, training, 3, with_curvature=False)
     assert trace.clipped == pytest.approx(trace.norms, rel=1e-6)
     assert len(trace.rates) == 3
@@ -131,7 +131,7 @@ def test_plots_frozen_layers_at_their_depth(tmp_path: Path) -> None:
 
 def test_curvature_along_update_matches_second_difference(tmp_path: Path) -> None:
     """The second difference of losses along the update is d'Hd to second order."""
-    workload, training = prepare(experiment(*MLP, "schedule=constant", "optimizer.lr=1e-3"), tmp_path)
+    workload, training = prepare(run_config(*MLP, "schedule=constant", "optimizer.lr=1e-3"), tmp_path)
     before = [p.detach().clone() for p in workload.module.parameters()]
     trace = trace_updates(workload, training, 1, with_curvature=True)
     square = sum(
@@ -172,7 +172,7 @@ def test_plots_a_curve_per_model_and_snapshot(tmp_path: Path) -> None:
 
 def test_plots_time_lag_before_and_after_clipping(tmp_path: Path) -> None:
     typed = [*SMALL[:-5], *DEVICE, "model=rnn", "model.hidden=6", "clip=norm", "clip.max_norm=0.01"]
-    workload, training = prepare(experiment(*typed), tmp_path)
+    workload, training = prepare(run_config(*typed), tmp_path)
     result = diagnose("rnn", workload, training, batches=1, updates=1, eigenvalues=0, iterations=1)
     assert len(result.before.lags[0].states) == 7  # of 8 rows
     assert 0 < clipping_factor(result) < 0.1
@@ -195,7 +195,7 @@ def test_prepares_gpu_checkpoint_on_a_cpu(tmp_path: Path) -> None:
     start(tmp_path, *lines)
     checkpoint = load(tmp_path / "checkpoints/last.pt")
     checkpoint.optimizer["param_groups"][0]["capturable"] = True
-    _, training = prepare(experiment(*lines), tmp_path / "other", checkpoint)
+    _, training = prepare(run_config(*lines), tmp_path / "other", checkpoint)
     batch = next(iter(training.batches.epoch(1)))
     training.update(batch, training.progress.step)
     assert not training.step.optimizer.param_groups[0]["capturable"]
@@ -204,5 +204,5 @@ def test_prepares_gpu_checkpoint_on_a_cpu(tmp_path: Path) -> None:
 def test_prepares_checkpoint_of_a_run_with_automatic_learning_rate(tmp_path: Path) -> None:
     lines = [*SMALL, "optimizer.lr=auto", "schedule=constant", "epochs=1"]
     summary = start(tmp_path, *lines)
-    _, training = prepare(experiment(*lines), tmp_path / "other", load(tmp_path / "checkpoints/last.pt"))
+    _, training = prepare(run_config(*lines), tmp_path / "other", load(tmp_path / "checkpoints/last.pt"))
     assert training.step.rate == summary["found_lr"]

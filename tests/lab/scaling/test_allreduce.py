@@ -15,12 +15,12 @@ from dlopt.parallel.processes import launch
 from dlopt.training.builders.workload import build_mode
 from tests.support.line import dlopt, refused
 from tests.support.ranks import run_ranks
-from tests.support.runs import experiment
+from tests.support.runs import run_config
 
 
 def rank() -> None:
     """An all-reduce takes 1 s on rank 0 and 2 s on rank 1, by their own clocks."""
-    mode = build_mode(experiment("parallel=ddp", "device=cpu", "threads=1"))
+    mode = build_mode(run_config("parallel=ddp", "device=cpu", "threads=1"))
     with pytest.raises(RunError, match=r"^allreduce: 1\.09951e\+12 MiB cannot be allocated \("):
         next(measure_all_reduce([1 << 60], torch.device("cpu")))
     times = itertools.count(step=mode.ranks.rank + 1)

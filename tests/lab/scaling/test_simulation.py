@@ -52,8 +52,8 @@ def efficiency(cost: simulation.ModeCost, layers: Sequence[Layer] = CHAIN, clust
 )
 def test_counts_match_published_models(model: Any, millions: float, gmacs: float) -> None:
     overrides, shape, classes, _ = MODELS[model]
-    experiment = parse(to_plain(Composer().compose(overrides), overrides)[0])
-    result = layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
+    run_config = parse(to_plain(Composer().compose(overrides), overrides)[0])
+    result = layers_of(lambda: run_config.model.build(input_shape=shape, classes=classes), shape)
     assert parameters(result) / 1e6 == pytest.approx(millions, abs=0.06)
     assert operations(result) / 2e9 == pytest.approx(gmacs, rel=0.02)
     assert [each.role for each in result].count("first") == [each.role for each in result].count("last") > 10

@@ -14,7 +14,7 @@ from dlopt.training.builders.optimizer import build_optimizer
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.progress import endless_batches
 from dlopt.training.run import probe_trainer
-from tests.support.runs import experiment, start
+from tests.support.runs import run_config, start
 
 TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))
 MLP = ("model=mlp", "model.norm=none", "data.subset=600", "data.batch_size=64", "threads=1", "device=cpu")
@@ -34,7 +34,7 @@ def gpt(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def rates(*lines: str) -> dict[str, tuple[float, float]]:
     """Returns parameter name -> (learning rate, weight decay)."""
-    workload = build_workload(experiment(*lines))
+    workload = build_workload(run_config(*lines))
     groups = build_optimizer(workload).param_groups
     values = {p: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     return {name: values[p] for name, p in workload.module.named_parameters()}
@@ -48,7 +48,7 @@ def test_learning_rates_of_a_gpt(gpt: list[str]) -> None:
         is_matrix = name.endswith(("qkv.weight", "project.weight", "up.weight", "down.weight", "head.weight"))
         expected = 0.01 / (4 if is_matrix else 1) / (2 if name == "head.weight" else 1)
         assert (lr, decay) == pytest.approx((expected, 0.4 if is_matrix else 0.1)), name
-    workload = build_workload(experiment(*lines, "model.width=64"))
+    workload = build_workload(run_config(*lines, "model.width=64"))
     assert workload.growth is not None
     line = "muP: optimizer.lr / 4 for 9 hidden and output weights (width 64, init.base_width=16)"
     assert describe_rates(workload.growth, 16) == line
@@ -58,7 +58,7 @@ def test_learning_rates_of_a_gpt(gpt: list[str]) -> None:
 
 def test_initial_weights_of_an_mlp() -> None:
     """The first layer reads pixels, whose number does not grow; the last one is the output."""
-    workload = build_workload(experiment(*MLP, *MUP, "model.widths=[256,256]", "init.std=0.1"))
+    workload = build_workload(run_config(*MLP, *MUP, "model.widths=[256,256]", "init.std=0.1"))
     spread = {name: p.std().item() for name, p in workload.module.named_parameters() if p.ndim == 2}
     expected = {"layer1.linear.weight": 0.1, "layer2.linear.weight": 0.1 / 4, "head.weight": 0.1 / 16}
     assert spread == pytest.approx(expected, rel=0.05)
@@ -70,14 +70,14 @@ def test_initial_weights_of_an_mlp() -> None:
 
 
 def test_width_of_a_wide_resnet_is_in_channels() -> None:
-    growth = build_workload(experiment("model=wrn_16_4", "model.depth=10", "data.subset=60", *MUP)).growth
+    growth = build_workload(run_config("model=wrn_16_4", "model.depth=10", "data.subset=60", *MUP)).growth
     assert growth is not None and growth.width == 64
     assert growth.outputs == {"head.weight"} and not {"stem.weight", "stage1.0.conv1.weight"} & growth.hidden
 
 
 def changes(lines: list[str], width: int, updates: int = 4) -> dict[str, float]:
     """Returns by how much (RMS) the output of each layer changes in a few updates, and the logits' own size."""
-    trainer = probe_trainer(build_workload(experiment(*lines, f"model.width={width}")), Path())
+    trainer = probe_trainer(build_workload(run_config(*lines, f"model.width={width}")), Path())
     module = trainer.module
     inputs, _ = next(iter(trainer.batches.epoch(0)))
 
@@ -116,7 +116,7 @@ def test_the_best_learning_rate_does_not_move_with_the_width(gpt: list[str]) -> 
         ends = {}
         for rate in (2.0**-8, 2.0**-6, 2.0**-4):
             lines = *gpt, *init, "init.std=0.1", f"model.width={width}", f"optimizer.lr={rate}", "steps=60"
-            trainer = probe_trainer(build_workload(experiment(*lines)), Path())
+            trainer = probe_trainer(build_workload(run_config(*lines)), Path())
             losses = []
             for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), 60)):
                 trainer.update(batch, number)
@@ -147,4 +147,4 @@ def test_a_run_saves_its_rates(gpt: list[str], tmp_path: Path) -> None:
 )
 def test_refusals(extra: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_optimizer(build_workload(experiment("data.subset=60", "device=cpu", *MUP, *extra)))
+        build_optimizer(build_workload(run_config("data.subset=60", "device=cpu", *MUP, *extra)))

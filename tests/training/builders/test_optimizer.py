@@ -24,7 +24,7 @@ from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import Length
 from dlopt.training.run import probe_trainer
-from tests.support.runs import experiment, resume, small_workload, start
+from tests.support.runs import resume, run_config, small_workload, start
 from tests.support.sizes import SMALL, without
 
 
@@ -164,7 +164,7 @@ def test_torch_optimizers_are_fused_unless_configured(overrides: list[str], fuse
 def convolutional(*more: str) -> tuple[Workload, torch.optim.Optimizer]:
     """Returns a convolutional net in channels-last format and in fp64, and its optimizer."""
     model = ["model=resnet20", "model.depth=8", "precision=fp64", "channels_last=true"]
-    workload = build_workload(experiment(*without(SMALL, "model"), *model, *more))
+    workload = build_workload(run_config(*without(SMALL, "model"), *model, *more))
     return workload, build_optimizer(workload)
 
 

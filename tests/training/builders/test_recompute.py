@@ -17,7 +17,7 @@ from dlopt.training.builders.recompute import recompute, repeated_blocks
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.step import frozen_statistics
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
-from tests.support.runs import assert_same_run, experiment, start
+from tests.support.runs import assert_same_run, run_config, start
 from tests.support.sizes import BASE, MLP, RESNET, without
 
 CPU = torch.device("cpu")
@@ -170,7 +170,7 @@ def test_blocks_of_models(lines: list[str], names: list[str]) -> None:
 
 
 def workload(*lines: str) -> Workload:
-    return build_workload(experiment("data.subset=40", "device=cpu", "threads=1", *lines))
+    return build_workload(run_config("data.subset=40", "device=cpu", "threads=1", *lines))
 
 
 class WithBlocks(nn.Module):

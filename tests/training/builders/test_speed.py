@@ -26,7 +26,7 @@ from tests.support.line import refused
 from tests.support.runs import at_update, in_fork, result, resume, same, start, terminate
 
 
-def experiment(*overrides: str) -> RunConfig:
+def run_config(*overrides: str) -> RunConfig:
     return parse(to_plain(Composer().compose(list(overrides)), [])[0])
 
 
@@ -37,7 +37,7 @@ def mode(device: str = "cuda", *, compiles: bool = True) -> Any:
 
 
 def net(*overrides: str) -> nn.Module:
-    built: nn.Module = experiment(*overrides).model.build(input_shape=(3, 32, 32), classes=10)
+    built: nn.Module = run_config(*overrides).model.build(input_shape=(3, 32, 32), classes=10)
     return built
 
 
@@ -78,19 +78,19 @@ LONG, SHORT = ("model=wrn_16_4", "epochs=400"), ("model=resnet20", "epochs=200")
 def test_compile_obstacle(typed: tuple[str, ...], parallel: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "find_spec", lambda name: object())
     monkeypatch.setenv("CC", "cc")
-    obstacle = speed.compile_obstacle(experiment(*typed), parallel, net(typed[1]), (3, 32, 32), 50_000)
+    obstacle = speed.compile_obstacle(run_config(*typed), parallel, net(typed[1]), (3, 32, 32), 50_000)
     assert bool(obstacle) == bool(reason) and reason in obstacle
 
 
 def test_compile_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "find_spec", lambda name: None)
-    obstacle = speed.compile_obstacle(experiment("compile=auto", *LONG), mode(), net(LONG[0]), (3, 32, 32), 50_000)
+    obstacle = speed.compile_obstacle(run_config("compile=auto", *LONG), mode(), net(LONG[0]), (3, 32, 32), 50_000)
     assert "Triton" in obstacle
 
 
 def test_compile_true_rejects_modes_that_communicate_between_layers() -> None:
     with pytest.raises(UserError, match="compile=true: parallel=filter communicates between layers"):
-        speed.compile_obstacle(experiment("compile=true"), mode(compiles=False), net(), (3, 32, 32), 100)
+        speed.compile_obstacle(run_config("compile=true"), mode(compiles=False), net(), (3, 32, 32), 100)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_torch_graphs_are_refused_with_communication() -> None:
     parallel.ranks.processes = 2
     for name in speed.GRAPH_MODES:
         with pytest.raises(UserError, match=f"compile={name}: its CUDA graphs cannot contain the communication"):
-            speed.compile_obstacle(experiment(f"compile={name}"), parallel, net(), (3, 32, 32), 100)
+            speed.compile_obstacle(run_config(f"compile={name}"), parallel, net(), (3, 32, 32), 100)
     assert not speed.compile_obstacle(
-        experiment("compile=max-autotune-no-cudagraphs"), parallel, net(), (3, 32, 32), 100
+        run_config("compile=max-autotune-no-cudagraphs"), parallel, net(), (3, 32, 32), 100
     )
 
 
@@ -152,7 +152,7 @@ def test_cuda_graphs_true_is_rejected_on_cpu(tmp_path: Path) -> None:
 
 
 def test_updates_are_eager_on_cpu(tmp_path: Path) -> None:
-    chosen = experiment("device=cpu", "threads=1", "model=mlp", "model.widths=[4]", "data.subset=40")
+    chosen = run_config("device=cpu", "threads=1", "model=mlp", "model.widths=[4]", "data.subset=40")
     trainer = probe_trainer(build_workload(chosen), tmp_path)
     assert type(trainer.step) is Step and trainer.graph_obstacle == "CUDA graphs are not available on cpu"
     assert speed.data_recorder(chosen, torch.device("cpu")) is None
@@ -162,12 +162,12 @@ def test_updates_are_eager_on_cpu(tmp_path: Path) -> None:
     ("typed", "recorded"), [((), True), (("cuda_graphs=false",), False), (("profile=true",), False)]
 )
 def test_data_path_is_captured_unless_observed(typed: tuple[str, ...], recorded: bool) -> None:
-    assert (speed.data_recorder(experiment(*typed), torch.device("cuda")) is not None) == recorded
+    assert (speed.data_recorder(run_config(*typed), torch.device("cuda")) is not None) == recorded
 
 
 def test_describes_auto_values() -> None:
     precision = Precision("bf16", torch.device("cuda"))
-    all_auto = experiment("precision=auto", "compile=auto", "cuda_graphs=auto")
+    all_auto = run_config("precision=auto", "compile=auto", "cuda_graphs=auto")
     assert speed.describe_auto(all_auto, precision, "", None) == (
         "precision=auto: bf16 | compile=auto: true | cuda_graphs=auto: true"
     )
@@ -175,7 +175,7 @@ def test_describes_auto_values() -> None:
         "compile=auto: false (too short) | cuda_graphs=auto: false (it waits)"
     )
     on_cpu = Precision("fp32", torch.device("cpu"))
-    assert speed.describe_auto(experiment(), on_cpu, "compile=false", "none on cpu") == ""
+    assert speed.describe_auto(run_config(), on_cpu, "compile=false", "none on cpu") == ""
 
 
 @pytest.mark.gpu
@@ -190,7 +190,7 @@ def test_captured_updates_equal_eager_ones_on_gpu(tmp_path: Path, optimizer: str
     ]  # fmt: skip
     weights = []
     for graphs in ("false", "true"):
-        workload = build_workload(experiment(*typed, "deterministic=true", f"cuda_graphs={graphs}"))
+        workload = build_workload(run_config(*typed, "deterministic=true", f"cuda_graphs={graphs}"))
         trainer = probe_trainer(workload, tmp_path)
         assert isinstance(trainer.run_update, GraphedUpdate) == (graphs == "true")
         step = 0
@@ -248,7 +248,7 @@ def test_threads_of_a_run(monkeypatch, overrides, threads):
     monkeypatch.setattr("dlopt.machine.threads.usable_cores", lambda: 3)
     monkeypatch.setattr("dlopt.machine.device.torch.set_num_threads", set_to.append)
     monkeypatch.setattr("dlopt.machine.device.torch.get_num_threads", lambda: set_to[-1] if set_to else 0)
-    build_workload(experiment("model=mlp", "model.widths=[128]", *overrides))
+    build_workload(run_config("model=mlp", "model.widths=[128]", *overrides))
     assert set_to[-1] == threads
 
 

@@ -29,7 +29,7 @@ from dlopt.training.builders.state_dtype import (
 from tests.support.choices import REFUSED_IN_PURE_BF16, names
 from tests.support.equality import Cases, compare
 from tests.support.modes import DDP, FSDP
-from tests.support.runs import at_update, experiment, result, resume, same, small_workload, start, terminate, timeless
+from tests.support.runs import at_update, result, resume, run_config, same, small_workload, start, terminate, timeless
 from tests.support.sizes import MLP, SMALL, without
 
 BF16 = "optimizer.state_dtype=bf16"
@@ -275,7 +275,7 @@ def compare_with_fp32(choice: str, steps: int) -> None:
 
     5 % of a state's largest norm: where decay balances the gradient, as in LARS, the momentum tends to zero.
     """
-    build = experiment(f"optimizer={choice}").optimizer.build
+    build = run_config(f"optimizer={choice}").optimizer.build
     params, wide_params = bf16_weights(torch.bfloat16), bf16_weights(torch.float32)
     optimizer, wide = build(params=params), build(params=wide_params)
     round_updates(optimizer, 0)
@@ -321,7 +321,7 @@ def test_slow_averages_of_bf16_weights_equal_their_closed_form(
 
 @pytest.mark.parametrize("choice", ["adamw", "muon", "kron", "soap"])
 def test_bf16_weights_of_a_resumed_optimizer_are_bitwise_identical(choice: str) -> None:
-    build = experiment(f"optimizer={choice}").optimizer.build
+    build = run_config(f"optimizer={choice}").optimizer.build
     params, copies = bf16_weights(torch.bfloat16), bf16_weights(torch.bfloat16)
     optimizer, loaded = build(params=params), build(params=copies)
     for each in (optimizer, loaded):
@@ -339,7 +339,7 @@ def test_bf16_weights_of_a_resumed_optimizer_are_bitwise_identical(choice: str) 
 
 @pytest.mark.parametrize("choice", ["adamw", "muon", "adagrad", "sgd", "soap"])
 def test_a_state_that_was_saved_in_bf16_is_loaded(choice: str) -> None:
-    build = experiment(f"optimizer={choice}").optimizer.build
+    build = run_config(f"optimizer={choice}").optimizer.build
     params = bf16_weights(torch.bfloat16)
     former, optimizer = build(params=params), build(params=params)
     update(params, former, 2)

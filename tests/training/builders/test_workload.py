@@ -21,7 +21,7 @@ from dlopt.training.builders import workload as build_module
 from dlopt.training.builders.workload import build_workload, training_batches
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.run import probe_trainer
-from tests.support.runs import experiment, same, small_workload, start
+from tests.support.runs import run_config, same, small_workload, start
 from tests.support.sizes import SMALL, without
 
 # -- the machine
@@ -47,7 +47,7 @@ def test_ranks_of_a_machine_share_its_cores(memory: str, module: str, monkeypatc
     monkeypatch.setattr(f"dlopt.data.{module}.worker_count", worker_count)
     mode = Mode(torch.device("cpu"))
     mode.ranks.local_processes = 4
-    training_batches(build_workload(experiment(*SMALL, f"data.memory={memory}"), parallel=mode))
+    training_batches(build_workload(run_config(*SMALL, f"data.memory={memory}"), parallel=mode))
     assert set(shared_by) == {4}
 
 
@@ -88,7 +88,7 @@ class _Spectral(nn.Module):
 
 @pytest.mark.parametrize("overrides", [["clip=norm"], ["clip=value", "optimizer=adamw", "precision=fp64"]])
 def test_complex_weights_stay_complex(overrides: list[str], tmp_path: Path) -> None:
-    checked = replace(experiment(*SMALL, "ema=0.9", *overrides), model=Component("model", _Spectral, {}))
+    checked = replace(run_config(*SMALL, "ema=0.9", *overrides), model=Component("model", _Spectral, {}))
     trainer = probe_trainer(build_workload(checked), tmp_path)
     module, average = trainer.module, trainer.average
     before = module.weight.detach().clone()
@@ -119,7 +119,7 @@ def test_the_memory_check_counts_parameters_and_gradients(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("model", ["vit", "resnet20"])
 def test_the_memory_check_draws_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, the first random function imports 1,000 modules."""
-    component, runtime = experiment(f"model={model}").model, {"input_shape": (3, 32, 32), "classes": 10}
+    component, runtime = run_config(f"model={model}").model, {"input_shape": (3, 32, 32), "classes": 10}
     drawn: list[str] = []
 
     class Draws(TorchDispatchMode):
@@ -148,7 +148,7 @@ class _Outputs(nn.Module):
 
 @pytest.mark.parametrize("reads", [False, True])
 def test_refuses_a_custom_model_with_another_number_of_outputs(reads: bool) -> None:
-    checked = experiment(*SMALL)
+    checked = run_config(*SMALL)
     for count in (10, 12):
         model = Component("model", _Outputs, {"count": count, "reads": reads})
         expected = r"_Outputs: returns \[batch, 12\] values, but the data has 10 classes; .*num_classes=10$"
@@ -172,13 +172,13 @@ class _Tied(nn.Module):
 
 
 def test_a_custom_model_may_have_tied_weights() -> None:
-    build_workload(replace(experiment(*SMALL), model=Component("model", _Tied, {})))
+    build_workload(replace(run_config(*SMALL), model=Component("model", _Tied, {})))
 
 
 def test_refuses_a_custom_model_that_cannot_process_the_samples() -> None:
     model = Component("model", nn.Conv2d, {"in_channels": 3, "out_channels": 10, "kernel_size": 1})
     with pytest.raises(UserError, match=r"Conv2d: fails for inputs of shape \[batch, 1, 8, 8\]: .*3 channels"):
-        build_workload(replace(experiment(*SMALL), model=model))
+        build_workload(replace(run_config(*SMALL), model=model))
 
 
 def test_number_of_outputs_follows_the_data() -> None:
@@ -196,7 +196,7 @@ def test_number_of_outputs_follows_the_data() -> None:
 @pytest.mark.parametrize("model", ["resnet20", "mlp"])
 def test_memory_format(layout: str, model: str) -> None:
     lines = without(SMALL, "model")
-    workload = build_workload(experiment(*lines, f"model={model}", f"channels_last={layout}"))
+    workload = build_workload(run_config(*lines, f"model={model}", f"channels_last={layout}"))
     expected = layout == "true" or (layout == "auto" and model == "resnet20")
     assert (workload.memory_format == torch.channels_last) is expected
     inputs, _ = next(training_batches(workload).epoch(0))
@@ -206,8 +206,8 @@ def test_memory_format(layout: str, model: str) -> None:
 def test_normalization_is_loaded_from_a_checkpoint() -> None:
     first = small_workload()
     state = {name: value * 2 for name, value in first.normalize.state_dict().items()}
-    saved = Checkpoint({"normalize": state, "config": first.experiment.config, "progress": {"data": {}}})
-    resumed = build_workload(experiment(*SMALL), saved)
+    saved = Checkpoint({"normalize": state, "config": first.run_config.config, "progress": {"data": {}}})
+    resumed = build_workload(run_config(*SMALL), saved)
     assert same(dict(resumed.normalize.state_dict()), state)
     assert not same(dict(first.normalize.state_dict()), state)
 
@@ -239,7 +239,7 @@ def test_statistics_per_pixel_need_images_of_one_size() -> None:
 def test_balanced_class_weights_count_the_training_split(tmp_path: Path) -> None:
     """Before and after loading; the validation samples and the noise-free labels do not count."""
     lines = [*SMALL, "loss.class_weights=balanced", "data.label_noise=0.5", "epochs=1"]
-    workload = build_workload(experiment(*lines))
+    workload = build_workload(run_config(*lines))
     counts = workload.dataset.train.targets.bincount(minlength=10)
     assert isinstance(workload.loss, CrossEntropy) and workload.loss.weight is not None
     assert workload.loss.weight.tolist() == pytest.approx((90 / (10 * counts)).tolist(), rel=1e-6)
@@ -250,4 +250,4 @@ def test_balanced_class_weights_count_the_training_split(tmp_path: Path) -> None
 
 def test_balanced_class_weights_need_labels() -> None:
     with pytest.raises(UserError, match=r"^loss.class_weights=balanced: needs labels, which a next token task has not"):
-        build_workload(experiment("data=python_source", "model=gpt_nano", "loss.class_weights=balanced", "device=cpu"))
+        build_workload(run_config("data=python_source", "model=gpt_nano", "loss.class_weights=balanced", "device=cpu"))

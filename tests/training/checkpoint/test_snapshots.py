@@ -13,7 +13,7 @@ from dlopt.training.builders.workload import Workload
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import Run
 from dlopt.training.run import train_run
-from tests.support.runs import at_update, experiment, in_fork, resume, same, start
+from tests.support.runs import at_update, in_fork, resume, run_config, same, start
 from tests.support.sizes import RICH
 
 CYCLES = [*RICH, "schedule=cosine_restarts", "schedule.cycles=3", "schedule.T_mult=1", "epochs=6", "checkpoint.keep=1"]
@@ -64,7 +64,7 @@ def test_draws_the_restarts_before_the_end(tmp_path: Path) -> None:
         return {}
 
     with Interruption() as interruption:
-        train_run(Run(experiment(*CYCLES), tmp_path), interruption, console=False, draw=draw)
+        train_run(Run(run_config(*CYCLES), tmp_path), interruption, console=False, draw=draw)
     assert drawn == [2, 4], "in epochs; a cycle also ends with the run, and nothing restarts"
 
 
@@ -81,4 +81,4 @@ def test_incomplete_last_cycle_has_no_snapshot(tmp_path: Path, keys: list[str]) 
     start(tmp_path, *SNAPSHOTS, *keys)
     expected = [6, 18] if "T_0" in keys[0] else [8, 16, 24]
     assert list(snapshots(tmp_path).values()) == expected
-    assert experiment(*SNAPSHOTS, *keys).settings.checkpoint.keep == 1
+    assert run_config(*SNAPSHOTS, *keys).settings.checkpoint.keep == 1
