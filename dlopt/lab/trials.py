@@ -14,7 +14,7 @@ from dlopt.config.overrides import is_hydra, is_typed
 from dlopt.config.plan import as_job, checked
 from dlopt.extend import Line, Plan, Role, RunFolder, UserError, group_of, key_of, role_of
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, PlanJob, build_job
+from dlopt.sweeps.jobs import Job, JobResult, PlanJob, build_job
 from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.sweeps.sweep import build_pool
 from dlopt.tracking.overview import Overview
@@ -148,7 +148,7 @@ class ClaimedTrials(JobSource, Generic[T]):
         self._claims: dict[int, IO[str]] = {}
         self._number = 0
 
-    def next(self) -> Job | InvalidJob | None:
+    def next(self) -> Job | None:
         for trial in list(self.waiting):
             folder = RunFolder(self.request.folder / trial.subfolder)
             lock = claim(folder.path)
@@ -165,7 +165,7 @@ class ClaimedTrials(JobSource, Generic[T]):
             return build_job(self._plan_job, self.request.folder, overrides, number, self.request.label(trial))
         return None
 
-    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
+    def ended(self, job: Job, result: JobResult) -> None:
         if has_ended(job.folder):
             for path in job.folder.checkpoints.glob("*"):
                 if not self._kept(path):

@@ -4,14 +4,10 @@
 """
 
 import contextlib
-import functools
 import io
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from hydra.types import RunMode
 
@@ -25,43 +21,19 @@ from dlopt.config.packages import series_of
 from dlopt.config.plan import checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.instruments.lr_range import LearningRates
-from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state
 from dlopt.python.runs import Run, Runs, open_run, runs
 from dlopt.run.runner import run_plan
 from dlopt.sweeps import sweep as sweeps
-from dlopt.tracking import read_metrics
-from dlopt.tracking.terminal_text import short_path
 
 __all__ = [
-    "LearningRates", "Model", "Prediction", "Result", "Run", "Runs",
+    "LearningRates", "Model", "Prediction", "Run", "Runs",
     "find_lr", "load", "open_run", "runs", "sweep", "train",
 ]  # fmt: skip
 
-_REPR_METRICS = ("epochs", VAL_LOSS.best, VAL_ACCURACY.best, "test_loss", "test_accuracy")
 
-
-@dataclass(frozen=True, repr=False)
-class Result:
-    """Files of a run: `summary` (summary.json) and `history`, one dict per evaluated epoch (metrics.jsonl)."""
-
-    folder: Path
-    summary: dict[str, Any]
-    history: list[dict[str, Any]]
-
-    def __repr__(self) -> str:
-        values = {key: self.summary[key] for key in _REPR_METRICS if self.summary.get(key) is not None}
-        metrics = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-        return f"<{self.summary.get('status')}: {metrics}; {short_path(self.folder)}>"
-
-    @functools.cached_property
-    def model(self) -> Model:
-        """The best model by the validation metric."""
-        return load(self.folder)
-
-
-def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
+def train(overrides: Sequence[str] = (), *, console: bool = False) -> Run:
     """Trains a model like `dlopt train`: `train(["optimizer=adamw", "epochs=5"])`.
 
     Restores global state afterwards: random generators, thread count and torch flags. On a signal or after `max_time`
@@ -85,10 +57,10 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
     plan = checked(config, lines)
     try:
         with preserve_global_state():
-            folder, summary = run_plan(plan, console=console, from_python=True)
+            folder, _ = run_plan(plan, console=console, from_python=True)
     except ReportedError as error:  # of processes that the run has started
         raise (UserError if error.code == USER_ERROR else RunError)(str(error)) from None
-    return Result(folder.path, summary, read_metrics(folder.path))
+    return open_run(folder.path)
 
 
 def sweep(overrides: Sequence[str] = (), *, console: bool = False) -> Runs:

@@ -2,8 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,8 @@ _PICTURES = (".png", ".svg", ".pdf")
 _SHOWN = ("epochs", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
 
 
-@dataclass(frozen=True, repr=False)
-class Run:
-    """A run folder.
+class Run(Record):
+    """A run as its folder tells it.
 
     Attributes:
         path: the folder.
@@ -35,28 +33,28 @@ class Run:
         config: values by dotted key (`config["optimizer.lr"]`); a group's name maps to its choice
             (`config["optimizer"]` is `"sgd"`). Lists are tuples.
         overrides: what was typed.
+        commit: of the Git repository that the run started in; None without one.
         metrics: those of the best epoch (`val_loss`, `val_accuracy`), of the last epoch (`train_loss`), of the run
             (`epochs`, `steps`, `seconds`, `parameters`) and of the final test (`test_loss`). Missing and non-finite
             values are left out.
         history: the evaluated epochs, as in metrics.jsonl, with the generalization gaps. `pandas.DataFrame(history)`
             has a row per epoch.
-        tags, note: of `dlopt train tags=[...] note=...` or `dlopt runs tag`.
         reason: why a failed run failed.
     """
-
-    path: Path
-    status: str
-    config: Mapping[str, Any]
-    overrides: tuple[str, ...]
-    metrics: Mapping[str, float]
-    history: tuple[Mapping[str, float], ...]
-    tags: tuple[str, ...]
-    note: str | None
-    reason: str | None
 
     def __repr__(self) -> str:
         texts = [f"{key} {format_metric(key, self.metrics[key])}" for key in _SHOWN if key in self.metrics]
         return f"<{self.status}: {', '.join(texts) or self.reason or 'no metrics'}; {short_path(self.path)}>"
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Those of `dlopt train tags=[...]` or `dlopt runs tag`."""
+        return reading.tags_of(self)
+
+    @property
+    def note(self) -> str | None:
+        """That of `dlopt train note=...` or `dlopt runs tag`."""
+        return None if (note := self.config.get("note")) is None else str(note)
 
     @property
     def best(self) -> dict[str, float]:
@@ -156,7 +154,7 @@ def runs(
     records, damaged = Query(folders, [_condition(line) for line in where], sort).find()
     for found in damaged:
         warnings.warn(f"{short_path(found.path)}: skipped: {found.reason}", stacklevel=2)
-    return Runs(map(_run, records))
+    return Runs(Run(**vars(each)) for each in records)
 
 
 def open_run(path: str | PathLike[str]) -> Run:
@@ -169,7 +167,7 @@ def open_run(path: str | PathLike[str]) -> Run:
         is_parent = not (folder / "config.yaml").exists() and next(reading.find(folder), None) is not None
         hint = "; it contains runs, which dlopt.runs lists" if is_parent else ""
         raise UserError(f"open_run({fspath(path)!r}): not a readable run: {found.reason}{hint}")
-    return _run(found)
+    return Run(**vars(found))
 
 
 def _condition(line: str) -> Condition:
@@ -177,17 +175,3 @@ def _condition(line: str) -> Condition:
     if parsed is None:
         raise UserError(f"runs(where=[{line!r}]): must be a condition: optimizer=adamw, val_accuracy>0.9, ...")
     return parsed
-
-
-def _run(record: Record) -> Run:
-    return Run(
-        record.path,
-        record.status,
-        record.config,
-        tuple(record.overrides),
-        record.metrics,
-        record.history,
-        reading.tags_of(record),
-        None if (note := record.config.get("note")) is None else str(note),
-        record.reason,
-    )

@@ -19,26 +19,28 @@ OUTPUT = "output.log"  # stdout and stderr of a job
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a sweep. `label`: the overrides that vary between jobs."""
+    """A job of a sweep.
+
+    Attributes:
+        composed: the plan, or why its overrides cannot be composed.
+        label: the overrides that vary between jobs.
+    """
 
     number: int
     folder: RunFolder
-    plan: Plan
+    composed: Plan | UserError
     label: str
+
+    @property
+    def plan(self) -> Plan:
+        """Raises `UserError` for a job that cannot be composed."""
+        if isinstance(self.composed, UserError):
+            raise self.composed
+        return self.composed
 
     @property
     def is_done(self) -> bool:
         return self.folder.is_done(self.plan.saved)
-
-
-@dataclass(frozen=True)
-class InvalidJob:
-    """A job that cannot be composed, with the reason."""
-
-    number: int
-    folder: RunFolder
-    label: str
-    error: str
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,12 @@ PlanJob = Callable[[Sequence[str], int], Plan]
 """Composes and checks the job of a sweep with these overrides and this number. Raises `UserError`."""
 
 
-def build_job(plan_job: PlanJob, sweep: Path, overrides: Sequence[str], number: int, label: str) -> Job | InvalidJob:
-    """Composes a job in the folder `sweep`."""
+def build_job(plan_job: PlanJob, sweep: Path, overrides: Sequence[str], number: int, label: str) -> Job:
+    """Composes a job in the folder `sweep`; one that cannot be composed fails when it is started."""
     try:
         plan = plan_job(overrides, number)
     except UserError as error:
-        return InvalidJob(number, RunFolder(sweep / str(number)), label, str(error))
+        return Job(number, RunFolder(sweep / str(number)), error, label)
     return Job(number, RunFolder(sweep / plan.subfolder), plan, label)
 
 
@@ -72,7 +74,7 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
 def prepare(job: Job) -> JobResult | None:
     """Writes the job's config into its folder; if the job is done already, returns its result instead.
 
-    Raises `UserError` if the folder holds a run with another config.
+    Raises `UserError` if the job cannot be composed, or the folder holds a run with another config.
     """
     folder, plan = job.folder, job.plan
     if folder.has_begun():

@@ -30,7 +30,7 @@ from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import SIGNALS, Interruption, block_signals, ignore_hangup
 from dlopt.basics.ranges import Count
 from dlopt.config.schema import check_arguments
-from dlopt.sweeps.jobs import OUTPUT, InvalidJob, Job, JobResult, prepare, record_failure, record_pruned, result_of
+from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, prepare, record_failure, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview
 
@@ -68,7 +68,7 @@ class Pool:
 class JobSource:
     """Supplies the jobs of a sweep and receives their results."""
 
-    def next(self) -> Job | InvalidJob | None:
+    def next(self) -> Job | None:
         """Returns a job for a free slot; None if there is none now. `ended` receives its result."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class JobSource:
         """Receives a new line of a running job's metrics; returns whether to stop the job."""
         return False
 
-    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
+    def ended(self, job: Job, result: JobResult) -> None:
         raise NotImplementedError
 
 
@@ -106,7 +106,7 @@ def run(source: JobSource, pool: Pool, overview: Overview) -> None:
             overview.close()
 
 
-def run_jobs(jobs: Iterable[Job | InvalidJob], total: int, pool: Pool) -> dict[int, str]:
+def run_jobs(jobs: Iterable[Job], total: int, pool: Pool) -> dict[int, str]:
     """Runs jobs and returns their status by number."""
     source = _JobList(iter(jobs))
     run(source, pool, Overview(total))
@@ -115,13 +115,13 @@ def run_jobs(jobs: Iterable[Job | InvalidJob], total: int, pool: Pool) -> dict[i
 
 @dataclass
 class _JobList(JobSource):
-    jobs: Iterator[Job | InvalidJob]
+    jobs: Iterator[Job]
     statuses: dict[int, str] = field(default_factory=dict)
 
-    def next(self) -> Job | InvalidJob | None:
+    def next(self) -> Job | None:
         return next(self.jobs, None)
 
-    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
+    def ended(self, job: Job, result: JobResult) -> None:
         self.statuses[job.number] = result.status
 
 
@@ -174,11 +174,9 @@ class _Workers:
         ends = [process.sentinel for process in processes if isinstance(process, Forked)]
         connection.wait(ends, self._pool.poll_seconds)
 
-    def _prepare(self, slot: int, job: Job | InvalidJob) -> None:
+    def _prepare(self, slot: int, job: Job) -> None:
         """Starts a job, unless it is done, cannot run, or still runs in a process of an earlier sweep."""
-        if isinstance(job, InvalidJob):
-            self._ended(job, record_failure(job.folder, job.error))
-        elif (running := self._pool.find(job.folder.path)) is not None:
+        if (running := self._pool.find(job.folder.path)) is not None:
             self._overview.started(job.number, job.label)
             self.active[slot] = _Worker(job, running, is_adopted=True)
         else:
@@ -222,7 +220,7 @@ class _Workers:
             result = record_pruned(job.folder, worker.pruned_at)
         self._ended(job, result)
 
-    def _ended(self, job: Job | InvalidJob, result: JobResult, *, known: bool = False) -> None:
+    def _ended(self, job: Job, result: JobResult, *, known: bool = False) -> None:
         self._source.ended(job, result)
         self._overview.ended(job.number, job.label, result.status, result.metrics, result.reason, known)
 

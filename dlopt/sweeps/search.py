@@ -27,7 +27,7 @@ from dlopt.metrics.names import Metric, Modes, base_name, column_of, mode_of, mo
 from dlopt.results.leaderboard import Direction, direction_of, front, is_number, job_record, leaderboard
 from dlopt.results.terminal import show_front, show_leaderboard
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, build_job, record_dead
+from dlopt.sweeps.jobs import Job, JobResult, build_job, record_dead
 from dlopt.sweeps.pool import JobSource
 from dlopt.sweeps.request import SweepRequest, print_next, read_space
 from dlopt.sweeps.space import Space, parse_space
@@ -288,9 +288,7 @@ def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> N
 class Search(JobSource):
     """Claims the study's jobs and records their results. `build` (overrides, number, label) composes a job."""
 
-    def __init__(
-        self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job | InvalidJob]
-    ) -> None:
+    def __init__(self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job]) -> None:
         self._spec, self._study, self._build = spec, study, build
         self._claims: dict[int, ClaimedJob] = {}
         self.interrupted = 0  # jobs
@@ -298,7 +296,7 @@ class Search(JobSource):
         self.overview = Overview(spec.total, spec.objectives[0], spec.directions[0])
         self._logged: set[str] = set()  # metrics in the lines of metrics.jsonl, if there is a pruner
 
-    def next(self) -> Job | InvalidJob | None:
+    def next(self) -> Job | None:
         now = time.monotonic()
         if now < self._last_empty_claim + _RETRY_SECONDS:  # do not query the storage at every poll of the pool
             return None
@@ -331,7 +329,7 @@ class Search(JobSource):
         value = -float(value) if self._spec.negate_pruning_metric else float(value)
         return self._study.report(self._claims[job.number], int(metrics["epoch"]), value)
 
-    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
+    def ended(self, job: Job, result: JobResult) -> None:
         claim = self._claims[job.number]
         if result.status == "interrupted":
             self.interrupted += 1  # the trial stays RUNNING: another process takes it over once this one has ended

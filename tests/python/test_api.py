@@ -57,7 +57,7 @@ def global_state() -> dict[str, Any]:
 
 def test_train_returns_the_result(tmp_path: Path) -> None:
     result = train([*LINES, "name=mine"])
-    assert result.folder.parent == tmp_path / "outputs/mine"
+    assert result.path.parent == tmp_path / "outputs/mine"
     assert result.summary["status"] == "finished" and result.summary["epochs"] == 2
     assert [line["epoch"] for line in result.history] == [1, 2]
     model = result.model
@@ -106,10 +106,10 @@ def test_a_second_thread_cannot_use_the_folder() -> None:
 @pytest.mark.slow
 def test_two_runs_in_one_process_match_two_processes(tmp_path: Path) -> None:
     first, second, again = (train([*LINES, f"seed={seed}"]) for seed in (1, 2, 1))
-    assert timeless(first.folder) == timeless(again.folder) != timeless(second.folder)
+    assert timeless(first.path) == timeless(again.path) != timeless(second.path)
     line = [sys.executable, "-m", "dlopt", "train", *LINES, "seed=2", "hydra.run.dir=alone"]
     subprocess.run(line, check=True, capture_output=True)
-    assert timeless(tmp_path / "alone") == timeless(second.folder)
+    assert timeless(tmp_path / "alone") == timeless(second.path)
 
 
 def test_restores_global_state(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_resumes() -> None:
     assert train([*LINES, "hydra.run.dir=run", "max_time=1e-9"]).summary["status"] == "interrupted"
     whole = train([*LINES, "hydra.run.dir=whole"])
     resumed = train([*LINES, "hydra.run.dir=run", "resume=auto"])
-    assert timeless(resumed.folder) == timeless(whole.folder)
+    assert timeless(resumed.path) == timeless(whole.path)
     assert train([*LINES, "hydra.run.dir=run", "resume=auto"]).summary == resumed.summary  # nothing left to do
 
 

@@ -15,7 +15,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.plan import folder_name
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import InvalidJob, Job, JobResult, labels, record_dead, result_of
+from dlopt.sweeps.jobs import Job, JobResult, labels, record_dead, result_of
 from dlopt.sweeps.pool import Pool, build_pool, gpus, local
 from dlopt.tracking.overview import Overview
 from tests.sweeps.worker import plan
@@ -117,12 +117,12 @@ class Ten(pools.JobSource):
         self.folder, self.given = folder, 0
         self.results: dict[int, JobResult] = {}
 
-    def next(self) -> Job | InvalidJob | None:
+    def next(self) -> Job | None:
         if self.is_exhausted():
             return None
         number, self.given = self.given, self.given + 1
         if number == 5:
-            return InvalidJob(5, RunFolder(self.folder / "5"), "five", "cannot be composed")
+            return Job(5, RunFolder(self.folder / "5"), UserError("cannot be composed"), "five")
         return Job(number, RunFolder(self.folder / str(number)), plan([]), f"job={number}")
 
     def is_exhausted(self) -> bool:
@@ -132,7 +132,7 @@ class Ten(pools.JobSource):
         assert metrics == {"epoch": 1, "val_loss": 1.0}  # no torn line
         return job.number == 7
 
-    def ended(self, job: Job | InvalidJob, result: JobResult) -> None:
+    def ended(self, job: Job, result: JobResult) -> None:
         assert job.number not in self.results
         self.results[job.number] = result
 
@@ -140,7 +140,11 @@ class Ten(pools.JobSource):
 def test_all_slots_work_and_no_job_stops_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pools, "prepare", lambda job: job.folder.path.mkdir(exist_ok=True))
+    def make_folder(job: Job) -> None:
+        assert job.plan  # raises for a job that cannot be composed
+        job.folder.path.mkdir(exist_ok=True)
+
+    monkeypatch.setattr(pools, "prepare", make_folder)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     Fake.alive, Fake.most, Fake.started = Counter(), Counter(), Counter()
     source = Ten(tmp_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 from dlopt.lab.ladder.ladder import LadderRequest, Trial
 from dlopt.lab.trials import ClaimedTrials
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import InvalidJob, Job, PlanJob
+from dlopt.sweeps.jobs import Job, PlanJob
 from dlopt.sweeps.pool import Pool
 from dlopt.tracking.overview import Overview
 
@@ -19,7 +19,7 @@ class _Ladder(ClaimedTrials[Trial]):
         self.overview.update_shared({"finished": len(request.known())}, [])
         self._seen = set(self.waiting)  # a trial whose process died is left to the next command
 
-    def next(self) -> Job | InvalidJob | None:
+    def next(self) -> Job | None:
         self._refill()
         return super().next()
 
