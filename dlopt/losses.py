@@ -98,6 +98,8 @@ def processes_in_chunks(outputs: Tensor, targets: Tensor) -> bool:
     It then has no tensor in fp32 of the size of bf16 or fp16 outputs [N, K], and keeps no log probabilities for the
     backward pass: only the outputs and their log sum of exponentials [N].
     """
+    if torch.compiler.is_compiling():  # the compiler fuses the plain loss, and has no such tensors either
+        return False
     is_large = outputs.numel() > _MAX_CHUNK and not targets.is_floating_point()
     return is_large and not torch._C._are_functorch_transforms_active()
 

@@ -37,6 +37,7 @@ class EvaluateSettings:
     # The defaults are for configs that were saved before these keys existed.
     every_steps: Annotated[Count | None, Role.PROTOCOL] = None
     samples: Annotated[Count | None, Role.PROTOCOL] = None
+    train_accuracy: Annotated[Toggle, Role.WATCH] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,15 +59,22 @@ class MetricSum:
         task: defines the metrics, and the number of predictions per sample.
         on_flush: called with the outputs and targets of many steps, in order, at each flush.
         reduce: sums over ranks; None: one process. Each rank adds its own samples of every batch.
+        accuracy: of a classifier; false: only the loss.
     """
 
     def __init__(
-        self, task: Task, on_flush: Callable[[Tensor, Tensor], None] | None = None, reduce: Reduce | None = None
+        self,
+        task: Task,
+        on_flush: Callable[[Tensor, Tensor], None] | None = None,
+        reduce: Reduce | None = None,
+        *,
+        accuracy: bool = True,
     ) -> None:
         self.task = task
         self.on_flush = on_flush
         self.reduce = reduce
-        self._keeps_outputs = task.classes is not None or on_flush is not None
+        self._has_accuracy = accuracy and task.classes is not None
+        self._keeps_outputs = self._has_accuracy or on_flush is not None
         self.clear()
 
     def clear(self) -> None:
@@ -137,7 +144,7 @@ class MetricSum:
         kept = [(e.outputs, e.targets) for e in pending if e.outputs is not None and e.targets is not None]
         if kept:
             outputs = _concatenated([outputs for outputs, _ in kept])
-            if self.task.classes is not None:
+            if self._has_accuracy:
                 correct.append(_count_correct(outputs, _concatenated([_labels(targets) for _, targets in kept])))
             if self.on_flush is not None:
                 self.on_flush(outputs, _concatenated([targets for _, targets in kept]))
@@ -170,7 +177,7 @@ class MetricSum:
 
     def _means(self, loss: float, correct: int, count: int) -> dict[str, float]:
         metrics = {"loss": loss / count if count else math.nan}  # nan: all updates were skipped
-        if self.task.classes is not None:
+        if self._has_accuracy:
             metrics[self.task.accuracy] = correct / (count * self.task.predictions) if count else math.nan
         return metrics
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Depth, Fraction, Positive
 from dlopt.models.layers import hidden_features
-from dlopt.models.linear import Linear
+from dlopt.models.linear import Linear, WideLinear
 
 Positions = Literal["learned", "rotary"]
 NormChoice = Literal["layer", "rms"]
@@ -229,7 +229,7 @@ class GPT(nn.Sequential):
             mlp = FeedForward(width, hidden, gated=activation == "swiglu", bias=bias)
             modules[f"block{index + 1}"] = GPTBlock(attention, mlp, normalization(), normalization(), dropout)
         modules["norm"] = normalization()
-        modules["head"] = head = Linear(width, vocabulary, bias=False)
+        modules["head"] = head = WideLinear(width, vocabulary, bias=False)
         if tied_embeddings:
             head.weight = embedding.tokens.weight
         super().__init__(modules)

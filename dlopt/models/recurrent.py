@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Fraction
 from dlopt.models.layers import Norm, NormKind, image_shape
+from dlopt.models.linear import WideLinear
 
 
 class Rows(nn.Module):
@@ -171,5 +172,5 @@ def _network(
         modules[f"layer{index + 1}"] = nn.Sequential(OrderedDict(recurrent=recurrent, dropout=nn.Dropout(dropout)))
     if vocabulary is None:
         modules["last"] = LastStep()
-    modules["head"] = nn.Linear(hidden, classes)
+    modules["head"] = WideLinear(hidden, classes)
     return modules

@@ -331,6 +331,16 @@ def check_crops(workload: Workload) -> None:
         CentreCrop(workload.augment.output_shape).corner(*dataset.train.shape[1:])
 
 
+def has_train_accuracy(workload: Workload) -> bool:
+    """Decides about evaluate.train_accuracy. Raises `UserError` for targets that are not classes."""
+    setting = workload.run_config.settings.evaluate.train_accuracy
+    if setting is True and not workload.classify:
+        raise UserError(
+            "evaluate.train_accuracy=true: the targets are numbers, not classes; use evaluate.train_accuracy=auto"
+        )
+    return workload.task.vocabulary is None if setting == "auto" else setting
+
+
 def check_tta(workload: Workload) -> None:
     """Raises `UserError` if the final test does not support `evaluate.tta`."""
     tta = workload.run_config.settings.evaluate.tta

@@ -38,7 +38,7 @@ from dlopt.training.builders.workload import (
 )
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.checkpoint.content import Checkpoint
-from dlopt.training.evaluate import check_crops, check_tta, reduction, test_metrics, validation
+from dlopt.training.evaluate import check_crops, check_tta, has_train_accuracy, reduction, test_metrics, validation
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Intervals, Length, Progress, Run, check_horizon, evaluation_interval, run_length
@@ -241,7 +241,7 @@ def build_trainer(
         def update_sampler(outputs: torch.Tensor, targets: torch.Tensor) -> None:
             sampler.observe(sample_losses(workload.loss, outputs, targets))
 
-    train_metrics = MetricSum(workload.task, update_sampler, reduction(workload))
+    train_metrics = MetricSum(workload.task, update_sampler, reduction(workload), accuracy=has_train_accuracy(workload))
     step = build_step(
         workload, network, optimizer, schedule, measure=train_metrics.measure, average=average, checks=checks
     )

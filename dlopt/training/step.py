@@ -52,14 +52,25 @@ class Teacher:
         return self.model(batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs)
 
 
+Forward = Callable[..., tuple[Tensor, Measured]]
+"""(inputs, targets[, outputs of the teacher]) of a micro-batch -> mean loss with its graph, what the metrics need."""
+
+
 @dataclass(frozen=True)
 class Network:
-    """The part of a `Workload` that an update calls, and that observers may wrap."""
+    """The part of a `Workload` that an update calls, and that observers may wrap.
+
+    Attributes:
+        model: calls the module: wrapped by the parallel mode, compiled.
+        loss: (outputs, targets[, outputs of the teacher]) -> mean over the samples.
+        compile: compiles model, loss and metrics as one region; None: `model` and `loss` are called as they are.
+    """
 
     module: nn.Module
-    model: Callable[[Tensor], Tensor]  # calls the module: wrapped by the parallel mode, compiled
-    loss: Callable[..., Tensor]  # (outputs, targets[, outputs of the teacher]) -> mean over the samples
+    model: Callable[[Tensor], Tensor]
+    loss: Callable[..., Tensor]
     teacher: Teacher | None = None
+    compile: Callable[[Forward], Forward] | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +226,9 @@ class Step:
         self._model = precision.autocast(network.model)
         self._eager_model = precision.autocast(network.module)
         self._loss = precision.autocast(network.loss)
+        self._forward = _forward(self._model, self._loss, measure)
+        if network.compile is not None:
+            self._forward = network.compile(self._forward)
         self._teacher = network.teacher
         self._sampled_loss = precision.autocast(sampled_cross_entropy)
         # Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
@@ -308,19 +322,20 @@ class Step:
             with self.mode.micro_batch(micro_batch):
                 # 3. Forward. Parts differ in size: each loss is weighted by its samples, because a mean of means would
                 #    weight the samples of small parts more.
-                outputs = self._model(micro_batch.inputs)
                 if micro_batch.targets.shape[0]:
-                    loss = self._measured(measured, outputs, micro_batch.targets, *self._teacher_outputs(micro_batch))
+                    loss, kept = self._forward(
+                        micro_batch.inputs, micro_batch.targets, *self._teacher_outputs(micro_batch)
+                    )
                     if micro_batch.weight != 1.0:
                         loss = loss * micro_batch.weight
                 else:  # the other ranks wait for this one in collectives; its gradients are zero
-                    loss = outputs.sum() * 0.0
-                    measured.append(Measured.of_no_samples(loss))
-                # 4. Backward. It frees the activations; without `del`, the outputs, which are large for a text, would
-                #    live until those of the next micro-batch have been computed.
+                    loss = self._model(micro_batch.inputs).sum() * 0.0
+                    kept = Measured.of_no_samples(loss)
+                measured.append(kept)
+                # 4. Backward. It frees the activations and, with them, the outputs, which are large for a text: nothing
+                #    here may refer to them.
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 losses.append(loss.detach())
-                del outputs, loss
             if sums is not None and not micro_batch.is_last:
                 sums.take()
 
@@ -406,9 +421,9 @@ class Step:
         """Returns the further argument of the loss, if there is a teacher."""
         return () if self._teacher is None else (self._teacher(batch),)
 
-    def _measured(self, measured: list[Measured], outputs: Tensor, targets: Tensor, *teacher: Tensor) -> Tensor:
+    def _measured(self, measured: list[Measured], outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss of a micro-batch with its graph, and appends what the metrics need of it."""
-        loss = self._loss(outputs, targets, *teacher)
+        loss = self._loss(outputs, targets)
         measured.append(self.measure(loss.detach(), outputs.detach(), targets))
         return loss
 
@@ -434,6 +449,21 @@ class Step:
 
     def _locate(self, loss_is_finite: bool) -> str:
         return locate(self.module, self.current.batch.inputs, self.mode, self.loss, loss_is_finite=loss_is_finite)
+
+
+def _forward(model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], measure: Measure) -> Forward:
+    """Model, loss and metrics as one function, which a compiler sees as a whole.
+
+    Compiled apart from the model, the loss would read and write the outputs once per operation: for a text, whose
+    outputs are larger than all activations, that takes as long as the model.
+    """
+
+    def forward(inputs: Tensor, targets: Tensor, *teacher: Tensor) -> tuple[Tensor, Measured]:
+        outputs = model(inputs)
+        value = loss(outputs, targets, *teacher)
+        return value, measure(value.detach(), outputs.detach(), targets)
+
+    return forward
 
 
 class _GradientSums:

@@ -130,6 +130,15 @@ def test_regression_has_no_accuracy() -> None:
     assert sums.means("val") == {"val_loss": 2.5}
 
 
+def test_without_accuracy_no_outputs_are_read() -> None:
+    sums = MetricSum(CLASSIFICATION, accuracy=False)
+    for part in batches([3, 4]):
+        measured = sums.measure(*part)
+        assert measured.outputs is measured.correct is None
+        sums.add(measured)
+    assert sums.means("train") == {"train_loss": plain_loop(batches([3, 4]))["train_loss"]}
+
+
 def test_empty() -> None:
     """A loss of 0 would be the best one: an epoch whose updates were all skipped has none."""
     means = MetricSum(CLASSIFICATION).means("val")

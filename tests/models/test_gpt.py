@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.init import WidthGrowth, gpt2, mup
+from dlopt.models import linear
 from dlopt.models.gpt import GPT, KeyValueCache
+from dlopt.models.linear import needs_padding
 from tests.support.gpt import OPTIONS, gpt
 
 
@@ -133,3 +136,39 @@ def test_refusals() -> None:
     with pytest.raises(UserError, match=r"init=mup.*tied_embeddings=false"):
         growth = WidthGrowth(12, frozenset(), frozenset())
         mup(gpt(), torch.Generator(), growth=growth, std=0.02, base_width=32, zero_last_gamma=False)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "on_cuda", "pads"),
+    [(50_257, True, True), (50_257, False, False), (50_304, True, False), (50_264, True, False), (13, True, False)],
+)
+def test_a_large_head_that_is_not_aligned_is_padded_on_cuda(outputs: int, on_cuda: bool, pads: bool) -> None:
+    layer = nn.Linear(4, outputs, device="meta")
+    assert needs_padding(layer, SimpleNamespace(is_cuda=on_cuda)) is pads  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changed", [{}, {"tied_embeddings": False}])
+def test_a_padded_head_changes_no_number(changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp64, with 13 tokens padded to 64: logits, loss, gradients; the names and shapes of the weights."""
+    tokens = torch.randint(13, (4, 8), generator=torch.Generator().manual_seed(0))
+    results = []
+    for pads in (False, True):
+        monkeypatch.setattr(linear, "needs_padding", lambda *_, pads=pads: pads)
+        model = gpt(**changed)
+        logits = model(tokens[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append({"logits": logits.detach(), "loss": loss.detach(), **gradients})
+        products = {node.name() for node in _nodes(logits.grad_fn)}
+        assert ("ConstantPadNdBackward0" in products) is pads
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+
+
+def _nodes(start: Any) -> list[Any]:
+    """Returns the nodes of an autograd graph."""
+    nodes, waiting = [], [start]
+    while waiting:
+        nodes.append(node := waiting.pop())
+        waiting += [each for each, _ in node.next_functions if each is not None and each not in nodes]
+    return nodes

@@ -17,7 +17,7 @@ from dlopt.config.choices import Catalogue, config_folder
 BUDGET = {
     "commands of the runner": 14 + 1,  # sweep
     "commands of the laboratory": 5 + 2,  # verify, judge; scaling replaces bench
-    "keys of conf/train.yaml": 61,
+    "keys of conf/train.yaml": 61 + 1,  # evaluate.train_accuracy replaces train_token_accuracy in every run of a text
     "groups": 18 + 2,  # decay, space
     "choices": 235 + 5,  # of decay; those of space replace dlopt/lab/benchmark/space
     "recipes": 118,

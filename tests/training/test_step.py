@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlopt import losses
 from dlopt.basics.random import stream
+from dlopt.data.task import Task
 from dlopt.metrics.sums import MetricSum
 from dlopt.optim import SAM
+from dlopt.parallel.mode import Mode
+from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
-from dlopt.training.step import Step
+from dlopt.training.step import Network, Step, StepSettings
 from tests.support.runs import same
 from tests.support.steps import CPU, SEED, batch, begin, equal, make_step, net, train, whole
 from tests.support.tasks import CLASSIFICATION
@@ -421,3 +426,28 @@ def test_memory_that_runs_out_between_micro_batches_leaves_the_statistics(monkey
     monkeypatch.setattr(step.mode, "micro_batch", micro_batch)
     step.update(batch(0), 0)
     assert step.accumulate == 4 and equal(model, whole)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16", "bf16_pure"])
+def test_model_loss_and_metrics_are_compiled_as_one_region(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph, of which the loss processes the outputs at once; its gradients are those of the eager update."""
+    monkeypatch.setattr(losses, "_MAX_CHUNK", 8)
+    chosen = Precision(precision, CPU)
+    results = []
+    for compile in (None, partial(torch.compile, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(0)
+        model = chosen.place(nn.Sequential(nn.Embedding(13, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 13)))
+        if compile is not None:
+            monkeypatch.setattr(losses._ChunkedCrossEntropy, "apply", None)
+        loss = losses.CrossEntropy(label_smoothing=0.1, class_weights=None, classes=13)
+        network = Network(model, model, loss, compile=compile)
+        optimizer, sums = torch.optim.SGD(model.parameters(), lr=0.5), MetricSum(Task("next_token", 13, 5))
+        step = Step(
+            network, optimizer, Scheduler(optimizer, lambda t: 1.0), Mode(CPU), StepSettings(accumulate=2),
+            precision=chosen, measure=sums.measure,
+        )  # fmt: skip
+        tokens = torch.randint(13, (6, 6), generator=torch.Generator().manual_seed(1))
+        train(step, whole(tokens[:, :-1], tokens[:, 1:]), 0, sums)
+        results.append({"loss": torch.tensor(sums.loss), "correct": torch.tensor(sums.correct), **model.state_dict()})
+    tolerance = {"fp64": 1e-12, "bf16": 1e-3, "bf16_pure": 2e-2}[precision]
+    torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)

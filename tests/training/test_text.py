@@ -43,7 +43,11 @@ def test_a_run_reports_bits_per_byte(lines: list[str], tmp_path: Path, capsys: p
     assert summary["test_bits_per_byte"] < 6 and 0 < summary["test_token_accuracy"] < 1
     assert "test_accuracy" not in summary and "best_val_accuracy" not in summary
     history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {"val_loss", "val_token_accuracy", "val_bits_per_byte", "train_token_accuracy"} <= set(history[-1])
+    assert {"val_loss", "val_token_accuracy", "val_bits_per_byte", "train_bits_per_byte"} <= set(history[-1])
+    assert "train_token_accuracy" not in history[-1]
+    start(tmp_path / "counted", *lines, "epochs=3", "evaluate.train_accuracy=true")
+    counted, *_ = [json.loads(line) for line in (tmp_path / "counted" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < counted["train_token_accuracy"] < 1 and counted["train_loss"] == history[0]["train_loss"]
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["bytes"] == len(TEXT)
     best = tmp_path / "run" / "checkpoints" / "best.pt"
     (tmp_path / "run" / "config.yaml").write_text("")

@@ -4,11 +4,13 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlopt.basics.errors import UserError
@@ -17,6 +19,9 @@ from dlopt.machine.cuda_graphs import Recorder
 from dlopt.models.layers import copied_state, evaluation_mode, example_inputs
 from dlopt.parallel.mode import Mode
 from dlopt.training.builders.precision import Precision
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _WORTH_THREADS = 4e6  # FLOPs of a layer for a batch: some 100 microseconds of one core
 GRAPH_MODES = ("reduce-overhead", "max-autotune")  # torch.compile's modes that record CUDA graphs themselves
@@ -66,8 +71,8 @@ def compile_obstacle(
     return ""
 
 
-def compiled(model: Callable[[Tensor], Tensor], setting: bool | str) -> Callable[[Tensor], Tensor]:
-    """Returns the model under torch.compile. `setting`: true, auto, or one of torch's modes.
+def compiled(function: Callable[P, R], setting: bool | str) -> Callable[P, R]:
+    """Returns the function under torch.compile. `setting`: true, auto, or one of torch's modes.
 
     Discards what was compiled before in this process.
     """
@@ -77,13 +82,14 @@ def compiled(model: Callable[[Tensor], Tensor], setting: bool | str) -> Callable
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
     mode = None if isinstance(setting, bool) or setting == "auto" else setting
-    replayed = torch.compile(model, mode=mode, dynamic=False)
+    replayed: Callable[P, R] = torch.compile(function, mode=mode, dynamic=False)
     if setting not in GRAPH_MODES:
         return replayed
 
-    def run(inputs: Tensor) -> Tensor:
+    def run(*inputs: P.args, **options: P.kwargs) -> R:
         torch.compiler.cudagraph_mark_step_begin()  # the results of earlier passes are not needed any more
-        return replayed(inputs).clone()  # metrics keep outputs, whose memory the next replay overwrites
+        # Metrics keep outputs, whose memory the next replay overwrites.
+        return tree_map_only(Tensor, torch.clone, replayed(*inputs, **options))
 
     return run
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
@@ -95,7 +96,14 @@ class Workload:
 
     @property
     def network(self) -> Network:
-        return Network(self.module, self.model, self.loss, self.teacher)
+        network = Network(self.module, self.model, self.loss, self.teacher)
+        if self.compile_obstacle:
+            return network
+        compile = partial(speed.compiled, setting=self.run_config.settings.compile)
+        if self.parallel.ranks.processes == 1:
+            return replace(network, model=self.placed.model, compile=compile)
+        # A wrapper of the mode communicates during forward and backward: the compiler has to see it as the whole.
+        return replace(network, loss=compile(self.loss))
 
     def close(self) -> None:
         """Ends the worker processes of all batches."""
