@@ -1,6 +1,9 @@
 """The choices of config groups that dlopt ships."""
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -13,6 +16,14 @@ def files(group: str) -> list[Path]:
 
 def names(group: str) -> list[str]:
     return [path.stem for path in files(group)]
+
+
+def values(group: str, name: str) -> dict[str, Any]:
+    """Returns the keys of a choice, with those of the files of its group that it includes; composes no config."""
+    own = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    defaults = own.pop("defaults", [])
+    included = [each for each in defaults if isinstance(each, str) and each != "_self_" and "@" not in each]
+    return {key: value for each in included for key, value in values(group, each).items()} | own
 
 
 # Optimizers that precision=bf16_pure refuses, and the class that the message names.
