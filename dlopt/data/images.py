@@ -21,9 +21,14 @@ from dlopt.basics.files import refuse_special
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"))
 # A subset of Pillow's formats, for safety: for EPS files, for example, it runs the program Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+# All of these formats, as Pillow registers them; importing Pillow's plug-ins to ask would take long.
+EXTENSIONS = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".avifs",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".pfm",
+))  # fmt: skip
+_UNSIGNED_16_BITS = ("PNG", "PPM")  # whose images of 16 bits have the mode I, for which TIFF has I;16
 _ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
 
 Box = tuple[float, float, float, float]
@@ -53,7 +58,7 @@ def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
     transparency, uses the first frame of animations, and keeps the upper 8 bits of 16-bit grey.
 
     Raises:
-        UserError: the file cannot be read as an image, or has numbers of 32 bits that would all become 0.
+        UserError: the file cannot be read as an image, or its pixels are numbers without a white (see `from_pil`).
     """
     with _naming(path):
         return EncodedImage(path).decode(size, channels)
@@ -103,9 +108,17 @@ def _formats() -> list[str]:
 
 
 def from_pil(image: "Image", channels: int | None = None) -> Tensor:
-    """Converts a PIL image to uint8 [C, H, W]; `channels` None: 1 for grey images, else 3."""
+    """Converts a PIL image to uint8 [C, H, W]; `channels` None: 1 for grey images, else 3.
+
+    Raises `ValueError` for floating-point, 32-bit and signed pixels: nothing defines which of their values is white, so
+    0..1 or 100..400 would become black or white images.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format not in _UNSIGNED_16_BITS):
+        low, high = image.getextrema()
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise ValueError(f"{kind} pixels from {low:g} to {high:g}; convert them to 8 or 16 bits")
     if channels is None:
-        channels = 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
+        channels = 1 if image.mode in ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L") else 3
     if image.mode.startswith("I"):  # 16-bit grey: converting would clip at 255 instead of scaling
         from PIL import Image
 
@@ -158,7 +171,6 @@ class EncodedImage:
         from PIL import Image, ImageOps
 
         image = self._image
-        _check_range(image)
         is_whole = box is None and size in (None, (self.height, self.width))
         if size is not None and not is_whole:
             left, top, right, bottom = _centre_box(self.width, self.height, size) if box is None else box
@@ -173,20 +185,13 @@ class EncodedImage:
                     box = left, top, right, bottom
         if self._orientation > 1:
             image = ImageOps.exif_transpose(image)
+            image.format = self._image.format
         if size is None or is_whole:
             return from_pil(image, channels)
         if image.mode not in ("L", "RGB"):
             pixels = from_pil(image, channels).permute(1, 2, 0)
             image = Image.fromarray(pixels.squeeze(-1).contiguous().numpy())
         return from_pil(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box), channels)
-
-
-def _check_range(image: "Image") -> None:
-    """Raises `ValueError` for a TIFF of 32-bit numbers, such as 0..1, that would become a black image."""
-    if image.format == "TIFF" and image.mode in ("F", "I") and not from_pil(image, 1).any():
-        pixels = np.asarray(image)
-        if pixels.any():
-            raise ValueError(f"32-bit pixels from {pixels.min():g} to {pixels.max():g}; convert them to 8 or 16 bits")
 
 
 def _centre_box(width: int, height: int, size: tuple[int, int]) -> Box:

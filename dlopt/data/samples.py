@@ -370,7 +370,10 @@ class Wrapped:
 
     def _input(self, value: Any, index: int) -> Tensor:
         if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
-            value = from_pil(value)
+            try:
+                value = from_pil(value)
+            except ValueError as error:
+                raise UserError(f"{self._name}[{index}]: {error}") from None
         elif isinstance(value, np.ndarray):
             if value.dtype == np.uint8 and value.ndim == 3:
                 value = channels_first(value, f"{self._name}[{index}]")

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dlopt.basics.errors import UserError
-from dlopt.data.images import _centre_box, decode, from_pil, header_size, resize
+from dlopt.data.images import EXTENSIONS, _centre_box, _formats, decode, from_pil, header_size, resize
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -75,19 +75,31 @@ def test_palette_with_transparency_does_not_warn(tmp_path: Path) -> None:
 
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
     values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    ours = decode(str(tmp_path / "a.png"), None, 1)
-    assert torch.equal(ours[0], torch.from_numpy((values >> 8).astype(np.uint8)))
+    for name in ("a.png", "a.tif", "a.pgm"):
+        Image.fromarray(values).save(tmp_path / name)
+        ours = decode(str(tmp_path / name), None, 1)
+        assert torch.equal(ours[0], torch.from_numpy((values >> 8).astype(np.uint8)))
 
 
-@pytest.mark.parametrize(("pixels", "black"), [(np.float32(0.5), True), (np.int32(200), True), (np.int32(0), False)])
-def test_numbers_of_32_bits_do_not_become_black_images(tmp_path: Path, pixels: np.generic, black: bool) -> None:
-    Image.fromarray(np.full((4, 4), pixels)).save(tmp_path / "x.tif")
-    if not black:
-        assert not decode(str(tmp_path / "x.tif"), None, 1).any()
-        return
-    with pytest.raises(UserError, match=r"32-bit pixels from .*; convert them to 8 or 16 bits"):
-        decode(str(tmp_path / "x.tif"), (2, 2), 3)
+@pytest.mark.parametrize("low, high", [(np.float32(0), np.float32(1)), (np.float32(-1e4), np.float32(1e4)),
+                                       (np.int32(100), np.int32(400)), (np.int32(0), np.int32(0))])  # fmt: skip
+@pytest.mark.parametrize("suffix", [".tif", ".pfm"])
+def test_pixels_without_a_white_are_refused(tmp_path: Path, low: np.generic, high: np.generic, suffix: str) -> None:
+    pixels = np.full((4, 4), low)
+    pixels[0] = high
+    image = Image.fromarray(pixels)
+    if suffix == ".tif" or pixels.dtype == np.float32:
+        image.save(tmp_path / f"x{suffix}", format="PPM" if suffix == ".pfm" else None)
+        for size in (None, (2, 2)):
+            with pytest.raises(UserError, match=r"pixels from .*; convert them to 8 or 16 bits"):
+                decode(str(tmp_path / f"x{suffix}"), size, 3)
+    with pytest.raises(ValueError, match=rf"pixels from {low:g} to {high:g}; convert"):
+        from_pil(image)
+
+
+def test_every_format_has_its_extensions() -> None:
+    Image.init()
+    assert {name for name, format in Image.registered_extensions().items() if format in _formats()} <= EXTENSIONS
 
 
 def test_exif_orientation_is_followed(tmp_path: Path) -> None:
