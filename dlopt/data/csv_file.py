@@ -1,12 +1,13 @@
 """The one reader of CSV files, for `data=table` and `data=csv`: a header line, and rows with a field per column."""
 
+import array
 import codecs
-import collections
 import contextlib
 import csv
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,64 +16,76 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
+from dlopt.data.checks import LEFT_OUT, number
 
 SPLITS = ("train", "val", "test")
 _LARGEST = torch.finfo(torch.float32).max
-_INDEX = re.compile(r"(Unnamed: \d+)?")  # the name of pandas' index, as pandas writes it and as it reads it back
-_MISSING = frozenset({"na", "n/a", "nan", "null", "none", "nil", "?", "-", "."})
+_INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")  # the name of pandas' index, as it writes it and as it reads it back
+_MISSING = frozenset({"na", "n/a", "#n/a", "nan", "null", "none", "nil", "?", "-", "."})
 _TRUTH = frozenset({"true", "false", "yes", "no"})
-_GROUPED = re.compile(r"[+-]?\d{1,3}([ ,.'_]\d{3})+([.,]\d+)?")  # 1,234,567
+_GROUPED = re.compile(r"[+-]?\d{1,3}([ \u00a0\u202f,.'’_]\d{3})+([.,]\d+)?")  # 1,234,567
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
-_FEW = 20  # rows, which a feature may number by chance
-_MANY_CLASSES = 50  # if all of them are numbers, they are likely the values of a regression
+_WITH_UNIT = re.compile(r"[^\w\s.,+-]{0,3}\s?[+-]?[0-9][0-9.,]*\s?[^\d\s.,+-]{0,5}")  # $5, 5 %, 12 kg
+_CHUNK = 1024  # rows that are converted at once
+_SPECTRUM = 8  # columns; a row has as few numbers in order by chance
+_FIRST = 1000  # rows that are compared with the header
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first line of a CSV file, and how to read the others.
+
+    Attributes:
+        names: of the columns, without spaces around them.
+        positions: of these columns in a row.
+        width: fields of a row.
+        notes: which columns were left out.
+    """
+
+    path: Path
+    delimiter: str
+    encoding: str
+    names: tuple[str, ...]
+    positions: tuple[int, ...]
+    width: int
+    notes: tuple[str, ...]
+
+    def require(self, names: Collection[str], hint: str = "") -> None:
+        """Raises `UserError` if there is no such column."""
+        for name in names:
+            if name not in self.names:
+                columns = ", ".join(self.names) or "none"
+                raise UserError(f"data.file={self.path}: has no column {name!r}; it has {columns}{hint}")
 
 
 @dataclass(frozen=True)
 class CsvFile:
-    """The content of a CSV file.
+    """Columns of a CSV file.
 
     Attributes:
-        header: names of the columns, without spaces around them.
-        rows: fields of each row, without spaces around them; as many as there are columns.
+        texts: fields of columns, without spaces around them.
+        numbers: columns of finite numbers, float64 [N, F].
         lines: line number of each row, for messages.
-        notes: what was left out.
     """
 
     path: Path
-    header: list[str]
-    rows: list[list[str]]
-    lines: list[int]
-    notes: tuple[str, ...] = ()
+    texts: Mapping[str, list[str]]
+    numbers: np.ndarray
+    lines: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.lines)
 
     def place(self, row: int) -> str:
         """Names the line of a row for messages."""
-        return f"data.file={self.path}, line {self.lines[row]}"
+        return _place(self.path, self.lines[row])
 
-    def column(self, name: str, *, may_be_empty: bool = False, hint: str = "") -> list[str]:
-        """Returns the fields of a column. Raises `UserError` for an empty field, or if there is no such column."""
-        if name not in self.header:
-            columns = ", ".join(self.header) or "none"
-            raise UserError(f"data.file={self.path}: has no column {name!r}; it has {columns}{hint}")
-        index = self.header.index(name)
-        fields = [row[index] for row in self.rows]
-        if not may_be_empty and "" in fields:
+    def column(self, name: str) -> list[str]:
+        """Returns the fields of a column of texts. Raises `UserError` for an empty one."""
+        fields = self.texts[name]
+        if "" in fields:
             raise UserError(f"{self.place(fields.index(''))}: {name} is empty; fill it in or remove the line")
         return fields
-
-    def numbers(self, name: str, advice: str) -> np.ndarray:
-        """Returns a column as float64 [N].
-
-        `advice`: what to do with a column of texts. Raises `UserError` that names the first line without a finite
-        number.
-        """
-        fields = self.column(name)
-        values = np.array([number(field) for field in fields])
-        wrong = np.flatnonzero(~(np.abs(values) <= _LARGEST))  # also NaN
-        if len(wrong):
-            row = int(wrong[0])
-            remedy = _remedy(fields[row]) or advice
-            raise UserError(f"{self.place(row)}: {name} is {fields[row]!r}, not a finite number; {remedy}")
-        return values
 
     def splits(self, column: str | None) -> list[str] | None:
         """Returns train, val or test for each row; None without a column.
@@ -90,95 +103,143 @@ class CsvFile:
         return names
 
 
-def number(text: str) -> float:
-    """Returns the number that a text shows; NaN for any other text.
-
-    float() also reads 1_000 and the digits of other scripts, which other programs do not write as numbers.
-    """
-    with contextlib.suppress(ValueError):
-        return float(text) if text.isascii() and "_" not in text else math.nan
-    return math.nan
-
-
-def count_rows(values: np.ndarray) -> bool:
-    """Returns whether numbers [N] are consecutive integers in any order: the index of a table, not a feature."""
-    if len(values) < _FEW or not (values == np.round(values)).all():
-        return False
-    return len(np.unique(values)) == len(values) == np.ptp(values) + 1
-
-
-def natural(name: str) -> tuple[float, str]:
-    """Sorts numbers by value, before names, of which nan is one: as a number it has no place in an order."""
-    value = number(name)
-    return (math.inf, name) if math.isnan(value) else (value, name)
-
-
-def read_csv(file: str, delimiter: str = ",") -> CsvFile:
-    """Reads a file in UTF-8, or in UTF-16 with a byte order mark. Skips empty lines.
+def read_header(file: str, delimiter: str = ",") -> Header:
+    """Reads the header line of a file in UTF-8, or in UTF-16 with a byte order mark.
 
     Leaves out columns without a name, or with the name that pandas gives them: an index.
 
     Raises:
-        UserError: the file cannot be read; it has no header line, two columns of one name, or a row with more or fewer
-            fields than the header.
+        UserError: the file cannot be read, has no header line, or has two columns of one name.
     """
     path = Path(file).expanduser()
-    header, rows, lines = _read(path, delimiter)
-    for row, line in zip(rows, lines, strict=True):
-        if len(row) != len(header):
-            raise UserError(f"data.file={path}, line {line}: has {len(row)} fields instead of {len(header)}")
-    if rows and _is_row(header, rows):
-        raise UserError(
-            f"data.file={path}: line 1 has values ({', '.join(header[:3])}, ...); insert a line with the names of the "
-            "columns before it"
-        )
-    kept = [i for i, name in enumerate(header) if not _INDEX.fullmatch(name)]
-    names = [header[i] for i in kept]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"data.file={path}: two columns have the same name, {', '.join(twice)}")
-    notes = tuple(
-        f"left out: column {i + 1}{f' ({name})' if name else ', which has no name'}"
-        for i, name in enumerate(header)
-        if i not in kept
-    )
-    return CsvFile(path, names, [[row[i] for i in kept] for row in rows] if notes else rows, lines, notes)
-
-
-def _read(path: Path, delimiter: str) -> tuple[list[str], list[list[str]], list[int]]:
-    """Returns the header, and the fields and the line number of each row. Raises `UserError`."""
-    try:
+    with _reading(path):
         refuse_special(path)
         with path.open("rb") as binary:
             mark = binary.read(2)
-        encoding = "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-        rows, lines = [], []
-        with path.open(newline="", encoding=encoding) as file:
-            reader = csv.reader(file, delimiter=delimiter)
-            header = [name.strip() for name in next(reader, [])]
-            for row in reader:
-                if row:
-                    rows.append([field.strip() for field in row])
-                    lines.append(reader.line_num)
+    encoding = "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    lines = _lines(path, delimiter, encoding)
+    _, fields = next(lines, (1, []))
+    if any("\0" in name for name in fields):
+        raise UserError(f"data.file={path}: has zero bytes, as UTF-16 without a byte order mark; save it as UTF-8")
+    rows = [row for _, row in itertools.islice(lines, _FIRST) if len(row) == len(fields)]
+    if rows and _is_row(fields, rows):
+        raise UserError(
+            f"data.file={path}: line 1 has values ({', '.join(fields[:3])}, ...); insert a line with the names of the "
+            "columns before it"
+        )
+    kept = [i for i, name in enumerate(fields) if not _INDEX.fullmatch(name)]
+    names = [fields[i] for i in kept]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"data.file={path}: two columns have the same name, {', '.join(twice)}")
+    notes = tuple(
+        f"{LEFT_OUT}column {i + 1}{f' ({name})' if name else ', which has no name'}"
+        for i, name in enumerate(fields)
+        if i not in kept
+    )
+    return Header(path, delimiter, encoding, tuple(names), tuple(kept), len(fields), notes)
+
+
+def read_columns(
+    header: Header, texts: Collection[str] = (), numbers: Mapping[str, str] | None = None, *, hint: str = ""
+) -> CsvFile:
+    """Reads columns of a file, a few rows at a time: only these columns are kept. Skips empty lines.
+
+    Args:
+        texts: columns to keep as they are.
+        numbers: columns to convert to numbers, with the advice on a column of texts.
+        hint: what else to do if a column is missing.
+
+    Raises:
+        UserError: a column is missing, or a row has more or fewer fields than the header, an empty field among
+            `numbers`, or one that is no finite number. The message names the line.
+    """
+    numbers = numbers or {}
+    header.require([*texts, *numbers], hint)
+    place = dict(zip(header.names, header.positions, strict=True))
+    kept: dict[str, list[str]] = {name: [] for name in texts}
+    known: dict[str, str] = {}  # labels repeat: a text is kept once
+    lines = array.array("q")
+    values = np.empty((_CHUNK, len(numbers)))
+    rows = _lines(header.path, header.delimiter, header.encoding)
+    next(rows, None)
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        for line, row in chunk:
+            if len(row) != header.width:
+                other = " (set data.delimiter if it is another one)" if header.width == 1 else ""
+                raise UserError(f"{_place(header.path, line)}: has {len(row)} fields instead of {header.width}{other}")
+        for name, fields in kept.items():
+            fields += [known.setdefault(row[place[name]], row[place[name]]) for _, row in chunk]
+        start = len(lines)
+        lines.extend(line for line, _ in chunk)
+        if start + len(chunk) > len(values):
+            values.resize((2 * len(values), len(numbers)), refcheck=False)  # in place: without a second copy
+        for position, (name, advice) in enumerate(numbers.items()):
+            fields = [row[place[name]] for _, row in chunk]
+            values[start : start + len(chunk), position] = column = _numbers(fields)
+            if not (np.abs(column) <= _LARGEST).all():
+                wrong = int(np.flatnonzero(~(np.abs(column) <= _LARGEST))[0])  # also NaN
+                raise _not_a_number(_place(header.path, chunk[wrong][0]), name, fields[wrong], advice)
+    values.resize((len(lines), len(numbers)), refcheck=False)
+    return CsvFile(header.path, kept, values, lines)
+
+
+def _place(path: Path, line: int) -> str:
+    return f"data.file={path}, line {line}"
+
+
+def _lines(path: Path, delimiter: str, encoding: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the line number and the fields of each row that is not empty. Raises `UserError`."""
+    with _reading(path), path.open(newline="", encoding=encoding) as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        for row in reader:
+            if row or reader.line_num == 1:
+                yield reader.line_num, [field.strip() for field in row]
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise UserError(f"data.file={path}: cannot be read{where} ({error.strerror})") from error
     except (csv.Error, UnicodeError) as error:
         raise UserError(f"data.file={path}: is not a CSV file in UTF-8 ({error})") from error
-    return header, rows, lines
+
+
+def _numbers(fields: list[str]) -> np.ndarray:
+    """Returns the numbers of texts, float64 [n], NaN for others; see `number`."""
+    joined = "".join(fields)
+    if joined.isascii() and "_" not in joined:
+        with contextlib.suppress(ValueError):
+            return np.array(fields, dtype=np.float64)
+    return np.array([number(field) for field in fields])
+
+
+def _not_a_number(place: str, name: str, field: str, advice: str) -> UserError:
+    if not field:
+        return UserError(f"{place}: {name} is empty; fill it in or remove the line")
+    return UserError(f"{place}: {name} is {field!r}, not a finite number; {_remedy(field) or advice}")
 
 
 def _is_row(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Returns whether the first line looks like a row: a number in each column of numbers, a known text in the others.
 
-    Not 0, 1, 2, ..., which pandas writes for columns without names, and not the years of a pivot table whose column of
-    texts has a name.
+    Not 0, 1, 2, ..., which pandas writes for columns without names, and not the years of a pivot table, or the
+    wavelengths of spectra, whose column of texts has a name: these are sorted.
     """
     if [*header] == [str(i) for i in range(len(header))]:
         return False
     numeric = {i for i in range(len(header)) if not any(math.isnan(number(row[i])) for row in rows[:100])}
-    if not numeric or any(math.isnan(number(header[i])) for i in numeric):
+    names = [number(header[i]) for i in sorted(numeric)]
+    if not numeric or any(math.isnan(name) for name in names):
         return False
-    return all(any(row[i] == name for row in rows) for i, name in enumerate(header) if i not in numeric)
+    texts = [(i, name) for i, name in enumerate(header) if i not in numeric]
+    if all(any(row[i] == name for row in rows) for i, name in texts):
+        return True
+    steps, are_years = np.diff(names), all(name.is_integer() for name in names)
+    are_sorted = bool((steps > 0).all()) and (are_years or len(names) >= _SPECTRUM)
+    return len(names) > 1 and not (are_sorted or (len(names) >= _SPECTRUM and bool((steps < 0).all())))
 
 
 def _remedy(text: str) -> str | None:
@@ -189,36 +250,6 @@ def _remedy(text: str) -> str | None:
         return "write 1 and 0"
     if _GROUPED.fullmatch(text):
         return "write it without separators of thousands"
-    return "write a decimal point" if _DECIMAL_COMMA.fullmatch(text) else None
-
-
-def are_values(labels: Sequence[str]) -> bool:
-    """Returns whether labels are the values of a regression rather than classes."""
-    names = set(labels)
-    if len(names) > max(len(labels) / 2, 2):
-        return True
-    values = [number(name) for name in names]
-    return len(names) > _FEW and all(map(math.isfinite, values)) and not all(value.is_integer() for value in values)
-
-
-def label_warnings(column: str, labels: Sequence[str]) -> tuple[str, ...]:
-    """Returns what looks wrong in the class names of all samples, a line each."""
-    counts = collections.Counter(labels)
-    names = sorted(counts, key=natural)
-    found = []
-    forms = collections.defaultdict(list)
-    for name in names:
-        value = number(name)
-        forms[name.casefold() if math.isnan(value) else repr(value)].append(name)
-    for group in forms.values():
-        if len(group) > 1:
-            found.append(f"warning: {column} has classes that differ in form only: {', '.join(map(repr, group))}")
-    if single := [name for name in names if counts[name] == 1]:
-        shown = ", ".join(single[:3]) + (", ..." if len(single) > 3 else "")
-        found.append(f"warning: {column} has {len(single)} class{'es' * (len(single) > 1)} with one sample: {shown}")
-    if len(names) > _MANY_CLASSES and not any(math.isnan(number(name)) for name in names):
-        found.append(
-            f"warning: the {len(names)} classes of {column} are numbers; for a regression, use data.labels=value "
-            "loss=mse"
-        )
-    return tuple(found)
+    if _DECIMAL_COMMA.fullmatch(text):
+        return "write a decimal point"
+    return "write the number without its unit" if _WITH_UNIT.fullmatch(text) else None

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +11,8 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
-from dlopt.data.csv_file import SPLITS, are_values, count_rows, label_warnings, natural, read_csv
+from dlopt.data.checks import are_values, count_warnings, label_warnings, natural, rounding_warnings
+from dlopt.data.csv_file import SPLITS, read_columns, read_header
 from dlopt.data.digits import read_bundled
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
@@ -47,53 +49,42 @@ def table(
     delimiter = "\t" if delimiter == r"\t" else delimiter
     if len(delimiter) != 1:
         raise UserError(f"data.delimiter={delimiter!r}: must be one character, or \\t for a tab")
-    content = read_csv(file, delimiter)
-    header = content.header
-    if len(header) < 2:
-        raise UserError(f"data.file={file}: has {len(header)} columns; set data.delimiter if it is not {delimiter!r}")
-    if not content.rows:
-        raise UserError(f"data.file={file}: has no rows")
-    target = header[-1] if target is None else target
-    for column in ignore:
-        content.column(column, may_be_empty=True)  # refuses one that the file lacks
-    texts, parts = content.column(target), content.splits(split_column)
-    features = [column for column in header if column not in (target, *ignore, split_column)]
+    header = read_header(file, delimiter)
+    columns = header.names
+    if len(columns) < 2:
+        raise UserError(f"data.file={file}: has {len(columns)} columns; set data.delimiter if it is not {delimiter!r}")
+    target = columns[-1] if target is None else target
+    header.require([target, *ignore, *([] if split_column is None else [split_column])])
+    features = [column for column in columns if column not in (target, *ignore, split_column)]
     if not features:
         raise UserError(f"data.file={file}: no column is left as a feature")
-    inputs = np.stack([content.numbers(name, f"leave it out with data.ignore=[{name}]") for name in features], 1)
-    answers: list[str] | np.ndarray = texts
+    numbers = {name: f"leave it out with data.ignore=[{name}]" for name in features}
     if labels == "value":
-        answers = content.numbers(target, "every row needs a target (classes: data.labels=class)")
-    elif are_values(texts):
-        raise UserError(
-            f"data.labels=class: {target} has {len(set(texts))} different values in {len(texts)} rows; "
-            "for a regression, use data.labels=value loss=mse"
-        )
-    dataset = _dataset(inputs, answers, parts, test_split, standardize_target=standardize_target)
-    dataset.notes += content.notes
-    dataset.notes += tuple(
-        f"warning: column {name} counts the rows; leave it out with data.ignore=[{name}] if it is an index"
-        for name, values in zip(features, inputs.T, strict=True)
-        if count_rows(values)
+        numbers[target] = "every row needs a target (classes: data.labels=class)"
+    texts = [] if labels == "value" else [target]
+    content = read_columns(header, [*texts, *([] if split_column is None else [split_column])], numbers)
+    if not len(content):
+        raise UserError(f"data.file={file}: has no rows")
+    inputs, answers = content.numbers[:, : len(features)], content.numbers[:, -1] if labels == "value" else None
+    warnings = count_warnings(zip(features, inputs.T, strict=True), "leave it out with data.ignore=[{name}]")
+    parts = content.splits(split_column)
+    if labels == "class":
+        texts = content.column(target)
+        if are_values(texts):
+            raise UserError(
+                f"data.labels=class: {target} has {len(set(texts))} different values in {len(texts)} rows; "
+                "for a regression, use data.labels=value loss=mse"
+            )
+        warnings += label_warnings(target, Counter(texts))
+    elif not standardize_target:
+        warnings += rounding_warnings([(f"the target {target}", content.numbers[:, -1])])
+    warnings += rounding_warnings((f"column {name}", values) for name, values in zip(features, inputs.T, strict=True))
+    dataset = _dataset(
+        inputs, texts if answers is None else answers, parts, test_split, standardize_target=standardize_target
     )
-    dataset.notes += label_warnings(target, texts) if labels == "class" else ()
-    dataset.notes += _rounding_notes(inputs, features)
+    dataset.source = f"{len(content):,} rows; {len(features)} feature{'s' * (len(features) > 1)}, target {target}"
+    dataset.notes += (*header.notes, *warnings)
     return dataset
-
-
-_MAX_ROUNDING = 0.01  # of a column's range
-
-
-def _rounding_notes(inputs: np.ndarray, names: Sequence[str]) -> tuple[str, ...]:
-    """Returns a warning for each column of which float32 keeps little, such as times in seconds since 1970."""
-    errors = np.abs(inputs.astype(np.float32) - inputs).max(0)
-    ranges = np.ptp(inputs, 0)
-    return tuple(
-        f"warning: float32 rounds column {name} by up to {error:.3g}, its values differ by up to {extent:.3g}; "
-        "subtract a constant from them in the file"
-        for name, error, extent in zip(names, errors.tolist(), ranges.tolist(), strict=True)
-        if error > _MAX_ROUNDING * extent > 0
-    )
 
 
 def breast_cancer(*, test_split: Fraction) -> Dataset:

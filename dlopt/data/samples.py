@@ -76,7 +76,8 @@ class Dataset:
     """The three splits of a dataset; `classes` has the names of the labels, None if they are numbers.
 
     `in_memory`: keep the samples on the training device as one tensor (decided by `prepare`).
-    `notes`: lines to show the user, about skipped samples.
+    `source`: what was read, as the user counts it (40 images of 2 classes); empty for built-in data.
+    `notes`: lines to show the user, on what was left out and what looks wrong; see `dlopt.data.checks`.
     `facts`: describe the data, for environment.json.
     `is_generated`: the config defines the data.
     `identity`: see `dlopt.data.identity`; None: not computed.
@@ -96,6 +97,7 @@ class Dataset:
     tokenizer: Tokenizer | None = None
     is_generated: bool = False
     identity: Mapping[str, Any] | None = None
+    source: str = ""
 
     @property
     def task(self) -> Task:

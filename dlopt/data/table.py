@@ -1,15 +1,18 @@
 """Images listed in a CSV file."""
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.data.csv_file import SPLITS, label_warnings, natural, number, read_csv
+from dlopt.data.checks import are_measured, label_warnings, natural, rounding_warnings
+from dlopt.data.csv_file import SPLITS, read_columns, read_header
 from dlopt.data.samples import Dataset, ImageList
 from dlopt.data.verify import ImageKeys, image_files
 
@@ -40,36 +43,56 @@ def csv(
     """
     if not label_separator:
         raise UserError("data.label_separator=: must be at least one character, such as ;")
-    content = read_csv(file)
+    header = read_header(file)
+    other = [path_column, *([] if split_column is None else [split_column])]
     hint = " (for a table of numbers: data=table)"
-    paths = content.column(path_column, hint=hint)
-    texts = content.column(label_column, may_be_empty=labels == "several", hint=hint)
+    answers: Sequence[str] | Sequence[float]
+    warnings: tuple[str, ...] = ()
     if labels == "value":
-        content.numbers(label_column, "data.labels=value needs numbers")
+        content = read_columns(header, other, {label_column: "data.labels=value needs numbers"}, hint=hint)
+        answers = content.numbers[:, 0].tolist()
+        warnings = rounding_warnings([(label_column, content.numbers[:, 0])])
+    else:
+        content = read_columns(header, [*other, label_column], hint=hint)
+        answers = content.column(label_column) if labels == "class" else content.texts[label_column]
+    paths = content.column(path_column)
     parts = content.splits(split_column) or ["train"] * len(paths)
     base = content.path.parent if root is None else Path(root).expanduser()
-    splits: dict[str, list[tuple[str, str]]] = {name: [] for name in SPLITS}
-    for row, (name, text, split) in enumerate(zip(paths, texts, parts, strict=True)):
+    splits: dict[str, list[tuple[str, Any]]] = {name: [] for name in SPLITS}
+    for row, (name, answer, split) in enumerate(zip(paths, answers, parts, strict=True)):
         image = base / name
         if keys["on_error"] == "fail" and not os.path.isfile(image):
             raise UserError(f"{content.place(row)}: {image} is missing or not a file")
-        splits[split].append((str(image), text))
+        splits[split].append((str(image), answer))
     if not splits["train"]:
         raise UserError(f"data.file={file}: has no training rows")
     separator = label_separator if labels == "several" else None
-    names = {name for _, label in splits["train"] for name in _names(label, separator)}
-    if separator is not None and not names:
-        raise UserError(f"data.file={file}: no training row has a label in {label_column}")
-    classes = None if labels == "value" else tuple(sorted(names, key=natural))
+    classes = None
+    if labels != "value":
+        counts = Counter(name for label in answers for name in _names(str(label), separator))
+        if labels == "class" and are_measured(counts):
+            raise UserError(
+                f"data.labels=class: {label_column} has {len(counts)} different numbers; for a regression, use "
+                "data.labels=value loss=mse"
+            )
+        warnings = label_warnings(label_column, counts)
+        names = {name for _, label in splits["train"] for name in _names(label, separator)}
+        if separator is not None and not names:
+            raise UserError(f"data.file={file}: no training row has a label in {label_column}")
+        classes = tuple(sorted(names, key=natural))
     lists = {
         split: ImageList(np.array([os.fsencode(path) for path, _ in rows]), _targets(file, rows, classes, separator))
         for split, rows in splits.items()
         if rows
     }
-    warnings = label_warnings(label_column, texts) if labels == "class" else ()
     files, notes = image_files(str(content.path), lists, channels=channels, **keys)
     return Dataset(
-        files["train"], files.get("val"), files.get("test"), classes, notes=(*content.notes, *notes, *warnings)
+        files["train"],
+        files.get("val"),
+        files.get("test"),
+        classes,
+        notes=(*header.notes, *notes, *warnings),
+        source=f"{len(paths):,} images and their {label_column}",
     )
 
 
@@ -78,9 +101,9 @@ def _names(label: str, separator: str | None) -> list[str]:
     return [label] if separator is None else [name.strip() for name in label.split(separator) if name.strip()]
 
 
-def _targets(file: str, rows: list[tuple[str, str]], classes: tuple[str, ...] | None, separator: str | None) -> Tensor:
+def _targets(file: str, rows: list[tuple[str, Any]], classes: tuple[str, ...] | None, separator: str | None) -> Tensor:
     if classes is None:
-        return torch.tensor([number(label) for _, label in rows], dtype=torch.float32)
+        return torch.tensor([value for _, value in rows], dtype=torch.float32)
     index = {name: i for i, name in enumerate(classes)}
     for path, label in rows:
         for name in _names(label, separator):

@@ -1,6 +1,7 @@
 """Tables of numbers, and the data sets bundled with scikit-learn."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from sklearn import datasets
 
 from dlopt.basics.errors import UserError
-from dlopt.data.csv_file import natural
+from dlopt.data.checks import natural
 from dlopt.data.features import breast_cancer, diabetes, table, wine
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
@@ -109,8 +110,39 @@ def test_classes_are_sorted_as_numbers_and_then_as_names(tmp_path: Path) -> None
 
 def test_warns_about_columns_that_float32_rounds(tmp_path: Path) -> None:
     text = "time,year,flag,y\n" + "".join(f"{1.7e9 + 3 * i},{1990 + 2 * i},0.1,{i % 2}\n" for i in range(20))
-    [note] = load(tmp_path, text).notes
-    assert note.startswith("warning: float32 rounds column time by up to ")
+    notes = load(tmp_path, text).notes
+    [rounded] = [note for note in notes if "float32" in note]
+    assert rounded.startswith(
+        "warning: float32 rounds column time by up to 57, its values differ by up to 57; subtract"
+    )
+    counted = [note for note in notes if "counts the rows" in note]
+    assert [name in note for name, note in zip(("time", "year"), counted, strict=True)] == [True, True]
+    assert "data.ignore=[year] if it is an index or a time" in counted[1]
+    target = load(tmp_path, text, target="time", labels="value", standardize_target=False).notes
+    assert any(note.startswith("warning: float32 rounds the target time by up to 57") for note in target)
+    assert not any("float32" in note for note in load(tmp_path, text, target="time", labels="value").notes)
+
+
+def test_a_single_feature_may_be_sorted(tmp_path: Path) -> None:
+    text = "x,y\n" + "".join(f"{i},{i * i / 7}\n" for i in range(40))
+    assert not any("counts" in note for note in load(tmp_path, text, labels="value").notes)
+
+
+def test_a_table_is_read_without_its_texts_in_memory(tmp_path: Path) -> None:
+    """Ignored columns, which may have empty fields, are not kept, and numbers are converted a few rows at a time."""
+    count, columns = 3000, 30
+    names = ",".join(f"x{i}" for i in range(columns))
+    row = ",".join(["123.4567890123"] * columns)
+    text = f"{names},comment,y\n" + "".join(f"{row},{'' if i % 2 else 'a' * 200},{i % 2}\n" for i in range(count))
+    (tmp_path / "t.csv").write_text(text)
+    tracemalloc.start()
+    try:
+        dataset = table(file=str(tmp_path / "t.csv"), **{**DEFAULTS, "ignore": ("comment",)})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert dataset.train.shape == (columns,) and dataset.source == "3,000 rows; 30 features, target y"
+    assert peak < 8 * 8 * count * columns  # bytes; the texts of all fields alone need 71 each
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,251 @@
+"""What the user should know about data that were read: the same checks, in the same words, for every reader.
+
+The lines are shown in the header of a run: what was read, what was left out, and warnings. They never change the data.
+"""
+
+import collections
+import contextlib
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from dlopt.data.samples import Dataset, Samples
+
+LEFT_OUT, WARNING = "left out: ", "warning: "
+_SHOWN = 3  # names in a line, and lines of a kind
+_FEW = 20  # rows, which a feature may number by chance
+_MANY_CLASSES = 50  # if all of them are numbers, they are likely the values of a regression
+_MISSING = frozenset({"na", "n/a", "#n/a", "nan", "null", "nil", "?"})
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
+_SEPARATORS = re.compile(r"[\s_\-]+")
+_MAX_ROUNDING = 0.01  # of a column's range
+_SAMPLED = 64  # vectors that are looked at if they are read one at a time
+_PICTURES = 16  # images that are looked at
+_DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
+
+
+# -- what was read and left out
+
+
+def ending(name: str) -> str:
+    """Returns the ending of a file's name, for `left_out`."""
+    if name.startswith("."):
+        return "hidden"
+    suffix = os.path.splitext(name)[1]
+    return f"*{suffix}" if suffix else "without an ending"
+
+
+def left_out(counts: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns a line on what was left out, given how many files there are by ending or reason; none without."""
+    if not counts:
+        return ()
+    named = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
+    shown = [f"{count:,} {reason}" for reason, count in named[:10]]
+    if rest := sum(count for _, count in named[10:]):
+        shown.append(f"{rest:,} others")
+    total = sum(counts.values())
+    return (f"{LEFT_OUT}{total:,} file{'s' * (total > 1)} ({', '.join(shown)})",)
+
+
+def notes(dataset: "Dataset") -> tuple[str, ...]:
+    """Returns the lines on a dataset as it was read: what was read, the notes of its reader, and on its splits."""
+    read = (f"read: {dataset.source}",) if dataset.source else ()
+    return (*read, *dataset.notes, *_split_notes(dataset), *_image_warnings(dataset.train))
+
+
+def problems(lines: Iterable[str]) -> list[str]:
+    """Returns the lines on what was left out or looks wrong, which commands show that do not train."""
+    return [line for line in lines if line.startswith((LEFT_OUT, WARNING))]
+
+
+def _split_notes(dataset: "Dataset") -> list[str]:
+    if dataset.test is None and not dataset.is_generated:
+        found = ["no test set: the metrics of the best model are those of the validation set, by which it is selected"]
+    else:
+        found = []
+    classes, train = dataset.classes, dataset.train.targets
+    if classes is None or train.ndim != 1 or train.is_floating_point() or dataset.unlabelled is not None:
+        return found
+    counts = {name: _counts(getattr(dataset, name), len(classes)) for name in ("train", "val", "test")}
+    total = sum(counts.values())
+    for name, label in (("val", "validation"), ("test", "test")):
+        # A class with one sample is reported on its own.
+        absent = [classes[i] for i in np.flatnonzero((counts[name] == 0) & (total > 1)).tolist()]
+        if absent and getattr(dataset, name) is not None:
+            found.append(f"{WARNING}the {label} set has no sample of {_classes(absent)}")
+    return found
+
+
+def _counts(samples: "Samples | None", classes: int) -> np.ndarray:
+    return np.zeros(classes, int) if samples is None else torch.bincount(samples.targets, minlength=classes).numpy()
+
+
+def _image_warnings(samples: "Samples") -> tuple[str, ...]:
+    """Returns a warning if images are nearly black or white, as those of 12 bits in 16, or masks of 0 and 1."""
+    if len(samples.shape) != 3:
+        return ()
+    images = samples.fetch(torch.linspace(0, len(samples) - 1, min(_PICTURES, len(samples))).long())
+    if images.dtype != torch.uint8 or images.numel() == 0:
+        return ()
+    low, high = int(images.min()), int(images.max())
+    if high >= _DARK and low <= _BRIGHT:
+        return ()
+    colour = "black" if high < _DARK else "white"
+    return (
+        f"{WARNING}the images are nearly {colour}: all pixels of {len(images)} of them are from {low} to {high} "
+        "(of 0 to 255); of 16 bits, the upper 8 are kept",
+    )
+
+
+# -- features and other numbers
+
+
+def number(text: str) -> float:
+    """Returns the number that a text shows; NaN for any other text.
+
+    float() also reads 1_000 and the digits of other scripts, which other programs do not write as numbers.
+    """
+    with contextlib.suppress(ValueError):
+        return float(text) if text.isascii() and "_" not in text else math.nan
+    return math.nan
+
+
+def count_rows(values: np.ndarray) -> bool:
+    """Returns whether numbers [N] number the rows: integers that are an index of a table or a time, not a feature.
+
+    They are consecutive in any order, or strictly monotone. Not those that start again: hours and months do, too.
+    """
+    if len(values) < _FEW or not (values == np.round(values)).all():
+        return False
+    steps = np.diff(values)
+    if (steps > 0).all() or (steps < 0).all():
+        return True
+    return len(values) == np.ptp(values) + 1 and len(np.unique(values)) == len(values)
+
+
+def count_warnings(columns: Iterable[tuple[str, np.ndarray]], remedy: str) -> tuple[str, ...]:
+    """Returns a warning for each column that counts the rows; `remedy` may have {name}.
+
+    None if there is only one column: of a table of x and y, x may well be sorted.
+    """
+    pairs = list(columns)
+    names = [name for name, values in pairs if count_rows(values)] if len(pairs) > 1 else []
+    cause = "if it is an index or a time"
+    return _capped([f"column {name} counts the rows; {remedy.format(name=name)} {cause}" for name in names])
+
+
+def rounding_warnings(columns: Iterable[tuple[str, np.ndarray]]) -> tuple[str, ...]:
+    """Returns a warning for each column of which float32 keeps little, such as times in seconds since 1970."""
+    found = []
+    for name, values in columns:
+        exact = values.astype(np.float64)
+        extent = float(np.ptp(exact)) if len(exact) else 0.0
+        error = float(np.abs(exact.astype(np.float32) - exact).max()) if extent > 0 else 0.0
+        if error > _MAX_ROUNDING * extent:
+            found.append(
+                f"float32 rounds {name} by up to {error:.3g}, its values differ by up to {extent:.3g}; "
+                "subtract a constant from them in the file"
+            )
+    return _capped(found)
+
+
+def sampled(count: int) -> np.ndarray:
+    """Returns the rows to look at, evenly spaced, of data that are read one row at a time."""
+    return np.unique(np.linspace(0, count - 1, min(count, _SAMPLED), dtype=np.int64))
+
+
+def vector_warnings(vectors: np.ndarray, rows: np.ndarray) -> tuple[str, ...]:
+    """Returns the warnings of features of which only some rows were read: float64 [n, F] of the rows int64 [n]."""
+    names = [f"feature {i + 1}" for i in range(vectors.shape[1])]
+    counting = []
+    if len(rows) >= _FEW and len(names) > 1:
+        offsets = vectors - rows[:, None]
+        counting = [name for name, offset in zip(names, offsets.T, strict=True) if np.ptp(offset) == 0]
+    return (
+        *_capped([f"{name} counts the rows; leave it out if it is an index or a time" for name in counting]),
+        *rounding_warnings(zip(names, vectors.T, strict=True)),
+    )
+
+
+def _capped(lines: Sequence[str]) -> tuple[str, ...]:
+    more = len(lines) - _SHOWN
+    rest = [f"{WARNING}the same holds for {more} more column{'s' * (more > 1)}"] if more > 0 else []
+    return (*(WARNING + line for line in lines[:_SHOWN]), *rest)
+
+
+# -- labels
+
+
+def natural(name: str) -> tuple[float, str]:
+    """Sorts numbers by value, before names, of which nan is one: as a number it has no place in an order."""
+    value = number(name)
+    return (math.inf, name) if math.isnan(value) else (value, name)
+
+
+def are_measured(labels: Iterable[str]) -> bool:
+    """Returns whether labels are more than a few numbers with decimals: the values of a regression."""
+    values = [number(name) for name in set(labels)]
+    return len(values) > _FEW and all(map(math.isfinite, values)) and not all(value.is_integer() for value in values)
+
+
+def are_values(labels: Sequence[str]) -> bool:
+    """Returns whether the labels of a table are the values of a regression, or texts, rather than classes."""
+    return len(set(labels)) > max(len(labels) / 2, 2) or are_measured(labels)
+
+
+def label_warnings(column: str, counts: Mapping[str, int], *, may_be_values: bool = True) -> tuple[str, ...]:
+    """Returns what looks wrong in the names of classes, given the samples of each, a line each.
+
+    `may_be_values`: numbers may be the target of a regression.
+    """
+    names = sorted((name for name in counts if counts[name]), key=natural)
+    found = []
+    forms = collections.defaultdict(list)
+    for name in names:
+        forms[_form(name)].append(name)
+    for group in forms.values():
+        if len(group) > 1:
+            found.append(f"{WARNING}{column} has classes that differ in form only: {', '.join(map(repr, group))}")
+    if single := [name for name in names if counts[name] == 1]:
+        shown = ", ".join(single[:_SHOWN]) + (", ..." if len(single) > _SHOWN else "")
+        found.append(f"{WARNING}{column} has {len(single)} class{'es' * (len(single) > 1)} with one sample: {shown}")
+    if missing := [name for name in names if name.lower() in _MISSING and len(names) > 1]:
+        found.append(f"{WARNING}{column} has the class {missing[0]!r}, which usually means a missing value")
+    if may_be_values and _are_numbers(names):
+        found.append(
+            f"{WARNING}the {len(names)} classes of {column} are numbers; for a regression, use data.labels=value "
+            "loss=mse"
+        )
+    return tuple(found)
+
+
+def _form(name: str) -> str:
+    """Returns what is left of a name without case, separators, invisible characters and the notation of numbers."""
+    value = number(name)
+    if not math.isnan(value):
+        return repr(value)
+    plain = unicodedata.normalize("NFKC", name).translate(_INVISIBLE).casefold()
+    return _SEPARATORS.sub(" ", plain).strip() or name
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    """Returns whether many classes are numbers; up to 50 may be numbered from 0 or 1."""
+    if len(names) <= _FEW:
+        return False
+    values = [number(name) for name in names]  # sorted
+    if any(map(math.isnan, values)):
+        return False
+    numbered = values[0] in (0, 1) and values == [values[0] + i for i in range(len(values))]
+    return len(names) > _MANY_CLASSES or not numbered
+
+
+def _classes(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return f"class {shown}" if len(names) == 1 else f"{len(names)} classes: {shown}"

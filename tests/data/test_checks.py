@@ -1,0 +1,72 @@
+"""What looks wrong in data, in the same words for every reader."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dlopt.data.checks import are_values, count_rows, label_warnings, natural, number
+
+
+def test_a_column_that_counts_the_rows() -> None:
+    rows = np.arange(30.0)
+    assert count_rows(100 - rows) and count_rows(np.random.default_rng(0).permutation(rows))
+    assert not any(map(count_rows, (rows % 20, rows % 10, rows + 0.5, rows[:10], np.sort(rows // 2), np.ones(30))))
+    assert count_rows(rows[:20]) and not count_rows(rows[:19])  # fewer may do so by chance
+    # A time in steps of 2, ids with gaps, and descending ids.
+    assert all(map(count_rows, (2 * rows, np.cumsum(rows % 7 + 1), -2 * rows)))
+    assert not count_rows(np.random.default_rng(0).permutation(2 * rows))
+
+
+def test_numbers_and_their_order() -> None:
+    assert [number(text) for text in ("1e3", "-.5", "+2.")] == [1000, -0.5, 2]
+    assert sorted(["10", "9", "b", "1_0", "a", "-1"], key=natural) == ["-1", "9", "10", "1_0", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        # Texts of which more than half are different are values, but not two of them.
+        ([*"abcda"], True),
+        ([*"abca"], True),
+        ([*"abcabc"], False),
+        ([*"abcdabcdaa"], False),
+        ([*"abc"], True),
+        ([*"ab"], False),
+        # Texts that repeat are values if they are more than 20 numbers with decimals.
+        ([str(i / 2) for i in range(40)] * 3, True),
+        ([str(i / 2) for i in range(21)] * 3, True),
+        ([str(i / 2) for i in range(20)] * 3, False),
+        ([str(i) for i in range(40)] * 3, False),
+        ([*(str(i / 2) for i in range(40)), "none"] * 3, False),
+        (["0.5", "1.5"] * 5, False),
+    ],
+)
+def test_values_and_classes(labels: list[str], expected: bool) -> None:
+    assert are_values(labels) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "warning"),
+    [
+        (["cat", "Cat", "cat", "Cat"], "y has classes that differ in form only: 'Cat', 'cat'"),
+        (["1", "1.0", "1", "1.0"], "y has classes that differ in form only: '1', '1.0'"),
+        (["a", "a", "b"], "y has 1 class with one sample: b"),
+        (["a", "a", *"bcde"], "y has 4 classes with one sample: b, c, d, ..."),
+        (["a", "a", *"bcd"], "y has 3 classes with one sample: b, c, d"),
+        (["new york", "New_York"] * 2, "y has classes that differ in form only: 'New_York', 'new york'"),
+        (["caf\u00e9", "cafe\u0301"] * 2, "y has classes that differ in form only: 'cafe\u0301', 'caf\u00e9'"),
+        (["NaN", "a"] * 2, "y has the class 'NaN', which usually means a missing value"),
+        ([str(17 + i % 30) for i in range(300)], "the 30 classes of y are numbers; for a regression, use"),
+        ([str(i % 51) for i in range(300)], "the 51 classes of y are numbers; for a regression, use"),
+    ],
+)
+def test_warns(labels: list[str], warning: str) -> None:
+    [found] = label_warnings("y", Counter(labels))
+    assert found.startswith(f"warning: {warning}") and found.endswith("...") == warning.endswith("...")
+
+
+def test_no_warning_of_ordinary_classes() -> None:
+    assert label_warnings("y", Counter(["a", "b", "a", "b", "10", "9", "10", "9"])) == ()
+    assert label_warnings("y", Counter([str(i) for i in range(50)] * 2)) == ()
+    assert label_warnings("y", Counter([*(str(i) for i in range(60)), "other"] * 2)) == ()
