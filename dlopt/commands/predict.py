@@ -54,7 +54,7 @@ def _predict(
     from dlopt.trained.classify import header, image_files, refuse_other_inputs, rows
     from dlopt.trained.restore import restore
 
-    files = image_files(images)
+    files, notes = image_files(images)
     target = refuse_folder(Path(output))
 
     keys = take_process_keys(changes, "predict")
@@ -66,6 +66,8 @@ def _predict(
         for _ in rows(files, trained, batch_size, max_errors, lambda _: None):  # takes part in gathering each batch
             pass
         return DONE
+    for note in notes:
+        print_error(note)
     count = 0
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)

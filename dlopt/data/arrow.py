@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import numpy as np
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import refuse_special
 from dlopt.data.cache import cache_file, exclusive, file_state
+from dlopt.data.checks import left_out_note
 from dlopt.data.images import decode_bytes
 from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
 
 _MAX_READ = 1 << 28  # bytes; larger tables are memory-mapped
 _BATCH_ROWS = 1024  # rows that are converted at once
+_CHECKED_ROWS = 1 << 20  # of each column of numbers
 _FILE_BYTES = 1 << 17  # estimated size of an image file outside of the table
 
 
@@ -51,8 +54,16 @@ def parquet(
     """
     columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target]))
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
-    tables = [(key, None if files is None else read_parquet(key, files, columns)) for key, files in splits.items()]
-    return _dataset(tables, input, target, labels=labels, channels=channels, image_size=image_size)
+    tables, others, count = [], Counter[str](), 0
+    for key, files in splits.items():
+        found = None if files is None else find_files(key, files, ".parquet")
+        tables.append((key, None if found is None else read_parquet(key, found[0], columns)))
+        if found is not None:
+            others.update(found[1])
+            count += len(found[0])
+    source = f"rows of {count:,} file{'s' * (count > 1)}"
+    form: dict[str, Any] = {"labels": labels, "channels": channels, "image_size": image_size}
+    return _dataset(tables, input, target, **form, source=source, notes=left_out_note(others))
 
 
 def _dataset(
@@ -63,6 +74,8 @@ def _dataset(
     labels: Labels,
     channels: Channels,
     image_size: int | tuple[int, int] | None,
+    source: str,
+    notes: tuple[str, ...] = (),
 ) -> Dataset:
     """Builds a dataset from the tables of training, validation and test set, each with the key that set it."""
     names = [input] if isinstance(input, str) else list(input)
@@ -80,7 +93,7 @@ def _dataset(
     for _, columns in tables:
         if columns is not None:
             _refuse_unlabelled(columns)
-    return dataset(tables, labels=labels, channels=channels, image_size=image_size)
+    return dataset(tables, labels=labels, channels=channels, image_size=image_size, source=source, notes=notes)
 
 
 class Columns:
@@ -130,11 +143,17 @@ class Columns:
     def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]:
         return _class_names(self.table, self.target, classes)
 
+    def columns(self) -> Iterator[tuple[str, np.ndarray]]:
+        for name in self._names:
+            if _is_number(self.table.schema.field(name).type):
+                first = self.table.column(name).slice(0, _CHECKED_ROWS).combine_chunks()
+                yield name, first.to_numpy(zero_copy_only=False).astype(np.float64)
+
 
 def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key: str) -> Any:
     """Returns the input in a row: an image uint8 [C, H, W], or an array as `Wrapped` reads it."""
     if len(names) > 1 or _is_number(table.schema.field(names[0]).type):
-        return np.array([_number(table, name, index, key) for name in names], dtype=np.float32)
+        return np.array([_number(table, name, index, key) for name in names], dtype=np.float64)  # `Wrapped` rounds them
     (name,) = names
     where = f"{key}, row {index}: {name}"
     value = table.column(name)[index].as_py()
@@ -152,7 +171,7 @@ def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key
         )
     array = numbers(value, where, str(kind))
     is_image = array.ndim > 1 and _innermost(kind) == "uint8"
-    return array.astype(np.uint8 if is_image else np.float32)
+    return array.astype(np.uint8 if is_image else np.float64)
 
 
 def _file(value: Mapping[str, Any], where: str) -> bytes | None:
@@ -209,7 +228,8 @@ def huggingface(
     splits = {"data.split": split, "data.val": val, "data.test": test}
     load = _Hub(name, configuration, revision, offline)
     tables = [(key, None if part is None else load.table(key, part, columns)) for key, part in splits.items()]
-    return _dataset(tables, input, target, labels=labels, channels=channels, image_size=image_size)
+    source = f"rows of {name}"
+    return _dataset(tables, input, target, labels=labels, channels=channels, image_size=image_size, source=source)
 
 
 @dataclass(frozen=True)
@@ -261,9 +281,18 @@ class _Hub:
                 )
         saved = datasets.load_from_disk(path)
         parts = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
-        if split not in parts:
-            raise UserError(f"{key}={split}: {path} has no such split; it has {', '.join(parts)}")
-        return parts[split]
+        if split in parts:
+            return parts[split]
+        try:
+            # As load_dataset reads train[:90%] and train+test.
+            instructions = datasets.ReadInstruction.from_spec(split).to_absolute(
+                {name: len(part) for name, part in parts.items()}
+            )
+        except ValueError as error:
+            names = ", ".join(parts)
+            raise UserError(f"{key}={split}: {path} has no such split; it has {names} ({error})") from None
+        slices = [parts[each.splitname].select(range(each.from_, each.to)) for each in instructions]
+        return slices[0] if len(slices) == 1 else datasets.concatenate_datasets(slices)
 
 
 @contextmanager
@@ -346,12 +375,15 @@ def _refuse_unlabelled(columns: Columns) -> None:
 # -- files
 
 
-def read_parquet(key: str, files: Files, columns: Sequence[str]) -> Any:
-    """Returns the columns of all files as one table, in memory or memory-mapped. Raises `UserError`."""
+def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str]) -> Any:
+    """Returns the columns of all files as one table, in memory or memory-mapped.
+
+    Columns that some of the files declare "not null", or store as another kind of string, are the same columns.
+    Raises `UserError`.
+    """
     arrow = _library(key)
     from pyarrow import parquet as reader
 
-    paths = find_files(key, files, ".parquet")
     size = 0
     schema: Any = None
     for path in paths:
@@ -364,25 +396,57 @@ def read_parquet(key: str, files: Files, columns: Sequence[str]) -> Any:
             if name not in available.names:
                 raise UserError(f"{key}: {path} has no column {name!r}; it has {', '.join(available.names)}")
         chosen = arrow.schema([available.field(name) for name in columns], metadata=available.metadata)
-        if schema is not None and not chosen.equals(schema):
-            other = next(name for name in columns if chosen.field(name) != schema.field(name))
-            raise UserError(
-                f"{key}: the column {other} has the type {chosen.field(other).type} in {path}, "
-                f"and {schema.field(other).type} in {paths[0]}"
-            )
-        schema = chosen if schema is None else schema
+        schema = chosen if schema is None else _joined(key, schema, chosen, path, paths[0])
     if size > _MAX_READ and (mapped := _mapped(key, paths, columns, schema)) is not None:
         return mapped
-    return arrow.Table.from_batches(_batches(key, paths, columns), schema)
+    return arrow.Table.from_batches(_batches(key, paths, schema), schema)
 
 
-def _batches(key: str, paths: Sequence[str], columns: Sequence[str]) -> Iterator[Any]:
+def _joined(key: str, schema: Any, other: Any, path: str, first: str) -> Any:
+    """Returns the schema of files with two schemas. Raises `UserError` if a column has two types."""
+    for index, (field, changed) in enumerate(zip(schema, other, strict=True)):
+        kinds = field.type, changed.type
+        if kinds[0] != kinds[1]:
+            plain = _plain(kinds[0])
+            if plain != _plain(kinds[1]):
+                raise UserError(
+                    f"{key}: the column {field.name} has the type {kinds[1]} in {path}, and {kinds[0]} in {first}"
+                )
+            field = field.with_type(plain)
+        schema = schema.set(index, field.with_nullable(field.nullable or changed.nullable))
+    return schema
+
+
+def _plain(kind: Any) -> Any:
+    """Returns the type without its encoding: dictionaries and kinds of strings, bytes and lists, also within others."""
+    arrow = _library("data")
+    types = arrow.types
+    if types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return arrow.large_string()
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+        return arrow.large_binary()
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return arrow.large_list(_plain(kind.value_type))
+    if types.is_struct(kind):
+        return arrow.struct([arrow.field(each.name, _plain(each.type)) for each in kind])
+    return kind
+
+
+def _batches(key: str, paths: Sequence[str], schema: Any) -> Iterator[Any]:
     from pyarrow import parquet as reader
 
+    arrow = _library(key)
     for path in paths:
         with _reading(key, path):
-            for batch in reader.ParquetFile(path).iter_batches(_BATCH_ROWS, columns=list(columns)):
-                yield batch.select(columns)
+            for batch in reader.ParquetFile(path).iter_batches(_BATCH_ROWS, columns=schema.names):
+                columns = [batch.column(field.name) for field in schema]
+                cast = [
+                    column if column.type == field.type else column.cast(field.type)
+                    for field, column in zip(schema, columns, strict=True)
+                ]
+                yield arrow.RecordBatch.from_arrays(cast, schema=schema)
 
 
 def _mapped(key: str, paths: Sequence[str], columns: Sequence[str], schema: Any) -> Any:
@@ -396,7 +460,7 @@ def _mapped(key: str, paths: Sequence[str], columns: Sequence[str], schema: Any)
             if not target.exists():
                 try:
                     with arrow.OSFile(str(temporary), "wb") as sink, arrow.ipc.new_file(sink, schema) as writer:
-                        for batch in _batches(key, paths, columns):
+                        for batch in _batches(key, paths, schema):
                             writer.write_batch(batch)
                     # Renamed when it is complete: a killed process leaves no file of this name that lacks rows.
                     os.replace(temporary, target)

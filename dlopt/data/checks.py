@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from dlopt.data.samples import Dataset, Samples
 
 LEFT_OUT, WARNING = "left out: ", "warning: "
+_LONGEST = 12  # characters of an ending
 _SHOWN = 3  # names in a line, and lines of a kind
 _FEW = 20  # rows, which a feature may number by chance
 _MANY_CLASSES = 50  # if all of them are numbers, they are likely the values of a regression
-_MISSING = frozenset({"na", "n/a", "#n/a", "nan", "null", "nil", "?"})
+_MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "nil", "?"})
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 _SEPARATORS = re.compile(r"[\s_\-]+")
 _MAX_ROUNDING = 0.01  # of a column's range
@@ -35,14 +36,16 @@ _DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
 
 
 def ending(name: str) -> str:
-    """Returns the ending of a file's name, for `left_out`."""
+    """Returns the ending of a file's name, for `left_out_note`."""
     if name.startswith("."):
         return "hidden"
     suffix = os.path.splitext(name)[1]
-    return f"*{suffix}" if suffix else "without an ending"
+    if not suffix:
+        return "without an ending"
+    return f"*{suffix}" if suffix[1:].isalnum() and len(suffix) <= _LONGEST else "with other endings"
 
 
-def left_out(counts: Mapping[str, int]) -> tuple[str, ...]:
+def left_out_note(counts: Mapping[str, int]) -> tuple[str, ...]:
     """Returns a line on what was left out, given how many files there are by ending or reason; none without."""
     if not counts:
         return ()
@@ -147,7 +150,8 @@ def rounding_warnings(columns: Iterable[tuple[str, np.ndarray]]) -> tuple[str, .
     for name, values in columns:
         exact = values.astype(np.float64)
         extent = float(np.ptp(exact)) if len(exact) else 0.0
-        error = float(np.abs(exact.astype(np.float32) - exact).max()) if extent > 0 else 0.0
+        with np.errstate(over="ignore"):  # reported where a sample is read
+            error = float(np.abs(exact.astype(np.float32) - exact).max()) if extent > 0 else 0.0
         if error > _MAX_ROUNDING * extent:
             found.append(
                 f"float32 rounds {name} by up to {error:.3g}, its values differ by up to {extent:.3g}; "

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
+from dlopt.data.checks import label_warnings
 from dlopt.data.images import size_pair
 from dlopt.data.samples import Dataset, Samples, Wrapped
 
@@ -30,7 +32,15 @@ def custom(
     names = _class_names(splits["train"], classes)
     for key, split in splits.items():
         _check_labels(f"data.{key}", split, splits["train"], names)
-    return Dataset(splits["train"], splits.get("val"), splits.get("test"), names)
+    warnings = splits["train"].warnings()
+    if names is not None:
+        targets = torch.cat([split.targets for split in splits.values()])
+        counts = targets.sum(0).long() if targets.ndim == 2 else torch.bincount(targets, minlength=len(names))
+        # Integers are classes by definition.
+        found = dict(zip(names, counts.tolist(), strict=True))
+        warnings += label_warnings("the label", found, may_be_values=False)
+    source = f"{sum(map(len, splits.values())):,} items"
+    return Dataset(splits["train"], splits.get("val"), splits.get("test"), names, notes=warnings, source=source)
 
 
 def _class_names(train: Samples, classes: int | list[str] | None) -> tuple[str, ...] | None:

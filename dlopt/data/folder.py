@@ -7,9 +7,9 @@ or renaming a file changes the times of its folder.
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -19,28 +19,35 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.cache import FileState, cache_file, file_state, load_arrays, save_arrays
+from dlopt.data.checks import LEFT_OUT, ending, label_warnings, left_out_note, natural
 from dlopt.data.images import EXTENSIONS
-from dlopt.data.samples import Dataset, Files, ImageList
+from dlopt.data.samples import Dataset, ImageList
 from dlopt.data.verify import ImageKeys, image_files
 
 CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a cache
 # Nanoseconds. A folder that changed just before the scan may change again within the same tick of its time stamp, so
 # its listing is not cached.
 _SETTLED = 3 * 10**9
-_VERSION = "2"
+_VERSION = "3"
+_CACHED = {"folders", "states", "counts", "paths", "classes", "reasons", "left_out"}
 _SPLITS = ("train", "val", "test")
 _SUFFIXES = tuple(EXTENSIONS)
+_SHOWN_CLASSES = 5
 _IMAGENET_NAMES = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", a line per class
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Images by class. `paths` are bytes relative to `folder`, grouped by class and sorted within each class."""
+    """Images by class. `paths` are bytes relative to `folder`, grouped by class and sorted within each class.
+
+    `left_out`: how many files are not images, by ending or reason.
+    """
 
     folder: Path
     classes: tuple[str, ...]
     counts: np.ndarray
     paths: np.ndarray
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def scan(folder: Path) -> Listing:
@@ -49,7 +56,7 @@ def scan(folder: Path) -> Listing:
     Skips hidden files and folders, and files that are not images. Memory: longest path x number of images.
 
     Raises:
-        UserError: a folder cannot be read, there are no class folders, or one has no images.
+        UserError: a folder cannot be read, or there are no class folders.
     """
     folder = Path(os.path.abspath(folder))
     path = cache_file("scan", _VERSION, str(folder), *sorted(EXTENSIONS))
@@ -59,19 +66,23 @@ def scan(folder: Path) -> Listing:
     visited: dict[bytes, FileState] = {}
     base = os.fsencode(folder)
     classes: dict[bytes, np.ndarray] = {}
+    left_out: Counter[str] = Counter()
     with reading("data.root"):
-        for name in sorted(_list_folder(base, b"", visited, ())[1]):
-            images = _images(base, name, visited)
-            if not images:
-                raise UserError(f"data.root: {os.fsdecode(os.path.join(base, name))} has no images")
-            classes[name] = np.sort(np.array(images))
+        outside, names = _list_folder(base, b"", visited, (), left_out)
+        for name in sorted(names):
+            classes[name] = np.sort(np.array(_images(base, name, visited, left_out), dtype=np.bytes_))
+    if outside:
+        left_out["outside of the class folders"] = len(outside)
     if not classes:
         raise UserError(f"data.root: {folder} has no class folders; images are expected as CLASS/IMAGE in it")
     counts = np.array([len(images) for images in classes.values()])
-    listing = Listing(folder, tuple(map(os.fsdecode, classes)), counts, np.concatenate(list(classes.values())))
+    paths = np.concatenate(list(classes.values()))
+    listing = Listing(folder, tuple(map(os.fsdecode, classes)), counts, paths, dict(left_out))
     states = np.array(list(visited.values()))
     if len(listing.paths) >= CACHE_MIN_IMAGES and begun - states[:, 2:].max() > _SETTLED:
         arrays = {"folders": np.array(list(visited)), "states": states, "counts": counts, "paths": listing.paths}
+        arrays |= {"reasons": np.array([*map(str.encode, left_out)], dtype=np.bytes_)}
+        arrays |= {"left_out": np.array([*left_out.values()], dtype=np.int64)}
         save_arrays(path, arrays | {"classes": np.array(list(classes))})
     return listing
 
@@ -79,7 +90,7 @@ def scan(folder: Path) -> Listing:
 def _cached(folder: Path, path: Path) -> Listing | None:
     """Returns the cached listing if all its folders are unchanged."""
     arrays = load_arrays(path)
-    if arrays is None or set(arrays) != {"folders", "states", "counts", "paths", "classes"}:
+    if arrays is None or set(arrays) != _CACHED:
         return None
     base = os.fsencode(folder)
     try:
@@ -88,13 +99,18 @@ def _cached(folder: Path, path: Path) -> Listing | None:
                 return None
     except OSError:
         return None
-    return Listing(folder, tuple(map(os.fsdecode, arrays["classes"])), arrays["counts"], arrays["paths"])
+    left_out = dict(zip(map(bytes.decode, arrays["reasons"].tolist()), arrays["left_out"].tolist(), strict=True))
+    return Listing(folder, tuple(map(os.fsdecode, arrays["classes"])), arrays["counts"], arrays["paths"], left_out)
 
 
-def images_below(folder: str) -> list[str]:
-    """Returns the sorted paths of the images in `folder`, recursively; skips what `scan` skips. Raises `OSError`."""
-    base = os.fsencode(folder)
-    return sorted(os.fsdecode(os.path.join(base, image)) for image in _images(base, b"", {}))
+def images_below(folder: str) -> tuple[list[str], dict[str, int]]:
+    """Returns the sorted paths of the images in `folder`, recursively, and the other files by ending or reason.
+
+    Skips what `scan` skips. Raises `OSError`.
+    """
+    base, left_out = os.fsencode(folder), Counter[str]()
+    images = _images(base, b"", {}, left_out)
+    return sorted(os.fsdecode(os.path.join(base, image)) for image in images), dict(left_out)
 
 
 @contextmanager
@@ -107,21 +123,21 @@ def reading(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {where}: cannot be read ({error.strerror})") from error
 
 
-def _images(base: bytes, name: bytes, visited: dict[bytes, FileState]) -> list[bytes]:
+def _images(base: bytes, name: bytes, visited: dict[bytes, FileState], left_out: Counter[str]) -> list[bytes]:
     images: list[bytes] = []
     pending: list[tuple[bytes, tuple[int, ...]]] = [(name, ())]
     while pending:
         current, ancestors = pending.pop()
-        files, folders = _list_folder(base, current, visited, ancestors)
+        files, folders = _list_folder(base, current, visited, ancestors, left_out)
         images += files
         pending += [(folder, (*ancestors, visited[current][0])) for folder in folders]
     return images
 
 
 def _list_folder(
-    base: bytes, name: bytes, visited: dict[bytes, FileState], ancestors: tuple[int, ...]
+    base: bytes, name: bytes, visited: dict[bytes, FileState], ancestors: tuple[int, ...], left_out: Counter[str]
 ) -> tuple[list[bytes], list[bytes]]:
-    """Returns the (images, folders) in the folder `name`, relative to `base`.
+    """Returns the (images, folders) in the folder `name`, relative to `base`; counts the other files in `left_out`.
 
     `ancestors`: inodes of its parent folders; links back to one of them are not followed.
     """
@@ -133,11 +149,13 @@ def _list_folder(
     with os.scandir(os.path.join(base, name)) as entries:
         for entry in entries:
             if entry.name.startswith(b"."):
-                continue
-            if entry.is_dir():
+                left_out["hidden"] += 1
+            elif entry.is_dir():
                 folders.append(os.path.join(name, entry.name))
             elif os.fsdecode(entry.name).lower().endswith(_SUFFIXES):
                 images.append(os.path.join(name, entry.name))
+            else:
+                left_out[ending(os.fsdecode(entry.name))] += 1
     return images, folders
 
 
@@ -158,10 +176,20 @@ def image_folder(*, root: str, channels: Literal[1, 3], **keys: Unpack[ImageKeys
     else:
         base = data_folder(root, "train/CLASS/IMAGE, or as CLASS/IMAGE without a test set")
         listings = {split: scan(base / split) for split in _SPLITS if (base / split).is_dir()}
-    splits, notes = listed_images(root, base, listings, channels=channels, **keys)
+    classes = listings["train"].classes
+    dataset = listed_images(root, base, listings, classes, channels=channels, **keys)
     if train_only:
-        notes = (*notes, f"data.root={root}: has no train/, val/ or test/; using all images as the training set")
-    return Dataset(splits["train"], splits.get("val"), splits.get("test"), listings["train"].classes, notes=notes)
+        dataset.notes += (f"data.root={root}: has no train/, val/ or test/; using all images as the training set",)
+    else:
+        with reading("data.root"):
+            folders = [each.name for each in os.scandir(base) if each.is_dir() and not each.name.startswith(".")]
+        dataset.notes += tuple(
+            f"{LEFT_OUT}folder {name} (train, val and test are read)" for name in sorted({*folders} - {*_SPLITS})
+        )
+    if classes != tuple(sorted(classes, key=natural)):
+        shown = ", ".join(classes[:_SHOWN_CLASSES]) + ", ..." * (len(classes) > _SHOWN_CLASSES)
+        dataset.notes += (f"the class folders are in the order of their names, not of their numbers: {shown}",)
+    return dataset
 
 
 def _has_class_folders(base: Path) -> bool:
@@ -198,8 +226,7 @@ def imagenet(*, root: str, class_names: str | None, **keys: Unpack[ImageKeys]) -
     if (base / "val").is_dir():
         listings["test"] = scan(base / "val")
     classes = _imagenet_names(root, listings["train"].classes, class_names)
-    splits, notes = listed_images(root, base, listings, channels=3, **keys)
-    return Dataset(splits["train"], None, splits.get("test"), classes, notes=notes)
+    return listed_images(root, base, listings, classes, channels=3, **keys)
 
 
 def _imagenet_names(root: str, wnids: tuple[str, ...], file: str | None) -> tuple[str, ...]:
@@ -236,22 +263,54 @@ def data_folder(root: str, layout: str) -> Path:
 
 
 def listed_images(
-    root: str, base: Path, listings: dict[str, Listing], *, channels: int, **keys: Unpack[ImageKeys]
-) -> tuple[dict[str, Files], tuple[str, ...]]:
-    """Calls `image_files` on listings. Raises `UserError` unless all splits have the classes of train."""
+    root: str,
+    base: Path,
+    listings: dict[str, Listing],
+    names: tuple[str, ...],
+    *,
+    channels: int,
+    **keys: Unpack[ImageKeys],
+) -> Dataset:
+    """Calls `image_files` on listings; `names`: of the classes.
+
+    The validation and the test set may lack classes. Raises `UserError` if they have others, if a split has no images,
+    or a class no training images.
+    """
     classes = listings["train"].classes
-    for listing in listings.values():
-        extras = sorted(set(listing.classes) - set(classes))
-        for missing in sorted(set(classes) - set(listing.classes)):
-            other = f", and {listing.folder} has {extras[0]}, which train lacks" if extras else ""
-            raise UserError(
-                f"data.root={root}: the class folder {listing.folder / missing} is missing; train has it{other}"
-            )
-        for extra in extras:
-            raise UserError(f"data.root={root}: train has no class folder like {listing.folder / extra}")
-    labels = torch.arange(len(classes))
+    for split, listing in listings.items():
+        filled = {name for name, count in zip(listing.classes, listing.counts.tolist(), strict=True) if count}
+        if split == "train" and len(filled) < len(classes):
+            raise UserError(f"data.root: {listing.folder / min({*classes} - filled)} has no images")
+        if not filled:
+            raise UserError(f"data.root: {listing.folder} has no images")
+        for extra in sorted(filled - {*classes}):
+            lacking = sorted({*classes} - filled)
+            hint = f", and {lacking[0]} is missing there" if lacking else ""
+            raise UserError(f"data.root={root}: train has no class folder like {listing.folder / extra}{hint}")
+    numbers = {name: number for number, name in enumerate(classes)}
     lists = {
-        split: ImageList(each.paths, labels.repeat_interleave(torch.from_numpy(each.counts)), str(each.folder))
+        split: ImageList(
+            each.paths,
+            # A class that train lacks has no images: its number does not matter.
+            torch.tensor([numbers.get(name, 0) for name in each.classes]).repeat_interleave(
+                torch.from_numpy(each.counts)
+            ),
+            str(each.folder),
+        )
         for split, each in listings.items()
     }
-    return image_files(str(base), lists, channels=channels, **keys)
+    files, notes = image_files(str(base), lists, channels=channels, **keys)
+    others: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for each in listings.values():
+        others.update(each.left_out)
+        counts.update(dict(zip(each.classes, each.counts.tolist(), strict=True)))
+    warnings = label_warnings("data.root", counts, may_be_values=False)
+    return Dataset(
+        files["train"],
+        files.get("val"),
+        files.get("test"),
+        names,
+        notes=(*left_out_note(others), *notes, *warnings),
+        source=f"{counts.total():,} images in {len(classes):,} class folders",
+    )

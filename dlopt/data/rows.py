@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -10,6 +11,15 @@ import numpy as np
 import torch
 
 from dlopt.basics.errors import UserError
+from dlopt.data.checks import (
+    are_measured,
+    count_warnings,
+    ending,
+    label_warnings,
+    left_out_note,
+    natural,
+    rounding_warnings,
+)
 from dlopt.data.images import size_pair
 from dlopt.data.samples import Dataset, Wrapped
 
@@ -57,6 +67,10 @@ class Table(Protocol):
 
     def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]: ...
 
+    def columns(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields the names and the first values, float64 [n], of the columns that are one feature each."""
+        ...
+
 
 def dataset(
     splits: Sequence[tuple[str, Table | None]],
@@ -64,10 +78,13 @@ def dataset(
     labels: Labels,
     channels: Channels,
     image_size: int | tuple[int, int] | None,
+    source: str,
+    notes: tuple[str, ...] = (),
 ) -> Dataset:
     """Builds a dataset from the rows of training, validation and test set, each with the key that set it.
 
-    A split may be None, but not the training set.
+    A split may be None, but not the training set. `source`: what the rows are called, and where they are from; `notes`:
+    on what was left out.
     """
     key, train = splits[0]
     assert train is not None
@@ -79,14 +96,37 @@ def dataset(
     if isinstance(first, torch.Tensor):
         channels = 1 if len(first) == 1 else 3
     size = size_pair(image_size)
+    targets = [None if table is None else _targets(table, classes, several) for _, table in splits]
     samples = [
-        None if table is None else Wrapped(Rows(table, _targets(table, classes, several), channels), size, key)
-        for key, table in splits
+        None if table is None or target is None else Wrapped(Rows(table, _stored(target), channels), size, key)
+        for (key, table), target in zip(splits, targets, strict=True)
     ]
-    assert samples[0] is not None
-    shown = None if classes is None else train.class_names(classes)
-    facts = {"rows": sum(len(table) for _, table in splits if table is not None)}
-    return Dataset(samples[0], samples[1], samples[2], shown, facts=facts)
+    assert samples[0] is not None and targets[0] is not None
+    shown = None
+    if classes is not None:
+        shown = train.class_names(classes)
+        counts = sum(_counts(target, len(classes)) for target in targets if target is not None)
+        notes += label_warnings(train.target, dict(zip(shown, counts.tolist(), strict=True)))
+    else:
+        values = targets[0].reshape(len(train), -1).numpy()
+        notes += rounding_warnings((train.target, column) for column in values.T)
+    columns = dict(train.columns())
+    notes += count_warnings(columns.items(), "leave it out of data.input")
+    notes += rounding_warnings((f"column {name}", column) for name, column in columns.items())
+    if not columns:
+        notes += samples[0].warnings()
+    count = sum(len(table) for _, table in splits if table is not None)
+    found = f"{count:,} {source}"
+    return Dataset(samples[0], samples[1], samples[2], shown, facts={"rows": count}, notes=notes, source=found)
+
+
+def _stored(targets: torch.Tensor) -> torch.Tensor:
+    return targets.float() if targets.dtype == torch.float64 else targets
+
+
+def _counts(targets: torch.Tensor, classes: int) -> torch.Tensor:
+    """Returns the samples of each class, or with each label."""
+    return targets.sum(0).long() if targets.ndim == 2 else torch.bincount(targets, minlength=classes)
 
 
 class Rows:
@@ -135,10 +175,10 @@ def _classes(key: str, table: Table, *, several: bool) -> list[Any]:
                 raise UserError(
                     f"data.labels=several: {table.place(row)}: {table.target} must be a list of strings or integers"
                 )
-        names = sorted({name for value in found for name in value})
+        names = {name for value in found for name in value}
         if not names:
             raise UserError(f"data.labels=several: no row of {key} has a label in {table.target}")
-        return names
+        return _sorted(names, f"{key}: {table.target}")
     values = set()
     for row, value in enumerate(found):
         if not isinstance(value, int | str):
@@ -147,11 +187,25 @@ def _classes(key: str, table: Table, *, several: bool) -> list[Any]:
                 "(for a regression: data.labels=value loss=mse; for lists of labels: data.labels=several)"
             )
         values.add(value)
-    return sorted(values)
+    if all(isinstance(value, str) for value in values) and are_measured(values):
+        raise UserError(
+            f"data.labels=class: {table.target} has {len(values)} different numbers; for a regression, use "
+            "data.labels=value loss=mse"
+        )
+    return _sorted(values, f"{key}: {table.target}")
+
+
+def _sorted(labels: set[Any], where: str) -> list[Any]:
+    """Returns integers, or texts, of which numbers are sorted by value. Raises `UserError` for a mixture."""
+    if all(isinstance(label, str) for label in labels):
+        return sorted(labels, key=natural)
+    if text := next((label for label in labels if isinstance(label, str)), None):
+        raise UserError(f"{where} has integers and texts such as {text!r}; classes must be of one type")
+    return sorted(labels)
 
 
 def _targets(table: Table, classes: Sequence[Any] | None, several: bool) -> torch.Tensor:
-    """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels; or float32 [N] or [N, K] values."""
+    """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels; or float64 [N] or [N, K] values."""
     values = _labels(table)
     if classes is not None:
         numbers = {label: number for number, label in enumerate(classes)}
@@ -168,11 +222,11 @@ def _targets(table: Table, classes: Sequence[Any] | None, several: bool) -> torc
             return targets
         return torch.tensor([numbers[label] for label in values])
     try:
-        targets = torch.tensor(values, dtype=torch.float32)
+        targets = torch.tensor(values, dtype=torch.float64)
     except (TypeError, ValueError):
         raise UserError(f"data.labels=value: {table.type(0)}; must be numbers, or lists of one length") from None
-    if not bool(targets.isfinite().all()):
-        row = int((~targets.reshape(len(targets), -1).isfinite().all(1)).nonzero()[0])
+    if not bool(targets.float().isfinite().all()):
+        row = int((~targets.float().reshape(len(targets), -1).isfinite().all(1)).nonzero()[0])
         raise UserError(f"{table.place(row)}: {table.target} is {values[row]}, not a finite number")
     return targets
 
@@ -180,27 +234,44 @@ def _targets(table: Table, classes: Sequence[Any] | None, several: bool) -> torc
 # -- files
 
 
-def find_files(key: str, files: Files, suffix: str) -> list[str]:
-    """Returns the files of names, patterns, braces and folders, sorted within each. Raises `UserError`.
+def find_files(key: str, files: Files, suffix: str) -> tuple[list[str], Counter[str]]:
+    """Returns the files of names, patterns, braces and folders, sorted within each, and what else the folders have.
 
-    `suffix`: of the files that are read in folders.
+    `suffix`: of the files that are read in folders, in upper or lower case. The others are counted by ending or reason.
+    Raises `UserError`.
     """
     paths: list[str] = []
+    others: Counter[str] = Counter()
     for entry in [files] if isinstance(files, str) else files:
         name = os.path.expanduser(entry)
         for pattern in [name] if os.path.exists(name) else _expand_braces(name):
             if os.path.isdir(pattern):
-                pattern = os.path.join(glob.escape(pattern), "**", f"*{suffix}")
-            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+                found = _files_below(pattern, suffix, others)
+            else:
+                found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
             if not found:
                 missing = "" if pattern == name else f"{pattern}: "
                 raise UserError(
                     f"{key}={entry}: {missing}no such file; a name, a pattern (shards/*{suffix}) or a folder is needed"
+                    + "".join(f" ({note})" for note in left_out_note(others))
                 )
             paths += found
     if not paths:
         raise UserError(f"{key}={'[]' if files == [] else files}: at least one file is required")
-    return paths
+    return paths, others
+
+
+def _files_below(folder: str, suffix: str, others: Counter[str]) -> list[str]:
+    """Returns the sorted files with the suffix in a folder and its subfolders, without hidden ones; counts `others`."""
+    found = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)):
+        if os.path.isdir(path):
+            continue
+        if path.lower().endswith(suffix):
+            found.append(path)
+        else:
+            others[ending(os.path.basename(path))] += 1
+    return found
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:

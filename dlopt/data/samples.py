@@ -18,6 +18,7 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count, Natural
+from dlopt.data.checks import rounding_warnings, sampled, vector_warnings
 from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, resize
 from dlopt.data.resampling import resize_box
 from dlopt.data.task import Task
@@ -325,6 +326,7 @@ class Wrapped:
         if len(dataset) == 0:
             raise UserError(f"{self._name}: is empty")
         self._indices = torch.arange(len(dataset))
+        self.target_warnings: tuple[str, ...] = ()
         first, label = self._item(0)
         self.shape = tuple(first.shape)
         self.targets = self._targets(label)
@@ -356,7 +358,25 @@ class Wrapped:
         selected.targets = self.targets[indices]
         return selected
 
+    def warnings(self) -> tuple[str, ...]:
+        """Returns what looks wrong in vectors: features that count the items, or that float32 rounds. Reads a few."""
+        if len(self.shape) != 1 or len(self) == 0:
+            return self.target_warnings
+        rows = sampled(len(self))
+        values = [_as_tensor(self._pair(index)[0]) for index in rows.tolist()]
+        if any(tuple(value.shape) != self.shape for value in values):  # reported where a batch is read
+            return self.target_warnings
+        return (*vector_warnings(torch.stack(values).double().numpy(), rows), *self.target_warnings)
+
     def _item(self, index: int, *, resized: bool = True) -> tuple[Tensor, Any]:
+        item = self._pair(index)
+        value = self._input(item[0], index)
+        if resized and self.image_size is not None and value.dim() == 3:
+            value = resize(value.unsqueeze(0), self.image_size).squeeze(0)
+        return value.contiguous(), item[1]
+
+    def _pair(self, index: int) -> Sequence[Any]:
+        """Returns an item as the dataset has it. Raises `UserError`."""
         try:
             item = self.dataset[index]
         except UserError:
@@ -365,10 +385,7 @@ class Wrapped:
             raise UserError(f"{self._name}[{index}]: {type(error).__name__}: {error}") from error
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"{self._name}[{index}]: is {_describe(item)}; expected a pair (input, label)")
-        value = self._input(item[0], index)
-        if resized and self.image_size is not None and value.dim() == 3:
-            value = resize(value.unsqueeze(0), self.image_size).squeeze(0)
-        return value.contiguous(), item[1]
+        return item
 
     def _input(self, value: Any, index: int) -> Tensor:
         if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
@@ -379,7 +396,7 @@ class Wrapped:
         elif isinstance(value, np.ndarray):
             if value.dtype == np.uint8 and value.ndim == 3:
                 value = channels_first(value, f"{self._name}[{index}]")
-            value = torch.from_numpy(np.ascontiguousarray(value))
+            value = _as_tensor(value)
         if not isinstance(value, Tensor) or not 1 <= value.dim() <= 3 or value.is_complex():
             raise UserError(
                 f"{self._name}[{index}]: the input is {_describe(value)}; expected a PIL image, an array, or a tensor "
@@ -413,6 +430,8 @@ class Wrapped:
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{self._name}: labels must be class numbers or float values ({error})") from error
         if targets.is_floating_point():
+            columns = targets.double().reshape(len(targets), -1).numpy().T
+            self.target_warnings = rounding_warnings(("the label", each) for each in columns) or self.target_warnings
             return targets.to(torch.float32)
         if targets.dim() == 2 and targets.shape[1] == 1:
             targets = targets.squeeze(1)
@@ -422,6 +441,11 @@ class Wrapped:
                 "labels per sample must be float zeros and ones, with data.classes"
             )
         return targets.to(torch.int64)
+
+
+def _as_tensor(value: Tensor | np.ndarray) -> Tensor:
+    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    return tensor.detach().cpu()
 
 
 def _describe(value: Any) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
+from dlopt.data.checks import notes
 from dlopt.data.images import resize, size_pair
 from dlopt.data.loading import materialize, worker_count
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
@@ -35,7 +36,8 @@ def prepare(
     resizes images to `image_size`, and decodes training and validation samples into memory if requested or if they
     fit. Test samples are decoded when they are used.
 
-    If no class has two samples, there is no validation set and `val` is None.
+    The notes of the result are those of `dlopt.data.checks.notes`. If no class has two samples, there is no validation
+    set and `val` is None.
 
     Args:
         device: device of samples in memory; its free memory counts.
@@ -46,6 +48,7 @@ def prepare(
     Raises:
         UserError: the settings do not fit the data, or a sample cannot be read.
     """
+    dataset = replace(dataset, notes=notes(dataset))
     train, val, test = dataset.train, dataset.val, dataset.test
     is_stratified = dataset.classes is not None and not dataset.has_several_labels
     if settings.subset is not None:

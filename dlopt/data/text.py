@@ -1,5 +1,6 @@
 """Texts: files of bytes, the source code of Python's standard library, and files of tokens."""
 
+import codecs
 import hashlib
 import math
 import os
@@ -10,6 +11,7 @@ import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +24,7 @@ from dlopt.basics.files import refuse_special
 from dlopt.basics.ranges import Fraction
 from dlopt.data.arrow import read_parquet
 from dlopt.data.cache import cache_file, exclusive, file_state
+from dlopt.data.checks import WARNING, ending, left_out_note
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.data.tokenizer import SMALLEST, Tokenizer, read_tokenizer, tokenize, train_tokenizer
@@ -73,16 +76,20 @@ def text(
     """
     if vocabulary is not None and tokenizer != "bpe":
         raise UserError(f"data.vocabulary={vocabulary}: only data.tokenizer=bpe has this key; leave it out")
-    paths = [path for entry in ([file] if isinstance(file, str) else file) for path in _files(entry, pattern)]
+    others: Counter[str] = Counter()
+    paths = [path for entry in ([file] if isinstance(file, str) else file) for path in _files(entry, pattern, others)]
     if not paths:
         raise UserError("data.file=[]: at least one file or folder is required")
     tokens, ends = _concatenate(paths) if column is None else _rows(paths, column)
+    warnings = () if column is not None else _utf16_warnings(tokens, [0, *ends[:-1]], paths)
     train_fraction = _train_fraction(val_split, test_split)
     smallest = min(part for part in (train_fraction, val_split, test_split) if part > 0)
     cuts = [_cut(tokens, ends, fraction, smallest / 2) for fraction in (train_fraction, 1 - test_split)]
-    facts = _facts(tokens, paths)
+    facts, notes = _facts(tokens, paths), (*left_out_note(others), *warnings)
+    source = f"{len(paths):,} file{'s' * (len(paths) > 1)}, {len(tokens):,} bytes"
     if tokenizer == "bytes":
-        return _dataset(tokens, cuts, sequence_length, val_split, test_split, facts=facts)
+        dataset = _dataset(tokens, cuts, sequence_length, val_split, test_split, facts=facts, notes=notes)
+        return replace(dataset, source=source)
     parts = np.split(tokens, [_character(tokens, cut) for cut in cuts])
     source = f"data.tokenizer={tokenizer}"
     if saved_tokenizer is not None:
@@ -91,7 +98,8 @@ def text(
         used = train_tokenizer(parts[0].tobytes(), vocabulary or _TRAINED_SIZE, source)
     else:
         used = read_tokenizer(tokenizer)
-    return _tokenized(used, parts, sequence_length, val_split, test_split, facts=facts)
+    dataset = _tokenized(used, parts, sequence_length, val_split, test_split, facts=facts, notes=notes)
+    return replace(dataset, source=source)
 
 
 def _tokenized(
@@ -102,12 +110,14 @@ def _tokenized(
     test_split: float,
     *,
     facts: dict[str, Any],
+    notes: tuple[str, ...],
 ) -> Dataset:
     """Returns the dataset of the tokens of three parts of a text, uint8 [N] each."""
     encoded = tokenize(tokenizer, parts, ["the training text", "the validation text", "the test text"])
     cuts = list(accumulate(map(len, encoded[:2])))
     facts = {**facts, "tokens": sum(map(len, encoded)), "tokenizer_sha256": tokenizer.digest}
-    return _dataset(np.concatenate(encoded), cuts, length, val_split, test_split, facts=facts, tokenizer=tokenizer)
+    tokens = np.concatenate(encoded)
+    return _dataset(tokens, cuts, length, val_split, test_split, facts=facts, notes=notes, tokenizer=tokenizer)
 
 
 def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_split: Fraction) -> Dataset:
@@ -204,7 +214,8 @@ def _windows(tokens: np.ndarray, length: int, name: str) -> Windows:
 # -- documents
 
 
-def _files(entry: str, pattern: str) -> list[Path]:
+def _files(entry: str, pattern: str, others: Counter[str]) -> list[Path]:
+    """Returns a file, or those of a folder whose names match the pattern; counts `others` by ending or reason."""
     path = Path(entry).expanduser()
     if path.is_file():
         return [path]
@@ -214,11 +225,37 @@ def _files(entry: str, pattern: str) -> list[Path]:
         found = sorted(each for each in path.rglob(pattern) if each.is_file())
     except (NotImplementedError, ValueError):
         raise UserError(f"data.pattern={pattern}: must be a pattern of names in the folder, such as *.txt") from None
+    everything = Counter(ending(each.name) for each in path.rglob("*") if each.is_file())
+    left_out = everything - Counter(ending(each.name) for each in found)
     if not found:
-        suffixes = Counter(each.suffix for each in path.rglob("*") if each.is_file() and each.suffix)
-        hint = "".join(f"; it has *{suffix}: set data.pattern='*{suffix}'" for suffix, _ in suffixes.most_common(1))
+        suffixes = [(each, count) for each, count in left_out.most_common() if each.startswith("*.")]
+        hint = "".join(f"; it has {each}: set data.pattern='{each}'" for each, _ in suffixes[:1])
         raise UserError(f"data.pattern={pattern}: no file in {entry} has such a name{hint}")
+    others += left_out
     return found
+
+
+_LOOKED_AT = 1 << 10  # bytes at the start of a document
+_ZEROS = 0.4  # of the bytes at even, or at odd positions; UTF-16 has more in the alphabets of Europe
+
+
+def _utf16_warnings(tokens: np.ndarray, starts: Sequence[int], paths: Sequence[Path]) -> tuple[str, ...]:
+    """Returns a warning if a text has zeros at every other byte. Raises `UserError` for the byte order mark of UTF-16.
+
+    As bytes, or for a tokenizer, half of such a text means nothing.
+    """
+    looks = []
+    for start, path in zip(starts, paths, strict=True):
+        first = tokens[start : start + _LOOKED_AT].tobytes()
+        if first[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"data.file: {path} is UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+        zeros = sorted(2 * first[parity::2].count(0) / max(len(first), 1) for parity in (0, 1))
+        if zeros[1] > max(_ZEROS, 4 * zeros[0]):
+            looks.append(path)
+    if not looks:
+        return ()
+    count = f"{len(looks):,} of {len(paths):,} files"
+    return (f"{WARNING}{count} have a zero at every other byte, as UTF-16, and are read as bytes: {looks[0]}",)
 
 
 def _modules(root: Path) -> list[str]:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
+from dlopt.data.checks import left_out_note
 from dlopt.data.images import EXTENSIONS, decode_bytes
 from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
@@ -64,8 +66,14 @@ def webdataset(
     if not names:
         raise UserError("data.input=[]: name at least one extension")
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
-    shards = [(key, None if files is None else _indexed(key, files, names, target)) for key, files in splits.items()]
-    return dataset(shards, labels=labels, channels=channels, image_size=image_size)
+    others: Counter[str] = Counter()
+    shards = [
+        (key, None if files is None else _indexed(key, files, names, target, others)) for key, files in splits.items()
+    ]
+    count = sum(len(shard.paths) for _, shard in shards if shard is not None)
+    source = f"samples of {count:,} file{'s' * (count > 1)}"
+    notes = left_out_note(others)
+    return dataset(shards, labels=labels, channels=channels, image_size=image_size, source=source, notes=notes)
 
 
 @dataclass
@@ -106,7 +114,7 @@ class Shards:
         if _is_image(name):
             return decode_bytes(content, channels, where)
         array = np.atleast_1d(numbers(_decode(content, name, where), where, "in npy or json"))
-        return array if array.dtype == np.uint8 else array.astype(np.float32)
+        return array if array.dtype == np.uint8 else array.astype(np.float64)  # `Wrapped` rounds them
 
     def _content(self, row: int) -> bytes:
         """Reads the input of a sample. Raises `UserError`."""
@@ -131,6 +139,9 @@ class Shards:
 
     def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]:
         return tuple(map(str, classes))
+
+    def columns(self) -> Iterator[tuple[str, np.ndarray]]:
+        return iter(())
 
     def _input(self, row: int) -> str:
         return self.inputs[self.arrays["extension"][row]]
@@ -191,9 +202,13 @@ def _field(value: Any, name: str, path: Sequence[str], where: str) -> Any:
 # -- index
 
 
-def _indexed(key: str, files: Files, inputs: Sequence[str], target: str) -> Shards:
-    """Returns the samples of all files; the index of many samples is cached. Raises `UserError`."""
-    paths = find_files(key, files, ".tar")
+def _indexed(key: str, files: Files, inputs: Sequence[str], target: str, others: Counter[str]) -> Shards:
+    """Returns the samples of all files; the index of many samples is cached. Adds other files to `others`.
+
+    Raises `UserError`.
+    """
+    paths, left_out = find_files(key, files, ".tar")
+    others.update(left_out)
     states = []
     for path in paths:
         with _reading(key, path):

@@ -98,7 +98,9 @@ class Model(nn.Module):
         for name, value, least in (("batch_size", batch_size, 1), ("max_errors", max_errors, 0)):
             if value < least:
                 raise UserError(f"predict({name}={value}): must be >= {least}")
-        files = image_files(fspath(images)) if isinstance(images, str | PathLike) else [fspath(each) for each in images]
+        files = (
+            image_files(fspath(images))[0] if isinstance(images, str | PathLike) else [fspath(each) for each in images]
+        )
         if not files:
             raise UserError("predict(images=[]): needs at least one file")
         refuse_other_inputs(self._trained, self._path)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.errors import RunError, UserError
+from dlopt.data.checks import left_out_note
 from dlopt.data.folder import images_below, reading
 from dlopt.data.images import decode
 from dlopt.losses import label_probabilities, probabilities
@@ -20,17 +21,21 @@ from dlopt.metrics.sums import predicted_classes
 from dlopt.trained.restore import Trained
 
 
-def image_files(images: str) -> list[str]:
-    """Returns the file, or the images in a folder and its subfolders, sorted by path. Raises `UserError`."""
+def image_files(images: str) -> tuple[list[str], tuple[str, ...]]:
+    """Returns the file, or the images in a folder and its subfolders, sorted by path, and a line on other files.
+
+    Raises `UserError`.
+    """
     if os.path.isfile(images):
-        return [images]
+        return [images], ()
     if not os.path.isdir(images):
         raise UserError(f"images={images}: no such file or folder")
     with reading(f"images={images}"):
-        paths = images_below(images)
+        paths, others = images_below(images)
+    notes = left_out_note(others)
     if not paths:
-        raise UserError(f"images={images}: this folder contains no images")
-    return paths
+        raise UserError("; ".join([f"images={images}: this folder contains no images", *notes]))
+    return paths, notes
 
 
 def refuse_other_inputs(trained: Trained, path: Path) -> None:

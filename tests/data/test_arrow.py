@@ -82,17 +82,17 @@ def test_large_tables_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file = write(tmp_path / "a.parquet", pictures(40), [i % 2 for i in range(40)])
     monkeypatch.setattr(module, "_MAX_READ", 0)
     before = arrow.total_allocated_bytes()
-    table = module.read_parquet("data.file", file, ["image", "label"])
+    table = module.read_parquet("data.file", [file], ["image", "label"])
     deadline = time.monotonic() + 60  # Arrow's threads free what they have read a little later
     while arrow.total_allocated_bytes() - before >= table.nbytes / 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert table.nbytes > 1000 and arrow.total_allocated_bytes() - before < table.nbytes / 4
     monkeypatch.setattr(module, "_batches", None)  # the second time, the file in the cache is used
-    assert module.read_parquet("data.file", file, ["image", "label"]).equals(table)
+    assert module.read_parquet("data.file", [file], ["image", "label"]).equals(table)
     monkeypatch.undo()
     monkeypatch.setattr(module, "_MAX_READ", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", file)  # not a folder
-    assert module.read_parquet("data.file", file, ["image", "label"]).equals(table)
+    assert module.read_parquet("data.file", [file], ["image", "label"]).equals(table)
 
 
 def test_numbers_and_lists_of_numbers(tmp_path: Path) -> None:
@@ -322,3 +322,77 @@ def test_arrays_of_images_with_their_channels_first(tmp_path: Path) -> None:
     writer.write_table(arrow.table({**table, "label": [0, 1, 0]}), tmp_path / "a.parquet")
     first, last = (inputs(read(file=str(tmp_path / "a.parquet"), input=name)) for name in ("first", "last"))
     assert torch.equal(first, last) and torch.equal(first, torch.from_numpy(np.moveaxis(pixels, 3, 1).copy()))
+
+
+def test_shards_that_differ_in_the_kind_of_a_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "Not null", dictionaries, large and viewed strings and lists: programs write the same column in all of them."""
+    names, values = ["b", "a", "b"], [[1.0], [2.0], [3.0]]
+    strings = (
+        arrow.string(),
+        arrow.large_string(),
+        arrow.string_view(),
+        arrow.dictionary(arrow.int32(), arrow.string()),
+    )
+    kinds = (arrow.list_(arrow.float32()), arrow.list_(arrow.float32(), 1), arrow.large_list(arrow.float32()))
+    for number in range(6):
+        fields = [
+            arrow.field("image", kinds[number % 3], nullable=number > 1),
+            arrow.field("label", strings[number % 4], nullable=number != 3),
+        ]
+        columns = [arrow.array(values, fields[0].type), arrow.array(names, arrow.string()).cast(fields[1].type)]
+        writer.write_table(arrow.table(columns, arrow.schema(fields)), tmp_path / f"{number}.parquet")
+    for size in (module._MAX_READ, 0):  # in memory, and mapped
+        monkeypatch.setattr(module, "_MAX_READ", size)
+        dataset = read(file=str(tmp_path))
+        assert dataset.classes == ("a", "b") and dataset.train.targets.tolist() == [1, 0, 1] * 6
+        assert inputs(dataset).flatten().tolist() == [1, 2, 3] * 6 and dataset.source == "18 rows of 6 files"
+
+
+def test_what_looks_wrong_in_columns(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.PARQUET")
+    count = 40
+    columns = {
+        "time": [1.7e9 + i for i in range(count)], "x": [i % 7 / 3 for i in range(count)],
+        "list": [[1.7e9 + i, i % 3] for i in range(count)], "kind": [str((2, 10, 9)[i % 3]) for i in range(count)],
+        "form": [("Cat", "cat")[i % 2] for i in range(count)], "size": [f"{i / 2}" for i in range(count)],
+    }  # fmt: skip
+    writer.write_table(arrow.table(columns), path)
+    (tmp_path / "b.csv").write_text("")
+    dataset = read(file=str(tmp_path), input=["time", "x"], target="kind")
+    assert dataset.classes == ("2", "9", "10") and dataset.train.targets[:3].tolist() == [0, 2, 1]
+    assert dataset.notes[:2] == (
+        "left out: 1 file (1 *.csv)",
+        "warning: column time counts the rows; leave it out of data.input if it is an index or a time",
+    )
+    assert dataset.notes[2].startswith("warning: float32 rounds column time by up to 64") and len(dataset.notes) == 3
+    lists = read(file=path, input="list", target="form").notes
+    assert [note.split(";")[0][:48] for note in lists] == [
+        "warning: form has classes that differ in form on",
+        "warning: feature 1 counts the rows",
+        "warning: float32 rounds feature 1 by up to 64, i",
+    ]
+    target = read(file=path, input="x", target="time", labels="value").notes
+    assert len(target) == 1 and target[0].startswith("warning: float32 rounds time by up to 64")
+    with pytest.raises(UserError, match=r"data\.labels=class: size has 40 different numbers; for a regression, use"):
+        read(file=path, input="x", target="size")
+
+
+def test_slices_of_a_saved_dataset(datasets: Any, tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"image": datasets.Sequence(datasets.Value("float32")), "label": datasets.Value("int64")}
+    )
+    parts = {
+        name: datasets.Dataset.from_dict({"image": [[float(i)] for i in range(n)], "label": [i % 2 for i in range(n)]}, features)
+        for name, n in (("train", 10), ("a.b", 4))
+    }  # fmt: skip
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    load = partial(hub, name=str(tmp_path / "saved"))
+    dataset = load(split="train[:70%]", val="train[70%:]", test="a.b")
+    assert inputs(dataset).flatten().tolist() == list(range(7))
+    assert dataset.val is not None and dataset.val.fetch(torch.arange(3)).flatten().tolist() == [7, 8, 9]
+    assert dataset.test is not None and len(dataset.test) == 4
+    both = load(split="train[-2:]+train[:3]")
+    assert inputs(both).flatten().tolist() == [8, 9, 0, 1, 2]
+    for split in ("dev", "train[", "dev[:2]"):
+        with pytest.raises(UserError, match=r"data\.split=.*: .*saved has no such split; it has train, a\.b"):
+            load(split=split)

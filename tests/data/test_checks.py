@@ -1,11 +1,25 @@
 """What looks wrong in data, in the same words for every reader."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from dlopt.data.checks import are_values, count_rows, label_warnings, natural, number
+from dlopt.data.checks import (
+    are_values,
+    count_rows,
+    count_warnings,
+    ending,
+    label_warnings,
+    left_out_note,
+    natural,
+    notes,
+    number,
+    problems,
+)
+from dlopt.data.samples import Dataset, InMemory
 
 
 def test_a_column_that_counts_the_rows() -> None:
@@ -70,3 +84,61 @@ def test_no_warning_of_ordinary_classes() -> None:
     assert label_warnings("y", Counter(["a", "b", "a", "b", "10", "9", "10", "9"])) == ()
     assert label_warnings("y", Counter([str(i) for i in range(50)] * 2)) == ()
     assert label_warnings("y", Counter([*(str(i) for i in range(60)), "other"] * 2)) == ()
+
+
+def dataset(inputs: torch.Tensor, targets: list[int], test: list[int] | None, **more: Any) -> Dataset:
+    samples = InMemory(inputs, torch.tensor(targets))
+    tested = None if test is None else InMemory(inputs[: len(test)], torch.tensor(test))
+    return Dataset(samples, None, tested, ("a", "b", "c"), **more)
+
+
+def test_what_the_splits_lack() -> None:
+    vectors = torch.zeros(6, 2)
+    complete = dataset(vectors, [0, 0, 1, 1, 2, 2], [0, 1, 2], notes=("left out: x",), source="6 rows")
+    assert notes(complete) == ("read: 6 rows", "left out: x")
+    lacking = dataset(vectors, [0, 0, 1, 1, 2, 2], [0])
+    assert notes(lacking) == ("warning: the test set has no sample of 2 classes: b, c",)
+    assert notes(dataset(vectors, [0, 0, 0, 0, 1, 2], [0])) == (), "their readers report classes with one sample"
+    assert notes(dataset(vectors, [0, 0, 1, 1, 2, 2], None)) == (
+        "no test set: the metrics of the best model are those of the validation set, by which it is selected",
+    )
+    assert notes(dataset(vectors, [0, 0, 1, 1, 2, 2], None, is_generated=True)) == ()
+
+
+@pytest.mark.parametrize(("low", "high", "colour"), [(0, 15, "black"), (3, 3, "black"), (240, 255, "white"),
+                                                     (0, 16, None), (239, 255, None), (0, 255, None)])  # fmt: skip
+def test_images_that_are_nearly_black_or_white(low: int, high: int, colour: str | None) -> None:
+    images = torch.full((6, 1, 2, 2), low, dtype=torch.uint8)
+    images[:, :, 0] = high
+    found = notes(dataset(images, [0, 0, 1, 1, 2, 2], [0, 1, 2]))
+    if colour is None:
+        assert found == ()
+    else:
+        [line] = found
+        assert line.startswith(
+            f"warning: the images are nearly {colour}: all pixels of 6 of them are from {low} to {high}"
+        )
+    assert notes(dataset(images / 255, [0, 0, 1, 1, 2, 2], [0, 1, 2])) == ()
+
+
+def test_files_are_counted_by_ending() -> None:
+    names = ["a.txt", "b.txt", "c.TXT", ".d.jpg", "README", "e.tar.gz", "f.an odd one", f"g.{'x' * 40}"]
+    assert left_out_note(Counter(map(ending, names))) == (
+        "left out: 8 files (2 *.txt, 2 with other endings, 1 *.TXT, 1 *.gz, 1 hidden, 1 without an ending)",
+    )
+    assert left_out_note({}) == ()
+    [many] = left_out_note({f"*.{i}": 1 for i in range(15)})
+    assert many.count("*.") == 10 and many.endswith(", 5 others)")
+
+
+def test_the_lines_of_a_kind_are_limited() -> None:
+    rows = np.arange(30.0)
+    columns = [(f"x{i}", rows) for i in range(5)]
+    found = count_warnings(columns, "leave out {name}")
+    assert found[0] == "warning: column x0 counts the rows; leave out x0 if it is an index or a time"
+    assert len(found) == 4 and found[-1] == "warning: the same holds for 2 more columns"
+    assert count_warnings(columns[:1], "") == ()
+
+
+def test_problems_are_what_was_left_out_or_looks_wrong() -> None:
+    assert problems(["read: x", "left out: y", "warning: z", "no test set"]) == ["left out: y", "warning: z"]

@@ -1,7 +1,9 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
 from dlopt.basics.errors import UserError
@@ -76,3 +78,40 @@ def test_floating_point_labels_mean_regression() -> None:
 def test_rejects_invalid_settings(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(**changed)
+
+
+class Rows(Dataset[tuple[Any, Any]]):
+    """Items (input, label) of two sequences."""
+
+    def __init__(self, inputs: Any, labels: Any) -> None:
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.inputs[index], self.labels[index]
+
+
+def test_what_looks_wrong() -> None:
+    time = 1.7e9 + np.arange(200.0)
+    vectors = np.stack([time, np.arange(200) % 7], 1)
+    dataset = load(train=Rows(vectors, [i % 3 for i in range(199)] + [3]), test=Rows(vectors[:3], [0, 1, 2]))
+    assert dataset.source == "203 items"
+    assert [note[:53] for note in dataset.notes] == [
+        "warning: feature 1 counts the rows; leave it out if i",
+        "warning: float32 rounds feature 1 by up to 64, its va",
+        "warning: the label has 1 class with one sample: 3",
+    ]
+    assert load(train=Rows(vectors[:, 1:], [i % 30 for i in range(200)])).notes == ()
+    [target] = load(train=Rows(vectors[:, 1:], time)).notes
+    assert target.startswith("warning: float32 rounds the label by up to 64, ")
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_images_without_a_white_are_refused(mode: str) -> None:
+    images = [Image.fromarray(np.full((4, 4), 1, np.float32 if mode == "F" else np.int32))]
+    with pytest.raises(
+        UserError, match=r"^data\.train \(.*Rows\)\[0\]: .* pixels from 1 to 1; convert them to 8 or 16"
+    ):
+        load(train=Rows(images, [0]))

@@ -122,10 +122,49 @@ def test_an_empty_class_folder_is_named(root: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
-def test_a_class_missing_from_one_part_is_named(root: Path, part: str) -> None:
+@pytest.mark.parametrize("layout", ["missing", "empty"])
+def test_a_class_without_images_in_one_part(
+    root: Path, part: str, layout: str, settings: Callable[..., DataSettings]
+) -> None:
+    remove(root / part / "cat")
+    if layout == "empty":
+        (root / part / "cat").mkdir()
+    dataset = load(root)
+    samples = getattr(dataset, part)
+    assert set(samples.targets.tolist()) == {1} and dataset.classes == ("cat", "dog")
+    name = "validation" if part == "val" else "test"
+    assert f"warning: the {name} set has no sample of class cat" in prepare(dataset, settings()).notes
     remove(root / part / "dog")
-    with pytest.raises(UserError, match=rf"{root}/{part}/dog is missing; train has it"):
+    with pytest.raises(UserError, match=rf"{root}/{part} has no (images|class folders)"):
         load(root)
+
+
+def test_a_misnamed_class_folder_is_named(root: Path) -> None:
+    (root / "test/dog").rename(root / "test/Dog")
+    with pytest.raises(UserError, match=rf"train has no class folder like {root}/test/Dog, and dog is missing there"):
+        load(root)
+
+
+def test_what_is_left_out_is_counted(root: Path) -> None:
+    (root / "train/cat/000.jpg").rename(root / "train/cat/000.JFIF")
+    for name in ("train/cat/a.txt", "train/dog/b.TXT", "test/dog/c.txt", "train/d.jpg", "val/dog/README", "val/.e.jpg"):
+        (root / name).write_text("")
+    (root / "valid").mkdir()
+    dataset = load(root)
+    assert dataset.source == "13 images in 2 class folders"
+    assert dataset.notes == (
+        "left out: 6 files (2 *.txt, 1 *.TXT, 1 hidden, 1 outside of the class folders, 1 without an ending)",
+        "left out: folder valid (train, val and test are read)",
+    )
+
+
+def test_numbered_class_folders_keep_the_order_of_their_names(tmp_path: Path, write_images: WriteImages) -> None:
+    """As in torchvision; weights that were trained elsewhere depend on it."""
+    for name in ("0", "1", "2", "10"):
+        write_images(tmp_path / "train" / name, 2)
+    dataset = load(tmp_path)
+    assert dataset.classes == ("0", "1", "10", "2")
+    assert dataset.notes == ("the class folders are in the order of their names, not of their numbers: 0, 1, 10, 2",)
 
 
 def test_a_class_that_train_lacks_is_named(root: Path) -> None:

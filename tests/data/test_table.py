@@ -129,3 +129,21 @@ def test_several_labels_per_image(table: Callable[..., Dataset]) -> None:
 def test_several_labels_refused(text: str, more: dict[str, Any], message: str, table: Callable[..., Dataset]) -> None:
     with pytest.raises(UserError, match=message):
         table(text, **{"labels": "several", **more})
+
+
+def test_what_looks_wrong(table: Callable[..., Dataset]) -> None:
+    text = "path,label\n" + "".join(f"images/00{i % 6}.png,{('cat', 'Cat', 'dog')[i % 3]}\n" for i in range(12))
+    dataset = table(text + "images/000.png,eel\n")
+    assert dataset.source == "13 images and their label" and dataset.notes == (
+        "warning: label has classes that differ in form only: 'Cat', 'cat'",
+        "warning: label has 1 class with one sample: eel",
+    )
+    times = "path,label\n" + "".join(f"images/00{i % 6}.png,{1.7e9 + i}\n" for i in range(30))
+    [note] = table(times, labels="value").notes
+    assert note.startswith("warning: float32 rounds label by up to 29, ")
+    numbers = "path,label\n" + "".join(f"images/00{i % 6}.png,{i / 2}\n" for i in range(60)) * 2
+    with pytest.raises(UserError, match=r"data\.labels=class: label has 60 different numbers; for a regression, use"):
+        table(numbers)
+    assert table("path,label\n" + "".join(f"images/00{i % 6}.png,{i}\n" for i in range(12))).classes == (
+        *map(str, range(12)),
+    )

@@ -220,3 +220,27 @@ def test_names_what_is_wrong_with_a_text(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             text(**{**keys, **changed})  # type: ignore[arg-type]
+
+
+def test_files_that_are_left_out_are_counted_by_ending(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.TXT", "d.md", "e.md", ".f.txt"):
+        (tmp_path / name).write_text("some text to read\n" * 9)
+    dataset = text(file=str(tmp_path), pattern="*.txt", sequence_length=8, val_split=0, test_split=0)
+    assert dataset.source == f"3 files, {3 * 163} bytes" and dataset.notes == ("left out: 3 files (2 *.md, 1 *.TXT)",)
+    with pytest.raises(UserError, match=r"no file in .* has such a name; it has \*\.md: set data\.pattern="):
+        text(file=str(tmp_path), pattern="*.rst", sequence_length=8, val_split=0, test_split=0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-8", "utf-8-sig"])
+def test_texts_in_utf_16(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text to read, with an é\n" * 30, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("some text to read, with an é\n" * 30, encoding=encoding)
+    keys = {"pattern": "*.txt", "sequence_length": 8, "val_split": 0, "test_split": 0}
+    if encoding == "utf-16":
+        with pytest.raises(UserError, match=r"data\.file: .*b\.txt is UTF-16; convert it to UTF-8"):
+            text(file=str(tmp_path), **keys)
+        return
+    expected = (
+        f"warning: 1 of 2 files have a zero at every other byte, as UTF-16, and are read as bytes: {tmp_path}/b.txt"
+    )
+    assert text(file=str(tmp_path), **keys).notes == ((expected,) if "-16" in encoding else ())

@@ -109,7 +109,9 @@ def test_long_list_is_truncated_and_written_to_a_file(
 
 def test_notes_reach_the_run(root: Path, settings: Callable[..., object]) -> None:
     data = load(root)
-    assert prepare(data, settings()).notes == data.notes != ()  # type: ignore[arg-type]
+    notes = prepare(data, settings()).notes  # type: ignore[arg-type]
+    assert notes[0] == "read: 12 images in 2 class folders" and notes[1:-1] == data.notes != ()
+    assert notes[-1].startswith("no test set: ")
 
 
 def test_rows_of_a_table_whose_image_is_missing_or_broken(tmp_path: Path, write_images: WriteImages) -> None:

@@ -258,7 +258,7 @@ def test_braces(tmp_path: Path) -> None:
         (tmp_path / f"{name}.tar").touch()
 
     def found(pattern: str) -> list[str]:
-        return [Path(path).stem for path in find_files("data.file", f"{tmp_path}/{pattern}", ".tar")]
+        return [Path(path).stem for path in find_files("data.file", f"{tmp_path}/{pattern}", ".tar")[0]]
 
     assert found("a-{08..10}.tar") == ["a-08", "a-09", "a-10"]
     assert found("{b,a}-{09..10}.tar") == ["b-09", "b-10", "a-09", "a-10"]
@@ -333,3 +333,22 @@ def test_metadata_of_a_shard_is_skipped(tmp_path: Path) -> None:
     dataset = read(file=write(tmp_path / "a.tar", members))
     assert dataset.train.targets.tolist() == [0, 1, 0, 1]
     assert (inputs(dataset).numpy() == np.moveaxis(images, 3, 1)).all()
+
+
+def test_labels_of_texts_and_what_looks_wrong(tmp_path: Path) -> None:
+    members: list[tuple[str, Any]] = []
+    for number in range(24):
+        members += [(f"{number:02d}.npy", npy([1.7e9 + number, number % 5])), (f"{number:02d}.txt", f"{number % 12}")]
+    write(tmp_path / "shards/a.TAR", members)
+    (tmp_path / "shards/index.json").write_text("{}")
+    dataset = read(file=str(tmp_path / "shards"), input="npy", target="txt")
+    assert dataset.classes == tuple(map(str, range(12))) and dataset.source == "24 samples of 1 file"
+    assert [note[:40] for note in dataset.notes] == [
+        "left out: 1 file (1 *.json)",
+        "warning: feature 1 counts the rows; leav",
+        "warning: float32 rounds feature 1 by up ",
+    ]
+    mixed = write(tmp_path / "b.tar", [("0.png", png(pictures(1)[0])), ("0.json", "1"),
+                                       ("1.png", png(pictures(1)[0])), ("1.json", '"a"')])  # fmt: skip
+    with pytest.raises(UserError, match=r"json has integers and texts such as 'a'; classes must be of one type"):
+        read(file=mixed, target="json")
