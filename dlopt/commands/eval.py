@@ -146,7 +146,7 @@ def _finish(
     is_averaged = views is not None or isinstance(source.get("checkpoint"), list)
     crops = {"name": tta, **({} if views is None else vars(views))}
     record = {**source, "tta": crops, "average": tested.average if is_averaged else None}
-    lines += evaluation.class_lines(tested)
+    lines += [*tested.problems, *evaluation.class_lines(tested)]
     if folder is not None:
         with writing(Path(folder)):
             written = evaluation.write(Path(folder), record, tested)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Interval
 
 from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.interruption import print_error
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, refuse_folder, writing
 from dlopt.config.reads import RECIPE
 from dlopt.tracking.terminal_text import short_path
@@ -47,10 +48,12 @@ def show_batch(
     """Saves the plots and prints their paths. Raises `UserError`."""
     target = None if output is None else _target(output)
     run_configs = _run_configs(line)
+    from dlopt.data.checks import problems
     from dlopt.instruments.augmentations import draw
     from dlopt.training.builders.workload import read_dataset
 
-    batch, operations = draw(run_configs, read_dataset(next(iter(run_configs.values()))), tile)
+    dataset = read_dataset(next(iter(run_configs.values())))
+    batch, operations = draw(run_configs, dataset, tile)
     if target is None:
         target = output_folder(None, "show-batch") / "batch.png"
     pictures = {target: batch}
@@ -60,6 +63,8 @@ def show_batch(
         target.parent.mkdir(parents=True, exist_ok=True)
         for path, picture in pictures.items():
             picture.save(path)
+    for problem in problems(dataset.notes):
+        print_error(problem)
     print(*map(short_path, pictures), sep="\n")
     return DONE
 

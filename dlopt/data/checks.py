@@ -10,13 +10,8 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-
-if TYPE_CHECKING:
-    from dlopt.data.samples import Dataset, Samples
 
 LEFT_OUT, WARNING = "left out: ", "warning: "
 _LONGEST = 12  # characters of an ending
@@ -28,8 +23,6 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 _SEPARATORS = re.compile(r"[\s_\-]+")
 _MAX_ROUNDING = 0.01  # of a column's range
 _SAMPLED = 64  # vectors that are looked at if they are read one at a time
-_PICTURES = 16  # images that are looked at
-_DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
 
 
 # -- what was read and left out
@@ -57,54 +50,14 @@ def left_out_note(counts: Mapping[str, int]) -> tuple[str, ...]:
     return (f"{LEFT_OUT}{total:,} file{'s' * (total > 1)} ({', '.join(shown)})",)
 
 
-def notes(dataset: "Dataset") -> tuple[str, ...]:
-    """Returns the lines on a dataset as it was read: what was read, the notes of its reader, and on its splits."""
-    read = (f"read: {dataset.source}",) if dataset.source else ()
-    return (*read, *dataset.notes, *_split_notes(dataset), *_image_warnings(dataset.train))
+def listed(names: Sequence[str]) -> str:
+    """Returns the first of the names, with dots for others."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def problems(lines: Iterable[str]) -> list[str]:
     """Returns the lines on what was left out or looks wrong, which commands show that do not train."""
     return [line for line in lines if line.startswith((LEFT_OUT, WARNING))]
-
-
-def _split_notes(dataset: "Dataset") -> list[str]:
-    if dataset.test is None and not dataset.is_generated:
-        found = ["no test set: the metrics of the best model are those of the validation set, by which it is selected"]
-    else:
-        found = []
-    classes, train = dataset.classes, dataset.train.targets
-    if classes is None or train.ndim != 1 or train.is_floating_point() or dataset.unlabelled is not None:
-        return found
-    counts = {name: _counts(getattr(dataset, name), len(classes)) for name in ("train", "val", "test")}
-    total = sum(counts.values())
-    for name, label in (("val", "validation"), ("test", "test")):
-        # A class with one sample is reported on its own.
-        absent = [classes[i] for i in np.flatnonzero((counts[name] == 0) & (total > 1)).tolist()]
-        if absent and getattr(dataset, name) is not None:
-            found.append(f"{WARNING}the {label} set has no sample of {_classes(absent)}")
-    return found
-
-
-def _counts(samples: "Samples | None", classes: int) -> np.ndarray:
-    return np.zeros(classes, int) if samples is None else torch.bincount(samples.targets, minlength=classes).numpy()
-
-
-def _image_warnings(samples: "Samples") -> tuple[str, ...]:
-    """Returns a warning if images are nearly black or white, as those of 12 bits in 16, or masks of 0 and 1."""
-    if len(samples.shape) != 3:
-        return ()
-    images = samples.fetch(torch.linspace(0, len(samples) - 1, min(_PICTURES, len(samples))).long())
-    if images.dtype != torch.uint8 or images.numel() == 0:
-        return ()
-    low, high = int(images.min()), int(images.max())
-    if high >= _DARK and low <= _BRIGHT:
-        return ()
-    colour = "black" if high < _DARK else "white"
-    return (
-        f"{WARNING}the images are nearly {colour}: all pixels of {len(images)} of them are from {low} to {high} "
-        "(of 0 to 255); of 16 bits, the upper 8 are kept",
-    )
 
 
 # -- features and other numbers
@@ -218,8 +171,8 @@ def label_warnings(column: str, counts: Mapping[str, int], *, may_be_values: boo
         if len(group) > 1:
             found.append(f"{WARNING}{column} has classes that differ in form only: {', '.join(map(repr, group))}")
     if single := [name for name in names if counts[name] == 1]:
-        shown = ", ".join(single[:_SHOWN]) + (", ..." if len(single) > _SHOWN else "")
-        found.append(f"{WARNING}{column} has {len(single)} class{'es' * (len(single) > 1)} with one sample: {shown}")
+        plural = "es" * (len(single) > 1)
+        found.append(f"{WARNING}{column} has {len(single)} class{plural} with one sample: {listed(single)}")
     if missing := [name for name in names if name.lower() in _MISSING and len(names) > 1]:
         found.append(f"{WARNING}{column} has the class {missing[0]!r}, which usually means a missing value")
     if may_be_values and _are_numbers(names):
@@ -248,8 +201,3 @@ def _are_numbers(names: Sequence[str]) -> bool:
         return False
     numbered = values[0] in (0, 1) and values == [values[0] + i for i in range(len(values))]
     return len(names) > _MANY_CLASSES or not numbered
-
-
-def _classes(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    return f"class {shown}" if len(names) == 1 else f"{len(names)} classes: {shown}"

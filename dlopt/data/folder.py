@@ -71,6 +71,7 @@ def scan(folder: Path) -> Listing:
         outside, names = _list_folder(base, b"", visited, (), left_out)
         for name in sorted(names):
             classes[name] = np.sort(np.array(_images(base, name, visited, left_out), dtype=np.bytes_))
+    left_out += Counter()  # without zeros
     if outside:
         left_out["outside of the class folders"] = len(outside)
     if not classes:
@@ -110,7 +111,7 @@ def images_below(folder: str) -> tuple[list[str], dict[str, int]]:
     """
     base, left_out = os.fsencode(folder), Counter[str]()
     images = _images(base, b"", {}, left_out)
-    return sorted(os.fsdecode(os.path.join(base, image)) for image in images), dict(left_out)
+    return sorted(os.fsdecode(os.path.join(base, image)) for image in images), dict(+left_out)
 
 
 @contextmanager
@@ -149,7 +150,7 @@ def _list_folder(
     with os.scandir(os.path.join(base, name)) as entries:
         for entry in entries:
             if entry.name.startswith(b"."):
-                left_out["hidden"] += 1
+                left_out["hidden"] += not entry.is_dir()
             elif entry.is_dir():
                 folders.append(os.path.join(name, entry.name))
             elif os.fsdecode(entry.name).lower().endswith(_SUFFIXES):

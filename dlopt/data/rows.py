@@ -105,7 +105,7 @@ def dataset(
     shown = None
     if classes is not None:
         shown = train.class_names(classes)
-        counts = sum(_counts(target, len(classes)) for target in targets if target is not None)
+        counts = torch.stack([_counts(target, len(classes)) for target in targets if target is not None]).sum(0)
         notes += label_warnings(train.target, dict(zip(shown, counts.tolist(), strict=True)))
     else:
         values = targets[0].reshape(len(train), -1).numpy()
@@ -187,7 +187,7 @@ def _classes(key: str, table: Table, *, several: bool) -> list[Any]:
                 "(for a regression: data.labels=value loss=mse; for lists of labels: data.labels=several)"
             )
         values.add(value)
-    if all(isinstance(value, str) for value in values) and are_measured(values):
+    if are_measured(value for value in values if isinstance(value, str)):
         raise UserError(
             f"data.labels=class: {table.target} has {len(values)} different numbers; for a regression, use "
             "data.labels=value loss=mse"

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
-from dlopt.data.checks import notes
 from dlopt.data.images import resize, size_pair
+from dlopt.data.inspection import notes
 from dlopt.data.loading import materialize, worker_count
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
 from dlopt.data.settings import DataSettings as DataSettings
@@ -36,8 +36,8 @@ def prepare(
     resizes images to `image_size`, and decodes training and validation samples into memory if requested or if they
     fit. Test samples are decoded when they are used.
 
-    The notes of the result are those of `dlopt.data.checks.notes`. If no class has two samples, there is no validation
-    set and `val` is None.
+    The notes of the result are those of `dlopt.data.inspection`. If no class has two samples, there is no validation set
+    and `val` is None.
 
     Args:
         device: device of samples in memory; its free memory counts.

@@ -11,6 +11,7 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
+from dlopt.data.checks import problems
 from dlopt.data.identity import difference
 from dlopt.data.task import Task
 from dlopt.metrics.user import UserMetric
@@ -35,13 +36,14 @@ from dlopt.training.evaluate import (
 class Tested:
     """The result of a checkpoint, an ensemble, or a file of weights.
 
-    `average`: what was averaged over crops and models. `workload`: of a task without labels, whose outputs, which are
-    large, are not kept.
+    `average`: what was averaged over crops and models. `problems`: what was left out of the data, or looks wrong.
+    `workload`: of a task without labels, whose outputs, which are large, are not kept.
     """
 
     report: TestReport
     average: Average
     classes: tuple[str, ...] | None
+    problems: Sequence[str]
     workload: Workload | None = None
 
     @property
@@ -84,10 +86,12 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
         views: test-time augmentation, the choice `tta`; None: none.
     """
     models: list[_Predictions] = []
+    found: list[str] = []
     for path, workload in zip(paths, workloads, strict=True):
         chosen = choose_average(average, workload)
         if not workload.task.has_labels:
-            return Tested(unlabelled_report(workload, tta=tta, members=len(paths)), chosen, None, workload)
+            tested = unlabelled_report(workload, tta=tta, members=len(paths))
+            return Tested(tested, chosen, None, problems(workload.dataset.notes), workload)
         batches = predict_test_set(workload, views, chosen)
         assert batches is not None  # nothing interrupts it
         user_metrics = workload.run_config.user_metrics
@@ -95,9 +99,10 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
             _Predictions(path, chosen, workload.dataset.classes, workload.loss, workload.task, user_metrics, batches)
         )
         models[-1].check_matches(models[0])
+        found += [line for line in problems(workload.dataset.notes) if line not in found]
     first = models[0]
     combined = _combine([model.batches for model in models], first.average)
-    return Tested(report(combined, first.loss, first.task, first.user_metrics), first.average, first.classes)
+    return Tested(report(combined, first.loss, first.task, first.user_metrics), first.average, first.classes, found)
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:

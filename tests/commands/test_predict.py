@@ -94,6 +94,15 @@ def test_processes_divide_the_images(workdir: Path) -> None:
     assert not [path for path in workdir.iterdir() if path.suffix not in (".csv", "")]
 
 
+def test_files_that_are_left_out_are_counted(workdir: Path) -> None:
+    shutil.copy(workdir / "images/dark/0.png", workdir / "images/dark/0.heic")
+    (workdir / "images/notes.txt").write_text("")
+    shutil.move(workdir / "images/dark/1.png", workdir / "images/dark/1.JFIF")
+    result = dlopt(workdir, "predict", f"checkpoint={CHECKPOINT}", "images=images")
+    assert (result.code, result.out) == (0, "20 images classified: predictions.csv\n")
+    assert result.err == "dlopt: left out: 2 files (1 *.heic, 1 *.txt)\n"
+
+
 def test_single_image_and_other_output(workdir: Path) -> None:
     line = ["predict", f"checkpoint={CHECKPOINT}", "images=images/dark/3.png", "output=a/b.csv"]
     assert dlopt(workdir, *line).code == 0
@@ -108,7 +117,9 @@ def test_skips_and_reports_unreadable_files(workdir: Path) -> None:
     line = ["predict", f"checkpoint={CHECKPOINT}", "images=images"]
     result = dlopt(workdir, *line, "max_errors=2")
     assert result.code == 0 and "19 images classified, 2 skipped" in result.out
-    assert [("images/dark/3.png" in each, "images/text.jpg" in each) for each in result.err.splitlines()] == [
+    left_out, *skipped = result.err.splitlines()
+    assert left_out == "dlopt: left out: 1 file (1 *.txt)"
+    assert [("images/dark/3.png" in each, "images/text.jpg" in each) for each in skipped] == [
         (True, False),
         (False, True),
     ]

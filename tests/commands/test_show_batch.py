@@ -33,6 +33,19 @@ def test_default_folder_without_operations(tmp_path: Path) -> None:
     assert (columns[:, :112] == columns[:, 116:228]).all()  # the original, and what is made of it
 
 
+def test_says_what_was_left_out_and_looks_wrong(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8), 3).save(tmp_path / name / "0.png")
+        (tmp_path / name / "1.heic").write_text("")
+    result = dlopt(tmp_path, "show-batch", "data=image_folder", f"data.root={tmp_path}", "output=x.png")
+    assert (result.code, result.out) == (0, "x.png\n")
+    lines = result.err.splitlines()
+    assert lines[0] == "dlopt: left out: 2 files (2 *.heic)"
+    assert lines[1].startswith("dlopt: warning: data.root has 2 classes with one sample: a, b")
+    assert lines[2].startswith("dlopt: warning: the images are nearly black: all pixels of 2 of them are from 3 to 3")
+
+
 def test_several_augmentations(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "show-batch", "augmentation=crop_flip,cutmix,affine", "tile=64", "output=x.png")
     assert (result.code, result.out) == (0, "x.png\n"), result.err

@@ -364,27 +364,25 @@ def test_what_looks_wrong_in_columns(tmp_path: Path) -> None:
         "left out: 1 file (1 *.csv)",
         "warning: column time counts the rows; leave it out of data.input if it is an index or a time",
     )
-    assert dataset.notes[2].startswith("warning: float32 rounds column time by up to 64") and len(dataset.notes) == 3
+    assert dataset.notes[2].startswith("warning: float32 rounds column time by up to 39,") and len(dataset.notes) == 3
     lists = read(file=path, input="list", target="form").notes
     assert [note.split(";")[0][:48] for note in lists] == [
         "warning: form has classes that differ in form on",
         "warning: feature 1 counts the rows",
-        "warning: float32 rounds feature 1 by up to 64, i",
+        "warning: float32 rounds feature 1 by up to 39, i",
     ]
     target = read(file=path, input="x", target="time", labels="value").notes
-    assert len(target) == 1 and target[0].startswith("warning: float32 rounds time by up to 64")
+    assert len(target) == 1 and target[0].startswith("warning: float32 rounds time by up to 39,")
     with pytest.raises(UserError, match=r"data\.labels=class: size has 40 different numbers; for a regression, use"):
         read(file=path, input="x", target="size")
 
 
 def test_slices_of_a_saved_dataset(datasets: Any, tmp_path: Path) -> None:
-    features = datasets.Features(
-        {"image": datasets.Sequence(datasets.Value("float32")), "label": datasets.Value("int64")}
-    )
-    parts = {
-        name: datasets.Dataset.from_dict({"image": [[float(i)] for i in range(n)], "label": [i % 2 for i in range(n)]}, features)
-        for name, n in (("train", 10), ("a.b", 4))
-    }  # fmt: skip
+    columns = {"image": datasets.Sequence(datasets.Value("float32")), "label": datasets.Value("int64")}
+    parts = {}
+    for name, count in (("train", 10), ("a.b", 4)):
+        rows = {"image": [[float(i)] for i in range(count)], "label": [i % 2 for i in range(count)]}
+        parts[name] = datasets.Dataset.from_dict(rows, datasets.Features(columns))
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     load = partial(hub, name=str(tmp_path / "saved"))
     dataset = load(split="train[:70%]", val="train[70%:]", test="a.b")

@@ -1,11 +1,9 @@
 """What looks wrong in data, in the same words for every reader."""
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dlopt.data.checks import (
     are_values,
@@ -15,11 +13,9 @@ from dlopt.data.checks import (
     label_warnings,
     left_out_note,
     natural,
-    notes,
     number,
     problems,
 )
-from dlopt.data.samples import Dataset, InMemory
 
 
 def test_a_column_that_counts_the_rows() -> None:
@@ -84,41 +80,6 @@ def test_no_warning_of_ordinary_classes() -> None:
     assert label_warnings("y", Counter(["a", "b", "a", "b", "10", "9", "10", "9"])) == ()
     assert label_warnings("y", Counter([str(i) for i in range(50)] * 2)) == ()
     assert label_warnings("y", Counter([*(str(i) for i in range(60)), "other"] * 2)) == ()
-
-
-def dataset(inputs: torch.Tensor, targets: list[int], test: list[int] | None, **more: Any) -> Dataset:
-    samples = InMemory(inputs, torch.tensor(targets))
-    tested = None if test is None else InMemory(inputs[: len(test)], torch.tensor(test))
-    return Dataset(samples, None, tested, ("a", "b", "c"), **more)
-
-
-def test_what_the_splits_lack() -> None:
-    vectors = torch.zeros(6, 2)
-    complete = dataset(vectors, [0, 0, 1, 1, 2, 2], [0, 1, 2], notes=("left out: x",), source="6 rows")
-    assert notes(complete) == ("read: 6 rows", "left out: x")
-    lacking = dataset(vectors, [0, 0, 1, 1, 2, 2], [0])
-    assert notes(lacking) == ("warning: the test set has no sample of 2 classes: b, c",)
-    assert notes(dataset(vectors, [0, 0, 0, 0, 1, 2], [0])) == (), "their readers report classes with one sample"
-    assert notes(dataset(vectors, [0, 0, 1, 1, 2, 2], None)) == (
-        "no test set: the metrics of the best model are those of the validation set, by which it is selected",
-    )
-    assert notes(dataset(vectors, [0, 0, 1, 1, 2, 2], None, is_generated=True)) == ()
-
-
-@pytest.mark.parametrize(("low", "high", "colour"), [(0, 15, "black"), (3, 3, "black"), (240, 255, "white"),
-                                                     (0, 16, None), (239, 255, None), (0, 255, None)])  # fmt: skip
-def test_images_that_are_nearly_black_or_white(low: int, high: int, colour: str | None) -> None:
-    images = torch.full((6, 1, 2, 2), low, dtype=torch.uint8)
-    images[:, :, 0] = high
-    found = notes(dataset(images, [0, 0, 1, 1, 2, 2], [0, 1, 2]))
-    if colour is None:
-        assert found == ()
-    else:
-        [line] = found
-        assert line.startswith(
-            f"warning: the images are nearly {colour}: all pixels of 6 of them are from {low} to {high}"
-        )
-    assert notes(dataset(images / 255, [0, 0, 1, 1, 2, 2], [0, 1, 2])) == ()
 
 
 def test_files_are_counted_by_ending() -> None:

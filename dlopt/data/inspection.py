@@ -1,0 +1,61 @@
+"""The lines on a dataset that its splits and images show, after its reader: see `dlopt.data.checks`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dlopt.data.checks import WARNING, listed
+from dlopt.data.samples import Dataset, Samples
+
+_PICTURES = 16  # images that are looked at
+_DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
+
+
+def notes(dataset: Dataset) -> tuple[str, ...]:
+    """Returns the lines on a dataset as it was read: what was read, the notes of its reader, and on its splits."""
+    read = (f"read: {dataset.source}",) if dataset.source else ()
+    return (*read, *dataset.notes, *_split_notes(dataset), *_image_warnings(dataset.train))
+
+
+def _split_notes(dataset: Dataset) -> list[str]:
+    if dataset.test is None and not dataset.is_generated:
+        found = ["no test set: the metrics of the best model are those of the validation set, by which it is selected"]
+    else:
+        found = []
+    classes, train = dataset.classes, dataset.train.targets
+    if classes is None or train.ndim != 1 or train.is_floating_point() or dataset.unlabelled is not None:
+        return found
+    counts = {name: _counts(getattr(dataset, name), len(classes)) for name in ("train", "val", "test")}
+    total = sum(counts.values())
+    for name, label in (("val", "validation"), ("test", "test")):
+        # A class with one sample is reported on its own.
+        absent = [classes[i] for i in np.flatnonzero((counts[name] == 0) & (total > 1)).tolist()]
+        if absent and getattr(dataset, name) is not None:
+            found.append(f"{WARNING}the {label} set has no sample of {_classes(absent)}")
+    return found
+
+
+def _counts(samples: Samples | None, classes: int) -> np.ndarray:
+    return np.zeros(classes, int) if samples is None else torch.bincount(samples.targets, minlength=classes).numpy()
+
+
+def _image_warnings(samples: Samples) -> tuple[str, ...]:
+    """Returns a warning if images are nearly black or white, as those of 12 bits in 16, or masks of 0 and 1."""
+    if len(samples.shape) != 3:
+        return ()
+    images = samples.fetch(torch.linspace(0, len(samples) - 1, min(_PICTURES, len(samples))).long())
+    if images.dtype != torch.uint8 or images.numel() == 0:
+        return ()
+    low, high = int(images.min()), int(images.max())
+    if high >= _DARK and low <= _BRIGHT:
+        return ()
+    colour = "black" if high < _DARK else "white"
+    return (
+        f"{WARNING}the images are nearly {colour}: all pixels of {len(images)} of them are from {low} to {high} "
+        "(of 0 to 255); of 16 bits, the upper 8 are kept",
+    )
+
+
+def _classes(names: Sequence[str]) -> str:
+    return f"class {names[0]}" if len(names) == 1 else f"{len(names)} classes: {listed(names)}"
