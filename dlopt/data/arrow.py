@@ -378,7 +378,7 @@ def _refuse_unlabelled(columns: Columns) -> None:
 def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str]) -> Any:
     """Returns the columns of all files as one table, in memory or memory-mapped.
 
-    Columns that some of the files declare "not null", or store as another kind of string, are the same columns.
+    Columns that some of the files declare "not null", or store as another kind of strings or numbers, are the same.
     Raises `UserError`.
     """
     arrow = _library(key)
@@ -393,8 +393,9 @@ def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str]) -> Any:
             available = opened.schema_arrow
             size += sum(opened.metadata.row_group(i).total_byte_size for i in range(opened.num_row_groups))
         for name in columns:
-            if name not in available.names:
-                raise UserError(f"{key}: {path} has no column {name!r}; it has {', '.join(available.names)}")
+            if available.names.count(name) != 1:
+                how = "two columns" if name in available.names else "no column"
+                raise UserError(f"{key}: {path} has {how} {name!r}; it has {', '.join(available.names)}")
         chosen = arrow.schema([available.field(name) for name in columns], metadata=available.metadata)
         schema = chosen if schema is None else _joined(key, schema, chosen, path, paths[0])
     if size > _MAX_READ and (mapped := _mapped(key, paths, columns, schema)) is not None:
@@ -407,14 +408,23 @@ def _joined(key: str, schema: Any, other: Any, path: str, first: str) -> Any:
     for index, (field, changed) in enumerate(zip(schema, other, strict=True)):
         kinds = field.type, changed.type
         if kinds[0] != kinds[1]:
-            plain = _plain(kinds[0])
-            if plain != _plain(kinds[1]):
+            plain = _wider(*kinds) or _plain(kinds[0])
+            if plain != (_wider(*kinds) or _plain(kinds[1])):
                 raise UserError(
                     f"{key}: the column {field.name} has the type {kinds[1]} in {path}, and {kinds[0]} in {first}"
                 )
             field = field.with_type(plain)
         schema = schema.set(index, field.with_nullable(field.nullable or changed.nullable))
     return schema
+
+
+def _wider(one: Any, other: Any) -> Any | None:
+    """Returns the type that has the numbers of both; None if one has no numbers."""
+    arrow = _library("data")
+    integers, floats = arrow.types.is_integer, arrow.types.is_floating
+    if not all(integers(kind) or floats(kind) for kind in (one, other)):
+        return None
+    return arrow.int64() if integers(one) and integers(other) else arrow.float64()
 
 
 def _plain(kind: Any) -> Any:

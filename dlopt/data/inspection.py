@@ -20,7 +20,7 @@ def notes(dataset: Dataset) -> tuple[str, ...]:
 
 def _split_notes(dataset: Dataset) -> list[str]:
     if dataset.test is None and not dataset.is_generated:
-        found = ["no test set: the metrics of the best model are those of the validation set, by which it is selected"]
+        found = ["no test set: the best model will not be tested"]
     else:
         found = []
     classes, train = dataset.classes, dataset.train.targets

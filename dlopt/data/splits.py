@@ -36,8 +36,8 @@ def prepare(
     resizes images to `image_size`, and decodes training and validation samples into memory if requested or if they
     fit. Test samples are decoded when they are used.
 
-    The notes of the result are those of `dlopt.data.inspection`. If no class has two samples, there is no validation set
-    and `val` is None.
+    The notes of the result are those of `dlopt.data.inspection`. If no class has two samples, there is no validation
+    set and `val` is None.
 
     Args:
         device: device of samples in memory; its free memory counts.

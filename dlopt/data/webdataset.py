@@ -21,12 +21,13 @@ import numpy as np
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
-from dlopt.data.checks import left_out_note
+from dlopt.data.checks import ending, left_out_note
 from dlopt.data.images import EXTENSIONS, decode_bytes
 from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension, as the package webdataset splits a name
+_INTEGER = re.compile(rb"\s*[+-]?[0-9]+\s*")
 _META = re.compile(r"__[^/]*__($|/)")
 _CACHE_MIN_SAMPLES = 10_000  # indexes of fewer samples are not cached
 _END = bytes(tarfile.BLOCKSIZE)  # a block of zeros ends a tar file
@@ -170,6 +171,8 @@ def _decode(content: bytes, name: str, where: str) -> Any:
     try:
         match kind:
             case "cls":
+                if not _INTEGER.fullmatch(content):  # int() also reads 1_000 and the digits of other scripts
+                    raise ValueError
                 return int(content)
             case "txt":
                 return content.decode().strip()
@@ -213,23 +216,25 @@ def _indexed(key: str, files: Files, inputs: Sequence[str], target: str, others:
     for path in paths:
         with _reading(key, path):
             states.append(f"{os.path.abspath(path)} {file_state(path)}")
-    cached = cache_file("webdataset", "1", *inputs, "", target, *states)
+    cached = cache_file("webdataset", "2", *inputs, "", target, *states)
     with exclusive(cached):
         arrays = load_arrays(cached)
         if arrays is None:
             arrays = _index(key, paths, inputs, target)
             if len(arrays["offset"]) >= _CACHE_MIN_SAMPLES:
                 save_arrays(cached, arrays)
+    others.update(dict(zip(map(bytes.decode, arrays["reasons"].tolist()), arrays["left_out"].tolist(), strict=True)))
     return Shards(key, inputs, target, paths, arrays)
 
 
 def _index(key: str, paths: Sequence[str], inputs: Sequence[str], target: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of `Shards`."""
+    """Returns the arrays of `Shards`, and how many members were left out, by reason."""
     positions: list[tuple[int, int, int, int]] = []
     keys: list[bytes] = []
     labels: list[bytes] = []
+    others: Counter[str] = Counter()
     for shard, path in enumerate(paths):
-        for name, members, read in _samples(key, path):
+        for name, members, read in _samples(key, path, others):
             place = f"sample {name} of {path}"
             number, entry = _find(members, inputs, "data.input", place)
             positions.append((shard, entry.offset_data, entry.size, number))
@@ -242,7 +247,9 @@ def _index(key: str, paths: Sequence[str], inputs: Sequence[str], target: str) -
     if not keys:
         raise UserError(f"{key}: {', '.join(paths[:3])}: has no samples; members are named KEY.EXTENSION (0001.jpg)")
     columns = zip(("shard", "offset", "size", "extension"), np.array(positions, dtype=np.int64).T, strict=True)
-    return {**dict(columns), "key": np.array(keys), "label": np.array(labels)}
+    left_out = {"reasons": np.array([*map(str.encode, others)], dtype=np.bytes_)}
+    left_out["left_out"] = np.array([*others.values()], dtype=np.int64)
+    return {**dict(columns), "key": np.array(keys), "label": np.array(labels), **left_out}
 
 
 def _find(members: Members, names: Sequence[str], option: str, place: str) -> tuple[int, tarfile.TarInfo]:
@@ -256,8 +263,13 @@ def _find(members: Members, names: Sequence[str], option: str, place: str) -> tu
     raise UserError(f"{option}={typed}: {place} has no such member; it has {', '.join(members)}{hint}")
 
 
-def _samples(key: str, path: str) -> Iterator[tuple[str, Members, Callable[[tarfile.TarInfo], bytes]]]:
-    """Yields the samples of a tar file: their keys, their members by extension, and what reads a member."""
+def _samples(
+    key: str, path: str, others: Counter[str]
+) -> Iterator[tuple[str, Members, Callable[[tarfile.TarInfo], bytes]]]:
+    """Yields the samples of a tar file: their keys, their members by extension, and what reads a member.
+
+    Counts `others`, members that belong to no sample, by reason.
+    """
     with _reading(key, path):
         refuse_special(path)
     with _reading(key, path), open(path, "rb") as file:
@@ -273,7 +285,7 @@ def _samples(key: str, path: str) -> Iterator[tuple[str, Members, Callable[[tarf
             return os.pread(file.fileno(), entry.size, entry.offset_data)
 
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for name, group in groupby(_members(tar, f"{key}: {path}"), lambda each: each[0]):
+            for name, group in groupby(_members(tar, f"{key}: {path}", others), lambda each: each[0]):
                 members: Members = {}
                 for _, extension, entry in group:
                     if extension in members:
@@ -282,8 +294,8 @@ def _samples(key: str, path: str) -> Iterator[tuple[str, Members, Callable[[tarf
                 yield name, members, read
 
 
-def _members(tar: tarfile.TarFile, place: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yields (key, extension, member) of the files with an extension; skips hidden files and metadata."""
+def _members(tar: tarfile.TarFile, place: str, others: Counter[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yields (key, extension, member) of the files with an extension; skips metadata, and counts the `others`."""
     while (entry := tar.next()) is not None:
         # Otherwise the list of a million members needs gigabytes.
         tar.members.clear()  # type: ignore[attr-defined]
@@ -292,6 +304,8 @@ def _members(tar: tarfile.TarFile, place: str) -> Iterator[tuple[str, str, tarfi
             continue
         if matched is not None and entry.isreg() and not entry.issparse():
             yield matched[1], matched[2].lower(), entry
+        elif not entry.isdir():
+            others[ending(os.path.basename(entry.name)) if entry.isreg() else "links in shards"] += 1
     # Before the last sample, which may lack a member for this reason.
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)

@@ -33,7 +33,7 @@ def test_default_folder_without_operations(tmp_path: Path) -> None:
     assert (columns[:, :112] == columns[:, 116:228]).all()  # the original, and what is made of it
 
 
-def test_says_what_was_left_out_and_looks_wrong(tmp_path: Path) -> None:
+def test_prints_left_out_files_and_warnings(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         Image.new("L", (8, 8), 3).save(tmp_path / name / "0.png")

@@ -348,6 +348,18 @@ def test_shards_that_differ_in_the_kind_of_a_type(tmp_path: Path, monkeypatch: p
         assert inputs(dataset).flatten().tolist() == [1, 2, 3] * 6 and dataset.source == "18 rows of 6 files"
 
 
+def test_shards_that_differ_in_the_width_of_numbers(tmp_path: Path) -> None:
+    for number, (kind, label) in enumerate(((arrow.int32(), arrow.int64()), (arrow.float32(), arrow.uint8()))):
+        columns = {"x": arrow.array([1, 2], kind), "label": arrow.array([number, 1], label)}
+        writer.write_table(arrow.table(columns), tmp_path / f"{number}.parquet")
+    dataset = read(file=str(tmp_path), input="x")
+    assert inputs(dataset).flatten().tolist() == [1, 2, 1, 2] and dataset.train.targets.tolist() == [0, 1, 1, 1]
+    twice = arrow.table([[1], [2], [3]], names=["x", "x", "label"])
+    writer.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice\.parquet has two columns 'x'; it has x, x, label"):
+        read(file=str(tmp_path / "twice.parquet"), input="x")
+
+
 def test_what_looks_wrong_in_columns(tmp_path: Path) -> None:
     path = str(tmp_path / "a.PARQUET")
     count = 40

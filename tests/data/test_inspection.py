@@ -26,9 +26,7 @@ def test_what_the_splits_lack() -> None:
     lacking = dataset(vectors, [0, 0, 1, 1, 2, 2], [0])
     assert notes(lacking) == ("warning: the test set has no sample of 2 classes: b, c",)
     assert notes(dataset(vectors, [0, 0, 0, 0, 1, 2], [0])) == (), "their readers report classes with one sample"
-    assert notes(dataset(vectors, [0, 0, 1, 1, 2, 2], None)) == (
-        "no test set: the metrics of the best model are those of the validation set, by which it is selected",
-    )
+    assert notes(dataset(vectors, [0, 0, 1, 1, 2, 2], None)) == ("no test set: the best model will not be tested",)
     assert notes(dataset(vectors, [0, 0, 1, 1, 2, 2], None, is_generated=True)) == ()
 
 

@@ -235,12 +235,13 @@ def test_files_that_are_left_out_are_counted_by_ending(tmp_path: Path) -> None:
 def test_texts_in_utf_16(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text to read, with an é\n" * 30, encoding="utf-8")
     (tmp_path / "b.txt").write_text("some text to read, with an é\n" * 30, encoding=encoding)
+    (tmp_path / "c.txt").write_text("")
     keys = {"pattern": "*.txt", "sequence_length": 8, "val_split": 0, "test_split": 0}
     if encoding == "utf-16":
         with pytest.raises(UserError, match=r"data\.file: .*b\.txt is UTF-16; convert it to UTF-8"):
             text(file=str(tmp_path), **keys)
         return
     expected = (
-        f"warning: 1 of 2 files have a zero at every other byte, as UTF-16, and are read as bytes: {tmp_path}/b.txt"
+        f"warning: 1 of 3 files have a zero at every other byte, as UTF-16, and are read as bytes: {tmp_path}/b.txt"
     )
     assert text(file=str(tmp_path), **keys).notes == ((expected,) if "-16" in encoding else ())

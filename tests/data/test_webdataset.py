@@ -108,6 +108,7 @@ def test_names_are_split_as_by_the_package(format: int, tmp_path: Path) -> None:
     dataset = read(file=write(tmp_path / "a.tar", members, format), input="seg.png")
     assert torch.equal(inputs(dataset), torch.from_numpy(images).permute(0, 3, 1, 2))
     assert dataset.classes == ("-1", "3", "12") and dataset.train.targets.tolist() == [1, 2, 1, 0]
+    assert dataset.notes[0] == "left out: 2 files (1 hidden, 1 without an ending)"
 
 
 def test_the_first_extension_that_a_sample_has(tmp_path: Path) -> None:
@@ -352,3 +353,24 @@ def test_labels_of_texts_and_what_looks_wrong(tmp_path: Path) -> None:
                                        ("1.png", png(pictures(1)[0])), ("1.json", '"a"')])  # fmt: skip
     with pytest.raises(UserError, match=r"json has integers and texts such as 'a'; classes must be of one type"):
         read(file=mixed, target="json")
+
+
+def test_links_are_counted_also_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GNU tar stores a file that occurs twice as a link to its first copy."""
+    monkeypatch.setattr(module, "_CACHE_MIN_SAMPLES", 1)
+    file = shard(tmp_path / "a.tar", pictures(4), [0, 1, 0, 1])
+    with tarfile.open(file, "a") as tar:
+        for name in ("png", "cls"):
+            entry = tarfile.TarInfo(f"0004.{name}")
+            entry.type, entry.linkname = tarfile.LNKTYPE, f"0000.{name}"
+            tar.addfile(entry)
+    for _ in range(2):
+        dataset = read(file=file)
+        assert len(dataset.train) == 4 and dataset.notes == ("left out: 2 files (2 links in shards)",)
+
+
+@pytest.mark.parametrize("label", ["1_0", "\u0661", "1.0", ""])
+def test_labels_that_are_no_integers(label: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.tar", [("0.png", png(pictures(1)[0])), ("0.cls", label)])
+    with pytest.raises(UserError, match=r"cls is '.*', not an integer; txt and json may have names"):
+        read(file=file)
