@@ -304,7 +304,7 @@ def _members(tar: tarfile.TarFile, place: str, others: Counter[str]) -> Iterator
             continue
         if matched is not None and entry.isreg() and not entry.issparse():
             yield matched[1], matched[2].lower(), entry
-        elif not entry.isdir():
+        elif not (entry.isdir() or entry.name.endswith("/")):
             others[ending(os.path.basename(entry.name)) if entry.isreg() else "links in shards"] += 1
     # Before the last sample, which may lack a member for this reason.
     assert tar.fileobj is not None

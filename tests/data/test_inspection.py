@@ -1,16 +1,21 @@
 """The lines on splits and images, and how all of them reach the user."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from dlopt.config.schema import parameters_of
 from dlopt.data.inspection import notes
 from dlopt.data.samples import Dataset, InMemory
 from tests.support.line import dlopt
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def dataset(inputs: torch.Tensor, targets: list[int], test: list[int] | None, **more: Any) -> Dataset:
@@ -44,6 +49,19 @@ def test_images_that_are_nearly_black_or_white(low: int, high: int, colour: str 
             f"warning: the images are nearly {colour}: all pixels of 6 of them are from {low} to {high}"
         )
     assert notes(dataset(images / 255, [0, 0, 1, 1, 2, 2], [0, 1, 2])) == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["digits", "digit_pairs", "shaded_digits", "wine", "breast_cancer", "diabetes", "linear", "recall", "copying"],
+)
+def test_built_in_data_give_no_warnings(name: str) -> None:
+    path = CONF / "data" / f"{name}.yaml"
+    node = yaml.safe_load(path.read_text().replace("${seed}", "0"))
+    module, _, function = node["_target_"].rpartition(".")
+    target = getattr(importlib.import_module(module), function)
+    arguments = {key: node.get(key) for key in parameters_of(target)}
+    assert notes(target(**arguments)) == target(**arguments).notes
 
 
 def test_the_lines_reach_the_run_and_its_evaluation(tmp_path: Path) -> None:
