@@ -16,7 +16,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
-from dlopt.data.checks import LEFT_OUT, number
+from dlopt.data.checks import LEFT_OUT, WARNING, number
 
 SPLITS = ("train", "val", "test")
 _LARGEST = torch.finfo(torch.float32).max
@@ -24,6 +24,7 @@ _INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")  # the name of pandas' index, as
 _MISSING = frozenset({"na", "n/a", "#n/a", "nan", "null", "none", "nil", "?", "-", "."})
 _TRUTH = frozenset({"true", "false", "yes", "no"})
 _GROUPED = re.compile(r"[+-]?\d{1,3}([ \u00a0\u202f,.'’_]\d{3})+([.,]\d+)?")  # 1,234,567
+_POINTS, _HUNDREDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})+"), re.compile(r"[+-]?[0-9]{1,3}")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
 _WITH_UNIT = re.compile(r"[^\w\s.,+-]{0,3}\s?[+-]?[0-9][0-9.,]*\s?[^\d\s.,+-]{0,5}")  # $5, 5 %, 12 kg
 _CHUNK = 1024  # rows that are converted at once
@@ -66,12 +67,14 @@ class CsvFile:
         texts: fields of columns, without spaces around them.
         numbers: columns of finite numbers, float64 [N, F].
         lines: line number of each row, for messages.
+        notes: what looks wrong in the texts of numbers.
     """
 
     path: Path
     texts: Mapping[str, list[str]]
     numbers: np.ndarray
     lines: Sequence[int]
+    notes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -160,12 +163,15 @@ def read_columns(
     known: dict[str, str] = {}  # labels repeat: a text is kept once
     lines = array.array("q")
     values = np.empty((_CHUNK, len(numbers)))
+    notes: tuple[str, ...] = ()
     rows = _lines(header.path, header.delimiter, header.encoding)
     next(rows, None)
     while chunk := list(itertools.islice(rows, _CHUNK)):
         for line, row in chunk:
             if len(row) != header.width:
                 other = " (set data.delimiter if it is another one)" if header.width == 1 else ""
+                if not lines and len(row) == header.width + 1 > 2:  # as R writes a table
+                    other = " (if the first column is an index, the header lacks a name for it)"
                 raise UserError(f"{_place(header.path, line)}: has {len(row)} fields instead of {header.width}{other}")
         for name, fields in kept.items():
             fields += [known.setdefault(row[place[name]], row[place[name]]) for _, row in chunk]
@@ -175,12 +181,15 @@ def read_columns(
             values.resize((2 * len(values), len(numbers)), refcheck=False)  # in place: without a second copy
         for position, (name, advice) in enumerate(numbers.items()):
             fields = [row[place[name]] for _, row in chunk]
+            if start == 0 and _are_thousands(fields):
+                example = next(field for field in fields if "." in field)
+                notes += (f"{WARNING}column {name} may have points between thousands: {example} is read as a decimal",)
             values[start : start + len(chunk), position] = column = _numbers(fields)
             if not (np.abs(column) <= _LARGEST).all():
                 wrong = int(np.flatnonzero(~(np.abs(column) <= _LARGEST))[0])  # also NaN
                 raise _not_a_number(_place(header.path, chunk[wrong][0]), name, fields[wrong], advice)
     values.resize((len(lines), len(numbers)), refcheck=False)
-    return CsvFile(header.path, kept, values, lines)
+    return CsvFile(header.path, kept, values, lines, notes)
 
 
 def _place(path: Path, line: int) -> str:
@@ -214,6 +223,14 @@ def _numbers(fields: list[str]) -> np.ndarray:
         with contextlib.suppress(ValueError):
             return np.array(fields, dtype=np.float64)
     return np.array([number(field) for field in fields])
+
+
+def _are_thousands(fields: Sequence[str]) -> bool:
+    """Returns whether numbers are 987 and 1.234: with a decimal point, the former would be 987.000."""
+    pointed = [field for field in fields if "." in field]
+    return 0 < len(pointed) < len(fields) and all(
+        (_POINTS if "." in field else _HUNDREDS).fullmatch(field) for field in fields
+    )
 
 
 def _not_a_number(place: str, name: str, field: str, advice: str) -> UserError:

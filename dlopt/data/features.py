@@ -83,7 +83,7 @@ def table(
         inputs, texts if answers is None else answers, parts, test_split, standardize_target=standardize_target
     )
     dataset.source = f"{len(content):,} rows; {len(features)} feature{'s' * (len(features) > 1)}, target {target}"
-    dataset.notes += (*header.notes, *warnings)
+    dataset.notes += (*header.notes, *content.notes, *warnings)
     return dataset
 
 

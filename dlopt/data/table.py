@@ -91,7 +91,7 @@ def csv(
         files.get("val"),
         files.get("test"),
         classes,
-        notes=(*header.notes, *notes, *warnings),
+        notes=(*header.notes, *content.notes, *notes, *warnings),
         source=f"{len(paths):,} images and their {label_column}",
     )
 

@@ -41,6 +41,14 @@ def test_any_table_survives(
     assert content.numbers.tolist() == [[value] for _, value in rows]
 
 
+def test_points_between_thousands(tmp_path: Path) -> None:
+    for column, found in (("987 1.234 12.500", True), ("0.987 1.234 2", False), ("1.5 987 1.234", False),
+                          ("1.234 2.345 3.456", False), ("1234 1.234 12", False), ("1 2 3", False)):  # fmt: skip
+        content = read(write(tmp_path, "x\n" + "\n".join(column.split()) + "\n"), [], ["x"])
+        expected = "warning: column x may have points between thousands: 1.234 is read as a decimal"
+        assert content.notes == ((expected,) if found else ())
+
+
 def test_an_index_is_left_out(tmp_path: Path) -> None:
     for name in ("", "Unnamed: 0", "Unnamed: 0.1"):
         file = write(tmp_path, f"{name},x,y\n1,0.5,a\n2,0.25,b\n")
@@ -55,6 +63,10 @@ def test_an_index_is_left_out(tmp_path: Path) -> None:
     [
         ("a,a,b\n1,2,3\n", "two columns have the same name, a"),
         (" a,a ,b\n1,2,3\n", "two columns have the same name, a"),
+        (
+            "a,b\n1,2,3\n",
+            r"has 3 fields instead of 2 \(if the first column is an index, the header lacks a name for it",
+        ),
         ("a,b\n1,2\n1,2,3\n", "line 3: has 3 fields instead of 2"),
         ('a,b\n1,"2\n2"\n1\n', "line 4: has 1 fields instead of 2"),
         ("0.1,0.2,a\n0.3,0.4,b\n0.5,0.6,a\n", r"line 1 has values \(0.1, 0.2, a, ...\); insert a line with the names"),

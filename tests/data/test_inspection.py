@@ -54,7 +54,7 @@ def test_images_that_are_nearly_black_or_white(low: int, high: int, colour: str 
 @pytest.mark.parametrize(
     "name",
     ["digits", "digit_pairs", "shaded_digits", "wine", "breast_cancer", "diabetes", "linear", "recall", "copying"],
-)
+)  # fmt: skip
 def test_built_in_data_give_no_warnings(name: str) -> None:
     path = CONF / "data" / f"{name}.yaml"
     node = yaml.safe_load(path.read_text().replace("${seed}", "0"))
