@@ -143,11 +143,11 @@ class Columns:
     def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]:
         return _class_names(self.table, self.target, classes)
 
-    def columns(self) -> Iterator[tuple[str, np.ndarray]]:
-        for name in self._names:
-            if _is_number(self.table.schema.field(name).type):
-                first = self.table.column(name).slice(0, _CHECKED_ROWS).combine_chunks()
-                yield name, first.to_numpy(zero_copy_only=False).astype(np.float64)
+    def columns(self) -> Iterator[tuple[str, np.ndarray]] | None:
+        if not all(_is_number(self.table.schema.field(name).type) for name in self._names):
+            return None
+        columns = ((name, self.table.column(name).slice(0, _CHECKED_ROWS)) for name in self._names)
+        return ((name, column.combine_chunks().to_numpy(zero_copy_only=False)) for name, column in columns)
 
 
 def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key: str) -> Any:

@@ -86,31 +86,41 @@ def count_rows(values: np.ndarray) -> bool:
     return len(values) == np.ptp(values) + 1 and len(np.unique(values)) == len(values)
 
 
-def count_warnings(columns: Iterable[tuple[str, np.ndarray]], remedy: str) -> tuple[str, ...]:
-    """Returns a warning for each column that counts the rows; `remedy` may have {name}.
+def column_warnings(columns: Iterable[tuple[str, np.ndarray]], remedy: str) -> tuple[str, ...]:
+    """Returns a warning for each feature that counts the rows, or of which float32 keeps little.
 
-    None if there is only one column: of a table of x and y, x may well be sorted.
+    Args:
+        columns: names and values [N] of the features, of which one is held at a time. A single one may count the rows:
+            in a table of x and y, x may well be sorted.
+        remedy: how to leave out a column; may have {name}.
     """
-    pairs = list(columns)
-    names = [name for name, values in pairs if count_rows(values)] if len(pairs) > 1 else []
-    cause = "if it is an index or a time"
-    return _capped([f"column {name} counts the rows; {remedy.format(name=name)} {cause}" for name in names])
+    counting, rounded, total = [], [], 0
+    for name, values in columns:
+        total += 1
+        if values.dtype.kind in "bu":  # whose differences are not numbers, or not negative
+            values = values.astype(np.int64)
+        if count_rows(values):
+            counting.append(f"column {name} counts the rows; {remedy.format(name=name)} if it is an index or a time")
+        rounded += _rounding(f"column {name}", values)
+    return (*_capped(counting if total > 1 else []), *_capped(rounded))
 
 
 def rounding_warnings(columns: Iterable[tuple[str, np.ndarray]]) -> tuple[str, ...]:
     """Returns a warning for each column of which float32 keeps little, such as times in seconds since 1970."""
-    found = []
-    for name, values in columns:
-        exact = values.astype(np.float64)
-        extent = float(np.ptp(exact)) if len(exact) else 0.0
-        with np.errstate(over="ignore"):  # reported where a sample is read
-            error = float(np.abs(exact.astype(np.float32) - exact).max()) if extent > 0 else 0.0
-        if error > _MAX_ROUNDING * extent:
-            found.append(
-                f"float32 rounds {name} by up to {error:.3g}, its values differ by up to {extent:.3g}; "
-                "subtract a constant from them in the file"
-            )
-    return _capped(found)
+    return _capped([line for name, values in columns for line in _rounding(name, values)])
+
+
+def _rounding(name: str, values: np.ndarray) -> list[str]:
+    exact = values.astype(np.longdouble)  # holds int64
+    extent = float(np.ptp(exact)) if len(exact) else 0.0
+    with np.errstate(over="ignore"):  # reported where a sample is read
+        error = float(np.abs(exact.astype(np.float32) - exact).max()) if extent > 0 else 0.0
+    if not error > _MAX_ROUNDING * extent:  # also NaN, which is reported where a sample is read
+        return []
+    return [
+        f"float32 rounds {name} by up to {error:.3g}, its values differ by up to {extent:.3g}; "
+        "subtract a constant from them in the file"
+    ]
 
 
 def sampled(count: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
-from dlopt.data.checks import are_values, count_warnings, label_warnings, natural, rounding_warnings
+from dlopt.data.checks import are_values, column_warnings, label_warnings, natural, rounding_warnings
 from dlopt.data.csv_file import SPLITS, read_columns, read_header
 from dlopt.data.digits import read_bundled
 from dlopt.data.normalization import moments
@@ -54,36 +54,37 @@ def table(
     if len(columns) < 2:
         raise UserError(f"data.file={file}: has {len(columns)} columns; set data.delimiter if it is not {delimiter!r}")
     target = columns[-1] if target is None else target
-    header.require([target, *ignore, *([] if split_column is None else [split_column])])
+    split_columns = [] if split_column is None else [split_column]
+    header.require([target, *ignore, *split_columns])
     features = [column for column in columns if column not in (target, *ignore, split_column)]
     if not features:
         raise UserError(f"data.file={file}: no column is left as a feature")
     numbers = {name: f"leave it out with data.ignore=[{name}]" for name in features}
+    answers: Sequence[str] | np.ndarray
+    warnings: tuple[str, ...] = ()
     if labels == "value":
         numbers[target] = "every row needs a target (classes: data.labels=class)"
-    texts = [] if labels == "value" else [target]
-    content = read_columns(header, [*texts, *([] if split_column is None else [split_column])], numbers)
-    if not len(content):
-        raise UserError(f"data.file={file}: has no rows")
-    inputs, answers = content.numbers[:, : len(features)], content.numbers[:, -1] if labels == "value" else None
-    warnings = count_warnings(zip(features, inputs.T, strict=True), "leave it out with data.ignore=[{name}]")
-    parts = content.splits(split_column)
-    if labels == "class":
-        texts = content.column(target)
-        if are_values(texts):
+        content = read_columns(header, split_columns, numbers)
+        answers = content.numbers[:, -1]
+        if not standardize_target:  # in float64
+            warnings = rounding_warnings([(f"the target {target}", answers)])
+    else:
+        content = read_columns(header, [target, *split_columns], numbers)
+        answers = content.column(target)
+        warnings = label_warnings(target, Counter(answers))
+        if are_values(answers):
             raise UserError(
-                f"data.labels=class: {target} has {len(set(texts))} different values in {len(texts)} rows; "
+                f"data.labels=class: {target} has {len(set(answers))} different values in {len(answers)} rows; "
                 "for a regression, use data.labels=value loss=mse"
             )
-        warnings += label_warnings(target, Counter(texts))
-    elif not standardize_target:
-        warnings += rounding_warnings([(f"the target {target}", content.numbers[:, -1])])
-    warnings += rounding_warnings((f"column {name}", values) for name, values in zip(features, inputs.T, strict=True))
-    dataset = _dataset(
-        inputs, texts if answers is None else answers, parts, test_split, standardize_target=standardize_target
-    )
+    if not len(content):
+        raise UserError(f"data.file={file}: has no rows")
+    inputs, parts = content.numbers[:, : len(features)], content.splits(split_column)
+    named = zip(features, inputs.T, strict=True)
+    warnings = (*content.notes, *column_warnings(named, "leave it out with data.ignore=[{name}]"), *warnings)
+    dataset = _dataset(inputs, answers, parts, test_split, standardize_target=standardize_target)
     dataset.source = f"{len(content):,} rows; {len(features)} feature{'s' * (len(features) > 1)}, target {target}"
-    dataset.notes += (*header.notes, *content.notes, *warnings)
+    dataset.notes += (*header.notes, *warnings)
     return dataset
 
 

@@ -13,7 +13,7 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import (
     are_measured,
-    count_warnings,
+    column_warnings,
     ending,
     label_warnings,
     left_out_note,
@@ -67,8 +67,8 @@ class Table(Protocol):
 
     def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]: ...
 
-    def columns(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields the names and the first values, float64 [n], of the columns that are one feature each."""
+    def columns(self) -> Iterator[tuple[str, np.ndarray]] | None:
+        """Yields the names and the first values [n] of the columns that are a feature each; None: another input."""
         ...
 
 
@@ -110,11 +110,8 @@ def dataset(
     else:
         values = targets[0].reshape(len(train), -1).numpy()
         notes += rounding_warnings((train.target, column) for column in values.T)
-    columns = dict(train.columns())
-    notes += count_warnings(columns.items(), "leave it out of data.input")
-    notes += rounding_warnings((f"column {name}", column) for name, column in columns.items())
-    if not columns:
-        notes += samples[0].warnings()
+    columns = train.columns()
+    notes += samples[0].warnings() if columns is None else column_warnings(columns, "leave it out of data.input")
     count = sum(len(table) for _, table in splits if table is not None)
     found = f"{count:,} {source}"
     return Dataset(samples[0], samples[1], samples[2], shown, facts={"rows": count}, notes=notes, source=found)

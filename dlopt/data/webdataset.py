@@ -141,8 +141,8 @@ class Shards:
     def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]:
         return tuple(map(str, classes))
 
-    def columns(self) -> Iterator[tuple[str, np.ndarray]]:
-        return iter(())
+    def columns(self) -> None:
+        return None
 
     def _input(self, row: int) -> str:
         return self.inputs[self.arrays["extension"][row]]

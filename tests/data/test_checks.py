@@ -7,8 +7,8 @@ import pytest
 
 from dlopt.data.checks import (
     are_values,
+    column_warnings,
     count_rows,
-    count_warnings,
     ending,
     label_warnings,
     left_out_note,
@@ -95,10 +95,15 @@ def test_files_are_counted_by_ending() -> None:
 def test_the_lines_of_a_kind_are_limited() -> None:
     rows = np.arange(30.0)
     columns = [(f"x{i}", rows) for i in range(5)]
-    found = count_warnings(columns, "leave out {name}")
+    found = column_warnings(columns, "leave out {name}")
     assert found[0] == "warning: column x0 counts the rows; leave out x0 if it is an index or a time"
     assert len(found) == 4 and found[-1] == "warning: the same holds for 2 more columns"
-    assert count_warnings(columns[:1], "") == ()
+    assert column_warnings(columns[:1], "") == ()
+    rounded = column_warnings([("time", 1.7e9 + rows / 7)], "")
+    assert len(rounded) == 1 and rounded[0].startswith("warning: float32 rounds column time by up to ")
+    odd = [np.array([]), np.array([np.nan, 1.0] * 20), np.full(30, 1e300), np.arange(2**60, 2**60 + 30), rows == 3,
+           np.array([200, 100] * 20, dtype=np.uint8)]  # fmt: skip
+    assert [len(column_warnings([("x", values), ("y", rows / 7)], "")) for values in odd] == [0, 0, 0, 2, 0, 0]
 
 
 def test_problems_are_what_was_left_out_or_looks_wrong() -> None:
