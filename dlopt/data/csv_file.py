@@ -29,6 +29,7 @@ _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
 _WITH_UNIT = re.compile(r"[^\w\s.,+-]{0,3}\s?[+-]?[0-9][0-9.,]*\s?[^\d\s.,+-]{0,5}")  # $5, 5 %, 12 kg
 _CHUNK = 1024  # rows that are converted at once
 _SPECTRUM = 8  # columns; a row has as few numbers in order by chance
+_MANY_TEXTS = 10_000
 _FIRST = 1000  # rows that are compared with the header
 
 
@@ -160,7 +161,7 @@ def read_columns(
     header.require([*texts, *numbers], hint)
     place = dict(zip(header.names, header.positions, strict=True))
     kept: dict[str, list[str]] = {name: [] for name in texts}
-    known: dict[str, str] = {}  # labels repeat: a text is kept once
+    known: dict[str, dict[str, str]] = {name: {} for name in texts}
     lines = array.array("q")
     values = np.empty((_CHUNK, len(numbers)))
     notes: tuple[str, ...] = ()
@@ -170,11 +171,11 @@ def read_columns(
         for line, row in chunk:
             if len(row) != header.width:
                 other = " (set data.delimiter if it is another one)" if header.width == 1 else ""
-                if not lines and len(row) == header.width + 1 > 2:  # as R writes a table
+                if not lines and row is chunk[0][1] and len(row) == header.width + 1 > 2:  # as R writes a table
                     other = " (if the first column is an index, the header lacks a name for it)"
                 raise UserError(f"{_place(header.path, line)}: has {len(row)} fields instead of {header.width}{other}")
         for name, fields in kept.items():
-            fields += [known.setdefault(row[place[name]], row[place[name]]) for _, row in chunk]
+            fields += _shared([row[place[name]] for _, row in chunk], known[name])
         start = len(lines)
         lines.extend(line for line, _ in chunk)
         if start + len(chunk) > len(values):
@@ -190,6 +191,11 @@ def read_columns(
                 raise _not_a_number(_place(header.path, chunk[wrong][0]), name, fields[wrong], advice)
     values.resize((len(lines), len(numbers)), refcheck=False)
     return CsvFile(header.path, kept, values, lines, notes)
+
+
+def _shared(fields: list[str], known: dict[str, str]) -> list[str]:
+    """Returns the texts, each of which is in memory once: labels repeat. Not of a column of many, such as paths."""
+    return fields if len(known) > _MANY_TEXTS else [known.setdefault(field, field) for field in fields]
 
 
 def _place(path: Path, line: int) -> str:

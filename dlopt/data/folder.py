@@ -281,7 +281,8 @@ def listed_images(
     for split, listing in listings.items():
         filled = {name for name, count in zip(listing.classes, listing.counts.tolist(), strict=True) if count}
         if split == "train" and len(filled) < len(classes):
-            raise UserError(f"data.root: {listing.folder / min({*classes} - filled)} has no images")
+            others = "".join(f" ({note})" for note in left_out_note(listing.left_out))
+            raise UserError(f"data.root: {listing.folder / min({*classes} - filled)} has no images{others}")
         if not filled:
             raise UserError(f"data.root: {listing.folder} has no images")
         for extra in sorted(filled - {*classes}):
@@ -301,10 +302,10 @@ def listed_images(
         for split, each in listings.items()
     }
     files, notes = image_files(str(base), lists, channels=channels, **keys)
-    others: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for each in listings.values():
-        others.update(each.left_out)
+        unread.update(each.left_out)
         counts.update(dict(zip(each.classes, each.counts.tolist(), strict=True)))
     warnings = label_warnings("data.root", counts, may_be_values=False)
     return Dataset(
@@ -312,6 +313,6 @@ def listed_images(
         files.get("val"),
         files.get("test"),
         names,
-        notes=(*left_out_note(others), *notes, *warnings),
+        notes=(*left_out_note(unread), *notes, *warnings),
         source=f"{counts.total():,} images in {len(classes):,} class folders",
     )

@@ -67,7 +67,7 @@ def test_an_index_is_left_out(tmp_path: Path) -> None:
             "a,b\n1,2,3\n",
             r"has 3 fields instead of 2 \(if the first column is an index, the header lacks a name for it",
         ),
-        ("a,b\n1,2\n1,2,3\n", "line 3: has 3 fields instead of 2"),
+        ("a,b\n1,2\n1,2,3\n", "line 3: has 3 fields instead of 2$"),
         ('a,b\n1,"2\n2"\n1\n', "line 4: has 1 fields instead of 2"),
         ("0.1,0.2,a\n0.3,0.4,b\n0.5,0.6,a\n", r"line 1 has values \(0.1, 0.2, a, ...\); insert a line with the names"),
         ("0.1,0.2\n0.3,0.4\n", "line 1 has values"),

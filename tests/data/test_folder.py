@@ -117,7 +117,10 @@ def test_a_missing_root_or_train_folder_is_named(tmp_path: Path) -> None:
 
 def test_an_empty_class_folder_is_named(root: Path) -> None:
     (root / "train" / "eel").mkdir()
-    with pytest.raises(UserError, match=rf"{root}/train/eel has no images"):
+    with pytest.raises(UserError, match=rf"{root}/train/eel has no images$"):
+        load(root)
+    (root / "train" / "eel" / "0.heic").write_text("")
+    with pytest.raises(UserError, match=rf"{root}/train/eel has no images \(left out: 1 file \(1 \*\.heic\)\)"):
         load(root)
 
 
