@@ -44,7 +44,9 @@ def _image_warnings(samples: Samples) -> tuple[str, ...]:
     """Returns a warning if images are nearly black or white, as those of 12 bits in 16, or masks of 0 and 1."""
     if len(samples.shape) != 3:
         return ()
-    images = samples.fetch(torch.linspace(0, len(samples) - 1, min(_PICTURES, len(samples))).long())
+    chosen = torch.linspace(0, len(samples) - 1, min(_PICTURES, len(samples))).long()
+    with torch.random.fork_rng(devices=()):  # transforms of the user may draw numbers, on which the run depends
+        images = samples.fetch(chosen)
     if images.dtype != torch.uint8 or images.numel() == 0:
         return ()
     low, high = int(images.min()), int(images.max())
