@@ -15,7 +15,7 @@ from hypothesis import settings
 from dlopt.parallel.processes import launch
 from dlopt.sweeps.pool import PRELOADED
 from tests.support import processes
-from tests.support.requires import requires
+from tests.support.requires import requires, skip_without_needs
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before torch is first imported, and for the commands that tests start
@@ -53,6 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(requires("gpu"))
+        skip_without_needs(item)
 
 
 @pytest.hookimpl(tryfirst=True)

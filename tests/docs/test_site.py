@@ -22,7 +22,7 @@ import dlopt
 from dlopt.commands.command_table import every_command
 from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, config_folder
-from tests.support.browser import chromium, narrow
+from tests.support.browser import NEEDS_BROWSER, chromium, narrow
 from tests.support.pages import ROOT
 
 CATALOGUE = Catalogue()
@@ -175,6 +175,7 @@ def test_the_table_of_claims_has_every_recorded_claim_with_its_verdict(site: Pat
             assert any((row[0], row[1], row[4]) == expected for row in rows), claim
 
 
+@NEEDS_BROWSER
 def test_tables_sort_by_the_numbers_of_a_column(site: Path, browser: Any) -> None:
     browser.get((site / "results.html").as_uri())
     head = next(each for each in browser.find_elements("css selector", "th button") if each.text == "Score in time")
@@ -186,6 +187,7 @@ def test_tables_sort_by_the_numbers_of_a_column(site: Path, browser: Any) -> Non
         assert browser.execute_script(column, head) == sorted(given, reverse=reverse) != given
 
 
+@NEEDS_BROWSER
 @pytest.mark.parametrize("name", ["index", "claims", "gallery", "faq", "coming_from", "results", "reference/settings"])
 def test_pages_are_as_wide_as_a_phone(site: Path, browser: Any, name: str) -> None:
     narrow(browser)
@@ -193,6 +195,7 @@ def test_pages_are_as_wide_as_a_phone(site: Path, browser: Any, name: str) -> No
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390  # tables scroll in themselves
 
 
+@NEEDS_BROWSER
 @pytest.mark.parametrize(
     ("query", "page"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.browser import NEEDS_BROWSER, chromium, narrow
 from tests.support.pages import ROOT
 
 SCRIPT = runpy.run_path(str(ROOT / "docs/sliders.py"))
@@ -56,9 +57,8 @@ def test_the_page_loads_only_its_own_files_and_is_of_modest_size() -> None:
 
 
 @pytest.mark.slow
+@NEEDS_BROWSER
 def test_sliders_move_by_keyboard_and_fit_on_a_phone(tmp_path: Any) -> None:
-    from tests.support.browser import chromium, narrow
-
     with chromium(tmp_path / "profile") as browser:
         browser.get((FOLDER / "index.html").as_uri())
         shown = browser.find_element("id", "result").text

@@ -11,11 +11,11 @@ from dlopt.basics.formats import format_metric
 from dlopt.results.page import page
 from dlopt.results.ranking import Ranking, band, fastest, gather, targets, time_to_target
 from dlopt.results.reading import RunReader
-from tests.support.browser import chromium, narrow
+from tests.support.browser import NEEDS_BROWSER, chromium, narrow
 from tests.support.folders import make_run
 
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, NEEDS_BROWSER]
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
 
 

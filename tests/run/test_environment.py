@@ -14,7 +14,7 @@ import pytest
 from dlopt.run import environment
 from dlopt.run.record import _record_machine
 from tests.support.line import dlopt
-from tests.support.requires import require, requires
+from tests.support.requires import requires
 from tests.support.sizes import TINY
 
 GIT = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
@@ -28,7 +28,6 @@ def git(folder: Path, *arguments: str) -> str:
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with one committed file, code.py; the current folder is a folder in it."""
-    require("git")
     git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("lr = 1\n")
     (tmp_path / ".gitignore").write_text("run\n")
@@ -44,6 +43,7 @@ def saved(run: Path) -> dict[str, Any]:
     return content
 
 
+@requires("git")
 def test_a_run_records_the_repository_of_the_current_folder(repository: Path) -> None:
     commit, run = git(repository, "rev-parse", "HEAD"), repository / "run"
     line = ("train", *TINY, "schedule=constant", "tracking=[]", "hydra.run.dir=run", "resume=auto")
@@ -61,6 +61,7 @@ def test_a_run_records_the_repository_of_the_current_folder(repository: Path) ->
     assert saved(run)["code"] == clean and not (run / "code.diff").exists()
 
 
+@requires("git")
 def test_a_long_diff_is_cut(repository: Path) -> None:
     (repository / "code.py").write_text("x = 1\n" * 100_000)
     facts, diff = environment.repository()
@@ -99,6 +100,7 @@ CONFIGURED: dict[str, dict[str, str]] = {  # keys whose value is the program, an
 }
 
 
+@requires("git")
 @pytest.mark.parametrize("keys", CONFIGURED.values(), ids=CONFIGURED)
 @pytest.mark.parametrize("attributes", [".gitattributes", ".git/info/attributes"])
 def test_programs_of_a_repository_are_not_started(
@@ -120,6 +122,7 @@ def test_programs_of_a_repository_are_not_started(
         assert (repository / "started").exists(), "the payload works"
 
 
+@requires("git")
 def test_filters_of_included_files_and_of_the_user_are_not_started(
     repository: Path, program: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -136,6 +139,7 @@ def test_filters_of_included_files_and_of_the_user_are_not_started(
     assert not (repository / "started").exists()
 
 
+@requires("git")
 def test_a_filter_that_cannot_be_turned_off_leaves_out_the_diff(repository: Path, program: str) -> None:
     git(repository, "config", "filter.a=b.clean", program)
     (repository / ".gitattributes").write_text("*.py filter=a=b\n")
@@ -145,6 +149,7 @@ def test_a_filter_that_cannot_be_turned_off_leaves_out_the_diff(repository: Path
     assert not (repository / "started").exists()
 
 
+@requires("git")
 @pytest.mark.parametrize("url", ["/nowhere/x", "ext::sh -c {program}", "ssh://nowhere.invalid/x"])
 def test_missing_objects_are_not_fetched(repository: Path, program: str, url: str) -> None:
     """A partial clone whose remote is a program: `git diff` needs an object that only the remote has."""
@@ -174,6 +179,7 @@ def test_missing_objects_are_not_fetched(repository: Path, program: str, url: st
         assert (repository / "started").exists(), "the payload works"
 
 
+@requires("git")
 def test_submodules_are_left_alone(repository: Path, program: str) -> None:
     inner = repository / "sub"
     inner.mkdir()
@@ -194,6 +200,7 @@ def test_submodules_are_left_alone(repository: Path, program: str) -> None:
     assert (repository / "started").exists(), "the payload works"
 
 
+@requires("git")
 def test_a_repository_does_not_show_files_elsewhere(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Its core.worktree may name the user's home folder, and its commit the names of files there."""
     home = tmp_path_factory.mktemp("home")

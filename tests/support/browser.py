@@ -1,4 +1,4 @@
-"""Headless Chromium for tests, which are skipped without it."""
+"""Headless Chromium for tests, which are marked `NEEDS_BROWSER`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.requires import find, require
+from tests.support.requires import find, requires
+
+NEEDS_BROWSER = requires("chromium", "chromedriver")
 
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
@@ -18,7 +20,6 @@ _FLAGS = (
 @contextmanager
 def chromium(profile: Path, width: int = 1280, height: int = 1000) -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver")
-    require("chromium", "chromedriver")
     options = webdriver.ChromeOptions()
     options.binary_location = find("chromium")
     for flag in (*_FLAGS, f"--window-size={width},{height}", f"--user-data-dir={profile}"):

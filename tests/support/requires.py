@@ -1,5 +1,9 @@
-"""What tests need that pip does not install: `requires("srun")` skips a test where it is missing, and names it."""
+"""What tests need that pip does not install: `requires("srun")` skips a test where it is missing, and names it.
 
+`pytest -m requires` selects these tests.
+"""
+
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -16,14 +20,14 @@ _PACKAGES = {
 
 def requires(*needs: str) -> pytest.MarkDecorator:
     """Skips tests where one of these programs, a GPU ("gpu") or Debian's Fashion-MNIST ("fashion-mnist") is missing."""
-    reason = _reason(needs)
-    return pytest.mark.skipif(reason is not None, reason=reason or "")
+    return pytest.mark.requires(*needs)
 
 
-def require(*needs: str) -> None:
-    """Skips the running test, or all tests of the running fixture, where something is missing."""
-    if (reason := _reason(needs)) is not None:
-        pytest.skip(reason)
+def skip_without_needs(item: pytest.Item) -> None:
+    """Skips a collected test where something that it requires is missing."""
+    needs = [need for mark in item.iter_markers("requires") for need in mark.args]
+    if missing := [name for need in dict.fromkeys(needs) if (name := _missing(need)) is not None]:
+        item.add_marker(pytest.mark.skip(f"needs {', '.join(missing)}"))
 
 
 def find(program: str) -> str | None:
@@ -34,11 +38,7 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=os.pathsep.join(folders))
 
 
-def _reason(needs: tuple[str, ...]) -> str | None:
-    missing = [name for need in needs if (name := _missing(need)) is not None]
-    return f"needs {', '.join(missing)}" if missing else None
-
-
+@functools.cache
 def _missing(need: str) -> str | None:
     """Returns what to install, or None if it is there."""
     if need == "gpu":

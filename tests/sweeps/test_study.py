@@ -20,7 +20,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.locks import hold, is_held, taken
 from dlopt.sweeps import samplers
 from dlopt.sweeps.study import JOURNAL, WORKERS, hide_password, open_storage
-from tests.support.requires import find, require
+from tests.support.requires import find, requires
 from tests.sweeps.worker import make_spec, study_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,6 @@ def events(folder: Path, kind: str) -> Counter[str]:
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Starts a PostgreSQL server on a loopback port and yields the URL of its database."""
-    require("initdb")
     pytest.importorskip("psycopg")
     tools = Path(str(find("initdb"))).parent
     folder = tmp_path_factory.mktemp("postgres")
@@ -87,7 +86,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["journal", "postgres"])
+@pytest.mark.parametrize("kind", ["journal", pytest.param("postgres", marks=requires("initdb"))])
 def test_four_workers_share_a_study(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     total, url = 40, request.getfixturevalue("postgres") if kind == "postgres" else None
     workers = [begin_worker(tmp_path, total, url, together=4) for _ in range(4)]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from dlopt.tracking import Tracking
-from tests.support.browser import chromium
+from tests.support.browser import NEEDS_BROWSER, chromium
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, NEEDS_BROWSER]
 
 # All texts, those within the components' own trees too.
 _TEXTS = """

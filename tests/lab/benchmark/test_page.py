@@ -14,6 +14,7 @@ from dlopt.lab.benchmark import figures, page, table
 from dlopt.lab.benchmark.results import Cell, Results
 from dlopt.lab.benchmark.scores import summarize
 from tests.lab.benchmark.synthetic import make
+from tests.support.browser import NEEDS_BROWSER, chromium
 
 EVIL = "<script>alert(1)</script>&\"'{x}$y_%#~^\\\n\x1b[31m"
 STUBS = {name: {"source": "data:,", "width": "1"} for name in figures.FIGURES}
@@ -206,9 +207,8 @@ def test_the_matrix_of_differences_shows_the_scores_and_greys_pairs_that_are_not
 
 
 @pytest.mark.slow
+@NEEDS_BROWSER
 def test_tables_are_sorted_by_the_columns_that_are_clicked(tmp_path: Path) -> None:
-    from tests.support.browser import chromium
-
     file = tmp_path / "index.html"
     file.write_text(body(make({"muon": 2.0, "sgd": 0.7, "adamw": 1.4, "lion": 0.01}, ("mlp", "gpt"), 2, 4)))
     with chromium(tmp_path / "profile") as browser:
