@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 from dlopt.commands.command_table import every_command
 from dlopt.commands.grid import overrides_of
 from dlopt.config.plan import Plan
+from dlopt.lab.comparison.comparison import Comparison, VariantRun
 from dlopt.sweeps.request import SweepRequest
 from tests.support.line import dlopt
 from tests.support.pages import ROOT, block_after, blocks
@@ -38,6 +39,7 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
 LONG = {"scaling", "--check", "model=plain56,resnet56", "model.widths=[100,100,100]"}
 WATCHING = {"--watch", "--open"}
 PLAN_JOB = SweepRequest.plan_job
+CELLS = Comparison.cells
 _HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
 _HEADS |= {"kubectl", "wandb", "optuna-dashboard"}
 
@@ -66,6 +68,10 @@ class Line:
             return [each.removesuffix(";") for each in rest[:end]]
         return None
 
+    @property
+    def recipe(self) -> str:
+        return next((word for word in self.arguments or [] if word.startswith("experiment=")), "")
+
 
 DATA_SET = """
 from torch.utils.data import Dataset
@@ -88,6 +94,7 @@ def lines() -> list[Line]:
 
 LINES = lines()
 OURS = [*{" ".join(line.arguments): line for line in reversed(LINES) if line.arguments}.values()]  # each one once
+OURS.sort(key=lambda line: line.recipe)  # a recipe is composed once, if one process tests all its lines
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +151,7 @@ def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("dlopt.sweeps.estimate", "dlopt.lab.benchmark.command", "dlopt.lab.ladder.command"):
         monkeypatch.setattr(f"{module}.estimate_job", lambda *_: None)
     monkeypatch.setattr(SweepRequest, "plan_job", plan_new)
+    monkeypatch.setattr(Comparison, "cells", cells_of_the_first_seed)
     monkeypatch.syspath_prepend(place)
     for name in [each for each in sys.modules if each.partition(".")[0] == "mine"]:  # another test's package
         monkeypatch.delitem(sys.modules, name)
@@ -159,6 +167,11 @@ def plan_new(request: SweepRequest, overrides: Sequence[str], number: int) -> Pl
         planned.update(dict.fromkeys(overrides, result))
         return result
     return replace(next(iter(planned.values())), subfolder=str(number))
+
+
+def cells_of_the_first_seed(comparison: Comparison) -> Iterator[VariantRun]:
+    """The runs of a setting differ only in their seed."""
+    return (cell for cell in CELLS(comparison) if cell.seed == comparison.seeds[0])
 
 
 def is_slow(line: Line) -> bool:

@@ -325,10 +325,12 @@ def _benchmark(*arguments: str) -> None:
 
 
 @pytest.mark.slow
-def test_kills_lose_nothing(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_kills_lose_nothing_and_two_processes_share_the_trials(
+    place: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     line = ("optimizer=sgd,adamw", *TIER, "studies=2", "trials=3")
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    for number in range(5):
+    for number in range(3):
         streams = {1: place / "log.txt", 2: place / "log.txt"}
         process = start(_benchmark, line, environment, place, streams)
         deadline = time.monotonic() + 60
@@ -342,9 +344,19 @@ def test_kills_lose_nothing(place: Path, tmp_path_factory: pytest.TempPathFactor
         process.join()
     assert dlopt(place, "benchmark", *line).code == 0
     assert results(place).missing() == 0
+
     other = tmp_path_factory.mktemp("whole")
     (other / "conf").symlink_to(place / "conf")
-    assert dlopt(other, "benchmark", *line).code == 0
+    logs = [other / f"log-{number}.txt" for number in range(2)]
+    processes = [start(_benchmark, line, environment, other, {1: log, 2: log}) for log in logs]
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
+    assert dlopt(other, "benchmark", *line).code == 0 and results(other).missing() == 0
+    starts = sum(log.read_text().count(", trial ") for log in logs)
+    runs = [path.read_text().count("starts") for path in other.glob("out/*/*/*/train.log")]
+    assert len(runs) == 24 and set(runs) == {1} and starts >= 24
+
     whole, killed = results(other), results(place)
     for key, cell in whole.cells.items():
         assert [timeless(each) for each in cell.records] == [timeless(each) for each in killed.cells[key].records]
@@ -352,18 +364,3 @@ def test_kills_lose_nothing(place: Path, tmp_path_factory: pytest.TempPathFactor
 
 def timeless(record: Any) -> Any:
     return (record.study, record.trial, record.values, record.updates, record.best, record.last, record.failure)
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_trials(place: Path) -> None:
-    line = ("optimizer=sgd,adamw", *TIER, "studies=2", "trials=3")
-    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    logs = [place / f"log-{number}.txt" for number in range(2)]
-    processes = [start(_benchmark, line, environment, place, {1: log, 2: log}) for log in logs]
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
-    assert dlopt(place, "benchmark", *line).code == 0 and results(place).missing() == 0
-    starts = sum(log.read_text().count(", trial ") for log in logs)
-    runs = [path.read_text().count("starts") for path in place.glob("out/*/*/*/train.log")]
-    assert len(runs) == 24 and set(runs) == {1} and starts >= 24

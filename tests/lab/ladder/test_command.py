@@ -139,7 +139,7 @@ def test_lists_the_runs_and_estimates_their_time(place: Path) -> None:
 def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> None:
     arguments = ("optimizer=sgd,adamw", *LINE[:4], "search=1", "seeds=2")
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    for number in range(6):
+    for number in range(3):
         process = start(_ladder, arguments, environment, place, {1: place / "log.txt", 2: place / "log.txt"})
         deadline = time.monotonic() + 60
         ended = len(list(place.glob("out/*/*/*/summary.json")))
