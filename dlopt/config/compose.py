@@ -27,7 +27,7 @@ from dlopt.config.flags import register_plugins
 from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
 from dlopt.config.packages import entries
 from dlopt.config.pretrained import pretrained_overrides
-from dlopt.config.recall import recall
+from dlopt.config.recall import has_remembered, recall, replace_choice
 from dlopt.config.resolve import first_lines, note_secrets
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
@@ -80,6 +80,7 @@ class Composer:
             return self._composed(parsed, multirun)
 
     def _composed(self, parsed: list[Override], multirun: bool) -> DictConfig:
+        config = None
         try:
             config = self._compose(parsed, multirun)
             raw: Any = OmegaConf.to_container(config, resolve=False)
@@ -95,7 +96,8 @@ class Composer:
                 f"{folder}a config file is nested too deeply, or includes itself through its defaults list"
             ) from None
         except _COMPOSITION_ERRORS as error:
-            raise UserError(self._explain(parsed, error, multirun)) from None
+            reason = self._explain(parsed, error, multirun) if config is None else first_lines(error)
+            raise UserError(reason) from None
         except yaml.YAMLError as error:
             raise UserError(f"a config file is not valid YAML: {' '.join(str(error).split())}") from None
         except (ValueError, AttributeError, TypeError) as error:
@@ -121,13 +123,28 @@ class Composer:
         values = [each for each in set_now if not self._is_choice(each)]
         # Files of other folders may have defaults lists that depend on the environment or the time.
         files = [config_folder() / each.key_or_group / f"{each.value()}.yaml" for each in choices]
-        is_shared = self.config_dir is None and all(file.is_file() for file in files)
-        key = (None if is_shared else self, self.config_name, mode, *map(text_of, choices))
-        config = recall(choices, values, lambda: self._load(choices, mode), key)
+        lines = tuple(map(text_of, choices))
+        if self.config_dir is None and all(file.is_file() for file in files):  # the mode concerns missing files only
+            config = recall(choices, values, lambda: self._load_or_replace(choices), (self.config_name, *lines))
+        else:
+            config = recall(choices, values, lambda: self._load(choices, mode), (self, mode, *lines))
         if config is not None:
             config.hydra.overrides.hydra = [text_of(each) for each in overrides if each.is_hydra_override()]
             config.hydra.overrides.task = [text_of(each) for each in overrides if not each.is_hydra_override()]
         return config
+
+    def _load_or_replace(self, choices: list[Override]) -> DictConfig:
+        """Composes dlopt's own choices, after the first time in the default config if each changes its group alone."""
+        plain = [each for each in choices if each.type is OverrideType.CHANGE and each.package is None]
+        # Recipes change the blocks of other groups.
+        groups = {each.key_or_group for each in plain if not each.is_hydra_override()} - {"experiment"}
+        if self.config_name == CONFIG_NAME and len(groups) == len(choices) > 0 and has_remembered():
+            config = recall([], [], lambda: self._load([], RunMode.RUN), (CONFIG_NAME,))
+            assert config is not None  # it has no search path
+            primary = config_folder() / f"{CONFIG_NAME}.yaml"
+            if all(replace_choice(config, each.key_or_group, str(each.value()), primary) for each in choices):
+                return config
+        return self._load(choices, RunMode.RUN)
 
     def _is_choice(self, override: Override) -> bool:
         parent, _, name = override.key_or_group.rpartition("/")
@@ -188,18 +205,19 @@ class Composer:
         groups = self.groups()
         # Groups first, as Hydra applies them.
         ordered = sorted(overrides, key=lambda override: override.key_or_group not in groups)
-        config = DictConfig({})
-        for count in range(len(ordered) + 1):
-            try:
+        config, count, fault = DictConfig({}), 0, error
+        try:
+            for count in range(len(ordered)):
                 config = self._compose(ordered[:count], multirun)
-            except _COMPOSITION_ERRORS as fault:
-                if count > 0:
-                    wrong = ordered[count - 1]
-                    return f"{text_of(wrong)}: {self._explain_override(wrong, config, fault)}"
-                if self.config_name != CONFIG_NAME and "primary config" in str(fault):
-                    return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
-                return first_lines(fault)  # a config file is at fault
-        return first_lines(error)
+            count = len(ordered)  # all of them fail with `error`
+        except _COMPOSITION_ERRORS as earlier:
+            fault = earlier
+        if count > 0:
+            wrong = ordered[count - 1]
+            return f"{text_of(wrong)}: {self._explain_override(wrong, config, fault)}"
+        if self.config_name != CONFIG_NAME and "primary config" in str(fault):
+            return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
+        return first_lines(fault)  # a config file is at fault
 
     def _explain_override(self, override: Override, config: DictConfig, error: Exception) -> str:
         """Says what is wrong with `override`; `config` is composed without it."""

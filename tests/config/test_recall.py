@@ -4,6 +4,7 @@ import pickle
 import textwrap
 from collections.abc import Callable
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 from dlopt.basics.errors import UserError
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
-from dlopt.config.overrides import key_of, quoted_plain
+from dlopt.config.overrides import key_of, quoted_plain, text_of
 from dlopt.config.recall import recall
+from dlopt.config.run_config import GROUPS
+from tests.support.choices import names
 
 LINES = (
     ["optimizer.lr=0.5", "optimizer=adam", "+model.new={a:1,b:[2]}", "hydra.run.dir=x", "++seed=4", "~tracking"],
@@ -39,6 +42,7 @@ LINES = (
     ["optimizer.lr=1", "optimizer@model=sgd"],
     ["seed.x=1"],
     ["~model.nope"],
+    ["optimizer=../data/digits", "model=mlp"],
 )
 
 
@@ -75,6 +79,32 @@ def test_equals_hydras_own(lines: list[str]) -> None:
         assert described(config) == expected
 
 
+# Each row has the n-th choice of every group.
+ROWS = list(zip_longest(*([f"{group}={name}" for name in names(group)] for group in sorted(GROUPS))))
+
+
+@pytest.mark.parametrize("rows", [ROWS[5::12], pytest.param(ROWS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_replaces_the_blocks_of_choices_as_hydra_does(
+    rows: list[tuple[str | None, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load(self: Composer, choices: list[Override], mode: RunMode) -> DictConfig:
+        loaded.append([text_of(each) for each in choices])
+        return hydra_loads(self, choices, mode)
+
+    hydra_loads = Composer._load
+    monkeypatch.setattr(Composer, "_load", load)
+    monkeypatch.setattr("dlopt.config.recall._memory", {})
+    composer = Composer()
+    composer._compose([])
+    for row in rows:
+        lines = [line for line in row if line is not None]
+        config = composer._compose(composer.parse(lines))
+        assert described(config) == described(hydras(lines, RunMode.RUN)), lines
+    assert len(loaded) <= 1 + len(rows) / 2, loaded  # the default config, and choices that change other groups, too
+
+
 # Keys of values: numbers, texts, lists, blocks, null, typed keys of Hydra, new keys, keys inside a value or a list.
 KEYS = (
     "seed", "name", "epochs", "optimizer.lr", "optimizer.betas", "optimizer.betas.0", "optimizer.betas.9", "optimizer",
@@ -83,8 +113,8 @@ KEYS = (
     "hydra.job.env_set.A", "hydra.verbose", "hydra.sweeper.params", "hydra.searchpath", "hydra.mode", "hydra.nope",
     "hydra.job.config.override_dirname.exclude_keys",
 )  # fmt: skip
-GROUPS = ("optimizer=adam", "optimizer=nope", "+optimizer=sgd", "~optimizer", "model=mlp", "hydra/launcher=joblib",
-          "hydra/nope=x", "optimizer@model=sgd", "experiment=study/schedules", "optimizer=null")  # fmt: skip
+CHOICES = ("optimizer=adam", "optimizer=nope", "+optimizer=sgd", "~optimizer", "model=mlp", "hydra/launcher=joblib",
+           "hydra/nope=x", "optimizer@model=sgd", "experiment=study/schedules", "optimizer=null")  # fmt: skip
 TEXTS = st.text("aZ0_ ,:=[]{}()'\"\\$#~+-.%@?*é\t\n", max_size=6) | st.sampled_from(
     ["${seed}", "x${oc.env:HOME}", "${nothing}", "${optimizer.lr}", "???", "null", "true", "1e-3", "nan", "sweep"]
 )
@@ -163,7 +193,7 @@ def test_sets_values_as_hydra_does(lines: list[str]) -> None:
 
 
 @pytest.mark.slow
-@given(st.lists(VALUE_OVERRIDES | st.sampled_from(GROUPS), min_size=1, max_size=4), st.sampled_from(RunMode))
+@given(st.lists(VALUE_OVERRIDES | st.sampled_from(CHOICES), min_size=1, max_size=4), st.sampled_from(RunMode))
 def test_composes_as_hydra_does(lines: list[str], mode: RunMode) -> None:
     composer = own()
     try:
