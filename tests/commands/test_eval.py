@@ -267,6 +267,7 @@ def test_squared_errors_estimate_probabilities(tmp_path: Path) -> None:
     assert report["average"] == "logits" and 0 <= report["test_calibration_error"] <= 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_regression(tmp_path: Path) -> None:
     line = (
         "data=polynomial",
@@ -306,6 +307,7 @@ def test_refused(folder: Path, line: list[str], parts: list[str]) -> None:
         assert part in message
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_refuses_ensemble_with_different_test_sets(folder: Path) -> None:
     other = dlopt(folder, "train", "model=polynomial", "data=polynomial", "loss=mse", "epochs=1", "hydra.run.dir=c")
     assert other.code == 0
@@ -341,6 +343,7 @@ def test_model_that_does_not_fit_the_data(tmp_path: Path) -> None:
         assert "size mismatch for layer1.linear.weight" in message
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_data_with_other_classes(tmp_path: Path) -> None:
     for root, names in (("one", "ab"), ("two", "bc"), ("three", "abc")):
         for number, name in enumerate(names * 8):

@@ -64,6 +64,7 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
     assert {path.name for path in (runs / "tables").iterdir()} == {"table.tex", "summary.csv"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_conditions_select_the_runs(runs: Path) -> None:
     make_run(runs / "night/5", lr=0.5, accuracies=(0.4, 0.55), config={"tags": ["base", "paper"], "note": "a, <b>"})
     result = dlopt(
@@ -80,6 +81,7 @@ def test_conditions_select_the_runs(runs: Path) -> None:
     assert "tags" not in dlopt(runs, "report", "night", "tags!=paper", "format=csv").out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_configuration_without_tags_shows_a_dash(tmp_path: Path) -> None:
     make_run(tmp_path / "night/0", lr=0.5, accuracies=(0.8,))
     make_run(tmp_path / "night/1", lr=0.1, accuracies=(0.7,), config={"tags": ["base", "paper"]})
@@ -91,6 +93,7 @@ def test_a_configuration_without_tags_shows_a_dash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failed", [1, 5, 6, 8])
+@pytest.mark.usefixtures("undrawn")
 def test_at_most_five_failed_runs_are_listed(tmp_path: Path, failed: int) -> None:
     make_run(tmp_path / "night/0")
     for i in range(failed):
@@ -101,6 +104,7 @@ def test_at_most_five_failed_runs_are_listed(tmp_path: Path, failed: int) -> Non
     assert rest == ([f"... and {failed - 5} more failed or unfinished runs"] if failed > 5 else [])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_removes_the_plots_of_an_earlier_report(runs: Path) -> None:
     (runs / "night/report").mkdir()
     for name in ("lr_sensitivity.png", "lr_sensitivity.pdf", "mine.png"):
@@ -111,6 +115,7 @@ def test_removes_the_plots_of_an_earlier_report(runs: Path) -> None:
     assert "lr_sensitivity.pdf" in names  # format=pdf was not requested
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_differences_of_small_and_huge_losses_have_digits(tmp_path: Path) -> None:
     for lr, scale in ((0.01, 2e-5), (0.1, 3e-5), (1.0, 1e33)):
         for seed in range(3):
@@ -122,6 +127,7 @@ def test_differences_of_small_and_huge_losses_have_digits(tmp_path: Path) -> Non
     assert "+1.10e+33 [" in third and len(third) < 130
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_killed_run_is_not_called_failed(tmp_path: Path) -> None:
     make_run(tmp_path / "night/0")
     make_run(tmp_path / "night/1", seed=1, status=None)
@@ -286,6 +292,7 @@ def board() -> str:
     return stream.getvalue()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_row_shows_its_failed_runs(tmp_path: Path) -> None:
     for seed in range(3):
         make_run(tmp_path / f"night/{seed}", lr=0.9, seed=seed, status="failed" if seed else "finished")
@@ -300,6 +307,7 @@ def test_every_row_shows_its_failed_runs(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_watch_waits_for_the_first_metrics(tmp_path: Path) -> None:
     to = destination(tmp_path, None, "csv", None)
     options = _Options(by="val_loss", watch=True)

@@ -146,8 +146,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every optional package counts as installed, and Slurm; nothing is run for an estimate of its time."""
+def equipped(place: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every optional package counts as installed, and Slurm; nothing is drawn, or run for an estimate of its time."""
     for module in ("dlopt.sweeps.estimate", "dlopt.lab.benchmark.command", "dlopt.lab.ladder.command"):
         monkeypatch.setattr(f"{module}.estimate_job", lambda *_: None)
     monkeypatch.setattr(SweepRequest, "plan_job", plan_new)

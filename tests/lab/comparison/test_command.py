@@ -93,6 +93,7 @@ def test_claims_changed_after_the_results_are_marked_until_the_comparison_runs_a
     assert CHANGED not in dlopt(folder, "report", "new").out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_results_of_earlier_versions_are_read(folder: Path) -> None:
     assert compare(folder, "hydra.run.dir=out").code == 0
     path = folder / "out/comparison.json"
@@ -107,6 +108,7 @@ def test_results_of_earlier_versions_are_read(folder: Path) -> None:
     assert "claims_hash" not in json.loads(path.read_text())  # nobody knows what the claims were
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resumes(folder: Path) -> None:
     assert compare(folder, "hydra.run.dir=out", "seed=3").code == 0
     before = (folder / "out/0/summary.json").read_bytes()
@@ -324,6 +326,7 @@ def test_dry_run_lists_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "4 jobs of about 30.0 s each" in result.out and list(folder.iterdir()) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_variant_teaches_a_later_one(folder: Path) -> None:
     """Of the same seed. A comparison that is resumed detects neither as changed."""
     path = folder.parent / "myconf/experiment/small.yaml"

@@ -45,6 +45,7 @@ def test_reports_the_entropy_of_attention_heads(tmp_path: Path) -> None:
             assert all(0.8 * largest < entropy <= largest + 1e-6 for entropy in layer["heads"])  # small weights
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_checkpoint(tmp_path: Path) -> None:
     assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run").code == 0
     typed = ("checkpoint=run/checkpoints/last.pt", "updates=1", "batches=1", "eigenvalues=0")

@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from dlopt import cli
 from dlopt.basics.folders import RunFolder
@@ -38,6 +40,7 @@ FAMILY: dict[str, Any] = {
     "rules": {"width": "2 * depth", "depth": "the number of the rung", "batch": "constant", "schedule": "cosine"},
     "rungs": {"one": ["model.widths=[2]"], "two": ["model.widths=[4,4]"], "three": ["model.widths=[6,6,6]"]},
 }
+SAVEFIG = Figure.savefig  # what `undrawn` replaces
 LINE = ("--config-dir", "conf", "model=tiny", "output=out", "search=1", "seeds=1")
 
 
@@ -66,6 +69,7 @@ def test_keys_of_the_recipes_data(place: Path, rest: list[str]) -> None:
         assert config["data"]["intervals"] == [[-1.0, 1.0], [-0.3, 0.3]]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
     first = dlopt(place, "ladder", "optimizer=sgd", *LINE, "rungs=2")
     assert first.code == 0, first.err
@@ -96,8 +100,11 @@ def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert "adamw: the same rate at all sizes (optimizer.lr=0.01)" in " ".join(second.out.split())
     assert "Speed-up over sgd in compute" in second.out and (place / "out/figures/speed_up.pdf").is_file()
-    report = dlopt(place, "ladder", "report", "out")
+    with patch.object(Figure, "savefig", SAVEFIG):
+        report = dlopt(place, "ladder", "report", "out")
     assert report.code == 0 and "Speed-up over sgd in compute" in report.out
+    assert (place / "out/figures/speed_up.pdf").read_bytes().startswith(b"%PDF")
+    assert "<svg" in (place / "out/figures/loss.svg").read_text()
     page = (place / "out/index.html").read_text()
     assert "2 * depth" in page and "the same rate at all sizes" in page
     other = dlopt(place, "ladder", "optimizer=sgd", *LINE, "rungs=2", "data.batch_size=16")

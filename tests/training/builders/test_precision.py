@@ -141,6 +141,7 @@ def test_pure_bf16_keeps_shared_weights_shared() -> None:
 
 
 @pytest.mark.parametrize("typed", [[], ["precision=fp32"]], ids=["bf16_pure", "fp32"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_pure_bf16_checkpoint_is_evaluated(tmp_path: Path, typed: list[str]) -> None:
     summary = start(tmp_path / "run", *PURE)
     result = dlopt(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", "output=out", *typed)
