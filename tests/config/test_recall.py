@@ -83,7 +83,7 @@ def test_equals_hydras_own(lines: list[str]) -> None:
 ROWS = list(zip_longest(*([f"{group}={name}" for name in names(group)] for group in sorted(GROUPS))))
 
 
-@pytest.mark.parametrize("rows", [ROWS[5::12], pytest.param(ROWS, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("rows", [ROWS[5::20], pytest.param(ROWS, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_replaces_the_blocks_of_choices_as_hydra_does(
     rows: list[tuple[str | None, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
