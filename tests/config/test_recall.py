@@ -83,7 +83,7 @@ def test_equals_hydras_own(lines: list[str]) -> None:
 ROWS = list(zip_longest(*([f"{group}={name}" for name in names(group)] for group in sorted(GROUPS))))
 
 
-@pytest.mark.parametrize("rows", [ROWS[5::20], pytest.param(ROWS, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("rows", [ROWS[:3], pytest.param(ROWS, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_replaces_the_blocks_of_choices_as_hydra_does(
     rows: list[tuple[str | None, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +102,7 @@ def test_replaces_the_blocks_of_choices_as_hydra_does(
         lines = [line for line in row if line is not None]
         config = composer._compose(composer.parse(lines))
         assert described(config) == described(hydras(lines, RunMode.RUN)), lines
-    assert len(loaded) <= 1 + len(rows) / 2, loaded  # the default config, and choices that change other groups, too
+    assert len(loaded) < len(rows), loaded  # of the default config, and of choices that change other groups, too
 
 
 # Keys of values: numbers, texts, lists, blocks, null, typed keys of Hydra, new keys, keys inside a value or a list.
