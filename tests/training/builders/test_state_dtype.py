@@ -301,7 +301,7 @@ def test_every_optimizer_moves_bf16_weights_as_fp32_ones(choice: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", BF16_OPTIMIZERS)
 def test_every_optimizer_moves_bf16_weights_as_fp32_ones_for_long(choice: str) -> None:
-    compare_with_fp32(choice, 1000)
+    compare_with_fp32(choice, 4000)
 
 
 @pytest.mark.parametrize(("make", "name", "decay"), [(adamw, "exp_avg_sq", 0.9995), (AdEMAMix, "exp_avg_slow", 0.9999)])
