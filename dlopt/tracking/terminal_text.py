@@ -188,6 +188,8 @@ def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
         texts.append(f"lr {format_lr(metrics['lr'])}")
     if metrics.get("seconds") is not None:
         texts.append(format_duration(metrics["seconds"]))
+    texts += [f"{_rate(metrics[key])} {key.partition('_')[0]}/s" for key in _PER_SECOND if key in metrics]
+    texts += [f"MFU {format_percent(metrics[key])}" for key in ("utilization",) if key in metrics]
     return "  ".join(texts + ["best"] * best)
 
 
@@ -231,10 +233,14 @@ class EpochRows:
         if key == "epoch":
             return f"{format_epoch_number(value)}/{self._epochs}"
         if key in _PER_SECOND:
-            return "-" if value is None or math.isnan(value) else f"{value:,.0f}"
+            return _rate(value)
         if key in ("seconds", "epoch_seconds") and value is not None:
             return format_duration(value)
         return str(value) if key == "step" else format_metric(key, value)
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
 _TITLES = {  # column headers of the epoch table

@@ -35,6 +35,8 @@ def test_format_epoch() -> None:
     assert terminal_text.format_epoch(METRICS, 200, best=True) == (
         "epoch 100/200  train loss 1.2346 accuracy 50.00 %  val loss 12.3456 accuracy 100.00 %  lr 0.006699  2:04  best"
     )
+    on_gpu = {**METRICS, "tokens_per_second": 480_123.4, "utilization": 0.417}
+    assert terminal_text.format_epoch(on_gpu, 200, best=False).endswith("  2:04  480,123 tokens/s  MFU 41.70 %")
     regression = {key: value for key, value in METRICS.items() if "accuracy" not in key}
     assert terminal_text.format_epoch(regression, 200, best=False) == (
         "epoch 100/200  train loss 1.2346  val loss 12.3456  lr 0.006699  2:04"
