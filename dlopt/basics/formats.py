@@ -73,7 +73,10 @@ def format_metric(name: str, value: float | None) -> str:
         return format_duration(value)
     if value is not None and name in _COUNTS:
         return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-    return format_percent(value) if "accuracy" in name or name.endswith(("top1", "top5")) else format_number(value)
+    if value is not None and name == "gpu_memory_gib":
+        return f"{value:.1f} GiB"
+    is_fraction = "accuracy" in name or name.endswith(("top1", "top5")) or name == "utilization"
+    return format_percent(value) if is_fraction else format_number(value)
 
 
 def format_count(noun: str, count: int) -> str:

@@ -32,6 +32,8 @@ Split = Literal["train", "val", "test", "evaluated_train"]
 """Samples of a metric, and how it is measured: `train` during the updates, the others in evaluation mode."""
 FINAL_TAGS = ("best/", "test/")
 """How the tags of the end of a run begin."""
+THROUGHPUT = ("samples_per_second", "tokens_per_second", "utilization", "gpu_memory_gib")
+"""Columns with measurements of the training on its machine. Like seconds, they differ between equal runs."""
 _BEST = "best_"
 _SPELLED = re.compile(rf"(?:{_BEST})?(?P<split>train|val|test|evaluated_train)_(?P<name>.*)", re.DOTALL)
 
@@ -85,7 +87,9 @@ VAL_LOSS, VAL_ACCURACY = Metric("val", "loss"), Metric("val", "accuracy")
 
 
 def tag_of(column: str) -> str:
-    """Returns the tag of a column in TensorBoard: val/loss for val_loss. Keys without a split are unchanged."""
+    """Returns the tag of a column in TensorBoard: val/loss, throughput/utilization. Other keys are unchanged."""
+    if column in THROUGHPUT:
+        return f"throughput/{column}"
     metric = Metric.of(column)
     return metric.tag if metric is not None and metric.column == column else column
 
@@ -140,7 +144,7 @@ def known_mode(metric: str) -> Mode | None:
     """Returns the direction of a metric of dlopt; None: it is a user's metric.
 
     Every name without a split is dlopt's: costs (seconds, parameters), gaps and what comparisons measure are better
-    when smaller, except for throughput and `decay_correlation`.
+    when smaller, except for throughput, utilization and `decay_correlation`.
     """
     name = base_name(metric)
     if name in _HIGHER:
@@ -149,7 +153,7 @@ def known_mode(metric: str) -> Mode | None:
         return "min"
     if name != metric:
         return None
-    return "max" if name.endswith("_per_second") or name == "decay_correlation" else "min"
+    return "max" if name.endswith("_per_second") or name in ("utilization", "decay_correlation") else "min"
 
 
 def mode_of(metric: str, modes: Modes = NONE) -> Mode | None:

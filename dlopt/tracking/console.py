@@ -16,10 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
-from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, tag_of
 from dlopt.tracking import terminal_text
 
 _TRAIN, _VAL = (Metric("train", "loss"), Metric("train", "accuracy")), (VAL_LOSS, VAL_ACCURACY)  # of the live display
+_LABELS = {"utilization": "MFU", "gpu_memory_gib": "memory"}
 _REDRAW_SECONDS = 0.1
 _REDRAW_FRACTION = 0.01  # of the training time that redrawing may take
 
@@ -138,7 +139,9 @@ class _Display:
             grid.add_row(name, f"{number}/{of}", bar, text)
         yield grid
         for name, metrics in (("train", self.train), ("val", self.val)):
-            text = "   ".join(f"{key} {formats.format_metric(key, value)}" for key, value in metrics.items())
+            text = "   ".join(
+                f"{_LABELS.get(key, key)} {formats.format_metric(key, value)}" for key, value in metrics.items()
+            )
             yield Text.assemble((f"{name:7}", "bold"), text or "-", no_wrap=True, overflow="crop")
 
 
@@ -227,12 +230,7 @@ class ConsoleView(Screen):
         """Shows the header and starts the display; `facts`: see `terminal_text.header_rows`."""
         per_step, unit = (facts.get("train") or 0) / max(facts["steps_per_epoch"], 1), facts.get("unit", "samples")
         self._rows = terminal_text.EpochRows(
-            facts["epochs"],
-            samples_per_step=per_step,
-            unit=unit,
-            step=first_step,
-            seconds=seconds,
-            metrics=facts.get("metrics", ()),
+            facts["epochs"], unit=unit, seconds=seconds, metrics=facts.get("metrics", ())
         )
         self._print_block(terminal_text.header(config, choices, facts), Text(""))
         if not self.terminal:
@@ -256,8 +254,8 @@ class ConsoleView(Screen):
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Stores metrics by TensorBoard tag for the next redraw."""
         if self._display is not None:
-            names = {metric.tag: metric.name for metric in _TRAIN}
-            self._display.train = _renamed(values, names | {"lr": "lr"})
+            names = {metric.tag: metric.name for metric in _TRAIN} | {tag_of(name): name for name in ("lr", *_LABELS)}
+            self._display.train = _renamed(values, names)
 
     def _redraw(self) -> None:
         if self._live is None:
@@ -269,16 +267,17 @@ class ConsoleView(Screen):
         pause = max(_REDRAW_SECONDS, (end - start) / _REDRAW_FRACTION)
         self._due = float("inf") if self._output.is_closed else end + pause
 
-    def epoch(self, metrics: Mapping[str, Any], best: bool, evaluation_seconds: float) -> None:
+    def epoch(self, metrics: Mapping[str, Any], best: bool) -> None:
         width = self._console.width if self.terminal else self._width
         if width != self._rows_width:  # the first row, or a resized terminal
             self._rows_width = width
             self._print(self._rows.header(metrics, width))
-        self._print(self._rows.row(metrics, best, evaluation_seconds))
+        self._print(self._rows.row(metrics, best))
         if (display := self._display) is not None:
             display.step = metrics["step"]
             train, val = ({metric.column: metric.name for metric in each} for each in (_TRAIN, _VAL))
-            display.train, display.val = _renamed(metrics, train | {"lr": "lr"}), _renamed(metrics, val)
+            train |= {name: name for name in ("lr", *_LABELS)}
+            display.train, display.val = _renamed(metrics, train), _renamed(metrics, val)
             self._redraw()
 
     def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """Formats configs, results and tables for terminals of any width."""
 
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -29,6 +30,7 @@ from dlopt.basics.formats import (
 from dlopt.basics.plain_values import flatten
 from dlopt.metrics.names import Metric, Split, final_metrics, mode_of, monitored_modes
 
+_PER_SECOND = ("samples_per_second", "tokens_per_second")  # one of them
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
 _REPORT_KEYS = ("published", "tags", "note")  # read by `dlopt report` and `dlopt runs` only: not shown as settings
@@ -186,6 +188,8 @@ def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
         texts.append(f"lr {format_lr(metrics['lr'])}")
     if metrics.get("seconds") is not None:
         texts.append(format_duration(metrics["seconds"]))
+    texts += [f"{_rate(metrics[key])} {key.partition('_')[0]}/s" for key in _PER_SECOND if key in metrics]
+    texts += [f"MFU {format_percent(metrics[key])}" for key in ("utilization",) if key in metrics]
     return "  ".join(texts + ["best"] * best)
 
 
@@ -194,64 +198,56 @@ class EpochRows:
 
     Not a table of rich, which would have to know all rows before it prints the first one.
 
-    `samples_per_step`: their mean, 0: unknown. `step`, `seconds`: where the run starts; > 0 if it was resumed.
-    `metrics`: keys of further columns.
+    `seconds`: where the run starts; > 0 if it was resumed. `metrics`: keys of further columns.
     """
 
     def __init__(
-        self,
-        epochs: int,
-        *,
-        samples_per_step: float = 0.0,
-        unit: str = "samples",
-        step: int = 0,
-        seconds: float = 0.0,
-        metrics: Iterable[str] = (),
+        self, epochs: int, *, unit: str = "samples", seconds: float = 0.0, metrics: Iterable[str] = ()
     ) -> None:
-        self._titles = _titles(metrics)
-        self._epochs, self._samples_per_step, self._unit = epochs, samples_per_step, unit
-        self._last = (step, seconds)  # of the last row
+        self._titles = _titles(metrics) | dict.fromkeys(_PER_SECOND, f"{unit}/s")
+        self._epochs = epochs
+        self._last = seconds  # of the last row
 
     def header(self, first: Mapping[str, Any], width: int | None) -> Text:
         """Chooses the columns by the metrics of the first row, and the `width` of the terminal (None: unlimited)."""
         derived = {"epoch"} | ({"epoch_seconds"} if "seconds" in first else set())
-        derived |= {"throughput"} if self._samples_per_step and "seconds" in first else set()
-        all_titles = {**self._titles, "throughput": f"{self._unit}/s"}
         fraction = len(".25") if isinstance(first.get("epoch"), float) else 0
         widths = {"epoch": 2 * len(str(self._epochs)) + 1 + fraction, **_WIDTHS}
-        titles = {key: title for key, title in all_titles.items() if key in derived | first.keys()}
+        titles = {key: title for key, title in self._titles.items() if key in derived | first.keys()}
         self._widths = {key: max(widths.get(key, 9), len(title)) for key, title in titles.items()}
         # A narrow terminal drops columns in this order.
-        for expendable in ("step", "epoch_seconds", "throughput", "lr", "seconds", "train_accuracy"):
+        for expendable in ("step", "epoch_seconds", *_PER_SECOND, "lr", "seconds", "utilization", "train_accuracy"):
             if width is not None and sum(self._widths.values()) + len(self._widths) + 2 > width:
                 self._widths.pop(expendable, None)
         return Text(" ".join(titles[key].rjust(width) for key, width in self._widths.items()), "bold", no_wrap=True)
 
-    def row(self, metrics: Mapping[str, Any], best: bool, evaluation_seconds: float = 0.0) -> Text:
-        """Formats an evaluated epoch; `evaluation_seconds` of its time are not part of the throughput."""
-        steps, seconds = metrics["step"] - self._last[0], metrics.get("seconds", 0.0) - self._last[1]
-        training = seconds - evaluation_seconds
-        throughput = self._samples_per_step * steps / training if training > 0 else None
-        values = {**metrics, "epoch_seconds": seconds, "throughput": throughput}
-        self._last = (metrics["step"], metrics.get("seconds", 0.0))
+    def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
+        """Formats an evaluated epoch."""
+        seconds = metrics.get("seconds", 0.0)
+        values = {**metrics, "epoch_seconds": seconds - self._last}
+        self._last = seconds
         cells = [self._cell(key, values.get(key)).rjust(width) for key, width in self._widths.items()]
         return Text(" ".join(cells) + (" *" if best else ""), "green" if best else "", no_wrap=True)
 
     def _cell(self, key: str, value: Any) -> str:
         if key == "epoch":
             return f"{format_epoch_number(value)}/{self._epochs}"
-        if key == "throughput":
-            return "-" if value is None else f"{value:,.0f}"
+        if key in _PER_SECOND:
+            return _rate(value)
         if key in ("seconds", "epoch_seconds") and value is not None:
             return format_duration(value)
         return str(value) if key == "step" else format_metric(key, value)
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
 _TITLES = {  # column headers of the epoch table
     "epoch": "epoch", "step": "step", "train_loss": "train loss", "train_accuracy": "train acc",
     "val_loss": "val loss", "val_accuracy": "val acc", "val_bits_per_byte": "bits/byte", "val_perplexity": "perplexity",
     "lr": "lr", "epoch_seconds": "epoch time",
-    "seconds": "total time", "throughput": "",
+    "seconds": "total time", **dict.fromkeys(_PER_SECOND, ""), "utilization": "MFU",
 }  # fmt: skip
 
 
@@ -263,7 +259,9 @@ def _titles(metrics: Iterable[str]) -> dict[str, str]:
     return dict([*titles[:end], *added, *titles[end:]])
 
 
-_WIDTHS = {"step": 8, "lr": 9, "seconds": 7, "epoch_seconds": 7, "throughput": 8}  # characters; 9 for the others
+_WIDTHS = {  # characters; 9 for the others
+    "step": 8, "lr": 9, "seconds": 7, "epoch_seconds": 7, **dict.fromkeys(_PER_SECOND, 8), "utilization": 7
+}  # fmt: skip
 _STATUS_COLOURS = {"finished": "green", "stopped_early": "green", "interrupted": "yellow", "failed": "red"}
 
 

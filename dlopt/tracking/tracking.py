@@ -208,11 +208,10 @@ class Tracking:
         if self._tensorboard is not None and histograms:
             self._tensorboard.histograms(step, histograms)
 
-    def epoch(self, metrics: Mapping[str, Any], *, best: bool = False, evaluation_seconds: float = 0.0) -> None:
+    def epoch(self, metrics: Mapping[str, Any], *, best: bool = False) -> None:
         """Records an evaluated epoch with the keys of metrics.jsonl; `best` marks it as the best so far.
 
-        `evaluation_seconds`: of the time since the last one; not part of the throughput. The sinks receive
-        `train_loss` as `train/loss` and so on, without the tags that `step` writes.
+        The sinks receive `train_loss` as `train/loss` and so on, without the tags that `step` writes.
         """
         if self._metrics is not None:
             self._metrics.write(metrics)
@@ -222,7 +221,7 @@ class Tracking:
         if self._log is not None:
             self._log.write(terminal_text.format_epoch(metrics, self._epochs, best=best))
         if self._console is not None:
-            self._console.epoch(metrics, best, evaluation_seconds)
+            self._console.epoch(metrics, best)
 
     def rewind(self, epoch: float, step: int) -> None:
         """Removes what was written after `epoch` evaluated epochs and `step` updates: the run has rolled back there."""

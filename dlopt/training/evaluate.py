@@ -132,8 +132,7 @@ def report(
 ) -> TestReport:
     """Computes all test metrics of outputs; loss, accuracy and user metrics equal those in a run's summary."""
     accumulator = MetricSum(task)
-    with torch.inference_mode():
-        loss.eval()
+    with torch.inference_mode(), evaluation_mode(loss):
         for outputs, targets in batches:
             accumulator.add(accumulator.measure(loss(outputs, targets), outputs, targets))
     metrics = accumulator.means("test")

@@ -5,7 +5,6 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.progress import Clock, Intervals, Length, Progress, Status
 from dlopt.training.step import EpochBatches, Step, Update, UpdateRecord
 from dlopt.training.stopping import Best, Stopping
+from dlopt.training.throughput import ON_CPU, Throughput
 from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class Trainer:
     config: Mapping[str, Any]
     train_metrics: MetricSum
     timing: StepTiming | None = None
+    throughput: Throughput = ON_CPU
     average: ExponentialAverage | None = None
     sampler: Any = None  # a loss-aware sampler, whose state belongs to the checkpoint
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
@@ -125,6 +126,7 @@ class Trainer:
                         elif self._is_save_due():
                             clock.stop()
                             self.save()
+                            clock.stop(training=False)
                     # Waits for the device, as the evaluation or the save that follows does.
                     self.step.check_weights()
 
@@ -153,7 +155,7 @@ class Trainer:
         return record
 
     def _clock(self) -> Clock:
-        return Clock(self.progress, self.train_metrics, self.timing)
+        return Clock(self.progress, self.train_metrics, self.timing, self.throughput)
 
     def _evaluate(self, clock: Clock, stop: Interruption, *, ends_epoch: bool) -> Literal["done", "interrupted"]:
         """Evaluates, updates best model, stopping rule and schedule, logs, and saves, each if due.
@@ -173,7 +175,8 @@ class Trainer:
             **self.train_metrics.means("train"),
             **self.sampler_metrics(),
         }
-        trained = time.perf_counter()  # the metrics above have waited for the device
+        clock.stop()
+        throughput = clock.epoch_metrics()
         if evaluated and self.validate is not None:
             validation_metrics = self.validate(stop)
             if validation_metrics is None:
@@ -183,19 +186,18 @@ class Trainer:
             self.stopping.update(metrics)
             if self.stopping.should_stop:
                 ends_epoch, metrics["epoch"] = True, epoch
-        evaluation_seconds = time.perf_counter() - trained
         if ends_epoch:
             self.train_metrics.clear()
             progress.epoch, progress.position = epoch, 0
-        clock.stop()
+        clock.stop(training=False)
         improved = False
         if evaluated:
             progress.evaluated = metrics["epoch"]
-            metrics["seconds"] = progress.seconds
+            metrics |= {"seconds": progress.seconds, **throughput}
             if self.validate is not None:
                 improved = self.best.update(metrics)
                 self.step.schedule.update(metrics)
-            self.tracking.epoch(metrics, best=improved, evaluation_seconds=evaluation_seconds)
+            self.tracking.epoch(metrics, best=improved)
             self.user_observers.after_evaluation(metrics)
         # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch, and metrics.jsonl has
         # the line of this evaluation. A run that is killed in between removes the line when it resumes, and writes it
@@ -204,7 +206,7 @@ class Trainer:
         save_due = every is not None and epoch % every == 0 if ends_epoch else self._is_save_due()
         if improved or save_due or last or self.stopping.should_stop:
             self.save(best=improved)
-            clock.stop()
+            clock.stop(training=False)
         return "done"
 
     def _fractional_epoch(self) -> float:

@@ -13,11 +13,12 @@ from dlopt import schedules
 from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig, Settings
 from dlopt.data.batches import Batch
-from dlopt.metrics.names import Metric
+from dlopt.metrics.names import Metric, tag_of
 from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.step import EpochBatches
+from dlopt.training.throughput import Throughput
 
 Status = Literal["finished", "stopped_early", "interrupted"]
 
@@ -147,30 +148,49 @@ class Clock:
         progress: to which training time is added.
         metrics: of the training samples so far.
         timing: of the updates of all ranks; None: there is one rank.
+        throughput: computes throughput and utilization.
     """
 
-    def __init__(self, progress: Progress, metrics: MetricSum, timing: StepTiming | None) -> None:
+    def __init__(
+        self, progress: Progress, metrics: MetricSum, timing: StepTiming | None, throughput: Throughput
+    ) -> None:
         self.progress = progress
         self.train_metrics = metrics
         self.timing = timing
+        self.throughput = throughput
+        self._trained = (0, 0.0)  # samples and seconds of training since the latest evaluation
         self._since = time.perf_counter()
         self._restart()
 
     def _restart(self) -> None:
         self._log_since = self._since
-        self._count = self.train_metrics.count
+        self._count = self._log_count = self.train_metrics.count
         if self.timing is not None:
             self.timing.restart(self.progress.step)
 
-    def stop(self) -> None:
-        """Adds the time since the last call to that of the run, and starts a new logging interval."""
-        now = time.perf_counter()
-        self.progress.seconds += now - self._since
-        self._since = now
+    def stop(self, *, training: bool = True) -> None:
+        """Adds the time since the last call to that of the run, and starts a new logging interval.
+
+        `training`: whether it was spent on updates; false: on an evaluation or a checkpoint.
+        """
         # For the count from which `_restart` measures the throughput. Waits for the device, and is a collective with
         # several ranks: the clock stops at evaluations and saves only, on all ranks after the same update.
         self.train_metrics.sync()
+        now = time.perf_counter()
+        self.progress.seconds += now - self._since
+        if training:
+            samples, seconds = self._trained
+            self._trained = samples + self.train_metrics.count - self._count, seconds + now - self._since
+        self._since = now
         self._restart()
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Returns throughput and utilization of the training between the last two evaluations, by column.
+
+        Call after `stop`.
+        """
+        trained, self._trained = self._trained, (0, 0.0)
+        return self.throughput.metrics(*trained)
 
     def metrics(self, lr: float, norm: Tensor | None) -> dict[str, float]:
         """Returns the metrics since the last logging point: lr, train/..., gradient norm, throughput, step timing.
@@ -183,8 +203,9 @@ class Clock:
             # The sums above have waited for the device already.
             metrics["grad_norm/global"] = float(norm)
         now, count = time.perf_counter(), self.train_metrics.count
-        metrics["throughput/samples_per_second"] = (count - self._count) / max(now - self._log_since, 1e-9)
-        self._log_since, self._count = now, count
+        throughput = self.throughput.metrics(count - self._log_count, now - self._log_since)
+        metrics |= {tag_of(column): value for column, value in throughput.items()}
+        self._log_since, self._log_count = now, count
         return metrics if self.timing is None else {**metrics, **self.timing.metrics(self.progress.step)}
 
 

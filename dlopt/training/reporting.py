@@ -107,7 +107,7 @@ def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
         else None
     )
     teacher = None if workload.teacher is None else workload.teacher.note
-    lines = (describe(workload.module), chosen, pretrained, rates, teacher, small)
+    lines = (describe(workload.module), chosen, pretrained, rates, teacher, workload.throughput.note, small)
     described = [line for line in lines if line]
     return [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]
 

@@ -280,6 +280,7 @@ def build_trainer(
         sampler_metrics=getattr(batches.sampler, "metrics", dict),
         train_metrics=train_metrics,
         timing=workload.placed.timing,
+        throughput=workload.throughput,
         progress=Progress(horizon=length.horizon, data=data_spec(workload), found_lr=found_lr),
         graph_obstacle=graph_obstacle,
         user_observers=user_observers,

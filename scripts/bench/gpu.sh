@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# Runs the GPU benchmarks that fit into eight minutes (--minutes), most important first. Prints a table; writes gpu.json
-# and gpu.png to OUT.
+# Runs the GPU benchmarks that fit into eight minutes (--minutes), most important first; a second call does the rest.
+# Prints results as soon as they are known, and a table last, also after SIGTERM; writes gpu.json to OUT.
 #
-#   scripts/bench/gpu.sh [--wheels FOLDER] [--data CIFAR] [--out OUT] [--rehearse] [options of gpu.py]
+#   scripts/bench/gpu.sh [--wheels FOLDER] [--data CIFAR] [--nanogpt FOLDER] [--airbench FILE] [--out OUT]
+#                        [--resume FILE] [--cache FOLDER] [--rehearse] [options of gpu.py]
 #
 # Requires a checkout and a Python with torch and torchvision, but no network. Installs missing packages from wheels in
 # FOLDER (default: .whl, which git ignores). These dependencies of dlopt are often missing:
 # hydra-core omegaconf antlr4-python3-runtime pydantic pydantic-core annotated-types typing-inspection.
 # CIFAR is the folder of CIFAR-10's Python batches, or a tar archive (or its unpacked folder) of images as
-# train/CLASS/*.jpg and test/CLASS/*.jpg. --rehearse is a small run on generated images that also works on a CPU.
+# train/CLASS/*.jpg and test/CLASS/*.jpg. The peers are a checkout of github.com/karpathy/nanoGPT, and
+# airbench94_muon.py of github.com/KellerJordan/cifar10-airbench. On another machine, --resume takes the gpu.json of an
+# earlier call, and --cache the folder in which that call has kept what torch compiled. --rehearse is a small run on
+# generated data that also works on a CPU.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 wheels=$root/.whl
@@ -26,4 +30,13 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl
 fi
 export PYTHONPATH="$site:$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-"$python" "$root/scripts/bench/gpu.py" ${arguments[@]+"${arguments[@]}"}
+"$python" "$root/scripts/bench/gpu.py" ${arguments[@]+"${arguments[@]}"} &
+trap 'kill "$!" 2>/dev/null || true' TERM INT
+# A signal ends `wait`; the table comes after it.
+code=0
+wait "$!" || code=$?
+if kill -0 "$!" 2>/dev/null; then
+    code=0
+    wait "$!" || code=$?
+fi
+exit "$code"

@@ -20,21 +20,45 @@ def run(*command: str, folder: Path, timeout: int = 900) -> "subprocess.Complete
     )  # fmt: skip
 
 
+# What the peers print: nanoGPT's train.py after an update; airbench94_muon.py after a run, of which the first compiles.
+NANOGPT = """
+for number in range(6):
+    print(f"iter {number}: loss {6 - number / 10:.4f}, time {30 - number:.2f}ms, mfu -100.00%")
+"""
+AIRBENCH = """
+for run in ["warmup", *range(200)]:
+    print(f"|  {run!s:>6}  |      1  |     0.9000  |   0.9000  |               |                |")
+    print(f"|          |   eval  |     0.9000  |   0.9000  |       0.9400  |        {2 - (run != 'warmup'):.4f}  |")
+"""
 SPLIT = ("set-up", "CUDA graphs captured", "steady updates", "one steady update", "evaluation")
 
 
 @pytest.mark.slow
 def test_gpu_benchmarks_rehearse_on_a_cpu(tmp_path: Path) -> None:
-    result = run(str(BENCH / "gpu.sh"), "--rehearse", "--out", "out", folder=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
-    measured = json.loads((tmp_path / "out/gpu.json").read_text())
-    names = " ".join(each["name"] for each in measured["rows"])
-    parts = ("matrix product", "ResNet-20, batch 128: dlopt", "speed recipe, mean accuracy", "data path", "peers:")
+    (tmp_path / "peer").mkdir()
+    (tmp_path / "peer/train.py").write_text(NANOGPT)
+    (tmp_path / "peer/airbench.py").write_text(AIRBENCH)
+    peers = ("--nanogpt", "peer", "--airbench", "peer/airbench.py")
+    line = (str(BENCH / "gpu.sh"), "--rehearse", "--out", "out", "--minutes", "14", *peers)
+    result = run(*line, folder=tmp_path)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    measured = json.loads((tmp_path / "out/gpu.json").read_text())["benchmarks"]
+    order = ("card", "nanogpt", "gpt2", "airbench", "speed", "resnet20", "vit", "wrn", "pure")
+    assert tuple(measured) == order and {each["state"] for each in measured.values()} == {"done"}
+    values = {row["name"]: row["value"] for each in measured.values() for row in each["rows"]}
+    names = " ".join(values)
+    labels = "matrix product", "speed recipe: mean accuracy", "data path", "ResNet-20 recipe: test error", "ViT", "WRN"
     split = (f"{name}, split: {part}" for name in ("speed recipe", "speed recipe in bf16_pure") for part in SPLIT)
-    for part in (*parts, *split):
+    for part in (*labels, *split):
         assert part in names
-    assert all(each["value"] is not None and each["value"] >= 0 for each in measured["rows"])
-    assert (tmp_path / "out/gpu.png").stat().st_size > 1000
+    assert values["GPT-2 small, nanoGPT: an update of 4 x 16 tokens"] == pytest.approx(26.5)  # without the first two
+    assert values["GPT-2 small, nanoGPT: losses, means of 2 updates"] == pytest.approx([5.95, 5.75, 5.55])
+    assert len(values["GPT-2 small, dlopt: losses, means of 2 updates"]) == 3
+    assert (values["airbench94_muon: mean time"], values["airbench94_muon: runs"]) == (1, 2)
+    assert all(value >= 0 for value in values.values() if not isinstance(value, list))
+    assert result.stdout.partition("\ncpu, torch ")[2].count("GPT-2 small") > 4
+    again = run(*line, folder=tmp_path)
+    assert again.returncode == 0 and again.stdout.count(": measured before") == len(order)
 
 
 @pytest.mark.slow
@@ -50,7 +74,7 @@ def test_gpu_benchmarks_require_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rejects_unknown_benchmark(tmp_path: Path) -> None:
     result = run(str(BENCH / "gpu.sh"), "--only", "card,moon", folder=tmp_path)
-    assert result.returncode == 2 and "--only moon: unknown; allowed: card,step," in result.stderr
+    assert result.returncode == 2 and "--only moon: unknown; allowed: card,nanogpt," in result.stderr
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch
+from dlopt.metrics.names import THROUGHPUT
 from dlopt.metrics.sums import Measured
 from dlopt.run import runner
 from dlopt.training.builders.precision import torch_defaults
@@ -112,8 +113,12 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the wall-clock time."""
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in metrics(folder)]
+    """The lines of metrics.jsonl without the wall-clock time and what follows from it."""
+    return [without_time(line) for line in metrics(folder)]
+
+
+def without_time(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key not in ("seconds", *THROUGHPUT)}
 
 
 def result(folder: Path, name: str = "last.pt") -> dict[str, Any]:

@@ -20,6 +20,7 @@ CONFIG = {
     "clip": None,
 }
 CHOICES = {"data": "digits", "model": "resnet20", "optimizer": "sgd", "clip": "none"}
+MACHINE = {"samples_per_second": 1500.0, "utilization": 0.417, "gpu_memory_gib": 3.0}
 FACTS = {"parameters": 272474, "train": 1437, "val": 160, "test": 360, "device": "cpu", "threads": 2}
 
 
@@ -31,7 +32,9 @@ def drive(folder: Path, epochs: int = 3, seconds: float = 0.0) -> None:
             tracking.advance(step)
             loss = 2.3 / step
             if step % 5 == 0:
-                tracking.step(step, {"train/loss": loss, "lr": 0.1, "throughput/samples_per_second": 1500.0})
+                tracking.step(
+                    step, {"train/loss": loss, "lr": 0.1, **{f"throughput/{key}": MACHINE[key] for key in MACHINE}}
+                )
             if step == 12:
                 tracking.message("said to the user")
                 logging.getLogger("a.package").warning("a library's warning")
@@ -39,6 +42,7 @@ def drive(folder: Path, epochs: int = 3, seconds: float = 0.0) -> None:
                 tracking.evaluating(1, 1)
                 values = {"train_loss": loss, "train_accuracy": 0.9, "val_loss": loss + 0.1, "val_accuracy": 0.875}
                 line = {"epoch": step // STEPS, "step": step, "lr": 0.1, **values, "seconds": 1.5 * step / STEPS}
+                line |= MACHINE
                 tracking.epoch(line, best=True)
         values = {"best_val_loss": 0.2, "best_val_accuracy": 0.875, "test_loss": 0.3, "test_accuracy": 0.9778}
         tracking.finish(

@@ -151,7 +151,8 @@ def test_live_display_in_a_terminal(tmp_path: Path, terminals: list[Terminal], c
     display = during.rstrip().splitlines()[-4:]
     assert re.match(r"epoch +[23]/3  ━+[╸╺]?━* +0:\d\d left", display[0])
     assert re.match(r"(step +\d+/10|eval +1/1)  [━╸╺]+", display[1])
-    assert re.match(r"train +loss \d\.\d+ +.*lr 0\.1", display[2])
+    assert re.match(r"train +loss \d\.\d+ +.*lr 0\.1   MFU 41\.70 %", display[2])
+    assert columns < 80 or display[2].endswith("   memory 3.0 GiB")
     assert re.match(r"val +loss \d\.\d+ +accuracy 87\.50 %", display[3])
 
     after = terminal.wait(r"^rc=0=")

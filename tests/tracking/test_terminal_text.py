@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def test_format_epoch() -> None:
     assert terminal_text.format_epoch(METRICS, 200, best=True) == (
         "epoch 100/200  train loss 1.2346 accuracy 50.00 %  val loss 12.3456 accuracy 100.00 %  lr 0.006699  2:04  best"
     )
+    on_gpu = {**METRICS, "tokens_per_second": 480_123.4, "utilization": 0.417}
+    assert terminal_text.format_epoch(on_gpu, 200, best=False).endswith("  2:04  480,123 tokens/s  MFU 41.70 %")
     regression = {key: value for key, value in METRICS.items() if "accuracy" not in key}
     assert terminal_text.format_epoch(regression, 200, best=False) == (
         "epoch 100/200  train loss 1.2346  val loss 12.3456  lr 0.006699  2:04"
@@ -44,23 +47,25 @@ def test_format_epoch() -> None:
 @pytest.mark.parametrize("regression", [True, False])
 def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regression: bool) -> None:
     metrics = {key: value for key, value in METRICS.items() if not (regression and "accuracy" in key)}
-    rows = terminal_text.EpochRows(200, samples_per_step=50.0)
+    rows = terminal_text.EpochRows(200)
     header, row = rows.header(metrics, width).plain, rows.row(metrics, best=False).plain
     assert len(header) == len(row) <= (width or 200) - 2
     assert ("val acc" in header) != regression
     assert header.index("val loss") + len("val loss") == row.index("12.3456") + len("12.3456")
 
 
-def test_rows_show_the_time_and_throughput_of_their_own_epochs() -> None:
-    """Also for the first row after a resume, and where several epochs lie between two evaluations."""
-    start = {"step": METRICS["step"] - 60, "seconds": 103.4}
-    rows = terminal_text.EpochRows(200, samples_per_step=1000 / 30, unit="images", **start)
-    header = rows.header(METRICS, None).plain
+def test_rows_show_the_time_of_their_own_epochs_and_the_throughput() -> None:
+    """Also for the first row after a resume."""
+    rows = terminal_text.EpochRows(200, unit="images", seconds=103.4)
+    metrics = {**METRICS, "samples_per_second": 1234.5, "utilization": 0.417, "gpu_memory_gib": 3.0}
+    header = rows.header(metrics, None).plain
     columns = header.replace("epoch time", "epoch_time").replace("total time", "total_time").split()
-    assert columns[-3:] == ["epoch_time", "total_time", "images/s"]
-    assert rows.row(METRICS, best=True).plain.endswith("20.0 s       2:04      100 *")
-    later = {**METRICS, "epoch": 101, "step": METRICS["step"] + 30, "seconds": 125.4}
-    assert rows.row(later, best=False).plain.endswith("2.0 s       2:06      500")
+    assert columns[-4:] == ["epoch_time", "total_time", "images/s", "MFU"]
+    assert rows.row(metrics, best=True).plain.endswith("20.0 s       2:04    1,234 41.70 % *")
+    later = {**metrics, "epoch": 101, "seconds": 125.4, "samples_per_second": math.nan}
+    assert rows.row(later, best=False).plain.endswith("2.0 s       2:06        - 41.70 %")
+    text = terminal_text.EpochRows(200, unit="tokens")
+    assert text.header({**METRICS, "tokens_per_second": 480_000.0}, None).plain.endswith(" tokens/s")
 
 
 CONFIG = {

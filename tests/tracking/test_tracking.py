@@ -11,6 +11,7 @@ from dlopt.tracking import Tracking, read_metrics, read_summary
 
 CONFIG = {"name": "try", "seed": 0, "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}}
 METRICS = {"lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 1.1, "val_accuracy": 0.4, "seconds": 2.0}
+METRICS |= {"samples_per_second": 9.0, "utilization": 0.4}
 
 
 def train(
@@ -23,7 +24,8 @@ def train(
         for step in range(first + 1, last + 1):
             tracking.advance(step)
             if step % 5 == 0:
-                tracking.step(step, {"train/loss": float(first), "grad_norm/global": 2.0})
+                rate = {"throughput/samples_per_second": 8.0}
+                tracking.step(step, {"train/loss": float(first), "grad_norm/global": 2.0, **rate})
             if step % 10 == 0:
                 tracking.epoch({"epoch": step // 10, "step": step, **METRICS})
         if last == 30:
@@ -51,6 +53,8 @@ def test_run_writes_its_files(tmp_path: Path) -> None:
         "grad_norm/global": [5, 10, 15, 20, 25, 30],
         **{tag: [10, 20, 30] for tag in ("train/accuracy", "val/loss", "val/accuracy", "lr")},
         "seconds": [10, 20, 30],
+        "throughput/samples_per_second": [5, 10, 15, 20, 25, 30],
+        "throughput/utilization": [10, 20, 30],
         "test/loss": [30],
         "test/accuracy": [30],
     }

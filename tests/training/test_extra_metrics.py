@@ -1,5 +1,6 @@
 """Tests of accumulated validation metrics against scikit-learn, and of monitoring them."""
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,7 +225,9 @@ def test_outputs_with_nan_count_as_wrong(size: int) -> None:
     assert means["top5_accuracy"] == pytest.approx(hits.double().mean().item())
     assert means[f"class_accuracy/{CLASSES[0]}"] == 0 == means["worst_class_accuracy"]
     assert math.isnan(means["calibration_error"])
-    tested = report([(outputs, targets)], CROSS_ENTROPY, Task("classification", 7))
+    loss = copy.deepcopy(CROSS_ENTROPY).train()
+    tested = report([(outputs, targets)], loss, Task("classification", 7))
+    assert loss.training  # as before: it may train on
     assert tested.unpredicted == (predictions < 0).sum()
     rows = tested.per_class(CLASSES)
     assert [row["samples"] for row in rows] == torch.bincount(targets, minlength=7).tolist()

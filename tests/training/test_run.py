@@ -244,6 +244,7 @@ def test_metrics_lines(whole: Path) -> None:
     text = (whole / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text and text.endswith("}\n")
     keys = {"epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"}
+    keys |= {"samples_per_second"}
     lines = metrics(whole)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 4), (2, 8), (3, 12), (4, 16)]
     for line in lines:

@@ -30,11 +30,10 @@ _SHAPES = 64  # of batches, for each of which torch compiles a graph before it g
 _WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compiling takes longer than it saves
 
 
-def compile_obstacle(
-    run_config: RunConfig, parallel: Mode, module: nn.Module, shape: tuple[int, ...], samples: int
-) -> str:
-    """Returns why the model is not compiled; empty: it is. `samples`: number of samples in an epoch.
+def compile_obstacle(run_config: RunConfig, parallel: Mode, flops: float | None, samples: int) -> str:
+    """Returns why the model is not compiled; empty: it is.
 
+    `flops`: of a training sample, for compile=auto on a GPU; None: unknown. `samples`: number of samples in an epoch.
     Raises `UserError` for a requested compilation that the parallel mode or the device does not support.
     """
     settings = run_config.settings
@@ -66,7 +65,9 @@ def compile_obstacle(
     size = run_config.data_settings.batch_size
     batch_size = samples if size == "full" else size
     total = settings.steps * batch_size if settings.steps else settings.epochs * samples
-    if 3 * forward_flops(module, shape) * total < _WORTH_COMPILING:  # the backward pass takes twice the forward's
+    if flops is None:
+        return "the FLOPs of the model cannot be counted"
+    if flops * total < _WORTH_COMPILING:
         return "compiling takes longer than it saves in a run this short"
     return ""
 
@@ -127,6 +128,20 @@ def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(module, copied_state(module, "meta"), (inputs,))
     return counter.get_total_flops() / len(inputs)
+
+
+def training_flops(module: nn.Module, shape: tuple[int, ...]) -> float | None:
+    """Returns the FLOPs of one training sample; the backward pass takes twice those of the forward pass.
+
+    None: the model does not run on the meta device (a third-party model).
+    """
+    if any(is_lazy(parameter) for parameter in module.parameters()):  # a forward pass would initialize them
+        return None
+    try:
+        with torch.random.fork_rng([]):
+            return 3 * forward_flops(module, shape)
+    except Exception:
+        return None
 
 
 def data_recorder(run_config: RunConfig, device: torch.device) -> Recorder | None:

@@ -46,6 +46,7 @@ from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.checkpoint.weights import match_weights
 from dlopt.training.rng import ADAPTERS, AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network, Teacher
+from dlopt.training.throughput import Throughput
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Workload:
     memory_format: torch.memory_format
     augment: Pipeline | None
     compile_obstacle: str = ""  # why the model is not compiled; empty: it is
+    flops: float | None = None  # of a training sample; None: unknown, or on a CPU
     teacher: Teacher | None = None  # of loss=distillation, in training
     statistics_batches: Batches | None = None  # training split, for norm_statistics=exact
     opened: WeakSet[Batches] = field(default_factory=WeakSet)  # they may have worker processes
@@ -93,6 +95,13 @@ class Workload:
         if not (init.takes("growth") and init.takes("base_width")):
             return None
         return width_growth(self.run_config.model, model_arguments(self.task, self.shape))
+
+    @property
+    def throughput(self) -> Throughput:
+        # The backward pass of frozen layers computes less than `flops` counts.
+        flops = self.flops if all(parameter.requires_grad for parameter in self.module.parameters()) else None
+        tokens = None if self.task.vocabulary is None else self.task.predictions
+        return Throughput.on(self.precision, tokens, flops, self.parallel.ranks.processes)
 
     @property
     def network(self) -> Network:
@@ -218,7 +227,9 @@ def build_workload(
         samples = len(dataset.train) if size == "full" else size
         if speed.prefers_one_thread(module, shape, samples // settings.accumulate):
             set_threads(1)
-    compile_obstacle = speed.compile_obstacle(run_config, parallel, module, shape, len(dataset.train))
+    # Before the mode shards the model. Not on a CPU, where nothing needs it: the first count imports for a second.
+    flops = speed.training_flops(module, shape) if device.type == "cuda" else None
+    compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, len(dataset.train))
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
     recompute(module, settings.activation_checkpointing, parallel, choice=run_config.model.choice)
     placed = parallel.place(module, shape)
@@ -235,6 +246,7 @@ def build_workload(
         memory_format=memory_format,
         augment=augment,
         compile_obstacle=compile_obstacle,
+        flops=flops,
     )
 
 

@@ -59,6 +59,22 @@ def test_flops_of_a_gpt_with_tied_embeddings():
     assert speed.forward_flops(gpt(width=width, depth=depth), (CONTEXT,)) == 2 * (linear + attention)
 
 
+def test_flops_of_a_model_that_does_not_run_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reads(nn.Linear):
+        def forward(self, inputs):  # type: ignore[no-untyped-def]
+            torch.rand(1)
+            return super().forward(inputs) * float(inputs.sum())
+
+    models = Reads(4, 4), nn.LazyLinear(4)
+    draws = torch.get_rng_state()
+    assert [speed.training_flops(model, (4,)) for model in models] == [None, None]
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert speed.training_flops(nn.Linear(4, 5), (4,)) == 3 * 2 * 4 * 5
+    monkeypatch.setattr(speed, "find_spec", lambda name: object())
+    monkeypatch.setenv("CC", "cc")
+    assert "FLOPs" in speed.compile_obstacle(run_config("compile=auto"), mode(), None, 50_000)
+
+
 LONG, SHORT = ("model=wrn_16_4", "epochs=400"), ("model=resnet20", "epochs=200")
 
 
@@ -78,19 +94,20 @@ LONG, SHORT = ("model=wrn_16_4", "epochs=400"), ("model=resnet20", "epochs=200")
 def test_compile_obstacle(typed: tuple[str, ...], parallel: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "find_spec", lambda name: object())
     monkeypatch.setenv("CC", "cc")
-    obstacle = speed.compile_obstacle(run_config(*typed), parallel, net(typed[1]), (3, 32, 32), 50_000)
+    flops = speed.training_flops(net(typed[1]), (3, 32, 32))
+    obstacle = speed.compile_obstacle(run_config(*typed), parallel, flops, 50_000)
     assert bool(obstacle) == bool(reason) and reason in obstacle
 
 
 def test_compile_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "find_spec", lambda name: None)
-    obstacle = speed.compile_obstacle(run_config("compile=auto", *LONG), mode(), net(LONG[0]), (3, 32, 32), 50_000)
+    obstacle = speed.compile_obstacle(run_config("compile=auto", *LONG), mode(), 1e12, 50_000)
     assert "Triton" in obstacle
 
 
 def test_compile_true_rejects_modes_that_communicate_between_layers() -> None:
     with pytest.raises(UserError, match="compile=true: parallel=filter communicates between layers"):
-        speed.compile_obstacle(run_config("compile=true"), mode(compiles=False), net(), (3, 32, 32), 100)
+        speed.compile_obstacle(run_config("compile=true"), mode(compiles=False), None, 100)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +133,8 @@ def test_torch_graphs_are_refused_with_communication() -> None:
     parallel.ranks.processes = 2
     for name in speed.GRAPH_MODES:
         with pytest.raises(UserError, match=f"compile={name}: its CUDA graphs cannot contain the communication"):
-            speed.compile_obstacle(run_config(f"compile={name}"), parallel, net(), (3, 32, 32), 100)
-    assert not speed.compile_obstacle(
-        run_config("compile=max-autotune-no-cudagraphs"), parallel, net(), (3, 32, 32), 100
-    )
+            speed.compile_obstacle(run_config(f"compile={name}"), parallel, None, 100)
+    assert not speed.compile_obstacle(run_config("compile=max-autotune-no-cudagraphs"), parallel, None, 100)
 
 
 @pytest.mark.parametrize(
