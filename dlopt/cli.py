@@ -12,7 +12,6 @@ from functools import partial
 from dlopt._version import __version__
 from dlopt.basics.errors import (
     DONE,
-    FAILED,
     INTERRUPTED,
     USER_ERROR,
     ReportedError,
@@ -21,7 +20,14 @@ from dlopt.basics.errors import (
     refused_path,
     suggest,
 )
-from dlopt.basics.interruption import Interrupted, end_on_signals, end_with, flush_streams, print_error
+from dlopt.basics.interruption import (
+    Interrupted,
+    end_on_signals,
+    end_with,
+    flush_streams,
+    leave_closed_terminal,
+    print_error,
+)
 from dlopt.commands.command_table import COMMANDS, every_command
 from dlopt.config.packages import entries
 
@@ -63,9 +69,10 @@ def main() -> None:
         code = error.code
     except ReportedError as error:
         code = error.code
-    except BrokenPipeError:  # `dlopt ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = FAILED
+    except BrokenPipeError:
+        if not leave_closed_terminal():
+            raise
+        code = DONE  # `dlopt ... | head` has read what it wanted
     except OSError as error:
         if (message := refused_path(error)) is None:
             raise

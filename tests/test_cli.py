@@ -1,9 +1,11 @@
 """The command line: help, version, listings, completion, start-up time."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ import dlopt as package
 from dlopt import cli
 from dlopt.commands.command_table import every_command
 from tests.support.line import SMALL, dlopt, entries, refused
+from tests.support.runs import in_fork
 
 DLOPT = [sys.executable, "-m", "dlopt"]
 ROOT = Path(package.__file__).parents[1]
@@ -131,6 +134,37 @@ def test_cfg_and_info_explain_errors(tmp_path: Path) -> None:
         assert "did you mean optimizer.lr?" in refused(tmp_path, "train", *flags, "optimizer.lrr=1")
     result = dlopt(tmp_path, "train", "--cfg", "job", "--package", "nope")
     assert result.code == 2 and "--package=nope: no such block" in result.err
+
+
+def test_cfg_shows_interpolations_that_this_machine_cannot_resolve(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "train", "--cfg", "job", "name=${oc.env:NOT_THERE}", "note=lr ${nope}")
+    assert result.code == 0, result.err
+    assert "name: ${oc.env:NOT_THERE}\n" in result.out and "note: lr ${nope}\n" in result.out
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_no_error() -> None:
+    """`dlopt options | head -1`; the broken pipe of something else is one."""
+
+    def work(is_output: bool) -> None:
+        reader, writer = os.pipe()
+        os.dup2(writer if is_output else os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.close(writer)
+        os.close(reader)
+
+        def command(arguments: list[str]) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        with mock.patch("dlopt.cli.find", lambda arguments: (command, [])):
+            try:
+                cli.main()
+            except BrokenPipeError:
+                os._exit(1)
+            except SystemExit as end:
+                os._exit(int(end.code or 0))
+
+    assert in_fork(lambda: work(True)) == 0
+    assert in_fork(lambda: work(False)) != 0
 
 
 def test_accepts_flags_at_any_position(tmp_path: Path) -> None:

@@ -143,11 +143,12 @@ def signals_deferred() -> Iterator[None]:
             signal.raise_signal(each)
 
 
-def leave_closed_terminal() -> None:
-    """Redirects stdout and stderr to /dev/null if nobody can read them any more.
+def leave_closed_terminal() -> bool:
+    """Redirects stdout and stderr to /dev/null if nobody can read them any more; returns whether that was one of them.
 
     Writing to a closed terminal or pipe raises an error, which would prevent the checkpoint and change the exit code.
     """
+    is_closed = False
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             poll = select.poll()
@@ -156,6 +157,8 @@ def leave_closed_terminal() -> None:
             events = dict(poll.poll(0)).get(descriptor, 0)
             if events & select.POLLERR or (is_device and events & select.POLLHUP):
                 _drop(descriptor)
+                is_closed = True
+    return is_closed
 
 
 class KeptStream:

@@ -18,7 +18,7 @@ from dlopt.config.overrides import is_typed, parse_overrides
 from dlopt.config.packages import entries, function, series_of
 from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
-from dlopt.config.resolve import show_config
+from dlopt.config.resolve import interpolations_explained, show_config
 from dlopt.parallel.processes.rendezvous import World, current, end_process, join_store
 from dlopt.run.runner import CODE_OF, follow, release, run_plan
 from dlopt.tracking.terminal_text import waiting
@@ -43,6 +43,7 @@ _ADDRESS = ("parallel.master_addr", "parallel.master_port", "parallel.timeout_mi
 _HINTS = dict.fromkeys(("hydra.sweep", "hydra.sweeper", "hydra.launcher"), "add -m")
 
 
+@interpolations_explained()
 def train(arguments: list[str]) -> int:
     """Runs `dlopt train` with the given arguments; returns the exit code. Raises `UserError`."""
     parsed = parse_arguments(arguments)

@@ -12,16 +12,18 @@ import os
 import random
 import re
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.secrets import is_secret_name, redact, reference
 
 if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
-    from hydra.core.override_parser.types import Override
+    from hydra.core.override_parser.types import Override, RangeSweep
 
 _CLOSED = re.compile(r"""'[^']*'|"[^"]*"|\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}""")
 _SENTENCES = ("note",)  # keys whose value is one text, commas and brackets included
+_MOST_VALUES = 1_000_000  # of a range: more are a typing error, which would take all memory
 
 
 def key_of(override: "str | Override") -> str:
@@ -110,9 +112,25 @@ def parse_overrides(overrides: "Iterable[str | Override]", choices: Any = None) 
 def _parse(line: str) -> "Override":
     """Parses a line; every job of a sweep has nearly the same."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import RangeSweep
 
     [override] = OverridesParser.create().parse_overrides([line])
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        _check_range(line, value)
     return override
+
+
+def _check_range(line: str, sweep: "RangeSweep") -> None:
+    """Raises `UserError` for a range without an end, and for one that Hydra's sort() changes (hydra#3228)."""
+    start, stop, step = (Decimal(str(number)) for number in (sweep.start, sweep.stop, sweep.step))
+    if not all(number.is_finite() for number in (start, stop, step)) or step == 0:
+        raise UserError(f"{line}: a range needs finite numbers and a step other than 0: range(START,STOP,STEP)")
+    if (stop - start) / step > _MOST_VALUES:
+        raise UserError(f"{line}: more than {_MOST_VALUES} values")
+    if "sort(" in value_of(line) and (stop - start) % step != 0:
+        reason = "the step does not divide the range, of which Hydra's sort() would therefore change the values"
+        raise UserError(f"{line}: {reason}; write the range in the order that you want")
 
 
 def refuse_several(overrides: "Iterable[Override]", reason: str = "one value is needed") -> None:

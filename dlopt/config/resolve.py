@@ -1,21 +1,23 @@
 """Resolves composed and saved configs into plain dicts, and keeps secrets of the environment out of saved ones."""
 
+import contextlib
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import flatten, is_below, load_yaml
 from dlopt.basics.secrets import forget, is_secret_name, note, note_environment, redact, references
 from dlopt.config.choices import Catalogue
+from dlopt.config.keys import LABELS
 from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.packages import entries
 from dlopt.config.schema import show
@@ -33,9 +35,34 @@ def choices_of(config: DictConfig) -> dict[str, str]:
     """
     choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
     names = {str(k): str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None}
-    typed = {key_of(line): value_of(line) for line in config.hydra.overrides.task if key_of(line).endswith(_TARGET)}
+    typed = {key_of(line): value_of(line) for line in task_overrides(config) if key_of(line).endswith(_TARGET)}
     named = {key: str(value) for key, value in _set_by_recipe(config).items() if key.endswith(_TARGET)} | typed
     return names | {group: named[f"{group}{_TARGET}"] for group in names if f"{group}{_TARGET}" in named}
+
+
+def task_overrides(config: DictConfig) -> list[str]:
+    """Returns the overrides of a composed config as typed, except Hydra's.
+
+    Read from the config as usual, `note=${x}` would be resolved.
+    """
+    lines: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    return list(map(str, lines))
+
+
+@contextlib.contextmanager
+def interpolations_explained() -> Iterator[None]:
+    """Turns the error of reading a value of a composed config that refers to a missing one into a `UserError`."""
+    try:
+        yield
+    except InterpolationResolutionError as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{key}{explain_interpolation(error)}") from None
+
+
+def explain_interpolation(error: OmegaConfBaseException) -> str:
+    """Says why a value cannot be resolved."""
+    hint = "; for the text ${...} itself, write \\${...}" if isinstance(error, InterpolationKeyError) else ""
+    return f"{first_lines(error)}{hint}"
 
 
 def to_plain(config: DictConfig, overrides: Iterable[str | Override] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -64,7 +91,7 @@ def to_plain(config: DictConfig, overrides: Iterable[str | Override] | None) -> 
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         unresolved = values.get(key.replace("[", ".").replace("]", ""))
-        raise UserError(f"{key}={unresolved}: {first_lines(error)}") from None
+        raise UserError(f"{key}={unresolved}: {explain_interpolation(error)}") from None
     except RecursionError:
         raise UserError("an interpolation ${...} refers to itself") from None
     if overrides is not None and plain.get("allow_packages") and not is_typed("allow_packages", overrides):
@@ -74,7 +101,7 @@ def to_plain(config: DictConfig, overrides: Iterable[str | Override] | None) -> 
         del plain[group][key], raw[group][key]
     hidden = _environment_values(plain, raw)
     _note_changed(plain, raw)
-    return plain, _redact(plain, raw, hidden)
+    return plain, {key: _redact(plain[key], raw[key], hidden, is_resolved=key not in LABELS) for key in raw}
 
 
 def note_secrets(config: DictConfig, raw: Mapping[str, Any]) -> None:
@@ -148,7 +175,7 @@ def _former_keys(config: DictConfig) -> list[tuple[str, str]]:
     The new callable inherits nothing but the keys that all choices of the group have, and those that the command line
     and the recipe set with it. None in a saved config, which has no such keys.
     """
-    typed = {*map(key_of, config.hydra.overrides.task), *_set_by_recipe(config)} if "hydra" in config else set()
+    typed = {*map(key_of, task_overrides(config)), *_set_by_recipe(config)} if "hydra" in config else set()
     names = sorted(key.removesuffix(_TARGET) for key in typed if key.endswith(_TARGET))
     if not names:
         return []
@@ -190,8 +217,9 @@ def show_config(config: DictConfig, part: str, package: str | None, *, resolve: 
 
 
 def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Resolves the environment variables in a saved config again. Raises `UserError`."""
-    return to_plain(OmegaConf.create(dict(saved)), None)[0]
+    """Resolves the environment variables in a saved config again, except in its labels. Raises `UserError`."""
+    labels = {key: _escaped(saved[key]) for key in LABELS if key in saved}
+    return to_plain(OmegaConf.create({**saved, **labels}), None)[0]
 
 
 def _environment_values(plain: Any, raw: Any) -> set[str]:
@@ -204,20 +232,30 @@ def _environment_values(plain: Any, raw: Any) -> set[str]:
     return {str(plain), *filter(None, _texts(plain))} if is_secret else set()
 
 
-def _redact(plain: Any, raw: Any, secrets: set[str]) -> Any:
+def _escaped(value: Any) -> Any:
+    """Escapes the texts in a list, or one text, so that resolving them gives the same texts."""
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _redact(plain: Any, raw: Any, secrets: set[str], *, is_resolved: bool) -> Any:
     """Replaces resolved values by their interpolations in `raw` where they contain a secret.
 
     Interpolations of other keys count as well: `${data.root}` may refer to a key that holds a secret. A secret that is
-    typed, or that a resolver of the user returns, becomes the interpolation of its variable.
+    typed, or that a resolver of the user returns, becomes the interpolation of its variable. `is_resolved`: whether
+    the value is resolved again when the config is read; what looks like an interpolation is then escaped.
     """
     if isinstance(raw, dict):
-        return {key: _redact(plain[key], value, secrets) for key, value in raw.items()}
+        return {key: _redact(plain[key], value, secrets, is_resolved=is_resolved) for key, value in raw.items()}
     if isinstance(raw, list):
-        return [_redact(value, other, secrets) for value, other in zip(plain, raw, strict=True)]
+        return [_redact(*pair, secrets, is_resolved=is_resolved) for pair in zip(plain, raw, strict=True)]
     is_reference = isinstance(raw, str) and "${" in raw and not _is_number(plain)
     if is_reference and any(secret in str(plain) for secret in secrets):
         return raw
-    return redact(plain) if isinstance(plain, str) else plain
+    if not isinstance(plain, str):
+        return plain
+    return redact(_escaped(plain) if is_resolved else plain)
 
 
 def _is_number(value: Any) -> bool:

@@ -277,10 +277,17 @@ def check_value(
     try:
         checked = value if adapter is None else adapter.validate_json(json.dumps(value, default=str))
     except ValidationError as error:
-        raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {describe_type(annotation)}") from None
+        hint = f"; quote a text that looks like a number: \"{key}='...'\"" if _has_number_for_text(error) else ""
+        raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {describe_type(annotation)}{hint}") from None
     if _exceeds_int64(checked):
         raise UserError(f"{key}={show(value)}: too large for a 64-bit integer")
     return checked
+
+
+def _has_number_for_text(error: ValidationError) -> bool:
+    """Returns whether a number is given for a string: name=2024_11_26 is one for Hydra."""
+    details = error.errors(include_url=False, include_context=False)
+    return any(each["type"] == "string_type" and type(each["input"]) in (int, float) for each in details)
 
 
 def _is_component(value: Any) -> bool:

@@ -20,6 +20,7 @@ from dlopt.config.overrides import quoted
 from dlopt.config.packages import series_of
 from dlopt.config.plan import checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
+from dlopt.config.resolve import interpolations_explained
 from dlopt.instruments.lr_range import LearningRates
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state
@@ -33,6 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@interpolations_explained()
 def train(overrides: Sequence[str] = (), *, console: bool = False) -> Run:
     """Trains a model like `dlopt train`: `train(["optimizer=adamw", "epochs=5"])`.
 
@@ -63,6 +65,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Run:
     return open_run(folder.path)
 
 
+@interpolations_explained()
 def sweep(overrides: Sequence[str] = (), *, console: bool = False) -> Runs:
     """Runs a sweep like `dlopt train -m` and returns its runs: `sweep(["optimizer=sgd,adamw", "seed=range(0,3)"])`.
 

@@ -20,7 +20,7 @@ from dlopt.config.flags import hydra_main
 from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_plain, storable, text_of, value_of
 from dlopt.config.plan import Plan, checked, with_params
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
-from dlopt.config.resolve import job_variables
+from dlopt.config.resolve import job_variables, task_overrides
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.results.leaderboard import job_record, leaderboard
@@ -224,9 +224,9 @@ def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]
 def start_job(config: DictConfig) -> str:
     """Runs one job that Hydra has composed; returns its status."""
     hydra = HydraConfig.get()
-    folder, overrides = RunFolder(Path(hydra.runtime.output_dir)), [str(line) for line in hydra.overrides.task]
     with open_dict(config):
         config.hydra = hydra  # Hydra takes it out of the config of a task
+    folder, overrides = RunFolder(Path(hydra.runtime.output_dir)), task_overrides(config)
     try:
         plan = checked(config, overrides)
     except UserError as error:

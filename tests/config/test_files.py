@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from dlopt.config.choices import config_folder
+from dlopt.config.compose import Composer
 from tests.support.line import SMALL, dlopt, only, refused
 
 
@@ -67,6 +68,22 @@ def test_recipe_without_its_package(tmp_path: Path) -> None:
     write(tmp_path / "conf/experiment/mine.yaml", "epochs: 3\n")
     message = refused(tmp_path, "train", "--config-dir", "conf", "experiment=mine", *SMALL)
     assert "`# @package _global_`" in message
+
+
+def test_a_recipe_chooses_launcher_and_logging(tmp_path: Path) -> None:
+    """As it does for the sweeper: the choices in dlopt's own file do not win over it, those of the command line do."""
+    write(tmp_path / "conf/experiment/mine.yaml", """\
+        # @package _global_
+        defaults:
+          - override /hydra/launcher: joblib
+          - override /hydra/job_logging: stdout
+          - override /model: mlp
+        """)  # fmt: skip
+    composer = Composer(config_dir=str(tmp_path / "conf"))
+    config = composer.compose(["experiment=mine"])
+    assert config.hydra.launcher.n_jobs == -1 and config.hydra.job_logging.handlers
+    assert composer.compose(["experiment=mine", "hydra/launcher=serial"]).hydra.launcher.n_jobs == 1
+    assert composer.compose([]).hydra.launcher.n_jobs == 1
 
 
 def test_custom_primary_config(tmp_path: Path) -> None:

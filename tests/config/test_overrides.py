@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import dlopt
+from dlopt.basics.errors import UserError
 from dlopt.config.overrides import explain_grammar, parse_overrides
 
 
@@ -39,3 +40,24 @@ def test_one_module_takes_overrides_apart_as_text() -> None:
     package = Path(dlopt.__file__).parent
     found = [path for path in package.rglob("*.py") if apart.search(path.read_text())]
     assert found == [package / "config/overrides.py"]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("sort(range(1.3,0,-0.5))", "does not divide the range"),  # Hydra: .5, 1.0, 1.5
+        ("sort(range(0,10,3),reverse=true)", "does not divide the range"),
+        ("range(1,5,0)", "a step other than 0"),
+        ("int(range(0,2,0.5))", "a step other than 0"),
+        ("range(0,inf,1.0)", "finite numbers"),
+        ("range(0,1e9)", "more than 1000000 values"),
+        ("sort(range(1,5),reverse=true)", ""),
+        ("range(5,1)", ""),
+    ],
+)
+def test_ranges_that_hydra_changes_or_that_never_end_are_refused(value: str, reason: str) -> None:
+    if not reason:
+        parse_overrides([f"key={value}"])
+        return
+    with pytest.raises(UserError, match=reason):
+        parse_overrides([f"key={value}"])

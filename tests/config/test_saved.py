@@ -9,7 +9,7 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
-from dlopt.config.resolve import to_plain
+from dlopt.config.resolve import resolve_saved, to_plain
 from dlopt.config.saved import typed_values, with_changes
 from dlopt.training.checkpoint import checkpoints
 from tests.support.line import SMALL, dlopt, refused
@@ -69,3 +69,11 @@ def test_config_without_ema_warmup_has_a_constant_decay(saved: dict[str, Any]) -
     assert parse(saved).settings.ema_warmup is True
     del saved["ema_warmup"]
     assert parse(saved).settings.ema_warmup is False
+
+
+def test_texts_that_look_like_interpolations_are_saved_as_texts() -> None:
+    overrides = ["model=mlp", r"note='lr \${x}, seed ${seed}'", r"tags=['\${y}']", r"name='a\${z}'"]
+    plain, saved = to_plain(Composer().compose(overrides), overrides)
+    assert (plain["note"], plain["tags"], plain["name"]) == ("lr ${x}, seed 0", ["${y}"], "a${z}")
+    assert (saved["note"], saved["tags"], saved["name"]) == ("lr ${x}, seed 0", ["${y}"], r"a\${z}")
+    assert resolve_saved(saved) == plain

@@ -67,7 +67,7 @@ def many(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"text": 1}, "allowed: a string"),
+        ({"text": 1}, """allowed: a string; quote a text that looks like a number: "key.text='...'\""""),
         ({"flag": "yes"}, "allowed: true | false"),
         ({"flag": 1}, "allowed: true | false"),
         ({"choice": "c"}, "allowed: a | b"),
