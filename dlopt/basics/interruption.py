@@ -26,10 +26,16 @@ class Interruption:
     """Stop flag: true after one of `SIGNALS` or `max_time` minutes. A second SIGINT raises KeyboardInterrupt.
 
     A context manager that restores the previous handlers. Outside the main thread it does not catch signals.
+
+    Args:
+        raises: until `defer` is called, a signal also raises `Interrupted`: for the set-up of a run, which may take
+            minutes and has nothing to save.
     """
 
-    def __init__(self, max_time: float | None = None) -> None:
+    def __init__(self, max_time: float | None = None, *, raises: bool = False) -> None:
         self.reason: str | None = None
+        self._raises = raises
+        self._received: int | None = None
         self._deadline = float("inf") if max_time is None else time.monotonic() + 60 * max_time
         self._max_time = max_time
 
@@ -49,11 +55,22 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def defer(self) -> None:
+        """Makes signals wait from now on, until the flag is read."""
+        self._raises = False
+
+    def raise_if_received(self) -> None:
+        """Raises `Interrupted` if a signal has come that could not: in an import, or in a callback of C code."""
+        if self._raises and self._received is not None:
+            raise Interrupted(self._received)
+
     def _catch(self, number: int, frame: FrameType | None) -> None:
         leave_closed_terminal()
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        self.reason, self._received = signal.Signals(number).name, number
+        if not _is_importing(frame):
+            self.raise_if_received()
 
 
 class Interrupted(KeyboardInterrupt):

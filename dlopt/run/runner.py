@@ -126,7 +126,7 @@ def _train(run: "Run", *, console: bool) -> dict[str, Any]:
             return _train_in_processes(run, processes, console=console)
         is_shown = console and rendezvous.is_main()
         watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
-        stop = Interruption(run.run_config.settings.max_time)
+        stop = Interruption(run.run_config.settings.max_time, raises=True)
         with stop as interruption, streams_kept(), watch, torch_defaults():
             summary = train_run(run, interruption, console=is_shown, **tools(run, console=is_shown))
             rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others

@@ -112,7 +112,7 @@ def _may_change_time(key: str) -> bool:
 
 
 def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | None:
-    """Trains for a few seconds and extrapolates to all updates; None if the probe times out.
+    """Trains for a few seconds and extrapolates to all updates; None if the probe times out or is killed.
 
     Raises `UserError` if the config cannot work, `RunError` if the run fails.
     """
@@ -134,6 +134,8 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
                 process.stop()
             time.sleep(0.1)
         elapsed = time.monotonic() - start
+        if code == "returned":
+            return None
         result = result_of(folder, code)
         if result.status == "failed":
             raise (UserError if code == USER_ERROR else RunError)(result.reason)

@@ -11,9 +11,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
@@ -306,13 +307,62 @@ class _Adopted:
 
 
 class Forked:
-    def __init__(self, process: BaseProcess) -> None:
-        self._process = process
-        self.stop, self.kill = process.terminate, process.kill
-        self.sentinel = process.sentinel  # ready when the process has ended
+    """A job that the server has forked; only the server, its parent, knows the exit code.
 
-    def poll(self) -> int | None:
-        return self._process.exitcode
+    If the server is killed (out of memory), `process` reports 255 at once and sends no more signals, but the job goes
+    on. Therefore its end and its signals go through a file descriptor of the process (Linux), which also cannot mean
+    another process that gets the same number.
+    """
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process, self._server = process, _server_pid()
+        self._handle = os.pidfd_open(process.pid or 0) if hasattr(os, "pidfd_open") else None
+        self.sentinel = process.sentinel if self._handle is None else self._handle  # ready when the process has ended
+
+    def __del__(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+
+    def poll(self) -> int | Returned | None:
+        if self._handle is not None and not connection.wait([self._handle], 0):
+            return None
+        code = self._process.exitcode
+        return "returned" if code == _UNKNOWN and _has_died(self._server) else code
+
+    def stop(self) -> None:
+        self._send(signal.SIGTERM)
+        self._send(signal.SIGCONT)  # a job that is stopped (SIGSTOP) would not end
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if self._handle is not None:
+                signal.pidfd_send_signal(self._handle, number)
+            elif self._process.exitcode is None:
+                os.kill(self._process.pid or 0, number)
+
+
+_UNKNOWN = 255  # multiprocessing's exit code of a process whose server has died
+_DEATH_SECONDS = 1.0  # from closing its connections until the kernel reports the death of the server
+
+
+def _server_pid() -> int:
+    return int(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+
+
+def _has_died(server: int) -> bool:
+    """Returns whether the server, a child of this process, has ended; leaves its exit code to multiprocessing."""
+    deadline = time.monotonic() + _DEATH_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            if os.waitid(os.P_PID, server, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return True
+        except ChildProcessError:  # multiprocessing has started another server
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def spawn(folder: Path, environment: Mapping[str, str], cores: set[int] | None) -> Forked:

@@ -126,6 +126,8 @@ class Worker:
                 is_stopped = True
                 process.stop()
             connection.wait([process.sentinel], 1.0)
+        if code == "returned":  # the server was killed: the job resumes from its checkpoint, if it is not done
+            return INTERRUPTED if is_stopped else self._run(job, interruption)
         return code
 
 

@@ -72,11 +72,12 @@ class Trainer:
 
     # -- the loop
 
-    def fit(self, stop: Interruption) -> Status:
+    def fit(self, stop: Interruption, after_update: Callable[[], None] = lambda: None) -> Status:
         """Trains from `progress` until the last update, early stopping, or `stop`; the last checkpoint is then on disk.
 
         `stop` becomes true on all ranks at the same update. It is read between updates only: a signal never interrupts
-        an update. Invalid data (a damaged image) raises `UserError` before the first update, and `RunError` later.
+        an update but the first, which may compile the model for minutes (`after_update` says when it is done). Invalid
+        data (a damaged image) raises `UserError` before the first update, and `RunError` later.
         """
         steps, log_every = self.length.steps, self.intervals.log_every_steps
         with self._error_handling():
@@ -104,6 +105,7 @@ class Trainer:
                         record = self.update(batch, progress.step, log_norm=logs)
                         progress.step += 1
                         progress.position += 1
+                        after_update()
                         self.tracking.advance(progress.step)
                         if record.loss is not None:
                             self.user_observers.after_update(progress.step, record.loss, self.module)

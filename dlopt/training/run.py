@@ -71,7 +71,8 @@ def train_run(
     """Trains, tests the best model, and returns the summary, which is also written to summary.json.
 
     Args:
-        interruption: stops the run with a checkpoint when it becomes true: on a signal, or after `max_time`.
+        interruption: stops the run with a checkpoint when it becomes true: on a signal, or after `max_time`. Before the
+            end of the first update, a signal may raise `Interrupted` instead.
         console: show progress.
         observe: builds observers (diagnostics, profiler).
         find_lr: runs the range test for optimizer.lr=auto.
@@ -142,7 +143,8 @@ def train_run(
 
         # 6. Train, and test the best model.
         stop = mode.ranks.synchronized_stop(interruption)
-        status = trainer.fit(stop)
+        interruption.raise_if_received()
+        status = trainer.fit(stop, interruption.defer)
         tested: dict[str, Any] | None = {}
         if status != "interrupted" and settings.evaluate.test:
             tested = _test_best(trainer, workload, stop)

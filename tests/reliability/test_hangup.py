@@ -18,6 +18,7 @@ import pytest
 
 from dlopt.basics.folders import LAUNCHER_LOCK, RunFolder, make
 from dlopt.basics.interruption import (
+    Interrupted,
     Interruption,
     flush_streams,
     killed_by_signals,
@@ -127,6 +128,18 @@ def test_closed_terminal_stops_all_processes(name: str, tmp_path: Path) -> None:
         assert "Traceback" not in "".join(path.read_text() for path in run.path.glob("*.log"))
 
 
+def test_a_signal_raises_until_it_may_wait_for_an_update() -> None:
+    with Interruption(raises=True) as interruption:
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted):  # one that could not be raised, as in a destructor
+            interruption.raise_if_received()
+        interruption.defer()
+        signal.raise_signal(signal.SIGUSR1)
+        interruption.raise_if_received()
+        assert interruption and interruption.reason == "SIGUSR1"
+
+
 def test_ignored_hangup_stays_ignored() -> None:
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -206,8 +219,8 @@ WINDOWS = {  # a function that is called between the creation of the folder and 
 }
 
 
-def cut_off(target: str, is_after: bool, number: signal.Signals, folder: Path, *arguments: str) -> None:
-    """Runs `dlopt ARGUMENTS` in a process that gets the signal where it calls `target`."""
+def cut_off(target: str, is_after: bool, number: signal.Signals, folder: Path, *arguments: str) -> int:
+    """Runs `dlopt ARGUMENTS` in a process that gets the signal where it calls `target`; returns its exit code."""
     module, _, name = target.rpartition(".")
     __import__(module)
     original = getattr(sys.modules[module], name)
@@ -220,23 +233,26 @@ def cut_off(target: str, is_after: bool, number: signal.Signals, folder: Path, *
             return None if is_after else original(*values, **keys)
 
         with patch(target, signalled):
-            dlopt(folder, *arguments)
+            os._exit(dlopt(folder, *arguments).code)
 
-    in_fork(work)
+    return os.waitstatus_to_exitcode(in_fork(work))
 
 
 @pytest.mark.parametrize(
     ("target", "number"),
     [
         *((target, signal.SIGKILL) for target in WINDOWS),
-        # From `training.run` on, the other signals stop the run with a checkpoint.
         *(("dlopt.run.record.write_json", number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)),
+        # The set-up may take minutes, and has nothing to save.
+        ("dlopt.training.run.build_workload", signal.SIGTERM),
+        ("dlopt.training.run.log_header", signal.SIGINT),
     ],
 )
 def test_a_start_that_was_cut_off_blocks_nothing(target: str, number: signal.Signals, tmp_path: Path) -> None:
     line = ("train", *TINY, "epochs=1", IN_RUN)
-    cut_off(target, WINDOWS[target], number, tmp_path, *line)
-    assert (tmp_path / "run").exists()
+    code = cut_off(target, WINDOWS[target], number, tmp_path, *line)
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 75)
+    assert (tmp_path / "run").exists() and not (tmp_path / "run/checkpoints/last.pt").exists()
     result = dlopt(tmp_path, *line)
     assert result.code == 0, result.err
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def described(folder: Path, *overrides: str) -> Path:
     return folder
 
 
-def ended(process: Forked, seconds: float = 300) -> int:
+def ended(process: Forked, seconds: float = 300) -> int | str:
     deadline = time.monotonic() + seconds
     while (code := process.poll()) is None:
         assert time.monotonic() < deadline
@@ -59,6 +60,27 @@ def test_killing_a_job_does_not_affect_others(tmp_path: Path) -> None:
     second.stop()
     assert ended(second) == 75
     assert (RunFolder(tmp_path / "second").summary() or {})["status"] == "interrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
+def test_a_job_outlives_its_server_and_can_still_be_stopped(tmp_path: Path) -> None:
+    """The server may be killed for want of memory. The job is stopped (SIGSTOP), too."""
+    line = ["model=mlp", "model.widths=[4]", "epochs=100000", "checkpoint.every_epochs=null"]
+    job = spawn(described(tmp_path / "run", *line), {}, None)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    job._process.join()  # multiprocessing takes the job for ended
+    assert job.poll() is None and RunFolder(tmp_path / "run").is_live()
+    os.kill(job._process.pid or 0, signal.SIGSTOP)
+    job.stop()
+    assert ended(job) == "returned"
+    assert (RunFolder(tmp_path / "run").summary() or {})["status"] == "interrupted"
+    job.kill()  # has ended
+    assert ended(spawn(described(tmp_path / "next", *line[:2], "epochs=1"), {}, None)) == 0  # by another server
 
 
 def test_jobs_have_their_own_environment_and_cores(tmp_path: Path) -> None:

@@ -366,6 +366,14 @@ def assert_equal_ends(t: Trainer, reference: Trainer, lines: list[dict[str, Any]
     assert list(map(without_time, lines)) == list(map(without_time, expected))
 
 
+def test_says_when_an_update_is_done() -> None:
+    """From then on a signal waits for the end of the next one."""
+    steps = []
+    trainer = training(steps=3)
+    trainer.fit(Interruption(), lambda: steps.append(trainer.progress.step))
+    assert steps == [1, 2, 3]
+
+
 @pytest.mark.parametrize("at", range(1, 13))
 @pytest.mark.parametrize("every", [1, 2])
 def test_interrupted_after_any_update_and_resumed(at: int, every: int) -> None:
