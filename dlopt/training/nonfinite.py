@@ -194,11 +194,7 @@ def locate(
     `forward` repeats the forward pass.
     """
     if mode.ranks.processes > 1:
-        text = _locate_on_this_rank(module, inputs, mode, loss_is_finite)
-        # Any rank may have the cause, in its samples or in its shards; all ranks raise the same message.
-        first = next(((rank, each) for rank, each in enumerate(mode.ranks.gather([text])) if each is not None), None)
-        unknown = "the loss itself" if mode.sharding.kind == "replicated" else "an activation or the loss itself"
-        return f"first: {unknown}" if first is None else f"first on rank {first[0]}: {first[1]}"
+        return _locate_on_ranks(module, inputs, mode, loss_is_finite)
     if weight := first_nonfinite_weight(module):
         return f"first: the weights {weight}"
     if loss_is_finite:
@@ -209,18 +205,40 @@ def locate(
     return "first: the loss itself" if output is None else f"first: the output of {output}"
 
 
-def _locate_on_this_rank(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_finite: bool) -> str | None:
-    """Describes the first non-finite tensor of this rank's samples and parameters; None: there is none."""
-    if weight := first_nonfinite_weight(module):
-        return f"the weights {weight}"
-    if loss_is_finite or mode.sharding.kind != "replicated":  # layers of shards would communicate in the forward pass
+def _locate_on_ranks(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_finite: bool) -> str:
+    """Describes the first non-finite tensor of all ranks, each of which has its own samples or shards.
+
+    Rank after rank would name the wrong place: a NaN in one shard of a layer spreads to all shards of others.
+    """
+    order = [name for name, _ in module.named_parameters()]
+
+    def first(kind: str, name: str | None, position: int = 0) -> str | None:
+        found = mode.ranks.gather([None if name is None else (position, kind + name)])
+        ranked = [(each, rank) for rank, each in enumerate(found) if each is not None]
+        if not ranked:
+            return None
+        (_, text), rank = min(ranked)
+        return f"first on rank {rank}: {text}"
+
+    weight = first_nonfinite_weight(module)
+    if text := first("the weights ", weight, order.index(weight) if weight else 0):
+        return text
+    if loss_is_finite:
         gradient = first_nonfinite_gradient(module)
-        return None if gradient is None else f"the gradient of {gradient}"
-    if not len(inputs) or not is_finite([inputs]):
-        return "the inputs" if len(inputs) else None
-    with evaluation_mode(module):  # in training mode, layers may communicate with ranks that might not call them
-        output = first_nonfinite_output(module, lambda: module(inputs))
-    return None if output is None else f"the output of {output}"
+        found = first("the gradient of ", gradient, -order.index(gradient) if gradient else 0)
+        return found or "first: the gradient"
+    if text := first("the inputs", "" if len(inputs) and not is_finite([inputs]) else None):
+        return text
+    # All gradients are NaN then. Only a forward pass tells, in which the layers of FSDP communicate. Those of other
+    # modes would need the step around them, which divides the inputs.
+    is_replicated, has_samples = mode.sharding.kind == "replicated", all(mode.ranks.gather([len(inputs) > 0]))
+    output = None
+    if (is_replicated and len(inputs)) or (mode.name == "fsdp" and has_samples):
+        with evaluation_mode(module):  # in training mode, layers may communicate with ranks that might not call them
+            output = first_nonfinite_output(module, lambda: module(inputs))
+    positions = [describe(name, layer) for name, layer in module.named_modules()]
+    unknown = "the loss itself" if is_replicated or mode.name == "fsdp" else "an activation or the loss itself"
+    return first("the output of ", output, positions.index(output) if output else 0) or f"first: {unknown}"
 
 
 @torch.no_grad()

@@ -464,7 +464,8 @@ def test_out_of_memory_for_one_sample(tmp_path: Path) -> None:
 
 
 def one_rank_diverges(folder: str) -> None:
-    """On each rank: a run with NaN inputs on rank 1, then runs with a NaN gradient there, which the last one skips."""
+    """On each rank: a run with NaN inputs on rank 1, one with a NaN activation there, then runs with a NaN gradient
+    there, which the last one skips."""
     import os
 
     from dlopt.parallel.processes import rendezvous
@@ -473,7 +474,8 @@ def one_rank_diverges(folder: str) -> None:
     rank = int(os.environ["DLOPT_RANK"])
     replicated = ["parallel=ddp", "parallel.sync_batchnorm=true"]
     split = ["parallel=filter", "model.norm=batch"]
-    modes = {"inputs": replicated, "gradient": replicated, "split": split, "skip": [*split, "on_divergence=skip"]}
+    modes = {"inputs": replicated, "activation": ["parallel=fsdp", "parallel.sync_batchnorm=true"]}
+    modes |= {"gradient": replicated, "split": split, "skip": [*split, "on_divergence=skip"]}
     original, made = Step.forward_backward, Step.__init__
 
     def is_time(step: Step, on: str) -> bool:
@@ -486,7 +488,10 @@ def one_rank_diverges(folder: str) -> None:
 
     def make(self: Step, *arguments: Any, **named: Any) -> None:
         made(self, *arguments, **named)
-        if kind != "inputs":
+        if kind == "activation":
+            layer = [each for each in self.module.modules() if isinstance(each, nn.Linear)][-2]
+            layer.register_forward_hook(lambda _, inputs, output: output * NAN if is_time(self, kind) else output)
+        elif kind != "inputs":
             self.parameters[0].register_hook(lambda gradient: gradient * NAN if is_time(self, kind) else gradient)
 
     with patch.object(Step, "forward_backward", forward_backward), patch.object(Step, "__init__", make):
@@ -502,9 +507,13 @@ def one_rank_diverges(folder: str) -> None:
 def test_all_ranks_raise_the_error_of_one(tmp_path: Path) -> None:
     outputs = run_ranks("tests.training.test_nonfinite:one_rank_diverges", 2, tmp_path, str(tmp_path))
     for output in outputs:
-        inputs, gradient, split, skipped = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+        inputs, activation, gradient, split, skipped = [
+            json.loads(line) for line in output.splitlines() if line.startswith("[")
+        ]
         assert inputs[:2] == gradient[:2] == [6, True]
         assert "first on rank 1: the inputs" in inputs[2] and ": the gradient of " in gradient[2]
+        assert activation[:2] == [6, True]
+        assert "first on rank 1: the output of layer1.norm (Identity)" in activation[2]  # its input is the hook's
         assert split[0] == 6 and "first on rank 1: the gradient of " in split[2]
         assert skipped == [1]
     for kind in ("inputs", "gradient"):
