@@ -14,13 +14,15 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json
 from dlopt.basics.interruption import note_files
 from dlopt.basics.locks import hold, is_held
-from dlopt.basics.plain_values import load_yaml
+from dlopt.basics.plain_values import load_yaml, read_regular
 
 FORMAT = 1  # version of the files in a run folder and of their keys; stored in environment.json
 LOCK = ".lock"
 LAUNCHER_LOCK = ".launcher.lock"  # of the process that starts the ranks of a run; rank 0 takes `LOCK`
 SPACE = "sweep.yaml"  # in a sweep's folder; grid: the overrides of each job; search: its space and config
 SHELL_FOLDER = "DLOPT_SHELL_FOLDER"  # in the environment: for which paths are printed, also if hydra.job.chdir is set
+_AFTER = ".after"  # in a dated folder that is newer than its name: the name of an older one, and a number
+_DATED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 _ENDED = ("finished", "stopped_early")
 
 
@@ -167,7 +169,7 @@ def make_new(path: Path, key: str = "hydra.run.dir") -> Path:
         candidate = path.with_name(path.name + suffix)
         if not candidate.exists():
             try:
-                return make(candidate, key)
+                return _in_order(make(candidate, key))
             except UserError:
                 if not candidate.exists():  # a real error; otherwise another process was faster: try the next name
                     raise
@@ -201,6 +203,20 @@ def newest(parent: Path, matches: Callable[[RunFolder], bool]) -> RunFolder | No
     return next((folder for folder in map(RunFolder, folders) if matches(folder)), None)
 
 
-def _age(folder: Path) -> tuple[str, int, str]:
-    """Sort key of dated names; within one second, -10 is newer than -9."""
-    return folder.name[:19], len(folder.name), folder.name
+def _age(folder: Path) -> tuple[str, int, str, int, str]:
+    """Sort key of dated folders: by name, within one second -10 after -9, or where `_in_order` has put them."""
+    name, rank = folder.name, 0
+    with contextlib.suppress(OSError, ValueError):
+        name, _, number = read_regular(folder / _AFTER, 300).decode().partition("\n")
+        rank = int(number)
+    return name[:19], len(name), name, rank, folder.name
+
+
+def _in_order(folder: Path) -> Path:
+    """Notes in a new folder which one it follows, if the clock was set back and its name says otherwise."""
+    with contextlib.suppress(OSError):  # the order matters less than the run
+        others = [each for each in folder.parent.iterdir() if each != folder and _DATED.match(each.name)]
+        latest = max(map(_age, others), default=None)
+        if latest is not None and _DATED.match(folder.name) and latest[0] > folder.name[:19]:
+            (folder / _AFTER).write_text(f"{latest[2]}\n{latest[3] + 1}")
+    return folder

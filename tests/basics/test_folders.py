@@ -80,6 +80,19 @@ def test_files_of_a_run_folder(tmp_path: Path) -> None:
     assert not list(run.rglob("*.tmp"))
 
 
+def test_the_newest_folder_is_the_last_one_created_also_if_the_clock_is_set_back(tmp_path: Path) -> None:
+    names = ["2026-11-26_10-00-00", "2025-01-01_00-00-00", "2025-01-01_00-00-00", "2024-01-01_00-00-00"]
+    (tmp_path / "report").mkdir()
+    for name in names:
+        made = make_new(tmp_path / name)
+        found = newest(tmp_path, lambda folder: folder.path.name != "report")
+        assert found is not None and found.path == made
+    assert not list((tmp_path / names[0]).iterdir())  # the name says it
+    assert newest(tmp_path, lambda folder: folder.path.name in names[:2]) == RunFolder(tmp_path / names[1])
+    made = make_new(tmp_path / "2027-01-01_00-00-00")
+    assert not list(made.iterdir())
+
+
 def test_make_new_in_the_same_second(tmp_path: Path) -> None:
     fixed = "2026-01-01_00-00-00"
     with ThreadPoolExecutor(8) as pool:
