@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import end_with_parent
+from dlopt.basics.scratch import own_multiprocessing_folder
 from dlopt.data.samples import InMemory, Reader, Samples
 from dlopt.data.windows import Windows
 from dlopt.machine.memory import M_MMAP_THRESHOLD, set_malloc
@@ -120,6 +121,7 @@ class Loader:
         )
         if self.workers == 0:
             return iter(self._loader)
+        own_multiprocessing_folder()
         handler = signal.getsignal(signal.SIGCHLD)
         iterator = iter(self._loader)
         if threading.current_thread() is threading.main_thread():

@@ -7,7 +7,6 @@ FOLDER/rank-N.json.
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from dlopt.basics.errors import USER_ERROR, RunError, UserError
+from dlopt.basics.scratch import scratch
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
 from dlopt.instruments.range_test import RangeTest
@@ -278,11 +278,10 @@ def measure(run_config: RunConfig, keys: RangeTest) -> LearningRates | None:
 
 def _measure_in_ranks(run_config: RunConfig, keys: RangeTest, processes: int) -> LearningRates:
     """Starts one process per rank and returns the result of rank 0."""
-    with tempfile.TemporaryDirectory(prefix="dlopt-find-lr-", ignore_cleanup_errors=True) as name:
-        scratch = Path(name)
-        (scratch / "sweep.json").write_text(json.dumps(asdict(keys)))
-        codes = run_ranks("dlopt.instruments.lr_range", scratch, run_config.config, processes, {})
-        results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
+    with scratch() as folder:
+        (folder / "sweep.json").write_text(json.dumps(asdict(keys)))
+        codes = run_ranks("dlopt.instruments.lr_range", folder, run_config.config, processes, {})
+        results = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
     for result in results:
         if "error" in result:
             raise UserError(result["error"]) if USER_ERROR in codes else RunError(result["error"])

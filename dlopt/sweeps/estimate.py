@@ -5,12 +5,10 @@ updates down, processors are faster in the first seconds, and a run ends with a 
 """
 
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -19,6 +17,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_count, format_duration, format_range, round_duration
 from dlopt.basics.plain_values import flatten
 from dlopt.basics.roles import Role
+from dlopt.basics.scratch import scratch
 from dlopt.config.keys import LABELS, role_of
 from dlopt.run.record import describe
 from dlopt.sweeps import pool as pools
@@ -121,8 +120,8 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
     local = [sink for sink in config.get("tracking", []) if sink == "tensorboard"]  # the others send what they get
     probe_config = {**config, "max_time": _PROBE_MINUTES, "tracking": local, "resume": None, "dry_run": False}
     probe_config["schedule_epochs"] = None  # the horizon below is then the length of the run
-    with tempfile.TemporaryDirectory(prefix="dlopt-") as path:
-        folder = RunFolder(Path(path))
+    with scratch() as path:
+        folder = RunFolder(path)
         describe(folder.path, probe_config, [], choices)
         start = time.monotonic()
         process = pools.spawn(folder.path, {}, None)

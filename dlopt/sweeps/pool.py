@@ -24,12 +24,13 @@ from typing import Annotated, Any, Literal, Protocol
 from annotated_types import Ge
 from omegaconf import OmegaConf
 
-from dlopt.basics.errors import INTERRUPTED, UserError
+from dlopt.basics.errors import FAILED, INTERRUPTED, UserError
 from dlopt.basics.files import NewLines
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_count
-from dlopt.basics.interruption import SIGNALS, Interruption, block_signals, ignore_hangup
+from dlopt.basics.interruption import SIGNALS, Interruption, block_signals, ignore_hangup, signals_deferred
 from dlopt.basics.ranges import Count
+from dlopt.basics.scratch import own_multiprocessing_folder
 from dlopt.config.schema import check_arguments
 from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, prepare, record_failure, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
@@ -369,8 +370,9 @@ def spawn(folder: Path, environment: Mapping[str, str], cores: set[int] | None) 
     """Starts the job in `folder` on these cores (None: all), with `environment` added to this process's environment."""
     arguments = (str(folder), os.getcwd(), {**os.environ, **environment}, cores)
     process = warm_up().Process(target=_run, args=arguments, daemon=False)
-    process.start()
-    return Forked(process)
+    with signals_deferred():  # one in between would leave a process without its arguments, which fails with a traceback
+        process.start()
+        return Forked(process)
 
 
 def warm_up() -> ForkServerContext:
@@ -381,6 +383,7 @@ def warm_up() -> ForkServerContext:
     """
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    own_multiprocessing_folder()
     with _safe_path():
         with block_signals():
             resource_tracker.ensure_running()  # unblocks some signals in this process, so start it first
@@ -409,7 +412,10 @@ def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep forwards it as SIGTERM
     ignore_hangup()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked in the server, see `warm_up`
-    output = os.open(os.path.join(folder, OUTPUT), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        output = os.open(os.path.join(folder, OUTPUT), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except FileNotFoundError:  # the command was interrupted, and has removed its temporary folder
+        sys.exit(FAILED)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)

@@ -1,11 +1,9 @@
 """dlopt's own launcher: starts one `python -m dlopt.run.job FOLDER` per rank and waits for all of them."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from dlopt._version import ROOT
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.basics.interruption import SIGNALS, Interruption, ignore_hangup
+from dlopt.basics.scratch import scratch
 from dlopt.parallel.processes.rendezvous import PROCESSES, RANK, STORE
 
 PARENT, RECORD, QUIET = "DLOPT_PARENT", "DLOPT_RECORD", "DLOPT_QUIET"
@@ -86,10 +85,9 @@ def run_processes(
 
     Returns the exit codes, the ranks killed here after another had failed, and the interruption, if a signal came.
     """
-    folder = Path(tempfile.mkdtemp(prefix="dlopt-"))
-    shared = {PROCESSES: str(processes), STORE: str(folder / "store"), PARENT: str(os.getpid())}
     children: list[subprocess.Popen[bytes]] = []
-    with Interruption() as interruption:
+    with Interruption() as interruption, scratch() as folder:
+        shared = {PROCESSES: str(processes), STORE: str(folder / "store"), PARENT: str(os.getpid())}
         try:
             for rank in range(processes):
                 variables = {"TORCH_CPP_LOG_LEVEL": "FATAL", **os.environ, **shared, **environment, RANK: str(rank)}
@@ -99,7 +97,6 @@ def run_processes(
             for child in _running(children):
                 child.kill()
             codes = [child.wait() for child in children]
-            shutil.rmtree(folder, ignore_errors=True)
     return codes, killed, interruption
 
 
