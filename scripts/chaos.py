@@ -238,7 +238,8 @@ class Campaign:
                     faults.kill_group(child)
                 summary = RunFolder(folder).summary() or {}
                 lost += status is None or os.waitstatus_to_exitcode(status) != 75
-                lost += summary.get("status") != "interrupted"
+                # Nothing is built yet, and nothing to save: the folder is as before the start.
+                lost += summary.get("status") != (None if function == "training_batches" else "interrupted")
             yield FaultResult(f"{name} at four stages", len(stages), lost, f"exit code 75 within {slowest:.1f} s")
         yield self.second_interrupt()
 

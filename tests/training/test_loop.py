@@ -366,7 +366,7 @@ def assert_equal_ends(t: Trainer, reference: Trainer, lines: list[dict[str, Any]
     assert list(map(without_time, lines)) == list(map(without_time, expected))
 
 
-def test_says_when_an_update_is_done() -> None:
+def test_reports_the_end_of_every_update() -> None:
     """From then on a signal waits for the end of the next one."""
     steps = []
     trainer = training(steps=3)
