@@ -117,7 +117,9 @@ def _remove_abandoned(path: Path) -> None:
 @contextlib.contextmanager
 def synced(path: Path) -> Iterator[BinaryIO]:
     """Opens a new file, whose contents are on disk at the end of the block."""
-    with path.open("wb") as file:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    with path.open("xb") as file:  # never through a link of that name
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -181,6 +183,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def is_at(path: Path, file: os.stat_result) -> bool:
+    """Returns whether the file is still the one at `path`; true if that is unknown, as on a server that is down."""
+    try:
+        return os.path.samestat(os.stat(path), file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def refuse_special(path: Path | str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dlopt.basics.files import write_atomically
 from dlopt.metrics.names import in_words
 
 if TYPE_CHECKING:
@@ -164,5 +165,5 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
     fix_layout(figure)
     paths = [folder / f"{name}.{form}" for form in ("png", "svg")]
     for path in paths:
-        path.write_bytes(encoded(figure, path.suffix[1:]))
+        write_atomically(path, encoded(figure, path.suffix[1:]))
     return paths

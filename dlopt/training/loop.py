@@ -189,6 +189,7 @@ class Trainer:
             progress.epoch, progress.position = epoch, 0
         clock.stop()
         improved = False
+        self.checkpoints.refuse_moved()  # before the evaluation is recorded
         if evaluated:
             progress.evaluated = metrics["epoch"]
             metrics["seconds"] = progress.seconds

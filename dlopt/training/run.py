@@ -161,6 +161,7 @@ def train_run(
         if draw is not None and status != "interrupted":
             steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
             pictures = partial(draw, workload, run.folder, [step / length.steps_per_epoch for step in steps])
+        trainer.checkpoints.refuse_moved()
         tracking.finish(summary, pictures)
     return summary
 

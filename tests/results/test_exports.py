@@ -72,6 +72,14 @@ def test_refused(output: str | None, formats: Any, plot: str | None, message: st
         destination(tmp_path, output, formats, plot)
 
 
+def test_the_report_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="run: report is a link"):
+        destination(tmp_path / "run", None, None, None)
+    assert destination(tmp_path / "run", str(tmp_path / "run/report"), None, None).path == tmp_path / "run/report"
+
+
 def test_plot_without_data_is_refused_unless_runs_may_follow(report: ReportContent, tmp_path: Path) -> None:
     assert "importance" in PLOTS
     to = destination(tmp_path, "i.png", None, "importance")

@@ -84,6 +84,10 @@ class Checkpoints:
         self._thread = Thread(target=self._save_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
+    def refuse_moved(self) -> None:
+        """Raises `RunError` if the folder of this process's run was removed or renamed."""
+        RunFolder(self.folder.parent).refuse_moved()
+
     @disk_in_use()
     def wait(self) -> None:
         """Waits for an asynchronous save. Raises `RunError` if it failed."""
@@ -105,6 +109,7 @@ class Checkpoints:
     def _save(self, state: dict[str, Any], best: bool, snapshot: str | None) -> None:
         try:
             if self.writes:
+                self.refuse_moved()
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._clean_folder()
             if self.shards is not None:
