@@ -119,7 +119,7 @@ class AppendFile:
                 warn(f"{self.path}: cannot be written ({error.strerror}); training continues without it")
 
     def _is_removed(self) -> bool:
-        """Returns whether the open file is no longer in its folder; false if that is renamed: another may replace it."""
+        """Returns whether the open file has left its folder; false if the folder itself was renamed."""
         if self._file is None or self._folder is None or not is_at(self.path.parent, self._folder):
             return False
         return not is_at(self.path, os.fstat(self._file))
