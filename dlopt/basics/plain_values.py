@@ -52,6 +52,28 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_plain(value: Any) -> None:
+    """Checks a value of a file that is not YAML by the limits for YAML: see `check_yaml`. Raises ValueError."""
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        inner: list[Any] = []
+        if isinstance(node, dict):
+            if not all(isinstance(key, str | int) for key in node):
+                raise ValueError("has a key that is not a text")
+            inner = list(node.values())
+        elif isinstance(node, list | tuple):
+            inner = list(node)
+        elif not (node is None or isinstance(node, str | int | float)):
+            raise ValueError(f"has a value of type {type(node).__name__}")
+        count += len(inner)
+        if count > _MAX_NODES:
+            raise ValueError(f"has more than {_MAX_NODES} values")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep")
+        waiting += [(item, depth + 1) for item in inner]
+
+
 def read_regular(path: Path, limit: int = _MAX_BYTES) -> bytes:
     """Reads a regular file of at most `limit` bytes; never waits for a FIFO or a device. Raises ValueError, OSError."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:

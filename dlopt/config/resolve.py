@@ -19,7 +19,7 @@ from dlopt.config.choices import Catalogue
 from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.packages import entries
 from dlopt.config.schema import show
-from dlopt.config.trust import leaves
+from dlopt.config.trust import check_expansion, leaves
 
 _TARGET = "._target_"
 _IS_NAME = re.compile(r".*\._target_|name|data\.classes|hydra\.runtime\.choices\..*")
@@ -191,6 +191,7 @@ def show_config(config: DictConfig, part: str, package: str | None, *, resolve: 
 
 def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Resolves the environment variables in a saved config again. Raises `UserError`."""
+    check_expansion(saved)
     return to_plain(OmegaConf.create(dict(saved)), None)[0]
 
 

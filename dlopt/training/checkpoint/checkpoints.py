@@ -23,8 +23,8 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.resuming import refuse_other_config
 from dlopt.parallel.processes.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.training.checkpoint import sharded
-from dlopt.training.checkpoint.content import FORMAT, KEYS, Checkpoint, is_checkpoint
+from dlopt.training.checkpoint import content, sharded
+from dlopt.training.checkpoint.content import FORMAT, KEYS, Checkpoint
 
 _OWN_NAMES = re.compile(r"last|best|(step|restart)-\d+")  # of files that runs replace
 
@@ -193,7 +193,7 @@ class Checkpoints:
         """
         self.wait()
         state = sharded.load_without_shards(self.best)
-        if not state:  # damaged: reported when it is loaded
+        if content.damage(state, whole=False) is not None:  # reported when it is loaded
             return self.best.exists()
         best = Checkpoint(state)
         return best.evaluated_epoch == epoch and (run_id is None or best.run_id in (None, run_id))
@@ -248,8 +248,8 @@ def _step(path: Path) -> int:
     """Returns the update of a checkpoint; -1 if it is damaged."""
     if match := re.fullmatch(r"step-(\d+)", path.stem):  # saves reading the file
         return int(match[1])
-    content = sharded.load_without_shards(path)
-    return Checkpoint(content).step if is_checkpoint(content) else -1
+    state = sharded.load_without_shards(path)
+    return Checkpoint(state).step if content.damage(state, whole=False) is None else -1
 
 
 def removable(folder: Path) -> list[Path]:
@@ -315,7 +315,7 @@ def load(path: Path) -> Checkpoint:
     if missing:
         raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; load its weights with init_from={path}")
     if not sharded.is_sharded(state):
-        return Checkpoint(state)
+        return _checked(path, state)
     if sharded.is_pickled(state):
         raise OtherVersionError(
             f"checkpoint={path}: these shards were written by an earlier dlopt (before safetensors); "
@@ -324,10 +324,19 @@ def load(path: Path) -> Checkpoint:
     try:
         damage = sharded.find_damage(path, state)
         if damage is None:
-            return Checkpoint(sharded.load_shards(path, state))
+            state = sharded.load_shards(path, state)
     except Exception as error:
         damage = f"the shards cannot be read: {reason(error)}"
-    raise UserError(f"checkpoint={path}: {damage}")
+    if damage is not None:
+        raise UserError(f"checkpoint={path}: {damage}")
+    return _checked(path, state)
+
+
+def _checked(path: Path, state: dict[str, Any]) -> Checkpoint:
+    """Returns the checkpoint with this content. Raises `UserError` for content of wrong types."""
+    if (found := content.damage(state)) is not None:
+        raise UserError(f"checkpoint={path}: its content is damaged: {found}")
+    return Checkpoint(state)
 
 
 def load_of_run(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | None:
