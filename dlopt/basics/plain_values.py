@@ -4,9 +4,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -76,13 +76,31 @@ def check_plain(value: Any) -> None:
 
 def read_regular(path: Path, limit: int = _MAX_BYTES) -> bytes:
     """Reads a regular file of at most `limit` bytes; never waits for a FIFO or a device. Raises ValueError, OSError."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is not a regular file")
-        if status.st_size > limit:
-            raise ValueError(f"has more than {limit} bytes")
-        return file.read()
+    with _open_regular(path, limit) as file:
+        return file.read(limit)
+
+
+def regular_lines(path: Path, limit: int) -> Iterator[bytes]:
+    """Opens a file as `read_regular` does, and returns its lines, which are read one by one."""
+    file = _open_regular(path, limit)
+
+    def lines() -> Iterator[bytes]:
+        with file:
+            while line := file.readline(_MAX_BYTES):  # the parts of a longer line
+                yield line
+
+    return lines()
+
+
+def _open_regular(path: Path, limit: int) -> BinaryIO:
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+    status = os.fstat(file.fileno())
+    reason = f"has more than {limit} bytes" if status.st_size > limit else None
+    reason = reason if stat.S_ISREG(status.st_mode) else "is not a regular file"
+    if reason is not None:
+        file.close()
+        raise ValueError(reason)
+    return file
 
 
 def load_yaml(path: Path) -> Any:

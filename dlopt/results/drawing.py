@@ -1,7 +1,9 @@
 """Shared plotting helpers: figures, distinguishable line styles, axes, legends, files."""
 
+import contextlib
 import io
 import math
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,12 +30,22 @@ METADATA: Mapping[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg":
 
 def figure(width: float, height: float, title: str = "", *, fontsize: float = 11) -> "Figure":
     """Creates an empty figure (size in inches) with constrained layout."""
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
     if title:
         made.suptitle(title, fontsize=fontsize)
     return made
+
+
+def import_matplotlib() -> None:
+    """Imports matplotlib without a `matplotlibrc` of the current folder: it may be of others, and names programs."""
+    if "matplotlib" not in sys.modules:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # the current folder was removed
+                stack.enter_context(contextlib.chdir("/"))
+            import matplotlib  # noqa: F401
 
 
 def clean_axes(*panels: "Axes", **grid: Any) -> None:
