@@ -10,6 +10,7 @@ import shutil
 import stat
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -200,6 +201,13 @@ def refuse_special(path: Path | str) -> None:
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.EINVAL, "is a pipe, a device or a socket, not a file", str(path))
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raises ValueError for a zip file with compressed entries: torch writes none, and they may expand to any size."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("has compressed entries, which torch.save does not write")
 
 
 def sync_folder(folder: Path) -> None:

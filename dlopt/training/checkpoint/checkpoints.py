@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dlopt.basics.errors import OtherVersionError, RunError, UserError
-from dlopt.basics.files import digest_file, disk_in_use, link, reason, recorded_digests, sha256, write
+from dlopt.basics.files import (
+    digest_file,
+    disk_in_use,
+    link,
+    reason,
+    recorded_digests,
+    refuse_compressed,
+    sha256,
+    write,
+)
 from dlopt.basics.folders import RunFolder
 from dlopt.config.resuming import refuse_other_config
 from dlopt.parallel.processes.rendezvous import caused_by_peer
@@ -301,6 +310,7 @@ def load(path: Path) -> Checkpoint:
     if digest not in recorded:
         raise UserError(f"checkpoint={path}: the file is damaged: its SHA-256 differs from the recorded one")
     try:
+        refuse_compressed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"checkpoint={path}: not a dlopt checkpoint: {reason(error)}") from None
