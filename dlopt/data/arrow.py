@@ -13,6 +13,7 @@ import numpy as np
 
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import refuse_special
+from dlopt.basics.formats import printable
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.images import decode_bytes
 from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
@@ -52,7 +53,9 @@ def parquet(
     columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target]))
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
     tables = [(key, None if files is None else read_parquet(key, files, columns)) for key, files in splits.items()]
-    return _dataset(tables, input, target, labels=labels, channels=channels, image_size=image_size)
+    found = [path for key, files in splits.items() if files is not None for path in find_files(key, files, ".parquet")]
+    roots = sorted({os.path.dirname(os.path.realpath(path)) for path in found})
+    return _dataset(tables, input, target, labels=labels, channels=channels, image_size=image_size, roots=roots)
 
 
 def _dataset(
@@ -60,11 +63,15 @@ def _dataset(
     input: str | Sequence[str],
     target: str,
     *,
+    roots: Sequence[str] = (),
     labels: Labels,
     channels: Channels,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
-    """Builds a dataset from the tables of training, validation and test set, each with the key that set it."""
+    """Builds a dataset from the tables of training, validation and test set, each with the key that set it.
+
+    `roots`: folders below which images outside of the tables may be; (): anywhere.
+    """
     names = [input] if isinstance(input, str) else list(input)
     if not names:
         raise UserError("data.input=[]: name at least one column")
@@ -76,7 +83,7 @@ def _dataset(
                 raise UserError(f"{option}={name}: {key} has no such column; it has {', '.join(table.column_names)}")
         if len(table) == 0:
             raise UserError(f"{key}: has no rows")
-    tables = [(key, None if table is None else Columns(key, table, names, target)) for key, table in splits]
+    tables = [(key, None if table is None else Columns(key, table, names, target, roots)) for key, table in splits]
     for _, columns in tables:
         if columns is not None:
             _refuse_unlabelled(columns)
@@ -86,8 +93,8 @@ def _dataset(
 class Columns:
     """Columns of an Arrow table; see `dlopt.data.rows.Table`."""
 
-    def __init__(self, key: str, table: Any, names: Sequence[str], target: str) -> None:
-        self.target = target
+    def __init__(self, key: str, table: Any, names: Sequence[str], target: str, roots: Sequence[str] = ()) -> None:
+        self.target, self._roots = target, roots
         self.encoded = _is_encoded(table.schema.field(names[0]).type)
         self._key, self.table, self._names = key, table, names
 
@@ -105,7 +112,7 @@ class Columns:
     def read(self, start: int, stop: int) -> bytes:
         if self._are_paths:  # which differ in a moved folder
             column, where = self.table.column(self._names[0]), f"{self._key}: {self._names[0]}"
-            files = (_file(column[row].as_py() or {}, where) or b"" for row in range(start, stop))
+            files = (_file(column[row].as_py() or {}, where, self._roots) or b"" for row in range(start, stop))
             return b"".join(len(content).to_bytes(8, "little") + content for content in files)
         # The format of Arrow's messages does not depend on how the table is divided into chunks and row groups.
         rows = self.table.select(self._names).slice(start, stop - start).replace_schema_metadata(None).combine_chunks()
@@ -119,7 +126,7 @@ class Columns:
         return self.encoded and is_struct and any(chunk.field("bytes").null_count for chunk in column.chunks)
 
     def value(self, row: int, channels: Channels) -> Any:
-        return _value(self.table, self._names, row, channels, self._key)
+        return _value(self.table, self._names, row, channels, self._key, self._roots)
 
     def place(self, row: int) -> str:
         return f"{self._key}, row {row}"
@@ -131,7 +138,9 @@ class Columns:
         return _class_names(self.table, self.target, classes)
 
 
-def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key: str) -> Any:
+def _value(
+    table: Any, names: Sequence[str], index: int, channels: Channels, key: str, roots: Sequence[str] = ()
+) -> Any:
     """Returns the input in a row: an image uint8 [C, H, W], or an array as `Wrapped` reads it."""
     if len(names) > 1 or _is_number(table.schema.field(names[0]).type):
         return np.array([_number(table, name, index, key) for name in names], dtype=np.float32)
@@ -139,7 +148,7 @@ def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key
     where = f"{key}, row {index}: {name}"
     value = table.column(name)[index].as_py()
     if isinstance(value, Mapping):
-        value = _file(value, where)
+        value = _file(value, where, roots)
     if value is None:
         raise UserError(f"{where} is missing")
     if isinstance(value, bytes):
@@ -155,15 +164,22 @@ def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key
     return array.astype(np.uint8 if is_image else np.float32)
 
 
-def _file(value: Mapping[str, Any], where: str) -> bytes | None:
-    """Returns the content of an image file stored as {bytes, path}, as the package datasets does."""
+def _file(value: Mapping[str, Any], where: str, roots: Sequence[str] = ()) -> bytes | None:
+    """Returns the content of an image file stored as {bytes, path}, as the package datasets does.
+
+    A table of others must not read any picture of this machine: the file must be below one of `roots`, if any.
+    """
     content, path = value.get("bytes"), value.get("path")
     if content is None and path is not None:
+        file = Path(path).expanduser()
+        real = Path(os.path.realpath(file))
+        if roots and not any(real.is_relative_to(root) for root in roots):
+            raise UserError(f"{where}: {printable(path)}: is not in the folder of the Parquet file; move it there")
         try:
-            refuse_special(Path(path).expanduser())
-            return Path(path).expanduser().read_bytes()
+            refuse_special(file)
+            return file.read_bytes()
         except OSError as error:
-            raise UserError(f"{where}: {path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{where}: {printable(path)}: cannot be read ({error.strerror})") from None
     return content if content is None or isinstance(content, bytes) else bytes(content)
 
 

@@ -46,7 +46,8 @@ _MAX_POINTS = 20_000  # of a curve; a plot cannot show more
 _MANY_SEEDS = 5  # the 95 % confidence interval of three runs is 2.5 standard deviations to each side
 _OVERRIDE = re.compile(r"([+~]{0,2}|--config-(?=dir=|name=))\w[\w./@-]*(=.*)?")
 # How one run is stored and started. Other keys of these roles are needed to repeat it (device, experiment).
-_NOT_REPEATED = ("hydra", "name", "resume", "dry_run")
+# `allow_packages`: whoever pastes the command of a run of others must not trust its packages by that.
+_NOT_REPEATED = ("hydra", "name", "resume", "dry_run", "allow_packages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +141,7 @@ def command(run: Record) -> str | None:
 def command_from(run: Record) -> str | None:
     """Returns the command that repeats the run from its folder, even if defaults have changed since."""
     flags = [word for word in run.overrides if word.startswith("--")]
-    trusted = [word for word in run.overrides if key_of(word) == "allow_packages"]
-    return _shell([*flags, f"from={short_path(run.path)}", *trusted])
+    return _shell([*flags, f"from={short_path(run.path)}"])
 
 
 def _repeatable(overrides: Iterable[str], *omitted: str) -> list[str] | None:

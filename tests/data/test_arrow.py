@@ -1,5 +1,6 @@
 """Columns of Parquet files and of datasets of the package datasets."""
 
+import contextlib
 import io
 import socket
 import sys
@@ -322,3 +323,18 @@ def test_arrays_of_images_with_their_channels_first(tmp_path: Path) -> None:
     writer.write_table(arrow.table({**table, "label": [0, 1, 0]}), tmp_path / "a.parquet")
     first, last = (inputs(read(file=str(tmp_path / "a.parquet"), input=name)) for name in ("first", "last"))
     assert torch.equal(first, last) and torch.equal(first, torch.from_numpy(np.moveaxis(pixels, 3, 1).copy()))
+
+
+def test_paths_of_images_are_below_the_folder_of_the_file(tmp_path: Path) -> None:
+    """A table of others must not read any picture of this machine."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/link.png").symlink_to(tmp_path / "private.png")
+    for path in (tmp_path / "private.png", tmp_path / "data/own.png"):
+        Image.new("L", (4, 4)).save(path)
+    others = [str(tmp_path / "private.png"), str(tmp_path / "data/../private.png"), str(tmp_path / "data/link.png")]
+    for paths, is_allowed in {(str(tmp_path / "data/own.png"),): True, **{(each,): False for each in others}}.items():
+        column = [{"bytes": None, "path": path} for path in paths * 2]
+        file = tmp_path / "data/a.parquet"
+        writer.write_table(arrow.table({"image": column, "label": [0, 1]}), file)
+        with contextlib.nullcontext() if is_allowed else pytest.raises(UserError, match="is not in the folder of the"):
+            read(file=str(file), input="image", target="label")
