@@ -10,6 +10,7 @@ import shutil
 import stat
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,7 +118,9 @@ def _remove_abandoned(path: Path) -> None:
 @contextlib.contextmanager
 def synced(path: Path) -> Iterator[BinaryIO]:
     """Opens a new file, whose contents are on disk at the end of the block."""
-    with path.open("wb") as file:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    with path.open("xb") as file:  # never through a link of that name
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -183,11 +186,28 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def is_at(path: Path, file: os.stat_result) -> bool:
+    """Returns whether the file is still the one at `path`; true if that is unknown, as on a server that is down."""
+    try:
+        return os.path.samestat(os.stat(path), file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
 def refuse_special(path: Path | str) -> None:
     """Raises OSError for a pipe, a device or a socket: reading one may wait forever, or never end."""
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.EINVAL, "is a pipe, a device or a socket, not a file", str(path))
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raises ValueError for a zip file with compressed entries: torch writes none, and they may expand to any size."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("has compressed entries, which torch.save does not write")
 
 
 def sync_folder(folder: Path) -> None:

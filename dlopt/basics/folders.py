@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.files import read_json
+from dlopt.basics.formats import printable
 from dlopt.basics.interruption import note_files
-from dlopt.basics.locks import hold, is_held
+from dlopt.basics.locks import hold, is_held, lost
 from dlopt.basics.plain_values import load_yaml, read_regular
 
 FORMAT = 1  # version of the files in a run folder and of their keys; stored in environment.json
@@ -104,6 +105,7 @@ class RunFolder:
     def lock(self, name: str = LOCK) -> IO[str]:
         """Locks the folder until the returned file is closed or the process ends. Raises `UserError` if locked."""
         note_files("; resume with resume=auto")
+        refuse_links(self.path, f"hydra.run.dir={self.path}")
         try:
             # Two runs in one folder would replace each other's checkpoints and metrics. The file is emptied under the
             # lock only: until then it may name the process of another run.
@@ -116,6 +118,16 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"hydra.run.dir={self.path}: cannot write to this folder: {error.strerror}") from None
         return file
+
+    def refuse_moved(self) -> None:
+        """Raises `RunError` if the folder of a run of this process was removed or renamed, or lost its lock file.
+
+        What the run writes would be lost, or be mixed with the files of the next run in a folder of that name.
+        """
+        if (place := lost(self.path / LOCK)) is not None:
+            folder = Path(place).parent
+            now = "removed" if place == "" else f"renamed to {folder}; resume with hydra.run.dir={folder} resume=auto"
+            raise RunError(f"{self.path}: during the run, this folder or its file {LOCK} was {now}")
 
     @staticmethod
     def to_resume(path: str) -> Path:
@@ -139,6 +151,28 @@ class RunFolder:
 
 def new_run_id() -> str:
     return secrets.token_hex(6)
+
+
+def refuse_links(folder: Path, key: str) -> None:
+    """Raises `UserError` for a link in the folder of a run or a sweep: writing to it would change files elsewhere.
+
+    The folder itself may be a link. Links to devices are harmless, and checkpoint files are replaced.
+    """
+    names = os.listdir(folder) if folder.is_dir() else []
+    for name in (*sorted(names), "checkpoints/shards"):
+        if not (folder / name).is_char_device():
+            inside(folder, name, key)
+
+
+def inside(folder: Path, name: str, key: str) -> Path:
+    """Returns the path of an entry of `folder`, or of one below it. Raises `UserError` if a link leads to it."""
+    path = folder
+    for part in Path(name).parts:
+        path /= part
+        if path.is_symlink():
+            link = printable(str(path.relative_to(folder)))
+            raise UserError(f"{key}: {link} is a link, which may lead to files of others; remove it")
+    return path
 
 
 def refuse_url(path: str, key: str) -> None:

@@ -17,8 +17,10 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
 from dlopt.basics.errors import INTERRUPTED
+from dlopt.basics.formats import printable
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
+_MAX_ERROR = 2000  # characters
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -228,8 +230,10 @@ def print_line(text: str) -> None:
 
 
 def print_error(message: str) -> None:
-    """Prints an error or a warning of dlopt to stderr."""
-    print_line(f"dlopt: {message}")
+    """Prints an error or a warning of dlopt to stderr: shortened, and without codes that would control a terminal."""
+    if len(message) > _MAX_ERROR:  # its end says what to do
+        message = f"{message[: _MAX_ERROR // 2]} [...] {message[-_MAX_ERROR // 2 :]}"
+    print_line("\n".join(map(printable, f"dlopt: {message}".split("\n"))))
 
 
 def flush_streams() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import IO
 from weakref import WeakValueDictionary
 
+from dlopt.basics.files import is_at
+
 # Files of the locks that are held, by process (a fork copies the dict) and path. The kernel's locks do not exclude a
 # second thread, and opening and closing the file again would release them.
 _held: WeakValueDictionary[tuple[int, str], IO[str]] = WeakValueDictionary()
@@ -52,6 +54,23 @@ def hold(path: Path) -> IO[str]:
             return file
         file.close()
     raise BlockingIOError(f"{path}: a process holds this lock")
+
+
+def lost(path: Path) -> str | None:
+    """Returns where the file of a lock of this process is now, if no longer at `path`; "" if it was removed.
+
+    None: it is still there, or this process does not hold the lock.
+    """
+    for (process, _), file in list(_held.items()):
+        if process != os.getpid() or file.name != str(path) or file.closed:
+            continue
+        if not is_at(path, os.fstat(file.fileno())):
+            try:
+                place = os.readlink(f"/proc/self/fd/{file.fileno()}")
+            except OSError:  # not Linux
+                return ""
+            return "" if place.endswith(" (deleted)") else place
+    return None
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -52,15 +52,55 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_plain(value: Any) -> None:
+    """Checks a value of a file that is not YAML by the limits for YAML: see `check_yaml`. Raises ValueError."""
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        inner: list[Any] = []
+        if isinstance(node, dict):
+            if not all(isinstance(key, str | int) for key in node):
+                raise ValueError("has a key that is not a text")
+            inner = list(node.values())
+        elif isinstance(node, list | tuple):
+            inner = list(node)
+        elif not (node is None or isinstance(node, str | int | float)):
+            raise ValueError(f"has a value of type {type(node).__name__}")
+        count += len(inner)
+        if count > _MAX_NODES:
+            raise ValueError(f"has more than {_MAX_NODES} values")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep")
+        waiting += [(item, depth + 1) for item in inner]
+
+
 def read_regular(path: Path, limit: int = _MAX_BYTES) -> bytes:
     """Reads a regular file of at most `limit` bytes; never waits for a FIFO or a device. Raises ValueError, OSError."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is not a regular file")
-        if status.st_size > limit:
-            raise ValueError(f"has more than {limit} bytes")
-        return file.read()
+    with _open_regular(path, limit) as file:
+        return file.read(limit)
+
+
+def regular_lines(path: Path, limit: int) -> Iterator[bytes]:
+    """Opens a file as `read_regular` does, and returns its lines, which are read one by one."""
+    file = _open_regular(path, limit)
+
+    def lines() -> Iterator[bytes]:
+        with file:
+            while line := file.readline(_MAX_BYTES):  # the parts of a longer line
+                yield line
+
+    return lines()
+
+
+def _open_regular(path: Path, limit: int) -> BinaryIO:
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+    status = os.fstat(file.fileno())
+    reason = f"has more than {limit} bytes" if status.st_size > limit else None
+    reason = reason if stat.S_ISREG(status.st_mode) else "is not a regular file"
+    if reason is not None:
+        file.close()
+        raise ValueError(reason)
+    return file
 
 
 def load_yaml(path: Path) -> Any:

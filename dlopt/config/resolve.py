@@ -21,7 +21,7 @@ from dlopt.config.keys import LABELS
 from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.packages import entries
 from dlopt.config.schema import show
-from dlopt.config.trust import leaves
+from dlopt.config.trust import check_expansion, leaves
 
 _TARGET = "._target_"
 _IS_NAME = re.compile(r".*\._target_|name|data\.classes|hydra\.runtime\.choices\..*")
@@ -218,6 +218,7 @@ def show_config(config: DictConfig, part: str, package: str | None, *, resolve: 
 
 def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Resolves the environment variables in a saved config again, except in its labels. Raises `UserError`."""
+    check_expansion({key: value for key, value in saved.items() if key not in LABELS})
     labels = {key: _escaped(saved[key]) for key in LABELS if key in saved}
     return to_plain(OmegaConf.create({**saved, **labels}), None)[0]
 

@@ -85,7 +85,11 @@ def check_expansion(config: Mapping[str, Any]) -> None:
         return sizes[key]
 
     for key, text in texts.items():
-        if size(key) > _MAX_VALUES:
+        try:
+            total = size(key)
+        except RecursionError:  # a chain of thousands of references
+            total = _MAX_VALUES + 1
+        if total > _MAX_VALUES:
             shown = text if len(text) <= 60 else f"{text[:60]}..."
             raise UserError(f"{key}={shown}: its interpolations expand to more than {_MAX_VALUES} values")
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import refuse_special
+from dlopt.basics.formats import printable
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.checks import left_out_note
 from dlopt.data.images import decode_bytes
@@ -54,16 +55,17 @@ def parquet(
     """
     columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target]))
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
-    tables, others, count = [], Counter[str](), 0
+    tables, others, count, roots = [], Counter[str](), 0, set[str]()
     for key, files in splits.items():
         found = None if files is None else find_files(key, files, ".parquet")
         tables.append((key, None if found is None else read_parquet(key, found[0], columns)))
         if found is not None:
             others.update(found[1])
             count += len(found[0])
+            roots |= {os.path.dirname(os.path.realpath(path)) for path in found[0]}
     source = f"rows of {count:,} file{'s' * (count > 1)}"
     form: dict[str, Any] = {"labels": labels, "channels": channels, "image_size": image_size}
-    return _dataset(tables, input, target, **form, source=source, notes=left_out_note(others))
+    return _dataset(tables, input, target, **form, source=source, notes=left_out_note(others), roots=sorted(roots))
 
 
 def _dataset(
@@ -71,13 +73,17 @@ def _dataset(
     input: str | Sequence[str],
     target: str,
     *,
+    roots: Sequence[str] = (),
     labels: Labels,
     channels: Channels,
     image_size: int | tuple[int, int] | None,
     source: str,
     notes: tuple[str, ...] = (),
 ) -> Dataset:
-    """Builds a dataset from the tables of training, validation and test set, each with the key that set it."""
+    """Builds a dataset from the tables of training, validation and test set, each with the key that set it.
+
+    `roots`: folders below which images outside of the tables may be; (): anywhere.
+    """
     names = [input] if isinstance(input, str) else list(input)
     if not names:
         raise UserError("data.input=[]: name at least one column")
@@ -89,7 +95,7 @@ def _dataset(
                 raise UserError(f"{option}={name}: {key} has no such column; it has {', '.join(table.column_names)}")
         if len(table) == 0:
             raise UserError(f"{key}: has no rows")
-    tables = [(key, None if table is None else Columns(key, table, names, target)) for key, table in splits]
+    tables = [(key, None if table is None else Columns(key, table, names, target, roots)) for key, table in splits]
     for _, columns in tables:
         if columns is not None:
             _refuse_unlabelled(columns)
@@ -99,8 +105,8 @@ def _dataset(
 class Columns:
     """Columns of an Arrow table; see `dlopt.data.rows.Table`."""
 
-    def __init__(self, key: str, table: Any, names: Sequence[str], target: str) -> None:
-        self.target = target
+    def __init__(self, key: str, table: Any, names: Sequence[str], target: str, roots: Sequence[str] = ()) -> None:
+        self.target, self._roots = target, roots
         self.encoded = _is_encoded(table.schema.field(names[0]).type)
         self._key, self.table, self._names = key, table, names
 
@@ -118,7 +124,7 @@ class Columns:
     def read(self, start: int, stop: int) -> bytes:
         if self._are_paths:  # which differ in a moved folder
             column, where = self.table.column(self._names[0]), f"{self._key}: {self._names[0]}"
-            files = (_file(column[row].as_py() or {}, where) or b"" for row in range(start, stop))
+            files = (_file(column[row].as_py() or {}, where, self._roots) or b"" for row in range(start, stop))
             return b"".join(len(content).to_bytes(8, "little") + content for content in files)
         # The format of Arrow's messages does not depend on how the table is divided into chunks and row groups.
         rows = self.table.select(self._names).slice(start, stop - start).replace_schema_metadata(None).combine_chunks()
@@ -132,7 +138,7 @@ class Columns:
         return self.encoded and is_struct and any(chunk.field("bytes").null_count for chunk in column.chunks)
 
     def value(self, row: int, channels: Channels) -> Any:
-        return _value(self.table, self._names, row, channels, self._key)
+        return _value(self.table, self._names, row, channels, self._key, self._roots)
 
     def place(self, row: int) -> str:
         return f"{self._key}, row {row}"
@@ -150,7 +156,9 @@ class Columns:
         return ((name, column.combine_chunks().to_numpy(zero_copy_only=False)) for name, column in columns)
 
 
-def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key: str) -> Any:
+def _value(
+    table: Any, names: Sequence[str], index: int, channels: Channels, key: str, roots: Sequence[str] = ()
+) -> Any:
     """Returns the input in a row: an image uint8 [C, H, W], or an array as `Wrapped` reads it."""
     if len(names) > 1 or _is_number(table.schema.field(names[0]).type):
         return np.array([_number(table, name, index, key) for name in names], dtype=np.float64)  # `Wrapped` rounds them
@@ -158,7 +166,7 @@ def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key
     where = f"{key}, row {index}: {name}"
     value = table.column(name)[index].as_py()
     if isinstance(value, Mapping):
-        value = _file(value, where)
+        value = _file(value, where, roots)
     if value is None:
         raise UserError(f"{where} is missing")
     if isinstance(value, bytes):
@@ -174,15 +182,22 @@ def _value(table: Any, names: Sequence[str], index: int, channels: Channels, key
     return array.astype(np.uint8 if is_image else np.float64)
 
 
-def _file(value: Mapping[str, Any], where: str) -> bytes | None:
-    """Returns the content of an image file stored as {bytes, path}, as the package datasets does."""
+def _file(value: Mapping[str, Any], where: str, roots: Sequence[str] = ()) -> bytes | None:
+    """Returns the content of an image file stored as {bytes, path}, as the package datasets does.
+
+    A table of others must not read any picture of this machine: the file must be below one of `roots`, if any.
+    """
     content, path = value.get("bytes"), value.get("path")
     if content is None and path is not None:
+        file = Path(path).expanduser()
+        real = Path(os.path.realpath(file))
+        if roots and not any(real.is_relative_to(root) for root in roots):
+            raise UserError(f"{where}: {printable(path)}: is not in the folder of the Parquet file; move it there")
         try:
-            refuse_special(Path(path).expanduser())
-            return Path(path).expanduser().read_bytes()
+            refuse_special(file)
+            return file.read_bytes()
         except OSError as error:
-            raise UserError(f"{where}: {path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{where}: {printable(path)}: cannot be read ({error.strerror})") from None
     return content if content is None or isinstance(content, bytes) else bytes(content)
 
 

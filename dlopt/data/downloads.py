@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from dlopt.data.samples import Dataset, InMemory
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 _IDX_STEMS = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+_LONGEST_HEADER = 4 + 4 * 255  # bytes
+_MAX_IDX = 1 << 30  # bytes; the largest set of this format, EMNIST, has 640 MB
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -43,19 +46,23 @@ def read_idx(path: Path) -> Tensor:
         UserError: the file cannot be read, is damaged, or has another type than unsigned bytes.
     """
     try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(_LONGEST_HEADER)
+            if len(head) < 4 or head[:3] != b"\x00\x00\x08":
+                raise UserError(f"{path}: is not an IDX file of unsigned bytes")
+            start = 4 + 4 * head[3]
+            shape = np.frombuffer(head[4:start].ljust(4 * head[3], b"\0"), dtype=">u4").astype(int).tolist()
+            size = math.prod(shape)
+            if size > _MAX_IDX or len(head) < start:
+                raise UserError(f"{path}: is damaged or too large: the shape {shape} in the header is {size} bytes")
+            # No more: a compressed file may expand to any length.
+            data = head[start:] + file.read(max(size + 1 - len(head[start:]), 0))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise UserError(f"{path}: is not an IDX file of unsigned bytes")
-    dimensions = data[3]
-    start = 4 + 4 * dimensions
-    shape = np.frombuffer(data[4:start].ljust(4 * dimensions, b"\0"), dtype=">u4").astype(np.int64).tolist()
-    if len(data) - start != int(np.prod(shape)):
-        raise UserError(f"{path}: is damaged: {len(data) - start} bytes of data for the shape {shape} in the header")
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape).copy())
+    if len(data) != size:
+        found = f"{len(data)} bytes" if len(data) < size else f"more than {size} bytes"
+        raise UserError(f"{path}: is damaged: {found} of data for the shape {shape} in the header")
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).reshape(shape).copy())
 
 
 def _load_idx(

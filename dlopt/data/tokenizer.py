@@ -36,7 +36,9 @@ class Tokenizer:
         library = _library(source)
         try:
             self._tokenizer = library.Tokenizer.from_str(description)
-        except Exception as error:  # the package raises Exception itself
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises Exception itself, and panics of Rust are no Exception
             raise UserError(f"{source}: is not a tokenizer.json ({error})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

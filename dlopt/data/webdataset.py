@@ -180,7 +180,7 @@ def _decode(content: bytes, name: str, where: str) -> Any:
                 return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
             case "json":
                 return _field(json.loads(content), extension, fields, where)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:  # of a header that claims a large array
         if kind == "cls":
             shown = content[:40].decode(errors="replace").strip()
             raise UserError(f"{where} is {shown!r}, not an integer; txt and json may have names of classes") from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 from rich.console import Console
 
+from dlopt.basics.folders import inside
 from dlopt.extend import Table, write_atomically
 from dlopt.results import drawing
 from dlopt.results.page import read_text, render
@@ -81,8 +82,8 @@ def picture(figure: "Figure") -> dict[str, Any]:
 def write(
     folder: Path, texts: Mapping[str, str], figures: Mapping[str, "Figure"], formats: Sequence[str]
 ) -> list[Path]:
-    """Writes `texts` by file name, and figures/NAME.FORMAT; returns the paths. Raises OSError."""
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    """Writes `texts` by file name, and figures/NAME.FORMAT; returns the paths. Raises OSError and `UserError`."""
+    inside(folder, "figures", str(folder)).mkdir(parents=True, exist_ok=True)
     written: dict[Path, bytes | str] = {folder / name: text for name, text in texts.items()}
     for name, figure in figures.items():
         written |= {folder / "figures" / f"{name}.{form}": drawing.encoded(figure, form) for form in formats}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Generic, Protocol, TypeVar
 
+from dlopt.basics.folders import inside
 from dlopt.basics.locks import hold
 from dlopt.config.overrides import is_hydra, is_typed
 from dlopt.config.plan import as_job, checked
@@ -150,7 +151,7 @@ class ClaimedTrials(JobSource, Generic[T]):
 
     def next(self) -> Job | None:
         for trial in list(self.waiting):
-            folder = RunFolder(self.request.folder / trial.subfolder)
+            folder = RunFolder(inside(self.request.folder, trial.subfolder, f"output={self.request.folder}"))
             lock = claim(folder.path)
             if lock is None:
                 continue
@@ -166,7 +167,7 @@ class ClaimedTrials(JobSource, Generic[T]):
         return None
 
     def ended(self, job: Job, result: JobResult) -> None:
-        if has_ended(job.folder):
+        if has_ended(job.folder) and not job.folder.checkpoints.is_symlink():
             for path in job.folder.checkpoints.glob("*"):
                 if not self._kept(path):
                     path.unlink(missing_ok=True)

@@ -11,8 +11,8 @@ from dlopt.basics.formats import format_value as text
 from dlopt.metrics.names import Metric
 from dlopt.results.leaderboard import ENDED, Difference, Record, Row, Statistic
 from dlopt.results.ranking import Ranking, against_published, recipe_label, time_to_target
-from dlopt.results.reading import number_in, tags_of
-from dlopt.results.tables import Table
+from dlopt.results.reading import tags_of
+from dlopt.results.tables import Table, spreadsheet_cell
 from dlopt.tracking.terminal_text import short_path
 
 _LABELS = ("mean_average_precision", "macro_f1", "micro_f1")
@@ -98,7 +98,7 @@ def summary_csv(ranking: Ranking, target: float | None, *, test: bool) -> str:
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     has_tags = any(map(tags_text, ranking.rows))
-    writer.writerow([*header, *(["tags"] if has_tags else []), "folders", "command"])
+    writer.writerow(map(spreadsheet_cell, [*header, *(["tags"] if has_tags else []), "folders", "command"]))
     for rank, row in enumerate(ranking.rows, 1):
         visible = metrics + (tests if test or rank == 1 else [])
         cells: list[Any] = [rank, *(text(row.values[key]) if key in row.values else "" for key in ranking.keys)]
@@ -114,18 +114,9 @@ def summary_csv(ranking: Ranking, target: float | None, *, test: bool) -> str:
             cells += [target, reached.count, _mean_and_std(reached.steps)[0], _mean_and_std(reached.seconds)[0]]
         cells += [tags_text(row)] if has_tags else []
         cells += [" ".join(short_path(run.path) for run in row.runs), row.command or ""]
-        writer.writerow([_cell(cell) for cell in cells])
+        writer.writerow(map(spreadsheet_cell, cells))
     return output.getvalue()
 
 
 def _mean_and_std(statistic: Statistic | None) -> list[float | None]:
     return [None, None] if statistic is None else [statistic.mean, statistic.std]
-
-
-def _cell(value: Any) -> Any:
-    """Quotes text that a spreadsheet would evaluate as a formula."""
-    if not isinstance(value, str):
-        return "" if value is None else value
-    value = printable(value)
-    is_formula = value[:1] in ("=", "+", "-", "@") and number_in(value) is None
-    return f"'{value}" if is_formula else value

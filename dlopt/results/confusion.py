@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dlopt.results import drawing
+from dlopt.results.tables import spreadsheet_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,8 +20,9 @@ def confusion_table(confusion: "Tensor", classes: Sequence[str]) -> str:
     """Formats counts [true, predicted] as CSV: one row per true class, one column per predicted class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *classes])
-    for name, row in zip(classes, confusion.tolist(), strict=True):
+    names = list(map(spreadsheet_cell, classes))
+    writer.writerow(["true \\ predicted", *names])
+    for name, row in zip(names, confusion.tolist(), strict=True):
         writer.writerow([name, *row])
     return text.getvalue()
 

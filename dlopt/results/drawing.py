@@ -1,12 +1,15 @@
 """Shared plotting helpers: figures, distinguishable line styles, axes, legends, files."""
 
+import contextlib
 import io
 import math
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dlopt.basics.files import write_atomically
 from dlopt.metrics.names import in_words
 
 if TYPE_CHECKING:
@@ -27,12 +30,22 @@ METADATA: Mapping[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg":
 
 def figure(width: float, height: float, title: str = "", *, fontsize: float = 11) -> "Figure":
     """Creates an empty figure (size in inches) with constrained layout."""
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
     if title:
         made.suptitle(title, fontsize=fontsize)
     return made
+
+
+def import_matplotlib() -> None:
+    """Imports matplotlib without a `matplotlibrc` of the current folder: it may be of others, and names programs."""
+    if "matplotlib" not in sys.modules:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # the current folder was removed
+                stack.enter_context(contextlib.chdir("/"))
+            import matplotlib  # noqa: F401
 
 
 def clean_axes(*panels: "Axes", **grid: Any) -> None:
@@ -164,5 +177,5 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
     fix_layout(figure)
     paths = [folder / f"{name}.{form}" for form in ("png", "svg")]
     for path in paths:
-        path.write_bytes(encoded(figure, path.suffix[1:]))
+        write_atomically(path, encoded(figure, path.suffix[1:]))
     return paths

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_atomically
-from dlopt.basics.folders import refuse_url
+from dlopt.basics.folders import inside, refuse_url
 from dlopt.basics.secrets import redact
 from dlopt.results import drawing, paper
 from dlopt.results.columns import summary_csv
@@ -75,7 +75,7 @@ def destination(
     chosen: Sequence[Format] | None = (formats,) if isinstance(formats, str) else formats
     if chosen is not None and not chosen:
         raise UserError("format=[]: needs at least one format")
-    path = folder / "report" if output is None else Path(output)
+    path = inside(folder, "report", str(folder)) if output is None else Path(output)
     if output is not None:
         refuse_url(output, "output")
     is_file = output is not None and not output.endswith("/") and path.suffix != "" and not path.is_dir()

@@ -45,7 +45,7 @@ class Record:
     status: str
     config: Mapping[str, Any]
     metrics: Mapping[str, Any]
-    history: tuple[Mapping[str, float], ...] = ()
+    history: Sequence[Mapping[str, float]] = ()
     overrides: Sequence[str] = ()
     reason: str | None = None
     commit: str | None = None

@@ -14,6 +14,7 @@ from dlopt.basics.formats import brief
 from dlopt.basics.formats import format_value as text
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS, MARKERS, literal, metric_label, style
+from dlopt.results.history import columns
 from dlopt.results.ranking import (
     Configuration,
     Ranking,
@@ -93,8 +94,10 @@ def learning_curves(ranking: Ranking, against: str) -> "Figure | None":
 
 def _against_updates(ranking: Ranking) -> "Figure | None":
     """Plots against updates; None if all epochs have the same length, because the plot against epochs is the same."""
-    lines = (line for row in _rows(ranking) for run in row.runs for line in run.history)
-    lengths = {round(line["step"] / line["epoch"], 3) for line in lines if line["epoch"] > 0}
+    lengths: set[float] = set()
+    for run in (run for row in _rows(ranking) for run in row.runs):
+        steps, epochs = columns(run.history, ["step", "epoch"]).T
+        lengths |= set(np.unique((steps[epochs > 0] / epochs[epochs > 0]).round(3)).tolist())
     return learning_curves(ranking, "step") if len(lengths) > 1 else None
 
 

@@ -22,6 +22,7 @@ from dlopt.basics.roles import Role
 from dlopt.config.keys import ROUNDING, role_of
 from dlopt.config.overrides import group_of, key_of
 from dlopt.metrics.names import column_of, mode_of, split_of
+from dlopt.results.history import columns
 from dlopt.results.leaderboard import (
     Row,
     Statistic,
@@ -41,10 +42,12 @@ _LR = "optimizer.lr"
 _MIN_CONFIGURATIONS = 6  # for an estimate of importance
 _MIN_EXPLAINED = 0.3  # of the variance of held-out configurations; noise alone rarely reaches it
 _SMALLEST = 1e-300  # of a target that is rounded; the reciprocals of smaller numbers are out of range
+_MAX_POINTS = 20_000  # of a curve; a plot cannot show more
 _MANY_SEEDS = 5  # the 95 % confidence interval of three runs is 2.5 standard deviations to each side
 _OVERRIDE = re.compile(r"([+~]{0,2}|--config-(?=dir=|name=))\w[\w./@-]*(=.*)?")
 # How one run is stored and started. Other keys of these roles are needed to repeat it (device, experiment).
-_NOT_REPEATED = ("hydra", "name", "resume", "dry_run")
+# `allow_packages`: whoever pastes the command of a run of others must not trust its packages by that.
+_NOT_REPEATED = ("hydra", "name", "resume", "dry_run", "allow_packages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,7 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
         label = " ".join(f"{short_key(key, keys)}={brief(value)}" for key, value in values.items())
         firsts: dict[object, Record] = {}
         for run in row.runs:
-            firsts.setdefault((run.seeds, tuple((line["epoch"], line.get(by)) for line in run.history)), run)
+            firsts.setdefault((run.seeds, columns(run.history, ["epoch", by]).tobytes()), run)
         label = printable(label or short_path(row.runs[0].path))
         own = {"label": label, "values": values, "distinct": tuple(firsts.values())}
         rows.append(Configuration(**vars(row) | own))
@@ -138,8 +141,7 @@ def command(run: Record) -> str | None:
 def command_from(run: Record) -> str | None:
     """Returns the command that repeats the run from its folder, even if defaults have changed since."""
     flags = [word for word in run.overrides if word.startswith("--")]
-    trusted = [word for word in run.overrides if key_of(word) == "allow_packages"]
-    return _shell([*flags, f"from={short_path(run.path)}", *trusted])
+    return _shell([*flags, f"from={short_path(run.path)}"])
 
 
 def _repeatable(overrides: Iterable[str], *omitted: str) -> list[str] | None:
@@ -265,8 +267,8 @@ def band(runs: Sequence[Record], metric: str) -> Band | None:
     seconds would jump where a slower run begins or ends.
     """
     names = (*AXES, metric)
-    points = [[[line.get(name, np.nan) for name in names] for line in run.history if metric in line] for run in runs]
-    curves = [np.array(curve, dtype=float) for curve in points if curve]
+    points = (columns(run.history, names) for run in runs)
+    curves = [_thinned(known) for curve in points if len(known := curve[~np.isnan(curve[:, -1])])]
     if not curves:
         return None
     epochs = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
@@ -291,6 +293,13 @@ def band(runs: Sequence[Record], metric: str) -> Band | None:
     spreads["range"] = np.nanmin(values, 0), np.nanmax(values, 0)
     x = {name: _mean_positions(each[:, kept]) for name, each in zip(AXES, positions, strict=True)}
     return Band(x, mean, spreads, count)
+
+
+def _thinned(curve: np.ndarray) -> np.ndarray:
+    """Returns evenly spaced lines of a long curve, with the first and the last."""
+    if len(curve) <= _MAX_POINTS:
+        return curve
+    return curve[np.linspace(0, len(curve) - 1, _MAX_POINTS).round().astype(int)]
 
 
 def _at(epochs: np.ndarray, curve: np.ndarray) -> np.ndarray:
@@ -470,8 +479,8 @@ def time_to_target(row: Configuration, by: str, target: float, lower: bool | Non
     lower = direction_of(by) == "minimize" if lower is None else lower
     sign = 1 if lower else -1
     runs = [run for run in row.distinct if run.status not in OPEN]
-    good = [[line for line in run.history if by in line and sign * line[by] <= sign * target] for run in runs]
-    reached = [lines[0] for lines in good if lines]
+    good = [(run.history, columns(run.history, [by])[:, 0] * sign <= sign * target) for run in runs]
+    reached = [history[int(is_good.argmax())] for history, is_good in good if is_good.any()]
     seconds = [line["seconds"] for line in reached if "seconds" in line]
     return Reached(len(reached), len(runs), statistic([line["step"] for line in reached]), statistic(seconds))
 

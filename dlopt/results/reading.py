@@ -18,9 +18,10 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
-from dlopt.basics.plain_values import flatten, load_yaml, read_regular
+from dlopt.basics.plain_values import flatten, load_yaml, read_regular, regular_lines
 from dlopt.config.keys import LABELS
 from dlopt.metrics.names import column_of, mode_of, monitored_modes, resolve_monitor, selection_key, split_of
+from dlopt.results.history import History
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 from dlopt.tracking.terminal_text import choices_of_groups, short_path
@@ -112,7 +113,7 @@ def _read(path: Path) -> Record:
         raise _DamageError("has a config.yaml, but no other file of a run; another tool may have written it")
     environment = _mapping(path / "environment.json", _json) or {}
     summary = _mapping(path / SUMMARY, _json)
-    history = tuple(_lines(path / METRICS))
+    history = History(_lines(path / METRICS))
     overrides = tuple(RunFolder(path).typed())
     status = _status(path, summary)
     if status == "running" or summary is None:  # the summary of a resumed, running run is outdated
@@ -145,7 +146,7 @@ def _mapping(path: Path, load: Callable[[Path], Any]) -> dict[str, Any] | None:
 def _lines(path: Path) -> Iterator[dict[str, float]]:
     """Yields the evaluated epochs, without an incomplete last line of a running or killed run."""
     try:
-        lines = read_regular(path, _MAX_METRICS).split(b"\n")
+        lines = regular_lines(path, _MAX_METRICS)
     except FileNotFoundError:
         return
     except ValueError as error:
@@ -154,7 +155,7 @@ def _lines(path: Path) -> Iterator[dict[str, float]]:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
-            if number == len(lines):
+            if not line.endswith(b"\n") and next(lines, None) is None:
                 return
             raise _DamageError(f"{path.name} is damaged in line {number}") from None
         if not isinstance(entry, dict) or not {"epoch", "step"} <= (numbers := _numbers(entry)).keys():
@@ -194,13 +195,12 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
     return flat
 
 
-def _metrics(
-    summary: Mapping[str, Any], history: tuple[Mapping[str, float], ...], config: Mapping[str, Any]
-) -> dict[str, float]:
+def _metrics(summary: Mapping[str, Any], history: History, config: Mapping[str, Any]) -> dict[str, float]:
     metrics: dict[str, Any] = {}
     if history:
-        chosen = (line for line in history if line["epoch"] == summary.get("best_epoch"))
-        last, best = history[-1], next(chosen, None) or _best_line(history, config)
+        chosen = (i for i, epoch in enumerate(history.values("epoch")) if epoch == summary.get("best_epoch"))
+        at = next(chosen, None)
+        last, best = history[-1], _best_line(history, config) if at is None else history[at]
         metrics = {k: v for k, v in last.items() if split_of(k) != "val" and k not in ("epoch", "step", "lr")}
         metrics |= {"epochs": last["epoch"], "steps": last["step"]}
         if best is not None:
@@ -213,9 +213,9 @@ def _metrics(
     return _numbers(metrics)
 
 
-def _best_line(history: Sequence[Mapping[str, float]], config: Mapping[str, Any]) -> Mapping[str, float] | None:
+def _best_line(history: History, config: Mapping[str, Any]) -> Mapping[str, float] | None:
     """Returns the epoch of the best model, as training selects it. For runs without a summary. `config`: of the run."""
-    logged = {name: value for line in history for name, value in line.items()}
+    logged = history.latest()
     monitor, modes = resolve_monitor(str(config.get("monitor", "auto")), logged), monitored_modes(flatten(config))
     if mode_of(monitor, modes) is None:
         return None

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.text import Text
 
 from dlopt.basics.formats import printable
+from dlopt.results.reading import number_in
 from dlopt.tracking.terminal_text import FittedTable, plain_table
 
 _SPECIAL = {
@@ -51,7 +53,7 @@ class Table:
     def markdown(self) -> list[str]:
         """Returns the lines of a Markdown table."""
         rule = [*["---"] * self.texts, *["---:"] * (len(self.heads) - self.texts)]
-        lines = [[printable(cell).replace("|", r"\|") for cell in cells] for cells in (self.heads, rule, *self.rows)]
+        lines = [list(map(_markdown, self.heads)), rule, *(list(map(_markdown, row)) for row in self.rows)]
         return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
@@ -62,6 +64,22 @@ class Section:
     title: str
     table: Table
     lines: Sequence[str]
+
+
+def spreadsheet_cell(value: Any) -> Any:
+    """Quotes text that a spreadsheet would evaluate as a formula."""
+    if not isinstance(value, str):
+        return "" if value is None else value
+    value = printable(value)
+    is_formula = value[:1] in ("=", "+", "-", "@") and number_in(value) is None
+    return f"'{value}" if is_formula else value
+
+
+def _markdown(cell: str) -> str:
+    """Escapes what would end the cell, or be a tag or a link."""
+    for special, escaped in (("\\", r"\\"), ("|", r"\|"), ("<", "&lt;"), ("](", r"]\(")):
+        cell = cell.replace(special, escaped)
+    return printable(cell)
 
 
 def _escaped(text: str) -> str:

@@ -1,13 +1,13 @@
 """The folder of a run: a new one, or that of the run to resume with its newest checkpoint."""
 
 import contextlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.files import write_atomically
 from dlopt.basics.folders import FolderSnapshot, RunFolder, make, make_new, new_run_id
 from dlopt.config.compose import typed_folder
 from dlopt.config.plan import Plan
@@ -187,7 +187,7 @@ def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None
     # A crash in between does no harm: with these files only, the folder counts as not begun (`has_begun`), and the next
     # start copies them again.
     if (source.path / "metrics.jsonl").is_file():
-        shutil.copy(source.path / "metrics.jsonl", target.path / "metrics.jsonl")
+        write_atomically(target.path / "metrics.jsonl", (source.path / "metrics.jsonl").read_bytes())
     best = Checkpoints(source.checkpoints).best
     with contextlib.suppress(UserError):
         if best_epoch is not None and load(best).evaluated_epoch == best_epoch:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import FAILED, INTERRUPTED, USER_ERROR, ReportedError, RunError, UserError
 from dlopt.basics.files import read_json, write_atomically, write_json, write_yaml
-from dlopt.basics.folders import FORMAT, RunFolder, new_run_id
+from dlopt.basics.folders import FORMAT, RunFolder, new_run_id, refuse_links
 from dlopt.basics.interruption import print_error, print_line
 from dlopt.basics.secrets import redact_bytes
 from dlopt.config.keys import LABELS
@@ -46,17 +46,20 @@ def report(run: "Run", error: Exception | KeyboardInterrupt, *, prints: bool = T
     if not rendezvous.first_to_fail():
         return code
     diverged, frames = isinstance(error, Diverged), None
+    ids = {RunFolder(run.folder).run_id(), run.run_config.config.get("run_id")}
+    is_own = None in ids or len(ids) == 1  # not that of another run, in place of this run's, which was renamed
     message = reason
     if reason is None:
         frames = traceback.format_exc()
         with contextlib.suppress(OSError):
-            write_atomically(run.folder / "traceback.txt", frames)
+            if is_own:
+                write_atomically(run.folder / "traceback.txt", frames)
         reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
         message = f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}"
     if prints and not (may_diverge and diverged):
         print_error(str(message))
     # A folder that existed before keeps the reason of a UserError; a new one is removed.
-    if code == FAILED or is_job_of_sweep(run):
+    if is_own and (code == FAILED or is_job_of_sweep(run)):
         record_failure(run.folder, reason, diverged=diverged)
     if prints and frames is not None:
         print_line(frames)
@@ -113,6 +116,7 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     A resumed run keeps its tags and its note, which `dlopt runs tag` may have changed, unless others are typed; and its
     id. Raises `UserError` if the folder is not writable.
     """
+    refuse_links(folder, f"hydra.run.dir={folder}")
     overrides = storable(overrides)
     former, before = RunFolder(folder).config() or {}, RunFolder(folder).typed()
     config = {"run_id": RunFolder(folder).run_id() or new_run_id(), **config}

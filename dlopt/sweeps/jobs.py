@@ -9,7 +9,7 @@ from typing import Any
 
 from dlopt.basics.errors import DONE, INTERRUPTED, UserError
 from dlopt.basics.files import write_json
-from dlopt.basics.folders import RunFolder
+from dlopt.basics.folders import RunFolder, inside
 from dlopt.config.plan import Plan
 from dlopt.config.resuming import refuse_other_config
 from dlopt.run.record import describe
@@ -57,12 +57,17 @@ PlanJob = Callable[[Sequence[str], int], Plan]
 
 
 def build_job(plan_job: PlanJob, sweep: Path, overrides: Sequence[str], number: int, label: str) -> Job:
-    """Composes a job in the folder `sweep`; one that cannot be composed fails when it is started."""
+    """Composes a job in the folder `sweep`; one that cannot be composed fails when it is started.
+
+    Raises `UserError` if a link leads to the job's folder.
+    """
+    composed: Plan | UserError
     try:
-        plan = plan_job(overrides, number)
+        composed = plan_job(overrides, number)
     except UserError as error:
-        return Job(number, RunFolder(sweep / str(number)), error, label)
-    return Job(number, RunFolder(sweep / plan.subfolder), plan, label)
+        composed = error
+    name = str(number) if isinstance(composed, UserError) else composed.subfolder
+    return Job(number, RunFolder(inside(sweep, name, f"hydra.sweep.dir={sweep}")), composed, label)
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest
+from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest, refuse_links
 from dlopt.config.compose import Composer
 from dlopt.config.packages import series_of
 from dlopt.config.plan import Plan, as_job, checked
@@ -53,6 +53,7 @@ class SweepRequest:
             check(folder, "resume=auto")
         else:
             folder = make_new(self.path, "hydra.sweep.dir")
+        refuse_links(folder, f"hydra.sweep.dir={folder}")
         self.found[:] = [folder]
         return folder
 

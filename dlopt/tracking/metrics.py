@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.basics.errors import RunError
-from dlopt.basics.files import read_json, write_atomically
+from dlopt.basics.files import is_at, read_json, write_atomically
 from dlopt.basics.plain_values import without_nan
 from dlopt.basics.secrets import redact, redacted
 
@@ -84,6 +84,10 @@ class AppendFile:
         self._warn: Callable[[str], None] | None = warn
         self._limit = limit
         self._file: int | None = None
+        self._folder: os.stat_result | None = None  # of the open file
+        # Only at the start: a folder that is removed during a run must not come back with this file only.
+        with contextlib.suppress(OSError):  # reported by `flush`
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, record: bytes) -> None:
         self.pending += record
@@ -92,8 +96,10 @@ class AppendFile:
         if not self.pending:
             return
         try:
+            if self._is_removed():
+                self._close()
             if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._folder = os.stat(self.path.parent)
                 self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             size = os.fstat(self._file).st_size
             written = 0
@@ -112,8 +118,17 @@ class AppendFile:
             if warn is not None:
                 warn(f"{self.path}: cannot be written ({error.strerror}); training continues without it")
 
+    def _is_removed(self) -> bool:
+        """Returns whether the open file has left its folder; false if the folder itself was renamed."""
+        if self._file is None or self._folder is None or not is_at(self.path.parent, self._folder):
+            return False
+        return not is_at(self.path, os.fstat(self._file))
+
     def close(self) -> None:
         self.flush()
+        self._close()
+
+    def _close(self) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.close(self._file)

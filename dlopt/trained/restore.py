@@ -25,6 +25,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.training.builders.precision import Precision, choose_precision
 from dlopt.training.builders.workload import model_arguments
 from dlopt.training.checkpoint.checkpoints import foreign, load
+from dlopt.training.checkpoint.content import blamed
 
 
 @dataclass(frozen=True)
@@ -87,32 +88,33 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     precision = choose_precision(settings.precision, device)
     if is_widened := precision.name == "bf16_pure" and has_adapters(checkpoint.model):
         precision = choose_precision("fp32", device)
-    normalize: nn.Module = run_config.normalize.build(input_shape=checkpoint.sample)
-    task = checkpoint.task
-    module: nn.Module = run_config.model.build(**model_arguments(task, checkpoint.window))
-    loss: nn.Module = run_config.loss.build(classes=task.classes, labels=task.labels)
-    # Placed first: loading rounds to the present dtype.
-    normalize, module = precision.place_data(normalize), precision.place(module)
-    normalize.load_state_dict(checkpoint.normalize)
-    module.load_state_dict(checkpoint.merged_weights)
-    return Trained(
-        mode=mode,
-        normalize=normalize.eval(),
-        module=module.eval(),
-        loss=precision.place_data(loss).eval(),
-        precision=precision,
-        classes=checkpoint.classes,
-        task=task,
-        sample=checkpoint.sample,
-        window=checkpoint.window,
-        run_config=run_config,
-        config=checkpoint.config,
-        epoch=checkpoint.epoch,
-        tokenizer=None if (text := checkpoint.tokenizer) is None else Tokenizer(text, f"checkpoint={path}"),
-        identity=checkpoint.identity,
-        foreign=foreign(path, checkpoint),
-        is_widened=is_widened,
-    )
+    with blamed(f"checkpoint={path}"):
+        normalize: nn.Module = run_config.normalize.build(input_shape=checkpoint.sample)
+        task = checkpoint.task
+        module: nn.Module = run_config.model.build(**model_arguments(task, checkpoint.window))
+        loss: nn.Module = run_config.loss.build(classes=task.classes, labels=task.labels)
+        # Placed first: loading rounds to the present dtype.
+        normalize, module = precision.place_data(normalize), precision.place(module)
+        normalize.load_state_dict(checkpoint.normalize)
+        module.load_state_dict(checkpoint.merged_weights)
+        return Trained(
+            mode=mode,
+            normalize=normalize.eval(),
+            module=module.eval(),
+            loss=precision.place_data(loss).eval(),
+            precision=precision,
+            classes=checkpoint.classes,
+            task=task,
+            sample=checkpoint.sample,
+            window=checkpoint.window,
+            run_config=run_config,
+            config=checkpoint.config,
+            epoch=checkpoint.epoch,
+            tokenizer=None if (text := checkpoint.tokenizer) is None else Tokenizer(text, f"checkpoint={path}"),
+            identity=checkpoint.identity,
+            foreign=foreign(path, checkpoint),
+            is_widened=is_widened,
+        )
 
 
 @contextlib.contextmanager

@@ -193,6 +193,7 @@ class Trainer:
             progress.epoch, progress.position = epoch, 0
         clock.stop(training=False)
         improved = False
+        self.checkpoints.refuse_moved()  # before the evaluation is recorded
         if evaluated:
             progress.evaluated = metrics["epoch"]
             metrics |= {"seconds": progress.seconds, **throughput}

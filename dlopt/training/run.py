@@ -37,7 +37,7 @@ from dlopt.training.builders.workload import (
     training_batches,
 )
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
-from dlopt.training.checkpoint.content import Checkpoint
+from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.evaluate import check_crops, check_tta, has_train_accuracy, reduction, test_metrics, validation
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery
@@ -125,7 +125,8 @@ def train_run(
             user_observers=user_observers,
         )
         if checkpoint is not None:
-            trainer.load_state_dict(checkpoint.state)
+            with blamed("resume: the checkpoint"):
+                trainer.load_state_dict(checkpoint.state)
 
         # 5. Say what runs.
         log_header(run, workload, length, trainer.progress, tracking)
@@ -163,6 +164,7 @@ def train_run(
         if draw is not None and status != "interrupted":
             steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
             pictures = partial(draw, workload, run.folder, [step / length.steps_per_epoch for step in steps])
+        trainer.checkpoints.refuse_moved()
         tracking.finish(summary, pictures)
     return summary
 

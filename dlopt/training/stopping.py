@@ -170,5 +170,6 @@ class Best:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in self.__dataclass_fields__:
+            if name in state:
+                setattr(self, name, state[name])

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,16 @@ import torch
 import yaml
 from PIL import Image
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.files import write
-from dlopt.basics.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, newest
+from dlopt.basics.folders import FORMAT, FolderSnapshot, RunFolder, inside, make, make_new, newest
 from dlopt.basics.interruption import Interrupted
 from dlopt.basics.locks import hold, is_held
 from dlopt.config.resuming import differences
 from dlopt.parallel.processes.rendezvous import World
 from dlopt.run import runner
 from dlopt.run.folder import PlacedRun
+from dlopt.run.record import describe
 from dlopt.training.checkpoint import checkpoints
 from tests.support.line import HeldByAnotherProcess, Result, dlopt, entries, only, refused
 from tests.support.sizes import TINY
@@ -402,6 +404,51 @@ def test_the_lock_excludes_its_own_process(tmp_path: Path) -> None:
         assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "True\n"
     assert not RunFolder(tmp_path).is_live()
     RunFolder(tmp_path).lock().close()
+
+
+@pytest.mark.parametrize("name", [".lock", "checkpoints", "checkpoints/shards", "metrics.jsonl", "tensorboard", "any"])
+def test_a_run_does_not_write_through_a_link_in_its_folder(name: str, tmp_path: Path) -> None:
+    """A folder of others could lead it to files elsewhere. The folder itself may be a link."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "outputs").symlink_to(tmp_path / "run")
+    run = RunFolder(tmp_path / "outputs")
+    run.lock().close()
+    for target in ("mine", "nowhere"):
+        link = tmp_path / "run" / name
+        shutil.rmtree(link) if link.is_dir() and not link.is_symlink() else link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / target)
+        for write_to in (run.lock, lambda: describe(run.path, {}, [], {})):
+            with pytest.raises(UserError, match=rf"outputs: {name} is a link, .*; remove it"):
+                write_to()
+    with pytest.raises(UserError, match="mine: x is a link"):
+        (tmp_path / "x").symlink_to(tmp_path)
+        inside(tmp_path, "x/y", "mine")
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_a_folder_that_is_removed_or_renamed_during_its_run(tmp_path: Path) -> None:
+    def rename() -> None:
+        run.path.rename(tmp_path / "other")
+
+    def replace() -> None:
+        rename()
+        run.path.mkdir()
+        (run.path / ".lock").touch()
+
+    renamed = r"run: during the run, .* was renamed to .*/other; resume with hydra.run.dir=.*/other resume=auto"
+    changes = {shutil.rmtree: "was removed", rename: renamed, replace: renamed}
+    for change, message in changes.items():
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        run = RunFolder(tmp_path / "run")
+        run.path.mkdir(exist_ok=True)
+        run.refuse_moved()  # not locked by this process
+        with run.lock():
+            run.refuse_moved()
+            change(*([run.path] if change is shutil.rmtree else []))  # type: ignore[operator]
+            with pytest.raises(RunError, match=message):
+                run.refuse_moved()
 
 
 @pytest.mark.slow

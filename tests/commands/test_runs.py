@@ -194,7 +194,10 @@ def test_clean_does_not_follow_symlinks(kept: Path) -> None:
     (kept / "outputs/night/0/checkpoints").rename(elsewhere)
     (kept / "outputs/night/0/checkpoints").symlink_to(elsewhere)
     (kept / "outputs/night/3/checkpoints/step-8.pt").symlink_to(elsewhere / "step-9.pt")
+    (elsewhere / "thesis").mkdir()
+    (kept / "outputs/night/3/checkpoints/shards").symlink_to(elsewhere)
     assert dlopt(kept, "runs", "clean", "outputs/night", "--yes").code == 0
+    assert (elsewhere / "thesis").is_dir()
     assert (elsewhere / "step-9.pt").exists() and (kept / "outputs/night/3/checkpoints/step-8.pt").is_symlink()
     assert not (kept / "outputs/night/3/checkpoints/step-9.pt").exists()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.errors import UserError
+from dlopt.config.resolve import resolve_saved
 from dlopt.config.trust import check_expansion
 from tests.support.line import refused
 
@@ -35,3 +36,13 @@ def test_refuses_a_choice_that_includes_itself(tmp_path: Path, choice: str) -> N
     (folder / "loop.yaml").write_text("# @package _global_\ndefaults: [/optimizer: loop]\n")
     message = refused(tmp_path, "train", "--config-dir", "conf", f"optimizer={choice}")
     assert message.startswith("dlopt: --config-dir=conf: ") and "includes itself" in message
+
+
+def test_interpolations_of_a_saved_config_are_checked_before_they_are_resolved() -> None:
+    """Those of a checkpoint may be of others."""
+    bomb = {f"b{i}": f"${{b{i + 1}}}${{b{i + 1}}}" for i in range(40)} | {"b40": "x"}
+    chain = {f"b{i}": f"${{b{i + 1}}}" for i in range(3000)} | {"b3000": "x"}
+    for config in (bomb, chain):
+        with pytest.raises(UserError, match="its interpolations expand to more than"):
+            resolve_saved(config)
+    assert resolve_saved({"a": "${b}", "b": 3}) == {"a": 3, "b": 3}

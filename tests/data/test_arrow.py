@@ -1,5 +1,6 @@
 """Columns of Parquet files and of datasets of the package datasets."""
 
+import contextlib
 import io
 import socket
 import sys
@@ -406,3 +407,18 @@ def test_slices_of_a_saved_dataset(datasets: Any, tmp_path: Path) -> None:
     for split in ("dev", "train[", "dev[:2]"):
         with pytest.raises(UserError, match=r"data\.split=.*: .*saved has no such split; it has train, a\.b"):
             load(split=split)
+
+
+def test_paths_of_images_are_below_the_folder_of_the_file(tmp_path: Path) -> None:
+    """A table of others must not read any picture of this machine."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/link.png").symlink_to(tmp_path / "private.png")
+    for path in (tmp_path / "private.png", tmp_path / "data/own.png"):
+        Image.new("L", (4, 4)).save(path)
+    others = [str(tmp_path / "private.png"), str(tmp_path / "data/../private.png"), str(tmp_path / "data/link.png")]
+    for paths, is_allowed in {(str(tmp_path / "data/own.png"),): True, **{(each,): False for each in others}}.items():
+        column = [{"bytes": None, "path": path} for path in paths * 2]
+        file = tmp_path / "data/a.parquet"
+        writer.write_table(arrow.table({"image": column, "label": [0, 1]}), file)
+        with contextlib.nullcontext() if is_allowed else pytest.raises(UserError, match="is not in the folder of the"):
+            read(file=str(file), input="image", target="label")

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import pickle
 import struct
+import tracemalloc
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,9 @@ def test_messages_name_the_folder_of_a_relative_root(tmp_path: Path, monkeypatch
         (struct.pack(">HBBI", 0, 9, 1, 3) + b"123", "is not an IDX file"),
         (struct.pack(">HBBI", 0, 8, 1, 3) + b"12", r"is damaged: 2 bytes of data for the shape \[3\]"),
         (struct.pack(">HBB", 0, 8, 3) + b"\0\0\0\5", "is damaged"),
+        (struct.pack(">HBBI", 0, 8, 1, 3) + b"1234", "is damaged: more than 3 bytes of data"),
+        (struct.pack(">HBBII", 0, 8, 2, 10**6, 10**6), "is damaged or too large"),
+        (struct.pack(">HBB255I", 0, 8, 255, *[2**32 - 1] * 255), "is damaged or too large"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, data: bytes, message: str) -> None:
@@ -119,6 +123,19 @@ def test_truncated_or_invalid_gzip_file_is_named(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(UserError, match=f"{path}: cannot be read"):
             read_idx(path)
+
+
+def test_a_gzip_bomb_is_not_expanded(tmp_path: Path) -> None:
+    path = tmp_path / "x.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(struct.pack(">HBBI", 0, 8, 1, 3))
+        for _ in range(64):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="is damaged: more than 3 bytes"):
+        read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

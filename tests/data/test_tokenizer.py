@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.data import text as texts
+from dlopt.data import tokenizer as module
 from dlopt.data.tokenizer import SMALLEST, Tokenizer, _chunks, read_tokenizer, train_tokenizer
 from dlopt.data.windows import Windows
 from tests.support.line import refused
@@ -182,3 +184,15 @@ def test_the_smallest_vocabulary_has_every_byte_and_the_separator(tmp_path: Path
     message = refused(tmp_path, *line, "data.vocabulary=256")
     assert "data.vocabulary=256: input should be greater than or equal to 257" in message
     assert len(train_tokenizer(b"some words", SMALLEST, "test").bytes_of) == SMALLEST
+
+
+def test_a_file_on_which_the_library_panics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):  # that of pyo3 is no Exception, either
+        pass
+
+    def panic(text: str) -> None:
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(module, "_library", lambda source: SimpleNamespace(Tokenizer=SimpleNamespace(from_str=panic)))
+    with pytest.raises(UserError, match=r"data.tokenizer=a: is not a tokenizer\.json \(index out of bounds"):
+        Tokenizer("{}", "data.tokenizer=a")

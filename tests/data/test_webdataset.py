@@ -214,6 +214,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"file": tar(("0.npy", npy([np.nan])), ("0.cls", "1")), "input": "npy"}, rf"{sample}: npy: must have finite"),
         ({"file": tar(("0.npy", "x"), ("0.cls", "1")), "input": "npy"}, rf"{sample}: npy: cannot be read \("),
         (
+            {"file": tar(("0.npy", npy([1.0]).replace(b"(1,)", b"(%d,)" % 10**13)), ("0.cls", "1")), "input": "npy"},
+            rf"{sample}: npy: cannot be read \(",
+        ),
+        (
             {"file": tar(("0.npy", npy(np.array([{}]))), ("0.cls", "1")), "input": "npy"},
             rf"{sample}: npy: cannot be read \(Object arrays cannot be loaded when allow_pickle=False\)",
         ),

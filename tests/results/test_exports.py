@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dlopt.basics.errors import UserError
+from dlopt.results.confusion import confusion_table
 from dlopt.results.exports import SUFFIXES, ReportContent, destination, render
 from dlopt.results.plots import PLOTS
+from dlopt.results.tables import Table
 from tests.support.folders import make_run, table
 
 STARTS = {".html": b"<!DOCTYPE", ".csv": b"rank,", ".tex": b"% ", ".md": b"| ", ".pdf": b"%PDF", ".png": b"\x89PNG",
@@ -72,6 +75,14 @@ def test_refused(output: str | None, formats: Any, plot: str | None, message: st
         destination(tmp_path, output, formats, plot)
 
 
+def test_the_report_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="run: report is a link"):
+        destination(tmp_path / "run", None, None, None)
+    assert destination(tmp_path / "run", str(tmp_path / "run/report"), None, None).path == tmp_path / "run/report"
+
+
 def test_plot_without_data_is_refused_unless_runs_may_follow(report: ReportContent, tmp_path: Path) -> None:
     assert "importance" in PLOTS
     to = destination(tmp_path, "i.png", None, "importance")
@@ -79,3 +90,21 @@ def test_plot_without_data_is_refused_unless_runs_may_follow(report: ReportConte
         render(to, report)
     watched = ReportContent(report.ranking, "title", "now", None, test=False, refresh=5.0, top=20)
     assert render(to, watched) == {}
+
+
+def test_names_of_others_are_data_in_every_format(tmp_path: Path) -> None:
+    evil = "=cmd()|<img src=x onerror=alert(1)>[x](javascript:y)\\"
+    for seed, value in enumerate(("a", "b")):
+        overrides = ["optimizer=sgd", "allow_packages=[evil]", f"seed={seed}"]
+        make_run(tmp_path / value, config={evil: value}, seed=seed, overrides=overrides)
+    ranking = table(tmp_path)
+    report = ReportContent(ranking, "title", "now", None, test=False, refresh=None, top=20)
+    [csv_text] = render(destination(tmp_path, str(tmp_path / "a.csv"), None, None), report).values()
+    assert evil[:5] in ranking.keys[0] and b"'=cmd()|" in csv_text and b",=cmd()" not in csv_text
+    [markdown] = Table([evil, "value"], [["a", "0.5 [0.1, 0.9]"]]).markdown()[:1]
+    assert markdown == r"| =cmd()\|&lt;img src=x onerror=alert(1)>[x]\(javascript:y)\\ | value |"
+    assert (
+        confusion_table(torch.eye(2, dtype=torch.int64), ["=x", "-1"]) == "true \\ predicted,'=x,-1\n'=x,1,0\n-1,0,1\n"
+    )
+    [page] = render(destination(tmp_path, str(tmp_path / "a.html"), None, None), report).values()
+    assert b"allow_packages" not in page and b"<img src=x" not in page

@@ -1,5 +1,8 @@
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +109,14 @@ def test_names_are_no_mathtext(tmp_path: Path) -> None:
         make_run(tmp_path / name, lr=0.1 * (i // 4 + 1), accuracies=(0.1 * i, 0.1 * i), config=config)
     for figure in plots(table(tmp_path), 0.3).values():
         drawing.encoded(figure, "png", dpi=20)
+
+
+def test_settings_of_the_current_folder_are_not_read(tmp_path: Path) -> None:
+    """They may be of others, and name programs that matplotlib would run."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    code = "from dlopt.results import drawing; drawing.figure(1, 1); import matplotlib, os; "
+    code += "print(matplotlib.rcParams['text.usetex'], os.getcwd())"
+    line = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(Path(drawing.__file__).parents[2])}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", str(tmp_path)]

@@ -35,6 +35,22 @@ def test_full_disk_is_reported_once_and_no_record_is_lost(tmp_path: Path, monkey
     assert str(tmp_path / "records") in warnings[0]
 
 
+def test_a_file_that_is_removed_is_written_again_but_not_its_folder(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    file = AppendFile(tmp_path / "run" / "records", warnings.append)
+    for name in ("a", "b", "c"):
+        file.write(name.encode())
+        file.flush()
+        if name == "a":
+            file.path.unlink()
+    assert file.path.read_bytes() == b"bc"
+    file.path.parent.rename(tmp_path / "renamed")
+    file.write(b"d")
+    file.close()
+    assert not file.path.parent.exists() and not warnings
+    assert (tmp_path / "renamed/records").read_bytes() == b"bcd"
+
+
 def test_a_folder_that_cannot_be_made_does_not_raise(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     warnings: list[str] = []

@@ -1,10 +1,12 @@
 """Tests of a run: results against a hand-written loop, files, exit codes, signals."""
 
 import copy
+import dataclasses
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -330,6 +332,25 @@ def test_sigint(tmp_path: Path, twice: bool, capfd: pytest.CaptureFixture[str]) 
         assert execute(tmp_path, *RICH) == 75
     assert load(tmp_path / "checkpoints/last.pt").step == (4 if twice else 6)
     assert resume(tmp_path, *RICH)["status"] == "finished"
+
+
+def test_a_folder_that_is_replaced_during_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run, other = tmp_path / "run", {"config.yaml": "run_id: another\n", "summary.json": "{}"}
+
+    def replace() -> None:
+        run.rename(tmp_path / "renamed")
+        run.mkdir()
+        for name, text in other.items():
+            (run / name).write_text(text)
+
+    run.mkdir()
+    plain = run_config(*SMALL, "epochs=4")
+    named = dataclasses.replace(plain, config={"run_id": "own", **plain.config})
+    with at_update(6, replace):
+        assert runner.exit_code(Run(named, run, overrides=[]), console=False) == 1
+    assert re.search("run: during the run, .* was renamed to .*/renamed; resume with", capfd.readouterr().err)
+    assert {path.name: path.read_text() for path in run.iterdir()} == other
+    assert load(tmp_path / "renamed/checkpoints/last.pt").step == 4
 
 
 def test_errors_before_the_first_update_are_user_errors(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.errors import USER_ERROR
-from dlopt.basics.folders import make, make_new, newest
+from dlopt.basics.folders import inside, make, make_new, newest
 from dlopt.basics.plain_values import flatten
 from dlopt.config.compose import typed_folder
 from dlopt.config.flags import parse_arguments
@@ -366,7 +366,7 @@ def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen)
     outcomes: dict[VariantRun, VariantOutcome] = {}
     for number, (cell, planned) in enumerate(plans.items()):
         plan = _with_paths(planned, cell, plans, folder)
-        subfolder = RunFolder(folder / str(number))
+        subfolder = RunFolder(inside(folder, str(number), f"hydra.run.dir={folder}"))
         if not (subfolder.has_run() and subfolder.is_done(plan.saved)):
             subfolder.path.mkdir(exist_ok=True)
             newest = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None

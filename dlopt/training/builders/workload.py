@@ -42,7 +42,7 @@ from dlopt.training.builders.model_check import check_memory, check_outputs, che
 from dlopt.training.builders.mup import width_growth
 from dlopt.training.builders.precision import Precision, choose_precision
 from dlopt.training.builders.recompute import recompute
-from dlopt.training.checkpoint.content import Checkpoint
+from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.checkpoint.weights import match_weights
 from dlopt.training.rng import ADAPTERS, AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network, Teacher
@@ -191,7 +191,8 @@ def build_workload(
         kind = f"{run_config.normalize.target.__qualname__} {run_config.normalize.arguments} {precision.data_dtype}"
         fit(normalize, dataset, count=run_config.data_settings.statistics_samples, kind=kind)
     else:
-        normalize.load_state_dict(saved.normalize)
+        with blamed("the checkpoint"):
+            normalize.load_state_dict(saved.normalize)
     normalize = normalize.to(device)
     if task.vocabulary is None:
         _check_normalization(run_config, normalize, shape)

@@ -18,13 +18,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dlopt.basics.errors import OtherVersionError, RunError, UserError
-from dlopt.basics.files import digest_file, disk_in_use, link, reason, recorded_digests, sha256, write
+from dlopt.basics.files import (
+    digest_file,
+    disk_in_use,
+    link,
+    reason,
+    recorded_digests,
+    refuse_compressed,
+    sha256,
+    write,
+)
 from dlopt.basics.folders import RunFolder
 from dlopt.config.resuming import refuse_other_config
 from dlopt.parallel.processes.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.training.checkpoint import sharded
-from dlopt.training.checkpoint.content import FORMAT, KEYS, Checkpoint, is_checkpoint
+from dlopt.training.checkpoint import content, sharded
+from dlopt.training.checkpoint.content import FORMAT, KEYS, Checkpoint
 
 _OWN_NAMES = re.compile(r"last|best|(step|restart)-\d+")  # of files that runs replace
 
@@ -84,6 +93,10 @@ class Checkpoints:
         self._thread = Thread(target=self._save_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
+    def refuse_moved(self) -> None:
+        """Raises `RunError` if the folder of this process's run was removed or renamed."""
+        RunFolder(self.folder.parent).refuse_moved()
+
     @disk_in_use()
     def wait(self) -> None:
         """Waits for an asynchronous save. Raises `RunError` if it failed."""
@@ -105,6 +118,7 @@ class Checkpoints:
     def _save(self, state: dict[str, Any], best: bool, snapshot: str | None) -> None:
         try:
             if self.writes:
+                self.refuse_moved()
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._clean_folder()
             if self.shards is not None:
@@ -188,7 +202,7 @@ class Checkpoints:
         """
         self.wait()
         state = sharded.load_without_shards(self.best)
-        if not state:  # damaged: reported when it is loaded
+        if content.damage(state, whole=False) is not None:  # reported when it is loaded
             return self.best.exists()
         best = Checkpoint(state)
         return best.evaluated_epoch == epoch and (run_id is None or best.run_id in (None, run_id))
@@ -243,8 +257,8 @@ def _step(path: Path) -> int:
     """Returns the update of a checkpoint; -1 if it is damaged."""
     if match := re.fullmatch(r"step-(\d+)", path.stem):  # saves reading the file
         return int(match[1])
-    content = sharded.load_without_shards(path)
-    return Checkpoint(content).step if is_checkpoint(content) else -1
+    state = sharded.load_without_shards(path)
+    return Checkpoint(state).step if content.damage(state, whole=False) is None else -1
 
 
 def removable(folder: Path) -> list[Path]:
@@ -296,6 +310,7 @@ def load(path: Path) -> Checkpoint:
     if digest not in recorded:
         raise UserError(f"checkpoint={path}: the file is damaged: its SHA-256 differs from the recorded one")
     try:
+        refuse_compressed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"checkpoint={path}: not a dlopt checkpoint: {reason(error)}") from None
@@ -310,7 +325,7 @@ def load(path: Path) -> Checkpoint:
     if missing:
         raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; load its weights with init_from={path}")
     if not sharded.is_sharded(state):
-        return Checkpoint(state)
+        return _checked(path, state)
     if sharded.is_pickled(state):
         raise OtherVersionError(
             f"checkpoint={path}: these shards were written by an earlier dlopt (before safetensors); "
@@ -319,10 +334,19 @@ def load(path: Path) -> Checkpoint:
     try:
         damage = sharded.find_damage(path, state)
         if damage is None:
-            return Checkpoint(sharded.load_shards(path, state))
+            state = sharded.load_shards(path, state)
     except Exception as error:
         damage = f"the shards cannot be read: {reason(error)}"
-    raise UserError(f"checkpoint={path}: {damage}")
+    if damage is not None:
+        raise UserError(f"checkpoint={path}: {damage}")
+    return _checked(path, state)
+
+
+def _checked(path: Path, state: dict[str, Any]) -> Checkpoint:
+    """Returns the checkpoint with this content. Raises `UserError` for content of wrong types."""
+    if (found := content.damage(state)) is not None:
+        raise UserError(f"checkpoint={path}: its content is damaged: {found}")
+    return Checkpoint(state)
 
 
 def load_of_run(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | None:

@@ -1,13 +1,21 @@
 """What a checkpoint holds, by name. Nothing else knows the keys of its file, except `Trainer`, which writes them."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+import torch
+from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from dlopt.adapt import merged
+from dlopt.basics.errors import UserError
+from dlopt.basics.formats import printable
+from dlopt.basics.plain_values import check_plain
 from dlopt.data.task import Task
+from dlopt.metrics.names import Mode
 
 FORMAT = 1  # a sharded checkpoint also has the key "shards"
 KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
@@ -166,6 +174,104 @@ class Checkpoint:
     def tokenizer(self) -> str | None:
         """The content of tokenizer.json; None: no text, or a text that is read byte by byte."""
         return self.data.get("tokenizer")
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise ValueError("is not a dense tensor")
+    return tensor
+
+
+def _plain(value: Any) -> Any:
+    check_plain(value)
+    return value
+
+
+_Count = Annotated[StrictInt, Field(ge=0, le=2**53)]
+_Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+_Float = Annotated[float, Field(strict=True)]
+_Tensors = dict[StrictStr, Annotated[Tensor, AfterValidator(_dense)]]
+_Shape = list[Annotated[StrictInt, Field(ge=1, le=2**31)]]
+_State = dict[Any, Any]  # that its owner checks when it loads it
+
+
+class _Data(TypedDict, total=False):
+    classes: list[StrictStr] | None
+    task: Task
+    sample: _Shape
+    window: _Shape
+    tokenizer: StrictStr | None
+    identity: Annotated[dict[StrictStr, Any], AfterValidator(_plain)] | None
+
+
+class _Best(TypedDict):
+    epoch: _Number | None
+    monitor: NotRequired[StrictStr]
+    value: NotRequired[_Float]
+    val_loss: NotRequired[_Float | None]
+    val_accuracy: NotRequired[_Float | None]
+    mode: NotRequired[Mode | None]
+
+
+class _Progress(TypedDict, total=False):
+    epoch: _Count
+    position: _Count
+    step: _Count
+    seconds: _Number
+    horizon: _Count
+    resumed_from: list[_Count]
+    found_lr: _Number | None
+    evaluated: _Number
+    best: _Best
+    data: _Data
+
+
+class _Outline(TypedDict):
+    progress: _Progress
+    config: Annotated[dict[StrictStr, Any], AfterValidator(_plain)]
+
+
+@with_config(ConfigDict(arbitrary_types_allowed=True))
+class _Whole(_Outline):
+    model: _Tensors
+    optimizer: _State
+    schedule: _State
+    ema: _Tensors | None
+    rng: _State
+    normalize: _Tensors
+
+
+_outline, _whole = TypeAdapter(_Outline), TypeAdapter(_Whole)
+
+
+def damage(state: Mapping[str, Any], *, whole: bool = True) -> str | None:
+    """Returns what is wrong with the types in the content of a checkpoint file; None: nothing.
+
+    A right checksum says only that nothing has changed since the file was written, not by whom. `whole`: false: only
+    the progress and the config, as before the shards are loaded.
+    """
+    try:
+        (_whole if whole else _outline).validate_python(dict(state))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = printable(".".join(map(str, first["loc"])))
+        return f"{key[:80]}: {first['msg'].removeprefix('Value error, ')}"
+    if not {"epoch", "position", "step", "best"} <= state["progress"].keys():
+        return "progress: epoch, position, step or best is missing"
+    return None
+
+
+@contextlib.contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """Turns an error in the block, which loads parts of the checkpoint `name`, into a `UserError` about it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = printable(": ".join(lines[:2]))[:300]
+        raise UserError(f"{name}: its content does not fit its config: {type(error).__name__}: {reason}") from error
 
 
 def is_checkpoint(content: object) -> bool:

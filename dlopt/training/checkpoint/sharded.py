@@ -127,7 +127,7 @@ def size(path: Path) -> int:
 def remove_unused(folder: Path) -> None:
     """Removes shards in a folder of checkpoints to which none of its files refers. Raises OSError."""
     shards = folder / FOLDER
-    if not shards.is_dir():
+    if not shards.is_dir() or folder.is_symlink() or shards.is_symlink():  # a link would lead to files of others
         return
     used = {name for path in folder.glob("*.pt") if (name := shard_folder(path)) is not None}
     for entry in shards.iterdir():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dlopt.adapt import has_adapters, merged, without_adapters
 from dlopt.basics.errors import UserError
-from dlopt.basics.files import reason, refuse_special
+from dlopt.basics.files import reason, refuse_compressed, refuse_special
 from dlopt.models.foreign import differences, fold_biases, translations
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.checkpoint.content import is_checkpoint
@@ -41,6 +41,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
+            refuse_compressed(path)
             # timm's training script saves its arguments as a Namespace, which only holds attributes.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True)

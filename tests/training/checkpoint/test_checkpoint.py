@@ -2,6 +2,7 @@ import logging
 import os
 import pickle
 import random
+import zipfile
 from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 
 from dlopt.basics import files as durable
 from dlopt.basics.errors import RunError, UserError
-from dlopt.basics.files import link
+from dlopt.basics.files import link, sha256, write_digests
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.checkpoint.content import KEYS
 from dlopt.training.checkpoint.weights import read_weights
@@ -406,3 +407,18 @@ def test_read_weights(tmp_path: Path) -> None:
     damage(checkpoints.last)
     with pytest.raises(UserError):
         read_weights(checkpoints.last)
+
+
+def test_compressed_entries_are_refused(tmp_path: Path) -> None:
+    """They may expand to any size, and torch.save writes none."""
+    torch.save({"weight": torch.zeros(100)}, tmp_path / "plain.pt")
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in plain.namelist():
+            packed.writestr(entry, plain.read(entry))
+    assert torch.load(bomb, weights_only=True), "torch would expand it"
+    write_digests(bomb, [sha256(bomb)])
+    for reader in (load, read_weights):
+        with pytest.raises(UserError, match="has compressed entries"):
+            reader(bomb)
+    assert read_weights(tmp_path / "plain.pt").keys() == {"weight"}

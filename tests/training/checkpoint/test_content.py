@@ -1,13 +1,17 @@
 """The one module that takes a checkpoint apart, and its defaults for checkpoints of an older dlopt."""
 
+import math
 import re
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dlopt
-from dlopt.training.checkpoint.content import Checkpoint, is_checkpoint
+from dlopt.basics.errors import UserError
+from dlopt.training.checkpoint.content import Checkpoint, blamed, damage, is_checkpoint
 from tests.support.checkpoints import state
 
 # Keys that only a checkpoint has, and those of a config or a choice, too, of what is named like a checkpoint.
@@ -48,3 +52,43 @@ def test_a_checkpoint_of_another_run_leaves_the_first_as_it_is() -> None:
 def test_other_files_are_no_checkpoints(content: object) -> None:
     assert not is_checkpoint(content)
     assert is_checkpoint({"format": 1, **state(1)})
+
+
+WRONG: dict[tuple[str | int, ...], list[Any]] = {
+    ("model",): [None, [1], {"a": {"b": torch.zeros(1)}}, {1: torch.zeros(1)}],
+    ("model", "weight"): [None, "x", torch.zeros(2).to_sparse(), torch.zeros(2, device="meta")],
+    ("optimizer",): [None, 5],
+    ("ema",): [3, [], {"weight": 1.0}],
+    ("rng",): [None],
+    ("config",): [None, [], 5, {1: 2}],
+    ("config", "note"): [torch.zeros(1), b"", [0] * 200_000, reduce(lambda inner, _: [inner], range(200), 0)],
+    ("progress",): [None, [], {}, {"epoch": 1}],
+    ("progress", "step"): [None, "1", -1, 10**30, math.nan, torch.zeros(1)],
+    ("progress", "best"): [None, {}, {"epoch": "1"}, {"epoch": None, "monitor": 3}],
+    ("progress", "data"): [None, [], {"sample": [0]}, {"classes": [1]}, {"task": {"kind": "x"}}, {"identity": [1]}],
+    ("normalize",): [None, {"scale": 1.0}],
+}
+
+
+@pytest.mark.parametrize("keys", WRONG)
+def test_content_of_wrong_types_is_damage(keys: tuple[str, ...]) -> None:
+    """Whoever writes a checkpoint can give it a right checksum."""
+    assert damage({"format": 1, **state(1)}) is None
+    for value in WRONG[keys]:
+        content = state(1)
+        inner = content
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        found = damage(content)
+        assert found is not None and found.startswith(str(keys[0])) and len(found) < 200, (value, found)
+
+
+def test_an_error_of_its_parts_names_the_checkpoint() -> None:
+    for error in (RuntimeError("size mismatch\n\tof x"), KeyError("a"), ValueError("\x1b[2J")):
+        with pytest.raises(UserError, match="checkpoint=a: its content does not fit") as raised, blamed("checkpoint=a"):
+            raise error
+        assert str(raised.value).isprintable()
+    for passed in (torch.OutOfMemoryError(), UserError("x")):
+        with pytest.raises(type(passed)), blamed("a"):
+            raise passed
