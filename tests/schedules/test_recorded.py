@@ -33,7 +33,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
                                {"cycle_warmup_epochs": 0.3, "cycles": 2, "peak_factor": 0.7},
                                {"cycles": 2, "cycle_warmup_fraction": 0.5, "eta_min": 0.9, "peak_factor": 0.5}],
     "one_cycle": [{"warmup_steps": 0}, {"three_phase": True},
-                  {"anneal": "linear", "pct_start": 0.5, "three_phase": True}, {"pct_start": 0.05, "div_factor": 4.0, "final_div_factor": 10.0}],
+                  {"anneal": "linear", "pct_start": 0.5, "three_phase": True},
+                  {"pct_start": 0.05, "div_factor": 4.0, "final_div_factor": 10.0}],
 }  # fmt: skip
 
 
