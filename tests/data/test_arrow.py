@@ -406,3 +406,11 @@ def test_slices_of_a_saved_dataset(datasets: Any, tmp_path: Path) -> None:
     for split in ("dev", "train[", "dev[:2]"):
         with pytest.raises(UserError, match=r"data\.split=.*: .*saved has no such split; it has train, a\.b"):
             load(split=split)
+
+
+def test_values_of_a_regression_are_finite(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    for values, row in (([1.0, 2.0, float("inf")], 2), ([[1.0, 2.0], [float("nan"), 1.0], [0.0, 0.0]], 1)):
+        writer.write_table(arrow.table({"n": [1, 2, 3], "y": values}), path)
+        with pytest.raises(UserError, match=rf"data\.file, row {row}: y is .*, not a finite number"):
+            read(file=path, input="n", target="y", labels="value")

@@ -216,3 +216,37 @@ def test_the_first_difference_is_named() -> None:
         assert difference(old, new) == message
     assert difference(old, None) is difference(None, old) is difference(old, {**old, "scheme": 2}) is None
     assert difference(old, {**old, "train": {"samples": 1200}}) is None, "not hashed: not compared"
+
+
+def test_missing_and_special_files_are_empty(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    os.mkfifo(tmp_path / "fifo")
+    assert module._read(str(tmp_path / "a")) == b"content" and module._size(str(tmp_path / "a")) == 7
+    assert module._read(str(tmp_path / "fifo")) == module._read(str(tmp_path)) == b""
+    assert module._read(str(tmp_path / "none")) == b"" and module._size(str(tmp_path / "none")) == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "expected"),
+    [
+        (
+            100,
+            1000,
+            [(0, 10), (10, 20), (20, 30), (30, 40), (40, 50), (50, 60), (60, 70), (70, 80), (80, 90), (90, 100)],
+        ),
+        (15, 150, [(0, 10), (10, 15)]),
+        (3, 900, [(0, 1), (1, 2), (2, 3)]),
+        (100, 1010, [(0, 9), (30, 39), (60, 69), (91, 100)]),
+        (5, 0, [(0, 5)]),
+        (1, 5000, [(0, 1)]),
+    ],
+)
+def test_places_of_a_content_that_are_hashed(
+    count: int, size: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_WHOLE", 1000), ("_BLOCK", 100), ("_BLOCKS", 4), ("_THREADS", 1)):
+        monkeypatch.setattr(module, name, value)
+    read: list[tuple[int, int]] = []
+    content = module._Content(count, size, lambda start, stop: read.append((start, stop)) or b"x")
+    assert content.digest() == hashlib.sha256(hashlib.sha256(b"x").digest() * len(expected)).hexdigest()
+    assert read == expected

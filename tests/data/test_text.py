@@ -245,3 +245,18 @@ def test_texts_in_utf_16(encoding: str, tmp_path: Path) -> None:
         f"warning: 1 of 3 files have a zero at every other byte, as UTF-16, and are read as bytes: {tmp_path}/b.txt"
     )
     assert text(file=str(tmp_path), **keys).notes == ((expected,) if "-16" in encoding else ())
+
+
+def test_characters_are_not_cut() -> None:
+    tokens = np.frombuffer("aé→b".encode(), dtype=np.uint8)
+    assert [texts._character(tokens, position) for position in range(8)] == [0, 1, 3, 3, 6, 6, 6, 7]
+    assert texts._character(tokens[:5], 4) == 5
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "hint"), [(5, 4, "use at most 3"), (1, 1, "two or more"), (3, 2, "most 1")]
+)
+def test_texts_shorter_than_a_window(length: int, count: int, hint: str) -> None:
+    with pytest.raises(UserError, match=f"data.sequence_length={length}: it has only {count} tokens; .*{hint}"):
+        texts._windows(np.zeros(count), length, "it")
+    assert len(texts._windows(np.zeros(length + 1), length, "it")) == 1
