@@ -56,7 +56,7 @@ def images(count: int = 20, side: int = 10) -> InMemory:
 
 
 def vectors(count: int = 20) -> InMemory:
-    rows = np.random.default_rng(1).normal(size=(count, 3)) * [1.0, 10.0, 0.0] + [0.0, 5.0, 2.0]
+    rows = np.random.default_rng(1).normal(size=(count, 3)) * [0.5, 10.0, 0.0] + [0.0, 5.0, 2.0]
     return InMemory(torch.from_numpy(rows).float(), TARGETS[:count])
 
 

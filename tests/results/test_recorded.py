@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from dlopt.results import confusion, curves, plots, ranking, terminal
+from dlopt.results import page as page_module
 from dlopt.results.columns import summary_csv
 from dlopt.results.exports import ReportContent
 from dlopt.results.leaderboard import leaderboard
@@ -29,6 +30,7 @@ from dlopt.results.reading import Damaged, RunReader
 from dlopt.results.tables import Section, Table
 from tests.support.drawn import check_recorded, describe, flat
 from tests.support.folders import make_run
+from tests.support.folders import table as read_table
 
 FOLDER = Path(__file__).with_name("recorded")
 PUBLISHED = [{"error": 25.5, "when": {"optimizer.lr": 0.1, "optimizer.momentum": 0.9}}]
@@ -83,9 +85,9 @@ def table(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> Ranking:
 
 
 def losses(folder: Path) -> Ranking:
-    """Returns rates at which losses span decades; single seeds, two of whose curves are long; one has a key more."""
+    """Returns rates at which losses span decades; single seeds, curves with and without markers; one has a key more."""
     for i, loss in enumerate((0.2, 0.21, 30.0, 1e4, 0.3, 0.4, 0.5)):
-        falling = tuple(loss * (1 + 1 / (1 + epoch)) for epoch in range(12 if i < 2 else 3))
+        falling = tuple(loss * (1 + 1 / (1 + epoch)) for epoch in range((12, 10, 9, 3)[min(i, 3)]))
         config = {"model.widths": [64] * (1 + i % 2 * 30)} | ({"clip.max_norm": 1.0} if i == 1 else {})
         make_run(folder / f"run-{i}", lr=1e-4 * 10**i, losses=falling, accuracies=(0.5,) * len(falling), config=config)
     records, damaged = RunReader().read([folder])
@@ -94,7 +96,13 @@ def losses(folder: Path) -> Ranking:
 
 def test_plots(table: Ranking, tmp_path: Path) -> None:
     found = []
-    for each, target in ((table, 0.8), (losses(tmp_path), 0.45)):
+    for length in (22, 23):  # characters: labels that fit into two columns, and longer ones
+        for lr in (0.1, 2.0):
+            make_run(tmp_path / f"short/{length}/{lr}", lr=lr, config={"x": "y" * length if lr == 2.0 else "z"})
+        rates = plots.plots(read_table(tmp_path / f"short/{length}"), None, ["learning_curves", "learning_rates"])
+        for figure in rates.values():
+            found += [line for line in describe(figure) if not line.startswith("  ") or line.startswith("  y")]
+    for each, target in ((table, 0.8), (losses(tmp_path / "losses"), 0.45)):
         for name, figure in plots.plots(each, target).items():
             found += [f"{name} by {each.by}", *describe(figure)]
     check_recorded(FOLDER / "plots.txt", found)
@@ -102,13 +110,14 @@ def test_plots(table: Ranking, tmp_path: Path) -> None:
 
 def test_confusion_and_curves_of_a_run() -> None:
     found = []
-    for count in (3, 21, 61):
+    for count in (3, 20, 21, 60, 61):
         counts = torch.diag(torch.arange(count)) + torch.tensor([[1] + [0] * (count - 1)] * count)
         names = [f"class {i}" if count > 3 else "abc"[: i + 1] for i in range(count)]
         figure = confusion.plot_confusion(counts, names, f"{count} classes")
         found += [line for line in describe(figure) if count == 3 or "  text" not in line]
+        found.append(f"{len(figure.axes[0].texts)} numbers")
         found += confusion.confusion_table(counts, names).splitlines() if count == 3 else []
-    for epochs, restarts in ((3, [1.0, 1.5]), (41, [])):
+    for epochs, restarts in ((3, [1.0, 1.5]), (40, []), (41, [])):
         history = [
             {"epoch": i, "lr": 0.1 / i, "train_loss": 500.0 / i**2, "val_loss": None if i == 2 else 2.0 / i,
              "val_accuracy": 1 - 0.5 / i, "train_accuracy": 0.5} for i in range(1, epochs + 1)
@@ -132,6 +141,17 @@ def test_data_of_the_page(table: Ranking, tmp_path: Path) -> None:
     found += ["with test metrics", *(line for line in page(table, 0.8, test=True) if line not in found)]
     others = [line for line in page(losses(tmp_path), 0.45, test=False) if not line.startswith("rows.")]
     check_recorded(FOLDER / "page.txt", [*found, "losses", *others])
+
+
+def test_markup_of_the_page(table: Ranking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without scripts, styles and data; a text with markup is escaped."""
+    monkeypatch.setattr(page_module, "importance", lambda _: Importance({"a<b": 0.5}, 0.25))
+    monkeypatch.setattr(page_module, "__version__", "0")
+    keys: dict[str, Any] = {"title": "<b>", "made": "now", "target": 0.8, "test": False, "refresh": 5.0}
+    text = page_module.page(table, **keys, sections=content(table, test=False, top=1).sections)
+    assert "sha256-" in text and text.count("<script") == 2
+    text = re.sub(r"(<(script|style)[^>]*>).*?(</\2>)", r"\1\3", text, flags=re.DOTALL)
+    check_recorded(FOLDER / "page.html", re.sub(r"sha256-[^']*", "sha256", text).splitlines())
 
 
 def content(table: Ranking, *, test: bool, top: int) -> ReportContent:
