@@ -188,3 +188,25 @@ def test_newton_with_many_parameters_and_unused_ones() -> None:
         exact = torch.linalg.solve(matrix.T @ matrix + torch.eye(70).double(), matrix.T @ torch.ones(70).double())
         torch.testing.assert_close(p.detach(), exact, rtol=0.0, atol=1e-6)
         assert torch.equal(other, unused)
+
+
+@pytest.mark.parametrize("case", CASES | COARSE)
+def test_zero_gradients_move_nothing_but_the_decay(case: str) -> None:
+    """Zero weights stay zero; the others decay by the same factor as those of another tensor with a gradient."""
+    make, keys = (CASES | COARSE)[case]
+    zeros, ones, vector = (
+        nn.Parameter(torch.full(shape, value, dtype=torch.float64))
+        for shape, value in (((2, 2), 0.0), ((3, 2), 1.0), ((4,), 1.0))
+    )
+    optimizer = make([zeros, ones, vector], **keys)
+    sampled = partial(_no_loss, zeros, ones, vector)
+    for _ in range(3):
+        optimizer.step(LossClosure(optimizer, lambda: sampled(0)[0], sampled))
+    assert not zeros.any() and ones.isfinite().all() and vector.isfinite().all(), case
+    found = [float(f"{float(p.detach().mean()):.10g}") for p in (ones, vector)]
+    check(f"zero gradients: {case}", [found], rel=1e-6)
+
+
+def _no_loss(*parts: Any) -> tuple[Tensor, int]:
+    *params, _ = parts
+    return torch.stack([(p**2).sum() * 0 for p in params]).sum(), 3
