@@ -10,7 +10,7 @@ from dlopt.results import drawing
 from dlopt.results.differences import config_rows, metric_rows
 from dlopt.results.exports import ReportContent, destination, write
 from dlopt.results.leaderboard import Record
-from dlopt.results.page import serve
+from dlopt.results.page import _escaped_json, serve
 from dlopt.results.reading import condition, read_intact, select
 from tests.support.folders import make_run, table
 
@@ -106,3 +106,11 @@ def test_differences_between_two_runs() -> None:
         ("val_accuracy", "-", "50.00 %"), ("val_loss", "0.1235", "-"), ("steps", "10", "-"),
     ]  # fmt: skip
     assert metric_rows(first, second, brief=False)[1] == ("val_loss", "0.123456", "-")
+
+
+def test_data_cannot_close_their_element() -> None:
+    assert _escaped_json({"a": "</script>é&", "b": [1, None]}) == (
+        '{"a":"\\u003c/script\\u003e\\u00e9\\u0026","b":[1,null]}'
+    )
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        _escaped_json({"a": float("nan")})
