@@ -6,6 +6,7 @@ writes tests/results/recorded; read the difference before you commit it. Functio
 depend on the versions of other packages.
 """
 
+import dataclasses
 import io
 import json
 import re
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from dlopt.results import confusion, curves, plots, ranking, terminal
 from dlopt.results import page as page_module
+from dlopt.results import page_data as page_data_module
 from dlopt.results.columns import summary_csv
 from dlopt.results.exports import ReportContent
 from dlopt.results.leaderboard import leaderboard
@@ -200,3 +202,35 @@ def test_list_of_runs(
             print_values(made, found)
     show_table(Query([Path()], []), [])
     check_recorded(FOLDER / f"runs_{width}.txt", capsys.readouterr().out.splitlines())
+
+
+def test_many_values_are_thinned_and_many_keys_and_rows_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i in range(13):
+        config = {f"data.key{k}": i if k < 2 else i % 2 for k in range(8)}
+        failed = {"status": "failed"} if i > 6 else {}
+        make_run(Path(f"{i:02}"), config=config, accuracies=tuple(0.01 * (e + i) for e in range(40)), **failed)  # type: ignore[arg-type]
+    ranking_of = read_table(Path())
+    monkeypatch.setattr(page_data_module, "_POINTS", 13 * 6 * 40)  # of 13 rows with 6 metrics, which take 4 each
+    data = page_data(ranking_of, target=None, test=False, refresh=None)
+    curve = data["rows"][0]["curves"]["val_accuracy"]
+    assert len(curve["mean"]) == 12, "the fewest"
+    found = [*flat({"curve": curve, "parallel": data["parallel"], "expendable": data["expendable"]})]
+    for top in (13, 12):
+        found += printed(ranking_of, None, top=top)
+    for count in (12, 13):
+        runs = [record for record in ranking_of.records if record.status == "finished"]
+        many = [
+            dataclasses.replace(
+                runs[i % 7], config={**runs[i % 7].config, "data.key9": i}, overrides=[f"data.key9={i}"]
+            )
+            for i in range(count)
+        ]
+        terminal.show_leaderboard(leaderboard(many, metric="val_accuracy"))
+        found += capsys.readouterr().out.splitlines()[-2:]
+    terminal.show_leaderboard(leaderboard([]))
+    terminal.show_front([], ["val_loss"])
+    assert capsys.readouterr().out == ""
+    check_recorded(FOLDER / "many.txt", found)
