@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import struct
 import tarfile
 from collections.abc import Callable
 from functools import partial
@@ -15,13 +16,13 @@ import torch
 from PIL import Image
 
 from dlopt.data import identity as module
-from dlopt.data.arrow import parquet
+from dlopt.data.arrow import Columns, parquet
 from dlopt.data.custom import custom
 from dlopt.data.features import table
 from dlopt.data.folder import image_folder
 from dlopt.data.generated import polynomial
 from dlopt.data.identity import difference, identify
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import Dataset, Files, InMemory
 from dlopt.data.table import csv
 from dlopt.data.text import text, tokens
 from dlopt.data.webdataset import webdataset
@@ -250,3 +251,35 @@ def test_places_of_a_content_that_are_hashed(
     content = module._Content(count, size, lambda start, stop: read.append((start, stop)) or b"x")
     assert content.digest() == hashlib.sha256(hashlib.sha256(b"x").digest() * len(expected)).hexdigest()
     assert read == expected
+
+
+def test_what_is_hashed_is_the_size_and_the_content_of_each_input(tmp_path: Path) -> None:
+    """Eight bytes for the size, so that no two lists of contents are equal when they are joined."""
+    contents = [b"first", b"", b"the third"]
+    framed = [struct.pack("<Q", len(content)) + content for content in contents]
+    paths = [str(tmp_path / f"{number}") for number in range(3)]
+    for path, content in zip(paths, contents, strict=True):
+        Path(path).write_bytes(content)
+    files = module._of_files(Files(paths, torch.arange(3), (1, 1), 3))
+    assert (files.count, files.size) == (3, 14) and files.read(0, 3) == b"".join(framed)
+    assert files.read(1, 3) == b"".join(framed[1:])
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(2):
+            for name, content in ((f"{number}.json", b"[%d]" % number), (f"{number}.cls", b"0")):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    shards = webdataset(file=str(tmp_path / "a.tar"), **{**ROWS, "input": "json", "target": "cls"})
+    table = shards.train.dataset.table  # type: ignore[attr-defined]
+    assert table.size == 6 and table.read(0, 2) == b"".join(struct.pack("<Q", 3) + b"[%d]" % i for i in range(2))
+
+
+def test_paths_in_a_table_are_read(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    (tmp_path / "x").write_bytes(b"content")
+    rows = [{"bytes": None, "path": str(tmp_path / "x")}, {"bytes": b"own", "path": None}]
+    table = Columns("data.file", arrow.table({"image": rows, "label": [0, 1]}), ["image"], "label")
+    assert table.read(0, 2) == b"".join(struct.pack("<Q", len(each)) + each for each in (b"content", b"own"))
+    assert table.size == 2 << 17, "estimated: the files are not measured"
+    stored = arrow.table({"image": [b"a", b"bc"], "label": [0, 1]})
+    assert Columns("data.file", stored, ["image"], "label").size == stored.select(["image"]).nbytes

@@ -260,3 +260,32 @@ def test_texts_shorter_than_a_window(length: int, count: int, hint: str) -> None
     with pytest.raises(UserError, match=f"data.sequence_length={length}: it has only {count} tokens; .*{hint}"):
         texts._windows(np.zeros(count), length, "it")
     assert len(texts._windows(np.zeros(length + 1), length, "it")) == 1
+
+
+def test_a_pattern_without_files_suggests_the_most_common_suffix(tmp_path: Path) -> None:
+    for name in ("a.md", "b/c.md", "d.txt", "none"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=r"no file in .* has such a name; it has \*\.md: set data\.pattern='\*\.md'$"):
+        texts._files(str(tmp_path), "*.py")
+    assert [path.name for path in texts._files(str(tmp_path), "*.md")] == ["a.md", "c.md"]
+    assert texts._files(str(tmp_path / "none"), "*.md") == [tmp_path / "none"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no file in .* has such a name$"):
+        texts._files(str(tmp_path / "empty"), "*.py")
+
+
+@pytest.mark.parametrize(("limit", "is_mapped"), [(13, False), (12, True)])
+def test_texts_above_a_size_are_mapped(
+    tmp_path: Path, limit: int, is_mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files of five and six bytes, with a separator after each; or one of as many bytes."""
+    monkeypatch.setattr(texts, "_MAX_READ", limit)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, content in (("a", b"12345"), ("b", b"123456"), ("c", b"1234567890123"), ("d", b"")):
+        (tmp_path / name).write_bytes(content)
+    joined, ends = texts._concatenate([tmp_path / "a", tmp_path / "b"])
+    assert bytes(joined) == b"12345\x00123456\0" and ends == [6, 13] and isinstance(joined, np.memmap) is is_mapped
+    one, ends = texts._concatenate([tmp_path / "c"])
+    assert bytes(one) == b"1234567890123" and ends == [13] and isinstance(one, np.memmap) is is_mapped
+    assert len(texts._concatenate([tmp_path / "d"])[0]) == 0
