@@ -2,7 +2,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,41 @@ def test_two_batches_are_prefetched(
     assert made["prefetch_factor"] == expected and made["num_workers"] == workers
     assert made["persistent_workers"] == (workers > 0) == (made["collate_fn"] is loading._share)
     loader._loader = None
+
+
+def test_copies_on_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: which stream copies, waits, and keeps the memory."""
+    log: list[Any] = []
+
+    class Event:
+        def record(self, stream: str) -> None:
+            log.append(("record", stream))
+
+    class Compute:
+        def wait_event(self, event: Event) -> None:
+            log.append("wait")
+
+    @contextmanager
+    def on(stream: str) -> Iterator[None]:
+        log.append(("enter", stream))
+        yield
+        log.append("leave")
+
+    class Batch:
+        def to(self, device: str, *, non_blocking: bool) -> "Batch":
+            log.append(("to", device, non_blocking))
+            return self
+
+        def record_stream(self, stream: object) -> None:
+            log.append(("keep", type(stream)))
+
+    compute, batch = Compute(), Batch()
+    for name, value in (
+        ("Stream", lambda device: f"stream of {device}"), ("stream", on), ("Event", Event),
+        ("current_stream", lambda device: compute),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    stream = loading.CudaTransferStream("gpu")  # type: ignore[arg-type]
+    assert stream.receive(*stream.send(batch)) is batch  # type: ignore[arg-type, comparison-overlap]
+    own = "stream of gpu"
+    assert log == [("enter", own), ("to", "gpu", True), ("record", own), "leave", "wait", ("keep", Compute)]

@@ -521,6 +521,17 @@ def test_foreach_updates_take_the_parameters_in_chunks_of_the_cache(monkeypatch:
         p.grad = torch.zeros_like(p)
     assert [[len(p) for p in chunk] for chunk in common.chunks(params)] == [[4, 6], [1], [12], [3, 7]]
     assert list(common.chunks(params[-1:])) == []
+    placed = [
+        nn.Parameter(torch.zeros(9, dtype=d, device="meta")) for d in (torch.float32, torch.float64, torch.float32)
+    ]
+    for p in placed:
+        p.grad = torch.zeros_like(p)
+    found = list(common.chunks([*placed, params[0]]))  # those on an accelerator last, by dtype
+    assert [list(map(id, chunk)) for chunk in found] == [
+        [id(params[0])],
+        [id(placed[0]), id(placed[2])],
+        [id(placed[1])],
+    ]
 
 
 @pytest.mark.parametrize(
