@@ -242,7 +242,7 @@ def test_missing_and_special_files_are_empty(tmp_path: Path) -> None:
         (1, 5000, [(0, 1)]),
     ],
 )
-def test_places_of_a_content_that_are_hashed(
+def test_blocks_of_a_content_that_are_hashed(
     count: int, size: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("_WHOLE", 1000), ("_BLOCK", 100), ("_BLOCKS", 4), ("_THREADS", 1)):

@@ -188,14 +188,14 @@ def test_errors_of_workers_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def _is_set_up() -> None:
     """Checks what a worker does with signals, threads and memory."""
-    told: list[Any] = []
-    loading.end_with_parent = lambda: told.append("parent")  # type: ignore[attr-defined]
-    loading.set_malloc = lambda options: told.append(options)  # type: ignore[attr-defined]
+    called: list[Any] = []
+    loading.end_with_parent = lambda: called.append("parent")  # type: ignore[attr-defined]
+    loading.set_malloc = lambda options: called.append(options)  # type: ignore[attr-defined]
     _, writer = os.pipe2(os.O_NONBLOCK)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     loading._start_worker(0)
-    assert torch.get_num_threads() == 1 and told == [{loading.M_MMAP_THRESHOLD: 1 << 20}, "parent"]
+    assert torch.get_num_threads() == 1 and called == [{loading.M_MMAP_THRESHOLD: 1 << 20}, "parent"]
     assert signal.set_wakeup_fd(-1) == -1
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         assert signal.getsignal(getattr(signal, name)) == signal.SIG_IGN

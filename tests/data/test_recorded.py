@@ -71,6 +71,7 @@ def orders() -> Iterator[str]:
         "interleaved, a large class": ClassInterleaved(**keys),
         "interleaved, half": ClassInterleaved(targets=TARGETS[:9], seed=1),
         "interleaved, small classes": ClassInterleaved(targets=torch.arange(24) % 5 // 2, seed=1),
+        "interleaved, a quarter": ClassInterleaved(targets=torch.arange(16) % 4, seed=1),
         "diverse": Diverse(samples=images(), batch_size=6, clusters=3, **keys),
         "diverse, vectors": Diverse(samples=vectors(), batch_size=7, clusters=2, **keys),
         "diverse, regression": Diverse(
@@ -220,9 +221,10 @@ def hashes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def texts(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     lines = np.frombuffer(b"".join(b"line %d\n" % (i * i) for i in range(60)), dtype=np.uint8)
     ends = [40, 100, 130, 300, 420, len(lines)]
-    places = (0.0, 0.07, 0.2, 0.3, 0.5, 0.61, 0.8, 0.97, 1.0)
-    yield f"cuts: {numbers(_cut(lines, ends, place, tolerance) for tolerance in (0.3, 0.05, 0.01) for place in places)}"
-    yield f"without lines: {numbers(_cut(lines[:5], [5], place, 0.1) for place in places)}"
+    fractions = (0.0, 0.07, 0.2, 0.3, 0.5, 0.61, 0.8, 0.97, 1.0)
+    for tolerance in (0.3, 0.05, 0.01):
+        yield f"cuts: {numbers(_cut(lines, ends, fraction, tolerance) for fraction in fractions)}"
+    yield f"without lines: {numbers(_cut(lines[:5], [5], fraction, 0.1) for fraction in fractions)}"
     monkeypatch.setattr("dlopt.data.tokenizer._CHUNK", 50)
     content = lines.tobytes() + "→".encode() * 60 + b"a\n\nb" * 40
     yield f"chunks: {numbers(map(len, _chunks(content)))}"
@@ -252,8 +254,8 @@ def test_draws_statistics_and_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
         FILE.write_text("".join(f"{line}\n" for line in found))
     recorded = FILE.read_text().splitlines()
     for line, expected in zip(found, recorded, strict=True):
-        (text, values), (words, wanted) = parsed(line), parsed(expected)
-        assert text == words and values == pytest.approx(wanted, rel=1e-3, abs=1e-5), line
+        (text, values), (words, target) = parsed(line), parsed(expected)
+        assert text == words and values == pytest.approx(target, rel=1e-3, abs=1e-5), line
 
 
 def parsed(line: str) -> tuple[str, list[float]]:

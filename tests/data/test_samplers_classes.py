@@ -118,7 +118,7 @@ def test_rejects_regression_targets(sampler: type[ClassBalanced] | type[ClassInt
 
 
 @pytest.mark.parametrize("labels", [[0] * 7 + [1] * 7, [0] * 9 + [1] * 5 + [2] * 4, [0, 1, 2] * 6])
-def test_samples_are_inserted_class_by_class_where_random_places_do_not_suffice(
+def test_samples_are_inserted_class_by_class_where_random_gaps_do_not_suffice(
     labels: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(classes, "_ROUNDS", 0)

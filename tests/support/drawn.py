@@ -1,4 +1,4 @@
-"""Describes figures line by line, so that a recorded file shows what a change of the drawing changes."""
+"""Describes pictures line by line, so that a recorded file shows what a change of the drawing changes."""
 
 import dataclasses
 import json
@@ -58,18 +58,18 @@ def check_recorded(file: Path, described: Iterable[str]) -> None:
     assert lines == file.read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def describe(figure: Figure) -> Iterator[str]:
-    """Yields the size, titles and legends of a figure, then what its axes show. Numbers have four digits."""
-    suptitle = figure._suptitle  # type: ignore[attr-defined]
-    title = f"{figure.get_suptitle()!r} {suptitle.get_fontsize():g}" if suptitle else ""
-    yield f"figure {_shown(figure.get_size_inches())} {title} {figure.get_supylabel()}".rstrip()
-    for legend in (*figure.legends, *(axes.legend_ for axes in figure.axes if axes.legend_)):
+def describe(picture: Figure) -> Iterator[str]:
+    """Yields the size, titles and legends of a picture, then what its axes show. Numbers have four digits."""
+    suptitle = picture._suptitle  # type: ignore[attr-defined]
+    title = f"{picture.get_suptitle()!r} {suptitle.get_fontsize():g}" if suptitle else ""
+    yield f"picture {_shown(picture.get_size_inches())} {title} {picture.get_supylabel()}".rstrip()
+    for legend in (*picture.legends, *(axes.legend_ for axes in picture.axes if axes.legend_)):
         entries = zip(legend.legend_handles, legend.get_texts(), strict=True)
         shown = [f"{text.get_text()!r} {_line(handle)}" for handle, text in entries]
         form = [legend._ncols, legend.get_title().get_text(), legend.get_title().get_fontsize(), legend.handlelength]
         sizes = {text.get_fontsize() for text in legend.get_texts()}
         yield f" legend {_shown([*form, *sizes, legend.get_frame_on()])}: {'; '.join(shown)}"
-    for axes in figure.axes:
+    for axes in picture.axes:
         yield from _axes(axes)
 
 

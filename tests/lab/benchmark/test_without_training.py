@@ -30,11 +30,11 @@ def request_of(folder: Path, chosen: list[Trial]) -> Any:
 def test_a_dry_run_estimates_each_optimizer_on_each_workload_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[Any] = []
+    estimated: list[Any] = []
     known = {"mlp": Estimate(60.0, 120.0), "gpt": None}
 
     def estimate(saved: list[Any], choices: Any) -> Estimate | None:
-        asked.extend(saved)
+        estimated.extend(saved)
         return known[saved[0]]
 
     monkeypatch.setattr(command, "plan", lambda composer, lines: SimpleNamespace(saved=lines[0], choices={}))
@@ -42,7 +42,7 @@ def test_a_dry_run_estimates_each_optimizer_on_each_workload_once(
     waiting = [*trials_of(["mlp", "gpt"], ["sgd"], 1, 2)]
     assert command._list(LINE, request_of(tmp_path, waiting), waiting) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert asked == ["mlp", "gpt"] and lines[:4] == [
+    assert estimated == ["mlp", "gpt"] and lines[:4] == [
         "sgd/mlp/0-0 optimizer.lr=0.1", "sgd/gpt/0-0 optimizer.lr=0.1", "sgd/mlp/0-1 optimizer.lr=0.2",
         "sgd/gpt/0-1 optimizer.lr=0.2",
     ]  # fmt: skip
@@ -100,7 +100,7 @@ def test_check_repeats_two_trials_that_reached_their_target(
         assert (": has not ended; " in compared[0]) == (updates is None)
 
 
-def test_an_interrupted_check_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_check_returns_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
