@@ -186,3 +186,14 @@ def test_a_box_that_rounding_moves_out_of_the_image(tmp_path: Path) -> None:
         column = found[1][1].float()  # the value of a column is its position
         assert abs(float(column[:, 0].mean()) - 31 * 255 / 300) < 2
         assert abs(float(column[:, -1].mean()) - 89 * 255 / 300) < 2
+
+
+@pytest.mark.parametrize("size", [(2, 100), (100, 2)])
+def test_a_crop_has_at_least_one_row_and_column(size: tuple[int, int]) -> None:
+    """A box that is narrower than a pixel is that pixel, without its neighbour."""
+    images = torch.arange(100, dtype=torch.float32).view(1, 1, 10, 10)
+    resized = resize(images, size)
+    assert resized.shape == (1, 1, *size)
+    line = images[0, 0, 5] if size[0] == 2 else images[0, 0, :, 5]
+    for each in resized[0, 0] if size[0] == 2 else resized[0, 0].T:
+        assert each[0] == line[0] and each[-1] == line[-1]

@@ -174,7 +174,7 @@ def test_texts(table: Ranking, tmp_path: Path, capsys: pytest.CaptureFixture[str
     found = re.sub(r"\d\.\d{9,}", lambda number: f"{float(number[0]):.6g}", texts).splitlines()
     for form in (latex, markdown):
         found += form(table, made="made", test=False, top=4).splitlines()
-        found += form(table, made="made", test=True, top=20).splitlines()
+        found += form(table, made="made", test=True, top=10).splitlines()  # all of them
     found += printed(table, None) + printed(table, None, test=True, top=2)
     for width in (210, 180, 150, 130, 40):
         found += [f"width {width}", *printed(table, width, top=3, style="standard" if width == 210 else None)]
@@ -193,7 +193,12 @@ def test_list_of_runs(
     table: Ranking, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    queries: Sequence[dict[str, Any]] = ({}, {"sort": "val_loss"}, {"columns": ["seed", "status", "tags"], "limit": 3})
+    queries: Sequence[dict[str, Any]] = (
+        {},
+        {"sort": "val_loss"},
+        {"sort": "val_loss", "limit": 1},
+        {"columns": ["seed", "status", "tags"], "limit": 3},
+    )
     for query in queries:
         made = Query([Path()], [], **query)
         found = sorted(made.find()[0], key=lambda each: each.path) if not query else made.find()[0]

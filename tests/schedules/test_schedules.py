@@ -597,3 +597,11 @@ def test_scaled_rates_and_their_copies() -> None:
     assert isinstance(optimizer.param_groups[1]["lr"], torch.Tensor)
     scheduler.step(0)
     assert scheduler.last_epoch == 0 and scheduler.rate == 0.25
+
+
+def test_a_cycle_of_one_update_leaves_no_room_for_a_warmup() -> None:
+    keys: dict[str, Any] = {"steps": 4, "warmup_fraction": 0.0, "cycle_warmup_steps": 1, "cycle_warmup_fraction": 0.0}
+    with pytest.raises(UserError, match=r"cycle warmup of 1 steps is not shorter than the first cycle \(1 steps\)"):
+        make("cosine_warmup_restarts", **keys, T_0_steps=1, T_mult=1)
+    whole = make("cosine_warmup_restarts", **keys | {"warmup_steps": 4, "warmup_fraction": 0.0})
+    assert 0 < whole(0) < whole(3) < 1, "a warmup as long as the run leaves no cycle"
