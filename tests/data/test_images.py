@@ -10,10 +10,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dlopt.basics.errors import UserError
-from dlopt.data.images import EXTENSIONS, _centre_box, _formats, decode, from_pil, header_size, resize
-
-
-from dlopt.data.images import _centre_box, decode, decode_boxes, from_pil, header_size, resize
+from dlopt.data.images import EXTENSIONS, _centre_box, _formats, decode, decode_boxes, from_pil, header_size, resize
 
 
 def gradient(height: int, width: int) -> np.ndarray:
