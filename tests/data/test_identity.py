@@ -22,7 +22,7 @@ from dlopt.data.features import table
 from dlopt.data.folder import image_folder
 from dlopt.data.generated import polynomial
 from dlopt.data.identity import difference, identify
-from dlopt.data.samples import Dataset, Files, InMemory
+from dlopt.data.samples import Dataset, Files, InMemory, Wrapped
 from dlopt.data.table import csv
 from dlopt.data.text import text, tokens
 from dlopt.data.webdataset import webdataset
@@ -283,3 +283,24 @@ def test_paths_in_a_table_are_read(tmp_path: Path) -> None:
     assert table.size == 2 << 17, "estimated: the files are not measured"
     stored = arrow.table({"image": [b"a", b"bc"], "label": [0, 1]})
     assert Columns("data.file", stored, ["image"], "label").size == stored.select(["image"]).nbytes
+
+
+def test_evenly_spaced_items_of_a_dataset_are_read() -> None:
+    read: list[int] = []
+
+    class Items:
+        targets = torch.zeros(31, dtype=torch.int64)
+
+        def __len__(self) -> int:
+            return 31
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            read.append(int(index))
+            return torch.full((2,), float(index)), 0
+
+    samples = Wrapped(Items(), None, "data.train")
+    read.clear()
+    content = module._of_items(samples)
+    assert content is not None and read == [*range(0, 31, 2)] * 2
+    expected = torch.arange(0, 31, 2).float()[:, None].expand(16, 2).contiguous().numpy().tobytes()
+    assert content.read(0, 16) == expected

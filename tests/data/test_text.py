@@ -1,5 +1,6 @@
 """Texts: windows, documents, splits, files of tokens."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -267,12 +268,14 @@ def test_a_pattern_without_files_suggests_the_most_common_suffix(tmp_path: Path)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=r"no file in .* has such a name; it has \*\.md: set data\.pattern='\*\.md'$"):
-        texts._files(str(tmp_path), "*.py")
-    assert [path.name for path in texts._files(str(tmp_path), "*.md")] == ["a.md", "c.md"]
-    assert texts._files(str(tmp_path / "none"), "*.md") == [tmp_path / "none"]
+        texts._files(str(tmp_path), "*.py", Counter())
+    others: Counter[str] = Counter()
+    assert [path.name for path in texts._files(str(tmp_path), "*.md", others)] == ["a.md", "c.md"]
+    assert others.total() == 2 and others["*.txt"] == 1
+    assert texts._files(str(tmp_path / "none"), "*.md", others) == [tmp_path / "none"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no file in .* has such a name$"):
-        texts._files(str(tmp_path / "empty"), "*.py")
+        texts._files(str(tmp_path / "empty"), "*.py", Counter())
 
 
 @pytest.mark.parametrize(("limit", "is_mapped"), [(13, False), (12, True)])
@@ -289,3 +292,15 @@ def test_texts_above_a_size_are_mapped(
     one, ends = texts._concatenate([tmp_path / "c"])
     assert bytes(one) == b"1234567890123" and ends == [13] and isinstance(one, np.memmap) is is_mapped
     assert len(texts._concatenate([tmp_path / "d"])[0]) == 0
+
+
+@pytest.mark.parametrize(("count", "length", "expected"), [(10, 3, 9), (9, 3, 6), (10, 4, 8), (4, 3, 3)])
+def test_predicted_tokens_are_those_of_the_targets(count: int, length: int, expected: int) -> None:
+    windows = Windows(np.arange(count, dtype=np.uint8), length)
+    assert windows.predicted().tolist() == list(range(1, expected + 1))
+    everything = windows.fetch(torch.arange(len(windows)))
+    assert everything[:, 1:].flatten().tolist() == windows.predicted().tolist()
+    some = windows.select(torch.tensor([0]))
+    assert some.predicted().tolist() == list(range(1, length + 1)) and windows.shape == (length + 1,)
+    every = Windows(np.arange(count, dtype=np.uint8), length, stride=1)
+    assert len(every) == count - length and len(every.predicted()) == length * (count - length)

@@ -605,3 +605,14 @@ def test_a_cycle_of_one_update_leaves_no_room_for_a_warmup() -> None:
         make("cosine_warmup_restarts", **keys, T_0_steps=1, T_mult=1)
     whole = make("cosine_warmup_restarts", **keys | {"warmup_steps": 4, "warmup_fraction": 0.0})
     assert 0 < whole(0) < whole(3) < 1, "a warmup as long as the run leaves no cycle"
+
+
+def test_plateau_starts_without_bad_evaluations() -> None:
+    plateau = make("plateau", monitor="val_loss", patience=1, factor=0.5, threshold=0.0, cooldown=0)
+    plateau = getattr(plateau, "component", plateau)
+    assert plateau.state_dict() == {"value": 1.0, "best": math.inf, "bad": 0, "resting": 0}
+    values = []
+    for loss in (1.0, 1.0, 1.0, 1.0, 1.0, 0.5):
+        plateau.update({"val_loss": loss})
+        values.append(plateau.value)
+    assert values == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
