@@ -48,8 +48,8 @@ TARGETS = (
 TESTS = ("tests/optim", "tests/schedules", "tests/training", "tests/parallel", "tests/data", "tests/config")
 ELSEWHERE = {"dlopt/config/rules.py": "tests/config/test_bad_input.py"}  # tests that refuse combinations of settings
 PRELOAD = (
-    "torch", "torch._dynamo", "tensorboard.plugins.hparams.api_pb2", "scipy.optimize", "hypothesis", "hydra",
-    "rich.console",
+    "torch", "torch._dynamo", "tensorboard.plugins.hparams.api_pb2", "scipy.optimize", "scipy.stats", "hypothesis",
+    "hydra", "rich.console", "matplotlib.figure", "pandas", "PIL.Image", "jinja2",
 )  # fmt: skip
 KILLED = ("killed", "timeout")
 # At the end of a coverage context: `test|run` in the process of pytest, `test (call)` in one that the test has started

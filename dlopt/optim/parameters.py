@@ -160,7 +160,7 @@ def _is_usually_exempt(model: nn.Module, name: str, parameter: Tensor) -> bool:
     path, _, last = name.rpartition(".")
     if last in _POSITIONS_AND_TOKENS:
         return True
-    is_vector = parameter.ndim > 2 and parameter.numel() == max(parameter.shape, default=0)
+    is_vector = parameter.ndim > 2 and parameter.numel() == max(parameter.shape)
     return is_vector and not isinstance(model.get_submodule(path), _MATRICES)
 
 

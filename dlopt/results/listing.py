@@ -124,7 +124,7 @@ def _fitting(
 
 def _most_common(key: str, records: Sequence[Record]) -> int:
     """Returns how many runs have the most frequent value of a key."""
-    return max(Counter(text(value_of(record, key)) for record in records).values(), default=0)
+    return max(Counter(text(value_of(record, key)) for record in records).values())
 
 
 def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:

@@ -422,3 +422,11 @@ def test_paths_of_images_are_below_the_folder_of_the_file(tmp_path: Path) -> Non
         writer.write_table(arrow.table({"image": column, "label": [0, 1]}), file)
         with contextlib.nullcontext() if is_allowed else pytest.raises(UserError, match="is not in the folder of the"):
             read(file=str(file), input="image", target="label")
+
+
+def test_values_of_a_regression_are_finite(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    for values, row in (([1.0, 2.0, float("inf")], 2), ([[1.0, 2.0], [float("nan"), 1.0], [0.0, 0.0]], 1)):
+        writer.write_table(arrow.table({"n": [1, 2, 3], "y": values}), path)
+        with pytest.raises(UserError, match=rf"data\.file, row {row}: y is .*, not a finite number"):
+            read(file=path, input="n", target="y", labels="value")

@@ -155,3 +155,38 @@ def test_next_copy_starts_before_the_batch_is_used(count: int) -> None:
     for number in range(count - 1):
         assert stream.calls.index(f"send {number + 1}") < stream.calls.index(f"use {number}")
         assert stream.calls.index(f"use {number}") < stream.calls.index(f"receive {number + 1}")
+
+
+def test_a_compiled_path_draws_outside_of_the_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler: what is compiled is a function of tensors; a smaller last batch is not."""
+    calls: list[int] = []
+
+    def record(function: Any, *, dynamic: bool) -> Any:
+        assert dynamic is False
+        return lambda *arguments: calls.append(len(arguments[2])) or function(*arguments)
+
+    monkeypatch.setattr(torch, "compile", record)
+    for augment in (pipeline(PadCrop(padding=2), HorizontalFlip(p=0.5)), None):
+        plain, compiled = batches(augment), batches(augment, compiled=True)
+        for (x, y), (u, v) in zip(drawn(plain), drawn(compiled), strict=True):
+            assert torch.equal(x, u) and torch.equal(y, v)
+    assert calls == [16] * 4 * 3 * 2
+    assert batches(lambda *_, **__: None, compiled=True)._compiled_render is None, "it cannot be rendered"
+
+
+def test_a_reader_gets_the_update_and_the_position_of_each_sample() -> None:
+    class Reader:
+        def fetch(self, requests: Tensor) -> Tensor:
+            return torch.stack([requests[:, 0], requests[:, 1], requests[:, 2]], 1).float()
+
+    source = samples()
+    delivery = Delivery(torch.device("cpu"), True, 0)
+    keys: dict[str, Any] = {"batch_size": 16, "sampler": Random(targets=source.targets, seed=3, epoch_size=None)}
+    made = Batches(source, delivery, reader=Reader(), shard=lambda total: slice(total // 2, total), **keys)
+    order = keys["sampler"].order(1)
+    for number, batch in enumerate(made.epoch(1, 2, 50)):
+        total = 16 if number < 2 else 6
+        expected = [[int(order[(number + 2) * 16 + i]), 50 + number, i] for i in range(total // 2, total)]
+        assert batch.inputs.tolist() == expected and batch.total == total
+        assert torch.equal(batch.targets, source.targets[[row[0] for row in expected]])
+    made.close()

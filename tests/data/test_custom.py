@@ -63,6 +63,7 @@ def test_floating_point_labels_mean_regression() -> None:
         ({"test": Points([0, 3])}, "data.test: has labels from 0 to 3; with 3 classes"),
         ({"val": Points([0, -1])}, "data.val: has labels from -1"),
         ({"train": Points([1, 2, 3])}, "labels must be 0 to 3 without a gap, lacks 0"),
+        ({"train": Points([0, 2])}, "labels must be 0 to 2 without a gap, lacks 1"),
         ({"train": Points([0, -1])}, "without a gap, has -1"),
         ({"val": Points([0.5])}, "data.val: labels must have the same type"),
         ({"train": Points([0.5, float("nan")])}, "labels that are not finite"),

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import struct
 import tarfile
 from collections.abc import Callable
 from functools import partial
@@ -15,13 +16,13 @@ import torch
 from PIL import Image
 
 from dlopt.data import identity as module
-from dlopt.data.arrow import parquet
+from dlopt.data.arrow import Columns, parquet
 from dlopt.data.custom import custom
 from dlopt.data.features import table
 from dlopt.data.folder import image_folder
 from dlopt.data.generated import polynomial
 from dlopt.data.identity import difference, identify
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import Dataset, Files, InMemory, Wrapped
 from dlopt.data.table import csv
 from dlopt.data.text import text, tokens
 from dlopt.data.webdataset import webdataset
@@ -216,3 +217,90 @@ def test_the_first_difference_is_named() -> None:
         assert difference(old, new) == message
     assert difference(old, None) is difference(None, old) is difference(old, {**old, "scheme": 2}) is None
     assert difference(old, {**old, "train": {"samples": 1200}}) is None, "not hashed: not compared"
+
+
+def test_missing_and_special_files_are_empty(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    os.mkfifo(tmp_path / "fifo")
+    assert module._read(str(tmp_path / "a")) == b"content" and module._size(str(tmp_path / "a")) == 7
+    assert module._read(str(tmp_path / "fifo")) == module._read(str(tmp_path)) == b""
+    assert module._read(str(tmp_path / "none")) == b"" and module._size(str(tmp_path / "none")) == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "expected"),
+    [
+        (
+            100,
+            1000,
+            [(0, 10), (10, 20), (20, 30), (30, 40), (40, 50), (50, 60), (60, 70), (70, 80), (80, 90), (90, 100)],
+        ),
+        (15, 150, [(0, 10), (10, 15)]),
+        (3, 900, [(0, 1), (1, 2), (2, 3)]),
+        (100, 1010, [(0, 9), (30, 39), (60, 69), (91, 100)]),
+        (5, 0, [(0, 5)]),
+        (1, 5000, [(0, 1)]),
+    ],
+)
+def test_blocks_of_a_content_that_are_hashed(
+    count: int, size: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_WHOLE", 1000), ("_BLOCK", 100), ("_BLOCKS", 4), ("_THREADS", 1)):
+        monkeypatch.setattr(module, name, value)
+    read: list[tuple[int, int]] = []
+    content = module._Content(count, size, lambda start, stop: read.append((start, stop)) or b"x")
+    assert content.digest() == hashlib.sha256(hashlib.sha256(b"x").digest() * len(expected)).hexdigest()
+    assert read == expected
+
+
+def test_what_is_hashed_is_the_size_and_the_content_of_each_input(tmp_path: Path) -> None:
+    """Eight bytes for the size, so that no two lists of contents are equal when they are joined."""
+    contents = [b"first", b"", b"the third"]
+    framed = [struct.pack("<Q", len(content)) + content for content in contents]
+    paths = [str(tmp_path / f"{number}") for number in range(3)]
+    for path, content in zip(paths, contents, strict=True):
+        Path(path).write_bytes(content)
+    files = module._of_files(Files(paths, torch.arange(3), (1, 1), 3))
+    assert (files.count, files.size) == (3, 14) and files.read(0, 3) == b"".join(framed)
+    assert files.read(1, 3) == b"".join(framed[1:])
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(2):
+            for name, content in ((f"{number}.json", b"[%d]" % number), (f"{number}.cls", b"0")):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    shards = webdataset(file=str(tmp_path / "a.tar"), **{**ROWS, "input": "json", "target": "cls"})
+    table = shards.train.dataset.table  # type: ignore[attr-defined]
+    assert table.size == 6 and table.read(0, 2) == b"".join(struct.pack("<Q", 3) + b"[%d]" % i for i in range(2))
+
+
+def test_paths_in_a_table_are_read(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    (tmp_path / "x").write_bytes(b"content")
+    rows = [{"bytes": None, "path": str(tmp_path / "x")}, {"bytes": b"own", "path": None}]
+    table = Columns("data.file", arrow.table({"image": rows, "label": [0, 1]}), ["image"], "label")
+    assert table.read(0, 2) == b"".join(struct.pack("<Q", len(each)) + each for each in (b"content", b"own"))
+    assert table.size == 2 << 17, "estimated: the files are not measured"
+    stored = arrow.table({"image": [b"a", b"bc"], "label": [0, 1]})
+    assert Columns("data.file", stored, ["image"], "label").size == stored.select(["image"]).nbytes
+
+
+def test_evenly_spaced_items_of_a_dataset_are_read() -> None:
+    read: list[int] = []
+
+    class Items:
+        targets = torch.zeros(31, dtype=torch.int64)
+
+        def __len__(self) -> int:
+            return 31
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            read.append(int(index))
+            return torch.full((2,), float(index)), 0
+
+    samples = Wrapped(Items(), None, "data.train")
+    read.clear()
+    content = module._of_items(samples)
+    assert content is not None and read == [*range(0, 31, 2)] * 2
+    expected = torch.arange(0, 31, 2).float()[:, None].expand(16, 2).contiguous().numpy().tobytes()
+    assert content.read(0, 16) == expected

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dlopt.basics.errors import UserError
-from dlopt.data.images import EXTENSIONS, _centre_box, _formats, decode, from_pil, header_size, resize
+from dlopt.data.images import EXTENSIONS, _centre_box, _formats, decode, decode_boxes, from_pil, header_size, resize
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -153,3 +153,44 @@ def test_no_image_starts_a_program(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=r"a\.png: cannot be read as an image"):
                 read()
     assert not call.called and not opened.called
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_other_modes_are_converted_before_they_are_resized(tmp_path: Path, mode: str, channels: int) -> None:
+    image = Image.fromarray(gradient(16, 16))
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 256)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "a.tif")
+    whole = decode(str(tmp_path / "a.tif"), None, channels)
+    resized = decode(str(tmp_path / "a.tif"), (4, 8), channels)
+    assert whole.shape == (channels, 16, 16) and resized.shape == (channels, 4, 8)
+    converted = Image.fromarray(whole.permute(1, 2, 0).squeeze(2).numpy())
+    expected = from_pil(converted.resize((8, 4), Image.Resampling.BILINEAR, box=(0, 4, 16, 12)), channels)
+    assert torch.equal(resized, expected)
+
+
+def test_a_box_that_rounding_moves_out_of_the_image(tmp_path: Path) -> None:
+    for suffix in ("png", "jpg"):
+        Image.fromarray(gradient(200, 300)).save(tmp_path / f"a.{suffix}", quality=100)
+        box = (-1e-6, -1e-6, 300.000001, 200.000001)
+        paths = [str(tmp_path / f"a.{suffix}")] * 2
+        boxes = torch.tensor([box, (30.0, 20.0, 90.0, 60.0)])
+        found = list(decode_boxes(paths, lambda *_, boxes=boxes: boxes, (20, 30), 3))
+        assert (found[0].int() - decode(paths[0], (20, 30), 3).int()).abs().max() <= 2
+        column = found[1][1].float()  # the value of a column is its position
+        assert abs(float(column[:, 0].mean()) - 31 * 255 / 300) < 2
+        assert abs(float(column[:, -1].mean()) - 89 * 255 / 300) < 2
+
+
+@pytest.mark.parametrize("size", [(2, 100), (100, 2)])
+def test_a_crop_has_at_least_one_row_and_column(size: tuple[int, int]) -> None:
+    """A box that is narrower than a pixel is that pixel, without its neighbour."""
+    images = torch.arange(100, dtype=torch.float32).view(1, 1, 10, 10)
+    resized = resize(images, size)
+    assert resized.shape == (1, 1, *size)
+    line = images[0, 0, 5] if size[0] == 2 else images[0, 0, :, 5]
+    for each in resized[0, 0] if size[0] == 2 else resized[0, 0].T:
+        assert each[0] == line[0] and each[-1] == line[-1]

@@ -203,3 +203,8 @@ def test_fixed_constants_of_floating_point_images() -> None:
         module = Fixed(mean=mean, std=std, input_shape=tuple(pixels.shape[1:])).double()
         module.fit(samples(inputs))
         assert torch.allclose(module(inputs.double()).movedim(1, -1), expected, atol=1e-6)
+
+
+def test_given_means_need_no_training_samples() -> None:
+    module = MeanPixel(values=(1.0, 2.0), scale=3.0, input_shape=(2, 1, 1))
+    assert module(torch.full((1, 2, 1, 1), 5.0)).flatten().tolist() == [12.0, 9.0]

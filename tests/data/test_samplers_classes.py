@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlopt.basics.errors import UserError
-from dlopt.data.samplers import ClassBalanced, ClassInterleaved, ClassSorted
+from dlopt.data.samplers import ClassBalanced, ClassInterleaved, ClassSorted, classes
 
 
 def equal_neighbours(row: list[int]) -> int:
@@ -115,3 +115,17 @@ def test_rejects_regression_targets(sampler: type[ClassBalanced] | type[ClassInt
     ]
     with pytest.raises(UserError, match=f"sampler={name}: the targets are numbers, not classes"):
         sampler(targets=torch.rand(5), seed=0)
+
+
+@pytest.mark.parametrize("labels", [[0] * 7 + [1] * 7, [0] * 9 + [1] * 5 + [2] * 4, [0, 1, 2] * 6])
+def test_samples_are_inserted_class_by_class_where_random_gaps_do_not_suffice(
+    labels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classes, "_ROUNDS", 0)
+    for seed in range(5):
+        rng = torch.Generator().manual_seed(seed)
+        order = torch.tensor(labels)[classes._interleave(torch.tensor(labels), rng)]
+        assert order.sort().values.tolist() == sorted(labels)
+        assert not (order[1:] == order[:-1]).any()
+    row = classes._insert_all(torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 1]), torch.tensor([2, 3, 4]), rng)
+    assert sorted(row.tolist()) == [0, 1, 2, 3, 4]

@@ -372,3 +372,23 @@ def test_runs_with_the_other_samplers_resume(tmp_path: Path, name: str) -> None:
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     assert result(tmp_path / "whole")["progress"]["sampler"] is None
     assert ("batch_variation" in metrics(tmp_path / "whole")[0]) == (name == "diverse")
+
+
+def test_too_many_draws_are_taken_from_the_samples_with_the_most() -> None:
+    """Credits of many samples that sum to more than their number, as after a resume with other settings."""
+    hard = HardExamples(targets=torch.zeros(6), seed=0, floor=0.5, max_draws=3.0)
+    hard._epoch = 0
+    hard._credit = torch.tensor([3.0, 2.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    hard._plan(torch.tensor([5, 4, 3, 2, 1, 0]))
+    assert hard._draws.tolist() == [1, 1, 1, 1, 1, 1] and int(hard._draws.sum()) == 6
+    assert hard._credit.tolist() == [3.0, 2.0, 1.0, 0.0, 0.0, 0.0]
+    hard._credit = torch.tensor([2.0, 1.0, 0.0, 0.0, -1.0, -0.5], dtype=torch.float64)
+    hard._plan(torch.arange(6))
+    assert hard._draws.tolist() == [2, 2, 1, 1, 0, 0]
+
+
+def test_an_earlier_epoch_is_refused() -> None:
+    hard = HardExamples(targets=torch.zeros(3), seed=0, floor=0.5, max_draws=3.0)
+    assert hard.order(1).tolist() == hard.order(1).tolist()
+    with pytest.raises(ValueError, match="epoch 0 is over: epoch 1 is the current one"):
+        hard.order(0)

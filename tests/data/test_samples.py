@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.data.samples import Files, InMemory, Samples, Wrapped
+from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, white
 
 WriteImages = Callable[..., list[Path]]
 
@@ -196,3 +196,62 @@ def test_arrays_with_channels_in_either_place_are_refused(shape: tuple[int, ...]
     shown = "x".join(map(str, shape))
     with pytest.raises(UserError, match=rf"data.train .*\[0\]: the uint8 array {shown} .*: {which} the first"):
         Wrapped([(np.zeros(shape, np.uint8), 0)], None, "data.train")
+
+
+def test_boxes_of_images(tmp_path: Path) -> None:
+    """Of whole images, before they are resized; of files, as Pillow resizes them."""
+    images = [torch.randint(256, (3, 6 + i, 9), dtype=torch.uint8) for i in range(3)]
+    sizes: list[list[int]] = []
+
+    def boxes(heights: Tensor, widths: Tensor) -> Tensor:
+        sizes.append([*heights.tolist(), *widths.tolist()])
+        return torch.stack([torch.ones(len(heights)), torch.zeros(len(heights)), widths - 2, heights - 1], 1)
+
+    for number, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    wrapped = Wrapped(Items([(image, i) for i, image in enumerate(images)]), (4, 4), "data.train")
+    files = Files(paths, torch.arange(3), (4, 4), 3)
+    chosen = torch.tensor([2, 0])
+    found = [samples.fetch_boxes(chosen, boxes, (2, 5)) for samples in (wrapped, files)]
+    assert sizes == [[8, 6, 9, 9]] * 2 and found[0].shape == found[1].shape == (2, 3, 2, 5)
+    assert (found[0].int() - found[1].int()).abs().max() <= 1
+    picture = Image.fromarray(images[2].permute(1, 2, 0).numpy())
+    expected = np.array(picture.resize((5, 2), Image.Resampling.BILINEAR, box=(1, 0, 7, 7)))
+    assert torch.equal(found[1][0], torch.from_numpy(expected).permute(2, 0, 1))
+    assert wrapped.fetch_boxes(chosen[:0], boxes, (2, 5)).shape == (0, 3, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), 255.0),
+        (torch.ones(3, 1, 2, 2), 1.0),
+        (torch.full((3, 1, 2, 2), 1.5), 255.0),
+        (torch.tensor([-1.0, 200.0]).view(2, 1, 1, 1), 1.0),
+        (torch.full((3, 4), 0.5), 255.0),
+        (torch.tensor([0.5] * 99 + [200.0]).view(100, 1, 1, 1), 255.0),
+        (torch.tensor([200.0] + [0.5] * 99).view(100, 1, 1, 1), 255.0),
+        (torch.tensor([0.5] * 20 + [9.0] + [0.5] * 79).view(100, 1, 1, 1), 1.0),
+    ],
+)
+def test_the_value_of_a_white_pixel(images: Tensor, expected: float) -> None:
+    assert white(InMemory(images, torch.zeros(len(images)))) == expected
+
+
+def test_tasks_of_targets() -> None:
+    inputs = torch.zeros(4, 2)
+    for targets, classes, kind, outputs in (
+        (torch.zeros(4), None, "regression", 1),
+        (torch.zeros(4, 3), None, "regression", 3),
+        (torch.zeros(4, 3), ("a", "b", "c"), "multi-label", 3),
+        (torch.zeros(4, dtype=torch.int64), ("a", "b"), "classification", 2),
+    ):
+        task = Dataset(InMemory(inputs, targets), None, None, classes).task
+        assert (task.kind, task.outputs) == (kind, outputs)
+
+
+def test_at_most_64_labels_are_compared_with_the_attribute() -> None:
+    for count, reads in ((64, 65), (65, 65), (300, 65), (3, 4)):
+        items = Items([(torch.rand(2), label) for label in range(count)], targets=list(range(count)))
+        assert Wrapped(items, None, "data.train").targets.tolist() == list(range(count)) and items.reads == reads

@@ -2,14 +2,17 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dlopt.basics.errors import UserError
+from dlopt.data import splits
 from dlopt.data.samples import Dataset, Files, InMemory, Samples
-from dlopt.data.splits import DataSettings, prepare, stratified
+from dlopt.data.splits import DataSettings, evaluation_subset, prepare, stratified
+from dlopt.data.windows import Windows
 from tests.support.data import data_settings
 
 Make = Callable[..., DataSettings]
@@ -200,3 +203,66 @@ def test_files_are_streamed_if_requested_or_too_large(
 def test_size_of_the_validation_set_is_rounded(count: int, split: float, expected: int, settings: Make) -> None:
     dataset = prepare(random_dataset([count]), settings(val_split=split))
     assert dataset.val is not None and (len(dataset.val), len(dataset.train)) == (expected, count - expected)
+
+
+def test_images_that_are_cropped_at_random_are_not_kept_as_their_centres(
+    settings: Make, tmp_path: Path, write_images: Callable[..., list[Path]]
+) -> None:
+    paths = [str(path) for path in write_images(tmp_path, 4)]
+    cut, whole = (Dataset(Files(paths, torch.arange(4), size, 3), None, None, None) for size in ((4, 4), None))
+    parts = prepare(cut, settings(), random_crops=True)
+    assert not parts.in_memory and isinstance(parts.train, Files)
+    with pytest.raises(UserError, match=r"data\.memory=true: keeps the centre of each image only"):
+        prepare(cut, settings(memory=True), random_crops=True)
+    for dataset, random_crops in ((whole, True), (cut, False)):
+        parts = prepare(dataset, settings(memory=True), random_crops=random_crops)
+        assert parts.in_memory and isinstance(parts.train, InMemory)
+
+
+def test_a_subset_of_the_validation_set() -> None:
+    val = random_dataset([6, 3, 1]).train
+    assert evaluation_subset(val, None, 0) is val and len(evaluation_subset(val, 10, 0)) == 10
+    assert torch.bincount(evaluation_subset(val, 3, 0).targets).tolist() == [1, 1, 1]
+    for count, message in ((11, "has only 10 samples"), (2, "of each of the 3 classes; use at least 3")):
+        with pytest.raises(UserError, match=rf"evaluate\.samples={count}: .*{message}"):
+            evaluation_subset(val, count, 0)
+    assert len(evaluation_subset(InMemory(val.inputs, torch.rand(10)), 1, 0)) == 1
+
+
+def test_resized_images_must_fit_into_memory(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 5 * 9 * 7
+    for free in (needed, needed - 1):
+        monkeypatch.setattr("dlopt.data.splits.available_memory", lambda free=free: free)
+        if free == needed:
+            assert prepare(random_dataset([5]), settings(image_size=(9, 7), memory=False)).train.shape == (1, 9, 7)
+        else:
+            with pytest.raises(UserError, match=r"image_size=\[9, 7\]: 5 images of this size need"):
+                prepare(random_dataset([5]), settings(image_size=(9, 7)))
+    assert prepare(random_dataset([5]), settings(image_size=8)).train.shape == (1, 8, 8), "they have this size"
+
+
+def test_bytes_of_samples() -> None:
+    labels = torch.zeros(6)
+    for samples, expected in (
+        (InMemory(torch.zeros(6, 2, 3, 4, dtype=torch.uint8), labels), 6 * 24),
+        (InMemory(torch.zeros(6, 5), labels), 6 * 5 * 4),
+        (Windows(np.zeros(100, dtype=np.uint16), 7), 200),
+    ):
+        assert splits._bytes(samples) == expected
+
+
+def test_samples_of_a_run_share_the_memory_of_a_gpu(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "available_memory", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 1000))
+    images = [InMemory(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n)) for n in (15, 16, 26)]
+    found = {
+        (device, len(each)): splits._load_into_memory([each], settings(), torch.device(device), 1)
+        for each in images
+        for device in ("cpu", "cuda")
+    }
+    assert found == {
+        ("cpu", 15): True, ("cuda", 15): True, ("cpu", 16): True, ("cuda", 16): False, ("cpu", 26): False,
+        ("cuda", 26): False,
+    }  # fmt: skip
+    assert splits._load_into_memory(images, settings(memory=True), torch.device("cuda"), 9)
+    assert not splits._load_into_memory(images, settings(memory=False), torch.device("cpu"), 1)

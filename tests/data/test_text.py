@@ -1,5 +1,6 @@
 """Texts: windows, documents, splits, files of tokens."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -245,3 +246,61 @@ def test_texts_in_utf_16(encoding: str, tmp_path: Path) -> None:
         f"warning: 1 of 3 files have a zero at every other byte, as UTF-16, and are read as bytes: {tmp_path}/b.txt"
     )
     assert text(file=str(tmp_path), **keys).notes == ((expected,) if "-16" in encoding else ())
+
+
+def test_characters_are_not_cut() -> None:
+    tokens = np.frombuffer("aé→b".encode(), dtype=np.uint8)
+    assert [texts._character(tokens, position) for position in range(8)] == [0, 1, 3, 3, 6, 6, 6, 7]
+    assert texts._character(tokens[:5], 4) == 5
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "hint"), [(5, 4, "use at most 3"), (1, 1, "two or more"), (3, 2, "most 1")]
+)
+def test_texts_shorter_than_a_window(length: int, count: int, hint: str) -> None:
+    with pytest.raises(UserError, match=f"data.sequence_length={length}: it has only {count} tokens; .*{hint}"):
+        texts._windows(np.zeros(count), length, "it")
+    assert len(texts._windows(np.zeros(length + 1), length, "it")) == 1
+
+
+def test_a_pattern_without_files_suggests_the_most_common_suffix(tmp_path: Path) -> None:
+    for name in ("a.md", "b/c.md", "d.txt", "none"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=r"no file in .* has such a name; it has \*\.md: set data\.pattern='\*\.md'$"):
+        texts._files(str(tmp_path), "*.py", Counter())
+    others: Counter[str] = Counter()
+    assert [path.name for path in texts._files(str(tmp_path), "*.md", others)] == ["a.md", "c.md"]
+    assert others.total() == 2 and others["*.txt"] == 1
+    assert texts._files(str(tmp_path / "none"), "*.md", others) == [tmp_path / "none"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no file in .* has such a name$"):
+        texts._files(str(tmp_path / "empty"), "*.py", Counter())
+
+
+@pytest.mark.parametrize(("limit", "is_mapped"), [(13, False), (12, True)])
+def test_texts_above_a_size_are_mapped(
+    tmp_path: Path, limit: int, is_mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files of five and six bytes, with a separator after each; or one of as many bytes."""
+    monkeypatch.setattr(texts, "_MAX_READ", limit)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, content in (("a", b"12345"), ("b", b"123456"), ("c", b"1234567890123"), ("d", b"")):
+        (tmp_path / name).write_bytes(content)
+    joined, ends = texts._concatenate([tmp_path / "a", tmp_path / "b"])
+    assert bytes(joined) == b"12345\x00123456\0" and ends == [6, 13] and isinstance(joined, np.memmap) is is_mapped
+    one, ends = texts._concatenate([tmp_path / "c"])
+    assert bytes(one) == b"1234567890123" and ends == [13] and isinstance(one, np.memmap) is is_mapped
+    assert len(texts._concatenate([tmp_path / "d"])[0]) == 0
+
+
+@pytest.mark.parametrize(("count", "length", "expected"), [(10, 3, 9), (9, 3, 6), (10, 4, 8), (4, 3, 3)])
+def test_predicted_tokens_are_those_of_the_targets(count: int, length: int, expected: int) -> None:
+    windows = Windows(np.arange(count, dtype=np.uint8), length)
+    assert windows.predicted().tolist() == list(range(1, expected + 1))
+    everything = windows.fetch(torch.arange(len(windows)))
+    assert everything[:, 1:].flatten().tolist() == windows.predicted().tolist()
+    some = windows.select(torch.tensor([0]))
+    assert some.predicted().tolist() == list(range(1, length + 1)) and windows.shape == (length + 1,)
+    every = Windows(np.arange(count, dtype=np.uint8), length, stride=1)
+    assert len(every) == count - length and len(every.predicted()) == length * (count - length)

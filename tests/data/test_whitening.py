@@ -89,3 +89,9 @@ def test_accepts_as_many_features_as_the_message_allows() -> None:
         assert PCA(input_shape=(8192,)).matrix.shape == (8192, 8192)
         with pytest.raises(UserError, match="all 8193 values of a sample; at most 8192 are allowed"):
             PCA(input_shape=(8193,))
+
+
+def test_statistics_are_computed_on_the_cpu_of_machines_without_cuda() -> None:
+    samples = InMemory(torch.rand(4, 2), torch.zeros(4))
+    found = mean_and_covariance(samples, torch.device("meta"))
+    assert [each.device.type for each in found] == ["cpu", "cpu"] and found[0].dtype == torch.float64

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.optim import LAMB, LARS, SAM, SGDW, AdaBelief, Lion, LossClosure, Muon, Rprop
+from dlopt.optim import LAMB, LARS, SAM, SGDW, AdaBelief, Lion, LossClosure, Muon, Rprop, common
 from dlopt.optim.muon import orthogonalize
 from tests.support.updates import (
     GRADS,
@@ -497,3 +497,54 @@ def test_lars_moves_a_matrix_of_zeros_by_the_learning_rate() -> None:
     LARS([p, other], lr=0.5, weight_decay=0.0, trust_coefficient=0.02).step()
     torch.testing.assert_close(p.detach(), torch.tensor([[-0.5, 1.0], [0.0, -2.0]]))
     torch.testing.assert_close(other.detach(), torch.full((2, 2), 1 - 0.5 * 0.02))
+
+
+def test_muon_decays_weights_in_bfloat16_without_rounding_the_factor() -> None:
+    p = nn.Parameter(torch.full((2, 2), 3.0, dtype=torch.bfloat16))
+    p.grad = torch.zeros_like(p)
+    Muon([p], lr=0.1, weight_decay=0.37).step()
+    assert torch.equal(p, torch.full((2, 2), 3.0 * (1 - 0.1 * 0.37)).bfloat16())
+
+
+def test_muon_fuses_the_step_of_other_parameters_where_torch_can() -> None:
+    dense, strided = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(6)[::2])
+    for params, fused in (([dense], True), ([strided], None), ([dense, strided], None)):
+        optimizer = Muon([*params, nn.Parameter(torch.ones(2, 2))])
+        assert [group["fused"] for group in optimizer.param_groups if not group["use_muon"]] == [fused]
+    assert Muon([dense], cautious=True).param_groups[0].get("fused") is None
+
+
+def test_foreach_updates_take_the_parameters_in_chunks_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "_CHUNK", 10)
+    params = [nn.Parameter(torch.zeros(size)) for size in (4, 6, 1, 12, 0, 3, 7, 2)]
+    for p in params[:-1]:
+        p.grad = torch.zeros_like(p)
+    assert [[len(p) for p in chunk] for chunk in common.chunks(params)] == [[4, 6], [1], [12], [3, 7]]
+    assert list(common.chunks(params[-1:])) == []
+    placed = [
+        nn.Parameter(torch.zeros(9, dtype=d, device="meta")) for d in (torch.float32, torch.float64, torch.float32)
+    ]
+    for p in placed:
+        p.grad = torch.zeros_like(p)
+    found = list(common.chunks([*placed, params[0]]))  # those on an accelerator last, by dtype
+    assert [list(map(id, chunk)) for chunk in found] == [
+        [id(params[0])],
+        [id(placed[0]), id(placed[2])],
+        [id(placed[1])],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.zeros(2, 3), True),
+        (torch.zeros(2, 3).T, True),
+        (torch.zeros(4)[::2], False),
+        (torch.zeros(1).expand(2), False),
+        (torch.zeros(2, 3)[:, :2], False),
+        (torch.zeros(()), True),
+        (torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last), True),
+    ],
+)
+def test_dense_tensors_fill_their_memory(tensor: Tensor, expected: bool) -> None:
+    assert common.is_dense(tensor) is expected

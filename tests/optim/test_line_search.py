@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dlopt.basics.errors import UserError
 from dlopt.optim import BFGS, LBFGS, LossClosure, Newton, NewtonCG
 from dlopt.optim.bfgs import LinePoint, strong_wolfe
 
@@ -131,3 +132,30 @@ def test_a_search_without_success_leaves_the_weights_where_they_were(
     optimizer = make([x])
     optimizer.step(LossClosure(optimizer, lambda: torch.cosh(x).sum() - math.cos(float(x.detach().sum()))))
     torch.testing.assert_close(x.detach(), before, rtol=0, atol=0)
+
+
+def test_bfgs_restarts_from_the_identity_where_its_direction_is_none_of_descent() -> None:
+    ends = []
+    for state in (None, -torch.eye(2, dtype=torch.float64), torch.eye(3, dtype=torch.float64)):
+        p = nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))
+        optimizer = BFGS([p])
+        if state is not None:
+            optimizer.state[p]["inverse_hessian"] = state
+        optimizer.step(LossClosure(optimizer, lambda p=p: (p**2 * torch.tensor([1.0, 4.0])).sum()))
+        ends.append((p.detach().clone(), optimizer.state[p]["inverse_hessian"]))
+    for end, inverse in ends[1:]:
+        assert torch.equal(end, ends[0][0]) and torch.equal(inverse, ends[0][1])
+
+
+def test_newton_cg_on_a_loss_that_is_linear() -> None:
+    p = nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))
+    optimizer = NewtonCG([p], damping=0.5, lr=0.25)
+    optimizer.step(LossClosure(optimizer, lambda: 2 * p.sum()))
+    assert p.tolist() == pytest.approx([3.0 - 0.25 * 2 / 0.5, -2.0 - 0.25 * 2 / 0.5])
+
+
+def test_the_size_of_a_dense_hessian_is_named() -> None:
+    p = nn.Parameter(torch.zeros(10_001))
+    with pytest.raises(UserError, match=r"10,001 x 10,001 values \(0\.4 GiB\).*at most 10,000 .*optimizer=newton_cg"):
+        Newton([p])
+    BFGS([nn.Parameter(torch.zeros(5))], max_parameters=5)

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from scipy import stats
 from dlopt.results.leaderboard import (
     Record,
     Seeds,
+    canonical,
     direction_of,
     front,
+    is_number,
     job_record,
     leaderboard,
     paired_difference,
@@ -152,3 +155,21 @@ def test_a_limit_of_time_distinguishes_no_configurations() -> None:
         for seed in range(3)
     ]
     assert len(leaderboard(runs).rows) == 1
+
+
+def test_numbers_and_equal_settings() -> None:
+    for value, expected in ((1e300, True), (-1e300, True), (1.1e300, False), (True, False), ("1", False), (0, True)):
+        assert is_number(value) is expected
+    for value, shared in ((1.0, 1), (-0.5, -0.5), (2.0**53 - 1, 2**53 - 1), ([1.0, {"a": 2.0}], (1, (("a", 2),)))):
+        assert canonical(value) == shared and type(canonical(value)) is type(shared)
+    assert (
+        isinstance(canonical(2.0**53), float)
+        and canonical(None) is None
+        and canonical(date(2026, 1, 2)) == "2026-01-02"
+    )
+
+
+def test_the_front_keeps_equal_points() -> None:
+    points = [(1.0, 2.0), (1.0, 2.0), (2.0, 1.0), (2.0, 2.0), (1.0, 3.0)]
+    assert front(points, ["minimize", "minimize"]) == [0, 1, 2] and front(points, ["maximize", "maximize"]) == [3, 4]
+    assert front(points, ["minimize", "maximize"]) == [4]

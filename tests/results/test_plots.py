@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from dlopt.results import drawing
 from dlopt.results.drawing import metric_label
-from dlopt.results.plots import PLOTS, plots
+from dlopt.results.plots import PLOTS, Scale, _apart, plots
 from dlopt.results.ranking import Ranking
 from tests.support.folders import TARGETS, make_run, table
 
@@ -120,3 +121,65 @@ def test_settings_of_the_current_folder_are_not_read(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(drawing.__file__).parents[2])}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"), [([], False), ([1.0, 100.0], False), ([1.0, 100.1], True), ([0.0, 9.0], False)]
+)
+def test_losses_that_span_decades(losses: list[float], expected: bool) -> None:
+    assert drawing.spans_decades(losses) is expected
+
+
+def test_scales_of_values() -> None:
+    """Logarithmic from a factor of 20 on; up to 8 values are all ticks, unless their labels overlap."""
+    assert Scale([1.0, 20.0]).log and not Scale([1.0, 19.9]).log and not Scale([0.0, 50.0]).log
+    assert Scale([1.0, 20.0])(20.0**0.5) == pytest.approx(0.5) and Scale([0.0, 50.0])(12.5) == 0.25
+    assert [label for _, label, _ in Scale(range(8)).ticks] == [*"76543210"]
+    assert [value for *_, value in Scale(range(9)).ticks] == [8, 6, 4, 2, 0]
+    assert Scale([1.0, 2.0, None])(None) != Scale([1.0, 2.0])(1.0) and math.isnan(Scale([1.0, 2.0])(None))
+    named = Scale(["b", "a", "b", None])
+    assert named.positions == {"a": 1 / 6, "b": 0.5, "null": 5 / 6} and named("b") == 0.5
+    equal = Scale([0.5, 0.5])
+    assert not equal.is_number and equal.ticks == [(0.5, "0.5", 0.5)]
+    positions = [(0.0, "a", 0), (0.04, "b", 0), (0.05, "c", 0), (0.099, "d", 0), (0.1, "e", 0)]
+    assert [label for _, label, _ in _apart(positions)] == ["e", "c", "a"]
+
+
+def test_a_wide_range_of_rates_has_a_logarithmic_axis(tmp_path: Path) -> None:
+    for factor, scale in ((20, "linear"), (20.1, "log")):
+        for i, lr in enumerate((0.5, 0.5 * factor)):
+            make_run(tmp_path / f"{factor}/{i}", lr=lr)
+        [figure] = plots(table(tmp_path / f"{factor}"), None, ["learning_rates"]).values()
+        assert figure.axes[0].get_yscale() == scale
+
+
+def test_titles_labels_and_axes() -> None:
+    assert drawing.title_with_subtitle("a", "b " * 50) == "a\n" + "\n".join(["b " * 44 + "b", "b b b b b"])
+    assert (
+        drawing.label("val_error") == "validation error (fraction)"
+        and drawing.label("clip.max_norm") == "clip max norm"
+    )
+    assert drawing.label("data.batch_size") == "batch size" and drawing.label("optimizer.lr") == "learning rate"
+    assert drawing.literal("_a$b") == "\u200b_a\\$b" and drawing.literal("a_") == "a_"
+    figure = drawing.figure(3, 2, "title", fontsize=9)
+    axes = figure.add_subplot()
+    axes.plot([1, 2, 4], [1, 2, 3])
+    drawing.powers_of_two(axes, [1, 2, 4], fontsize=7)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert axes.get_xscale() == "log" and [label.get_fontsize() for label in axes.get_xticklabels()] == [7] * 3
+    assert list(axes.get_xticks(minor=True)) == [] and figure._suptitle.get_fontsize() == 9  # type: ignore[attr-defined]
+    drawing.logarithmic(axes, axis="y")
+    assert axes.get_yscale() == "log" and axes.yaxis.get_major_formatter()(0.001) == "0.001"
+    empty = drawing.figure(3, 2).add_subplot()
+    drawing.logarithmic(empty)
+    assert empty.get_yscale() == "linear"
+
+
+def test_files_of_a_figure(tmp_path: Path) -> None:
+    figure = drawing.figure(2, 1)
+    figure.add_subplot().plot([1, 2], [3, 4], label="x")
+    paths = drawing.save(figure, tmp_path, "a")
+    assert [path.name for path in paths] == ["a.png", "a.svg"] and figure.get_layout_engine() is None
+    contents = [path.read_bytes() for path in paths]
+    assert contents[0][16:24] == (300).to_bytes(4, "big") + (150).to_bytes(4, "big") and b"<dc:date>" not in contents[1]
+    assert drawing.encoded(figure, "svg") == contents[1] and drawing.encoded(figure, "pdf").startswith(b"%PDF")

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -10,10 +11,19 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.results.columns import difference_text, statistic_text, summary_csv
-from dlopt.results.leaderboard import Difference, Statistic
+from dlopt.results.leaderboard import Difference, Record, Statistic
 from dlopt.results.page import page
 from dlopt.results.page_data import page_data
-from dlopt.results.ranking import Ranking
+from dlopt.results.ranking import (
+    Ranking,
+    band,
+    default_spread,
+    default_target,
+    gather,
+    importance,
+    sensitivities,
+    targets,
+)
 from tests.support.folders import make_run, table
 
 
@@ -190,3 +200,71 @@ def test_csv_distinguishes_the_epochs_of_the_config_from_those_that_were_run(tmp
     result = table(tmp_path)
     rows = list(csv.DictReader(io.StringIO(summary_csv(result, None, test=False))))
     assert [(row["config.epochs"], float(row["epochs"])) for row in rows] == [("5", 3), ("7", 5)]
+
+
+def record_of(seed: int, values: tuple[float, ...], lr: object = 0.1, status: str = "finished") -> Record:
+    lines = tuple(
+        {"epoch": i + 1, "step": 10 * (i + 1), "seconds": i + 1.0, "val_loss": v} for i, v in enumerate(values)
+    )
+    metrics = {"val_loss": values[-1]} if values else {}
+    return Record(Path(f"{lr}-{seed}"), status, {"seed": seed, "optimizer": "sgd", "optimizer.lr": lr}, metrics, lines)
+
+
+def test_epochs_that_half_of_the_runs_reach_are_shown() -> None:
+    runs = [record_of(seed, (0.5,) * count) for seed, count in enumerate((2, 2, 3, 4))]
+    found = band(runs, "val_loss")
+    assert found is not None and found.count.tolist() == [4, 4, 2]
+    assert default_spread(gather(runs, [])) == "range"
+    five = gather([record_of(seed, (0.5 + seed,)) for seed in range(5)], [])
+    assert default_spread(five) == "confidence" and default_spread(gather([], [])) == "range"
+
+
+def test_rates_of_zero_and_texts_have_no_sensitivity() -> None:
+    def rates(*lrs: object) -> list[list[float]]:
+        found = sensitivities(gather([record_of(0, (0.5 + i,), lr) for i, lr in enumerate(lrs)], []))
+        return [[lr for lr, _ in each.best] for each in found]
+
+    assert rates(0.1, 0.2) == [[0.1, 0.2]] and rates(0.1, 0.1) == [] and rates(0.0, 0.1) == []
+    assert rates("auto", 0.1, 0.3, 0.0) == [[0.1, 0.3]]
+    runs = [record_of(0, (0.5,), lr) for lr in (0.1, 0.2)]
+    failed = [record_of(0, (), lr, "failed") for lr in (0.0, 5.0, "auto", 5.0)]
+    assert sensitivities(gather([*runs, *failed], []))[0].failed == [5.0]
+
+
+def test_good_rates_are_next_to_the_best_one() -> None:
+    losses = {0.1: 21.2, 0.2: 21.0, 0.3: 20.0, 0.4: 21.0, 0.5: 24.0, 0.6: 20.0}
+    [found] = sensitivities(gather([record_of(0, (loss,), lr) for lr, loss in losses.items()], []))
+    assert found.good == (0.2, 0.4) and found.tolerance == 1.0
+    [found] = sensitivities(gather([record_of(0, (loss,), lr) for lr, loss in ((0.1, 1.0), (0.2, 1.0))], []))
+    assert found.good == (0.1, 0.2)
+
+
+def test_targets_that_fractions_of_the_configurations_reach() -> None:
+    ranking = gather([record_of(0, (loss,), loss) for loss in (0.12341, 0.2, 0.3, 0.4)], [])
+    assert default_target(ranking) == 0.3 and targets(ranking) == [0.124, 0.2, 0.3, 0.4, 0.4]
+    for loss, expected in ((0.0, 0.0), (1e-301, 1e-301), (1.2345e-299, 1.24e-299), (123456.0, 124000.0)):
+        assert default_target(gather([record_of(0, (loss,), 0.1)], [])) == pytest.approx(expected, rel=1e-12)
+    assert default_target(gather([], [])) is None and targets(gather([], [])) == []
+
+
+def test_importance_needs_six_configurations_that_differ() -> None:
+    for count, losses in ((5, range(5)), (6, [1.0] * 6)):
+        rows = [record_of(0, (float(loss),), 0.1 * (i + 1)) for i, loss in zip(range(count), losses, strict=True)]
+        assert importance(gather(rows, [])) is None
+
+
+def test_a_command_repeats_all_seeds_of_a_configuration() -> None:
+    def command(*overrides: list[str], seeds: tuple[int, ...]) -> str | None:
+        runs = [
+            dataclasses.replace(record_of(seed, (0.5,)), overrides=lines)
+            for seed, lines in zip(seeds, overrides, strict=True)
+        ]
+        return gather(runs, []).rows[0].command
+
+    lines = ["optimizer.lr=0.1", "name=x", "hydra.verbose=true"]
+    both = [*lines, "seed=1"], [*lines, "seed=2"]
+    assert command(*both, seeds=(1, 2)) == "dlopt train -m optimizer.lr=0.1 seed=1,2"
+    assert command(*both, seeds=(1, 1)) == "dlopt train optimizer.lr=0.1 seed=1"
+    assert command(both[0], seeds=(1,)) == "dlopt train optimizer.lr=0.1 seed=1"
+    assert command(both[0], ["optimizer.lr=1e-1"], seeds=(1, 2)) == "dlopt train optimizer.lr=0.1 seed=1"
+    assert command([], [], seeds=(1, 2)) is None and command(["a b"], seeds=(1,)) is None

@@ -8,7 +8,8 @@ import pytest
 
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
-from dlopt.results.reading import Damaged, Record, RunReader, condition, find, read, varying_keys
+from dlopt.results import reading
+from dlopt.results.reading import Damaged, Record, RunReader, condition, find, read, short_key, varying_keys
 from dlopt.training.stopping import Best
 from tests.support.folders import make_run
 from tests.support.line import HeldByAnotherProcess
@@ -262,3 +263,56 @@ def test_conditions_on_a_run(tmp_path: Path, line: str, expected: bool) -> None:
     parsed = condition(line)
     assert parsed is not None
     assert parsed.holds(record(make_run(tmp_path / "run", config={"tags": ["base", "late"]}))) == expected
+
+
+def test_runs_are_found_in_natural_order_and_not_in_hidden_or_own_folders(tmp_path: Path) -> None:
+    for name in ("10", "9", "b", "a/2", "a", ".hidden/1", "a/checkpoints/x", "a/wandb/y", "checkpoints/z"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "config.yaml").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    found = [path.relative_to(tmp_path).as_posix() for path in find(tmp_path)]
+    assert found == ["a", "a/2", "b", "checkpoints/z", "9", "10"] and list(find(tmp_path / "none")) == []
+
+
+def test_runs_are_read_again_only_if_their_files_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "0")
+    killed = make_run(tmp_path / "1", status=None)
+    reads: list[str] = []
+    original = reading.read
+    monkeypatch.setattr(reading, "read", lambda path: reads.append(path.name) or original(path))
+    reader = RunReader()
+    for _ in range(2):
+        reader.read([tmp_path, tmp_path / "0"])
+    assert reads == ["0", "1"]
+    (killed / "overrides.yaml").unlink()
+    reader.read([tmp_path])
+    with HeldByAnotherProcess(killed):
+        records, _ = reader.read([tmp_path])
+        assert [each.status for each in records] == ["finished", "running"]
+    reader.read([tmp_path])
+    assert reads == ["0", "1", "1", "1", "1"]
+
+
+def test_a_pruned_run_and_lines_of_a_history(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "0", accuracies=(0.5, 0.7))
+    summary = json.loads((path / "summary.json").read_text())
+    for pruned, status in ((True, "pruned"), (1, "finished"), (None, "finished")):
+        (path / "summary.json").write_text(json.dumps(summary | {"pruned": pruned}))
+        assert record(path).status == status
+    lines = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(lines + '{"epoch": 3}\n')
+    assert "damaged in line 3: no epoch and step" in str(read(path))
+    (path / "metrics.jsonl").write_text(lines + "\n")
+    assert "damaged in line 3" in str(read(path))
+
+
+def test_keys_that_the_choice_of_a_group_determines_do_not_vary() -> None:
+    configs = [
+        {"optimizer": "sgd", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "seed": 0, "device": "cpu", "model.lr": 1},
+        {"optimizer": "adamw", "optimizer.lr": 0.2, "optimizer.betas": (0.9, 0.99), "seed": 1, "device": "cuda"},
+        {"optimizer": "sgd", "optimizer.lr": 0.3, "optimizer.momentum": 0.9, "seed": 2, "device": "cpu", "model.lr": 2},
+    ]
+    assert varying_keys(configs) == ["optimizer", "optimizer.lr", "device", "model.lr"]
+    assert varying_keys(configs[:1]) == [] == varying_keys([])
+    assert short_key("optimizer.lr", ["optimizer.lr", "model.lr"]) == "optimizer.lr"
+    assert short_key("optimizer.lr", ["optimizer.lr", "seed"]) == "lr" and short_key("seed", ["seed"]) == "seed"

@@ -580,3 +580,39 @@ def test_plateau_counts_an_equal_metric_as_no_improvement() -> None:
         ours.update({"x": 1.0})
         rates.append((ours.get_last_lr(), reference.get_last_lr()))
     assert all(a == b for a, b in rates) and rates[-1][0] < [1.0]
+
+
+def test_scaled_rates_and_their_copies() -> None:
+    weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 0.5}, {"params": weights[1:], "lr": torch.tensor(1.0)}])
+    scheduler = Scheduler(optimizer, lambda t: 1 / (1 + t))
+    scheduler.step()
+    scheduler.scale(0.5)
+    assert scheduler.base_lrs == [0.25, 0.5] and scheduler.rate == 0.125
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.125, 0.25]
+    shown = scheduler.get_last_lr()
+    scheduler.step()
+    assert [float(lr) for lr in shown] == [0.125, 0.25], "a copy"
+    assert scheduler.get_lr() == pytest.approx([0.25 / 3, 0.5 / 3])
+    assert isinstance(optimizer.param_groups[1]["lr"], torch.Tensor)
+    scheduler.step(0)
+    assert scheduler.last_epoch == 0 and scheduler.rate == 0.25
+
+
+def test_a_cycle_of_one_update_leaves_no_room_for_a_warmup() -> None:
+    keys: dict[str, Any] = {"steps": 4, "warmup_fraction": 0.0, "cycle_warmup_steps": 1, "cycle_warmup_fraction": 0.0}
+    with pytest.raises(UserError, match=r"cycle warmup of 1 steps is not shorter than the first cycle \(1 steps\)"):
+        make("cosine_warmup_restarts", **keys, T_0_steps=1, T_mult=1)
+    whole = make("cosine_warmup_restarts", **keys | {"warmup_steps": 4, "warmup_fraction": 0.0})
+    assert 0 < whole(0) < whole(3) < 1, "a warmup as long as the run leaves no cycle"
+
+
+def test_plateau_starts_without_bad_evaluations() -> None:
+    plateau = make("plateau", monitor="val_loss", patience=1, factor=0.5, threshold=0.0, cooldown=0)
+    plateau = getattr(plateau, "component", plateau)
+    assert plateau.state_dict() == {"value": 1.0, "best": math.inf, "bad": 0, "resting": 0}
+    values = []
+    for loss in (1.0, 1.0, 1.0, 1.0, 1.0, 0.5):
+        plateau.update({"val_loss": loss})
+        values.append(plateau.value)
+    assert values == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]

@@ -105,7 +105,7 @@ def _interleave(labels: Tensor, rng: torch.Generator) -> Tensor:
     equal_gaps = equal_gaps[torch.randperm(len(equal_gaps), generator=rng)]
     base, pending = _remove(base, equal_gaps[len(separators) :])
     gaps = torch.randperm(len(base) + 1, generator=rng)
-    is_equal = torch.zeros(len(base) + 1, dtype=torch.bool)
+    is_equal = torch.zeros_like(gaps, dtype=torch.bool)
     is_equal[_equal_gaps(labels[base])] = True
     gaps = torch.cat([gaps[is_equal[gaps]], gaps[~is_equal[gaps]]])[: len(separators)]  # equal neighbours first
     return _insert_all(labels, _insert(base, separators, gaps), pending, rng)

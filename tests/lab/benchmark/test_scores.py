@@ -12,9 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
+from dlopt.lab.benchmark import formats
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget
 from dlopt.lab.benchmark.scores import (
     MAX_RATIO,
+    Interval,
     Times,
     bootstrap,
     comparisons,
@@ -257,3 +259,35 @@ def test_cost_is_a_geometric_mean_over_workloads() -> None:
     results = dataclasses.replace(results, cells=cells)
     [standing] = [each for each in standings(results, "updates", bootstrap(results, "updates")) if each.cost != 1.0]
     assert standing.cost == pytest.approx(2.0)
+
+
+def test_intervals_and_their_texts() -> None:
+    for low, high, expected in ((0.1, 0.3, True), (-0.3, -0.1, True), (0.0, 0.3, False), (-0.3, 0.0, False)):
+        assert Interval(0.1, low, high).distinguishable is expected
+    assert Interval(0.1, -0.25, 0.75).half == 0.5
+    assert formats.short_interval(Interval(0.9, 0.5, 0.995)) == "0.90 .50-1.0"
+    assert formats.short_interval(Interval(0.9, 0.5, 0.9949)) == "0.90 .50-.99"
+    assert formats.short_interval(Interval(0.9, math.nan, math.nan)) == "0.90" and formats.short_interval(None) == "-"
+    for name, width, expected in (
+        ("abcdef", 6, "abcdef"), ("abcdef", 5, "ab…ef"), ("abcdef", 4, "ab…f"), ("a.b.Cdef", 4, "Cdef"),
+        ("a.b.Cdefg", 4, "Cd…g"), ("a-b.cdefg", 5, "a-…fg"), ("a.bcd", 5, "a.bcd"),
+    ):  # fmt: skip
+        assert formats.abbreviated(name, width) == expected
+    assert formats.names(["a"]) == "a" and formats.names("abc") == "a, b and c"
+    assert (
+        formats.percent(0.126) == "13 %" and formats.drawn_value(0.12345) == "0.123" and formats.drawn_value(7) == "7"
+    )
+    assert formats.mean_and_std([0.5, 0.7, math.nan]) == "0.6 ± 0.14" and formats.mean_and_std([math.inf]) == "-"
+
+
+def test_the_best_of_optimizers_that_reach_no_target() -> None:
+    results = make({"a": 0.01, "b": 0.01}, ("mlp",), 2, 3)
+    summary = summarize(results)
+    assert all(score == 0 for score in scores(summary.times["updates"]).values())
+    assert not any(summary.is_best(name, "updates") for name in ("a", "b"))
+
+
+def test_profiles_at_their_steps() -> None:
+    assert profile({"a": 1.0, "b": 2.0, "c": math.inf, "d": 4.0}, [1.0, 1.99, 2.0, 4.0]) == [0.25, 0.25, 0.5, 0.75]
+    found = ratios({"x": {"w": 10.0, "v": math.inf}, "y": {"w": 40.0, "v": math.inf}, "z": {"w": 40.1, "v": 5.0}})
+    assert found == {"x": {"w": 1.0, "v": math.inf}, "y": {"w": 4.0, "v": math.inf}, "z": {"w": math.inf, "v": 1.0}}
