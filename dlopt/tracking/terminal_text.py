@@ -30,7 +30,7 @@ from dlopt.basics.formats import (
 from dlopt.basics.plain_values import flatten
 from dlopt.metrics.names import Metric, Split, final_metrics, mode_of, monitored_modes
 
-_PER_SECOND = ("samples_per_second", "tokens_per_second")  # one of them
+_PER_SECOND = {"samples_per_second": "samples", "tokens_per_second": "tokens"}  # a run has one of them
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
 _REPORT_KEYS = ("published", "tags", "note")  # read by `dlopt report` and `dlopt runs` only: not shown as settings
@@ -188,7 +188,7 @@ def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
         texts.append(f"lr {format_lr(metrics['lr'])}")
     if metrics.get("seconds") is not None:
         texts.append(format_duration(metrics["seconds"]))
-    texts += [f"{_rate(metrics[key])} {key.partition('_')[0]}/s" for key in _PER_SECOND if key in metrics]
+    texts += [f"{_rate(metrics[key])} {unit}/s" for key, unit in _PER_SECOND.items() if key in metrics]
     texts += [f"MFU {format_percent(metrics[key])}" for key in ("utilization",) if key in metrics]
     return "  ".join(texts + ["best"] * best)
 
