@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
 from dlopt.basics.errors import INTERRUPTED
-from dlopt.basics.formats import printable
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _MAX_ERROR = 2000  # characters
@@ -143,21 +142,32 @@ def block_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Lets signals wait until the end of the block. Outside the main thread it does nothing.
+    """Lets a signal wait until the end of the block; a second one does not. Outside the main thread it does nothing.
 
     Blocking them would not suffice: another thread receives the signal then, and Python runs the handler in the main
     thread at once.
     """
     received: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
+
+    def restore_handlers() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:  # the block takes longer than the user waits
+            received.clear()
+            restore_handlers()
+            signal.raise_signal(number)
+
     with contextlib.suppress(ValueError):  # not the main thread
         for number in _handled():
-            previous[number] = signal.signal(number, lambda number, _: received.append(number))
+            previous[number] = signal.signal(number, catch)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore_handlers()
         for each in received:
             signal.raise_signal(each)
 
@@ -233,6 +243,8 @@ def print_error(message: str) -> None:
     """Prints an error or a warning of dlopt to stderr: shortened, and without codes that would control a terminal."""
     if len(message) > _MAX_ERROR:  # its end says what to do
         message = f"{message[: _MAX_ERROR // 2]} [...] {message[-_MAX_ERROR // 2 :]}"
+    from dlopt.basics.formats import printable  # most commands print no error
+
     print_line("\n".join(map(printable, f"dlopt: {message}".split("\n"))))
 
 

@@ -123,6 +123,11 @@ class Composer:
         values = [each for each in set_now if not self._is_choice(each)]
         # Files of other folders may have defaults lists that depend on the environment or the time.
         files = [config_folder() / each.key_or_group / f"{each.value()}.yaml" for each in choices]
+        if self.config_dir is not None:
+            folder = Path(self.config_dir)
+            typed = [(each.key_or_group, name) for each in choices for name in _names(each.value())]
+            paths = [folder / group / f"{name}.yaml" for group, name in typed]
+            _check_reachable(folder, [path for path in paths if path.is_file()])
         lines = tuple(map(text_of, choices))
         if self.config_dir is None and all(file.is_file() for file in files):  # the mode concerns missing files only
             config = recall(choices, values, lambda: self._load_or_replace(choices), (self.config_name, *lines))
@@ -310,21 +315,57 @@ def _forced(override: Override) -> Override:
 def _check_files(folder: Path) -> None:
     """Raises `UserError` for YAML files below `folder` that are too large for a config, or hidden by one of dlopt's.
 
-    Looks only where Hydra looks: at the top and in the groups' folders.
+    Looks only where Hydra looks: at the top, in the groups' folders, and where the defaults lists of these files lead.
     """
     groups = {path.name for place in config_folders() for path in place.iterdir() if path.is_dir()}
     group_files = [path for group in groups for path in (folder / group).rglob("*.yaml")]
-    for path in sorted([*folder.glob("*.yaml"), *group_files]):
-        name = path.relative_to(folder)
+    _check_reachable(folder, sorted([*folder.glob("*.yaml"), *group_files], reverse=True))
+
+
+def _check_reachable(folder: Path, waiting: list[Path]) -> None:
+    """Checks files below `folder`, and those to which their defaults lists lead. Raises `UserError`."""
+    seen = set(waiting)
+    while waiting:
+        path = waiting.pop()
+        name = os.path.relpath(path, folder)
         shown = f"--config-dir={folder}: {name}"
         try:
-            check_yaml(path).decode()
+            text = check_yaml(path).decode()
         except (ValueError, OSError) as error:  # includes UnicodeDecodeError
             reason = f"cannot be read: {error}" if isinstance(error, OSError) else error
             raise UserError(f"{shown} {reason}") from None
+        for entry in _defaults(text):
+            if ".." in entry.split("/"):
+                raise UserError(f"{shown} has {entry!r} in its defaults list; move this file into the folder")
+            place = folder if entry.startswith("/") else path.parent
+            other = place / f"{entry.strip('/').removesuffix('.yaml')}.yaml"
+            if other not in seen and other.is_file():
+                seen.add(other)
+                waiting.append(other)
         shipped = [place / name for place in config_folders() if (place / name).is_file()]
         if shipped and shipped[0].read_bytes() != path.read_bytes():  # Hydra would use dlopt's
             raise UserError(f"{shown} is also a file of dlopt; rename it")
+
+
+def _names(value: Any) -> list[str]:
+    """Returns the names of a choice, which may be several: `+group=[a,b]`."""
+    return [str(each) for each in (value if isinstance(value, list) else [value])]
+
+
+def _defaults(text: str) -> list[str]:
+    """Returns the configs that the defaults list of a file names, as paths: optimizer/adamw, /optimizer/adamw."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:  # Hydra reports it, if it reads the file
+        return []
+    entries = content.get("defaults") if isinstance(content, dict) else None
+    found = []
+    for entry in entries if isinstance(entries, list) else []:
+        for key, value in entry.items() if isinstance(entry, dict) else [("", entry)]:
+            group = str(key).split()[-1].partition("@")[0] if key else ""  # "override /optimizer@teacher"
+            names = [name.partition("@")[0] for name in _names(value)]
+            found += [f"{group}/{name}" if group else name for name in names]
+    return found
 
 
 def _suggest_choices(group: str, name: str, config_dir: str | None) -> str:

@@ -37,7 +37,7 @@ class EvaluateSettings:
     # The defaults are for configs that were saved before these keys existed.
     every_steps: Annotated[Count | None, Role.PROTOCOL] = None
     samples: Annotated[Count | None, Role.PROTOCOL] = None
-    train_accuracy: Annotated[Toggle, Role.WATCH] = "auto"
+    train_accuracy: Annotated[Toggle, Role.PROTOCOL] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,17 +101,22 @@ def _jobs(sweep: Path, plans: Sequence[Plan]) -> list[Job]:
     return [Job(number, RunFolder(sweep / plan.subfolder), plan, label) for number, (plan, label) in named]
 
 
-def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> None:
-    """Runs the jobs as they were checked. A launcher or sweeper of another package composes them again."""
+def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> dict[int, str]:
+    """Runs the jobs as they were checked; returns their statuses.
+
+    A launcher or sweeper of another package composes them again; then it returns {}.
+    """
+    ended: dict[int, str] = {}
     if request.pool is None or not jobs:
         run_with_hydra(request, folder, [listed(override) for override in request.swept])
-        return
+        return ended
     if request.pool.is_local:
         pools.warm_up()
     size = request.config.hydra.sweeper.get("max_batch_size") or len(jobs)
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
-        pools.run_jobs(batch, len(batch), request.pool)
+        ended |= pools.run_jobs(batch, len(batch), request.pool)
+    return ended
 
 
 def _grid(request: SweepRequest) -> int:
@@ -135,13 +140,16 @@ def _grid(request: SweepRequest) -> int:
         write_yaml(folder / SPACE, [storable(plan.lines) for plan in plans])
         for job in jobs:
             record_dead(job.folder)
-        _run_jobs(request, folder, jobs)
+        ended = _run_jobs(request, folder, jobs)
     rows = [(job.plan, job.folder.summary() or {}) for job in jobs]
     records = [job_record(Path(plan.subfolder), plan.saved, summary, plan.lines) for plan, summary in rows]
     show_leaderboard(leaderboard(records))
-    # A sweeper that chooses its jobs at run time is judged by the runs that it has left.
+    # The jobs of other packages are judged by what they have left. One of ours that a signal ended before its first
+    # update has left nothing.
     runs = [job.folder for job in jobs] or [RunFolder(path.parent) for path in folder.glob("*/config.yaml")]
-    statuses = {(run.summary() or {}).get("status", "running" if run.is_live() else "failed") for run in runs}
+    statuses = set(ended.values()) or {
+        (run.summary() or {}).get("status", "running" if run.is_live() else "failed") for run in runs
+    }
     print_next(f"\nsweep folder: {short_path(folder)}", folder, has_failed="failed" in statuses)
     if statuses & {"failed", "interrupted"}:
         print("resume=auto added to this command runs the failed and interrupted jobs again")
