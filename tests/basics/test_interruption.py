@@ -15,7 +15,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 import dlopt as package
 from dlopt.basics.folders import RunFolder, make
-from dlopt.basics.interruption import SIGNALS, Interruption
+from dlopt.basics.interruption import SIGNALS, Interruption, signals_deferred
 from tests.support.line import dlopt, entries
 from tests.support.sizes import TINY
 
@@ -47,6 +47,23 @@ def test_repeated_sigterm_is_ignored() -> None:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             send(number)
         assert interruption
+
+
+def test_a_second_signal_does_not_wait_for_the_end_of_a_block() -> None:
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with signals_deferred():
+            signal.raise_signal(signal.SIGTERM)
+            assert received == []
+            signal.raise_signal(signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+        assert received == [signal.SIGTERM]
+        with signals_deferred():
+            signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_max_time_is_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
