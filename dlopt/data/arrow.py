@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.errors import UserError, install
-from dlopt.basics.files import refuse_special
+from dlopt.basics.files import reason, refuse_special
 from dlopt.basics.formats import printable
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.checks import left_out_note
@@ -502,7 +502,7 @@ def _reading(key: str, path: str) -> Iterator[None]:
     try:
         yield
     except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{key}: {path}: cannot be read as a Parquet file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{key}: {path}: cannot be read as a Parquet file ({reason(error)})") from None
 
 
 def _library(key: str) -> Any:

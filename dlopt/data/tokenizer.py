@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.errors import UserError, install
-from dlopt.basics.files import refuse_special
+from dlopt.basics.files import reason, refuse_special
 from dlopt.data.cache import cache_file, exclusive, load_arrays, save_arrays
 from dlopt.data.windows import Windows
 
@@ -116,7 +116,7 @@ def read_tokenizer(file: str) -> Tokenizer:
     except FileNotFoundError:
         raise UserError(f"{source}: no such file; bytes, bpe, or the path of a tokenizer.json are allowed") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: cannot be read ({error})") from None
+        raise UserError(f"{source}: cannot be read ({reason(error)})") from None
 
 
 def train_tokenizer(text: bytes, vocabulary: int, source: str) -> Tokenizer:
