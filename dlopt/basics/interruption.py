@@ -241,10 +241,12 @@ def print_line(text: str) -> None:
 
 def print_error(message: str) -> None:
     """Prints an error or a warning of dlopt to stderr: shortened, and without codes that would control a terminal."""
+    from dlopt.basics.formats import printable  # most commands print no error
+    from dlopt.basics.secrets import redact
+
+    message = redact(message)  # first: where stderr is a file, it would not find a secret that is cut or replaced below
     if len(message) > _MAX_ERROR:  # its end says what to do
         message = f"{message[: _MAX_ERROR // 2]} [...] {message[-_MAX_ERROR // 2 :]}"
-    from dlopt.basics.formats import printable  # most commands print no error
-
     print_line("\n".join(map(printable, f"dlopt: {message}".split("\n"))))
 
 
