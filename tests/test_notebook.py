@@ -29,7 +29,7 @@ def test_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [output["output_type"] for output in silent] == ["execute_result"], silent
     [value] = silent
     text = value["data"]["text/plain"]
-    assert text.startswith("<finished: epochs 2, best_val_loss ") and "outputs/train/" in text and len(text) < 250
+    assert text.startswith("<finished: epochs 2, val_loss ") and "outputs/train/" in text and len(text) < 250
 
     text = "".join(output["text"] for output in shown if output["output_type"] == "stream")
     assert all(output.get("name") != "stderr" for output in shown)
