@@ -44,8 +44,9 @@ class Composer:
         self.config_name = config_name or CONFIG_NAME
         self.config_dir = config_dir
         self.more_keys: set[str] = set()  # of the command, to suggest
+        self._checked: set[Path] = set()  # files of the folder
         if config_dir is not None:
-            _check_files(Path(config_dir))
+            _check_reachable(Path(config_dir), _config_files(Path(config_dir)), self._checked)
         register_plugins()
         token = search.set(None if config_dir is None else Path(config_dir))
         state = GlobalHydra.instance()
@@ -127,7 +128,8 @@ class Composer:
             folder = Path(self.config_dir)
             typed = [(each.key_or_group, name) for each in choices for name in _names(each.value())]
             paths = [folder / group / f"{name}.yaml" for group, name in typed]
-            _check_reachable(folder, [path for path in paths if path.is_file()])
+            unchecked = [path for path in paths if path not in self._checked and path.is_file()]
+            _check_reachable(folder, unchecked, self._checked)
         lines = tuple(map(text_of, choices))
         if self.config_dir is None and all(file.is_file() for file in files):  # the mode concerns missing files only
             config = recall(choices, values, lambda: self._load_or_replace(choices), (self.config_name, *lines))
@@ -312,19 +314,19 @@ def _forced(override: Override) -> Override:
     return replace(override, type=OverrideType.FORCE_ADD, input_line=f"++{override.input_line}")
 
 
-def _check_files(folder: Path) -> None:
-    """Raises `UserError` for YAML files below `folder` that are too large for a config, or hidden by one of dlopt's.
-
-    Looks only where Hydra looks: at the top, in the groups' folders, and where the defaults lists of these files lead.
-    """
+def _config_files(folder: Path) -> list[Path]:
+    """Returns the YAML files below `folder` that Hydra lists: at the top and in the groups' folders."""
     groups = {path.name for place in config_folders() for path in place.iterdir() if path.is_dir()}
     group_files = [path for group in groups for path in (folder / group).rglob("*.yaml")]
-    _check_reachable(folder, sorted([*folder.glob("*.yaml"), *group_files], reverse=True))
+    return sorted([*folder.glob("*.yaml"), *group_files], reverse=True)  # the last one is checked first
 
 
-def _check_reachable(folder: Path, waiting: list[Path]) -> None:
-    """Checks files below `folder`, and those to which their defaults lists lead. Raises `UserError`."""
-    seen = set(waiting)
+def _check_reachable(folder: Path, waiting: list[Path], seen: set[Path]) -> None:
+    """Raises `UserError` for files of `folder` that are too large for a config, or hidden by one of dlopt's.
+
+    Checks the waiting files, and those to which their defaults lists lead; adds them to `seen`.
+    """
+    seen.update(waiting)
     while waiting:
         path = waiting.pop()
         name = os.path.relpath(path, folder)

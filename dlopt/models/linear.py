@@ -43,9 +43,9 @@ class Linear(nn.Linear):
 class WideLinear(Linear):
     """`Linear` for as many outputs as a vocabulary has tokens, which need not be a multiple of anything.
 
-    Tensor cores read 16 bytes at a time: with the 50,257 tokens of GPT-2, a product in bf16, and both of its backward
-    pass, run at a fraction of their rate. On CUDA the weight is padded with zeros for the product, and the outputs of
-    the padding are cut off. Parameters, gradients and outputs are those of the layer without it.
+    Tensor cores read 16 bytes at a time: with the 50,257 tokens of GPT-2, the product in bf16, and the two of its
+    backward pass, run at a fraction of their rate. On CUDA the weight is padded with zeros for the product, and the
+    outputs of the padding are cut off. Parameters, gradients and outputs are those of the layer without it.
     """
 
     def forward(self, input: Tensor) -> Tensor:

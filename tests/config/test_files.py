@@ -190,9 +190,13 @@ def test_a_file_that_dlopt_would_hide_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "typed", "message"),
     [
-        ("/sub/bomb", "experiment=mine", "--config-dir=conf: sub/bomb.yaml has aliases that expand"),
+        ("'/sub/bomb'", "experiment=mine", "--config-dir=conf: sub/bomb.yaml has aliases that expand"),
         ("override /sub: bomb", "experiment=mine", "--config-dir=conf: sub/bomb.yaml has aliases that expand"),
-        ("/../bomb", "experiment=mine", "--config-dir=conf: experiment/mine.yaml has '/../bomb' in its defaults list"),
+        (
+            "'/../bomb'",
+            "experiment=mine",
+            "--config-dir=conf: experiment/mine.yaml has '/../bomb' in its defaults list",
+        ),
         ("_self_", "+sub=bomb", "--config-dir=conf: sub/bomb.yaml has aliases that expand"),
         ("_self_", "experiment=../../bomb", "--config-dir=conf: ../bomb.yaml has aliases that expand"),
     ],
@@ -203,6 +207,5 @@ def test_files_are_checked_wherever_the_choices_lead(entry: str, typed: str, mes
     lines += [f"{n}: &{n} [{', '.join([f'*{former}'] * 9)}]" for former, n in zip("abcdefg", "bcdefgh", strict=True)]
     for path in ("conf/sub/bomb.yaml", "bomb.yaml"):
         write(tmp_path / path, "\n".join(lines))
-    write(tmp_path / "conf/experiment/mine.yaml", f"# @package _global_\ndefaults: [{{{entry}}}]\nseed: 1\n"
-          if ": " in entry else f"# @package _global_\ndefaults: ['{entry}']\nseed: 1\n")  # fmt: skip
+    write(tmp_path / "conf/experiment/mine.yaml", f"# @package _global_\ndefaults: [{entry}]\nseed: 1\n")
     assert message in refused(tmp_path, "train", "--config-dir", "conf", typed, *SMALL)

@@ -111,7 +111,7 @@ class Workload:
         compile = partial(speed.compiled, setting=self.run_config.settings.compile)
         if self.parallel.ranks.processes == 1:
             return replace(network, model=self.placed.model, compile=compile)
-        # A wrapper of the mode communicates during forward and backward: the compiler has to see it as the whole.
+        # The mode's wrapper communicates in forward and backward, and torch compiles it only as a whole.
         return replace(network, loss=compile(self.loss))
 
     def close(self) -> None:
