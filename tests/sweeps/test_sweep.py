@@ -40,14 +40,15 @@ def own(tmp_path: Path) -> list[str]:
         "class Odd(torch.optim.SGD):\n"
         "    def __init__(self, params, *, lr: float, end: str) -> None:\n"
         "        super().__init__(params, lr=lr)\n"
-        "        self.end = end\n"
+        "        self.end, self.updates = end, 0\n"
         "    def step(self, closure=None):\n"
         "        if self.end == 'raise': raise RuntimeError('broken on purpose')\n"
         "        if self.end == 'exit': os._exit(3)\n"
         "        if self.end == 'sysexit': sys.exit(0)\n"
         "        if self.end == 'kill': os.kill(os.getpid(), signal.SIGKILL)\n"
         "        if self.end == 'term': os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        if self.end == 'slow': pathlib.Path('started').touch(); time.sleep(0.2)\n"
+        "        self.updates += 1\n"
+        "        if self.end == 'slow' and self.updates > 1: pathlib.Path('started').touch(); time.sleep(0.2)\n"
         "        return super().step(closure)\n"
     )
     (tmp_path / "conf/optimizer").mkdir(parents=True)
