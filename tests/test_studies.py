@@ -12,7 +12,7 @@ from dlopt.basics.files import read_json
 from dlopt.commands.train import train as train_command
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
-from dlopt.config.overrides import grid
+from dlopt.config.overrides import grid, parse_axes
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.sweeps import jobs, pool
@@ -30,7 +30,7 @@ def test_header_lists_the_command_and_swept_values_are_valid(name: str) -> None:
     params = config.hydra.sweeper.params or {}
     if any("(" in str(value) and not str(value).startswith("range") for value in params.values()):
         return  # a search draws its values
-    all_jobs = grid(composer.parse([f"{key}={value}" for key, value in params.items()]))
+    all_jobs = grid(parse_axes([f"{key}={value}" for key, value in params.items()], composer))
     assert len(all_jobs) > 3
     for job in (all_jobs[0], all_jobs[-1]):
         lines = [*job, f"experiment=study/{name}"]

@@ -17,7 +17,7 @@ from types import ModuleType
 
 from dlopt.basics.errors import UserError
 from dlopt.commands.command_table import COMMANDS, every_command
-from dlopt.config.overrides import key_of, value_of
+from dlopt.config.overrides import SWEEP_WORDS, key_of, value_of
 
 
 def complete(arguments: list[str]) -> int:
@@ -52,7 +52,8 @@ def _candidates(words: list[str]) -> list[str]:
     elif command not in commands:
         candidates = []
     elif command == "train":  # completed without its module, whose import would take half a second
-        candidates = keys_of_train(words[1:])
+        sweeps = [f"{word}=" for word in SWEEP_WORDS] if {"-m", "--multirun"} & {*words} else []
+        candidates = [*sweeps, *keys_of_train(words[1:])]
     elif "=" in prefix and key_of(prefix) == "checkpoint":
         candidates = _checkpoints(prefix)
     else:

@@ -6,7 +6,7 @@ from dlopt.basics.errors import DONE, UserError
 from dlopt.commands.completion import keys_of_train
 from dlopt.commands.shared.command_line import read_line
 from dlopt.config.overrides import grid
-from dlopt.config.plan import with_params
+from dlopt.sweeps.axes import is_grid, read_axes
 
 USAGE = """\
 Print the arguments of one job of a sweep, for job arrays
@@ -27,10 +27,10 @@ complete = keys_of_train
 def overrides_of(number: int, arguments: list[str]) -> list[str]:
     """Returns the overrides of job `number`, after the flags that name config files. Raises `UserError`."""
     line = read_line(arguments, several="not needed here; grid prints one job of the sweep")
-    config = line.composer.compose(line.overrides, multirun=True)
-    if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+    config, _, axes = read_axes(line.composer, line.overrides)
+    if not is_grid(config):
         raise UserError("dlopt grid: a search draws its jobs when they start; list the values, or run `dlopt train -m`")
-    jobs = grid(line.composer.parse(with_params(config, line.overrides)))
+    jobs = grid(axes)
     is_study = config.hydra.mode == RunMode.MULTIRUN  # of the recipe, whose jobs are to be run one by one
     if not 0 <= number < len(jobs):
         raise UserError(f"job {number}: the sweep has jobs 0 to {len(jobs) - 1}: {' '.join(arguments)}")

@@ -33,7 +33,9 @@ Usage: dlopt train [group=choice] [key=value] [flags]
 
 Examples:
   dlopt train model=mlp optimizer=adamw epochs=5
-  dlopt train -m optimizer.lr=0.01,0.03,0.1 seed=0,1,2
+  dlopt train -m optimizer.lr=0.01,0.03,0.1 seeds=3
+  dlopt train -m 'rates=zip(optimizer=[sgd,adamw],optimizer.lr=[0.1,0.001])' # keys that change together
+  dlopt train -m optimizer=sgd,adamw space=benchmark trials=5                # each optimizer with its own ranges
   dlopt train resume=auto
 """
 
@@ -60,6 +62,8 @@ def train(arguments: list[str]) -> int:
         return _follow(parsed, world)
     composer = Composer(parsed.config_name, parsed.config_dir)
     typed, parsed.overrides = parsed.overrides, inherit(composer, parsed.overrides)
+    if parsed.multirun:
+        return _sweep(composer, parsed.overrides)
     overrides = composer.parse(parsed.overrides)
     if parsed.hydra_help or parsed.cfg or parsed.info:
         shown = composer.compose(overrides)  # has clearer error messages than Hydra
@@ -68,11 +72,9 @@ def train(arguments: list[str]) -> int:
         else:
             show_info(parsed, composer.flags)
         return DONE
-    config = None if parsed.multirun else composer.compose(overrides)
-    if config is None or config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
-        from dlopt.sweeps import sweep as sweeps
-
-        return sweeps.run(sweeps.request(composer, parsed))
+    config = composer.compose(overrides)
+    if config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
+        return _sweep(composer, parsed.overrides)
     if (key := series_of(config)) is not None:
         code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
         return code
@@ -83,6 +85,12 @@ def train(arguments: list[str]) -> int:
         return DONE
     _, summary = run_plan(plan)
     return CODE_OF[summary["status"]]
+
+
+def _sweep(composer: Composer, words: list[str]) -> int:
+    from dlopt.sweeps import sweep as sweeps
+
+    return sweeps.run(sweeps.request(composer, words))
 
 
 def help_page(arguments: list[str]) -> str:

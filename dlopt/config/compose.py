@@ -24,7 +24,16 @@ from dlopt.basics.interruption import signals_deferred
 from dlopt.basics.plain_values import check_yaml, flatten, is_below, join
 from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_folder, config_folders, search
 from dlopt.config.flags import register_plugins
-from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of, parse_overrides, text_of, value_of
+from dlopt.config.overrides import (
+    SWEEP_WORDS,
+    group_of,
+    is_hydra,
+    is_typed,
+    key_of,
+    parse_overrides,
+    text_of,
+    value_of,
+)
 from dlopt.config.packages import entries
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.recall import has_remembered, recall, replace_choice
@@ -179,6 +188,8 @@ class Composer:
             line, key, value = text_of(override), override.key_or_group, override.value()
             if not key:
                 raise UserError(f"{line}: an override is key=value or group=choice")
+            if key in SWEEP_WORDS:
+                raise UserError(f"{line}: only sweeps have this word; add -m to `dlopt train`")
             if override.is_sweep_override():
                 if key.startswith(("hydra.", "hydra/")):
                     raise UserError(f"{line}: one value is needed, for all jobs; write a list as [a,b]")

@@ -18,7 +18,7 @@ from dlopt.basics.plain_values import flatten
 from dlopt.basics.roles import Role
 from dlopt.config.compose import Composer
 from dlopt.config.keys import LABELS, role_of
-from dlopt.config.overrides import key_of, quoted_plain
+from dlopt.config.overrides import SPACE, key_of, keys_of, quoted_plain
 from dlopt.config.packages import entries
 from dlopt.config.schema import present_path
 
@@ -34,7 +34,9 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
     if not sources:
         return list(overrides)
     source, typed = sources[0], [line for line in overrides if line not in sources]
-    keys = [key_of(line) for line in typed]
+    keys = [key for line in typed for key in keys_of(line)]
+    if SPACE in keys and "optimizer" not in keys:
+        raise UserError(f"{source}: the run sets the keys of its optimizer; with {SPACE}=, type optimizer= as well")
     folder = RunFolder(_path(composer, sources))
     folder.refuse_newer(source)
     config = folder.config()
@@ -44,7 +46,7 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
         key: present_path(value) if key.endswith("._target_") and isinstance(value, str) else value
         for key, value in flatten(config).items()
     }
-    _check(saved, config.get("allow_packages"), source, dict(zip(keys, typed, strict=True)))
+    _check(saved, config.get("allow_packages"), source, {key: line for line in typed for key in keys_of(line)})
     groups = [group for group in composer.groups() if role_of(group) is not Role.COMMAND]
     choices = _choices(composer, folder, [group for group in groups if group not in keys], source)
     replaced = [key for key in keys if key in groups]

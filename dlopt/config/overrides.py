@@ -6,12 +6,12 @@ shown or composed again.
 
 import copy
 import functools
-import itertools
 import json
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
 _CLOSED = re.compile(r"""'[^']*'|"[^"]*"|\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}""")
 _SENTENCES = ("note",)  # keys whose value is one text, commas and brackets included
 _MOST_VALUES = 1_000_000  # of a range: more are a typing error, which would take all memory
+SEEDS, SPACE, TRIALS = "seeds", "space", "trials"  # words of a sweep, which are no keys of its jobs
+SWEEP_WORDS = (SEEDS, SPACE, TRIALS)
 
 
 def key_of(override: "str | Override") -> str:
@@ -169,23 +171,174 @@ def listed(override: "Override") -> str:
     return f"{override.get_key_element()}={','.join(listed_values(override))}"
 
 
-def grid(overrides: "Iterable[Override]") -> list[list[str]]:
+@dataclass(frozen=True)
+class Axis:
+    """A key of a sweep with its values, or the keys of zip(...), which take theirs together.
+
+    Attributes:
+        name: that of zip(...), or the key as typed; with the condition, if there is one.
+        overrides: the override of each key; all have the same number of values.
+        when: the override of the jobs that have this axis, `optimizer=sgd`; "": all jobs have it.
+    """
+
+    name: str
+    overrides: "tuple[Override, ...]"
+    when: str = ""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(map(key_of, self.overrides))
+
+    @property
+    def is_zip(self) -> bool:
+        return len(self.overrides) > 1
+
+    @property
+    def is_swept(self) -> bool:
+        return any(override.is_sweep_override() for override in self.overrides)
+
+    @property
+    def is_continuous(self) -> bool:
+        return any(each.is_sweep_override() and not each.is_discrete_sweep() for each in self.overrides)
+
+    def __str__(self) -> str:
+        """Returns the axis as typed, for messages."""
+        return f"{self.name}=zip(...)" if self.is_zip else text_of(self.overrides[0])
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Returns the overrides of each value. Raises `UserError` for continuous ranges and duplicate values."""
+        columns = []
+        for override in self.overrides:
+            key = override.get_key_element()
+            if not override.is_sweep_override():
+                values = [override.get_value_element_as_str()]
+            elif not override.is_discrete_sweep():
+                raise UserError(
+                    f"{override.input_line}: a grid needs listed values; to sample, add hydra/sweeper=dlopt_optuna"
+                )
+            else:
+                values = list(override.sweep_string_iterator()) if self.is_zip else listed_values(override)
+            columns.append([f"{key}={value}" for value in values])
+        return list(zip(*columns, strict=True))
+
+    def applies(self, lines: Iterable[str]) -> bool:
+        """Returns whether the job with these overrides has the axis."""
+        return not self.when or any(is_equal(line, self.when) for line in lines)
+
+
+def is_equal(line: str, other: str) -> bool:
+    """Returns whether two overrides set the same key to the same value, however it is written."""
+    return line == other or (key_of(line) == key_of(other) and bool(_parse(line).value() == _parse(other).value()))
+
+
+def parse_axes(words: "Iterable[str | Override]", choices: Any = None) -> list[Axis]:
+    """Parses the words of a sweep, zip(...) and seeds=N included. Raises `UserError`.
+
+    Of a key that is given twice, the last one counts; two lists are refused. `choices`: see `parse_overrides`.
+    """
+    words = list(words)
+    seeds = [word for word in words if "seed" in keys_of(text_of(word))]
+    if len(seeds) > 1 and any(key_of(word) == SEEDS for word in seeds):
+        raise UserError(f"{' '.join(map(text_of, seeds))}: set the seeds once")
+    words = [_seeds(text_of(word)) if key_of(word) == SEEDS else word for word in words]
+    plain = iter(parse_overrides([word for word in words if not _is_zip(word)], choices))
+    axes: dict[str, Axis] = {}
+    for word in words:
+        axis = _zipped(text_of(word), choices) if _is_zip(word) else _plain_axis(next(plain))
+        for other in axes.values():
+            is_zip = axis.is_zip or other.is_zip
+            shared = set(axis.keys) & set(other.keys) or (is_zip and {axis.name} & {other.name})
+            if shared and (is_zip or (axis.is_swept and other.is_swept)):
+                raise UserError(f"{axis}: {min(shared)} is also set by {other}; an axis has one place")
+        axes[axis.name] = axis
+    return list(axes.values())
+
+
+def _plain_axis(override: "Override") -> Axis:
+    return Axis(str(override.get_key_element()), (override,))
+
+
+def _seeds(word: str) -> str:
+    """Returns the axis of `seeds=N`."""
+    count = value_of(word)
+    if not re.fullmatch(r"[1-9]\d{0,5}", count):
+        raise UserError(f"{word}: must be a number of seeds: seeds=5 runs each job with seed=0 to seed=4")
+    return f"seed=range(0,{count})"
+
+
+def _is_zip(word: "str | Override") -> bool:
+    value = value_of(word).strip()
+    return isinstance(word, str) and value.startswith("zip(") and value.endswith(")") and not _unpaired(value)
+
+
+def _zipped(word: str, choices: Any) -> Axis:
+    """Parses `NAME=zip(KEY=VALUES,KEY=VALUES)`, the syntax that Hydra's docs/design/zipped_sweeps.md proposes."""
+    name, value = parts_of(word)
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise UserError(f"{word}: {name!r} names the axis, and must be one word: rates=zip(...)")
+    overrides: list[Override] = []
+    for item in _items(value.strip()[len("zip(") : -1]):
+        key, equals, text = (part.strip() for part in item.partition("="))
+        if not key or not equals:
+            raise UserError(f"{word}: {item.strip()!r} is not KEY=VALUES; write several values as [a,b]")
+        text = f"choice({text[1:-1]})" if text.startswith("[") and text.endswith("]") else text
+        if _is_zip(f"{key}={text}"):
+            raise UserError(f"{word}: zip(...) cannot contain another one")
+        if not text.removeprefix("choice").strip("() "):
+            raise UserError(f"{word}: {key} has no values")
+        [override] = parse_overrides([f"{key}={text}"], choices)
+        if not override.is_sweep_override() or not override.is_discrete_sweep():
+            raise UserError(f"{word}: {key} needs listed values: [a,b], choice(a,b) or range(a,b)")
+        if getattr(override.value(), "shuffle", False):
+            raise UserError(f"{word}: shuffle() of {key} alone would separate values that belong together")
+        overrides.append(override)
+    axis = Axis(name, tuple(overrides))
+    if len(overrides) < 2 or len(set(axis.keys)) < len(overrides):
+        raise UserError(f"{word}: needs at least two different keys")
+    lengths = [len(list(override.sweep_string_iterator())) for override in overrides]
+    if len(set(lengths)) > 1:
+        counts = ", ".join(f"{key} has {length}" for key, length in zip(axis.keys, lengths, strict=True))
+        raise UserError(f"{word}: all keys need the same number of values; {counts}")
+    if len(set(axis.rows())) < lengths[0]:
+        raise UserError(f"{word}: the same values twice")
+    return axis
+
+
+def keys_of(word: str) -> list[str]:
+    """Returns the keys that a word of a sweep sets: those in zip(...), `seed` for seeds=N."""
+    if not _is_zip(word):
+        return ["seed" if key_of(word) == SEEDS else key_of(word)]
+    return [key_of(item.strip()) for item in _items(value_of(word).strip()[len("zip(") : -1])]
+
+
+def replaced(axes: Sequence[Axis], by: Sequence[Axis]) -> list[Axis]:
+    """Returns the axes of a file with those `by` the command line in their places, or after them.
+
+    Raises `UserError` if the command line sets some of the keys of a zip(...) in the file.
+    """
+    result, typed = list(axes), {key for axis in by for key in axis.keys}
+    for axis in axes:
+        if axis.name not in {each.name for each in by} and (left := set(axis.keys) - typed) and left < set(axis.keys):
+            raise UserError(f"{axis} of the config file: also set {', '.join(sorted(left))}, or replace the whole axis")
+    for axis in by:
+        old = [each for each in result if each.name == axis.name or set(each.keys) & set(axis.keys)]
+        place = result.index(old[0]) if old else len(result)
+        result = [each for each in result if each not in old]
+        result.insert(place, axis)
+    return result
+
+
+def grid(axes: Iterable[Axis]) -> list[list[str]]:
     """Returns the overrides of every combination of the listed values, in the order of Hydra's own sweeper.
 
-    Raises `UserError` for continuous ranges and duplicate values.
+    An axis with a condition comes after the one that decides. Raises `UserError` for continuous ranges and duplicate
+    values.
     """
-    lists: dict[str, list[str]] = {}
-    for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            lists[key] = [f"{key}={override.get_value_element_as_str()}"]
-        elif override.is_discrete_sweep():
-            lists[key] = [f"{key}={value}" for value in listed_values(override)]
-        else:
-            raise UserError(
-                f"{override.input_line}: a grid needs listed values; to sample, add hydra/sweeper=dlopt_optuna"
-            )
-    return [list(combination) for combination in itertools.product(*lists.values())]
+    jobs: list[list[str]] = [[]]
+    for axis in axes:
+        rows = axis.rows()
+        jobs = [[*job, *row] for job in jobs for row in (rows if axis.applies(job) else [()])]
+    return jobs
 
 
 def quoted(line: str) -> str:
@@ -209,6 +362,11 @@ def explain_grammar(line: str, following: str) -> str:
         shown = line if line.isprintable() else repr(line)
         return f"{shown}: {key!r} is not a valid key or group name; an override is key=value or group=choice"
     sign = _unpaired(value)
+    if "zip(" in value and not value.startswith("zip("):
+        return f"{line}: zip(...) stands alone: {key}=zip(...)"
+    if value.startswith("zip("):
+        fault = f"{sign} is not {'opened' if sign in ')]}' else 'closed'}; quote the whole argument, spaces included"
+        return f"{line}: {fault}: '{key}=zip(...)'" if sign else f"{line}: several values need -m (one run each)"
     if sign in ("[", "(", "{") and following and "=" not in following:
         return f"{line!r}: {sign} is not closed; a list has no spaces, or the whole argument is quoted: {line}..."
     correct = f"{key}={quoted_value(os.path.expanduser(value))}"

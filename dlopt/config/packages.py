@@ -8,6 +8,7 @@ An installed package says so by entry points, in its pyproject.toml:
 | `dlopt.commands`     | command = function(arguments) -> exit code                                                 |
 | `dlopt.renamed`      | former name of a command = its name                                                        |
 | `dlopt.series`       | key of a recipe = function(composer, flags, config) -> exit code, which `dlopt train` calls |
+| `dlopt.spaces`       | `space=NAME` of a sweep = function(composer, optimizer, overrides) -> overrides with ranges |
 | `dlopt.reports`      | any name = function(records) -> `Section` of `dlopt report`, or None                       |
 | `dlopt.configurable` | any name = a module below dlopt whose callables configs may name                           |
 

@@ -4,7 +4,8 @@ The way of an override, `optimizer.lr=0.1`, from the command line to its use:
 
 1. `flags.parse_arguments` separates Hydra's flags; `inherit` replaces `from=RUN` by the overrides of that run.
 2. `overrides.parse_overrides` turns the text into Hydra's `Override`, which is passed on until it is saved. No other
-   module takes the text apart.
+   module takes the text apart. The words of a sweep become axes (`overrides.parse_axes`), which `dlopt.sweeps.axes`
+   completes from files; they are the overrides of its jobs.
 3. `compose.Composer` refuses what Hydra accepts but nobody means, and sets the value in the config of the choices.
 4. `trust` checks what interpolations expand to and that Hydra's node names no code, before anything is resolved.
 5. `resolve.to_plain` resolves the config to plain values; the form to save keeps secrets as interpolations.
@@ -116,12 +117,6 @@ def as_job(plan: Plan, number: int, overrides: "Iterable[str | Override]") -> Pl
     subfolder = folder_name(str(config.hydra.sweep.subdir))
     parsed = tuple(parse_overrides(overrides))
     return replace(plan, overrides=parsed, environment=environment, subfolder=subfolder, config=None)
-
-
-def with_params(config: DictConfig, overrides: "Iterable[str | Override]") -> "list[str | Override]":
-    """Returns the overrides of a sweep after those in its config file (hydra.sweeper.params), which they replace."""
-    params = config.hydra.sweeper.get("params") or {}
-    return [*(f"{key}={value}" for key, value in params.items()), *overrides]
 
 
 def folder_name(subfolder: str) -> str:

@@ -11,6 +11,7 @@ ENTRY_POINTS = {
     },
     "dlopt.renamed": {"bench": "scaling"},
     "dlopt.series": {"comparison": "dlopt.lab.comparison.command:compare"},
+    "dlopt.spaces": {"benchmark": "dlopt.lab.benchmark.trials:space_of"},
     "dlopt.reports": {"claims": "dlopt.lab.comparison.frozen:section"},
     "dlopt.configurable": {
         "data": "dlopt.lab.data",

@@ -81,11 +81,11 @@ def sweep(overrides: Sequence[str] = (), *, console: bool = False) -> Runs:
         UserError: wrong configuration or input of any job; no files are left behind.
     """
     lines = _checked("sweep", overrides, "-m is implied; use `dlopt train -m` for other flags")
-    composer, parsed = Composer(), parse_arguments(["-m", *lines])
-    parsed.overrides = inherit(composer, parsed.overrides)
+    composer = Composer()
+    words = inherit(composer, parse_arguments(["-m", *lines]).overrides)
     out, err = (sys.stdout, sys.stderr) if console else (io.StringIO(), io.StringIO())
     with preserve_global_state(), _hidden_main(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        request = sweeps.request(composer, parsed)
+        request = sweeps.request(composer, words)
         if request.config.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")
         sweeps.run(request)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest, refuse_links
 from dlopt.config.compose import Composer
+from dlopt.config.overrides import Axis
 from dlopt.config.packages import series_of
 from dlopt.config.plan import Plan, as_job, checked
 from dlopt.config.reads import refuse_untested
@@ -36,7 +37,7 @@ class SweepRequest:
     config: DictConfig
     overrides: list[Override]  # of the command line
     hydra: list[Override]  # those of Hydra's config, which every job is composed with
-    swept: list[Override]  # those of the jobs
+    axes: list[Axis]  # those of the jobs, also with a single value
     path: Path  # hydra.sweep.dir
     is_typed: bool  # on the command line
     pool: pools.Pool | None  # None for a launcher of another package

@@ -58,8 +58,11 @@ def cmaes(
         import cmaes as _  # noqa: F401
     except ImportError:
         raise UserError(f"hydra/sweeper/sampler=cmaes: needs the package cmaes: {install('dlopt[sweep]')}") from None
-    if all(isinstance(distribution, CategoricalDistribution) for distribution in space.searched.values()):
-        raise UserError("hydra/sweeper/sampler=cmaes: needs numbers to search; for choices alone use random or tpe")
+    if all(isinstance(each, CategoricalDistribution) or space.axes[key].when for key, each in space.searched.items()):
+        raise UserError(
+            "hydra/sweeper/sampler=cmaes: needs numbers to search, in every job; for choices and conditions alone use "
+            "random or tpe"
+        )
     return lambda number: _CmaEs(space, startup_trials, sigma, population, _seed(seed, number))
 
 
@@ -77,7 +80,7 @@ class _CmaEs(BaseSampler):
         self._space = {
             key: each
             for key, each in sorted(space.searched.items())
-            if isinstance(each, FloatDistribution | IntDistribution) and not each.single()
+            if isinstance(each, FloatDistribution | IntDistribution) and not each.single() and not space.axes[key].when
         }
         self._startup_trials, self._sigma, self._population = startup_trials, sigma, population
         self._seed, self._random = seed, optuna.samplers.RandomSampler(seed=seed)
@@ -144,6 +147,12 @@ def point(name: Literal["Sobol", "Halton"], space: Space, seed: int, scramble: b
         points.fast_forward(number)
     pairs = zip(space.searched.items(), points.random(1)[0], strict=True)
     return {key: _quantile(distribution, float(x)) for (key, distribution), x in pairs}
+
+
+def draw(space: Space, seed: int, number: int) -> dict[str, Any]:
+    """Returns the values of point `number` of a Halton sequence, rounded to four digits."""
+    drawn = point("Halton", space, seed, True, number)
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in drawn.items()}
 
 
 def grid(*, space: Space, seed: int) -> Sampler:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import optuna
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -19,9 +18,8 @@ from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder
 from dlopt.basics.locks import locked
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.ranges import Count, Seed
-from dlopt.config.compose import Composer
 from dlopt.config.keys import is_seed
-from dlopt.config.overrides import key_of
+from dlopt.config.overrides import Axis, key_of
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.metrics.names import Metric, Modes, base_name, column_of, mode_of, monitored_modes
 from dlopt.results.leaderboard import Direction, direction_of, front, is_number, job_record, leaderboard
@@ -64,7 +62,7 @@ class SearchSettings:
 
 def search(request: SweepRequest) -> int:
     """Runs the jobs of a search; returns the exit code. Raises `UserError` before it creates any file."""
-    spec = build_study_spec(request.composer, request.config, request.swept)
+    spec = build_study_spec(request.config, request.axes)
     jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
     facts = study_facts(spec, jobs[0].saved)
     if request.config.dry_run:
@@ -154,13 +152,13 @@ def _show(spec: StudySpec, jobs: Sequence[FrozenTrial]) -> None:
 # -- the search's config
 
 
-def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence[str | Override]) -> StudySpec:
-    """Checks the search in a composed config and the command line's overrides. Raises `UserError`."""
+def build_study_spec(config: DictConfig, axes: Sequence[Axis]) -> StudySpec:
+    """Checks the search in a composed config and the axes of its jobs. Raises `UserError`."""
     sweeper = cast("dict[str, Any]", OmegaConf.to_container(config.hydra.sweeper, resolve=True))
     plain = {key: value for key, value in sweeper.items() if not key.startswith("_")}
-    params, sampler_node, pruner_node = plain.pop("params") or {}, plain.pop("sampler"), plain.pop("pruner")
-    lines = [f"{key}={show(value)}" for key, value in params.items()]
-    space = parse_space(composer.parse([*lines, *overrides]))
+    sampler_node, pruner_node = plain.pop("sampler"), plain.pop("pruner")
+    plain.pop("params")  # among the axes
+    space = parse_space(axes)
     settings = SearchSettings(**check_arguments("hydra.sweeper", SearchSettings, plain))
     objectives = [settings.objective] if isinstance(settings.objective, str) else settings.objective
     modes = monitored_modes(flatten(OmegaConf.to_container(config, resolve=False)))
@@ -170,7 +168,7 @@ def build_study_spec(composer: Composer, config: DictConfig, overrides: Sequence
     name = sampler.target.__name__
     if name == "cmaes" and len(objectives) > 1:
         raise UserError("hydra/sweeper/sampler=cmaes: supports one objective; for several use random, tpe or sobol")
-    seeds = [key for key in space.searched if is_seed(key)]
+    seeds = [key for axis in space.axes.values() for key in axis.keys if axis.is_swept and is_seed(key)]
     if seeds and name != "grid":
         raise UserError(
             f"{seeds[0]}: a search draws configurations, not seeds; set one seed, and compare the best "
@@ -250,11 +248,15 @@ def probes(space: Space) -> list[list[str]]:
     """Returns overrides of jobs, to be checked early, that cover every choice and both ends of every range."""
     searched: Mapping[str, Any] = space.searched
     extremes = {
-        key: each.choices if isinstance(each, CategoricalDistribution) else (each.low, each.high)
-        for key, each in searched.items()
+        name: each.choices if isinstance(each, CategoricalDistribution) else (each.low, each.high)
+        for name, each in searched.items()
     }
-    first = {key: values[0] for key, values in extremes.items()}
-    points = [first] + [{**first, key: value} for key, values in extremes.items() for value in values[1:]]
+    first = {name: values[0] for name, values in extremes.items()}
+    points = [first]
+    for name, values in extremes.items():
+        # An axis with a condition is in the jobs of a value of another axis.
+        job = next((point for point in points if space.has(name, point)), first)
+        points += [{**job, name: value} for value in values[1:]]
     return [space.overrides(point) for point in points]
 
 
@@ -263,7 +265,7 @@ def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
 
     `saved`: the config of any one job; keys that are searched or that may differ between machines are left out.
     """
-    searched = list(spec.space.searched)
+    searched = spec.space.keys
     # The keys of a searched choice differ between jobs, unless the command line fixes them.
     typed = [key for line in spec.space.fixed if is_below(key := key_of(line), searched)]
     fixed = {

@@ -1,72 +1,135 @@
 """The search space: converts Hydra's `interval()`, `range()`, `choice()` and `tag(log, ...)` for Optuna."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
-from itertools import product
 from typing import Any
 
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
+from hydra.core.override_parser.types import IntervalSweep, RangeSweep, Sweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from dlopt.basics.errors import UserError
-from dlopt.config.overrides import listed_values
+from dlopt.config.overrides import Axis, is_equal, listed_values, value_of
 
 Value = str | int | float
 
 
 @dataclass(frozen=True)
 class Space:
-    """`searched`: key -> distribution; choices are strings as on the command line. `fixed`: overrides of every job."""
+    """The axes of a search, by name.
+
+    Attributes:
+        searched: distributions; choices are strings as on the command line, of zip(...) those of all keys.
+        fixed: overrides of every job.
+        axes: those that are searched or have a condition, each after the one that decides.
+    """
 
     searched: Mapping[str, BaseDistribution]
     fixed: tuple[str, ...]
+    axes: Mapping[str, Axis] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys in which jobs may differ."""
+        return [key for axis in self.axes.values() for key in axis.keys]
+
+    def has(self, name: str, values: Mapping[str, Any]) -> bool:
+        """Returns whether the job has the axis, by its values of the axes before."""
+        return self.axes[name].applies(self.overrides(values))
 
     def overrides(self, values: Mapping[str, Any]) -> list[str]:
-        return [*self.fixed, *(f"{key}={values[key]}" for key in self.searched)]
+        """Returns the overrides of a job; ignores values of axes that it does not have."""
+        lines = list(self.fixed)
+        for name, axis in self.axes.items():
+            if axis.applies(lines) and (name in values or name not in self.searched):
+                lines += self._lines(name, values.get(name))
+        return lines
+
+    def _lines(self, name: str, value: Any) -> tuple[str, ...]:
+        axis = self.axes[name]
+        if axis.is_zip or name not in self.searched:
+            rows = axis.rows()
+            # A value that another process has written into the study, and that is none of the rows, is no key either.
+            return rows[0] if len(rows) == 1 else next((row for row in rows if _joined(row) == value), (str(value),))
+        return (f"{axis.overrides[0].get_key_element()}={value}",)
 
     def label(self, values: Mapping[str, Any]) -> str:
         """Returns the overrides in which the job differs from others."""
         return " ".join(self.overrides(values)[len(self.fixed) :])
 
     def describe(self) -> dict[str, str]:
-        """Maps each key to its distribution in Hydra's notation, for display, storage and comparison."""
-        return {key: _describe(distribution) for key, distribution in self.searched.items()}
+        """Maps each axis to its distribution in Hydra's notation, for display, storage and comparison."""
+        return {
+            name: _describe(self.searched[name]) if name in self.searched else " ".join(map(value_of, axis.rows()[0]))
+            for name, axis in self.axes.items()
+        }
 
     def size(self) -> int | None:
-        """Returns the number of points; None if a key is continuous."""
-        axes = [grid_values(distribution) for distribution in self.searched.values()]
-        return None if None in axes else math.prod(len(axis or ()) for axis in axes)
+        """Returns the number of points; None if an axis is continuous."""
+        conditions = [axis.when for axis in self.axes.values() if axis.when]
+        counts = Counter({self.fixed: 1})  # of the points, by the overrides that decide conditions
+        for name, axis in self.axes.items():
+            options = self._options(name)
+            if options is None:
+                return None
+            merged = Counter[tuple[str, ...]]()
+            for lines, count in counts.items():
+                if not conditions:
+                    merged[lines] += count * len(options)
+                elif not axis.applies(lines):
+                    merged[lines] += count
+                else:
+                    for _, own in options:
+                        merged[
+                            (*lines, *(line for line in own if any(is_equal(line, each) for each in conditions)))
+                        ] += count
+            counts = merged
+        return counts.total()
 
     def points(self) -> list[dict[str, Value]]:
-        """Returns all points of a space without continuous keys; the last key changes fastest."""
-        axes: list[Any] = [grid_values(distribution) for distribution in self.searched.values()]
-        return [dict(zip(self.searched, point, strict=True)) for point in product(*axes)]
+        """Returns all points of a space without continuous axes; the last axis changes fastest."""
+        points: list[tuple[dict[str, Value], tuple[str, ...]]] = [({}, self.fixed)]
+        for name, axis in self.axes.items():
+            options = self._options(name) or []
+            points = [
+                (values | own, (*lines, *more))
+                for values, lines in points
+                for own, more in (options if axis.applies(lines) else [({}, ())])
+            ]
+        return [values for values, _ in points]
+
+    def _options(self, name: str) -> list[tuple[dict[str, Value], tuple[str, ...]]] | None:
+        """Returns the values of an axis, each with its overrides; None if they are continuous."""
+        if name not in self.searched:
+            return [({}, self._lines(name, None))]
+        values = grid_values(self.searched[name])
+        return None if values is None else [({name: value}, self._lines(name, value)) for value in values]
 
 
-def parse_space(overrides: Iterable[Override]) -> Space:
-    """Builds the space of parsed overrides; of a key given twice the last wins. Raises `UserError`."""
-    searched: dict[str, BaseDistribution] = {}
-    fixed: dict[str, str] = {}
-    for override in overrides:
-        key = override.get_key_element()
-        searched.pop(key, None)
-        fixed.pop(key, None)
-        if override.is_sweep_override():
-            searched[key] = _distribution(key, override)
-        else:
-            fixed[key] = f"{key}={override.get_value_element_as_str()}"
+def parse_space(axes: Iterable[Axis]) -> Space:
+    """Builds the space of the axes of a command line. Raises `UserError`."""
+    axes = list(axes)
+    searched = {axis.name: _distribution(axis) for axis in axes if axis.is_swept}
+    fixed = [line for axis in axes if not axis.is_swept and not axis.when for line in axis.rows()[0]]
     if not searched:
         raise UserError(
             "hydra.sweeper.params: nothing to search; add for example "
             "'optimizer.lr=tag(log,interval(0.001,0.1))' or optimizer=sgd,adamw"
         )
-    return Space(searched, tuple(fixed.values()))
+    return Space(searched, tuple(fixed), {axis.name: axis for axis in axes if axis.is_swept or axis.when})
 
 
-def _distribution(key: str, override: Override) -> BaseDistribution:
-    value = override.value()
+def _joined(row: Iterable[str]) -> str:
+    return " ".join(row)
+
+
+def _distribution(axis: Axis) -> BaseDistribution:
+    if axis.is_zip:
+        return CategoricalDistribution(list(map(_joined, axis.rows())))
+    [override] = axis.overrides
+    key, value = str(override.get_key_element()), override.value()
     tags = value.tags if isinstance(value, Sweep) else set()
     if unknown := sorted(tags - {"log"}):
         raise UserError(f"{key}: unknown tag({unknown[0]}, ...); allowed: tag(log, interval(a,b))")

@@ -220,8 +220,10 @@ class Study:
         self._claimed.add(frozen.number)
         self._study.sampler = self._sampler(frozen.number)
         trial = optuna.trial.Trial(self._study, frozen._trial_id)
-        values = {}
+        values: dict[str, Any] = {}
         for key, distribution in self.space.searched.items():
+            if not self.space.has(key, values):
+                continue
             if key in frozen.params and key not in trial.relative_params and not distribution.single():
                 # A dead process has drawn this value, but perhaps not those of later keys. Draw it again and discard
                 # it, so that the sampler's random stream is where it was and the later values are the same.

@@ -1,6 +1,5 @@
 """`dlopt train -m`: checks all jobs before the first one starts, and runs each in a separate process."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from dlopt.basics.secrets import is_secret_name
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
 from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_plain, storable, text_of, value_of
-from dlopt.config.plan import Plan, checked, with_params
+from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import job_variables, task_overrides
 from dlopt.config.resuming import differences, may_change, refuse_other_config
@@ -26,6 +25,7 @@ from dlopt.parallel.processes.rendezvous import current
 from dlopt.results.leaderboard import job_record, leaderboard
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
+from dlopt.sweeps.axes import is_grid, read_axes
 from dlopt.sweeps.jobs import Job, labels, record_dead
 from dlopt.sweeps.request import SweepRequest, print_next, read_space
 from dlopt.tracking.terminal_text import short_path
@@ -46,11 +46,11 @@ def refuse_ranks(command: str, what: str) -> None:
         raise UserError(f"{command}: {reason}; start it from a shell")
 
 
-def request(composer: Composer, parsed: Namespace) -> SweepRequest:
+def request(composer: Composer, words: Sequence[str]) -> SweepRequest:
     """Composes and checks a sweep, except its jobs. Raises `UserError`."""
     refuse_ranks("-m", "the sweep")
-    overrides = composer.parse(parsed.overrides)
-    config = composer.compose(overrides, multirun=True)
+    config, typed, axes = read_axes(composer, words)
+    overrides = [override for axis in typed for override in axis.overrides]
     refuse_unread_hydra(overrides, "a sweep", _READS_OF_HYDRA, {"hydra.run": "use hydra.sweep.dir"})
     if config.hydra.job.chdir:
         raise UserError("hydra.job.chdir=true: not supported in a sweep, whose jobs run in the current folder")
@@ -58,10 +58,9 @@ def request(composer: Composer, parsed: Namespace) -> SweepRequest:
     is_search = str(config.hydra.sweeper._target_) == SEARCH
     refusal = "starts jobs in batches, but a search starts one per free slot" if is_search else None
     pool = build_pool(config, refusal)
-    all_overrides = overrides if is_search else composer.parse(with_params(config, overrides))
-    swept = [each for each in all_overrides if not is_hydra(each)]
-    hydra = [each for each in all_overrides if is_hydra(each)]
-    return SweepRequest(composer, config, overrides, hydra, swept, path, is_typed, pool)
+    hydra = [override for axis in axes for override in axis.overrides if is_hydra(override)]
+    own = [axis for axis in axes if not is_hydra(axis.overrides[0])]
+    return SweepRequest(composer, config, overrides, hydra, own, path, is_typed, pool)
 
 
 def run(request: SweepRequest) -> int:
@@ -108,7 +107,7 @@ def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> dict[
     """
     ended: dict[int, str] = {}
     if request.pool is None or not jobs:
-        run_with_hydra(request, folder, [listed(override) for override in request.swept])
+        run_with_hydra(request, folder, [listed(override) for axis in request.axes for override in axis.overrides])
         return ended
     if request.pool.is_local:
         pools.warm_up()
@@ -161,11 +160,18 @@ def _grid(request: SweepRequest) -> int:
 def _plans(request: SweepRequest) -> list[Plan]:
     """Expands a grid to its checked jobs, like Hydra's basic sweeper; [] for sweepers that choose jobs at run time."""
     sweeper = request.config.hydra.sweeper
-    if not str(sweeper._target_).endswith("BasicSweeper"):
+    joint = [axis for axis in request.axes if axis.is_zip or axis.when]
+    if joint and (request.pool is None or not is_grid(request.config)):
+        group = "hydra/launcher" if request.pool is None else "hydra/sweeper"
+        name = request.config.hydra.runtime.choices[group]
+        raise UserError(
+            f"{joint[0]}: {group}={name} is not dlopt's, and takes axes of one key without a condition only"
+        )
+    if not is_grid(request.config):
         return []
     if sweeper.max_batch_size is not None and sweeper.max_batch_size < 1:
         raise UserError(f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}: must be > 0, or null")
-    combinations = grid(request.swept)
+    combinations = grid(request.axes)
     if not combinations:
         raise UserError("-m: nothing to run, because a list of values is empty")
     jobs = [request.plan_job(overrides, number) for number, overrides in enumerate(combinations)]
@@ -221,7 +227,7 @@ def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]
     replaced = ("hydra.sweep.dir", "hydra.sweeper.params")
     hydra = [line for line in storable(map(text_of, request.hydra)) if key_of(line) not in replaced]
     own = [f"hydra.sweep.dir={quoted_plain(str(folder))}"]
-    if str(request.config.hydra.sweeper._target_).endswith("BasicSweeper"):
+    if is_grid(request.config):
         own.append("hydra.sweeper.params=null")
     # Hydra stores its overrides in multirun.yaml, therefore secrets that are typed become variables.
     secrets = {name: value for name, value in job_variables(request.config).items() if is_secret_name(name)}

@@ -29,6 +29,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ("dlopt options opt", ["optimizer"]),
         ("dlopt template sc", ["schema"]),
         ("dlopt train --config-d", ["--config-dir"]),
+        ("dlopt train -m tria", ["trials="]),
         ("dlopt find-lr up", ["updates="]),
         ("dlopt find-lr sched", []),  # a key of `dlopt train` that find-lr does not read
         ("dlopt find-lr dec", ["decay_norm_and_bias="]),  # which it reads; not the group `decay`

@@ -152,3 +152,14 @@ def test_inherits_from_an_inherited_run(tmp_path: Path) -> None:
     saved = yaml.safe_load((tmp_path / "first/config.yaml").read_text())
     expected = {**saved, "name": "third", "optimizer": {**saved["optimizer"], "lr": 0.01}, "run_id": third["run_id"]}
     assert third == expected and third["run_id"] != saved["run_id"]
+
+
+def test_axes_of_a_sweep_replace_what_the_run_sets(composer: Composer, tmp_path: Path) -> None:
+    save(composer, tmp_path, [*RUN[:-2]])
+    rates = "rates=zip(optimizer=[sgd,lion],optimizer.lr=[0.1,1e-4])"
+    lines = inherit(composer, [f"from={tmp_path}", rates, "seeds=2"])
+    assert lines[-2:] == [rates, "seeds=2"] and "model=mlp" in lines
+    assert not any(line.startswith(("optimizer=", "optimizer.", "seed=")) for line in lines)
+    assert "optimizer=adamw" not in inherit(composer, [f"from={tmp_path}", "optimizer=sgd,lion", "space=benchmark"])
+    with pytest.raises(UserError, match="with space=, type optimizer= as well"):
+        inherit(composer, [f"from={tmp_path}", "space=benchmark"])

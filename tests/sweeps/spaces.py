@@ -3,6 +3,7 @@
 from functools import cache
 
 from dlopt.config.compose import Composer
+from dlopt.config.overrides import parse_axes
 from dlopt.sweeps.space import Space, parse_space
 
 
@@ -12,4 +13,4 @@ def composer() -> Composer:
 
 
 def space(*overrides: str) -> Space:
-    return parse_space(composer().parse(list(overrides)))
+    return parse_space(parse_axes(overrides, composer()))

@@ -13,6 +13,7 @@ import yaml
 
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.locks import is_held
+from dlopt.config.overrides import parse_axes
 from dlopt.sweeps import search as module
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.search import Search, build_study_spec
@@ -146,7 +147,7 @@ def test_pruner_stops_jobs_with_a_worse_metric(objective: str, watch: str, direc
         f"hydra.sweeper.watch={watch}",
         f"hydra.sweeper.direction={direction}",
     ]
-    spec = build_study_spec(composer(), composer().compose(typed, multirun=True), [SPACE])
+    spec = build_study_spec(composer().compose(typed, multirun=True), parse_axes([SPACE]))
     study = optuna.create_study(direction=spec.directions[0], pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
     prunes = []
 

@@ -18,7 +18,9 @@ from optuna.trial import TrialState
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.locks import hold, is_held, taken
+from dlopt.config.overrides import grid, parse_axes
 from dlopt.sweeps import samplers
+from dlopt.sweeps.space import parse_space
 from dlopt.sweeps.study import JOURNAL, WORKERS, hide_password, open_storage
 from tests.support.requires import find, requires
 from tests.sweeps.worker import make_spec, study_of
@@ -180,6 +182,41 @@ def test_takeover_draws_the_same_remaining_values(sampler: str, tmp_path: Path) 
         assert again is not None and again.is_takeover
         assert (again.number, again.values) == (whole.number, whole.values)
         study.close()
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "sobol", "grid"])
+def test_draws_only_the_axes_that_a_job_has(sampler: str, tmp_path: Path) -> None:
+    always = parse_axes(["pair=zip(width=[1,2],depth=[3,4])", "kind=a,b"])
+    own = {"kind=a": ["lr=1,2"], "kind=b": ["lr=3,4", "momentum=range(5,7)"]}
+    axes = [
+        replace(axis, name=f"{axis.name} [{when}]", when=when)
+        for when, words in own.items()
+        for axis in parse_axes(words)
+    ]
+    searched = parse_space([*always, *axes])
+    assert searched.size() == 12
+    more = {"random": {}, "tpe": {"startup_trials": 2, "multivariate": True, "constant_liar": True}, "grid": {}}
+    draws = getattr(samplers, sampler)(space=searched, seed=0, **more.get(sampler, {"scramble": True}))
+    spec = replace(make_spec(12, None), space=searched, sampler=draws)
+    jobs = []
+    for _ in range(12):
+        study = study_of(tmp_path, spec)
+        whole = study.claim()
+        assert whole is not None
+        study.close()
+        study = study_of(tmp_path, spec)  # another process takes it over
+        claim = study.claim()
+        assert claim is not None and claim.is_takeover and claim.values == whole.values
+        study.finish(claim, TrialState.COMPLETE, [float(len(jobs) % 3)], run=str(tmp_path))
+        jobs.append(tuple(searched.overrides(claim.values)))
+        assert searched.overrides(study.finished()[-1].params) == [*jobs[-1]]
+        study.close()
+    assert {(len(job), "kind=b" in job, "momentum=" in " ".join(job)) for job in jobs} == {
+        (4, False, False),
+        (5, True, True),
+    }
+    if sampler == "grid":
+        assert jobs == list(map(tuple, grid([*always, *axes])))
 
 
 @pytest.mark.filterwarnings("error:The reported value")  # of Optuna: it would interrupt the output of the sweep

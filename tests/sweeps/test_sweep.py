@@ -298,6 +298,8 @@ def test_a_launcher_of_another_package_starts_the_checked_jobs(tmp_path: Path, m
     assert [(number, folder) for number, _, folder in started] == [
         (number, str(tmp_path / f"sweep/{number}")) for number in range(3)
     ]
+    result = sweep(tmp_path, "hydra/launcher=basic", "p=zip(seed=[1,2],data.seed=[3,4])")
+    assert result.code == 2 and "p=zip(...): hydra/launcher=basic is not dlopt's" in result.err
 
 
 @pytest.mark.parametrize(

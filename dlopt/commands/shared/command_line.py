@@ -21,7 +21,18 @@ from dlopt.commands.shared.usage import command_key_names, command_keys
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
-from dlopt.config.overrides import grid, is_typed, key_of, refuse_several, single_values, text_of, value_of, without
+from dlopt.config.overrides import (
+    Axis,
+    grid,
+    is_typed,
+    key_of,
+    parse_axes,
+    refuse_several,
+    single_values,
+    text_of,
+    value_of,
+    without,
+)
 from dlopt.config.plan import plan
 from dlopt.config.reads import refuse_unread, refuse_unread_hydra
 from dlopt.config.resolve import resolve_saved
@@ -120,11 +131,15 @@ class Line:
 
     def fixed(self) -> list[str]:
         """Returns the overrides with one value."""
-        return [text_of(each) for each in self.composer.parse(self.overrides) if not each.is_sweep_override()]
+        return [text_of(axis.overrides[0]) for axis in self.axes() if not axis.is_swept]
+
+    def axes(self) -> list[Axis]:
+        """Returns the keys of the line with their values, also those with a single one."""
+        return parse_axes(self.overrides, self.composer)
 
     def combinations(self) -> list[list[str]]:
         """Returns the overrides of each combination of values, in the order of `dlopt train -m`."""
-        return grid(self.composer.parse(self.overrides))
+        return grid(self.axes())
 
     def jobs(self, groups: Sequence[str], max_jobs: float = math.inf, what: str = "curves") -> list[Combination]:
         """Returns one job per combination of values.
@@ -136,7 +151,7 @@ class Line:
         if len(combinations) > max_jobs:
             overrides = " ".join(self.overrides)
             raise UserError(f"{overrides}: {len(combinations)} {what}; at most {max_jobs} fit in one plot")
-        swept = {key_of(each) for each in self.composer.parse(self.overrides) if each.is_sweep_override()}
+        swept = {key for axis in self.axes() if axis.is_swept for key in axis.keys}
         available = [self._available_keys(lines, groups) for lines in combinations]
         known = set[str]().union(*available)
         jobs: list[Combination] = []

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dlopt.config.overrides import parse_axes
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
 from dlopt.extend import Composer, RunFolder, UserError, key_of, value_of
@@ -21,7 +22,7 @@ from dlopt.lab.trials import UNRECORDED, ClaimedTrials, choice_of, has_ended
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import PlanJob
 from dlopt.sweeps.pool import Pool
-from dlopt.sweeps.samplers import point
+from dlopt.sweeps.samplers import draw
 from dlopt.sweeps.space import Space, parse_space
 
 
@@ -37,8 +38,7 @@ class Candidate:
         """Draws the hyperparameters of a trial, rounded to four digits. Each study has its own Halton sequence."""
         if not self.space.searched:  # of self-tuning
             return {}
-        drawn = point("Halton", self.space, study, True, number)
-        return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in drawn.items()}
+        return draw(self.space, study, number)
 
     def describe(self) -> dict[str, str]:
         """Returns the space by key, in Hydra's notation, and the fixed values."""
@@ -54,21 +54,25 @@ def candidate(composer: Composer, name: str, overrides: Sequence[str], track: Tr
     chosen = [choice_of(name)]
     if track == "self_tuning":
         return Candidate(name, chosen, _fixed_space(composer, name))
+    return Candidate(name, chosen, parse_space(parse_axes(space_of(composer, name, overrides), composer)))
+
+
+def space_of(composer: Composer, name: str, overrides: Sequence[str]) -> list[str]:
+    """Returns the search space of an optimizer as overrides; of the default one, the keys that the optimizer has."""
     lines = load_space(name, composer.config_dir)
-    space = parse_space(composer.parse(lines))
     if has_space(name, composer.config_dir):
-        return Candidate(name, chosen, space)
-    lines = [*chosen, *overrides]
-    plain, _ = to_plain(composer.compose(lines), lines)
+        return lines
+    chosen = [choice_of(name), *overrides]
+    plain, _ = to_plain(composer.compose(chosen), chosen)
     packages = trusted_packages(plain["allow_packages"])
     names = parameters_of(resolve_target("optimizer._target_", str(plain["optimizer"]["_target_"]), packages))
-    searched = {key: value for key, value in space.searched.items() if key.removeprefix("optimizer.") in names}
-    if not searched:
+    own = [line for line in lines if key_of(line).removeprefix("optimizer.") in names]
+    if not own:
         raise UserError(
-            f"optimizer={name}: has none of the keys of the default search space ({', '.join(space.searched)}); write "
-            f"its own: benchmark/space/{name}.yaml in a folder given by --config-dir"
+            f"optimizer={name}: has none of the keys of the default search space ({', '.join(map(key_of, lines))}); "
+            f"write its own: benchmark/space/{name}.yaml in a folder given by --config-dir"
         )
-    return Candidate(name, chosen, Space(searched, space.fixed))
+    return own
 
 
 def _fixed_space(composer: Composer, name: str) -> Space:

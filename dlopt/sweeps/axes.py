@@ -1,0 +1,190 @@
+"""The axes of a sweep: from its words and the files that they name, in the order in which the jobs are counted.
+
+A space gives each optimizer, or each value of another key, its own axes: `space=FILE` names a YAML file,
+
+    optimizer=sgd: {optimizer.lr: "0.03,0.1", optimizer.momentum: "0.8,0.9"}
+    optimizer=adamw: {optimizer.lr: "0.001,0.003"}
+
+and a package adds a space by the entry point `dlopt.spaces`: function(composer, optimizer, overrides) -> overrides.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dlopt.basics.errors import UserError, install, suggest
+from dlopt.basics.plain_values import load_yaml
+from dlopt.config.compose import Composer
+from dlopt.config.overrides import (
+    SPACE,
+    SWEEP_WORDS,
+    TRIALS,
+    Axis,
+    is_equal,
+    key_of,
+    keys_of,
+    parse_axes,
+    parts_of,
+    refuse_several,
+    replaced,
+    value_of,
+    without,
+)
+from dlopt.config.packages import entries, function
+from dlopt.config.resolve import choices_of
+from dlopt.config.schema import show
+
+_TRIALS = 10  # of each optimizer
+
+
+def is_grid(config: DictConfig) -> bool:
+    return str(config.hydra.sweeper._target_).endswith("BasicSweeper")
+
+
+def read_axes(composer: Composer, words: Sequence[str]) -> tuple[DictConfig, list[Axis], list[Axis]]:
+    """Composes the base config of a sweep; returns it, the typed axes, and all. An axis may have a single value.
+
+    All: with those in the config file (hydra.sweeper.params), which the typed ones replace, and those of the space.
+    Raises `UserError`.
+    """
+    typed = parse_axes(without(words, SPACE, TRIALS), composer)
+    config = composer.compose([override for axis in typed for override in axis.overrides], multirun=True)
+    params = [f"{key}={show(value)}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    axes = replaced(parse_axes(without(params, SPACE, TRIALS), composer), typed)
+    for axis in axes:
+        if axis.is_zip and (axis.name in config or axis.name in (*composer.groups(), *SWEEP_WORDS)):
+            raise UserError(f"{axis}: {axis.name} is a key of the config; give the axis another name")
+    own = {key_of(word): word for word in [*params, *words] if key_of(word) in (SPACE, TRIALS)}  # the last one counts
+    if TRIALS in own and (SPACE not in own or not is_grid(config)):
+        raise UserError(f"{own[TRIALS]}: for the ranges of {SPACE}= in a grid; a search has hydra.sweeper.n_trials")
+    if SPACE in own:
+        is_typed = any(key_of(word) == SPACE for word in words)
+        axes = _with_space(composer, config, axes, typed if is_typed else axes, own[SPACE], own.get(TRIALS))
+    return config, typed, axes
+
+
+def _with_space(
+    composer: Composer,
+    config: DictConfig,
+    axes: Sequence[Axis],
+    kept: Sequence[Axis],
+    space: str,
+    trials: str | None,
+) -> list[Axis]:
+    """Adds the axes of a space, each after the axis that decides its condition. Raises `UserError`.
+
+    The axes of the space yield to those in `kept`, and replace others.
+    """
+    chosen = choices_of(config)
+    has_section = has_drawn = False
+    heads: dict[str, str] = {}  # by the keys below
+    sections = _sections(composer, space, axes, chosen)
+    keys = {key for words in sections.values() for word in words for key in keys_of(word)}
+    result = [axis for axis in axes if axis in kept or not set(axis.keys) <= keys]
+    taken = {key for axis in result for key in axis.keys}
+    for when, words in sections.items():
+        group, choice = parts_of(when)
+        deciders = [index for index, axis in enumerate(result) if key_of(when) in axis.keys]
+        _check_condition(composer, space, when, result)
+        if not (_is_met(when, [result[index] for index in deciders]) if deciders else chosen.get(group) == choice):
+            continue
+        has_section = True
+        own = _of_section(composer, space, when, words, taken)
+        for key in (key for axis in own for key in axis.keys):
+            if heads.setdefault(key, group) != group:
+                raise UserError(f"{space}: {key} has sections of {heads[key]}= and {group}=; an axis has one place")
+        if is_grid(config) and any(axis.is_continuous for axis in own):
+            own, has_drawn = _drawn(composer, own, space, trials), True
+        start = 1 + max(deciders, default=-1)
+        while start < len(result) and result[start].when:  # after the sections before
+            start += 1
+        named = [replace(axis, name=f"{axis.name} [{when}]", when=when) for axis in own]
+        result[start:start] = named if deciders else own
+    if not has_section:
+        raise UserError(f"{space}: no job meets one of its conditions: {', '.join(sections)}")
+    if trials is not None and not has_drawn:
+        raise UserError(f"{trials}: no section that applies has a range, so that there is nothing to draw")
+    return result
+
+
+def _check_condition(composer: Composer, space: str, when: str, axes: Sequence[Axis]) -> None:
+    """Raises `UserError` for a condition that no sweep can meet, or that is not decided by the words of this one."""
+    group, choice = parts_of(when)
+    is_typed = any(key_of(when) in axis.keys for axis in axes)
+    if group not in composer.groups():
+        if not is_typed:
+            raise UserError(f"{space}: {when}: no job sets {group}")
+    elif choice not in composer.choices(group):
+        hint = suggest(choice, composer.choices(group), f"dlopt options {group}", prefix=f"{group}=")
+        raise UserError(f"{space}: {when}: unknown choice; {hint}")
+    elif not is_typed and any(axis.is_swept and "experiment" in axis.keys for axis in axes):
+        raise UserError(f"{space}: {when}: each recipe may choose another {group}; type {group}=")
+
+
+def _is_met(when: str, axes: Sequence[Axis]) -> bool:
+    return any(is_equal(line, when) for axis in axes for row in axis.rows() for line in row)
+
+
+def _sections(
+    composer: Composer, space: str, axes: Sequence[Axis], chosen: Mapping[str, str]
+) -> Mapping[str, Sequence[str]]:
+    """Returns the words of each section of a space by its condition. Raises `UserError`."""
+    name = value_of(space).strip("'\"")
+    if name in entries("dlopt.spaces"):
+        words_of = function(entries("dlopt.spaces")[name])
+        lines = [line for axis in axes if "optimizer" in axis.keys for row in axis.rows() for line in row]
+        optimizers = dict.fromkeys(line for line in lines if key_of(line) == "optimizer")
+        trusted = [line for axis in axes if "allow_packages" in axis.keys for line in axis.rows()[0]]
+        whens = list(optimizers) or [f"optimizer={chosen['optimizer']}"]
+        return {when: words_of(composer, value_of(when), trusted) for when in whens}
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"{space}: no such file; allowed: {', '.join([*entries('dlopt.spaces'), 'a YAML file'])}")
+    try:
+        content = load_yaml(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{space}: cannot be read: {' '.join(str(error).split())}") from None
+    example = 'optimizer=sgd: {optimizer.lr: "0.1,0.3"}'
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{space}: must map conditions to keys with values: {example}")
+    for when, block in content.items():
+        if not isinstance(when, str) or "=" not in when or not isinstance(block, dict) or not block:
+            raise UserError(f"{space}: {when}: must be a condition with keys and values: {example}")
+        refuse_several(composer.parse([when]), "a condition has one value")
+        for key in block:
+            if key_of(str(key)).startswith("hydra") or key in SWEEP_WORDS:
+                raise UserError(f"{space}: {when}: {key}: only keys of the jobs")
+    return {when: [f"{key}={show(value)}" for key, value in block.items()] for when, block in content.items()}
+
+
+def _of_section(composer: Composer, space: str, when: str, words: Sequence[str], taken: set[str]) -> list[Axis]:
+    """Returns the axes of a section but those with a key that is `taken`. Raises `UserError`."""
+    kept = [word for word in words if not set(keys_of(word)) <= taken]
+    try:
+        own = parse_axes(kept, composer)
+    except UserError as error:
+        raise UserError(f"{space}: {when}: {error}") from None
+    for axis in own:
+        if shared := set(axis.keys) & taken:
+            raise UserError(f"{space}: {when}: {axis}: {min(shared)} is also set outside the space")
+    return own
+
+
+def _drawn(composer: Composer, axes: Sequence[Axis], space: str, trials: str | None) -> list[Axis]:
+    """Returns one axis of quasi-random points instead of those with ranges, like the trials of a benchmark."""
+    count = _TRIALS if trials is None else value_of(trials)
+    if not str(count).isdecimal() or not 0 < int(count) <= 10_000:
+        raise UserError(f"{trials}: must be the number of jobs of each optimizer, from 1 to 10000")
+    try:
+        from dlopt.sweeps.samplers import draw
+        from dlopt.sweeps.space import parse_space
+    except ModuleNotFoundError:
+        raise UserError(f"{space}: its ranges are drawn, which requires optuna; {install('dlopt[sweep]')}") from None
+    points = parse_space([axis for axis in axes if axis.is_swept])
+    jobs = dict.fromkeys(tuple(points.overrides(draw(points, 0, number))) for number in range(int(count)))
+    columns = [(parts_of(lines[0])[0], [value_of(line) for line in lines]) for lines in zip(*jobs, strict=True)]
+    drawn = parse_axes([f"{key}=choice({','.join(values)})" for key, values in columns], composer)
+    overrides = tuple(override for axis in drawn for override in axis.overrides)
+    return [*(axis for axis in axes if not axis.is_swept), Axis("trials", overrides)]
