@@ -23,6 +23,10 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 # Started by `nohup` or by a service, the tests and all processes of theirs would ignore it, as runs then do.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# A child must not collect what the worker has left: the destructor of a process group waits for threads that only the
+# worker has.
+os.register_at_fork(after_in_child=gc.freeze)
+
 os.fsync = lambda descriptor: None  # type: ignore[assignment]  # half of a small run's time; no test cuts the power
 # Neither this replacement nor that of the launcher is in new interpreters: tests/parallel/test_launch.py and
 # tests/reliability/test_ranks.py train, save, kill and resume runs of several ranks there.

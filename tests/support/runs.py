@@ -95,7 +95,8 @@ def in_fork(function: Callable[[], object]) -> int:
     """Runs `function` in a forked child; returns the wait status: 0 on success."""
     child = os.fork()
     if child == 0:
-        signal.alarm(900)  # seconds: a child that hangs fails its test, not the whole suite
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(300)  # seconds: a child that hangs fails its test, and does not outlive it
         code = 1
         try:
             function()

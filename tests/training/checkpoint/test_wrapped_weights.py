@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import gc
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -104,6 +105,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
+    gc.collect()  # its threads end here
 
 
 @pytest.mark.slow  # importing torch.compile and FSDP takes seconds, as in the two tests below
