@@ -148,9 +148,9 @@ def test_the_condition_number_of_the_regression_includes_the_bias(name: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["memory_gradients", "dropout_units", "skip_gradients"])
-def test_claims_are_supported_on_this_machine(name: str, tmp_path: Path) -> None:
-    """For recipes of a few seconds that do not compare times."""
+def test_claims_are_supported_on_this_machine(tmp_path: Path) -> None:
+    """For a recipe of a few seconds that does not compare times."""
+    name = "skip_gradients"
     saved = json.loads((GALLERY / f"{name}.json").read_text())
     result = dlopt(tmp_path, "train", f"experiment=lecture/{name}", "hydra.run.dir=out")
     assert result.code == 0, result.err
