@@ -176,13 +176,13 @@ def shell(rank_0: str, rank_1: str) -> list[str]:
 
 
 def test_exit_codes_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_GRACE", 600.0)
+    monkeypatch.setattr(launch, "_FAILED_GRACE", 600.0)
     assert group_code(*run_processes(shell("exit 0", "exit 0"), 2, {})) == 0
     assert group_code(*run_processes(shell("exit 1", "exit 2"), 2, {})) == 2
     with Interruption() as interruption:
         interruption.reason = "SIGTERM"
         assert group_code([INTERRUPTED, -signal.SIGKILL], set(), interruption) == INTERRUPTED, "Slurm's last signal"
-    monkeypatch.setattr(launch, "_GRACE", 0.1)
+    monkeypatch.setattr(launch, "_FAILED_GRACE", 0.1)
     codes, killed, interruption = run_processes(shell("exec sleep 600", "exit 3"), 2, {})
     assert (codes, killed) == ([-signal.SIGKILL, 3], {0}), "the other rank had its time to end"
     assert group_code(codes, killed, interruption) == 3
@@ -190,6 +190,14 @@ def test_exit_codes_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         group_code(*run_processes(shell("exec sleep 600", "kill -KILL $$"), 2, {}))
     with pytest.raises(RunError, match=r"^rank 0 was killed by SIGSEGV$"):
         group_code(*run_processes(shell("kill -SEGV $$", "exit 0"), 2, {}))
+
+
+def test_kills_ranks_that_do_not_end_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.1)
+    deaf = "trap '' TERM; exec sleep 600"
+    codes, killed, interruption = run_processes(shell(f"kill -TERM $PPID; {deaf}", deaf), 2, {})
+    assert killed and set(codes) <= {-signal.SIGKILL, -signal.SIGTERM}
+    assert group_code(codes, killed, interruption) == INTERRUPTED
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
