@@ -128,9 +128,9 @@ def read_header(file: str, delimiter: str = ",") -> Header:
         raise UserError(f"data.file={path}: has zero bytes, as UTF-16 without a byte order mark; save it as UTF-8")
     rows = [row for _, row in itertools.islice(lines, _FIRST) if len(row) == len(fields)]
     if _has_images(fields, rows) or (rows and _is_row(fields, rows)):
+        first = ", ".join(fields[:3]) + ", ..." * (len(fields) > 3)
         raise UserError(
-            f"data.file={path}: line 1 has values ({', '.join(fields[:3])}{', ...' * (len(fields) > 3)}); insert a line with the names of the "
-            "columns before it"
+            f"data.file={path}: line 1 has values ({first}); insert a line with the names of the columns before it"
         )
     kept = [i for i, name in enumerate(fields) if not _INDEX.fullmatch(name)]
     names = [fields[i] for i in kept]
