@@ -145,7 +145,9 @@ def test_wandb_resumes_one_run_and_receives_no_secrets(tmp_path: Path, monkeypat
     assert wandb.logged == [{"train/loss": 2.0, "update": 1}] * 2
     assert wandb.inits[0]["config"]["data.root"] == "s3://${oc.env:PASSWORD}"
     assert "Xq81-zeta" not in f"{wandb.inits} {sys.argv}"
-    assert wandb.inits[0]["settings"]["disable_git"] is True, "its git diff starts programs that a repository configures"
+    assert wandb.inits[0]["settings"]["disable_git"] is True, (
+        "its git diff starts programs that a repository configures"
+    )
 
 
 def _refuse(key: str, name: str) -> None:
