@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import dlopt
 from dlopt.basics.errors import INTERRUPTED, USER_ERROR, RunError
+from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import Interruption
 from dlopt.losses import MSE
 from dlopt.parallel.processes import launch
@@ -133,6 +135,34 @@ def test_exception_on_one_rank_ends_all_within_30_seconds_and_is_reported_once(
     assert ended - float(match[1]) < 30
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and "rank 1: " in summary["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("to", "number", "code"),
+    [("rank", signal.SIGUSR1, 1), ("torchrun", signal.SIGTERM, 1), ("torchrun", signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_signals_to_torchrun_and_to_one_of_its_ranks(tmp_path: Path, to: str, number: int, code: int) -> None:
+    """All ranks write a checkpoint, and none outlives torchrun. See docs/cluster.md."""
+    line = command(tmp_path / "run", TWO, *ENDLESS, "parallel=ddp")
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    line[1:1] = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", "2"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as agent:
+        wait_for((tmp_path / "run/checkpoints/last.pt").exists)
+        ranks = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+        os.kill(ranks[-1] if to == "rank" else agent.pid, number)
+        assert agent.wait(120) == code
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
+    summary = RunFolder(tmp_path / "run").summary()
+    assert summary is None if number == signal.SIGKILL else summary and summary["status"] == "interrupted"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
