@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TextIO, cast
 
 from dlopt._version import __version__
 from dlopt.basics.errors import (
@@ -28,6 +29,7 @@ from dlopt.basics.interruption import (
     leave_closed_terminal,
     print_error,
 )
+from dlopt.basics.terminal import TerminalStream
 from dlopt.commands.command_table import COMMANDS, every_command
 from dlopt.config.packages import entries
 
@@ -87,7 +89,8 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Redirects closed standard streams (`<&- >&-`, some cron daemons) to /dev/null.
+    """Redirects closed standard streams (`<&- >&-`, some cron daemons) to /dev/null, and keeps texts from controlling
+    the terminal.
 
     Otherwise the next opened files get descriptors 0 to 2, and a library that writes to stderr corrupts them.
     """
@@ -98,6 +101,8 @@ def _open_streams() -> None:
             # open() returns the lowest free descriptor, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             setattr(sys, name, os.fdopen(descriptor, mode))
+    if sys.stdout.isatty():
+        sys.stdout = cast(TextIO, TerminalStream(sys.stdout))
 
 
 Command = Callable[[list[str]], int]

@@ -20,6 +20,7 @@ from dlopt.basics.errors import INTERRUPTED
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _MAX_ERROR = 2000  # characters
+GRACE = 300.0  # seconds for an update and a checkpoint after a stop signal; whoever has sent it then kills the process
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 

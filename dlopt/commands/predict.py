@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import temporary_sibling
+from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import print_error
 from dlopt.basics.ranges import Count, Natural
 from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
@@ -82,5 +83,5 @@ def _predict(
                 raise UserError(f"images={images}: none of the files is a readable image")
             os.replace(temporary, target)
     skipped = len(files) - count
-    print(f"{count} images classified{f', {skipped} skipped' if skipped else ''}: {target}")
+    print(f"{format_count('images', count)} classified{f', {skipped} skipped' if skipped else ''}: {target}")
     return DONE

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,17 +14,21 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.errors import UserError, install
-from dlopt.basics.files import reason, refuse_special
-from dlopt.basics.formats import printable
+from dlopt.basics.files import reason, refuse_special, temporary_sibling
+from dlopt.basics.formats import format_bytes, printable
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.checks import left_out_note
 from dlopt.data.images import decode_bytes
 from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
+from dlopt.machine.memory import half_of_memory
 
 _MAX_READ = 1 << 28  # bytes; larger tables are memory-mapped
-_BATCH_ROWS = 1024  # rows that are converted at once
+_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 26  # that are converted at once
 _CHECKED_ROWS = 1 << 20  # of each column of numbers
+_LABEL_BYTES = 64  # estimated, of a label in memory beyond those in the table
+_MAX_VALUE = 1 << 27  # bytes of the numbers in a row
+_LEFT_FREE = 1 << 30  # bytes of the disk that the cache does not fill
 _FILE_BYTES = 1 << 17  # estimated size of an image file outside of the table
 
 
@@ -58,7 +63,7 @@ def parquet(
     tables, others, count, roots = [], Counter[str](), 0, set[str]()
     for key, files in splits.items():
         found = None if files is None else find_files(key, files, ".parquet")
-        tables.append((key, None if found is None else read_parquet(key, found[0], columns)))
+        tables.append((key, None if found is None else read_parquet(key, found[0], columns, target)))
         if found is not None:
             others.update(found[1])
             count += len(found[0])
@@ -164,7 +169,11 @@ def _value(
         return np.array([_number(table, name, index, key) for name in names], dtype=np.float64)  # `Wrapped` rounds them
     (name,) = names
     where = f"{key}, row {index}: {name}"
-    value = table.column(name)[index].as_py()
+    stored = table.column(name)[index]
+    inner = getattr(getattr(stored, "value", stored), "values", None)  # the former of a type of the package datasets
+    if (size := getattr(inner, "nbytes", 0)) > _MAX_VALUE:
+        raise UserError(f"{where} has {format_bytes(size)} of numbers; at most {format_bytes(_MAX_VALUE)} are allowed")
+    value = stored.as_py()
     if isinstance(value, Mapping):
         value = _file(value, where, roots)
     if value is None:
@@ -390,32 +399,63 @@ def _refuse_unlabelled(columns: Columns) -> None:
 # -- files
 
 
-def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str]) -> Any:
+def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str], held: str) -> Any:
     """Returns the columns of all files as one table, in memory or memory-mapped.
 
     Columns that some of the files declare "not null", or store as another kind of strings or numbers, are the same.
-    Raises `UserError`.
+    `held`: the column that will be in memory as a whole. Raises `UserError`, also for rows that expand to more than
+    memory and disk can hold.
     """
+    try:
+        with half_of_memory() as most:
+            return _read(key, paths, columns, held, most)
+    except MemoryError:
+        folder = cache_file("parquet").parent
+        raise _too_large(key, f"a batch of rows (or the whole table: {folder} may have no space)", most) from None
+
+
+def _read(key: str, paths: Sequence[str], columns: Sequence[str], held: str, most: int) -> Any:
     arrow = _library(key)
     from pyarrow import parquet as reader
 
-    size = 0
+    size = rows = 0
     schema: Any = None
     for path in paths:
         with _reading(key, path):
             refuse_special(path)
             opened = reader.ParquetFile(path)
             available = opened.schema_arrow
-            size += sum(opened.metadata.row_group(i).total_byte_size for i in range(opened.num_row_groups))
+            size += _size(opened.metadata)
+            rows += opened.metadata.num_rows
         for name in columns:
             if available.names.count(name) != 1:
                 how = "two columns" if name in available.names else "no column"
                 raise UserError(f"{key}: {path} has {how} {name!r}; it has {', '.join(available.names)}")
         chosen = arrow.schema([available.field(name) for name in columns], metadata=available.metadata)
         schema = chosen if schema is None else _joined(key, schema, chosen, path, paths[0])
-    if size > _MAX_READ and (mapped := _mapped(key, paths, columns, schema)) is not None:
+    if rows * _LABEL_BYTES > most:
+        raise _too_large(key, f"the column {held} with {rows:,} rows", most)
+    if size <= _MAX_READ:  # as the file says, which counts a value that repeats once
+        batches, decoded = [], 0
+        for batch in _batches(key, paths, schema, held, most):
+            batches.append(batch)
+            if (decoded := decoded + batch.nbytes) > _MAX_READ:
+                break
+        else:
+            return arrow.Table.from_batches(batches, schema)
+        del batches
+    if (mapped := _mapped(key, paths, columns, schema, held, most)) is not None:
         return mapped
-    return arrow.Table.from_batches(_batches(key, paths, schema), schema)
+    return arrow.Table.from_batches(_batches(key, paths, schema, held, most), schema)
+
+
+def _size(metadata: Any) -> int:
+    """Returns the bytes of all rows, decompressed but encoded, as the file claims."""
+    return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+
+
+def _too_large(key: str, what: str, most: int) -> UserError:
+    return UserError(f"{key}: {what} takes more than half of the available memory ({format_bytes(most)})")
 
 
 def _joined(key: str, schema: Any, other: Any, path: str, first: str) -> Any:
@@ -459,38 +499,50 @@ def _plain(kind: Any) -> Any:
     return kind
 
 
-def _batches(key: str, paths: Sequence[str], schema: Any) -> Iterator[Any]:
+def _batches(key: str, paths: Sequence[str], schema: Any, held: str, most: int) -> Iterator[Any]:
+    """Yields the rows. Raises `UserError` for damaged files, and if the column `held` takes more than `most` bytes."""
     from pyarrow import parquet as reader
 
-    arrow = _library(key)
+    arrow, size = _library(key), 0
+    plain = _plain(schema.field(held).type)
+    width = 1 if _innermost(plain) in ("large_string", "large_binary") else 4  # numbers in Python take more space
     for path in paths:
         with _reading(key, path):
-            for batch in reader.ParquetFile(path).iter_batches(_BATCH_ROWS, columns=schema.names):
+            opened, rows = reader.ParquetFile(path), 0
+            expected = opened.metadata.num_rows
+            at_once = max(min(_BATCH_BYTES * expected // max(_size(opened.metadata), 1), _BATCH_ROWS), 1)
+            for batch in opened.iter_batches(at_once, columns=schema.names):
                 columns = [batch.column(field.name) for field in schema]
                 cast = [
                     column if column.type == field.type else column.cast(field.type)
                     for field, column in zip(schema, columns, strict=True)
                 ]
+                rows += len(batch)
+                size += width * batch.column(held).cast(plain).nbytes + _LABEL_BYTES * len(batch)
+                if size > most:
+                    raise _too_large(key, f"the column {held}", most)
                 yield arrow.RecordBatch.from_arrays(cast, schema=schema)
+            if rows != expected:
+                raise UserError(f"{key}: {path}: is damaged: has {rows:,} rows, not {expected:,}")
 
 
-def _mapped(key: str, paths: Sequence[str], columns: Sequence[str], schema: Any) -> Any:
+def _mapped(key: str, paths: Sequence[str], columns: Sequence[str], schema: Any, held: str, most: int) -> Any:
     """Returns the columns as a memory-mapped table, written to the cache on first use; None without space for it."""
     arrow = _library(key)
     states = [f"{os.path.abspath(path)} {file_state(path)}" for path in paths]
     target = cache_file("parquet", "1", *columns, *states).with_suffix(".arrow")
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
     try:
         with exclusive(target):
             if not target.exists():
-                try:
+                with temporary_sibling(target) as temporary:
+                    free = shutil.disk_usage(target.parent).free - _LEFT_FREE
                     with arrow.OSFile(str(temporary), "wb") as sink, arrow.ipc.new_file(sink, schema) as writer:
-                        for batch in _batches(key, paths, schema):
+                        for batch in _batches(key, paths, schema, held, most):
                             writer.write_batch(batch)
+                            if sink.tell() > free:
+                                return None
                     # Renamed when it is complete: a killed process leaves no file of this name that lacks rows.
                     os.replace(temporary, target)
-                finally:
-                    temporary.unlink(missing_ok=True)
         return arrow.ipc.open_file(arrow.memory_map(str(target))).read_all()
     except OSError:  # no access, or no space
         return None
@@ -501,6 +553,8 @@ def _reading(key: str, path: str) -> Iterator[None]:
     arrow = _library(key)
     try:
         yield
+    except MemoryError:  # Arrow's, too
+        raise
     except (arrow.ArrowException, OSError) as error:
         raise UserError(f"{key}: {path}: cannot be read as a Parquet file ({reason(error)})") from None
 

@@ -17,6 +17,7 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.checks import LEFT_OUT, WARNING, number
+from dlopt.data.images import EXTENSIONS
 
 SPLITS = ("train", "val", "test")
 _LARGEST = torch.finfo(torch.float32).max
@@ -126,10 +127,10 @@ def read_header(file: str, delimiter: str = ",") -> Header:
     if any("\0" in name for name in fields):
         raise UserError(f"data.file={path}: has zero bytes, as UTF-16 without a byte order mark; save it as UTF-8")
     rows = [row for _, row in itertools.islice(lines, _FIRST) if len(row) == len(fields)]
-    if rows and _is_row(fields, rows):
+    if _has_images(fields, rows) or (rows and _is_row(fields, rows)):
+        first = ", ".join(fields[:3]) + ", ..." * (len(fields) > 3)
         raise UserError(
-            f"data.file={path}: line 1 has values ({', '.join(fields[:3])}, ...); insert a line with the names of the "
-            "columns before it"
+            f"data.file={path}: line 1 has values ({first}); insert a line with the names of the columns before it"
         )
     kept = [i for i, name in enumerate(fields) if not _INDEX.fullmatch(name)]
     names = [fields[i] for i in kept]
@@ -243,6 +244,15 @@ def _not_a_number(place: str, name: str, field: str, advice: str) -> UserError:
     if not field:
         return UserError(f"{place}: {name} is empty; fill it in or remove the line")
     return UserError(f"{place}: {name} is {field!r}, not a finite number; {_remedy(field) or advice}")
+
+
+def _has_images(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Returns whether a column has names of images, also in the first line."""
+    images = tuple(EXTENSIONS)
+    return any(
+        name.lower().endswith(images) and all(row[i].lower().endswith(images) for row in rows)
+        for i, name in enumerate(header)
+    )
 
 
 def _is_row(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:

@@ -3,7 +3,8 @@
 import contextlib
 import ctypes
 import os
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -29,6 +30,26 @@ def available_memory() -> int:
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free.append(limit - used)
     return min(free)
+
+
+@contextlib.contextmanager
+def half_of_memory() -> Iterator[int]:
+    """Within the context, this process allocates at most half of the memory that is available now; yields these bytes.
+
+    An allocation beyond that raises MemoryError. For files of strangers: a few bytes may expand to any size, whatever
+    the file says about itself. Without /proc, there is no limit.
+    """
+    most = available_memory() // 2
+    former = resource.getrlimit(resource.RLIMIT_DATA)
+    with contextlib.suppress(OSError, ValueError):  # no /proc, or a hard limit below it
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        limit = int(status["VmData"].split()[0]) * 1024 + most
+        if former[0] == resource.RLIM_INFINITY or limit < former[0]:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, former[1]))
+    try:
+        yield most
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, former)
 
 
 def keep_freed_memory() -> None:

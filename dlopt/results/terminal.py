@@ -8,7 +8,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from dlopt.basics import formats
-from dlopt.basics.formats import brief, printable
+from dlopt.basics.formats import brief, format_count, printable
 from dlopt.metrics.names import Metric
 from dlopt.results.columns import (
     counts_text,
@@ -121,14 +121,15 @@ def _notes(report: "ReportContent") -> list[str]:
     ranking = report.ranking
     lines = [counts_text(ranking)]
     if len(ranking.rows) > report.top:
-        lines[0] += f"; {len(ranking.rows) - report.top} more rows on the HTML page"
+        lines[0] += f"; {format_count('more rows', len(ranking.rows) - report.top)} on the HTML page"
     if ranking.ranked and (failed := ranking.ranked[0].failed):
         lines.append(f"#1: {failed} of {len(ranking.ranked[0].runs)} runs failed; its mean is that of the others")
     best = ranking.ranked[0].command if ranking.ranked else None
     lines += [] if best is None else [f"best: {best}"]
     for run in ranking.failed[:5]:
         lines.append(f"{run.status}: {terminal_text.short_path(run.path)}: {failure_text(run)}")
-    lines += [f"... and {len(ranking.failed) - 5} more failed or unfinished runs"] if len(ranking.failed) > 5 else []
+    if (others := len(ranking.failed) - 5) > 0:
+        lines.append(f"... and {format_count('more failed or unfinished runs', others)}")
     lines += [f"skipped: {terminal_text.short_path(each.path)}: {each.reason}" for each in ranking.damaged]
     return [*lines, *(line for section in report.sections for line in section.lines)]
 

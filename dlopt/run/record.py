@@ -98,6 +98,8 @@ def described(run: "Run") -> Iterator[None]:
     former = {path: path.read_bytes() if path.is_file() else None for path in paths}
     try:
         if run.overrides is not None and is_described_here:
+            if run.checkpoint is not None and (changed := _changed_versions(run)):
+                print_error(f"warning: resumes with {changed}; the result may differ from that of one version")
             describe(run.folder, run.run_config.config, run.overrides, run.choices)
         elif rendezvous.is_main():
             _record_machine(run.folder)
@@ -143,6 +145,20 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
             (folder / environment.DIFF).unlink(missing_ok=True)  # of the run that is resumed
     except OSError as error:
         raise UserError(f"hydra.run.dir={folder}: cannot write to this folder: {error.strerror}") from None
+
+
+def _changed_versions(run: "Run") -> str:
+    """Returns the versions that are not those of the run's previous start: "dlopt 0.2.0 (was 0.1.0)"."""
+    resume = Path(run.run_config.settings.resume or "")  # another run, or its checkpoint; or auto
+    folders = (run.folder, resume, *resume.parents[:2])
+    before = next((found for folder in folders if (found := read_json(folder / "environment.json"))), {})
+    now = environment.versions()
+    names = {"dlopt": "dlopt", "git_commit": "its commit", "torch": "torch"}
+    return ", ".join(
+        f"{shown} {now[name][:16]} (was {str(before[name])[:16]})"
+        for name, shown in names.items()
+        if before.get(name) and now[name] and before[name] != now[name]
+    )
 
 
 def _record_machine(folder: Path) -> None:

@@ -28,7 +28,7 @@ from dlopt.basics.errors import FAILED, INTERRUPTED, UserError
 from dlopt.basics.files import NewLines
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_count
-from dlopt.basics.interruption import SIGNALS, Interruption, block_signals, ignore_hangup, signals_deferred
+from dlopt.basics.interruption import GRACE, SIGNALS, Interruption, block_signals, ignore_hangup, signals_deferred
 from dlopt.basics.ranges import Count
 from dlopt.basics.scratch import own_multiprocessing_folder
 from dlopt.config.schema import check_arguments
@@ -227,12 +227,19 @@ class _Workers:
         self._overview.ended(job.number, job.label, result.status, result.metrics, result.reason, known)
 
     def stop(self, interruption: Interruption) -> None:
-        """Stops all jobs with a checkpoint and waits for them; a second Ctrl-C ends the wait."""
+        """Stops all jobs with a checkpoint and waits for them; a second Ctrl-C ends the wait.
+
+        Kills those that still run after `GRACE` seconds: in C code, they may hang without noticing a signal.
+        """
         jobs = format_count("jobs", len(self.active))
         self._overview.message(f"{interruption.reason}: stopping {jobs}; resume with resume=auto")
         for worker in self.active.values():
             worker.process.stop()
+        deadline = time.monotonic() + GRACE
         while self.active:
+            if time.monotonic() > deadline:
+                deadline = float("inf")
+                self._kill_hung()
             for _, worker, code in self._take_ended():
                 folder = worker.job.folder
                 # Without a summary, the signal came before the job had started or installed its handler.
@@ -241,6 +248,15 @@ class _Workers:
                 if not worker.is_adopted:
                     self._ended(worker.job, result_of(folder, code))
             self.wait()
+
+    def _kill_hung(self) -> None:
+        """Kills the running jobs, and no longer waits for those of an earlier sweep."""
+        jobs = format_count("jobs", len(self.active))
+        self._overview.message(f"{jobs} still running {GRACE:g} s after the signal, and killed")
+        for slot, worker in list(self.active.items()):
+            worker.process.kill()
+            if worker.is_adopted:
+                del self.active[slot]
 
 
 # -- launchers
@@ -448,3 +464,5 @@ def _stop_with_sweep() -> None:
     assert sweep is not None
     sweep.join()
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)  # if this process ends before, the thread does, too
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import IO, Any, TextIO, cast
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderableType, RenderHook, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
+from dlopt.basics.terminal import without_controls
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, tag_of
 from dlopt.tracking import terminal_text
 
@@ -145,9 +147,26 @@ class _Display:
             yield Text.assemble((f"{name:7}", "bold"), text or "-", no_wrap=True, overflow="crop")
 
 
+class _WithoutControls(RenderHook):
+    """Replaces control characters in all that a console prints, but not those of rich itself."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Cleaned(each) for each in renderables]
+
+
+@dataclass
+class _Cleaned:
+    renderable: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.renderable, options):
+            yield segment if segment.control else Segment(without_controls(segment.text), segment.style)
+
+
 def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]:
     """Opens a console on `stream` (default: stdout) that never raises on output; also returns whether it can redraw."""
-    output = _Output(cast("TextIO | None", sys.stdout if stream is None else stream))
+    chosen: Any = sys.stdout if stream is None else stream
+    output = _Output(getattr(chosen, "unfiltered", chosen))
     terminal = output.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
     console = Console(
         file=cast(IO[str], output),
@@ -159,6 +178,7 @@ def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]
         markup=False,
         emoji=False,
     )
+    console.push_render_hook(_WithoutControls())
     return output, console, terminal
 
 

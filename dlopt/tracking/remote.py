@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -250,10 +251,12 @@ class Wandb:
         _require_account()
         sys.argv[1:] = map(redact, sys.argv[1:])  # W&B stores the command line
         id_file = self._folder / "wandb.id"
+        if not id_file.exists():  # before W&B has the run: killed at any moment, it is resumed under the same id
+            write_atomically(id_file, f"{os.environ.get('WANDB_RUN_ID') or uuid.uuid4().hex[:8]}\n".encode())
         self._run = wandb.init(
             project=str(hparams["name"]),
             name=self._folder.name,
-            id=id_file.read_text().strip() if id_file.exists() else None,
+            id=id_file.read_text().strip(),
             resume="allow",
             dir=str(self._folder),
             config=dict(hparams),
@@ -264,8 +267,6 @@ class Wandb:
         # Its own steps therefore only count the calls, and charts are drawn against the number of updates.
         self._run.define_metric(_UPDATE)
         self._run.define_metric("*", step_metric=_UPDATE)
-        # A run that is killed before this line creates a second run of W&B when it is resumed.
-        write_atomically(id_file, f"{self._run.id}\n".encode())
 
     def send(self, scalars: list[Scalars]) -> None:
         for step, _, values in scalars:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import resource
 import socket
 import sys
 import time
@@ -19,6 +20,7 @@ from dlopt.data import arrow as module
 from dlopt.data.arrow import huggingface, parquet
 from dlopt.data.samples import Dataset
 from dlopt.data.text import text
+from dlopt.machine import memory
 from tests.support.runs import resume, same, start
 
 arrow = pytest.importorskip("pyarrow")
@@ -83,17 +85,17 @@ def test_large_tables_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file = write(tmp_path / "a.parquet", pictures(40), [i % 2 for i in range(40)])
     monkeypatch.setattr(module, "_MAX_READ", 0)
     before = arrow.total_allocated_bytes()
-    table = module.read_parquet("data.file", [file], ["image", "label"])
+    table = module.read_parquet("data.file", [file], ["image", "label"], "label")
     deadline = time.monotonic() + 60  # Arrow's threads free what they have read a little later
     while arrow.total_allocated_bytes() - before >= table.nbytes / 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert table.nbytes > 1000 and arrow.total_allocated_bytes() - before < table.nbytes / 4
     monkeypatch.setattr(module, "_batches", None)  # the second time, the file in the cache is used
-    assert module.read_parquet("data.file", [file], ["image", "label"]).equals(table)
+    assert module.read_parquet("data.file", [file], ["image", "label"], "label").equals(table)
     monkeypatch.undo()
     monkeypatch.setattr(module, "_MAX_READ", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", file)  # not a folder
-    assert module.read_parquet("data.file", [file], ["image", "label"]).equals(table)
+    assert module.read_parquet("data.file", [file], ["image", "label"], "label").equals(table)
 
 
 def test_numbers_and_lists_of_numbers(tmp_path: Path) -> None:
@@ -430,3 +432,52 @@ def test_values_of_a_regression_are_finite(tmp_path: Path) -> None:
         writer.write_table(arrow.table({"n": [1, 2, 3], "y": values}), path)
         with pytest.raises(UserError, match=rf"data\.file, row {row}: y is .*, not a finite number"):
             read(file=path, input="n", target="y", labels="value")
+
+
+def test_files_that_expand_to_more_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes: a value that repeats is stored once. The sizes and counts in the file are only claims."""
+    monkeypatch.setattr(memory, "available_memory", lambda: 64 << 20)
+    path = str(tmp_path / "a.parquet")
+    long, count = "a" * (1 << 16), 1000
+    texts = arrow.DictionaryArray.from_arrays(arrow.array([0] * count, arrow.int32()), [long])
+    lists = arrow.FixedSizeListArray.from_arrays(arrow.array(np.zeros(count << 11)), 1 << 11)
+    writer.write_table(arrow.table({"n": range(count), "text": texts, "list": lists}), path)
+    assert Path(path).stat().st_size < 1 << 17
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    half = r"takes more than half of the available memory \(32 MiB\)$"
+    for keys, message in (
+        ({"input": "n", "target": "text"}, rf"^data\.file: (the column text|a batch of rows .*) {half}"),
+        ({"input": "n", "target": "list", "labels": "value"}, rf"^data\.file: (the column list|a batch of .*) {half}"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(file=path, **keys)
+    with pytest.raises(UserError, match=half):
+        text(file=path, pattern="*", column="text", sequence_length=8, val_split=0, test_split=0, saved_tokenizer=None)
+    writer.write_table(arrow.table({"n": np.zeros(600_000), "y": np.zeros(600_000)}), path)
+    with pytest.raises(UserError, match=rf"^data\.file: the column y with 600,000 rows {half}"):
+        read(file=path, input="n", target="y", labels="value")
+    writer.write_table(arrow.table({"n": np.zeros(100_000), "y": np.zeros(100_000)}), path, 50_000)
+    claimed = Path(path).read_bytes()
+    Path(path).write_bytes(claimed.replace(varint(100_000), varint(90_000)))
+    with pytest.raises(UserError, match=r"a\.parquet: is damaged: has 100,000 rows, not 90,000$"):
+        read(file=path, input="n", target="y", labels="value")
+    writer.write_table(arrow.table({"n": [np.zeros(2000)], "y": [1]}), path)
+    monkeypatch.setattr(module, "_MAX_VALUE", 8000)
+    with pytest.raises(UserError, match=r"^data\.file, row 0: n has 15\.. KiB of numbers; at most 7\.81 KiB are allow"):
+        read(file=path, input="n", target="y")
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before and not list(tmp_path.rglob("*.tmp"))
+
+
+def varint(number: int) -> bytes:
+    """Returns a positive number as the metadata of Parquet files has it."""
+    bits = 2 * number
+    return bytes([bits & 127 | 128, bits >> 7 & 127 | 128, bits >> 14])
+
+
+def test_a_table_that_expands_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "a.parquet")
+    writer.write_table(arrow.table({"n": np.zeros(50_000), "y": [i % 2 for i in range(50_000)]}), path)
+    mapped = []
+    monkeypatch.setattr(module, "_MAX_READ", 1 << 17)  # more than the size in the file
+    monkeypatch.setattr(module, "_mapped", lambda *arguments: mapped.append(arguments))
+    assert len(read(file=path, input="n", target="y").train) == 50_000 and len(mapped) == 1

@@ -7,8 +7,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Modules of dlopt. A new analysis needs none: take a name of `dlopt.extend`, or add one there that others need, too.
 STILL_IMPORTED = """
 _version basics.errors basics.folders basics.formats basics.locks basics.plain_values basics.random
-commands.shared.command_line commands.shared.processes commands.shared.usage config.choices config.compose
-config.run_config config.flags config.keys config.overrides config.parsing config.plan config.reads
+basics.scratch commands.shared.command_line commands.shared.processes commands.shared.usage config.choices
+config.compose config.run_config config.flags config.keys config.overrides config.parsing config.plan config.reads
 config.resolve config.resuming config.rules config.saved config.schema data.batches data.digits data.generated
 data.samples data.splits instruments.curvature instruments.diagnostics instruments.layers instruments.lr_range
 instruments.profiling instruments.ranks machine.device machine.memory machine.threads metrics.names models.gpt

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import dlopt
 from dlopt.basics.errors import INTERRUPTED, USER_ERROR, RunError
+from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import Interruption
 from dlopt.losses import MSE
 from dlopt.parallel.processes import launch
@@ -136,6 +138,34 @@ def test_exception_on_one_rank_ends_all_within_30_seconds_and_is_reported_once(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("to", "number", "code"),
+    [("rank", signal.SIGUSR1, 1), ("torchrun", signal.SIGTERM, 1), ("torchrun", signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_signals_to_torchrun_and_to_one_of_its_ranks(tmp_path: Path, to: str, number: int, code: int) -> None:
+    """All ranks write a checkpoint, and none outlives torchrun. See docs/cluster.md."""
+    line = command(tmp_path / "run", TWO, *ENDLESS, "parallel=ddp")
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    line[1:1] = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", "2"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as agent:
+        wait_for((tmp_path / "run/checkpoints/last.pt").exists)
+        ranks = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+        os.kill(ranks[-1] if to == "rank" else agent.pid, number)
+        assert agent.wait(120) == code
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
+    summary = RunFolder(tmp_path / "run").summary()
+    assert summary is None if number == signal.SIGKILL else summary and summary["status"] == "interrupted"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
 def test_config_errors_leave_no_folder(tmp_path: Path) -> None:
     line = command(tmp_path / "run", TWO, "parallel.static_graph=true", "accumulate=2")
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -176,13 +206,13 @@ def shell(rank_0: str, rank_1: str) -> list[str]:
 
 
 def test_exit_codes_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_GRACE", 600.0)
+    monkeypatch.setattr(launch, "_FAILED_GRACE", 600.0)
     assert group_code(*run_processes(shell("exit 0", "exit 0"), 2, {})) == 0
     assert group_code(*run_processes(shell("exit 1", "exit 2"), 2, {})) == 2
     with Interruption() as interruption:
         interruption.reason = "SIGTERM"
         assert group_code([INTERRUPTED, -signal.SIGKILL], set(), interruption) == INTERRUPTED, "Slurm's last signal"
-    monkeypatch.setattr(launch, "_GRACE", 0.1)
+    monkeypatch.setattr(launch, "_FAILED_GRACE", 0.1)
     codes, killed, interruption = run_processes(shell("exec sleep 600", "exit 3"), 2, {})
     assert (codes, killed) == ([-signal.SIGKILL, 3], {0}), "the other rank had its time to end"
     assert group_code(codes, killed, interruption) == 3
@@ -190,6 +220,14 @@ def test_exit_codes_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         group_code(*run_processes(shell("exec sleep 600", "kill -KILL $$"), 2, {}))
     with pytest.raises(RunError, match=r"^rank 0 was killed by SIGSEGV$"):
         group_code(*run_processes(shell("kill -SEGV $$", "exit 0"), 2, {}))
+
+
+def test_kills_ranks_that_do_not_end_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.1)
+    deaf = "trap '' TERM; exec sleep 600"
+    codes, killed, interruption = run_processes(shell(f"kill -TERM $PPID; {deaf}", deaf), 2, {})
+    assert killed and set(codes) <= {-signal.SIGKILL, -signal.SIGTERM}
+    assert group_code(codes, killed, interruption) == INTERRUPTED
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

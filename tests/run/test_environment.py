@@ -7,12 +7,13 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dlopt.run import environment
-from dlopt.run.record import _record_machine
+from dlopt.run.record import _changed_versions, _record_machine
 from tests.support.line import dlopt
 from tests.support.requires import requires
 from tests.support.sizes import TINY
@@ -251,3 +252,19 @@ def test_a_job_records_its_own_machine(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text(json.dumps({"host": "login", "choices": {"model": "mlp"}}))
     _record_machine(tmp_path)
     assert saved(tmp_path) == {"choices": {"model": "mlp"}, **environment.machine()}
+
+
+def test_a_resumed_run_names_changed_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two installations with one folder of outputs have them; resumed in its own folder, or from another run."""
+    before = {"dlopt": "0.1.0", "git_commit": "a" * 40, "torch": "2.15.0"}
+    monkeypatch.setattr(environment, "versions", lambda: {"dlopt": "0.2.0", "git_commit": None, "torch": "2.16.0"})
+    (tmp_path / "environment.json").write_text(json.dumps(before))
+    checkpoint = tmp_path / "checkpoints/last.pt"
+    for folder, resume in ((tmp_path, "auto"), (tmp_path / "new", tmp_path), (tmp_path / "new", checkpoint)):
+        settings = SimpleNamespace(settings=SimpleNamespace(resume=str(resume)))
+        run: Any = SimpleNamespace(folder=folder, run_config=settings)
+        assert _changed_versions(run) == "dlopt 0.2.0 (was 0.1.0), torch 2.16.0 (was 2.15.0)"
+    monkeypatch.setattr(environment, "versions", lambda: {**before, "git_commit": "b" * 40})
+    assert _changed_versions(run) == f"its commit {'b' * 16} (was {'a' * 16})"
+    monkeypatch.setattr(environment, "versions", lambda: before)
+    assert _changed_versions(run) == ""

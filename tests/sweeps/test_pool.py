@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -160,6 +161,34 @@ def test_all_slots_work_and_no_job_stops_the_others(
     assert sum(line.startswith("job 8: ") for line in said) == 1
     assert "job 3 failed: killed by SIGKILL (out of memory?) | " in next(line for line in said if "job 3 f" in line)
     assert "10/10: 7 done, 1 pruned, 2 failed" in said[-1] and "best: job 0" in said[-1]
+
+
+class Hung(Fake):
+    """A job that notices no signal but SIGKILL; its sweep gets one."""
+
+    killed: ClassVar[list[str]] = []
+
+    def poll(self) -> int | None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return -signal.SIGKILL if self.folder.name in Hung.killed else None
+
+    def kill(self) -> None:
+        Hung.killed.append(self.folder.name)
+
+
+def test_kills_jobs_that_do_not_end_after_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also waits no longer for a job that a killed sweep has left."""
+    monkeypatch.setattr(pools, "prepare", lambda job: job.folder.path.mkdir())
+    monkeypatch.setattr(pools, "GRACE", 0.1)
+    source = Ten(tmp_path)
+    left = {tmp_path / "2": Hung(2, tmp_path, {})}
+    with pytest.raises(KeyboardInterrupt):
+        pools.run(source, Pool(3, Hung, left.get, poll_seconds=0.01), Overview(10))
+    assert {number: result.status for number, result in source.results.items()} == {0: "interrupted", 1: "interrupted"}
+    assert sorted(Hung.killed)[:2] == ["0", "1"]
+    assert "3 jobs still running 0.1 s after the signal, and killed" in capsys.readouterr().out
 
 
 def test_result_of_exit_codes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dlopt.basics import secrets
 from dlopt.basics.errors import UserError
 from dlopt.tracking import Tracking
 from dlopt.tracking.remote import CHECKS, SERVICES, Remote, Scalars
@@ -108,18 +109,45 @@ def test_tracking_sends_the_same_metrics_to_every_sink(tmp_path: Path, monkeypat
     ]  # fmt: skip
 
 
-def test_wandb_does_not_start_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its `git diff` starts the programs that a repository configures."""
-    received: dict[str, Any] = {}
+class FakeWandb:
+    """The functions of the package wandb that dlopt calls; `init` is killed the first time, after W&B has the run."""
 
-    def init(**options: Any) -> Any:
-        received.update(options)
-        return SimpleNamespace(define_metric=lambda *_, **__: None, id="x")
+    def __init__(self) -> None:
+        self.inits: list[dict[str, Any]] = []
+        self.logged: list[dict[str, float]] = []
+        self.exit_codes: list[int] = []
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))  # type: ignore[arg-type]
+    Settings = dict
+
+    def init(self, **options: Any) -> Any:
+        self.inits.append(options)
+        if len(self.inits) == 1:
+            raise SystemExit
+        finish = lambda exit_code: self.exit_codes.append(exit_code)  # noqa: E731
+        return SimpleNamespace(define_metric=lambda *_, **__: None, log=self.logged.append, finish=finish)
+
+
+def test_wandb_resumes_one_run_and_receives_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
     monkeypatch.setenv("WANDB_MODE", "offline")
-    SERVICES["wandb"](tmp_path).begin({"name": "x"})
-    assert received["settings"]["disable_git"] is True
+    monkeypatch.setattr(sys, "argv", ["dlopt", "note=https://me:Xq81-zeta@host"])
+    monkeypatch.setattr(secrets, "_replacements", {})
+    monkeypatch.setattr(secrets, "_pattern", None)
+    secrets.note("Xq81-zeta", "${oc.env:PASSWORD}", is_named=True)
+    for status in ("failed", "interrupted", "finished"):
+        with Tracking(tmp_path, sinks=["wandb"], console=False) as tracking:
+            tracking.begin({"name": "x", "data": {"root": "s3://Xq81-zeta"}}, {}, epochs=1, steps_per_epoch=1)
+            tracking.epoch({"epoch": 1, "step": 1, "train_loss": 2.0})
+            tracking.finish({"status": status, "steps": 1})
+    assert {each["id"] for each in wandb.inits} == {(tmp_path / "wandb.id").read_text().strip()}
+    assert [each["resume"] for each in wandb.inits] == ["allow"] * 3 and wandb.exit_codes == [1, 0]
+    assert wandb.logged == [{"train/loss": 2.0, "update": 1}] * 2
+    assert wandb.inits[0]["config"]["data.root"] == "s3://${oc.env:PASSWORD}"
+    assert "Xq81-zeta" not in f"{wandb.inits} {sys.argv}"
+    assert wandb.inits[0]["settings"]["disable_git"] is True, (
+        "its git diff starts programs that a repository configures"
+    )
 
 
 def _refuse(key: str, name: str) -> None:

@@ -5,7 +5,6 @@ import random
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
@@ -16,6 +15,7 @@ from dlopt.basics.errors import install
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_range
 from dlopt.basics.locks import locked
+from dlopt.basics.scratch import scratch
 from dlopt.commands.shared.command_line import read_line
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.keys import ROUNDING
@@ -320,8 +320,8 @@ def _measure_cost(line: Line, request: "TrialRequest", optimizer: str, workload:
         line.run_config(request.compose_line(workload, each, probes(each.space)[0], 0))[0]
         for each in (sgd, request.candidates[optimizer])
     )
-    with tempfile.TemporaryDirectory(prefix="dlopt-") as scratch:
-        cost = costs.measure(baseline, own, Path(scratch))
+    with scratch() as workdir:
+        cost = costs.measure(baseline, own, workdir)
     write_json(path, asdict(cost), indent=None)
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from dlopt.basics.scratch import scratch
 from dlopt.config.resolve import to_plain
 from dlopt.extend import Composer, RunError, UserError
 from dlopt.instruments.ranks import run_ranks
@@ -209,8 +209,7 @@ def validate(processes: Sequence[int]) -> list[StepTime]:
 
     composer = Composer()
     results = []
-    with tempfile.TemporaryDirectory(prefix="dlopt-scaling-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    with scratch() as folder:
         for count in (number for number in processes if number > 1):
             batch = BATCH // count
             load = contention.measure(_config(composer, "single", batch), folder / f"contention-{count}", count)

@@ -2,11 +2,10 @@
 
 import os
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
+from dlopt.basics.scratch import scratch
 from dlopt.config.overrides import is_typed
 from dlopt.config.reads import LEARNING_RATE, RECIPE, UPDATE
 from dlopt.extend import (
@@ -54,11 +53,11 @@ def time_modes(
     folder = output_folder(output, "scaling")
     settings = {"updates": updates, "warmup": warmup, "profiled": profiled, "memory_limit_mb": memory_limit_mb}
     rows: list[modes.ModeResult] = []
-    with tempfile.TemporaryDirectory(prefix="dlopt-scaling-", ignore_cleanup_errors=True) as scratch:
+    with scratch() as workdirs:
         for number, (job, (run_config, choices)) in enumerate(zip(jobs, checked, strict=True)):
             processes = f"{job.processes} process{'' if job.processes == 1 else 'es'}"
             print(f"{number + 1}/{len(jobs)}: {job.label}, {processes}", file=sys.stderr, flush=True)
-            workdir, mode = Path(scratch) / str(number), choices["parallel"]
+            workdir, mode = workdirs / str(number), choices["parallel"]
             row = modes.measure(
                 run_config.config, workdir, label=job.label, mode=mode, processes=job.processes, settings=settings
             )

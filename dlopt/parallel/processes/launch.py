@@ -11,12 +11,12 @@ from typing import Any
 
 from dlopt._version import ROOT
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
-from dlopt.basics.interruption import SIGNALS, Interruption, ignore_hangup
+from dlopt.basics.interruption import GRACE, SIGNALS, Interruption, ignore_hangup
 from dlopt.basics.scratch import scratch
 from dlopt.parallel.processes.rendezvous import PROCESSES, RANK, STORE
 
 PARENT, RECORD, QUIET = "DLOPT_PARENT", "DLOPT_RECORD", "DLOPT_QUIET"
-_GRACE = 5.0  # seconds for the other ranks to exit after one has failed; then they are killed
+_FAILED_GRACE = 5.0  # seconds for the other ranks to exit after one has failed; then they are killed
 
 
 def count_processes(arguments: Mapping[str, Any], device: str) -> int:
@@ -108,20 +108,21 @@ def start_rank(command: Sequence[str], environment: Mapping[str, str]) -> "subpr
 def _wait(children: "list[subprocess.Popen[bytes]]", interruption: Interruption) -> set[int]:
     """Waits until all ranks have ended; returns those that had to be killed.
 
-    Forwards a stop signal once. After a failure the other ranks get `_GRACE` seconds: they usually notice it in a
-    collective, but may also hang in one.
+    Forwards a stop signal once, after which the ranks get `GRACE` seconds. After a failure the other ranks get
+    `_FAILED_GRACE` seconds: they usually notice it in a collective, but may also hang in one.
     """
-    is_forwarded, killed = False, set()
+    is_forwarded, has_failed, killed = False, False, set()
     deadline: float | None = None
     while running := _running(children):
-        if deadline is None and any(child.returncode not in (None, DONE, INTERRUPTED) for child in children):
-            deadline = time.monotonic() + _GRACE
+        if not has_failed and any(child.returncode not in (None, DONE, INTERRUPTED) for child in children):
+            has_failed, deadline = True, time.monotonic() + _FAILED_GRACE
         if deadline is not None and time.monotonic() > deadline:
             for child in running:
                 killed.add(children.index(child))
                 child.kill()
         if interruption and not is_forwarded:
             is_forwarded = True
+            deadline = time.monotonic() + GRACE if deadline is None else deadline
             for child in running:
                 child.terminate()
                 child.send_signal(signal.SIGCONT)  # a stopped rank would neither end nor let the others end

@@ -95,6 +95,6 @@ function renderTimes(update) {
   const heads = [["#", "number"], ["configuration"], ["runs", "number"], ["updates", "number"], ["seconds", "number"]];
   sectionBody("times").replaceChildren(
     html("div", { class: "controls" }, selectControl("target", `${data.titles[data.by]} ${data.lower ? "at most" : "at least"}`, Object.fromEntries(data.times.map((each) => [each.target, each.target])), update)),
-    html("p", { class: "note" }, `${shown.filter(([, count]) => count).length} of ${shown.length} configurations reach the target. Ranked by the share of ended runs that reach it, then by updates. Mean ± standard deviation over these runs, at the first evaluated epoch; pale: not all runs reach it.`),
+    html("p", { class: "note" }, `Target reached by ${shown.filter(([, count]) => count).length} of ${shown.length} configurations. Ranked by the share of ended runs that reach it, then by updates. Mean ± standard deviation over these runs, at the first evaluated epoch; pale: not all runs reach it.`),
     scrollable(tableOf(heads, rows), "Time to target"), allButton(shown.length, 20, update));
 }
