@@ -7,11 +7,13 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dlopt.basics.errors import DONE, UserError, shorten, suggest
+from dlopt.commands.shared.document import print_document
 from dlopt.commands.shared.text_columns import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.flags import documented_flags
@@ -20,7 +22,7 @@ from dlopt.config.overrides import parts_of
 USAGE = """\
 List groups, choices, keys and their defaults
 
-Usage: dlopt options [group | group=choice ...] [--config-dir DIR]
+Usage: dlopt options [group | group=choice ...] [--config-dir DIR] [--json]
 
 Examples:
   dlopt options                     # all groups and choices
@@ -28,6 +30,7 @@ Examples:
   dlopt options schedule=cosine 'model=vgg*'
 
   --config-dir DIR :: folder with your own choices, as in dlopt train
+  --json :: print a JSON document; it has the keys of the choices of each group that is named
 """
 
 _MARK = "*"  # marks the default, as in `git branch`
@@ -49,34 +52,72 @@ def options(arguments: list[str]) -> int:
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("names", nargs="*")
     parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--json", action="store_true")
     parsed = parser.parse_args(arguments)
     catalogue, page = Catalogue(parsed.config_dir), _Page()
-    if not parsed.names:
+    selections = [_selected(catalogue, name) for name in parsed.names]
+    if parsed.json:
+        every = [_Selection(group, choices_of(catalogue, group)) for group in every_group(catalogue)]
+        print_document({"groups": [_entry(catalogue, each, keys=bool(selections)) for each in selections or every]})
+        return DONE
+    if not selections:
         for group, default in catalogue.groups().items():
             page.choices(group, catalogue.choices(group), default)
             page.text("")
         of_commands = [f"; dlopt {name}: {', '.join(each)}" for name, each in catalogue.groups_of_commands().items()]
         page.text(f"Sweeps (-m): {', '.join(SWEEPS)}{''.join(of_commands)}")
         page.text(f"{_MARK} default. Select with group=choice; `dlopt options GROUP=CHOICE` lists its keys.")
-    for name in parsed.names:
-        group, pattern = parts_of(name)
-        groups = every_group(catalogue)
-        if group not in groups:
-            raise UserError(f"{name}: unknown group; {_similar(catalogue, group)}")
-        choices = choices_of(catalogue, group)
+    for each in selections:
         if page.lines:
             page.text("")
-        if "=" not in name:
-            _choices(catalogue, group, choices, groups[group], page)
-            continue
-        matching = [each for each in choices if fnmatchcase(each.name, pattern)]
-        if not matching:
-            names = [choice.name for choice in choices]
-            hint = suggest(pattern, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
-            raise UserError(f"{name}: unknown choice; {hint}")
-        _keys(catalogue, group, matching, groups[group], page)
+        show = _keys if each.has_pattern else _choices
+        show(catalogue, each.group, each.choices, every_group(catalogue)[each.group], page)
     print("\n".join(page.lines))
     return DONE
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """A group with some of its choices. `has_pattern`: they were named, `model=vgg*`."""
+
+    group: str
+    choices: Sequence[Choice]
+    has_pattern: bool = False
+
+
+def _selected(catalogue: Catalogue, name: str) -> _Selection:
+    """Returns what `model` or `model=vgg*` names. Raises `UserError`."""
+    group, pattern = parts_of(name)
+    if group not in every_group(catalogue):
+        raise UserError(f"{name}: unknown group; {_similar(catalogue, group)}")
+    choices = choices_of(catalogue, group)
+    if "=" not in name:
+        return _Selection(group, choices)
+    matching = [each for each in choices if fnmatchcase(each.name, pattern)]
+    if not matching:
+        names = [choice.name for choice in choices]
+        hint = suggest(pattern, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
+        raise UserError(f"{name}: unknown choice; {hint}")
+    return _Selection(group, matching, has_pattern=True)
+
+
+def _entry(catalogue: Catalogue, selection: _Selection, *, keys: bool) -> dict[str, Any]:
+    """Describes a group in a JSON document; with `keys`, also the keys of its choices."""
+    group = selection.group
+    commands = [name for name, groups in catalogue.groups_of_commands().items() if group in groups]
+    return {
+        "name": group,
+        "default": every_group(catalogue)[group],
+        "commands": commands or ["train -m" if group in SWEEPS else "train"],
+        "choices": [
+            {
+                "name": choice.name,
+                "description": choice.description,
+                "keys": [vars(key) for key in catalogue.keys(choice)] if keys else None,
+            }
+            for choice in selection.choices
+        ],
+    }
 
 
 def complete(_: Sequence[str]) -> list[str]:

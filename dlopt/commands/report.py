@@ -17,9 +17,10 @@ from dlopt.basics.ranges import Count
 from dlopt.commands.completion import folders
 from dlopt.commands.runs import parse
 from dlopt.commands.shared.command_line import writing
+from dlopt.commands.shared.document import print_document
 from dlopt.commands.shared.usage import command_keys
 from dlopt.config.packages import entries, function
-from dlopt.results import reading
+from dlopt.results import documents, reading
 from dlopt.results.exports import Destination, Format, ReportContent, destination, write
 from dlopt.results.page import serve
 from dlopt.results.ranking import default_target, gather
@@ -30,7 +31,7 @@ from dlopt.tracking import terminal_text
 USAGE = """\
 Compare runs and sweeps: leaderboard, plots, HTML page
 
-Usage: dlopt report DIR... [condition...] [key=value] [--watch] [--open]
+Usage: dlopt report DIR... [condition...] [key=value] [--watch] [--open] [--json]
 
 Examples:
   dlopt report outputs/night
@@ -77,6 +78,9 @@ class _Options:
     plot: Annotated[str | None, "NAME: only this plot, such as learning_curves or lr_sensitivity"] = None
     watch: Annotated[bool, "--: update the report whenever a run writes, until interrupted"] = False
     open: Annotated[bool, "--: serve the page on localhost and open it in the browser, until interrupted"] = False
+    json: Annotated[
+        bool, "--: print the leaderboard as a JSON document; write files only if output, format or plot is set"
+    ] = False
 
 
 def report(arguments: list[str]) -> int:
@@ -86,6 +90,8 @@ def report(arguments: list[str]) -> int:
     if not folders:
         raise UserError("report: needs a folder of runs: dlopt report outputs/NAME")
     to = destination(folders[0], options.output, options.format, options.plot)
+    if options.json and (options.watch or options.open):
+        raise UserError("--json: prints one document; not with --watch and --open")
     if options.open and to.page is None:
         raise UserError("--open: shows the page; needs a folder with html among its formats")
     reader, console = RunReader(), Console(highlight=False)
@@ -153,8 +159,12 @@ def _update(
     added = [function(path)(records) for path in entries("dlopt.reports").values()]
     sections = [section for section in added if section is not None]
     report = ReportContent(table, title, made, goal, options.test, refresh, options.top, sections)
+    is_writing = not options.json or any(each is not None for each in (options.output, options.format, options.plot))
     with writing(to.path):
-        files = write(to, report)
+        files = write(to, report) if is_writing else []
+    if options.json:
+        print_document(documents.report_document(table, goal, files, test=options.test))
+        return state
     show_report(report, console)
     written = files if to.is_file or options.format is not None else [to.path / name for name in _NAMED]
     console.print(*map(terminal_text.short_path, written), sep="\n", markup=False, soft_wrap=True)

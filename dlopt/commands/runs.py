@@ -14,6 +14,7 @@ from dlopt.commands import runs_tag
 from dlopt.commands.completion import folders
 from dlopt.commands.runs_diff import diff
 from dlopt.commands.shared.command_line import take_command_keys
+from dlopt.commands.shared.document import print_document
 from dlopt.results import reading
 from dlopt.results.listing import Query, print_values, show_table
 from dlopt.results.reading import Condition, Record
@@ -23,7 +24,7 @@ USAGE = """\
 List, filter, tag, compare and clean up runs
 
 Usage:
-  dlopt runs [DIR...] [condition...] [sort=KEY] [columns=[KEY,...]] [limit=N] [--paths]
+  dlopt runs [DIR...] [condition...] [sort=KEY] [columns=[KEY,...]] [limit=N] [--paths] [--json]
   dlopt runs tag RUN... [TAG...] [note=TEXT] [--remove]
   dlopt runs diff RUN RUN
   dlopt runs clean [DIR...] [condition...] [--yes]
@@ -86,13 +87,21 @@ def _list(
     ] = None,
     limit: Annotated[Count | None, "N: show only the first N runs"] = None,
     paths: Annotated[bool, "--: print only the folders"] = False,
+    json: Annotated[bool, "--: print a JSON document with all keys and metrics, or with those of columns"] = False,
 ) -> int:
     """Lists runs: a table on a terminal, tab-separated values elsewhere. Raises `UserError`."""
+    if paths and json:
+        raise UserError("--paths --json: only one of these can be used at a time")
     query = Query(folders, conditions, sort, columns, limit)
     records, damaged = query.find()
     if paths:
         for record in records:
             print(short_path(record.path))
+    elif json:
+        from dlopt.results import documents  # imports NumPy, which the list does not need
+
+        entries = [documents.run_entry(record, columns) for record in records]
+        print_document({"runs": entries, "skipped": documents.skipped_entries(damaged)})
     else:
         (show_table if sys.stdout.isatty() else print_values)(query, records)
     if not records:

@@ -1,7 +1,10 @@
 """`dlopt train`: composes and checks the config, and runs it: here, as one rank of several, or as a sweep."""
 
+import contextlib
+import os
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import Override
@@ -9,7 +12,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dlopt.basics.errors import DONE, FAILED, USER_ERROR, ReportedError, UserError
+from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import killed_by_signals, print_error
+from dlopt.commands.shared.document import Show, document_only
 from dlopt.commands.shared.processes import prepare_rank
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments, show_info
@@ -25,6 +30,8 @@ from dlopt.tracking.terminal_text import waiting
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+    from dlopt.sweeps.request import SweepEnd
 
 USAGE = """\
 Train a model, or run a sweep with -m
@@ -53,6 +60,12 @@ def train(arguments: list[str]) -> int:
         print(help_page(arguments), end="")
         return DONE
     _check_flags(parsed)
+    with document_only() if parsed.json else contextlib.nullcontext() as show:
+        return _train(parsed, show)
+
+
+def _train(parsed: Namespace, show: Show | None) -> int:
+    """Runs `dlopt train` with parsed arguments; `show` prints the JSON document of the result."""
     world = current()
     if world is not None:
         prepare_rank()
@@ -63,7 +76,7 @@ def train(arguments: list[str]) -> int:
     composer = Composer(parsed.config_name, parsed.config_dir)
     typed, parsed.overrides = parsed.overrides, inherit(composer, parsed.overrides)
     if parsed.multirun:
-        return _sweep(composer, parsed.overrides)
+        return _sweep(composer, parsed.overrides, show)
     overrides = composer.parse(parsed.overrides)
     if parsed.hydra_help or parsed.cfg or parsed.info:
         shown = composer.compose(overrides)  # has clearer error messages than Hydra
@@ -74,23 +87,69 @@ def train(arguments: list[str]) -> int:
         return DONE
     config = composer.compose(overrides)
     if config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
-        return _sweep(composer, parsed.overrides)
+        return _sweep(composer, parsed.overrides, show)
+    _refuse_document(show, config)
     if (key := series_of(config)) is not None:
         code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
         return code
     if world is not None:
-        return _lead(composer, config, overrides, typed, world)
+        return _lead(composer, config, overrides, typed, world, show)
     plan = _planned(composer, config, overrides)
-    if plan is None:
-        return DONE
-    _, summary = run_plan(plan)
-    return CODE_OF[summary["status"]]
+    return DONE if plan is None else _run(plan, show)
 
 
-def _sweep(composer: Composer, words: list[str]) -> int:
+def _run(plan: Plan, show: Show | None, store: "Store | None" = None) -> int:
+    """Runs a plan, and shows its document, also that of a run that fails. Raises `UserError`, `ReportedError`."""
+    try:
+        folder, summary = run_plan(plan, store=store)
+    except ReportedError as error:
+        if show is not None and error.code != USER_ERROR and plan.config is not None:
+            failed = RunFolder(Path(plan.config.hydra.runtime.output_dir))
+            show(_of_run(failed, failed.summary(), error.code))
+        raise
+    code = CODE_OF[summary["status"]]
+    if show is not None:
+        show(_of_run(folder, summary, code))
+    return code
+
+
+def _sweep(composer: Composer, words: list[str], show: Show | None) -> int:
+    """Runs a sweep, and shows its document. Raises `UserError`."""
     from dlopt.sweeps import sweep as sweeps
 
-    return sweeps.run(sweeps.request(composer, words))
+    request = sweeps.request(composer, words)
+    _refuse_document(show, request.config)
+    end = sweeps.run(request)
+    if show is not None and request.found:
+        show(_of_sweep(request.found[0], end))
+    return end.code
+
+
+def _of_run(folder: RunFolder, summary: Mapping[str, Any] | None, code: int) -> dict[str, Any]:
+    return {"folder": os.path.abspath(folder.path), "exit_code": code, "summary": summary}
+
+
+def _of_sweep(folder: Path, end: "SweepEnd") -> dict[str, Any]:
+    from dlopt.results import documents
+    from dlopt.results.reading import RunReader
+
+    records, damaged = RunReader().read([folder])
+    return {
+        "folder": os.path.abspath(folder),
+        "exit_code": end.code,
+        "jobs": [documents.job_entry(record) for record in records],
+        "skipped": documents.skipped_entries(damaged),
+        "leaderboard": None if end.board is None else documents.leaderboard_entry(end.board, folder),
+        "pareto_front": None if end.front is None else documents.front_entry(end.front),
+    }
+
+
+def _refuse_document(show: Show | None, config: DictConfig) -> None:
+    """Raises `UserError` for --json with what is neither a run nor a sweep."""
+    series = series_of(config)
+    if show is not None and (config.dry_run or series is not None):
+        what = "dry_run=true" if series is None else f"a {series}"
+        raise UserError(f"--json: prints the result of a run or a sweep; not available for {what}")
 
 
 def help_page(arguments: list[str]) -> str:
@@ -118,12 +177,22 @@ def _check_flags(parsed: Namespace) -> None:
     modes = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(parsed, name)]
     if len(modes) > 1:
         raise UserError(f"{' '.join(modes)}: only one of these can be used at a time")
+    for name in ("cfg", "info", "hydra_help"):
+        if parsed.json and getattr(parsed, name):
+            raise UserError(f"--json --{name.replace('_', '-')}: only one of these can be used at a time")
     for name in ("resolve", "package"):
         if getattr(parsed, name) and not parsed.cfg:
             raise UserError(f"--{name}: only valid with --cfg")
 
 
-def _lead(composer: Composer, config: DictConfig, overrides: list[Override], typed: list[str], world: World) -> int:
+def _lead(
+    composer: Composer,
+    config: DictConfig,
+    overrides: list[Override],
+    typed: list[str],
+    world: World,
+    show: Show | None,
+) -> int:
     """Rank 0 of a launcher's processes: checks the run, chooses the folder and sends the run to the other ranks.
 
     `typed`: the command line, of which `overrides` are made.
@@ -133,11 +202,7 @@ def _lead(composer: Composer, config: DictConfig, overrides: list[Override], typ
     try:
         _refuse_address_of_file(config, typed)
         plan = _planned(composer, config, overrides)
-        if plan is None:
-            code = DONE
-        else:
-            _, summary = run_plan(plan, store=store)
-            code = CODE_OF[summary["status"]]
+        code = DONE if plan is None else _run(plan, show, store)
     except UserError as error:
         print_error(str(error))
         code = USER_ERROR

@@ -54,6 +54,8 @@ def _parser() -> ArgumentParser:
     folder = "folder with your own choices: DIR/optimizer/mine.yaml is optimizer=mine"
     add("-cd", "--config-dir", metavar="DIR", help=folder)
     add("-cn", "--config-name", metavar="NAME", help="primary config (default: train)")
+    document = "print one JSON document on stdout: the result of the run or the sweep; progress goes to stderr"
+    add("--json", action="store_true", help=document)
     add("--hydra-help", action="store_true", help="list the other flags of Hydra")
     for flags in (("-h", "--help"), ("--resolve",), ("-r", "--run"), ("-sc", "--shell-completion")):
         add(*flags, action="store_true")

@@ -106,7 +106,7 @@ class Settings:
     monitor_mode: Annotated[Literal["min", "max"] | None, Role.PROTOCOL]
     evaluate: EvaluateSettings
     checkpoint: CheckpointSettings
-    tracking: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], Role.WATCH]
+    tracking: Annotated[list[Literal["tensorboard", "mlflow", "wandb", "trackio"]], Role.WATCH]
     diagnostics: Annotated[list[Literal["gradients", "activations", "curvature"]], Role.WATCH]
     diagnostics_every: Annotated[Count, Role.WATCH]
     profile: Annotated[bool, Role.WATCH]

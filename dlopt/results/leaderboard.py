@@ -142,6 +142,15 @@ class Leaderboard:
     rows: Sequence[Row] = ()
 
 
+@dataclass(frozen=True)
+class ParetoFront:
+    """Of a search with several objectives. `rows`: label, folder, and values in the order of `metrics`."""
+
+    metrics: Sequence[str]
+    directions: Sequence[Direction]
+    rows: Sequence[tuple[str, Path, Sequence[float]]]
+
+
 def direction_of(metric: str, modes: Modes = NONE) -> Direction:
     """Returns the direction of the metric; `modes`: those of users' metrics. Raises `UserError` if it is unknown."""
     return "minimize" if lower_is_better(metric, modes) else "maximize"

@@ -20,6 +20,7 @@ from dlopt.config.packages import series_of
 from dlopt.config.plan import Plan, as_job, checked
 from dlopt.config.reads import refuse_untested
 from dlopt.config.resolve import choices_of
+from dlopt.results.leaderboard import Leaderboard, ParetoFront
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.tracking.remote import check
@@ -27,6 +28,19 @@ from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class SweepEnd:
+    """How a sweep has ended: its exit code, and the leaderboard or the Pareto front of its jobs, as printed.
+
+    Neither of them for a sweep that was interrupted, and for a search that had been finished before: the study, which
+    ranks its jobs, is not opened then.
+    """
+
+    code: int
+    board: Leaderboard | None = None
+    front: ParetoFront | None = None
 
 
 @dataclass(frozen=True)
@@ -108,10 +122,10 @@ class SweepRequest:
                 "model; use parallel=ddp, or one process"
             )
 
-    def estimate(self, jobs: Sequence[Plan], total: int) -> int:
+    def estimate(self, jobs: Sequence[Plan], total: int) -> SweepEnd:
         slots = 1 if self.pool is None else self.pool.slots
         print_estimate([job.saved for job in jobs], choices_of(self.config), total, slots)
-        return DONE
+        return SweepEnd(DONE)
 
 
 def read_space(sweep: Path) -> Any:
@@ -122,9 +136,8 @@ def read_space(sweep: Path) -> Any:
         return None
 
 
-def print_next(title: str, sweep: Path, *, has_failed: bool = False) -> int:
-    """Prints `title` and the next commands; returns `DONE`."""
+def print_next(title: str, sweep: Path, *, has_failed: bool = False) -> None:
+    """Prints `title` and the next commands."""
     path = shlex.quote(short_path(sweep))
     failed = [f"  dlopt runs {path} status=failed"] if has_failed else []
     print(title, "next:", f"  dlopt report {path}", *failed, sep="\n")
-    return DONE

@@ -22,12 +22,12 @@ from dlopt.config.keys import is_seed
 from dlopt.config.overrides import Axis, key_of
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.metrics.names import Metric, Modes, base_name, column_of, mode_of, monitored_modes
-from dlopt.results.leaderboard import Direction, direction_of, front, is_number, job_record, leaderboard
+from dlopt.results.leaderboard import Direction, ParetoFront, direction_of, front, is_number, job_record, leaderboard
 from dlopt.results.terminal import show_front, show_leaderboard
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, build_job, record_dead
 from dlopt.sweeps.pool import JobSource
-from dlopt.sweeps.request import SweepRequest, print_next, read_space
+from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
 from dlopt.sweeps.space import Space, parse_space
 from dlopt.sweeps.study import (
     STUDY_LOCK,
@@ -60,8 +60,8 @@ class SearchSettings:
     seed: Seed
 
 
-def search(request: SweepRequest) -> int:
-    """Runs the jobs of a search; returns the exit code. Raises `UserError` before it creates any file."""
+def search(request: SweepRequest) -> SweepEnd:
+    """Runs the jobs of a search. Raises `UserError` before it creates any file."""
     spec = build_study_spec(request.config, request.axes)
     jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
     facts = study_facts(spec, jobs[0].saved)
@@ -78,7 +78,8 @@ def search(request: SweepRequest) -> int:
     )
     saved = read_space(folder)
     if _jobs_left(saved, facts, spec.total) == 0:
-        return print_next(f"this sweep is already finished: {folder}", folder)
+        print_next(f"this sweep is already finished: {folder}", folder)
+        return SweepEnd(DONE)
     try:
         return _run(request, spec, facts, folder)
     except UserError:
@@ -87,7 +88,7 @@ def search(request: SweepRequest) -> int:
         raise
 
 
-def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folder: Path) -> int:
+def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folder: Path) -> SweepEnd:
     """Runs jobs of the study until none is left to claim. Raises `UserError` before the first job starts."""
     assert request.pool is not None  # has refused other launchers
     if request.pool.is_local:
@@ -106,9 +107,13 @@ def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folde
         are = "job is" if elsewhere == 1 else "jobs are"
         print(f"{elsewhere} {are} still running in other processes")
     has_failed = counts[TrialState.FAIL] > 0
-    _show(spec, finished)
+    end = _ranked(spec, finished, FAILED if has_failed else INTERRUPTED if source.interrupted else DONE)
+    if end.board is not None:
+        show_leaderboard(end.board)
+    if end.front is not None:
+        show_front([(label, values) for label, _, values in end.front.rows], end.front.metrics)
     print_next(f"\nsweep folder: {short_path(folder)}", folder, has_failed=has_failed)
-    return FAILED if has_failed else INTERRUPTED if source.interrupted else DONE
+    return end
 
 
 def _jobs_left(saved: Any, facts: Mapping[str, Any], total: int) -> int | None:
@@ -132,21 +137,21 @@ def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
         raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
 
 
-def _show(spec: StudySpec, jobs: Sequence[FrozenTrial]) -> None:
-    """Prints the leaderboard of the finished jobs, or their Pareto front."""
+def _ranked(spec: StudySpec, jobs: Sequence[FrozenTrial], code: int) -> SweepEnd:
+    """Returns the end of a search with the leaderboard of the finished jobs, or their Pareto front."""
     label = spec.space.label
     if len(spec.objectives) > 1:
         best = [jobs[i] for i in front([job.values for job in jobs], spec.directions)]
-        rows = [(f"job {job.number}: {label(job.params)}", job.values) for job in best]
-        show_front(sorted(rows, key=lambda row: list(row[1])), spec.objectives)
-        return
+        rows = [(f"job {job.number}: {label(job.params)}", Path(job.user_attrs["run"]), job.values) for job in best]
+        rows.sort(key=lambda row: list(row[2]))
+        return SweepEnd(code, front=ParetoFront(spec.objectives, spec.directions, rows))
     metric, records = spec.objectives[0], []
     for job in jobs:
         run = RunFolder(Path(job.user_attrs["run"]))
         summary = {**(run.summary() or {"status": "finished"}), metric: job.values[0]}
         words = [f"job {job.number}:", label(job.params)]
-        records.append(job_record(Path(f"job {job.number}"), {"job": job.number}, summary, words))
-    show_leaderboard(leaderboard(records, metric=metric, direction=spec.directions[0]))
+        records.append(job_record(run.path, {"job": job.number}, summary, words))
+    return SweepEnd(code, leaderboard(records, metric=metric, direction=spec.directions[0]))
 
 
 # -- the search's config

@@ -22,12 +22,12 @@ from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import job_variables, task_overrides
 from dlopt.config.resuming import differences, may_change, refuse_other_config
 from dlopt.parallel.processes.rendezvous import current
-from dlopt.results.leaderboard import job_record, leaderboard
+from dlopt.results.leaderboard import Leaderboard, job_record, leaderboard
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.axes import is_grid, read_axes
 from dlopt.sweeps.jobs import Job, labels, record_dead
-from dlopt.sweeps.request import SweepRequest, print_next, read_space
+from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
 from dlopt.tracking.terminal_text import short_path
 
 OWN = "hydra_plugins.dlopt_sweeps."
@@ -63,8 +63,8 @@ def request(composer: Composer, words: Sequence[str]) -> SweepRequest:
     return SweepRequest(composer, config, overrides, hydra, own, path, is_typed, pool)
 
 
-def run(request: SweepRequest) -> int:
-    """Runs a sweep and returns its exit code. Raises `UserError` before it creates any file."""
+def run(request: SweepRequest) -> SweepEnd:
+    """Runs a sweep. Raises `UserError` before it creates any file."""
     try:
         if str(request.config.hydra.sweeper._target_) == SEARCH:
             from dlopt.sweeps.search import search
@@ -78,7 +78,7 @@ def run(request: SweepRequest) -> int:
     except Interrupted:  # before the first job
         raise
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return SweepEnd(INTERRUPTED)
 
 
 def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
@@ -118,7 +118,7 @@ def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> dict[
     return ended
 
 
-def _grid(request: SweepRequest) -> int:
+def _grid(request: SweepRequest) -> SweepEnd:
     from dlopt.results.terminal import show_leaderboard
 
     plans = _plans(request)
@@ -133,16 +133,16 @@ def _grid(request: SweepRequest) -> int:
     )
     jobs = _jobs(folder, plans)
     if jobs and all(job.is_done for job in jobs):
-        return print_next(f"this sweep is already finished: {folder}", folder)
+        print_next(f"this sweep is already finished: {folder}", folder)
+        return SweepEnd(DONE, _ranked(jobs))
     # A second sweep in this folder would start the same jobs.
     with RunFolder(folder).lock():
         write_yaml(folder / SPACE, [storable(plan.lines) for plan in plans])
         for job in jobs:
             record_dead(job.folder)
         ended = _run_jobs(request, folder, jobs)
-    rows = [(job.plan, job.folder.summary() or {}) for job in jobs]
-    records = [job_record(Path(plan.subfolder), plan.saved, summary, plan.lines) for plan, summary in rows]
-    show_leaderboard(leaderboard(records))
+    board = _ranked(jobs)
+    show_leaderboard(board)
     # The jobs of other packages are judged by what they have left. One of ours that a signal ended before its first
     # update has left nothing.
     runs = [job.folder for job in jobs] or [RunFolder(path.parent) for path in folder.glob("*/config.yaml")]
@@ -153,8 +153,14 @@ def _grid(request: SweepRequest) -> int:
     if statuses & {"failed", "interrupted"}:
         print("resume=auto added to this command runs the failed and interrupted jobs again")
     if not statuses or statuses & {"failed", "running"}:
-        return FAILED
-    return INTERRUPTED if "interrupted" in statuses else DONE
+        return SweepEnd(FAILED, board)
+    return SweepEnd(INTERRUPTED if "interrupted" in statuses else DONE, board)
+
+
+def _ranked(jobs: Sequence[Job]) -> Leaderboard:
+    """Returns the leaderboard of a grid."""
+    rows = [(job.plan, job.folder.summary() or {}) for job in jobs]
+    return leaderboard([job_record(Path(plan.subfolder), plan.saved, summary, plan.lines) for plan, summary in rows])
 
 
 def _plans(request: SweepRequest) -> list[Plan]:

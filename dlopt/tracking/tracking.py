@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"  # of train.log
 _CONTROL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")  # colours and cursor movements
-SINKS = ("tensorboard", "mlflow", "wandb")
+SINKS = ("tensorboard", "mlflow", "wandb", "trackio")
 # TensorBoard's HParams table shows the first five metrics by name: `best/` comes before all the curves.
 _BEST_TAGS = {metric.best: metric.best_tag for metric in (VAL_LOSS, VAL_ACCURACY)}
 

@@ -64,8 +64,12 @@ def test_search_runs_resumes_and_grows(tmp_path: Path) -> None:
     assert "resume=auto" in refused(tmp_path, *whole, "hydra.sweeper.n_trials=3")
     again = search(tmp_path, *line, "hydra.sweeper.n_trials=3", "resume=auto")
     assert again.code == 0 and "finished" in again.out and summaries(tmp_path) == first
-    more = search(tmp_path, *line, "hydra.sweeper.n_trials=4", "resume=auto")  # the total number of jobs
+    more = search(tmp_path, *line, "hydra.sweeper.n_trials=4", "resume=auto", "--json")  # the total number of jobs
     assert more.code == 0 and list(summaries(tmp_path)) == ["0", "1", "2", "3"]
+    ranked = json.loads(more.out)["leaderboard"]
+    losses = {str(tmp_path / "sweep" / i): each["best_val_loss"] for i, each in summaries(tmp_path).items()}
+    assert (ranked["metric"], ranked["direction"]) == ("best_val_loss", "minimize")
+    assert [row["folders"] for row in ranked["rows"]] == [[path] for path in sorted(losses, key=losses.__getitem__)]
     other = "optimizer.lr=tag(log,interval(0.01,2))"
     message = refused(tmp_path, "train", "-m", *TINY, *SEARCH, HERE, other, "optimizer=sgd,adamw", "resume=auto")
     assert "optimizer.lr: saved tag(log,interval(0.01,1.0)), now tag(log,interval(0.01,2.0))" in message

@@ -1,0 +1,124 @@
+"""What `--json` prints of runs, of a report and of a sweep: plain values of the records that the tables show.
+
+Their keys are documented in docs/howto/json.md. Folders are absolute paths.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dlopt.metrics.names import column_of
+from dlopt.results.columns import metric_columns, test_columns
+from dlopt.results.leaderboard import Leaderboard, ParetoFront, Row, Statistic
+from dlopt.results.ranking import Configuration, PublishedRow, Ranking, against_published, time_to_target
+from dlopt.results.reading import Damaged, Record, tags_of
+
+
+def run_entry(record: Record, keys: Sequence[str] | None = None) -> dict[str, Any]:
+    """Describes a run with its config. `keys`: of the config and the metrics to show (None: all)."""
+    entry = {**job_entry(record), "commit": record.commit, "config": record.config}
+    if keys is not None:
+        names = {name for key in keys for name in (key, column_of(key))}
+        entry |= {each: {k: v for k, v in entry[each].items() if k in names} for each in ("metrics", "config")}
+    return entry
+
+
+def job_entry(record: Record) -> dict[str, Any]:
+    """Describes a run by what distinguishes it from others of its sweep."""
+    return {
+        "folder": os.path.abspath(record.path),
+        "status": record.status,
+        "reason": record.reason,
+        "overrides": list(record.overrides),
+        "metrics": record.metrics,
+    }
+
+
+def skipped_entries(damaged: Iterable[Damaged]) -> list[dict[str, Any]]:
+    """Describes the folders that cannot be read."""
+    return [{"folder": os.path.abspath(each.path), "reason": each.reason} for each in damaged]
+
+
+def report_document(ranking: Ranking, target: float | None, files: Iterable[Path], *, test: bool) -> dict[str, Any]:
+    """Describes a report; as in its table, the test metrics of all rows only with `test`, else those of the best."""
+    published = {id(each.row): each for each in against_published(ranking)}
+    metrics, tests = metric_columns(ranking), test_columns(ranking)
+    rows = []
+    for rank, row in enumerate(ranking.rows, 1):
+        shown = [*metrics, *(tests if test or rank == 1 else [])]
+        rows.append(_configuration(rank, row, shown, ranking, target, published.get(id(row))))
+    return {
+        "by": ranking.by,
+        "direction": "minimize" if ranking.lower else "maximize",
+        "target": target,
+        "keys": list(ranking.keys),
+        "configurations": rows,
+        "statuses": ranking.counts(),
+        "skipped": skipped_entries(ranking.damaged),
+        "files": [os.path.abspath(file) for file in files],
+    }
+
+
+def _configuration(
+    rank: int,
+    row: Configuration,
+    metrics: Sequence[str],
+    ranking: Ranking,
+    target: float | None,
+    published: PublishedRow | None,
+) -> dict[str, Any]:
+    reached = None if target is None else time_to_target(row, ranking.by, target, ranking.lower)
+    return {
+        **_row(rank, row, Path()),
+        "values": row.values,
+        "tags": list(dict.fromkeys(tag for run in row.runs for tag in tags_of(run))),
+        "metrics": {name: _statistic(row.statistic(name)) for name in metrics},
+        "time_to_target": None
+        if reached is None
+        else {
+            "reached": reached.count,
+            "runs": reached.runs,
+            "steps": _statistic(reached.steps),
+            "seconds": _statistic(reached.seconds),
+        },
+        "published": None
+        if published is None
+        else {
+            "error_percent": published.published,
+            "measured_error_percent": _statistic(published.measured),
+            "median_error_percent": published.median,
+        },
+        "command": row.command,
+    }
+
+
+def leaderboard_entry(board: Leaderboard, sweep: Path) -> dict[str, Any]:
+    """Describes the leaderboard of the sweep in the folder `sweep`."""
+    rows = [{**_row(rank, row, sweep), "value": _statistic(row.value)} for rank, row in enumerate(board.rows, 1)]
+    return {"metric": board.metric, "direction": board.direction, "rows": rows}
+
+
+def front_entry(front: ParetoFront) -> dict[str, Any]:
+    """Describes the Pareto front of a search, whose values are in the order of its metrics."""
+    rows = [
+        {"label": label, "folder": os.path.abspath(folder), "values": list(values)}
+        for label, folder, values in front.rows
+    ]
+    return {"metrics": list(front.metrics), "directions": list(front.directions), "rows": rows}
+
+
+def _row(rank: int, row: Row, base: Path) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "label": row.label,
+        "overrides": list(row.overrides),
+        "folders": [os.path.abspath(base / run.path) for run in row.runs],
+        "ended": sum(run.has_ended for run in row.runs),
+        "failed": row.failed,
+        "difference": None if row.difference is None else vars(row.difference),
+    }
+
+
+def _statistic(statistic: Statistic | None) -> dict[str, Any] | None:
+    return None if statistic is None else vars(statistic)

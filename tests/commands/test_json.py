@@ -1,0 +1,180 @@
+"""`--json`: the documents of `runs`, `report`, `options` and `train`, with every key that docs/howto/json.md lists."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.commands.options import options
+from dlopt.commands.shared.document import document_only, print_document
+from dlopt.results.documents import front_entry
+from dlopt.results.leaderboard import ParetoFront
+from dlopt.tracking.metrics import read_summary
+from tests.support.folders import make_run
+from tests.support.line import Result, dlopt, refused
+from tests.support.sizes import TINY
+from tests.sweeps.processes import InProcess
+
+RUN = {"folder", "status", "reason", "overrides", "metrics"}
+DIVERGES = ("model.norm=none", "optimizer.lr=1e38", "epochs=4")
+ROW = {"rank", "label", "overrides", "folders", "ended", "failed", "difference"}
+STATISTIC = {"mean", "std", "count"}
+
+
+def document(result: Result) -> dict[str, Any]:
+    """Returns the document, which is all that stdout has."""
+    found: dict[str, Any] = json.loads(result.out, parse_constant=pytest.fail)
+    assert found.pop("format") == 1
+    return found
+
+
+@pytest.fixture
+def night(tmp_path: Path) -> Path:
+    """Two configurations with three and two seeds, a failed run and a damaged one."""
+    for i, (lr, seed) in enumerate([(0.1, 0), (0.1, 1), (0.1, 2), (0.01, 0), (0.01, 1)]):
+        make_run(tmp_path / f"night/{i}", lr=lr, seed=seed, accuracies=(0.5, 0.6 + lr + seed / 30), seconds=1 / 3)
+    published = {"published": [{"error": 5.0, "when": {}}]}
+    make_run(tmp_path / "night/5", lr=9.0, status="failed", accuracies=(0.1, 0.1), overrides=[], config=published)
+    make_run(tmp_path / "night/6")
+    (tmp_path / "night/6/summary.json").write_text("{")
+    return tmp_path
+
+
+def test_runs(night: Path) -> None:
+    skipped = [{"folder": str(night / "night/6"), "reason": "summary.json is damaged"}]
+    found = document(dlopt(night, "runs", "night", "sort=val_accuracy", "limit=1", "--json"))
+    assert found.keys() == {"runs", "skipped"} and found["skipped"] == skipped
+    [run] = found["runs"]
+    assert run.keys() == RUN | {"commit", "config"}
+    assert (run["folder"], run["status"], run["reason"]) == (str(night / "night/2"), "finished", None)
+    assert (run["commit"], run["overrides"]) == ("c" * 40, ["optimizer=sgd", "optimizer.lr=0.1", "seed=2"])
+    assert run["config"]["optimizer"] == "sgd" and run["config"]["model.widths"] == [64, 64]
+    assert run["metrics"]["val_accuracy"] == 0.6 + 0.1 + 2 / 30 and run["metrics"]["seconds"] == 2 / 3  # all digits
+    found = document(dlopt(night, "runs", "night", "optimizer.lr=9", "columns=[optimizer.lr,best_val_loss]", "--json"))
+    [run] = found["runs"]
+    assert (run["status"], run["reason"]) == ("failed", "the loss is nan")
+    assert run["config"] == {"optimizer.lr": 9} and run["metrics"].keys() == {"val_loss"}
+    none = dlopt(night, "runs", "night", "optimizer.lr=7", "--json")
+    assert (none.code, document(none)) == (0, {"runs": [], "skipped": skipped}) and "no run matches" in none.err
+    assert "--paths --json" in refused(night, "runs", "night", "--paths", "--json")
+
+
+def test_report(night: Path) -> None:
+    found = document(dlopt(night, "report", "night", "target=0.65", "--json"))
+    assert not (night / "night/report").exists()
+    expected = {"by": "val_accuracy", "direction": "maximize", "target": 0.65, "files": []}
+    assert found.keys() == {*expected, "keys", "configurations", "statuses", "skipped"}
+    assert expected.items() <= found.items() and found["keys"] == ["optimizer.lr"]
+    assert found["statuses"] == {"finished": 5, "failed": 1} and found["skipped"][0].keys() == {"folder", "reason"}
+    best, second, last = found["configurations"]
+    for row in (best, second, last):
+        assert row.keys() == ROW | {"values", "tags", "metrics", "time_to_target", "published", "command"}
+    assert (best["rank"], best["values"]["optimizer.lr"], best["ended"], best["failed"]) == (1, 0.1, 3, 0)
+    assert best["folders"] == [str(night / f"night/{i}") for i in range(3)] and best["difference"] is None
+    assert best["metrics"]["val_accuracy"] == {
+        "mean": pytest.approx(0.7 + 1 / 30),
+        "std": pytest.approx(1 / 30),
+        "count": 3,
+    }
+    assert best["time_to_target"].keys() == {"reached", "runs", "steps", "seconds"}
+    assert best["time_to_target"]["steps"] == {"mean": 20.0, "std": 0.0, "count": 3}
+    assert best["command"] == "dlopt train -m optimizer=sgd optimizer.lr=0.1 seed=0,1,2"
+    assert second["difference"].keys() == {"mean", "low", "high", "count"} and second["difference"]["count"] == 2
+    assert "test_accuracy" in best["metrics"] and "test_accuracy" not in second["metrics"]
+    assert last["failed"] == 1 and last["metrics"]["val_accuracy"] is None
+    assert last["published"] == {"error_percent": 5.0, "measured_error_percent": None, "median_error_percent": None}
+    found = document(dlopt(night, "report", "night", "by=val_loss", "test=true", "format=csv", "--json"))
+    assert found["files"] == [str(night / "night/report/summary.csv")] and Path(found["files"][0]).is_file()
+    assert found["direction"] == "minimize" and "test_accuracy" in found["configurations"][1]["metrics"]
+    assert "--json" in refused(night, "report", "night", "--json", "--watch")
+
+
+def test_options(capsys: pytest.CaptureFixture[str]) -> None:
+    def groups(*arguments: str) -> list[dict[str, Any]]:
+        options([*arguments, "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert found.keys() == {"format", "groups"}
+        return list(found["groups"])
+
+    [optimizer, vgg] = groups("optimizer=sgd", "model=vgg*")
+    assert optimizer.keys() == {"name", "default", "commands", "choices"}
+    assert (optimizer["name"], optimizer["default"], optimizer["commands"]) == ("optimizer", "sgd", ["train"])
+    [sgd] = optimizer["choices"]
+    assert sgd.keys() == {"name", "description", "keys"} and sgd["keys"][0].keys() == {"name", "value", "comment"}
+    assert sgd["keys"][0] == {"name": "optimizer.lr", "value": "0.1", "comment": "learning rate"}
+    assert len(vgg["choices"]) > 1 and all(each["name"].startswith("vgg") for each in vgg["choices"])
+    every = {each["name"]: each for each in groups()}
+    assert every["hydra/sweeper"]["commands"] == ["train -m"] and every["experiment"]["default"] is None
+    assert all(choice["keys"] is None for each in every.values() for choice in each["choices"])
+
+
+def test_run(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "train", *TINY, "hydra.run.dir=run", "--json")
+    found = document(result)
+    assert "best validation" in result.err  # the tables
+    summary = read_summary(tmp_path / "run")
+    assert found == {"folder": str(tmp_path / "run"), "exit_code": 0, "summary": summary} and result.code == 0
+    again = dlopt(tmp_path, "train", *TINY, "hydra.run.dir=run", "resume=auto", "--json")
+    assert document(again) == found and "this run is already finished" in again.err
+    failing = dlopt(tmp_path, "train", *TINY, *DIVERGES, "hydra.run.dir=failed", "--json")
+    found = document(failing)
+    assert failing.code == found["exit_code"] == 1 and found["summary"]["status"] == "failed"
+    assert found["summary"]["reason"] in failing.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("optimizer.lr=-1", "optimizer.lr=-1"),
+        ("dry_run=true", "--json: prints the result of a run or a sweep; not available for dry_run=true"),
+        ("experiment=lecture/clipping", "not available for a comparison"),
+        ("--cfg=job", "--json --cfg"),
+    ],
+)
+def test_a_refused_run_has_no_document(tmp_path: Path, typed: str, message: str) -> None:
+    assert message in refused(tmp_path, "train", *TINY, typed, "--json")
+
+
+def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", InProcess)
+    monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
+    line = ("train", "-m", *TINY, *DIVERGES, "optimizer.lr=0.1,1e38", "hydra.sweep.dir=sweep", "--json")
+    result = dlopt(tmp_path, *line)
+    found = document(result)
+    assert found.keys() == {"folder", "exit_code", "jobs", "skipped", "leaderboard", "pareto_front"}
+    assert (found["folder"], found["exit_code"], result.code) == (str(tmp_path / "sweep"), 1, 1)
+    assert [job["status"] for job in found["jobs"]] == ["finished", "failed"] and found["jobs"][0].keys() == RUN
+    board = found["leaderboard"]
+    assert board.keys() == {"metric", "direction", "rows"}
+    assert (board["metric"], board["direction"]) == ("best_val_accuracy", "maximize")
+    first, last = board["rows"]
+    assert first.keys() == ROW | {"value"} and first["value"].keys() == STATISTIC and last["value"] is None
+    assert first["overrides"] == ["optimizer.lr=0.1"] and first["folders"] == [found["jobs"][0]["folder"]]
+    assert (found["skipped"], found["pareto_front"]) == ([], None) and "sweep folder: sweep" in result.err
+
+
+def test_pareto_front(tmp_path: Path) -> None:
+    front = ParetoFront(["val_loss", "seconds"], ["minimize", "minimize"], [("job 0: lr=1", tmp_path, (0.1, 2.0))])
+    assert front_entry(front) == {
+        "metrics": ["val_loss", "seconds"],
+        "directions": ["minimize", "minimize"],
+        "rows": [{"label": "job 0: lr=1", "folder": str(tmp_path), "values": [0.1, 2.0]}],
+    }
+
+
+def test_stdout_has_the_document_only(capfd: pytest.CaptureFixture[str]) -> None:
+    with document_only() as show:
+        print("printed")
+        os.write(1, b"of a library in C\n")
+        subprocess.run(["echo", "of a child process"], check=True)
+        show({"loss": float("nan"), "nested": [{"lr": 0.1, "most": float("inf")}]})
+    print_document({"next": 1})
+    out, err = capfd.readouterr()
+    assert out.replace("}\n{", "}|{").split("|") == [
+        json.dumps({"format": 1, "loss": None, "nested": [{"lr": 0.1, "most": None}]}, indent=2),
+        json.dumps({"format": 1, "next": 1}, indent=2) + "\n",
+    ]
+    assert all(each in err for each in ("printed", "of a library in C", "of a child process"))
