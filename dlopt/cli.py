@@ -13,11 +13,13 @@ from typing import TextIO, cast
 from dlopt._version import __version__
 from dlopt.basics.errors import (
     DONE,
+    FAILED,
     INTERRUPTED,
     USER_ERROR,
     ReportedError,
     RunError,
     UserError,
+    disk_failure,
     refused_path,
     suggest,
 )
@@ -76,10 +78,11 @@ def main() -> None:
             raise
         code = DONE  # `dlopt ... | head` has read what it wanted
     except OSError as error:
-        if (message := refused_path(error)) is None:
+        refused = refused_path(error)  # of the command line
+        if (message := refused or disk_failure(error)) is None:
             raise
-        print_error(message)  # a path of the command line
-        code = USER_ERROR
+        print_error(message)
+        code = FAILED if refused is None else USER_ERROR
     except KeyboardInterrupt as error:
         print_error(str(error) or "interrupted")
         code = error.code if isinstance(error, Interrupted) else INTERRUPTED

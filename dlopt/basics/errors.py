@@ -50,6 +50,13 @@ def refused_path(error: OSError) -> str | None:
     return f"{error.filename}: {error.strerror}" if is_refused else None
 
 
+def disk_failure(error: BaseException) -> str | None:
+    """Returns the message for a file that a full, read-only or broken disk does not take; None for other errors."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    is_of_disk = isinstance(error, OSError) and error.filename is not None and error.errno in codes
+    return f"{error.filename}: {error.strerror}" if is_of_disk else None  # type: ignore[attr-defined]
+
+
 def suggest(name: str, names: Iterable[str], more: str, *, prefix: str = "", title: str = "allowed") -> str:
     """Returns the hint for an unknown name: "did you mean PREFIX+NAME? allowed: a, b". See `shorten` for `more`."""
     names = list(names)

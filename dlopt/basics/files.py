@@ -71,15 +71,19 @@ def link(source: Path, target: Path) -> None:
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Replaces the contents of `path`: after a crash the file is the old one or the new one. Raises OSError.
 
-    A text is redacted (see `dlopt.basics.secrets`), bytes are written as they are.
+    A text is redacted (see `dlopt.basics.secrets`), bytes are written as they are. The error names `path`.
     """
     if isinstance(data, str):
         data = redact(data).encode("utf-8", "surrogateescape")
-    with temporary_sibling(path) as temporary:
-        # Synced before the rename: otherwise a power failure could leave the new name with incomplete contents.
-        with synced(temporary) as file:
-            file.write(data)
-        os.replace(temporary, path)
+    try:
+        with temporary_sibling(path) as temporary:
+            # Synced before the rename: otherwise a power failure could leave the new name with incomplete contents.
+            with synced(temporary) as file:
+                file.write(data)
+            os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the temporary one, or none
+        raise
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

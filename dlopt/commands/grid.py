@@ -39,7 +39,7 @@ def overrides_of(number: int, arguments: list[str]) -> list[str]:
 
 def print_job(arguments: list[str]) -> int:
     """Prints the arguments of one job, one per line. Raises `UserError`."""
-    if not arguments or not arguments[0].isdecimal():
+    if not arguments or not arguments[0].isdecimal() or len(arguments[0]) > 18:
         typed = " ".join(["grid", *arguments])
         raise UserError(f"{typed}: the first argument must be the number of a job, from 0")
     print("\n".join(overrides_of(int(arguments[0]), arguments[1:])))

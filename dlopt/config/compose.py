@@ -42,8 +42,8 @@ from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
 from dlopt.config.trust import check_expansion, check_hydra
 
-# AssertionError: Hydra asserts that an interpolated choice is a string.
-_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
+# AssertionError: Hydra asserts that an interpolated choice is a string. OSError: a name is too long for a file.
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError, OSError)
 
 
 class Composer:
@@ -243,7 +243,7 @@ class Composer:
         typed = value_of(override)
         choices = self.choices(key) if key in self.groups() or key.startswith("hydra/") else []
         if choices and value not in choices:
-            if key == "data" and Path(str(value)).expanduser().is_dir():
+            if key == "data" and os.path.isdir(os.path.expanduser(str(value))):
                 return f"a folder is not a choice; for its images: data=image_folder data.root={value}"
             return f"unknown choice; {self._suggest(key, str(value))}"
         if key.startswith("hydra/sweeper/"):
@@ -261,8 +261,9 @@ class Composer:
         names = [str(each) for each in node if each not in ("_target_", "hydra")]
         if name in names and override.is_add():
             return f"this key exists; set it without the plus sign: {key}={typed}"
-        if not rest and isinstance(node.get(name), DictConfig):
-            keys = ", ".join(str(each) for each in node[name] if each != "_target_")
+        block = OmegaConf.select(config, full, throw_on_resolution_failure=False)
+        if not rest and isinstance(block, DictConfig):
+            keys = ", ".join(str(each) for each in block if each != "_target_")
             return f"this is a block of keys ({keys}); set them one by one"
         if name in names:  # the key exists; a key inside its value does not
             is_new = "Could not override" in str(error)
@@ -375,7 +376,7 @@ def _defaults(text: str) -> list[str]:
     found = []
     for entry in entries if isinstance(entries, list) else []:
         for key, value in entry.items() if isinstance(entry, dict) else [("", entry)]:
-            group = str(key).split()[-1].partition("@")[0] if key else ""  # "override /optimizer@teacher"
+            group = (str(key).split() or [""])[-1].partition("@")[0] if key else ""  # "override /optimizer@teacher"
             names = [name.partition("@")[0] for name in _names(value)]
             found += [f"{group}/{name}" if group else name for name in names]
     return found

@@ -36,8 +36,11 @@ def parse_arguments(arguments: list[str]) -> Namespace:
         raise UserError("--experimental-rerun: not supported, since it executes the contents of a pickle file")
     if parsed.config_path is not None:
         raise UserError(f"--config-path={parsed.config_path}: not supported; add a config folder with --config-dir")
-    if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
-        raise UserError(f"--config-dir={parsed.config_dir}: no such folder")
+    try:
+        if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
+            raise UserError(f"--config-dir={parsed.config_dir}: no such folder")
+    except OSError as error:
+        raise UserError(f"--config-dir={parsed.config_dir}: {error.strerror}") from None
     return parsed
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -105,6 +106,8 @@ def parse_overrides(overrides: "Iterable[str | Override]", choices: Any = None) 
             override = copy.copy(_parse(each) if isinstance(each, str) else each)
         except HydraException:
             raise UserError(explain_grammar(text_of(each), text_of(following))) from None
+        except ValueError:  # of int(), for a number with more digits
+            raise UserError(f"{text_of(each)}: a number has at most {sys.get_int_max_str_digits()} digits") from None
         override.config_loader = choices
         parsed.append(override)
     return parsed

@@ -161,7 +161,8 @@ def _meaning(group: str, choice: str, key: str) -> str:
 
 def _set_by_recipe(config: DictConfig) -> dict[str, Any]:
     """Returns the keys below groups that the recipe (`experiment=...`) sets itself, with their values."""
-    name = config.hydra.runtime.choices.get("experiment")
+    choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
+    name = choices.get("experiment")
     for source in config.hydra.runtime.config_sources if name is not None else ():
         path = os.path.join(source.path, "experiment", f"{name}.yaml")
         if os.path.isfile(path):

@@ -228,7 +228,7 @@ def check_arguments(
     allowed = [name for name in named_parameters(target) if name not in runtime]
     for name, value in values.items():
         if name not in allowed and not (takes_any_key and name not in runtime):
-            raise UserError(_explain_unknown_key(join(key, name), str(name), value, (*allowed, *related)))
+            raise UserError(_explain_unknown_key(join(key, str(name)), str(name), value, (*allowed, *related)))
     for name in allowed:
         if name not in values and parameters[name].default is _EMPTY:
             raise UserError(f"{join(key, name)}: a value is required ({describe_type(parameters[name].annotation)})")
@@ -247,7 +247,7 @@ def annotation_of(target: Callable[..., Any], name: str) -> Any:
 def _explain_unknown_key(key: str, name: str, value: Any, allowed: Iterable[str]) -> str:
     parents = key.split(".")[:-1]
     groups = ["/".join(parents[:length]) for length in range(len(parents), 0, -1)]  # hydra/launcher before hydra
-    group = next((group for group in groups if any((each / group).is_dir() for each in config_folders())), None)
+    group = next((group for group in groups if any(os.path.isdir(each / group) for each in config_folders())), None)
     command = "dlopt train --help" if group is None else f"dlopt options {group}"
     hint = for_key(key, show(value)) or suggest(name, allowed, command, prefix=key.removesuffix(name))
     return f"{key}={show(value)}: unknown key; {hint}"

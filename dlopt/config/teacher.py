@@ -29,7 +29,7 @@ def teacher_file(path: str, expected: str | None) -> tuple[Path, str]:
 
     Raises `UserError` if there is none, or if it is not the `expected` one.
     """
-    key, file = f"loss.{PATH}={path}", checkpoint_file(Path(path).expanduser(), f"loss.{PATH}")
+    key, file = f"loss.{PATH}={path}", checkpoint_file(Path(os.path.expanduser(path)), f"loss.{PATH}")
     if not file.is_file():
         raise UserError(f"{key}: no such run folder or checkpoint; train the teacher first")
     try:

@@ -198,7 +198,7 @@ def _file(value: Mapping[str, Any], where: str, roots: Sequence[str] = ()) -> by
     """
     content, path = value.get("bytes"), value.get("path")
     if content is None and path is not None:
-        file = Path(path).expanduser()
+        file = Path(os.path.expanduser(path))
         real = Path(os.path.realpath(file))
         if roots and not any(real.is_relative_to(root) for root in roots):
             raise UserError(f"{where}: {printable(path)}: is not in the folder of the Parquet file; move it there")

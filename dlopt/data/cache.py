@@ -20,9 +20,14 @@ _DIGEST = 32  # bytes of SHA-256 before the arrays, to detect damaged files
 
 
 def cache_file(kind: str, *keys: str) -> Path:
-    """Returns the file for `keys` (a folder, the format's version, ...) in $XDG_CACHE_HOME/dlopt or ~/.cache/dlopt."""
+    """Returns the file for `keys` (a folder, the format's version, ...) in $XDG_CACHE_HOME/dlopt or ~/.cache/dlopt.
+
+    For a user without a home, it can neither be written nor read.
+    """
     name = hashlib.sha256("\0".join((kind, *keys)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dlopt", f"{kind}-{name}.npz")
+    home = os.path.expanduser("~/.cache")
+    folder = os.environ.get("XDG_CACHE_HOME") or (home if os.path.isabs(home) else os.devnull)
+    return Path(folder, "dlopt", f"{kind}-{name}.npz")
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray] | None:

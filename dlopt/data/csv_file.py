@@ -6,6 +6,7 @@ import contextlib
 import csv
 import itertools
 import math
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def read_header(file: str, delimiter: str = ",") -> Header:
     Raises:
         UserError: the file cannot be read, has no header line, or has two columns of one name.
     """
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     with _reading(path):
         refuse_special(path)
         with path.open("rb") as binary:

@@ -141,7 +141,8 @@ T = TypeVar("T")
 
 def data_root(root: str | None) -> Path:
     """Returns the absolute path of the folder for downloads: `root`, else $DLOPT_DATA, else ./data."""
-    return Path(root if root is not None else os.environ.get("DLOPT_DATA") or "data").expanduser().absolute()
+    folder = root if root is not None else os.environ.get("DLOPT_DATA") or "data"
+    return Path(os.path.expanduser(folder)).absolute()
 
 
 def call_torchvision(key: str, root: Path, download: bool, load: Callable[[], T]) -> T:

@@ -170,7 +170,7 @@ def image_folder(*, root: str, channels: Literal[1, 3], **keys: Unpack[ImageKeys
         UserError: a folder is missing, unreadable or empty, the splits have different classes, or too many images
             cannot be read.
     """
-    base = Path(root).expanduser()
+    base = Path(os.path.expanduser(root))
     train_only = _has_class_folders(base)
     if train_only:
         listings = {"train": scan(base)}
@@ -232,7 +232,7 @@ def imagenet(*, root: str, class_names: str | None, **keys: Unpack[ImageKeys]) -
 
 def _imagenet_names(root: str, wnids: tuple[str, ...], file: str | None) -> tuple[str, ...]:
     """Returns the first name of each class, with its WNID if another class shares the name (there are two cranes)."""
-    path = Path(root if file is None else file).expanduser()
+    path = Path(os.path.expanduser(root if file is None else file))
     if file is None:
         path /= _IMAGENET_NAMES
         if not path.is_file():
@@ -252,7 +252,7 @@ def _imagenet_names(root: str, wnids: tuple[str, ...], file: str | None) -> tupl
 
 def data_folder(root: str, layout: str) -> Path:
     """Returns the folder `root` after checking that it has a folder train."""
-    base = Path(root).expanduser()
+    base = Path(os.path.expanduser(root))
     if not base.is_dir():
         # A saved config may be read elsewhere (`dlopt eval`): say where a relative path was looked for.
         where = "" if base.is_absolute() else f" in {Path.cwd()}"

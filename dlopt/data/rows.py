@@ -26,7 +26,7 @@ from dlopt.data.samples import Dataset, Wrapped
 Labels = Literal["class", "several", "value"]
 Channels = Literal[1, 3] | None
 Files = str | list[str]
-_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")  # {000..012} or {a,b}
+_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # {000..012} or {a,b}
 
 
 class Table(Protocol):

@@ -57,7 +57,7 @@ def csv(
         answers = content.column(label_column) if labels == "class" else content.texts[label_column]
     paths = content.column(path_column)
     parts = content.splits(split_column) or ["train"] * len(paths)
-    base = content.path.parent if root is None else Path(root).expanduser()
+    base = content.path.parent if root is None else Path(os.path.expanduser(root))
     splits: dict[str, list[tuple[str, Any]]] = {name: [] for name in SPLITS}
     for row, (name, answer, split) in enumerate(zip(paths, answers, parts, strict=True)):
         image = base / name

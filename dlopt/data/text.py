@@ -154,7 +154,7 @@ def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary
     Raises:
         UserError: a file is missing or damaged, or has a token outside of the vocabulary.
     """
-    folder = Path(root).expanduser()
+    folder = Path(os.path.expanduser(root))
     splits: dict[str, Windows] = {}
     for name in ("train", "val", "test"):
         path = folder / f"{name}.bin"
@@ -216,7 +216,7 @@ def _windows(tokens: np.ndarray, length: int, name: str) -> Windows:
 
 def _files(entry: str, pattern: str, others: Counter[str]) -> list[Path]:
     """Returns a file, or those of a folder whose names match the pattern; counts `others` by ending or reason."""
-    path = Path(entry).expanduser()
+    path = Path(os.path.expanduser(entry))
     if path.is_file():
         return [path]
     if not path.is_dir():

@@ -109,7 +109,7 @@ class Tokenizer:
 
 def read_tokenizer(file: str) -> Tokenizer:
     """Reads a tokenizer.json. Raises `UserError`."""
-    path, source = Path(file).expanduser(), f"data.tokenizer={file}"
+    path, source = Path(os.path.expanduser(file)), f"data.tokenizer={file}"
     try:
         refuse_special(path)
         return Tokenizer(path.read_text(encoding="utf-8"), source)

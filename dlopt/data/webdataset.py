@@ -319,6 +319,7 @@ def _members(tar: tarfile.TarFile, place: str, others: Counter[str]) -> Iterator
 def _reading(key: str, path: str) -> Iterator[None]:
     try:
         yield
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        reason = reason or "a header claims more bytes than fit into memory"
         raise UserError(f"{key}: {path}: cannot be read as a tar file ({reason})") from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.basics.errors import FAILED, INTERRUPTED, USER_ERROR, ReportedError, RunError, UserError
+from dlopt.basics.errors import FAILED, INTERRUPTED, USER_ERROR, ReportedError, RunError, UserError, disk_failure
 from dlopt.basics.files import read_json, write_atomically, write_json, write_yaml
 from dlopt.basics.folders import FORMAT, RunFolder, new_run_id, refuse_links
 from dlopt.basics.interruption import print_error, print_line
@@ -73,6 +73,8 @@ def failure(error: Exception) -> tuple[int, str | None]:
     """
     if isinstance(error, UserError | RunError):
         return error.code, f"{_rank_prefix()}{error}"
+    if (reason := disk_failure(error)) is not None:
+        return FAILED, f"{_rank_prefix()}{reason}"
     if missing := rendezvous.missing_ranks(error):
         ranks = ", ".join(map(str, missing))
         return FAILED, f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)"

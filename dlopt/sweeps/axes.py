@@ -8,6 +8,7 @@ A space gives each optimizer, or each value of another key, its own axes: `space
 and a package adds a space by the entry point `dlopt.spaces`: function(composer, optimizer, overrides) -> overrides.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +140,7 @@ def _sections(
         trusted = [line for axis in axes if "allow_packages" in axis.keys for line in axis.rows()[0]]
         whens = list(optimizers) or [f"optimizer={chosen['optimizer']}"]
         return {when: words_of(composer, value_of(when), trusted) for when in whens}
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.is_file():
         raise UserError(f"{space}: no such file; allowed: {', '.join([*entries('dlopt.spaces'), 'a YAML file'])}")
     try:

@@ -7,6 +7,7 @@ torch's SummaryWriter passes events to a thread; on a full disk that thread dies
 import io
 import math
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -125,6 +126,9 @@ def _histogram(values: "Tensor", bins: int = 50) -> HistogramProto:
     )
 
 
+_SECOND = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
+
+
 class TensorBoard:
     """The event file of a run in `folder`. Disk errors never raise.
 
@@ -132,8 +136,11 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None], *, purge_step: int | None = None) -> None:
-        # TensorBoard reads a run's files in the order of their names; two of the same second need different ones.
-        stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9:09d}"
+        # TensorBoard reads a run's files in the order of their names: a second file in the same second, or after the
+        # clock was set back, would come before the first.
+        matches = [_SECOND.match(path.name) for path in folder.glob("events.out.tfevents.*")]
+        second = max([int(time.time()), *(int(match[1]) + 1 for match in matches if match is not None)])
+        stamp = f"{second:010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9:09d}"
         self._file = AppendFile(folder / f"events.out.tfevents.{stamp}", warn)
         self._flushed = time.monotonic()
         self._add(file_version="brain.Event:2")

@@ -3,10 +3,12 @@
 import hashlib
 import os
 from pathlib import Path
+from random import Random
+from unittest.mock import patch
 
 import pytest
 
-from tests.support.folders import make_run
+from tests.support.folders import count_calls, make_run
 from tests.support.line import HeldByAnotherProcess, dlopt, entries, refused
 from tests.support.terminal import in_terminal, plain
 
@@ -124,6 +126,22 @@ def test_refused(outputs: Path, typed: str, message: str) -> None:
 
 def test_requires_a_folder_without_outputs(tmp_path: Path) -> None:
     assert "outputs: no such folder; name" in refused(tmp_path, "runs")
+
+
+def test_time_is_linear_in_the_number_of_runs(tmp_path: Path) -> None:
+    """Counts calls and opened files: a clock would measure what else the machine does."""
+    draw, counts, opened = Random(0), [], []
+    listed = ("runs", ".", "sort=val_accuracy", "optimizer=sgd", "val_accuracy>0.1")
+    for number in range(40):
+        config = {"optimizer.weight_decay": draw.random(), "model.widths": [draw.choice((32, 64))]}
+        make_run(tmp_path / "sweep" / str(number), lr=draw.random(), accuracies=(0.5, 0.6), config=config)
+        if number + 1 in (1, 10, 20, 40):
+            with patch.object(os, "open", side_effect=os.open) as opens:
+                counts.append(count_calls(lambda: dlopt(tmp_path, *listed)))
+            opened.append(opens.call_count)
+    _, ten, twenty, forty = counts  # the first one imports modules
+    assert 0 < forty - twenty < 2.2 * (twenty - ten)
+    assert opened[3] - opened[2] == 2 * (opened[2] - opened[1]) <= 20 * 6, "each file of a run is opened once"
 
 
 def test_skips_damaged_folder(outputs: Path) -> None:

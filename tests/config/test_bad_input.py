@@ -1,12 +1,21 @@
 """Invalid command lines are rejected with one message that names the key, the value and what is allowed."""
 
+import contextlib
+import io
 import os
 import shlex
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.plain_values import flatten
+from dlopt.config.compose import Composer
+from dlopt.config.flags import parse_arguments
+from dlopt.config.plan import plan
 from tests.support.line import dlopt, refused
 
 TINY = ("model=mlp", "model.widths=[4]", "data.subset=40", "steps=1", "threads=1", "tracking=[]")
@@ -82,6 +91,10 @@ KEYS = {
     "--config-dir nowhere": ("--config-dir=nowhere", "no such folder"),
     "--config-name nope": ("--config-name=nope", "no such file"),
     "--config-path .": ("--config-path", "--config-dir"),
+    f"--config-dir {'x' * 300}": ("--config-dir=xxx", "File name too long"),
+    f"optimizer={'x' * 300}": ("unknown choice",),
+    f"data={'x' * 300}": ("unknown choice",),
+    "hydra.runtime.choices.experiment='${nope}'": ("does not read this key",),
 }
 TYPES = {
     "optimizer.lr=abc": ("optimizer.lr=abc", "a number > 0"),
@@ -136,6 +149,7 @@ RANGES = {
     "data.batch_size=1000000000": ("data.batch_size=1000000000", "16777216 | full"),
     "data.batch_size=-4": ("data.batch_size=-4", ">= 1"),
     "seed=-1": ("seed=-1", ">= 0"),
+    f"seed={'9' * 5000}": ("seed=999", "a number has at most 4300 digits"),
     "seed=18446744073709551616": ("seed=18446744073709551616", "< 9223372036854775808"),
     "init_seed=-1": ("init_seed=-1",),
     "data.split_seed=-1": ("data.split_seed=-1", ">= 0"),
@@ -189,6 +203,14 @@ COMBINATIONS = {
     "data=mnist data.root=/nonexistent data.download=false": ("data=mnist", "/nonexistent", "data.root"),
     "data=cifar10 data.root=/nonexistent data.download=false": ("data=cifar10", "/nonexistent"),
     "data=csv data.file=/nonexistent": ("data.file=/nonexistent",),
+    # Of a user that this machine does not have
+    "\"data='~nobody_here'\"": ("data='~nobody_here'", "unknown choice"),
+    "data=csv \"data.file='~nobody_here/x'\"": ("data.file=~nobody_here/x",),
+    "data=table \"data.file='~nobody_here/x'\"": ("data.file=~nobody_here/x",),
+    "data=text model=gpt_nano \"data.file='~nobody_here/x'\"": ("data.file=~nobody_here/x",),
+    "data=image_folder \"data.root='~nobody_here/x'\"": ("data.root=~nobody_here/x",),
+    "data=mnist \"data.root='~nobody_here/x'\" data.download=false": ("~nobody_here/x",),
+    "loss=distillation \"loss.teacher='~nobody_here/x'\"": ("loss.teacher=~nobody_here/x",),
     "resume=/nonexistent/last.pt": ("resume=/nonexistent/last.pt", "no such file"),
     "resume=/tmp": ("resume=/tmp", "folder", "last.pt"),
     "resume=/etc/passwd": ("resume=/etc/passwd", "init_from=/etc/passwd"),
@@ -237,6 +259,7 @@ SWEEPS = {
     "'normalize=${oc.create:[1]}'": ("normalize=${oc.create:[1]}: unknown choice",),
     "'evalu\nate.tta=none'": ("'evalu\\nate.tta=none'", "not a valid key"),
     "hydra=1": ("hydra=1", "one by one"),
+    "hydra.sweep.subdir={a:1}": ("hydra.sweep.subdir={a:1}",),
     "hydra.job.env_set.A=1": ("hydra.job.env_set.A=1", "+hydra.job.env_set.A=1"),
     "hydra.job.env_copy=[NO_SUCH_VARIABLE]": ("hydra.job.env_copy", "inherit"),
     "hydra.run.dir=~/x": (f"'{Path.home()}/x'",),
@@ -343,3 +366,69 @@ def test_eval_rejects_with_one_message(line: str, tmp_path: Path) -> None:
     message = refused(tmp_path, "eval", *shlex.split(line))
     for part in EVAL[line]:
         assert part in message
+
+
+# -- random command lines: accepted or refused, never another exception
+
+VALUES = (
+    "", "null", "true", "-1", "0", "1e400", "nan", ".5", "1_0", "0x10", "1e-3x", "9" * 30, "9" * 5000, "x" * 300,
+    "[]", "{}", "[1,[2]]", "{a:1}", "{lr:1}", "{a:{b:[1]}}", "{null:1}", "{1:2}", "[null,true]", "[[[[1]]]]", "[" * 200,
+    "'a b'", '"x"', "a b", "a,b", "range(3)", "choice(1,2)", "interval(0,1)", "glob(*)", "sort(3,1)", "shuffle(1,2)",
+    "int(x)", "tag(a,1)", "extend_list(1)", "${seed}", "${nope}", "${oc.env:NOPE}", "${", "${}", "${oc.create:{a:1}}",
+    "${.x}", "${..}", "${oc.decode:1}", "${optimizer}", "${hydra:run.dir}", "\\${x}", "???", "größe", "\udcff", "\0",
+    "\t", "\n", "'", '"', "]", "}", "(", ")", "=", "==", "a=b", ":", "\\", "#", "@", "~", "!!python/name:os.system",
+    "..", "/", "~/x", "s3://x", "{_target_:os.system}", "{_target_:null}", "{_args_:[1]}", "auto", "full", "none",
+    "mlp", "adam", "2026-01-01", "1:30", "yes", "off", "-inf", "007", "\u0661", "\u202e",
+)  # fmt: skip
+OTHER_KEYS = (
+    "hydra.run.dir", "hydra.job.num", "hydra.job.env_set", "hydra.searchpath", "hydra.launcher", "hydra/launcher",
+    "hydra.runtime.choices.experiment", "hydra.verbose", "hydra", "nope", "optimizer.nope", "model.widths.0",
+    "optimizer@model", "experiment", "from", "_target_", "optimizer._target_", "optimizer._partial_", "defaults", "",
+    ".", "seed.x", "1", "é", "-x", "--x", "x" * 300, f"{'x' * 300}.y",
+)  # fmt: skip
+LETTERS = "aZ0_ ,:=[]{}()'\"\\$#~+-.%@?*é\t\n&!|<>/"
+FLAGS = (
+    "-m", "--cfg", "--info", "--config-dir", "--config-name", "--help", "--resolve", "-p", "-cp", "--nope", "-", "--",
+    "-1", "--cfg=", "-mc", "--é", "-\udcff", "job", "x=\udcff", "=", "\0", "model=mlp", "x" * 300, "x" * 300,
+    "--config-dir", "--config-dir",
+)  # fmt: skip
+
+
+def random_value(draw: Random) -> str:
+    one, other = draw.choice(VALUES), draw.choice(VALUES)
+    letters = "".join(draw.choices(LETTERS, k=draw.randrange(12)))
+    joined = draw.choice([f"[{one},{other}]", f"{{a:{one}}}", f"{one}{other}", f"{one},{other}", f"choice({one})"])
+    return draw.choice([one, one, letters, joined])
+
+
+def random_override(draw: Random, keys: list[str]) -> str:
+    key = draw.choice(keys)
+    if draw.random() < 0.1:
+        at = draw.randrange(len(key) + 1)
+        key = key[:at] + draw.choice(LETTERS) + key[at:]
+    return draw.choice(["", "", "", "+", "++", "~"]) + key + draw.choice(["=", "=", "=", "=", ""]) + random_value(draw)
+
+
+def test_random_overrides() -> None:
+    draw, composer, accepted, rejected = Random(0), Composer(), 0, 0
+    bases = (["model=mlp"], ["model=mlp", "optimizer=adam"])
+    configs = [OmegaConf.to_container(composer.compose(base), resolve=False) for base in bases]
+    keys = [*dict.fromkeys(key for config in configs for key in (*config, *flatten(config))), *2 * OTHER_KEYS]
+    for _ in range(120):
+        line = [*draw.choice(bases), *(random_override(draw, keys) for _ in range(draw.choice([1, 1, 1, 2, 3])))]
+        try:
+            plan(composer, line)
+            accepted += 1
+        except UserError:
+            rejected += 1
+        except Exception as error:
+            pytest.fail(f"{type(error).__name__} for {[each[:200] for each in line]}: {error!s:.200}")
+    assert accepted > 2 and rejected > 60
+
+
+def test_random_flags() -> None:
+    draw = Random(0)
+    for _ in range(200):
+        line = draw.choices(FLAGS, k=draw.randrange(1, 5))
+        with contextlib.suppress(UserError), contextlib.redirect_stdout(io.StringIO()):
+            parse_arguments(line)

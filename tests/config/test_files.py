@@ -1,13 +1,17 @@
 """A user's own config folder: broken files are explained; own components need a file and a callable, and no fork."""
 
 import textwrap
+from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 import yaml
 
+from dlopt.basics.errors import UserError
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
+from dlopt.config.plan import plan
 from tests.support.line import SMALL, dlopt, only, refused
 
 
@@ -33,6 +37,7 @@ BROKEN = {
     "a wrong type": (SGD + "lr: fast\n", ("optimizer.lr=fast", "a number > 0")),
     "a wrong range": (SGD + "lr: 0.1\nmomentum: 2\n", ("optimizer.momentum=2", "< 1")),
     "a number as key": (SGD + "1: 2\n", ("optimizer.1=2",)),
+    "a blank group": ("defaults: [{' ': x}]\n" + SGD, ("mine",)),
     "a target that is not there": ("_target_: torch.optim.SDG\n", ("torch.optim.SDG", "unknown callable")),
     "a date": (SGD + "lr: 2026-01-01\n", ("optimizer.lr=2026-01-01", "a number > 0")),
 }
@@ -62,6 +67,12 @@ def test_binary_file(content: bytes, tmp_path: Path) -> None:
 def test_broken_primary_config(tmp_path: Path) -> None:
     write(tmp_path / "conf/mine.yaml", "defaults: [nope]\n")
     assert "nope" in refused(tmp_path, "train", "--config-dir", "conf", "--config-name", "mine")
+
+
+def test_recipe_with_a_key_that_is_no_text(tmp_path: Path) -> None:
+    write(tmp_path / "conf/experiment/mine.yaml", "# @package _global_\ntrue: 1\n")
+    message = refused(tmp_path, "train", "--config-dir", "conf", "experiment=mine", *SMALL)
+    assert "True=1: unknown key" in message
 
 
 def test_recipe_without_its_package(tmp_path: Path) -> None:
@@ -209,3 +220,51 @@ def test_files_are_checked_wherever_the_choices_lead(entry: str, typed: str, mes
         write(tmp_path / path, "\n".join(lines))
     write(tmp_path / "conf/experiment/mine.yaml", f"# @package _global_\ndefaults: [{entry}]\nseed: 1\n")
     assert message in refused(tmp_path, "train", "--config-dir", "conf", typed, *SMALL)
+
+
+# -- files with random mistakes: accepted or refused, never another exception
+
+PARTS = (
+    "\t", "\n", "  ", ":", ": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!python/object/apply:os.system [x]\n", "!x ",
+    "? ", "|", ">", "'", '"', "#", "%", "@", "`", "---\n", "...\n", "<<: *a\n", "${seed}", "${", "???", "~", ".nan",
+    "2026-13-45", "1:30", "9" * 30, "9" * 5000, "\0", "\x85", "\ufeff", "é", "\u202e", "# @package _global_\n",
+    "# @package a.b\n", "# @package ${x}\n", "defaults:\n", "defaults: 3\n", "defaults: [' ']\n", "defaults: [null]\n",
+    "defaults: [[x]]\n", "defaults: [{' ': x}]\n", "defaults: [{'': x}]\n", "defaults: [{a: b, c: d}]\n",
+    "defaults: [{override /optimizer: adam}]\n", "defaults: [{optimizer: null}]\n", "defaults: ['${seed}']\n",
+    "_target_: os.system\n", "_target_: null\n", "_target_: [1]\n", "hydra: 3\n", "hydra: {run: {dir: x}}\n", "1: 2\n",
+    "null: 1\n", "true: 1\n", "[1]: 2\n", "{a: b}: c\n", "a.b: 1\n", "=: 1\n", "'': 1\n", "optimizer: 3\n", "seed: x\n",
+)  # fmt: skip
+
+
+def with_mistakes(text: str, draw: Random) -> str:
+    for _ in range(draw.choice([1, 1, 2, 4])):
+        at = draw.randrange(len(text) + 1)
+        line = text.rfind("\n", 0, at) + 1
+        text = draw.choice([
+            text[:line] + draw.choice(PARTS) + text[line:], text[:at] + draw.choice(PARTS) + text[at:],
+            text[:at], text[:at] + text[at + draw.randrange(20) :],
+        ])  # fmt: skip
+    return text
+
+
+def test_random_files(tmp_path: Path) -> None:
+    """Each is checked before its composition, which takes long; some are composed as well."""
+    draw, ends = Random(0), Counter[str]()
+    texts = [(group, (config_folder() / f"{group}/{name}.yaml").read_text()) for group, name in (
+        ("optimizer", "adam"), ("schedule", "cosine"), ("model", "mlp"), ("experiment", "study/schedules"),
+    )]  # fmt: skip
+    for number in range(120):
+        group, text = draw.choice(texts)
+        path = tmp_path / str(number) / group / "mine.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(changed := with_mistakes(text, draw), encoding="utf-8", newline="")
+        try:
+            composer = Composer(config_dir=str(tmp_path / str(number)))
+            if number % 15 == 0:
+                plan(composer, [f"{group}=mine"])
+            ends["accepted"] += 1
+        except UserError:
+            ends["refused"] += 1
+        except Exception as error:
+            pytest.fail(f"{type(error).__name__} for {changed[:2000]!r}: {error!s:.200}")
+    assert ends["accepted"] > 50 and ends["refused"] > 5

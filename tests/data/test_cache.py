@@ -23,6 +23,19 @@ def test_names_depend_on_all_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cache.cache_file("kind").parent == tmp_path / "home/.cache/dlopt"
 
 
+def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with a user of another number, of whom no file of the system says anything."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    path = cache.cache_file("kind")
+    assert cache.save(path, b"x") is False and cache.load_arrays(path) is None
+    with cache.exclusive(path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_arrays_are_read_as_written_and_not_if_they_are_damaged(tmp_path: Path) -> None:
     path = tmp_path / "one/two/a.npz"
     arrays = {"x": np.arange(5), "y": np.array([b"y", b"zz"])}

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -379,3 +380,58 @@ def test_labels_that_are_no_integers(label: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.tar", [("0.png", png(pictures(1)[0])), ("0.cls", label)])
     with pytest.raises(UserError, match=r"cls is '.*', not an integer; txt and json may have names"):
         read(file=file)
+
+
+# -- hostile archives, written block by block
+
+
+def blocks(name: str, content: bytes = b"", *, claims: int | None = None, kind: bytes = b"0", link: str = "") -> bytes:
+    """Returns a header and its content; `claims`: the size in the header."""
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname, entry.size = kind, link, len(content) if claims is None else claims
+    return entry.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+IMAGE = png(pictures(1)[0])
+PAIR = blocks("0.png", IMAGE) + blocks("0.cls", b"1")
+NEXT = blocks("1.png", IMAGE) + blocks("1.cls", b"1")
+SECRET = "/etc/passwd"
+HOSTILE = {
+    "a name outside": (blocks("../../0.png", IMAGE) + blocks("../../0.cls", b"1"), 1),
+    "an absolute name": (blocks("/etc/0.png", IMAGE) + blocks("/etc/0.cls", b"1"), 1),
+    "letters of a terminal": (blocks("\x1b[31m\n.png", IMAGE) + blocks("\x1b[31m\n.cls", b"1"), 1),
+    "a symbolic link": (PAIR + blocks("1.png", IMAGE) + blocks("1.cls", kind=b"2", link=SECRET), "cls: sample 1 of"),
+    "a hard link": (PAIR + blocks("1.png", kind=b"1", link=SECRET) + blocks("1.cls", b"1"), "png: sample 1 of"),
+    "a device": (PAIR + blocks("1.png", kind=b"3") + blocks("1.cls", b"1"), "png: sample 1 of"),
+    "a pipe": (PAIR + blocks("1.png", kind=b"6") + blocks("1.cls", b"1"), "png: sample 1 of"),
+    "a folder": (PAIR + blocks("1.png", kind=b"5") + blocks("1.cls", b"1"), "png: sample 1 of"),
+    "a sparse file": (PAIR + blocks("1.png", IMAGE, kind=b"S") + blocks("1.cls", b"1"), "png: sample 1 of"),
+    "a huge member": (PAIR + blocks("1.png", claims=10**17), "cannot be read as a tar file"),
+    "a larger size than any file": (PAIR + blocks("1.png", claims=2**70), "cannot be read as a tar file"),
+    "a negative size": (PAIR + blocks("1.png", claims=-1), "sample 1 of .* has no such member"),
+    "a huge name": (PAIR + blocks("1", claims=10**15, kind=b"L"), "cannot be read as a tar file"),
+    "a size of digits": (PAIR + blocks("1", b"28 size=" + b"9" * 19 + b"\n", kind=b"x") + NEXT, "cannot be read as"),
+    "a size of letters": (PAIR + blocks("1", b"9 size=x\n", kind=b"x") + NEXT, "is damaged or truncated"),
+    "a record without a length": (PAIR + blocks("1", b"0 path=x\n", kind=b"x") + NEXT, "is damaged or truncated"),
+    "a map of a sparse file": (PAIR + blocks("1", b"22 GNU.sparse.map=0,x\n", kind=b"x") + NEXT, "cannot be read as"),
+    "a label of 5,000 digits": (blocks("0.png", IMAGE) + blocks("0.cls", b"9" * 5000), "cls is '9+', not an integer"),
+    "an empty image": (blocks("0.png") + blocks("0.cls", b"1"), "png: cannot be read as an image"),
+    "no header": (PAIR + b"\1" * 512, "is damaged or truncated at byte"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "expected"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_archives(content: bytes, expected: int | str, tmp_path: Path) -> None:
+    """Nothing is unpacked, followed or allocated before it is believed."""
+    (tmp_path / "a.tar").write_bytes(content + bytes(1024))
+    tracemalloc.start()
+    try:
+        if isinstance(expected, int):
+            assert len(inputs(read(file=str(tmp_path / "a.tar")))) == expected
+        else:
+            with pytest.raises(UserError, match=expected):
+                inputs(read(file=str(tmp_path / "a.tar")))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    finally:
+        tracemalloc.stop()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]

@@ -59,6 +59,28 @@ class FailingOnRank1(torch.utils.data.Dataset[tuple[Tensor, float]]):
         return torch.full((3,), index / self.count), index / self.count
 
 
+class BadOnRank1(MSE):
+    """Does on rank 1, in the middle of an update, what the environment says; each rank leaves its process id."""
+
+    calls = 0
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.calls == 1:
+            Path(os.environ["BAD_FOLDER"], str(os.getpid())).touch()
+        if is_rank_1() and self.training and self.calls == 10:
+            match os.environ["BAD"]:
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "exits":
+                    os._exit(0)
+                case "memory":
+                    raise MemoryError("cannot allocate 2 GiB")
+                case "hangs":
+                    time.sleep(600)
+        return super().forward(outputs, targets)
+
+
 def rank_1(folder: Path) -> int:
     """Returns the process id of rank 1."""
     for entry in Path("/proc").glob("[0-9]*"):
@@ -163,6 +185,39 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bad", "mode", "message"),
+    [
+        ("killed", "fsdp", r"rank 1 was killed by SIGKILL \(out of memory\?\)"),
+        ("killed", "pipeline", r"rank 1 was killed by SIGKILL \(out of memory\?\)"),
+        ("exits", "ddp", "rank 1 exited"),
+        ("memory", "fsdp", "rank 1: .*MemoryError: cannot allocate 2 GiB"),
+        ("hangs", "pipeline", "rank 1 exited, or did not respond within parallel.timeout_minutes"),
+    ],
+)
+def test_a_bad_rank_is_named_and_leaves_no_process(bad: str, mode: str, message: str, tmp_path: Path) -> None:
+    loss = ["loss=mse", "loss._target_=tests.parallel.test_launch.BadOnRank1", "allow_packages=[tests]"]
+    line = command(tmp_path / "run", TWO, *loss, f"parallel={mode}", "epochs=1000", "parallel.timeout_minutes=0.1")
+    (tmp_path / "processes").mkdir()
+    done = run_dlopt(ROOT, *line[3:], environment={**os.environ, "BAD": bad, "BAD_FOLDER": str(tmp_path / "processes")})
+    assert done.returncode == 1, done.stderr
+    said = [entry for entry in done.stderr.splitlines() if entry.startswith("dlopt: ")]
+    assert re.search(message, said[-1]) and all("rank 1" in each for each in said), done.stderr
+    assert ("Traceback" in done.stderr) == (bad == "memory"), "only an error in the user's code has one"
+    processes = [int(path.name) for path in (tmp_path / "processes").iterdir()]
+    assert processes and not any(map(is_running, processes)), "no rank outlives the run"
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "failed"
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.slow

@@ -1,22 +1,30 @@
-"""Full and read-only disks (real mounts): one error message, no data lost, resumable."""
+"""Full, read-only and broken disks: one error message, no data lost, resumable."""
 
+import contextlib
+import errno
+import itertools
 import json
+import math
 import os
 import resource
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from unittest.mock import patch
 
 import pytest
 
+from dlopt.basics import files
+from dlopt.basics.folders import SPACE
 from dlopt.run import runner
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import Run
 from tests.support.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again
+from tests.support.line import dlopt
 from tests.support.runs import assert_same_run, execute, in_fork, resume, run_config, same, start
 from tests.support.runs import result as result_of
-from tests.support.sizes import RICH
+from tests.support.sizes import RICH, TINY
 
 needs_mounts = pytest.mark.skipif(not can_mount(), reason="needs root and mount (Debian package mount)")
 
@@ -167,3 +175,75 @@ def test_unwritable_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         start(tmp_path, *RICH)
     summary: dict[str, Any] = resume(tmp_path, *RICH)
     assert summary["status"] == "finished"
+
+
+# -- every call that writes fails from some moment on
+
+
+@contextlib.contextmanager
+def failing(call: str, first: int, count: float, code: int) -> Iterator[None]:
+    """Lets `count` calls of a function fail from call `first` on.
+
+    `call`: a function of `os`, or "a file": writing one that is renamed.
+    """
+    calls = itertools.count(1)
+
+    def check() -> None:
+        if first <= next(calls) < first + count:
+            raise OSError(code, os.strerror(code))
+
+    class Failing:
+        def __init__(self, file: BinaryIO) -> None:
+            self.write = lambda data: check() or file.write(data)
+            self.flush, self.fileno = file.flush, file.fileno
+
+    @contextlib.contextmanager
+    def failing_file(path: Path) -> Iterator[Failing]:
+        with synced(path) as file:
+            yield Failing(file)
+
+    def failing_call(*arguments: Any, **keys: Any) -> Any:
+        check()
+        return original(*arguments, **keys)
+
+    synced, original = files.synced, getattr(os, call, None)
+    with patch.object(*(files, "synced", failing_file) if call == "a file" else (os, call, failing_call)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    start(folder, *RICH)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("call", "first", "code"),
+    [
+        ("a file", 1, errno.EIO), ("replace", 1, errno.ENOSPC), ("a file", 4, errno.ENOSPC), ("fsync", 4, errno.EIO),
+        ("replace", 9, errno.EIO), ("fsync", 9, errno.ENOSPC), ("a file", 14, errno.EDQUOT), ("replace", 14, errno.EIO),
+    ],
+)  # fmt: skip
+def test_no_data_is_lost_where_the_disk_fails(
+    call: str, first: int, code: int, small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with failing(call, first, math.inf, code):
+        assert execute(tmp_path / "run", *RICH) == (2 if first == 1 else 1)  # before and after the start
+    assert os.strerror(code) in one_line(capfd.readouterr().err)
+    assert not stray(tmp_path)
+    assert execute(tmp_path / "run", *RICH) == 0
+    assert_same_run(tmp_path / "run", small)
+
+
+def test_a_sweep_names_the_file_that_a_full_disk_does_not_take(tmp_path: Path) -> None:
+    with failing("a file", 1, math.inf, errno.ENOSPC):
+        result = dlopt(tmp_path, "train", "-m", *TINY, "seed=0,1", "hydra.sweep.dir=sweep")
+    assert result.code == 1 and result.err == f"dlopt: {tmp_path}/sweep/{SPACE}: No space left on device\n"
+
+
+@pytest.mark.parametrize(("call", "first"), [("write", 1), ("write", 7), ("link", 1)])
+def test_a_disk_that_recovers_does_not_change_a_run(call: str, first: int, small: Path, tmp_path: Path) -> None:
+    with failing(call, first, 2, errno.EIO):
+        assert execute(tmp_path / "run", *RICH) == 0
+    assert_same_run(tmp_path / "run", small)

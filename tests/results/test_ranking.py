@@ -4,7 +4,10 @@ import io
 import json
 import re
 import shlex
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import pytest
 from dlopt.basics.errors import UserError
 from dlopt.results.columns import difference_text, statistic_text, summary_csv
 from dlopt.results.leaderboard import Difference, Record, Statistic
-from dlopt.results.page import page
+from dlopt.results.page import SCRIPTS, page, read_text
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import (
     Ranking,
@@ -24,7 +27,7 @@ from dlopt.results.ranking import (
     sensitivities,
     targets,
 )
-from tests.support.folders import make_run, table
+from tests.support.folders import count_calls, make_run, table
 
 
 @pytest.fixture
@@ -154,6 +157,68 @@ def test_page_escapes_untrusted_data(tmp_path: Path) -> None:
     assert text.count("<script") == 2 and text.count("</script>") == 2 and "<img" not in text
 
 
+PAYLOADS = (
+    "<script>alert(1)</script>", "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>', "'><b>", "' onmouseover='alert(1)", '" autofocus onfocus="alert(1)',
+    "javascript:alert(1)", "<a href=javascript:alert(1)>x</a>", "<!--<script>", "-->", "]]>", "<iframe srcdoc=x>",
+    "<base href=//x>", "<meta http-equiv=refresh content=0>", "<style>*{}</style>", "</style><b>", "</title><b>",
+    "</template><b>", "&lt;script&gt;", "&#60;b>", "{{7*7}}", "{% raw %}", "${alert(1)}", "`x`", "\u2028x", "<\0b>",
+    "\x1b[31m", "<b\n>", "+ADw-script+AD4-", "\u202e<b>",
+)  # fmt: skip
+
+
+class Elements(HTMLParser):
+    """Lists the elements of a page with the names of their attributes, and the values that lead elsewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, ...]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        links = [value for name, value in attrs if name in ("href", "src", "style", "content")]
+        self.found.append((tag, *(name for name, _ in attrs), *(links if tag != "meta" or len(links) < 2 else ())))
+
+    def handle_comment(self, data: str) -> None:
+        self.found.append(("comment", data))
+
+
+def run_with(path: Path, text: str, number: int, status: str) -> None:
+    """Writes a run that has `text` wherever a stranger may put one."""
+    lines = [f"name={text}", f"+optimizer.{text}=1", f"tags=[{text}]"]
+    config = {"name": text, "note": text, "tags": [text], f"optimizer.key {text}": text, "model._target_": text,
+              "device": text, "monitor": text}  # fmt: skip
+    make_run(path, lr=0.1 + number, accuracies=(0.5, 0.5 + number / 100), config=config, status=status, reason=text,
+             overrides=lines)  # fmt: skip
+    (path / "environment.json").write_text(json.dumps({"git_commit": text, "choices": {"optimizer": text, text: text}}))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    (path / "metrics.jsonl").write_text("".join(json.dumps({**line, f"val_{text}": 0.5}) + "\n" for line in lines))
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps({**summary, f"test_{text}": 0.5, "parallel": text}))
+
+
+def test_markup_in_runs_adds_no_element_to_the_page(tmp_path: Path) -> None:
+    """Whatever texts the files of a run have, the page has the elements that it has for plain words."""
+    pages = {}
+    for kind, texts in (("plain", [f"word{number}" for number in range(len(PAYLOADS))]), ("evil", PAYLOADS)):
+        for number, text in enumerate(texts):
+            name = "".join(letter for letter in text if letter not in "/\0")
+            run_with(tmp_path / kind / f"{number} {name}", text, number, "failed" if number % 5 == 0 else "finished")
+        (tmp_path / kind / f"0 {texts[0].replace('/', '')}" / "config.yaml").write_text("[")
+        keys: dict[str, Any] = {"made": texts[2], "target": 0.6, "test": True, "refresh": None}
+        pages[kind] = page(table(tmp_path / kind), title=texts[0], **keys)
+    assert Elements(pages["evil"]).found == Elements(pages["plain"]).found
+    assert not set(re.findall(r"[\0-\x08\x0b-\x1f\x7f\u202e\u2028]", pages["evil"]))
+    data = json.dumps(data_of(pages["evil"]), ensure_ascii=False)
+    assert all(json.dumps(text, ensure_ascii=False)[1:-1] in data for text in PAYLOADS[1:5]), "shown as they are"
+
+
+def test_scripts_of_the_page_insert_text_only() -> None:
+    scripts = "".join(map(read_text, SCRIPTS))
+    assert "textContent" in scripts
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", scripts)
+
+
 def test_page_needs_no_network(sweep: Path) -> None:
     text = page(table(sweep), title="t", made="now", target=None, test=False, refresh=None)
     assert (
@@ -165,6 +230,20 @@ def test_page_needs_no_network(sweep: Path) -> None:
     assert addresses == {"http://www.w3.org/2000/svg", "https://github.com/leeoniya/uPlot"}  # a namespace, a banner
     assert "Copyright (c) 2022 Leon Sorokin" in text and len(text) < 150_000
     assert "default-src 'none'" in text and "unsafe-inline" not in text
+
+
+@pytest.mark.parametrize("compute", [
+    lambda ranking: page_data(ranking, target=0.7, test=True, refresh=None),
+    lambda ranking: summary_csv(ranking, 0.7, test=True),
+], ids=["page", "csv"])  # fmt: skip
+def test_time_is_linear_in_the_number_of_runs(compute: Callable[[Ranking], object], tmp_path: Path) -> None:
+    draw, counts = Random(0), []
+    for number in range(80):
+        keys = {"optimizer.weight_decay": draw.random(), "model.widths": [draw.choice((32, 64))]}
+        make_run(tmp_path / str(number), lr=draw.random(), accuracies=(0.5, draw.random(), draw.random()), config=keys)
+        if number + 1 in (20, 40, 80):
+            counts.append(count_calls(lambda: compute(table(tmp_path))))
+    assert 0 < counts[2] - counts[1] < 2.2 * (counts[1] - counts[0])
 
 
 def test_thins_long_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -189,6 +190,50 @@ def test_kills_jobs_that_do_not_end_after_a_signal(
     assert {number: result.status for number, result in source.results.items()} == {0: "interrupted", 1: "interrupted"}
     assert sorted(Hung.killed)[:2] == ["0", "1"]
     assert "3 jobs still running 0.1 s after the signal, and killed" in capsys.readouterr().out
+
+
+class Quick:
+    """A job that finishes at its second poll; some starts send the sweep a signal."""
+
+    started: ClassVar[Counter[str]] = Counter()
+    signals: ClassVar[dict[int, signal.Signals]] = {100: signal.SIGTERM, 220: signal.SIGINT}
+
+    def __init__(self, slot: int, folder: Path, environment: Mapping[str, str]) -> None:
+        self.folder, self.polls, self.status = folder, 2, "finished"
+        Quick.started[folder.name] += 1
+        if number := Quick.signals.get(Quick.started.total()):
+            os.kill(os.getpid(), number)
+
+    def poll(self) -> int | None:
+        self.polls -= 1
+        if self.polls > 0:
+            return None
+        if self.status == "finished" or int(self.folder.name) % 2:  # else the signal came before the job had started
+            (self.folder / "summary.json").write_text(json.dumps({"status": self.status}))
+        return 0 if self.status == "finished" else 75
+
+    def stop(self) -> None:
+        self.status = "interrupted"
+
+    def kill(self) -> None: ...
+
+
+def test_300_jobs_after_two_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every job finishes once; only those that a signal has stopped start again."""
+    monkeypatch.setattr("dlopt.sweeps.jobs.describe", lambda folder, *_: folder.mkdir(exist_ok=True))
+    Quick.started = Counter()
+    checked: Any = SimpleNamespace(saved={"steps": None, "epochs": 1}, typed=[], choices={}, environment={}, lines=[])
+    jobs = [Job(number, RunFolder(tmp_path / str(number)), checked, f"job={number}") for number in range(300)]
+    pool = Pool(3, Quick, lambda folder: None, poll_seconds=0)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pools.run_jobs(jobs, 300, pool)
+    assert pools.run_jobs(jobs, 300, pool) == dict.fromkeys(range(300), "finished")
+    assert len(Quick.started) == 300 and 300 + 2 <= Quick.started.total() <= 300 + 2 * 3
+    assert all(job.is_done for job in jobs)
+    assert capsys.readouterr().out.count("resume with resume=auto") == 2
 
 
 def test_result_of_exit_codes(tmp_path: Path) -> None:

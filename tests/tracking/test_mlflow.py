@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from dlopt import cli
 from dlopt.basics.errors import UserError
 from dlopt.tracking import Tracking, remote
 from tests.support.line import SMALL, dlopt, refused
 from tests.support.ports import free_port
+from tests.support.processes import start
+from tests.support.runs import at_update
 
 pytestmark = pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
 
@@ -89,6 +92,38 @@ def test_an_interrupted_run_continues_in_the_same_database(tmp_path: Path, monke
     history = client.get_metric_history(run.info.run_id, "val/loss")
     losses = [json.loads(text)["val_loss"] for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [point.value for point in history] == losses
+
+
+def killed_at_update_2(arguments: list[str]) -> None:
+    def kill() -> None:
+        while not Path("run/mlflow.json").exists():  # names the MLflow run, which is created in the background
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.argv = ["dlopt", *arguments]
+    with at_update(2, kill):
+        cli.main()
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_as_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store := f"sqlite:///{tmp_path}/mlflow.db")
+    line = ["train", *SMALL, "tracking=[mlflow]", "hydra.run.dir=run", "resume=auto"]
+    process = start(killed_at_update_2, (line,), os.environ, tmp_path, {})
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    result = dlopt(tmp_path, *line)
+    assert result.code == 0 and "without it" not in result.out + result.err, result
+    client = MlflowClient(store)
+    [run] = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert run.info.status == "FINISHED" and "test/accuracy" in run.data.metrics
+    history = [point.value for point in client.get_metric_history(run.info.run_id, "val/loss")]
+    losses = [json.loads(text)["val_loss"] for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    # Metrics are sent in the background: those of the first epoch may have been waiting when the run was killed.
+    assert len(losses) == 2 and history in (losses, losses[1:])
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ import math
 import os
 import shlex
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,18 @@ def test_resume_purges_events_after_the_checkpoint(tmp_path: Path) -> None:
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 1.0), (20, 1.0), (30, 2.0)]
     assert [e.step for e in events.Scalars("only/once")] == [10, 20]
+
+
+def test_a_resumed_run_is_read_last_also_if_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, clock in enumerate([2e9, 2e9, 1e9, 3e9, 2e9]):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        board = TensorBoard(tmp_path, no_complaint, purge_step=1 + number)
+        board.scalars(1 + number, {"train/loss": number})
+        board.close()
+    assert [(e.step, e.value) for e in read(tmp_path).Scalars("train/loss")] == [(1 + i, i) for i in range(5)]
+    assert [(line["step"], line["train/loss"]) for line in read_scalars(tmp_path)] == [(1 + i, i) for i in range(5)]
 
 
 def test_own_reader_agrees_with_tensorboards(tmp_path: Path) -> None:

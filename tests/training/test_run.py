@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import math
 import multiprocessing
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -415,6 +417,27 @@ def test_ends_all_loader_workers(tmp_path: Path) -> None:
     with Interruption() as interruption:
         train_run(Run(run_config(*RICH, *WORKERS, "epochs=1"), tmp_path), interruption, console=False, observe=observe)
     assert len(kept) >= 2 and set(multiprocessing.active_children()) <= before
+
+
+def test_a_long_run_accumulates_nothing(tmp_path: Path) -> None:
+    """Neither files, descriptors and threads, nor objects and tensors in memory."""
+    seen: list[dict[str, Any]] = []
+
+    def look() -> None:
+        gc.collect()
+        objects = gc.get_objects()
+        seen.append({
+            "files": len(list(tmp_path.rglob("*"))), "threads": threading.active_count(),
+            "descriptors": len(os.listdir("/dev/fd")), "objects": len(objects),
+            "tensors": sum(each.numel() for each in objects if isinstance(each, Tensor)),
+        })  # fmt: skip
+
+    every = ["evaluate.every_epochs=20", "checkpoint.every_epochs=20", "log_every_steps=1", "epochs=161"]
+    with at_update(162, look), at_update(642, look):
+        start(tmp_path, *RUN, "ema=0.9", *every)
+    early, late = seen
+    assert late["objects"] < early["objects"] + 240, "less than an object in two updates"
+    assert {**late, "objects": 0} == {**early, "objects": 0}
 
 
 @pytest.mark.slow

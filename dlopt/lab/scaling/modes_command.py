@@ -114,7 +114,7 @@ def _rows(line: Line) -> list[_ModeRow]:
 
 def process_count(override: str) -> int:
     value = value_of(override)
-    if not value.isdigit() or int(value) < 1:
+    if not value.isdecimal() or len(value) > 9 or int(value) < 1:
         raise UserError(f"processes={value}: must be an integer >= 1, or several: processes=1,2")
     from dlopt.config.rules import PROCESSES_PER_CORE
 
