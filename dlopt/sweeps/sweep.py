@@ -85,7 +85,9 @@ def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
     """Checks the launcher and returns its pool; None, or `UserError` if there is a `refusal`, for another package's."""
     if str(config.hydra.launcher._target_).startswith(OWN):
         settings = cast(dict[str, Any], OmegaConf.to_container(config.hydra.launcher, resolve=True))
-        launcher: Any = get_class(settings.pop("_target_"))  # not `instantiate`, for which Hydra 1.4 wants a list of names
+        launcher: Any = get_class(
+            settings.pop("_target_")
+        )  # not `instantiate`, for which Hydra 1.4 wants a list of names
         return cast(pools.Pool, launcher(**settings).build_pool())
     if refusal is None:
         return None
