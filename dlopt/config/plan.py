@@ -112,7 +112,8 @@ def as_job(plan: Plan, number: int, overrides: "Iterable[str | Override]") -> Pl
     config = plan.config
     assert config is not None
     with open_dict(config):
-        config.hydra.job.num = config.hydra.job.id = number
+        config.hydra.job.num = number
+        config.hydra.job.id = str(number)
     environment = job_variables(config)
     subfolder = folder_name(str(config.hydra.sweep.subdir))
     parsed = tuple(parse_overrides(overrides))

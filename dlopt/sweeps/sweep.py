@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
-from hydra.utils import instantiate
-from omegaconf import DictConfig, open_dict
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.basics.files import write_yaml
@@ -84,7 +84,11 @@ def run(request: SweepRequest) -> SweepEnd:
 def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
     """Checks the launcher and returns its pool; None, or `UserError` if there is a `refusal`, for another package's."""
     if str(config.hydra.launcher._target_).startswith(OWN):
-        return cast(pools.Pool, instantiate(config.hydra.launcher).build_pool())
+        settings = cast(dict[str, Any], OmegaConf.to_container(config.hydra.launcher, resolve=True))
+        launcher: Any = get_class(
+            settings.pop("_target_")
+        )  # not `instantiate`, for which Hydra 1.4 wants a list of names
+        return cast(pools.Pool, launcher(**settings).build_pool())
     if refusal is None:
         return None
     name = config.hydra.runtime.choices["hydra/launcher"]

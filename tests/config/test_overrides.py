@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import hydra
 import pytest
 
 import dlopt
 from dlopt.basics.errors import UserError
 from dlopt.config.overrides import explain_grammar, parse_overrides
+
+HAS_HYDRA_1_4 = hydra.__version__ >= "1.4"  # sorts ranges and reads their steps correctly
 
 
 @pytest.mark.parametrize(
@@ -46,9 +49,9 @@ def test_one_module_takes_overrides_apart_as_text() -> None:
     ("value", "reason"),
     [
         ("sort(range(1.3,0,-0.5))", "does not divide the range"),  # Hydra: .5, 1.0, 1.5
-        ("sort(range(0,10,3),reverse=true)", "does not divide the range"),
+        ("sort(range(0,10,3),reverse=true)", "" if HAS_HYDRA_1_4 else "does not divide the range"),
         ("range(1,5,0)", "a step other than 0"),
-        ("int(range(0,2,0.5))", "a step other than 0"),
+        ("int(range(0,2,0.5))", "" if HAS_HYDRA_1_4 else "a step other than 0"),
         ("range(0,inf,1.0)", "finite numbers"),
         ("range(0,1e9)", "more than 1000000 values"),
         ("sort(range(1,5),reverse=true)", ""),

@@ -100,7 +100,7 @@ def test_metadata(wheel: Path) -> None:
     required = metadata.get_all("Requires-Dist") or []
     assert "torch>=2.11" in required and "torchvision>=0.26" in required
     (hydra,) = (line for line in required if line.startswith("hydra-core"))
-    assert ">=1.3.8" in hydra and "<1.4" in hydra
+    assert ">=1.3.8" in hydra and "<1.5" in hydra
     assert {"sweep", "test"} <= set(metadata.get_all("Provides-Extra") or [])
     entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert "dlopt = dlopt.cli:main" in entry_points
