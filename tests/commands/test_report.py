@@ -231,21 +231,16 @@ def test_serves_only_the_page_on_loopback(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_2000_runs_within_a_minute(tmp_path: Path) -> None:
-    """Measures CPU time, which does not depend on the load of the machine: 15 to 27 s, depending on the processor."""
+@pytest.mark.usefixtures("undrawn")
+def test_a_page_of_300_runs_has_at_most_three_megabytes(tmp_path: Path) -> None:
     random = Random(0)
-    for i in range(2000):
+    for number in range(300):
         curve = tuple(0.9 * (1 - 0.8**epoch) + random.gauss(0, 0.01) for epoch in range(1, 31))
         config = {"optimizer.weight_decay": 10 ** random.uniform(-5, -2), "model.widths": [random.choice((32, 64))]}
         lr = 10 ** random.uniform(-3, 0)
-        make_run(tmp_path / "sweep" / str(i), lr=lr, seed=0, accuracies=curve, config=config)
-    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    before = os.times()
-    subprocess.run([sys.executable, "-m", "dlopt", "report", "sweep"], cwd=tmp_path, env=environment, check=True)
-    after = os.times()
-    seconds = after.children_user + after.children_system - before.children_user - before.children_system
-    assert seconds < 60, f"{seconds:.1f} s"
-    assert (tmp_path / "sweep/report/index.html").stat().st_size < 12e6
+        make_run(tmp_path / "sweep" / str(number), lr=lr, seed=0, accuracies=curve, config=config)
+    assert dlopt(tmp_path, "report", "sweep").code == 0
+    assert (tmp_path / "sweep/report/index.html").stat().st_size < 3e6
 
 
 @pytest.mark.slow
