@@ -21,13 +21,19 @@ from dlopt.basics.plain_values import join
 from dlopt.config.packages import PACKAGES, entries
 
 CONFIG_NAME = "train"  # the primary config
-VERSION_BASE = "1.3"  # of Hydra
 # While a `Composer` starts Hydra: --config-dir, for the plug-in that completes the search path.
 search: ContextVar[Path | None] = ContextVar("search", default=None)
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _OVERRIDE = "override "  # in a defaults list
 _COMMENT = re.compile(r"\s*#\s*(.*?)\s*$")
+
+
+def version_base() -> dict[str, str]:
+    """Returns the arguments that select the behaviour of Hydra 1.3: those of 1.4 are the same, and it warns of any."""
+    import hydra
+
+    return {"version_base": "1.3"} if hydra.__version__ < "1.4" else {}
 
 
 def config_folder() -> Path:

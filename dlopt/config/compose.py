@@ -22,7 +22,7 @@ from dlopt.basics.errors import UserError, shorten, suggest
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.interruption import signals_deferred
 from dlopt.basics.plain_values import check_yaml, flatten, is_below, join
-from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, Catalogue, config_folder, config_folders, search
+from dlopt.config.choices import CONFIG_NAME, Catalogue, config_folder, config_folders, search, version_base
 from dlopt.config.flags import register_plugins
 from dlopt.config.overrides import (
     SWEEP_WORDS,
@@ -61,7 +61,7 @@ class Composer:
         state = GlobalHydra.instance()
         former, state.hydra = state.hydra, None  # a notebook may use Hydra as well
         try:
-            initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=VERSION_BASE)
+            initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, **version_base())
             self._loader = state.config_loader()
         finally:
             state.hydra = former

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dlopt._version import ROOT, __version__
 from dlopt.basics.errors import USER_ERROR, UserError
-from dlopt.config.choices import CONFIG_NAME, VERSION_BASE, config_folder
+from dlopt.config.choices import CONFIG_NAME, config_folder, version_base
 from dlopt.config.overrides import quoted
 from dlopt.config.synonyms import for_flag
 
@@ -100,7 +100,7 @@ def hydra_main(arguments: list[str], task: "Callable[[DictConfig], Any] | None" 
 
     register_plugins()
     logging.raiseExceptions = False  # Hydra prints through logging: a closed pipe (`| head`) must not be an error
-    main = hydra.main(version_base=VERSION_BASE, config_path=str(config_folder()), config_name=CONFIG_NAME)
+    main = hydra.main(**version_base(), config_path=str(config_folder()), config_name=CONFIG_NAME)
     former, sys.argv = sys.argv, [sys.argv[0], *arguments]
     # From Python 3.14 on, argparse checks the help of a flag when it is added; one of Hydra's is not a string yet.
     ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]  # hides the inherited method
