@@ -41,7 +41,7 @@ def half_of_memory() -> Iterator[int]:
     """
     most = available_memory() // 2
     former = resource.getrlimit(resource.RLIMIT_DATA)
-    with contextlib.suppress(OSError, ValueError):  # no /proc, or a hard limit below it
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no /proc, another one, or a hard limit below it
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         limit = int(status["VmData"].split()[0]) * 1024 + most
         if former[0] == resource.RLIM_INFINITY or limit < former[0]:

@@ -252,7 +252,7 @@ class _Workers:
     def _kill_hung(self) -> None:
         """Kills the running jobs, and no longer waits for those of an earlier sweep."""
         jobs = format_count("jobs", len(self.active))
-        self._overview.message(f"{jobs} still running {GRACE:g} s after the signal, and killed")
+        self._overview.message(f"killed {jobs} that still ran {GRACE:g} s after the signal")
         for slot, worker in list(self.active.items()):
             worker.process.kill()
             if worker.is_adopted:

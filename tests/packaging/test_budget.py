@@ -13,13 +13,15 @@ from dlopt.basics.plain_values import flatten
 from dlopt.commands.command_table import COMMANDS, of_packages
 from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, config_folder
+from dlopt.config.overrides import SWEEP_WORDS
 
 BUDGET = {
     "commands of the runner": 14 + 1,  # sweep
     "commands of the laboratory": 5 + 2,  # verify, judge; scaling replaces bench
     "keys of conf/train.yaml": 61 + 1,  # evaluate.train_accuracy replaces train_token_accuracy in every run of a text
-    "groups": 18 + 2,  # decay, space
-    "choices": 235 + 5,  # of decay; those of space replace dlopt/lab/benchmark/space
+    "words of a sweep": 0 + 3,  # space: instead of the group that was promised; seeds, trials: plan.with_params went
+    "groups": 18 + 1,  # decay
+    "choices": 235 + 5,  # of decay
     "recipes": 118,
     "names of dlopt.extend": 56 + 1,  # Checkpoint replaces the nine keys of its file
 }
@@ -34,6 +36,7 @@ def counts() -> dict[str, int]:
         "commands of the runner": len(COMMANDS),
         "commands of the laboratory": len(of_packages()),
         "keys of conf/train.yaml": sum(key.split(".")[0] not in ("defaults", "hydra") for key in flatten(config)),
+        "words of a sweep": len(SWEEP_WORDS),
         "recipes": choices.pop("experiment"),
         "groups": len(choices),
         "choices": sum(choices.values()),

@@ -189,7 +189,7 @@ def test_kills_jobs_that_do_not_end_after_a_signal(
         pools.run(source, Pool(3, Hung, left.get, poll_seconds=0.01), Overview(10))
     assert {number: result.status for number, result in source.results.items()} == {0: "interrupted", 1: "interrupted"}
     assert sorted(Hung.killed)[:2] == ["0", "1"]
-    assert "3 jobs still running 0.1 s after the signal, and killed" in capsys.readouterr().out
+    assert "killed 3 jobs that still ran 0.1 s after the signal" in capsys.readouterr().out
 
 
 class Quick:
