@@ -38,7 +38,7 @@ from dlopt.config.packages import entries
 _HELP = {"-h", "--help", "--hel", "--he"}  # argparse accepts unambiguous abbreviations
 
 SYNONYMS = {  # names of other tools -> arguments of dlopt
-    "fit": "train", "run": "train", "sweep": "train -m", "tune": "train -m",
+    "fit": "train", "run": "train", "tune": "train -m",
     "search": "train -m hydra/sweeper=dlopt_optuna", "test": "eval", "validate": "eval", "evaluate": "eval",
     "infer": "predict", "generate": "sample", "list": "runs", "ls": "runs", "plot": "report", "leaderboard": "report",
     "lr-find": "find-lr", "config": "train --cfg job", "completion": "train -sc install=bash",

@@ -8,6 +8,7 @@ from dlopt.config.packages import entries
 
 COMMANDS = {  # name -> function(arguments) -> exit code
     "train": "dlopt.commands.train:train",
+    "sweep": "dlopt.commands.sweep:sweep",
     "find-lr": "dlopt.commands.find_lr:find_lr",
     "eval": "dlopt.commands.eval:evaluate",
     "predict": "dlopt.commands.predict:predict",

@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
 _CLOSED = re.compile(r"""'[^']*'|"[^"]*"|\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}""")
 _SENTENCES = ("note",)  # keys whose value is one text, commas and brackets included
 _MOST_VALUES = 1_000_000  # of a range: more are a typing error, which would take all memory
-SEEDS, SPACE, TRIALS = "seeds", "space", "trials"  # words of a sweep, which are no keys of its jobs
-SWEEP_WORDS = (SEEDS, SPACE, TRIALS)
+SEEDS, SPACE, TRIALS, WAIT = "seeds", "space", "trials", "wait"  # words of a sweep, which are no keys of its jobs
+SWEEP_WORDS = (SEEDS, SPACE, TRIALS, WAIT)
 
 
 def key_of(override: "str | Override") -> str:

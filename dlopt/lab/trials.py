@@ -13,11 +13,11 @@ from dlopt.basics.folders import inside
 from dlopt.basics.locks import hold
 from dlopt.config.overrides import is_hydra, is_typed
 from dlopt.config.plan import as_job, checked
-from dlopt.extend import Line, Plan, Role, RunFolder, UserError, group_of, key_of, role_of
+from dlopt.extend import Line, Plan, Role, RunFolder, UserError, group_of, key_of, role_of, without
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, PlanJob, build_job
 from dlopt.sweeps.pool import JobSource, Pool
-from dlopt.sweeps.sweep import build_pool
+from dlopt.sweeps.sweep import build_launcher, submit_command
 from dlopt.tracking.overview import Overview
 
 READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
@@ -71,18 +71,29 @@ def refuse_protocol(overrides: Iterable[str], advice: str) -> None:
             raise UserError(f"{override}: part of the protocol, and cannot be changed; {advice}")
 
 
-def launcher(line: Line, run: Sequence[str]) -> tuple[Pool, PlanJob]:
+def launcher(line: Line, run: Sequence[str], command: str, folder: Path, trials: int) -> tuple[Pool, PlanJob] | None:
     """Returns the pool of the launcher of the command line, by default one process per core, and how jobs compose.
 
-    `run`: overrides of one trial. Raises `UserError`.
+    None for hydra/launcher=slurm: workers that run `command` on these trials were submitted.
+
+    Args:
+        run: overrides of one trial.
+        folder: of the results.
+
+    Raises:
+        UserError: wrong settings of the launcher.
     """
     hydra = [each for each in line.overrides if is_hydra(each)]
     if not is_typed("hydra.launcher", hydra):
         hydra = ["hydra/launcher=joblib", *hydra]
-    pool = build_pool(line.composer.compose([*hydra, *run], multirun=True), "not supported here")
-    assert pool is not None  # has refused other launchers
-    if pool.is_local:
-        pools.warm_up()
+    config = line.composer.compose([*hydra, *run], multirun=True)
+    pool = build_launcher(config, "not supported here")
+    if not isinstance(pool, Pool):
+        assert pool is not None  # has refused other launchers
+        words = [command, *without(line.typed, "output"), f"output={folder}"]
+        submit_command(pool, words, line.composer, folder, config, trials)
+        return None
+    pools.warm_up()
 
     def plan_job(overrides: Sequence[str], number: int) -> Plan:
         config = line.composer.compose([*hydra, *overrides])

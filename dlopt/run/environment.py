@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dlopt._version import ROOT, __version__
+from dlopt.basics.files import read_json
 
 DIFF = "code.diff"  # in a run folder: the uncommitted changes of the user's repository
+REPOSITORY = "repository.json"  # with DIFF in the folder SUBMITTED: the user's repository when a sweep was submitted
+SUBMITTED = "DLOPT_SUBMITTED"  # environment variable, while the jobs of a submitted sweep are described
 MAX_DIFF_BYTES = 200_000
 _PACKAGES = (
     "torch", "torchvision", "triton", "numpy", "hydra-core", "omegaconf", "pydantic", "scikit-learn", "pillow",
-    "matplotlib", "tensorboard", "optuna", "schedulefree", "timm", "submitit",
+    "matplotlib", "tensorboard", "optuna", "schedulefree", "timm",
 )  # fmt: skip
 _GIT_SECONDS = 5.0
 
@@ -63,10 +66,14 @@ def repository() -> tuple[dict[str, Any] | None, bytes]:
     filters such as Git LFS would change do not count: files are compared as they are. A diff of more than
     `MAX_DIFF_BYTES` is cut there, with a last line that says so.
     """
-    top = _git("rev-parse", "--show-toplevel")
+    if (facts := submitted()) is not None:
+        with contextlib.suppress(OSError):
+            return facts.get("code"), Path(os.environ[SUBMITTED], DIFF).read_bytes()
+        return facts.get("code"), b""
+    top = git("rev-parse", "--show-toplevel")
     if not top:
         return None, b""
-    commit = _git("rev-parse", "--verify", "HEAD")
+    commit = git("rev-parse", "--verify", "HEAD")
     diff = None if commit is None else _diff(top.removesuffix(b"\n"))
     facts = {
         "folder": os.fsdecode(top.removesuffix(b"\n")),
@@ -77,6 +84,18 @@ def repository() -> tuple[dict[str, Any] | None, bytes]:
     if diff is not None and len(diff) > MAX_DIFF_BYTES:
         diff = diff[:MAX_DIFF_BYTES] + f"\n[cut after {MAX_DIFF_BYTES} bytes]\n".encode()
     return facts, diff or b""
+
+
+def submitted() -> dict[str, Any] | None:
+    """Returns what was known of the code when the sweep of this job was submitted; None for other runs."""
+    folder = os.environ.get(SUBMITTED)
+    return None if folder is None else read_json(Path(folder, REPOSITORY))
+
+
+def code_of_submission() -> dict[str, str]:
+    """Returns the SHA-256 of the code that was copied when the sweep of this job was submitted; {} for other runs."""
+    facts = submitted()
+    return {} if facts is None else {"submitted_code": str(facts.get("submitted_code"))}
 
 
 def packages(names: Iterable[str]) -> dict[str, dict[str, str] | None]:
@@ -122,17 +141,19 @@ def _version(distribution: str) -> str | None:
 
 
 def _dlopt_commit() -> str | None:
-    """Returns the Git commit of dlopt if it is imported from a checkout."""
+    """Returns the Git commit of dlopt if it is imported from a checkout, or from a copy that was made of one."""
+    if (facts := submitted()) is not None:
+        return facts.get("git_commit")
     root = ROOT.parent
-    commit = _git("-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
+    commit = git("-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
     return None if commit is None else commit.decode().strip()
 
 
 def _diff(top: bytes) -> bytes | None:
     """Returns the uncommitted changes below `top`. Starts no program of the repository; None if that is impossible."""
-    if _git("rev-parse", "--absolute-git-dir") != _git("-C", os.fsdecode(top), "rev-parse", "--absolute-git-dir"):
+    if git("rev-parse", "--absolute-git-dir") != git("-C", os.fsdecode(top), "rev-parse", "--absolute-git-dir"):
         return None  # core.worktree: the repository compares itself with files of others, such as your home folder
-    keys = _git("config", "--null", "--name-only", "--get-regexp", r"^filter\.", allowed=(0, 1))  # 1: no such key
+    keys = git("config", "--null", "--name-only", "--get-regexp", r"^filter\.", allowed=(0, 1))  # 1: no such key
     if keys is None:
         return None
     # A filter, selected by .gitattributes or .git/info/attributes, is a command. An empty one is none.
@@ -143,7 +164,7 @@ def _diff(top: bytes) -> bytes | None:
     settings = [word for setting in off for word in ("-c", setting)]
     # Also without diff drivers, and without submodules, which have a configuration of their own.
     plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-relative", "--ignore-submodules=all")
-    return _git(*settings, "diff", *plain, "HEAD", "--")
+    return git(*settings, "diff", *plain, "HEAD", "--")
 
 
 # A stranger's repository may configure programs: these keys and variables stop Git from starting them. Fetching missing
@@ -157,7 +178,7 @@ _GIT_VARIABLES = {
 }
 
 
-def _git(*arguments: str, allowed: tuple[int, ...] = (0,)) -> bytes | None:
+def git(*arguments: str, allowed: tuple[int, ...] = (0,)) -> bytes | None:
     """Returns the output of a Git command; None if it fails: with another exit code than `allowed`."""
     command = [*_GIT, *arguments]
     environment = {**os.environ, **_GIT_VARIABLES}

@@ -133,6 +133,7 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
         **environment.versions(),
         **environment.machine(),
         "code": code,
+        **environment.code_of_submission(),
         "allow_packages": environment.packages(config.get("allow_packages") or ()),
     }
     try:

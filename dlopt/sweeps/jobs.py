@@ -18,29 +18,44 @@ OUTPUT = "output.log"  # stdout and stderr of a job
 
 
 @dataclass(frozen=True)
+class DescribedPlan:
+    """The plan of a job whose folder describes it: a process that did not compose it runs it."""
+
+    saved: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Job:
     """A job of a sweep.
 
     Attributes:
-        composed: the plan, or why its overrides cannot be composed.
+        composed: the plan, or why there is none.
         label: the overrides that vary between jobs.
     """
 
     number: int
     folder: RunFolder
-    composed: Plan | UserError
+    composed: Plan | DescribedPlan | UserError
     label: str
 
     @property
-    def plan(self) -> Plan:
+    def checked(self) -> Plan | DescribedPlan:
         """Raises `UserError` for a job that cannot be composed."""
         if isinstance(self.composed, UserError):
             raise self.composed
         return self.composed
 
     @property
+    def plan(self) -> Plan:
+        """The plan, in the process that has composed it. Raises `UserError`."""
+        plan = self.checked
+        assert isinstance(plan, Plan)
+        return plan
+
+    @property
     def is_done(self) -> bool:
-        return self.folder.is_done(self.plan.saved)
+        return self.folder.is_done(self.checked.saved)
 
 
 @dataclass(frozen=True)
@@ -77,11 +92,11 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 
 def prepare(job: Job) -> JobResult | None:
-    """Writes the job's config into its folder; if the job is done already, returns its result instead.
+    """Writes the job's config into its folder, unless it is there; returns the result of a job that is done already.
 
     Raises `UserError` if the job cannot be composed, or the folder holds a run with another config.
     """
-    folder, plan = job.folder, job.plan
+    folder, plan = job.folder, job.checked
     if folder.has_begun():
         refuse_other_config(folder.config() or plan.saved, plan.saved, str(folder.path), folder.typed())
         if job.is_done:
@@ -89,7 +104,8 @@ def prepare(job: Job) -> JobResult | None:
         # Before the job starts: if its process dies without a summary, the former one would count as its result.
         with contextlib.suppress(OSError):
             (folder.path / "summary.json").unlink(missing_ok=True)  # of the previous attempt
-    describe(folder.path, plan.saved, plan.typed, plan.choices)
+    if isinstance(plan, Plan):
+        describe(folder.path, plan.saved, plan.typed, plan.choices)
     return None
 
 

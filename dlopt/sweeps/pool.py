@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from annotated_types import Ge
 from omegaconf import OmegaConf
@@ -36,6 +37,7 @@ from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, prepare, record_failure, r
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview
 
+Launcher = TypeVar("Launcher")
 PRELOADED = ["dlopt.sweeps.preload"]
 """Modules that the server imports."""
 Returned = Literal["returned"]
@@ -62,13 +64,19 @@ class Pool:
     slots: int
     start: Callable[[int, Path, Mapping[str, str]], Process]
     find: Callable[[Path], Process | None]  # the job that a killed sweep left running in a folder
+    stop_on_failure: bool = False  # a failed job stops the sweep
+    stop_reason: Callable[[], str | None] = lambda: None  # why the sweep is to stop; None: it is not
     poll_seconds: float = 0.2
-    is_local: bool = True  # jobs are processes of this machine
-    close: Callable[[], None] = lambda: None  # ends workers that wait for a job
+
+
+of_worker: ContextVar[Pool | None] = ContextVar("of_worker", default=None)
+"""In a worker of a submitted sweep: what runs its jobs, whichever launcher its command names."""
 
 
 class JobSource:
     """Supplies the jobs of a sweep and receives their results."""
+
+    is_stopping = False  # the pool has stopped the jobs whose results it reports
 
     def next(self) -> Job | None:
         """Returns a job for a free slot; None if there is none now. `ended` receives its result."""
@@ -89,23 +97,27 @@ class JobSource:
 # -- the loop
 
 
-def run(source: JobSource, pool: Pool, overview: Overview) -> None:
-    """Runs the jobs of `source`. On a signal, stops them with checkpoints, then raises KeyboardInterrupt."""
+def run(source: JobSource, pool: Pool, overview: Overview) -> str | None:
+    """Runs the jobs of `source`; returns why it has stopped before their end, None otherwise.
+
+    On a signal, stops the running ones with checkpoints, then raises KeyboardInterrupt.
+    """
     workers = _Workers(source, pool, overview)
     with Interruption() as interruption:
         try:
-            while not interruption and workers.update():
+            while (reason := interruption.reason or workers.stop_reason()) is None and workers.update():
                 workers.wait()
+            if reason is not None:
+                workers.stop(reason)
             if interruption:
-                workers.stop(interruption)
                 raise KeyboardInterrupt
         except BaseException:
             for worker in workers.active.values():
                 worker.process.kill()
             raise
         finally:
-            pool.close()
             overview.close()
+    return reason
 
 
 def run_jobs(jobs: Iterable[Job], total: int, pool: Pool) -> dict[int, str]:
@@ -145,6 +157,13 @@ class _Workers:
     def __init__(self, source: JobSource, pool: Pool, overview: Overview) -> None:
         self._source, self._pool, self._overview = source, pool, overview
         self.active: dict[int, _Worker] = {}  # by slot
+        self._failed: int | None = None  # a job
+
+    def stop_reason(self) -> str | None:
+        """Returns why the sweep is to stop; None if it is not."""
+        if self._pool.stop_on_failure and self._failed is not None:
+            return f"job {self._failed} failed"
+        return self._pool.stop_reason()
 
     def update(self) -> bool:
         """Collects the jobs that have ended and fills free slots; returns False when all jobs are done."""
@@ -196,7 +215,7 @@ class _Workers:
         if not again:
             self._overview.started(job.number, job.label)
         try:
-            process = self._pool.start(slot, job.folder.path, job.plan.environment)
+            process = self._pool.start(slot, job.folder.path, job.checked.environment)
         except OSError as error:
             self._ended(job, record_failure(job.folder, f"the process could not be started: {error}", died=True))
         else:
@@ -224,15 +243,18 @@ class _Workers:
 
     def _ended(self, job: Job, result: JobResult, *, known: bool = False) -> None:
         self._source.ended(job, result)
+        if result.status == "failed" and not known:
+            self._failed = job.number
         self._overview.ended(job.number, job.label, result.status, result.metrics, result.reason, known)
 
-    def stop(self, interruption: Interruption) -> None:
+    def stop(self, reason: str) -> None:
         """Stops all jobs with a checkpoint and waits for them; a second Ctrl-C ends the wait.
 
         Kills those that still run after `GRACE` seconds: in C code, they may hang without noticing a signal.
         """
         jobs = format_count("jobs", len(self.active))
-        self._overview.message(f"{interruption.reason}: stopping {jobs}; resume with resume=auto")
+        self._overview.message(f"{reason}: stopping {jobs}; resume with resume=auto")
+        self._source.is_stopping = True
         for worker in self.active.values():
             worker.process.stop()
         deadline = time.monotonic() + GRACE
@@ -262,15 +284,15 @@ class _Workers:
 # -- launchers
 
 
-def build_pool(launcher: Callable[..., Pool], settings: Mapping[str, Any]) -> Pool:
-    """Checks the settings of hydra.launcher and builds its pool. Raises `UserError`."""
+def build_launcher(launcher: Callable[..., Launcher], settings: Mapping[str, Any]) -> Launcher:
+    """Checks the settings of hydra.launcher and builds what runs the jobs. Raises `UserError`."""
     plain = {
         key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in settings.items()
     }
     return launcher(**check_arguments("hydra.launcher", launcher, plain))
 
 
-def local(*, n_jobs: Annotated[int, Ge(-1)]) -> Pool:
+def local(*, n_jobs: Annotated[int, Ge(-1)], stop_on_failure: bool) -> Pool:
     """Runs `n_jobs` processes (-1: one per core) on this machine, each on an equal share of the cores, at least one."""
     if n_jobs == 0:
         raise UserError("hydra.launcher.n_jobs=0: must be the number of jobs to run at once (>= 1), or -1")
@@ -282,10 +304,12 @@ def local(*, n_jobs: Annotated[int, Ge(-1)]) -> Pool:
         slot_cores = None if slots == 1 or not cores else set(cores[slot::slots]) or {cores[slot % len(cores)]}
         return spawn(folder, environment, slot_cores)
 
-    return Pool(slots, start, find_local)
+    return Pool(slots, start, find_local, stop_on_failure)
 
 
-def gpus(*, gpus: Literal["auto"] | list[Annotated[int, Ge(0)] | str], jobs_per_gpu: Count) -> Pool:
+def gpus(
+    *, gpus: Literal["auto"] | list[Annotated[int, Ge(0)] | str], jobs_per_gpu: Count, stop_on_failure: bool
+) -> Pool:
     """Runs `jobs_per_gpu` processes per GPU, each of which sees only that GPU."""
     from dlopt.machine.device import visible_gpus
 
@@ -298,7 +322,7 @@ def gpus(*, gpus: Literal["auto"] | list[Annotated[int, Ge(0)] | str], jobs_per_
     def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
         return spawn(folder, {**environment, "CUDA_VISIBLE_DEVICES": names[slot % len(names)]}, None)
 
-    return Pool(jobs_per_gpu * len(names), start, find_local)
+    return Pool(jobs_per_gpu * len(names), start, find_local, stop_on_failure)
 
 
 # -- processes on this machine

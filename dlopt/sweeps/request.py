@@ -28,6 +28,7 @@ from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig
+    from dlopt.sweeps.slurm import Slurm
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class SweepEnd:
     code: int
     board: Leaderboard | None = None
     front: ParetoFront | None = None
+    is_submitted: bool = False  # its jobs go on without this process
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class SweepRequest:
     axes: list[Axis]  # those of the jobs, also with a single value
     path: Path  # hydra.sweep.dir
     is_typed: bool  # on the command line
-    pool: pools.Pool | None  # None for a launcher of another package
+    launcher: "pools.Pool | Slurm | None"  # None for that of another package
+    words: list[str]  # of the command line
+    is_waiting: bool = True  # of a submitted sweep: wait for its end
     sized: set[str] = field(default_factory=set)  # models whose size was checked
     found: list[Path] = field(default_factory=list)  # the folder, once `find_folder` has chosen it
 
@@ -110,7 +114,7 @@ class SweepRequest:
         from dlopt.training.builders.model_check import check_minimum_memory
 
         size = size_pair(run_config.data_settings.image_size)
-        is_local = self.pool is not None and self.pool.is_local  # other machines may have more memory
+        is_local = isinstance(self.launcher, pools.Pool)  # other machines may have more memory
         if is_local and (key := f"{run_config.model} {size}") not in self.sized:
             self.sized.add(key)
             check_minimum_memory(run_config.model, size)
@@ -123,7 +127,7 @@ class SweepRequest:
             )
 
     def estimate(self, jobs: Sequence[Plan], total: int) -> SweepEnd:
-        slots = 1 if self.pool is None else self.pool.slots
+        slots = 1 if self.launcher is None else self.launcher.slots
         print_estimate([job.saved for job in jobs], choices_of(self.config), total, slots)
         return SweepEnd(DONE)
 

@@ -20,26 +20,29 @@ from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.ranges import Count, Seed
 from dlopt.config.keys import is_seed
 from dlopt.config.overrides import Axis, key_of
+from dlopt.config.plan import Plan
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.metrics.names import Metric, Modes, base_name, column_of, mode_of, monitored_modes
 from dlopt.results.leaderboard import Direction, ParetoFront, direction_of, front, is_number, job_record, leaderboard
+from dlopt.results.reading import find
 from dlopt.results.terminal import show_front, show_leaderboard
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, build_job, record_dead
 from dlopt.sweeps.pool import JobSource
+from dlopt.sweeps.queue import WORKERS, live_workers
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
+from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.space import Space, parse_space
 from dlopt.sweeps.study import (
     STUDY_LOCK,
-    WORKERS,
     ClaimedJob,
     Study,
     StudySpec,
     describe_differences,
-    has_live_worker,
     is_fact,
     storage_errors,
 )
+from dlopt.sweeps.submitting import submit_search
 from dlopt.tracking.overview import Overview
 from dlopt.tracking.terminal_text import short_path
 
@@ -81,6 +84,10 @@ def search(request: SweepRequest) -> SweepEnd:
         print_next(f"this sweep is already finished: {folder}", folder)
         return SweepEnd(DONE)
     try:
+        if isinstance(request.launcher, Slurm):
+            left = _jobs_left(saved, facts, spec.total)
+            _submit(request, request.launcher, spec, facts, folder, jobs[0], spec.total if left is None else left)
+            return SweepEnd(DONE, is_submitted=True)
         return _run(request, spec, facts, folder)
     except UserError:
         if saved is None:
@@ -88,17 +95,35 @@ def search(request: SweepRequest) -> SweepEnd:
         raise
 
 
+def _submit(
+    request: SweepRequest,
+    launcher: Slurm,
+    spec: StudySpec,
+    facts: Mapping[str, Any],
+    folder: Path,
+    plan: Plan,
+    left: int,
+) -> None:
+    """Creates the study, and submits workers that draw its jobs. Raises `UserError`."""
+    with storage_errors(spec.storage):
+        study = Study(folder, spec, facts)
+        try:
+            _write_sweep_file(folder, facts, study)
+        finally:
+            study.close()
+    submit_search(request, launcher, folder, plan, spec.total, left)
+
+
 def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folder: Path) -> SweepEnd:
     """Runs jobs of the study until none is left to claim. Raises `UserError` before the first job starts."""
-    assert request.pool is not None  # has refused other launchers
-    if request.pool.is_local:
-        pools.warm_up()
+    assert isinstance(request.launcher, pools.Pool)  # has refused and submitted others
+    pools.warm_up()
     with storage_errors(spec.storage):
         study = Study(folder, spec, facts)
         _write_sweep_file(folder, facts, study)
         source = Search(spec, study, partial(build_job, request.plan_job, folder))
         try:
-            pools.run(source, request.pool, source.overview)
+            pools.run(source, request.launcher, source.overview)
         finally:
             _write_sweep_file(folder, facts, study)
             study.close()
@@ -132,8 +157,8 @@ def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
         raise UserError(f"{key}: this folder contains a grid sweep, not a search")
     if different := describe_differences(saved.get("facts", {}), facts):
         raise UserError(f"{key}: this folder contains a different search ({different}); use another folder")
-    has_begun = any(RunFolder(path.parent).has_begun() for path in sweep.rglob("config.yaml"))
-    if resume != "auto" and has_begun and not has_live_worker(sweep):
+    has_begun = any(RunFolder(path).has_begun() for path in find(sweep))
+    if resume != "auto" and has_begun and not live_workers(sweep):
         raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
 
 
@@ -288,7 +313,8 @@ def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> N
     """Writes sweep.yaml, by which resume=auto finds the search."""
     with locked(folder / WORKERS / STUDY_LOCK):  # processes that share the study start and end at about the same time
         counts = study.counts()
-        content = {"facts": dict(facts), "finished": sum(counts[state] for state in _STATES.values())}
+        ended = sum(counts[state] for state in _STATES.values())
+        content = {"facts": dict(facts), "finished": ended, "total": sum(counts.values())}
         write_yaml(folder / SPACE, content)
 
 

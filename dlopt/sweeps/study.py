@@ -6,8 +6,6 @@ taken over by another one, with its number, values and checkpoint.
 """
 
 import os
-import socket
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,15 +22,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from dlopt.basics.errors import RunError, UserError
-from dlopt.basics.locks import hold, is_held, locked, taken
+from dlopt.basics.locks import hold, locked, taken
 from dlopt.basics.secrets import redact, redacted
 from dlopt.config.resuming import describe, may_change
 from dlopt.results.leaderboard import Direction
+from dlopt.sweeps.queue import WORKERS, name_worker
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space
 
 JOURNAL = "study.journal"
-WORKERS = "workers"
 STUDY_LOCK = "setup.lock"  # in that folder: for the study and sweep.yaml
 _ORPHAN_SECONDS = 60.0  # after which the owner of a running trial that names no owner counts as dead
 
@@ -134,7 +132,7 @@ class Study:
         self.folder, self.space, self.total = folder, spec.space, spec.total
         self._storage, self._sampler = open_storage(spec.storage, folder), spec.sampler
         self._workers = folder / WORKERS
-        self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.worker = name_worker()
         self._claimed: set[int] = set()
         # The operating system releases this lock when the process dies: so others can tell that its trials are free.
         self._alive_lock = hold(self._workers / f"{self.worker}.lock")
@@ -258,11 +256,6 @@ class Study:
     def awaits_orphans(self) -> bool:
         """Returns whether the owner of a running trial may have died before it recorded its name."""
         return any(trial.user_attrs.get("worker") is None for trial in self._trials(TrialState.RUNNING))
-
-
-def has_live_worker(folder: Path) -> bool:
-    """Returns whether a process is working on the search in this folder."""
-    return any(is_held(path) for path in (folder / WORKERS).glob("*-*.lock"))
 
 
 def is_fact(key: str) -> bool:

@@ -16,7 +16,18 @@ from dlopt.basics.interruption import Interrupted
 from dlopt.basics.secrets import is_secret_name
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
-from dlopt.config.overrides import grid, is_hydra, key_of, listed, quoted_plain, storable, text_of, value_of
+from dlopt.config.overrides import (
+    WAIT,
+    grid,
+    is_hydra,
+    key_of,
+    listed,
+    quoted_plain,
+    storable,
+    text_of,
+    value_of,
+    without,
+)
 from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import job_variables, task_overrides
@@ -27,9 +38,13 @@ from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.axes import is_grid, read_axes
 from dlopt.sweeps.jobs import Job, labels, record_dead
+from dlopt.sweeps.queue import live_workers
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
+from dlopt.sweeps.slurm import Slurm
+from dlopt.sweeps.submitting import submit_command, submit_grid
 from dlopt.tracking.terminal_text import short_path
 
+__all__ = ["build_launcher", "refuse_ranks", "request", "run", "submit_command"]
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
 # Sweepers and launchers of other packages run their jobs through Hydra, which reads all of it but the run's folder.
@@ -49,7 +64,7 @@ def refuse_ranks(command: str, what: str) -> None:
 def request(composer: Composer, words: Sequence[str]) -> SweepRequest:
     """Composes and checks a sweep, except its jobs. Raises `UserError`."""
     refuse_ranks("-m", "the sweep")
-    config, typed, axes = read_axes(composer, words)
+    config, typed, axes = read_axes(composer, without(words, WAIT))
     overrides = [override for axis in typed for override in axis.overrides]
     refuse_unread_hydra(overrides, "a sweep", _READS_OF_HYDRA, {"hydra.run": "use hydra.sweep.dir"})
     if config.hydra.job.chdir:
@@ -57,14 +72,29 @@ def request(composer: Composer, words: Sequence[str]) -> SweepRequest:
     path, is_typed = typed_folder(config, "hydra.sweep.dir", overrides)
     is_search = str(config.hydra.sweeper._target_) == SEARCH
     refusal = "starts jobs in batches, but a search starts one per free slot" if is_search else None
-    pool = build_pool(config, refusal)
+    launcher = build_launcher(config, refusal)
     hydra = [override for axis in axes for override in axis.overrides if is_hydra(override)]
     own = [axis for axis in axes if not is_hydra(axis.overrides[0])]
-    return SweepRequest(composer, config, overrides, hydra, own, path, is_typed, pool)
+    is_waiting = _is_waiting(words, launcher)
+    return SweepRequest(composer, config, overrides, hydra, own, path, is_typed, launcher, [*words], is_waiting)
+
+
+def _is_waiting(words: Sequence[str], launcher: pools.Pool | Slurm | None) -> bool:
+    """Returns whether the command ends with the sweep: always, but for a submitted one. Raises `UserError`."""
+    typed = [word for word in words if key_of(word) == WAIT]
+    if not typed:
+        return not isinstance(launcher, Slurm)
+    if typed[-1] not in (f"{WAIT}=true", f"{WAIT}=false"):
+        raise UserError(f"{typed[-1]}: must be true or false")
+    if not isinstance(launcher, Slurm):
+        raise UserError(f"{typed[-1]}: only for hydra/launcher=slurm; with other launchers, the command runs the jobs")
+    return typed[-1] == f"{WAIT}=true"
 
 
 def run(request: SweepRequest) -> SweepEnd:
-    """Runs a sweep. Raises `UserError` before it creates any file."""
+    """Runs a sweep, or submits it. Raises `UserError` before it creates any file."""
+    if isinstance(request.launcher, Slurm) and not request.config.dry_run:
+        request.launcher.require()
     try:
         if str(request.config.hydra.sweeper._target_) == SEARCH:
             from dlopt.sweeps.search import search
@@ -81,14 +111,16 @@ def run(request: SweepRequest) -> SweepEnd:
         return SweepEnd(INTERRUPTED)
 
 
-def build_pool(config: DictConfig, refusal: str | None) -> pools.Pool | None:
-    """Checks the launcher and returns its pool; None, or `UserError` if there is a `refusal`, for another package's."""
+def build_launcher(config: DictConfig, refusal: str | None) -> pools.Pool | Slurm | None:
+    """Checks the launcher and builds it; None, or `UserError` if there is a `refusal`, for another package's."""
+    if (pool := pools.of_worker.get()) is not None:
+        return pool
     if str(config.hydra.launcher._target_).startswith(OWN):
         settings = cast(dict[str, Any], OmegaConf.to_container(config.hydra.launcher, resolve=True))
         launcher: Any = get_class(
             settings.pop("_target_")
         )  # not `instantiate`, for which Hydra 1.4 wants a list of names
-        return cast(pools.Pool, launcher(**settings).build_pool())
+        return cast(pools.Pool | Slurm, launcher(**settings).build())
     if refusal is None:
         return None
     name = config.hydra.runtime.choices["hydra/launcher"]
@@ -110,15 +142,14 @@ def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> dict[
     A launcher or sweeper of another package composes them again; then it returns {}.
     """
     ended: dict[int, str] = {}
-    if request.pool is None or not jobs:
+    if not isinstance(request.launcher, pools.Pool) or not jobs:
         run_with_hydra(request, folder, [listed(override) for axis in request.axes for override in axis.overrides])
         return ended
-    if request.pool.is_local:
-        pools.warm_up()
+    pools.warm_up()
     size = request.config.hydra.sweeper.get("max_batch_size") or len(jobs)
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
-        ended |= pools.run_jobs(batch, len(batch), request.pool)
+        ended |= pools.run_jobs(batch, len(batch), request.launcher)
     return ended
 
 
@@ -133,7 +164,13 @@ def _grid(request: SweepRequest) -> SweepEnd:
     request.check_tracking(plans)
     folder = request.find_folder(
         lambda candidate: bool(plans) and _is_unfinished(candidate, _jobs(candidate.path, plans)),
-        lambda path, key: _check_folder(RunFolder(path), key, _jobs(path, plans), request.config.resume),
+        lambda path, key: _check_folder(
+            RunFolder(path),
+            key,
+            _jobs(path, plans),
+            request.config.resume,
+            joins=isinstance(request.launcher, Slurm),
+        ),
     )
     jobs = _jobs(folder, plans)
     if jobs and all(job.is_done for job in jobs):
@@ -144,6 +181,9 @@ def _grid(request: SweepRequest) -> SweepEnd:
         write_yaml(folder / SPACE, [storable(plan.lines) for plan in plans])
         for job in jobs:
             record_dead(job.folder)
+        if isinstance(request.launcher, Slurm):
+            submit_grid(request, request.launcher, folder, jobs)
+            return SweepEnd(DONE, is_submitted=True)
         ended = _run_jobs(request, folder, jobs)
     board = _ranked(jobs)
     show_leaderboard(board)
@@ -171,14 +211,16 @@ def _plans(request: SweepRequest) -> list[Plan]:
     """Expands a grid to its checked jobs, like Hydra's basic sweeper; [] for sweepers that choose jobs at run time."""
     sweeper = request.config.hydra.sweeper
     joint = [axis for axis in request.axes if axis.is_zip or axis.when]
-    if joint and (request.pool is None or not is_grid(request.config)):
-        group = "hydra/launcher" if request.pool is None else "hydra/sweeper"
+    if joint and (request.launcher is None or not is_grid(request.config)):
+        group = "hydra/launcher" if request.launcher is None else "hydra/sweeper"
         name = request.config.hydra.runtime.choices[group]
         raise UserError(
             f"{joint[0]}: {group}={name} is not dlopt's, and takes axes of one key without a condition only"
         )
     if not is_grid(request.config):
         return []
+    if sweeper.max_batch_size is not None and isinstance(request.launcher, Slurm):
+        raise UserError(f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}: not with hydra/launcher=slurm")
     if sweeper.max_batch_size is not None and sweeper.max_batch_size < 1:
         raise UserError(f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}: must be > 0, or null")
     combinations = grid(request.axes)
@@ -190,17 +232,21 @@ def _plans(request: SweepRequest) -> list[Plan]:
     return jobs
 
 
-def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str | None) -> None:
-    """Raises `UserError` for a folder that another sweep uses, or whose runs cannot be resumed as these jobs."""
+def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str | None, *, joins: bool) -> None:
+    """Raises `UserError` for a folder that another sweep uses, or whose runs cannot be resumed as these jobs.
+
+    `joins`: workers that run this sweep already are no reason.
+    """
     from dlopt.training.checkpoint.checkpoints import Checkpoints  # imports torch
     from dlopt.training.progress import check_lengthened
 
-    if sweep.is_live():
+    working = live_workers(sweep.path)
+    if sweep.is_live() or (working and not joins):
         raise UserError(f"{key}: another sweep is active in this folder")
     for job in jobs:
         job.folder.refuse_newer(key)
     for job in [job for job in jobs if job.folder.has_begun()]:
-        if resume != "auto":
+        if resume != "auto" and not working:
             raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
         folder, saved = job.folder, job.plan.saved
         former = folder.config() or saved
@@ -256,4 +302,4 @@ def start_job(config: DictConfig) -> str:
     except UserError as error:
         return sweep_jobs.record_failure(folder, str(error)).status
     job = Job(int(hydra.job.num), folder, plan, " ".join(overrides))
-    return pools.run_jobs([job], 1, pools.local(n_jobs=1))[job.number]
+    return pools.run_jobs([job], 1, pools.local(n_jobs=1, stop_on_failure=False))[job.number]

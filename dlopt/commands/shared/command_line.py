@@ -75,6 +75,7 @@ class Line:
 
     composer: Composer
     overrides: list[str]
+    typed: tuple[str, ...] = ()  # the overrides before any was taken
 
     def take(self, target: Callable[..., Any]) -> tuple[dict[str, Any], "Line"]:
         """Returns the checked keyword-only arguments of `target` and the line without them. Raises `UserError`."""
@@ -224,7 +225,7 @@ def read_line(arguments: list[str], *, several: str) -> Line:
     for flag, value in vars(parsed).items():
         if value and flag not in ("overrides", "config_dir", "config_name"):
             raise UserError(f"--{flag.replace('_', '-')}: only available in `dlopt train`")
-    return Line(Composer(parsed.config_name, parsed.config_dir), parsed.overrides)
+    return Line(Composer(parsed.config_name, parsed.config_dir), parsed.overrides, tuple(parsed.overrides))
 
 
 def on_checkpoint(

@@ -156,15 +156,15 @@ def _refuse_drawn(overrides: Iterable[str], candidates: "Mapping[str, Candidate]
 # -- the run
 
 
-def _launch(line: Line, request: "TrialRequest") -> int:
-    """Runs the waiting trials; returns how many of them other processes are running.
+def _launch(line: Line, request: "TrialRequest") -> int | None:
+    """Runs the waiting trials; returns how many of them other processes are running; None: submitted workers run them.
 
     On a signal, raises KeyboardInterrupt.
     """
     from dlopt.lab.benchmark.trials import run_trials
 
-    pool, plan_job = launcher(line, request.overrides)
-    return run_trials(request, plan_job, pool)
+    launched = launcher(line, request.overrides, "benchmark", request.folder, len(request.waiting()))
+    return None if launched is None else run_trials(request, launched[1], launched[0])
 
 
 def _run(
@@ -230,6 +230,8 @@ def _run(
     print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)
     try:
         elsewhere = _launch(line, request) if waiting else 0
+        if elsewhere is None:
+            return DONE
         if elsewhere:
             print(f"{elsewhere} trials are running in other processes; they report the complete results")
         with locked(request.folder / _LOCK):  # processes that share the trials finish at about the same time

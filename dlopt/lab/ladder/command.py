@@ -140,8 +140,8 @@ def _run(
     ended_before = f", {ended} of which have ended" if ended else ""
     print(f"{_sizes(ladder)}\nabout {runs} runs{ended_before}; folder: {short_path(folder)}", flush=True)
     try:
-        if request.waiting():
-            _launch(line, request)
+        if request.waiting() and not _launch(line, request):
+            return DONE
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
@@ -198,12 +198,18 @@ def _default_rate(plain: Mapping[str, Any]) -> float | None:
     return float(lr) if isinstance(lr, int | float) else None
 
 
-def _launch(line: Line, request: LadderRequest) -> None:
-    """Runs all trials, also those that wait for others. On a signal, raises KeyboardInterrupt."""
+def _launch(line: Line, request: LadderRequest) -> bool:
+    """Runs all trials, also those that wait for others; returns whether they have ended: False if they were submitted.
+
+    On a signal, raises KeyboardInterrupt.
+    """
     from dlopt.lab.ladder.running import run
 
-    pool, plan_job = launcher(line, request.line(request.waiting()[0]))
-    run(request, plan_job, pool)
+    waiting = request.waiting()
+    launched = launcher(line, request.line(waiting[0]), "ladder", request.folder, len(waiting))
+    if launched is not None:
+        run(request, launched[1], launched[0])
+    return launched is not None
 
 
 def _sizes(ladder: Ladder) -> str:

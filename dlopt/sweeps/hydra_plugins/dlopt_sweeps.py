@@ -11,6 +11,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from dlopt.basics.errors import UserError
 from dlopt.config.choices import extensions, search
 
 
@@ -25,7 +26,7 @@ class Folders(SearchPathPlugin):
 
 
 class _PoolLauncher(Launcher):
-    """Runs jobs in the worker pool that a function builds. Hydra's task function is not called."""
+    """Runs jobs in the worker pool that a callable builds. Hydra's task function is not called."""
 
     function = ""  # its dotted name
 
@@ -35,18 +36,25 @@ class _PoolLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._loader, self._config = hydra_context.config_loader, config
 
-    def build_pool(self) -> Any:
-        from hydra.utils import get_method
+    def build(self) -> Any:
+        """Returns the checked `Pool`, or `Slurm`. Raises `UserError`."""
+        from hydra.utils import get_object
 
-        from dlopt.sweeps.pool import build_pool
+        from dlopt.sweeps.pool import build_launcher
 
-        return build_pool(get_method(self.function), self.settings)
+        return build_launcher(get_object(self.function), self.settings)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs jobs that a sweeper of another package has chosen; returns their statuses."""
         from dlopt.config.plan import Plan, as_job, checked
         from dlopt.sweeps.jobs import build_job, labels
-        from dlopt.sweeps.pool import run_jobs
+        from dlopt.sweeps.pool import Pool, run_jobs
+
+        pool = self.build()
+        if not isinstance(pool, Pool):
+            raise UserError(
+                "hydra/launcher=slurm: runs grids and hydra/sweeper=dlopt_optuna; run other sweepers in a job"
+            )
 
         def plan_job(overrides: Sequence[str], number: int) -> Plan:
             config = self._loader.load_sweep_config(self._config, list(overrides))
@@ -55,7 +63,7 @@ class _PoolLauncher(Launcher):
         folder, names = Path(str(self._config.hydra.sweep.dir)), labels(job_overrides)
         numbered = enumerate(zip(job_overrides, names, strict=True), initial_job_idx)
         jobs = (build_job(plan_job, folder, overrides, number, name) for number, (overrides, name) in numbered)
-        statuses = run_jobs(jobs, len(job_overrides), self.build_pool())
+        statuses = run_jobs(jobs, len(job_overrides), pool)
         return [
             JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=statuses[number])
             for number, overrides in enumerate(job_overrides, initial_job_idx)
@@ -77,7 +85,7 @@ class GpuLauncher(_PoolLauncher):
 class SlurmLauncher(_PoolLauncher):
     """hydra/launcher=slurm."""
 
-    function = "dlopt.sweeps.slurm.slurm"
+    function = "dlopt.sweeps.slurm.Slurm"
 
 
 PLUGINS = (Folders, LocalLauncher, GpuLauncher, SlurmLauncher)

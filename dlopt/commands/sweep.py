@@ -1,0 +1,180 @@
+"""`dlopt sweep`: looks at a sweep from its folder, and stops, resumes and joins one that was submitted."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from dlopt.basics.errors import DONE, UserError, suggest
+from dlopt.basics.formats import format_count, printable
+from dlopt.basics.ranges import Count
+from dlopt.commands.completion import folders
+from dlopt.commands.shared.command_line import take_command_keys
+from dlopt.commands.shared.document import print_document
+from dlopt.sweeps import submission
+from dlopt.sweeps.status import StatusReader, SweepStatus, wait
+from dlopt.tracking.terminal_text import short_path
+
+USAGE = """\
+Look at a sweep, and stop, resume or join one that was submitted
+
+Usage:
+  dlopt sweep status FOLDER [--json]
+  dlopt sweep wait FOLDER
+  dlopt sweep stop FOLDER
+  dlopt sweep resume FOLDER [trust=SHA256]
+  dlopt sweep work FOLDER [n_jobs=N] [trust=SHA256]
+
+`dlopt train -m hydra/launcher=slurm ...` submits a sweep: workers run its jobs without the shell that started them.
+(`dlopt train -m` starts a sweep; this command does not.)
+
+  status :: counts of jobs and workers. Exit code 0: all jobs have ended; 1: they have, and some failed; 75: some are \
+queued, running or interrupted
+  wait :: show the progress until the last job has ended, then the leaderboard; exit code as for status
+  stop :: stop the workers: running jobs write checkpoints
+  resume :: start the failed and interrupted jobs again, and workers for all that are left
+  work :: run jobs of the sweep on this machine, too, until none is left. It must see FOLDER under the same path
+
+Keys of status:
+  {_status}
+
+Keys of resume:
+  {_resume}
+
+Keys of work:
+  {_work}
+
+Examples:
+  dlopt sweep status outputs/train/DATE
+  dlopt sweep work outputs/train/DATE n_jobs=2
+"""
+
+_Trust = Annotated[
+    str | None, "SHA256: run the code in FOLDER although somebody else has submitted it; its first 12 digits or more"
+]
+complete = folders
+
+
+def sweep(arguments: list[str]) -> int:
+    """Runs a part of `dlopt sweep`. Raises `UserError`."""
+    parts: dict[str, Callable[..., int]] = {
+        "status": _status, "wait": _wait, "stop": _stop, "resume": _resume, "work": _work,
+    }  # fmt: skip
+    if not arguments or arguments[0] not in parts:
+        raise UserError(_start(arguments))
+    name, function = arguments[0], parts[arguments[0]]
+    values, rest = take_command_keys(function, arguments[1:], "sweep")
+    if len(rest) != 1:
+        raise UserError(f"sweep {name}: needs the folder of one sweep: dlopt sweep {name} outputs/train/DATE")
+    return function(Path(rest[0]), **values)
+
+
+def _start(arguments: Sequence[str]) -> str:
+    """Returns the message for a line that is no part of this command; for the start of a sweep, how to start it."""
+    if any("=" in each for each in arguments):
+        return f"sweep {' '.join(arguments)}: use `dlopt train -m {' '.join(arguments)}`"
+    names = ["status", "wait", "stop", "resume", "work"]
+    typed = arguments[0] if arguments else ""
+    return f"sweep {typed}: needs one of these words; {suggest(typed, names, 'dlopt sweep --help')}"
+
+
+def _status(folder: Path, *, json: Annotated[bool, "--: print a JSON document"] = False) -> int:
+    """Prints how far a sweep is; returns its exit code. Raises `UserError`."""
+    status = StatusReader(folder).read()
+    if json:
+        print_document(_document(folder, status))
+    else:
+        _print(folder, status)
+    return status.code
+
+
+def _print(folder: Path, status: SweepStatus) -> None:
+    counts = status.counts
+    names = ("finished", "stopped_early", "pruned", "running", "queued", "interrupted", "unfinished", "failed")
+    shown = [f"{counts[name]} {name.replace('_', ' ')}" for name in names if counts[name]]
+    print(f"{format_count('jobs', sum(counts.values()))}: {', '.join(shown) or 'none yet'}")
+    workers = [format_count("workers", len(status.workers))] if status.workers or status.waiting else []
+    workers += [f"{status.waiting} waiting for Slurm"] if status.waiting else []
+    if workers:
+        print(", ".join(workers))
+    for job in status.jobs:
+        if job.status == "running":
+            print(printable(f"  job {job.number}: {job.label}" + (f"  ({job.worker})" if job.worker else "")))
+    for record in status.records:
+        if record.status == "failed":
+            print(printable(f"  {short_path(record.path)} failed: {' '.join((record.reason or '').split())[:200]}"))
+    if status.stop_reason is not None:
+        print(printable(f"stopped: {status.stop_reason}"))
+    path = short_path(folder)
+    if status.is_lost:
+        how = f"dlopt sweep resume {path}" if submission.is_submitted(folder) else "its command with resume=auto"
+        print(f"no worker is left; go on with: {how}")
+    elif status.code == DONE:
+        print(f"next:\n  dlopt report {path}")
+
+
+def _document(folder: Path, status: SweepStatus) -> dict[str, Any]:
+    from dlopt.results import documents
+
+    return {
+        "folder": str(folder.absolute()),
+        "exit_code": status.code,
+        "total": status.total,
+        "counts": dict(status.counts),
+        "jobs": [
+            {
+                "number": job.number,
+                "folder": str(job.folder.absolute()),
+                "label": job.label,
+                "status": job.status,
+                "worker": job.worker or None,
+            }
+            for job in status.jobs
+        ],
+        "workers": list(status.workers),
+        "waiting_workers": status.waiting,
+        "stop_reason": status.stop_reason,
+        "skipped": documents.skipped_entries(status.damaged),
+    }
+
+
+def _wait(folder: Path) -> int:
+    """Waits for the end of a sweep; returns its exit code. Raises `UserError`."""
+    from dlopt.results.terminal import show_leaderboard
+
+    try:
+        status = wait(folder)
+    except KeyboardInterrupt:
+        print(f"the sweep goes on; stop it with: dlopt sweep stop {short_path(folder)}", file=sys.stderr)
+        raise
+    if status.records:
+        show_leaderboard(status.board())
+    print()
+    _print(folder, status)
+    return status.code
+
+
+def _stop(folder: Path) -> int:
+    """Stops the workers of a submitted sweep. Raises `UserError`."""
+    submission.read(folder)
+    status = StatusReader(folder).read()
+    submission.stop(folder, "dlopt sweep stop")
+    print(
+        f"stopping {format_count('workers', len(status.workers))}, which write checkpoints; go on with: "
+        f"dlopt sweep resume {short_path(folder)}"
+    )
+    return DONE
+
+
+def _resume(folder: Path, *, trust: _Trust = None) -> int:
+    """Submits workers for the jobs that are left. Raises `UserError`."""
+    job_id = submission.resume(folder, trust)
+    how = "no worker was submitted (hydra.launcher.n_jobs=0)" if job_id is None else f"Slurm job {job_id}"
+    print(f"resumed: {how}\nnext:\n  dlopt sweep status {short_path(folder)}")
+    return DONE
+
+
+def _work(folder: Path, *, n_jobs: Annotated[Count, "N: jobs at once (default: 1)"] = 1, trust: _Trust = None) -> int:
+    """Becomes a worker of a submitted sweep. Raises `UserError`."""
+    submission.become_worker(folder, trust, n_jobs)
+    return DONE

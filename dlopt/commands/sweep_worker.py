@@ -1,0 +1,54 @@
+"""The process of a worker: `python -m dlopt.commands.sweep_worker FOLDER SHA256 OPTIONS`, which Slurm starts.
+
+`dlopt sweep work FOLDER` becomes one, too. OPTIONS is a JSON object (`dlopt.sweeps.worker.Options`).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlopt.basics.errors import DONE, INTERRUPTED, ReportedError, RunError, UserError
+from dlopt.basics.interruption import end_on_signals, flush_streams, print_error
+from dlopt.commands.command_table import every_command
+from dlopt.config.packages import function
+from dlopt.sweeps import slurm, submission
+from dlopt.sweeps.worker import Options, work
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Runs a command of dlopt; returns its exit code."""
+    code: int = function(every_command()[words[0]])(list(words[1:]))
+    return code
+
+
+def main() -> int:
+    """Runs the worker given by `sys.argv`; returns its exit code."""
+    end_on_signals()
+    sweep, digest, options = Path(sys.argv[1]), sys.argv[2], Options(**json.loads(sys.argv[3]))
+    try:
+        submitted = submission.read(sweep)
+        if submitted.digest != digest:
+            print(f"{sweep}: submitted again since this worker was; nothing to do")
+            return DONE
+        submitted.check(sweep)
+        code = work(sweep, submitted, options, run_command)
+    except (UserError, RunError) as error:
+        print_error(str(error))
+        return error.code
+    except ReportedError as error:
+        return error.code
+    except KeyboardInterrupt as error:  # before the first job
+        print_error(str(error) or "interrupted")
+        code = INTERRUPTED
+    if code == INTERRUPTED and submission.stop_reason(sweep) is None:
+        flush_streams()
+        slurm.requeue_worker()
+    return code
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    flush_streams()
+    os._exit(exit_code)

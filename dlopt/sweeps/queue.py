@@ -1,0 +1,198 @@
+"""The jobs of a submitted sweep as its workers share them: which are queued, running, ended, and who runs them.
+
+FOLDER/workers/log holds one JSON line per event, appended under a lock. A worker holds a lock of its own while it
+lives, which the kernel releases: the jobs of a killed worker are free again. A network file system shows new lines as
+soon as the file is opened.
+"""
+
+import json
+import os
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import NewLines
+from dlopt.basics.folders import RunFolder, inside
+from dlopt.basics.locks import hold, is_held, locked
+from dlopt.sweeps.jobs import DescribedPlan, Job, JobResult
+from dlopt.sweeps.pool import JobSource
+from dlopt.tracking.overview import Overview
+
+WORKERS = "workers"  # in the folder of a sweep: the locks of its processes, and the files of a submitted one
+LOG, LOG_LOCK = "log", "log.lock"  # in that folder
+QUEUED, RUNNING = "queued", "running"
+
+
+def name_worker() -> str:
+    """Returns a name for this process, unique among those that work on one sweep."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+
+
+@contextmanager
+def alive(sweep: Path, worker: str) -> Iterator[None]:
+    """Holds the lock by which others see that this worker lives."""
+    path = sweep / WORKERS / f"{worker}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with hold(path):
+        yield
+    path.unlink(missing_ok=True)
+
+
+def live_workers(sweep: Path) -> list[str]:
+    """Returns the names of the processes that work on the sweep."""
+    locks = sorted((sweep / WORKERS).glob("*-*.lock"))
+    return [path.stem for path in locks if is_held(path)]
+
+
+@dataclass
+class JobState:
+    """A job in the log. `status`: `queued`, `running`, or the status of its summary; `worker`: that has it."""
+
+    folder: str
+    label: str
+    status: str = QUEUED
+    worker: str = ""
+    starts: int = 0
+
+
+@dataclass
+class Log:
+    """The events of a submitted sweep.
+
+    Attributes:
+        jobs: by number.
+        slurm: the ids of the Slurm jobs that were submitted for it.
+    """
+
+    sweep: Path
+    jobs: dict[int, JobState] = field(default_factory=dict)
+    slurm: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._path = self.sweep / WORKERS / LOG
+        self._lines = NewLines(self._path)
+
+    def read(self) -> "Log":
+        """Reads the events since the last call."""
+        with suppress(FileNotFoundError):
+            for line in self._lines.read().splitlines():
+                with suppress(ValueError, KeyError, TypeError, AttributeError):  # a line that a full disk has cut
+                    self._apply(json.loads(line))
+        return self
+
+    def _apply(self, event: Mapping[str, Any]) -> None:
+        match event:
+            case {"job": number, "folder": folder, "label": label}:
+                self.jobs[int(number)] = JobState(str(folder), str(label))
+            case {"claimed": number, "worker": worker}:
+                job = self.jobs[number]
+                job.status, job.worker, job.starts = RUNNING, str(worker), job.starts + 1
+            case {"returned": number}:
+                self.jobs[number].status = QUEUED
+            case {"ended": number, "status": status}:
+                self.jobs[number].status = str(status)
+            case {"slurm": job_id}:
+                self.slurm.append(str(job_id))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Reads the log, and keeps others from writing to it in the block."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self._path.with_name(LOG_LOCK)):
+            self.read()
+            yield
+
+    def append(self, **event: Any) -> None:
+        """Writes an event, within `locked`."""
+        with self._path.open("ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(end - 1, 0))
+            is_cut = file.read(1) not in (b"", b"\n")  # the disk was full, or the machine went down
+            file.write((b"\n" if is_cut else b"") + json.dumps(event).encode() + b"\n")
+        self.read()
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Queues jobs, also those that have ended before."""
+        for job in jobs:
+            self.append(job=job.number, folder=str(job.folder.path.relative_to(self.sweep)), label=job.label)
+
+    def counts(self) -> Counter[str]:
+        return Counter(job.status for job in self.jobs.values())
+
+    def free(self) -> Iterator[int]:
+        """Yields the jobs that a worker may take: queued ones, and then those of workers that no longer live."""
+        yield from (number for number, job in self.jobs.items() if job.status == QUEUED)
+        dead: dict[str, bool] = {}
+        for number, job in self.jobs.items():
+            if job.status == RUNNING:
+                if job.worker not in dead:
+                    dead[job.worker] = not is_held(self.sweep / WORKERS / f"{job.worker}.lock")
+                if dead[job.worker]:
+                    yield number
+
+
+class Queue(JobSource):
+    """Claims the jobs of a submitted grid one at a time, and records their ends.
+
+    Args:
+        environment: further variables of the jobs.
+        packages: what the configs of the jobs may name in `allow_packages`.
+        restarts: how often a job that was interrupted with its worker is started again.
+    """
+
+    def __init__(
+        self, sweep: Path, worker: str, environment: Mapping[str, str], packages: Sequence[str], restarts: int
+    ) -> None:
+        self._sweep, self._worker, self._restarts = sweep, worker, restarts
+        self._environment, self._packages = environment, packages
+        self._log = Log(sweep).read()
+        self.overview = Overview(len(self._log.jobs))
+
+    def next(self) -> Job | None:
+        with self._log.locked():
+            number = next(self._log.free(), None)
+            if number is None:
+                return None
+            if self._log.jobs[number].starts > self._restarts:
+                self._log.append(ended=number, status="interrupted")
+                return self.next()
+            self._log.append(claimed=number, worker=self._worker)
+        self.overview.update_shared(self._ended(), [])
+        return self._job(number)
+
+    def _job(self, number: int) -> Job:
+        state = self._log.jobs[number]
+        folder = RunFolder(inside(self._sweep, state.folder, f"{self._sweep}"))
+        config = folder.config()
+        composed: DescribedPlan | UserError
+        if config is None:
+            composed = UserError(f"{folder.path}: config.yaml is missing or unreadable")
+        elif foreign := sorted({*(config.get("allow_packages") or ())} - {*self._packages}):
+            composed = UserError(f"{folder.path}: allow_packages={foreign}: not submitted with this sweep")
+        else:
+            composed = DescribedPlan(config, self._environment)
+        return Job(number, folder, composed, state.label)
+
+    def _ended(self) -> Mapping[str, int]:
+        counts = self._log.read().counts()
+        finished = counts.pop("stopped_early", 0)
+        return {status: count for status, count in counts.items() if status not in (QUEUED, RUNNING)} | {
+            "finished": counts["finished"] + finished
+        }
+
+    def ended(self, job: Job, result: JobResult) -> None:
+        with self._log.locked():
+            if result.status == "interrupted" and self.is_stopping:
+                self._log.append(returned=job.number)
+            else:
+                self._log.append(ended=job.number, status=result.status)
+
+    def has_jobs_left(self) -> bool:
+        """Returns whether some job is queued, or was running in a worker that no longer lives."""
+        return next(self._log.read().free(), None) is not None

@@ -1,0 +1,157 @@
+"""How far a sweep is, from its folder alone: the jobs and their statuses, the workers, what is still to come."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
+from dlopt.basics.folders import SPACE, RunFolder
+from dlopt.results.leaderboard import Leaderboard, Record, leaderboard
+from dlopt.results.reading import Damaged, RunReader
+from dlopt.sweeps.queue import QUEUED, RUNNING, Log, live_workers
+from dlopt.sweeps.request import read_space
+from dlopt.sweeps.slurm import waiting
+from dlopt.sweeps.submission import is_submitted, stop_reason
+from dlopt.tracking.overview import Overview
+from dlopt.tracking.terminal_text import short_path
+
+_POLL_SECONDS = 2.0
+_LOST_SECONDS = 20.0  # without workers, after which a sweep will not go on
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """`status`: one of a run's, `queued`, or `running`; `worker`: that has it, if known."""
+
+    number: int
+    folder: Path
+    label: str
+    status: str
+    worker: str = ""
+
+
+@dataclass(frozen=True)
+class SweepStatus:
+    """The state of a sweep.
+
+    Attributes:
+        jobs: that have a folder, or wait in the queue.
+        total: jobs, also those that are not drawn yet; None: unknown.
+        workers: that live; `waiting`: that wait for an allocation of Slurm.
+        stop_reason: why the workers were told to stop.
+    """
+
+    jobs: Sequence[JobStatus]
+    total: int | None
+    workers: Sequence[str]
+    waiting: int
+    stop_reason: str | None
+    records: Sequence[Record]
+    damaged: Sequence[Damaged]
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Returns the number of jobs by status; jobs that are not drawn yet are queued."""
+        counts = Counter(job.status for job in self.jobs)
+        if self.total is not None and self.total > len(self.jobs):
+            counts[QUEUED] += self.total - len(self.jobs)
+        return counts
+
+    @property
+    def code(self) -> int:
+        """Returns 0 if all jobs have ended well, 1 if they have ended and some failed, 75 otherwise."""
+        counts = self.counts
+        if any(counts[status] for status in (QUEUED, RUNNING, "interrupted", "unfinished")):
+            return INTERRUPTED
+        return FAILED if counts["failed"] else DONE
+
+    @property
+    def is_lost(self) -> bool:
+        """Returns whether jobs are left, but nobody to run them."""
+        return self.code == INTERRUPTED and not self.workers and not self.waiting
+
+    def board(self) -> Leaderboard:
+        return leaderboard(self.records)
+
+
+class StatusReader:
+    """Reads the state of a sweep again and again; only what has changed since."""
+
+    def __init__(self, sweep: Path) -> None:
+        """Raises `UserError` for a folder without a sweep."""
+        self._sweep, self._reader, self._log = sweep, RunReader(), Log(sweep)
+        if not sweep.is_dir():
+            raise UserError(f"{sweep}: no such folder")
+        if not (sweep / SPACE).exists() and not is_submitted(sweep):
+            raise UserError(f"{short_path(sweep)}: not the folder of a sweep ({SPACE} is missing)")
+
+    def read(self) -> SweepStatus:
+        records, damaged = self._reader.read([self._sweep])
+        log, space = self._log.read(), read_space(self._sweep)
+        workers = live_workers(self._sweep)
+        jobs, total = self._of_log(workers) if log.jobs else (self._of_records(records), _total(space))
+        if RunFolder(self._sweep).is_live():
+            workers = [*workers, "the command that started it"]
+        waits = waiting(log.slurm)
+        return SweepStatus(jobs, total, workers, waits, stop_reason(self._sweep), records, damaged)
+
+    def _of_log(self, workers: Sequence[str]) -> tuple[list[JobStatus], int]:
+        jobs = []
+        for number, job in sorted(self._log.jobs.items()):
+            is_lost = job.status == RUNNING and job.worker not in workers
+            status = QUEUED if is_lost else job.status
+            worker = job.worker if status == RUNNING else ""
+            jobs.append(JobStatus(number, self._sweep / job.folder, job.label, status, worker))
+        return jobs, len(jobs)
+
+    def _of_records(self, records: Sequence[Record]) -> list[JobStatus]:
+        jobs = []
+        for index, record in enumerate(records):
+            number = int(record.path.name) if record.path.name.isdecimal() else index
+            jobs.append(JobStatus(number, record.path, " ".join(record.overrides), record.status))
+        return jobs
+
+
+def _total(space: object) -> int | None:
+    """Returns the number of jobs that the file of a sweep states; None if it does not."""
+    if isinstance(space, list):
+        return len(space)
+    total = space.get("total") if isinstance(space, dict) else None
+    return total if isinstance(total, int) else None
+
+
+def wait(sweep: Path) -> SweepStatus:
+    """Shows the progress of a sweep that others run until it ends, or until nobody is left to run it."""
+    reader = StatusReader(sweep)
+    status = reader.read()
+    overview = Overview(status.total or len(status.jobs))
+    before: dict[int, str] = {}
+    lost_since: float | None = None
+    try:
+        while True:
+            by_path = {record.path: record for record in status.records}
+            for job in status.jobs:
+                if before.get(job.number) != job.status:
+                    _show(overview, job, by_path.get(job.folder), is_known=not before)
+            before |= {job.number: job.status for job in status.jobs} or {-1: ""}
+            overview.refresh()
+            if status.code != INTERRUPTED:
+                return status
+            lost_since = (lost_since or time.monotonic()) if status.is_lost else None
+            if lost_since is not None and time.monotonic() - lost_since >= _LOST_SECONDS:
+                return status
+            time.sleep(_POLL_SECONDS)
+            status = reader.read()
+    finally:
+        overview.close()
+
+
+def _show(overview: Overview, job: JobStatus, record: Record | None, *, is_known: bool) -> None:
+    """Shows a job whose status has changed. `is_known`: before this command started."""
+    if job.status == RUNNING:
+        overview.started(job.number, job.label)
+    elif job.status not in (QUEUED, "unfinished"):
+        metrics, reason = ({}, "") if record is None else (record.metrics, record.reason or "")
+        overview.ended(job.number, job.label, job.status, metrics, reason, known=is_known)

@@ -1,0 +1,223 @@
+"""A sweep that runs without the shell that started it: what its folder holds for the workers, and how they start.
+
+FOLDER/workers/ holds `submission.json` (this module), `launcher.json` (the settings of hydra/launcher), `log` (the jobs
+of a grid, see `queue`), `.code/` (see `code_copy`), `repository.json` and `code.diff` (what the runs record of the
+user's repository), `stop` (why the workers are to stop), and the workers' locks and outputs.
+
+A stranger's folder runs nothing: a worker takes only a submission that its user has submitted, or whose SHA-256 the
+user has typed. It covers the code, the packages that jobs may import, and their environment.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import env_override
+
+from dlopt._version import __version__
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import read_json, write_atomically
+from dlopt.parallel.processes.launch import python_module
+from dlopt.run import environment as environments
+from dlopt.sweeps.queue import WORKERS, Log
+from dlopt.sweeps.slurm import Slurm, cancel_waiting
+from dlopt.tracking.terminal_text import short_path
+
+FILE, LAUNCHER, STOP = "submission.json", "launcher.json", "stop"  # in the folder of the workers
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a worker needs.
+
+    Attributes:
+        dlopt, torch: versions.
+        cwd: the folder in which the sweep was submitted, where the jobs run.
+        code: the folder of the copied code, relative to that of the sweep; `paths`: entries of sys.path in it.
+        sha256: of the copied code.
+        packages: that the configs of jobs may name in `allow_packages`.
+        environment: further variables of the jobs; `secrets`: those which no file holds.
+        tasks: processes of a job, which srun starts.
+        command: of dlopt that every worker runs; None: it takes the jobs in the log.
+    """
+
+    dlopt: str
+    torch: str
+    cwd: str
+    code: str
+    paths: tuple[str, ...]
+    sha256: str
+    packages: tuple[str, ...]
+    environment: Mapping[str, str]
+    secrets: tuple[str, ...]
+    tasks: int
+    command: tuple[str, ...] | None
+
+    @property
+    def digest(self) -> str:
+        return digest_of(asdict(self))
+
+    def import_paths(self, sweep: Path) -> list[str]:
+        """Returns the entries of sys.path of a worker."""
+        return [os.path.abspath(sweep / self.code / path) for path in self.paths]
+
+    def check(self, sweep: Path) -> None:
+        """Raises `UserError` if a worker in this environment would run something else."""
+        here = {"dlopt": self.dlopt if self.paths else __version__, "torch": version("torch")}
+        for name, submitted in {"dlopt": self.dlopt, "torch": self.torch}.items():
+            if here[name] != submitted:
+                raise UserError(
+                    f"{short_path(sweep)}: submitted with {name} {submitted}, but this is {name} {here[name]}; start "
+                    "the worker in the environment of the sweep"
+                )
+        if missing := [name for name in self.secrets if name not in os.environ]:
+            raise UserError(f"{short_path(sweep)}: its jobs need these environment variables: {', '.join(missing)}")
+        if not Path(self.cwd).is_dir():
+            raise UserError(f"{short_path(sweep)}: submitted in {self.cwd}, a folder that this machine does not have")
+
+
+def read(sweep: Path) -> Submission:
+    """Reads the submission in the folder of a sweep. Raises `UserError`."""
+    found = read_json(sweep / WORKERS / FILE)
+    names = {each.name for each in fields(Submission)}
+    if found is None:
+        raise UserError(f"{short_path(sweep)}: no sweep was submitted in this folder (hydra/launcher=slurm)")
+    if found.keys() != names:
+        raise UserError(f"{short_path(sweep)}: submitted with another version of dlopt, or damaged ({FILE})")
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return Submission(**values)
+
+
+def is_submitted(sweep: Path) -> bool:
+    return (sweep / WORKERS / FILE).is_file()
+
+
+# -- workers
+
+
+def start_workers(
+    sweep: Path, submission: Submission, launcher: Slurm, workers: int, secrets: Mapping[str, str]
+) -> str | None:
+    """Submits up to `workers` workers; returns their Slurm job id, None for hydra.launcher.n_jobs=0."""
+    count = min(launcher.n_jobs, workers)
+    if count == 0:
+        return None
+    options = {"requeue": launcher.requeue, "stop_on_failure": launcher.stop_on_failure}
+    line = worker_command(sweep, submission, options)
+    job_id = launcher.submit(count, line, (sweep / WORKERS).absolute(), Path(submission.cwd), secrets)
+    log = Log(sweep)
+    with log.locked():
+        log.append(slurm=job_id)
+    return job_id
+
+
+def worker_command(sweep: Path, submission: Submission, options: Mapping[str, Any]) -> list[str]:
+    """Returns the command line of a worker, with its import paths."""
+    arguments = str(sweep.absolute()), submission.digest, json.dumps(dict(options))
+    command = python_module("dlopt.commands.sweep_worker", *arguments)
+    paths = [*submission.import_paths(sweep), *filter(None, [os.environ.get("PYTHONPATH")])]
+    program = [command[0], "-P", *(word for word in command[1:] if word != "-P")]
+    return [*(["/usr/bin/env", f"PYTHONPATH={os.pathsep.join(paths)}"] if paths else []), *program]
+
+
+@contextlib.contextmanager
+def recorded_code(sweep: Path, submission: Submission) -> Iterator[None]:
+    """Makes the runs that are described in the block record the code of the submission."""
+    with env_override({environments.SUBMITTED: str((sweep / WORKERS).absolute())}):
+        yield
+
+
+def stop_reason(sweep: Path) -> str | None:
+    """Returns why the workers of a sweep are to stop; None if they are not."""
+    try:
+        return (sweep / WORKERS / STOP).read_text()[:200]
+    except OSError:
+        return None
+
+
+def stop(sweep: Path, reason: str) -> None:
+    """Makes the workers of a sweep stop with checkpoints, and cancels those that have not started."""
+    write_atomically(sweep / WORKERS / STOP, reason)
+    cancel_waiting(Log(sweep).read().slurm)
+
+
+def resume(sweep: Path, typed: str | None) -> str | None:
+    """Queues the failed and interrupted jobs again and submits workers; returns their Slurm job id.
+
+    `typed`: see `refuse_strangers`. Raises `UserError`.
+    """
+    submission, settings = read(sweep), read_json(sweep / WORKERS / LAUNCHER) or {}
+    refuse_strangers(sweep, submission, typed, digest_of(settings))
+    submission.check(sweep)
+    launcher = Slurm(**settings)
+    launcher.require()
+    log, count = Log(sweep), launcher.slots
+    with log.locked():
+        (sweep / WORKERS / STOP).unlink(missing_ok=True)
+        for number, job in sorted(log.jobs.items()):
+            if job.status in ("failed", "interrupted"):
+                log.append(job=number, folder=job.folder, label=job.label)
+        if submission.command is None:
+            count = len([*log.free()])
+    if count == 0:
+        raise UserError(f"{short_path(sweep)}: no job is left to run")
+    return start_workers(sweep, submission, launcher, count, {name: os.environ[name] for name in submission.secrets})
+
+
+def become_worker(sweep: Path, typed: str | None, slots: int) -> None:
+    """Replaces this process by a worker of the sweep. Raises `UserError`."""
+    submission = read(sweep)
+    refuse_strangers(sweep, submission, typed)
+    submission.check(sweep)
+    if submission.tasks > 1 and "SLURM_JOB_ID" not in os.environ:
+        raise UserError(f"{short_path(sweep)}: its jobs have {submission.tasks} processes, which srun starts")
+    command = worker_command(sweep, submission, {"slots": slots})
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def refuse_strangers(sweep: Path, submission: Submission, typed: str | None, *others: str) -> None:
+    """Raises `UserError` for a submission that this user has not submitted, unless its SHA-256 was typed.
+
+    `others`: digests of further files in the folder that matter.
+    """
+    digest = submission.digest
+    known = _trusted()
+    if typed is not None and len(typed) >= 12 and digest.startswith(typed):
+        return
+    if not {digest, *others} <= known:
+        raise UserError(
+            f"{short_path(sweep)}: you have not submitted this sweep, whose code would run; if you trust it, add "
+            f"trust={digest[:16]}"
+        )
+
+
+def _state() -> Path:
+    """Returns the file with the digests of what this user has submitted."""
+    home = os.path.expanduser("~/.local/state")
+    return Path(os.environ.get("XDG_STATE_HOME") or (home if os.path.isabs(home) else os.devnull), "dlopt", "submitted")
+
+
+def _trusted() -> set[str]:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return set(_state().read_text().split())
+    return set()
+
+
+def trust(*digests: str) -> None:
+    with contextlib.suppress(OSError):  # without a home: `trust=` is needed
+        _state().parent.mkdir(parents=True, exist_ok=True)
+        if new := set(digests) - _trusted():
+            with _state().open("a") as file:
+                file.write("".join(f"{each}\n" for each in sorted(new)))
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

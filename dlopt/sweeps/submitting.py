@@ -1,0 +1,231 @@
+"""Submits a sweep: writes what its workers need into its folder, and has Slurm start them."""
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dlopt._version import __version__
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import write_atomically, write_json
+from dlopt.basics.locks import locked
+from dlopt.basics.secrets import is_secret_name, redact
+from dlopt.config.compose import Composer
+from dlopt.config.overrides import SPACE, WAIT, key_of, quoted_plain, storable, value_of, without
+from dlopt.config.plan import Plan
+from dlopt.config.resolve import job_variables
+from dlopt.run import environment as environments
+from dlopt.sweeps.code_copy import CopiedCode, copy_code
+from dlopt.sweeps.jobs import Job, prepare
+from dlopt.sweeps.queue import WORKERS, Log, live_workers
+from dlopt.sweeps.request import SweepRequest
+from dlopt.sweeps.slurm import Slurm, cancel_waiting
+from dlopt.sweeps.submission import (
+    FILE,
+    LAUNCHER,
+    STOP,
+    Submission,
+    digest_of,
+    is_submitted,
+    read,
+    recorded_code,
+    start_workers,
+    trust,
+)
+from dlopt.tracking.terminal_text import short_path
+
+_CODE, _SETUP = ".code", "submit.lock"  # in the folder of the workers; hidden, because it holds no runs
+
+
+def submit_grid(request: SweepRequest, launcher: Slurm, folder: Path, jobs: Sequence[Job]) -> None:
+    """Submits the jobs of a grid that are not done. Raises `UserError`."""
+    plans = [job.plan for job in jobs]
+    variables = [plan.environment for plan in plans]
+    if any(each != variables[0] for each in variables):
+        raise UserError("hydra.job.env_set: must be the same for all jobs of a submitted sweep")
+    left = sum(not job.is_done for job in jobs)
+    packages = sorted({name for plan in plans for name in plan.saved.get("allow_packages") or ()})
+    again = request.config.resume == "auto"
+    job_id = submit(folder, launcher, jobs, packages=packages, environment=variables[0], workers=left, again=again)
+    print_submitted(folder, job_id, min(launcher.n_jobs, left), len(jobs))
+
+
+def submit_search(request: SweepRequest, launcher: Slurm, folder: Path, plan: Plan, total: int, left: int) -> None:
+    """Submits a search, whose workers draw the jobs, `left` of `total`. `plan`: of one. Raises `UserError`."""
+    files, flags = _config_files(request.composer)
+    words = without(request.words, WAIT, "resume", "hydra.sweep.dir")
+    for index, word in enumerate(words):
+        if key_of(word) == SPACE and (path := Path(os.path.expanduser(value_of(word).strip("'\"")))).is_file():
+            files["space"], words[index] = path, f"{SPACE}={{space}}"
+    own = ["resume=auto", f"hydra.sweep.dir={quoted_plain(str(folder.absolute()))}"]
+    command = ["train", "-m", *flags, *storable(words), *own]
+    packages = plan.saved.get("allow_packages") or ()
+    job_id = submit(
+        folder,
+        launcher,
+        None,
+        command=command,
+        files=files,
+        packages=packages,
+        environment=plan.environment,
+        workers=left,
+    )
+    print_submitted(folder, job_id, min(launcher.n_jobs, left), total)
+
+
+def submit_command(
+    launcher: Slurm, words: Sequence[str], composer: Composer, folder: Path, config: DictConfig, jobs: int
+) -> None:
+    """Submits workers that run a command of dlopt, which shares its jobs among processes. Raises `UserError`.
+
+    `config`: of one of its jobs.
+    """
+    launcher.require()
+    files, flags = _config_files(composer)
+    command = [words[0], *flags, *storable(words[1:])]
+    environment = job_variables(config)
+    packages = [str(name) for name in config.get("allow_packages") or ()]
+    job_id = submit(
+        folder,
+        launcher,
+        None,
+        command=command,
+        files=files,
+        packages=packages,
+        environment=environment,
+        workers=jobs,
+    )
+    print_submitted(folder, job_id, min(launcher.n_jobs, jobs), jobs)
+
+
+def _config_files(composer: Composer) -> tuple[dict[str, Path], list[str]]:
+    """Returns the folder of --config-dir, to be copied, and the flags that name the copy."""
+    flags = [f"--config-name={composer.config_name}"]
+    if composer.config_dir is None:
+        return {}, flags
+    return {"config": Path(composer.config_dir).absolute()}, ["--config-dir={config}", *flags]
+
+
+def print_submitted(folder: Path, job_id: str | None, workers: int, jobs: int) -> None:
+    """Prints how a submitted sweep goes on without this command."""
+    path = shlex.quote(short_path(folder))
+    how = "no workers" if job_id is None else f"{workers} workers, Slurm job {job_id}"
+    print(f"submitted {jobs} jobs: {how}")
+    print("next:", f"  dlopt sweep status {path}", f"  dlopt sweep wait {path}", f"  dlopt sweep stop {path}", sep="\n")
+
+
+def submit(
+    sweep: Path,
+    launcher: Slurm,
+    jobs: Sequence[Job] | None,
+    *,
+    command: Sequence[str] | None = None,
+    files: Mapping[str, Path] | None = None,
+    packages: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    workers: int,
+    again: bool = False,
+) -> str | None:
+    """Writes what workers need into the folder of a sweep, and submits workers; returns their Slurm job id.
+
+    Args:
+        jobs: of a grid, which are described in their folders; None: every worker runs `command` of dlopt.
+        files: what `command` reads, to be copied by name: `{name}` in a word becomes the path of the copy.
+        packages: of `allow_packages`.
+        environment: further variables of the jobs.
+        workers: how many have something to do.
+        again: start jobs that failed or were interrupted again.
+
+    Raises:
+        UserError: workers of this sweep are running other code, the code is too large, or sbatch refuses.
+    """
+    public, secrets = _split(environment or {})
+    folder = sweep / WORKERS
+    folder.mkdir(exist_ok=True)
+    with locked(folder / _SETUP):  # of two submissions at the same time, the second finds the first
+        code = copy_code(packages, files or {}, folder / _CODE, [sweep.absolute(), Path("outputs").absolute()])
+        words = None if command is None else [_with_files(word, code, files or {}) for word in command]
+        submission = _submission(sweep, code, packages, public, sorted(secrets), launcher.tasks, words)
+        former = read(sweep) if is_submitted(sweep) else None
+        is_same = former is not None and former.digest == submission.digest
+        if not is_same and live_workers(sweep):
+            what = "code" if former is not None and former.sha256 != submission.sha256 else "settings"
+            raise UserError(
+                f"{short_path(sweep)}: workers of this sweep are running with other {what}; wait for them, stop them "
+                f"with `dlopt sweep stop {short_path(sweep)}`, or use another folder"
+            )
+        log = Log(sweep).read()
+        if not is_same:
+            cancel_waiting(log.slurm)  # they would find a sweep that is not theirs
+            write_atomically(folder / "log", b"")
+            log = Log(sweep)
+        _write(sweep, submission, launcher)
+        if jobs is not None:
+            with recorded_code(sweep, submission), log.locked():
+                _queue(log, jobs, again=again)
+        (folder / STOP).unlink(missing_ok=True)
+    return start_workers(sweep, submission, launcher, workers, secrets)
+
+
+def _submission(
+    sweep: Path,
+    code: CopiedCode,
+    packages: Sequence[str],
+    environment: Mapping[str, str],
+    secrets: Sequence[str],
+    tasks: int,
+    command: Sequence[str] | None,
+) -> Submission:
+    return Submission(
+        dlopt=__version__,
+        torch=version("torch"),
+        cwd=os.getcwd(),
+        code=str(code.folder.relative_to(sweep)),
+        paths=code.paths,
+        sha256=code.sha256,
+        packages=tuple(packages),
+        environment=environment,
+        secrets=tuple(secrets),
+        tasks=tasks,
+        command=None if command is None else tuple(command),
+    )
+
+
+def _split(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Splits variables into those that files may hold and secrets."""
+    secrets = {name: value for name, value in environment.items() if is_secret_name(name) or redact(value) != value}
+    return {name: value for name, value in environment.items() if name not in secrets}, secrets
+
+
+def _with_files(word: str, code: CopiedCode, files: Mapping[str, Path]) -> str:
+    for name, path in files.items():
+        word = word.replace(f"{{{name}}}", str((code.folder / name / path.name).absolute()))
+    return word
+
+
+def _write(sweep: Path, submission: Submission, launcher: Slurm) -> None:
+    folder = sweep / WORKERS
+    settings = asdict(launcher)
+    code, diff = environments.repository()
+    write_atomically(folder / FILE, json.dumps(asdict(submission), indent=1).encode())  # paths are not redacted
+    write_atomically(folder / LAUNCHER, json.dumps(settings, indent=1).encode())
+    facts = {"git_commit": environments.versions()["git_commit"], "code": code, "submitted_code": submission.sha256}
+    write_json(folder / environments.REPOSITORY, facts)
+    write_atomically(folder / environments.DIFF, diff.decode("utf-8", "surrogateescape"))
+    trust(submission.digest, digest_of(settings))
+
+
+def _queue(log: Log, jobs: Sequence[Job], *, again: bool) -> None:
+    """Describes the jobs that are to run in their folders, and queues them."""
+    for job in jobs:
+        known = log.jobs.get(job.number)
+        if known is None or (again and known.status in ("failed", "interrupted")):
+            done = job.folder.is_live() or prepare(job) is not None
+            log.add([job])
+            if done:
+                log.append(ended=job.number, status="finished")
