@@ -93,8 +93,8 @@ def _print(folder: Path, status: SweepStatus) -> None:
     names = ("finished", "stopped_early", "pruned", "running", "queued", "interrupted", "unfinished", "failed")
     shown = [f"{counts[name]} {name.replace('_', ' ')}" for name in names if counts[name]]
     print(f"{format_count('jobs', sum(counts.values()))}: {', '.join(shown) or 'none yet'}")
-    workers = [format_count("workers", len(status.workers))] if status.workers or status.waiting else []
-    workers += [f"{status.waiting} waiting for Slurm"] if status.waiting else []
+    workers = [format_count("workers", len(status.workers))] if status.workers else []
+    workers += [f"{format_count('workers', status.waiting)} waiting for Slurm"] if status.waiting else []
     if workers:
         print(", ".join(workers))
     for job in status.jobs:

@@ -168,6 +168,8 @@ class Queue(JobSource):
 
     def _job(self, number: int) -> Job:
         state = self._log.jobs[number]
+        if Path(state.folder).is_absolute() or ".." in Path(state.folder).parts:
+            raise UserError(f"{self._sweep}: the folder of job {number} must be below the sweep's: {state.folder}")
         folder = RunFolder(inside(self._sweep, state.folder, f"{self._sweep}"))
         config = folder.config()
         composed: DescribedPlan | UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
 from dlopt.basics.folders import SPACE, RunFolder
-from dlopt.results.leaderboard import Leaderboard, Record, leaderboard
+from dlopt.results.leaderboard import Leaderboard, Record, job_record, leaderboard
 from dlopt.results.reading import Damaged, RunReader
 from dlopt.sweeps.queue import QUEUED, RUNNING, Log, live_workers
 from dlopt.sweeps.request import read_space
@@ -73,7 +73,8 @@ class SweepStatus:
         return self.code == INTERRUPTED and not self.workers and not self.waiting
 
     def board(self) -> Leaderboard:
-        return leaderboard(self.records)
+        summaries = [(record, RunFolder(record.path).summary() or {}) for record in self.records]
+        return leaderboard([job_record(each.path, each.config, summary, each.overrides) for each, summary in summaries])
 
 
 class StatusReader:
@@ -131,10 +132,9 @@ def wait(sweep: Path) -> SweepStatus:
     lost_since: float | None = None
     try:
         while True:
-            by_path = {record.path: record for record in status.records}
             for job in status.jobs:
                 if before.get(job.number) != job.status:
-                    _show(overview, job, by_path.get(job.folder), is_known=not before)
+                    _show(overview, job, is_known=not before)
             before |= {job.number: job.status for job in status.jobs} or {-1: ""}
             overview.refresh()
             if status.code != INTERRUPTED:
@@ -148,10 +148,10 @@ def wait(sweep: Path) -> SweepStatus:
         overview.close()
 
 
-def _show(overview: Overview, job: JobStatus, record: Record | None, *, is_known: bool) -> None:
+def _show(overview: Overview, job: JobStatus, *, is_known: bool) -> None:
     """Shows a job whose status has changed. `is_known`: before this command started."""
     if job.status == RUNNING:
         overview.started(job.number, job.label)
     elif job.status not in (QUEUED, "unfinished"):
-        metrics, reason = ({}, "") if record is None else (record.metrics, record.reason or "")
-        overview.ended(job.number, job.label, job.status, metrics, reason, known=is_known)
+        summary = RunFolder(job.folder).summary() or {}
+        overview.ended(job.number, job.label, job.status, summary, str(summary.get("reason", "")), known=is_known)

@@ -161,8 +161,9 @@ def resume(sweep: Path, typed: str | None) -> str | None:
     log, count = Log(sweep), launcher.slots
     with log.locked():
         (sweep / WORKERS / STOP).unlink(missing_ok=True)
+        free = {*log.free()}
         for number, job in sorted(log.jobs.items()):
-            if job.status in ("failed", "interrupted"):
+            if job.status in ("failed", "interrupted") or number in free:  # counts its starts anew
                 log.append(job=number, folder=job.folder, label=job.label)
         if submission.command is None:
             count = len([*log.free()])

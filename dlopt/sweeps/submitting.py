@@ -45,14 +45,17 @@ _CODE, _SETUP = ".code", "submit.lock"  # in the folder of the workers; hidden, 
 def submit_grid(request: SweepRequest, launcher: Slurm, folder: Path, jobs: Sequence[Job]) -> None:
     """Submits the jobs of a grid that are not done. Raises `UserError`."""
     plans = [job.plan for job in jobs]
-    variables = [plan.environment for plan in plans]
-    if any(each != variables[0] for each in variables):
-        raise UserError("hydra.job.env_set: must be the same for all jobs of a submitted sweep")
     left = sum(not job.is_done for job in jobs)
     packages = sorted({name for plan in plans for name in plan.saved.get("allow_packages") or ()})
     again = request.config.resume == "auto"
-    job_id = submit(folder, launcher, jobs, packages=packages, environment=variables[0], workers=left, again=again)
+    job_id = submit(folder, launcher, jobs, packages=packages, environment=plans[0].environment, workers=left, again=again)
     print_submitted(folder, job_id, min(launcher.n_jobs, left), len(jobs))
+
+
+def refuse_different_environments(plans: Sequence[Plan]) -> None:
+    """Raises `UserError` for variables that differ between the jobs of a sweep that is to be submitted."""
+    if any(plan.environment != plans[0].environment for plan in plans):
+        raise UserError("hydra.job.env_set: must be the same for all jobs of a submitted sweep")
 
 
 def submit_search(request: SweepRequest, launcher: Slurm, folder: Path, plan: Plan, total: int, left: int) -> None:

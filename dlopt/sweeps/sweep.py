@@ -41,7 +41,7 @@ from dlopt.sweeps.jobs import Job, labels, record_dead
 from dlopt.sweeps.queue import live_workers
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
 from dlopt.sweeps.slurm import Slurm
-from dlopt.sweeps.submitting import submit_command, submit_grid
+from dlopt.sweeps.submitting import refuse_different_environments, submit_command, submit_grid
 from dlopt.tracking.terminal_text import short_path
 
 __all__ = ["build_launcher", "refuse_ranks", "request", "run", "submit_command"]
@@ -161,6 +161,8 @@ def _grid(request: SweepRequest) -> SweepEnd:
         for number, label in enumerate(labels([plan.lines for plan in plans])):
             print(f"job {number}: {label}")
         return request.estimate(plans, len(plans))
+    if isinstance(request.launcher, Slurm):
+        refuse_different_environments(plans)
     request.check_tracking(plans)
     folder = request.find_folder(
         lambda candidate: bool(plans) and _is_unfinished(candidate, _jobs(candidate.path, plans)),

@@ -1,67 +1,91 @@
-"""Job scripts that `hydra/launcher=slurm` submits."""
+"""What `hydra/launcher=slurm` asks of Slurm's commands."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dlopt.basics.errors import FAILED, UserError
-from dlopt.sweeps import slurm as launcher
-from dlopt.sweeps.pool import build_pool
+from dlopt.basics.errors import UserError
+from dlopt.sweeps import slurm
+from dlopt.sweeps.slurm import Slurm
 from tests.support.line import dlopt, refused
 from tests.sweeps.fake_slurm import SETTINGS, WriteTool
 
 
-def test_options_of_sbatch(write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The job script of a job with two nodes of 8 GPUs."""
-    write_tool("sbatch", 'for script; do :; done\ncp "$script" script\necho Submitted batch job 7')
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    resources = {"nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 12}
-    build_pool(launcher.slurm, {**SETTINGS, **resources}).start(0, tmp_path / "run", {})
+def test_options_of_sbatch(write_tool: WriteTool, tmp_path: Path) -> None:
+    """An array of workers with two nodes of 8 GPUs; a secret reaches sbatch as a variable only."""
+    write_tool("sbatch", f'echo "$@" >{tmp_path}/flags; cat >{tmp_path}/script; echo "$TOKEN" >{tmp_path}/token; echo "7;c"')
+    extra = {"constraint": "a100", "exclusive": True, "hold": False}
+    resources = {"nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 12, "mem_gb": 1.5, "extra": extra}
+    launcher = Slurm(**{**SETTINGS, **resources})
+    assert launcher.tasks == 16
+    assert launcher.submit(3, ["python", "a b"], tmp_path / "50%", tmp_path, {"TOKEN": "secret-1"}) == "7"
+    flags = (tmp_path / "flags").read_text().split()
+    for flag in (
+        "--parsable", "--array=0-2", "--requeue", "--signal=USR1@120", "--time=30", "--nodes=2", "--ntasks-per-node=8",
+        "--gpus-per-node=8", "--cpus-per-task=12", "--mem=1536M", "--constraint=a100", "--exclusive",
+        f"--output={tmp_path}/50%%/%A_%a.log",
+    ):  # fmt: skip
+        assert flag in flags, flags
+    assert not any(flag.startswith(("--partition", "--account", "--hold")) for flag in flags)
     script = (tmp_path / "script").read_text()
-    for option in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12", "signal=USR1@120"):
-        assert f"#SBATCH --{option}\n" in script, script
+    assert "srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=12 python 'a b'" in script
+    assert "secret-1" not in script + " ".join(flags) and (tmp_path / "token").read_text() == "secret-1\n"
 
 
-def test_job_does_not_end_while_the_controller_is_busy(
-    write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_refusals_of_sbatch(write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_tool("sbatch", "echo 'sbatch: error: invalid partition\n  specified: gpu' >&2; exit 1")
+    launcher = Slurm(**SETTINGS)
+    with pytest.raises(UserError, match="sbatch: sbatch: error: invalid partition specified: gpu$"):
+        launcher.submit(1, ["true"], tmp_path, tmp_path, {})
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="sbatch was not found"):
+        launcher.require()
+    replace(launcher, n_jobs=0).require()
+
+
+@pytest.mark.parametrize(
+    ("state", "requeued"),
+    [("RUNNING/None", True), ("COMPLETING/None", False), ("CANCELLED/None", False), ("COMPLETING/Preempted", True)],
+)
+def test_only_a_worker_that_was_not_cancelled_is_requeued(
+    state: str, requeued: bool, write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    write_tool("sbatch", "echo Submitted batch job 7")
-    write_tool("squeue", "exit 1")
-    monkeypatch.setattr(launcher, "_SUMMARY_SECONDS", 0.0)
-    (tmp_path / "run").mkdir()
-    job = build_pool(launcher.slurm, SETTINGS).start(0, tmp_path / "run", {})
-    assert job.poll() is None
-    write_tool("squeue", "")
-    assert job.poll() == FAILED
+    write_tool("squeue", f"echo {state}")
+    write_tool("scontrol", f'echo "$@" >>{tmp_path}/calls; exit 1')
+    slurm.requeue_worker()  # not in Slurm
+    assert not (tmp_path / "calls").exists()
+    for name, value in {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    slurm.requeue_worker()
+    assert (tmp_path / "calls").exists() == requeued
+    if requeued:
+        assert (tmp_path / "calls").read_text() == "requeue 11_3\n"
 
 
-def test_an_earlier_job_counts_as_running_until_squeue_answers(
-    write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    write_tool("sbatch", "echo Submitted batch job 8")
-    write_tool("squeue", "exit 1")
-    monkeypatch.setattr(launcher, "_SUMMARY_SECONDS", 0.0)
-    (tmp_path / "run/slurm").mkdir(parents=True)
-    (tmp_path / "run/slurm/job_id").write_text("7\n")
-    pool = build_pool(launcher.slurm, SETTINGS)
-    job = pool.find(tmp_path / "run")
-    assert job is not None and job.poll() is None
-    write_tool("squeue", "")  # it answers: job 7 has ended
-    assert job.poll() == FAILED and pool.find(tmp_path / "run") is None
+def test_workers_that_wait(write_tool: WriteTool, tmp_path: Path) -> None:
+    write_tool("squeue", "printf 'PENDING\\nRUNNING\\nPENDING\\n'")
+    write_tool("scancel", f'echo "$@" >{tmp_path}/cancelled')
+    assert slurm.waiting([]) == 0 and slurm.waiting(["7", "9"]) == 2
+    slurm.cancel_waiting(["7", "9"])
+    assert (tmp_path / "cancelled").read_text() == "--state=PENDING 7 9\n"
 
 
-def test_several_processes_need_a_parallel_mode(
-    write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    write_tool("sbatch", "")
+def test_several_processes_need_a_parallel_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("dlopt.sweeps.estimate.estimate_job", lambda *_: None)
     keys = ["-m", "hydra/launcher=slurm", "hydra.launcher.nodes=2", "seed=0,1", "dry_run=true"]
     assert "starts 2 processes per job, which would train the same model" in refused(tmp_path, "train", *keys)
     assert dlopt(tmp_path, "train", *keys, "parallel=ddp").code == 0
 
 
-def test_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="sbatch was not found"):
-        build_pool(launcher.slurm, SETTINGS)
+def test_words_that_do_not_fit(write_tool: WriteTool, tmp_path: Path) -> None:
+    write_tool("sbatch", "exit 1")
+    slurm_keys = ["-m", "hydra/launcher=slurm", "seed=0,1"]
+    for words, message in {
+        ("-m", "seed=0,1", "wait=true"): "wait=true: only for hydra/launcher=slurm",
+        (*slurm_keys, "wait=1"): "wait=1: must be true or false",
+        (*slurm_keys, "hydra.sweeper.max_batch_size=2"): "max_batch_size=2: not with hydra/launcher=slurm",
+        (*slurm_keys, "+hydra.job.env_set.A=${seed}"): "hydra.job.env_set: must be the same for all jobs",
+        ("wait=true",): "wait=true: only sweeps have this word; add -m",
+    }.items():
+        assert message in refused(tmp_path, "train", *words)
