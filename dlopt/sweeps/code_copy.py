@@ -75,7 +75,9 @@ def copy_code(
             for name, data in contents.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_bytes(data)
-            part.mkdir(parents=True, exist_ok=True)
+            for name, path in {"": Path(), **others}.items():  # also empty folders
+                if path.is_dir():
+                    (part / name / path.name).mkdir(parents=True, exist_ok=True)
             part.rename(folder)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be copied beside the sweep: {error.strerror}") from None

@@ -253,7 +253,8 @@ class _Workers:
         Kills those that still run after `GRACE` seconds: in C code, they may hang without noticing a signal.
         """
         jobs = format_count("jobs", len(self.active))
-        self._overview.message(f"{reason}: stopping {jobs}; resume with resume=auto")
+        what = f"stopping {jobs}" if self.active else "stopped"
+        self._overview.message(f"{reason}: {what}; resume with resume=auto")
         self._source.is_stopping = True
         for worker in self.active.values():
             worker.process.stop()

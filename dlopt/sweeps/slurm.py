@@ -2,19 +2,19 @@
 
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.utils import env_override
 
 from dlopt.basics.errors import INTERRUPTED, UserError
+from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import end_with
 from dlopt.basics.ranges import Count, Natural, Positive
 from dlopt.parallel.processes.launch import RECORD, python_module
@@ -23,7 +23,6 @@ from dlopt.sweeps.pool import Process
 
 _SIGNAL_SECONDS = 120  # before its time limit a worker is signalled, to write the checkpoint of its job
 _COMMAND_SECONDS = 60.0  # that a Slurm command may take
-_BINDING = re.compile(r"SLURM_(CPU|MEM|GPU|ACCEL)_BIND|SLURM_DISTRIBUTION")
 _REQUEUED_SECONDS = 60.0  # until Slurm kills a process that has requeued its job
 
 
@@ -87,9 +86,9 @@ class Slurm:
         }
         flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()
                  if value is not None and value is not False]  # fmt: skip
-        # In a step: on preemption, Slurm sends no signal to the batch script. The step shares its cores with those of
-        # jobs that have several processes. srun does not inherit --cpus-per-task since Slurm 22.05.
-        step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--cpus-per-task={self.cpus_per_task}"]
+        # In a step: Slurm signals no batch script on preemption. Jobs with several processes have steps of their own.
+        # srun does not inherit --cpus-per-task since Slurm 22.05.
+        step = [] if self.tasks > 1 else ["srun", "--nodes=1", "--ntasks=1", f"--cpus-per-task={self.cpus_per_task}"]
         script = f"#!/bin/sh\nexec {shlex.join([*step, *command])}\n"
         with env_override(dict(secrets)):
             done = _run("sbatch", "--parsable", *flags, text=script)
@@ -140,18 +139,32 @@ def _run(*command: str, text: str | None = None) -> "subprocess.CompletedProcess
 # -- jobs with several processes
 
 
-class Step:
-    """The ranks of a job, which srun starts on all nodes of this allocation."""
+class Allocation:
+    """Starts jobs whose ranks fill all nodes of this allocation, by srun.
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], tasks: int) -> None:
-        # Not how the step of this worker is bound. Rank 0 records a config error: nobody reads its output.
-        inherited = {name: value for name, value in os.environ.items() if not _BINDING.match(name)}
-        variables = {**inherited, **environment, RECORD: "1"}
-        nodes = int(variables["SLURM_JOB_NUM_NODES"])
-        resources = [f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={tasks // nodes}"]
-        resources.append(f"--cpus-per-task={variables.get('SLURM_CPUS_PER_TASK', '1')}")
+    Slurm signals the ranks itself, at the time limit and on preemption, but not their worker, which the batch script
+    runs. `reason` then makes the worker stop, too.
+    """
+
+    def __init__(self, tasks: int) -> None:
+        self.tasks = tasks
+        self.reason: str | None = None
+
+    def start(self, _: int, folder: Path, environment: Mapping[str, str]) -> Process:
+        return _Step(self, folder, environment)
+
+
+class _Step:
+    """The ranks of a job."""
+
+    def __init__(self, allocation: Allocation, folder: Path, environment: Mapping[str, str]) -> None:
+        self._allocation, self._folder, self._is_stopped = allocation, folder, False
+        # Rank 0 records a config error: nobody reads its output.
+        variables = {**os.environ, **environment, RECORD: "1"}
+        if cores := variables.get("SLURM_CPUS_PER_TASK"):
+            variables["SRUN_CPUS_PER_TASK"] = cores  # srun does not inherit it since Slurm 22.05
         # --wait=60: once a rank has ended, kill the others after 60 s.
-        command = ["srun", "--overlap", "--wait=60", *resources, *python_module("dlopt.run.job", str(folder))]
+        command = ["srun", "--wait=60", f"--ntasks={allocation.tasks}", *python_module("dlopt.run.job", str(folder))]
         with (folder / OUTPUT).open("ab") as output:
             self._process = subprocess.Popen(
                 command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
@@ -159,10 +172,15 @@ class Step:
 
     def poll(self) -> int | None:
         code = self._process.poll()
+        has_limit = (RunFolder(self._folder).config() or {}).get("max_time") is not None  # of its own
+        if code == INTERRUPTED and not self._is_stopped and not has_limit:
+            self._allocation.reason = "Slurm has signalled the job"
+            return None  # until the worker stops, upon which another one goes on with the job
         return code if code is None or code <= 128 else 128 - code  # srun's code for a signal
 
     def stop(self) -> None:
-        self._send(signal.SIGTERM)  # srun passes it on to the ranks
+        self._is_stopped = True
+        self._send(signal.SIGUSR1)  # srun passes it on to the ranks; on SIGTERM it would kill them
 
     def kill(self) -> None:
         self._send(signal.SIGKILL)
@@ -170,8 +188,3 @@ class Step:
     def _send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
-
-
-def start_step(tasks: int) -> Callable[[int, Path, Mapping[str, str]], Process]:
-    """Returns a function that starts a job in `tasks` processes."""
-    return lambda _, folder, environment: Step(folder, environment, tasks)

@@ -48,7 +48,9 @@ def submit_grid(request: SweepRequest, launcher: Slurm, folder: Path, jobs: Sequ
     left = sum(not job.is_done for job in jobs)
     packages = sorted({name for plan in plans for name in plan.saved.get("allow_packages") or ()})
     again = request.config.resume == "auto"
-    job_id = submit(folder, launcher, jobs, packages=packages, environment=plans[0].environment, workers=left, again=again)
+    job_id = submit(
+        folder, launcher, jobs, packages=packages, environment=plans[0].environment, workers=left, again=again
+    )
     print_submitted(folder, job_id, min(launcher.n_jobs, left), len(jobs))
 
 

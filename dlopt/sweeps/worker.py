@@ -36,13 +36,14 @@ def work(sweep: Path, submitted: Submission, options: Options, run_command: Call
     if RunFolder(sweep).is_live():
         raise UserError(f"{sweep}: another sweep is active in this folder")
     pool = pools.local(n_jobs=options.slots, stop_on_failure=options.stop_on_failure)
+    allocation = slurm.Allocation(submitted.tasks)
     if submitted.tasks > 1:
-        pool = replace(pool, slots=1, start=slurm.start_step(submitted.tasks))
+        pool = replace(pool, slots=1, start=allocation.start)
     # Once a second, because the folder may be on a network file system; the end of a job is noticed at once.
-    pool = replace(pool, poll_seconds=1.0, stop_reason=lambda: submission.stop_reason(sweep))
+    pool = replace(pool, poll_seconds=1.0, stop_reason=lambda: submission.stop_reason(sweep) or allocation.reason)
     with submission.recorded_code(sweep, submitted), _pool_of_commands(pool):
         if submitted.command is None:
-            return _take_jobs(sweep, submitted, options, pool)
+            return _take_jobs(sweep, submitted, options, pool, allocation)
         os.environ.update(submitted.environment)
         code = run_command(submitted.command)
     if code == FAILED and options.stop_on_failure and submission.stop_reason(sweep) is None:
@@ -50,7 +51,7 @@ def work(sweep: Path, submitted: Submission, options: Options, run_command: Call
     return code
 
 
-def _take_jobs(sweep: Path, submitted: Submission, options: Options, pool: Pool) -> int:
+def _take_jobs(sweep: Path, submitted: Submission, options: Options, pool: Pool, allocation: slurm.Allocation) -> int:
     """Takes the jobs of a grid; returns 75 if some are left."""
     worker = queue.name_worker()
     if submitted.tasks == 1:
@@ -62,7 +63,7 @@ def _take_jobs(sweep: Path, submitted: Submission, options: Options, pool: Pool)
             reason = pools.run(source, pool, source.overview)
         except KeyboardInterrupt:
             return INTERRUPTED if source.has_jobs_left() else DONE
-    if reason is not None and submission.stop_reason(sweep) is None:
+    if reason is not None and allocation.reason is None and submission.stop_reason(sweep) is None:
         submission.stop(sweep, reason)
     return DONE if reason is None else INTERRUPTED
 

@@ -43,7 +43,9 @@ def test_tracked_and_untracked_files_are_copied(repository: Path, tmp_path: Path
     settings = repository.parent / "settings"
     settings.mkdir()
     (settings / "a.yaml").write_text("a: 1\n")
-    copied = copy_code(["mine_copied.optim", "torch"], {"config": settings}, tmp_path / "code", [repository / "outputs"])
+    copied = copy_code(
+        ["mine_copied.optim", "torch"], {"config": settings}, tmp_path / "code", [repository / "outputs"]
+    )
     names = {str(path.relative_to(copied.folder)) for path in copied.folder.rglob("*") if path.is_file()}
     others = {name for name in names if not name.startswith("dlopt/")}
     assert others == {
@@ -86,5 +88,7 @@ def test_too_much(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(code_copy, "MAX_BYTES", 900)
     copy_code(["mine_copied"], {}, tmp_path / "code", [])
     (repository / "large.bin").write_bytes(bytes(2000))
-    with pytest.raises(UserError, match=r"more than .*\(largest: .*large.bin, 1.95 KiB\); add what is no code to .gitig"):
+    with pytest.raises(
+        UserError, match=r"more than .*\(largest: .*large.bin, 1.95 KiB\); add what is no code to .gitig"
+    ):
         copy_code(["mine_copied"], {}, tmp_path / "code", [])

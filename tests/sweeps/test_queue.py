@@ -24,7 +24,12 @@ def submit(sweep: Path, count: int) -> Log:
         (sweep / str(number)).mkdir(parents=True)
         write_yaml(sweep / str(number) / "config.yaml", {"allow_packages": []})
     with log.locked():
-        log.add([Job(number, RunFolder(sweep / str(number)), DescribedPlan({}, {}), f"seed={number}") for number in range(count)])
+        log.add(
+            [
+                Job(number, RunFolder(sweep / str(number)), DescribedPlan({}, {}), f"seed={number}")
+                for number in range(count)
+            ]
+        )
     return log
 
 
@@ -40,7 +45,11 @@ def living(sweep: Path, *names: str) -> Iterator[None]:
         yield
 
 
-@given(moves=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["finished", "failed", "stop", "die"])), max_size=30))
+@given(
+    moves=st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from(["finished", "failed", "stop", "die"])), max_size=30
+    )
+)
 def test_every_job_ends_once(moves: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> None:
     """Workers take, finish and return jobs, or die, in any order; then one worker runs what is left."""
     sweep = tmp_path_factory.mktemp("sweep")
@@ -114,7 +123,7 @@ def test_what_a_job_may_be(tmp_path: Path) -> None:
     for folder in ("../0", "/tmp", "link"):
         with log.locked():
             log.append(job=1, folder=folder, label="")
-        with pytest.raises(UserError, match="link|must be below"):
+        with pytest.raises(UserError, match=r"link|must be below"):
             worker(tmp_path, "b-1").next()
 
 

@@ -14,9 +14,18 @@ from tests.sweeps.fake_slurm import SETTINGS, WriteTool
 
 def test_options_of_sbatch(write_tool: WriteTool, tmp_path: Path) -> None:
     """An array of workers with two nodes of 8 GPUs; a secret reaches sbatch as a variable only."""
-    write_tool("sbatch", f'echo "$@" >{tmp_path}/flags; cat >{tmp_path}/script; echo "$TOKEN" >{tmp_path}/token; echo "7;c"')
+    write_tool(
+        "sbatch", f'echo "$@" >{tmp_path}/flags; cat >{tmp_path}/script; echo "$TOKEN" >{tmp_path}/token; echo "7;c"'
+    )
     extra = {"constraint": "a100", "exclusive": True, "hold": False}
-    resources = {"nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 12, "mem_gb": 1.5, "extra": extra}
+    resources = {
+        "nodes": 2,
+        "tasks_per_node": 8,
+        "gpus_per_node": 8,
+        "cpus_per_task": 12,
+        "mem_gb": 1.5,
+        "extra": extra,
+    }
     launcher = Slurm(**{**SETTINGS, **resources})
     assert launcher.tasks == 16
     assert launcher.submit(3, ["python", "a b"], tmp_path / "50%", tmp_path, {"TOKEN": "secret-1"}) == "7"
@@ -29,14 +38,14 @@ def test_options_of_sbatch(write_tool: WriteTool, tmp_path: Path) -> None:
         assert flag in flags, flags
     assert not any(flag.startswith(("--partition", "--account", "--hold")) for flag in flags)
     script = (tmp_path / "script").read_text()
-    assert "srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=12 python 'a b'" in script
+    assert "exec python 'a b'" in script
     assert "secret-1" not in script + " ".join(flags) and (tmp_path / "token").read_text() == "secret-1\n"
 
 
 def test_refusals_of_sbatch(write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_tool("sbatch", "echo 'sbatch: error: invalid partition\n  specified: gpu' >&2; exit 1")
     launcher = Slurm(**SETTINGS)
-    with pytest.raises(UserError, match="sbatch: sbatch: error: invalid partition specified: gpu$"):
+    with pytest.raises(UserError, match=r"sbatch: sbatch: error: invalid partition specified: gpu$"):
         launcher.submit(1, ["true"], tmp_path, tmp_path, {})
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="sbatch was not found"):

@@ -1,105 +1,136 @@
-"""`hydra/launcher=slurm` on a real Slurm."""
+"""`hydra/launcher=slurm` on a real Slurm: submit, log out, find the sweep done."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.support.slurm import EPOCHS, LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
+from dlopt.sweeps.queue import Log
+from tests.support.slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
+
+ONE_PROCESS = [word for word in LONG if not word.startswith("parallel")]
 
 
-def begin_sweep(cluster: Cluster, *arguments: str) -> "subprocess.Popen[str]":  # noqa: F811
-    line = [sys.executable, "-m", "dlopt", "train", "-m", "hydra/launcher=slurm", "hydra.launcher.time=30", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(line, cwd=cluster.home, env=cluster.environment, **pipes)  # type: ignore[call-overload]
+def submit(cluster: Cluster, sweep: str, *words: str, workers: int = 1) -> str:  # noqa: F811
+    """Submits a sweep and returns its Slurm job id."""
+    keys = ["hydra/launcher=slurm", "hydra.launcher.time=30", f"hydra.launcher.n_jobs={workers}"]
+    said = cluster.run(sys.executable, "-m", "dlopt", "train", "-m", *keys, *words, f"hydra.sweep.dir={sweep}")
+    return said.partition("Slurm job ")[2].split()[0]
 
 
-def test_sweep_survives_a_requeued_job(cluster: Cluster) -> None:  # noqa: F811
-    """A job reaches its time limit, writes a checkpoint and is requeued, without an effect on the sweep."""
-    long = [each for each in LONG if not each.startswith("parallel")]
-    sweep = begin_sweep(cluster, *long, "optimizer.lr=0.01,0.02", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=jobs")
-    first, second = cluster.home / "jobs/0", cluster.home / "jobs/1"
+def dlopt(cluster: Cluster, *words: str) -> "subprocess.CompletedProcess[str]":  # noqa: F811
+    line = [sys.executable, "-m", "dlopt", *words]
+    return subprocess.run(line, cwd=cluster.home, env=cluster.environment, capture_output=True, text=True, timeout=240)
+
+
+def wait_until(condition: Callable[[], bool], sweep: Path) -> None:
     deadline = time.monotonic() + 150
-    while not (first / "metrics.jsonl").exists() or len((first / "metrics.jsonl").read_text()) < 1000:
-        assert time.monotonic() < deadline and sweep.poll() is None, sweep.communicate()
+    while not condition():
+        logs = [path.read_text()[-2000:] for path in (sweep / "workers").glob("*.log")]
+        assert time.monotonic() < deadline, (logs, (sweep / "workers/log").read_text())
         time.sleep(0.2)
-    number = (first / "slurm/job_id").read_text().strip()
-    cluster.run("scancel", "--signal=USR1", number)  # as Slurm does before the time is over
-    cluster.wait(number, lambda: cluster.restarts(number) == 1 and cluster.states(number) == ["PENDING"])
-    stopped = summary(first)
-    assert stopped["status"] == "interrupted"
-    cluster.start_now(number)
-    said, _ = sweep.communicate(timeout=200)
-    assert sweep.returncode == 0, said
-    assert summary(first)["status"] == summary(second)["status"] == "finished"
-    assert summary(first)["resumed_from"] == [stopped["steps"]] and summary(second)["resumed_from"] == []
 
 
-def test_cancelled_job_does_not_affect_others(cluster: Cluster) -> None:  # noqa: F811
-    sweep = begin_sweep(cluster, *SMALL, "epochs=100000,1", "checkpoint.every_epochs=null", "hydra.sweep.dir=cancelled")
-    folder, deadline = cluster.home / "cancelled/0", time.monotonic() + 150
-    while not (folder / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline and sweep.poll() is None, sweep.communicate()
-        time.sleep(0.2)
-    cluster.run("scancel", (folder / "slurm/job_id").read_text().strip())
-    said, _ = sweep.communicate(timeout=200)
-    assert sweep.returncode == 75, said  # Slurm gives it the time for a checkpoint
-    assert summary(folder)["status"] == "interrupted" and (folder / "checkpoints/last.pt").is_file()
-    assert summary(cluster.home / "cancelled/1")["status"] == "finished"
+def has_begun(run: Path, lines: int = 5) -> bool:
+    path = run / "metrics.jsonl"
+    return path.exists() and len(path.read_text().splitlines()) > lines
 
 
-def test_jobs_with_several_nodes(cluster: Cluster) -> None:  # noqa: F811
-    keys = ["hydra.launcher.nodes=2", "hydra.launcher.n_jobs=1", "epochs=1"]
-    sweep = begin_sweep(cluster, *SMALL, *keys, "parallel=ddp", "seed=0,1", "hydra.sweep.dir=distributed")
-    said, _ = sweep.communicate(timeout=200)
-    assert sweep.returncode == 0, said
-    for number in range(2):
-        done = summary(cluster.home / f"distributed/{number}")
-        assert (done["status"], done["parallel"], done["processes"]) == ("finished", "ddp", 2)
-
-
-ONE_AT_A_TIME = [*(each for each in LONG if not each.startswith("parallel")), "hydra.launcher.n_jobs=1"]
-
-
-def slurm_job(folder: Path) -> str:
-    return (folder / "slurm/job_id").read_text().strip()
-
-
-def test_short_jobs_share_a_warm_worker(cluster: Cluster) -> None:  # noqa: F811
-    """They give the metrics of a local sweep, and each has its own log."""
-    line = [*SMALL, "epochs=2", "augmentation=crop_flip", "seed=range(0,3)"]
-    said, _ = (sweep := begin_sweep(cluster, *line, "hydra.launcher.n_jobs=1", "hydra.sweep.dir=warm")).communicate()
-    assert sweep.returncode == 0, said
+def test_the_login_shell_is_killed(cluster: Cluster) -> None:  # noqa: F811
+    """The sweep completes; short jobs share warm workers, and give the metrics of a local sweep."""
+    line = [*SMALL, "epochs=2", "augmentation=crop_flip", "seed=range(0,4)"]
+    keys = ["hydra/launcher=slurm", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=left", "wait=true"]
+    shell = subprocess.Popen(
+        ["/bin/sh", "-c", '"$@"; true', "sh", sys.executable, "-m", "dlopt", "train", "-m", *keys, *line],
+        cwd=cluster.home,
+        env=cluster.environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    sweep = cluster.home / "left"
+    wait_until(lambda: bool(Log(sweep).read().slurm), sweep)
+    os.killpg(shell.pid, signal.SIGKILL)
+    shell.wait()
+    done = dlopt(cluster, "sweep", "wait", "left")
+    assert done.returncode == 0 and "4 jobs: 4 finished" in done.stdout, done
     cluster.run(sys.executable, "-m", "dlopt", "train", "-m", *line, "hydra.sweep.dir=local")
-    warm, local = ([cluster.home / name / str(number) for number in range(3)] for name in ("warm", "local"))
-    assert len({slurm_job(folder) for folder in warm}) == 1
-    for ours, theirs in zip(warm, local, strict=True):
+    for number in range(4):
+        ours, theirs = sweep / str(number), cluster.home / "local" / str(number)
         for name in ("best_val_loss", "test_loss", "steps", "status"):
             assert summary(ours)[name] == summary(theirs)[name]
         log = (ours / "output.log").read_text()
         assert log.count("finished after 2 epochs") == 1 and "Traceback" not in log
+    status = json.loads(dlopt(cluster, "sweep", "status", "left", "--json").stdout)
+    assert status["counts"] == {"finished": 4} and status["workers"] == [] and status["exit_code"] == 0
 
 
-def test_a_crash_in_a_warm_worker_does_not_affect_the_next_job(cluster: Cluster) -> None:  # noqa: F811
-    targets = "data.train._target_=tests.support.slurm.Deadly,tests.support.slurm.Slow"
-    sweep = begin_sweep(cluster, *ONE_AT_A_TIME, "epochs=1", targets, "hydra.sweep.dir=crash")
-    said, _ = sweep.communicate(timeout=200)
-    dead, alive = cluster.home / "crash/0", cluster.home / "crash/1"
-    assert sweep.returncode == 1 and "killed by SIGKILL" in summary(dead)["reason"], said
-    assert summary(alive)["status"] == "finished" and slurm_job(dead) != slurm_job(alive)
+def test_a_requeued_worker_and_a_killed_one(cluster: Cluster) -> None:  # noqa: F811
+    """The first reaches its time limit; it is requeued, and its job goes on elsewhere. Then that one is killed."""
+    job = submit(cluster, "jobs", *ONE_PROCESS, "optimizer.lr=0.01,0.02", workers=2)
+    sweep = cluster.home / "jobs"
+    runs = [sweep / "0", sweep / "1"]
+    wait_until(lambda: all(map(has_begun, runs)), sweep)
+    cluster.run("scancel", "--signal=USR1", f"{job}_0")  # as Slurm does before the time is over
+    wait_until(lambda: cluster.states(f"{job}_0") == ["PENDING"], sweep)
+    assert cluster.restarts(f"{job}_0") == 1
+    assert sorted(state.status for state in Log(sweep).read().jobs.values()) == ["queued", "running"]
+    extra = submit(cluster, "jobs", *ONE_PROCESS, "optimizer.lr=0.01,0.02")  # shares the sweep
+    wait_until(lambda: [state.status for state in Log(sweep).read().jobs.values()] == ["running"] * 2, sweep)
+    time.sleep(1)
+    cluster.run("scancel", "--signal=KILL", "--full", f"{job}_1")
+    done = dlopt(cluster, "sweep", "wait", "jobs")
+    assert done.returncode == 0, done
+    starts = sorted(state.starts for state in Log(sweep).read().jobs.values())
+    assert starts == [2, 2] and all(summary(run)["status"] == "finished" for run in runs)
+    assert cluster.states(extra) == ["COMPLETED"]
+    cluster.run("scancel", job)
 
 
-def test_a_later_job_of_a_warm_worker_resumes_in_a_slurm_job_of_its_own(cluster: Cluster) -> None:  # noqa: F811
-    sweep = begin_sweep(cluster, *ONE_AT_A_TIME, f"epochs=1,{EPOCHS}", "hydra.sweep.dir=moved")
-    first, second = cluster.home / "moved/0", cluster.home / "moved/1"
-    deadline = time.monotonic() + 150
-    while not (second / "metrics.jsonl").exists() or len((second / "metrics.jsonl").read_text()) < 1000:
-        assert time.monotonic() < deadline and sweep.poll() is None, sweep.communicate()
-        time.sleep(0.2)
-    worker = slurm_job(second)
-    assert worker == slurm_job(first)
-    cluster.run("scancel", "--signal=USR1", worker)
-    said, _ = sweep.communicate(timeout=200)
-    assert sweep.returncode == 0, said
-    assert slurm_job(second) != worker and cluster.restarts(worker) == 0
-    assert summary(second)["status"] == "finished" and len(summary(second)["resumed_from"]) == 1
+def test_stop_and_resume(cluster: Cluster) -> None:  # noqa: F811
+    """A cancelled worker is not requeued; `stop` also cancels workers that wait for an allocation."""
+    job = submit(cluster, "stopped", *ONE_PROCESS, "optimizer.lr=0.01,0.02", workers=2)
+    sweep = cluster.home / "stopped"
+    wait_until(lambda: has_begun(sweep / "0"), sweep)
+    cluster.run("scancel", f"{job}_0")
+    wait_until(lambda: cluster.states(f"{job}_0") == ["CANCELLED"], sweep)
+    waiting = cluster.run("sbatch", "--parsable", "--begin=now+1hour", "--wrap=true").strip()
+    with (sweep / "workers/log").open("a") as file:
+        file.write(json.dumps({"slurm": waiting}) + "\n")
+    assert dlopt(cluster, "sweep", "stop", "stopped").returncode == 0
+    wait_until(lambda: cluster.states(f"{job}_1") in (["COMPLETED"], ["FAILED"]), sweep)
+    assert cluster.states(waiting) == ["CANCELLED"]
+    status = dlopt(cluster, "sweep", "status", "stopped")
+    assert status.returncode == 75 and "go on with: dlopt sweep resume stopped" in status.stdout
+    assert summary(sweep / "0")["status"] == "interrupted" and (sweep / "0/checkpoints/last.pt").is_file()
+    assert dlopt(cluster, "sweep", "resume", "stopped").returncode == 0
+    done = dlopt(cluster, "sweep", "wait", "stopped")
+    assert done.returncode == 0 and len(summary(sweep / "0")["resumed_from"]) == 1, done
+
+
+def test_jobs_with_several_nodes(cluster: Cluster) -> None:  # noqa: F811
+    """A worker starts the ranks of its jobs in its own allocation; preempted, it is requeued."""
+    job = submit(cluster, "ranks", *LONG, "optimizer.lr=0.01,0.02", "hydra.launcher.nodes=2")
+    sweep = cluster.home / "ranks"
+    wait_until(lambda: has_begun(sweep / "0"), sweep)
+    cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    wait_until(lambda: cluster.states(job) == ["PENDING"] and cluster.restarts(job) == 1, sweep)
+    assert summary(sweep / "0")["status"] == "interrupted"
+    cluster.start_now(f"{job}_0")
+    done = dlopt(cluster, "sweep", "wait", "ranks")
+    assert done.returncode == 0, done
+    for number in range(2):
+        run = summary(sweep / str(number))
+        assert (run["status"], run["parallel"], run["processes"]) == ("finished", "ddp", 2)
+        assert len(run["resumed_from"]) == 1 - number
+
+
+def test_workers_of_a_search(cluster: Cluster) -> None:  # noqa: F811
+    search = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=4", "optimizer.lr=tag(log,interval(0.01,1))"]
+    submit(cluster, "search", *SMALL, *search, "epochs=1", workers=2)
+    done = dlopt(cluster, "sweep", "wait", "search")
+    assert done.returncode == 0 and "4 jobs: 4 finished" in done.stdout, done
+    assert len({summary(run)["run_id"] for run in (cluster.home / "search").glob("[0-9]*")}) == 4

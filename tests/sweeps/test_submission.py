@@ -1,0 +1,177 @@
+"""A submitted sweep: what its folder holds, who may run it, and a second submission."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.basics.errors import UserError
+from dlopt.sweeps import submission
+from dlopt.sweeps.queue import WORKERS, Log, Queue, alive
+from tests.support.line import Result, dlopt
+from tests.sweeps.fake_slurm import SMALL, SUBMIT, WriteTool
+
+PLACE = "sweep"
+
+
+def said(result: Result) -> str:
+    assert result.code == 2 and "Traceback" not in result.err and result.err.count("\n") == 1, result
+    return result.err
+
+
+@pytest.fixture
+def slurm(write_tool: WriteTool, tmp_path: Path) -> Path:
+    """Fakes Slurm: sbatch appends its flags and the variable TOKEN to a file, which is returned."""
+    calls = tmp_path / "calls"
+    write_tool("sbatch", f'cat >{tmp_path}/script; echo "$TOKEN $@" >>{calls}; wc -l <{calls}')
+    write_tool("squeue", "true")
+    write_tool("scancel", f'echo cancelled "$@" >>{calls}')
+    return calls
+
+
+def jobs(tmp_path: Path) -> dict[int, str]:
+    return {number: job.status for number, job in Log(tmp_path / PLACE).read().jobs.items()}
+
+
+def test_what_is_submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command prints how to go on and ends; a secret is in no file."""
+    monkeypatch.setenv("TOKEN", "a-secret-of-mine")
+    secret = "+hydra.job.env_set={TOKEN:'${oc.env:TOKEN}',MODE:fast}"
+    words = [*SUBMIT, "hydra.launcher.n_jobs=5", "optimizer=sgd,adam", "seed=0,1", secret, *SMALL]
+    result = dlopt(tmp_path, *words)
+    assert result.code == 0, result
+    assert result.out.splitlines() == [
+        "submitted 4 jobs: 4 workers, Slurm job 1",
+        "next:", f"  dlopt sweep status {PLACE}", f"  dlopt sweep wait {PLACE}", f"  dlopt sweep stop {PLACE}",
+    ]  # fmt: skip
+    [call] = slurm.read_text().splitlines()
+    assert call.startswith("a-secret-of-mine --parsable") and "--array=0-3" in call
+    assert jobs(tmp_path) == dict.fromkeys(range(4), "queued")
+    stored = submission.read(tmp_path / PLACE)
+    assert (stored.environment, stored.secrets, stored.command) == ({"MODE": "fast"}, ("TOKEN",), None)
+    facts = json.loads((tmp_path / PLACE / "2/environment.json").read_text())
+    assert facts["submitted_code"] == stored.sha256
+    assert "optimizer=adam" in (tmp_path / PLACE / "2/overrides.yaml").read_text()
+    for path in (tmp_path / PLACE).rglob("*"):
+        assert not path.is_file() or b"a-secret-of-mine" not in path.read_bytes(), path
+    script = shlex.split((tmp_path / "script").read_text().splitlines()[1])
+    assert script[:3] == ["exec", "srun", "--nodes=1"] and script[-2] == stored.digest
+    paths = next(word for word in script if word.startswith("PYTHONPATH=")).partition("=")[2].split(":")
+    assert (Path(paths[0]) / "dlopt/cli.py").is_file() and Path(paths[0]).is_relative_to(tmp_path / PLACE)
+
+
+def test_a_second_submission_shares_the_sweep(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = [*SUBMIT, "hydra.launcher.n_jobs=1", "seed=0,1", *SMALL]
+    assert dlopt(tmp_path, *line).code == 0
+    with alive(tmp_path / PLACE, "other-1"):
+        queue = Queue(tmp_path / PLACE, "other-1", {}, [], 3)
+        job = queue.next()
+        assert job is not None
+        (job.folder.path / "summary.json").write_text('{"status": "interrupted"}')
+        result = dlopt(tmp_path, *line)
+        assert result.code == 0 and "Slurm job 2" in result.out, result
+        assert jobs(tmp_path) == {0: "running", 1: "queued"}
+        local = [word for word in line if "launcher" not in word]
+        assert "another sweep is active in this folder" in said(dlopt(tmp_path, *local))
+        monkeypatch.setattr("dlopt.sweeps.submitting.version", lambda _: "0.0")  # of torch
+        assert "workers of this sweep are running with other settings; wait" in said(dlopt(tmp_path, *line))
+    assert "this folder contains a sweep; resume it with resume=auto" in said(dlopt(tmp_path, *line))
+    assert dlopt(tmp_path, *line, "resume=auto").code == 0
+    assert jobs(tmp_path) == {0: "queued", 1: "queued"} and "cancelled --state=PENDING 1 2" in slurm.read_text()
+
+
+@pytest.fixture
+def submitted(tmp_path: Path) -> Path:
+    assert dlopt(tmp_path, *SUBMIT, "seed=0,1", *SMALL).code == 0
+    return tmp_path / PLACE
+
+
+def test_a_sweep_of_somebody_else_runs_nothing(
+    submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("os.execv", lambda *line: started.append(line))
+    assert dlopt(tmp_path, "sweep", "work", PLACE).code == 0 and len(started) == 1
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of-another-user"))
+    digest = submission.read(submitted).digest
+    for part in ("work", "resume"):
+        refused = said(dlopt(tmp_path, "sweep", part, PLACE))
+        assert (
+            f"you have not submitted this sweep, whose code would run; if you trust it, add trust={digest[:16]}"
+            in refused
+        )
+    assert "you have not" in said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust={digest[:8]}"))
+    assert dlopt(tmp_path, "sweep", "work", PLACE, f"trust={digest[:16]}").code == 0 and len(started) == 2
+    content = json.loads((submitted / WORKERS / submission.FILE).read_text())
+    content["environment"] = {"LD_PRELOAD": "/tmp/x.so"}
+    (submitted / WORKERS / submission.FILE).write_text(json.dumps(content))
+    assert "you have not" in said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust={digest[:16]}"))
+
+
+def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = submitted / WORKERS / submission.FILE
+    content = json.loads(path.read_text())
+    monkeypatch.setattr(submission, "refuse_strangers", lambda *_: None)
+    for change, message in {
+        ("torch", "1.0"): "submitted with torch 1.0, but this is torch",
+        ("secrets", ("NO_SUCH_TOKEN",)): "its jobs need these environment variables: NO_SUCH_TOKEN",
+        ("cwd", "/no/such/folder"): "submitted in /no/such/folder, a folder that this machine does not have",
+        ("tasks", 4): "its jobs have 4 processes, which srun starts",
+        ("more", 1): "submitted with another version of dlopt, or damaged",
+    }.items():
+        path.write_text(json.dumps({**content, change[0]: change[1]}))
+        assert message in said(dlopt(tmp_path, "sweep", "work", PLACE))
+    path.write_text(json.dumps({**content, "paths": [], "dlopt": "9.9"}))
+    assert "submitted with dlopt 9.9, but this is dlopt" in said(dlopt(tmp_path, "sweep", "work", PLACE))
+    path.write_text("{")
+    assert "no sweep was submitted in this folder" in said(dlopt(tmp_path, "sweep", "work", PLACE))
+
+
+def test_stop_and_resume(submitted: Path, slurm: Path, tmp_path: Path) -> None:
+    """Failed, interrupted and lost jobs are queued again, finished ones are not."""
+    log = Log(submitted).read()
+    with log.locked():
+        log.append(slurm="41")
+        log.append(claimed=0, worker="dead-1")
+        log.append(ended=1, status="failed")
+    result = dlopt(tmp_path, "sweep", "stop", PLACE)
+    assert result.code == 0 and submission.stop_reason(submitted) == "dlopt sweep stop"
+    assert "cancelled --state=PENDING 41" in slurm.read_text()
+    settings = submitted / WORKERS / submission.LAUNCHER
+    settings.write_text(settings.read_text().replace('"n_jobs": 0', '"n_jobs": 8'))
+    assert "you have not submitted" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
+    digest = submission.read(submitted).digest
+    result = dlopt(tmp_path, "sweep", "resume", PLACE, f"trust={digest}")
+    assert result.code == 0 and "resumed: Slurm job" in result.out, result
+    assert "--array=0-1" in slurm.read_text()
+    assert jobs(tmp_path) == {0: "queued", 1: "queued"} and submission.stop_reason(submitted) is None
+    with log.locked():
+        log.append(ended=0, status="finished")
+        log.append(ended=1, status="finished")
+    assert "no job is left to run" in said(dlopt(tmp_path, "sweep", "resume", PLACE, f"trust={digest}"))
+
+
+def test_words_of_a_search(slurm: Path, tmp_path: Path) -> None:
+    """Workers run its command in its folder, with copies of the files that it names."""
+    (tmp_path / "space.yaml").write_text('optimizer=sgd: {optimizer.lr: "0.1,0.2"}\n')
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    words = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=3", "optimizer=sgd", "space=space.yaml", *SMALL]
+    result = dlopt(tmp_path, *SUBMIT, "--config-dir", "mine", *words)
+    assert result.code == 0 and "submitted 3 jobs: no workers" in result.out, result
+    command = submission.read(tmp_path / PLACE).command
+    assert command is not None and command[:2] == ("train", "-m")
+    [config] = [word for word in command if word.startswith("--config-dir=")]
+    [space] = [word for word in command if word.startswith("space=")]
+    for word in (config, space):
+        path = Path(word.partition("=")[2])
+        assert path.exists() and path.is_relative_to(tmp_path / PLACE / WORKERS)
+    assert command[-2:] == ("resume=auto", f"hydra.sweep.dir='{tmp_path / PLACE}'")
+
+
+def test_the_folder_of_no_submission(tmp_path: Path) -> None:
+    for part in ("work", "stop", "resume"):
+        with pytest.raises(UserError, match="no sweep was submitted in this folder"):
+            submission.read(tmp_path)
+        assert "no sweep was submitted" in said(dlopt(tmp_path, "sweep", part, "."))
