@@ -279,7 +279,7 @@ COMPLETIONS = (
     ("dlopt find-lr optim", {"optimizer=", "optimizer."}, {"updates="}),
     ("dlopt runs --p", {"--paths"}, {"--yes"}),
     ("dlopt options opt", {"optimizer"}, {"optimizer="}),
-    ("dlopt template ", {"slurm", "array", "kubernetes", "docker"}, {"optimizer="}),
+    ("dlopt template ", {"slurm", "kubernetes", "docker"}, {"optimizer="}),
 )
 
 

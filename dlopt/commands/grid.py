@@ -1,4 +1,4 @@
-"""`dlopt grid`: prints the arguments of one job of a sweep, for the tasks of a job array."""
+"""`dlopt grid`: prints the arguments of one job of a sweep, for the tasks of another scheduler."""
 
 from hydra.types import RunMode
 
@@ -9,12 +9,12 @@ from dlopt.config.overrides import grid
 from dlopt.sweeps.axes import is_grid, read_axes
 
 USAGE = """\
-Print the arguments of one job of a sweep, for job arrays
+Print the arguments of one job of a sweep, for other schedulers
 
 Usage: dlopt grid NUMBER [group=choice] [key=a,b]
 
 NUMBER counts the combinations of values from 0, in the order of `dlopt train -m`. Prints one argument per line.
-`dlopt template array` prints a job script for Slurm that calls it; for another scheduler, call it in each task.
+Call it in each task of a job array. On Slurm, `dlopt train -m hydra/launcher=slurm` submits a whole sweep.
 
 Examples:
   dlopt grid 2 optimizer=sgd,adamw seed=0,1                # optimizer=adamw, seed=0

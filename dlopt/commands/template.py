@@ -8,7 +8,6 @@ from dlopt.commands.shared.command_line import read_line
 
 TEMPLATES = {  # name -> file in dlopt/templates/
     "slurm": "train.sbatch",
-    "array": "train.sbatch",
     "kubernetes": "kubernetes.yaml",
     "docker": "Dockerfile",
     "apptainer": "dlopt.def",
@@ -23,7 +22,6 @@ Usage: dlopt template NAME > FILE
        dlopt template schema [--config-dir DIR] > dlopt.schema.json
 
   slurm :: job script of sbatch: several nodes, requeue on preemption and timeout
-  array :: the same for a job array: one task per combination of values
   kubernetes :: manifest: Job, Service, volume for outputs, memory for /dev/shm
   docker :: Dockerfile
   apptainer :: definition file
@@ -58,14 +56,5 @@ def template(arguments: list[str]) -> int:
     line.refuse_config_files("by this template; `dlopt template schema` reads it")
     if name not in TEMPLATES:
         raise UserError(f"{name}: unknown template; {suggest(name, names, 'dlopt template --help')}")
-    print(read(name), end="")
+    print((ROOT / "templates" / TEMPLATES[name]).read_text(encoding="utf-8"), end="")
     return DONE
-
-
-def read(name: str) -> str:
-    """Returns the text of a template. The job array is the job script with the options of an array."""
-    text = (ROOT / "templates" / TEMPLATES[name]).read_text(encoding="utf-8")
-    if name == "array":
-        options = "#SBATCH --output=slurm-%A_%a.log\n# One task per combination, counted from 0.\n#SBATCH --array=0-3\n"
-        text = text.replace("#SBATCH --output=slurm-%j.log\n", options)
-    return text

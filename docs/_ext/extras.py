@@ -9,7 +9,6 @@ from markup import code, table
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 PURPOSES = {  # extra -> what it adds
     "sweep": "searches with Optuna (`hydra/sweeper=dlopt_optuna`, pruners, samplers), `dlopt benchmark`",
-    "slurm": "one Slurm job per job of a sweep (`hydra/launcher=slurm`)",
     "schedulefree": "the optimizers `schedule_free_adamw` and `schedule_free_sgd`",
     "timm": "the models of timm (`model=timm model.name=resnet18`)",
     "mlflow": "logging to MLflow (`tracking=[mlflow]`)",

@@ -1,9 +1,9 @@
-"""Benchmarks the start-up of a sweep's short jobs: a new interpreter for each job, against one warm worker.
+"""Benchmarks the start-up of a sweep's short jobs: a new interpreter for each job, against one worker.
 
     python scripts/bench/workers.py [--rounds 5] [--jobs 4] [--json FILE] [arguments of dlopt train]
 
 Alternates between JOBS runs of `python -m dlopt.run.job`, as a Slurm job with several processes starts them, and the
-same JOBS runs in one `python -m dlopt.sweeps.worker`. Reports CPU seconds (user and system) of all processes per job,
+same JOBS runs in one worker of a submitted sweep. Reports CPU seconds (user and system) of all processes per job,
 for the worker's first job and for each of the others, and wall-clock seconds; without the time in Slurm's queue. The
 default job takes two updates, so that nearly all of its time is its start-up.
 """
@@ -20,11 +20,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import yaml
+
+from dlopt.basics.folders import RunFolder
+from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.parallel.processes.launch import python_module
 from dlopt.run.record import describe
-from dlopt.sweeps.worker import JOBS, Lines, create
+from dlopt.sweeps.jobs import DescribedPlan, Job
+from dlopt.sweeps.slurm import Slurm
+from dlopt.sweeps.submission import read, worker_command
+from dlopt.sweeps.submitting import submit
 
 LINE = ["device=cpu", "threads=1", "model=mlp", "model.widths=[8]", "data.subset=100", "epochs=1", "tracking=[]"]
 Seconds = tuple[float, float]  # of CPU, of the wall clock
@@ -52,13 +59,11 @@ def fresh(folders: list[Path]) -> None:
 
 
 def warm(folders: list[Path]) -> None:
-    mailbox = folders[0] / "worker"
-    create(mailbox)
-    jobs = Lines(mailbox / JOBS)
-    for number, folder in enumerate(folders):
-        jobs.append(job=number, folder=str(folder), environment={})
-    jobs.append(close=True)
-    start(*python_module("dlopt.sweeps.worker", str(mailbox), "36000"))
+    sweep, settings = folders[0].parent, yaml.safe_load((config_folder() / "hydra/launcher/slurm.yaml").read_text())
+    launcher = Slurm(**{key: value for key, value in settings.items() if key != "_target_"} | {"n_jobs": 0})
+    jobs = [Job(number, RunFolder(folder), DescribedPlan({}, {}), "") for number, folder in enumerate(folders)]
+    submit(sweep, launcher, jobs, workers=0)
+    start(*worker_command(sweep, read(sweep), {}))
 
 
 def main() -> None:

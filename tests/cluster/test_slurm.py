@@ -1,9 +1,7 @@
-"""dlopt on a real Slurm cluster: `srun`, `sbatch`, preemption with requeue and resume, arrays."""
+"""dlopt on a real Slurm cluster: `srun`, `sbatch`, preemption with requeue and resume."""
 
 import time
 from pathlib import Path
-
-import yaml
 
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.ranks import ROOT
@@ -72,28 +70,6 @@ def test_cancelled_job_is_not_requeued(cluster: Cluster) -> None:  # noqa: F811
     cluster.wait(job, lambda: cluster.states(job) == ["CANCELLED"])
     assert cluster.restarts(job) == 0
     assert summary(folder)["status"] == "interrupted" and (folder / "checkpoints" / "last.pt").exists()
-
-
-def test_interrupted_array_task_is_requeued_alone(cluster: Cluster) -> None:  # noqa: F811
-    job = cluster.submit("--array=0-1", str(BATCH), *SMALL, "epochs=100000", "stopping=none", "optimizer=sgd,adam")
-    folders = [cluster.home / "outputs" / "slurm" / job / str(task) for task in (0, 1)]
-    for task, folder in enumerate(folders):
-        cluster.wait(job, lambda folder=folder: lines(folder) > 5, pause=0.1)  # type: ignore[misc]
-        cluster.run("scancel", "--signal=USR1", f"{job}_{task}")
-        cluster.wait(job, lambda task=task: cluster.states(f"{job}_{task}") == ["PENDING"])  # type: ignore[misc]
-        assert sorted(cluster.states(job)) == ["PENDING", "RUNNING"][: 2 - task] + ["PENDING"] * task
-    cluster.run("scancel", job)
-
-
-def test_array_tasks_train_the_combinations_of_the_sweep(cluster: Cluster) -> None:  # noqa: F811
-    typed = [*SMALL, "epochs=1", "optimizer=sgd,adam", "optimizer.lr=0.1,0.01"]
-    job = cluster.submit("--array=1-2", str(BATCH), *typed)
-    cluster.wait(job, lambda: cluster.states(job) == ["COMPLETED"] * 2)
-    for task, (optimizer, lr) in {1: ("sgd", 0.01), 2: ("adam", 0.1)}.items():
-        folder = cluster.home / "outputs" / "slurm" / job / str(task)
-        assert summary(folder)["status"] == "finished"
-        overrides = yaml.safe_load((folder / "overrides.yaml").read_text())
-        assert {f"optimizer={optimizer}", f"optimizer.lr={lr}"} < set(overrides)
 
 
 def test_config_error_prints_one_message(cluster: Cluster) -> None:  # noqa: F811

@@ -1,4 +1,4 @@
-"""`dlopt grid`: the arguments of one task of a job array."""
+"""`dlopt grid`: the arguments of one job of a sweep."""
 
 from pathlib import Path
 

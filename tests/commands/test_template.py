@@ -40,16 +40,14 @@ def test_refuses_other_arguments(arguments: list[str], tmp_path: Path) -> None:
     assert ("did you mean slurm?" in message) == (arguments == ["slrum"])
 
 
-@pytest.mark.parametrize("name", ["slurm", "array"])
-def test_job_scripts(name: str, tmp_path: Path) -> None:
-    script = printed(tmp_path, name)
+def test_job_script(tmp_path: Path) -> None:
+    script = printed(tmp_path, "slurm")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     enabled = options(script)
     assert "--requeue" in enabled and "--signal=USR1@120" in enabled
     assert any(option.startswith("--cpus-per-task=") for option in enabled)
     for blank in ("time", "account", "partition"):
         assert f"\n##SBATCH --{blank}=" in script
-    assert any(option.startswith("--array=") for option in enabled) == (name == "array")
     assert len([option for option in enabled if option.startswith("--output=")]) == 1
 
 

@@ -19,7 +19,8 @@ BUDGET = {
     "commands of the runner": 14 + 1,  # sweep
     "commands of the laboratory": 5 + 2,  # verify, judge; scaling replaces bench
     "keys of conf/train.yaml": 61 + 1,  # evaluate.train_accuracy replaces train_token_accuracy in every run of a text
-    "words of a sweep": 0 + 3,  # space: instead of the group that was promised; seeds, trials: plan.with_params went
+    "words of a sweep": 0
+    + 4,  # space: instead of the promised group; seeds, trials: plan.with_params went; wait: submitit
     "groups": 18 + 1,  # decay
     "choices": 235 + 5,  # of decay
     "recipes": 118,

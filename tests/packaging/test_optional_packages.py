@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 NEEDING = {  # extra -> command lines that need it
     "sweep": ["train -m hydra/sweeper=dlopt_optuna optimizer.lr=0.1,0.2"],
-    "slurm": ["train -m hydra/launcher=slurm seed=0,1"],
     "schedulefree": ["train optimizer=schedule_free_sgd"],
     "text": ["train data=text data.file=a.txt data.tokenizer=bpe data.sequence_length=8 model=gpt_nano"],
     "hub": ["train data=parquet data.file=a.parquet", "train data=huggingface data.name=folder"],

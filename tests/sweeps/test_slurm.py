@@ -12,7 +12,8 @@ from pathlib import Path
 from dlopt.sweeps.queue import Log
 from tests.support.slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
 
-ONE_PROCESS = [word for word in LONG if not word.startswith("parallel")]
+ONE_PROCESS = [*(word for word in LONG if not word.startswith(("parallel", "epochs"))), "epochs=60"]
+RANKS = [*(word for word in LONG if not word.startswith("epochs")), "epochs=60"]
 
 
 def submit(cluster: Cluster, sweep: str, *words: str, workers: int = 1) -> str:  # noqa: F811
@@ -113,7 +114,7 @@ def test_stop_and_resume(cluster: Cluster) -> None:  # noqa: F811
 
 def test_jobs_with_several_nodes(cluster: Cluster) -> None:  # noqa: F811
     """A worker starts the ranks of its jobs in its own allocation; preempted, it is requeued."""
-    job = submit(cluster, "ranks", *LONG, "optimizer.lr=0.01,0.02", "hydra.launcher.nodes=2")
+    job = submit(cluster, "ranks", *RANKS, "optimizer.lr=0.01,0.02", "hydra.launcher.nodes=2")
     sweep = cluster.home / "ranks"
     wait_until(lambda: has_begun(sweep / "0"), sweep)
     cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")

@@ -1,0 +1,103 @@
+"""`dlopt sweep`: how far a sweep is, from its folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dlopt.basics.files import write_json, write_yaml
+from dlopt.basics.folders import SPACE
+from dlopt.basics.locks import hold
+from dlopt.sweeps import status as statuses
+from dlopt.sweeps.queue import WORKERS, Log, alive
+from tests.support.line import dlopt, refused
+
+
+def write_run(folder: Path, status: str | None, reason: str | None = None) -> None:
+    """Writes a run; None: it has no summary, as one that was killed."""
+    folder.mkdir(parents=True)
+    write_yaml(folder / "config.yaml", {"seed": int(folder.name), "monitor": "auto"})
+    write_yaml(folder / "overrides.yaml", [f"seed={folder.name}"])
+    write_json(folder / "environment.json", {})
+    if status is not None:
+        summary = {"status": status, "best_val_accuracy": 0.5 + int(folder.name) / 10}
+        write_json(folder / "summary.json", summary | ({} if reason is None else {"reason": reason}))
+
+
+@pytest.mark.parametrize(
+    ("runs", "code", "line"),
+    [
+        (["finished", "stopped_early"], 0, "2 jobs: 1 finished, 1 stopped early"),
+        (["finished", "failed"], 1, "2 jobs: 1 finished, 1 failed"),
+        (["failed", None], 75, "2 jobs: 1 unfinished, 1 failed"),
+        (["finished", "interrupted"], 75, "2 jobs: 1 finished, 1 interrupted"),
+        (["finished"], 75, "2 jobs: 1 finished, 1 queued"),
+        ([], 75, "2 jobs: 2 queued"),
+    ],
+)
+def test_a_sweep_of_another_shell(runs: list[str | None], code: int, line: str, tmp_path: Path) -> None:
+    for number, status in enumerate(runs):
+        write_run(tmp_path / f"s/{number}", status, "disk full" if status == "failed" else None)
+    (tmp_path / "s").mkdir(exist_ok=True)
+    write_yaml(tmp_path / "s" / SPACE, [["seed=0"], ["seed=1"]])
+    result = dlopt(tmp_path, "sweep", "status", "s")
+    assert (result.code, result.out.splitlines()[0]) == (code, line)
+    assert ("failed: disk full" in result.out) == ("failed" in runs)
+    assert ("no worker is left; go on with: its command with resume=auto" in result.out) == (code == 75)
+    with hold(tmp_path / "s/.lock"):
+        document = json.loads(dlopt(tmp_path, "sweep", "status", "s", "--json").out)
+    assert document["exit_code"] == code and document["total"] == 2 and sum(document["counts"].values()) == 2
+    assert document["workers"] == ["the command that started it"] and len(document["jobs"]) == len(runs)
+
+
+def test_a_submitted_sweep(tmp_path: Path) -> None:
+    """The jobs of a dead worker are queued; that of a living one names it."""
+    sweep = tmp_path / "s"
+    for number in range(3):
+        write_run(sweep / str(number), "finished" if number == 0 else None)
+    log = Log(sweep)
+    with log.locked(), alive(sweep, "host-1-a"):
+        for number, worker in enumerate(("host-1-a", "host-1-a", "dead-1-b")):
+            log.append(job=number, folder=str(number), label=f"seed={number}")
+            log.append(claimed=number, worker=worker)
+        log.append(ended=0, status="finished")
+        (sweep / WORKERS / "submission.json").write_text("{}")
+        result = dlopt(tmp_path, "sweep", "status", "s")
+    assert result.code == 75
+    assert result.out.splitlines()[:3] == [
+        "3 jobs: 1 finished, 1 running, 1 queued",
+        "1 worker",
+        "  job 1: seed=1  (host-1-a)",
+    ]
+
+
+def test_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until all jobs have ended, or until nobody is left to run them."""
+    sweep = tmp_path / "s"
+    for number in range(3):
+        write_run(sweep / str(number), "finished")
+    write_yaml(sweep / SPACE, [[f"seed={number}"] for number in range(3)])
+    monkeypatch.setattr(statuses, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(statuses, "_LOST_SECONDS", 0.0)
+    result = dlopt(tmp_path, "sweep", "wait", "s")
+    assert result.code == 0 and "3 jobs: 3 finished" in result.out and "best val accuracy" in result.out
+    write_json(sweep / "2/summary.json", {"status": "interrupted"})
+    result = dlopt(tmp_path, "sweep", "wait", "s")
+    assert result.code == 75 and "no worker is left" in result.out
+
+
+def test_refusals(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for words, message in {
+        (): "needs one of these words; allowed: status, wait, stop, resume, work",
+        ("stat", "empty"): "did you mean status?",
+        ("optimizer=sgd,adamw", "seed=0,1"): "use `dlopt train -m optimizer=sgd,adamw seed=0,1`",
+        ("status",): "sweep status: needs the folder of one sweep",
+        ("status", "a", "b"): "sweep status: needs the folder of one sweep",
+        ("status", "none"): "none: no such folder",
+        ("status", "empty"): "empty: not the folder of a sweep (sweep.yaml is missing)",
+        ("status", "empty", "--paths"): "--paths: unknown flag",
+        ("work", "empty", "n_jobs=0"): "n_jobs=0: input should be greater than or equal to 1",
+        ("stop", "empty"): "empty: no sweep was submitted in this folder",
+    }.items():
+        assert message in refused(tmp_path, "sweep", *words)
