@@ -55,7 +55,7 @@ def test_unknown_command(tmp_path: Path) -> None:
 
 
 def test_commands_of_other_tools_and_former_names(tmp_path: Path) -> None:
-    assert "use dlopt train -m" in refused(tmp_path, "sweep", "optimizer.lr=0.1,0.2")
+    assert "use `dlopt train -m optimizer.lr=0.1,0.2`" in refused(tmp_path, "sweep", "optimizer.lr=0.1,0.2")
     assert refused(tmp_path, "bench", "allreduce=[1]") == "dlopt: bench: unknown command; use dlopt scaling\n"
     assert not cli.SYNONYMS.keys() & every_command().keys()
     assert {line.split()[0] for line in cli.SYNONYMS.values()} <= every_command().keys()

@@ -1,11 +1,11 @@
 """`dlopt sweep`: looks at a sweep from its folder, and stops, resumes and joins one that was submitted."""
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from dlopt.basics.errors import DONE, UserError, suggest
+from dlopt.basics.folders import SPACE
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.ranges import Count
 from dlopt.commands.completion import folders
@@ -109,7 +109,7 @@ def _print(folder: Path, status: SweepStatus) -> None:
     if status.is_lost:
         how = f"dlopt sweep resume {path}" if submission.is_submitted(folder) else "its command with resume=auto"
         print(f"no worker is left; go on with: {how}")
-    elif status.code == DONE:
+    elif status.code == DONE and (folder / SPACE).exists():  # not that of `dlopt benchmark`, for example
         print(f"next:\n  dlopt report {path}")
 
 
@@ -140,15 +140,7 @@ def _document(folder: Path, status: SweepStatus) -> dict[str, Any]:
 
 def _wait(folder: Path) -> int:
     """Waits for the end of a sweep; returns its exit code. Raises `UserError`."""
-    from dlopt.results.terminal import show_leaderboard
-
-    try:
-        status = wait(folder)
-    except KeyboardInterrupt:
-        print(f"the sweep goes on; stop it with: dlopt sweep stop {short_path(folder)}", file=sys.stderr)
-        raise
-    if status.records:
-        show_leaderboard(status.board())
+    status = wait(folder)
     print()
     _print(folder, status)
     return status.code

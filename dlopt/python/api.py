@@ -7,6 +7,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType
 
 from hydra.types import RunMode
@@ -88,7 +89,7 @@ def sweep(overrides: Sequence[str] = (), *, console: bool = False) -> Runs:
         request = sweeps.request(composer, words)
         if request.config.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")
-        sweeps.run(request)
+        sweeps.run(replace(request, is_waiting=True))
     return runs(request.found)
 
 

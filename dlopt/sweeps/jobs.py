@@ -104,7 +104,7 @@ def prepare(job: Job) -> JobResult | None:
         # Before the job starts: if its process dies without a summary, the former one would count as its result.
         with contextlib.suppress(OSError):
             (folder.path / "summary.json").unlink(missing_ok=True)  # of the previous attempt
-    if isinstance(plan, Plan):
+    if not isinstance(plan, DescribedPlan):
         describe(folder.path, plan.saved, plan.typed, plan.choices)
     return None
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
 from dlopt.basics.folders import SPACE, RunFolder
+from dlopt.basics.interruption import print_line
 from dlopt.results.leaderboard import Leaderboard, Record, job_record, leaderboard
 from dlopt.results.reading import Damaged, RunReader
+from dlopt.results.terminal import show_leaderboard
 from dlopt.sweeps.queue import QUEUED, RUNNING, Log, live_workers
 from dlopt.sweeps.request import read_space
 from dlopt.sweeps.slurm import waiting
@@ -124,7 +126,23 @@ def _total(space: object) -> int | None:
 
 
 def wait(sweep: Path) -> SweepStatus:
-    """Shows the progress of a sweep that others run until it ends, or until nobody is left to run it."""
+    """Shows the progress of a sweep that others run, and then its leaderboard; returns how it has ended.
+
+    It ends with the last job, or when nobody is left to run the others. Raises `UserError` and, on Ctrl-C,
+    KeyboardInterrupt.
+    """
+    try:
+        status = _follow(sweep)
+    except KeyboardInterrupt:
+        print_line(f"the sweep goes on; stop it with: dlopt sweep stop {short_path(sweep)}")
+        raise
+    if status.records:
+        show_leaderboard(status.board())
+    return status
+
+
+def _follow(sweep: Path) -> SweepStatus:
+    """Shows the progress of a sweep until it ends, or until nobody is left to run it."""
     reader = StatusReader(sweep)
     status = reader.read()
     overview = Overview(status.total or len(status.jobs))

@@ -99,8 +99,15 @@ def run(request: SweepRequest) -> SweepEnd:
         if str(request.config.hydra.sweeper._target_) == SEARCH:
             from dlopt.sweeps.search import search
 
-            return search(request)
-        return _grid(request)
+            end = search(request)
+        else:
+            end = _grid(request)
+        if end.is_submitted and request.is_waiting:
+            from dlopt.sweeps.status import wait  # imports NumPy, which the help of the laboratory does not need
+
+            status = wait(request.found[0])
+            end = SweepEnd(status.code, status.board())
+        return end
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise

@@ -18,7 +18,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.plan import folder_name
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, labels, record_dead, result_of
-from dlopt.sweeps.pool import Pool, build_pool, gpus, local
+from dlopt.sweeps.pool import Pool, build_launcher, gpus, local
 from dlopt.tracking.overview import Overview
 from tests.sweeps.worker import plan
 
@@ -33,7 +33,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
 
 
 def test_every_job_sees_one_gpu(started: Started, tmp_path: Path) -> None:
-    pool = gpus(gpus=[0, "GPU-ab", 3], jobs_per_gpu=2)
+    pool = gpus(gpus=[0, "GPU-ab", 3], jobs_per_gpu=2, stop_on_failure=False)
     assert pool.slots == 6
     for slot in range(6):
         pool.start(slot, tmp_path, {"A": "1"})
@@ -46,11 +46,11 @@ def test_local_jobs_divide_the_cores(started: Started, tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     for jobs, shares in ((1, [None]), (2, [{0, 2, 4, 6}, {1, 3, 5, 7}]), (-1, [{i} for i in range(8)])):
         started.clear()
-        pool = local(n_jobs=jobs)
+        pool = local(n_jobs=jobs, stop_on_failure=False)
         for slot in range(pool.slots):
             pool.start(slot, tmp_path, {})
         assert [each[2] for each in started] == shares
-    assert local(n_jobs=20).slots == 20
+    assert local(n_jobs=20, stop_on_failure=False).slots == 20
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_local_jobs_divide_the_cores(started: Started, tmp_path: Path, monkeypat
 )
 def test_launchers_reject_invalid_settings(launcher: Callable[..., Pool], settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
-        build_pool(launcher, settings)
+        build_launcher(launcher, {"stop_on_failure": False, **settings})
     assert said in str(error.value)
 
 
