@@ -214,6 +214,7 @@ class _Workers:
             return
         if not again:
             self._overview.started(job.number, job.label)
+            self._overview.refresh()  # the first start takes seconds: the server imports torch
         try:
             process = self._pool.start(slot, job.folder.path, job.checked.environment)
         except OSError as error:

@@ -44,7 +44,7 @@ from dlopt.sweeps.study import (
 )
 from dlopt.sweeps.submitting import submit_search
 from dlopt.tracking.overview import Overview
-from dlopt.tracking.terminal_text import short_path
+from dlopt.tracking.terminal_text import short_path, waiting
 
 _RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes, once no other job is left
 _STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
@@ -66,7 +66,8 @@ class SearchSettings:
 def search(request: SweepRequest) -> SweepEnd:
     """Runs the jobs of a search. Raises `UserError` before it creates any file."""
     spec = build_study_spec(request.config, request.axes)
-    jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
+    with waiting("checking the search space ..."):
+        jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
     facts = study_facts(spec, jobs[0].saved)
     if request.config.dry_run:
         for key, values in facts["space"].items():

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import SPACE, RunFolder
+from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import Interrupted
 from dlopt.basics.secrets import is_secret_name
 from dlopt.config.compose import Composer, typed_folder
@@ -42,7 +43,7 @@ from dlopt.sweeps.queue import live_workers
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submitting import refuse_different_environments, submit_command, submit_grid
-from dlopt.tracking.terminal_text import short_path
+from dlopt.tracking.terminal_text import short_path, waiting
 
 __all__ = ["build_launcher", "refuse_ranks", "request", "run", "submit_command"]
 OWN = "hydra_plugins.dlopt_sweeps."
@@ -235,7 +236,8 @@ def _plans(request: SweepRequest) -> list[Plan]:
     combinations = grid(request.axes)
     if not combinations:
         raise UserError("-m: nothing to run, because a list of values is empty")
-    jobs = [request.plan_job(overrides, number) for number, overrides in enumerate(combinations)]
+    with waiting(f"checking {format_count('jobs', len(combinations))} ..."):
+        jobs = [request.plan_job(overrides, number) for number, overrides in enumerate(combinations)]
     if len({job.subfolder for job in jobs}) < len(jobs):
         raise UserError(f"hydra.sweep.subdir={jobs[0].subfolder}: must be different for each job")
     return jobs
