@@ -22,7 +22,7 @@ from dlopt.config.resolve import job_variables
 from dlopt.run import environment as environments
 from dlopt.sweeps.code_copy import CopiedCode, copy_code
 from dlopt.sweeps.jobs import Job, prepare
-from dlopt.sweeps.queue import WORKERS, Log, live_workers
+from dlopt.sweeps.queue import RUNNING, WORKERS, Log, live_workers
 from dlopt.sweeps.request import SweepRequest
 from dlopt.sweeps.slurm import Slurm, cancel_waiting
 from dlopt.sweeps.submission import (
@@ -144,7 +144,7 @@ def submit(
         packages: of `allow_packages`.
         environment: further variables of the jobs.
         workers: how many have something to do.
-        again: start jobs that failed or were interrupted again.
+        again: queue all jobs that are not done, as they are now, but for those that are running.
 
     Raises:
         UserError: workers of this sweep are running other code, the code is too large, or sbatch refuses.
@@ -227,10 +227,12 @@ def _write(sweep: Path, submission: Submission, launcher: Slurm) -> None:
 
 def _queue(log: Log, jobs: Sequence[Job], *, again: bool) -> None:
     """Describes the jobs that are to run in their folders, and queues them."""
+    free = {*log.free()}
     for job in jobs:
         known = log.jobs.get(job.number)
-        if known is None or (again and known.status in ("failed", "interrupted")):
-            done = job.folder.is_live() or prepare(job) is not None
-            log.add([job])
-            if done:
-                log.append(ended=job.number, status="finished")
+        if known is not None and (not again or (known.status == RUNNING and job.number not in free)):
+            continue
+        done = None if job.folder.is_live() else prepare(job)  # of a killed sweep: it is writing its last checkpoint
+        log.add([job])
+        if done is not None:
+            log.append(ended=job.number, status=done.status)

@@ -42,6 +42,7 @@ from dlopt.sweeps.jobs import Job, labels, record_dead
 from dlopt.sweeps.queue import live_workers
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
 from dlopt.sweeps.slurm import Slurm
+from dlopt.sweeps.submission import is_submitted
 from dlopt.sweeps.submitting import refuse_different_environments, submit_command, submit_grid
 from dlopt.tracking.terminal_text import short_path, waiting
 
@@ -254,6 +255,8 @@ def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str |
     working = live_workers(sweep.path)
     if sweep.is_live() or (working and not joins):
         raise UserError(f"{key}: another sweep is active in this folder")
+    if is_submitted(sweep.path) and not _has_jobs(read_space(sweep.path), jobs):
+        raise UserError(f"{key}: another sweep was submitted in this folder; use another one")
     for job in jobs:
         job.folder.refuse_newer(key)
     for job in [job for job in jobs if job.folder.has_begun()]:
@@ -270,14 +273,18 @@ def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str |
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
     """Returns whether the folder contains the same jobs, some of them unfinished."""
     space = read_space(sweep.path)
-    is_same = isinstance(space, list) and len(space) == len(jobs)
-    if not is_same or sweep.is_live() or all(job.is_done for job in jobs):
+    if not (isinstance(space, list) and len(space) == len(jobs)) or sweep.is_live() or all(job.is_done for job in jobs):
         return False
     for lines, job in zip(space, jobs, strict=True):
         old = job.folder.config()
         if differences(old, job.plan.saved) if old is not None else _values(lines) != _values(job.plan.lines):
             return False
     return True
+
+
+def _has_jobs(space: Any, jobs: Sequence[Job]) -> bool:
+    """Returns whether the file of a sweep lists these jobs, up to keys that may change on resume."""
+    return isinstance(space, list) and list(map(_values, space)) == [_values(job.plan.lines) for job in jobs]
 
 
 def _values(lines: Any) -> dict[str, str]:

@@ -80,6 +80,9 @@ def test_a_second_submission_shares_the_sweep(slurm: Path, tmp_path: Path, monke
     assert "this folder contains a sweep; resume it with resume=auto" in said(dlopt(tmp_path, *line))
     assert dlopt(tmp_path, *line, "resume=auto").code == 0
     assert jobs(tmp_path) == {0: "queued", 1: "queued"} and "cancelled --state=PENDING 1 2" in slurm.read_text()
+    line[line.index("seed=0,1")] = "seed=0,2"
+    for words in (line, [*line, "resume=auto"]):
+        assert "another sweep was submitted in this folder" in said(dlopt(tmp_path, *words))
 
 
 @pytest.fixture
