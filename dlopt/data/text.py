@@ -22,9 +22,9 @@ from annotated_types import Interval
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.basics.ranges import Fraction
-from dlopt.data.arrow import read_parquet
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.checks import WARNING, ending, left_out_note
+from dlopt.data.parquet import read_parquet
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.data.tokenizer import SMALLEST, Tokenizer, read_tokenizer, tokenize, train_tokenizer

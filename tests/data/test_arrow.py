@@ -17,6 +17,7 @@ from PIL import Image
 
 from dlopt.basics.errors import UserError
 from dlopt.data import arrow as module
+from dlopt.data import parquet as reading
 from dlopt.data.arrow import huggingface, parquet
 from dlopt.data.samples import Dataset
 from dlopt.data.text import text
@@ -61,7 +62,7 @@ def inputs(dataset: Dataset) -> torch.Tensor:
 @pytest.mark.parametrize("mapped", [False, True])
 def test_images_in_shards(nested: bool, mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if mapped:
-        monkeypatch.setattr(module, "_MAX_READ", 0)
+        monkeypatch.setattr(reading, "_MAX_READ", 0)
     images = pictures(9)
     labels = ["dog", "cat", "dog", "cat", "cow", "dog", "cat", "cow", "dog"]
     write(tmp_path / "shards/b.parquet", images[5:], labels[5:], nested=nested)
@@ -83,19 +84,19 @@ def test_images_in_shards(nested: bool, mapped: bool, tmp_path: Path, monkeypatc
 
 def test_large_tables_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.parquet", pictures(40), [i % 2 for i in range(40)])
-    monkeypatch.setattr(module, "_MAX_READ", 0)
+    monkeypatch.setattr(reading, "_MAX_READ", 0)
     before = arrow.total_allocated_bytes()
-    table = module.read_parquet("data.file", [file], ["image", "label"], "label")
+    table = reading.read_parquet("data.file", [file], ["image", "label"], "label")
     deadline = time.monotonic() + 60  # Arrow's threads free what they have read a little later
     while arrow.total_allocated_bytes() - before >= table.nbytes / 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert table.nbytes > 1000 and arrow.total_allocated_bytes() - before < table.nbytes / 4
-    monkeypatch.setattr(module, "_batches", None)  # the second time, the file in the cache is used
-    assert module.read_parquet("data.file", [file], ["image", "label"], "label").equals(table)
+    monkeypatch.setattr(reading, "_batches", None)  # the second time, the file in the cache is used
+    assert reading.read_parquet("data.file", [file], ["image", "label"], "label").equals(table)
     monkeypatch.undo()
-    monkeypatch.setattr(module, "_MAX_READ", 0)
+    monkeypatch.setattr(reading, "_MAX_READ", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", file)  # not a folder
-    assert module.read_parquet("data.file", [file], ["image", "label"], "label").equals(table)
+    assert reading.read_parquet("data.file", [file], ["image", "label"], "label").equals(table)
 
 
 def test_numbers_and_lists_of_numbers(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_a_resumed_run_on_mapped_shards_is_bitwise_identical(tmp_path: Path, mon
         "model.widths=[4]", "threads=1", "device=cpu", "tracking=[]", "epochs=2",
     ]  # fmt: skip
     start(tmp_path / "memory", *line)
-    monkeypatch.setattr(module, "_MAX_READ", 0)
+    monkeypatch.setattr(reading, "_MAX_READ", 0)
     start(tmp_path / "parts", *line, "max_time=0.0001")
     assert resume(tmp_path / "parts", *line)["status"] == "finished"
     states = [torch.load(tmp_path / each / "checkpoints/last.pt", weights_only=True) for each in ("memory", "parts")]
@@ -344,8 +345,8 @@ def test_shards_that_differ_in_the_kind_of_a_type(tmp_path: Path, monkeypatch: p
         ]
         columns = [arrow.array(values, fields[0].type), arrow.array(names, arrow.string()).cast(fields[1].type)]
         writer.write_table(arrow.table(columns, arrow.schema(fields)), tmp_path / f"{number}.parquet")
-    for size in (module._MAX_READ, 0):  # in memory, and mapped
-        monkeypatch.setattr(module, "_MAX_READ", size)
+    for size in (reading._MAX_READ, 0):  # in memory, and mapped
+        monkeypatch.setattr(reading, "_MAX_READ", size)
         dataset = read(file=str(tmp_path))
         assert dataset.classes == ("a", "b") and dataset.train.targets.tolist() == [1, 0, 1] * 6
         assert inputs(dataset).flatten().tolist() == [1, 2, 3] * 6 and dataset.source == "18 rows of 6 files"
@@ -478,6 +479,6 @@ def test_a_table_that_expands_is_mapped(tmp_path: Path, monkeypatch: pytest.Monk
     path = str(tmp_path / "a.parquet")
     writer.write_table(arrow.table({"n": np.zeros(50_000), "y": [i % 2 for i in range(50_000)]}), path)
     mapped = []
-    monkeypatch.setattr(module, "_MAX_READ", 1 << 17)  # more than the size in the file
-    monkeypatch.setattr(module, "_mapped", lambda *arguments: mapped.append(arguments))
+    monkeypatch.setattr(reading, "_MAX_READ", 1 << 17)  # more than the size in the file
+    monkeypatch.setattr(reading, "_mapped", lambda *arguments: mapped.append(arguments))
     assert len(read(file=path, input="n", target="y").train) == 50_000 and len(mapped) == 1

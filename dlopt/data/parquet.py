@@ -1,0 +1,195 @@
+"""Reads Parquet files within bounds of memory: small ones whole, larger ones mapped from a file in the cache."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from dlopt.basics.errors import UserError, install
+from dlopt.basics.files import reason, refuse_special, temporary_sibling
+from dlopt.basics.formats import format_bytes
+from dlopt.data.cache import cache_file, exclusive, file_state
+from dlopt.machine.memory import half_of_memory
+
+_MAX_READ = 1 << 28  # bytes; larger tables are memory-mapped
+_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 26  # that are converted at once
+_LABEL_BYTES = 64  # estimated, of a label in memory beyond those in the table
+_LEFT_FREE = 1 << 30  # bytes of the disk that the cache does not fill
+
+
+def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str], held: str) -> Any:
+    """Returns the columns of all files as one table, in memory or memory-mapped.
+
+    Columns that some of the files declare "not null", or store as another kind of strings or numbers, are the same.
+    `held`: the column that will be in memory as a whole. Raises `UserError`, also for rows that expand to more than
+    memory and disk can hold.
+    """
+    try:
+        with half_of_memory() as most:
+            return _read(key, paths, columns, held, most)
+    except MemoryError:
+        folder = cache_file("parquet").parent
+        raise _too_large(key, f"a batch of rows (or the whole table: {folder} may have no space)", most) from None
+
+
+def _read(key: str, paths: Sequence[str], columns: Sequence[str], held: str, most: int) -> Any:
+    arrow = library(key)
+    from pyarrow import parquet as reader
+
+    size = rows = 0
+    schema: Any = None
+    for path in paths:
+        with _reading(key, path):
+            refuse_special(path)
+            opened = reader.ParquetFile(path)
+            available = opened.schema_arrow
+            size += _size(opened.metadata)
+            rows += opened.metadata.num_rows
+        for name in columns:
+            if available.names.count(name) != 1:
+                how = "two columns" if name in available.names else "no column"
+                raise UserError(f"{key}: {path} has {how} {name!r}; it has {', '.join(available.names)}")
+        chosen = arrow.schema([available.field(name) for name in columns], metadata=available.metadata)
+        schema = chosen if schema is None else _joined(key, schema, chosen, path, paths[0])
+    if rows * _LABEL_BYTES > most:
+        raise _too_large(key, f"the column {held} with {rows:,} rows", most)
+    if size <= _MAX_READ:  # as the file says, which counts a value that repeats once
+        batches, decoded = [], 0
+        for batch in _batches(key, paths, schema, held, most):
+            batches.append(batch)
+            if (decoded := decoded + batch.nbytes) > _MAX_READ:
+                break
+        else:
+            return arrow.Table.from_batches(batches, schema)
+        del batches
+    if (mapped := _mapped(key, paths, columns, schema, held, most)) is not None:
+        return mapped
+    return arrow.Table.from_batches(_batches(key, paths, schema, held, most), schema)
+
+
+def _size(metadata: Any) -> int:
+    """Returns the bytes of all rows, decompressed but encoded, as the file claims."""
+    return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+
+
+def _too_large(key: str, what: str, most: int) -> UserError:
+    return UserError(f"{key}: {what} takes more than half of the available memory ({format_bytes(most)})")
+
+
+def _joined(key: str, schema: Any, other: Any, path: str, first: str) -> Any:
+    """Returns the schema of files with two schemas. Raises `UserError` if a column has two types."""
+    for index, (field, changed) in enumerate(zip(schema, other, strict=True)):
+        kinds = field.type, changed.type
+        if kinds[0] != kinds[1]:
+            plain = _wider(*kinds) or _plain(kinds[0])
+            if plain != (_wider(*kinds) or _plain(kinds[1])):
+                raise UserError(
+                    f"{key}: the column {field.name} has the type {kinds[1]} in {path}, and {kinds[0]} in {first}"
+                )
+            field = field.with_type(plain)
+        schema = schema.set(index, field.with_nullable(field.nullable or changed.nullable))
+    return schema
+
+
+def _wider(one: Any, other: Any) -> Any | None:
+    """Returns the type that has the numbers of both; None if one has no numbers."""
+    arrow = library("data")
+    integers, floats = arrow.types.is_integer, arrow.types.is_floating
+    if not all(integers(kind) or floats(kind) for kind in (one, other)):
+        return None
+    return arrow.int64() if integers(one) and integers(other) else arrow.float64()
+
+
+def _plain(kind: Any) -> Any:
+    """Returns the type without its encoding: dictionaries and kinds of strings, bytes and lists, also within others."""
+    arrow = library("data")
+    types = arrow.types
+    if types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return arrow.large_string()
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+        return arrow.large_binary()
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return arrow.large_list(_plain(kind.value_type))
+    if types.is_struct(kind):
+        return arrow.struct([arrow.field(each.name, _plain(each.type)) for each in kind])
+    return kind
+
+
+def _batches(key: str, paths: Sequence[str], schema: Any, held: str, most: int) -> Iterator[Any]:
+    """Yields the rows. Raises `UserError` for damaged files, and if the column `held` takes more than `most` bytes."""
+    from pyarrow import parquet as reader
+
+    arrow, size = library(key), 0
+    plain = _plain(schema.field(held).type)
+    width = 1 if innermost(plain) in ("large_string", "large_binary") else 4  # numbers in Python take more space
+    for path in paths:
+        with _reading(key, path):
+            opened, rows = reader.ParquetFile(path), 0
+            expected = opened.metadata.num_rows
+            at_once = max(min(_BATCH_BYTES * expected // max(_size(opened.metadata), 1), _BATCH_ROWS), 1)
+            for batch in opened.iter_batches(at_once, columns=schema.names):
+                columns = [batch.column(field.name) for field in schema]
+                cast = [
+                    column if column.type == field.type else column.cast(field.type)
+                    for field, column in zip(schema, columns, strict=True)
+                ]
+                rows += len(batch)
+                size += width * batch.column(held).cast(plain).nbytes + _LABEL_BYTES * len(batch)
+                if size > most:
+                    raise _too_large(key, f"the column {held}", most)
+                yield arrow.RecordBatch.from_arrays(cast, schema=schema)
+            if rows != expected:
+                raise UserError(f"{key}: {path}: is damaged: has {rows:,} rows, not {expected:,}")
+
+
+def _mapped(key: str, paths: Sequence[str], columns: Sequence[str], schema: Any, held: str, most: int) -> Any:
+    """Returns the columns as a memory-mapped table, written to the cache on first use; None without space for it."""
+    arrow = library(key)
+    states = [f"{os.path.abspath(path)} {file_state(path)}" for path in paths]
+    target = cache_file("parquet", "1", *columns, *states).with_suffix(".arrow")
+    try:
+        with exclusive(target):
+            if not target.exists():
+                with temporary_sibling(target) as temporary:
+                    free = shutil.disk_usage(target.parent).free - _LEFT_FREE
+                    with arrow.OSFile(str(temporary), "wb") as sink, arrow.ipc.new_file(sink, schema) as writer:
+                        for batch in _batches(key, paths, schema, held, most):
+                            writer.write_batch(batch)
+                            if sink.tell() > free:
+                                return None
+                    # Renamed when it is complete: a killed process leaves no file of this name that lacks rows.
+                    os.replace(temporary, target)
+        return arrow.ipc.open_file(arrow.memory_map(str(target))).read_all()
+    except OSError:  # no access, or no space
+        return None
+
+
+@contextmanager
+def _reading(key: str, path: str) -> Iterator[None]:
+    arrow = library(key)
+    try:
+        yield
+    except MemoryError:  # Arrow's, too
+        raise
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"{key}: {path}: cannot be read as a Parquet file ({reason(error)})") from None
+
+
+def library(key: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.types
+    except ImportError:
+        raise UserError(f"{key}: the package pyarrow is not installed; {install('dlopt[hub]')}") from None
+    return pyarrow
+
+
+def innermost(kind: Any) -> str:
+    kind = getattr(kind, "storage_type", kind)
+    while hasattr(kind, "value_type"):
+        kind = kind.value_type
+    return str(kind)
