@@ -84,7 +84,7 @@ class StatusReader:
 
     def __init__(self, sweep: Path) -> None:
         """Raises `UserError` for a folder without a sweep."""
-        self._sweep, self._reader, self._log = sweep, RunReader(), Log(sweep)
+        self._sweep, self._reader, self._log = sweep.absolute(), RunReader(), Log(sweep)
         if not sweep.is_dir():
             raise UserError(f"{sweep}: no such folder")
         if not (sweep / SPACE).exists() and not is_submitted(sweep):
@@ -94,19 +94,23 @@ class StatusReader:
         records, damaged = self._reader.read([self._sweep])
         log, space = self._log.read(), read_space(self._sweep)
         workers = live_workers(self._sweep)
-        jobs, total = self._of_log(workers) if log.jobs else (self._of_records(records), _total(space))
+        jobs, total = self._of_log(workers, records) if log.jobs else (self._of_records(records), _total(space))
         if RunFolder(self._sweep).is_live():
             workers = [*workers, "the command that started it"]
         waits = waiting(log.slurm)
         return SweepStatus(jobs, total, workers, waits, stop_reason(self._sweep), records, damaged)
 
-    def _of_log(self, workers: Sequence[str]) -> tuple[list[JobStatus], int]:
+    def _of_log(self, workers: Sequence[str], records: Sequence[Record]) -> tuple[list[JobStatus], int]:
+        ended = {record.path: record.status for record in records if record.status in ("finished", "stopped_early")}
         jobs = []
         for number, job in sorted(self._log.jobs.items()):
             is_lost = job.status == RUNNING and job.worker not in workers
+            folder = self._sweep / job.folder
+            # A command in another shell may have finished the job since.
             status = QUEUED if is_lost else job.status
-            worker = job.worker if status == RUNNING else ""
-            jobs.append(JobStatus(number, self._sweep / job.folder, job.label, status, worker))
+            if status != RUNNING:
+                status = ended.get(folder, status)
+            jobs.append(JobStatus(number, folder, job.label, status, job.worker if status == RUNNING else ""))
         return jobs, len(jobs)
 
     def _of_records(self, records: Sequence[Record]) -> list[JobStatus]:

@@ -63,6 +63,8 @@ def test_a_submitted_sweep(tmp_path: Path) -> None:
         log.append(ended=0, status="finished")
         (sweep / WORKERS / "submission.json").write_text("{}")
         result = dlopt(tmp_path, "sweep", "status", "s")
+    write_json(sweep / "2/summary.json", {"status": "finished"})  # by a command in another shell
+    assert dlopt(tmp_path, "sweep", "status", "s").out.startswith("3 jobs: 2 finished, 1 queued\n")
     assert result.code == 75
     assert result.out.splitlines()[:3] == [
         "3 jobs: 1 finished, 1 running, 1 queued",
