@@ -50,7 +50,7 @@ Examples:
 """
 
 _Trust = Annotated[
-    str | None, "SHA256: run the code in FOLDER although somebody else has submitted it; its first 12 digits or more"
+    str | None, "SHA256: run the code in FOLDER although another user has submitted it; its first 12 digits or more"
 ]
 complete = folders
 
@@ -108,7 +108,7 @@ def _print(folder: Path, status: SweepStatus) -> None:
     path = short_path(folder)
     if status.is_lost:
         how = f"dlopt sweep resume {path}" if submission.is_submitted(folder) else "its command with resume=auto"
-        print(f"no worker is left; go on with: {how}")
+        print(f"no worker is left; to continue: {how}")
     elif status.code == DONE and (folder / SPACE).exists():  # not that of `dlopt benchmark`, for example
         print(f"next:\n  dlopt report {path}")
 
@@ -152,7 +152,7 @@ def _stop(folder: Path) -> int:
     status = StatusReader(folder).read()
     submission.stop(folder, "dlopt sweep stop")
     print(
-        f"stopping {format_count('workers', len(status.workers))}, which write checkpoints; go on with: "
+        f"stopping {format_count('workers', len(status.workers))}, which write checkpoints; to continue: "
         f"dlopt sweep resume {short_path(folder)}"
     )
     return DONE

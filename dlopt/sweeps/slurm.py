@@ -175,7 +175,7 @@ class _Step:
         has_limit = (RunFolder(self._folder).config() or {}).get("max_time") is not None  # of its own
         if code == INTERRUPTED and not self._is_stopped and not has_limit:
             self._allocation.reason = "Slurm has signalled the job"
-            return None  # until the worker stops, upon which another one goes on with the job
+            return None  # until the worker stops, upon which another one resumes the job
         return code if code is None or code <= 128 else 128 - code  # srun's code for a signal
 
     def stop(self) -> None:

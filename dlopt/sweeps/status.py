@@ -138,7 +138,7 @@ def wait(sweep: Path) -> SweepStatus:
     try:
         status = _follow(sweep)
     except KeyboardInterrupt:
-        print_line(f"the sweep goes on; stop it with: dlopt sweep stop {short_path(sweep)}")
+        print_line(f"the sweep continues; to stop it: dlopt sweep stop {short_path(sweep)}")
         raise
     if status.records:
         show_leaderboard(status.board())

@@ -117,7 +117,7 @@ def _config_files(composer: Composer) -> tuple[dict[str, Path], list[str]]:
 
 
 def print_submitted(folder: Path, job_id: str | None, workers: int, jobs: int) -> None:
-    """Prints how a submitted sweep goes on without this command."""
+    """Prints the commands for a submitted sweep."""
     path = shlex.quote(short_path(folder))
     how = "no workers" if job_id is None else f"{workers} workers, Slurm job {job_id}"
     print(f"submitted {jobs} jobs: {how}")

@@ -1,7 +1,7 @@
 """A worker of a submitted sweep: runs jobs one after another until none is left.
 
 Each is forked from a server that has imported torch once (see `pool`). On a signal, at the time limit of its Slurm job
-for example, a worker stops its job with a checkpoint; it or another worker goes on with the job.
+for example, a worker stops its job with a checkpoint; it or another worker resumes the job.
 """
 
 import contextlib

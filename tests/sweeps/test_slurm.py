@@ -70,7 +70,7 @@ def test_the_login_shell_is_killed(cluster: Cluster) -> None:  # noqa: F811
 
 
 def test_a_requeued_worker_and_a_killed_one(cluster: Cluster) -> None:  # noqa: F811
-    """The first reaches its time limit; it is requeued, and its job goes on elsewhere. Then that one is killed."""
+    """The first reaches its time limit; it is requeued, and its job is resumed elsewhere. Then that one is killed."""
     job = submit(cluster, "jobs", *ONE_PROCESS, "optimizer.lr=0.01,0.02", workers=2)
     sweep = cluster.home / "jobs"
     runs = [sweep / "0", sweep / "1"]
@@ -105,7 +105,7 @@ def test_stop_and_resume(cluster: Cluster) -> None:  # noqa: F811
     wait_until(lambda: cluster.states(f"{job}_1") in (["COMPLETED"], ["FAILED"]), sweep)
     assert cluster.states(waiting) == ["CANCELLED"]
     status = dlopt(cluster, "sweep", "status", "stopped")
-    assert status.returncode == 75 and "go on with: dlopt sweep resume stopped" in status.stdout
+    assert status.returncode == 75 and "to continue: dlopt sweep resume stopped" in status.stdout
     assert summary(sweep / "0")["status"] == "interrupted" and (sweep / "0/checkpoints/last.pt").is_file()
     assert dlopt(cluster, "sweep", "resume", "stopped").returncode == 0
     done = dlopt(cluster, "sweep", "wait", "stopped")

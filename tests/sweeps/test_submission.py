@@ -91,9 +91,7 @@ def submitted(tmp_path: Path) -> Path:
     return tmp_path / PLACE
 
 
-def test_a_sweep_of_somebody_else_runs_nothing(
-    submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_of_another_user_runs_nothing(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr("os.execv", lambda *line: started.append(line))
     assert dlopt(tmp_path, "sweep", "work", PLACE).code == 0 and len(started) == 1

@@ -62,7 +62,7 @@ def test_the_submitted_code_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_worker_and_a_stopped_one(tmp_path: Path) -> None:
-    """The job of the first goes on in the second, and then in the third: once each, from its checkpoint."""
+    """The second resumes the job of the first, and the third that of the second: once each, from its checkpoint."""
     line = [*SUBMIT, *LONG_IN_ONE_PROCESS, "epochs=70", "optimizer.lr=0.01,0.02"]
     assert start(tmp_path, *line).wait(100) == 0
     sweep, first = tmp_path / "sweep", tmp_path / "sweep/0/metrics.jsonl"
