@@ -42,7 +42,7 @@ class SweepStatus:
         jobs: that have a folder, or wait in the queue.
         total: jobs, also those that are not drawn yet; None: unknown.
         workers: that live; `waiting`: that wait for an allocation of Slurm.
-        stop_reason: why the workers were told to stop.
+        stop_reason: why the workers are to stop.
     """
 
     jobs: Sequence[JobStatus]

@@ -163,7 +163,7 @@ def resume(sweep: Path, typed: str | None) -> str | None:
         (sweep / WORKERS / STOP).unlink(missing_ok=True)
         free = {*log.free()}
         for number, job in sorted(log.jobs.items()):
-            if job.status in ("failed", "interrupted") or number in free:  # counts its starts anew
+            if job.status in ("failed", "interrupted") or number in free:  # its starts count from zero
                 log.append(job=number, folder=job.folder, label=job.label)
         if submission.command is None:
             count = len([*log.free()])

@@ -39,7 +39,7 @@ from dlopt.sweeps.submission import (
 )
 from dlopt.tracking.terminal_text import short_path
 
-_CODE, _SETUP = ".code", "submit.lock"  # in the folder of the workers; hidden, because it holds no runs
+_CODE, _LOCK = ".code", "submit.lock"  # in the folder of the workers; hidden, because it holds no runs
 
 
 def submit_grid(request: SweepRequest, launcher: Slurm, folder: Path, jobs: Sequence[Job]) -> None:
@@ -152,7 +152,7 @@ def submit(
     public, secrets = _split(environment or {})
     folder = sweep / WORKERS
     folder.mkdir(exist_ok=True)
-    with locked(folder / _SETUP):  # of two submissions at the same time, the second finds the first
+    with locked(folder / _LOCK):  # of two submissions at the same time, the second finds the first
         code = copy_code(packages, files or {}, folder / _CODE, [sweep.absolute(), Path("outputs").absolute()])
         words = None if command is None else [_with_files(word, code, files or {}) for word in command]
         submission = _submission(sweep, code, packages, public, sorted(secrets), launcher.tasks, words)
