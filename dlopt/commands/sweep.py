@@ -22,7 +22,7 @@ Usage:
   dlopt sweep status FOLDER [--json]
   dlopt sweep wait FOLDER
   dlopt sweep stop FOLDER
-  dlopt sweep resume FOLDER [trust=SHA256]
+  dlopt sweep resume FOLDER
   dlopt sweep work FOLDER [n_jobs=N] [trust=SHA256]
 
 `dlopt train -m hydra/launcher=slurm ...` submits a sweep: workers run its jobs without the shell that started them.
@@ -37,9 +37,6 @@ queued, running or interrupted
 
 Keys of status:
   {_status}
-
-Keys of resume:
-  {_resume}
 
 Keys of work:
   {_work}
@@ -158,9 +155,9 @@ def _stop(folder: Path) -> int:
     return DONE
 
 
-def _resume(folder: Path, *, trust: _Trust = None) -> int:
+def _resume(folder: Path) -> int:
     """Submits workers for the jobs that are left. Raises `UserError`."""
-    job_id = submission.resume(folder, trust)
+    job_id = submission.resume(folder)
     how = "no worker was submitted (hydra.launcher.n_jobs=0)" if job_id is None else f"Slurm job {job_id}"
     print(f"resumed: {how}\nnext:\n  dlopt sweep status {short_path(folder)}")
     return DONE

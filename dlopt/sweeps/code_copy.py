@@ -64,12 +64,10 @@ def copy_code(
         if not any((source.folder / name).is_relative_to(folder) for folder in excluded)
     }
     _check_size(files)
-    digest = hashlib.sha256()
     try:
-        contents = {name: path.read_bytes() for name, path in sorted(files.items()) if path.is_file()}
-        for name, data in contents.items():
-            digest.update(f"{name}\0{hashlib.sha256(data).hexdigest()}\n".encode("utf-8", "surrogateescape"))
-        folder = target / digest.hexdigest()[:12]
+        contents = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+        digest = _digest(contents)
+        folder = target / digest[:12]
         if not folder.exists():
             part = folder.with_suffix(".part")
             for name, data in contents.items():
@@ -82,7 +80,24 @@ def copy_code(
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be copied beside the sweep: {error.strerror}") from None
     paths = dict.fromkeys(str(Path(each.name, each.entry)) for each in sources if each.entry is not None)
-    return CopiedCode(folder, tuple(paths), digest.hexdigest())
+    return CopiedCode(folder, tuple(paths), digest)
+
+
+def is_unchanged(folder: Path, sha256: str) -> bool:
+    """Returns whether a copy has the files that were copied, and no others."""
+    try:
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if not path.is_dir()}
+    except OSError:
+        return False
+    return _digest(files) == sha256
+
+
+def _digest(contents: Mapping[str, bytes]) -> str:
+    """Returns the SHA-256 of names and contents."""
+    digest = hashlib.sha256()
+    for name, data in sorted(contents.items()):
+        digest.update(f"{name}\0{hashlib.sha256(data).hexdigest()}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _sources(packages: Iterable[str]) -> Iterator[_Source]:

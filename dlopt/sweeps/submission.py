@@ -26,6 +26,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json, write_atomically
 from dlopt.parallel.processes.launch import python_module
 from dlopt.run import environment as environments
+from dlopt.sweeps.code_copy import is_unchanged
 from dlopt.sweeps.queue import WORKERS, Log
 from dlopt.sweeps.slurm import Slurm, cancel_waiting
 from dlopt.tracking.terminal_text import short_path
@@ -79,6 +80,10 @@ class Submission:
                 )
         if missing := [name for name in self.secrets if name not in os.environ]:
             raise UserError(f"{short_path(sweep)}: its jobs need these environment variables: {', '.join(missing)}")
+        if not is_unchanged(sweep / self.code, self.sha256):
+            raise UserError(
+                f"{short_path(sweep)}: the copy of its code has changed since it was submitted ({self.code})"
+            )
         if not Path(self.cwd).is_dir():
             raise UserError(f"{short_path(sweep)}: submitted in {self.cwd}, a folder that this machine does not have")
 
@@ -124,7 +129,9 @@ def worker_command(sweep: Path, submission: Submission, options: Mapping[str, An
     command = python_module("dlopt.commands.sweep_worker", *arguments)
     paths = [*submission.import_paths(sweep), *filter(None, [os.environ.get("PYTHONPATH")])]
     program = [command[0], "-P", *(word for word in command[1:] if word != "-P")]
-    return [*(["/usr/bin/env", f"PYTHONPATH={os.pathsep.join(paths)}"] if paths else []), *program]
+    # No bytecode: the copy of the code stays as it is, which `check` compares.
+    variables = ["PYTHONDONTWRITEBYTECODE=1", *([f"PYTHONPATH={os.pathsep.join(paths)}"] if paths else [])]
+    return ["/usr/bin/env", *variables, *program]
 
 
 @contextlib.contextmanager
@@ -148,13 +155,14 @@ def stop(sweep: Path, reason: str) -> None:
     cancel_waiting(Log(sweep).read().slurm)
 
 
-def resume(sweep: Path, typed: str | None) -> str | None:
+def resume(sweep: Path) -> str | None:
     """Queues the failed and interrupted jobs again and submits workers; returns their Slurm job id.
 
-    `typed`: see `refuse_strangers`. Raises `UserError`.
+    Raises `UserError`, also for a sweep or settings of sbatch that another user has submitted.
     """
     submission, settings = read(sweep), read_json(sweep / WORKERS / LAUNCHER) or {}
-    refuse_strangers(sweep, submission, typed, digest_of(settings))
+    if not {submission.digest, digest_of(settings)} <= _trusted():
+        raise UserError(f"{short_path(sweep)}: only the user who has submitted this sweep can resume it")
     submission.check(sweep)
     launcher = Slurm(**settings)
     launcher.require()
@@ -173,31 +181,23 @@ def resume(sweep: Path, typed: str | None) -> str | None:
 
 
 def become_worker(sweep: Path, typed: str | None, slots: int) -> None:
-    """Replaces this process by a worker of the sweep. Raises `UserError`."""
+    """Replaces this process by a worker of the sweep.
+
+    Raises `UserError`, also for a sweep that another user has submitted, unless its SHA-256 was `typed`.
+    """
     submission = read(sweep)
-    refuse_strangers(sweep, submission, typed)
+    digest = submission.digest
+    if digest not in _trusted() and not (typed is not None and len(typed) >= 12 and digest.startswith(typed)):
+        raise UserError(
+            f"{short_path(sweep)}: you have not submitted this sweep, whose code would run; if you trust it, add "
+            f"trust={digest[:16]}"
+        )
     submission.check(sweep)
     if submission.tasks > 1 and "SLURM_JOB_ID" not in os.environ:
         raise UserError(f"{short_path(sweep)}: its jobs have {submission.tasks} processes, which srun starts")
     command = worker_command(sweep, submission, {"slots": slots})
     sys.stdout.flush()
     os.execv(command[0], command)
-
-
-def refuse_strangers(sweep: Path, submission: Submission, typed: str | None, *others: str) -> None:
-    """Raises `UserError` for a submission that this user has not submitted, unless its SHA-256 was typed.
-
-    `others`: digests of further files in the folder that matter.
-    """
-    digest = submission.digest
-    known = _trusted()
-    if typed is not None and len(typed) >= 12 and digest.startswith(typed):
-        return
-    if not {digest, *others} <= known:
-        raise UserError(
-            f"{short_path(sweep)}: you have not submitted this sweep, whose code would run; if you trust it, add "
-            f"trust={digest[:16]}"
-        )
 
 
 def _state() -> Path:

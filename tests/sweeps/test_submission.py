@@ -97,12 +97,10 @@ def test_a_sweep_of_another_user_runs_nothing(submitted: Path, tmp_path: Path, m
     assert dlopt(tmp_path, "sweep", "work", PLACE).code == 0 and len(started) == 1
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of-another-user"))
     digest = submission.read(submitted).digest
-    for part in ("work", "resume"):
-        refused = said(dlopt(tmp_path, "sweep", part, PLACE))
-        assert (
-            f"you have not submitted this sweep, whose code would run; if you trust it, add trust={digest[:16]}"
-            in refused
-        )
+    assert "only the user who has submitted this sweep can resume it" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
+    refused = said(dlopt(tmp_path, "sweep", "work", PLACE))
+    advice = f"you have not submitted this sweep, whose code would run; if you trust it, add trust={digest[:16]}"
+    assert advice in refused
     assert "you have not" in said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust={digest[:8]}"))
     assert dlopt(tmp_path, "sweep", "work", PLACE, f"trust={digest[:16]}").code == 0 and len(started) == 2
     content = json.loads((submitted / WORKERS / submission.FILE).read_text())
@@ -114,7 +112,7 @@ def test_a_sweep_of_another_user_runs_nothing(submitted: Path, tmp_path: Path, m
 def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = submitted / WORKERS / submission.FILE
     content = json.loads(path.read_text())
-    monkeypatch.setattr(submission, "refuse_strangers", lambda *_: None)
+    monkeypatch.setattr(submission, "_trusted", lambda: {submission.read(submitted).digest})
     for change, message in {
         ("torch", "1.0"): "submitted with torch 1.0, but this is torch",
         ("secrets", ("NO_SUCH_TOKEN",)): "its jobs need these environment variables: NO_SUCH_TOKEN",
@@ -126,6 +124,10 @@ def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert message in said(dlopt(tmp_path, "sweep", "work", PLACE))
     path.write_text(json.dumps({**content, "paths": [], "dlopt": "9.9"}))
     assert "submitted with dlopt 9.9, but this is dlopt" in said(dlopt(tmp_path, "sweep", "work", PLACE))
+    path.write_text(json.dumps(content))
+    (submitted / content["code"] / "dlopt/dlopt/__pycache__").mkdir()
+    (submitted / content["code"] / "dlopt/dlopt/__pycache__/cli.cpython-311.pyc").write_bytes(b"of a stranger")
+    assert "the copy of its code has changed since it was submitted" in said(dlopt(tmp_path, "sweep", "work", PLACE))
     path.write_text("{")
     assert "no sweep was submitted in this folder" in said(dlopt(tmp_path, "sweep", "work", PLACE))
 
@@ -142,16 +144,16 @@ def test_stop_and_resume(submitted: Path, slurm: Path, tmp_path: Path) -> None:
     assert "cancelled --state=PENDING 41" in slurm.read_text()
     settings = submitted / WORKERS / submission.LAUNCHER
     settings.write_text(settings.read_text().replace('"n_jobs": 0', '"n_jobs": 8'))
-    assert "you have not submitted" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
-    digest = submission.read(submitted).digest
-    result = dlopt(tmp_path, "sweep", "resume", PLACE, f"trust={digest}")
+    assert "only the user who has submitted this sweep" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
+    submission.trust(submission.digest_of(json.loads(settings.read_text())))
+    result = dlopt(tmp_path, "sweep", "resume", PLACE)
     assert result.code == 0 and "resumed: Slurm job" in result.out, result
     assert "--array=0-1" in slurm.read_text()
     assert jobs(tmp_path) == {0: "queued", 1: "queued"} and submission.stop_reason(submitted) is None
     with log.locked():
         log.append(ended=0, status="finished")
         log.append(ended=1, status="finished")
-    assert "no job is left to run" in said(dlopt(tmp_path, "sweep", "resume", PLACE, f"trust={digest}"))
+    assert "no job is left to run" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
 
 
 def test_words_of_a_search(slurm: Path, tmp_path: Path) -> None:
