@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
@@ -93,11 +93,11 @@ def replace_choices(config: DictConfig, typed: Mapping[str, str], primary: Path)
         chosen[group] = name
     recipe = contents.pop("experiment", [])
     known = groups.keys() >= typed.keys() and all(group in config for group in contents)
-    if not known or asked or any("hydra" in each for each in recipe):
+    if asked or not known:  # of a group below, or unknown
         return False
     for group, blocks in contents.items():
         config[group] = OmegaConf.merge(keys.get(group, {}), *blocks)
-    with open_dict(config):
+    with open_dict(config), read_write(config.hydra):
         config.merge_with(*recipe)
     return True
 
