@@ -25,7 +25,7 @@ from dlopt.config.overrides import key_of
 _MOST = 200  # remembered configs, of some 30 kB each
 _BEFORE_VALUES = ("hydra.searchpath", "hydra.job.env_copy")  # Hydra reads these keys while it composes
 _NAME = (re.compile(r"\w+"), re.compile(r"[\w/]+"))  # of a fragment: in the folder of its group; of a recipe: anywhere
-_ASKS = (re.compile(r"override /(\w+)@_global_\.\1"), re.compile(r"override /(\w+)"))  # in a choice; in a recipe
+_REQUEST = (re.compile(r"override /(\w+)@_global_\.\1"), re.compile(r"override /(\w+)"))  # in a choice; in a recipe
 _memory: dict[Hashable, bytes] = {}
 
 
@@ -77,23 +77,23 @@ def replace_choices(config: DictConfig, typed: Mapping[str, str], primary: Path)
     defaults, keys = _read(primary)
     groups = {str(group): name for each in defaults if isinstance(each, DictConfig) for group, name in each.items()}
     chosen = config.hydra.runtime.choices
-    asked: dict[str, str] = {}
+    requested: dict[str, str] = {}
     contents: dict[str, list[DictConfig]] = {}
-    for group in reversed(groups):  # Hydra's order: a choice may ask for those of the groups above it
-        name = typed.get(group, asked.pop(group, groups[group]))
+    for group in reversed(groups):  # Hydra's order: a choice may request those of the groups above it
+        name = typed.get(group, requested.pop(group, groups[group]))
         if name is None:  # no recipe
             continue
         folder = primary.parent / group
         parts = _parts(folder / f"{name}.yaml", folder, group == "experiment")
         if parts is None:
             return False
-        asked = {**parts.asked, **asked}
+        requested = {**parts.requested, **requested}
         if name != chosen.get(group):
             contents[group] = [_read(file)[1] for file in parts.files]
         chosen[group] = name
     recipe = contents.pop("experiment", [])
     known = groups.keys() >= typed.keys() and all(group in config for group in contents)
-    if asked or not known:  # of a group below, or unknown
+    if requested or not known:  # of a group below, or unknown
         return False
     for group, blocks in contents.items():
         config[group] = OmegaConf.merge(keys.get(group, {}), *blocks)
@@ -103,10 +103,10 @@ def replace_choices(config: DictConfig, typed: Mapping[str, str], primary: Path)
 
 
 class _Parts(NamedTuple):
-    """The files that make up a choice, in the order of Hydra's merge, and the choices that they ask for, by group."""
+    """The files that make up a choice, in the order of Hydra's merge, and the choices that they request, by group."""
 
     files: tuple[Path, ...]
-    asked: Mapping[str, str]
+    requested: Mapping[str, str]
 
 
 @functools.cache
@@ -119,17 +119,17 @@ def _parts(file: Path, folder: Path, is_recipe: bool) -> _Parts | None:
         is_recipe: whether it changes all groups, or its own one alone.
     """
     text = file.read_text(encoding="utf-8") if file.is_file() else "@package"
-    if text.count("@package") != text.startswith("# @package _global_\n") * is_recipe:
+    if (text.count("@package"), text.startswith("# @package _global_\n")) != (is_recipe, is_recipe):
         return None
     files: list[Path] = []
-    asked: list[tuple[str, str]] = []
+    requested: list[tuple[str, str]] = []
     nested: dict[str, str] = {}
     for each in _read(file)[0]:
         if isinstance(each, DictConfig):
             for key, name in each.items():
-                if (match := _ASKS[is_recipe].fullmatch(str(key))) is None:
+                if (match := _REQUEST[is_recipe].fullmatch(str(key))) is None:
                     return None
-                asked.append((match[1], str(name)))
+                requested.append((match[1], str(name)))
         elif each == "_self_":
             files.append(file)
         else:
@@ -139,8 +139,8 @@ def _parts(file: Path, folder: Path, is_recipe: bool) -> _Parts | None:
             if parts is None:
                 return None
             files += parts.files
-            nested |= parts.asked  # Hydra reads a list from its end: the last fragment wins
-    return _Parts(tuple(files), nested | dict(reversed(asked)))  # and in a file the first one
+            nested |= parts.requested  # Hydra reads a list from its end: the last fragment wins
+    return _Parts(tuple(files), nested | dict(reversed(requested)))  # and in a file the first one
 
 
 @functools.cache
