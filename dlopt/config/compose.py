@@ -36,7 +36,7 @@ from dlopt.config.overrides import (
 )
 from dlopt.config.packages import entries
 from dlopt.config.pretrained import pretrained_overrides
-from dlopt.config.recall import has_remembered, recall, replace_choice
+from dlopt.config.recall import has_remembered, recall, replace_choices
 from dlopt.config.resolve import first_lines, note_secrets
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
@@ -150,15 +150,13 @@ class Composer:
         return config
 
     def _load_or_replace(self, choices: list[Override]) -> DictConfig:
-        """Composes dlopt's own choices, after the first time in the default config if each changes its group alone."""
+        """Composes dlopt's own choices; after the first time, by putting them into the default config if possible."""
         plain = [each for each in choices if each.type is OverrideType.CHANGE and each.package is None]
-        # Recipes change the blocks of other groups.
-        groups = {each.key_or_group for each in plain if not each.is_hydra_override()} - {"experiment"}
-        if self.config_name == CONFIG_NAME and len(groups) == len(choices) > 0 and has_remembered():
+        typed = {each.key_or_group: str(each.value()) for each in plain if not each.is_hydra_override()}
+        if self.config_name == CONFIG_NAME and len(typed) == len(choices) > 0 and has_remembered():
             config = recall([], [], lambda: self._load([], RunMode.RUN), (CONFIG_NAME,))
             assert config is not None  # it has no search path
-            primary = config_folder() / f"{CONFIG_NAME}.yaml"
-            if all(replace_choice(config, each.key_or_group, str(each.value()), primary) for each in choices):
+            if replace_choices(config, typed, config_folder() / f"{CONFIG_NAME}.yaml"):
                 return config
         return self._load(choices, RunMode.RUN)
 

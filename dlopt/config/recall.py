@@ -2,26 +2,30 @@
 
 Hydra merges some thirty files key by key for each config, which takes 60 to 170 ms. The jobs of a sweep differ mostly
 in values: the config of each selection of files is remembered, and the values are set in a copy, as Hydra would.
-Most choices set nothing outside the block of their group: they replace this block in a copy, too.
+Most choices set nothing outside the block of their group: they replace this block in a copy, too; and a recipe
+(`experiment=...`) replaces some blocks and sets keys.
 """
 
 import functools
 import os
 import pickle
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from dlopt.config.choices import config_folder
 from dlopt.config.overrides import key_of
 
 _MOST = 200  # remembered configs, of some 30 kB each
 _BEFORE_VALUES = ("hydra.searchpath", "hydra.job.env_copy")  # Hydra reads these keys while it composes
-_NAME = re.compile(r"\w+")  # of a file in the folder of a group, not below it
+_NAME = (re.compile(r"\w+"), re.compile(r"[\w/]+"))  # of a fragment: in the folder of its group; of a recipe: anywhere
+_REQUEST = (re.compile(r"override /(\w+)@_global_\.\1"), re.compile(r"override /(\w+)"))  # in a choice; in a recipe
 _memory: dict[Hashable, bytes] = {}
 
 
@@ -63,45 +67,89 @@ def has_remembered() -> bool:
     return bool(_memory)
 
 
-def replace_choice(config: DictConfig, group: str, choice: str, primary: Path) -> bool:
-    """Replaces the block of a group by that of another choice; returns whether this is all that the choice changes.
+def replace_choices(config: DictConfig, typed: Mapping[str, str], primary: Path) -> bool:
+    """Puts the choices of a command line into the default config; returns whether this is all that they change.
 
     Args:
+        typed: the choice of each group; that of `experiment` is a recipe, which changes groups and keys.
         primary: the file with the defaults list, `train.yaml`, which has the groups' folders beside it.
     """
+    defaults, keys = _read(primary)
+    groups = {str(group): name for each in defaults if isinstance(each, DictConfig) for group, name in each.items()}
     chosen = config.hydra.runtime.choices
-    if group not in config or not all(_NAME.fullmatch(str(name)) for name in (choice, chosen.get(group))):
+    requested: dict[str, str] = {}
+    contents: dict[str, list[DictConfig]] = {}
+    for group in reversed(groups):  # Hydra's order: a choice may request those of the groups above it
+        name = typed.get(group, requested.pop(group, groups[group]))
+        if name is None:  # no recipe
+            continue
+        folder = primary.parent / group
+        parts = _parts(folder / f"{name}.yaml", folder, group == "experiment")
+        if parts is None:
+            return False
+        requested = {**parts.requested, **requested}
+        if name != chosen.get(group):
+            contents[group] = [_read(file)[1] for file in parts.files]
+        chosen[group] = name
+    recipe = contents.pop("experiment", [])
+    known = groups.keys() >= typed.keys() and all(group in config for group in contents)
+    if requested or not known:  # of a group below, or unknown
         return False
-    files = _files(primary.parent / group / f"{choice}.yaml")
-    if files is None or _files(primary.parent / group / f"{chosen[group]}.yaml") is None:
-        return False
-    config[group] = OmegaConf.merge(_read(primary).get(group, {}), *map(_read, files))
-    chosen[group] = choice
+    for group, blocks in contents.items():
+        config[group] = OmegaConf.merge(keys.get(group, {}), *blocks)
+    with open_dict(config), read_write(config.hydra):
+        config.merge_with(*recipe)
     return True
 
 
+class _Parts(NamedTuple):
+    """The files that make up a choice, in the order of Hydra's merge, and the choices that they request, by group."""
+
+    files: tuple[Path, ...]
+    requested: Mapping[str, str]
+
+
 @functools.cache
-def _files(file: Path) -> tuple[Path, ...] | None:
-    """Returns the files that make up a choice, in the order of Hydra's merge; None: it changes more than its group."""
-    defaults = OmegaConf.select(OmegaConf.load(file), "defaults", default=["_self_"]) if file.is_file() else []
-    if "_self_" not in defaults or "@package" in file.read_text(encoding="utf-8"):
+def _parts(file: Path, folder: Path, is_recipe: bool) -> _Parts | None:
+    """Returns the parts of a choice or of a fragment that it includes; None: only Hydra can compose it.
+
+    Args:
+        file: of the choice or fragment.
+        folder: that of its group or its own, in which the fragments lie that it names.
+        is_recipe: whether it changes all groups, or its own one alone.
+    """
+    text = file.read_text(encoding="utf-8") if file.is_file() else "@package"
+    if (text.count("@package"), text.startswith("# @package _global_\n")) != (is_recipe, is_recipe):
         return None
-    found: list[Path] = []
-    for each in defaults:
-        is_fragment = isinstance(each, str) and _NAME.fullmatch(each)
-        files = (file,) if each == "_self_" else _files(file.with_name(f"{each}.yaml")) if is_fragment else None
-        if files is None:
-            return None
-        found += files
-    return tuple(found)
+    files: list[Path] = []
+    requested: list[tuple[str, str]] = []
+    nested: dict[str, str] = {}
+    for each in _read(file)[0]:
+        if isinstance(each, DictConfig):
+            for key, name in each.items():
+                if (match := _REQUEST[is_recipe].fullmatch(str(key))) is None:
+                    return None
+                requested.append((match[1], str(name)))
+        elif each == "_self_":
+            files.append(file)
+        else:
+            top = config_folder() if is_recipe and each.startswith("/") else folder
+            fragment = top / f"{each.strip('/')}.yaml"
+            parts = _parts(fragment, fragment.parent, is_recipe) if _NAME[is_recipe].fullmatch(each) else None
+            if parts is None:
+                return None
+            files += parts.files
+            nested |= parts.requested  # Hydra reads a list from its end: the last fragment wins
+    return _Parts(tuple(files), nested | dict(reversed(requested)))  # and in a file the first one
 
 
 @functools.cache
-def _read(file: Path) -> DictConfig:
+def _read(file: Path) -> tuple[list[Any], DictConfig]:
+    """Returns the defaults list of a file, at whose end the file comes if the list does not say where, and the rest."""
     content = OmegaConf.load(file)
     assert isinstance(content, DictConfig)
-    content.pop("defaults", None)
-    return content
+    defaults = list(content.pop("defaults", None) or [])
+    return defaults if "_self_" in defaults else [*defaults, "_self_"], content
 
 
 def _set(config: DictConfig, override: Override) -> None:

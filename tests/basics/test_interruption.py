@@ -179,7 +179,7 @@ def run_instead(command: Callable[[list[str]], int], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("dlopt.commands.options.options", command)
 
 
-MOMENTS = 12
+MOMENTS = 8
 SENDS_WHEN_STARTED = """
 from dlopt import cli
 find = cli.find

@@ -203,11 +203,12 @@ def test_an_error_of_rank_0_before_another_rank_has_joined(tmp_path: Path) -> No
 def test_starts_processes_and_runs_under_torchrun(folder: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     metrics_of(folder, "checkpoint=a", "output=single", run="single")
+    shown = dlopt(folder, "eval", "checkpoint=a").out.count("test_loss")
     for name, launcher, typed in (("own", [], ["parallel.processes=2"]), ("torchrun", torchrun, [])):
         command = [sys.executable, *launcher, "-m", "dlopt", "eval", "checkpoint=a", f"output={name}", *typed]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("test_loss") == dlopt(folder, "eval", "checkpoint=a").out.count("test_loss")
+        assert done.stdout.count("test_loss") == shown
         same = (folder / name / "confusion.csv").read_text() == (folder / "single/confusion.csv").read_text()
         assert same, name
 

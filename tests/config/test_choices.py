@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -16,6 +17,8 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.run_config import GROUPS
+from dlopt.training.builders.workload import Workload, build_workload
+from dlopt.training.run import probe_trainer
 from tests.support import choices
 from tests.support.comparisons import SHIPPED
 from tests.support.line import dlopt, only
@@ -213,6 +216,10 @@ def test_takes_one_update(choices: tuple[str, ...], place: Path, tmp_path: Path)
     located = ("data.root", "data.file", "data.name", "loss.teacher")
     typed = [each.replace("images", str(place / "images")) if each.startswith(located) else each
              for each in (*SMALL, *lines)]  # fmt: skip
+    if choices[0].startswith("model=") and choices[0] in SLOW:
+        run_config = parse(*to_plain(Composer().compose(typed), typed))
+        takes_one_update_alone(build_workload(run_config), tmp_path)
+        return
     if any(choice.startswith("optimizer=") for choice in choices):
         typed = [each for each in typed if "batch_size" not in each]  # some set the full batch
     result = dlopt(tmp_path, "train", *typed)
@@ -220,6 +227,16 @@ def test_takes_one_update(choices: tuple[str, ...], place: Path, tmp_path: Path)
     [metrics] = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert math.isfinite(yaml.safe_load(metrics)["train_loss"])
     assert yaml.safe_load(only(tmp_path, "run/summary.json").read_text())["steps"] == 1
+
+
+def takes_one_update_alone(workload: Workload, folder: Path) -> None:
+    """Without evaluations and checkpoints, which take longer than the update of a large model."""
+    trainer = probe_trainer(workload, folder)
+    weights = dict(workload.module.named_parameters())
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    trainer.update(next(iter(trainer.batches.epoch(0))), 0)
+    assert math.isfinite(trainer.train_metrics.means("train")["train_loss"])
+    assert any(not torch.equal(p, before[name]) for name, p in weights.items())
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -25,19 +25,27 @@ FREEZE = 'optimizer.groups=[{match: "layer1.*", freeze: true}]'
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "accumulate", "mode"),
+    ("processes", "modes"),
     [
-        *((2, accumulate, mode) for accumulate in (1, 3) for mode in (SYNC_DDP, SYNC_FSDP)),
-        *((2, 3, [*PIPELINE, f"parallel.schedule={schedule}"]) for schedule in ("1f1b", "gpipe")),
-        (2, 1, FILTER),
-        (2, 1, SPATIAL),
-        (4, 3, [*MESH, SYNC]),
+        (
+            2,
+            [
+                *((accumulate, mode) for accumulate in (1, 3) for mode in (SYNC_DDP, SYNC_FSDP)),
+                *((3, [*PIPELINE, f"parallel.schedule={schedule}"]) for schedule in ("1f1b", "gpipe")),
+                (1, FILTER),
+                (1, SPATIAL),
+            ],
+        ),
+        (4, [(3, [*MESH, SYNC])]),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+    ids=["2", "4"],
 )
-def test_fifty_steps(tmp_path: Path, processes: int, accumulate: int, mode: list[str]) -> None:
-    case = [*RESNET, "data.batch_size=35", f"accumulate={accumulate}", "steps=50"]
-    compare(tmp_path, processes, {"fifty": (case, mode)})
+def test_many_steps(tmp_path: Path, processes: int, modes: list[tuple[int, list[str]]]) -> None:
+    cases = {}
+    for accumulate, mode in modes:
+        case = [*RESNET, "data.batch_size=35", f"accumulate={accumulate}", "steps=25"]
+        cases[f"{accumulate}-{'-'.join(mode)}"] = (case, mode)
+    compare(tmp_path, processes, cases)
 
 
 @pytest.mark.slow

@@ -572,8 +572,8 @@ def test_killed_rank_leaves_complete_checkpoints(tmp_path: Path, crashing_rank: 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("crashing_rank", [0, 1])
 def test_killed_at_any_call_leaves_complete_checkpoints(tmp_path: Path, crashing_rank: int, after: bool) -> None:
-    """At every third call of rank 0 (about 60 calls), and at every call of rank 1."""
-    stride = 3 if crashing_rank == 0 else 1
+    """At every fifth call of rank 0 (about 60 calls), and at every call of rank 1."""
+    stride = 5 if crashing_rank == 0 else 1
     boundary = 1 + int(after)
     while crash(tmp_path / f"{boundary}", crashing_rank, boundary, after):
         boundary += stride

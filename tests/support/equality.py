@@ -73,6 +73,9 @@ def assert_equal(single: Path, distributed_folder: Path, tolerance: float = 1e-9
 
 def compare(tmp_path: Path, processes: int, cases: Cases) -> None:
     run_distributed(processes, tmp_path / "distributed", cases)
+    single: dict[tuple[str, ...], Path] = {}  # cases that differ only in the mode share a run
     for name, (overrides, _) in cases.items():
-        start(tmp_path / "single" / name, *overrides)
-        assert_equal(tmp_path / "single" / name, tmp_path / "distributed" / name)
+        if tuple(overrides) not in single:
+            single[tuple(overrides)] = tmp_path / "single" / name
+            start(tmp_path / "single" / name, *overrides)
+        assert_equal(single[tuple(overrides)], tmp_path / "distributed" / name)

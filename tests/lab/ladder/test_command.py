@@ -144,7 +144,7 @@ def test_lists_the_runs_and_estimates_their_time(place: Path) -> None:
 
 @pytest.mark.slow
 def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> None:
-    arguments = ("optimizer=sgd,adamw", *LINE[:4], "search=1", "seeds=2")
+    arguments = ("optimizer=sgd,adamw", *LINE)
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     for number in range(3):
         process = start(_ladder, arguments, environment, place, {1: place / "log.txt", 2: place / "log.txt"})
@@ -163,8 +163,8 @@ def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> Non
         process.join(600)
     assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
     content = json.loads((place / "out/results.json").read_text())
-    assert len(content["runs"]) == 12 and not any(each["failure"] for each in content["runs"])
-    fresh = dlopt(place, "ladder", *arguments[:4], "output=fresh", "search=1", "seeds=2")
+    assert len(content["runs"]) == 6 and not any(each["failure"] for each in content["runs"])
+    fresh = dlopt(place, "ladder", *arguments[:4], "output=fresh", *LINE[4:])
     assert fresh.code == 0, fresh.err
     expected = json.loads((place / "fresh/results.json").read_text())
     assert content["searches"] == expected["searches"]
@@ -181,7 +181,7 @@ def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> Non
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_from_its_checkpoint(place: Path) -> None:
-    change(place, tokens_per_parameter=20_000, rungs={"one": ["model.widths=[2]"], "two": ["model.widths=[3]"]})
+    change(place, tokens_per_parameter=12_000, rungs={"one": ["model.widths=[2]"], "two": ["model.widths=[3]"]})
     line = ("optimizer=sgd", *LINE, "optimizer.lr=0.01", "hydra.launcher.n_jobs=1")
     process = start(_ladder, line, {"PATH": "/usr/bin:/bin"}, place, {1: place / "log.txt", 2: place / "log.txt"})
     run = RunFolder(place / "out/sgd/one/seed-0")
