@@ -31,6 +31,7 @@ class Overview(Screen):
 
     `metric`, `direction`: decide which job is best; by default best_val_accuracy, or best_val_loss in a regression.
     `similar`: the jobs take about the same time; otherwise no time left is estimated.
+    `silent`: only messages are printed; the source of the jobs shows them itself.
     """
 
     def __init__(
@@ -40,22 +41,23 @@ class Overview(Screen):
         direction: Literal["maximize", "minimize"] | None = None,
         stream: IO[str] | None = None,
         similar: bool = True,
+        silent: bool = False,
     ) -> None:
         super().__init__(stream)
-        self._total, self._similar = total, similar
+        self._total, self._similar, self._silent = total, similar, silent
         self._counts = Counter[str]()  # ended jobs by status
         self._metric, self._direction = metric, direction
         self._running: dict[int, _Running] = {}
         self._best: tuple[float, int, str] | None = None  # value, job number, label
         self._start_time, self._done_before = time.monotonic(), 0
         self._durations: list[float] = []  # seconds of the jobs that this process ran
-        if self.terminal:
+        if self.terminal and not silent:
             self._start_live(self._renderable, redirect=False)
 
     def started(self, number: int, label: str) -> None:
         label = formats.round_floats(label)
         self._running[number] = _Running(label, time.monotonic())
-        if self._live is None:
+        if self._live is None and not self._silent:
             self.message(f"job {number}: {label}")
 
     def progress(self, number: int, metrics: Mapping[str, Any]) -> None:
@@ -72,6 +74,7 @@ class Overview(Screen):
         self._update_best(number, label, status, metrics)
         if known:
             self._done_before += 1
+        if known or self._silent:
             return
         reason = " ".join(reason.split())  # an error of other code may have several lines
         texts = [f"job {number} {status.replace('_', ' ')}" + (f": {reason}" if reason else "")]

@@ -50,6 +50,19 @@ def test_stopped_sweep_has_no_time_left() -> None:
     assert stream.getvalue().endswith(" | 2/3: 1 done, 1 interrupted, 0 failed\n")
 
 
+def test_a_silent_overview_prints_messages_only() -> None:
+    for stream in (io.StringIO(), Terminal()):
+        overview = Overview(2, stream=stream, silent=True)
+        overview.started(0, "lr=0.1")
+        overview.progress(0, {"epoch": 1})
+        overview.ended(0, "lr=0.1", "failed", {}, "the loss is not finite")
+        overview.ended(1, "lr=0.2", "finished", {}, known=True)
+        overview.message("stopped")
+        overview.refresh()
+        overview.close()
+        assert plain(stream.getvalue()) == "stopped\n"
+
+
 def test_time_left_accounts_for_parallel_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("dlopt.tracking.overview.time.monotonic", lambda: now)
