@@ -87,19 +87,19 @@ def checked(
     overrides: "Iterable[str | Override]",
     typed: "Iterable[str | Override] | None" = (),
     flags: tuple[str, ...] = (),
-    has_teacher: bool = True,
+    later: tuple[str, ...] = (),
 ) -> Plan:
     """Checks a composed config and returns the plan of the run. Raises `UserError`.
 
     Args:
         overrides: of the run.
         typed: further ones of the command line; None: it has been checked.
-        has_teacher: False: the teacher of loss=distillation is not trained yet, and therefore not checked.
+        later: how the name of a teacher begins that is not trained yet.
     """
     parsed = tuple(parse_overrides(overrides))
     plain, saved = to_plain(config, None if typed is None else [*parsed, *typed])
-    for each in (plain, saved) if has_teacher else ():
-        identify_teacher(each)
+    for each in (plain, saved):
+        identify_teacher(each, later)
     choices = choices_of(config)
     check_early(plain, parsed)
     from dlopt.config.parsing import parse  # imports torch

@@ -16,6 +16,7 @@ from dlopt.config.overrides import without
 from dlopt.data.settings import DataSettings
 from dlopt.metrics.names import former_mode
 
+_TEACHER = "loss.teacher_sha256"
 _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 
 
@@ -66,6 +67,8 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
         config.setdefault("monitor_mode", former_mode(config))
     if old.get("ema") is None:
         new["ema_warmup"] = old["ema_warmup"]  # there is no average, whose warmup could differ
+    if new.get(_TEACHER) is None:
+        new[_TEACHER] = old.get(_TEACHER)  # planned before the teacher is trained
     keys = [key for key in old | new if not may_change(key)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 

@@ -13,14 +13,17 @@ PATH, HASH = "teacher", "teacher_sha256"
 _LOSS = "dlopt.losses.Distillation"
 
 
-def identify_teacher(config: dict[str, Any]) -> None:
+def identify_teacher(config: dict[str, Any], later: tuple[str, ...] = ()) -> None:
     """Sets `loss.teacher_sha256` in a config.
 
     A resumed run, a job of a sweep and every rank then detect that the file at `loss.teacher` has changed.
-    Raises `UserError` if there is no such checkpoint, or another one than that of the config.
+    A teacher whose name begins with one of `later` is not trained yet, and gets none. Raises `UserError` if there is no
+    such checkpoint, or another one than that of the config.
     """
     loss = config.get("loss")
-    if isinstance(loss, dict) and loss.get("_target_") == _LOSS and HASH in loss and isinstance(loss[PATH], str):
+    if not isinstance(loss, dict) or loss.get("_target_") != _LOSS or HASH not in loss:
+        return
+    if isinstance(loss[PATH], str) and not loss[PATH].startswith(later):
         _, loss[HASH] = teacher_file(loss[PATH], loss[HASH])
 
 

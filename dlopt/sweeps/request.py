@@ -47,32 +47,35 @@ class SweepEnd:
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """A composed sweep."""
+    """A composed sweep, or the series of runs of a recipe, such as a comparison."""
 
     composer: Composer
     config: DictConfig
     overrides: list[Override]  # of the command line
     hydra: list[Override]  # those of Hydra's config, which every job is composed with
-    axes: list[Axis]  # those of the jobs, also with a single value
-    path: Path  # hydra.sweep.dir
+    axes: list[Axis]  # those of the jobs, also with a single value; none for a series
+    path: Path  # the value of `key`
     is_typed: bool  # on the command line
     launcher: "pools.Pool | Slurm | None"  # None for that of another package
     words: list[str]  # of the command line
     is_waiting: bool = True  # of a submitted sweep: wait for its end
+    key: str = "hydra.sweep.dir"  # of the folder
+    series: str = ""  # the key of the recipe, such as `comparison`
+    later: tuple[str, ...] = ()  # how the names of teachers begin that are earlier jobs
     sized: set[str] = field(default_factory=set)  # models whose size was checked
     found: list[Path] = field(default_factory=list)  # the folder, once `find_folder` has chosen it
 
     def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
         """Returns the folder of the sweep, created if missing. `check(path, key)` refuses an unsuitable one."""
         if self.is_typed:
-            check(self.path, f"hydra.sweep.dir={self.path}")
-            folder = make(self.path, "hydra.sweep.dir", exist_ok=True)
+            check(self.path, f"{self.key}={self.path}")
+            folder = make(self.path, self.key, exist_ok=True)
         elif self.config.resume == "auto" and (unfinished := newest(self.path.parent, is_unfinished)) is not None:
             folder = unfinished.path
             check(folder, "resume=auto")
         else:
-            folder = make_new(self.path, "hydra.sweep.dir")
-        refuse_links(folder, f"hydra.sweep.dir={folder}")
+            folder = make_new(self.path, self.key)
+        refuse_links(folder, f"{self.key}={folder}")
         self.found[:] = [folder]
         return folder
 
@@ -89,7 +92,7 @@ class SweepRequest:
         parsed = self.composer.parse(overrides)
         config = self.composer.compose([*self.hydra, *parsed])
         self._refuse_recipe(config)
-        job = as_job(checked(config, parsed, self.overrides, self.composer.flags), number, parsed)
+        job = as_job(checked(config, parsed, self.overrides, self.composer.flags, self.later), number, parsed)
         refuse_untested(job.saved, parsed)
         self._check_size(job.run_config)
         if job.saved["resume"] not in (None, "auto"):
@@ -99,7 +102,7 @@ class SweepRequest:
     def _refuse_recipe(self, config: DictConfig) -> None:
         """Raises `UserError` for a job that is a series of runs itself."""
         name = config.hydra.runtime.choices.get("experiment")
-        if (series := series_of(config)) is not None:
+        if (series := series_of(config)) not in (None, self.series):
             raise UserError(
                 f"experiment={name}: a {series} is a series of runs already; leave out -m, or sweep its base config "
                 f"with {series}=null"
@@ -126,9 +129,9 @@ class SweepRequest:
                 "model; use parallel=ddp, or one process"
             )
 
-    def estimate(self, jobs: Sequence[Plan], total: int) -> SweepEnd:
+    def estimate(self, jobs: Sequence[Plan], total: int, *, in_process: bool = False) -> SweepEnd:
         slots = 1 if self.launcher is None else self.launcher.slots
-        print_estimate([job.saved for job in jobs], choices_of(self.config), total, slots)
+        print_estimate([job.saved for job in jobs], choices_of(self.config), total, slots, in_process=in_process)
         return SweepEnd(DONE)
 
 

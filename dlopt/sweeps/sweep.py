@@ -46,7 +46,7 @@ from dlopt.sweeps.submission import is_submitted
 from dlopt.sweeps.submitting import refuse_different_environments, submit_command, submit_grid
 from dlopt.tracking.terminal_text import short_path, waiting
 
-__all__ = ["build_launcher", "refuse_ranks", "request", "run", "submit_command"]
+__all__ = ["build_launcher", "check_folder", "refuse_ranks", "request", "request_series", "run", "submit_command"]
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
 # Sweepers and launchers of other packages run their jobs through Hydra, which reads all of it but the run's folder.
@@ -91,6 +91,19 @@ def _is_waiting(words: Sequence[str], launcher: pools.Pool | Slurm | None) -> bo
     if not isinstance(launcher, Slurm):
         raise UserError(f"{typed[-1]}: only for hydra/launcher=slurm; with other launchers, the command runs the jobs")
     return typed[-1] == f"{WAIT}=true"
+
+
+def request_series(
+    composer: Composer, config: DictConfig, overrides: Sequence[str], series: str, later: tuple[str, ...] = ()
+) -> SweepRequest:
+    """Returns the request of a recipe's series of runs, which has no axes; see `SweepRequest`. Raises `UserError`."""
+    refuse_ranks(series, f"the {series}")
+    key, parsed = "hydra.run.dir", composer.parse(overrides)
+    path, is_typed = typed_folder(config, key, parsed)
+    launcher = build_launcher(config, f"not available for a {series}")
+    return SweepRequest(
+        composer, config, parsed, [], [], path, is_typed, launcher, [], key=key, series=series, later=later
+    )
 
 
 def run(request: SweepRequest) -> SweepEnd:
@@ -175,7 +188,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
     request.check_tracking(plans)
     folder = request.find_folder(
         lambda candidate: bool(plans) and _is_unfinished(candidate, _jobs(candidate.path, plans)),
-        lambda path, key: _check_folder(
+        lambda path, key: check_folder(
             RunFolder(path),
             key,
             _jobs(path, plans),
@@ -244,7 +257,9 @@ def _plans(request: SweepRequest) -> list[Plan]:
     return jobs
 
 
-def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str | None, *, joins: bool) -> None:
+def check_folder(
+    sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str | None, what: str = "sweep", *, joins: bool = False
+) -> None:
     """Raises `UserError` for a folder that another sweep uses, or whose runs cannot be resumed as these jobs.
 
     `joins`: workers that run this sweep already are no reason.
@@ -254,14 +269,15 @@ def _check_folder(sweep: RunFolder, key: str, jobs: Sequence[Job], resume: str |
 
     working = live_workers(sweep.path)
     if sweep.is_live() or (working and not joins):
-        raise UserError(f"{key}: another sweep is active in this folder")
+        raise UserError(f"{key}: another {what} is active in this folder")
     if is_submitted(sweep.path) and not _has_jobs(read_space(sweep.path), jobs):
         raise UserError(f"{key}: another sweep was submitted in this folder; use another one")
     for job in jobs:
         job.folder.refuse_newer(key)
     for job in [job for job in jobs if job.folder.has_begun()]:
         if resume != "auto" and not working:
-            raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
+            found = "a sweep; resume it" if what == "sweep" else "runs; resume them"
+            raise UserError(f"{key}: this folder contains {found} with resume=auto")
         folder, saved = job.folder, job.plan.saved
         former = folder.config() or saved
         refuse_other_config(former, saved, str(folder.path), folder.typed())

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STILL_IMPORTED = """
 _version basics.errors basics.folders basics.formats basics.locks basics.plain_values basics.random
 basics.scratch commands.shared.command_line commands.shared.processes commands.shared.usage config.choices
-config.compose config.run_config config.flags config.keys config.overrides config.parsing config.plan config.reads
+config.run_config config.flags config.keys config.overrides config.parsing config.plan config.reads
 config.resolve config.resuming config.rules config.saved config.schema data.batches data.digits data.generated
 data.samples data.splits instruments.curvature instruments.diagnostics instruments.layers instruments.lr_range
 instruments.profiling instruments.ranks machine.device machine.memory machine.threads metrics.names models.gpt
@@ -17,7 +17,7 @@ optim.parameters optim.traits parallel.collectives parallel.mode parallel.modes.
 parallel.processes.process_group parallel.processes.rendezvous results.drawing results.leaderboard results.page
 results.reading results.tables run.environment run.runner schedules sweeps.estimate sweeps.jobs sweeps.pool
 sweeps.sweep sweeps.samplers sweeps.search sweeps.space tracking.console tracking.terminal_text tracking.metrics
-tracking.overview tracking.remote tracking.tensorboard trained.distillation trained.restore training.averaging
+tracking.overview tracking.tensorboard trained.distillation trained.restore training.averaging
 training.builders.model_check training.builders.optimizer training.builders.speed training.builders.workload
 training.checkpoint.checkpoints training.clipping training.evaluate training.progress training.step
 training.stopping

@@ -1,34 +1,25 @@
-"""`dlopt train experiment=...` with a `comparison`: a series of small runs and one plot.
+"""`dlopt train experiment=...` with a `comparison`: a sweep over variants, axes and seeds, one plot, and claims.
 
-The runs share this process, because each takes a second or less, and starting a process takes as long as several runs.
 Only this command reads the key `comparison` of an experiment file.
 """
 
 import gc
 import re
 from argparse import Namespace
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.basics.errors import USER_ERROR
-from dlopt.basics.folders import inside, make, make_new, newest
 from dlopt.basics.plain_values import flatten
-from dlopt.config.compose import typed_folder
 from dlopt.config.flags import parse_arguments
-from dlopt.config.plan import checked
-from dlopt.config.reads import refuse_unread_hydra, refuse_untested
+from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import choices_of
-from dlopt.config.resuming import differences, refuse_other_config
-from dlopt.config.saved import checkpoint_file
+from dlopt.config.resuming import differences
 from dlopt.extend import (
-    FAILED,
-    INTERRUPTED,
     Composer,
     Plan,
     Role,
@@ -45,26 +36,24 @@ from dlopt.extend import (
     write_atomically,
     write_json,
 )
-from dlopt.lab.comparison.claims import TEST_METRICS, parse
-from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun, format_final, read
+from dlopt.lab.comparison.claims import TEST_METRICS, Claim, parse
+from dlopt.lab.comparison.comparison import Comparison, Results, VariantRun
 from dlopt.lab.comparison.findings import check, evaluate, record
 from dlopt.lab.comparison.frozen import FROZEN, claims_hash, is_changed, recipe_hash, recipe_path, rerun_hint
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
+from dlopt.lab.comparison.running import BEFORE, NAMES, START, Runs, references
 from dlopt.lab.comparison.sentences import sentence
 from dlopt.metrics.names import monitored_modes, split_of
 from dlopt.results import drawing
-from dlopt.run.runner import exit_code
-from dlopt.sweeps.estimate import print_estimate
-from dlopt.sweeps.sweep import refuse_ranks
+from dlopt.sweeps.jobs import Job, PlanJob
+from dlopt.sweeps.pool import Pool
+from dlopt.sweeps.sweep import check_folder, request_series
 from dlopt.tracking.console import Screen
-from dlopt.tracking.remote import check as check_tracking
-from dlopt.training.checkpoint.checkpoints import Checkpoints
-from dlopt.training.progress import Run
 
 PICTURE = "comparison"
-_READS_OF_HYDRA = ("hydra.run", "hydra.mode", "hydra.job.name")  # its runs share this process and its environment
+_READS_OF_HYDRA = ("hydra.run", "hydra.mode", "hydra.job.name", "hydra.launcher")
 _HINTS = {
     "hydra.sweep": "use hydra.run.dir",
     "hydra.job.env_set": "set the variable in the shell",
@@ -74,10 +63,6 @@ _METRICS = (
     "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "gap", "accuracy_gap",
     "epochs", "steps",
 )  # fmt: skip
-
-# In `init_from` and `loss.teacher`: the run of the same seed, of `comparison.before` or of a variant at the same point.
-_BEFORE, _VARIANT = "before:", "variant:"
-_TEACHER = "loss.teacher"
 _PREVIEW = "A preview of fewer runs; without comparison.quick=true, the claims are judged."
 
 Plans = Mapping[VariantRun, Plan]
@@ -88,36 +73,48 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
 
     Raises `UserError` before it creates any file, and after the first run for a metric that it does not have.
     """
-    refuse_ranks("comparison", "the comparison")
     refuse_unread_hydra(parsed.overrides, "a comparison", _READS_OF_HYDRA, _HINTS)
     overrides = _with_quick_overrides(config, parsed.overrides)
     if overrides != parsed.overrides:
         config = composer.compose(overrides)
+    request = request_series(composer, config, overrides, "comparison", later=NAMES)
     comparison = comparison_of(composer, config, overrides)
     # The claims do not hold if an override changes the comparison or fixes one of its axes.
     axes = config.comparison.get("along") or {}
     changes = [key for key in map(key_of, overrides) if group_of(key) == "comparison" or key in axes]
     claims = check(comparison, overridden=bool(changes))
-    plans = _plan(composer, comparison, overrides)
+    plans = _plans(comparison, overrides, request.plan_job)
+    pool = _pool(request.launcher, str(config.hydra.runtime.choices["hydra/launcher"]), plans.values())
     if config.dry_run is True:
         for number, plan in enumerate(plans.values()):
             print(f"job {number}: {' '.join(without(plan.lines, 'dry_run'))}")
-        first, *_ = plans.values()
-        print_estimate([plan.saved for plan in plans.values()], first.choices, len(plans), in_process=True)
-        return 0
-    if config.resume is None:
-        check_tracking(config.tracking, config.name)
-    folder = _folder(config, overrides, [plan.saved for plan in plans.values()])
-    frozen = _freeze(composer, config, folder)
-    screen = Screen()
-    screen.message(f"{comparison.title}: {len(plans)} runs in {short_path(folder)}")
-    gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries
-    try:
-        results, code = _execute(plans, folder, comparison, screen)
-    finally:
-        gc.unfreeze()
-    if code:
-        return code
+        return request.estimate([*plans.values()], len(plans), in_process=pool is None).code
+    request.check_tracking(plans.values())
+    folder = request.find_folder(
+        lambda candidate: _is_unfinished(candidate, _jobs(comparison, plans, candidate.path).values()),
+        lambda path, key: check_folder(
+            RunFolder(path), key, [*_jobs(comparison, plans, path).values()], config.resume, "comparison"
+        ),
+    )
+    runs = Runs(comparison, _jobs(comparison, plans, folder), request.plan_job)
+    with RunFolder(folder).lock():
+        frozen = _freeze(composer, config, folder)
+        runs.screen.message(f"{comparison.title}: {len(plans)} runs in {short_path(folder)}")
+        gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries
+        try:
+            if code := runs.run(pool):
+                return code
+        finally:
+            gc.unfreeze()
+        _conclude(Results(comparison, runs.outcomes), claims, frozen, folder, runs.screen)
+    return 0
+
+
+def _conclude(
+    results: Results, claims: Sequence[Claim], frozen: Mapping[str, Any], folder: Path, screen: Screen
+) -> None:
+    """Evaluates the claims; writes comparison.json and the pictures, and prints the table and the verdicts."""
+    comparison = results.comparison
     findings = evaluate(results, claims)
     write_atomically(folder / f"{PICTURE}.json", record(results, findings, frozen))
     for line in (
@@ -132,7 +129,6 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         screen.message(line)
     for path in drawing.save(draw(results), folder, PICTURE):
         print(short_path(path))
-    return 0
 
 
 def _with_quick_overrides(config: DictConfig, overrides: list[str]) -> list[str]:
@@ -237,36 +233,17 @@ def _refuse_protected(line: str, key: str) -> None:
         raise UserError(f"comparison: {line}: may only be given on the command line")
 
 
-def _plan(composer: Composer, comparison: Comparison, overrides: list[str]) -> Plans:
+def _plans(comparison: Comparison, overrides: list[str], plan_job: PlanJob) -> Plans:
+    """Composes and checks all runs. Raises `UserError`."""
     common = [line for line in overrides if key_of(line) != "seed" and group_of(line) not in ("comparison", "hydra")]
-    plans: dict[VariantRun, Plan] = {}
-    # Composing takes as long as a small run, and the runs of a setting differ only in their seed.
-    for _, cells in groupby(comparison.cells(), lambda cell: (cell.variant, cell.point)):
-        config = None
-        for cell in cells:
-            lines = [*common, *parse_arguments(comparison.overrides(cell)).overrides]
-            config = composer.compose(lines) if config is None else config
-            config.seed = cell.seed
-            plans[cell] = plan = checked(
-                config, lines, overrides, composer.flags, has_teacher=_TEACHER not in _references(config)
-            )
-            refuse_untested(plan.saved, overrides)
-    _check_references(comparison, plans)
-    return plans
-
-
-def _references(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:
-    """Returns the values that name earlier runs of the comparison, by key: `before:NAME` and `variant:NAME`."""
-    values = {"init_from": config.get("init_from"), _TEACHER: (config.get("loss") or {}).get("teacher")}
-    return {key: str(value) for key, value in values.items() if str(value).startswith((_BEFORE, _VARIANT))}
-
-
-def _check_references(comparison: Comparison, plans: Plans) -> None:
-    """Raises `UserError` if a run names a run that the comparison does not have, or has later."""
+    plans = {
+        cell: plan_job([*common, *parse_arguments(comparison.overrides(cell)).overrides], number)
+        for number, cell in enumerate(comparison.cells())
+    }
     order = [*comparison.before, *comparison.variants]
     for cell, plan in plans.items():
-        for key, value in _references(plan.saved).items():
-            is_before, name = value.startswith(_BEFORE), value.partition(":")[2]
+        for key, value in references(plan.saved).items():
+            is_before, name = value.startswith(BEFORE), value.partition(":")[2]
             names = comparison.before if is_before else comparison.variants
             allowed = [each for each in order[: order.index(cell.variant)] if each in names]
             if name not in allowed:
@@ -275,56 +252,39 @@ def _check_references(comparison: Comparison, plans: Plans) -> None:
                     f"{key}={value}: must name an earlier {kind} than {cell.variant}; "
                     f"allowed: {', '.join(allowed) or 'none'}"
                 )
+    return plans
 
 
-def _with_paths(plan: Plan, cell: VariantRun, plans: Plans, folder: Path) -> Plan:
-    """Returns the plan of a run with the paths of the runs that it names, which have ended.
-
-    The saved config keeps `before:NAME`, which is the same for all seeds and folders.
-    """
-    references, config = _references(plan.saved), plan.config
-    if not references:
-        return plan
-    assert config is not None
-    config.seed = cell.seed
-    for key, value in references.items():
-        name = value.partition(":")[2]
-        run = VariantRun(name, (), cell.seed) if value.startswith(_BEFORE) else replace(cell, variant=name)
-        path = folder / str([*plans].index(run))
-        OmegaConf.update(config, key, str(path if key == _TEACHER else checkpoint_file(path)))
-    made = checked(config, plan.lines, None, plan.flags)
-    saved = {**made.saved, "init_from": plan.saved["init_from"]}
-    return replace(made, run_config=replace(made.run_config, config=saved))
+def _pool(launcher: object, name: str, plans: Iterable[Plan]) -> Pool | None:
+    """Returns the pool of the launcher that was typed; None: the runs share this process. Raises `UserError`."""
+    if not isinstance(launcher, Pool):
+        raise UserError(f"hydra/launcher={name}: a comparison runs on this machine; allowed: serial, joblib, gpus")
+    if name == "serial" and launcher.slots == 1:
+        return None
+    starts = [start for plan in plans if (start := references(plan.saved).get(START))]
+    if starts:
+        reason = f"runs in other processes cannot read init_from={starts[0]}"
+        raise UserError(f"hydra/launcher={name}: {reason}; leave out hydra.launcher")
+    return replace(launcher, stop_on_failure=False)  # a diverged run is a result
 
 
-def _as_planned(saved: Mapping[str, Any], planned: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the config in a run's folder without the hash of a teacher that was not trained when it was planned."""
-    return {**flatten(saved), f"{_TEACHER}_sha256": None} if _TEACHER in _references(planned) else saved
+def _jobs(comparison: Comparison, plans: Plans, folder: Path) -> dict[VariantRun, Job]:
+    """Returns the runs as the jobs of a sweep in `folder`, in the subfolders 0, 1, ..."""
+    jobs = {}
+    for number, (cell, plan) in enumerate(plans.items()):
+        labels = [cell.variant, *(f"{k}={show(v)}" for k, v in zip(comparison.along, cell.point, strict=False))]
+        jobs[cell] = Job(number, RunFolder(folder / plan.subfolder), plan, f"{', '.join(labels)}, seed {cell.seed}")
+    return jobs
 
 
-def _folder(config: DictConfig, overrides: list[str], configs: Sequence[Mapping[str, Any]]) -> Path:
-    """Returns the folder of the comparison, created if missing; its runs are in subfolders 0, 1, ...
-
-    `configs`: of the runs, to save.
-    """
-    path, is_typed = typed_folder(config, "hydra.run.dir", overrides)
-    if not is_typed:
-        unfinished = (
-            newest(path.parent, lambda each: _is_unfinished(each, configs)) if config.resume == "auto" else None
-        )
-        return make_new(path, "hydra.run.dir") if unfinished is None else unfinished.path
-    if not path.is_dir():
-        return make(path, "hydra.run.dir")
-    for number, saved in enumerate(configs):
-        folder = RunFolder(path / str(number))
-        if folder.has_begun():
-            if saved["resume"] != "auto":
-                raise UserError(f"hydra.run.dir={path}: this folder contains runs; resume them with resume=auto")
-            old = folder.config()
-            refuse_other_config(
-                saved if old is None else _as_planned(old, saved), saved, str(folder.path), folder.typed()
-            )
-    return path
+def _is_unfinished(folder: RunFolder, jobs: Collection[Job]) -> bool:
+    """Returns whether the folder contains some of the runs but no results yet."""
+    if (folder.path / f"{PICTURE}.json").exists() or not any(job.folder.has_run() for job in jobs):
+        return False
+    if any(each.is_live() for each in (folder, *(job.folder for job in jobs))):
+        return False
+    pairs = [(job.folder.config(), job.plan.saved) for job in jobs]
+    return not any(old is not None and differences(old, new) for old, new in pairs)
 
 
 def _freeze(composer: Composer, config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -348,43 +308,3 @@ def _freeze(composer: Composer, config: DictConfig, folder: Path) -> dict[str, A
         frozen |= {} if recipe is None else {"recipe_hash": recipe_hash(recipe, frozen.get("config_dir"))}
         write_json(path, frozen, indent=1)
     return frozen if frozen.get("claims_hash") == current else frozen | {"changed_after_results": True}
-
-
-def _is_unfinished(comparison: RunFolder, configs: Sequence[Mapping[str, Any]]) -> bool:
-    """Returns whether the folder contains some of the runs but no results yet."""
-    folders = [RunFolder(comparison.path / str(number)) for number in range(len(configs))]
-    if (comparison.path / f"{PICTURE}.json").exists() or not any(folder.has_run() for folder in folders):
-        return False
-    if any(folder.is_live() for folder in folders):
-        return False
-    pairs = [(folder.config(), saved) for folder, saved in zip(folders, configs, strict=True)]
-    return not any(old is not None and differences(_as_planned(old, new), new) for old, new in pairs)
-
-
-def _execute(plans: Plans, folder: Path, comparison: Comparison, screen: Screen) -> tuple[Results, int]:
-    """Runs all cells; returns their results and the exit code. A diverged run counts, any other failure stops."""
-    outcomes: dict[VariantRun, VariantOutcome] = {}
-    for number, (cell, planned) in enumerate(plans.items()):
-        plan = _with_paths(planned, cell, plans, folder)
-        subfolder = RunFolder(inside(folder, str(number), f"hydra.run.dir={folder}"))
-        if not (subfolder.has_run() and subfolder.is_done(plan.saved)):
-            subfolder.path.mkdir(exist_ok=True)
-            newest = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            job = Run(plan.run_config, subfolder.path, newest, plan.choices, plan.typed)
-            code = exit_code(job, console=False, may_diverge=True)
-            diverged = (subfolder.summary() or {}).get("diverged")
-            if code == INTERRUPTED:
-                screen.message(f"stopped after {number} of {len(plans)} runs; resume with resume=auto")
-            if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not diverged):
-                return Results(comparison, outcomes), code
-        outcome = outcomes[cell] = read(subfolder.path, comparison.all_metrics)
-        for name in comparison.all_metrics if cell.variant in comparison.variants else ():
-            if not outcome.may_have(name):  # it would be shown as diverged
-                available = ", ".join(outcome.metrics)
-                raise UserError(
-                    f"comparison.metrics: the runs have no {name}; they have {available}; more: evaluate.metrics"
-                )
-        labels = [cell.variant, *(f"{k}={show(v)}" for k, v in zip(comparison.along, cell.point, strict=False))]
-        metrics = ", ".join(f"{name} {format_final(outcome.final(name))}" for name in comparison.metrics)
-        screen.message(f"  {number + 1}/{len(plans)} {', '.join(labels)}, seed {cell.seed}: {metrics}")
-    return Results(comparison, outcomes), 0

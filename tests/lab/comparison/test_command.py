@@ -163,7 +163,7 @@ def test_stops_at_a_failed_run(folder: Path) -> None:
 
 
 def test_interrupted_comparison_prints_how_to_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.lab.comparison.command.exit_code", lambda *_, **__: 75)
+    monkeypatch.setattr("dlopt.lab.comparison.running.exit_code", lambda *_, **__: 75)
     result = compare(folder, "hydra.run.dir=out")
     assert (result.code, result.err) == (75, "")
     assert result.out.splitlines() == [
@@ -342,6 +342,39 @@ def test_a_variant_teaches_a_later_one(folder: Path) -> None:
     (folder / "out/comparison.json").unlink()
     assert compare(folder, "hydra.run.dir=out", "resume=auto").code == 0
     assert (folder / "out/3/metrics.jsonl").read_text() == before and (folder / "out/comparison.json").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_at_once_in_other_processes_give_the_same_results(folder: Path) -> None:
+    """A student waits for its teacher, and a diverged run is a result there, too."""
+    variants = """    wide: [loss=distillation, "loss.teacher='variant:narrow'", epochs=1]
+    wild: [optimizer.lr=1.0e+30]"""
+    path = folder.parent / "myconf/experiment/small.yaml"
+    path.write_text(RECIPE.replace("""    wide: ["model.widths=[8]"]""", variants))
+    both = [
+        compare(folder, f"hydra.run.dir={name}", "seed=1", *launcher)
+        for name, launcher in (("here", []), ("pool", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]))
+    ]
+    assert [result.code for result in both] == [0, 0], both
+    first, second = (result.out.replace("pool", "here").splitlines() for result in both)
+    assert sorted(second[1:4]) == first[1:4] and second[4:] == first[4:]
+    assert "wild     diverged" in both[1].out
+    assert (folder / "here/comparison.json").read_bytes() == (folder / "pool/comparison.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("hydra/launcher=joblib", "other processes cannot read init_from=before:base; leave out hydra.launcher"),
+        ("hydra.launcher.n_jobs=2", "hydra/launcher=serial: runs in other processes cannot read init_from=before:base"),
+        ("hydra/launcher=slurm", "hydra/launcher=slurm: a comparison runs on this machine; allowed: serial, "),
+        ("hydra.sweep.dir=x", "hydra.sweep.dir=x: a comparison does not read this key; use hydra.run.dir"),
+    ],
+)
+def test_refuses_a_launcher_that_cannot_run_it(folder: Path, typed: str, message: str) -> None:
+    change(folder, "  variants:", f"{BEFORE}  variants:")
+    change(folder, "epochs: 2", "epochs: 2\ninit_from: before:base")
+    assert message in refused(folder, "train", "--config-dir", "../myconf", "experiment=small", typed)
 
 
 def test_a_teacher_must_be_an_earlier_variant(folder: Path) -> None:
