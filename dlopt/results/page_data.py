@@ -47,9 +47,10 @@ from dlopt.tracking.terminal_text import short_path
 
 # Columns that are hidden, the first ones first, until the table fits the page; the reader may choose others.
 _EXPENDABLE = ("train_loss", "train_accuracy", "gap", "accuracy_gap", "parameters", "epochs", "steps", "seconds")
-_POINTS = 160_000  # values of curves per page; curves are thinned above it
+_POINTS = 120_000  # values of curves per page; curves are thinned above it
 _FEWEST_POINTS = 12
-_LOG, _ALL_LOGS = 4_000, 300_000  # characters of a run's log, and of all of them
+_FINE, _FINER = 50, 4  # configurations, the best ones, whose curves have so many times the points of others
+_LOG, _ALL_LOGS = 4_000, 200_000  # characters of a run's log, and of all of them
 _LONGEST = 300  # characters of a line or a value
 _MOST_AXES = 9  # keys of the parallel coordinates
 _TITLES = {"gap": "validation − training loss", "accuracy_gap": "training − validation accuracy"}
@@ -65,11 +66,11 @@ def page_data(
     curves = _curve_names(ranking)
     labels = {run.path: row.label for row in ranking.rows for run in row.runs}
     shared = _shared_config(ranking)
-    count = _points_per_curve(ranking, curves)
+    points = _points_per_curve(ranking, curves)
     rows = []
     for rank, row in enumerate(ranking.rows, 1):
         data = _row(ranking, row, rank, metrics, tests if test or rank == 1 else [], is_all=test)
-        distinct = set(map(id, row.distinct))
+        distinct, count = set(map(id, row.distinct)), max(points * (_FINER if rank <= _FINE else 1), _FEWEST_POINTS)
         for run, each in zip(row.runs, data["runs"], strict=True):
             log = _log(run, _ALL_LOGS // len(ranking.records), is_test_shown=test or rank == 1)
             each |= {"distinct": id(run) in distinct, **_curves(run, curves, count), "log": log,
@@ -274,8 +275,9 @@ def _curve_names(ranking: Ranking) -> list[str]:
 
 
 def _points_per_curve(ranking: Ranking, names: Sequence[str]) -> int:
-    """Returns how many points the curves of each run may have in a page of `_POINTS` values."""
-    return max(_POINTS // max(1, len(ranking.records) * (len(names) + 1)), _FEWEST_POINTS)
+    """Returns how many points the curves of a run may have in a page of `_POINTS` values; the best have more."""
+    shares = sum(len(row.runs) * (_FINER if rank <= _FINE else 1) for rank, row in enumerate(ranking.rows, 1))
+    return _POINTS // max(1, shares * (len(names) + 1))
 
 
 def _curves(run: Record, names: Sequence[str], count: int) -> dict[str, Any]:
@@ -295,8 +297,9 @@ def _curves(run: Record, names: Sequence[str], count: int) -> dict[str, Any]:
         if at.tobytes() not in positions:
             positions[at.tobytes()] = len(x)
             axes = {axis: known[at, i] for i, axis in enumerate(AXES)}
-            x.append({axis: _rounded(each, 9) for axis, each in axes.items() if np.isfinite(each).all()})
-        curves[name] = [positions[at.tobytes()], _rounded(values[at], 5)]
+            x.append({axis: _rounded(each, 5 if axis == "seconds" else 9) for axis, each in axes.items()
+                      if np.isfinite(each).all()})  # fmt: skip
+        curves[name] = [positions[at.tobytes()], _rounded(values[at], 4 if len(values) > count else 6)]
     return {"x": x, "curves": curves}
 
 

@@ -332,7 +332,11 @@ def saved(browser: Any, chart: str) -> dict[str, str]:
     """Clicks the buttons of a plot that save it; returns the content of the files by their name."""
     script = """
         const [selector, done] = arguments, files = {}, urls = {};
-        URL.createObjectURL = (blob) => { const url = `blob:${Object.keys(urls).length}`; urls[url] = blob; return url; };
+        URL.createObjectURL = (blob) => {
+            const url = `blob:${Object.keys(urls).length}`;
+            urls[url] = blob;
+            return url;
+        };
         HTMLAnchorElement.prototype.click = async function () {
             const blob = urls[this.getAttribute("href")];
             files[this.download] = `${blob.type} ${(await blob.text()).replaceAll("\\uFFFD", "?")}`;

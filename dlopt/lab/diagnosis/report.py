@@ -1,4 +1,4 @@
-"""What `dlopt report` shows of `dlopt diagnose`: its result in the folder of a run, and the command for runs that fail."""
+"""What `dlopt report` shows of `dlopt diagnose`: its result in the folder of a run, and the command to run it."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +11,7 @@ from dlopt.lab.diagnosis.command import READS
 from dlopt.results.tables import RunSection
 
 _FOLDER = "diagnosis"  # in the folder of the run
+_KEYS = tuple(key for key in READS if key != "parallel")  # diagnose runs in one process
 _MAX_LAYERS = 60
 _LEARNED = 0.5  # training accuracy from which a run has learned something, even if its first epoch did, too
 _RISE, _FALL = 0.01, 0.01  # of the training accuracy, and of the training loss relative to its first value
@@ -24,8 +25,10 @@ def section(records: Iterable[Record]) -> Section:
 def _of_run(record: Record) -> RunSection:
     problem, output = problem_of(record), record.path / _FOLDER
     lines, table = _result(record)
-    arguments = ["diagnose", f"output={short_path(output)}"]
-    return RunSection([*([problem] if problem else []), *lines], arguments, READS, table, is_urgent=problem is not None)
+    has_found_rate = record.config.get("optimizer.lr") == "auto"  # by a range test, which only `dlopt train` makes
+    model = [f"checkpoint={short_path(record.path)}"] if has_found_rate else []
+    arguments, keys = ["diagnose", *model, f"output={short_path(output)}"], () if has_found_rate else _KEYS
+    return RunSection([*([problem] if problem else []), *lines], arguments, keys, table, is_urgent=problem is not None)
 
 
 def problem_of(record: Record) -> str | None:
@@ -52,7 +55,7 @@ def _result(record: Record) -> tuple[list[str], Table | None]:
         try:
             snapshots = json.loads(read_regular(file))[0]["snapshots"]
             return _lines(snapshots), _table(snapshots)
-        except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, OverflowError):
             continue
     return [], None
 
