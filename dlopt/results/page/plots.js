@@ -102,8 +102,10 @@ function parallelAxis(axis, x, y, paint, place) {
 
 const MOST_CELLS = 24; // values of a key on an axis
 
+// Returns the keys with few values, those with more of them first.
 function heatKeys() {
-  return data.keys.filter((key) => valuesOf(key).length > 1 && valuesOf(key).length <= MOST_CELLS);
+  const count = (key) => valuesOf(key).length;
+  return data.keys.filter((key) => count(key) > 1 && count(key) <= MOST_CELLS).sort((a, b) => count(b) - count(a));
 }
 
 function renderHeatMap(update) {
@@ -163,7 +165,7 @@ function renderTimes(update) {
   const cell = (value, colour, isPale) => html("td", { class: "number" }, !value ? "–" : html("span", { class: "swatch" }, value[0], bar(value[1], colour, isPale)));
   const rows = shown.slice(0, state.all ? shown.length : 20).map(([row, count, share, isPale, step, seconds]) => html("tr", {},
     html("td", { class: "number" }, String(row.rank)), html("td", { class: "wrap" }, row.label), html("td", { class: "number" }, share),
-    cell(step, (styleOfRow(row) || styleOf(0)).colour, isPale), cell(seconds, (styleOfRow(row) || styleOf(0)).colour, isPale)));
+    ...[step, seconds].map((value) => cell(value, styleOfRow(row)?.colour ?? "--soft", isPale))));
   const heads = [["#", "number"], ["configuration"], ["runs", "number"], ["updates", "number"], ["seconds", "number"]];
   sectionBody("times").replaceChildren(
     html("div", { class: "controls" }, selectControl("target", `${data.titles[data.by]} ${data.lower ? "at most" : "at least"}`, Object.fromEntries(data.times.map((each) => [each.target, each.target])), update)),

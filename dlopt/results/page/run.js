@@ -74,9 +74,10 @@ function drawRunCharts(container, run) {
   if (!charts.length) container.replaceChildren(html("p", { class: "note" }, "The run has no evaluated epoch."));
   for (const { family, names, container: own } of charts) {
     const lines = names.map((name, i) => ({ label: data.titles[name], style: styleOf(i), points: smoothed(averageCurve([run], name, state.x, "none"), state.smooth) }));
+    const [low, high] = extent(lines.flatMap((line) => line.points.map((p) => p[1])));
     const title = names.length > 1 ? family.replaceAll("_", " ") : data.titles[names[0]];
     drawChart(own, lines, { id: `run ${family}`, key: `${run.id} ${state.x} ${state.log}`, name: `${title} of ${run.id}`, nameX: AXES[state.x], nameY: title,
-      logY: state.log, integers: state.x !== "seconds", height: 260, textY: (tick) => formatTick(names[0], tick), read: (p) => formatPoint(names[0], p) });
+      logY: state.log || (low > 0 && high > 1000 * low), integers: state.x !== "seconds", height: 260, textY: (tick) => formatTick(names[0], tick), read: (p) => formatPoint(names[0], p) });
   }
 }
 
