@@ -287,7 +287,8 @@ def _curves(run: Record, names: Sequence[str], count: int) -> dict[str, Any]:
     positions on each axis on which all of them are known.
     """
     positions: dict[bytes, int] = {}
-    x, curves = [], {}
+    x: list[dict[str, list[float]]] = []
+    curves: dict[str, list[Any]] = {}
     known = columns(run.history, (*AXES, *names)) if run.history else np.empty((0, len(AXES) + len(names)))
     for name, values in zip(names, known.T[len(AXES) :], strict=True):
         at = np.flatnonzero(np.isfinite(values))

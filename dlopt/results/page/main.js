@@ -10,7 +10,7 @@ function renderFailures(update) {
 }
 
 function render() {
-  const focused = focusedControl();
+  const restoreFocus = keepFocus();
   hideTooltip();
   filterRows();
   const found = runOf(state.run);
@@ -19,7 +19,7 @@ function render() {
   if (state.run === null) renderAll();
   else renderRun(found, render);
   saveState();
-  if (focused) document.querySelector(focused)?.focus();
+  restoreFocus();
 }
 
 function renderAll() {
@@ -34,11 +34,11 @@ function renderAll() {
   renderFailures(render);
 }
 
-// Returns a selector of the control with the focus, which rendering replaces.
-function focusedControl() {
-  const { id, dataset } = document.activeElement || {};
-  if (id) return `#${CSS.escape(id)}`;
-  return dataset && dataset.choice ? `[data-choice="${CSS.escape(dataset.choice)}"]` : null;
+// Returns a function that gives the focus back to the control that has it, which rendering replaces.
+function keepFocus() {
+  const section = document.activeElement?.closest("section"), controls = () => [...section.querySelectorAll("a, button, input, select, summary, .plot")];
+  const index = section ? controls().indexOf(document.activeElement) : -1;
+  return () => { if (index >= 0) controls()[index]?.focus({ preventScroll: true }); };
 }
 
 restoreState();
