@@ -364,7 +364,8 @@ def test_controls_of_the_plots(shown: Any, table: Ranking) -> None:
     type_into(shown, "#smooth", 0)
     for control in ("[data-choice=colour]", "th[data-column='rank'] button", "#log"):  # drawn again, with the focus
         shown.execute_script("document.querySelector(arguments[0]).focus()", control)
-        shown.execute_script("document.activeElement.dispatchEvent(new Event('change')); document.activeElement.click()")
+        shown.execute_script("document.activeElement.dispatchEvent(new Event('change'))")
+        shown.execute_script("document.activeElement.click()")
         assert shown.execute_script("return document.activeElement.matches(arguments[0])", control)
     press(shown, "th[data-column='rank'] button")
     press(shown, "#log")
