@@ -4,6 +4,7 @@ import math
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,6 +91,13 @@ def regular_lines(path: Path, limit: int) -> Iterator[bytes]:
                 yield line
 
     return lines()
+
+
+def regular_tail(path: Path, count: int) -> bytes:
+    """Reads the last `count` bytes of a regular file of any size. Raises ValueError, OSError."""
+    with _open_regular(path, sys.maxsize) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - count))
+        return file.read(count)
 
 
 def _open_regular(path: Path, limit: int) -> BinaryIO:

@@ -12,7 +12,10 @@ ENTRY_POINTS = {
     "dlopt.renamed": {"bench": "scaling"},
     "dlopt.series": {"comparison": "dlopt.lab.comparison.command:compare"},
     "dlopt.spaces": {"benchmark": "dlopt.lab.benchmark.trials:space_of"},
-    "dlopt.reports": {"claims": "dlopt.lab.comparison.frozen:section"},
+    "dlopt.reports": {
+        "claims": "dlopt.lab.comparison.frozen:section",
+        "diagnosis": "dlopt.lab.diagnosis.report:section",
+    },
     "dlopt.configurable": {
         "data": "dlopt.lab.data",
         "optimizers": "dlopt.lab.optimizers",

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,17 +48,31 @@ def statistic_text(name: str, statistic: Statistic | None) -> str:
     """Formats 90.00 ± 1.00 %; the unit stands once."""
     if statistic is None:
         return "-"
-    shown = statistic.show(partial(formats.format_metric, name))
+    shown = statistic.show(_form(name, [statistic.mean, statistic.std or 0.0]))
     return shown.replace(" % ±", " ±").replace(" s ±", " ±")
 
 
 def difference_text(name: str, difference: Difference | None) -> str:
     """Formats -5.00 [-5.06, +4.62]; differences of accuracies are in percentage points, without a unit."""
 
-    def signed(value: float) -> str:
-        return f"{'+' if value >= 0 else '-'}{formats.format_metric(name, abs(value))}".removesuffix(" %")
+    if difference is None:
+        return ""
+    form = _form(name, [difference.mean, difference.low or 0.0, difference.high or 0.0])
 
-    return "" if difference is None else difference.show(signed)
+    def signed(value: float) -> str:
+        return f"{'+' if value >= 0 else '-'}{form(abs(value))}".removesuffix(" %")
+
+    return difference.show(signed)
+
+
+def _form(name: str, values: Sequence[float]) -> Callable[[float], str]:
+    """Returns a format with common decimals: -0.0007 ± 0.0364, not -7.19e-04 ± 0.0364."""
+    form = partial(formats.format_metric, name)
+    largest = form(max(map(abs, values)))
+    is_decimal = re.fullmatch(r"\d+\.\d+", largest) is not None
+    if not is_decimal or all("e" not in form(value) for value in values):
+        return form
+    return f"{{:.{len(largest.partition('.')[2])}f}}".format
 
 
 def counts_text(ranking: Ranking) -> str:

@@ -1,12 +1,12 @@
 """Renders the report as a self-contained HTML page, and serves it locally.
 
-Charts are drawn by uPlot (unmodified files of its npm package, with their version, in page/vendor).
 Run folders are untrusted: the templates escape all text, their data is JSON in a non-script element, and the script
 inserts it only as text. The CSP allows only the inline script and style, by hash.
 """
 
 import base64
 import contextlib
+import gzip
 import hashlib
 import json
 import threading
@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from dlopt._version import __version__
 from dlopt.basics.formats import printable
+from dlopt.basics.secrets import redact
 from dlopt.metrics.names import in_words
 from dlopt.results.columns import counts_text, published_table
 from dlopt.results.page_data import page_data
@@ -27,7 +28,18 @@ from dlopt.results.tables import Bold, Section
 from dlopt.tracking.terminal_text import short_path
 
 FOLDER = Path(__file__).with_name("page")
-SCRIPTS = ("base.js", "leaderboard.js", "charts.js", "curves.js", "plots.js", "main.js")
+SCRIPTS = (
+    "base.js",
+    "series.js",
+    "filters.js",
+    "leaderboard.js",
+    "charts.js",
+    "curves.js",
+    "plots.js",
+    "run.js",
+    "main.js",
+)
+_LARGEST_PLAIN = 300_000  # characters of JSON; more is compressed
 _TYPES = {".html": "text/html; charset=utf-8", ".csv": "text/csv; charset=utf-8", ".png": "image/png"}
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY"}
 
@@ -43,9 +55,8 @@ def page(
     sections: Sequence[Section] = (),
 ) -> str:
     """Renders the HTML page of a report."""
-    data = page_data(ranking, target=target, test=test, refresh=refresh)
-    library = f"/*\n{read_text('vendor/uPlot.LICENSE')}*/\n{read_text('vendor/uPlot.iife.min.js')}"
-    script = "\n".join(["(() => {", '"use strict";', library, *map(read_text, SCRIPTS), "})();"])
+    data, encoding = _embedded(page_data(ranking, target=target, test=test, refresh=refresh, sections=sections))
+    script = "\n".join(["(async () => {", '"use strict";', *map(read_text, SCRIPTS), "})();"])
     return render(
         "report.html", FOLDER,
         title=title, made=made, refresh=refresh, version=__version__,
@@ -54,8 +65,7 @@ def page(
         sections=sections,
         importance=importance(ranking), damaged=ranking.damaged,
         metric=in_words(ranking.by), configurations=len(ranking.ranked),
-        style=Markup(read_text("vendor/uPlot.min.css") + read_text("page.css")),
-        script=Markup(script), data=Markup(_escaped_json(data)),
+        style=Markup(read_text("page.css")), script=Markup(script), data=Markup(data), encoding=encoding,
     )  # fmt: skip
 
 
@@ -87,6 +97,14 @@ def read_text(name: str) -> str:
 def _csp_hash(text: str) -> str:
     """Returns the hash of an inline element for the Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _embedded(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the data as text, and its media type: large data is compressed, after secrets are removed from it."""
+    content = redact(_escaped_json(data))
+    if len(content) <= _LARGEST_PLAIN:
+        return content, "application/json"
+    return base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode(), "application/gzip"
 
 
 def _escaped_json(data: Mapping[str, Any]) -> str:

@@ -1,15 +1,18 @@
-"""Computes what the page of a report shows. Its script draws these numbers and texts, and computes none of its own.
+"""Computes what the page of a report shows. Its script draws these numbers and texts; it averages and smooths curves.
 
 Shows test metrics only for the first row unless `test` is true, because comparing them would select on the test set.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dlopt.basics.formats import brief, format_metric, printable
+from dlopt.basics.formats import format_value as text
+from dlopt.basics.plain_values import regular_tail
 from dlopt.metrics.names import in_words, mode_of
 from dlopt.results import drawing
 from dlopt.results.columns import (
@@ -21,15 +24,16 @@ from dlopt.results.columns import (
     tags_text,
     test_columns,
 )
-from dlopt.results.leaderboard import ENDED, Record, modes_of
+from dlopt.results.history import columns
+from dlopt.results.leaderboard import ENDED, Record, modes_of, student_t
 from dlopt.results.plots import SPREADS, Scale
 from dlopt.results.ranking import (
     AXES,
     Configuration,
     Ranking,
-    band,
     command,
     command_from,
+    command_with,
     default_spread,
     fastest,
     sensitivities,
@@ -38,31 +42,45 @@ from dlopt.results.ranking import (
     tolerance_text,
 )
 from dlopt.results.reading import is_number, short_key
+from dlopt.results.tables import Section
 from dlopt.tracking.terminal_text import short_path
 
 # Columns that are hidden, the first ones first, until the table fits the page; the reader may choose others.
 _EXPENDABLE = ("train_loss", "train_accuracy", "gap", "accuracy_gap", "parameters", "epochs", "steps", "seconds")
-_POINTS = 400_000  # values of curves per page; curves are thinned above it
+_POINTS = 120_000  # values of curves per page; curves are thinned above it
 _FEWEST_POINTS = 12
+_FINE, _FINER = 50, 4  # configurations, the best ones, whose curves have so many times the points of others
+_LOG, _ALL_LOGS = 4_000, 200_000  # characters of a run's log, and of all of them
+_LONGEST = 300  # characters of a line or a value
 _MOST_AXES = 9  # keys of the parallel coordinates
+_TITLES = {"gap": "validation − training loss", "accuracy_gap": "training − validation accuracy"}
+_TEST = re.compile(r"^test +\S.*|\btest_\w+[ =:]+\S+( %)?")  # metrics in a log
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and the like, in the log of a terminal
 
 
-def page_data(ranking: Ranking, *, target: float | None, test: bool, refresh: float | None) -> dict[str, Any]:
+def page_data(
+    ranking: Ranking, *, target: float | None, test: bool, refresh: float | None, sections: Sequence[Section] = ()
+) -> dict[str, Any]:
     """Returns the JSON data of the page's script."""
     metrics, tests = metric_columns(ranking), test_columns(ranking)
     curves = _curve_names(ranking)
     labels = {run.path: row.label for row in ranking.rows for run in row.runs}
-    rows = [
-        _row(ranking, row, rank, metrics, tests if test or rank == 1 else [], is_all=test)
-        for rank, row in enumerate(ranking.rows, 1)
-    ]
-    for data, curve in zip(rows, _curves(ranking, curves), strict=True):
-        data["curves"] = curve
+    shared = _shared_config(ranking)
+    points = _points_per_curve(ranking, curves)
+    rows = []
+    for rank, row in enumerate(ranking.rows, 1):
+        data = _row(ranking, row, rank, metrics, tests if test or rank == 1 else [], is_all=test)
+        distinct, count = set(map(id, row.distinct)), max(points * (_FINER if rank <= _FINE else 1), _FEWEST_POINTS)
+        for run, each in zip(row.runs, data["runs"], strict=True):
+            log = _log(run, _ALL_LOGS // len(ranking.records), is_test_shown=test or rank == 1)
+            each |= {"distinct": id(run) in distinct, **_curves(run, curves, count), "log": log,
+                     "config": _own_config(run, shared), "sections": _sections(run, sections)}  # fmt: skip
+        rows.append(data)
     return {
         "refresh": refresh,
         "by": ranking.by,
         "lower": ranking.lower,
-        "titles": {name: in_words(name) for name in (ranking.by, *curves)},
+        "titles": {name: _title(name) for name in (ranking.by, *curves)},
         "percent": [name for name in (ranking.by, *curves) if "accuracy" in name],
         "keys": list(ranking.keys),
         "columns": _columns(ranking, metrics, tests if test else []),
@@ -70,7 +88,9 @@ def page_data(ranking: Ranking, *, target: float | None, test: bool, refresh: fl
         "ranked": _ranked_by(ranking),
         "rows": rows,
         "curves": curves,
+        "config": shared,
         "spreads": {**SPREADS, "none": "none"},
+        "quantiles": [round(student_t(0.95, degrees), 6) for degrees in range(1, _most_runs(ranking))],
         "spread": default_spread(ranking),
         "repeated": any(len(row.runs) > 1 for row in ranking.rows),
         "sensitivity": _sensitivity(ranking),
@@ -79,6 +99,14 @@ def page_data(ranking: Ranking, *, target: float | None, test: bool, refresh: fl
         "times": [] if target is None or ranking.by not in curves else _times(ranking, target),
         "failed": [_failure(run, labels[run.path]) for run in ranking.failed],
     }  # fmt: skip
+
+
+def _title(name: str) -> str:
+    return _TITLES.get(name) or in_words(name)
+
+
+def _most_runs(ranking: Ranking) -> int:
+    return max((len(row.distinct) for row in ranking.rows), default=0)
 
 
 # -- the leaderboard
@@ -93,7 +121,7 @@ def _columns(ranking: Ranking, metrics: Sequence[str], tests: Sequence[str]) -> 
     modes = modes_of(ranking.records)
     for name in (*metrics, *tests):
         higher = not ranking.lower if name == ranking.by else mode_of(name, modes) == "max"
-        columns.append({"id": name, "name": in_words(name), "number": True, "higher": higher})
+        columns.append({"id": name, "name": _title(name), "number": True, "higher": higher})
         if name == ranking.by and any(row.difference is not None for row in ranking.rows):
             unit = " (points)" if "accuracy" in name else ""
             columns.append({"id": "difference", "name": f"difference to #1{unit}", "number": True})
@@ -123,7 +151,6 @@ def _row(
     else:
         about = "" if is_all else "Test metrics are shown for #1 only, which was selected on the validation set."
     return {
-        "id": str(row.runs[0].path),
         "rank": rank,
         "label": row.label,
         "values": {key: _value(value) for key, value in row.values.items()},
@@ -131,14 +158,14 @@ def _row(
         "cells": cells,
         "note": ", ".join(f"{count} {status}" for status, count in _not_ended(row).items()),
         "bad": row.failed > 0,
-        "facts": [[in_words(name), statistic_text(name, found)]
+        "facts": [[_title(name), statistic_text(name, found)]
                   for name, found in statistics.items() if found is not None or name in metrics] + _labels(row),
         "about": about if tests or rank > 1 else "",
         "command": row.command,
-        "heads": [in_words(name) for name in names],
+        "heads": [_title(name) for name in names],
         "runs": [
             {
-                "path": printable(short_path(run.path)),
+                "id": printable(short_path(run.path)),
                 "seed": printable(brief(run.config.get("seed"))),
                 "status": run.status.replace("_", " "),
                 "metrics": [format_metric(name, run.metrics.get(name)) for name in names],
@@ -148,6 +175,64 @@ def _row(
             for run in row.runs
         ],
     }  # fmt: skip
+
+
+def _shared_config(ranking: Ranking) -> dict[str, str]:
+    """Returns the keys and values that all runs have."""
+    configs = [run.config for run in ranking.records]
+    if not configs:
+        return {}
+    shared = {key: value for key, value in configs[0].items() if all(key in each for each in configs)}
+    same = [key for key, value in shared.items() if len({text(each[key]) for each in configs}) == 1]
+    return {printable(key): _setting(shared[key]) for key in same}
+
+
+def _own_config(run: Record, shared: Mapping[str, str]) -> dict[str, str]:
+    own = {printable(key): value for key, value in run.config.items()}
+    return {key: _setting(value) for key, value in own.items() if key not in shared}
+
+
+def _setting(value: Any) -> str:
+    return _cut(printable(text(value)))
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
+
+
+def _log(run: Record, share: int, *, is_test_shown: bool) -> list[str]:
+    """Returns the last lines of output.log, which runs of a sweep have, or of train.log; [] if there is none.
+
+    `share`: characters. Test metrics are hidden where the tables hide them.
+    """
+    count = min(_LOG, share)
+    for name in ("output.log", "train.log"):
+        try:
+            content = regular_tail(run.path / name, count)
+        except (OSError, ValueError):
+            continue
+        lines = content.decode(errors="replace").splitlines()
+        plain = [printable(_CONTROL.sub("", line)) for line in lines[len(content) == count :]]  # without a part of one
+        return [_cut(line if is_test_shown else _TEST.sub("(test metrics hidden)", line)) for line in plain]
+    return []
+
+
+def _sections(run: Record, sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """Returns what packages say of a run."""
+    found = []
+    for section in sections:
+        if (own := section.runs.get(run.path)) is None:
+            continue
+        found.append({
+            "title": printable(section.title),
+            "urgent": own.is_urgent,
+            "lines": [_cut(printable(line)) for line in own.lines],
+            "command": command_with(run, own.arguments, own.keys) if own.arguments else None,
+            "heads": [] if own.table is None else [printable(head) for head in own.table.heads],
+            "texts": 0 if own.table is None else own.table.texts,
+            "rows": [] if own.table is None else [[_cut(printable(cell)) for cell in row] for row in own.table.rows],
+        })  # fmt: skip
+    return found
 
 
 def _labels(row: Configuration) -> list[list[str]]:
@@ -189,32 +274,40 @@ def _curve_names(ranking: Ranking) -> list[str]:
     return [name for name in ordered if name not in AXES]
 
 
-def _curves(ranking: Ranking, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns the curves of each row by metric, thinned to evenly spaced epochs if there are many."""
-    bands = [{name: band(row.distinct, name) for name in names} for row in ranking.rows]
-    total = sum(len(each.mean) * (4 + 9 * (each.count.max() > 1)) for row in bands for each in row.values() if each)
-    step = max(total / _POINTS, 1.0)  # evaluated epochs per plotted point
-    results = []
-    for row in bands:
-        curves = {}
-        for name, each in row.items():
-            if each is None:
-                continue
-            count = min(max(round(len(each.mean) / step), _FEWEST_POINTS), len(each.mean))
-            kept = np.unique(np.linspace(0, len(each.mean) - 1, count).round().astype(int))
-            curves[name] = {
-                "x": {axis: _rounded(x[kept]) for axis, x in each.x.items() if np.isfinite(x).all()},
-                "mean": _rounded(each.mean[kept]),
-                "spreads": {spread: [_rounded(bound[kept]) for bound in bounds] for spread, bounds
-                            in each.spreads.items()} if each.count.max() > 1 else {},
-                "count": each.count[kept].tolist(),
-            }  # fmt: skip
-        results.append(curves)
-    return results
+def _points_per_curve(ranking: Ranking, names: Sequence[str]) -> int:
+    """Returns how many points the curves of a run may have in a page of `_POINTS` values; the best have more."""
+    shares = sum(len(row.runs) * (_FINER if rank <= _FINE else 1) for rank, row in enumerate(ranking.rows, 1))
+    return _POINTS // max(1, shares * (len(names) + 1))
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.6g}") for value in values.tolist()]
+def _curves(run: Record, names: Sequence[str], count: int) -> dict[str, Any]:
+    """Returns the curves of a run: by metric, the index of its positions in `x` and its values.
+
+    Curves of more than `count` epochs are thinned to evenly spaced ones. Metrics of the same epochs share `x`: the
+    positions on each axis on which all of them are known.
+    """
+    positions: dict[bytes, int] = {}
+    x: list[dict[str, list[float]]] = []
+    curves: dict[str, list[Any]] = {}
+    known = columns(run.history, (*AXES, *names)) if run.history else np.empty((0, len(AXES) + len(names)))
+    for name, values in zip(names, known.T[len(AXES) :], strict=True):
+        at = np.flatnonzero(np.isfinite(values))
+        if not len(at):
+            continue
+        at = at[np.unique(np.linspace(0, len(at) - 1, min(count, len(at))).round().astype(int))]
+        if at.tobytes() not in positions:
+            positions[at.tobytes()] = len(x)
+            axes = {axis: known[at, i] for i, axis in enumerate(AXES)}
+            x.append({axis: _rounded(each, 5 if axis == "seconds" else 9) for axis, each in axes.items()
+                      if np.isfinite(each).all()})  # fmt: skip
+        curves[name] = [positions[at.tobytes()], _rounded(values[at], 4 if len(values) > count else 6)]
+    return {"x": x, "curves": curves}
+
+
+def _rounded(values: np.ndarray, digits: int) -> list[float]:
+    """Returns numbers of so many digits; integers without a decimal point."""
+    rounded = [float(f"{value:.{digits}g}") for value in values.tolist()]
+    return [int(value) if value.is_integer() and abs(value) < 1e9 else value for value in rounded]
 
 
 # -- the learning rate, parallel coordinates, time to targets
@@ -228,8 +321,8 @@ def _sensitivity(ranking: Ranking) -> dict[str, Any]:
             "name": printable(item.optimizer),
             "row": min(row for _, _, row in item.points),
             "points": [[lr, value.mean] for lr, value, _ in item.points],
-            "best": [[lr, value.mean, value.mean - (value.std or 0.0), value.mean + (value.std or 0.0), value.count,
-                      statistic_text(ranking.by, value)] for lr, value in item.best],
+            "best": [[lr, value.mean, value.mean - (value.std or 0.0), value.mean + (value.std or 0.0), value.count]
+                     for lr, value in item.best],
             "good": item.good,
             "good_text": " to ".join(dict.fromkeys(f"{rate:.4g}" for rate in item.good)),
             "failed": list(item.failed),
@@ -251,7 +344,7 @@ def _parallel(ranking: Ranking) -> dict[str, Any] | None:
     axes = [
         {
             "id": name,
-            "name": in_words(name) if name == ranking.by else short_key(name, ranking.keys),
+            "name": _title(name) if name == ranking.by else short_key(name, ranking.keys),
             "full": name,
             "ticks": [[at, format_metric(name, value) if name == ranking.by else printable(text)]
                       for at, text, value in scale.ticks],

@@ -18,6 +18,7 @@ import numpy as np
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
+from dlopt.basics.plain_values import is_below
 from dlopt.basics.roles import Role
 from dlopt.config.keys import ROUNDING, role_of
 from dlopt.config.overrides import group_of, key_of
@@ -144,6 +145,13 @@ def command_from(run: Record) -> str | None:
     return _shell([*flags, f"from={short_path(run.path)}"])
 
 
+def command_with(run: Record, arguments: Sequence[str], keys: Sequence[str]) -> str | None:
+    """Returns a dlopt command with the run's overrides of `keys`; None if they are unknown."""
+    lines = _repeatable(run.overrides)
+    kept = [line for line in lines or () if line.startswith("--") or is_below(key_of(line), keys)]
+    return None if lines is None else _shell([*kept, *arguments[1:]], arguments[:1])
+
+
 def _repeatable(overrides: Iterable[str], *omitted: str) -> list[str] | None:
     """Returns the overrides without the run's location and the keys `omitted`; None if a line is not an override."""
     lines = list(overrides)
@@ -152,8 +160,8 @@ def _repeatable(overrides: Iterable[str], *omitted: str) -> list[str] | None:
     return [line for line in lines if group_of(line) not in (*_NOT_REPEATED, *omitted)]
 
 
-def _shell(words: Sequence[str]) -> str | None:
-    line = shlex.join(["dlopt", "train", *words])
+def _shell(words: Sequence[str], command: Sequence[str] = ("train",)) -> str | None:
+    line = shlex.join(["dlopt", *command, *words])
     return line if printable(line) == line else None
 
 

@@ -1,8 +1,9 @@
 """A table of texts for terminals, LaTeX and Markdown; templates render it as HTML by `table` in macros.html."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
@@ -58,12 +59,27 @@ class Table:
 
 
 @dataclass(frozen=True)
+class RunSection:
+    """What a package adds to the view of one run on the page.
+
+    `arguments`: of a dlopt command to copy, which also gets the run's overrides of `keys`; `table`: its result, if any.
+    """
+
+    lines: Sequence[str]
+    arguments: Sequence[str] = ()
+    keys: Sequence[str] = ()
+    table: Table | None = None
+    is_urgent: bool = False  # whether the run needs it: the command is also shown in lists of runs
+
+
+@dataclass(frozen=True)
 class Section:
-    """What a package adds to `dlopt report`: a table on the page, and lines in the terminal."""
+    """What a package adds to `dlopt report`: a table on the page, lines in the terminal, parts of the views of runs."""
 
     title: str
-    table: Table
-    lines: Sequence[str]
+    table: Table | None = None
+    lines: Sequence[str] = ()
+    runs: Mapping[Path, RunSection] = field(default_factory=dict)
 
 
 def spreadsheet_cell(value: Any) -> Any:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from random import Random
 
 import pytest
 from rich.console import Console
@@ -228,19 +227,6 @@ def test_serves_only_the_page_on_loopback(tmp_path: Path) -> None:
         assert request(address, "/", method="POST").status == 501
     with pytest.raises(OSError):
         request(address, "/")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
-def test_a_page_of_300_runs_has_at_most_three_megabytes(tmp_path: Path) -> None:
-    random = Random(0)
-    for number in range(300):
-        curve = tuple(0.9 * (1 - 0.8**epoch) + random.gauss(0, 0.01) for epoch in range(1, 31))
-        config = {"optimizer.weight_decay": 10 ** random.uniform(-5, -2), "model.widths": [random.choice((32, 64))]}
-        lr = 10 ** random.uniform(-3, 0)
-        make_run(tmp_path / "sweep" / str(number), lr=lr, seed=0, accuracies=curve, config=config)
-    assert dlopt(tmp_path, "report", "sweep").code == 0
-    assert (tmp_path / "sweep/report/index.html").stat().st_size < 3e6
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_wheel_contains_only_the_package_and_conf(wheel: Path) -> None:
     assert contents == files("dlopt") | files("conf", "dlopt/")
     assert {"dlopt/conf/train.yaml", "dlopt/py.typed", "dlopt/templates/train.sbatch"} <= contents
     licenses = {name.partition(".dist-info/licenses/")[2] for name in names - contents}
-    assert {"LICENSE", "dlopt/results/page/vendor/uPlot.LICENSE"} <= licenses
+    assert "LICENSE" in licenses
 
 
 @requires("git")

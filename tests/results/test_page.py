@@ -1,6 +1,7 @@
 """The page in a real browser."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dlopt.basics.formats import format_metric
 from dlopt.results.page import page
 from dlopt.results.ranking import Ranking, band, fastest, gather, targets, time_to_target
 from dlopt.results.reading import RunReader
+from dlopt.results.tables import RunSection, Section, Table
 from tests.support.browser import NEEDS_BROWSER, chromium, narrow
 from tests.support.folders import make_run
 
@@ -39,7 +41,17 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Ranking:
 @pytest.fixture(scope="module")
 def file(table: Ranking, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "index.html"
-    path.write_text(page(table, title=EVIL, made="now", target=0.7, test=False, refresh=None))
+    bad = RunSection(
+        [EVIL, "5 epochs"],
+        ["measure", "deep=1"],
+        ["optimizer", "seed"],
+        Table(["a", "b"], [[EVIL, "1"]]),
+        is_urgent=True,
+    )
+    section = Section("Measure", runs={run.path: bad for run in table.failed})
+    for run in table.failed:
+        (run.path / "train.log").write_text(f"a line of the log\n{EVIL}\n")
+    path.write_text(page(table, title=EVIL, made="now", target=0.7, test=False, refresh=None, sections=[section]))
     return path
 
 
@@ -144,7 +156,7 @@ def select(browser: Any, name: str, value: str) -> None:
 
 
 def test_tooltips_show_curve_values(shown: Any, table: Ranking) -> None:
-    result = hover(shown, "#curves-chart .u-over", 0.95, 0.3)
+    result = hover(shown, "#curves-chart .over", 0.95, 0.3)
     assert result.startswith("epoch 3") and "#1 optimizer=adamw lr=0.01" in result
     row = band(table.rows[0].runs, "val_accuracy")
     assert row is not None
@@ -155,15 +167,15 @@ def test_tooltips_show_curve_values(shown: Any, table: Ranking) -> None:
     for name, (low, high) in row.spreads.items():
         select(shown, "band", name)
         expected = f"[{100 * low[-1]:.2f} %, {100 * high[-1]:.2f} %] of 3"
-        assert expected in hover(shown, "#curves-chart .u-over", 0.95, 0.3)
+        assert expected in hover(shown, "#curves-chart .over", 0.95, 0.3)
     for x, name in (("seconds", "seconds"), ("step", "updates")):
         select(shown, "x", x)
-        assert hover(shown, "#curves-chart .u-over", 0.5, 0.5).startswith(name)
-    assert hover(shown, "#rates-chart .u-over", 0.5, 0.5).startswith("updates")
-    assert hover(shown, "#sensitivity-chart .u-over", 0.4, 0.5).startswith("learning rate")
+        assert hover(shown, "#curves-chart .over", 0.5, 0.5).startswith(name)
+    assert hover(shown, "#rates-chart .over", 0.5, 0.5).startswith("updates")
+    assert hover(shown, "#sensitivity-chart .over", 0.4, 0.5).startswith("learning rate")
     press(shown, "#log")
     press(shown, "#curves .legend button")
-    assert "#1 " not in hover(shown, "#curves-chart .u-over", 0.5, 0.5)
+    assert "#1 " not in hover(shown, "#curves-chart .over", 0.5, 0.5)
     assert shown.execute_script("return document.querySelectorAll(\"#curves [aria-pressed='false']\").length") == 1
 
 
@@ -173,7 +185,7 @@ def test_curves_against_seconds_match_those_of_the_image_files(shown: Any, table
     row = band(table.rows[0].runs, "val_accuracy")
     assert row is not None and row.x["seconds"].tolist() == pytest.approx([1.1, 2.2, 3.3])
     for at, x, mean in ((0.02, 1.1, row.mean[0]), (0.5, 2.2, row.mean[1]), (0.98, 3.3, row.mean[2])):
-        result = hover(shown, "#curves-chart .u-over", at, 0.5)
+        result = hover(shown, "#curves-chart .over", at, 0.5)
         seconds, label, reading = result.splitlines()[:3]  # the best is first; others are 0.05 s per epoch slower
         assert float(seconds.split()[1]) == pytest.approx(x, abs=0.16)
         assert label.startswith("#1 ") and reading.startswith(f"{100 * mean:.2f} %")
@@ -187,7 +199,7 @@ def test_zoom_by_dragging_and_by_keys(shown: Any) -> None:
         ActionChains(shown).send_keys(*keys).perform()
         return text(shown, "#tip").partition("\n")[0]
 
-    chart = shown.find_element(By.CSS_SELECTOR, "#curves-chart .u-over")
+    chart = shown.find_element(By.CSS_SELECTOR, "#curves-chart .over")
     shown.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
     width, hidden = chart.rect["width"], "return document.querySelector('#curves-chart .reset').hidden"
     assert shown.execute_script(hidden)
@@ -248,16 +260,16 @@ def test_dark_screen_and_white_paper(shown: Any) -> None:
         window.printed = null;
         addEventListener("beforeprint", () => { window.printed = [
             getComputedStyle(document.documentElement).getPropertyValue("--paper"),
-            document.querySelector("#curves-chart canvas").width]; });""")
-    pixels = "return document.querySelector('#curves-chart canvas').toDataURL()"
-    light = shown.execute_script(pixels)
+            document.querySelector("#curves-chart svg").viewBox.baseVal.width]; });""")
+    ink = "return getComputedStyle(document.querySelector('#curves-chart text')).fill"
+    light = shown.execute_script(ink)
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     try:
         shown.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
-        WebDriverWait(shown, 20).until(lambda page: page.execute_script(pixels) != light)
+        WebDriverWait(shown, 20).until(lambda page: page.execute_script(ink) != light)
         assert shown.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
         shown.execute_cdp_cmd("Page.printToPDF", {})
-        assert shown.execute_script("return window.printed") == ["#ffffff", 1380]
+        assert shown.execute_script("return window.printed") == ["#ffffff", 690]
         assert shown.execute_script("return document.documentElement.className") == ""
     finally:
         shown.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
@@ -302,8 +314,169 @@ def test_parallel_coordinates_highlight_brushed_lines(shown: Any) -> None:
     assert shown.execute_script(kept) == 7
 
 
+def type_into(browser: Any, selector: str, value: object) -> None:
+    script = """
+        const field = document.querySelector(arguments[0]);
+        field.value = arguments[1];
+        field.dispatchEvent(new Event("input"));"""
+    browser.execute_script(script, selector, value)
+
+
+def lines(browser: Any, selector: str = "") -> list[str]:
+    """Returns the colours of the curves."""
+    script = "return [...document.querySelectorAll(arguments[0])].map((each) => each.getAttribute('stroke'))"
+    return list(browser.execute_script(script, f"#curves-chart path[stroke]{selector}"))
+
+
+def saved(browser: Any, chart: str) -> dict[str, str]:
+    """Clicks the buttons of a plot that save it; returns the content of the files by their name."""
+    script = """
+        const [selector, done] = arguments, files = {}, urls = {};
+        URL.createObjectURL = (blob) => {
+            const url = `blob:${Object.keys(urls).length}`;
+            urls[url] = blob;
+            return url;
+        };
+        HTMLAnchorElement.prototype.click = async function () {
+            const blob = urls[this.getAttribute("href")];
+            files[this.download] = `${blob.type} ${(await blob.text()).replaceAll("\\uFFFD", "?")}`;
+            if (Object.keys(files).length === 3) done(files);
+        };
+        document.querySelectorAll(`${selector} [data-save]`).forEach((button) => button.click());"""
+    return dict(browser.execute_async_script(script, chart))
+
+
+def test_controls_of_the_plots(shown: Any, table: Ranking) -> None:
+    """Smoothing, single runs, colours by key, groups, heat map, files: each from its control to what is drawn."""
+    assert set(lines(shown)) == {"var(--c0)", "var(--c1)"} and len(lines(shown)) == 6  # by optimizer
+    type_into(shown, "#smooth", 0.5)
+    assert len(lines(shown, ".raw")) == 6 and len(lines(shown)) == 12
+    row = band(table.rows[0].runs, "val_accuracy")
+    assert row is not None
+    smooth = sum(0.5**i * value for i, value in enumerate(row.mean[::-1])) / 1.75
+    tooltip = hover(shown, "#curves-chart .over", 0.95, 0.3)
+    assert f"{100 * smooth:.2f} %" in tooltip and "(raw 90.00 %)" in tooltip
+    press(shown, "#singles")
+    assert len(lines(shown, ":not(.raw)")) == sum(len(row.runs) for row in table.rows[:6]) and "seed 2" in hover(
+        shown, "#curves-chart .over", 0.95, 0.3
+    )
+    press(shown, "#singles")
+    type_into(shown, "#smooth", 0)
+    for control in ("[data-choice=colour]", "th[data-column='rank'] button", "#log"):  # drawn again, with the focus
+        shown.execute_script("document.querySelector(arguments[0]).focus()", control)
+        shown.execute_script("document.activeElement.dispatchEvent(new Event('change'))")
+        shown.execute_script("document.activeElement.click()")
+        assert shown.execute_script("return document.activeElement.matches(arguments[0])", control)
+    press(shown, "th[data-column='rank'] button")
+    press(shown, "#log")
+    select(shown, "colour", "optimizer.lr")
+    rates = [row.values["optimizer.lr"] for row in table.rows[:6]]
+    colours = [f"var(--c{sorted({row.values['optimizer.lr'] for row in table.rows}).index(rate)})" for rate in rates]
+    swatches = "return [...document.querySelectorAll(arguments[0])].map((each) => each.getAttribute('stroke'))"
+    assert lines(shown) == shown.execute_script(swatches, "#leaderboard tbody line") == colours
+    best = shown.execute_script(swatches, "#parallel-chart path.kept:nth-of-type(7)")
+    assert best == [colours[0]]
+    select(shown, "group", "optimizer")
+    groups = [row.split("\t") for row in text(shown, "#groups tbody").splitlines()]
+    means = {name: [row.value.mean for row in table.rows if row.value and row.values["optimizer"] == name]
+             for name in ("adamw", "sgd")}  # fmt: skip
+    assert [group[:3] for group in groups] == [["sgd", "4", "11"], ["adamw", "4", "12"]]
+    assert groups[1][4] == f"{100 * max(means['adamw']):.2f} %"
+    assert groups[1][3].startswith(f"{100 * sum(means['adamw']) / 4:.0f} ± ")
+    assert len(lines(shown)) == 2
+    cells = "return [...document.querySelectorAll('#heat-chart .cell text')].map((each) => each.textContent)"
+    assert sorted(shown.execute_script(cells)) == sorted(
+        f"{100 * row.value.mean:.4g} %" for row in table.rows if row.value
+    )
+    select(shown, "group", "")
+    files = saved(shown, "#curves-chart")
+    names = [f"validation_accuracy_against_epoch.{end}" for end in ("csv", "png", "svg")]
+    assert sorted(files) == names
+    csv, png, picture = (files[name] for name in names)
+    assert png.startswith("image/png") and 'xmlns="http://www.w3.org/2000/svg"' in picture and "var(" not in picture
+    assert "#1 optimizer=adamw lr=0.01" in picture  # its legend
+    assert csv.splitlines()[0] == "text/csv line,epoch,validation accuracy,low,high,runs"
+    first = "#1 optimizer=adamw lr=0.01,3,0.9,0.89,0.91,3"
+    assert first in [re.sub(r"\d\.\d{9,}", lambda number: f"{float(number[0]):.6g}", line) for line in csv.splitlines()]
+    for chart in ("#heat", "#parallel", "#sensitivity-chart", "#rates-chart"):
+        assert len(saved(shown, chart)) == 3
+
+
+def test_conditions_filter_as_those_of_the_command_line(shown: Any) -> None:
+    def ranks(conditions: str) -> list[str]:
+        type_into(shown, "#where", conditions)
+        assert text(shown, "#problem") == ""
+        return column(shown, "rank")
+
+    assert ranks("optimizer=adamw val_accuracy>0.74") == ["1", "2", "4"] == ranks("optimizer=adam? val_accuracy>74%")
+    assert ranks("lr<=0.01 optimizer!=sgd") == ranks("ADAMW lr<=0.01") == ["1", "4"]
+    assert ranks("status=failed") == ["8"] and ranks("model=mlp") == ranks("") and ranks("seed=7") == []
+    for conditions, problem in (("nothing=1", "unknown key nothing"), ("lr>high", "> needs a number")):
+        type_into(shown, "#where", f"{conditions} optimizer=sgd")
+        assert problem in text(shown, "#problem") and len(column(shown, "rank")) == 4, "other conditions hold"
+    shown.refresh()
+    assert len(column(shown, "rank")) == 4
+
+
+def test_view_of_one_run(shown: Any, table: Ranking) -> None:
+    """Opened by a click on its row, or by its address; leads back, to other seeds and to a difference."""
+
+    def visible_sections() -> list[str]:
+        script = "return [...document.querySelectorAll('main > section')].filter((each) => each.offsetHeight)"
+        return [str(name) for name in shown.execute_script(f"{script}.map((each) => each.id)")]
+
+    def wait_for(view: str) -> None:
+        script = "return document.body.dataset.view"
+        WebDriverWait(shown, 20).until(lambda page: page.execute_script(script) == view)
+
+    press(shown, "tr[data-rank='8'] td:nth-child(3)")
+    wait_for("run")
+    assert visible_sections() == ["run", "selected", "difference"]
+    address = str(shown.current_url)
+    assert "#run=" in address and "Run " in text(shown, "#run h2")
+    body = text(shown, "#run")
+    assert EVIL in body and "5 epochs" in body and "dlopt measure optimizer=sgd optimizer.lr=10.0 seed=0 deep=1" in body
+    assert shown.execute_script("return document.querySelectorAll('#run-charts .plot').length") >= 3
+    assert "a line of the log" in body and "image/" not in body
+    select(
+        shown,
+        "compare",
+        shown.execute_script("return document.querySelector('[data-choice=compare]').options[1].value"),
+    )
+    difference = text(shown, "#difference")
+    assert "optimizer\tsgd\tadamw" in difference and "optimizer.lr\t10\t0.01" in difference
+    assert "data.batch_size" not in difference
+    press(shown, "#back")
+    wait_for("all")
+    assert "leaderboard" in visible_sections() and "run" not in visible_sections()
+    shown.get("about:blank")
+    shown.get(address)
+    assert visible_sections() == ["run", "selected", "difference"]
+    press(shown, "#selected tbody tr:nth-child(2) a")
+    WebDriverWait(shown, 20).until(lambda page: "8" not in page.current_url or page.current_url != address)
+    shown.get("about:blank")
+    shown.get(address.partition("#")[0] + "#run=nowhere")
+    assert "This report has no run nowhere." in text(shown, "#run")
+
+
+def test_large_data_is_compressed(
+    browser: Any, file: Path, table: Ranking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlopt.results.page._LARGEST_PLAIN", 0)
+    path = tmp_path / "index.html"
+    path.write_text(page(table, title="t", made="now", target=0.7, test=False, refresh=None))
+    assert path.stat().st_size < 0.8 * file.stat().st_size
+    browser.get(path.as_uri())
+    WebDriverWait(browser, 20).until(
+        lambda each: each.execute_script("return document.querySelector('#curves-chart svg')")
+    )
+    assert column(browser, "val_accuracy")[0] == "90.00 ± 1.00 %"
+    assert json.dumps(browser.get_log("browser")) == "[]"
+
+
 def test_failed_runs_show_reason_as_plain_text(shown: Any) -> None:
     assert text(shown, "#failed").count("<img src=x onerror=alert(1)>") == 3
+    assert text(shown, "#failed").count("Copy command: Measure") == 3
     assert shown.execute_script("return document.images.length") == 0
 
 

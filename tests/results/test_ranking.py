@@ -1,5 +1,7 @@
+import base64
 import csv
 import dataclasses
+import gzip
 import io
 import json
 import re
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.secrets import note
 from dlopt.results.columns import difference_text, statistic_text, summary_csv
 from dlopt.results.leaderboard import Difference, Record, Statistic
 from dlopt.results.page import SCRIPTS, page, read_text
@@ -227,8 +230,8 @@ def test_page_needs_no_network(sweep: Path) -> None:
         and "url(" not in text.replace("url(#", "")
     )
     addresses = set(re.findall(r"https?://[^\s\"')]+", text))
-    assert addresses == {"http://www.w3.org/2000/svg", "https://github.com/leeoniya/uPlot"}  # a namespace, a banner
-    assert "Copyright (c) 2022 Leon Sorokin" in text and len(text) < 150_000
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a namespace
+    assert len(text) < 150_000
     assert "default-src 'none'" in text and "unsafe-inline" not in text
 
 
@@ -251,11 +254,77 @@ def test_thins_long_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     make_run(tmp_path / "0", accuracies=curve)
     monkeypatch.setattr("dlopt.results.page_data._POINTS", 300)
     data = page_data(table(tmp_path), target=0.7, test=False, refresh=None)
-    epochs = data["rows"][0]["curves"]["val_accuracy"]["x"]["epoch"]
-    assert len(epochs) < 50 and {1, 200} <= set(epochs)
+    [run] = data["rows"][0]["runs"]
+    [positions] = run["x"]  # shared by all metrics
+    assert len(positions["epoch"]) < 50 and {1, 200} <= set(positions["epoch"])
+    assert run["curves"]["val_accuracy"] == [0, [curve[epoch - 1] for epoch in positions["epoch"]]]
     [first, *_] = data["times"]  # the time to the target is that of all epochs
     assert first["target"] == "70.00 %"
     assert first["entries"] == [[0, 1, "1 of 1", False, ["340", 1.0], ["34.0 s", 1.0]]]
+
+
+@pytest.mark.slow
+def test_a_page_of_1000_runs_has_at_most_one_megabyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random keys and curves, and logs, of a search in which every run is a configuration."""
+    monkeypatch.setattr("dlopt.results.page.importance", lambda _: None)
+    draw, records = Random(0), []
+    names = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "lr", "samples_per_second")
+    for number in range(1000):
+        lines = [
+            {"epoch": i, "step": 20 * i, "seconds": i + draw.random()}
+            | {name: 1 - 0.9**i * draw.random() for name in names}
+            for i in range(1, 61)
+        ]
+        path = tmp_path / str(number)
+        path.mkdir()
+        (path / "output.log").write_text("".join(" ".join(f"{v:.4g}" for v in line.values()) + "\n" for line in lines))
+        keys = {
+            "optimizer.lr": draw.random(),
+            "optimizer.weight_decay": draw.random(),
+            "model.widths": draw.randrange(9),
+        }
+        config = {"optimizer": "sgd", "seed": 0, **keys, **{f"data.key{i}": i for i in range(100)}}
+        metrics = {key: value for key, value in lines[-1].items() if key not in ("epoch", "step")}
+        typed = [f"{key}={value}" for key, value in keys.items()]
+        records.append(Record(path, "finished", config, metrics, lines, typed))
+    text = page(gather(records, []), title="t", made="now", target=0.9, test=False, refresh=None)
+    assert len(text.encode()) < 1_000_000 and 'type="application/gzip"' in text
+
+
+def test_numbers_of_a_cell_have_common_decimals() -> None:
+    assert statistic_text("gap", Statistic(-7.19e-4, 0.0364, 3)) == "-0.0007 ± 0.0364"
+    assert statistic_text("gap", Statistic(0.0364, 7.19e-4, 3)) == "0.0364 ± 0.0007"
+    assert statistic_text("val_loss", Statistic(0.5, 0.0, 3)) == "0.5000 ± 0.0000"
+    assert difference_text("val_loss", Difference(-7e-4, -0.04, 3e-4, 3)) == "-0.0007 [-0.0400, +0.0003]"
+
+
+def test_a_log_of_a_run_is_shown_without_control_characters_and_hidden_test_metrics(tmp_path: Path) -> None:
+    for number, name in enumerate(("output.log", "train.log")):
+        make_run(tmp_path / str(number), lr=0.1 + number, accuracies=(0.5, 0.9 - number / 10))
+        text = f"\x1b[31mred\x07\ntest   0.25  91.25 %\n{'x' * 5000}\nlast: test_accuracy 91.25 %, end\n"
+        (tmp_path / str(number) / name).write_text(text * (number + 1))
+    for test in (False, True):
+        data = page_data(table(tmp_path), target=None, test=test, refresh=None)
+        first, second = (row["runs"][0]["log"] for row in data["rows"])
+        assert first[-1] == "last: test_accuracy 91.25 %, end" and all(len(line) < 302 for line in first + second)
+        assert second[-1] == ("last: test_accuracy 91.25 %, end" if test else "last: (test metrics hidden), end")
+    (tmp_path / "0/output.log").write_text("\x1b[31mred\x07\ntest   0.25  91.25 %\n")
+    data = page_data(table(tmp_path), target=None, test=True, refresh=None)
+    assert data["rows"][0]["runs"][0]["log"] == ["red�", "test   0.25  91.25 %"]
+
+
+def test_the_data_of_a_page_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is compressed, so that a search in the page does not find it."""
+    monkeypatch.setattr("dlopt.basics.secrets._replacements", {})
+    note("a secret, 42", "${oc.env:TOKEN}", is_named=True)
+    make_run(tmp_path / "0", config={"note": "a secret, 42"})
+    for size in (0, 10**6):
+        monkeypatch.setattr("dlopt.results.page._LARGEST_PLAIN", size)
+        text = page(table(tmp_path), title="t", made="now", target=None, test=False, refresh=None)
+        content = re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0]
+        if size == 0:
+            content = gzip.decompress(base64.b64decode(content)).decode()
+        assert "a secret, 42" not in content and "${oc.env:TOKEN}" in content
 
 
 def test_small_losses_are_not_rounded_to_zero() -> None:

@@ -132,8 +132,8 @@ def test_confusion_and_curves_of_a_run() -> None:
 
 def page(table: Ranking, target: float, *, test: bool) -> list[str]:
     data = page_data(table, target=target, test=test, refresh=5.0)
-    for row in data["rows"]:
-        row["curves"] = {name: curve for name, curve in row["curves"].items() if name == table.by}
+    for run in (run for row in data["rows"] for run in row["runs"]):
+        run["curves"] = {name: curve for name, curve in run["curves"].items() if name == table.by}
     shared = f"{table.records[0].path.parent}/"
     return [line.replace(shared, "") for line in flat(data)]
 
@@ -218,10 +218,11 @@ def test_many_values_are_thinned_and_many_keys_and_rows_are_cut(
         failed = {"status": "failed"} if i > 6 else {}
         make_run(Path(f"{i:02}"), config=config, accuracies=tuple(0.01 * (e + i) for e in range(40)), **failed)  # type: ignore[arg-type]
     ranking_of = read_table(Path())
-    monkeypatch.setattr(page_data_module, "_POINTS", 13 * 6 * 40)  # of 13 rows with 6 metrics, which take 4 each
+    monkeypatch.setattr(page_data_module, "_POINTS", 13 * 8 * 12)  # of 13 runs with 7 metrics and their positions
     data = page_data(ranking_of, target=None, test=False, refresh=None)
-    curve = data["rows"][0]["curves"]["val_accuracy"]
-    assert len(curve["mean"]) == 12, "the fewest"
+    [run] = data["rows"][0]["runs"]
+    curve = {"x": run["x"], "val_accuracy": run["curves"]["val_accuracy"]}
+    assert len(curve["val_accuracy"][1]) == 12, "the fewest"
     found = [*flat({"curve": curve, "parallel": data["parallel"], "expendable": data["expendable"]})]
     for top in (13, 12):
         found += printed(ranking_of, None, top=top)

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from dlopt.lab.diagnosis.measuring import Diagnosis, Snapshot
     from dlopt.lab.diagnosis.verdicts import Facts, Verdict
 
-_READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "check", "on_divergence")
+READS = (*UPDATE, *LEARNING_RATE, *RECIPE, "check", "on_divergence")
 _INITIAL = dict.fromkeys(("init", "init_seed", "init_from"), "the weights are those of the checkpoint")
-_READS_OF_CHECKPOINTS = tuple(key for key in _READS if key not in _INITIAL)
+_READS_OF_CHECKPOINTS = tuple(key for key in READS if key not in _INITIAL)
 USAGE = """\
 Measure activations, gradients and curvature of a model, layer by layer
 
@@ -62,7 +62,7 @@ Rates each layer and suggests what to change. Keys accept several values: one ro
 
   {diagnose}
 and these keys of `dlopt train`:
-    {_READS}
+    {READS}
 """
 
 _MAX_JOBS = 7  # distinguishable colours
@@ -103,7 +103,7 @@ def diagnose(
     """Measures, prints the table and the advice, and saves the plots. Raises `UserError`."""
     if checkpoint is None:
         hints = {"resume": "to diagnose a trained model, use checkpoint=PATH"}
-        refuse_unread(line.overrides, "dlopt diagnose", _READS, command_keys=["output"], hints=hints)
+        refuse_unread(line.overrides, "dlopt diagnose", READS, command_keys=["output"], hints=hints)
         subjects = [_subject(line, job) for job in line.jobs(_GROUPS, _MAX_JOBS)]
         title = " ".join(line.fixed()) or ("other keys at their defaults" if line.overrides else "default model")
     else:
@@ -121,7 +121,7 @@ def diagnose(
     folder = folder or output_folder(None, "diagnose")
     for (diagnosis, facts), subject in zip(results, subjects, strict=True):
         _print(diagnosis, facts, subject.label if len(subjects) > 1 else "")
-    written = _write(folder, [diagnosis for diagnosis, _ in results], title)
+    written = _write(folder, results, title)
     skipped = skipped_keys([(subject.label, subject.job) for subject in subjects if subject.job is not None])
     print(*map(short_path, written), *skipped, sep="\n")
     return DONE
@@ -277,31 +277,31 @@ def _median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else math.nan
 
 
-def _write(folder: Path, diagnoses: Sequence["Diagnosis"], title: str) -> list[Path]:
+def _write(folder: Path, results: Sequence[tuple["Diagnosis", "Facts"]], title: str) -> list[Path]:
     """Writes the plots, diagnosis.json (all metrics; null for non-finite values) and TensorBoard histograms."""
     from dlopt.lab.diagnosis.plots import plots
 
-    paths = []
+    paths, diagnoses = [], [diagnosis for diagnosis, _ in results]
     with writing(folder):
         for name, figure in plots(diagnoses, title).items():
             paths += drawing.save(figure, folder, name)
-        write_json(folder / "diagnosis.json", without_nan([_record(each) for each in diagnoses]), indent=1)
+        write_json(folder / "diagnosis.json", without_nan([_record(*each) for each in results]), indent=1)
         _histograms(folder, diagnoses)
     return [*paths, folder / "diagnosis.json", folder / "tensorboard"]
 
 
-def _record(diagnosis: "Diagnosis") -> dict[str, Any]:
+def _record(diagnosis: "Diagnosis", facts: "Facts") -> dict[str, Any]:
     path = diagnosis.trace
     return {
         "label": diagnosis.label,
-        "snapshots": [_snapshot(each) for each in diagnosis.snapshots],
+        "snapshots": [_snapshot(each, facts) for each in diagnosis.snapshots],
         "updates": {name: getattr(path, name) for name in ("losses", "norms", "clipped", "ratios", "along", "ended")},
         "curvature_along_updates": {str(update): value for update, value in path.curvatures.items()},
     }
 
 
-def _snapshot(snapshot: "Snapshot") -> dict[str, Any]:
-    from dlopt.lab.diagnosis.verdicts import verdicts
+def _snapshot(snapshot: "Snapshot", facts: "Facts") -> dict[str, Any]:
+    from dlopt.lab.diagnosis.verdicts import advice, verdicts
 
     judged = verdicts(snapshot.layers, snapshot.lags)
     layers = [
@@ -327,6 +327,7 @@ def _snapshot(snapshot: "Snapshot") -> dict[str, Any]:
     return {
         "updates": snapshot.updates,
         "loss": snapshot.loss,
+        "advice": advice(judged, facts),
         "gradient_norms": snapshot.total_norms,
         "noise_scale": snapshot.noise_scale,
         "eigenvalues": None if spectrum is None else spectrum.eigenvalues.tolist(),

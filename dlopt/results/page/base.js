@@ -1,6 +1,14 @@
-// Shared helpers: elements, formatting, colours, state, tooltip. The data is untrusted: insert it only as text, never as
+// Shared helpers: elements, formatting, colours, state, tooltip, controls. The data is untrusted: insert it only as text, never as
 // HTML.
-const data = JSON.parse(document.getElementById("data").textContent);
+const source = document.getElementById("data");
+const data = JSON.parse(source.type === "application/gzip" ? await inflated(source.textContent) : source.textContent);
+
+for (const row of data.rows) row.id = row.runs[0].id;
+
+async function inflated(text) {
+  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
 
 function html(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
@@ -41,12 +49,26 @@ function formatNumber(value, count = 4) {
   return String(Number(value.toPrecision(count)));
 }
 
+function isPercent(name) {
+  return data.percent.includes(name);
+}
+
 function formatTick(name, value) {
-  return data.percent.includes(name) ? `${formatNumber(100 * value)} %` : formatNumber(value);
+  return isPercent(name) ? `${formatNumber(100 * value)} %` : formatNumber(value);
 }
 
 function formatMetric(name, value) {
-  return data.percent.includes(name) ? `${(100 * value).toFixed(2)} %` : formatNumber(value);
+  return isPercent(name) ? `${(100 * value).toFixed(2)} %` : formatNumber(value);
+}
+
+// Formats mean ± deviation with common decimals: two digits of the deviation.
+function formatSpread(name, mean, deviation) {
+  if (deviation === null) return formatMetric(name, mean);
+  const scale = isPercent(name) ? 100 : 1, unit = isPercent(name) ? " %" : "";
+  const largest = scale * Math.max(Math.abs(mean), deviation);
+  if (largest !== 0 && (largest < 1e-4 || largest >= 1e6)) return `${formatNumber(mean, 3)} ± ${formatNumber(deviation, 3)}`;
+  const decimals = Math.min(Math.max(1 - Math.floor(Math.log10(scale * deviation || 0.01)), 0), 4);
+  return `${(scale * mean).toFixed(decimals)} ± ${(scale * deviation).toFixed(decimals)}${unit}`;
 }
 
 function formatValue(value) {
@@ -63,42 +85,66 @@ function extent(values) {
   return [low, high];
 }
 
-// -- view state, stored in the URL hash so that it survives reloads
+// -- view state, stored in the fragment of the address, so that it survives reloads: #run=PATH&view=JSON
 
-const state = { sort: ["rank", 1], off: {}, range: {}, shown: null, hidden: [], selected: null, metric: null, x: "epoch",
-  band: data.spread, log: false, target: null, all: false, open: null, columns: null, choosing: false, zooms: {} }; // zooms: chart -> {key, x: [low, high], y: [low, high] or null}
+const DEFAULTS = { sort: ["rank", 1], off: {}, where: "", group: "", colour: data.keys.includes("optimizer") ? "optimizer" : "",
+  shown: null, hidden: [], compare: "", metric: null, x: "epoch", band: data.spread, singles: false, smooth: 0, log: false,
+  heatX: "", heatY: "", heatCell: "best", target: null, all: false, open: null, columns: null, choosing: false,
+  zooms: {} }; // zooms: chart -> {key, x: [low, high], y: [low, high] or null}
+const state = { ...structuredClone(DEFAULTS), run: null };
 
 function restoreState() {
+  const saved = new URLSearchParams(location.hash.slice(1));
+  state.run = saved.get("run");
   try {
-    const saved = JSON.parse(decodeURIComponent(location.hash.slice(1)));
-    for (const key of Object.keys(state)) if (key in saved) state[key] = saved[key];
-  } catch (error) { /* no saved state, or a hash of another page */ }
+    const view = JSON.parse(saved.get("view") || "{}");
+    for (const key of Object.keys(DEFAULTS)) if (key in view) state[key] = view[key];
+  } catch (error) { /* a fragment of another page */ }
+}
+
+// Returns the address of a run, or of all runs (null), in this view.
+function addressOf(run) {
+  const isChanged = ([key, value]) => key !== "run" && JSON.stringify(value) !== JSON.stringify(DEFAULTS[key]);
+  const view = JSON.stringify(Object.fromEntries(Object.entries(state).filter(isChanged)));
+  return `#${new URLSearchParams({ ...(run ? { run } : {}), ...(view === "{}" ? {} : { view }) })}`;
 }
 
 function saveState() {
   try {
-    history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify(state))}`);
-  } catch (error) { /* a page without a URL, such as about:srcdoc */ }
+    history.replaceState(null, "", addressOf(state.run));
+  } catch (error) { /* a page without an address, such as about:srcdoc */ }
 }
 
 // -- line styles: page.css defines the colours for a light and a dark screen; a page is always printed on white
 
 const COLOURS = 7;
 const DASHES = [[], [7, 3], [2, 2], [8, 3, 2, 3]];
-let isPrinting = false;
 
-function styleOf(i) {
-  return { colour: `--c${i % COLOURS}`, dash: DASHES[i % DASHES.length] };
-}
-
-// Returns the value of a colour for a canvas, which knows no CSS variables.
-function colourOf(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name);
+function styleOf(colour, dash = colour) {
+  return { colour: `--c${colour % COLOURS}`, dash: DASHES[dash % DASHES.length] };
 }
 
 function swatch(style, width = 26) {
   return svg("svg", { width, height: 10, "aria-hidden": "true" }, svg("line", { x1: 1, x2: width - 1, y1: 5, y2: 5,
     stroke: `var(${style.colour})`, "stroke-width": 2.5, "stroke-dasharray": style.dash.join(" ") || null }));
+}
+
+// Returns the distinct values of a key, sorted: those of all rows, so that filters do not change their colours.
+const valuesOf = cached((key) => {
+  const values = [...new Map(data.rows.map((row) => [formatValue(row.values[key]), row.values[key]])).values()];
+  const order = (value) => (typeof value === "number" ? [0, value] : [1, String(value)]);
+  return values.sort((a, b) => compare(order(a), order(b)));
+});
+
+const colourIndex = cached((key) => new Map(valuesOf(key).map((value, i) => [formatValue(value), i])));
+
+function compare([a, x], [b, y]) {
+  return a - b || (x < y ? -1 : x > y ? 1 : 0);
+}
+
+function cached(compute) {
+  const known = new Map();
+  return (key) => known.get(key) ?? known.set(key, compute(key)).get(key);
 }
 
 // -- tooltip
@@ -131,4 +177,45 @@ function scrollable(table, name) {
 
 function tableOf(heads, rows) {
   return html("table", {}, html("thead", {}, html("tr", {}, ...heads.map(([name, kind]) => html("th", { scope: "col", class: kind || null }, name)))), html("tbody", {}, ...rows));
+}
+
+// -- controls
+
+function selectControl(name, label, options, update) {
+  return html("label", {}, `${label} `, html("select", { "data-choice": name, onchange: (event) => { state[name] = event.target.value; update(); } },
+    ...Object.entries(options).map(([key, text]) => html("option", { value: key, selected: state[name] === key }, text))));
+}
+
+function checkControl(name, label, update) {
+  return html("label", {}, html("input", { type: "checkbox", id: name, checked: state[name],
+    onchange: (event) => { state[name] = event.target.checked; update(); } }), label);
+}
+
+function copyButton(text, name) {
+  if (!text) return "–";
+  const button = html("button", { type: "button", title: text, onclick: async (event) => {
+    event.stopPropagation();
+    button.textContent = (await copyText(text)) ? "Copied" : "Press Ctrl+C";
+    setTimeout(() => { button.textContent = name; }, 1500);
+  } }, name);
+  return button;
+}
+
+async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch (error) {
+    const area = html("textarea", {});
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  }
+}
+
+function commandLine(command) {
+  return html("div", { class: "command" }, html("code", {}, command), copyButton(command, "Copy"));
 }

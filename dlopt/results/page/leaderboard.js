@@ -1,83 +1,4 @@
-// Filters, leaderboard, selected configuration.
-
-const SHOWN = 6; // configurations shown by default
-const PAGE = 50; // rows of a table without "Show all"
-
-function matchesFilters(row) {
-  return data.keys.every((key) => {
-    const value = row.values[key];
-    if ((state.off[key] || []).includes(formatValue(value))) return false;
-    const range = state.range[key];
-    if (!range) return true;
-    return (range[0] === null || value >= range[0]) && (range[1] === null || value <= range[1]);
-  });
-}
-
-let visible = []; // rows that match the filters
-
-// Returns the plotted configurations with their slots, which select the line styles: a configuration keeps its colour when
-// others are added or removed.
-function plottedRows() {
-  const ranked = visible.filter((row) => row.ranked);
-  const slots = state.shown === null ? (ranked.length ? ranked : visible).slice(0, SHOWN).map((row) => row.id) : state.shown;
-  const rows = new Map(visible.map((row) => [row.id, row]));
-  return slots.map((id, slot) => ({ row: rows.get(id), slot })).filter(({ row }) => row);
-}
-
-function togglePlotted(row) {
-  const plotted = plottedRows(), slots = [];
-  for (const entry of plotted) slots[entry.slot] = entry.row.id;
-  const slot = slots.indexOf(row.id), free = [...slots, undefined].findIndex((id) => id === undefined);
-  slots[slot >= 0 ? slot : free] = slot >= 0 ? null : row.id;
-  state.shown = Array.from(slots, (id) => id ?? null);
-}
-
-function renderFilters(update) {
-  const section = document.getElementById("filters");
-  const groups = data.keys.map((key) => {
-    const choices = [...new Map(data.rows.map((row) => [formatValue(row.values[key]), row.values[key]]))];
-    const numbers = choices.every(([, value]) => typeof value === "number" || value === undefined);
-    choices.sort(([a, x], [b, y]) => (numbers ? (x ?? Infinity) - (y ?? Infinity) : a < b ? -1 : 1));
-    if (numbers && choices.length > 12) return rangeFilter(key, update);
-    const boxes = choices.map(([text]) => {
-      const box = html("input", { type: "checkbox", checked: !(state.off[key] || []).includes(text), "data-key": key, "data-value": text,
-        onchange: () => {
-          const off = new Set(state.off[key] || []);
-          if (box.checked) off.delete(text); else off.add(text);
-          state.off[key] = [...off];
-          update();
-        } });
-      return html("label", {}, box, ` ${text}`);
-    });
-    return html("fieldset", {}, html("legend", {}, key), html("div", { class: "choices" }, ...boxes));
-  });
-  section.hidden = !groups.length;
-  const open = state.open ?? innerWidth > 640;
-  const details = html("details", { open, ontoggle: () => { state.open = details.open; saveState(); } },
-    html("summary", {}, "Filters ", html("span", { class: "soft", id: "filtered" })),
-    html("div", { class: "groups" }, ...groups),
-    html("div", { class: "controls" }, html("button", { type: "button", id: "clear", onclick: () => {
-      state.off = {};
-      state.range = {};
-      renderFilters(update);
-      update();
-    } }, "Clear filters")));
-  section.replaceChildren(details);
-}
-
-function rangeFilter(key, update) {
-  const bound = (i, text) => html("label", {}, `${text} `, html("input", { type: "number", step: "any", "data-key": key,
-    value: state.range[key] ? state.range[key][i] : null, "aria-label": `${key} ${text}`,
-    onchange: (event) => {
-      const range = state.range[key] || [null, null];
-      range[i] = event.target.value === "" ? null : Number(event.target.value);
-      state.range[key] = range;
-      update();
-    } }));
-  return html("fieldset", {}, html("legend", {}, key), html("div", { class: "controls" }, bound(0, "from"), bound(1, "to")));
-}
-
-// -- leaderboard
+// Leaderboard.
 
 const PAPER = 960; // pixels of the screen that fit a printed page
 let unfitting = []; // columns that are hidden until the table fits the page; the reader may choose others
@@ -104,6 +25,7 @@ function sortBy(column, update) {
 }
 
 function renderLeaderboard(update) {
+  setVisible("leaderboard", true);
   unfitting = [];
   drawLeaderboard(update);
   if (state.columns || innerWidth < 640) return; // a phone shows the most important columns first, and scrolls
@@ -127,10 +49,8 @@ function drawLeaderboard(update) {
   const table = html("table", { class: "wide" }, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "plot"), ...head)),
     html("tbody", {}, ...visibleRows.map((row) => tableRow(row, list, plotted, update))));
   sectionBody("leaderboard").replaceChildren(
-    html("p", { class: "note" }, `${data.ranked} Click a heading to sort, or a row to select it.`),
+    html("p", { class: "note" }, `${data.ranked} Click a heading to sort, or a row to see its runs.`),
     scrollable(table, "Leaderboard"), columnChoice(update), allButton(rows.length, PAGE, update));
-  const filtered = document.getElementById("filtered");
-  if (filtered) filtered.textContent = `${visible.length} of ${data.rows.length} configurations`;
 }
 
 // Returns the button that shows all rows of the tables, or only the first ones.
@@ -152,61 +72,18 @@ function columnChoice(update) {
 }
 
 function tableRow(row, list, plotted, update) {
-  const entry = plotted.find((other) => other.row === row);
+  const entry = plotted.find((other) => other.row === row), bad = row.runs.find(urgentOf);
   const box = html("input", { type: "checkbox", checked: Boolean(entry), "aria-label": `plot ${row.label}`, onclick: (event) => event.stopPropagation(),
     onchange: () => { togglePlotted(row); update(); } });
-  const cells = list.map((column) => html("td", { class: (column.number ? "number" : "") + (column.full ? " key" : "") },
-    column.id === data.by ? html("b", {}, row.cells[column.id][1]) : row.cells[column.id][1],
-    column.id === "runs" && row.note ? html("small", { class: row.bad ? "bad" : "soft" }, ` ${row.note}`) : null));
-  return html("tr", { class: "row", tabindex: 0, "aria-selected": String(row === selectedRow()), "data-rank": row.rank,
-    onclick: () => { state.selected = row.id; update(); },
-    onkeydown: (event) => { if (event.key === "Enter" && event.target.tagName === "TR") { state.selected = row.id; update(); } } },
-    html("td", {}, html("span", { class: "swatch" }, box, entry ? swatch(styleOf(entry.slot)) : null)), ...cells);
-}
-
-// -- selected configuration
-
-function selectedRow() {
-  return data.rows.find((row) => row.id === state.selected) || data.rows[0];
-}
-
-function renderSelected() {
-  const row = selectedRow();
-  if (!setVisible("selected", Boolean(row))) return;
-  const runs = row.runs.map((run) => html("tr", {},
-    html("td", {}, run.path), html("td", { class: "number" }, run.seed), html("td", {}, run.status),
-    ...run.metrics.map((text) => html("td", { class: "number" }, text)),
-    html("td", {}, copyButton(run.command, "copy command")), html("td", {}, copyButton(run.from, "copy from="))));
-  const heads = [["folder"], ["seed", "number"], ["status"], ...row.heads.map((name) => [name, "number"]), ["repeat run"], ["repeat from folder"]];
-  sectionBody("selected").replaceChildren(
-    html("p", {}, html("b", {}, `#${row.rank} `), row.label),
-    html("ul", { class: "facts" }, ...row.facts.map(([name, text]) => html("li", {}, `${name} `, html("b", {}, text)))),
-    html("p", { class: "note" }, row.about),
-    row.command ? html("div", { class: "command" }, html("code", {}, row.command), copyButton(row.command, "Copy")) : html("p", { class: "note" }, "The command is unknown. You can repeat each run from its folder."),
-    scrollable(tableOf(heads, runs), "Runs of the selected configuration"));
-}
-
-function copyButton(text, name) {
-  if (!text) return "–";
-  const button = html("button", { type: "button", title: text, onclick: async (event) => {
-    event.stopPropagation();
-    button.textContent = (await copyText(text)) ? "Copied" : "Press Ctrl+C";
-    setTimeout(() => { button.textContent = name; }, 1500);
-  } }, name);
-  return button;
-}
-
-async function copyText(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch (error) {
-    const area = html("textarea", {});
-    area.value = text;
-    document.body.append(area);
-    area.select();
-    const done = document.execCommand("copy");
-    area.remove();
-    return done;
-  }
+  const contentOf = ({ id }) => {
+    const text = row.cells[id][1];
+    if (id === "rank") return [html("a", { href: addressOf(row.id), title: `Show ${row.label}` }, text)];
+    if (id === data.by) return [html("b", {}, text)];
+    if (id !== "runs") return [text];
+    return [text, row.note ? html("small", { class: row.bad ? "bad" : "soft" }, ` ${row.note}`) : null,
+      bad ? html("a", { class: "bad", href: addressOf(bad.id) }, html("small", {}, ` ${urgentOf(bad).title}`)) : null].filter(Boolean);
+  };
+  const cells = list.map((column) => html("td", { class: (column.number ? "number" : "") + (column.full ? " key" : "") }, ...contentOf(column)));
+  return html("tr", { class: "row", "data-rank": row.rank, onclick: (event) => { if (!event.target.closest("a, td:first-child")) location.hash = addressOf(row.id); } },
+    html("td", {}, html("span", { class: "swatch" }, box, entry ? swatch(entry.style) : null)), ...cells);
 }

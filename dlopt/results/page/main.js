@@ -1,25 +1,44 @@
-// Renders the page.
+// Renders the page: all runs, or one of them.
 
 function renderFailures(update) {
   if (!setVisible("failed", data.failed.length > 0)) return;
-  const rows = data.failed.slice(0, state.all ? data.failed.length : PAGE).map(([path, label, seed, reason, command]) => html("tr", {}, html("td", {}, path),
-    html("td", { class: "wrap" }, label), html("td", { class: "number" }, seed), html("td", { class: "wrap" }, reason), html("td", {}, copyButton(command, "copy command"))));
-  sectionBody("failed").replaceChildren(scrollable(tableOf([["folder"], ["configuration"], ["seed", "number"], ["reason"], ["repeat run"]], rows), "Failed and unfinished runs"), allButton(data.failed.length, PAGE, update));
+  const runs = new Map(data.rows.flatMap((row) => row.runs.map((run) => [run.id, run])));
+  const rows = data.failed.slice(0, state.all ? data.failed.length : PAGE).map(([id, label, seed, reason, command]) => html("tr", {},
+    html("td", {}, html("a", { href: addressOf(id) }, id)), html("td", { class: "wrap" }, label), html("td", { class: "number" }, seed), html("td", { class: "wrap" }, reason),
+    html("td", {}, copyButton(command, "Copy command"), ...(runs.get(id)?.sections || []).filter((section) => section.urgent && section.command).map((section) => copyButton(section.command, `Copy command: ${section.title}`)))));
+  sectionBody("failed").replaceChildren(scrollable(tableOf([["folder"], ["configuration"], ["seed", "number"], ["reason"], ["repeat or examine"]], rows), "Failed and unfinished runs"), allButton(data.failed.length, PAGE, update));
 }
 
 function render() {
+  const restoreFocus = keepFocus();
   hideTooltip();
-  visible = data.rows.filter(matchesFilters);
-  setVisible("leaderboard", true);
+  filterRows();
+  const found = runOf(state.run);
+  document.body.dataset.view = state.run === null ? "all" : "run";
+  renderConfiguration(found ? found.row : data.rows[0], found && found.run);
+  if (state.run === null) renderAll();
+  else renderRun(found, render);
+  saveState();
+  restoreFocus();
+}
+
+function renderAll() {
   renderLeaderboard(render);
-  renderSelected();
+  renderGroups();
   renderCurves(render);
   renderLearningRates(render);
   renderSensitivity();
+  renderHeatMap(render);
   renderParallel();
   renderTimes(render);
   renderFailures(render);
-  saveState();
+}
+
+// Returns a function that gives the focus back to the control that has it, which rendering replaces.
+function keepFocus() {
+  const section = document.activeElement?.closest("section"), controls = () => [...section.querySelectorAll("a, button, input, select, summary, .plot")];
+  const index = section ? controls().indexOf(document.activeElement) : -1;
+  return () => { if (index >= 0) controls()[index]?.focus({ preventScroll: true }); };
 }
 
 restoreState();
@@ -27,13 +46,19 @@ if (data.rows.length) {
   renderFilters(render);
   render();
 }
+addEventListener("hashchange", () => {
+  const before = state.run;
+  restoreState();
+  renderFilters(render);
+  render();
+  if (state.run !== before) scrollTo(0, 0);
+});
 let width = innerWidth;
 addEventListener("resize", () => {
   if (innerWidth !== width && !isPrinting) [width] = [innerWidth, render()];
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
 
-// Canvases are drawn again for paper: on white, at its width, and sharp.
+// Charts are drawn again for paper: on white and at its width.
 function setPrinting(value) {
   isPrinting = value;
   document.documentElement.classList.toggle("printing", value);
