@@ -33,6 +33,9 @@ from dlopt.metrics.names import Metric, Split, final_metrics, mode_of, monitored
 _PER_SECOND = {"samples_per_second": "samples", "tokens_per_second": "tokens"}  # a run has one of them
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
+# Of an optimizer's keys, those that define it. Its other keys are rarely set.
+_DEFINING = ("lr", "momentum", "nesterov", "betas", "amsgrad", "cautious", "weight_decay")
+_AVERAGING = "dlopt.optim.SGDW"  # its momentum is an average, with steps 1 - momentum times those of torch's SGD
 _REPORT_KEYS = ("published", "tags", "note")  # read by `dlopt report` and `dlopt runs` only: not shown as settings
 
 
@@ -98,8 +101,8 @@ def header_rows(
     def settings_of(*keys: str) -> list[str]:
         return [f"{key.rpartition('.')[2]} {format_value(values[key])}" for key in keys if values.get(key) is not None]
 
-    def choices_of(*groups: str) -> list[str]:
-        return [f"{group} {names[group]}" for group in groups if names.get(group, "none") not in ("none", "default")]
+    def choices_of(*groups: str, unless: str | None = None) -> list[str]:
+        return [f"{group} {names[group]}" for group in groups if names.get(group) not in (None, unless)]
 
     samples = [f"{facts[split]:,} {split}" for split in ("train", "val", "test") if facts.get(split)]
     if (all_val := facts.get("all_val")) is not None:  # evaluate.samples
@@ -107,7 +110,6 @@ def header_rows(
     unit = facts.get("unit", "images")
     if samples and unit not in ("images", "samples"):
         samples[-1] += f" {unit}"
-    schedule = [f"schedule {names['schedule']}"] if names.get("schedule") else []
     rows: dict[str, list[str | None]] = {
         "overrides": [shlex.quote(override) for override in facts.get("overrides", ())],
         "data": [
@@ -117,14 +119,21 @@ def header_rows(
             *settings_of("data.batch_size"),
             *choices_of("augmentation"),
         ],
-        "model": [names.get("model"), _parameters(facts), *choices_of("init")],
+        "model": [names.get("model"), _parameters(facts), *choices_of("init"), *choices_of("adapt", unless="none")],
         "optimizer": [
             names.get("optimizer"),
-            *settings_of("optimizer.lr", "optimizer.weight_decay"),
-            *schedule,
-            *choices_of("clip"),
+            *_optimizer(config.get("optimizer")),
+            *choices_of("schedule"),
+            _warmup(values),
+            *choices_of("clip", unless="none"),
         ],
-        "run": [_length(facts), *_device(facts), *choices_of("stopping"), *settings_of("seed"), _kept(values)],
+        "run": [
+            _length(facts),
+            *_device(facts),
+            *choices_of("stopping", unless="none"),
+            *settings_of("seed"),
+            _kept(values),
+        ],
         "folder": [facts.get("folder")],
     }
     texts = {row: [text for text in content if text] for row, content in rows.items()}
@@ -139,6 +148,28 @@ def header(config: Mapping[str, Any], choices: Mapping[str, str], facts: Mapping
     for row, texts in header_rows(config, choices, facts).items():
         table.add_row(row, Flow(texts, separator="  "))
     return table
+
+
+def _optimizer(keys: Any) -> list[str]:
+    """Says what defines an optimizer, given its keys: lr 0.1, momentum 0.9, average of gradients."""
+    texts = []
+    for key in _DEFINING if isinstance(keys, Mapping) else ():
+        value = keys.get(key)
+        if isinstance(value, bool):
+            texts += [key] if value else []
+        elif value is not None:
+            is_average = key == "momentum" and keys.get("_target_") == _AVERAGING and value > 0
+            texts.append(f"{key} {format_value(value)}{', average of gradients' if is_average else ''}")
+    return texts
+
+
+def _warmup(values: Mapping[str, Any]) -> str | None:
+    """Says how long the warmup of the schedule is: warmup 10 %."""
+    for unit in ("steps", "epochs"):
+        if (length := values.get(f"schedule.warmup_{unit}")) is not None:
+            return f"warmup {format_value(length)} {unit}" if length else None
+    fraction = values.get("schedule.warmup_fraction")
+    return f"warmup {100 * fraction:g} %" if fraction else None
 
 
 def _kept(values: Mapping[str, Any]) -> str | None:

@@ -116,6 +116,38 @@ def test_short_paths_are_those_of_the_shell_that_started_the_run(
     assert Path.cwd() == tmp_path and terminal_text.short_path(folder) == "outputs/run"
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        ({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": False}, "lr 0.1  momentum 0.9"),
+        ({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True}, "momentum 0.9  nesterov"),
+        ({"_target_": "dlopt.optim.SGDW", "lr": 0.1, "momentum": 0.9}, "lr 0.1  momentum 0.9, average of gradients"),
+        ({"_target_": "dlopt.optim.SGDW", "lr": 0.1, "momentum": 0.0}, "lr 0.1  momentum 0.0"),
+        ({"betas": [0.9, 0.999], "weight_decay": 0.01, "eps": 1e-8}, "betas [0.9,0.999]  weight_decay 0.01"),
+        ({"_target_": "mine.Adam", "momentum": [0.9, 0.99], "lr": "auto"}, "lr auto  momentum [0.9,0.99]"),
+    ],
+)
+def test_header_shows_what_defines_the_optimizer(optimizer: dict[str, Any], expected: str) -> None:
+    row = terminal_text.header_rows({"optimizer": optimizer}, {}, {})["optimizer"]
+    assert "  ".join(row).endswith(expected)
+
+
+def test_header_shows_initialization_augmentation_and_warmup() -> None:
+    """Also the defaults, which nobody types: each of them changes what is trained."""
+    choices = {"augmentation": "none", "init": "default", "schedule": "cosine_warmup", "clip": "none", "adapt": "none"}
+    config: dict[str, Any] = {group: {} for group in choices}
+    lengths = {"warmup_epochs": None, "warmup_steps": None, "warmup_fraction": 0.1}
+    rows = terminal_text.header_rows({**config, "schedule": lengths}, choices, {})
+    assert rows == {
+        "data": ["augmentation none"],
+        "model": ["init default"],
+        "optimizer": ["schedule cosine_warmup", "warmup 10 %"],
+    }
+    warmups = {"warmup_epochs": 5}, {"warmup_steps": 100}, {"warmup_steps": 0}, {"warmup_fraction": 0.0}
+    shown = [terminal_text.header_rows({"schedule": {**lengths, **each}}, {}, {}) for each in warmups]
+    assert [each.get("optimizer") for each in shown] == [["warmup 5 epochs"], ["warmup 100 steps"], None, None]
+
+
 def test_header_of_a_run_that_is_not_built() -> None:
     assert terminal_text.header_rows({}, {}, {}) == {}
 
