@@ -39,6 +39,7 @@ ROLES: Mapping[str, Role] = {
     "parallel": Role.PLACE,
     "hydra": Role.PLACE,
     "experiment": Role.COMMAND,  # a run's config has the effects of its recipe, key by key
+    "debug": Role.COMMAND,
     "from": Role.COMMAND,
     **_declared(Settings),
     **_declared(DataSettings, "data"),

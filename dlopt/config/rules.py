@@ -69,8 +69,9 @@ def _check_monitors(run_config: RunConfig) -> None:
     mode, plateau = settings.monitor_mode, run_config.schedule.arguments
     monitors = {"monitor": settings.monitor}
     if "monitor" in run_config.stopping.arguments:
-        monitors["stopping.monitor"] = run_config.stopping.arguments["monitor"]
-        check_monitor("stopping.monitor", monitors["stopping.monitor"], run_config.user_metrics, mode)
+        monitor = monitors["stopping.monitor"] = run_config.stopping.arguments["monitor"]
+        if monitor != "train_loss" or "value" not in run_config.stopping.arguments:  # stopping=target: debug=overfit
+            check_monitor("stopping.monitor", monitor, run_config.user_metrics, mode)
     if "monitor" in plateau:
         metric, direction = plateau["monitor"], plateau.get("mode", "auto")
         known = known_mode(metric) or (mode if metric in monitors.values() else None)

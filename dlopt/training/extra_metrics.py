@@ -52,10 +52,16 @@ def extra_metrics(run_config: RunConfig, dataset: Dataset, loss: nn.Module) -> "
         name: f"evaluate.metrics={name}" for name in run_config.settings.evaluate.metrics if name in BUILT_IN
     }
     of_loss = [_val(name) for name in task.loss_metrics(0.0)]
-    logged = ["auto", "val_loss", *of_loss, *user_metrics, *([] if task.classes is None else [_val(task.accuracy)])]
+    logged = [
+        "auto",
+        "val_loss",
+        *of_loss,
+        *user_metrics,
+        *([] if task.classes is None else [_val(task.accuracy)]),
+    ]
     logged += [] if task.labels is None else [_val(name) for name in LABEL_METRICS]
     for key, monitor in monitors.items():
-        if monitor in logged:
+        if monitor in logged or (key, monitor) == ("stopping.monitor", "train_loss"):
             continue
         name = extra_metric(monitor)
         if name is None:

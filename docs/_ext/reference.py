@@ -154,7 +154,7 @@ def _owners(choice: Choice, keys: Sequence[Key]) -> Owners:
     """Finds the callables that take the keys of a choice: its own, those of nested components, and the run's."""
     targets = {key.name.removesuffix("._target_"): key.value for key in keys if key.name.endswith("._target_")}
     targets[choice.group.replace("/", ".")] = CATALOGUE.target(choice)
-    if choice.group == "experiment":
+    if choice.group in ("experiment", "debug"):
         chosen = CATALOGUE.groups() | {key.name: key.value for key in keys}
         targets |= {group: _target_of(group, chosen[group]) for group in GROUPS}
         targets["comparison"] = f"{Comparison.__module__}.{Comparison.__qualname__}"

@@ -21,8 +21,8 @@ BUDGET = {
     "keys of conf/train.yaml": 61 + 1,  # evaluate.train_accuracy replaces train_token_accuracy in every run of a text
     "words of a sweep": 0
     + 4,  # space: instead of the promised group; seeds, trials: plan.with_params went; wait: submitit
-    "groups": 18 + 1,  # decay
-    "choices": 235 + 5,  # of decay
+    "groups": 18 + 2,  # decay, debug
+    "choices": 235 + 5 + 3,  # of decay; debug: fast, overfit, profile
     "recipes": 118,
     "names of dlopt.extend": 56 + 1,  # Checkpoint replaces the nine keys of its file
 }
