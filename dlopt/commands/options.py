@@ -22,17 +22,20 @@ from dlopt.config.overrides import parts_of
 USAGE = """\
 List groups, choices, keys and their defaults
 
-Usage: dlopt options [group | group=choice ...] [--config-dir DIR] [--json]
+Usage: dlopt options [group | group=choice | key ...] [--config-dir DIR] [--json]
 
 Examples:
   dlopt options                     # all groups and choices
   dlopt options optimizer
   dlopt options schedule=cosine 'model=vgg*'
+  dlopt options lr                  # all keys of this name, or with it in their names
 
   --config-dir DIR :: folder with your own choices, as in dlopt train
   --json :: print a JSON document; it has the keys of the choices of each group that is named
 """
 
+# Looked for first; the other groups follow in the order of train.yaml.
+_FIRST = ("model", "data", "optimizer", "schedule", "augmentation", "init", "loss")
 _MARK = "*"  # marks the default, as in `git branch`
 _MAX_WIDTH = 120
 _SHARED = 0.75  # minimum fraction of choices with the same key, value and comment to list the key only once
@@ -55,13 +58,22 @@ def options(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     parsed = parser.parse_args(arguments)
     catalogue, page = Catalogue(parsed.config_dir), _Page()
+    if (
+        parsed.names
+        and not parsed.json
+        and not {parts_of(name)[0] for name in parsed.names} & {*every_group(catalogue)}
+    ):
+        for name in parsed.names:
+            _found(catalogue, name, page)
+        print("\n".join(page.lines))
+        return DONE
     selections = [_selected(catalogue, name) for name in parsed.names]
     if parsed.json:
         every = [_Selection(group, choices_of(catalogue, group)) for group in every_group(catalogue)]
         print_document({"groups": [_entry(catalogue, each, keys=bool(selections)) for each in selections or every]})
         return DONE
     if not selections:
-        for group, default in catalogue.groups().items():
+        for group, default in _groups(catalogue).items():
             page.choices(group, catalogue.choices(group), default)
             page.text("")
         of_commands = [f"; dlopt {name}: {', '.join(each)}" for name, each in catalogue.groups_of_commands().items()]
@@ -125,6 +137,45 @@ def complete(_: Sequence[str]) -> list[str]:
     return [*Catalogue().groups()]
 
 
+def _groups(catalogue: Catalogue) -> dict[str, str | None]:
+    """Maps the groups of a run to their default choices, those that people look for first."""
+    groups = catalogue.groups()
+    return {group: groups[group] for group in (*_FIRST, *(each for each in groups if each not in _FIRST))}
+
+
+def _found(catalogue: Catalogue, name: str, page: "_Page") -> None:
+    """Adds the keys with a name, `lr` or `optimizer.lr`, or else with the name in theirs. Raises `UserError`."""
+    if "=" in name:
+        raise UserError(f"{name}: unknown group; {_similar(catalogue, parts_of(name)[0])}")
+    keys: dict[str, list[tuple[str, Key]]] = {}  # by name, with the choice that has it
+    for key in keys_of_runs(catalogue):
+        keys.setdefault(key.name, []).append(("", key))
+    for group, default in _groups(catalogue).items():
+        choices = catalogue.choices(group) if group not in ("experiment", "debug") else []
+        for choice in sorted(choices, key=lambda each: each.name != default):
+            for key in catalogue.keys(choice):
+                if key.name.startswith(f"{group}."):
+                    keys.setdefault(key.name, []).append((f"{group}={choice.name}", key))
+    ends = [each for each in keys if each == name or each.endswith(f".{name}")]
+    parts = [each for each in keys if name.lower() in each.lower()] if len(name) > 2 else []
+    if not (found := list(dict.fromkeys([*ends, *parts]))):
+        raise UserError(f"{name}: no group, choice or key; {_similar(catalogue, name, [*keys])}")
+    rows = []
+    for each in found:
+        (_, first), names = keys[each][0], [choice for choice, _ in keys[each] if choice]
+        more = f" ({names[0]}{f' and {len(names) - 1} more choices' if len(names) > 1 else ''})" if names else ""
+        rows.append((f"  {each}={first.value}", f"{first.comment}{more}".strip()))
+    page.text(*([] if not page.lines else [""]), f"keys: {name}", bold=True)
+    page.rows(rows)
+
+
+def keys_of_runs(catalogue: Catalogue) -> list[Key]:
+    """Returns the keys of train.yaml that belong to no group."""
+    keys = catalogue.keys(Choice("", "train", config_folder() / "train.yaml"))
+    groups = (*catalogue.groups(), "hydra")
+    return [key for key in keys if key.name.split(".")[0] not in groups and "/" not in key.name]
+
+
 def every_group(catalogue: Catalogue) -> dict[str, str | None]:
     """Maps each group, also those of sweeps and of single commands, to its default choice."""
     of_commands = {name: choice for each in catalogue.groups_of_commands().values() for name, choice in each.items()}
@@ -140,11 +191,11 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; `dlopt options --help` shows what is allowed")
 
 
-def _similar(catalogue: Catalogue, name: str) -> str:
-    """Returns the group or choice that is most similar to an unknown group, and all groups."""
-    groups = list(catalogue.groups())
+def _similar(catalogue: Catalogue, name: str, keys: Sequence[str] = ()) -> str:
+    """Returns the group, choice or key that is most similar to an unknown group, and groups."""
+    groups = list(_groups(catalogue))
     pairs = {choice.name: f"{group}={choice.name}" for group in groups for choice in catalogue.choices(group)}
-    close = get_close_matches(name.lower(), [*groups, *pairs], n=1, cutoff=0.6)
+    close = get_close_matches(name.lower(), [*groups, *pairs, *keys], n=1, cutoff=0.6)
     hint = f"did you mean {pairs.get(close[0], close[0])}? " if close else ""
     return f"{hint}groups: {shorten(name, groups, 'dlopt options')}"
 
@@ -187,9 +238,15 @@ def _choices(catalogue: Catalogue, group: str, choices: Sequence[Choice], defaul
     if not choices:
         return
     keys = {choice.name: [key.name for key in catalogue.keys(choice)] for choice in choices}
-    own = {name.removeprefix(f"{package}.") for names in keys.values() for name in names if name.startswith(package)}
+    own = Counter(
+        name.removeprefix(f"{package}.") for each in keys.values() for name in each if name.startswith(package)
+    )
     if own and default is not None:  # an experiment sets keys of other groups
-        page.text("", f"keys ({package}.KEY=VALUE): {', '.join(sorted(own))}")
+        of_all = {key.name for key in catalogue.keys(Choice("", "train", config_folder() / "train.yaml"))}
+        ordered = sorted(
+            own, key=lambda name: (f"{package}.{name}" in of_all, -own[name], name)
+        )  # of most choices first
+        page.text("", f"keys ({package}.KEY=VALUE): {', '.join(ordered)}")
     example = next((name for name in (default, *keys) if name is not None and keys.get(name)), choices[0].name)
     mark = "" if default is None else f"{_MARK} default. "
     commands = f"`dlopt options {group}={example}` lists the keys of a choice with their defaults"
@@ -227,19 +284,21 @@ def _shared(choices: Iterable[Sequence[Key]]) -> list[Key]:
 def tables_of_train(config_dir: str | None) -> str:
     """Returns the tables of the help of `dlopt train`, with the choices of `config_dir`."""
     catalogue = Catalogue(config_dir)
-    groups = {group: _names(catalogue.choices(group), default) for group, default in catalogue.groups().items()}
+    groups = {group: _names(catalogue.choices(group), default) for group, default in _groups(catalogue).items()}
     recipes = f"{len(catalogue.choices('experiment'))} recipes: `dlopt options experiment`"  # too many for a page
-    keys = catalogue.keys(Choice("", "train", config_folder() / "train.yaml"))
-    # Without the defaults list itself, and without the groups' common keys.
-    keys = [key for key in keys if key.name.split(".")[0] not in (*groups, "hydra") and "/" not in key.name]
     run = "start from the config of the run in folder RUN, changed by the other overrides"
+    folder = "folder of the run, or with -m of the sweep (default: outputs/NAME/DATE)"
     sweeps = [("hydra/sweeper=dlopt_optuna", "search with Optuna: interval(a,b), choice(a,b), tag(log,interval(a,b))")]
     others = [(group, default) for group, default in SWEEPS.items() if group != "hydra/sweeper"]
     sweeps += [(group, _names(choices_of(Catalogue(), group), default)) for group, default in others]  # dlopt's own
     sections: dict[str, Sequence[tuple[str, str]]] = {
         "Groups and choices (* default):": [*(groups | {"experiment": recipes}).items()],
         "`dlopt options optimizer=sgd` lists the keys of a choice.": [],
-        "Keys of the run:": [*((f"{key.name}={key.value}", key.comment) for key in keys), ("from=RUN", run)],
+        "Keys of the run:": [
+            *((f"{key.name}={key.value}", key.comment) for key in keys_of_runs(catalogue)),
+            ("from=RUN", run),
+            ("output=DIR", folder),
+        ],
         "Sweeps (-m; * default):": sweeps,
         "Flags:": documented_flags(),
         "Write lists as [a,b]. Quote values with spaces or commas twice: name=\"'two words'\"": [],

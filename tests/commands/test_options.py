@@ -30,9 +30,8 @@ def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 def test_lists_each_choice_and_marks_the_default(printed: Callable[..., str]) -> None:
     lines = printed().splitlines()
-    begin = 0
     for group, default in CATALOGUE.groups().items():
-        begin = lines.index(group, begin)
+        begin = lines.index(group)
         end = lines.index("", begin)
         choices = CATALOGUE.choices(group)
         for line, choice in zip(lines[begin + 1 : end], choices, strict=False):
@@ -58,7 +57,7 @@ def test_group_lists_one_line_per_choice_and_how_to_list_keys(printed: Callable[
     ]
     assert len(lines) == len(choices) + 5  # two blank lines, the names of the keys, the commands
     assert "* resnet20 " in "\n".join(lines)
-    assert lines[-3].startswith("keys (model.KEY=VALUE): ") and {"norm,", "widths"} <= set(lines[-3].split())
+    assert lines[-3].startswith("keys (model.KEY=VALUE): ") and {"norm,", "widths,"} <= set(lines[-3].split())
     assert "`dlopt options model=resnet20` lists the keys of a choice" in lines[-1]
     assert "`dlopt options clip=adaptive` lists the keys" in printed("clip")  # the default, none, has no keys
     run_configs = printed("experiment")
@@ -92,7 +91,9 @@ def test_lists_config_dir(printed: Callable[..., str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("optimiser", "did you mean optimizer? groups: optimizer, "),
+        ("optimiser", "did you mean optimizer? groups: "),
+        ("learning_rat", "no group, choice or key; groups: model, data, optimizer, "),
+        ("weight_decai", "did you mean optimizer.weight_decay? "),
         ("adamw", "did you mean optimizer=adamw? "),
         ("optimizer=adamv", "optimizer=adamv: unknown choice; did you mean optimizer=adam? choices: "),
         ("optimizer=_full_batch", "unknown choice"),
@@ -111,3 +112,20 @@ def test_imports_neither_torch_nor_hydra() -> None:
     imported = set(done.stderr.split())
     assert "dlopt.commands.options" in imported and not imported & {"torch", "hydra", "pydantic", "numpy"}
     assert done.stderr.count("\n") == 1 and "optimizer\n" in done.stdout
+
+
+def test_finds_keys(printed: Callable[..., str]) -> None:
+    """By their last part, by their whole name, and by a part of it."""
+    found = printed("lr")
+    assert re.search(
+        r"^  optimizer.lr=0.1 +learning rate \(optimizer=sgd and \d\d more choices\)$", found, re.MULTILINE
+    )
+    assert "\n  optimizer.lr=0.1 " in printed("optimizer.lr")
+    assert "\n  tracking=[tensorboard] " in printed("tracking")
+    assert "  schedule.warmup_epochs=null " in printed("warmup")
+
+
+def test_lists_first_what_people_look_for(printed: Callable[..., str]) -> None:
+    groups = [line for line in printed().splitlines() if re.fullmatch(r"[a-z]+", line)]
+    assert groups[:4] == ["model", "data", "optimizer", "schedule"] and "normalize" in groups
+    assert "keys (optimizer.KEY=VALUE): lr, weight_decay, " in printed("optimizer")
