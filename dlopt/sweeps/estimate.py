@@ -1,10 +1,12 @@
 """Estimates how long jobs will take, from short runs of a few of them.
 
 An estimate is a range: from the fastest epoch of a short run to its mean and a margin, because other processes slow
-updates down, processors are faster in the first seconds, and a run ends with a test and a plot.
+updates down, processors are faster in the first seconds, and a run ends with a test and a plot. The first update, which
+loads and compiles what the others use, takes up to some seconds and counts once.
 """
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +32,7 @@ _PROBE_MINUTES = 0.05  # training time of each, at most
 _PROBE_SHARE = 0.1  # of the estimated training time, after which a probe that has trained two epochs ends
 _MARGIN = 1.5  # by which the mean update of a probe may underestimate that of the job: measured 0.7 to 1.35
 _PROBE_TIMEOUT = 120.0  # seconds, start-up included
+_BUSY = 0.75  # processes per core that wait or run, above which an estimate names them
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,39 @@ class Estimate:
         return self.start_up + self.low, self.start_up + self.high
 
 
-def per_update(metrics: Sequence[Mapping[str, Any]], seconds: float, steps: int) -> tuple[float, float]:
+def per_update(
+    metrics: Sequence[Mapping[str, Any]], seconds: float, steps: int, start: tuple[int, float] = (0, 0.0)
+) -> tuple[float, float]:
     """Returns the seconds per update, validation included: of the fastest whole epoch, and on average.
 
     Args:
         metrics: lines of metrics.jsonl, with `step` and `seconds` since the start.
         seconds: of all `steps` updates, those of an incomplete last epoch included.
+        start: updates that do not count, and their seconds.
     """
-    ends = [(0, 0.0), *((line["step"], line["seconds"]) for line in metrics)]
+    ends = [start, *((line["step"], line["seconds"]) for line in metrics)]
     epochs = [
-        (seconds - former) / (step - first) for (first, former), (step, seconds) in pairwise(ends) if step > first
+        (seconds - former) / (step - first)
+        for (first, former), (step, seconds) in pairwise(ends)
+        if step > first and seconds > former
     ]
-    average = seconds / steps
+    average = (seconds - start[1]) / (steps - start[0])
     return min([*epochs, average]), average
+
+
+def first_updates(times: Sequence[tuple[int, float]], seconds: float, steps: int) -> tuple[int, float]:
+    """Returns how many updates a run has needed to be warm, and their seconds; (0, 0) if no update follows.
+
+    The seconds after the last logged update, of a final validation, are among them: they, too, count once.
+
+    Args:
+        times: of the logged updates, by any clock.
+        seconds: of the whole run of `steps` updates.
+    """
+    if not times or times[0][0] >= steps:
+        return 0, 0.0
+    (first, start), (_, end) = times[0], times[-1]
+    return first, min(max(seconds - (end - start), 0.0), seconds)
 
 
 def is_enough(metrics: Sequence[Mapping[str, Any]], epochs: int, steps: int | None) -> bool:
@@ -115,10 +138,12 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
 
     Raises `UserError` if the config cannot work, `RunError` if the run fails.
     """
+    from dlopt.tracking.tensorboard import read_times
     from dlopt.training.checkpoint.checkpoints import Checkpoints  # imports torch
 
-    local = [sink for sink in config.get("tracking", []) if sink == "tensorboard"]  # the others send what they get
-    probe_config = {**config, "max_time": _PROBE_MINUTES, "tracking": local, "resume": None, "dry_run": False}
+    # TensorBoard's files have the time of each logged update; other trackers would send them.
+    probe_config = {**config, "max_time": _PROBE_MINUTES, "tracking": ["tensorboard"], "log_every_steps": 1}
+    probe_config |= {"resume": None, "dry_run": False}
     probe_config["schedule_epochs"] = None  # the horizon below is then the length of the run
     with scratch() as path:
         folder = RunFolder(path)
@@ -147,8 +172,10 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
         checkpoint = Checkpoints(folder.checkpoints).load_newest()
         assert checkpoint is not None  # an interrupted run that has trained leaves one
         updates = checkpoint.horizon
-        fastest, average = per_update(read_metrics(folder.path), seconds, steps)
-        return Estimate(fastest * updates, _MARGIN * average * updates, start_up)
+        first = first_updates(read_times(folder.path / "tensorboard"), seconds, steps)
+        fastest, average = per_update(read_metrics(folder.path), seconds, steps, first)
+        rest = updates - first[0]
+        return Estimate(first[1] + fastest * rest, first[1] + _MARGIN * average * rest, start_up)
 
 
 def print_estimate(
@@ -160,10 +187,20 @@ def print_estimate(
     in_process: bool = False,
 ) -> None:
     """Prints how long the jobs will take. `in_process`: all run in the process of the command, which starts once."""
+    busy = _load()
     estimate = estimate_job(configs, choices)
     if estimate is not None and in_process:
         estimate = replace(estimate, start_up=0.0, once=estimate.once + estimate.start_up)
-    print(estimate_line(estimate, jobs, at_once))
+    print(f"{estimate_line(estimate, jobs, at_once)}{busy}")
+
+
+def _load() -> str:
+    """Says that other programs use this machine, which an estimate then includes; "" if its cores are free."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    others = os.getloadavg()[0]  # of the last minute
+    if others < _BUSY * cores:
+        return ""
+    return f" (on this busy machine: a load of {others:.1f} for {format_count('cores', cores)}; faster once it is free)"
 
 
 def estimate_line(estimate: Estimate | None, jobs: int, at_once: int) -> str:

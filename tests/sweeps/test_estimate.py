@@ -8,7 +8,7 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
-from dlopt.sweeps.estimate import Estimate, estimate_job, estimate_line, is_enough, per_update
+from dlopt.sweeps.estimate import Estimate, _load, estimate_job, estimate_line, first_updates, is_enough, per_update
 from dlopt.training.checkpoint.content import Checkpoint
 
 
@@ -145,3 +145,21 @@ def test_estimate_adds_up(estimate: Estimate | None, jobs: int, at_once: int, li
 def test_what_precedes_all_jobs_is_counted_once() -> None:
     line = estimate_line(Estimate(2.0, 3.0, once=5.0), 4, 1)
     assert line == "4 jobs of about 2.0 s to 3.0 s each and 5.0 s to start: about 13.0 s to 17.0 s in total"
+
+
+def test_the_first_update_counts_once() -> None:
+    """It loads and compiles: 2 s of a probe of 3 s, whose other 9 updates take 0.1 s each, and 0.1 s to end."""
+    times = [(1, 100.0), (2, 100.1), (10, 100.9)]
+    first = first_updates(times, seconds=3.0, steps=10)
+    assert first == pytest.approx((1, 2.1))
+    assert per_update([], 3.0, 10, first) == pytest.approx((0.1, 0.1))
+    assert per_update(lines((5, 2.5), (10, 2.9)), 3.0, 10, first) == pytest.approx((0.08, 0.1))
+    assert first_updates([], 3.0, 10) == first_updates([(10, 1.0)], 3.0, 10) == (0, 0.0)
+
+
+def test_names_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr("os.getloadavg", lambda: (6.25, 0.0, 0.0))
+    assert _load() == " (on this busy machine: a load of 6.2 for 2 cores; faster once it is free)"
+    monkeypatch.setattr("os.getloadavg", lambda: (1.4, 6.0, 6.0))
+    assert _load() == ""
