@@ -133,7 +133,7 @@ class Watch:
                 team = team or Team(self._libraries, self._size)
                 shared += 1
                 if shared >= _REPORTED and not has_reported and log.hasHandlers():  # those of a run's tracking
-                    log.warning(_REPORT, others, waited)
+                    log.warning(_REPORT, others, extra={"at_end": True})  # not among the epochs
                     has_reported = True
             elif team is not None:
                 team.close()
@@ -143,8 +143,8 @@ class Watch:
 
 
 _REPORT = (
-    "other processes use %.1f of the cores of this run, whose threads wait %.1f s per second for one; until the cores "
-    "are free, threads sleep while they wait for each other. Recommended: threads=1, which avoids the wait"
+    "busy machine: other programs used %.1f of the processor cores of this run, which slowed it down; "
+    "threads=1 loses less"
 )
 _watch: Watch | None = None
 

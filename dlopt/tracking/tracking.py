@@ -51,11 +51,12 @@ class TrainLog:
     """Writes dlopt's own lines and everything that reaches the root logger to `folder`/train.log.
 
     `show` displays a line on the console: warnings that no other handler shows, and once that the file cannot be
-    written.
+    written. `at_end`: warnings with this attribute, which belong at the end of the run.
     """
 
     def __init__(self, folder: Path, show: Callable[[str], None]) -> None:
         self._file = AppendFile(folder / "train.log", show)
+        self.at_end: list[str] = []
         file_handler = _PlainTextHandler(self._append, _FORMAT, logging.NOTSET)
         # Not a child of the root logger: dlopt's own lines are on the console already.
         self._logger = logging.Logger("dlopt")
@@ -64,8 +65,16 @@ class TrainLog:
         self._handlers = [file_handler]
         if not root.handlers:  # the first handler on the root logger disables `logging.lastResort`: replace it
             self._handlers.append(_PlainTextHandler(show, None, logging.WARNING))
+            self._handlers[-1].addFilter(self._is_shown)
         for handler in self._handlers:
             root.addHandler(handler)
+
+    def _is_shown(self, record: logging.LogRecord) -> bool:
+        """Returns whether a warning is shown at once; keeps the others."""
+        is_for_end = getattr(record, "at_end", False)
+        if is_for_end:
+            self.at_end.append(record.getMessage())
+        return not is_for_end
 
     def _append(self, text: str) -> None:
         self._file.write(redact(text).encode(errors="backslashreplace") + b"\n")
@@ -267,8 +276,9 @@ class Tracking:
                 )
                 self._log.write(f"{summary.get('status', 'ended')}: {metrics}")
             if self._console is not None:
+                notes = [] if self._log is None else self._log.at_end
                 lines = [] if self._folder is None else self._next_commands(self._folder, pictures)
-                self._console.finish(summary, lines)
+                self._console.finish(summary, [*notes, *lines])
             self.close()
 
     def _draw(self, draw: Callable[[], Mapping[str, Path]]) -> Mapping[str, Path]:

@@ -135,3 +135,20 @@ def test_closing_is_safe_at_any_time(tmp_path: Path) -> None:
 def test_an_unknown_sink_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sinks.*visdom.*tensorboard"):
         Tracking(tmp_path, sinks=["visdom"], console=False)
+
+
+def test_a_warning_about_the_machine_is_shown_once_after_the_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    metrics = {"epoch": 1, "step": 1, "train_loss": 1.0, "val_loss": 1.0, "seconds": 1.0}
+    with Tracking(tmp_path, sinks=[], console=True) as tracking:
+        tracking.begin({}, {}, epochs=1, steps_per_epoch=1)
+        logging.getLogger("dlopt.machine").warning("busy machine", extra={"at_end": True})
+        logging.getLogger("some.package").warning("take care")
+        tracking.epoch(metrics)
+        tracking.finish({"status": "finished", "epochs": 1, "steps": 1})
+    shown = capsys.readouterr().out
+    assert shown.count("busy machine") == 1
+    assert shown.index("take care") < shown.index("1/1") < shown.index("finished") < shown.index("busy machine")
+    assert "busy machine" in (tmp_path / "train.log").read_text()
