@@ -1,13 +1,14 @@
 """Decides whether a run can be resumed with a config: which keys must be equal, which may have changed."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import SPACE, RunFolder, newest
+from dlopt.basics.formats import format_count
 from dlopt.basics.plain_values import flatten
 from dlopt.basics.roles import Role
 from dlopt.basics.secrets import redacted
@@ -15,6 +16,8 @@ from dlopt.config.keys import role_of
 from dlopt.config.overrides import without
 from dlopt.data.settings import DataSettings
 from dlopt.metrics.names import former_mode
+from dlopt.tracking.metrics import read_metrics
+from dlopt.tracking.terminal_text import short_path
 
 _TEACHER = "loss.teacher_sha256"
 _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
@@ -40,6 +43,29 @@ def how_to_resume(folder: RunFolder, is_ranks: bool = False) -> str:
     launcher = "the same launcher, and " if is_ranks else ""
     words = without(folder.typed(), "resume")
     return f"resume with: {launcher}{shlex.join(['dlopt', 'train', *words, 'resume=auto'])}"
+
+
+def refuse_longer(done: RunFolder, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raises `UserError` with the command that extends a finished run, if `config` is longer and nothing else differs.
+
+    The command stretches the schedule, which has ended with the run. `overrides`: the command line.
+    """
+    if done.is_done(config):
+        return
+    key = "epochs" if config["steps"] is None else "steps"
+    words = without(overrides, "resume", "hydra.run.dir")
+    evaluated = read_metrics(done.path)
+    epochs = config["epochs"]
+    if key == "steps":  # the last epoch may be incomplete
+        epochs = config["steps"] * evaluated[0]["epoch"] / evaluated[0]["step"] if len(evaluated) > 1 else None
+    if epochs is not None and config["schedule_epochs"] is None:
+        words.append(f"schedule_epochs={epochs:.6g}")
+    command = shlex.join(["dlopt", "train", *words, f"output={short_path(done.path)}", "resume=auto"])
+    length = format_count(key, (done.summary() or {})[key])
+    raise UserError(
+        f"{key}={config[key]}: the run of this config has finished after {length}; to extend it, type: {command} "
+        "(for a new run, leave out resume=auto)"
+    )
 
 
 def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:

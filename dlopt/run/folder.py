@@ -12,9 +12,8 @@ from dlopt.basics.folders import FolderSnapshot, RunFolder, make, make_new, new_
 from dlopt.config.compose import typed_folder
 from dlopt.config.plan import Plan
 from dlopt.config.reads import refuse_untested
-from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_other_config
+from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_longer, refuse_other_config
 from dlopt.parallel.processes.rendezvous import current
-from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.training.checkpoint.content import Checkpoint
@@ -63,7 +62,7 @@ def place(plan: Plan) -> PlacedRun:
     if saved["dry_run"]:
         raise UserError("dry_run=true: only available in `dlopt train`")
     before = FolderSnapshot(path)
-    folder, state, run_id = _find_folder(path, is_typed, saved)
+    folder, state, run_id = _find_folder(path, is_typed, saved, plan.typed)
     is_auto = saved["resume"] == "auto"
     run_config = replace(plan.run_config, config={"run_id": run_id, **plan.run_config.config})
     run = Run(run_config, folder.path, state, plan.choices, plan.typed)
@@ -71,22 +70,14 @@ def place(plan: Plan) -> PlacedRun:
     return PlacedRun(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 
 
-def started_anew(placed: PlacedRun, saved: Mapping[str, Any]) -> str:
-    """Says that resume=auto has found no run to resume, and how to extend a finished one."""
-    done = newest_finished(placed.folder.path.parent, saved)
-    hint = ""
-    if done is not None:
-        path = short_path(done.path)
-        hint = f"; {path} has finished and differs only in its length: to extend it, add hydra.run.dir={path}"
-    return f"resume=auto: no unfinished run of this config found; starting a new run{hint}"
-
-
-def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[RunFolder, "Checkpoint | None", str]:
+def _find_folder(
+    path: Path, is_typed: bool, saved: Mapping[str, Any], typed: list[str]
+) -> tuple[RunFolder, "Checkpoint | None", str]:
     """Returns the run folder, created if missing, the checkpoint to resume from, if any, and the id of the run.
 
     Args:
         path: hydra.run.dir; `is_typed`: given on the command line.
-        saved: the config to save.
+        saved: the config to save; typed: the command line.
     """
     from dlopt.training.checkpoint.checkpoints import load_of_run
 
@@ -102,6 +93,8 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
         if previous is not None and previous.has_run():
             newest = _newest_checkpoint(previous, saved)
             return previous, newest, _run_id(previous, newest)
+        if not is_typed and (done := newest_finished(path.parent, saved)) is not None:
+            refuse_longer(done, saved, typed)
     source = earlier = None
     if resume not in (None, "auto"):
         source, earlier = RunFolder(Path(resume).absolute().parent.parent), _earlier_attempt(path, is_typed, saved)
@@ -172,7 +165,9 @@ def _load(resume: str) -> "Checkpoint":
         return load(Path(resume))
     except UserError as error:
         _, _, reason = str(error).partition(": ")
-        hint = f"; to load only its weights, use init_from={resume}" if Path(resume).is_file() else ""
+        hint = "; resume=auto resumes the newest unfinished run"
+        if Path(resume).is_file():
+            hint = f"; to load only its weights, use init_from={resume}"
         raise UserError(f"resume={resume}: {reason}{'' if 'init_from' in reason else hint}") from None
 
 

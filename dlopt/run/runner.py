@@ -20,7 +20,7 @@ from dlopt.config.plan import Plan
 from dlopt.config.resolve import first_lines, job_variables, resolve_saved
 from dlopt.parallel.processes import launch, rendezvous
 from dlopt.parallel.processes.hung import end_if_hung
-from dlopt.run.folder import place, started_anew
+from dlopt.run.folder import place
 from dlopt.run.record import NotStartedError, described, is_job_of_sweep, report
 from dlopt.tracking.remote import check as check_tracking
 
@@ -57,7 +57,7 @@ def run_plan(
             _show_finished(folder)
         return folder, folder.summary() or {}
     if plan.run_config.settings.resume == "auto" and placed.is_new and not from_python:
-        print(started_anew(placed, plan.saved), flush=True)
+        print("resume=auto: no unfinished run of this config found; starting a new run", flush=True)
     placed.refuse_other_run()
 
     has_started = False
