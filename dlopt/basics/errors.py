@@ -10,7 +10,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
+CHECKOUT = Path(__file__).parents[2]  # of the repository, unless dlopt is installed as a wheel
 _MAX_NAMES = 5
+_SIMILAR = 0.5  # ratio of difflib
 
 
 class UserError(Exception):
@@ -70,11 +72,12 @@ def did_you_mean(name: str, names: Sequence[str], prefix: str = "") -> str:
 
 
 def shorten(name: str, names: Sequence[str], more: str) -> str:
-    """Joins `names`; of more than five, those most similar to `name`, and the command `more` that lists all."""
+    """Joins `names`; of more than five, those like `name`, or the first, and the command `more` that lists all."""
     if len(names) <= _MAX_NAMES:
         return ", ".join(names) or "none"
-    nearest = get_close_matches(name.lower(), names, n=_MAX_NAMES, cutoff=0.0) if name else names[:_MAX_NAMES]
-    return f"{', '.join(nearest)}, ...; `{more}` lists all"
+    nearest = get_close_matches(name.lower(), names, n=_MAX_NAMES, cutoff=_SIMILAR)
+    nearest += [each for each in names if each not in nearest][: _MAX_NAMES - len(nearest)]
+    return f"{', '.join(each for each in names if each in nearest)}, ...; `{more}` lists all"
 
 
 def install(package: str) -> str:
@@ -89,4 +92,8 @@ def install(package: str) -> str:
         program = shlex.quote(min(os.path.relpath(own_pip), str(own_pip), key=len))
     else:
         program = f"{shlex.quote(sys.executable)} -m pip"
+    if package.startswith("dlopt[") and (CHECKOUT / "pyproject.toml").is_file():  # the package is not from an index
+        place = min(os.path.relpath(CHECKOUT), str(CHECKOUT), key=len)
+        package = f"{place}{package.removeprefix('dlopt')}"
+        return f"{program} install -e {shlex.quote(package)}"
     return f"{program} install {shlex.quote(package)}"

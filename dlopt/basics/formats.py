@@ -80,8 +80,9 @@ def format_metric(name: str, value: float | None) -> str:
 
 
 def format_count(noun: str, count: int) -> str:
-    """1 epoch, 1,200 steps. `noun` is a plural."""
-    return f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"
+    """1 epoch, 1,200 steps, 1 study. `noun` is a plural."""
+    singular = re.sub(r"ies$", "y", noun).removesuffix("s")
+    return f"{count:,} {singular if count == 1 else noun}"
 
 
 def format_value(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import read_json
-from dlopt.basics.formats import format_metric
+from dlopt.basics.formats import format_metric, format_value
 from dlopt.metrics.names import FINAL_TAGS, split_of
 from dlopt.results import reading
 from dlopt.results.listing import Query
@@ -43,8 +43,7 @@ class Run(Record):
     """
 
     def __repr__(self) -> str:
-        texts = [f"{key} {format_metric(key, self.metrics[key])}" for key in _SHOWN if key in self.metrics]
-        return f"<{self.status}: {', '.join(texts) or self.reason or 'no metrics'}; {short_path(self.path)}>"
+        return _line(self)
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -98,11 +97,22 @@ class Run(Record):
         return load(self.path)
 
 
+def _line(run: Run, keys: Sequence[str] = ()) -> str:
+    """Describes a run in one line, with the values of some keys of its config."""
+    values = [f"{key} {format_value(run.config[key])}" for key in keys if run.config.get(key) is not None]
+    texts = [f"{key} {format_metric(key, run.metrics[key])}" for key in _SHOWN if key in run.metrics]
+    return f"<{run.status}: {', '.join([*values, *(texts or [run.reason or 'no metrics'])])}; {short_path(run.path)}>"
+
+
 class Runs(list[Run]):
     """A list of runs that pandas can tabulate."""
 
     def __repr__(self) -> str:
-        return "\n".join(map(repr, self)) or "no runs"
+        """One line per run, with what varies between them."""
+        varying = reading.varying_keys([run.config for run in self]) if len(self) > 1 else []
+        varying = [key for key in varying if key not in _SHOWN]
+        varying += ["seed"] if len({run.config.get("seed") for run in self}) > 1 else []
+        return "\n".join(_line(run, varying) for run in self) or "no runs"
 
     def to_pandas(self) -> Any:
         """Returns a `pandas.DataFrame` with a row per run: path, status, keys of the config, metrics.

@@ -35,7 +35,7 @@ from dlopt.results.leaderboard import (
     statistic,
     student_t,
 )
-from dlopt.results.reading import OPEN, Damaged, Record, short_key, varying_keys
+from dlopt.results.reading import OPEN, Damaged, Record, meant, short_key, varying_keys
 from dlopt.tracking.terminal_text import short_path
 
 _NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")
@@ -124,7 +124,8 @@ def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
     if split_of(by) == "test":
         raise UserError(f"by={by}: ranking by a test metric would select on the test set; set by=val_accuracy")
     if by not in allowed:
-        raise UserError(f"by={by}: the runs have no such metric; allowed: {', '.join(allowed) or 'none'}")
+        hint = meant(by, allowed)
+        raise UserError(f"by={by}: the runs have no such metric; {hint}allowed: {', '.join(allowed) or 'none'}")
     if mode_of(by, modes_of(records)) is None:
         raise UserError(
             f"by={by}: no run says whether smaller or larger values of your own metric are better, or the runs "

@@ -322,14 +322,20 @@ def is_known(key: str, records: Sequence[Record]) -> bool:
     return key in known or column_of(key) in known
 
 
+def meant(key: str, known: Sequence[str]) -> str:
+    """Returns "did you mean NAME? " for a key that no run has: acc, val_acc, lr; "" if none is similar."""
+    names = [name for name in known if name.rpartition(".")[2] == key]
+    names += [name for name in ("val_accuracy", *known) if name in known and key in name] if len(key) > 2 else []
+    names += get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"did you mean {names[0]}? " if names else ""
+
+
 def check_key(key: str, line: str, records: Sequence[Record]) -> None:
     """Raises `UserError` if no run has this key or metric."""
     if not records or is_known(key, records):
         return
     known = known_keys(records)
-    suffix_matches = [name for name in known if name.rpartition(".")[2] == key]
-    close = suffix_matches or get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = meant(key, known)
     metrics = dict.fromkeys(name for record in records for name in record.metrics)
     allowed = ", ".join(["status", "a key of the config", *metrics])
     raise UserError(f"{line}: no run has {key}; {hint}allowed: {allowed}")

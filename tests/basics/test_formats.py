@@ -49,3 +49,8 @@ def test_round_floats() -> None:
 )  # fmt: skip
 def test_format_metric(name: str, value: float | None, text: str) -> None:
     assert formats.format_metric(name, value) == text
+
+
+def test_format_count() -> None:
+    counts = [formats.format_count(noun, count) for noun in ("steps", "studies") for count in (1, 1200)]
+    assert counts == ["1 step", "1,200 steps", "1 study", "1,200 studies"]

@@ -127,7 +127,7 @@ def test_exact_statistics_are_not_exported(tmp_path: Path) -> None:
 def test_reports_missing_packages(run: Path) -> None:
     with mock.patch("dlopt.commands.export.find_spec", lambda name: None):
         message = refused(run, "export", f"checkpoint={CHECKPOINT}", "format=onnx")
-    assert "onnx and onnxscript" in message and "dlopt[export]" in message
+    assert "onnx and onnxscript" in message and "[export]" in message
 
 
 def test_verifies_on_random_images_without_data(tmp_path: Path) -> None:

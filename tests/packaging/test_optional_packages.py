@@ -1,6 +1,7 @@
 """Without an optional package, the message names the extra to install; every extra has such a message."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def test_a_missing_package_is_answered_with_its_extra(tmp_path: Path) -> None:
     messages = done.stderr.splitlines()
     assert len(messages) == 2 * len(lines), done.stderr
     for (extra, line), message, end in zip(lines, messages[::2], messages[1::2], strict=True):
-        assert f"pip install 'dlopt[{extra}]'" in message and end == "exit 2", (line, message, end)
+        assert re.search(rf"pip install -e '\S+\[{extra}\]'", message) and end == "exit 2", (line, message, end)
         assert "importing" not in message and "Error" not in message, message  # no chain of errors
 
 
@@ -84,6 +85,10 @@ def test_the_line_names_the_pip_of_this_environment(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys, "executable", str(own / "python"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(own))
+    assert install("onnx") == "pip install onnx"
+    place = min(os.path.relpath(ROOT), str(ROOT), key=len)
+    assert install("dlopt[export]") == f"pip install -e '{place}[export]'"  # of this checkout
+    monkeypatch.setattr("dlopt.basics.errors.CHECKOUT", tmp_path)  # of a wheel
     assert install("dlopt[export]") == "pip install 'dlopt[export]'"
     monkeypatch.setenv("PATH", str(other))
     assert install("dlopt[export]") == "own/pip install 'dlopt[export]'"

@@ -76,8 +76,11 @@ def test_several_folders(outputs: Path) -> None:
 
 def test_shown_in_one_line_each(outputs: Path) -> None:
     lines = repr(dlopt.runs()).splitlines()
-    assert lines[0] == "<failed: epochs 1, val_loss 0.9000, val_accuracy 10.00 %; outputs/failed>"
-    assert lines[1].startswith("<finished: epochs 3, val_loss 0.7000, val_accuracy 30.00 %, test_loss 0.2500")
+    metrics = "epochs 1, val_loss 0.9000, val_accuracy 10.00 %"
+    assert lines[0] == f"<failed: optimizer adamw, optimizer.lr 0.1, {metrics}; outputs/failed>"
+    varying = "optimizer sgd, optimizer.lr 0.01, "
+    assert lines[1].startswith(f"<finished: {varying}epochs 3, val_loss 0.7000, val_accuracy 30.00 %, test_loss 0.2500")
+    assert repr(dlopt.open_run("outputs/night/0")) == lines[1].replace(varying, "")
     assert len(lines) == 4
 
 

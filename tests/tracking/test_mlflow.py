@@ -193,4 +193,4 @@ def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("dlopt.config.settings_rules.find_spec", lambda name: None)
     message = refused(tmp_path, "train", "tracking=[tensorboard,mlflow]")
     assert "tracking=[tensorboard,mlflow]: the package mlflow is not installed; " in message
-    assert "pip install 'dlopt[mlflow]'" in message
+    assert "[mlflow]'" in message.partition("pip install ")[2]

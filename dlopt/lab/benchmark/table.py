@@ -7,6 +7,7 @@ from functools import partial
 
 from rich.console import Console
 
+from dlopt.basics.formats import format_count
 from dlopt.extend import Table, printable
 from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.findings import findings
@@ -116,7 +117,7 @@ def latex(results: Results, summary: Summary) -> str:
     heads = ["optimizer", *summary.measures, "targets", "trials", "cost", "state"]
     lines = [  # printable: without line breaks, which would end a comment
         f"% dlopt benchmark, tier {printable(results.tier)}, track {results.track}, "
-        f"{results.studies} studies of {results.trials} trials",
+        f"{format_count('studies', results.studies)} of {format_count('trials', results.trials)}",
         f"% {printable(str(results.facts.get('command', '')))}",
         r"% \usepackage{booktabs}",
         "% scores in updates and time: integral of the performance profile over tau in [1, 4], with its 95 % interval",
