@@ -8,6 +8,7 @@ the values of any choice that has it.
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from dlopt.config.settings import Settings
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 # A value that is composed or required later.
+_SCALAR = re.compile(r'^(?!.*("\$ref"|"object"|"array")).*"(type|enum|const)"')  # tracking=wandb is [wandb]
 _INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}|^\?\?\?$"}
 
 
@@ -117,7 +119,9 @@ def _of_type(annotation: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return {}
     definitions |= found.pop("$defs", {})
     found.pop("title", None)
-    return found
+    lists = [each for each in (found, *found.get("anyOf", [])) if each.get("type") == "array"]
+    single = [each["items"] for each in lists if _SCALAR.search(json.dumps(each.get("items", {})))]
+    return {"anyOf": [found, *single]} if single else found
 
 
 def _described(schemas: Iterable[dict[str, Any]], comment: str) -> dict[str, Any]:

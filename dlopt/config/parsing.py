@@ -1,14 +1,14 @@
 """Turns a composed config into a checked `RunConfig`."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 from dlopt.basics.errors import UserError
 from dlopt.config.early import run_settings
 from dlopt.config.rules import check_combinations
 from dlopt.config.run_config import GROUPS, RunConfig
-from dlopt.config.schema import check_arguments, component, show, trusted_packages
+from dlopt.config.schema import Component, check_arguments, component, show, trusted_packages
 from dlopt.config.user_parts import user_metrics, user_observers
 
 
@@ -44,7 +44,10 @@ def parse(
         if group.common is not None:
             common = {key: value for key, value in node.items() if key in names}
             components[group.common.__name__] = group.common(**check_arguments(name, group.common, common))
-    to_save = config if saved is None else saved
+    to_save = _with_lists(config if saved is None else saved, config, {**vars(settings), **components})
+    for name, group in GROUPS.items():
+        if group.common is not None:
+            to_save[name] = _with_lists(to_save[name], config[name], components[group.common.__name__])
     run_config = RunConfig(
         settings=settings,
         data_settings=components.pop("DataSettings"),
@@ -58,3 +61,18 @@ def parse(
     )
     check_combinations(run_config)
     return run_config
+
+
+def _with_lists(saved: Any, plain: Any, checked: Any) -> Any:
+    """Returns a saved value with lists where a single value was set instead, as in `tracking=wandb`.
+
+    Args:
+        plain: the value, resolved; checked: as its type has turned it into a list.
+    """
+    if isinstance(checked, list | tuple) and isinstance(plain, str | int | float):
+        return [saved]
+    if not isinstance(saved, Mapping) or not isinstance(plain, Mapping):
+        return saved
+    inner = checked.arguments if isinstance(checked, Component) else checked
+    inner = vars(inner) if is_dataclass(inner) else inner if isinstance(inner, Mapping) else {}
+    return {key: _with_lists(value, plain.get(key), inner.get(key)) for key, value in saved.items()}

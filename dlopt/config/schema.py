@@ -4,6 +4,7 @@ Values are validated as JSON in pydantic's strict mode: an int is accepted for a
 neither "0.1" nor true for a number. NaN and infinities are always rejected.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -73,7 +74,7 @@ def trusted_packages(allowed: Iterable[str] = ()) -> tuple[str, ...]:
 
     Makes `allowed`, if any, importable from the current folder, as with `python -m dlopt`.
     """
-    allowed = tuple(allowed)
+    allowed = (allowed,) if isinstance(allowed, str) else tuple(allowed)
     if allowed and not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     others = (name for name in extensions() if not is_below(name, ALLOWED_PACKAGES))
@@ -277,11 +278,24 @@ def check_value(
     try:
         checked = value if adapter is None else adapter.validate_json(json.dumps(value, default=str))
     except ValidationError as error:
+        if isinstance(value, str | int | float) and _takes_list(annotation):  # tracking=wandb
+            with contextlib.suppress(UserError):
+                return check_value(key, [value], annotation)
         hint = f"; quote a text that looks like a number: \"{key}='...'\"" if _has_number_for_text(error) else ""
+        if key == "seed":
+            hint = "; several seeds, one run each: dlopt train -m seeds=5"
         raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {describe_type(annotation)}{hint}") from None
     if _exceeds_int64(checked):
         raise UserError(f"{key}={show(value)}: too large for a 64-bit integer")
     return checked
+
+
+def _takes_list(annotation: Any) -> bool:
+    """Returns whether lists, which may have a single item, are among the values of a type."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Annotated, typing.Union, types.UnionType):
+        return any(map(_takes_list, typing.get_args(annotation)))
+    return origin in (list, tuple)
 
 
 def _has_number_for_text(error: ValidationError) -> bool:

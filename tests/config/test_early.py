@@ -51,7 +51,7 @@ def test_errors_of_values_come_before_torch() -> None:
         "train stopping=early stopping.patience=x": "stopping.patience=x: input should be a valid integer; allowed: an "
         "integer >= 1",
         "train -m optimizer.lr=-1,0.1": "optimizer.lr=-1: input should be greater than 0; allowed: a number > 0",
-        "summary model=mlp model.widths=3": "model.widths=3: input should be a valid array; allowed: a list [an "
+        "summary model=mlp model.widths=x": "model.widths=x: input should be a valid array; allowed: a list [an "
         "integer >= 1]",
         "train evaluate.every_steps=3 evaluate.every_epochs=2": "evaluate.every_steps=3 and evaluate.every_epochs=2: "
         "exclude each other; set evaluate.every_epochs=1 or evaluate.every_steps=null",
