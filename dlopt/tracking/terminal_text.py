@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -110,6 +111,8 @@ def header_rows(
     unit = facts.get("unit", "images")
     if samples and unit not in ("images", "samples"):
         samples[-1] += f" {unit}"
+    if facts.get("train") and facts.get("test") == 0:
+        samples.append("no test set")
     rows: dict[str, list[str | None]] = {
         "overrides": [shlex.quote(override) for override in facts.get("overrides", ())],
         "data": [
@@ -129,6 +132,7 @@ def header_rows(
         ],
         "run": [
             _length(facts),
+            f"steps={values['steps']} wins over epochs={values['epochs']}" if _is_overruled(values, facts) else None,
             *_device(facts),
             *choices_of("stopping", unless="none"),
             *settings_of("seed"),
@@ -193,6 +197,12 @@ def _length(facts: Mapping[str, Any]) -> str | None:
     if steps is not None and steps != epochs * steps_per_epoch:
         return f"{format_count('steps', steps)} ({steps_per_epoch:,} per epoch)"
     return f"{format_count('epochs', epochs)} of {format_count('steps', steps_per_epoch)}"
+
+
+def _is_overruled(values: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Returns whether `epochs` was typed in vain."""
+    typed = any(re.match(r"\+*epochs=", str(each)) for each in facts.get("overrides", ()))
+    return typed and values.get("steps") is not None
 
 
 def _device(facts: Mapping[str, Any]) -> list[str]:

@@ -148,6 +148,16 @@ def test_header_shows_initialization_augmentation_and_warmup() -> None:
     assert [each.get("optimizer") for each in shown] == [["warmup 5 epochs"], ["warmup 100 steps"], None, None]
 
 
+def test_header_reports_what_is_missing_or_overruled() -> None:
+    facts = {"train": 1437, "val": 0, "test": 0, "unit": "tokens", "overrides": ["epochs=2"], "epochs": 1}
+    facts |= {"steps_per_epoch": 23, "steps": 3}
+    rows = terminal_text.header_rows({"epochs": 2, "steps": 3, "data": {}}, {}, facts)
+    assert rows["data"] == ["1,437 train tokens, no test set"]
+    assert rows["run"] == ["3 steps (23 per epoch)", "steps=3 wins over epochs=2"]
+    assert len(terminal_text.header_rows({"epochs": 2, "steps": None}, {}, facts)["run"]) == 1
+    assert len(terminal_text.header_rows({"epochs": 2, "steps": 3}, {}, {**facts, "overrides": []})["run"]) == 1
+
+
 def test_header_of_a_run_that_is_not_built() -> None:
     assert terminal_text.header_rows({}, {}, {}) == {}
 
