@@ -113,6 +113,9 @@ Command = Callable[[list[str]], int]
 
 def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     """Returns the function of a command line, and its arguments. Raises `UserError`."""
+    arguments = list(arguments)
+    if arguments[:1] == ["help"] and len(arguments) > 1:  # dlopt help train
+        arguments[:2] = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         from dlopt.commands.listing import sections
 
@@ -124,7 +127,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
             from dlopt.commands.completion import complete
 
             return complete, list(arguments[index:])
-    name = arguments[0]
+    name = arguments[0] if arguments[0] in COMMANDS else arguments[0].replace("_", "-")  # find_lr is find-lr
     if name in SYNONYMS:
         raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
     commands = COMMANDS if name in COMMANDS else every_command()

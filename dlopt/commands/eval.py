@@ -25,11 +25,11 @@ _READS_OF_WEIGHTS = (*_READS, "model", "normalize", "augmentation", "loss", "exp
 USAGE = """\
 Evaluate a checkpoint, an ensemble or the weights of another tool on the test set
 
-Usage: dlopt eval checkpoint=PATH [tta=CHOICE] [key=value]
+Usage: dlopt eval RUN [tta=CHOICE] [key=value]                    # RUN or checkpoint=RUN: a run folder or checkpoint
        dlopt eval init_from=FILE model=CHOICE data=CHOICE [tta=CHOICE] [key=value]
 
 Examples:
-  dlopt eval checkpoint=outputs/train/DATE                                 # its best.pt, or else last.pt
+  dlopt eval outputs/train/DATE                                            # its best.pt, or else last.pt
   dlopt eval checkpoint=outputs/train/DATE/checkpoints/last.pt tta=flip
   dlopt eval checkpoint=[outputs/a,outputs/b]                              # ensemble: averages the outputs
   dlopt eval checkpoint=outputs/train/DATE/checkpoints/restart-*.pt        # ensemble

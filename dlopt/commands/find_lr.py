@@ -17,7 +17,7 @@ _READS = (*UPDATE, *RECIPE, "scale_lr")  # scale_lr: only none
 USAGE = """\
 Run a learning-rate range test
 
-Usage: dlopt find-lr [group=choice] [key=value]
+Usage: dlopt find-lr [RUN] [group=choice] [key=value]    # RUN: with the config of a run
 
 Examples:
   dlopt find-lr

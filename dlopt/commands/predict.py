@@ -17,10 +17,11 @@ _READS = ("device", "precision", "threads", "allow_packages", "parallel")
 USAGE = """\
 Classify images with a checkpoint
 
-Usage: dlopt predict checkpoint=PATH images=FOLDER [key=value]
+Usage: dlopt predict RUN images=FOLDER [key=value]    # RUN or checkpoint=RUN: a run folder or checkpoint
 
 Examples:
-  dlopt predict checkpoint=outputs/train/DATE/checkpoints/best.pt images=photos
+  dlopt predict outputs/train/DATE images=photos
+  dlopt predict checkpoint=outputs/train/DATE/checkpoints/last.pt images=photos
 
 Resizes the images to the size of the training images and takes the centre crop. Does not need the training data.
 With several labels per image, the CSV file has the columns image, labels (a;b) and p(LABEL) for each label.

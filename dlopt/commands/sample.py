@@ -12,7 +12,7 @@ _READS = ("device", "precision", "threads", "allow_packages")
 USAGE = """\
 Continue a text with a language model
 
-Usage: dlopt sample checkpoint=PATH [prompt=TEXT] [key=value]
+Usage: dlopt sample RUN [prompt=TEXT] [key=value]    # RUN or checkpoint=RUN: a run folder or checkpoint
 
 Examples:
   dlopt sample checkpoint=outputs/train/DATE prompt="def " length=200

@@ -18,7 +18,7 @@ _READS = ("data", "augmentation", "seed", "order_seed", "augmentation_seed", *RE
 USAGE = """\
 Plot augmented images
 
-Usage: dlopt show-batch [group=choice] [key=value]
+Usage: dlopt show-batch [RUN] [group=choice] [key=value]    # RUN: with the data of a run
 
 Examples:
   dlopt show-batch data=cifar10 augmentation=randaugment

@@ -16,6 +16,7 @@ USAGE = """\
 Print the layers of a model: shapes, parameters, MACs, memory
 
 Usage: dlopt summary model=CHOICE [key=value]
+       dlopt summary RUN [key=value]              # the model of a run
 
 Examples:
   dlopt summary model=resnet56

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dlopt._version import ROOT
 from dlopt.basics.errors import DONE, UserError, suggest
 from dlopt.commands.shared.command_line import read_line
+from dlopt.config.overrides import parts_of
 
 TEMPLATES = {  # name -> file in dlopt/templates/
     "slurm": "train.sbatch",
@@ -14,6 +15,7 @@ TEMPLATES = {  # name -> file in dlopt/templates/
 }
 
 SCHEMA = "schema"
+_FLAGS = ("--config-dir", "-cd", "--config-name", "-cn")
 
 USAGE = """\
 Print a job script, a manifest, a container file or the JSON schema of experiment files
@@ -42,8 +44,16 @@ def complete(_: Sequence[str]) -> list[str]:
 
 def template(arguments: list[str]) -> int:
     """Prints the template that the argument names. Raises `UserError`."""
-    line = read_line(arguments, several="template prints one file")
     names = [*TEMPLATES, SCHEMA]
+    words = arguments[1:]
+    key = parts_of(words[0])[0] if words else ""
+    if arguments[:1] == ["slurm"] and words and (key.startswith("-") or key != words[0]) and key not in _FLAGS:
+        flags = " ".join(words) if words[0].startswith("-") else " ".join(f"--{each}" for each in words)
+        raise UserError(
+            f"template {' '.join(arguments)}: a template takes no options; pass them to sbatch, whose options win over "
+            f"the script's: sbatch {flags} train.sbatch"
+        )
+    line = read_line(arguments, several="template prints one file")
     if len(line.overrides) != 1:
         typed = " ".join(["template", *arguments])
         raise UserError(f"{typed}: needs one name; allowed: {', '.join(names)}")

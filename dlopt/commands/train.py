@@ -19,7 +19,7 @@ from dlopt.commands.shared.processes import prepare_rank
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments, show_info
 from dlopt.config.inherit import inherit
-from dlopt.config.overrides import is_typed, parse_overrides
+from dlopt.config.overrides import is_typed, parse_overrides, with_folder
 from dlopt.config.packages import entries, function, series_of
 from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
@@ -74,7 +74,8 @@ def _train(parsed: Namespace, show: Show | None) -> int:
     if world is not None and not world.is_main:
         return _follow(parsed, world)
     composer = Composer(parsed.config_name, parsed.config_dir)
-    typed, parsed.overrides = parsed.overrides, inherit(composer, parsed.overrides)
+    typed = parsed.overrides
+    parsed.overrides = inherit(composer, with_folder(typed, parsed.multirun))
     if parsed.multirun:
         return _sweep(composer, parsed.overrides, show)
     overrides = composer.parse(parsed.overrides)
@@ -87,7 +88,7 @@ def _train(parsed: Namespace, show: Show | None) -> int:
         return DONE
     config = composer.compose(overrides)
     if config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
-        return _sweep(composer, parsed.overrides, show)
+        return _sweep(composer, inherit(composer, with_folder(typed, multirun=True)), show)
     _refuse_document(show, config)
     if (key := series_of(config)) is not None:
         code: int = function(entries("dlopt.series")[key])(composer, parsed, config)

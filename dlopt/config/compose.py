@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from difflib import get_close_matches
@@ -22,7 +23,7 @@ from dlopt.basics.errors import UserError, shorten, suggest
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.interruption import signals_deferred
 from dlopt.basics.plain_values import check_yaml, flatten, is_below, join
-from dlopt.config.choices import CONFIG_NAME, Catalogue, config_folder, config_folders, search, version_base
+from dlopt.config.choices import CONFIG_NAME, Catalogue, Choice, config_folder, config_folders, search, version_base
 from dlopt.config.flags import register_plugins
 from dlopt.config.overrides import (
     SWEEP_WORDS,
@@ -75,7 +76,16 @@ class Composer:
         return name if self.config_dir is None else (f"--config-dir={Path(self.config_dir).absolute()}", *name)
 
     def parse(self, overrides: Iterable[str | Override]) -> list[Override]:
+        overrides = list(overrides)
+        for each in overrides:
+            if isinstance(each, str) and "=" not in each and (found := self._groups_of(each)):
+                raise UserError(f"{each}: an override is group=choice; did you mean {found[0]}={each}?")
         return parse_overrides(overrides, self)
+
+    def _groups_of(self, choice: str) -> list[str]:
+        """Returns the groups that have a choice, the recipes last."""
+        groups = sorted(self.groups(), key=lambda group: group == "experiment")
+        return [group for group in groups if choice in self.choices(group)]
 
     def get_group_options(self, group: str, results_filter: ObjectType = ObjectType.CONFIG) -> list[str]:
         """Lists the choices of a group for glob(*): without `custom`, which needs a callable."""
@@ -83,11 +93,38 @@ class Composer:
 
     def compose(self, overrides: Iterable[str | Override], multirun: bool = False) -> DictConfig:
         """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
-        parsed = [_forced(each) if _has_new_keys(each) else each for each in self.parse(overrides)]
+        parsed = [_forced(each) if _has_new_keys(each) else each for each in self._with_callables(overrides)]
         self._check_overrides(parsed, multirun)
         # A signal waits: Hydra's and OmegaConf's clean-up turns its exception into an AssertionError, or drops it.
         with signals_deferred():
             return self._composed(parsed, multirun)
+
+    def _with_callables(self, overrides: Iterable[str | Override]) -> list[Override]:
+        """Parses overrides, with `optimizer=mine.optim.X` as the choice `custom` with this callable.
+
+        The signature of the callable says which keys the group has: none needs a plus sign.
+        """
+        parsed, blocks = [], tuple[str, ...]()
+        for override in self.parse(overrides):
+            if (key := self._callable_key(override)) is None:
+                parsed.append(override)
+                continue
+            parsed += self.parse([f"{override.key_or_group}=custom", f"{key}={override.value()}"])
+            blocks = (*blocks, key.removesuffix("_target_"))
+        is_new = [each.key_or_group.startswith(blocks) and not each.is_sweep_override() for each in parsed]
+        changes = [each.type is OverrideType.CHANGE for each in parsed]
+        return [_forced(each) if all(of) else each for each, *of in zip(parsed, is_new, changes, strict=True)]
+
+    def _callable_key(self, override: Override) -> str | None:
+        """Returns the key that takes the callable which an override names in place of a choice; None: it names none."""
+        group, value = override.key_or_group, override.value()
+        is_name = isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value)
+        is_plain = override.type is OverrideType.CHANGE and override.package is None
+        if not (is_name and is_plain and (config_folder() / group / "custom.yaml").is_file()):
+            return None
+        if value in self.choices(group):
+            return None
+        return "data.train._target_" if group == "data" else f"{group}._target_"
 
     def _composed(self, parsed: list[Override], multirun: bool) -> DictConfig:
         config = None
@@ -213,6 +250,9 @@ class Composer:
         names = self.choices(group)
         if group.startswith("hydra/"):
             names = [name for name in names if "/" not in name]  # hydra/sweeper/sampler is a group of its own
+        if inside := [name for name in names if choice and name.startswith(f"{choice}/")]:
+            example = f"{group}={inside[0]}"
+            return f"a folder of choices, such as {example}; `dlopt options '{group}={choice}/*'` lists them"
         hint = for_choice(group, choice)
         return hint or suggest(choice, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
 
@@ -284,6 +324,10 @@ class Composer:
         close = get_close_matches(name.lower(), keys, n=1, cutoff=0.6)
         hint = f"did you mean {keys[close[0]]}? " if close else ""
         is_group, target = parent in self.groups(), str(node.get("_target_"))
+        of_all = {
+            key.name for key in Catalogue().keys(Choice("", CONFIG_NAME, config_folder() / f"{CONFIG_NAME}.yaml"))
+        }
+        names.sort(key=lambda each: is_group and join(parent, each) in of_all)  # the choice's own keys first
         if is_group and not is_below(target, ("dlopt", "torch", "torchvision", "None")):
             return f"{hint}the file of this choice does not list it: add it there, or type +{line}"
         if is_group:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dlopt._version import ROOT, __version__
 from dlopt.basics.errors import USER_ERROR, UserError
 from dlopt.config.choices import CONFIG_NAME, config_folder, version_base
-from dlopt.config.overrides import quoted
+from dlopt.config.overrides import parts_of, quoted
+from dlopt.config.settings import SWITCHES
 from dlopt.config.synonyms import for_flag
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     """Parses overrides and Hydra's flags (-m, --cfg, --config-dir, ...), in any order. Raises `UserError`."""
     parser = _parser()
     flags = [flag for action in parser._actions for flag in action.option_strings]
+    arguments = [
+        _normal(each, following, flags) for each, following in zip(arguments, [*arguments[1:], ""], strict=False)
+    ]
 
     def refuse(message: str) -> NoReturn:
         raise UserError(for_flag(arguments, flags) or f"{message}; `dlopt train --help` lists the flags")
@@ -66,6 +70,18 @@ def _parser() -> ArgumentParser:
         add(*flags)
     add("--version", action="version", version=f"dlopt {__version__}")
     return parser
+
+
+def _normal(argument: str, following: str, flags: list[str]) -> str:
+    """Returns a flag as Hydra spells it, `--config-dir` for `--config_dir`, and `--dry-run` as `dry_run=true`."""
+    name, value = parts_of(argument)
+    if not name.startswith("--") or name in flags:
+        return argument
+    if (dashed := name.replace("_", "-")) in flags:
+        return dashed if name == argument else f"{dashed}={value}"
+    key = name.removeprefix("--").replace("-", "_")
+    is_switch = key in SWITCHES and name == argument and following not in ("true", "false")
+    return f"{key}=true" if is_switch else argument
 
 
 def documented_flags() -> list[tuple[str, str]]:

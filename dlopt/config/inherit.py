@@ -76,7 +76,7 @@ def _check(saved: Mapping[str, Any], packages: Any, source: str, typed: Mapping[
 
     Keys become part of a command line here, where `hydra.*` or a leading `+` would do something else than set a value.
     """
-    for recipe in ("experiment", *entries("dlopt.series")):
+    for recipe in ("experiment", "debug", *entries("dlopt.series")):
         if recipe in typed:
             raise UserError(f"{typed[recipe]}: a run's config is complete; a recipe cannot be combined with from=")
     if packages and "allow_packages" not in typed:
@@ -100,9 +100,7 @@ def _choices(composer: Composer, folder: RunFolder, groups: Sequence[str], sourc
             raise UserError(
                 f"{source}: its choice {group}={name} was not found; add the --config-dir that the run was started with"
             )
-    return [f"{group}={'custom' if group in callables else name}" for group, name in choices.items()] + [
-        f"{group}._target_={name}" for group, name in callables.items()
-    ]
+    return [f"{group}={name}" for group, name in choices.items()]
 
 
 def _differences(composer: Composer, lines: list[str], target: Mapping[str, Any], interpolated: bool) -> list[str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
 _CLOSED = re.compile(r"""'[^']*'|"[^"]*"|\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}""")
 _SENTENCES = ("note",)  # keys whose value is one text, commas and brackets included
 _MOST_VALUES = 1_000_000  # of a range: more are a typing error, which would take all memory
+OUTPUT = "output"  # the folder of a run or sweep, as of the other commands
 SEEDS, SPACE, TRIALS, WAIT = "seeds", "space", "trials", "wait"  # words of a sweep, which are no keys of its jobs
 SWEEP_WORDS = (SEEDS, SPACE, TRIALS, WAIT)
 
@@ -63,6 +64,19 @@ def is_typed(key: str, overrides: "Iterable[str | Override]") -> bool:
 def without(overrides: Iterable[str], *keys: str) -> list[str]:
     """Returns the overrides except those of the keys."""
     return [override for override in overrides if key_of(override) not in keys]
+
+
+def with_folder(overrides: Sequence[str], multirun: bool) -> list[str]:
+    """Returns the overrides with `output=DIR` as Hydra's key of the folder of a run, or with `multirun` of a sweep.
+
+    Raises `UserError` if the folder is set twice.
+    """
+    typed = [override for override in overrides if key_of(override) == OUTPUT]
+    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+    both = [override for override in overrides if override in typed or key_of(override) == key]
+    if typed and len(both) > 1:
+        raise UserError(f"{' '.join(both)}: set the folder once")
+    return [f"{key}={value_of(override)}" if override in typed else override for override in overrides]
 
 
 def storable(overrides: Iterable[str]) -> list[str]:
@@ -365,6 +379,8 @@ def explain_grammar(line: str, following: str) -> str:
         shown = line if line.isprintable() else repr(line)
         return f"{shown}: {key!r} is not a valid key or group name; an override is key=value or group=choice"
     sign = _unpaired(value)
+    if (advice := _misspelled(key, value)) is not None:
+        return f"{line}: {advice}"
     if "zip(" in value and not value.startswith("zip("):
         return f"{line}: zip(...) stands alone: {key}=zip(...)"
     if value.startswith("zip("):
@@ -376,6 +392,18 @@ def explain_grammar(line: str, following: str) -> str:
     advice = f"the value must be quoted for Hydra, inside the quotes for the shell: {correct!r}"
     fault = f"{sign} is not {'opened' if sign in ')]}' else 'closed'}; as plain text, " if sign else ""
     return f"{line!r}: {fault}{advice}"
+
+
+def _misspelled(key: str, value: str) -> str | None:
+    """Returns the advice for a line that nobody means as a text: two overrides in one word, two equals signs, (a,b)."""
+    if value.startswith("="):
+        return f"one equals sign: {key}={value.lstrip('= ')}"
+    if re.fullmatch(r"\([^()]*,[^()]*\)", value):
+        return f"lists have square brackets: {key}=[{value[1:-1].strip(', ')}]"
+    others = re.split(r"[ ,;]+(?=[A-Za-z_][\w./]*=)", value)
+    if len(others) > 1 and not re.search(r"""[][(){}'"]""", value):
+        return f"several overrides are separate words: {key}={' '.join(each.strip(' ,;') for each in others)}"
+    return None
 
 
 def _unpaired(value: str) -> str:

@@ -33,6 +33,12 @@ COMPOSITION = ("hydra.searchpath", "hydra.mode", "hydra.job.name")
 _TRAIN = frozenset(key.partition(".")[0] for key in ROLES)
 
 
+def unavailable(flag: str) -> str:
+    """Says which commands have a flag of `dlopt train`."""
+    others = ", `runs`, `report` and `options`" if flag == "--json" else ""
+    return f"{flag}: only available in `dlopt train`{others}"
+
+
 def refuse_unread(
     overrides: "Iterable[str | Override]",
     command: str,
@@ -60,7 +66,8 @@ def refuse_unread(
         advice = folders | dict(hints or {})
         hint = next((text for name, text in advice.items() if is_below(key, [name])), "")
         if not hint and role_of(key) is Role.COMMAND:
-            raise UserError(f"{line}: only available in `dlopt train`")
+            others = ", `benchmark` and `ladder`" if key == "dry_run" else ""
+            raise UserError(f"{line}: only available in `dlopt train`{others}")
         raise UserError(f"{line}: {command} does not read this key{f'; {hint}' if hint else ''}")
 
 

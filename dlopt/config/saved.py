@@ -1,7 +1,8 @@
 """Shared by the commands on checkpoints: parses their arguments and changes keys of a saved config."""
 
 import glob
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.basics.errors import UserError
 from dlopt.config.choices import config_folder
-from dlopt.config.overrides import parse_overrides, quoted, single_values
+from dlopt.config.flags import flags
+from dlopt.config.overrides import parse_overrides, parts_of, quoted, single_values
+from dlopt.config.reads import unavailable
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_flag
 
@@ -18,13 +21,30 @@ from dlopt.config.synonyms import for_flag
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
     """Parses `key=value` arguments. Raises `UserError`."""
     arguments = list(arguments)
+    refuse_flags(arguments)
+    for argument in arguments:
+        if "=" not in argument and not argument.startswith("~"):
+            raise UserError(f"{argument}: an override is key=value")
+    return single_values(parse_overrides(map(quoted, arguments)))
+
+
+def refuse_flags(arguments: Sequence[str]) -> None:
+    """Raises `UserError` for a flag: those of other commands, and `--tta flip` for tta=flip."""
+    for argument in arguments:
+        if (flag := parts_of(argument)[0]) in flags():
+            raise UserError(unavailable(flag))
     if hint := for_flag(arguments, ()):
         raise UserError(hint)
-    for argument in arguments:
-        is_override = "=" in argument or argument.startswith("~")
-        if not is_override or Path(argument).is_file():  # a path may contain an equals sign
-            raise UserError(f"{argument}: an override is key=value; for a checkpoint: checkpoint={argument}")
-    return single_values(parse_overrides(map(quoted, arguments)))
+
+
+def take_paths(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Splits arguments into paths and the others: `dlopt eval RUN` needs no `checkpoint=`.
+
+    A path may contain an equals sign, if it exists.
+    """
+    arguments = list(arguments)
+    paths = [each for each in arguments if each[:1] not in ("-", "~") and ("=" not in each or os.path.exists(each))]
+    return paths, [each for each in arguments if each not in paths]
 
 
 def take_checkpoints(values: dict[str, Any], command: str, several: bool) -> list[Path]:
@@ -38,7 +58,7 @@ def take_checkpoints(values: dict[str, Any], command: str, several: bool) -> lis
             raise UserError(f"checkpoint={show(typed)}: must be paths: checkpoint=[a/best.pt,b/best.pt]")
         return [checkpoint_file(Path(path)) for path in typed]
     if not isinstance(typed, str) or not typed:
-        raise UserError(f"checkpoint: a path is needed: dlopt {command} checkpoint=outputs/.../checkpoints/best.pt")
+        raise UserError(f"checkpoint: a path is needed: dlopt {command} outputs/train/DATE")
     path = Path(typed)
     is_pattern = several and "*" in path.name and not path.exists()
     return [checkpoint_file(Path(match)) for match in (sorted(glob.glob(typed)) if is_pattern else []) or [typed]]

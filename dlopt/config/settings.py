@@ -4,7 +4,7 @@ Imports no torch: the roles of keys are looked up without it.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from dlopt.basics.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.basics.roles import Role
@@ -115,3 +115,7 @@ class Settings:
     published: Annotated[list[Published], Role.WATCH]
     # Absent in older configs; see `RunConfig.user_observers`.
     observers: Annotated[list[dict[str, Any]], Role.WATCH] = field(default_factory=list)
+
+
+SWITCHES = tuple(name for name, hint in get_type_hints(Settings).items() if hint is bool)
+"""The keys that are only true or false."""

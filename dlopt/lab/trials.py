@@ -48,11 +48,6 @@ def take_optimizers(line: Line, command: str) -> tuple[list[str], Line]:
     return names, replace(line, overrides=[each for each in line.overrides if each not in typed])
 
 
-def choice_of(name: str) -> str:
-    """Returns the override of an optimizer given by a choice of the group or by the dotted name of a class."""
-    return f"optimizer._target_={name}" if "." in name else f"optimizer={name}"
-
-
 def is_fixed(override: str) -> bool:
     """Returns whether an override would change the protocol."""
     key = key_of(override)

@@ -5,8 +5,9 @@
 
 import contextlib
 import io
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -17,11 +18,12 @@ from dlopt.commands.find_lr import learning_rates
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
 from dlopt.config.inherit import inherit
-from dlopt.config.overrides import quoted
+from dlopt.config.overrides import quoted, with_folder
 from dlopt.config.packages import series_of
 from dlopt.config.plan import checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import interpolations_explained
+from dlopt.config.schema import show
 from dlopt.instruments.lr_range import LearningRates
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state
@@ -36,7 +38,7 @@ __all__ = [
 
 
 @interpolations_explained()
-def train(overrides: Sequence[str] = (), *, console: bool = False) -> Run:
+def train(overrides: Sequence[str] = (), *, console: bool = False, **keys: object) -> Run:
     """Trains a model like `dlopt train`: `train(["optimizer=adamw", "epochs=5"])`.
 
     Restores global state afterwards: random generators, thread count and torch flags. On a signal or after `max_time`
@@ -44,13 +46,15 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Run:
 
     Args:
         overrides: the arguments of `dlopt train`.
+        keys: none; refused with the way to write them: `train(["optimizer=adamw"])`, not `train(optimizer="adamw")`.
         console: print the same progress as the command.
 
     Raises:
         UserError: wrong configuration or input; no files are left behind.
         RunError: the run failed.
     """
-    lines = _checked("train", overrides, "use dlopt.sweep for sweeps, and `dlopt train` for flags")
+    lines = _checked("train", overrides, keys, "use dlopt.sweep for sweeps, and `dlopt train` for flags")
+    lines = with_folder(lines, multirun=False)
     config = Composer().compose(lines)
     if (series := series_of(config)) is not None or config.hydra.mode == RunMode.MULTIRUN:
         way = "dlopt.sweep" if series is None else f"`dlopt train` for a {series}"
@@ -67,7 +71,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Run:
 
 
 @interpolations_explained()
-def sweep(overrides: Sequence[str] = (), *, console: bool = False) -> Runs:
+def sweep(overrides: Sequence[str] = (), *, console: bool = False, **keys: object) -> Runs:
     """Runs a sweep like `dlopt train -m` and returns its runs: `sweep(["optimizer=sgd,adamw", "seed=range(0,3)"])`.
 
     Every job is a process of its own. A failed one does not affect the others, and is in the table with the status
@@ -81,9 +85,9 @@ def sweep(overrides: Sequence[str] = (), *, console: bool = False) -> Runs:
     Raises:
         UserError: wrong configuration or input of any job; no files are left behind.
     """
-    lines = _checked("sweep", overrides, "-m is implied; use `dlopt train -m` for other flags")
+    lines = _checked("sweep", overrides, keys, "-m is implied; use `dlopt train -m` for other flags")
     composer = Composer()
-    words = inherit(composer, parse_arguments(["-m", *lines]).overrides)
+    words = inherit(composer, with_folder(parse_arguments(["-m", *lines]).overrides, multirun=True))
     out, err = (sys.stdout, sys.stderr) if console else (io.StringIO(), io.StringIO())
     with preserve_global_state(), _hidden_main(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         request = sweeps.request(composer, words)
@@ -93,7 +97,7 @@ def sweep(overrides: Sequence[str] = (), *, console: bool = False) -> Runs:
     return runs(request.found)
 
 
-def find_lr(overrides: Sequence[str] = ()) -> LearningRates:
+def find_lr(overrides: Sequence[str] = (), **keys: object) -> LearningRates:
     """Runs a learning-rate range test like `dlopt find-lr`: `find_lr(["optimizer=adamw", "updates=200"]).steepest`.
 
     Writes no files.
@@ -104,13 +108,21 @@ def find_lr(overrides: Sequence[str] = ()) -> LearningRates:
     Raises:
         UserError: wrong configuration or input.
     """
-    lines = _checked("find_lr", overrides, "use `dlopt find-lr` for flags")
+    lines = _checked("find_lr", overrides, keys, "use `dlopt find-lr` for flags")
     with preserve_global_state():
         return learning_rates(lines)
 
 
-def _checked(function: str, overrides: Sequence[str], hint: str) -> list[str]:
-    """Returns the overrides as Hydra parses them. Raises `UserError` for anything else than a list of them."""
+def _checked(function: str, overrides: Sequence[str], keys: Mapping[str, object], hint: str) -> list[str]:
+    """Returns the overrides as Hydra parses them. Raises `UserError` for anything else than a list of them.
+
+    `keys`: what was passed by keyword, as in `train(optimizer="adamw")`.
+    """
+    if keys:
+        wrong = ", ".join(f"{key}={value!r}" for key, value in keys.items())
+        typed = [overrides] if isinstance(overrides, str) else list(overrides)
+        lines = [*typed, *(f"{key}={show(value)}" for key, value in keys.items())]
+        raise UserError(f"{function}({wrong}): overrides are a list: {function}({json.dumps(lines)})")
     if isinstance(overrides, str):  # would be read letter by letter
         raise UserError(f"{function}({overrides!r}): must be a list: {function}({overrides.split()})")
     for line in overrides:

@@ -90,3 +90,9 @@ def test_manifest_describes_the_ranks(tmp_path: Path) -> None:
     assert folder.startswith("hydra.run.dir=")
     result = dlopt(tmp_path, *train, *SMALL, "device=cpu", "epochs=1", "hydra.run.dir=run")
     assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("typed", ["--nodes 2", "nodes=2"])
+def test_options_of_sbatch_belong_to_sbatch(typed: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, "template", "slurm", *typed.split())
+    assert f"sbatch --{typed.removeprefix('--')} train.sbatch" in message

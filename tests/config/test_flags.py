@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from dlopt.basics.errors import UserError
 from dlopt.config.flags import _parser, parse_arguments, show_info
 
 
@@ -52,3 +53,14 @@ def test_flags_are_hydras(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_parses_flags_between_overrides() -> None:
     parsed = parse_arguments(["--cfg", "job", "model=mlp", "-m", "name=größe"])
     assert parsed.multirun and parsed.cfg == "job" and parsed.overrides == ["model=mlp", "name='größe'"]
+
+
+def test_flags_take_dashes_and_underscores() -> None:
+    for flag in ("--dry-run", "--dry_run"):
+        assert parse_arguments(["model=mlp", flag]).overrides == ["dry_run=true", "model=mlp"][::-1]
+    for flag in ("--config-name", "--config_name"):
+        assert parse_arguments([f"{flag}=trajectory"]).config_name == "trajectory"
+        assert parse_arguments([flag, "trajectory"]).config_name == "trajectory"
+    for words in (["--dry-run=true"], ["--dry-run", "false"], ["--epochs"]):  # keys have no dashes
+        with pytest.raises(UserError, match="without dashes"):
+            parse_arguments(words)

@@ -8,7 +8,7 @@ import pytest
 
 import dlopt
 from dlopt.basics.errors import UserError
-from dlopt.config.overrides import explain_grammar, parse_overrides
+from dlopt.config.overrides import explain_grammar, parse_overrides, with_folder
 
 HAS_HYDRA_1_4 = hydra.__version__ >= "1.4"  # sorts ranges and reads their steps correctly
 
@@ -64,3 +64,27 @@ def test_ranges_that_hydra_changes_or_that_never_end_are_refused(value: str, rea
         return
     with pytest.raises(UserError, match=reason):
         parse_overrides([f"key={value}"])
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("optimizer=sgd epochs=2", "several overrides are separate words: optimizer=sgd epochs=2"),
+        ("optimizer.lr=0.1,epochs=2", "several overrides are separate words: optimizer.lr=0.1 epochs=2"),
+        ("optimizer.lr==0.1", "one equals sign: optimizer.lr=0.1"),
+        ("optimizer.betas=(0.9,0.95)", "lists have square brackets: optimizer.betas=[0.9,0.95]"),
+    ],
+)
+def test_lines_that_nobody_means_as_a_text_get_advice_that_works(line: str, advice: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_overrides([line])
+    assert str(caught.value) == f"{line}: {advice}"
+    parse_overrides(advice.rpartition(": ")[2].split())
+
+
+def test_the_folder_of_a_run_or_a_sweep() -> None:
+    assert with_folder(["seed=1", "output=a/b"], multirun=False) == ["seed=1", "hydra.run.dir=a/b"]
+    assert with_folder(["output=a/b"], multirun=True) == ["hydra.sweep.dir=a/b"]
+    assert with_folder(["seed=1"], multirun=True) == ["seed=1"]
+    with pytest.raises(UserError, match=r"output=a hydra\.run\.dir=b: set the folder once"):
+        with_folder(["output=a", "hydra.run.dir=b"], multirun=False)

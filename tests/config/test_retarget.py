@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.plan import plan
@@ -49,3 +52,36 @@ def test_a_callable_of_a_recipe_inherits_only_what_the_recipe_sets(tmp_path: Pat
         "width": 8,
     }
     assert run.choices["model"] == "torchvision.models.mobilenet_v3_small"
+
+
+def test_a_dotted_name_is_a_choice() -> None:
+    """Its keys need no plus sign, because its signature says which there are."""
+    found = composed("optimizer=torch.optim.RAdam", "optimizer.lr=0.1", "optimizer.eps=1e-6")["optimizer"]
+    assert {key: found[key] for key in ("_target_", "lr", "eps")} == {
+        "_target_": "torch.optim.RAdam",
+        "lr": 0.1,
+        "eps": 1e-6,
+    }
+    assert composed("data=torchvision.datasets.FakeData", "data.train.size=9")["data"]["train"] == {
+        "_target_": "torchvision.datasets.FakeData",
+        "size": 9,
+    }
+    composer = Composer()
+    run = plan(composer, ["loss=torch.nn.NLLLoss"])
+    assert run.choices["loss"] == "torch.nn.NLLLoss" and run.lines == ["loss=torch.nn.NLLLoss"]
+    for lines, message in (
+        (["optimizer=mine.X"], r"to trust another package, set allow_packages=\[mine\]"),
+        (
+            ["optimizer=torch.optim.RAdam", "optimizer.ep=1"],
+            r"optimizer\.ep=1: unknown key; did you mean optimizer\.eps",
+        ),
+        (["parallel=mine.Mode"], "parallel=mine.Mode: unknown choice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan(composer, lines)
+
+
+def test_a_single_value_where_a_list_is_needed() -> None:
+    """The saved config has the list, which others read."""
+    saved = plan(Composer(), ["tracking=tensorboard", "model=mlp", "model.widths=8", "tags=a"]).saved
+    assert (saved["tracking"], saved["model"]["widths"], saved["tags"]) == (["tensorboard"], [8], ["a"])

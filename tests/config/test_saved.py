@@ -10,7 +10,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved, to_plain
-from dlopt.config.saved import typed_values, with_changes
+from dlopt.config.saved import take_paths, typed_values, with_changes
 from dlopt.training.checkpoint import checkpoints
 from tests.support.line import SMALL, dlopt, refused
 
@@ -77,3 +77,18 @@ def test_texts_that_look_like_interpolations_are_saved_as_texts() -> None:
     assert (plain["note"], plain["tags"], plain["name"]) == ("lr ${x}, seed 0", ["${y}"], "a${z}")
     assert (saved["note"], saved["tags"], saved["name"]) == ("lr ${x}, seed 0", ["${y}"], r"a\${z}")
     assert resolve_saved(saved) == plain
+
+
+def test_a_path_needs_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()
+    typed = ["outputs/a", "tta=flip", "lr=0.1", "device=cpu"]
+    assert take_paths(typed) == (["outputs/a", "lr=0.1"], ["tta=flip", "device=cpu"])
+    for words, message in (
+        (["eval", "a", "checkpoint=b"], "a: checkpoint=b is set, too; name the run once"),
+        (["predict", "a", "b", "images=c"], "a b: `dlopt predict` takes one run or checkpoint"),
+        (["export", "a", "format=onnx"], "checkpoint=a: no such file"),
+        (["eval", "a", "--json"], "--json: only available in `dlopt train`, `runs`, `report` and `options`"),
+        (["eval", "a", "--tta", "flip"], "--tta flip: an override is key=value, without dashes; use tta=flip"),
+    ):
+        assert message in refused(tmp_path, *words)

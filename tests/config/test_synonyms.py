@@ -41,7 +41,7 @@ def check_use(advice: str, choices: dict[str, set[str]], keys: set[str]) -> None
         if key in choices:
             assert value == "{}" or value in choices[key], override
         else:
-            assert key in keys or key == "hydra.run.dir", override
+            assert key in keys or key == "output", override
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -261,6 +261,11 @@ def test_find_lr_is_that_of_the_command(tmp_path: Path) -> None:
         ("sweep(['seed=0,1', 'optimizer.lr=-1,1'])", "optimizer.lr=-1"),
         ("sweep(['seed=0,1', 'dry_run=true'])", "dry_run=true: only available in `dlopt train`"),
         ("sweep(['seed=0,1', 'hydra.run.dir=x'])", "use hydra.sweep.dir"),
+        (
+            "train(optimizer='adamw')",
+            r"train\(optimizer='adamw'\): overrides are a list: train\(\[.optimizer=adamw.\]\)",
+        ),
+        ("sweep(['seed=0,1'], epochs=2)", r"overrides are a list: sweep\(\[.seed=0,1., .epochs=2.\]\)"),
         ("find_lr('updates=20')", r"must be a list: find_lr\(\['updates=20'\]\)"),
         ("find_lr(['optimizer.lr=1,2'])", r"find_lr\(\) runs one test at a time"),
         ("find_lr(['updates=3'])", "updates=3: must be >= 10"),

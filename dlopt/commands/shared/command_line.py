@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -17,16 +18,19 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from dlopt.basics.errors import UserError, did_you_mean, suggest
 from dlopt.basics.folders import make, make_new, refuse_url
+from dlopt.basics.plain_values import is_below
 from dlopt.commands.shared.usage import command_key_names, command_keys
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
+from dlopt.config.inherit import inherit
 from dlopt.config.overrides import (
     Axis,
     grid,
     is_typed,
     key_of,
     parse_axes,
+    quoted_plain,
     refuse_several,
     single_values,
     text_of,
@@ -34,9 +38,9 @@ from dlopt.config.overrides import (
     without,
 )
 from dlopt.config.plan import plan
-from dlopt.config.reads import refuse_unread, refuse_unread_hydra
+from dlopt.config.reads import refuse_unread, refuse_unread_hydra, unavailable
 from dlopt.config.resolve import resolve_saved
-from dlopt.config.saved import take_checkpoints, typed_values, with_changes
+from dlopt.config.saved import refuse_flags, take_checkpoints, take_paths, typed_values, with_changes
 from dlopt.config.schema import check_arguments, parameters_of
 
 if TYPE_CHECKING:
@@ -210,11 +214,32 @@ def on_config(
         @functools.wraps(function)
         def command(arguments: list[str]) -> int:
             line = read_line(arguments, several=several)
+            line = _from_run(line, name, reads, command_key_names(function))
             return line.call(function, f"dlopt {name}", reads, hints=hints, several=several if one else "")
 
         return command
 
     return decorate
+
+
+def _from_run(line: Line, name: str, reads: Sequence[str] | None, command_keys: Sequence[str]) -> Line:
+    """Returns the line with what the command reads of a run's config, if its first word is a run: summary RUN.
+
+    A command that finds out itself what it reads (`reads` None) gets the trained model: diagnose RUN.
+    """
+    runs, typed = take_paths(line.overrides)
+    if not runs or not os.path.exists(runs[0]):
+        return line
+    if len(runs) > 1:
+        raise UserError(f"{' '.join(runs)}: `dlopt {name}` takes one run")
+    if reads is None:
+        return replace(line, overrides=[f"checkpoint={quoted_plain(runs[0])}", *typed])
+    inherited = inherit(line.composer, [f"from={quoted_plain(runs[0])}", *without(typed, *command_keys)])
+    return replace(line, overrides=[*typed, *(each for each in inherited if _is_new(each, typed, reads))])
+
+
+def _is_new(override: str, typed: Sequence[str], reads: Sequence[str]) -> bool:
+    return override not in typed and is_below(key_of(override), reads)
 
 
 def read_line(arguments: list[str], *, several: str) -> Line:
@@ -224,7 +249,7 @@ def read_line(arguments: list[str], *, several: str) -> Line:
         raise UserError(f"-m: {several}")
     for flag, value in vars(parsed).items():
         if value and flag not in ("overrides", "config_dir", "config_name"):
-            raise UserError(f"--{flag.replace('_', '-')}: only available in `dlopt train`")
+            raise UserError(unavailable(f"--{flag.replace('_', '-')}"))
     return Line(Composer(parsed.config_name, parsed.config_dir), parsed.overrides, tuple(parsed.overrides))
 
 
@@ -245,7 +270,15 @@ def on_checkpoint(
     def decorate(function: Callable[..., int]) -> Command:
         @functools.wraps(function)
         def command(arguments: list[str]) -> int:
-            values = typed_values(without(arguments, *as_typed))
+            refuse_flags(without(arguments, *as_typed))
+            positional, rest = take_paths(without(arguments, *as_typed))
+            values = typed_values(rest)
+            if positional and "checkpoint" in values:
+                raise UserError(f"{positional[0]}: checkpoint={values['checkpoint']} is set, too; name the run once")
+            if len(positional) > 1 and not several:
+                raise UserError(f"{' '.join(positional)}: `dlopt {name}` takes one run or checkpoint")
+            if positional:
+                values["checkpoint"] = positional[0] if len(positional) == 1 else positional
             texts = {key_of(each): value_of(each) for each in arguments if key_of(each) in as_typed}
             paths = take_checkpoints(values, name, several)
             names = command_key_names(function)

@@ -18,7 +18,7 @@ from dlopt.lab.benchmark.protocol import (
     load_fixed,
     load_space,
 )
-from dlopt.lab.trials import UNRECORDED, ClaimedTrials, choice_of, has_ended
+from dlopt.lab.trials import UNRECORDED, ClaimedTrials, has_ended
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import PlanJob
 from dlopt.sweeps.pool import Pool
@@ -51,7 +51,7 @@ def candidate(composer: Composer, name: str, overrides: Sequence[str], track: Tr
 
     `overrides`: those of all trials. The default space is reduced to the keys that the optimizer has.
     """
-    chosen = [choice_of(name)]
+    chosen = [f"optimizer={name}"]
     if track == "self_tuning":
         return Candidate(name, chosen, _fixed_space(composer, name))
     return Candidate(name, chosen, parse_space(parse_axes(space_of(composer, name, overrides), composer)))
@@ -62,7 +62,7 @@ def space_of(composer: Composer, name: str, overrides: Sequence[str]) -> list[st
     lines = load_space(name, composer.config_dir)
     if has_space(name, composer.config_dir):
         return lines
-    chosen = [choice_of(name), *overrides]
+    chosen = [f"optimizer={name}", *overrides]
     plain, _ = to_plain(composer.compose(chosen), chosen)
     packages = trusted_packages(plain["allow_packages"])
     names = parameters_of(resolve_target("optimizer._target_", str(plain["optimizer"]["_target_"]), packages))

@@ -39,7 +39,7 @@ from dlopt.extend import (
 from dlopt.lab.benchmark.protocol import has_space, load_space
 from dlopt.lab.ladder.family import Family, chosen_rungs, load_family, measure
 from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, read_ladder, update_ladder
-from dlopt.lab.trials import READS_OF_HYDRA, choice_of, launcher, refuse_protocol, take_optimizers
+from dlopt.lab.trials import READS_OF_HYDRA, launcher, refuse_protocol, take_optimizers
 from dlopt.sweeps.estimate import estimate_job
 from dlopt.sweeps.sweep import refuse_ranks
 
@@ -161,7 +161,7 @@ def _contestant(line: Line, family: Family, name: str, overrides: Sequence[str],
 
     Raises `UserError`.
     """
-    lines = [f"experiment={family.experiment}", choice_of(name), *overrides, *shared]
+    lines = [f"experiment={family.experiment}", f"optimizer={name}", *overrides, *shared]
     plain, _ = to_plain(line.composer.compose(lines), lines)
     typed = [key_of(each) for each in overrides]
     overrides = [*(each for each in family.optimizers.get(name, ()) if key_of(each) not in typed), *overrides]

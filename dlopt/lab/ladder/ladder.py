@@ -10,7 +10,7 @@ from dlopt.basics.locks import locked
 from dlopt.extend import RunFolder, UserError, read_json, write_json
 from dlopt.lab.ladder.family import Rules, Rung
 from dlopt.lab.ladder.rates import Optimum, RateFit, fit_rates, missing, optimum, rate
-from dlopt.lab.trials import UNRECORDED, choice_of, has_ended
+from dlopt.lab.trials import UNRECORDED, has_ended
 from dlopt.tracking.metrics import read_metrics
 
 MANIFEST = "ladder.json"
@@ -113,7 +113,7 @@ class Ladder:
         return [
             f"experiment={self.experiment}",
             *self.rungs[rung].overrides,
-            choice_of(optimizer),
+            f"optimizer={optimizer}",
             *contestant.lines(lr),
             *contestant.overrides,
             *shared,
