@@ -128,17 +128,23 @@ def ranks(process: "subprocess.Popen[str]") -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", ["rank", "launcher"])
-def test_killed(who: str, tmp_path: Path) -> None:
+def test_killed(tmp_path: Path) -> None:
+    """First a rank; then, in the resumed run, the launcher."""
     folder = tmp_path / "run"
-    with started(command(folder, TWO, *SAVING), folder) as process:
-        pids = ranks(process)
-        os.kill(process.pid if who == "launcher" else pids[1], signal.SIGKILL)
-        assert until(lambda: not any(map(is_alive, pids)), 60), "no rank outlives the others"
-        stderr = process.communicate(timeout=300)[1]
-        assert process.returncode == (-9 if who == "launcher" else 1)
-    if who == "rank":
-        assert "rank 1 was killed by SIGKILL" in stderr
+
+    def kill(who: str, *more: str) -> None:
+        before = len(lines(folder))
+        with started([*command(folder, TWO, *SAVING), *more], folder) as process:
+            assert until(lambda: len(lines(folder)) > before + 5, 150)
+            pids = ranks(process)
+            os.kill(process.pid if who == "launcher" else pids[1], signal.SIGKILL)
+            assert until(lambda: not any(map(is_alive, pids)), 60), "no rank outlives the others"
+            stderr = process.communicate(timeout=300)[1]
+            assert process.returncode == (-9 if who == "launcher" else 1)
+            assert who == "launcher" or "rank 1 was killed by SIGKILL" in stderr
+
+    kill("rank")
+    kill("launcher", "resume=auto")
     before = len(lines(folder))
     with started([*command(folder, TWO, *SAVING), "resume=auto"], folder) as process:
         assert until(lambda: len(lines(folder)) > before + 5, 150)

@@ -122,7 +122,7 @@ def kill_and_go_on(folder: Path, kills: int, seed: int) -> int:
 
 @pytest.mark.slow
 def test_kills_at_random_moments_do_not_change_results(tmp_path: Path) -> None:
-    kills = 4
+    kills = 3
     (tmp_path / "killed").mkdir()
     (tmp_path / "whole").mkdir()
     assert kill_and_go_on(tmp_path / "killed", kills, seed=kills) > 0

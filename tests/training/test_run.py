@@ -449,13 +449,21 @@ def _accumulates_nothing(folder: Path) -> None:
     assert more.total() < 240, f"less than an object in two updates: {more.most_common(5)}"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a long run without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    start(folder, *LONG)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "extra"),
     [(signal.SIGTERM, WORKERS), (signal.SIGUSR1, []), (signal.SIGKILL, WORKERS)],
     ids=["term", "usr1", "kill"],
 )
-def test_signals_to_a_process_group(tmp_path: Path, number: signal.Signals, extra: list[str]) -> None:
+def test_signals_to_a_process_group(tmp_path: Path, whole: Path, number: signal.Signals, extra: list[str]) -> None:
     """Signals the process group at a random time, as a cluster does; then `resume=auto`."""
     folder, resumed_from = tmp_path / "stopped", []
     for lines in (4, 20, None):
@@ -471,9 +479,8 @@ def test_signals_to_a_process_group(tmp_path: Path, number: signal.Signals, extr
         else:
             assert process.wait(300) == 0
     assert json.loads((folder / "summary.json").read_text())["resumed_from"] == resumed_from
-    start(tmp_path / "whole", *LONG)
-    assert timeless(folder) == timeless(tmp_path / "whole")
-    left, right = result(folder), result(tmp_path / "whole")
+    assert timeless(folder) == timeless(whole)
+    left, right = result(folder), result(whole)
     for key in ("model", "optimizer", "ema", "schedule"):
         assert same(left[key], right[key]), key
 

@@ -12,7 +12,7 @@ from torch import nn
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.lab.scaling import simulation
+from dlopt.lab.scaling import modes, simulation
 from dlopt.lab.scaling.cluster_command import MODELS
 from dlopt.lab.scaling.contention import fit_link, scale_to
 from dlopt.lab.scaling.layers import Layer, layers_of, operations, parameters, timed
@@ -185,7 +185,8 @@ def test_scales_layer_times_to_the_update() -> None:
 
 
 @pytest.mark.slow
-def test_validates_simulation_against_measurements() -> None:
+def test_validates_simulation_against_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modes, "BATCH", 16)  # a quarter: the updates are as many
     points = validate([1, 2])
     assert [(each.mode, each.processes) for each in points] == [("ddp", 2), ("filter", 2)]
     assert all(0 < each.calculated < 10 and 0 < each.measured < 10 for each in points)
