@@ -54,8 +54,8 @@ def test_completes_what_the_command_declares(
 
 
 def test_fish_takes_one_completion_per_line(complete: Callable[[str, str], str]) -> None:
-    assert complete("dlopt s", "fish") == "sample\nsummary\nshow-batch\nscaling\n"
-    assert complete("dlopt s", "zsh") == "sample summary show-batch scaling\n"
+    assert complete("dlopt s", "fish") == "sweep\nsample\nsummary\nshow-batch\nscaling\n"
+    assert complete("dlopt s", "zsh") == "sweep sample summary show-batch scaling\n"
 
 
 @pytest.mark.parametrize(("typed", "slow"), [("dlopt tr", "hydra"), ("dlopt options opt", "pydantic")])

@@ -28,7 +28,7 @@ LINES: Sequence[tuple[str, Sequence[str]]] = [
     ("find-lr updates=10 output=out", find_lr._READS),
     ("summary", summary._READS),
     ("show-batch augmentation=crop_flip output=out.png", show_batch._READS),
-    ("diagnose updates=1 eigenvalues=0 batches=1 scale_lr=linear output=out", diagnose._READS),
+    ("diagnose updates=1 eigenvalues=0 batches=1 scale_lr=linear output=out", diagnose.READS),
     ("trajectory schedule=step output=out", trajectory._READS),
     ("trajectory checkpoint=digits points=3 output=out", trajectory._READS_OF_LANDSCAPES),
     (
@@ -49,7 +49,7 @@ READ_EARLIER = {
 NOT_ON_A_CPU = ["check"]
 ELSEWHERE = {
     **dict.fromkeys(("train", "benchmark", "ladder", "grid"), "every key is read by a training"),
-    **dict.fromkeys(("report", "runs", "options", "template", "consolidate"), "no keys of a run"),
+    **dict.fromkeys(("report", "runs", "options", "template", "consolidate", "sweep"), "no keys of a run"),
     "scaling": "its ranks read the keys, in processes of their own",
 }
 FIELDS = {"data_settings": "data", "grouping": "optimizer", "warmup": "schedule"}  # of an experiment -> key

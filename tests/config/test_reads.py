@@ -35,7 +35,7 @@ ON_CONFIGS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "find-lr": (find_lr._READS, ()),
     "summary": (summary._READS, ()),
     "show-batch": (show_batch._READS, ()),
-    "diagnose": (diagnose._READS, ()),
+    "diagnose": (diagnose.READS, ()),
     "scaling": (scaling._READS, ()),
     "scaling allreduce=[1]": ((), ("device",)),
     "scaling device=[cpu]": ((), ("device", "precision", "threads")),
@@ -62,7 +62,7 @@ OF_RUNS: Mapping[str, Sequence[str]] = {
     "ladder optimizer=sgd model=gpt": trials.READS_OF_HYDRA,
 }
 OTHERS = {"train", "benchmark", "ladder", "grid"}  # the tests below; grid prints what train reads
-OF_RESULTS = {"report", "runs"}  # any key may select runs
+OF_RESULTS = {"report", "runs", "sweep"}  # any key may select runs
 WITHOUT_CONFIG = {"options", "template"}
 
 
