@@ -90,7 +90,7 @@ def test_shortens_long_lists_of_allowed_keys() -> None:
     with pytest.raises(UserError) as caught:
         check_arguments("optimizer", many, {"pear": 1})
     assert str(caught.value) == (
-        "optimizer.pear=1: unknown key; did you mean optimizer.pair? allowed: pair, either, text, some, flag, ...; "
+        "optimizer.pear=1: unknown key; did you mean optimizer.pair? allowed: text, flag, choice, pair, some, ...; "
         "`dlopt options optimizer` lists all"
     )
     with pytest.raises(UserError, match=r"lists all$") as caught:

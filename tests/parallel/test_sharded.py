@@ -181,7 +181,7 @@ def test_commands_read_shards_and_consolidate_them(finished: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "checkpoint: a path is needed: dlopt consolidate checkpoint="),
+        ([], "checkpoint: a path is needed: dlopt consolidate "),
         (["checkpoint=nothing.pt"], "checkpoint=nothing.pt: no such file"),
         (["checkpoint=."], "checkpoint=.: this folder contains neither best.pt nor last.pt"),
         (["checkpoint=one"], "checkpoint=one/checkpoints/best.pt: is not sharded"),

@@ -131,7 +131,7 @@ def test_importance_without_optuna_reports_what_to_install(tmp_path: Path, monke
         make_run(tmp_path / str(i), lr=0.1 * (i + 1), accuracies=(0.1 * i,))
     monkeypatch.setitem(sys.modules, "optuna", None)
     result = importance(table(tmp_path))
-    assert result is not None and not result.fractions and "dlopt[sweep]" in result.missing
+    assert result is not None and not result.fractions and "[sweep]" in result.missing
 
 
 def test_importance_requires_enough_configurations(tmp_path: Path) -> None:

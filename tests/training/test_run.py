@@ -450,7 +450,7 @@ def _accumulates_nothing(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a long run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     start(folder, *LONG)
@@ -463,7 +463,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(signal.SIGTERM, WORKERS), (signal.SIGUSR1, []), (signal.SIGKILL, WORKERS)],
     ids=["term", "usr1", "kill"],
 )
-def test_signals_to_a_process_group(tmp_path: Path, whole: Path, number: signal.Signals, extra: list[str]) -> None:
+def test_signals_to_a_process_group(tmp_path: Path, whole_long: Path, number: signal.Signals, extra: list[str]) -> None:
     """Signals the process group at a random time, as a cluster does; then `resume=auto`."""
     folder, resumed_from = tmp_path / "stopped", []
     for lines in (4, 20, None):
@@ -479,8 +479,8 @@ def test_signals_to_a_process_group(tmp_path: Path, whole: Path, number: signal.
         else:
             assert process.wait(300) == 0
     assert json.loads((folder / "summary.json").read_text())["resumed_from"] == resumed_from
-    assert timeless(folder) == timeless(whole)
-    left, right = result(folder), result(whole)
+    assert timeless(folder) == timeless(whole_long)
+    left, right = result(folder), result(whole_long)
     for key in ("model", "optimizer", "ema", "schedule"):
         assert same(left[key], right[key]), key
 
