@@ -174,6 +174,8 @@ class _Workers:
         try:
             for slot in range(self._pool.slots):
                 while slot not in self.active:
+                    if self.stop_reason() is not None:  # by a job that has failed just now
+                        return True
                     job = self._source.next()
                     if job is None:
                         return bool(self.active) or not self._source.is_exhausted()
