@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.errors import DONE, UserError, suggest
 from dlopt.basics.folders import SPACE
@@ -12,8 +12,10 @@ from dlopt.commands.completion import folders
 from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.commands.shared.document import print_document
 from dlopt.sweeps import submission
-from dlopt.sweeps.status import StatusReader, SweepStatus, wait
 from dlopt.tracking.terminal_text import short_path
+
+if TYPE_CHECKING:
+    from dlopt.sweeps.status import SweepStatus
 
 USAGE = """\
 Look at a sweep, and stop, resume or join one that was submitted
@@ -77,7 +79,7 @@ def _start(arguments: Sequence[str]) -> str:
 
 def _status(folder: Path, *, json: Annotated[bool, "--: print a JSON document"] = False) -> int:
     """Prints how far a sweep is; returns its exit code. Raises `UserError`."""
-    status = StatusReader(folder).read()
+    status = _read(folder)
     if json:
         print_document(_document(folder, status))
     else:
@@ -85,7 +87,13 @@ def _status(folder: Path, *, json: Annotated[bool, "--: print a JSON document"] 
     return status.code
 
 
-def _print(folder: Path, status: SweepStatus) -> None:
+def _read(folder: Path) -> "SweepStatus":
+    from dlopt.sweeps.status import StatusReader  # imports NumPy, which the help does not need
+
+    return StatusReader(folder).read()
+
+
+def _print(folder: Path, status: "SweepStatus") -> None:
     counts = status.counts
     names = ("finished", "stopped_early", "pruned", "running", "queued", "interrupted", "unfinished", "failed")
     shown = [f"{counts[name]} {name.replace('_', ' ')}" for name in names if counts[name]]
@@ -110,7 +118,7 @@ def _print(folder: Path, status: SweepStatus) -> None:
         print(f"next:\n  dlopt report {path}")
 
 
-def _document(folder: Path, status: SweepStatus) -> dict[str, Any]:
+def _document(folder: Path, status: "SweepStatus") -> dict[str, Any]:
     from dlopt.results import documents
 
     return {
@@ -137,6 +145,8 @@ def _document(folder: Path, status: SweepStatus) -> dict[str, Any]:
 
 def _wait(folder: Path) -> int:
     """Waits for the end of a sweep; returns its exit code. Raises `UserError`."""
+    from dlopt.sweeps.status import wait
+
     status = wait(folder)
     print()
     _print(folder, status)
@@ -146,7 +156,7 @@ def _wait(folder: Path) -> int:
 def _stop(folder: Path) -> int:
     """Stops the workers of a submitted sweep. Raises `UserError`."""
     submission.read(folder)
-    status = StatusReader(folder).read()
+    status = _read(folder)
     submission.stop(folder, "dlopt sweep stop")
     print(
         f"stopping {format_count('workers', len(status.workers))}, which write checkpoints; to continue: "

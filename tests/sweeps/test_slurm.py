@@ -71,7 +71,8 @@ def test_the_login_shell_is_killed(cluster: Cluster) -> None:  # noqa: F811
 
 def test_a_requeued_worker_and_a_killed_one(cluster: Cluster) -> None:  # noqa: F811
     """The first reaches its time limit; it is requeued, and its job is resumed elsewhere. Then that one is killed."""
-    job = submit(cluster, "jobs", *ONE_PROCESS, "optimizer.lr=0.01,0.02", workers=2)
+    line = [*(word for word in ONE_PROCESS if not word.startswith("epochs")), "epochs=250", "optimizer.lr=0.01,0.02"]
+    job = submit(cluster, "jobs", *line, workers=2)
     sweep = cluster.home / "jobs"
     runs = [sweep / "0", sweep / "1"]
     wait_until(lambda: all(map(has_begun, runs)), sweep)
@@ -79,7 +80,7 @@ def test_a_requeued_worker_and_a_killed_one(cluster: Cluster) -> None:  # noqa: 
     wait_until(lambda: cluster.states(f"{job}_0") == ["PENDING"], sweep)
     assert cluster.restarts(f"{job}_0") == 1
     assert sorted(state.status for state in Log(sweep).read().jobs.values()) == ["queued", "running"]
-    extra = submit(cluster, "jobs", *ONE_PROCESS, "optimizer.lr=0.01,0.02")  # shares the sweep
+    extra = submit(cluster, "jobs", *line)  # shares the sweep
     wait_until(lambda: [state.status for state in Log(sweep).read().jobs.values()] == ["running"] * 2, sweep)
     time.sleep(1)
     cluster.run("scancel", "--signal=KILL", "--full", f"{job}_1")
