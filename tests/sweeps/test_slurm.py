@@ -88,7 +88,7 @@ def test_a_requeued_worker_and_a_killed_one(cluster: Cluster) -> None:  # noqa: 
     assert done.returncode == 0, done
     starts = sorted(state.starts for state in Log(sweep).read().jobs.values())
     assert starts == [2, 2] and all(summary(run)["status"] == "finished" for run in runs)
-    assert cluster.states(extra) == ["COMPLETED"]
+    wait_until(lambda: cluster.states(extra) == ["COMPLETED"], sweep)
     cluster.run("scancel", job)
 
 
