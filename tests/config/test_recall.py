@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.basics.errors import UserError
-from dlopt.config.choices import config_folder
+from dlopt.config.choices import config_folder, version_base
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import key_of, quoted_plain, text_of
 from dlopt.config.recall import recall
@@ -51,7 +51,7 @@ LINES = (
 def hydras(lines: list[str], mode: RunMode) -> Any:
     """The config of Hydra itself with its interpolations, or None for an error."""
     GlobalHydra.instance().clear()
-    initialize_config_dir(str(config_folder()), job_name="train", version_base="1.3")
+    initialize_config_dir(str(config_folder()), job_name="train", **version_base())
     try:
         loader = GlobalHydra.instance().config_loader()
         config = loader.load_configuration("train", lines, mode, from_shell=False)
