@@ -446,7 +446,7 @@ def _accumulates_nothing(folder: Path) -> None:
     early, late = seen
     assert late == early
     more = types[1] - types[0]
-    # Caches of Python grow with each of the 24 evaluations and checkpoints: patterns of files, types of abstract classes.
+    # Caches of Python grow with each of the 24 evaluations: patterns of files, types of abstract classes.
     assert more.total() < 480, f"less than an object per update: {more.most_common(5)}"
 
 
