@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,16 @@ def packages(names: Iterable[str]) -> dict[str, dict[str, str] | None]:
     return {name: _identify(name) for name in dict.fromkeys(each.split(".")[0] for each in names)}
 
 
-def _identify(name: str) -> dict[str, str] | None:
+def find_package(name: str) -> ModuleSpec | None:
+    """Returns the spec of a package or module without importing it; None: not found."""
     try:
-        spec = importlib.util.find_spec(name)
+        return importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
+
+
+def _identify(name: str) -> dict[str, str] | None:
+    spec = find_package(name)
     if spec is None:
         return None
     if spec.submodule_search_locations:

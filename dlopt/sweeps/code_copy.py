@@ -5,7 +5,6 @@ tracked and untracked files that are not ignored. Installed packages belong to t
 """
 
 import hashlib
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from dlopt._version import ROOT
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_bytes
-from dlopt.run.environment import git
+from dlopt.run.environment import find_package, git
 
 MAX_BYTES = 100_000_000
 _MAX_FILES = 20_000
@@ -118,10 +117,7 @@ def _sources(packages: Iterable[str]) -> Iterator[_Source]:
 
 def _place(name: str) -> Path | None:
     """Returns the folder of a package or the file of a module; None for what is built into Python or missing."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return None
+    spec = find_package(name)
     if spec is None:
         return None
     if spec.submodule_search_locations:

@@ -24,6 +24,7 @@ from hydra.core.utils import env_override
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json, write_atomically
+from dlopt.config.schema import check_arguments
 from dlopt.parallel.processes.launch import python_module
 from dlopt.run import environment as environments
 from dlopt.sweeps.code_copy import is_unchanged
@@ -96,8 +97,18 @@ def read(sweep: Path) -> Submission:
         raise UserError(f"{short_path(sweep)}: no sweep was submitted in this folder (hydra/launcher=slurm)")
     if found.keys() != names:
         raise UserError(f"{short_path(sweep)}: submitted with another version of dlopt, or damaged ({FILE})")
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-    return Submission(**values)
+    try:
+        return Submission(**check_arguments(FILE, Submission, found))
+    except UserError as error:
+        raise UserError(f"{short_path(sweep)}: damaged: {error}") from None
+
+
+def _launcher(sweep: Path) -> Slurm:
+    """Reads the settings of the launcher. Raises `UserError`."""
+    try:
+        return Slurm(**check_arguments(LAUNCHER, Slurm, read_json(sweep / WORKERS / LAUNCHER) or {}))
+    except UserError as error:
+        raise UserError(f"{short_path(sweep)}: damaged: {error}") from None
 
 
 def is_submitted(sweep: Path) -> bool:
@@ -114,8 +125,7 @@ def start_workers(
     count = min(launcher.n_jobs, workers)
     if count == 0:
         return None
-    options = {"requeue": launcher.requeue, "stop_on_failure": launcher.stop_on_failure}
-    line = worker_command(sweep, submission, options)
+    line = worker_command(sweep, submission, launcher)
     job_id = launcher.submit(count, line, (sweep / WORKERS).absolute(), Path(submission.cwd), secrets)
     log = Log(sweep)
     with log.locked():
@@ -123,9 +133,10 @@ def start_workers(
     return job_id
 
 
-def worker_command(sweep: Path, submission: Submission, options: Mapping[str, Any]) -> list[str]:
-    """Returns the command line of a worker, with its import paths."""
-    arguments = str(sweep.absolute()), submission.digest, json.dumps(dict(options))
+def worker_command(sweep: Path, submission: Submission, launcher: Slurm, slots: int = 1) -> list[str]:
+    """Returns the command line of a worker that runs `slots` jobs at once, with its import paths."""
+    options = {"slots": slots, "requeue": launcher.requeue, "stop_on_failure": launcher.stop_on_failure}
+    arguments = str(sweep.absolute()), submission.digest, json.dumps(options)
     command = python_module("dlopt.commands.sweep_worker", *arguments)
     paths = [*submission.import_paths(sweep), *filter(None, [os.environ.get("PYTHONPATH")])]
     program = [command[0], "-P", *(word for word in command[1:] if word != "-P")]
@@ -144,7 +155,7 @@ def recorded_code(sweep: Path, submission: Submission) -> Iterator[None]:
 def stop_reason(sweep: Path) -> str | None:
     """Returns why the workers of a sweep are to stop; None if they are not."""
     try:
-        return (sweep / WORKERS / STOP).read_text()[:200]
+        return (sweep / WORKERS / STOP).read_text(errors="replace")[:200]
     except OSError:
         return None
 
@@ -160,11 +171,10 @@ def resume(sweep: Path) -> str | None:
 
     Raises `UserError`, also for a sweep or settings of sbatch that another user has submitted.
     """
-    submission, settings = read(sweep), read_json(sweep / WORKERS / LAUNCHER) or {}
-    if not {submission.digest, digest_of(settings)} <= _trusted():
+    submission, launcher = read(sweep), _launcher(sweep)
+    if not {submission.digest, digest_of(asdict(launcher))} <= _trusted():
         raise UserError(f"{short_path(sweep)}: only the user who has submitted this sweep can resume it")
     submission.check(sweep)
-    launcher = Slurm(**settings)
     launcher.require()
     log, count = Log(sweep), launcher.slots
     with log.locked():
@@ -195,7 +205,7 @@ def become_worker(sweep: Path, typed: str | None, slots: int) -> None:
     submission.check(sweep)
     if submission.tasks > 1 and "SLURM_JOB_ID" not in os.environ:
         raise UserError(f"{short_path(sweep)}: its jobs have {submission.tasks} processes, which srun starts")
-    command = worker_command(sweep, submission, {"slots": slots})
+    command = worker_command(sweep, submission, _launcher(sweep), slots)
     sys.stdout.flush()
     os.execv(command[0], command)
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_atomically, write_json
+from dlopt.basics.formats import format_count
 from dlopt.basics.locks import locked
 from dlopt.basics.secrets import is_secret_name, redact
 from dlopt.config.compose import Composer
@@ -93,7 +94,6 @@ def submit_command(
     launcher.require()
     files, flags = _config_files(composer)
     command = [words[0], *flags, *storable(words[1:])]
-    environment = job_variables(config)
     packages = [str(name) for name in config.get("allow_packages") or ()]
     job_id = submit(
         folder,
@@ -102,7 +102,7 @@ def submit_command(
         command=command,
         files=files,
         packages=packages,
-        environment=environment,
+        environment=job_variables(config),
         workers=jobs,
     )
     print_submitted(folder, job_id, min(launcher.n_jobs, jobs), jobs)
@@ -118,10 +118,10 @@ def _config_files(composer: Composer) -> tuple[dict[str, Path], list[str]]:
 
 def print_submitted(folder: Path, job_id: str | None, workers: int, jobs: int) -> None:
     """Prints the commands for a submitted sweep."""
-    path = shlex.quote(short_path(folder))
-    how = "no workers" if job_id is None else f"{workers} workers, Slurm job {job_id}"
-    print(f"submitted {jobs} jobs: {how}")
-    print("next:", f"  dlopt sweep status {path}", f"  dlopt sweep wait {path}", f"  dlopt sweep stop {path}", sep="\n")
+    how = "no workers" if job_id is None else f"{format_count('workers', workers)}, Slurm job {job_id}"
+    print(f"submitted {format_count('jobs', jobs)}: {how}", "next:", sep="\n")
+    for part in ("work",) if job_id is None else ("status", "wait", "stop"):
+        print(f"  dlopt sweep {part} {shlex.quote(short_path(folder))}")
 
 
 def submit(

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.basics.files import write_yaml
-from dlopt.basics.folders import SPACE, RunFolder
+from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder
 from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import Interrupted
 from dlopt.basics.secrets import is_secret_name
@@ -186,6 +186,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
     if isinstance(request.launcher, Slurm):
         refuse_different_environments(plans)
     request.check_tracking(plans)
+    before = FolderSnapshot(request.path)
     folder = request.find_folder(
         lambda candidate: bool(plans) and _is_unfinished(candidate, _jobs(candidate.path, plans)),
         lambda path, key: check_folder(
@@ -201,12 +202,18 @@ def _grid(request: SweepRequest) -> SweepEnd:
         print_next(f"this sweep is already finished: {folder}", folder)
         return SweepEnd(DONE, _ranked(jobs))
     # A second sweep in this folder would start the same jobs.
+    is_new = not (folder / SPACE).exists()
     with RunFolder(folder).lock():
         write_yaml(folder / SPACE, [storable(plan.lines) for plan in plans])
         for job in jobs:
             record_dead(job.folder)
         if isinstance(request.launcher, Slurm):
-            submit_grid(request, request.launcher, folder, jobs)
+            try:
+                submit_grid(request, request.launcher, folder, jobs)
+            except UserError:
+                if is_new:
+                    before.erase(folder)
+                raise
             return SweepEnd(DONE, is_submitted=True)
         ended = _run_jobs(request, folder, jobs)
     board = _ranked(jobs)

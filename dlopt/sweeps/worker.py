@@ -16,15 +16,16 @@ from dlopt.sweeps import pool as pools
 from dlopt.sweeps import queue, slurm, submission
 from dlopt.sweeps.pool import Pool
 from dlopt.sweeps.submission import Submission
+from dlopt.tracking.terminal_text import short_path
 
 
 @dataclass(frozen=True)
 class Options:
     """`slots`: jobs at once; `requeue`, `stop_on_failure`: see conf/hydra/launcher/slurm.yaml."""
 
-    slots: int = 1
-    requeue: int = 3
-    stop_on_failure: bool = False
+    slots: int
+    requeue: int
+    stop_on_failure: bool
 
 
 def work(sweep: Path, submitted: Submission, options: Options, run_command: Callable[[Sequence[str]], int]) -> int:
@@ -58,6 +59,8 @@ def _take_jobs(sweep: Path, submitted: Submission, options: Options, pool: Pool,
         pools.warm_up()
     with queue.alive(sweep, worker):
         source = queue.Queue(sweep, worker, submitted.environment, submitted.packages, options.requeue)
+        if not source.has_jobs_left():
+            print(f"{short_path(sweep)}: no job is left to take")
         reason = None
         try:
             reason = pools.run(source, pool, source.overview)

@@ -63,7 +63,7 @@ def warm(folders: list[Path]) -> None:
     launcher = Slurm(**{key: value for key, value in settings.items() if key != "_target_"} | {"n_jobs": 0})
     jobs = [Job(number, RunFolder(folder), DescribedPlan({}, {}), "") for number, folder in enumerate(folders)]
     submit(sweep, launcher, jobs, workers=0)
-    start(*worker_command(sweep, read(sweep), {}))
+    start(*worker_command(sweep, read(sweep), launcher))
 
 
 def main() -> None:

@@ -62,6 +62,25 @@ def test_what_is_submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert (Path(paths[0]) / "dlopt/cli.py").is_file() and Path(paths[0]).is_relative_to(tmp_path / PLACE)
 
 
+def test_a_refused_submission(slurm: Path, write_tool: WriteTool, tmp_path: Path) -> None:
+    """It leaves no new folder, and loses nothing of an old one."""
+    line = [*SUBMIT, "hydra.launcher.n_jobs=1", "seed=0,1", *SMALL]
+    (tmp_path / PLACE).mkdir()
+    (tmp_path / PLACE / "mine.txt").touch()
+    write_tool("sbatch", "echo no such partition >&2; exit 1")
+    assert "sbatch: no such partition" in said(dlopt(tmp_path, *line))
+    assert [path.name for path in (tmp_path / PLACE).iterdir()] == ["mine.txt"]
+    assert "sbatch: no such partition" in said(
+        dlopt(tmp_path, *[word for word in line if "sweep.dir" not in word], "hydra.sweep.dir=new")
+    )
+    assert not (tmp_path / "new").exists()
+    write_tool("sbatch", "cat >/dev/null; echo 1")
+    assert dlopt(tmp_path, *line).code == 0
+    write_tool("sbatch", "exit 1")
+    assert "sbatch" in said(dlopt(tmp_path, *line, "resume=auto"))
+    assert jobs(tmp_path) == {0: "queued", 1: "queued"} and (tmp_path / PLACE / "0/config.yaml").is_file()
+
+
 def test_a_second_submission_shares_the_sweep(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = [*SUBMIT, "hydra.launcher.n_jobs=1", "seed=0,1", *SMALL]
     assert dlopt(tmp_path, *line).code == 0
@@ -128,6 +147,9 @@ def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (submitted / content["code"] / "dlopt/dlopt/__pycache__").mkdir()
     (submitted / content["code"] / "dlopt/dlopt/__pycache__/cli.cpython-311.pyc").write_bytes(b"of a stranger")
     assert "the copy of its code has changed since it was submitted" in said(dlopt(tmp_path, "sweep", "work", PLACE))
+    for name, value in {"paths": 5, "environment": [], "tasks": "many"}.items():
+        path.write_text(json.dumps({**content, name: value}))
+        assert "sweep: damaged: submission.json." in said(dlopt(tmp_path, "sweep", "work", PLACE))
     path.write_text("{")
     assert "no sweep was submitted in this folder" in said(dlopt(tmp_path, "sweep", "work", PLACE))
 
