@@ -13,6 +13,7 @@ from dlopt.sweeps.queue import Log
 from tests.support.slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
 
 ONE_PROCESS = [*(word for word in LONG if not word.startswith(("parallel", "epochs"))), "epochs=60"]
+LONGER = [*(word for word in ONE_PROCESS if not word.startswith("epochs")), "epochs=250"]
 RANKS = [*(word for word in LONG if not word.startswith("epochs")), "epochs=60"]
 
 
@@ -71,7 +72,7 @@ def test_the_login_shell_is_killed(cluster: Cluster) -> None:  # noqa: F811
 
 def test_a_requeued_worker_and_a_killed_one(cluster: Cluster) -> None:  # noqa: F811
     """The first reaches its time limit; it is requeued, and its job is resumed elsewhere. Then that one is killed."""
-    line = [*(word for word in ONE_PROCESS if not word.startswith("epochs")), "epochs=250", "optimizer.lr=0.01,0.02"]
+    line = [*LONGER, "optimizer.lr=0.01,0.02"]
     job = submit(cluster, "jobs", *line, workers=2)
     sweep = cluster.home / "jobs"
     runs = [sweep / "0", sweep / "1"]
@@ -94,7 +95,7 @@ def test_a_requeued_worker_and_a_killed_one(cluster: Cluster) -> None:  # noqa: 
 
 def test_stop_and_resume(cluster: Cluster) -> None:  # noqa: F811
     """A cancelled worker is not requeued; `stop` also cancels workers that wait for an allocation."""
-    job = submit(cluster, "stopped", *ONE_PROCESS, "optimizer.lr=0.01,0.02", workers=2)
+    job = submit(cluster, "stopped", *LONGER, "optimizer.lr=0.01,0.02", workers=2)
     sweep = cluster.home / "stopped"
     wait_until(lambda: has_begun(sweep / "0"), sweep)
     cluster.run("scancel", f"{job}_0")
@@ -110,7 +111,7 @@ def test_stop_and_resume(cluster: Cluster) -> None:  # noqa: F811
     assert summary(sweep / "0")["status"] == "interrupted" and (sweep / "0/checkpoints/last.pt").is_file()
     assert dlopt(cluster, "sweep", "resume", "stopped").returncode == 0
     done = dlopt(cluster, "sweep", "wait", "stopped")
-    assert done.returncode == 0 and len(summary(sweep / "0")["resumed_from"]) == 1, done
+    assert done.returncode == 0 and len(summary(sweep / "0")["resumed_from"]) >= 1, done  # 2: also by the second worker
 
 
 def test_jobs_with_several_nodes(cluster: Cluster) -> None:  # noqa: F811
