@@ -46,7 +46,10 @@ from dlopt.sweeps.submission import is_submitted
 from dlopt.sweeps.submitting import refuse_different_environments, submit_command, submit_grid
 from dlopt.tracking.terminal_text import short_path, waiting
 
-__all__ = ["build_launcher", "check_folder", "refuse_ranks", "request", "request_series", "run", "submit_command"]
+__all__ = [
+    "build_launcher", "check_folder", "list_jobs", "refuse_different_environments", "refuse_ranks", "request",
+    "request_series", "run", "submit_command", "submit_jobs",
+]  # fmt: skip
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
 # Sweepers and launchers of other packages run their jobs through Hydra, which reads all of it but the run's folder.
@@ -101,6 +104,8 @@ def request_series(
     key, parsed = "hydra.run.dir", composer.parse(overrides)
     path, is_typed = typed_folder(config, key, parsed)
     launcher = build_launcher(config, f"not available for a {series}")
+    if isinstance(launcher, Slurm) and not config.dry_run:
+        launcher.require()
     return SweepRequest(
         composer, config, parsed, [], [], path, is_typed, launcher, [], key=key, series=series, later=later
     )
@@ -202,18 +207,12 @@ def _grid(request: SweepRequest) -> SweepEnd:
         print_next(f"this sweep is already finished: {folder}", folder)
         return SweepEnd(DONE, _ranked(jobs))
     # A second sweep in this folder would start the same jobs.
-    is_new = not (folder / SPACE).exists()
     with RunFolder(folder).lock():
-        write_yaml(folder / SPACE, [storable(plan.lines) for plan in plans])
+        is_new = list_jobs(folder, jobs)
         for job in jobs:
             record_dead(job.folder)
         if isinstance(request.launcher, Slurm):
-            try:
-                submit_grid(request, request.launcher, folder, jobs)
-            except UserError:
-                if is_new:
-                    before.erase(folder)
-                raise
+            submit_jobs(request, folder, jobs, before if is_new else None)
             return SweepEnd(DONE, is_submitted=True)
         ended = _run_jobs(request, folder, jobs)
     board = _ranked(jobs)
@@ -230,6 +229,27 @@ def _grid(request: SweepRequest) -> SweepEnd:
     if not statuses or statuses & {"failed", "running"}:
         return SweepEnd(FAILED, board)
     return SweepEnd(INTERRUPTED if "interrupted" in statuses else DONE, board)
+
+
+def list_jobs(sweep: Path, jobs: Sequence[Job]) -> bool:
+    """Writes the overrides of the jobs into the folder of a sweep; returns whether it held no sweep before."""
+    is_new = not (sweep / SPACE).exists()
+    write_yaml(sweep / SPACE, [storable(job.plan.lines) for job in jobs])
+    return is_new
+
+
+def submit_jobs(request: SweepRequest, sweep: Path, jobs: Sequence[Job], before: FolderSnapshot | None) -> None:
+    """Submits the listed jobs. Raises `UserError`, and then leaves no new folder.
+
+    before: of a new folder, what it contained; None for one that held the sweep.
+    """
+    assert isinstance(request.launcher, Slurm)
+    try:
+        submit_grid(request, request.launcher, sweep, jobs)
+    except UserError:
+        if before is not None:
+            before.erase(sweep)
+        raise
 
 
 def _ranked(jobs: Sequence[Job]) -> Leaderboard:

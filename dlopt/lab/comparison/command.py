@@ -5,6 +5,7 @@ Only this command reads the key `comparison` of an experiment file.
 
 import gc
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from dlopt.basics.folders import FolderSnapshot
 from dlopt.basics.plain_values import flatten
 from dlopt.config.flags import parse_arguments
 from dlopt.config.reads import refuse_unread_hydra
@@ -43,13 +45,19 @@ from dlopt.lab.comparison.frozen import FROZEN, claims_hash, is_changed, recipe_
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
-from dlopt.lab.comparison.running import BEFORE, NAMES, START, Runs, references
+from dlopt.lab.comparison.running import BEFORE, NAMES, TEACHER, Runs, has_ended, references
 from dlopt.lab.comparison.sentences import sentence
 from dlopt.metrics.names import monitored_modes, split_of
 from dlopt.results import drawing
 from dlopt.sweeps.jobs import Job, PlanJob
 from dlopt.sweeps.pool import Pool
-from dlopt.sweeps.sweep import check_folder, request_series
+from dlopt.sweeps.sweep import (
+    check_folder,
+    list_jobs,
+    refuse_different_environments,
+    request_series,
+    submit_jobs,
+)
 from dlopt.tracking.console import Screen
 
 PICTURE = "comparison"
@@ -84,21 +92,35 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     changes = [key for key in map(key_of, overrides) if group_of(key) == "comparison" or key in axes]
     claims = check(comparison, overridden=bool(changes))
     plans = _plans(comparison, overrides, request.plan_job)
-    pool = _pool(request.launcher, str(config.hydra.runtime.choices["hydra/launcher"]), plans.values())
+    is_submitted = not isinstance(request.launcher, Pool)
+    pool = _pool(request.launcher, str(config.hydra.runtime.choices["hydra/launcher"]), [*plans.values()])
     if config.dry_run is True:
         for number, plan in enumerate(plans.values()):
             print(f"job {number}: {' '.join(without(plan.lines, 'dry_run'))}")
-        return request.estimate([*plans.values()], len(plans), in_process=pool is None).code
+        return request.estimate([*plans.values()], len(plans), in_process=pool is None and not is_submitted).code
     request.check_tracking(plans.values())
+    before = FolderSnapshot(request.path)
     folder = request.find_folder(
         lambda candidate: _is_unfinished(candidate, _jobs(comparison, plans, candidate.path).values()),
         lambda path, key: check_folder(
-            RunFolder(path), key, [*_jobs(comparison, plans, path).values()], config.resume, "comparison"
+            RunFolder(path),
+            key,
+            [*_jobs(comparison, plans, path).values()],
+            config.resume,
+            "comparison",
+            joins=is_submitted,
         ),
     )
-    runs = Runs(comparison, _jobs(comparison, plans, folder), request.plan_job)
+    jobs = _jobs(comparison, plans, folder)
     with RunFolder(folder).lock():
         frozen = _freeze(composer, config, folder)
+        is_new = list_jobs(folder, [*jobs.values()])
+        if is_submitted and not all(map(has_ended, jobs.values())):
+            submit_jobs(request, folder, [*jobs.values()], before if is_new else None)
+            place = shlex.quote(f"hydra.run.dir={short_path(folder)}")
+            print(f"for the verdicts, once all have ended: this command with {place} resume=auto")
+            return 0
+        runs = Runs(comparison, jobs, request.plan_job)
         runs.screen.message(f"{comparison.title}: {len(plans)} runs in {short_path(folder)}")
         gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries
         try:
@@ -255,17 +277,23 @@ def _plans(comparison: Comparison, overrides: list[str], plan_job: PlanJob) -> P
     return plans
 
 
-def _pool(launcher: object, name: str, plans: Iterable[Plan]) -> Pool | None:
-    """Returns the pool of the launcher that was typed; None: the runs share this process. Raises `UserError`."""
-    if not isinstance(launcher, Pool):
-        raise UserError(f"hydra/launcher={name}: a comparison runs on this machine; allowed: serial, joblib, gpus")
-    if name == "serial" and launcher.slots == 1:
+def _pool(launcher: object, name: str, plans: Collection[Plan]) -> Pool | None:
+    """Returns the pool of the launcher that was typed; None: the runs share this process, or are submitted.
+
+    Raises `UserError` if runs read earlier ones that the processes of this launcher do not find.
+    """
+    if isinstance(launcher, Pool) and name == "serial" and launcher.slots == 1:
         return None
-    starts = [start for plan in plans if (start := references(plan.saved).get(START))]
-    if starts:
-        reason = f"runs in other processes cannot read init_from={starts[0]}"
+    named = {key: value for plan in plans for key, value in references(plan.saved).items()}
+    if isinstance(launcher, Pool):
+        named.pop(TEACHER, None)
+    for key, value in named.items():
+        reason = f"runs in other processes cannot read {key}={value}"
         raise UserError(f"hydra/launcher={name}: {reason}; leave out hydra.launcher")
-    return replace(launcher, stop_on_failure=False)  # a diverged run is a result
+    if isinstance(launcher, Pool):
+        return replace(launcher, stop_on_failure=False)  # a diverged run is a result
+    refuse_different_environments([*plans])
+    return None
 
 
 def _jobs(comparison: Comparison, plans: Plans, folder: Path) -> dict[VariantRun, Job]:

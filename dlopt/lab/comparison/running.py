@@ -13,7 +13,7 @@ from dlopt.extend import FAILED, INTERRUPTED, RunError, UserError, short_path
 from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, format_final, read
 from dlopt.run.runner import exit_code
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, JobResult, PlanJob
+from dlopt.sweeps.jobs import Job, JobResult, PlanJob, result_of
 from dlopt.tracking.overview import Overview
 from dlopt.training.checkpoint.checkpoints import load_of_run
 from dlopt.training.progress import Run
@@ -21,12 +21,12 @@ from dlopt.training.progress import Run
 # In `init_from` and `loss.teacher`: the run of the same seed, of `comparison.before` or of a variant at the same point.
 BEFORE = "before:"
 NAMES = (BEFORE, "variant:")
-START, _TEACHER = "init_from", "loss.teacher"
+START, TEACHER = "init_from", "loss.teacher"
 
 
 def references(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the values that name earlier runs of the comparison, by key: `before:NAME` and `variant:NAME`."""
-    values = {START: config.get(START), _TEACHER: (config.get("loss") or {}).get("teacher")}
+    values = {START: config.get(START), TEACHER: (config.get("loss") or {}).get("teacher")}
     return {key: str(value) for key, value in values.items() if str(value).startswith(NAMES)}
 
 
@@ -34,6 +34,15 @@ def _run_named(value: str, cell: VariantRun) -> VariantRun:
     """Returns the run that `before:NAME` or `variant:NAME` means in the config of a run."""
     name = value.partition(":")[2]
     return VariantRun(name, (), cell.seed) if value.startswith(BEFORE) else replace(cell, variant=name)
+
+
+def is_diverged(job: Job) -> bool:
+    return bool((job.folder.summary() or {}).get("diverged"))
+
+
+def has_ended(job: Job) -> bool:
+    """Returns whether a run has a result. That of a diverged run counts."""
+    return job.is_done or is_diverged(job)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,9 @@ class Runs(pools.JobSource):
         if not self.outcomes.keys() >= {*named.values()}:
             return None  # one of them still runs in another slot
         self._waiting.popleft()
+        if is_diverged(job):  # on resume: it would diverge again
+            self.ended(job, result_of(job.folder, FAILED))
+            return self.next()
         self._newest = job if job.is_done or not named else self._with_paths(job, named)
         return self._newest
 
@@ -106,7 +118,7 @@ class Runs(pools.JobSource):
         The saved config keeps `before:NAME`, which is the same for all seeds and folders.
         """
         folders = {key: self._jobs[run].folder.path for key, run in named.items()}
-        paths = {key: folder if key == _TEACHER else checkpoint_file(folder) for key, folder in folders.items()}
+        paths = {key: folder if key == TEACHER else checkpoint_file(folder) for key, folder in folders.items()}
         lines = [f"{key}={quoted_plain(str(path))}" for key, path in paths.items()]
         run_config = self._plan_job([*job.plan.lines, *lines], job.number).run_config
         run_config = replace(run_config, config={**run_config.config, START: job.plan.saved[START]})

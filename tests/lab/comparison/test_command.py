@@ -1,6 +1,7 @@
 """`comparison` in an experiment file: runs, plot and overrides."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 from PIL import Image
 
 from dlopt.lab.comparison.frozen import CHANGED
+from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import Estimate
+from dlopt.sweeps.queue import Queue
 from tests.support.line import Result, dlopt, refused
 
 RECIPE = """\
@@ -50,8 +53,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
+RUN = ["train", "--config-dir", "../myconf", "experiment=small"]
+
+
 def compare(folder: Path, *typed: str) -> Result:
-    return dlopt(folder, "train", "--config-dir", "../myconf", "experiment=small", *typed)
+    return dlopt(folder, *RUN, *typed)
 
 
 def test_writes_runs_table_and_plot(folder: Path) -> None:
@@ -367,14 +373,37 @@ def test_runs_at_once_in_other_processes_give_the_same_results(folder: Path) -> 
     [
         ("hydra/launcher=joblib", "other processes cannot read init_from=before:base; leave out hydra.launcher"),
         ("hydra.launcher.n_jobs=2", "hydra/launcher=serial: runs in other processes cannot read init_from=before:base"),
-        ("hydra/launcher=slurm", "hydra/launcher=slurm: a comparison runs on this machine; allowed: serial, "),
+        ("hydra/launcher=slurm hydra.launcher.n_jobs=0", "other processes cannot read init_from=before:base; leave"),
         ("hydra.sweep.dir=x", "hydra.sweep.dir=x: a comparison does not read this key; use hydra.run.dir"),
     ],
 )
 def test_refuses_a_launcher_that_cannot_run_it(folder: Path, typed: str, message: str) -> None:
     change(folder, "  variants:", f"{BEFORE}  variants:")
     change(folder, "epochs: 2", "epochs: 2\ninit_from: before:base")
-    assert message in refused(folder, "train", "--config-dir", "../myconf", "experiment=small", typed)
+    assert message in refused(folder, "train", "--config-dir", "../myconf", "experiment=small", *typed.split())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_workers_run_a_submitted_comparison(folder: Path) -> None:
+    """The same command with resume=auto judges it; a diverged run is a result, and does not run again."""
+    change(folder, "  along", "    wild: [optimizer.lr=1.0e+30]\n  along")
+    change(folder, "seeds: [0, 1]", "seeds: [0]")
+    line = ["hydra/launcher=slurm", "hydra.launcher.n_jobs=0", "hydra.run.dir=out"]
+    submitted = compare(folder, *line)
+    assert submitted.code == 0 and "submitted 3 jobs: no workers" in submitted.out, submitted
+    assert "this command with hydra.run.dir=out resume=auto" in submitted.out
+    assert not (folder / "out/comparison.json").exists() and (folder / "out/claims.json").exists()
+    assert dlopt(folder, "sweep", "status", "out").out.startswith("3 jobs: 3 queued")
+    source = Queue(folder / "out", "worker", {}, (), restarts=0)
+    pools.run(source, replace(pools.local(n_jobs=1, stop_on_failure=False), poll_seconds=0.01), source.overview)
+    assert dlopt(folder, "sweep", "status", "out").out.startswith("3 jobs: 2 finished, 1 failed")
+    written = (folder / "out/2/summary.json").stat().st_mtime_ns
+    result = compare(folder, *line, "resume=auto")
+    assert result.code == 0 and "wild     diverged" in result.out, result
+    assert (folder / "out/comparison.json").exists()
+    assert (folder / "out/2/summary.json").stat().st_mtime_ns == written
+    here = compare(folder, "hydra.run.dir=here")
+    assert result.out.splitlines()[1:] == here.out.replace("here/", "out/").splitlines()[1:]
 
 
 def test_a_teacher_must_be_an_earlier_variant(folder: Path) -> None:
