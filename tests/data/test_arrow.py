@@ -457,6 +457,9 @@ def test_files_that_expand_to_more_than_memory(tmp_path: Path, monkeypatch: pyte
     writer.write_table(arrow.table({"n": np.zeros(600_000), "y": np.zeros(600_000)}), path)
     with pytest.raises(UserError, match=rf"^data\.file: the column y with 600,000 rows {half}"):
         read(file=path, input="n", target="y", labels="value")
+    writer.write_table(arrow.table({"n": np.zeros(400_000), "y": np.zeros(400_000)}), path)  # 64 and 4 * 8 bytes each
+    with pytest.raises(UserError, match=rf"^data\.file: the column y {half}"):
+        read(file=path, input="n", target="y", labels="value")
     writer.write_table(arrow.table({"n": np.zeros(100_000), "y": np.zeros(100_000)}), path, 50_000)
     claimed = Path(path).read_bytes()
     Path(path).write_bytes(claimed.replace(varint(100_000), varint(90_000)))

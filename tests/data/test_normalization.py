@@ -176,6 +176,8 @@ def test_fixed_constants_equal_torchvisions_normalize() -> None:
     torch.testing.assert_close(module(inputs), expected, rtol=1e-12, atol=1e-12)
     grey = fitted(partial(Fixed, mean=mean, std=std), inputs[:, :1])  # type: ignore[arg-type]
     torch.testing.assert_close(grey(inputs[:, :1]), Normalize([0.449], [0.226])(inputs[:, :1].double() / 255))
+    white = fitted(partial(Fixed, mean=(1.0,) * 3, std=(1.0,) * 3), inputs)  # type: ignore[arg-type]
+    torch.testing.assert_close(white(inputs), inputs.double() / 255 - 1, rtol=1e-12, atol=1e-12)
     vectors = torch.tensor([[1.0, 200.0], [3.0, 100.0]])
     features = fitted(partial(Fixed, mean=(2.0, 150.0), std=(1.0, 50.0)), vectors)  # type: ignore[arg-type]
     assert torch.equal(features(vectors), torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).double())

@@ -180,6 +180,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
     good = tar(*pair, ("1.png", image), ("1.cls", "2"))
     data = Path(good).read_bytes()
+    # One block less than a record: after the two blocks that end the archive, another record is filled with zeros.
+    filling = tarfile.RECORDSIZE - 6 * tarfile.BLOCKSIZE  # three headers, an image, a label
+    filled = Path(tar(*pair, ("0.txt", "x" * filling))).read_bytes()
+    assert len(image) <= tarfile.BLOCKSIZE and len(filled) == 2 * tarfile.RECORDSIZE
     files = f"data\\.file: {tmp_path}/\\d+\\.tar: "
     sample = rf"sample \S+ of {tmp_path}/\d+\.tar"
     for keys, message in (
@@ -203,6 +207,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"file": raw(gzip.compress(data))}, rf"{files}is compressed; samples are read in any order, .* with gunzip"),
         ({"file": raw(data[:700])}, rf"{files}cannot be read as a tar file \(unexpected end of data\)"),
         ({"file": raw(data + data)}, rf"{files}has more than one archive"),
+        ({"file": raw(filled + data)}, rf"{files}has more than one archive"),
         ({"file": raw(data[:1024])}, rf"{files}is damaged or truncated at byte 1024"),
         ({"file": raw(data[:1100])}, rf"{files}is damaged or truncated at byte 1024"),
         ({"file": raw(data[:1024] + b"x" * 512 + data[1536:])}, rf"{files}is damaged or truncated at byte 1024"),

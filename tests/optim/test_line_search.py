@@ -147,6 +147,18 @@ def test_bfgs_restarts_from_the_identity_where_its_direction_is_none_of_descent(
         assert torch.equal(end, ends[0][0]) and torch.equal(inverse, ends[0][1])
 
 
+def test_bfgs_stops_at_a_stationary_point() -> None:
+    p = nn.Parameter(torch.tensor([0.0, -2.0], dtype=torch.float64))
+    optimizer, evaluations = BFGS([p]), []
+
+    def loss() -> torch.Tensor:
+        evaluations.append(p.tolist())
+        return p[0] ** 2 + 0 * p[1]
+
+    optimizer.step(LossClosure(optimizer, loss))
+    assert evaluations == [[0.0, -2.0]] and p.tolist() == [0.0, -2.0]
+
+
 def test_newton_cg_on_a_loss_that_is_linear() -> None:
     p = nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))
     optimizer = NewtonCG([p], damping=0.5, lr=0.25)
