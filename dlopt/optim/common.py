@@ -141,6 +141,12 @@ def fill_defaults(optimizer: torch.optim.Optimizer) -> None:
                 group.setdefault(key, value)
 
 
+def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the bound `step` of an optimizer's class without the hooks in which torch has wrapped it."""
+    hooked: Any = step
+    return hooked.__wrapped__.__get__(hooked.__self__) if hasattr(hooked, "hooked") else step
+
+
 @contextmanager
 def without_global_step_hooks() -> Iterator[None]:
     """Skips torch's global step hooks in the step of an inner optimizer, since they run for the outer one."""

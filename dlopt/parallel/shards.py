@@ -144,6 +144,7 @@ class Sharding:
     """Norms and states of a model by how it is sharded; this one: every process holds all of it (single, ddp)."""
 
     kind: Literal["replicated", "tensors", "layers"] = "replicated"
+    is_by_rows = False  # all tensors are sharded along dimension 0, by the last dimension of their mesh
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Returns the 2-norm of all parameters, or of their gradients, as one vector: a scalar, equal on all ranks.
@@ -172,6 +173,9 @@ class TensorShards(Sharding):
     """Parameters are DTensors of which each process holds a shard (fsdp, filter, spatial, hybrid)."""
 
     kind: Literal["replicated", "tensors", "layers"] = "tensors"
+
+    def __init__(self, *, is_by_rows: bool = False) -> None:
+        self.is_by_rows = is_by_rows
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         return total_norm(tensors)

@@ -39,6 +39,13 @@ CASES: Cases = {
         [*RESNET, "data.batch_size=35", "accumulate=2", "steps=4"],
         [*SYNC_FSDP, "activation_checkpointing=blocks"],
     ),
+    "muon": ([*MLP, "optimizer=muon", "data.batch_size=35", "accumulate=2", "steps=5"], SYNC_FSDP),
+    "soap, average": (
+        [*MLP, "optimizer=soap", "optimizer.max_size=11", "clip=norm", "ema=0.9", "data.batch_size=32", "epochs=2"],
+        [*SYNC_FSDP, KEPT],
+    ),
+    "shampoo": ([*MLP, "model.norm=none", "optimizer=shampoo", "data.batch_size=19", "epochs=2"], FSDP),
+    "scion": ([*MLP, "model.norm=none", "optimizer=scion", "data.batch_size=19", "epochs=2"], FSDP),
     "two points": ([*MLP, "optimizer=schedule_free_adamw", "data.batch_size=32", "epochs=2"], [*SYNC_FSDP, KEPT]),
 }
 
@@ -50,7 +57,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_four_processes_with_two_replicas(tmp_path: Path) -> None:
     case = [*RESNET, "data.batch_size=18", "accumulate=2", "steps=4"]
-    compare(tmp_path, 4, {"two replicas": (case, [*SYNC_FSDP, "parallel.shards=2"])})
+    muon = [*MLP, "optimizer=muon", "data.batch_size=35", "steps=5"]
+    replicas = [*SYNC_FSDP, "parallel.shards=2"]
+    compare(tmp_path, 4, {"two replicas": (case, replicas), "owners": (muon, replicas), "four": (muon, SYNC_FSDP)})
 
 
 def test_fsdp_units_skip_small_and_tied_blocks() -> None:

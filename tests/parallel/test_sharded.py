@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,10 @@ def test_runs_are_bitwise_identical(finished: Path, name: str) -> None:
 # -- other modes
 
 
-def assert_ended_like(run: Path, whole: Path) -> None:
+def assert_ended_like(run: Path, whole: Path, case: Sequence[str] = CASE) -> None:
     """Compares a run with a single-process run in `whole`."""
     epochs = len(metrics(run))
-    start(whole, *CASE, f"epochs={epochs}")
+    start(whole, *case, f"epochs={epochs}")
     for a, b in zip(metrics(whole), metrics(run), strict=True):
         assert metric_values(b) == pytest.approx(metric_values(a), rel=1e-9)
     one, other = (load(folder / "checkpoints/last.pt").state for folder in (whole, run))
@@ -82,9 +83,9 @@ def assert_ended_like(run: Path, whole: Path) -> None:
             torch.testing.assert_close(other["optimizer"]["state"][number][name], value, rtol=1e-9, atol=1e-9)
 
 
-def resume_in_one_process(run: Path, epochs: int) -> None:
+def resume_in_one_process(run: Path, epochs: int, case: Sequence[str] = CASE) -> None:
     state = Checkpoints(run / "checkpoints").load_newest()
-    run_job(Run(run_config(*CASE, f"epochs={epochs}"), run, state))
+    run_job(Run(run_config(*case, f"epochs={epochs}"), run, state))
 
 
 def test_shards_resume_in_any_mode(tmp_path: Path) -> None:
@@ -96,6 +97,15 @@ def test_shards_resume_in_any_mode(tmp_path: Path) -> None:
     resume_in_one_process(run, 7)
     assert_ended_like(run, tmp_path / "whole")
     assert len(json.loads((run / "summary.json").read_text())["resumed_from"]) == 6
+
+
+@pytest.mark.slow
+def test_states_that_each_have_an_owner_resume_in_any_mode(tmp_path: Path) -> None:
+    run, case = tmp_path / "run", [*CASE, "optimizer=muon"]
+    start(run, *case, "epochs=1")
+    run_legs(2, tmp_path, run, case, [(SHARDED, 2), (SYNC_DDP, 3), (SYNC_FSDP, 4), ([*SHARDED, ASYNCHRONOUS], 5)])
+    resume_in_one_process(run, 6, case)
+    assert_ended_like(run, tmp_path / "whole", case)
 
 
 @pytest.mark.slow

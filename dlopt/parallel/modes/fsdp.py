@@ -60,7 +60,7 @@ class FullySharded(DataParallel):
         self, group: ProcessGroup, device: torch.device, *, accumulate: int, low_precision: bool, keys: ShardingKeys
     ) -> None:
         super().__init__(group, device, accumulate=accumulate, sync_batchnorm=keys["sync_batchnorm"], name="fsdp")
-        self.sharding = TensorShards()
+        self.sharding = TensorShards(is_by_rows=True)
         self.low_precision = low_precision
         self.keys = keys
 

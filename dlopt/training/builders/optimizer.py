@@ -17,6 +17,7 @@ from dlopt.optim.common import buffers
 from dlopt.optim.parameters import parameter_groups
 from dlopt.optim.traits import UNKNOWN, optimizer_traits
 from dlopt.parallel.mode import Mode
+from dlopt.parallel.owners import step_by_owners
 from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.schedules import Scheduler
 from dlopt.training import rng
@@ -56,6 +57,13 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     except ValueError as error:  # third-party optimizers validate their arguments themselves
         raise UserError(f"{component.choice}: {error}") from None
     check_optimizer(workload.parallel, optimizer)
+    if needs_whole_tensors(workload.parallel, optimizer):
+        if grouping.state_dtype is not None:
+            raise UserError(
+                f"optimizer.state_dtype=bf16: not with parallel={workload.parallel.name} and "
+                f"{type(optimizer).__name__}, whose tensors are updated by their owners; use optimizer.state_dtype=null"
+            )
+        step_by_owners(optimizer)
     check_label_sampling(workload.parallel, optimizer, workload.loss)
     if growth is not None:
         mup.check_optimizer(optimizer)
@@ -137,8 +145,16 @@ def _same_strides(tensor: Tensor, parameter: Tensor) -> bool:
     return tensor.is_meta or tensor.stride() == parameter.stride()
 
 
+def needs_whole_tensors(parallel: Mode, optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether an update needs whole tensors, which the mode shards by rows, and which owners can update."""
+    traits = optimizer_traits(optimizer)
+    return parallel.sharding.is_by_rows and traits.scope == "tensor" and traits.separable
+
+
 def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     """Raises `UserError` if an update needs, or may need, more of the model than one rank has."""
+    if needs_whole_tensors(parallel, optimizer):
+        return
     name, traits = f"parallel={parallel.name}: {type(optimizer).__name__}", optimizer_traits(optimizer)
     advice = "use parallel=ddp or an elementwise optimizer (sgd, adamw, ...)"
     missing = {"tensors": traits.scope != "element", "layers": traits.scope == "model"}

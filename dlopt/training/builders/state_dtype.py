@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from dlopt.basics.errors import UserError
 from dlopt.basics.mixin import mix_in
 from dlopt.basics.random import hashed, stream
-from dlopt.optim.common import evaluate, gradients, is_dense
+from dlopt.optim.common import evaluate, gradients, is_dense, without_hooks
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.shards import element_numbers, local
 
@@ -89,9 +89,7 @@ class RoundedUpdate(Optimizer):
 
     def _update_rounded(self, chunks: list[_Chunk], members: list[list[Tensor]]) -> None:
         """Updates the `members` of each group, of which the chunks have gradients."""
-        update = super().step
-        # Without the hooks of a step, which run once, around this one, and see all groups.
-        update = getattr(update, "__wrapped__", update).__get__(self) if hasattr(update, "hooked") else update
+        update = without_hooks(super().step)  # they run once, around this step, and see all groups
         low = [[p for p in chunk.params if p.dtype == torch.bfloat16] for chunk in chunks]
         buffers = [_widened(params) for params in low]
         wide: dict[Tensor, nn.Parameter] = {}
