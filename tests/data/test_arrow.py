@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import resource
 import socket
 import sys
@@ -306,6 +307,16 @@ def test_labels_that_stand_for_no_class(labels: list[int], message: str, tmp_pat
     with pytest.raises(UserError, match=r"^data\.test_file, " + message):
         read(file=good, test_file=bad)
     assert read(file=file("c", [-1, 1, -1, 1], None)).classes == ("-1", "1")
+
+
+def test_names_of_a_list_of_labels(tmp_path: Path) -> None:
+    """As the package datasets stores them: a list with the feature of an entry, in older files under `feature`."""
+    table = arrow.table({"image": [[0.0], [1.0], [2.0]], "label": [[0], [1, 2], [2]]})
+    label = json.loads(NAMED)["info"]["features"]["label"]
+    for kind in ([label], {"feature": label}):
+        metadata = {b"huggingface": json.dumps({"info": {"features": {"label": kind}}}).encode()}
+        writer.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
+        assert read(file=str(tmp_path / "a.parquet"), labels="several").classes == ("cat", "dog", "owl")
 
 
 def test_unlabelled_rows_of_the_package_datasets(datasets: Any, tmp_path: Path) -> None:

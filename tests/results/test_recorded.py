@@ -209,6 +209,17 @@ def test_list_of_runs(
     check_recorded(FOLDER / f"runs_{width}.txt", capsys.readouterr().out.splitlines())
 
 
+def test_numbers_in_the_list_of_runs_have_no_colours_of_their_own(
+    table: Ranking, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show_table(query := Query([Path()], [], columns=["seed"]), query.find()[0])
+    counts = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"\x1b\[2m\d+ runs: [^\x1b]+\x1b\[0m", counts), counts
+
+
 def test_many_values_are_thinned_and_many_keys_and_rows_are_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
