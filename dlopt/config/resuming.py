@@ -32,6 +32,9 @@ def may_change(key: str) -> bool:
 _UNUSED = {
     **{f"data.{each.name}": each.default for each in fields(DataSettings) if each.default is not MISSING},
     "adapt._target_": "dlopt.adapt.none",
+    "decay._target_": "dlopt.schedules.decay.constant",
+    "decay.cautious": False,
+    "decay.width": "none",
     "ema_warmup": False,
 }
 

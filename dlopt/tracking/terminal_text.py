@@ -128,6 +128,7 @@ def header_rows(
             *_optimizer(config.get("optimizer")),
             *choices_of("schedule"),
             _warmup(values),
+            *choices_of("decay", unless="constant"),
             *choices_of("clip", unless="none"),
         ],
         "run": [
