@@ -73,7 +73,8 @@ def parameter_groups(
     Rules apply in order: multipliers accumulate, later rules override other settings. `layer_decay` d multiplies the
     learning rate of the i-th of n layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder 2018,
     Clark et al. 2020); see `_layers`. `decay_norm_and_bias=False` excludes parameters from decay, for every optimizer;
-    see `_decays`. The groups of the names `normalized` say so, by a key. Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
+    see `_decays`. Groups of the names `normalized` have a key that says so. Frozen parameters do not
+    require gradients. Raises `UserError` for rules without effect.
     """
     rate, decay = _layer_rates(model, grouping.layer_decay), _decays(model, decay_norm_and_bias)
     names = dict(model.named_parameters())

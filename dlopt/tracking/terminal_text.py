@@ -129,6 +129,7 @@ def header_rows(
             *choices_of("schedule"),
             _warmup(values),
             *choices_of("decay", unless="constant"),
+            "cautious decay" if values.get("decay.cautious") else None,
             *choices_of("clip", unless="none"),
         ],
         "run": [
