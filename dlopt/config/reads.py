@@ -20,14 +20,13 @@ if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
 RECIPE = ("experiment", "allow_packages")
 """What sets other keys, and what permits their values."""
 UPDATE = (
-    "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "decay", "clip",
-    "parallel",
+    "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "clip", "parallel",
     "seed", "init_seed", "order_seed", "augmentation_seed", "init_from", "device", "precision", "compile",
     "cuda_graphs", "channels_last", "threads", "deterministic", "accumulate", "decay_norm_and_bias", "on_out_of_memory",
 )  # fmt: skip
 """What one update of a training depends on, apart from its learning rate."""
-LEARNING_RATE = ("schedule", "schedule_epochs", "epochs", "steps", "scale_lr", "scale_lr_reference")
-"""What the learning rate of an update depends on, in addition to `optimizer.lr`."""
+LEARNING_RATE = ("schedule", "decay", "schedule_epochs", "epochs", "steps", "scale_lr", "scale_lr_reference")
+"""What learning rate and weight decay of an update depend on, in addition to the keys of the optimizer."""
 COMPOSITION = ("hydra.searchpath", "hydra.mode", "hydra.job.name")
 """What composing a run reads: the last one is part of the name of a folder, by interpolation."""
 
