@@ -141,7 +141,7 @@ def test_gains(activation: nn.Module, expected: float) -> None:
     assert init.activation_gain(nn.Sequential(nn.Linear(3, 3), activation)) == pytest.approx(expected, rel=rel)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu", "elu", "mish", "softplus", "softsign"])
+@pytest.mark.parametrize("activation", ["gelu", "relu2", "silu", "elu", "mish", "softplus", "softsign"])
 def test_other_gains_preserve_the_second_moment(activation: str) -> None:
     model = mlp(activation)
     z = torch.randn(2_000_000, dtype=torch.float64, generator=generator())

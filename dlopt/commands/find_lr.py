@@ -40,6 +40,7 @@ _HINTS = {
     "steps": "updates=N sets the length of the test",
     "epochs": "updates=N sets the length of the test",
     "schedule": "the test raises the learning rate from min_lr to max_lr",
+    "decay": "the test has no schedule of the weight decay",
 }
 
 

@@ -23,6 +23,7 @@ _COMMON = {
     "data": "dlopt.data.settings.DataSettings",
     "schedule": "dlopt.schedules.Warmup",
     "optimizer": "dlopt.optim.parameters.Grouping",
+    "decay": "dlopt.schedules.decay.DecaySettings",
 }
 
 

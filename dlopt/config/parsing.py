@@ -53,6 +53,7 @@ def parse(
         data_settings=components.pop("DataSettings"),
         grouping=components.pop("Grouping"),
         warmup=components.pop("Warmup"),
+        decay_settings=components.pop("DecaySettings"),
         config={key: to_save[key] for key in [*(key for key in config if key not in GROUPS), *GROUPS]},
         user_metrics=user_metrics(settings.evaluate.metrics, packages),
         user_observers=user_observers(config.get("observers", []), packages),

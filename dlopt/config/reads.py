@@ -25,8 +25,8 @@ UPDATE = (
     "cuda_graphs", "channels_last", "threads", "deterministic", "accumulate", "decay_norm_and_bias", "on_out_of_memory",
 )  # fmt: skip
 """What one update of a training depends on, apart from its learning rate."""
-LEARNING_RATE = ("schedule", "schedule_epochs", "epochs", "steps", "scale_lr", "scale_lr_reference")
-"""What the learning rate of an update depends on, in addition to `optimizer.lr`."""
+LEARNING_RATE = ("schedule", "decay", "schedule_epochs", "epochs", "steps", "scale_lr", "scale_lr_reference")
+"""What learning rate and weight decay of an update depend on, in addition to the keys of the optimizer."""
 COMPOSITION = ("hydra.searchpath", "hydra.mode", "hydra.job.name")
 """What composing a run reads: the last one is part of the name of a folder, by interpolation."""
 

@@ -28,10 +28,16 @@ def may_change(key: str) -> bool:
     return role_of(key) in _FREE
 
 
+NEWER_GROUPS: Mapping[str, Mapping[str, Any]] = {
+    "adapt": {"_target_": "dlopt.adapt.none"},
+    "decay": {"_target_": "dlopt.schedules.decay.constant", "cautious": False, "width": "none"},
+}
+"""What configs mean that were saved before these groups existed."""
+
 # Keys that a config may lack: those that mean nothing for its data set (older configs have them), and newer ones.
-_UNUSED = {
+UNUSED: Mapping[str, Any] = {
     **{f"data.{each.name}": each.default for each in fields(DataSettings) if each.default is not MISSING},
-    "adapt._target_": "dlopt.adapt.none",
+    **flatten(NEWER_GROUPS),
     "ema_warmup": False,
 }
 
@@ -88,7 +94,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
 
     Both are compared redacted: a secret may have become one since the config was saved.
     """
-    old, new = {**_UNUSED, **flatten(redacted(saved))}, {**_UNUSED, **flatten(redacted(current))}
+    old, new = {**UNUSED, **flatten(redacted(saved))}, {**UNUSED, **flatten(redacted(current))}
     for config in (old, new):  # absent in older configs
         config.setdefault("monitor_mode", former_mode(config))
     if old.get("ema") is None:

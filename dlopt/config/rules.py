@@ -57,6 +57,11 @@ def check_combinations(run_config: RunConfig) -> None:
             f"{run_config.init.choice}: sets learning rates of the model's own weights, which "
             f"{run_config.adapt.choice} freezes; use another init, or adapt=none"
         )
+    if run_config.decay_settings.width != "none" and not run_config.init.takes("growth"):
+        raise UserError(
+            f"decay.width={run_config.decay_settings.width}: {run_config.init.choice} has no width to refer to; use "
+            "decay.width=none, or init=mup"
+        )
     if getattr(run_config.loss.target, "predicts_pixels", False):
         _check_pixels(run_config)
     if run_config.loss.target is Distillation:

@@ -10,6 +10,7 @@ from dlopt.config.settings import Settings as Settings
 from dlopt.data.settings import DataSettings
 from dlopt.optim.parameters import Grouping
 from dlopt.schedules import Factor, Horizon, Warmup
+from dlopt.schedules.decay import DecaySettings
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ GROUPS: Mapping[str, ConfigGroup] = {
     "loss": ConfigGroup(("classes", "class_counts", "labels", "label_fractions")),
     "optimizer": ConfigGroup(("params",), Grouping),
     "schedule": ConfigGroup(("horizon", "monitor_mode"), Warmup),
+    "decay": ConfigGroup(("horizon",), DecaySettings, absent="dlopt.schedules.decay.constant"),
     "clip": ConfigGroup(("model",)),
     "stopping": ConfigGroup(("model", "norm", "monitor_mode")),
     "parallel": ConfigGroup(("device", "accumulate", "batch_size", "precision", "threads")),
@@ -63,6 +65,8 @@ class RunConfig:
     grouping: Grouping
     schedule: Component
     warmup: Warmup
+    decay: Component
+    decay_settings: DecaySettings
     clip: Component
     stopping: Component
     parallel: Component

@@ -10,8 +10,8 @@ from dlopt.basics.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.basics.roles import Role
 
 GROUPS = (
-    "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule", "clip",
-    "stopping", "parallel",
+    "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule", "decay",
+    "clip", "stopping", "parallel",
 )  # fmt: skip
 """The groups that every run has a choice of; all other keys are `Settings`."""
 

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Depth, Fraction, Positive
-from dlopt.models.layers import hidden_features
+from dlopt.models.layers import activation, hidden_features
 from dlopt.models.linear import Linear, WideLinear
 
 Positions = Literal["learned", "rotary"]
 NormChoice = Literal["layer", "rms"]
 AttentionScale = Literal["sqrt", "linear"]
+MlpActivation = Literal["gelu", "relu2", "swiglu"]
 
 _EPS = 1e-5
 _ROTARY_BASE = 10_000.0
@@ -127,13 +128,15 @@ def rotate(vectors: Tensor, start: int) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """down(gelu(up(x))), or down(silu(gate(x)) * up(x)) (SwiGLU; Shazeer 2020, equation 6), on [B, T, width]."""
+    """down(gelu(up(x))), down(relu(up(x))^2), or down(silu(gate(x)) * up(x)) (SwiGLU; Shazeer 2020, equation 6), on
+    [B, T, width]."""
 
-    def __init__(self, width: int, hidden: int, *, gated: bool, bias: bool) -> None:
+    def __init__(self, width: int, hidden: int, kind: MlpActivation, *, bias: bool) -> None:
         super().__init__()
+        gated = kind == "swiglu"
         self.up = Linear(width, hidden, bias=bias)
         self.gate = Linear(width, hidden, bias=bias) if gated else None
-        self.activation = nn.SiLU() if gated else nn.GELU()
+        self.activation = activation("silu" if kind == "swiglu" else kind)
         self.down = Linear(hidden, width, bias=bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -198,7 +201,7 @@ class GPT(nn.Sequential):
         expansion: Positive,
         norm: NormChoice,
         positions: Positions,
-        activation: Literal["gelu", "swiglu"],
+        activation: MlpActivation,
         qk_norm: bool,
         attention_scale: AttentionScale,
         tied_embeddings: bool,
@@ -226,7 +229,7 @@ class GPT(nn.Sequential):
             attention = CausalSelfAttention(
                 width, heads, rotary=positions == "rotary", qk_norm=qk_norm, scale=attention_scale, bias=bias
             )
-            mlp = FeedForward(width, hidden, gated=activation == "swiglu", bias=bias)
+            mlp = FeedForward(width, hidden, activation, bias=bias)
             modules[f"block{index + 1}"] = GPTBlock(attention, mlp, normalization(), normalization(), dropout)
         modules["norm"] = normalization()
         modules["head"] = head = WideLinear(width, vocabulary, bias=False)

@@ -14,11 +14,21 @@ from dlopt.basics.ranges import Count, Positive, PositiveFraction
 
 NormKind = Literal["batch", "layer", "group", "instance", "none"]
 Activation = Literal[
-    "relu", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "softplus", "softsign", "tanh", "sigmoid", "identity"
-]
+    "relu", "relu2", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "softplus", "softsign", "tanh", "sigmoid",
+    "identity",
+]  # fmt: skip
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0)^2 (So et al. 2021, "Primer")."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.relu(input).square()
+
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
+    "relu2": SquaredReLU,
     "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
     "selu": nn.SELU,

@@ -21,7 +21,7 @@ from dlopt.optim.common import (
     move,
     refuse_complex,
 )
-from dlopt.optim.traits import ADAPTIVE, ELEMENTWISE, OptimizerTraits
+from dlopt.optim.traits import ADAPTIVE, DECOUPLED, ELEMENTWISE, OptimizerTraits, is_decoupled
 
 
 def adamw(
@@ -53,7 +53,7 @@ class CautiousAdamW(RealOptimizer):
     """
 
     # Its number of kept entries is that of the whole tensor.
-    traits: ClassVar[OptimizerTraits] = replace(ADAPTIVE, scope="tensor", rounds_state=True)
+    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, scope="tensor", rounds_state=True)
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class AdaBelief(RealOptimizer):
     With 1e-8, which they use for image classification, sqrt(s) is at least 0.003, often more than the gradients.
     """
 
-    traits: ClassVar[OptimizerTraits] = ADAPTIVE
+    traits: ClassVar[OptimizerTraits] = DECOUPLED
 
     def __init__(
         self,
@@ -206,8 +206,6 @@ class NAdam(torch.optim.NAdam):
     after which the products are rounded differently.
     """
 
-    traits: ClassVar[OptimizerTraits] = ADAPTIVE
-
     def __init__(
         self,
         params: ParamsT,
@@ -220,6 +218,10 @@ class NAdam(torch.optim.NAdam):
         decoupled_weight_decay: bool = True,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay)
+
+    @property
+    def traits(self) -> OptimizerTraits:
+        return replace(ADAPTIVE, decoupled_decay=is_decoupled(self.param_groups))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -239,7 +241,7 @@ class Adan(RealOptimizer):
     group: the first update of a parameter without an earlier gradient comes out too short.)
     """
 
-    traits: ClassVar[OptimizerTraits] = ADAPTIVE
+    traits: ClassVar[OptimizerTraits] = DECOUPLED
 
     def __init__(
         self,
@@ -280,7 +282,7 @@ class AdEMAMix(RealOptimizer):
     of the run.
     """
 
-    traits: ClassVar[OptimizerTraits] = ADAPTIVE
+    traits: ClassVar[OptimizerTraits] = DECOUPLED
 
     def __init__(
         self,
@@ -326,7 +328,7 @@ class ADOPT(RealOptimizer):
     updates after it. (pytorch-optimizer's ADOPT clips at (t + 1)^(1/4) and has one count for all parameters.)
     """
 
-    traits: ClassVar[OptimizerTraits] = ADAPTIVE
+    traits: ClassVar[OptimizerTraits] = DECOUPLED
 
     def __init__(
         self,
@@ -374,7 +376,7 @@ class MARS(RealOptimizer):
     also updates kernels and vectors, as in the algorithm, and the first gradient counts as unchanged.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ADAPTIVE, scope="tensor")
+    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, scope="tensor")
 
     def __init__(
         self,
@@ -413,7 +415,7 @@ class Adafactor(torch.optim.Adafactor):
     bounds the mean of the averages, and changes the second moment of gradients below 3e-4 in float32.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor", decoupled_decay=True)
 
     def __init__(
         self,

@@ -73,7 +73,7 @@ class Shampoo(RealOptimizer):
     `update_every` ones.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor", decoupled_decay=True)
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class DistributedShampoo(RealOptimizer):
     splits dimensions larger than `max_size` into blocks; here these use the diagonal of H_i.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor", decoupled_decay=True)
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class SOAP(RealOptimizer):
     and modes larger than `max_size`, are not rotated: AdamW. (pytorch-optimizer's SOAP orthogonalizes in float32.)
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor", decoupled_decay=True)
 
     def __init__(
         self,
@@ -290,7 +290,7 @@ class Kron(RealOptimizer):
     global generator, which a checkpoint does not hold.)
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor", separable=False)
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor", separable=False, decoupled_decay=True)
 
     def __init__(
         self,

@@ -137,7 +137,9 @@ class Muon(torch.optim.Optimizer):
 
     @property
     def traits(self) -> OptimizerTraits:
-        return replace(ELEMENTWISE, scope="tensor", capturable=not self._keys["cautious"])
+        # Torch's SGD adds the decay to the gradient; normalized weights are not those that the decay has shrunk.
+        decoupled = self._rest_class is not torch.optim.SGD and not self._keys["normalize_weights"]
+        return replace(ELEMENTWISE, scope="tensor", capturable=not self._keys["cautious"], decoupled_decay=decoupled)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not self._is_built:

@@ -1,6 +1,6 @@
 """Parameter groups: frozen parameters, learning rates and weight decay per group."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -61,18 +61,25 @@ def freeze(model: nn.Module, grouping: Grouping) -> None:
 
 
 def parameter_groups(
-    model: nn.Module, grouping: Grouping, arguments: Mapping[str, Any], *, decay_norm_and_bias: bool
+    model: nn.Module,
+    grouping: Grouping,
+    arguments: Mapping[str, Any],
+    *,
+    decay_norm_and_bias: bool,
+    normalized: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups the trainable parameters for an optimizer with these `arguments`; equal settings share a group.
 
     Rules apply in order: multipliers accumulate, later rules override other settings. `layer_decay` d multiplies the
     learning rate of the i-th of n layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder 2018,
     Clark et al. 2020); see `_layers`. `decay_norm_and_bias=False` excludes parameters from decay, for every optimizer;
-    see `_decays`. Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
+    see `_decays`. Groups of the names `normalized` have a key that says so. Frozen parameters do not
+    require gradients. Raises `UserError` for rules without effect.
     """
     rate, decay = _layer_rates(model, grouping.layer_decay), _decays(model, decay_norm_and_bias)
     names = dict(model.named_parameters())
-    extra: dict[str, dict[str, Any]] = {name: {} for name in names}  # other keys of a parameter's group
+    # other keys of a parameter's group
+    extra: dict[str, dict[str, Any]] = {name: {"normalized": True} if name in normalized else {} for name in names}
     for number, rule in enumerate(grouping.groups):
         matched = [name for name in names if fnmatchcase(name, rule.match)]
         key = f"optimizer.groups.{number}"
@@ -147,6 +154,23 @@ def _no_decay_lists(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if listed is not None and not any(prefix.startswith(other) for other in lists):
             lists[prefix] = tuple(map(str, (listed() if callable(listed) else listed) or ()))
     return lists
+
+
+def normalized_weights(model: nn.Module) -> set[str]:
+    """Returns the trainable matrices and kernels that a normalization layer follows, in the order of the modules.
+
+    Not embeddings: neither tokens, positions nor class tokens.
+    """
+    found: set[str] = set()
+    waiting: list[str] = []  # for a normalization layer
+    for path, module in model.named_modules():
+        if isinstance(module, NORMS):
+            found.update(waiting)
+            waiting.clear()
+        elif not isinstance(module, nn.Embedding):
+            own = module.named_parameters(path, recurse=False)
+            waiting += [name for name, p in own if p.requires_grad and p.ndim > 1 and "weight" in name.split(".")[-1]]
+    return found
 
 
 _POSITIONS_AND_TOKENS = (

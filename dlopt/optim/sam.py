@@ -1,6 +1,6 @@
 """Sharpness-aware minimization."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ class SAM(torch.optim.Optimizer):
     `lr` replaces the learning rate of the base; groups with another one keep their ratio to it.
     """
 
-    traits: ClassVar[OptimizerTraits] = OptimizerTraits(evaluations="many", uses_all_gradients=True)
-
     def __init__(
         self,
         *,
@@ -43,6 +41,11 @@ class SAM(torch.optim.Optimizer):
         self.base = base
         super().__init__(base.param_groups, {"rho": rho, "adaptive": adaptive})
         self._share_base()
+
+    @property
+    def traits(self) -> OptimizerTraits:
+        decoupled = optimizer_traits(self.base).decoupled_decay
+        return OptimizerTraits(evaluations="many", uses_all_gradients=True, decoupled_decay=decoupled)
 
     def _share_base(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state

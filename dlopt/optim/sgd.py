@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from dlopt.basics.ranges import Fraction, NonNegative, OpenFraction, Positive
 from dlopt.optim.common import ForeachOptimizer, RealOptimizer, buffers, gradients, make_cautious, move
-from dlopt.optim.traits import ADAPTIVE, ELEMENTWISE, OptimizerTraits
+from dlopt.optim.traits import DECOUPLED, ELEMENTWISE, OptimizerTraits, is_decoupled
 
 
 class SGDW(ForeachOptimizer):
@@ -27,7 +27,7 @@ class SGDW(ForeachOptimizer):
     with alpha = lr * (1 - momentum) and lambda = lr * weight_decay.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, rounds_state=True)
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, rounds_state=True, decoupled_decay=True)
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.1, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0005
@@ -55,9 +55,6 @@ class LARS(ForeachOptimizer):
     `adapt_vectors`: their norms mean little, and a bias that starts at zero would stay near zero for long.
     """
 
-    # The momentum moves weights at a rate of zero.
-    traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope="tensor", separable=True)
-
     def __init__(
         self,
         params: ParamsT,
@@ -72,6 +69,11 @@ class LARS(ForeachOptimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         defaults |= {"decoupled_weight_decay": decoupled_weight_decay, "trust_coefficient": trust_coefficient}
         super().__init__(params, {**defaults, "adapt_vectors": adapt_vectors})
+
+    @property
+    def traits(self) -> OptimizerTraits:
+        # The momentum moves weights at a rate of zero.
+        return OptimizerTraits(scope="tensor", separable=True, decoupled_decay=is_decoupled(self.param_groups))
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         adapted = [p for p in params if p.ndim > 1 or group["adapt_vectors"]]
@@ -124,7 +126,7 @@ class Lion(RealOptimizer):
     @property
     def traits(self) -> OptimizerTraits:
         cautious = any(group["cautious"] for group in self.param_groups)  # counts entries of the whole tensor
-        return replace(ADAPTIVE, scope="tensor" if cautious else "element", rounds_state=True)
+        return replace(DECOUPLED, scope="tensor" if cautious else "element", rounds_state=True)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
@@ -144,7 +146,7 @@ class Signum(RealOptimizer):
     signSGD (algorithm 1).
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ADAPTIVE, rounds_state=True)
+    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, rounds_state=True)
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.0001, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0

@@ -59,7 +59,7 @@ class Sophia(RealOptimizer):
     @property
     def traits(self) -> OptimizerTraits:
         samples = bool(self.param_groups[0]["hessian"] == "gnb")
-        return OptimizerTraits(evaluations="many", samples_labels=samples)
+        return OptimizerTraits(evaluations="many", samples_labels=samples, decoupled_decay=True)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:

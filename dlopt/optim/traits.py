@@ -1,6 +1,6 @@
 """What training has to know about an optimizer: `OptimizerTraits`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ class OptimizerTraits:
         separable: updating some tensors and then the others, in two calls of `step`, equals updating all in one: the
             scope is a tensor at most, and nothing is counted per call.
         capturable: a CUDA graph can capture an update: none of its decisions depends on the value of a tensor.
+        decoupled_decay: an update subtracts lr * weight_decay * theta (at least to first order), with the keys of the
+            group, and does not depend on weight_decay otherwise.
     """
 
     scope: Literal["element", "tensor", "model"] = "model"
@@ -43,11 +45,13 @@ class OptimizerTraits:
     rounds_state: bool = False
     separable: bool = False
     capturable: bool = False
+    decoupled_decay: bool = False
 
 
 UNKNOWN = OptimizerTraits()
 ELEMENTWISE = OptimizerTraits(scope="element", rests_at_zero_lr=True, separable=True)  # as SGD
 ADAPTIVE = replace(ELEMENTWISE, normalizes_entries=True)  # as Adam
+DECOUPLED = replace(ADAPTIVE, decoupled_decay=True)  # as AdamW
 
 # Torch's Rprop assigns to chosen elements, which torch 2.11 cannot do with those of a shard.
 _RPROP_SCOPE: Literal["element", "tensor"] = "element" if TorchVersion(torch.__version__) >= "2.12" else "tensor"
@@ -56,9 +60,10 @@ _OF_TORCH = {
     "Adagrad": ADAPTIVE, "Adamax": ADAPTIVE, "NAdam": ADAPTIVE,
     "RMSprop": ADAPTIVE, "RAdam": ELEMENTWISE,  # whose first five updates are those of gradient descent
     "SGD": replace(ELEMENTWISE, rounds_state=True),
-    "Adam": replace(ADAPTIVE, rounds_state=True), "AdamW": replace(ADAPTIVE, rounds_state=True),
+    "Adam": replace(ADAPTIVE, rounds_state=True), "AdamW": replace(DECOUPLED, rounds_state=True),
     "Rprop": OptimizerTraits(scope=_RPROP_SCOPE, separable=True),  # its step sizes start at lr, and do not follow it
-    "Adafactor": replace(ELEMENTWISE, scope="tensor"), "Muon": replace(ELEMENTWISE, scope="tensor"),
+    "Adafactor": replace(ELEMENTWISE, scope="tensor", decoupled_decay=True),
+    "Muon": replace(ELEMENTWISE, scope="tensor", decoupled_decay=True),
     "LBFGS": OptimizerTraits(evaluations="many"),
 }  # fmt: skip
 
@@ -75,9 +80,15 @@ def optimizer_traits(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
     if declared is not None:
         raise UserError(f"{kind.__qualname__}.traits={declared!r}: must be a dlopt.optim.OptimizerTraits")
     if kind.__module__.startswith("torch.optim."):
-        fused = all(group.get("fused") for group in optimizer.param_groups)  # torch's fused kernels for CUDA
-        return replace(_OF_TORCH.get(kind.__name__, UNKNOWN), capturable=fused)
+        traits, groups = _OF_TORCH.get(kind.__name__, UNKNOWN), optimizer.param_groups
+        fused = all(group.get("fused") for group in groups)  # torch's fused kernels for CUDA
+        return replace(traits, capturable=fused, decoupled_decay=traits.decoupled_decay or is_decoupled(groups))
     return UNKNOWN
+
+
+def is_decoupled(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the key decoupled_weight_decay of some optimizers is set in all groups."""
+    return all(group.get("decoupled_weight_decay", False) for group in groups)
 
 
 def is_schedule_free(kind: Callable[..., Any]) -> bool:

@@ -20,6 +20,7 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import flatten, load_yaml, read_regular, regular_lines
 from dlopt.config.keys import LABELS
+from dlopt.config.resuming import NEWER_GROUPS
 from dlopt.metrics.names import column_of, mode_of, monitored_modes, resolve_monitor, selection_key, split_of
 from dlopt.results.history import History
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
@@ -183,6 +184,7 @@ def _status(path: Path, summary: Mapping[str, Any] | None) -> str:
 def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
     """Flattens a config to dotted keys in its order, each group's choice before its keys."""
     flat: dict[str, Any] = {}
+    config = {**config, **{name: group for name, group in NEWER_GROUPS.items() if name not in config}}
     chosen = choices_of_groups(config, choices)
     for key, value in config.items():
         if key in chosen:

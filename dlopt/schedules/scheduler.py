@@ -10,6 +10,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.metrics.names import Mode, known_mode, lower_is_better
 from dlopt.optim.traits import is_schedule_free
+from dlopt.schedules.decay import WeightDecay
 from dlopt.schedules.horizon import Factor, Horizon
 
 
@@ -21,11 +22,20 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
     requires_grad=False while their learning rate is zero, which saves time and changes no result. `frozen` counts these
     groups.
 
+    With `decay`, also sets the weight decay of each group to its base times the factor of that schedule.
+
     A standard LRScheduler: call `step()` after every update. For speed it omits torch's order checks and its copy of
     all values. Learning rates that are tensors are changed in place, as CUDA graphs require.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Factor, *, freezes: bool = False) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        factor: Factor,
+        *,
+        freezes: bool = False,
+        decay: WeightDecay | None = None,
+    ) -> None:
         self.factor = factor
         self._component: Any = getattr(factor, "component", factor)
         cycle_momentum = getattr(self._component, "cycle_momentum", False)
@@ -40,6 +50,9 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         # auto leaves a momentum of 0 off: gradient descent must not become another method.
         self._cycles = [cycle_momentum is True or bool(cycle_momentum and _momentum(g)) for g in groups]
         self.cycles_momentum = any(self._cycles) and not averages
+        self.decay = decay
+        # (weight decay, peak rate) of each group. A restored optimizer has the decay of its last update.
+        self._decayed = [] if decay is None else [(group["weight_decay"], float(group["lr"])) for group in groups]
         self._horizons = [group.get("horizon", 1.0) for group in groups]
         # Rules may give the first group another rate than optimizer.lr, such as the smallest one with layer_decay.
         lr = getattr(optimizer, "base", optimizer).defaults.get("lr")  # SAM has the groups of its base
@@ -75,6 +88,8 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
                 group["lr"] = lr
             else:
                 group["lr"].fill_(lr)
+        if self.decay is not None:
+            self._set_decay(self.decay, factors)
         if self.cycles_momentum:
             groups = self.optimizer.param_groups
             for group, cycles, horizon in zip(groups, self._cycles, self._horizons, strict=True):
@@ -85,6 +100,12 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
                     group["betas"] = (momentum, *group["betas"][1:])
                 elif "momentum" in group:
                     group["momentum"] = momentum
+
+    def _set_decay(self, decay: WeightDecay, factors: list[float]) -> None:
+        groups = zip(self.optimizer.param_groups, self._decayed, factors, self._horizons, strict=True)
+        for group, (base, peak), factor, horizon in groups:
+            if group.get("normalized", not decay.normalized_only):
+                group["weight_decay"] = base * decay.factor(self.last_epoch / horizon, factor, peak)
 
     def _factors(self) -> list[float]:
         """Returns the factor of each group, computed once per horizon."""

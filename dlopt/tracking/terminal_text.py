@@ -128,6 +128,8 @@ def header_rows(
             *_optimizer(config.get("optimizer")),
             *choices_of("schedule"),
             _warmup(values),
+            *choices_of("decay", unless="constant"),
+            "cautious decay" if values.get("decay.cautious") else None,
             *choices_of("clip", unless="none"),
         ],
         "run": [

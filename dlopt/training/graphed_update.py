@@ -53,6 +53,8 @@ def obstacle(
         return "on_out_of_memory=halve may change the size of micro-batches"
     if schedule.cycles_momentum:
         return "the schedule changes the momentum, which is a constant in a graph"
+    if schedule.decay is not None and schedule.decay.varies:
+        return "the schedule of the weight decay changes it, which is a constant in a graph"
     return layer_obstacle(module)
 
 

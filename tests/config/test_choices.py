@@ -95,6 +95,7 @@ def line(choice: str) -> tuple[str, ...]:
         "init=whitening_dirac": (IMAGES, ("model=airbench94",)),
         "stopping=tolerance": (DIGITS, MLP),
         "stopping=target": ((*DIGITS, "stopping.value=0.5"), MLP),
+        **{f"decay={name}": (DIGITS, (*MLP, "optimizer=adamw")) for name in choices.names("decay")},
         "parallel=hybrid": ((*DIGITS, "parallel.model_degree=1"), MLP),
     }
     data, model = special.get(choice, (data, model))

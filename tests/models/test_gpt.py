@@ -71,6 +71,8 @@ def reference(model: GPT, tokens: list[int], options: dict[str, Any]) -> Tensor:
             if options.get("activation") == "swiglu":
                 gate = linear(f"{block}.mlp.gate", y)
                 hidden = gate / (1 + (-gate).exp()) * up
+            elif options.get("activation") == "relu2":
+                hidden = torch.stack([max(value, zero) ** 2 for value in up])
             else:
                 hidden = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
             added.append(linear(f"{block}.mlp.down", hidden))

@@ -90,6 +90,42 @@ def test_updates_do_not_depend_on_the_scale_of_the_gradient(name: str, choose: C
     torch.testing.assert_close(*ends, rtol=1e-2, atol=1e-7)
 
 
+def test_decoupled_decay_subtracts_a_multiple_of_the_weights(name: str, choose: Choose) -> None:
+    """lr * weight_decay * theta, to first order: in the second update, because some move nothing in the first."""
+    ends, gradients = [], draw_gradients(2)
+    for decay in (0.0, 1e-3):
+        params = parameters()
+        optimizer = choose(name, params)
+        if not optimizer_traits(optimizer).decoupled_decay or optimizer_traits(optimizer).evaluations != "once":
+            pytest.skip("is not decoupled, or needs a closure")
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = 1e-3, 0.0
+        moved(optimizer, params, gradients[:1])
+        for group in optimizer.param_groups:
+            group["weight_decay"] = decay
+        before = [p.detach().clone() for p in params]
+        moved(optimizer, params, gradients[1:])
+        ends.append([p.detach().clone() for p in params])
+    for start, plain, decayed in zip(before, *ends, strict=True):
+        torch.testing.assert_close((plain - decayed) / 1e-6, start, rtol=0.03, atol=0.003)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "decoupled"),
+    [
+        ("adam", [], False), ("adam", ["decoupled_weight_decay=true"], True), ("nadam", [], True),
+        ("nadam", ["decoupled_weight_decay=false"], False), ("radam", ["decoupled_weight_decay=true"], True),
+        ("lars", [], False), ("lars", ["decoupled_weight_decay=true"], True), ("adamw", ["cautious=true"], True),
+        ("muon", [], True), ("muon", ["rest=sgd"], False), ("muon", ["normalize_weights=true"], False),
+        ("lamb", [], False), ("prodigy", [], False), ("sgd", [], False), ("sam", [], False), ("sophia", [], True),
+    ],
+)  # fmt: skip
+def test_keys_decide_whether_the_decay_is_decoupled(
+    name: str, keys: list[str], decoupled: bool, choose: Choose
+) -> None:
+    assert optimizer_traits(choose(name, parameters(), *keys)).decoupled_decay is decoupled
+
+
 def test_unknown_optimizers_have_the_careful_traits() -> None:
     class Derived(torch.optim.Adam):
         """May do anything in its step."""
@@ -99,7 +135,7 @@ def test_unknown_optimizers_have_the_careful_traits() -> None:
 
     params = parameters()
     assert optimizer_traits(Derived(params)) is UNKNOWN
-    assert OptimizerTraits("model", "once", False, False, False, False, False, False) == UNKNOWN
+    assert OptimizerTraits("model", "once", False, False, False, False, False, False, False) == UNKNOWN
     assert optimizer_traits(Stated(params)).scope == "tensor"
     assert optimizer_traits(torch.optim.Adam(params)).scope == "element"
     assert optimizer_traits(torch.optim.LBFGS(params)).evaluations == "many"

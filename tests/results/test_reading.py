@@ -168,6 +168,13 @@ def test_varying_keys_exclude_seeds_and_keys_implied_by_choices() -> None:
     assert varying_keys(configs[:1]) == []
 
 
+def test_runs_of_earlier_versions_have_the_groups_that_did_not_exist() -> None:
+    decay = {"_target_": "dlopt.schedules.decay.constant", "cautious": False, "width": "none"}
+    configs = ({"seed": 0}, {}), ({"decay": decay}, {"decay": "constant"})
+    flat = [reading._flat(*each) for each in configs]
+    assert flat[0]["decay"] == "constant" and varying_keys(flat) == []
+
+
 def test_formats_values_as_in_overrides() -> None:
     assert [text(value) for value in (True, None, 0.1, 3, (64, 64), "a")] == [
         "true",

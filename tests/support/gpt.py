@@ -13,7 +13,7 @@ VOCABULARY, CONTEXT = 13, 7
 OPTIONS = [
     {},
     {"norm": "rms", "positions": "rotary", "activation": "swiglu", "qk_norm": True, "tied_embeddings": False},
-    {"positions": "rotary", "bias": False, "attention_scale": "linear", "expansion": 2.5},
+    {"positions": "rotary", "bias": False, "attention_scale": "linear", "expansion": 2.5, "activation": "relu2"},
 ]
 
 

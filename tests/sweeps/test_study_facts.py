@@ -14,5 +14,10 @@ def test_joins_a_study_of_another_version_with_more_facts() -> None:
     current = {"config": {"optimizer.lr": 0.1}, "space": {"profile": "true,false"}}
     assert describe_differences(saved, current) == ""
     other = {"config": {"optimizer.lr": 0.2}, "space": {"profile": "true"}}
+    newer = {
+        "config": {"optimizer.lr": 0.1, "decay._target_": "dlopt.schedules.decay.constant"},
+        "space": saved["space"],
+    }
+    assert describe_differences(saved, newer) == ""
     different = "optimizer.lr: saved 0.1, now 0.2; profile: saved true,false, now true"
     assert describe_differences(saved, other) == different

@@ -17,8 +17,10 @@ from dlopt.machine.cuda_graphs import GraphedFunction
 from dlopt.metrics.sums import MetricSum
 from dlopt.models.airbench import AirBench
 from dlopt.optim import Muon
+from dlopt.optim.cautious_decay import make_decay_cautious
 from dlopt.parallel.mode import Mode
-from dlopt.schedules import Scheduler
+from dlopt.schedules import Horizon, Scheduler
+from dlopt.schedules.decay import WeightDecay, independent, linear
 from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.workload import build_workload
@@ -40,7 +42,13 @@ OPTIMIZERS: dict[str, Make] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.0625, fused=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.0625, weight_decay=0.1, fused=True),
     "muon": lambda p: Muon(p, lr=0.125, rest="sgd", rest_lr=0.125, normalize_weights=True),
+    "adamw, cautious decay": lambda p: with_cautious_decay(torch.optim.AdamW(p, 0.0625, weight_decay=0.5, fused=True)),
 }
+
+
+def with_cautious_decay(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    make_decay_cautious(optimizer)
+    return optimizer
 
 
 def net(dropout: float = 0.3) -> nn.Sequential:
@@ -238,6 +246,7 @@ def obstacle_of(
     precision: str = "fp32",
     observed: bool = False,
     compile: bool | str = True,
+    decay: WeightDecay | None = None,
     **settings: Any,
 ) -> str | None:
     model = net() if model is None else model
@@ -245,7 +254,7 @@ def obstacle_of(
     return obstacle(
         model,
         optimizer,
-        Scheduler(optimizer, lambda t: 1.0),
+        Scheduler(optimizer, lambda t: 1.0, decay=decay),
         mode or Mode(CUDA),
         StepSettings(**{"check_now": False, **settings}),
         precision=Precision(precision, CUDA),
@@ -260,6 +269,7 @@ def test_no_obstacle() -> None:
     keys: Any = {"input_shape": (3, 8, 8), "classes": 3, "whiten_kernel": 2, "widths": (4, 4, 4), "activation": "gelu"}
     model = AirBench(**keys, **NORM)
     assert obstacle_of(model=model) is None
+    assert obstacle_of(OPTIMIZERS["adamw"], decay=independent(horizon=Horizon(0, 9, 3))) is None
 
 
 @pytest.mark.parametrize(
@@ -298,6 +308,7 @@ def of_two_processes() -> Mode:
         ({"precision": "fp16"}, "fp16"),
         ({"compile": "max-autotune"}, "compile=max-autotune records graphs of its own"),
         ({"check_now": True}, "check=step"),
+        ({"decay": linear(final=0.0, horizon=Horizon(0, 9, 3))}, "the schedule of the weight decay changes it"),
         ({"halve_on_out_of_memory": True}, "halve"),
         ({"model": nn.Sequential(nn.Flatten(), Theirs(4, 2))}, "Theirs"),
         ({"model": nn.LSTM(3, 2)}, "LSTM"),

@@ -51,17 +51,31 @@ def width_growth(model: Component, runtime: dict[str, Any]) -> WidthGrowth:
     return WidthGrowth(first * _WIDTH_KEYS[key], frozenset(hidden), frozenset(outputs))
 
 
-def with_rates(grouping: Grouping, growth: WidthGrowth, base_width: int, arguments: Mapping[str, Any]) -> Grouping:
+def with_rates(
+    grouping: Grouping,
+    growth: WidthGrowth,
+    base_width: int,
+    arguments: Mapping[str, Any],
+    *,
+    independent: bool = False,
+    inverse: bool = False,
+) -> Grouping:
     """Adds a rule for each hidden and output weight: lr / m with m = width / base_width (table 3, row "Adam LR").
 
     Multiplies the weight decay by m, so that the decay per update, lr * weight_decay, does not depend on the width (as
-    the authors' package `mup` does).
-    `arguments`: of the optimizer.
+    the authors' package `mup` does). With `inverse` the decay per update is 1 / m of that at the base width, which Qiu
+    et al. 2025 (arXiv 2512.05620) find close to the best for compute-optimal training.
+
+    Args:
+        arguments: of the optimizer.
+        independent: the decay of an update is that of `decay=independent`, without the rate.
+        inverse: `decay.width=inverse`.
     """
     m = growth.width / base_width
     if m == 1:
         return grouping
-    decay = m if "weight_decay" in arguments else None
+    factor = (1.0 if independent else m) / (m if inverse else 1.0)
+    decay = factor if "weight_decay" in arguments else None
     rules = [Rule(match=name, lr=1 / m, weight_decay=decay) for name in sorted(growth.hidden | growth.outputs)]
     return replace(grouping, groups=[*grouping.groups, *rules])
 

@@ -10,16 +10,19 @@ from torch.optim import Optimizer
 from dlopt import schedules
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
+from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
 from dlopt.losses import sampling_obstacle
 from dlopt.optim import SAM
+from dlopt.optim.cautious_decay import make_decay_cautious
 from dlopt.optim.common import buffers
-from dlopt.optim.parameters import parameter_groups
+from dlopt.optim.parameters import normalized_weights, parameter_groups
 from dlopt.optim.traits import UNKNOWN, optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.owners import step_by_owners
 from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.schedules import Scheduler
+from dlopt.schedules.decay import constant, corrected, independent
 from dlopt.training import rng
 from dlopt.training.builders import mup
 from dlopt.training.builders.speed import GRAPH_MODES
@@ -45,8 +48,21 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         arguments["lr"] *= math.sqrt(ratio) if settings.scale_lr == "sqrt" else ratio
     growth, grouping = workload.growth, run_config.grouping
     if growth is not None:
-        grouping = mup.with_rates(grouping, growth, run_config.init.arguments["base_width"], arguments)
-    groups = parameter_groups(workload.module, grouping, arguments, decay_norm_and_bias=settings.decay_norm_and_bias)
+        grouping = mup.with_rates(
+            grouping,
+            growth,
+            run_config.init.arguments["base_width"],
+            arguments,
+            independent=run_config.decay.target is independent,
+            inverse=run_config.decay_settings.width == "inverse",
+        )
+    groups = parameter_groups(
+        workload.module,
+        grouping,
+        arguments,
+        decay_norm_and_bias=settings.decay_norm_and_bias,
+        normalized=_corrected_weights(run_config, workload.module),
+    )
     if base is None:
         component = component.partial(**arguments)
     else:
@@ -57,6 +73,7 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     except ValueError as error:  # third-party optimizers validate their arguments themselves
         raise UserError(f"{component.choice}: {error}") from None
     check_optimizer(workload.parallel, optimizer)
+    check_decay(run_config, optimizer)
     if needs_whole_tensors(workload.parallel, optimizer):
         if grouping.state_dtype is not None:
             raise UserError(
@@ -71,6 +88,8 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         match_state_layout(optimizer)
         if isinstance(optimizer, torch.optim.SGD):
             start_momentum(optimizer)
+    if run_config.decay_settings.cautious:  # within the rounding of bf16 weights, which would hide small updates
+        make_decay_cautious(optimizer)
     # After the hooks above, which may extend a loaded state.
     if grouping.state_dtype is not None:
         keep_state_in_bf16(optimizer, stream(settings.seed, rng.ROUNDING))
@@ -170,6 +189,40 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     raise UserError(f"{name} needs {needs}, but each rank has a part of them; {advice}")
 
 
+def _corrected_weights(run_config: RunConfig, model: nn.Module) -> set[str]:
+    """Returns the weights whose decay `decay=corrected` corrects. Raises `UserError` if there are none."""
+    if run_config.decay.target is not corrected:
+        return set()
+    names = normalized_weights(model)
+    if not names:
+        raise UserError(
+            f"{run_config.decay.choice}: corrects the decay of weights before a normalization layer, of which "
+            f"{run_config.model.choice} trains none; use decay=constant, or a model with normalization"
+        )
+    return names
+
+
+def check_decay(run_config: RunConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `UserError` if the config changes a weight decay that is not, or may not be, decoupled."""
+    cautious = run_config.decay_settings.cautious
+    if run_config.decay.target is constant and not cautious:
+        return
+    key, name = "decay.cautious=true" if cautious else run_config.decay.choice, type(optimizer).__name__
+    traits = optimizer_traits(optimizer)
+    if traits is UNKNOWN:
+        raise UserError(
+            f"{key}: {name} does not say whether its weight decay is decoupled; use decay=constant without "
+            "decay.cautious, or, if an update subtracts lr * weight_decay * theta beside a step that does not depend "
+            "on weight_decay, add to the class: traits = dlopt.optim.OptimizerTraits(decoupled_decay=True)"
+        )
+    if not traits.decoupled_decay or not all("weight_decay" in group for group in optimizer.param_groups):
+        raise UserError(
+            f"{key}: needs an optimizer that subtracts lr * weight_decay * theta (decoupled weight decay), which "
+            f"{name} with these keys does not; use decay=constant without decay.cautious, or another optimizer "
+            "(adamw, lion, sgdw, muon, soap, ...)"
+        )
+
+
 def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:
     """Raises `UserError` if the optimizer needs labels drawn from the predictions, which the run cannot provide."""
     if not optimizer_traits(optimizer).samples_labels:
@@ -215,7 +268,8 @@ def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> 
     traits = optimizer_traits(optimizer)
     is_independent = run_config.clip.target in (Unclipped, ByValue, Adaptive) and traits.scope != "model"
     freezes = workload.parallel.ranks.processes == 1 and is_independent and traits.rests_at_zero_lr
-    return Scheduler(optimizer, factor, freezes=freezes)
+    horizon = schedules.Horizon(0, length.horizon, length.steps_per_epoch)
+    return Scheduler(optimizer, factor, freezes=freezes, decay=run_config.decay.build(horizon=horizon))
 
 
 def snapshot_names(schedule: Scheduler) -> Callable[[int], str | None]:
