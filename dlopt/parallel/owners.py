@@ -176,7 +176,7 @@ def _shard_states(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     rows, params = optimizer.rows, [*optimizer.owner_of]
     own = {index: values for index, values in saved["state"].items() if optimizer.owner_of[params[index]] == rows.rank}
     states = rows.agree({index: {name: _described(v) for name, v in values.items()} for index, values in own.items()})
-    places: list[tuple[int, str]] = []
+    keys: list[tuple[int, str]] = []
     wholes: list[Whole] = []
     owned: dict[int, Tensor] = {}
     for index, values in states.items():
@@ -184,10 +184,10 @@ def _shard_states(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, _Described):
                 if owner == rows.rank:
-                    owned[len(places)] = own[index][name]
-                places.append((index, name))
+                    owned[len(keys)] = own[index][name]
+                keys.append((index, name))
                 wholes.append(Whole(value.shape, value.dtype, owner))
-    for (index, name), tensor, part in zip(places, wholes, rows.distribute(wholes, owned), strict=True):
+    for (index, name), tensor, part in zip(keys, wholes, rows.distribute(wholes, owned), strict=True):
         like: Any = params[index]
         strides = torch.empty(tensor.shape, device="meta").stride()
         states[index][name] = DTensor.from_local(
