@@ -1,7 +1,7 @@
 """Muon and Scion: steps by orthogonalized momenta."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import compress
 from typing import Any, ClassVar, Literal
@@ -25,28 +25,8 @@ from dlopt.optim.common import (
     refuse_complex,
     without_global_step_hooks,
 )
+from dlopt.optim.orthogonalize import QUINTIC, Coefficients, as_matrix, orthogonalize
 from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
-
-
-def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
-    """Approximates U V^T for each of the matrices U S V^T [n, rows, columns], in bfloat16.
-
-    Uses the quintic Newton-Schulz iteration X <- a X + (b X X^T + c (X X^T)^2) X of Jordan et al. 2024 ("Muon"). Its
-    coefficients are chosen for few steps, not for convergence: of a random matrix, eight or nine of ten singular values
-    end between 0.7 and 1.2, and the smallest ones below.
-    """
-    a, b, c = coefficients
-    x = matrices.to(torch.bfloat16)
-    is_tall = x.shape[1] > x.shape[2]
-    if is_tall:  # the Gram matrix is smaller
-        x = x.mT
-    # The coefficients are chosen for singular values in (0, 1]. The Frobenius norm, which is cheap, bounds the largest
-    # one, so that all of them start there.
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -75,7 +55,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: NonNegative = 0.01,
         momentum: Fraction = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_coefficients: Coefficients = QUINTIC,
         ns_steps: Count = 5,
         eps: Positive = 1e-7,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
@@ -87,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         rest_betas: tuple[Fraction, Fraction] = (0.9, 0.999),
         rest_eps: Positive = 1e-8,
     ) -> None:
-        keys = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
+        keys: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
         keys |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn, "normalize_weights": normalize_weights}
         if cautious and rest == "sgd":
             raise UserError("optimizer.cautious=true: optimizer.rest=sgd has no such variant; use optimizer.rest=adamw")
@@ -225,19 +205,6 @@ def _lr_factor(shape: tuple[int, ...], adjust_lr_fn: str) -> float:
     return math.sqrt(max(1.0, rows / columns)) if adjust_lr_fn == "original" else 0.2 * math.sqrt(max(rows, columns))
 
 
-def as_matrix(t: Tensor, like: Tensor) -> Tensor:
-    """Reshapes t to [out, everything else]; a view if t has the memory format of `like`.
-
-    Columns are in memory order, which is another for channels-last kernels. Orthogonalization does not depend on it.
-    """
-    if like.ndim == 2:
-        return t
-    if not like.is_contiguous():
-        order = sorted(range(1, like.ndim), key=like.stride, reverse=True)
-        t = t.permute(0, *order)
-    return t.reshape(len(t), -1)
-
-
 class Scion(RealOptimizer):
     """Stochastic conditional gradient over norm balls (Pethick et al. 2025, algorithms 1 and 2).
 
@@ -263,7 +230,7 @@ class Scion(RealOptimizer):
         radius: Positive = 50.0,
         rest_radius: Positive = 3000.0,
         constrained: bool = True,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_coefficients: Coefficients = QUINTIC,
         ns_steps: Count = 5,
         eps: Positive = 1e-8,
     ) -> None:
