@@ -25,7 +25,8 @@ from dlopt.optim.common import (
     refuse_complex,
     without_global_step_hooks,
 )
-from dlopt.optim.orthogonalize import QUINTIC, Coefficients, as_matrix, orthogonalize
+from dlopt.optim.hyperball import check_hyperball, move_on_sphere, radius, refuse_with_hyperball
+from dlopt.optim.orthogonalize import QUINTIC, Coefficients, as_matrix, normalize_rows, orthogonalize
 from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
 
 
@@ -40,6 +41,10 @@ class Muon(torch.optim.Optimizer):
     weights. `cautious` moves no weight against its gradient (Liang et al. 2024), neither in matrices nor in the AdamW
     of the others; it masks the orthogonalized update, so that this holds (the authors' code masks the momentum before
     the orthogonalization, after which entries may again move against the gradient). `rest_lr=None` is lr.
+
+    `row_beta` normalizes the rows of an orthogonalized update (NorMuon, Li et al. 2025): see `normalize_rows`. Rows of
+    a kernel are its output channels; the authors' code takes the rows of each [height, width]. `hyperball` keeps the
+    norms of the matrices (MuonH, Wen et al. 2026): see `move_on_sphere`; `adjust_lr_fn` then has no effect.
 
     Each parameter group is split in two: matrices and other parameters. The learning rate of a group is relative to
     `lr`: its other parameters get `rest_lr` * group lr / `lr`.
@@ -59,7 +64,9 @@ class Muon(torch.optim.Optimizer):
         ns_steps: Count = 5,
         eps: Positive = 1e-7,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
+        row_beta: Fraction | None = None,
         normalize_weights: bool = False,
+        hyperball: bool = False,
         cautious: bool = False,
         rest: Literal["adamw", "sgd"] = "adamw",
         rest_lr: Positive | None = 0.001,
@@ -67,8 +74,11 @@ class Muon(torch.optim.Optimizer):
         rest_betas: tuple[Fraction, Fraction] = (0.9, 0.999),
         rest_eps: Positive = 1e-8,
     ) -> None:
-        keys: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
-        keys |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn, "normalize_weights": normalize_weights}
+        keys: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "eps": eps, "adjust_lr_fn": adjust_lr_fn}
+        keys |= {"ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "normalize_weights": normalize_weights}
+        keys |= {"row_beta": row_beta, "hyperball": hyperball}
+        if hyperball:
+            refuse_with_hyperball(cautious=cautious, normalize_weights=normalize_weights)
         if cautious and rest == "sgd":
             raise UserError("optimizer.cautious=true: optimizer.rest=sgd has no such variant; use optimizer.rest=adamw")
         self._keys = {**keys, "lr": lr, "weight_decay": weight_decay, "cautious": cautious}
@@ -94,6 +104,7 @@ class Muon(torch.optim.Optimizer):
             takes = [use_muon and p.ndim > 1 for p in group["params"]]
             if any(takes):
                 muon_groups.append({**self._keys, **group, **_selected(group, takes), "use_muon": True})
+                check_hyperball(muon_groups[-1])
             if not all(takes):
                 # A group's learning rate is relative to `lr`; here it has the same ratio to `rest_lr`.
                 rest_lr = group["lr"] / self._keys["lr"] * self._rest_lr
@@ -117,7 +128,8 @@ class Muon(torch.optim.Optimizer):
 
     @property
     def traits(self) -> OptimizerTraits:
-        return replace(ELEMENTWISE, scope="tensor", capturable=not self._keys["cautious"])
+        rests = not self._keys["hyperball"]  # which sets the norm again
+        return replace(ELEMENTWISE, scope="tensor", rests_at_zero_lr=rests, capturable=not self._keys["cautious"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not self._is_built:
@@ -183,13 +195,27 @@ class Muon(torch.optim.Optimizer):
             by_shape.setdefault((len(p), p.numel() // len(p)), []).append(index)
         for shape, indices in by_shape.items():
             stacked = torch.stack([as_matrix(moves[index], params[index]) for index in indices])
-            orthogonal = orthogonalize(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
-            precise_type = torch.promote_types(stacked.dtype, torch.float32)
-            scaled = orthogonal.to(precise_type) * (group["lr"] * _lr_factor(shape, group["adjust_lr_fn"]))
+            update = orthogonalize(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            update = update.to(torch.promote_types(stacked.dtype, torch.float32))
+            if group["row_beta"] is not None:
+                update = normalize_rows(update, self._row_squares([params[i] for i in indices]), group["row_beta"])
+            if group["hyperball"]:
+                for index, move in zip(indices, update, strict=True):
+                    p = params[index]
+                    move_on_sphere(as_matrix(p, p), move, group["lr"], radius(self, p))
+                continue
+            scaled = update * (group["lr"] * _lr_factor(shape, group["adjust_lr_fn"]))
             if group["cautious"]:
                 make_cautious(scaled, [as_matrix(grads[index], params[index]) for index in indices])
             for index, move in zip(indices, scaled, strict=True):
                 as_matrix(params[index], params[index]).sub_(move)
+
+    def _row_squares(self, params: list[Tensor]) -> list[Tensor]:
+        """Returns the averages [rows, 1] of the mean square of each row, initially zero."""
+        for p in params:
+            if "row_square" not in self.state[p]:
+                self.state[p]["row_square"] = p.new_zeros(len(p), 1)
+        return [self.state[p]["row_square"] for p in params]
 
 
 def _selected(group: dict[str, Any], chosen: list[bool]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ Coefficients = Triple | Annotated[list[Triple], MinLen(1)] | Literal["polar_expr
 
 QUINTIC: Triple = (3.4445, -4.775, 2.0315)  # of Jordan et al. 2024
 
+_TINY = 1e-10  # added to what NorMuon divides by
 _SAFETY = 1.01  # keeps singular values below the bound of an iteration, although bfloat16 rounds
 _OPTIMAL: list[Triple] = [
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -66,6 +67,18 @@ def iterate(x: Tensor, coefficients: list[Triple]) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
+
+
+def normalize_rows(matrices: Tensor, averages: list[Tensor], beta: float) -> Tensor:
+    """Divides each row by the root of the average of its mean square (NorMuon, Li et al. 2025, algorithm 1).
+
+    `matrices` [n, rows, columns] keep their Frobenius norms. `averages`, n of [rows, 1], are updated with decay `beta`.
+    """
+    for average, square in zip(averages, matrices.square().mean(2, keepdim=True), strict=True):
+        average.lerp_(square.to(average.dtype), 1 - beta)
+    normalized = matrices / (torch.stack(averages).sqrt() + _TINY)
+    norms, new_norms = (each.norm(dim=(1, 2), keepdim=True) for each in (matrices, normalized))
+    return normalized * (norms / (new_norms + _TINY))
 
 
 def as_matrix(t: Tensor, like: Tensor) -> Tensor:

@@ -7,9 +7,18 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.config.schema import check_value
 from dlopt.optim import Muon
-from dlopt.optim.orthogonalize import POLAR_EXPRESS, QUINTIC, Coefficients, iterate, orthogonalize, triples
+from dlopt.optim.orthogonalize import (
+    POLAR_EXPRESS,
+    QUINTIC,
+    Coefficients,
+    iterate,
+    normalize_rows,
+    orthogonalize,
+    triples,
+)
+from tests.support.updates import GRADS, START, Array, parameters, set_gradients
 
-SHAPES = [(2, 12, 20), (1, 20, 12), (3, 9, 9), (1, 1, 5)]
+STACKS = [(2, 12, 20), (1, 20, 12), (3, 9, 9), (1, 1, 5)]
 
 
 def matrices(shape: tuple[int, ...]) -> torch.Tensor:
@@ -39,7 +48,7 @@ def test_polar_express_has_the_best_quintic_of_each_iteration() -> None:
         np.testing.assert_allclose((a * 1.01, b * 1.01**3, c * 1.01**5), found, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", STACKS)
 def test_iterations_map_the_singular_values(shape: tuple[int, ...]) -> None:
     x = matrices(shape)
     x = x / x.norm(dim=(1, 2), keepdim=True) / 1.01
@@ -79,3 +88,48 @@ def test_muon_takes_coefficients_of_each_iteration() -> None:
         errors[name] = float((p.detach() + u @ vh).norm() / (u @ vh).norm())
     assert errors["polar"] < 0.02 < 0.1 < errors["quintic"]
     assert errors["list"] == pytest.approx(errors["polar"], abs=0.01)  # which scales by the safety factor first
+
+
+def normuon(update: Array, second: Array, beta2: float) -> tuple[Array, Array]:
+    """The normalization in the authors' code (Li et al. 2025): `normuon_update` between orthogonalization and scale."""
+    norm = np.linalg.norm(update)
+    second = second + (1 - beta2) * ((update * update).mean(-1, keepdims=True) - second)
+    update = update / (np.sqrt(second) + 1e-10)
+    return update * norm / (np.linalg.norm(update) + 1e-10), second
+
+
+def test_rows_are_normalized_as_in_the_code_of_normuon() -> None:
+    averages, seconds = [torch.zeros(12, 1, dtype=torch.float64) for _ in range(2)], [np.zeros((12, 1))] * 2
+    for seed in range(4):
+        updates = torch.randn(2, 12, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        updates[0, 3] = 0.0  # a row without a gradient stays zero
+        found = normalize_rows(updates, averages, 0.9)
+        for i in range(2):
+            expected, seconds[i] = normuon(updates[i].numpy(), seconds[i], 0.9)
+            np.testing.assert_allclose(found[i].numpy(), expected, rtol=1e-12)
+            np.testing.assert_allclose(averages[i].numpy(), seconds[i], rtol=1e-12)
+        torch.testing.assert_close(found.norm(dim=(1, 2)), updates.norm(dim=(1, 2)))
+
+
+def test_muon_normalizes_the_rows_of_orthogonalized_momenta() -> None:
+    """Kernels as [out, everything else]; vectors, and the state of others, as without."""
+    params, plain = parameters(), parameters()
+    ours = Muon(params.values(), lr=0.1, weight_decay=0.0, row_beta=0.9)
+    others = Muon(plain.values(), lr=0.1, weight_decay=0.0)
+    weights = {name: START[name].reshape(len(START[name]), -1) for name in ("kernel", "matrix")}
+    momenta, seconds = {name: np.zeros_like(w) for name, w in weights.items()}, dict.fromkeys(weights, np.zeros(1))
+    for gradient in GRADS:
+        for each, optimizer in ((params, ours), (plain, others)):
+            set_gradients(each, gradient)
+            optimizer.step()
+        for name, w in weights.items():
+            g = gradient[name].reshape(w.shape)
+            momenta[name] += 0.05 * (g - momenta[name])
+            nesterov = torch.tensor(g + 0.95 * (momenta[name] - g)).unsqueeze(0)
+            update = orthogonalize(nesterov, QUINTIC, 5, 1e-7)[0].double().numpy()
+            second = np.broadcast_to(seconds[name], (len(w), 1))
+            update, seconds[name] = normuon(update, second, 0.9)
+            weights[name] = w - 0.1 * max(1, w.shape[0] / w.shape[1]) ** 0.5 * update
+            np.testing.assert_allclose(params[name].detach().numpy().reshape(w.shape), weights[name], atol=1e-9)
+    assert torch.equal(params["vector"], plain["vector"])
+    assert all("row_square" not in others.state[p] for p in plain.values())

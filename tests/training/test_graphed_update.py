@@ -40,6 +40,7 @@ OPTIMIZERS: dict[str, Make] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.0625, fused=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.0625, weight_decay=0.1, fused=True),
     "muon": lambda p: Muon(p, lr=0.125, rest="sgd", rest_lr=0.125, normalize_weights=True),
+    "muon_sphere": lambda p: Muon(p, lr=0.125, rest="sgd", weight_decay=0.0, row_beta=0.5, hyperball=True),
 }
 
 
