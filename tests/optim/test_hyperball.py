@@ -118,12 +118,14 @@ def test_soap_orthogonalizes_its_updates_to_an_rms_of_one() -> None:
 
 def test_refusals_name_the_key() -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.zeros(3))
-    for make in (adamw, Muon, SOAP):
+    makes: list[Make] = [adamw, Muon, SOAP]
+    for make in makes:
         with pytest.raises(UserError, match=r"^optimizer.weight_decay=0.01: optimizer.hyperball=true fixes the norm"):
             make([matrix], hyperball=True)
         with pytest.raises(UserError, match=r"matrix of shape \[2, 2\] is initialized to zero"):
             make([nn.Parameter(torch.zeros(2, 2))], weight_decay=0.0, hyperball=True)
-        make([{"params": [matrix], "weight_decay": 0.0}, {"params": [vector]}], hyperball=True)
+        groups: list[dict[str, Any]] = [{"params": [matrix], "weight_decay": 0.0}, {"params": [vector]}]
+        make(groups, hyperball=True)
         optimizer = make([matrix, vector], weight_decay=0.0, hyperball=True)
         with pytest.raises(UserError, match=r"weight_decay=0\.1"):
             optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "weight_decay": 0.1})
