@@ -105,7 +105,7 @@ class MatrixQuadratic(Function):
     eigenvalues `curvatures`. W starts at sum_i singular_value_i u_i v_i^T with orthonormal u_i: the gradient
     sum_i curvature_i singular_value_i u_i v_i^T then has the singular vectors of W, and so has every update of gradient
     descent, Muon, Shampoo and, apart from rounding, SOAP, which move each singular value on its own. With `rotated` the
-    u_i and v_i are random, else they are the axes, along which methods with a learning rate per entry have an advantage.
+    u_i and v_i are random, else the axes, along which methods with a learning rate per entry have an advantage.
 
     Errors: UserError for different numbers of curvatures and singular values.
     """
