@@ -114,7 +114,7 @@ def test_picture_has_a_panel_per_path_and_a_line_per_singular_value() -> None:
     shown = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title() for axes in shown] == list(paths)
     for axes, path in zip(shown, paths.values(), strict=True):
-        lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+        lines: dict[Any, Any] = {line.get_label(): line.get_ydata() for line in axes.lines}
         along, _ = function.components(path.points)
         for i, curvature in enumerate(CURVATURES):
             assert list(lines[f"curvature {curvature:g}"]) == pytest.approx(along[:, i].tolist())
