@@ -21,6 +21,7 @@ from dlopt.optim.common import (
     move,
     refuse_complex,
 )
+from dlopt.optim.hyperball import keeps_norm, move_on_sphere, radius, refuse_with_hyperball
 from dlopt.optim.traits import ADAPTIVE, DECOUPLED, ELEMENTWISE, OptimizerTraits, is_decoupled
 
 
@@ -33,27 +34,23 @@ def adamw(
     weight_decay: NonNegative = 0.01,
     amsgrad: bool = False,
     cautious: bool = False,
+    hyperball: bool = False,
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:
-    """Builds torch's AdamW (Loshchilov & Hutter 2019), or its cautious variant, for which torch has no kernel.
+    """Builds torch's AdamW (Loshchilov & Hutter 2019), or a variant for which torch has no kernel: cautious, hyperball.
 
     `fused` is passed at run time: whether torch's fused kernel fits the parameters.
     """
-    if cautious:
-        return CautiousAdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+    if hyperball:
+        refuse_with_hyperball(cautious=cautious)
+    if hyperball or cautious:
+        kind = HyperballAdamW if hyperball else CautiousAdamW
+        return kind(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
     return torch.optim.AdamW(params, lr, betas, eps, weight_decay, amsgrad, fused=fused)
 
 
-class CautiousAdamW(RealOptimizer):
-    """AdamW whose update moves no weight against its gradient (C-AdamW, Liang et al. 2024, algorithm 1).
-
-    u = m^ / (sqrt(v^) + eps); theta <- (1 - lr * weight_decay) theta - lr * d / (nnz + 1) * mask * u, where the mask
-    u * g > 0 keeps nnz of a tensor's d entries The weight decay is not masked. The factor is the
-    paper's; the authors' present code has d / nnz.
-    """
-
-    # Its number of kept entries is that of the whole tensor.
-    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, scope="tensor", rounds_state=True)
+class _OwnAdamW(RealOptimizer):
+    """AdamW by torch's foreach functions, for the variants that change its update."""
 
     def __init__(
         self,
@@ -64,18 +61,63 @@ class CautiousAdamW(RealOptimizer):
         eps: NonNegative = 1e-8,
         weight_decay: NonNegative = 0.01,
         amsgrad: bool = False,
+        **variant: bool,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **variant})
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads, counts = gradients(params), count_steps(self, params)
+    def _updates(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Returns m^ / (sqrt(v^) + eps) for the parameters, after adding the gradients to m and v."""
+        counts = count_steps(self, params)
         averages, squares = moments(self, params, grads, group["betas"])
         if group["amsgrad"]:
             maxima = buffers(self, params, "max_exp_avg_sq")
             torch._foreach_maximum_(maxima, squares)
             squares = maxima
-        updates = adam_updates(averages, squares, counts, group["betas"], group["eps"])
+        return adam_updates(averages, squares, counts, group["betas"], group["eps"])
+
+
+class HyperballAdamW(_OwnAdamW):
+    """AdamW whose matrices keep their norms (AdamH, Wen et al. 2026): see `move_on_sphere`.
+
+    Vectors, and groups with `use_muon=False` (`rest: true`), as is advised for embeddings and the last layer, are
+    updated by AdamW.
+    """
+
+    traits: ClassVar[OptimizerTraits] = replace(
+        DECOUPLED, scope="tensor", normalizes_entries=False, rests_at_zero_lr=False, rounds_state=True
+    )
+
+    def __init__(self, params: ParamsT, **keys: Any) -> None:
+        super().__init__(params, **keys, hyperball=True)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        others: list[Tensor] = []
+        updates: list[Tensor] = []
+        for p, update in zip(params, self._updates(group, params, gradients(params)), strict=True):
+            if keeps_norm(group, p):
+                move_on_sphere(p, update, float(group["lr"]), radius(self, p))
+            else:
+                others.append(p)
+                updates.append(update)
+        if others:
+            move(group, others, updates)
+
+
+class CautiousAdamW(_OwnAdamW):
+    """AdamW whose update moves no weight against its gradient (C-AdamW, Liang et al. 2024, algorithm 1).
+
+    u = m^ / (sqrt(v^) + eps); theta <- (1 - lr * weight_decay) theta - lr * d / (nnz + 1) * mask * u, where the mask
+    u * g > 0 keeps nnz of a tensor's d entries. The weight decay is not masked. The factor is the
+    paper's; the authors' present code has d / nnz.
+    """
+
+    # Its number of kept entries is that of the whole tensor.
+    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, scope="tensor", rounds_state=True)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads = gradients(params)
+        updates = self._updates(group, params, grads)
         make_cautious(updates, grads)
         move(group, params, updates)
 

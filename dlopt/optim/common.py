@@ -11,6 +11,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
 from dlopt.basics.errors import UserError
+from dlopt.optim.hyperball import check_hyperball
 
 Closure = Callable[[], Any]
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -131,6 +132,7 @@ class RealOptimizer(ForeachOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         refuse_complex(type(self).__name__.lower(), self.param_groups[-1]["params"])
+        check_hyperball(self.param_groups[-1])
 
 
 def fill_defaults(optimizer: torch.optim.Optimizer) -> None:

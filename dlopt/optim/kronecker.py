@@ -16,9 +16,12 @@ from torch.optim.optimizer import ParamsT
 from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count, Fraction, NonNegative, Positive, PositiveFraction, Seed
 from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, count_steps, evaluate, gradients
+from dlopt.optim.hyperball import move_on_sphere, radius
+from dlopt.optim.orthogonalize import QUINTIC, as_matrix, orthogonalize
 from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
 
 _FLAT_UPDATES, _DECAY = 500, 0.001  # of the fraction of updates that also update Kron's preconditioner
+_WHITENING_STEPS = 10  # iterations that orthogonalize an update of SOAP, as in the authors' code
 _MAX_RMS = 1.1  # of an update of Kron
 _BALANCE_EVERY = 100  # updates of the preconditioner between two balancings of its factors
 
@@ -207,9 +210,18 @@ class SOAP(RealOptimizer):
     The first gradient only initializes L, R and their eigenvectors, as in the authors' code, so that no gradient is
     projected on its own eigenbasis. A kernel [out, in, height, width] has a basis for each of its four modes. Vectors,
     and modes larger than `max_size`, are not rotated: AdamW. (pytorch-optimizer's SOAP orthogonalizes in float32.)
+
+    `orthogonalize` replaces the update of a matrix or kernel, as [out, everything else], by U V^T of it, scaled to an
+    RMS of 1 (SOAP-Muon, Vyas et al. 2025, as in the authors' olmo_optimizer, which in addition multiplies the rate by
+    Adam's bias corrections). `hyperball` keeps the norms of matrices (SOAP-H, Wen et al. 2026): see `move_on_sphere`.
+    Both leave out groups with `use_muon=False` (`rest: true`), as is advised for embeddings and the last layer.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor", decoupled_decay=True)
+    @property
+    def traits(self) -> OptimizerTraits:
+        return replace(
+            ELEMENTWISE, scope="tensor", rests_at_zero_lr=not self.defaults["hyperball"], decoupled_decay=True
+        )
 
     def __init__(
         self,
@@ -222,9 +234,12 @@ class SOAP(RealOptimizer):
         weight_decay: NonNegative = 0.01,
         update_every: Count = 10,
         max_size: Count = 10_000,
+        orthogonalize: bool = False,
+        hyperball: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "update_every": update_every, "max_size": max_size})
+        defaults |= {"update_every": update_every, "max_size": max_size}
+        super().__init__(params, {**defaults, "orthogonalize": orthogonalize, "hyperball": hyperball})
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
@@ -244,7 +259,7 @@ class SOAP(RealOptimizer):
                 denominator = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
                 normalized = multiply_modes(m, bases, transpose=True) / denominator
                 p.mul_(1 - lr * group["weight_decay"])
-                p.sub_(multiply_modes(normalized, bases), alpha=lr / (1 - beta1**t))
+                self._move(group, p, multiply_modes(normalized, bases), lr, 1 - beta1**t)
             for mode in modes:
                 new = gram(grad, mode)
                 if f"gram{mode}" not in state:
@@ -255,6 +270,20 @@ class SOAP(RealOptimizer):
                     state[f"basis{mode}"] = eigenvectors(state[f"gram{mode}"])[1].flip(1)  # largest eigenvalue first
             elif (count - 1) % group["update_every"] == 0:
                 self._refresh_bases(p, modes)
+
+    def _move(self, group: dict[str, Any], p: Tensor, update: Tensor, lr: float, correction: float) -> None:
+        """Moves p by the update, of which `correction` is the bias of the average of gradients."""
+        weight = p
+        if p.ndim > 1 and group.get("use_muon", True):
+            if group["orthogonalize"]:
+                weight, matrix = as_matrix(p, p), as_matrix(update, p).unsqueeze(0)
+                update = orthogonalize(matrix, QUINTIC, _WHITENING_STEPS, eps=1e-7)[0].to(p.dtype)
+                update = update / update.square().mean().sqrt().clamp(min=torch.finfo(p.dtype).tiny)
+                correction = 1.0  # the scale of the average does not matter any more
+            if group["hyperball"]:
+                move_on_sphere(weight, update, lr, radius(self, p))
+                return
+        weight.sub_(update, alpha=lr / correction)
 
     def _refresh_bases(self, p: Tensor, modes: list[int]) -> None:
         """Moves the bases one step of the power iteration towards the eigenvectors; V follows their order."""

@@ -1,7 +1,7 @@
 """Muon and Scion: steps by orthogonalized momenta."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import compress
 from typing import Any, ClassVar, Literal
@@ -25,28 +25,9 @@ from dlopt.optim.common import (
     refuse_complex,
     without_global_step_hooks,
 )
+from dlopt.optim.hyperball import check_hyperball, move_on_sphere, radius, refuse_with_hyperball
+from dlopt.optim.orthogonalize import QUINTIC, Coefficients, as_matrix, normalize_rows, orthogonalize
 from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
-
-
-def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
-    """Approximates U V^T for each of the matrices U S V^T [n, rows, columns], in bfloat16.
-
-    Uses the quintic Newton-Schulz iteration X <- a X + (b X X^T + c (X X^T)^2) X of Jordan et al. 2024 ("Muon"). Its
-    coefficients are chosen for few steps, not for convergence: of a random matrix, eight or nine of ten singular values
-    end between 0.7 and 1.2, and the smallest ones below.
-    """
-    a, b, c = coefficients
-    x = matrices.to(torch.bfloat16)
-    is_tall = x.shape[1] > x.shape[2]
-    if is_tall:  # the Gram matrix is smaller
-        x = x.mT
-    # The coefficients are chosen for singular values in (0, 1]. The Frobenius norm, which is cheap, bounds the largest
-    # one, so that all of them start there.
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -60,6 +41,10 @@ class Muon(torch.optim.Optimizer):
     weights. `cautious` moves no weight against its gradient (Liang et al. 2024), neither in matrices nor in the AdamW
     of the others; it masks the orthogonalized update, so that this holds (the authors' code masks the momentum before
     the orthogonalization, after which entries may again move against the gradient). `rest_lr=None` is lr.
+
+    `row_beta` normalizes the rows of an orthogonalized update (NorMuon, Li et al. 2025): see `normalize_rows`. Rows of
+    a kernel are its output channels; the authors' code takes the rows of each [height, width]. `hyperball` keeps the
+    norms of the matrices (MuonH, Wen et al. 2026): see `move_on_sphere`; `adjust_lr_fn` then has no effect.
 
     Each parameter group is split in two: matrices and other parameters. The learning rate of a group is relative to
     `lr`: its other parameters get `rest_lr` * group lr / `lr`.
@@ -75,11 +60,13 @@ class Muon(torch.optim.Optimizer):
         weight_decay: NonNegative = 0.01,
         momentum: Fraction = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_coefficients: Coefficients = QUINTIC,
         ns_steps: Count = 5,
         eps: Positive = 1e-7,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
+        row_beta: Fraction | None = None,
         normalize_weights: bool = False,
+        hyperball: bool = False,
         cautious: bool = False,
         rest: Literal["adamw", "sgd"] = "adamw",
         rest_lr: Positive | None = 0.001,
@@ -87,8 +74,11 @@ class Muon(torch.optim.Optimizer):
         rest_betas: tuple[Fraction, Fraction] = (0.9, 0.999),
         rest_eps: Positive = 1e-8,
     ) -> None:
-        keys = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
-        keys |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn, "normalize_weights": normalize_weights}
+        keys: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "eps": eps, "adjust_lr_fn": adjust_lr_fn}
+        keys |= {"ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "normalize_weights": normalize_weights}
+        keys |= {"row_beta": row_beta, "hyperball": hyperball}
+        if hyperball:
+            refuse_with_hyperball(cautious=cautious, normalize_weights=normalize_weights)
         if cautious and rest == "sgd":
             raise UserError("optimizer.cautious=true: optimizer.rest=sgd has no such variant; use optimizer.rest=adamw")
         self._keys = {**keys, "lr": lr, "weight_decay": weight_decay, "cautious": cautious}
@@ -114,6 +104,7 @@ class Muon(torch.optim.Optimizer):
             takes = [use_muon and p.ndim > 1 for p in group["params"]]
             if any(takes):
                 muon_groups.append({**self._keys, **group, **_selected(group, takes), "use_muon": True})
+                check_hyperball(muon_groups[-1])
             if not all(takes):
                 # A group's learning rate is relative to `lr`; here it has the same ratio to `rest_lr`.
                 rest_lr = group["lr"] / self._keys["lr"] * self._rest_lr
@@ -139,7 +130,8 @@ class Muon(torch.optim.Optimizer):
     def traits(self) -> OptimizerTraits:
         # Torch's SGD adds the decay to the gradient; normalized weights are not those that the decay has shrunk.
         decoupled = self._rest_class is not torch.optim.SGD and not self._keys["normalize_weights"]
-        return replace(ELEMENTWISE, scope="tensor", capturable=not self._keys["cautious"], decoupled_decay=decoupled)
+        traits = replace(ELEMENTWISE, scope="tensor", capturable=not self._keys["cautious"], decoupled_decay=decoupled)
+        return replace(traits, rests_at_zero_lr=not self._keys["hyperball"])  # which sets the norm again
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not self._is_built:
@@ -205,13 +197,27 @@ class Muon(torch.optim.Optimizer):
             by_shape.setdefault((len(p), p.numel() // len(p)), []).append(index)
         for shape, indices in by_shape.items():
             stacked = torch.stack([as_matrix(moves[index], params[index]) for index in indices])
-            orthogonal = orthogonalize(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
-            precise_type = torch.promote_types(stacked.dtype, torch.float32)
-            scaled = orthogonal.to(precise_type) * (group["lr"] * _lr_factor(shape, group["adjust_lr_fn"]))
+            update = orthogonalize(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            update = update.to(torch.promote_types(stacked.dtype, torch.float32))
+            if group["row_beta"] is not None:
+                update = normalize_rows(update, self._row_squares([params[i] for i in indices]), group["row_beta"])
+            if group["hyperball"]:
+                for index, move in zip(indices, update, strict=True):
+                    p = params[index]
+                    move_on_sphere(as_matrix(p, p), move, group["lr"], radius(self, p))
+                continue
+            scaled = update * (group["lr"] * _lr_factor(shape, group["adjust_lr_fn"]))
             if group["cautious"]:
                 make_cautious(scaled, [as_matrix(grads[index], params[index]) for index in indices])
             for index, move in zip(indices, scaled, strict=True):
                 as_matrix(params[index], params[index]).sub_(move)
+
+    def _row_squares(self, params: list[Tensor]) -> list[Tensor]:
+        """Returns the averages [rows, 1] of the mean square of each row, initially zero."""
+        for p in params:
+            if "row_square" not in self.state[p]:
+                self.state[p]["row_square"] = p.new_zeros(len(p), 1)
+        return [self.state[p]["row_square"] for p in params]
 
 
 def _selected(group: dict[str, Any], chosen: list[bool]) -> dict[str, Any]:
@@ -225,19 +231,6 @@ def _lr_factor(shape: tuple[int, ...], adjust_lr_fn: str) -> float:
     al. 2025, "Muon is scalable for LLM training", section 2.2)."""
     rows, columns = shape
     return math.sqrt(max(1.0, rows / columns)) if adjust_lr_fn == "original" else 0.2 * math.sqrt(max(rows, columns))
-
-
-def as_matrix(t: Tensor, like: Tensor) -> Tensor:
-    """Reshapes t to [out, everything else]; a view if t has the memory format of `like`.
-
-    Columns are in memory order, which is another for channels-last kernels. Orthogonalization does not depend on it.
-    """
-    if like.ndim == 2:
-        return t
-    if not like.is_contiguous():
-        order = sorted(range(1, like.ndim), key=like.stride, reverse=True)
-        t = t.permute(0, *order)
-    return t.reshape(len(t), -1)
 
 
 class Scion(RealOptimizer):
@@ -265,7 +258,7 @@ class Scion(RealOptimizer):
         radius: Positive = 50.0,
         rest_radius: Positive = 3000.0,
         constrained: bool = True,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_coefficients: Coefficients = QUINTIC,
         ns_steps: Count = 5,
         eps: Positive = 1e-8,
     ) -> None:

@@ -16,6 +16,7 @@ from dlopt.basics.ranges import NonNegative, PositiveFraction
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ADAPTERS = ("lora_a", "lora_b")  # names of the matrices of an adapter, which belong to the layer of the weight
+_METHODS_FOR_MATRICES = ("rest", "rest_radius", "hyperball", "orthogonalize")  # keys of optimizers that have two
 _WITHOUT_DECAY = (*NORMS, nn.Embedding)
 
 
@@ -93,9 +94,12 @@ def parameter_groups(
                 extra[name]["horizon"] = rule.horizon
             if rule.rest is not None:
                 extra[name]["use_muon"] = not rule.rest
-        if rule.rest is not None and not {"rest", "rest_radius"} & set(arguments):
+        if rule.rest is not None and not any(arguments.get(name) for name in _METHODS_FOR_MATRICES):
             flag = str(rule.rest).lower()
-            raise UserError(f"{key}.rest={flag}: this optimizer has a single method for matrices; use muon or scion")
+            raise UserError(
+                f"{key}.rest={flag}: this optimizer has a single method for matrices; use muon or scion, or one with "
+                "optimizer.hyperball=true"
+            )
     freeze(model, grouping)
     trainable = {name: p for name, p in names.items() if p.requires_grad}
     if not trainable:

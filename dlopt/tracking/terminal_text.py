@@ -35,7 +35,7 @@ _PER_SECOND = {"samples_per_second": "samples", "tokens_per_second": "tokens"}  
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
 # Of an optimizer's keys, those that define it. Its other keys are rarely set.
-_DEFINING = ("lr", "momentum", "nesterov", "betas", "amsgrad", "cautious", "weight_decay")
+_DEFINING = ("lr", "momentum", "nesterov", "betas", "amsgrad", "cautious", "hyperball", "weight_decay")
 _AVERAGING = "dlopt.optim.SGDW"  # its momentum is an average, with steps 1 - momentum times those of torch's SGD
 _REPORT_KEYS = ("published", "tags", "note")  # read by `dlopt report` and `dlopt runs` only: not shown as settings
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.optim import LAMB, LARS, SAM, SGDW, AdaBelief, Lion, LossClosure, Muon, Rprop, common
-from dlopt.optim.muon import orthogonalize
+from dlopt.optim.orthogonalize import orthogonalize
 from tests.support.updates import (
     GRADS,
     SHAPES,

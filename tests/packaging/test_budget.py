@@ -22,7 +22,10 @@ BUDGET = {
     "words of a sweep": 0
     + 4,  # space: instead of the promised group; seeds, trials: plan.with_params went; wait: submitit
     "groups": 18 + 2,  # decay, debug
-    "choices": 235 + 5 + 3,  # of decay; debug: fast, overfit, profile
+    "choices": 235
+    + 5
+    + 3  # of decay; debug: fast, overfit, profile
+    + 1,  # function=matrix: NorMuon, SOAP-Muon, AdamH, MuonH and SOAP-H are keys, not choices
     "recipes": 118,
     "names of dlopt.extend": 56 + 1,  # Checkpoint replaces the nine keys of its file
 }

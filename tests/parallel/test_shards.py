@@ -47,7 +47,11 @@ if TorchVersion(torch.__version__) < "2.12":
     NEEDS_FULL_TENSORS.add("irprop")  # torch's Rprop cannot update shards there
 # Updated by the owners of tensors that are sharded by rows. Kron counts its updates, and draws random numbers.
 STEPPED_BY_OWNERS = NEEDS_FULL_TENSORS - {"kron"}
-OVERRIDES = {"soap": ["optimizer.max_size=4"]}  # eigenvectors of equal eigenvalues, here 0, depend on rounding
+SPHERE = ["optimizer.hyperball=true", "optimizer.weight_decay=0"]
+OVERRIDES = {
+    "soap": ["optimizer.max_size=4"],  # eigenvectors of equal eigenvalues, here 0, depend on rounding
+    "dmuon": [*SPHERE, "optimizer.row_beta=0.9"],
+}
 NEEDS_FULL_MODEL = {"bfgs", "dfp", "lbfgs", "newton", "newton_cg", "newton_undamped", "prodigy", "sam", "sophia"}
 
 

@@ -43,6 +43,7 @@ OPTIMIZERS: dict[str, Make] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.0625, weight_decay=0.1, fused=True),
     "muon": lambda p: Muon(p, lr=0.125, rest="sgd", rest_lr=0.125, normalize_weights=True),
     "adamw, cautious decay": lambda p: with_cautious_decay(torch.optim.AdamW(p, 0.0625, weight_decay=0.5, fused=True)),
+    "muon_sphere": lambda p: Muon(p, lr=0.125, rest="sgd", weight_decay=0.0, row_beta=0.5, hyperball=True),
 }
 
 

@@ -19,6 +19,7 @@ Usage:
 Examples:
   dlopt trajectory function=quadratic optimizer=gradient_descent,momentum,newton
   dlopt trajectory function=rosenbrock optimizer=momentum,adam,bfgs steps=200
+  dlopt trajectory function=matrix optimizer=gradient_descent,adam,muon,soap optimizer.momentum=0
   dlopt trajectory function=saddle optimizer=momentum,newton,newton_undamped function.start=[-1.5,0.1]
   dlopt trajectory function=digits function.batch_size=1,16,full optimizer=gradient_descent optimizer.lr=1
   dlopt trajectory schedule=cosine_warmup,step,one_cycle epochs=30
@@ -28,7 +29,8 @@ Examples:
 
 Keys of functions and schedules accept several values: one curve per combination.
 
-Optimizer paths (function=quadratic, noisy_quadratic, rosenbrock, beale, himmelblau, saddle, plateau or digits):
+Optimizer paths (function=quadratic, noisy_quadratic, rosenbrock, beale, himmelblau, saddle, plateau, digits or
+matrix):
   function.KEY=VALUE :: key of the function: function.condition=50 function.angle=30 function.start=[-1,2] ...
   {PathSettings}
   Weight decay is 0 unless optimizer.weight_decay is given. L-BFGS makes one iteration per update.

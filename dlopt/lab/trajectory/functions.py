@@ -1,9 +1,9 @@
-"""Functions of two variables to visualize optimizers: `dlopt trajectory function=...` plots their trajectories.
+"""Functions to visualize optimizers, of two variables or of a matrix, for `dlopt trajectory function=...`.
 
-Each maps points [..., 2] to values [...]. `minima` are all its global minima, `least` is their value, `start` is the
-initial point, `window` (left, right, bottom, top) is the plotted region, `axes` names the coordinates, and
-`sample(generator)` returns the loss of one update: the function itself, or its estimate from one batch of `samples`
-samples (1 for functions without data).
+Each maps points [..., 2] to values [...]; one of a matrix, of `shape`, takes its entries as the last dimension.
+`minima` are all its global minima, `least` is their value, `start` is the initial point, `window` (left, right, bottom,
+top) is the plotted region, `axes` names the coordinates, and `sample(generator)` returns the loss of one update: the
+function itself, or its estimate from one batch of `samples` samples (1 for functions without data).
 """
 
 import math
@@ -16,21 +16,23 @@ from torch import Tensor
 from dlopt.data.digits import digits
 from dlopt.extend import Count, NonNegative, Positive, UserError
 
-Point = tuple[float, float]
+Point = tuple[float, ...]
 Window = tuple[float, float, float, float]
 Loss = Callable[[Tensor], Tensor]
+BELOW, ABOVE = 0.1, 1.1  # ends of the plot of singular values, relative to the largest one at the start
 Digit = Literal[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 class Function:
     """Base of the functions; without noise, unless a function overrides `sample`."""
 
+    shape: tuple[int, ...] = (2,)
     minima: tuple[Point, ...]
     least: float = 0.0
     axes: tuple[str, str] = ("x", "y")
     samples: int = 1
 
-    def __init__(self, *, start: Point, window: Window) -> None:
+    def __init__(self, *, start: Point, window: Window | None) -> None:
         self.start, self.window = start, window
 
     def __call__(self, points: Tensor) -> Tensor:
@@ -41,6 +43,14 @@ class Function:
 
     def sample(self, generator: torch.Generator) -> Loss:
         return self
+
+    def shows(self, points: Tensor) -> bool:
+        """Returns whether all points [n, 2] are in the plotted region."""
+        assert self.window is not None
+        left, right, bottom, top = self.window
+        (x, y), tolerance = points.unbind(1), 1e-9
+        inside = (x >= left - tolerance) & (x <= right + tolerance) & (y >= bottom - tolerance) & (y <= top + tolerance)
+        return bool(inside.all())
 
 
 class Quadratic(Function):
@@ -86,6 +96,56 @@ class Quadratic(Function):
             return self
         displacement = self._std * torch.randn(2, generator=generator, dtype=torch.float64)
         return lambda points: self(points - displacement)
+
+
+class MatrixQuadratic(Function):
+    """sum_i curvature_i |W v_i|^2 / 2 of a matrix W [n, n], with orthonormal v_i.
+
+    This is least squares for a linear layer, whose inputs have a covariance with the eigenvectors v_i and the
+    eigenvalues `curvatures`. W starts at sum_i singular_value_i u_i v_i^T with orthonormal u_i: the gradient
+    sum_i curvature_i singular_value_i u_i v_i^T then has the singular vectors of W, and so has every update of gradient
+    descent, Muon, Shampoo and, apart from rounding, SOAP, which move each singular value on its own. With `rotated` the
+    u_i and v_i are random, else the axes, along which methods with a learning rate per entry have an advantage.
+
+    Errors: UserError for different numbers of curvatures and singular values.
+    """
+
+    def __init__(
+        self,
+        *,
+        curvatures: tuple[Positive, ...],
+        singular_values: tuple[Positive, ...],
+        rotated: bool,
+    ) -> None:
+        n = len(curvatures)
+        if n != len(singular_values) or n < 2:
+            raise UserError(
+                f"function.singular_values={list(singular_values)}: one for each of function.curvatures="
+                f"{list(curvatures)} is needed, at least two"
+            )
+        self.shape = (n, n)
+        self.left = self.right = torch.eye(n, dtype=torch.float64)
+        if rotated:
+            drawn = torch.randn(2, n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            self.left, self.right = torch.linalg.qr(drawn).Q
+        start = (self.left * torch.tensor(singular_values, dtype=torch.float64)) @ self.right.T
+        super().__init__(start=tuple(start.flatten().tolist()), window=None)
+        self.minima = ((0.0,) * n**2,)
+        self.eigenvalues = torch.tensor(curvatures, dtype=torch.float64)
+
+    def shows(self, points: Tensor) -> bool:
+        """Returns whether the signed singular values stay in the plot, which leaves some room below zero."""
+        along, _ = self.components(points)
+        return bool((along >= -BELOW * along[0].max()).all() and (along <= ABOVE * along[0].max()).all())
+
+    def components(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns u_i^T W v_i [..., n], and the norm [...] of all other u_i^T W v_j."""
+        rotated = self.left.T @ points.unflatten(-1, self.shape) @ self.right
+        along = rotated.diagonal(dim1=-2, dim2=-1)
+        return along, (rotated - torch.diag_embed(along)).flatten(-2).norm(dim=-1)
+
+    def __call__(self, points: Tensor) -> Tensor:
+        return ((points.unflatten(-1, self.shape) @ self.right).square() * self.eigenvalues).sum((-2, -1)) / 2
 
 
 class Rosenbrock(Function):

@@ -1,4 +1,4 @@
-"""Trajectories of optimizers on functions of two variables.
+"""Trajectories of optimizers on functions of two variables, and of a matrix.
 
 Optimizers run through the same `step(closure)` as in training. Trajectories are plotted over the contours of the
 function, with their distance to the minimum, and animated.
@@ -52,7 +52,7 @@ class Trajectory:
     `samples`: samples per evaluation, 1 for functions without data.
     """
 
-    points: Tensor  # [steps + 1, 2]
+    points: Tensor  # [steps + 1, 2], or the entries of a matrix
     losses: Tensor  # [steps + 1], of the function itself, without noise
     distances: Tensor  # [steps + 1], to the nearest minimum
     evaluations: list[int]
@@ -64,12 +64,8 @@ class Trajectory:
         """The number of samples evaluated up to each point."""
         return [count * self.samples for count in self.evaluations]
 
-    def is_within(self, window: Window) -> bool:
-        """Returns whether no point is outside the window (left, right, bottom, top)."""
-        left, right, bottom, top = window
-        (x, y), tolerance = self.points.unbind(1), 1e-9
-        inside = (x >= left - tolerance) & (x <= right + tolerance) & (y >= bottom - tolerance) & (y <= top + tolerance)
-        return not self.diverged and bool(inside.all())
+    def stays_in_the_plot(self, function: Function) -> bool:
+        return not self.diverged and function.shows(self.points)
 
     def updates_to_minimum(self) -> int | None:
         """Returns the first update after which the distance stays within `TOLERANCE`; None if there is none."""
@@ -91,10 +87,10 @@ def follow(function: Function, build: Build, *, steps: int, seed: int, factor: F
 
     `factor` is the schedule. The noise depends only on the seed and the update, so it is the same for all optimizers.
     """
-    point = nn.Parameter(torch.tensor(function.start, dtype=torch.float64))
+    point = nn.Parameter(torch.tensor(function.start, dtype=torch.float64).view(function.shape))
     optimizer = build([point])
     schedule = Scheduler(optimizer, factor)
-    points, evaluations = [point.detach().clone()], [0]
+    points, evaluations = [point.detach().flatten().clone()], [0]
     count = 0
     diverged = False
     for t in range(steps):
@@ -103,12 +99,12 @@ def follow(function: Function, build: Build, *, steps: int, seed: int, factor: F
         def loss() -> Tensor:
             nonlocal count
             count += 1
-            return sampled(point)  # noqa: B023 - called within this update only
+            return sampled(point.flatten())  # noqa: B023 - called within this update only
 
         optimizer.step(LossClosure(optimizer, loss))  # type: ignore[arg-type]
         schedule.step()
         with evaluation_weights(optimizer):
-            position = point.detach().clone()
+            position = point.detach().flatten().clone()
         diverged = not bool(position.abs().max() < _DIVERGED)
         if diverged:
             break
@@ -121,14 +117,14 @@ def follow(function: Function, build: Build, *, steps: int, seed: int, factor: F
 
 def best_rate(trial: Callable[[float], Trajectory], function: Function) -> float:
     """Returns the learning rate of `RATES` with the lowest mean logarithm of the loss above the minimum, among those
-    whose path stays in the function's window, or among all if every path leaves it. Raises ValueError if all
+    whose path stays in the plot, or among all if every path leaves it. Raises ValueError if all
     diverge."""
 
     def best(indices: Iterable[int]) -> int:
         for i in indices:
             if i not in scores:
                 path = trial(RATES[i])
-                scores[i] = (not path.is_within(function.window), _score(path, function.least))
+                scores[i] = (not path.stays_in_the_plot(function), _score(path, function.least))
         return min(scores, key=lambda i: scores[i])
 
     scores: dict[int, tuple[bool, float]] = {}
@@ -237,8 +233,10 @@ def _line(i: int, count: int) -> dict[str, Any]:
     return style(i, dash=i // len(drawing.COLOURS), linewidth=width, zorder=3 + i / 100)
 
 
-def _frame(window: Window, trajectories: Iterable[Trajectory]) -> Window:
-    """Returns the window, extended to contain the trajectories, by at most its size on each side."""
+def _frame(window: Window | None, trajectories: Iterable[Trajectory]) -> Window:
+    """Returns the window, which a function of two variables has, extended to contain the trajectories, by at most its
+    size on each side."""
+    assert window is not None
     finite = [trajectory.points for trajectory in trajectories if not trajectory.diverged]
     if not finite:
         return window

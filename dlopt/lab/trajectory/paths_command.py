@@ -1,6 +1,7 @@
 """`dlopt trajectory function=...`: runs optimizers on a function of two variables and plots their paths."""
 
 import itertools
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from dlopt.schedules import Warmup
 
 _GROUPS = ("function", "optimizer", "schedule")
+_MATRIX = "dlopt.lab.trajectory.functions.MatrixQuadratic"
 _LINE_SEARCH_EVALUATIONS = 25  # default for L-BFGS
 
 
@@ -82,6 +84,8 @@ class _PathJob:
 
 def draw_paths(line: Line) -> int:
     """Saves the plot of the paths; the config is trajectory.yaml, unless --config-name names another."""
+    from dlopt.lab.trajectory.functions import MatrixQuadratic
+    from dlopt.lab.trajectory.matrix import draw_components
     from dlopt.lab.trajectory.paths import animate, draw_trajectories, table
     from dlopt.lab.trajectory.tolerance import draw_ends, end_table, ends
 
@@ -98,6 +102,8 @@ def draw_paths(line: Line) -> int:
     if settings.animation == "mp4" and shutil.which("ffmpeg") is None:
         raise UserError("animation=mp4: ffmpeg is not installed; use animation=gif")
     function = _common_function(path_jobs)
+    if function.window is None and settings.animation is not None:
+        raise UserError(f"animation={settings.animation}: only for functions of two variables; use animation=null")
     paths: dict[str, Trajectory] = {}
     rates: dict[str, float | None] = {}
     notes: dict[str, str] = {}
@@ -114,7 +120,10 @@ def draw_paths(line: Line) -> int:
     subtitle = " ".join(without(line.fixed(), "function", "output", "animation", "tolerances"))
     folder = output_folder(settings.output, "trajectory")
     with writing(folder):
-        figure = draw_trajectories(function, paths, title=title, subtitle=subtitle)
+        if isinstance(function, MatrixQuadratic):
+            figure = draw_components(function, paths, title=title, subtitle=subtitle)
+        else:
+            figure = draw_trajectories(function, paths, title=title, subtitle=subtitle)
         written = drawing.save(figure, folder, "paths")
         if settings.animation is not None:
             animation = folder / f"paths.{settings.animation}"
@@ -177,9 +186,9 @@ def _check_job(config: DictConfig, job: Combination) -> _PathJob:
     warmup = {key: plain["schedule"].pop(key) for key in command_key_names(Warmup) if key in plain["schedule"]}
     overridden = set(map(key_of, job.overrides))
     optimizer = component("optimizer", plain["optimizer"], GROUPS["optimizer"].runtime, packages)
-    if optimizer.is_a(Muon, torch.optim.Muon):
+    if optimizer.is_a(Muon, torch.optim.Muon) and plain["function"].get("_target_") != _MATRIX:
         name = choices_of(config)["optimizer"]
-        raise UserError(f"optimizer={name}: not supported on test functions; it orthogonalizes matrices, not vectors")
+        raise UserError(f"optimizer={name}: orthogonalizes matrices, not vectors; use function=matrix")
     if "weight_decay" in optimizer.arguments and "optimizer.weight_decay" not in overridden:
         optimizer = optimizer.partial(weight_decay=0.0)  # the decay pulls towards the origin, not to the minimum
     if "max_iter" in optimizer.arguments and "optimizer.max_iter" not in overridden:
@@ -209,11 +218,14 @@ def _common_function(path_jobs: Sequence[_PathJob]) -> "Function":
 
     functions: list[Any] = [path_job.function.build() for path_job in path_jobs]
     first = functions[0]
-    left, right, bottom, top = first.window
-    points = torch.tensor([[left, bottom], [right, top], [left, top], [0.3, 0.7]], dtype=torch.float64)
+    size = math.prod(first.shape)
+    points = torch.linspace(-1, 1, 4 * size, dtype=torch.float64).view(4, size).sin()
+    if first.window is not None:
+        left, right, bottom, top = first.window
+        points = torch.tensor([[left, bottom], [right, top], [left, top], [0.3, 0.7]], dtype=torch.float64)
     for function in functions[1:]:
-        same = torch.equal(function(points), first(points)) and function.window == first.window
-        if type(function) is not type(first) or not same:
+        same = function.shape == first.shape and function.window == first.window
+        if type(function) is not type(first) or not same or not torch.equal(function(points), first(points)):
             raise UserError("function: one plot shows one function; only its noise (batch_size, ...) may vary")
     return first
 
@@ -260,7 +272,7 @@ def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
         except ValueError as error:
             raise UserError(f"optimizer of {job.label}: {error}; set optimizer.lr") from None
     path = run(job.optimizer.partial(lr=rate))
-    inside = "whose path stays in the picture" if path.is_within(function.window) else "(every path leaves the window)"
+    inside = "whose path stays in the picture" if path.stays_in_the_plot(function) else "(every path leaves the window)"
     note = f"other lr: of {len(RATES)} from {RATES[0]:g} to {RATES[-1]:g}, the fastest {inside}; set optimizer.lr"
     return path, _Choice(rate, {"lr": rate}, note)
 

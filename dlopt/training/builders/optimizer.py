@@ -110,7 +110,9 @@ def can_fuse(component: Component, parameters: Sequence[Tensor]) -> bool:
     target, devices = component.target, {p.device.type for p in parameters if not p.is_meta}
     if not component.takes("fused") or {"fused", "foreach"} & set(component.arguments):
         return False
-    if target.__module__.partition(".")[0] not in ("torch", "dlopt") or component.arguments.get("cautious"):
+    if target.__module__.partition(".")[0] not in ("torch", "dlopt"):
+        return False
+    if component.arguments.get("cautious") or component.arguments.get("hyperball"):
         return False
     if component.arguments.get("dampening"):  # see `start_momentum`
         return False

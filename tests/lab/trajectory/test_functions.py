@@ -14,7 +14,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.config.schema import component
 from dlopt.lab.trajectory.functions import DigitPair, Quadratic
 
-NAMES = sorted(path.stem for path in (extensions()["dlopt.lab"] / "function").glob("*.yaml"))
+NAMES = sorted({path.stem for path in (extensions()["dlopt.lab"] / "function").glob("*.yaml")} - {"matrix"})
 
 
 def function(name: str, **keys: Any) -> Any:

@@ -93,7 +93,7 @@ def test_reports_how_learning_rates_were_chosen(drawn: dict[str, Any], capsys: p
     assert adam.startswith("adam, lr ") and drawn["paths"][momentum].updates_to_minimum() == 48
     out = capsys.readouterr().out
     assert "Polyak 1964" in out and "2 / (L + mu)" in out and "whose path stays in the picture" in out
-    assert all(path.is_within(drawn["function"].window) for path in drawn["paths"].values())
+    assert all(path.stays_in_the_plot(drawn["function"]) for path in drawn["paths"].values())
     assert trajectory([*line.split(), "optimizer.momentum=0.9", "optimizer.lr=0.1"]) == 0
     assert "closed form" not in capsys.readouterr().out
     assert trajectory(["function=saddle", "optimizer=newton_undamped", "function.start=[-1.5,0.1]"]) == 0
@@ -115,7 +115,9 @@ def test_reports_how_learning_rates_were_chosen(drawn: dict[str, Any], capsys: p
         ("function=quadratic steps=0", "steps=0: "),
         ("function=quadratic steps=1000000000000", "allowed: an integer >= 1 and <= 100000"),
         ("function=quadratic optimizer.lr=range(1,10)", "9 curves; at most 7"),
-        ("function=quadratic optimizer=dmuon", "optimizer=dmuon: not supported on test functions"),
+        ("function=quadratic optimizer=dmuon", "optimizer=dmuon: orthogonalizes matrices, not vectors; use function="),
+        ("function=matrix animation=gif", "animation=gif: only for functions of two variables"),
+        ("function=matrix function.curvatures=[1,2]", "one for each of function.curvatures=[1.0, 2.0] is needed"),
         ("function=quadratic optimizer=adamm", "did you mean optimizer=adam?"),
         ("function=quadratic allow_packages=[os] function._target_=os.system", "function._target_=os.system"),
     ],
