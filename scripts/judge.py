@@ -163,7 +163,7 @@ def changes(runs: Runs) -> Iterator[dict[str, Any]]:
         if found == CHANGES:
             return
         measured = runs.differences([], line.split(), paired(2000), "val_loss")
-        if not all(map(math.isfinite, measured)):
+        if not all(map(math.isfinite, measured)) or not any(measured):  # diverges, or is the base
             continue
         size = statistics.fmean(measured) / statistics.stdev(measured)
         if abs(size) < LARGE:
