@@ -45,7 +45,7 @@ Usage: dlopt judge BASE CHANGE [key=value] [--json]
 Examples:
   dlopt judge outputs/train/DATE optimizer.lr=0.2
   dlopt judge "model=mlp epochs=3" "optimizer=adamw optimizer.lr=0.003"
-  dlopt judge mnist_mlp model.dropout=0.2 margin=0.002 seeds=30
+  dlopt judge autoencoder_digits optimizer.lr=0.002 margin=0.001 seeds=30
   dlopt judge outputs/train/DATE code=../my-branch
 
 Trains the base and the change with the same seed, then with the next one, until the interval of the gain in the

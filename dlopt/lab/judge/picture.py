@@ -23,12 +23,12 @@ def draw(title: str, metric: str, gains: Sequence[float], looks: Sequence[Look],
     axes.plot(*zip(*finite, strict=True) if finite else ((), ()), "o", color=COLOURS[0], label="gain of a pair")
     axes.plot(pairs, [_drawn(look.estimate) for look in looks], color=COLOURS[1], label="estimate")
     bounded = [look for look in looks if math.isfinite(look.low) and math.isfinite(look.high)]
-    axes.fill_between(
+    axes.vlines(
         [look.pairs for look in bounded], [look.low for look in bounded], [look.high for look in bounded],
-        color=COLOURS[1], alpha=0.2, linewidth=0, label="interval, valid after every pair",
+        color=COLOURS[1], alpha=0.3, linewidth=8, label="interval, valid after every pair",
     )  # fmt: skip
     axes.set_xlabel("pairs of runs")
-    axes.set_ylabel(f"gain in {metric_label(metric)} (positive: the change is better)")
+    axes.set_ylabel(f"gain in {metric_label(metric)}\n(positive: the change is better)")
     axes.set_xlim(0.5, max(len(gains), 2) + 0.5)
     clean_axes(axes)
     integer_ticks(axes)
