@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 from dlopt.basics.folders import make, refuse_url
 from dlopt.basics.formats import format_count
-from dlopt.commands.shared.command_line import read_line
-from dlopt.commands.shared.document import document_only
+from dlopt.commands.shared.command_line import read_line, with_document
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra
 from dlopt.config.reads import refuse_unread_hydra
@@ -27,6 +26,7 @@ from dlopt.extend import (
     UserError,
     keys_of_train,
     short_path,
+    without,
     write_json,
 )
 from dlopt.lab.judge.ledger import Entry, Ledger
@@ -60,31 +60,34 @@ are proposed against one base share an error rate; one that was proposed before 
   --json :: print one JSON document; progress goes to stderr
 """
 
-complete = keys_of_train
 EXIT = {"better": DONE, "worse": 3}
 UNDECIDED = 4
 
 
+def complete(words: Sequence[str]) -> list[str]:
+    """Completes an override of the change."""
+    typed = [each for each in words[:-1] if "=" in each and " " not in each]
+    return keys_of_train([*without(typed, *command_key_names(_judge), CODE), words[-1]])
+
+
 def judge(arguments: list[str]) -> int:
     """Runs `dlopt judge` with the given arguments; returns the exit code. Raises `UserError` and `RunError`."""
-    words = [each for each in arguments if each != "--json"]
+    return with_document(arguments, _read)
+
+
+def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
     line = read_line(words, several="a change is one config; judge one after the other")
     refuse_ranks("dlopt judge", "all runs")
     values, rest = line.take(_judge)
     refuse_unread_hydra(rest.overrides, "dlopt judge", READS_OF_HYDRA, {}, command_key_names(_judge))
     sides = [each for each in rest.overrides if not is_hydra(each)]
     if len(sides) < 2:
-        missing = "BASE and CHANGE" if not sides else "CHANGE"
+        missing = "CHANGE" if sides else "BASE and CHANGE"
         raise UserError(f"{missing} missing: dlopt judge outputs/train/DATE optimizer.lr=0.2; see `dlopt judge --help`")
     base = read_base(line.composer, sides[0])
     change = read_change(line.composer, base, sides[1:])
     hydra = replace(rest, overrides=[each for each in rest.overrides if is_hydra(each)])
-    if len(words) == len(arguments):
-        return _judge(hydra, base, change, sides[1:], **values)[0]
-    with document_only() as show:
-        code, document = _judge(hydra, base, change, sides[1:], **values)
-        show(document)
-    return code
+    return _judge(hydra, base, change, sides[1:], **values)
 
 
 def _judge(

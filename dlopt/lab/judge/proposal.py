@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.basics.plain_values import flatten
-from dlopt.config.inherit import inherit
+from dlopt.commands.shared.command_line import of_run
 from dlopt.extend import (
     Composer,
     Plan,
@@ -79,7 +79,7 @@ def read_base(composer: Composer, word: str) -> Side:
         if folder.config() is not None and not folder.is_finished():
             status = (folder.summary() or {}).get("status", "running" if folder.is_live() else "unfinished")
             raise UserError(f"{word}: the base has not finished ({status}): a change is judged against a whole run")
-        return _side(composer, _of_run(composer, word))
+        return _side(composer, without(of_run(composer, word), *SEEDS))
     words = _split(word)
     if len(words) == 1 and "=" not in word and word in composer.choices("experiment"):
         words = [f"experiment={word}"]
@@ -99,7 +99,7 @@ def read_change(composer: Composer, base: Side, words: Sequence[str]) -> Side:
     if runs:
         if len(typed) > 1:
             raise UserError(f"{' '.join(typed)}: a change is one run, or overrides of the base")
-        lines = _of_run(composer, runs[0])
+        lines = without(of_run(composer, runs[0]), *SEEDS)
     else:
         _refuse_seeds(overrides)
         lines = _combined(composer, base.lines, overrides)
@@ -111,11 +111,6 @@ def read_change(composer: Composer, base: Side, words: Sequence[str]) -> Side:
 def _split(word: str) -> list[str]:
     """Splits "optimizer=sgd epochs=5", typed as one word, before each key; a list may have spaces."""
     return re.split(r"\s+(?=[+~]*[\w./@-]+=)", word.strip())
-
-
-def _of_run(composer: Composer, path: str) -> list[str]:
-    lines = inherit(composer, [f"from={path}"])
-    return without(lines, *SEEDS)
 
 
 def _refuse_seeds(words: Sequence[str]) -> None:
