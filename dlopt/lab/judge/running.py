@@ -82,9 +82,11 @@ class Judgement:
 
     def concluded(self) -> Entry:
         """Returns the entry with what the runs say."""
-        look = self.looks[-1] if self.looks else None
-        found = {} if look is None else {"estimate": look.estimate, "low": look.low, "high": look.high}
-        return replace(self.entry, verdict=self.verdict, metric=self.metric, gains=tuple(self.gains), **found)
+        entry = replace(self.entry, verdict=self.verdict, metric=self.metric, gains=tuple(self.gains))
+        if not self.looks:
+            return entry
+        look = self.looks[-1]
+        return replace(entry, estimate=look.estimate, low=look.low, high=look.high)
 
     def waiting(self) -> list[Trial]:
         """Returns the trials of the next pairs; none when the verdict or the budget has ended the judgement."""
@@ -132,7 +134,7 @@ class Judgement:
             if not self.metric and record.history:
                 saved = self.sides["base"].plan.saved
                 self.metric = resolve_monitor(str(saved["monitor"]), record.history[-1])
-                refuse_loss(*self.sides.values(), self.metric)
+                refuse_loss(self.sides["base"], self.sides["change"], self.metric)
         values = [_best(record, self.metric) for record in (base, change)]
         return 0.0 if values[0] == values[1] else values[1] - values[0]
 

@@ -254,8 +254,9 @@ def difference(own: Array, base: Array) -> Interval:
     count = min(len(own), len(base))
     values = own[:count] - base[:count]
     found = mean_difference(values[np.isfinite(values)].tolist())
-    ends = (math.nan, math.nan) if found is None or found.low is None else (found.low, found.high)
-    return Interval(math.nan if found is None else found.mean, *ends)
+    if found is None or found.low is None or found.high is None:
+        return Interval(math.nan if found is None else found.mean, math.nan, math.nan)
+    return Interval(found.mean, found.low, found.high)
 
 
 def _predictions(measured: Measured, resamples: int) -> dict[str, Prediction]:

@@ -154,7 +154,7 @@ def test_a_pair_shares_the_initial_weights_and_the_order_of_the_data(tmp_path: P
         workload = build_workload(run_config)
         made.append((workload, next(training_batches(workload).epoch(1))))
     (one, batch), (other, same) = made
-    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+    for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True):
         assert torch.equal(a, b)
     for a, b in zip(batch, same, strict=True):  # inputs and targets
         assert torch.equal(a, b)
