@@ -59,11 +59,8 @@ class Judgement:
     looks: list[Look] = field(default_factory=list)
     same: int = 0
 
-    def seed(self, pair: int) -> int:
-        return _APART * self.entry.number + pair
-
     def pair(self, number: int) -> list[Trial]:
-        return [Trial(side, self.seed(number)) for side in SIDES]
+        return [Trial(side, _APART * self.entry.number + number) for side in SIDES]
 
     def line(self, trial: Trial) -> list[str]:
         return [*self.sides[trial.side].lines, f"seed={trial.seed}"]
@@ -94,14 +91,10 @@ class Judgement:
         first = len(self.gains)
         if self.verdict != "undecided" or first >= self.seeds:
             return []
-        trials = [each for i in range(first, min(first + self.ahead, self.seeds)) for each in self.pair(i)]
-        is_late = time.monotonic() > self.end  # a pair that has begun is completed
-        return [
-            each for each in trials if not (has_ended(self.run_folder(each)) or (is_late and not self._begun(each)))
-        ]
-
-    def _begun(self, trial: Trial) -> bool:
-        return any(self.run_folder(each).has_run() for each in self.pair(trial.seed - self.seed(0)))
+        pairs = [self.pair(number) for number in range(first, min(first + self.ahead, self.seeds))]
+        if time.monotonic() > self.end:  # a pair that has begun is completed
+            pairs = [pair for pair in pairs if any(self.run_folder(each).has_run() for each in pair)]
+        return [each for pair in pairs for each in pair if not has_ended(self.run_folder(each))]
 
     def collect(self) -> None:
         """Reads the pairs that have ended, in their order, until one decides.

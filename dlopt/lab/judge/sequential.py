@@ -57,31 +57,30 @@ def interval(differences: Sequence[float], rate: float) -> tuple[float, float]:
 
     Over all n, the intervals contain the center of symmetry with probability 1 - `rate`: a confidence sequence.
     """
-    finite = [each for each in differences if math.isfinite(each)]
-    if not finite:
-        is_decided = len(differences) > 0 and evidence(differences)[-1] >= math.log(1 / rate)
-        return (-math.inf, math.inf) if not is_decided else (differences[0], differences[0])
-    low, high = min(finite), max(finite)
-    reach = max(high - low, abs(low) * 1e-9, 1e-300)
-    grid = np.concatenate([[low - 1e6 * reach], np.linspace(low - 2 * reach, high + 2 * reach, _GRID)])
-    grid = np.append(grid, high + 1e6 * reach)
-    kept = evidence(differences, grid[:, None])[:, -1] < math.log(1 / rate)
-    if not kept.any():  # one value many times, which is not on the grid
-        middle = pseudomedian(finite)
-        return (_edge(differences, rate, float(grid[0]), middle), _edge(differences, rate, float(grid[-1]), middle))
+    finite = sorted(each for each in differences if math.isfinite(each)) or [0.0]
+    reach = max(finite[-1] - finite[0], abs(finite[0]) * 1e-9, 1e-300)
+    inner = np.concatenate([np.linspace(finite[0] - 2 * reach, finite[-1] + 2 * reach, _GRID), finite])
+    grid = np.array([finite[0] - 1e6 * reach, *np.sort(inner), finite[-1] + 1e6 * reach])
+    kept = _is_kept(differences, grid, rate)
+    if not kept.any():  # all of them are infinite
+        return differences[0], differences[0]
     first, last = int(kept.argmax()), len(grid) - 1 - int(kept[::-1].argmax())
-    return (
-        -math.inf if first == 0 else _edge(differences, rate, float(grid[first - 1]), float(grid[first])),
-        math.inf if last == len(grid) - 1 else _edge(differences, rate, float(grid[last + 1]), float(grid[last])),
-    )
+    low = -math.inf if first == 0 else _edge(differences, rate, float(grid[first - 1]), float(grid[first]))
+    is_open = last == len(grid) - 1
+    return low, math.inf if is_open else _edge(differences, rate, float(grid[last + 1]), float(grid[last]))
+
+
+def _is_kept(differences: Sequence[float], centers: NDArray[np.float64], rate: float) -> NDArray[np.bool_]:
+    if not differences:
+        return np.ones(len(centers), dtype=bool)
+    return np.asarray(evidence(differences, centers[:, None])[:, -1] < math.log(1 / rate))
 
 
 def _edge(differences: Sequence[float], rate: float, rejected: float, kept: float) -> float:
     """Returns the end of the interval between a rejected center and one that is not, by finer and finer grids."""
     for _ in range(6):
         grid = np.linspace(rejected, kept, _GRID)
-        is_kept = evidence(differences, grid[:, None])[:, -1] < math.log(1 / rate)
-        first = int(is_kept[:-1].argmax()) if is_kept[:-1].any() else _GRID - 1
+        first = int(np.append(_is_kept(differences, grid[:-1], rate), True).argmax())
         rejected, kept = float(grid[max(first - 1, 0)]), float(grid[first])
     return kept
 
