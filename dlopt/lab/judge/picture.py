@@ -25,7 +25,7 @@ def draw(title: str, metric: str, gains: Sequence[float], looks: Sequence[Look],
     bounded = [look for look in looks if math.isfinite(look.low) and math.isfinite(look.high)]
     axes.vlines(
         [look.pairs for look in bounded], [look.low for look in bounded], [look.high for look in bounded],
-        color=COLOURS[1], alpha=0.3, linewidth=8, label="interval, valid after every pair",
+        color=COLOURS[1], alpha=0.3, linewidth=8, zorder=1, label="interval, valid after every pair",
     )  # fmt: skip
     axes.set_xlabel("pairs of runs")
     axes.set_ylabel(f"gain in {metric_label(metric)}\n(positive: the change is better)")
