@@ -52,15 +52,16 @@ def evidence(differences: ArrayLike, center: ArrayLike = 0.0) -> NDArray[np.floa
     return np.asarray(np.logaddexp(gain, loss) - math.log(2))
 
 
-def interval(differences: Sequence[float], rate: float) -> tuple[float, float]:
+def interval(differences: Sequence[float], rate: float, *centers: float) -> tuple[float, float]:
     """Returns the smallest and largest center that is not rejected at `rate`; infinite with few pairs.
 
-    Over all n, the intervals contain the center of symmetry with probability 1 - `rate`: a confidence sequence.
+    They are found on a grid that contains the differences, where ties weaken the evidence, and `centers`. Over all n,
+    the intervals contain the center of symmetry with probability 1 - `rate`: a confidence sequence.
     """
     finite = sorted(each for each in differences if math.isfinite(each)) or [0.0]
     reach = max(finite[-1] - finite[0], abs(finite[0]) * 1e-9, 1e-300)
-    inner = np.concatenate([np.linspace(finite[0] - 2 * reach, finite[-1] + 2 * reach, _GRID), finite])
-    grid = np.array([finite[0] - 1e6 * reach, *np.sort(inner), finite[-1] + 1e6 * reach])
+    inner = np.linspace(finite[0] - 2 * reach, finite[-1] + 2 * reach, _GRID)
+    grid = np.sort([finite[0] - 1e6 * reach, *inner, *finite, *centers, finite[-1] + 1e6 * reach])
     kept = _is_kept(differences, grid, rate)
     if not kept.any():  # all of them are infinite
         return differences[0], differences[0]
@@ -92,7 +93,7 @@ class Look:
     Attributes:
         estimate: the pseudomedian of the differences.
         low, high: the interval, see `interval`.
-        verdict: better or worse: the interval is beyond the margin; equal: it is within the margin; or undecided.
+        verdict: better or worse: the interval is beyond the margin; equal: it is within a margin > 0; or undecided.
     """
 
     pairs: int
@@ -108,13 +109,13 @@ def looks(differences: Sequence[float], rate: float, margin: float = 0.0) -> Ite
     The probability of a wrong verdict is at most `rate`, however many pairs there are and whenever they end.
     """
     for pairs in range(1, len(differences) + 1):
-        low, high = interval(differences[:pairs], rate)
+        low, high = interval(differences[:pairs], rate, margin, -margin)
         verdict: Verdict = "undecided"
         if low > margin:
             verdict = "better"
         elif high < -margin:
             verdict = "worse"
-        elif -margin <= low and high <= margin:
+        elif margin and -margin <= low and high <= margin:
             verdict = "equal"
         yield Look(pairs, pseudomedian(differences[:pairs], 0.0), low, high, verdict)
         if verdict != "undecided":

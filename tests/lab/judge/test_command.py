@@ -156,8 +156,7 @@ def test_a_pair_shares_the_initial_weights_and_the_order_of_the_data(tmp_path: P
     (one, batch), (other, same) = made
     for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(batch, same, strict=True):  # inputs and targets
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, batch, same))  # inputs and targets
 
 
 def test_a_choice_replaces_the_group_of_the_base() -> None:
@@ -190,13 +189,12 @@ def test_runs_of_a_change_import_its_code_first(tmp_path: Path) -> None:
     model = (
         "from torch import nn\n\nclass Net(nn.Module):\n    def __init__(self, *, input_shape, classes):\n"
         "        super().__init__()\n        self.a = nn.Linear(64, classes)\n\n"
-        "    def forward(self, x):\n        return {} * self.a(x.flatten(1))\n"
+        "    def forward(self, x):\n        return self.a(x.flatten(1))\n"
     )
-    (tmp_path / "mine.py").write_text(model.format("1"))
-    for name, factor in (("same", "1"), ("other", "0")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mine.py").write_text(model.format(factor))
+    (tmp_path / "mine.py").write_text(model)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine.py").write_text(f"import pathlib\n{model}\npathlib.Path('imported').touch()\n")
     base = "model=mine.Net allow_packages=[mine] epochs=1 data.subset=100 device=cpu threads=1"
-    same, other = (dlopt(tmp_path, "judge", base, f"code={name}") for name in ("same", "other"))
-    assert same.code == 4 and "the change does nothing" in same.out, same.err
-    assert other.code == 3 and "Worse: val_accuracy" in other.out, other.err
+    result = dlopt(tmp_path, "judge", base, "code=other")
+    assert result.code == 4 and "the change does nothing" in result.out, result.err
+    assert (tmp_path / "imported").exists()

@@ -85,9 +85,13 @@ def test_verdicts() -> None:
     assert last(gains, margin=0.2)[0] == last(noise, margin=0.2)[0] == "equal"
     assert last(gains, margin=0.08)[0] != "worse"
     assert last([0.1] * 9) == ("better", 6)
-    assert last([0.0] * 9)[0] == "equal"
+    assert last([0.0] * 9)[0] == "undecided"  # equal accuracies of different runs
+    assert last([0.0] * 9, margin=0.01) == ("equal", 6)
     assert last([-math.inf] * 9) == ("worse", 6)
     assert last([math.inf, *gains])[0] == "better"
+    # Many equal runs: 0 itself is not rejected, although the centers next to it are.
+    ties = [0.0] * 14 + [0.1] * 5
+    assert interval(ties, RATE)[0] == 0 and last(ties)[0] == "undecided"
     assert interval([], RATE) == interval([0.1], RATE) == (-math.inf, math.inf)
 
 
