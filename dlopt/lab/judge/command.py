@@ -138,7 +138,8 @@ def _judge(
     if is_answered:
         print(f"from the ledger: proposal {entry.number}, {short_path(home)}")
     elif entry.verdict == "undecided":
-        print(f"for more pairs, repeat the command with seeds={2 * seeds}")
+        more = f" with seeds={2 * seeds}" if entry.pairs >= seeds else ""
+        print(f"to continue, repeat the command{more}")
     document = _document(entry, ledger, home)
     write_json(home / "judge.json", document)
     return EXIT.get(entry.verdict, UNDECIDED), document

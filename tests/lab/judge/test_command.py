@@ -107,9 +107,9 @@ def test_an_undecided_change_continues_with_more_pairs(
         result = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", f"seeds={seeds}")
         assert result.code == 4 and f"over {pairs} pairs" in result.out, result.err
         assert len(made) == len(set(made)) == 2 * pairs
-    assert "Undecided: a gain of " in result.out and "repeat the command with seeds=24" in result.out
+    assert "Undecided: a gain of " in result.out and "to continue, repeat the command with seeds=24" in result.out
     late = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "seeds=30", "minutes=1e-9")
-    assert late.code == 4 and "over 12 pairs" in late.out
+    assert late.code == 4 and "over 12 pairs" in late.out and late.out.endswith("to continue, repeat the command\n")
 
 
 def test_a_change_that_does_nothing_ends_early(trains: Callable[[Accuracy], list[Trial]], tmp_path: Path) -> None:
