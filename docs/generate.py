@@ -3,9 +3,9 @@
     .venv/bin/python docs/generate.py
 
 They are between `<!-- generated: NAME -->` and `<!-- end -->`. The sources are pyproject.toml, the recipes in
-conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, and the benchmark
-results that come with dlopt. Run it after a change of one of them; a test compares the pages with their sources. The
-reference is generated when Sphinx builds the site.
+conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, docs/judge, and
+the benchmark results that come with dlopt. Run it after a change of one of them; a test compares the pages with their
+sources. The reference is generated when Sphinx builds the site.
 """
 
 import re
@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(DOCS / "_ext")]
 import benchmark  # noqa: E402
 import extras  # noqa: E402
 import gallery  # noqa: E402
+import judge  # noqa: E402
 import ladder  # noqa: E402
 import lectures  # noqa: E402
 
@@ -31,6 +32,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "agreement": benchmark.predicts,
     "claims": lambda: gallery.claims(DOCS),
     "extras": extras.extras,
+    "judge": lambda: judge.evidence(DOCS / "judge"),
     "ladder": lambda: ladder.ladder(DOCS / "ladder/gpt"),
     "self_tuning": benchmark.self_tuning,
     "lectures": lambda: gallery.lectures(DOCS),
@@ -39,6 +41,7 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 PAGES = (
     *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results")),
+    DOCS / "howto" / "judge.md",
     *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),
 )
 

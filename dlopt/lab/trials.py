@@ -7,7 +7,9 @@ a lock, which the kernel releases when the process dies.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Generic, Protocol, TypeVar
+from typing import IO, Any, Generic, Protocol, TypeVar
+
+from omegaconf import DictConfig
 
 from dlopt.basics.folders import inside
 from dlopt.basics.locks import hold
@@ -78,23 +80,32 @@ def launcher(line: Line, run: Sequence[str], command: str, folder: Path, trials:
     Raises:
         UserError: wrong settings of the launcher.
     """
+    pool, plan_job, config = build_pool(line, run)
+    if not isinstance(pool, Pool):
+        words = [command, *without(line.typed, "output"), f"output={folder}"]
+        submit_command(pool, words, line.composer, folder, config, trials)
+        return None
+    pools.warm_up()
+    return pool, plan_job
+
+
+def build_pool(line: Line, run: Sequence[str]) -> tuple[Any, PlanJob, DictConfig]:
+    """Returns the launcher, by default one process per core, how jobs compose, and the config. Raises `UserError`.
+
+    The launcher is a `Pool`, or submits to Slurm.
+    """
     hydra = [each for each in line.overrides if is_hydra(each)]
     if not is_typed("hydra.launcher", hydra):
         hydra = ["hydra/launcher=joblib", *hydra]
     config = line.composer.compose([*hydra, *run], multirun=True)
     pool = build_launcher(config, "not supported here")
-    if not isinstance(pool, Pool):
-        assert pool is not None  # has refused other launchers
-        words = [command, *without(line.typed, "output"), f"output={folder}"]
-        submit_command(pool, words, line.composer, folder, config, trials)
-        return None
-    pools.warm_up()
+    assert pool is not None  # has refused other launchers
 
     def plan_job(overrides: Sequence[str], number: int) -> Plan:
         config = line.composer.compose([*hydra, *overrides])
         return as_job(checked(config, overrides, None, line.composer.flags), number, overrides)
 
-    return pool, plan_job
+    return pool, plan_job, config
 
 
 # -- trials

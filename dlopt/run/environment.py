@@ -130,12 +130,22 @@ def _identify(name: str) -> dict[str, str] | None:
     if {"site-packages", "dist-packages"} & set(folders[0].parts):
         for distribution in importlib.metadata.packages_distributions().get(name, []):
             return {"version": importlib.metadata.version(distribution)}
+    return {"folder": str(folders[0]), "sha256": _sha256(files)}
+
+
+def code_sha256(folder: Path) -> str:
+    """Returns the hash of the names and contents of the Python files below a folder."""
+    return _sha256(sorted((folder, path) for path in folder.rglob("*.py")))
+
+
+def _sha256(files: Iterable[tuple[Path, Path]]) -> str:
+    """`files`: each with the folder that its name is relative to."""
     digest = hashlib.sha256()
     for folder, path in files:
         with contextlib.suppress(OSError):
             digest.update(f"{path.relative_to(folder).as_posix()}\0".encode("utf-8", "surrogateescape"))
             digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return {"folder": str(folders[0]), "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -39,6 +39,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ("dlopt report r", ["runs/"]),
         ("dlopt runs --p", ["--paths"]),
         ("dlopt ladder optimizer=adamw optimizer.e", ["optimizer.eps="]),
+        ("dlopt judge outputs/train/DATE mar", ["margin="]),
     ],
 )
 def test_completes_what_the_command_declares(

@@ -48,7 +48,7 @@ READ_EARLIER = {
 }
 NOT_ON_A_CPU = ["check"]
 ELSEWHERE = {
-    **dict.fromkeys(("train", "benchmark", "ladder", "grid"), "every key is read by a training"),
+    **dict.fromkeys(("train", "benchmark", "ladder", "judge", "grid"), "every key is read by a training"),
     **dict.fromkeys(("report", "runs", "options", "template", "consolidate", "sweep"), "no keys of a run"),
     "scaling": "its ranks read the keys, in processes of their own",
 }

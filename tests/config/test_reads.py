@@ -60,8 +60,9 @@ OF_RUNS: Mapping[str, Sequence[str]] = {
     "train experiment=lecture/capacity": comparison._READS_OF_HYDRA,
     "benchmark optimizer=sgd": trials.READS_OF_HYDRA,
     "ladder optimizer=sgd model=gpt": trials.READS_OF_HYDRA,
+    "judge model=mlp optimizer.lr=0.2": trials.READS_OF_HYDRA,
 }
-OTHERS = {"train", "benchmark", "ladder", "grid"}  # the tests below; grid prints what train reads
+OTHERS = {"train", "benchmark", "ladder", "judge", "grid"}  # the tests below; grid prints what train reads
 OF_RESULTS = {"report", "runs", "sweep"}  # any key may select runs
 WITHOUT_CONFIG = {"options", "template"}
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from dlopt.basics.errors import UserError, did_you_mean, suggest
 from dlopt.basics.folders import make, make_new, refuse_url
 from dlopt.basics.plain_values import is_below
+from dlopt.commands.shared.document import document_only
 from dlopt.commands.shared.usage import command_key_names, command_keys
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.compose import Composer
@@ -234,8 +235,13 @@ def _from_run(line: Line, name: str, reads: Sequence[str] | None, command_keys: 
         raise UserError(f"{' '.join(runs)}: `dlopt {name}` takes one run")
     if reads is None:
         return replace(line, overrides=[f"checkpoint={quoted_plain(runs[0])}", *typed])
-    inherited = inherit(line.composer, [f"from={quoted_plain(runs[0])}", *without(typed, *command_keys)])
+    inherited = of_run(line.composer, runs[0], without(typed, *command_keys))
     return replace(line, overrides=[*typed, *(each for each in inherited if _is_new(each, typed, reads))])
+
+
+def of_run(composer: Composer, path: str, typed: Sequence[str] = ()) -> list[str]:
+    """Returns the overrides that compose the config of a run, those `typed` in their places. Raises `UserError`."""
+    return inherit(composer, [f"from={quoted_plain(path)}", *typed])
 
 
 def _is_new(override: str, typed: Sequence[str], reads: Sequence[str]) -> bool:
@@ -251,6 +257,20 @@ def read_line(arguments: list[str], *, several: str) -> Line:
         if value and flag not in ("overrides", "config_dir", "config_name"):
             raise UserError(unavailable(f"--{flag.replace('_', '-')}"))
     return Line(Composer(parsed.config_name, parsed.config_dir), parsed.overrides, tuple(parsed.overrides))
+
+
+def with_document(arguments: Sequence[str], run: Callable[[list[str]], tuple[int, Mapping[str, Any]]]) -> int:
+    """Calls `run` with the arguments; with the flag --json, prints its document, and all else on stderr.
+
+    Returns the exit code, which `run` returns before the document.
+    """
+    words = without(arguments, "--json")
+    if len(words) == len(arguments):
+        return run(words)[0]
+    with document_only() as show:
+        code, content = run(words)
+        show(content)
+    return code
 
 
 def on_checkpoint(

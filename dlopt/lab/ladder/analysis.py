@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dlopt.lab.benchmark.scores import Interval, interval
 from dlopt.lab.ladder.laws import Array, Laws, fit_laws
+from dlopt.results.leaderboard import mean_difference
 
 RESAMPLES = 300
 FEWEST = 4
@@ -250,18 +251,12 @@ def _compute_for(target: float, x: Array, y: Array) -> float:
 
 def difference(own: Array, base: Array) -> Interval:
     """Returns the mean difference of the losses of common seeds with the 95 % interval of a paired t-test."""
-    from scipy.stats import t
-
     count = min(len(own), len(base))
     values = own[:count] - base[:count]
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return Interval(math.nan, math.nan, math.nan)
-    mean = float(values.mean())
-    if len(values) < 2:
-        return Interval(mean, math.nan, math.nan)
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return Interval(mean, mean - half, mean + half)
+    found = mean_difference(values[np.isfinite(values)].tolist())
+    if found is None or found.low is None or found.high is None:
+        return Interval(math.nan if found is None else found.mean, math.nan, math.nan)
+    return Interval(found.mean, found.low, found.high)
 
 
 def _predictions(measured: Measured, resamples: int) -> dict[str, Prediction]:

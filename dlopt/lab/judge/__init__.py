@@ -1,0 +1,1 @@
+"""`dlopt judge`: whether a change is a gain."""

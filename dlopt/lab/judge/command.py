@@ -1,0 +1,198 @@
+"""`dlopt judge BASE CHANGE`: trains pairs of runs until it is clear whether the change is a gain."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from dlopt.basics.folders import make, refuse_url
+from dlopt.basics.formats import format_count
+from dlopt.commands.shared.command_line import read_line, with_document
+from dlopt.commands.shared.usage import command_key_names
+from dlopt.config.overrides import is_hydra
+from dlopt.config.reads import refuse_unread_hydra
+from dlopt.extend import (
+    DONE,
+    INTERRUPTED,
+    Count,
+    Line,
+    NonNegative,
+    Positive,
+    Probability,
+    RunFolder,
+    UserError,
+    keys_of_train,
+    short_path,
+    without,
+    write_json,
+)
+from dlopt.lab.judge.ledger import Entry, Ledger
+from dlopt.lab.judge.proposal import CODE, Side, hash_of, read_base, read_change
+from dlopt.lab.judge.running import SAME, SIDES, Judgement, interval_text, number_text, run
+from dlopt.lab.trials import READS_OF_HYDRA, build_pool
+from dlopt.results import drawing
+from dlopt.sweeps.pool import Pool
+from dlopt.sweeps.sweep import refuse_ranks
+
+USAGE = """\
+Decide whether a change is a gain, or was luck
+
+Usage: dlopt judge BASE CHANGE [key=value] [--json]
+
+Examples:
+  dlopt judge outputs/train/DATE optimizer.lr=0.2
+  dlopt judge "model=mlp epochs=3" "optimizer=adamw optimizer.lr=0.003"
+  dlopt judge autoencoder_digits optimizer.lr=0.002 margin=0.001 seeds=30
+  dlopt judge outputs/train/DATE code=../my-branch
+
+Trains the base and the change with the same seed, then with the next one, until the interval of the gain in the
+monitored metric is clear of the margin, or the budget ends. The interval is valid after every pair. All changes that
+are proposed against one base share an error rate; one that was proposed before is answered from the ledger. Exit code:
+0 better, 3 worse, 4 undecided; 1 a run failed; 2 wrong input.
+
+  BASE :: the folder of a finished run, a recipe, or overrides in quotes
+  CHANGE :: overrides of the base, or the folder of another run
+  code=FOLDER :: (as CHANGE, or with overrides) folder of another checkout of a package, which the change imports first
+  {_judge}
+  --json :: print one JSON document; progress goes to stderr
+"""
+
+EXIT = {"better": DONE, "worse": 3}
+UNDECIDED = 4
+
+
+def complete(words: Sequence[str]) -> list[str]:
+    """Completes an override of the change."""
+    typed = [each for each in words[:-1] if "=" in each and " " not in each]
+    return keys_of_train([*without(typed, *command_key_names(_judge), CODE), words[-1]])
+
+
+def judge(arguments: list[str]) -> int:
+    """Runs `dlopt judge` with the given arguments; returns the exit code. Raises `UserError` and `RunError`."""
+    return with_document(arguments, _read)
+
+
+def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
+    line = read_line(words, several="a change is one config; judge one after the other")
+    refuse_ranks("dlopt judge", "all runs")
+    values, rest = line.take(_judge)
+    refuse_unread_hydra(rest.overrides, "dlopt judge", READS_OF_HYDRA, {}, command_key_names(_judge))
+    sides = [each for each in rest.overrides if not is_hydra(each)]
+    if len(sides) < 2:
+        missing = "CHANGE" if sides else "BASE and CHANGE"
+        raise UserError(f"{missing} missing: dlopt judge outputs/train/DATE optimizer.lr=0.2; see `dlopt judge --help`")
+    base = read_base(line.composer, sides[0])
+    change = read_change(line.composer, base, sides[1:])
+    hydra = replace(rest, overrides=[each for each in rest.overrides if is_hydra(each)])
+    return _judge(hydra, base, change, sides[1:], **values)
+
+
+def _judge(
+    line: Line,
+    base: Side,
+    change: Side,
+    typed: Sequence[str],
+    *,
+    margin: Annotated[
+        NonNegative, "X: smallest gain that counts, in the metric: better is above X, worse below -X"
+    ] = 0.0,
+    seeds: Annotated[Count, "N: pairs of runs after which the change stays undecided"] = 20,
+    minutes: Annotated[Positive | None, "N: start no pair after N minutes; the same command continues"] = None,
+    error_rate: Annotated[
+        Probability, "X: probability of a wrong verdict among all changes proposed against this base"
+    ] = 0.05,
+    output: Annotated[str | None, "DIR: folder of the ledger and the runs (default: outputs/judge/HASH)"] = None,
+) -> tuple[int, dict[str, Any]]:
+    """Judges a change; returns the exit code and the document. Raises `UserError` and `RunError`."""
+    if not 0 < error_rate < 1:
+        raise UserError(f"error_rate={error_rate:g}: must be between 0 and 1")
+    start = time.monotonic()
+    pool, plan_job, _ = build_pool(line, base.lines)
+    if not isinstance(pool, Pool) or (change.code is not None and line.overrides):
+        raise UserError(f"{line.overrides[0]}: the runs are started on this machine, one per core; leave it out")
+    root = Path("outputs") / "judge" / base.hash if output is None else Path(output)
+    refuse_url(str(root), "output")
+    ledger = Ledger(root.absolute(), base.lines, error_rate)
+    key = hash_of([base.hash, change.identity, margin])
+    entry = ledger.propose(key, typed, change.identity.get(CODE), margin, seeds)
+    home = ledger.folder / str(entry.number)
+    is_answered = entry.verdict != "undecided" or entry.pairs >= seeds
+    if not is_answered:
+        print(f"proposal {entry.number} against this base, in {short_path(home)}", flush=True)
+        make(home, "output", exist_ok=True)
+        judgement = Judgement(home, dict(zip(SIDES, (base, change), strict=True)), entry, seeds)
+        judgement.end = math.inf if minutes is None else start + 60 * minutes
+        with RunFolder(home).lock():
+            try:
+                run(judgement, pool, plan_job)
+            except KeyboardInterrupt:
+                print("interrupted; the same command continues", file=sys.stderr)
+                return INTERRUPTED, _document(entry, ledger, home)
+            entry = judgement.concluded()
+            ledger.record(entry)
+            _draw(judgement, entry)
+    print(sentence(entry, error_rate))
+    if is_answered:
+        print(f"from the ledger: proposal {entry.number}, {short_path(home)}")
+    elif entry.verdict == "undecided":
+        more = f" with seeds={2 * seeds}" if entry.pairs >= seeds else ""
+        print(f"to continue, repeat the command{more}")
+    document = _document(entry, ledger, home)
+    write_json(home / "judge.json", document)
+    return EXIT.get(entry.verdict, UNDECIDED), document
+
+
+def _draw(judgement: Judgement, entry: Entry) -> None:
+    if judgement.looks:
+        from dlopt.lab.judge.picture import draw
+
+        words = " ".join(entry.change)
+        title = drawing.literal(f"{words[:60]}: {entry.verdict}")
+        made = draw(title, entry.metric, entry.gains, judgement.looks, entry.margin)
+        for path in drawing.save(made, judgement.folder, "judge"):
+            print(short_path(path))
+
+
+def sentence(entry: Entry, rate: float) -> str:
+    """Says what was found, by how much, and with which error rate."""
+    pairs = format_count("pairs", entry.pairs) + " of runs"
+    if entry.verdict == "same":
+        return f"Undecided: the change does nothing: {SAME} pairs of runs have bitwise equal metrics."
+    if entry.pairs == 0:
+        return "Undecided: no pair of runs has ended."
+    low, high = ((math.nan if each is None else each) for each in (entry.low, entry.high))
+    estimate = math.nan if entry.estimate is None else entry.estimate
+    rates = f"error rate {entry.rate:.2g}, and {rate:g} for all proposals against this base together"
+    if entry.verdict in EXIT:  # in its direction, whether a smaller or a larger value of the metric is better
+        sign = 1 if entry.verdict == "better" else -1
+        ends = " to ".join(f"{each:.4g}" for each in sorted((sign * low, sign * high)))
+        margin = f", beyond the margin {entry.margin:g}" if entry.margin else ""
+        by = f"{entry.metric} is {entry.verdict} by {sign * estimate:.4g} ({ends}){margin}"
+        return f"{entry.verdict.capitalize()}: {by}, over {pairs}; {rates}."
+    equal = f", no difference of more than {entry.margin:g}" if entry.verdict == "equal" else ""
+    gain = f"a gain of {number_text(estimate)} in {entry.metric} ({interval_text(low, high)})"
+    return f"Undecided{equal}: {gain}, over {pairs}; {rates}."
+
+
+def _document(entry: Entry, ledger: Ledger, folder: Path) -> dict[str, Any]:
+    """Returns the document of --json; gains are positive where the change is better."""
+    return {
+        "verdict": entry.verdict,
+        "reason": sentence(entry, ledger.rate),
+        "metric": entry.metric,
+        "gain": entry.estimate,
+        "low": entry.low,
+        "high": entry.high,
+        "pairs": entry.pairs,
+        "gains": list(entry.gains),
+        "margin": entry.margin,
+        "proposal": entry.number,
+        "error_rate": entry.rate,
+        "ledger_error_rate": ledger.rate,
+        "change": list(entry.change),
+        "code_sha256": entry.code_sha256,
+        "folder": str(folder),
+    }

@@ -1,0 +1,164 @@
+"""From the words of the command line to two plans that may be compared: the base and the change."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dlopt.basics.plain_values import flatten
+from dlopt.commands.shared.command_line import of_run
+from dlopt.extend import (
+    Composer,
+    Plan,
+    Role,
+    RunFolder,
+    UserError,
+    group_of,
+    key_of,
+    plan,
+    role_of,
+    show,
+    value_of,
+    without,
+)
+from dlopt.lab.trials import UNRECORDED
+from dlopt.results.leaderboard import canonical, distinguishes
+from dlopt.run.environment import code_sha256, packages
+
+CODE = "code"
+SEEDS = ("seed", "init_seed", "order_seed", "augmentation_seed")
+_OF_BATCHES = ("data.batch_size", "data.drop_last")  # the only keys of the data that a change may set
+_WHERE = ("data.memory", "data.workers", "data.offline")
+
+
+@dataclass(frozen=True)
+class Side:
+    """The base or the change.
+
+    Attributes:
+        lines: overrides of its runs, without the seed.
+        code: folder that comes first on the path of its runs.
+    """
+
+    lines: Sequence[str]
+    plan: Plan
+    code: Path | None = None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What its runs compute, by dotted key, without their seeds, and the hashes of the code that is not dlopt's."""
+        saved = flatten(self.plan.saved)
+        own = {key: canonical(value) for key, value in saved.items() if _is_compared(key)}
+        trusted = self.plan.run_config.settings.allow_packages
+        own |= {f"package {name}": (found or {}).get("sha256") for name, found in packages(trusted).items()}
+        return own if self.code is None else {**own, CODE: code_sha256(self.code)}
+
+    @property
+    def hash(self) -> str:
+        return hash_of(self.identity)
+
+
+def hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def _is_compared(key: str) -> bool:
+    is_own_seed = role_of(key) is Role.SEED and key not in SEEDS
+    is_data = group_of(key) == "data" and key not in _WHERE
+    return key != "run_id" and (distinguishes(key) or is_own_seed or is_data)
+
+
+def read_base(composer: Composer, word: str) -> Side:
+    """Reads BASE: a run, a recipe, or overrides in one word. Raises `UserError`."""
+    if Path(word).exists():
+        folder = RunFolder(Path(word).parent if Path(word).name == "config.yaml" else Path(word))
+        if folder.config() is not None and not folder.is_finished():
+            status = (folder.summary() or {}).get("status", "running" if folder.is_live() else "unfinished")
+            raise UserError(f"{word}: the base has not finished ({status}): a change is judged against a whole run")
+        return _side(composer, without(of_run(composer, word), *SEEDS))
+    words = _split(word)
+    if len(words) == 1 and "=" not in word and word in composer.choices("experiment"):
+        words = [f"experiment={word}"]
+    _refuse_seeds(words)
+    return _side(composer, words)
+
+
+def read_change(composer: Composer, base: Side, words: Sequence[str]) -> Side:
+    """Reads CHANGE: overrides of the base, another run, code=FOLDER. Raises `UserError` if they cannot be compared."""
+    typed = [each for word in words for each in ([word] if Path(word).exists() else _split(word))]
+    code = [Path(value_of(each)) for each in typed if key_of(each) == CODE]
+    for folder in code:
+        if not folder.is_dir() or not any(folder.rglob("*.py")):
+            raise UserError(f"{CODE}={folder}: must be a folder with Python files")
+    overrides = without(typed, CODE)
+    runs = [each for each in overrides if "=" not in each and Path(each).exists()]
+    if runs:
+        if len(typed) > 1:
+            raise UserError(f"{' '.join(typed)}: a change is one run, or overrides of the base")
+        lines = without(of_run(composer, runs[0]), *SEEDS)
+    else:
+        _refuse_seeds(overrides)
+        lines = _combined(composer, base.lines, overrides)
+    change = _side(composer, lines, code[-1].absolute() if code else None)
+    _check(base, change)
+    return change
+
+
+def _split(word: str) -> list[str]:
+    """Splits "optimizer=sgd epochs=5", typed as one word, before each key; a list may have spaces."""
+    return re.split(r"\s+(?=[+~]*[\w./@-]+=)", word.strip())
+
+
+def _refuse_seeds(words: Sequence[str]) -> None:
+    for word in words:
+        if key_of(word) in SEEDS:
+            raise UserError(f"{word}: `dlopt judge` sets the seeds: every pair of runs has its own")
+
+
+def _combined(composer: Composer, lines: Sequence[str], change: Sequence[str]) -> list[str]:
+    """Returns the overrides of the base with the change, of which a choice replaces its whole group."""
+    keys, groups = {key_of(each) for each in change}, set(composer.groups())
+    chosen = tuple(f"{key}." for key in keys & groups)
+    return [*(each for each in lines if key_of(each) not in keys and not key_of(each).startswith(chosen)), *change]
+
+
+def _side(composer: Composer, lines: Sequence[str], code: Path | None = None) -> Side:
+    lines = _combined(composer, lines, UNRECORDED)
+    config = composer.compose(lines)
+    if config.get("comparison") is not None:
+        recipe = next((each for each in lines if key_of(each) == "experiment"), "comparison")
+        raise UserError(f"{recipe}: a comparison of several runs, which has its own claims; name a single run")
+    return Side(lines, plan(composer, lines), code)
+
+
+def _check(base: Side, change: Side) -> None:
+    """Raises `UserError` for a change that changes nothing, or after which the metrics are not comparable."""
+    different = list(differing(base, change))
+    if not different:
+        raise UserError("the base and the change are equal: they differ in nothing that a run computes")
+    for key in different:
+        shown = f"{key}={show(change.identity.get(key))}"
+        if role_of(key) is Role.PROTOCOL:
+            raise UserError(f"{shown}: alters the metric or how it is measured; give it to the base, for both")
+        if group_of(key) == "data" and key not in _OF_BATCHES:
+            raise UserError(f"{shown}: other data than the base's ({show(base.identity.get(key))}) are not comparable")
+    refuse_loss(base, change, str(base.plan.saved["monitor"]))
+
+
+def refuse_loss(base: Side, change: Side, metric: str) -> None:
+    """Raises `UserError` if the change alters the loss by which it would be judged."""
+    keys = [key for key in differing(base, change) if group_of(key) == "loss"]
+    if keys and metric == "val_loss":
+        shown = f"{keys[0]}={show(change.identity.get(keys[0]))}"
+        raise UserError(f"{shown}: alters the metric val_loss; give the base another one: monitor=val_accuracy")
+
+
+def differing(base: Side, change: Side) -> Iterator[str]:
+    """Yields the dotted keys in which the sides differ."""
+    for key in dict.fromkeys([*base.identity, *change.identity]):
+        if base.identity.get(key) != change.identity.get(key):
+            yield key

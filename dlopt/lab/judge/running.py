@@ -1,0 +1,227 @@
+"""Runs the pairs of a judgement, each of the same seed, until they decide."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dlopt.extend import Record, RunError, RunFolder, lower_is_better, read_run, short_path
+from dlopt.lab.judge.ledger import Entry
+from dlopt.lab.judge.proposal import Side, refuse_loss
+from dlopt.lab.judge.sequential import Look, looks
+from dlopt.lab.trials import ClaimedTrials, has_ended
+from dlopt.metrics.names import monitored_modes, resolve_monitor
+from dlopt.run.environment import code_sha256
+from dlopt.sweeps import pool as pools
+from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, PlanJob
+from dlopt.sweeps.pool import Pool
+from dlopt.tracking.overview import Overview
+
+SIDES = ("base", "change")
+_APART = 1000  # seeds between two proposals: each has seeds of its own, which no earlier verdict has led to
+SAME = 2
+"""Pairs with bitwise equal metrics after which a change is said to do nothing."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    side: str
+    seed: int
+
+    @property
+    def subfolder(self) -> str:
+        return f"{self.side}/{self.seed}"
+
+
+@dataclass
+class Judgement:
+    """The runs of a proposal in its folder, and what they say so far. A request of `ClaimedTrials`.
+
+    Attributes:
+        seeds: pairs after which the change stays undecided.
+        end: time (time.monotonic) after which no pair starts.
+        ahead: pairs that run at once.
+    """
+
+    folder: Path
+    sides: Mapping[str, Side]
+    entry: Entry
+    seeds: int
+    end: float = math.inf
+    ahead: int = 1
+    metric: str = ""
+    gains: list[float] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+    same: int = 0
+
+    def pair(self, number: int) -> list[Trial]:
+        return [Trial(side, _APART * self.entry.number + number) for side in SIDES]
+
+    def line(self, trial: Trial) -> list[str]:
+        return [*self.sides[trial.side].lines, f"seed={trial.seed}"]
+
+    def label(self, trial: Trial) -> str:
+        return f"{trial.side}, seed {trial.seed}"
+
+    def run_folder(self, trial: Trial) -> RunFolder:
+        return RunFolder(self.folder / trial.subfolder)
+
+    @property
+    def verdict(self) -> str:
+        if self.same >= SAME and not any(self.gains):
+            return "same"
+        return self.looks[-1].verdict if self.looks else "undecided"
+
+    def concluded(self) -> Entry:
+        """Returns the entry with what the runs say."""
+        entry = replace(self.entry, verdict=self.verdict, metric=self.metric, gains=tuple(self.gains))
+        if not self.looks:
+            return entry
+        look = self.looks[-1]
+        return replace(entry, estimate=look.estimate, low=look.low, high=look.high)
+
+    def waiting(self) -> list[Trial]:
+        """Returns the trials of the next pairs; none when the verdict or the budget has ended the judgement."""
+        self.collect()
+        first = len(self.gains)
+        if self.verdict != "undecided" or first >= self.seeds:
+            return []
+        pairs = [self.pair(number) for number in range(first, min(first + self.ahead, self.seeds))]
+        if time.monotonic() > self.end:  # a pair that has begun is completed
+            pairs = [pair for pair in pairs if any(self.run_folder(each).has_run() for each in pair)]
+        return [each for pair in pairs for each in pair if not has_ended(self.run_folder(each))]
+
+    def collect(self) -> None:
+        """Reads the pairs that have ended, in their order, until one decides.
+
+        Raises:
+            RunError: a run failed otherwise than by diverging.
+            UserError: the change alters the loss by which it is judged.
+        """
+        while self.verdict == "undecided" and len(self.gains) < self.seeds:
+            folders = [self.run_folder(each) for each in self.pair(len(self.gains))]
+            if not all(map(has_ended, folders)):
+                return
+            base, change = (self._read(folder) for folder in folders)
+            self.gains.append(self._gain(base, change))
+            self.same += _curves(base) == _curves(change)
+            self.looks = list(looks(self.gains, self.entry.rate, self.entry.margin))
+
+    def _read(self, folder: RunFolder) -> Record:
+        summary = folder.summary() or {}
+        if summary.get("status") == "failed" and not summary.get("diverged"):
+            raise RunError(f"{short_path(folder.path)}: {summary.get('reason')}; the same command runs it again")
+        record = read_run(folder.path)
+        if not isinstance(record, Record):
+            raise RunError(f"{short_path(folder.path)}: {record.reason}; remove this folder")
+        return record
+
+    def _gain(self, base: Record, change: Record) -> float:
+        """Returns the difference of the best values of the monitored metric; infinite if one of the runs diverged."""
+        for record in (base, change):
+            if not self.metric and record.history:
+                saved = self.sides["base"].plan.saved
+                self.metric = resolve_monitor(str(saved["monitor"]), record.history[-1])
+                refuse_loss(self.sides["base"], self.sides["change"], self.metric)
+        values = [_best(record, self.metric) for record in (base, change)]
+        return 0.0 if values[0] == values[1] else values[1] - values[0]
+
+
+def _best(record: Record, metric: str) -> float:
+    """Returns the best value of a metric, negated where a lower one is better; -inf for a run that diverged."""
+    sign = -1 if lower_is_better(metric or "val_loss", monitored_modes(record.config)) else 1
+    values = [sign * line[metric] for line in record.history if line.get(metric) is not None]
+    return max(values, default=-math.inf) if record.status != "failed" else -math.inf
+
+
+def _curves(record: Record) -> list[list[tuple[str, float]]]:
+    """Returns what was computed: the metrics of all epochs, without times."""
+    return [[(k, v) for k, v in line.items() if k.startswith(("train_", "val_"))] for line in record.history]
+
+
+class _Pairs(ClaimedTrials[Trial]):
+    """Supplies the trials of the next pairs, and prints each look."""
+
+    request: Judgement
+
+    def __init__(self, request: Judgement, plan_job: PlanJob) -> None:
+        super().__init__(request, plan_job, kept=lambda _: False)
+        self.overview = Overview(2 * request.seeds, metric="", silent=True)
+        self._shown = len(request.looks)
+
+    def next(self) -> Job | None:
+        self.waiting = dict.fromkeys(self.request.waiting())  # those that run are locked
+        return super().next()
+
+    def ended(self, job: Job, result: JobResult) -> None:
+        super().ended(job, result)
+        if result.status == "failed" and not has_ended(job.folder):
+            raise RunError(f"{short_path(job.folder.path)}: {result.reason}; the same command runs it again")
+        self.request.collect()
+        for number in range(self._shown, len(self.request.looks)):
+            look, gain = self.request.looks[number], self.request.gains[number]
+            so_far = interval_text(look.low, look.high)
+            self.overview.message(f"  pair {number + 1}: gain {number_text(gain)}; {so_far}")
+        self._shown = len(self.request.looks)
+
+
+def number_text(value: float) -> str:
+    """Formats a gain with its sign."""
+    return f"{value:+.4g}"
+
+
+def interval_text(low: float, high: float) -> str:
+    ends = f"{number_text(low)} to {number_text(high)}"
+    return ends if math.isfinite(high - low) else "no interval yet"
+
+
+def run(judgement: Judgement, pool: Pool, plan_job: PlanJob) -> None:
+    """Runs the pairs that are missing. On a signal, raises KeyboardInterrupt. Raises `RunError` for a failed run."""
+    for side in SIDES:
+        for path in judgement.folder.glob(f"{side}/*/summary.json"):
+            summary = RunFolder(path.parent).summary() or {}
+            if summary.get("status") == "failed" and not summary.get("diverged"):
+                shutil.rmtree(path.parent)
+    pools.warm_up()
+    judgement.ahead = max(pool.slots // len(SIDES), 1)
+    source = _Pairs(judgement, plan_job)
+    code = judgement.sides["change"].code
+    pools.run(source, pool if code is None else _with_code(pool, code), source.overview)
+
+
+# -- code=FOLDER
+
+
+def _with_code(pool: Pool, code: Path) -> Pool:
+    """Returns a pool that runs the change in interpreters of their own, which import from `code` first.
+
+    The server that forks the other jobs has imported the packages of the base.
+    """
+    sha256, cores = code_sha256(code), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+    def start(slot: int, folder: Path, environment: Mapping[str, str]) -> pools.Process:
+        if folder.parent.name != "change":
+            return pool.start(slot, folder, environment)
+        if code_sha256(code) != sha256:
+            raise RunError(f"code={code}: was changed while it is being judged; the runs do not count, remove {folder}")
+        path = os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with (folder / OUTPUT).open("ab") as output:
+            process = _Interpreter(
+                [sys.executable, "-P", "-m", "dlopt.run.job", str(folder)], stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, env={**os.environ, **environment, "PYTHONPATH": path}, start_new_session=True,
+            )  # fmt: skip
+        if cores and pool.slots > 1:  # as the jobs of the pool
+            os.sched_setaffinity(process.pid, set(cores[slot :: pool.slots]) or {cores[slot % len(cores)]})
+        return process
+
+    return replace(pool, start=start)
+
+
+class _Interpreter(subprocess.Popen[bytes]):
+    def stop(self) -> None:
+        self.terminate()

@@ -1,0 +1,200 @@
+"""`dlopt judge`: what is refused, what runs, what is printed, and what the ledger answers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlopt.basics.errors import RunError
+from dlopt.config.compose import Composer
+from dlopt.lab.judge import command
+from dlopt.lab.judge.proposal import read_base, read_change
+from dlopt.lab.judge.running import Judgement, Trial, _with_code
+from dlopt.sweeps.pool import Pool, find_local
+from dlopt.training.builders.workload import build_workload, training_batches
+from tests.support.folders import make_run
+from tests.support.line import dlopt, refused
+
+BASE = "model=mlp epochs=2 device=cpu"
+Accuracy = Callable[[Trial], float]
+
+
+@pytest.fixture
+def trains(monkeypatch: pytest.MonkeyPatch) -> Callable[[Accuracy], list[Trial]]:
+    """Returns a function that makes runs of these accuracies in place of training; it returns those that were made."""
+
+    def install(accuracy: Accuracy, **more: Any) -> list[Trial]:
+        made: list[Trial] = []
+
+        def run(judgement: Judgement, pool: Pool, plan_job: object) -> None:
+            while trials := judgement.waiting():
+                made.extend(trials)
+                for trial in trials:
+                    path = judgement.run_folder(trial).path
+                    make_run(path, seed=trial.seed, accuracies=(0.1, accuracy(trial)), **more)
+
+        monkeypatch.setattr(command, "run", run)
+        return made
+
+    return install
+
+
+def better(trial: Trial) -> float:
+    return 0.5 + 0.1 * (trial.side == "change") + 0.01 * (trial.seed % 3 if trial.side == "base" else 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "BASE and CHANGE missing: "),
+        ([BASE], "CHANGE missing: "),
+        ([BASE, "optimizer.lr=0.1"], "the base and the change are equal: "),
+        ([BASE, "device=cpu threads=1 optimizer=sgd"], "the base and the change are equal: "),
+        ([BASE, "seed=3"], "seed=3: `dlopt judge` sets the seeds: "),
+        ([BASE, "monitor=val_loss"], "monitor=val_loss: alters the metric or how it is measured; "),
+        ([BASE, "evaluate.every_epochs=2"], "evaluate.every_epochs=2: alters the metric or how it is measured; "),
+        ([BASE, "data.val_split=0.2"], "data.val_split=0.2: other data than the base's (0.1) are not comparable"),
+        ([BASE, "data=breast_cancer"], "data._target_=dlopt.data.features.breast_cancer: other data than "),
+        ([f"{BASE} monitor=val_loss", "loss.label_smoothing=0.1"], "loss.label_smoothing=0.1: alters the metric val_"),
+        ([BASE, "optimizer.lr=0.2", "seeds=3"], "seeds=3: proposal 1 against this base has the error rate 0.03, "),
+        ([BASE, "optimizer.lr=0.2", "error_rate=1"], "error_rate=1: must be between 0 and 1"),
+        ([BASE, "optimizer.lr=0.2", "hydra/launcher=slurm"], "hydra/launcher=slurm: the runs are started on this "),
+        ([BASE, "code=nowhere"], "code=nowhere: must be a folder with Python files"),
+        ([BASE, "unfinished", "optimizer.lr=0.2"], "unfinished optimizer.lr=0.2: a change is one run, or overrides"),
+        (["unfinished", "optimizer.lr=0.2"], "unfinished: the base has not finished (unfinished): "),
+        (["lecture/momentum", "optimizer.lr=0.2"], "experiment=lecture/momentum: a comparison of several runs"),
+        (["nowhere", "optimizer.lr=0.2"], "nowhere: an override is key=value or group=choice"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "unfinished", status=None)
+    assert refused(tmp_path, "judge", *words).startswith(f"dlopt: {message}")
+
+
+def test_a_gain_is_found_and_then_answered_from_the_ledger(
+    trains: Callable[[Accuracy], list[Trial]], tmp_path: Path
+) -> None:
+    made = trains(better)
+    result = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "output=out")
+    assert result.code == 0, result.err
+    assert "Better: val_accuracy is better by 0.09 (" in result.out
+    assert "over 7 pairs of runs; error rate 0.03, and 0.05 for all proposals against this base together." in result.out
+    assert len(made) == len(set(made)) == 14  # no seed twice
+    assert {each.seed for each in made} == set(range(1000, 1007))
+    assert all((tmp_path / "out/1" / name).is_file() for name in ("judge.png", "judge.svg", "judge.json"))
+    # The same change in other words, and with more pairs allowed.
+    again = dlopt(tmp_path, "judge", "epochs=2 device=cpu model=mlp", "optimizer.lr=2e-1", "seeds=50", "output=out")
+    assert (again.code, len(made)) == (0, 14), again.err
+    assert "from the ledger: proposal 1, out/1" in again.out
+    # Another change has fresh seeds and a smaller rate.
+    trains(lambda trial: 1 - better(trial))
+    worse = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.3", "output=out", "--json")
+    document = json.loads(worse.out)
+    assert (worse.code, document["verdict"], document["proposal"], document["pairs"]) == (3, "worse", 2, 9)
+    assert document["gain"] < document["high"] < 0
+    assert document["error_rate"] == pytest.approx(0.05 * 6 / 3.14159265**2 / 4)
+    assert (tmp_path / "out/2/change/2008").is_dir()
+
+
+def test_an_undecided_change_continues_with_more_pairs(
+    trains: Callable[[Accuracy], list[Trial]], undrawn: None, tmp_path: Path
+) -> None:
+    made = trains(lambda trial: 0.5 + 0.1 * (trial.seed % 2 if trial.side == "base" else 1 - trial.seed % 2))
+    for seeds, pairs in ((8, 8), (8, 8), (12, 12)):
+        result = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", f"seeds={seeds}")
+        assert result.code == 4 and f"over {pairs} pairs" in result.out, result.err
+        assert len(made) == len(set(made)) == 2 * pairs
+    assert "Undecided: a gain of " in result.out and "to continue, repeat the command with seeds=24" in result.out
+    late = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "seeds=30", "minutes=1e-9")
+    assert late.code == 4 and "over 12 pairs" in late.out and late.out.endswith("to continue, repeat the command\n")
+
+
+def test_a_change_that_does_nothing_ends_early(trains: Callable[[Accuracy], list[Trial]], tmp_path: Path) -> None:
+    made = trains(lambda trial: 0.5 + trial.seed / 10000)
+    result = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2")
+    assert (result.code, len(made)) == (4, 4)
+    assert "Undecided: the change does nothing: 2 pairs of runs have bitwise equal metrics." in result.out
+
+
+def test_a_change_that_diverges_is_worse_and_one_that_fails_ends_the_command(
+    trains: Callable[..., list[Trial]], tmp_path: Path
+) -> None:
+    trains(lambda trial: 0.5, status="failed")
+    failed = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2")
+    assert (failed.code, failed.err.count("\n")) == (1, 1)
+    assert "the loss is nan; the same command runs it again" in failed.err
+
+    judgement = _judgement(tmp_path / "diverged", "optimizer.lr=0.2")
+    for number in range(7):
+        base, change = judgement.pair(number)
+        make_run(judgement.run_folder(base).path)
+        path = make_run(judgement.run_folder(change).path, status="failed")
+        (path / "summary.json").write_text(json.dumps({"status": "failed", "diverged": True}))
+    judgement.collect()
+    assert judgement.verdict == "worse"
+    assert judgement.concluded().metric == "val_accuracy"
+
+
+def _judgement(folder: Path, *change: str) -> Judgement:
+    composer = Composer()
+    base = read_base(composer, BASE)
+    sides = {"base": base, "change": read_change(composer, base, change)}
+    ledger = command.Ledger(folder, base.lines, 0.05)
+    return Judgement(folder, sides, ledger.propose("x", change, None, 0.0, 20), 20)
+
+
+def test_a_pair_shares_the_initial_weights_and_the_order_of_the_data(tmp_path: Path) -> None:
+    judgement = _judgement(tmp_path, "optimizer=adamw")
+    made = []
+    for trial in judgement.pair(3):
+        run_config, _ = command.Line(Composer(), []).run_config(judgement.line(trial))
+        workload = build_workload(run_config)
+        made.append((workload, next(training_batches(workload).epoch(1))))
+    (one, batch), (other, same) = made
+    for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert all(map(torch.equal, batch, same))  # inputs and targets
+
+
+def test_a_choice_replaces_the_group_of_the_base() -> None:
+    composer = Composer()
+    base = read_base(composer, "optimizer.lr=0.3 model=mlp optimizer.momentum=0.5 optimizer.weight_decay=0.03")
+    change = read_change(composer, base, ["optimizer=adamw data.batch_size=32", "epochs=3"])
+    saved = change.plan.saved
+    assert saved["optimizer"]["lr"] != 0.3 and saved["optimizer"]["weight_decay"] != 0.03
+    assert (saved["data"]["batch_size"], saved["epochs"]) == (32, 3)
+    same = read_base(
+        composer, "model=mlp optimizer.momentum=0.5 optimizer.lr=3e-1 optimizer.weight_decay=0.03 tags=[a]"
+    )
+    assert same.hash == base.hash != change.hash
+
+
+def test_the_code_of_a_change_is_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    composer = Composer()
+    base = read_base(composer, BASE)
+    first = read_change(composer, base, [f"code={tmp_path}"])
+    pool = _with_code(Pool(1, lambda *_: pytest.fail("not by the pool"), find_local), tmp_path)
+    (tmp_path / "mine.py").write_text("x = 2\n")
+    assert read_change(composer, base, [f"code={tmp_path}"]).hash != first.hash != base.hash
+    with pytest.raises(RunError, match="was changed while it is being judged"):
+        pool.start(0, tmp_path / "change" / "1000", {})
+
+
+@pytest.mark.slow
+def test_runs_of_a_change_import_its_code_first(tmp_path: Path) -> None:
+    model = (
+        "from torch import nn\n\nclass Net(nn.Module):\n    def __init__(self, *, input_shape, classes):\n"
+        "        super().__init__()\n        self.a = nn.Linear(64, classes)\n\n"
+        "    def forward(self, x):\n        return self.a(x.flatten(1))\n"
+    )
+    (tmp_path / "mine.py").write_text(model)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine.py").write_text(f"import pathlib\n{model}\npathlib.Path('imported').touch()\n")
+    base = "model=mine.Net allow_packages=[mine] epochs=1 data.subset=100 device=cpu threads=1"
+    result = dlopt(tmp_path, "judge", base, "code=other")
+    assert result.code == 4 and "the change does nothing" in result.out, result.err
+    assert (tmp_path / "imported").exists()
