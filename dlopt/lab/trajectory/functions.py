@@ -42,6 +42,10 @@ class Function:
     def sample(self, generator: torch.Generator) -> Loss:
         return self
 
+    def describe(self, name: str) -> str:
+        """Returns the name with what makes the function easy or hard, for a title."""
+        return name
+
 
 class Quadratic(Function):
     """(u^2 + condition v^2) / 2, where (u, v) are the coordinates rotated by `angle` degrees.
@@ -71,6 +75,9 @@ class Quadratic(Function):
     def hessian(self) -> tuple[float, float]:
         """The curvatures along the rotated coordinates (u, v)."""
         return 1.0, self._condition
+
+    def describe(self, name: str) -> str:
+        return f"{name} (condition number {self._condition:g})"
 
     def coordinates(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Returns the rotated coordinates (u, v) of numbers or tensors."""
