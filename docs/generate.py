@@ -1,11 +1,11 @@
-"""Writes the generated parts of the pages that are read in the repository, too: claims, results, extras, lectures.
+"""Writes the generated parts of the pages that are read in the repository, too: claims, results, reference, lectures.
 
     .venv/bin/python docs/generate.py
 
 They are between `<!-- generated: NAME -->` and `<!-- end -->`. The sources are pyproject.toml, the recipes in
 conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, and the benchmark
-results that come with dlopt. Run it after a change of one of them; a test compares the pages with their sources. The
-reference is generated when Sphinx builds the site.
+results that come with dlopt; those of the reference are the code and conf/. Run it after a change of one of them; a test
+compares the pages with their sources. The pages of single commands and groups are generated when Sphinx builds the site.
 """
 
 import re
@@ -24,11 +24,15 @@ import extras  # noqa: E402
 import gallery  # noqa: E402
 import ladder  # noqa: E402
 import lectures  # noqa: E402
+import reference  # noqa: E402
 
 LECTURES = list(lectures.plan(DOCS))
 PARTS: dict[str, Callable[[], str]] = {
     "benchmark": benchmark.results,
     "agreement": benchmark.predicts,
+    "commands": reference.commands_table,
+    "groups": reference.choices_table,
+    "settings": reference.settings,
     "claims": lambda: gallery.claims(DOCS),
     "extras": extras.extras,
     "ladder": lambda: ladder.ladder(DOCS / "ladder/gpt"),
@@ -39,6 +43,7 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 PAGES = (
     *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results")),
+    *(DOCS / "reference" / f"{name}.md" for name in ("commands", "groups", "settings")),
     *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),
 )
 
