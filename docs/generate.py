@@ -4,8 +4,8 @@
 
 They are between `<!-- generated: NAME -->` and `<!-- end -->`. The sources are pyproject.toml, the recipes in
 conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, and the benchmark
-results that come with dlopt; those of the reference are the code and conf/. Run it after a change of one of them; a test
-compares the pages with their sources. The pages of single commands and groups are generated when Sphinx builds the site.
+results that come with dlopt; those of the reference are the code and conf/. Run it after a change of one of them; a
+test compares the pages with their sources. Sphinx generates the pages of single commands and groups.
 """
 
 import re

@@ -86,9 +86,9 @@ def _panel(title: str) -> "tuple[Figure, Axes]":
 
 
 def _last_measured(points: Sequence[Interval]) -> int:
-    """Returns the number of sizes up to the last one with a marker; all, if none has one: the law goes on from there.
+    """Returns the number of sizes up to the last one with a marker; all, if none has one.
 
-    Beyond it the baseline was not trained to the optimizer's loss, and the law extrapolates.
+    Beyond it the baseline was not trained to the optimizer's loss: the law extrapolates.
     """
     return max((i for i, each in enumerate(points, 1) if not math.isnan(each.value)), default=len(points))
 

@@ -83,7 +83,7 @@ def test_no_variant_hides_another_and_rounding_is_no_value() -> None:
     assert "below 1e-06 (rounding error)" in {text.get_text() for text in figure.legends[0].get_texts()}
 
 
-def test_a_panel_says_that_its_curves_coincide() -> None:
+def test_the_title_of_a_panel_tells_that_its_curves_coincide() -> None:
     for other, title in ((2.0, "the 2 curves coincide"), (2.1, "")):
         outcomes = {VariantRun("a", (), 0): outcome([3.0, 2.0]), VariantRun("b", (), 0): outcome([3.0, other])}
         assert draw(Results(comparison(seeds=[0]), outcomes)).axes[0].get_title() == title
