@@ -139,7 +139,7 @@ def scores(results: Results, summary: Summary) -> "Figure":
     for i, (measure, offset) in enumerate(zip(summary.measures, offsets, strict=True)):
         for y, optimizer in enumerate(summary.order):
             score = summary.score(optimizer, measure)
-            if score is None or (i and score == summary.score(optimizer, summary.measures[0])):
+            if score is None or (measure == "evaluations" and score == summary.score(optimizer, "updates")):
                 continue  # of most optimizers, an update is one evaluation of the loss
             if not math.isnan(score.low):
                 axes.plot([score.low, score.high], [y + offset] * 2, color=COLOURS[i], linewidth=2.5, alpha=0.5)
