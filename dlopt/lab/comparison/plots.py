@@ -354,7 +354,7 @@ def _heat_maps(results: Results) -> "Figure":
         for (row, column), value in np.ndenumerate(values):
             is_bright = math.isnan(value) or (coloured[row, column] - low) / max(high - low, 1e-12) > 0.6
             style = {"ha": "center", "va": "center", "color": "black" if is_bright else "white"}
-            axes.text(column, row, texts[i][row][column], fontsize=min(_TEXT, room), **style)  # type: ignore[arg-type]
+            axes.text(column, row, texts[i][row][column], fontsize=min(_TEXT, room), **style)
         if chooser is not None:
             row, column = _best(results, variant, chooser)
             frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
