@@ -5,6 +5,7 @@ Imports torch lazily, so that `--help`, `--version` and shell completion are fas
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -52,9 +53,9 @@ Usage: dlopt COMMAND [group=choice] [key=value]
 %s
 Examples:
   dlopt train optimizer=adamw schedule=cosine_warmup epochs=20
-  dlopt train -m optimizer.lr=0.01,0.03,0.1 seed=0,1,2     # sweep: one run per combination
-  dlopt train resume=auto                                  # resume the newest unfinished run of this config
-  dlopt train from=outputs/train/DATE optimizer.lr=0.01    # start from the config of an earlier run
+  dlopt train -m optimizer.lr=0.01,0.1 seed=0,1,2      # a run per combination
+  dlopt train resume=auto                              # the newest unfinished run
+  dlopt train from=outputs/train/DATE optimizer.lr=1   # its config, one key changed
 
 Use `dlopt COMMAND --help` for the keys of a command.
 Shell completion: eval "$(dlopt train -sc install=bash)"
@@ -119,7 +120,8 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         from dlopt.commands.listing import sections
 
-        return partial(_print, _USAGE % sections(every_command())), []
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        return partial(_print, _USAGE % sections(every_command(), columns)), []
     if arguments[0] in ("-V", "--version"):
         return partial(_print, f"dlopt {__version__}\n"), []
     for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command

@@ -4,6 +4,7 @@ Sphinx, because MkDocs and Material are in maintenance mode, Zensical is young, 
 strictly, and lets a small extension generate the reference without intersphinx or a network.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ project = "dlopt"
 author = "dlopt developers"
 copyright = author
 release = version = dlopt.__version__
-repository = extras.metadata()["urls"]["Repository"]
+repository = extras.repository()  # None: not published, and no page links to it
 
-extensions = ["myst_parser", "sphinx_copybutton", "sphinx_design"]
+extensions = ["myst_parser", "sphinx_copybutton"]
 source_suffix = {".md": "markdown", ".myst": "markdown", ".ipynb": "markdown"}  # .myst: generated; .ipynb: see `fill`
 exclude_patterns = ["_ext", "_static", "_templates"]
 templates_path = ["_templates"]
@@ -34,7 +35,7 @@ copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = False
 
 html_theme = "furo"
-html_theme_options = {"source_edit_link": f"{repository}/edit/main/docs/{{filename}}"}
+html_theme_options = {"source_edit_link": f"{repository}/edit/main/docs/{{filename}}"} if repository else {}
 html_context = {"repository": repository}
 html_sidebars = {
     "**": [
@@ -42,7 +43,7 @@ html_sidebars = {
         "sidebar/search.html",
         "sidebar/scroll-start.html",
         "sidebar/navigation.html",
-        "links.html",
+        *(["links.html"] if repository else []),
         "sidebar/scroll-end.html",
     ]
 }
@@ -58,18 +59,23 @@ _WRITTEN_ELSEWHERE = {"changelog", "contributing"}  # pages that include a file 
 
 
 def setup(app: Sphinx) -> None:
-    """Generates the reference before Sphinx looks for pages, and fills `<!-- generated -->` in its overviews."""
+    """Generates the reference before Sphinx looks for pages, and links its overviews to these pages.
+
+    `<!-- toctree ... -->`: a toctree, which readers of the repository need not see.
+    """
     import notebook
     import reference
 
     docs = Path(app.srcdir)
     parts = {"reference/commands": reference.commands_table, "reference/groups": reference.choices_table}
+    generated = re.compile(r"<!-- generated: \w+ -->.*?<!-- end -->", re.DOTALL)
 
     def fill(_: Sphinx, name: str, source: list[str]) -> None:
         if app.env.doc2path(name).suffix == ".ipynb":
             source[0] = notebook.page(source[0], Path(name).name, docs / "_static/notebooks", "/_static/notebooks")
         if name in parts:
-            source[0] = source[0].replace("<!-- generated -->", parts[name]())
+            source[0] = generated.sub(lambda _: parts[name](linked=True), source[0])
+        source[0] = re.sub(r"<!-- toctree\n(.*?)-->", r"```{toctree}\n\1```", source[0], flags=re.DOTALL)
 
     def omit_edit_link(_: Sphinx, name: str, __: str, context: dict[str, Any], ___: object) -> None:
         """Leaves out the link to a source that is not in the repository, or is not the text of the page."""

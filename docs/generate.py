@@ -1,11 +1,11 @@
-"""Writes the generated parts of the pages that are read in the repository, too: claims, results, extras, lectures.
+"""Writes the generated parts of the pages that are read in the repository, too: claims, results, reference, lectures.
 
     .venv/bin/python docs/generate.py
 
 They are between `<!-- generated: NAME -->` and `<!-- end -->`. The sources are pyproject.toml, the recipes in
 conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, docs/judge, and
-the benchmark results that come with dlopt. Run it after a change of one of them; a test compares the pages with their
-sources. The reference is generated when Sphinx builds the site.
+the benchmark results that come with dlopt; those of the reference are the code and conf/. Run it after a change of one
+of them; a test compares the pages with their sources. Sphinx generates the pages of single commands and groups.
 """
 
 import re
@@ -25,11 +25,15 @@ import gallery  # noqa: E402
 import judge  # noqa: E402
 import ladder  # noqa: E402
 import lectures  # noqa: E402
+import reference  # noqa: E402
 
 LECTURES = list(lectures.plan(DOCS))
 PARTS: dict[str, Callable[[], str]] = {
     "benchmark": benchmark.results,
     "agreement": benchmark.predicts,
+    "commands": reference.commands_table,
+    "groups": reference.choices_table,
+    "settings": reference.settings,
     "claims": lambda: gallery.claims(DOCS),
     "extras": extras.extras,
     "judge": lambda: judge.evidence(DOCS / "judge"),
@@ -41,7 +45,9 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 PAGES = (
     *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results")),
-    DOCS / "howto" / "judge.md",
+conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, docs/judge, and
+the benchmark results that come with dlopt; those of the reference are the code and conf/. Run it after a change of one
+of them; a test compares the pages with their sources. Sphinx generates the pages of single commands and groups.
     *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),
 )
 

@@ -24,6 +24,11 @@ if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
 
 _CLOSED = re.compile(r"""'[^']*'|"[^"]*"|\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}""")
 _SENTENCES = ("note",)  # keys whose value is one text, commas and brackets included
+TEXTS = (  # keys whose values are texts, never numbers: often dates
+    "name", "note", "tags", "resume", "init_from", "output", "hydra.run.dir", "hydra.sweep.dir", "checkpoint", "images",
+    "data.root", "data.file",
+)  # fmt: skip
+_NUMBER = r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d[\d_]*)?|true|false|nan|inf"  # as Hydra reads it
 _MOST_VALUES = 1_000_000  # of a range: more are a typing error, which would take all memory
 OUTPUT = "output"  # the folder of a run or sweep, as of the other commands
 SEEDS, SPACE, TRIALS, WAIT = "seeds", "space", "trials", "wait"  # words of a sweep, which are no keys of its jobs
@@ -133,11 +138,22 @@ def _parse(line: str) -> "Override":
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import RangeSweep
 
-    [override] = OverridesParser.create().parse_overrides([line])
+    [override] = OverridesParser.create().parse_overrides([_with_texts(line)])
+    override.input_line = line  # as typed: quotes within quotes would be hard to read
     value = override.value()
     if isinstance(value, RangeSweep):
         _check_range(line, value)
     return override
+
+
+def _with_texts(line: str) -> str:
+    """Quotes the numbers of a key that takes texts: Hydra reads name=2024_11_26 as 20241126."""
+    key, equals, value = line.partition("=")
+    if key_of(line) not in TEXTS or not value:
+        return line
+    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    items = [f"'{item.strip()}'" if re.fullmatch(_NUMBER, item.strip(), re.I) else item for item in _items(inner)]
+    return f"{key}{equals}{value.replace(inner, ','.join(items), 1)}"
 
 
 def _check_range(line: str, sweep: "RangeSweep") -> None:

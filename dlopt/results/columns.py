@@ -60,7 +60,8 @@ def difference_text(name: str, difference: Difference | None) -> str:
     form = _form(name, [difference.mean, difference.low or 0.0, difference.high or 0.0])
 
     def signed(value: float) -> str:
-        return f"{'+' if value >= 0 else '-'}{form(abs(value))}".removesuffix(" %")
+        size = form(abs(value)).removesuffix(" %")
+        return f"{'-' if value < 0 and re.search('[1-9]', size) else '+'}{size}"  # -0.00 is no number
 
     return difference.show(signed)
 

@@ -114,7 +114,9 @@ def header_rows(
     if facts.get("train") and facts.get("test") == 0:
         samples.append("no test set")
     rows: dict[str, list[str | None]] = {
-        "overrides": [shlex.quote(override) for override in facts.get("overrides", ())],
+        "overrides": [
+            shlex.quote(re.sub(r"^hydra\.run\.dir=", "output=", line)) for line in facts.get("overrides", ())
+        ],
         "data": [
             names.get("data"),
             ", ".join(samples),

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"  # of train.log
 _CONTROL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")  # colours and cursor movements
 SINKS = ("tensorboard", "mlflow", "wandb", "trackio")
-# TensorBoard's HParams table shows the first five metrics by name: `best/` comes before all the curves.
+# TensorBoard sorts by name: its HParams table shows the first five metrics, `best/` among them, and its first two cards
+# are the accuracy and the loss of the best epoch so far.
 _BEST_TAGS = {metric.best: metric.best_tag for metric in (VAL_LOSS, VAL_ACCURACY)}
 
 
@@ -121,6 +122,7 @@ class Tracking:
         self._folder = folder
         self._console = ConsoleView() if console else None
         self._step_tags: set[str] = set()  # written by `step`
+        self._best: dict[str, float] = {}  # tag -> value of the best epoch so far
         self._epochs = 0
         self._log: TrainLog | None = None
         self._metrics: MetricsFile | None = None
@@ -220,12 +222,19 @@ class Tracking:
     def epoch(self, metrics: Mapping[str, Any], *, best: bool = False) -> None:
         """Records an evaluated epoch with the keys of metrics.jsonl; `best` marks it as the best so far.
 
-        The sinks receive `train_loss` as `train/loss` and so on, without the tags that `step` writes.
+        The sinks receive `train_loss` as `train/loss` and so on, without the tags that `step` writes; TensorBoard also
+        the metrics of the best epoch so far.
         """
         if self._metrics is not None:
             self._metrics.write(metrics)
+        if best:
+            values: dict[str, Any] = {
+                metric.best_tag: metrics.get(metric.column) for metric in (VAL_LOSS, VAL_ACCURACY)
+            }
+            self._best = {tag: float(value) for tag, value in values.items() if _is_number(value)}
         for sink in self._sinks:
-            sink.scalars(metrics["step"], _to_tags(metrics, self._step_tags))
+            more = self._best if sink is self._tensorboard else {}
+            sink.scalars(metrics["step"], _to_tags(metrics, self._step_tags) | more)
             sink.flush()
         if self._log is not None:
             self._log.write(terminal_text.format_epoch(metrics, self._epochs, best=best))

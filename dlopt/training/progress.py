@@ -1,6 +1,7 @@
 """A run: its config and folder, its length, progress and timing."""
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,11 +66,13 @@ def run_length(settings: Settings, steps_per_epoch: int, checkpoint: Checkpoint 
     return Length(steps, epochs, steps_per_epoch, horizon, done)
 
 
-def check_horizon(run_config: RunConfig, length: Length, checkpoint: Checkpoint) -> str | None:
+def check_horizon(
+    run_config: RunConfig, length: Length, checkpoint: Checkpoint, typed: Sequence[str] | None = None
+) -> str | None:
     """Compares the length of a run resumed from `checkpoint` with its schedule's; returns a line if they differ.
 
-    Raises `UserError` if all updates after the end of the schedule would have learning rate 0. Whoever sets
-    `schedule_epochs` has chosen the horizon.
+    Raises `UserError` if all updates after the end of the schedule would have learning rate 0, with the command that
+    stretches it if the command line is `typed`. Whoever sets `schedule_epochs` has chosen the horizon.
     """
     settings, steps, horizon = run_config.settings, length.steps, length.horizon
     if settings.schedule_epochs is not None or steps == horizon or steps <= checkpoint.step:
@@ -86,10 +89,12 @@ def check_horizon(run_config: RunConfig, length: Length, checkpoint: Checkpoint)
         return None if last == final else f"{line}learning rate; to shorten the schedule, set schedule_epochs={end}"
     later = [*range(horizon, steps, length.steps_per_epoch), steps - 1]
     if all(factor(step) < _ZERO for step in later):
+        words = [] if typed is None else ["dlopt", "train", *typed, f"schedule_epochs={end}"]
+        command = f": {shlex.join(words)}" if words else ""
         raise UserError(
             f"{key}: the schedule of this run ends at epoch {schedule_end} with learning rate 0, so later epochs would "
             f"not change the weights; set schedule_epochs={end} to stretch the schedule, or "
-            f"schedule_epochs={schedule_end} to train on at 0"
+            f"schedule_epochs={schedule_end} to train on at 0{command}"
         )
     line = f"{key}: the schedule ends at epoch {schedule_end}; later epochs have {final:.3g} of the peak learning rate"
     return None if final == 1.0 else f"{line}; to stretch the schedule, set schedule_epochs={end}"

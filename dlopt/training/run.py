@@ -95,7 +95,8 @@ def train_run(
     check_crops(workload)
     batches = training_batches(workload)
     length = run_length(settings, len(batches), checkpoint)
-    horizon_note = None if checkpoint is None else check_horizon(run.run_config, length, checkpoint)
+    typed = run.overrides
+    horizon_note = None if checkpoint is None else check_horizon(run.run_config, length, checkpoint, typed)
     is_shown = mode.ranks.is_main
     with (
         contextlib.closing(workload),

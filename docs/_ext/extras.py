@@ -28,11 +28,16 @@ def metadata() -> dict[str, dict[str, list[str]]]:
     return found
 
 
+def repository() -> str | None:
+    """Returns the address of the repository; None as long as pyproject.toml has none."""
+    return metadata().get("urls", {}).get("Repository")  # type: ignore[return-value]
+
+
 def extras() -> str:
     """Every extra with the command that installs it, what it adds, and its packages."""
     rows = []
     for name, requirements in metadata()["optional-dependencies"].items():
         packages = [code(re.split(r"[<>=\[]", each)[0]) for each in requirements]
         shown = f"{len(packages)} packages" if name in SHORT else ", ".join(packages)
-        rows.append((code(f"pip install 'dlopt[{name}]'"), PURPOSES[name], shown))
+        rows.append((code(f"pip install '.[{name}]'"), PURPOSES[name], shown))
     return table(("Install", "Adds", "Packages"), rows)

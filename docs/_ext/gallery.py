@@ -33,6 +33,8 @@ def _section(choice: Choice, docs: Path) -> str:
     lines = [f"## {text(choice.description)}", ""]
     if (docs / "gallery" / f"{name}.png").exists():
         lines += [f"![{text(comparison.get('title', name))}](gallery/{name}.png)", ""]
+        if (docs / "gallery" / f"{name}.svg").exists():
+            lines += [f"[As SVG](gallery/{name}.svg)", ""]
     elif comparison:
         lines += ["Run the command to draw the picture.", ""]
     else:

@@ -1,7 +1,8 @@
-"""Generates the reference from the code and from conf/: pages of commands, groups, the keys of a run, the Python API.
+"""Generates the reference from the code and from conf/: commands, groups, the keys of a run, the Python API.
 
-The pages are written before Sphinx reads its sources, and only if they changed, so a second build is quick. The suffix
-.myst separates them from the pages in the repository.
+The overviews are in the repository, too, where their links lead to conf/ (docs/generate.py writes them). The pages of
+single commands and groups are written before Sphinx reads its sources, and only if they changed, so a second build is
+quick. The suffix .myst separates them from the pages in the repository.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from dlopt.lab.comparison.comparison import Comparison
 from dlopt.python import api
 from dlopt.sweeps.search import SearchSettings
 
+ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = Catalogue()
 COLUMNS = ("Key", "Default", "Accepts", "Meaning")
 
@@ -46,8 +48,8 @@ def write(docs: Path) -> None:
     pages = {docs / f"{name}.myst": page for name, page in generate().items()}
     for folder in ("commands", "groups"):
         (docs / "reference" / folder).mkdir(exist_ok=True)
-        for stale in {*(docs / "reference" / folder).glob("*.myst")} - pages.keys():
-            stale.unlink()
+    for stale in {*(docs / "reference").rglob("*.myst")} - pages.keys():
+        stale.unlink()
     for path, page in pages.items():
         if not path.exists() or path.read_text(encoding="utf-8") != page:
             path.write_text(page, encoding="utf-8")
@@ -57,7 +59,7 @@ def generate() -> dict[str, str]:
     """Returns the generated pages by their names in the documentation."""
     commands = {f"reference/commands/{name}": command_page(name) for name in every_command()}
     groups = {f"reference/groups/{file_name(group)}": group_page(group) for group in every_group(CATALOGUE)}
-    return {**commands, **groups, "reference/settings": settings_page(), "reference/python": python_page()}
+    return {**commands, **groups, "reference/python": python_page()}
 
 
 def file_name(group: str) -> str:
@@ -79,7 +81,7 @@ def command_page(name: str) -> str:
     rows = [row for target in declaring(module) for row in _own_rows(target)] if name != "train" else []
     if rows:
         lines += ["## Values", "", table(COLUMNS[:3], list(dict.fromkeys(rows)))]
-    lines += ["See also: [keys of a run](../settings.myst), [groups and choices](../groups.md)."]
+    lines += ["See also: [keys of a run](../settings.md), [groups and choices](../groups.md)."]
     return "\n".join(lines) + "\n"
 
 
@@ -94,9 +96,10 @@ def accepted(target: Callable[..., Any], name: str) -> str:
     return describe_type(annotation_of(target, name))
 
 
-def commands_table() -> str:
-    """Every command with its summary."""
-    rows = [(f"[{code(name)}](commands/{name}.myst)", text(summary(path))) for name, path in every_command().items()]
+def commands_table(*, linked: bool = False) -> str:
+    """Every command with its summary; `linked`: to its page on the site."""
+    link = "[{}](commands/{}.myst)" if linked else "{}"
+    rows = [(link.format(code(name), name), text(summary(path))) for name, path in every_command().items()]
     return table(("Command", "Purpose"), rows)
 
 
@@ -220,7 +223,7 @@ def _described(owner: Callable[..., Any], path: Sequence[str]) -> str:
 # -- keys of a run
 
 
-def settings_page() -> str:
+def settings() -> str:
     """The keys of conf/train.yaml that belong to no group, in the sections of the file."""
     path = config_folder() / "train.yaml"
     owners: Owners = {"": [Settings], "optimizer": [GROUPS["optimizer"].common or Settings]}
@@ -230,13 +233,7 @@ def settings_page() -> str:
         first = key.name.split(".")[0]
         if first in sections and first != "hydra":
             rows.setdefault(sections[first], []).append(_row(key, owners))
-    lines = [
-        "# Keys of a run",
-        "",
-        "Set these keys on the command line of `dlopt train` and of every command that builds an experiment:",
-        "`dlopt train epochs=5 precision=bf16`. [Groups](groups.md) have their own keys.",
-        "",
-    ]
+    lines = []
     for title, own in rows.items():
         lines += [f"## {title[:1].upper()}{title[1:]}", "", table(COLUMNS, own)]
     return "\n".join(lines)
@@ -253,13 +250,17 @@ def _sections(path: Path) -> dict[str, str]:
     return found
 
 
-def choices_table() -> str:
-    """Every group with links to its choices; defaults are bold."""
+def choices_table(*, linked: bool = False) -> str:
+    """Every group with its choices; defaults are bold. `linked`: to their pages on the site, else to the folder."""
     rows = []
     for group, default in every_group(CATALOGUE).items():
-        names = [choice.name for choice in choices_of(CATALOGUE, group)]
-        links = [f"**{_link(group, name, names)}**" if name == default else _link(group, name, names) for name in names]
-        rows.append((f"[{code(group)}](groups/{file_name(group)}.myst)", " ".join(links)))
+        choices = choices_of(CATALOGUE, group)
+        names = [choice.name for choice in choices]
+        shown = [_link(group, name, names) if linked else code(name) for name in names]
+        folder = Path(os.path.relpath(choices[0].path.parent, ROOT / "docs" / "reference")).as_posix()
+        page = f"groups/{file_name(group)}.myst" if linked else folder
+        words = [f"**{each}**" if name == default else each for name, each in zip(names, shown, strict=True)]
+        rows.append((f"[{code(group)}]({page})", " ".join(words)))
     return table(("Group", "Choices"), rows)
 
 

@@ -262,6 +262,7 @@ def test_extended_run_keeps_its_schedule(tmp_path: Path) -> None:
     before = {path: each[0] for path, each in contents(tmp_path).items()}
     message = refused(tmp_path, "train", *TINY, IN_RUN, "resume=auto", "epochs=3")
     assert "schedule_epochs=3 to stretch the schedule, or schedule_epochs=2" in message
+    assert message.strip().endswith(f"{IN_RUN} resume=auto epochs=3 schedule_epochs=3")
     assert {path: each[0] for path, each in contents(tmp_path).items()} == before
     train(tmp_path, IN_RUN, "resume=auto", "epochs=3", "schedule_epochs=2")
     run = tmp_path / "run"

@@ -39,3 +39,8 @@ def test_a_section_per_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "  absent",
     ]
     assert "mine" not in sys.modules
+
+
+def test_lines_are_as_wide_as_the_terminal() -> None:
+    lines = sections(COMMANDS, 60).splitlines()
+    assert max(map(len, lines)) <= 60 and sum(line.startswith(" " * 15) for line in lines) > 3

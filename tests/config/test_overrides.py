@@ -88,3 +88,21 @@ def test_the_folder_of_a_run_or_a_sweep() -> None:
     assert with_folder(["seed=1"], multirun=True) == ["seed=1"]
     with pytest.raises(UserError, match=r"output=a hydra\.run\.dir=b: set the folder once"):
         with_folder(["output=a", "hydra.run.dir=b"], multirun=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("name=2024_11_26", "2024_11_26"),
+        ("++name=007", "007"),
+        ("output=1e5", "1e5"),
+        ("tags=[2024_11, a]", ["2024_11", "a"]),
+        ("name=true", "true"),
+        ("name='1_0'", "1_0"),
+        ("note=null", None),
+        ("epochs=1_0", 10),
+    ],
+)
+def test_a_text_that_looks_like_a_number_stays_as_typed(line: str, value: object) -> None:
+    [override] = parse_overrides([line])
+    assert override.value() == value and type(override.value()) is type(value)

@@ -3,6 +3,7 @@
 import ast
 import functools
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -59,14 +60,22 @@ def test_every_extra_has_its_purpose() -> None:
     assert extras.PURPOSES.keys() == extras.metadata()["optional-dependencies"].keys()
 
 
-def test_the_address_of_the_repository_is_set_in_one_place() -> None:
-    address = SCRIPT["extras"].metadata()["urls"]["Repository"].removeprefix("https://")
+def test_the_address_of_the_repository_is_set_once_and_cited_or_nowhere() -> None:
+    address = SCRIPT["extras"].repository()
     folders = [path for name in ("conf", "dlopt", "docs", "scripts") for path in (ROOT / name).rglob("*")]
     files = [
         path for path in [*ROOT.glob("*"), *folders] if path.suffix in (".md", ".py", ".yaml", ".toml", ".cff", "")
     ]
-    found = {path.name for path in files if path.is_file() and address in path.read_text(encoding="utf-8")}
-    assert found == {"pyproject.toml"}
+    sought = re.compile(r"github\.com/\w+/dlopt" if address is None else re.escape(address.removeprefix("https://")))
+    lines = [
+        (path.name, line)
+        for path in files
+        if path.is_file()
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if sought.search(line)
+    ]
+    assert {name for name, _ in lines} == {"pyproject.toml", "CITATION.cff"}
+    assert all(line.startswith("# ") == (address is None) for _, line in lines)
 
 
 @pytest.mark.parametrize(

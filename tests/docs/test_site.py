@@ -219,11 +219,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield found
 
 
-def test_pages_link_to_the_repository_and_their_source(site: Path) -> None:
-    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+def test_pages_link_to_the_repository_and_their_source_if_there_is_one(site: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    repository = project.get("urls", {}).get("Repository")
     links = parsed(site / "faq.html").links
-    assert {repository, f"{repository}/issues", f"{repository}/edit/main/docs/faq.md"} <= {*links}
-    assert not [link for link in parsed(site / "reference/settings.html").links if "/edit/" in link]  # generated
+    expected = {repository, f"{repository}/issues", f"{repository}/edit/main/docs/faq.md"} if repository else set()
+    assert {link for link in links if repository is None and "/edit/" in link} == set() and expected <= {*links}
+    assert not [link for link in parsed(site / "reference/python.html").links if "/edit/" in link]  # generated
+
+
+def test_overviews_link_to_the_pages_of_the_site(site: Path) -> None:
+    assert "commands/train.html" in parsed(site / "reference/commands.html").links
+    assert "groups/optimizer.html" in parsed(site / "reference/groups.html").links
+    assert "toctree" not in parsed(site / "index.html").text
 
 
 def table_rows(path: Path, columns: int = 4) -> list[tuple[str, ...]]:

@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams import metadata
 
 from dlopt.basics.errors import UserError
 from dlopt.tracking.tensorboard import TensorBoard, command, image_grid, read_scalars, record
+from dlopt.tracking.tracking import Tracking
 
 
 def no_complaint(text: str) -> None:
@@ -178,3 +179,12 @@ def test_command_survives_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     words = shlex.split(command(tmp_path / "a run's folder"))
     assert words[-2:] == ["--logdir", "a run's folder"]
     assert "tensorboard" in words[0] or words[1:3] == ["-m", "tensorboard.main"]
+
+
+def test_the_first_cards_show_the_best_epoch_so_far(tmp_path: Path) -> None:
+    with Tracking(tmp_path, sinks=["tensorboard"], console=False) as tracking:
+        for epoch, (accuracy, best) in enumerate([(0.5, True), (0.25, False), (0.75, True)], 1):
+            tracking.epoch({"epoch": epoch, "step": epoch, "val_accuracy": accuracy, "val_loss": accuracy}, best=best)
+    lines = read_scalars(tmp_path / "tensorboard")
+    assert [line["best/val_accuracy"] for line in lines] == [0.5, 0.5, 0.75]
+    assert sorted(lines[0])[:2] == ["best/val_accuracy", "best/val_loss"]

@@ -30,6 +30,7 @@ _LINE = 12  # characters of a title at the width of a phone
 _MEASURE_DASHES = ("-", (0, (2, 1)), (0, (0.8, 0.8)))
 _LARGE: Any = {"fontsize": 15}
 _GREY = "#e0e0e0"
+_NUMBERED = 16  # optimizers up to which the cells of the differences have numbers
 _TICKS: Any = {"fontsize": 9}
 
 
@@ -129,26 +130,30 @@ def _two_lines(name: str) -> str:
 
 
 def scores(results: Results, summary: Summary) -> "Figure":
-    """Draws the scores with their intervals."""
-    figure = drawing.figure(6.4, 1.3 + 0.32 * len(summary.order))
+    """Draws the scores with their intervals, ranked by that in updates."""
+    count = len(summary.order)
+    figure = drawing.figure(9.6, max(2.4 + 0.34 * count, 5.4), fontsize=15)
+    figure.suptitle(f"Scores of {count} optimizers on {len(results.workloads)} workloads", fontsize=15)
     axes = figure.add_subplot()
     offsets = np.linspace(-0.22, 0.22, len(summary.measures)) if len(summary.measures) > 1 else [0.0]
     for i, (measure, offset) in enumerate(zip(summary.measures, offsets, strict=True)):
         for y, optimizer in enumerate(summary.order):
             score = summary.score(optimizer, measure)
-            if score is None:
-                continue
+            if score is None or (measure == "evaluations" and score == summary.score(optimizer, "updates")):
+                continue  # of most optimizers, an update is one evaluation of the loss
             if not math.isnan(score.low):
-                axes.plot([score.low, score.high], [y + offset] * 2, color=COLOURS[i], linewidth=1.5)
-            name = formats.MEASURE_LABELS[measure] if y == 0 else None
-            axes.plot(score.value, y + offset, MARKERS[i], color=COLOURS[i], markersize=5, label=name)
-    axes.set_yticks(range(len(summary.order)), list(map(label, summary.order)), **_TICKS)
-    axes.set_ylim(len(summary.order) - 0.4, -0.6)
+                axes.plot([score.low, score.high], [y + offset] * 2, color=COLOURS[i], linewidth=2.5, alpha=0.5)
+            axes.plot(score.value, y + offset, MARKERS[i], color=COLOURS[i], markersize=7)
+        axes.plot([], [], MARKERS[i], color=COLOURS[i], markersize=7, label=formats.MEASURE_LABELS[measure])
+    axes.set_yticks(range(count), list(map(label, summary.order)), fontsize=13)
+    axes.set_ylim(count - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
-    axes.set_xlabel("score" if results.studies == 1 else "score with its 95 % interval over studies")
+    axes.tick_params(axis="x", labelsize=13)
+    intervals = "" if results.studies == 1 else ", with its 95 % interval over studies"
+    axes.set_xlabel(f"score (1: the fastest on every workload){intervals}", fontsize=13)
     drawing.clean_axes(axes)
     if len(summary.measures) > 1:
-        drawing.legend_below(figure, axes, len(summary.measures), handlelength=1)
+        drawing.legend_below(figure, axes, len(summary.measures), handlelength=1, fontsize=13)
     return figure
 
 
@@ -158,25 +163,29 @@ def differences(results: Results, summary: Summary) -> "Figure | None":
     if len(order) < 2:
         return None
     pairs = summary.comparisons["updates"]
-    size = 0.32 * len(order)
-    figure = drawing.figure(max(size + 2.0, 4.5), size + 2.0)
+    size, is_small = 0.32 * len(order), len(order) <= _NUMBERED
+    figure = drawing.figure(max(size + 2.0, 4.5), size + 2.4, "Differences of scores in updates", fontsize=14)
     axes = figure.add_subplot()
     cells = np.full((len(order), len(order)), np.nan)
     for (optimizer, other), pair in pairs.items():
         row, column = order.index(optimizer), order.index(other)
         if pair.distinguishable:
             cells[row, column] = pair.value
+        if not is_small:
+            continue  # unreadable: the shades show it, and the table has the numbers
         is_dark = pair.distinguishable and abs(pair.value) > 0.84
         text = f"{pair.value:+.2f}".replace("0.", ".", 1)
         axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if is_dark else "black")
     shades = drawing.shades(COLOURS[1], "#fbe3d3", "#d6e8f4", COLOURS[0])
     axes.imshow(np.where(np.eye(len(order)), np.nan, 0.5), cmap=drawing.shades(_GREY, _GREY))
-    axes.imshow(np.ma.masked_invalid(cells), vmin=-1, vmax=1, cmap=shades)
-    _grid(axes, order, order)
+    shown = axes.imshow(np.ma.masked_invalid(cells), vmin=-1, vmax=1, cmap=shades)
+    if not is_small:
+        figure.colorbar(shown, shrink=0.5).ax.tick_params(labelsize=12)
+    _grid(axes, order, order, 9 if is_small else 12)
     half = next(iter(pairs.values())).half
     upto = "" if math.isnan(half) else f" (up to {half:.2f})"
     grey = f"blue: higher, orange: lower, grey: not distinguishable{upto}"
-    axes.set_xlabel(f"score of the row minus that of the column\n{grey}", **_TICKS)
+    axes.set_xlabel(f"score of the row minus that of the column\n{grey}", fontsize=9 if is_small else 13)
     return figure
 
 
@@ -205,11 +214,11 @@ def sensitivity(results: Results, summary: Summary) -> "Figure":
     return figure
 
 
-def _grid(axes: "Axes", rows: Sequence[str], columns: Sequence[str]) -> None:
+def _grid(axes: "Axes", rows: Sequence[str], columns: Sequence[str], fontsize: float = 9) -> None:
     """Labels the rows and columns of a matrix, and draws lines between its cells."""
-    turned: Any = {"rotation": 40, "ha": "left", "rotation_mode": "anchor", **_TICKS}
-    axes.set_xticks(range(len(columns)), list(map(label, columns)), **turned)
-    axes.set_yticks(range(len(rows)), list(map(label, rows)), **_TICKS)
+    rotated: Any = {"rotation": 40 if fontsize < 10 else 60, "ha": "left", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(columns)), list(map(label, columns)), fontsize=fontsize, **rotated)
+    axes.set_yticks(range(len(rows)), list(map(label, rows)), fontsize=fontsize)
     axes.xaxis.set_ticks_position("top")
     axes.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
     axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)

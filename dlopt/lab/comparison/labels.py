@@ -23,6 +23,7 @@ _LABELS = {
     "sample_dependence": "dependence of a sample's gradient on its batch (relative)",
     "saturated_last": "saturated values of the layer (fraction)",
     **{f"saturated_{n}": f"saturated values, hidden layer {n} (fraction)" for n in (1, 2, 3)},
+    "evaluate.tta": "test-time augmentation",
     "data.fraction": "samples of a rare class / of another class",
     "val_class_accuracy/8": "validation accuracy on the rare digit 8",
     "unit_dependence": "relative increase of the loss without one unit",

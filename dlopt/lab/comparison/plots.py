@@ -23,7 +23,9 @@ _UNITS = {
     "epoch": "epoch", "step": "update", "evaluation": "evaluations of the training set", "seconds": "seconds",
 }  # fmt: skip
 _WIDTH, _HEIGHT = 9.6, 5.4  # inches, 16:9
-_TEXT = 11  # points
+_TEXT = 13  # points: readable on a slide, and on a phone
+_DODGE = 4.0  # points between the marks of two variants at the same value, so that neither hides the other
+_ROUNDING = {"sample_dependence": 1e-6, "gradient_bias": 1e-6}  # relative differences below: rounding in fp32
 _CROSS: dict[str, Any] = {"markersize": 9, "markeredgewidth": 2.5}
 
 
@@ -48,20 +50,20 @@ def draw(results: Results) -> "Figure":
         else:
             notes |= _bars(axes, results, name)
         if axes is panels[0] or len(comparison.metrics) > 1:
-            axes.set_ylabel("\n".join(_evenly(label(name), 40)))
+            axes.set_ylabel("\n".join(_evenly(label(name), 34)))
     drawing.clean_axes(*panels)
     _enlarge(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
     labels, handles = [*labels, *notes], [*handles, *notes.values()]
-    columns = max(1, min(len(labels), int(_WIDTH / (0.095 * max(map(len, labels)) + 0.75))))  # as many as fit
-    options: dict[str, Any] = {"frameon": False, "handlelength": 3, "fontsize": _TEXT}
+    columns = max(1, min(len(labels), int(_WIDTH / (0.0078 * _TEXT * max(map(len, labels)) + 0.75))))  # as many as fit
+    options: dict[str, Any] = {"frameon": False, "handlelength": 2.5, "fontsize": _TEXT, "columnspacing": 1.5}
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
     return figure
 
 
 def _titled_figure(comparison: Comparison) -> "Figure":
     """Creates a figure of the shape of a slide with the comparison's title."""
-    title = "\n".join(map(drawing.literal, _evenly(comparison.title, 75)))
+    title = "\n".join(map(drawing.literal, _evenly(comparison.title, 66)))
     figure = drawing.figure(_WIDTH, _HEIGHT)
     figure.suptitle(title, fontsize=_TEXT + 2, fontweight="bold")
     return figure
@@ -98,12 +100,13 @@ def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str
     comparison = results.comparison
     notes: dict[str, Artist] = {}
     ends: list[float] = []
+    drawn: list[Any] = []
     for i, variant in enumerate(comparison.variants):
         line = _line(i)
         runs = results.over_seeds(variant, ())
         points = _common(runs, name, x_axis)
         x, columns = [fmean(positions) for positions, _ in points], [values for _, values in points]
-        axes.plot(x, [fmean(column) for column in columns], **line, label=variant)
+        drawn += axes.plot(x, [fmean(column) for column in columns], **line, label=variant)
         ends += x[-1:]
         if len(runs) > 1:
             low, high = [min(column) for column in columns], [max(column) for column in columns]
@@ -122,6 +125,8 @@ def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str
     if _has_logarithm(comparison, name):
         drawing.logarithmic(axes)
     axes.set_xlabel(_UNITS[x_axis])
+    if len(drawn) > 1 and all(_coincide(drawn[0], other) for other in drawn[1:]):
+        axes.set_title(f"the {len(drawn)} curves coincide")
     if ends and max(ends) >= 10 * min(ends) > 0:  # short curves would be at the edge
         drawing.logarithmic(axes, axis="x")
         return notes
@@ -129,6 +134,14 @@ def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str
     if x_axis != "seconds":
         axes.locator_params(axis="x", integer=True)
     return notes
+
+
+def _coincide(curve: Any, other: Any) -> bool:
+    """Returns whether one curve hides the other at every point."""
+    import numpy as np
+
+    first, second = curve.get_xydata(), other.get_xydata()
+    return first.shape == second.shape and first.size > 0 and np.allclose(first, second, rtol=1e-6, equal_nan=True)
 
 
 def _common(runs: Sequence[VariantOutcome], name: str, x_axis: str) -> list[tuple[list[float], list[float]]]:
@@ -183,22 +196,39 @@ def _draw_seeds(
     column: Sequence[float],
     cross: tuple[float, str],
     note: "tuple[str, Artist]",
+    shift: float = 0.0,
     **style: Any,
 ) -> "dict[str, Artist]":
     """Draws the range over the seeds, and a cross at (height, colour) if some diverged; returns the legend's entries.
 
-    `note`: the entry of the range.
+    `note`: the entry of the range. `shift`: to the right, in points.
     """
     finite = [value for value in column if not math.isnan(value)]
     notes: dict[str, Artist] = {}
     if len(finite) > 1:
-        axes.plot([position, position], [min(finite), max(finite)], **style)
+        _plot_shifted(axes, shift, [position, position], [min(finite), max(finite)], **style)
         notes |= [note]
     if len(finite) < len(column):
         height, colour = cross
-        axes.plot(position, height, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
+        transform = _shifted(axes, axes.get_xaxis_transform(), shift)
+        axes.plot(position, height, "x", color=colour, transform=transform, **_CROSS)
         notes["a seed diverged" if len(column) > 1 else "diverged"] = _cross()
     return notes
+
+
+def _shifted(axes: "Axes", transform: Any, points: float) -> Any:
+    """Returns the transform with a shift to the right."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return transform + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
+
+
+def _plot_shifted(axes: "Axes", points: float, x: Sequence[float], y: Sequence[float], **options: Any) -> None:
+    """Plots a curve shifted to the right; the limits are those of its values."""
+    axes.plot(x, y, transform=_shifted(axes, axes.transData, points), **options)
+    axes.update_datalim([*zip(x, y, strict=True)])  # curves with another transform do not count
 
 
 def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
@@ -209,15 +239,19 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     positions = [float(value) for value in values]  # type: ignore[arg-type]
     notes: dict[str, Artist] = {}
     of_variants = _columns(results, name, values)
-    means = {variant: [*map(fmean, columns)] for variant, columns in of_variants.items()}
+    noise = _ROUNDING.get(name, 0.0)
+    means = {variant: [_above(fmean(each), noise) for each in columns] for variant, columns in of_variants.items()}
     edge = 0.02 if comparison.is_higher_better(name) else 0.98
+    middle = (len(of_variants) - 1) / 2
     for i, (variant, columns) in enumerate(of_variants.items()):
         line = _line(i)
-        marker: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 8, "markeredgecolor": "white"}
-        axes.plot(positions, means[variant], **line, **marker, label=variant)
+        marker: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 7.5, "markeredgecolor": "white"}
+        shift = _DODGE * (i - middle)
+        _plot_shifted(axes, shift, positions, means[variant], **line, **marker, label=variant)
         for position, column in zip(positions, columns, strict=True):
             cross, note = (abs(edge - 0.035 * i), line["color"]), (f"mean and range over {len(column)} seeds", _band())
-            notes |= _draw_seeds(axes, position, column, cross, note, color=line["color"], linewidth=4, alpha=0.3)
+            seen = [value for value in column if not value <= noise] if noise else column
+            notes |= _draw_seeds(axes, position, seen, cross, note, shift, color=line["color"], linewidth=4, alpha=0.3)
     if min(positions) > 0 and max(positions) >= 8 * min(positions):
         axes.set_xscale("log")
     _label_ticks(axes, positions, [show(value) for value in values], _WIDTH / len(comparison.metrics))
@@ -227,10 +261,17 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
         for i, curve in enumerate(means.values()):
             zeros = [position for position, value in zip(positions, curve, strict=True) if value == 0]
             if zeros:  # underflow, for example of gradients
-                line = {"color": _line(i)["color"], "transform": axes.get_xaxis_transform(), "clip_on": False}
+                transform = _shifted(axes, axes.get_xaxis_transform(), 2 * _DODGE * (i - middle))
+                line = {"color": _line(i)["color"], "transform": transform, "clip_on": False}
                 axes.plot(zeros, [0.02] * len(zeros), "v", markersize=10, **line)
-                notes["0, below the axis"] = _mark(linestyle="", marker="v")
+                text = f"below {noise:g} (rounding error)" if noise else "0, below the axis"
+                notes[text] = _mark(linestyle="", marker="v")
     return notes
+
+
+def _above(value: float, noise: float) -> float:
+    """Returns the value, or 0 if it is nothing but rounding."""
+    return 0.0 if value <= noise else value
 
 
 def _label_ticks(axes: "Axes", positions: Sequence[float], texts: Sequence[str], width: float) -> None:
@@ -302,23 +343,27 @@ def _heat_maps(results: Results) -> "Figure":
     down = math.ceil(len(maps) / across)
     figure = _titled_figure(comparison)
     panels = figure.subplots(down, across, squeeze=False)
-    for axes, variant, values, coloured in zip(panels.flat, comparison.variants, maps, shades, strict=False):
+    texts = [[[_cell(value, is_accuracy) for value in row] for row in values] for values in maps]
+    longest = max(len(text) for each in texts for row in each for text in row)
+    room = 72 * 0.85 * _WIDTH / (across * len(columns) * 0.65 * (longest + 1))  # points, so that no two numbers touch
+    for i, (axes, variant, values, coloured) in enumerate(
+        zip(panels.flat, comparison.variants, maps, shades, strict=False)
+    ):
         axes.imshow(np.ma.masked_invalid(coloured), vmin=low, vmax=high, cmap="viridis", aspect="auto")
         axes.set_facecolor("0.85")
         for (row, column), value in np.ndenumerate(values):
             is_bright = math.isnan(value) or (coloured[row, column] - low) / max(high - low, 1e-12) > 0.6
-            text = "×" if math.isnan(value) else f"{100 * value:.1f}" if is_accuracy else f"{value:.2g}"
-            axes.text(
-                column, row, text, ha="center", va="center", fontsize=_TEXT, color="black" if is_bright else "white"
-            )
+            style = {"ha": "center", "va": "center", "color": "black" if is_bright else "white"}
+            axes.text(column, row, texts[i][row][column], fontsize=min(_TEXT, room), **style)
         if chooser is not None:
             row, column = _best(results, variant, chooser)
             frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
             axes.add_patch(frame)
         axes.set_xticks(range(len(columns)), list(map(show, columns)))
-        axes.set_yticks(range(len(rows)), list(map(show, rows)))
+        is_first = i % across == 0  # of its row; the others have the same rows
+        axes.set_yticks(range(len(rows)), list(map(show, rows)) if is_first else [""] * len(rows))
         axes.set_xlabel(label(column_key))
-        axes.set_ylabel(label(row_key))
+        axes.set_ylabel(label(row_key) if is_first else "")
         axes.set_title("\n".join(_evenly(variant, 36)))
         _enlarge(axes)
     unit = " (%)" if is_accuracy else ""
@@ -328,6 +373,11 @@ def _heat_maps(results: Results) -> "Figure":
     seeds = f", mean of {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
     figure.supxlabel(f"{label(name)}{unit}{seeds}   {'; '.join(notes)}", fontsize=_TEXT)
     return figure
+
+
+def _cell(value: float, is_accuracy: bool) -> str:
+    """Returns the text of a cell of a heat map; accuracies in %."""
+    return "×" if math.isnan(value) else f"{100 * value:.1f}" if is_accuracy else f"{value:.2g}"
 
 
 def _best(results: Results, variant: str, metric: str) -> tuple[int, int]:

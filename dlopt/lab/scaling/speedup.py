@@ -105,17 +105,17 @@ def draw(found: Sequence[Speedup], serial: float, *, title: str, subtitle: str) 
     left.axhline(1 / serial, color=drawing.COLOURS[1], linewidth=1, linestyle=":", label="Amdahl's limit")
     left.set_yscale("log")
     left.set_ylim(0.8, 4 * max(1 / serial, *(each.speedup for each in found)))
-    left.set_ylabel("speed-up over one device", fontsize=11)
+    left.set_ylabel("speed-up over one device", fontsize=13)
     for i, (kind, marker) in enumerate((("normal", "o"), ("exponential", "s"))):
         colour = drawing.COLOURS[2 + i]
         simulated, expected = [each.slowest[kind] for each in found], [each.expected[kind] for each in found]  # type: ignore[index]
         right.plot(devices, expected, **style(2 + i, linewidth=2.2), label=f"{kind} delays, closed form")
         right.plot(devices, simulated, marker, color=colour, markersize=9, label=f"{kind} delays, simulated")
-    right.set_ylabel("time of the slowest device / mean time", fontsize=11)
+    right.set_ylabel("time of the slowest device / mean time", fontsize=13)
     for axes in (left, right):
         drawing.powers_of_two(axes, devices if len(devices) < 8 else devices[::2])
-        axes.set_xlabel("devices", fontsize=11)
-        axes.legend(frameon=False, fontsize=10, loc="upper left")
+        axes.set_xlabel("devices", fontsize=13)
+        axes.legend(frameon=False, fontsize=11, loc="upper left")
     right.set_ylim(top=right.get_ylim()[0] + 1.35 * (right.get_ylim()[1] - right.get_ylim()[0]))
     drawing.clean_axes(left, right)
     return figure

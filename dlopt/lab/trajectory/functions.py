@@ -52,6 +52,10 @@ class Function:
         inside = (x >= left - tolerance) & (x <= right + tolerance) & (y >= bottom - tolerance) & (y <= top + tolerance)
         return bool(inside.all())
 
+    def describe(self, name: str) -> str:
+        """Returns the name with what makes the function easy or hard, for a title."""
+        return name
+
 
 class Quadratic(Function):
     """(u^2 + condition v^2) / 2, where (u, v) are the coordinates rotated by `angle` degrees.
@@ -81,6 +85,9 @@ class Quadratic(Function):
     def hessian(self) -> tuple[float, float]:
         """The curvatures along the rotated coordinates (u, v)."""
         return 1.0, self._condition
+
+    def describe(self, name: str) -> str:
+        return f"{name} (condition number {self._condition:g})"
 
     def coordinates(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Returns the rotated coordinates (u, v) of numbers or tensors."""

@@ -144,7 +144,8 @@ def _score(trajectory: Trajectory, least: float) -> float:
 _FRAMES = 120  # of an animation, at most
 _FLOOR = 1e-6  # fraction of the initial distance that counts as arrived in plots
 _LOG_RANGE = 8  # ratio of the batch sizes from which the axis of samples is logarithmic
-_LINE = 120  # characters per line of the legend
+_LINE = 92  # characters per line of the legend
+_TEXT = 13  # points
 
 
 # -- plots of trajectories
@@ -190,15 +191,18 @@ def draw_trajectories(
 
     Without the panel of evaluations, if every update of all trajectories takes one.
     """
-    figure = drawing.figure(11, 6, drawing.title_with_subtitle(title, subtitle, 110))
+    figure = drawing.figure(9.6, 5.4, drawing.title_with_subtitle(title, subtitle, 80), fontsize=_TEXT + 1)
     plane = figure.add_subplot(2, 5, (1, 8))
     _contours(plane, function, _frame(function.window, trajectories.values()), trajectories.values())
     is_one_each = all(each.cost == [*range(len(each.points))] for each in trajectories.values())
     upper = figure.add_subplot(2, 5, (4, 10 if is_one_each else 5))
     lower = None if is_one_each else figure.add_subplot(2, 5, (9, 10))
     for i, (label, trajectory) in enumerate(trajectories.items()):
-        line = _line(i, len(trajectories))
-        size = max(2.0, 5.0 - len(trajectory.points) / 40)
+        moves = _arrival_update(trajectory)
+        line = _line(i, len(trajectories)) | {"zorder": 3 + 1 / (1 + moves)}  # a short path is in front of a long one
+        if moves <= 5:
+            line["linewidth"] = 3.0  # else it is hidden by the longer ones
+        size = 8.0 if moves <= 5 else max(2.5, 6.0 - moves / 25)
         plane.plot(*trajectory.points.numpy().T, **line, marker=MARKERS[i % len(MARKERS)], markersize=size, label=label)
         upper.plot(trajectory.distances, **line)
         if lower is not None:
@@ -208,7 +212,11 @@ def draw_trajectories(
     if lower is not None:
         _finish_costs(lower, trajectories)
     columns = max(1, min(len(trajectories), _LINE // (10 + max(map(len, trajectories)))))
-    drawing.legend_below(figure, plane, columns)
+    for axes in figure.axes:
+        axes.tick_params(labelsize=_TEXT - 1)
+        if lower is not None and axes is not plane:  # half as high
+            axes.set_ylabel("distance to\nthe minimum", fontsize=_TEXT)
+    drawing.legend_below(figure, plane, columns, fontsize=_TEXT)
     return figure
 
 
@@ -229,7 +237,8 @@ def _arrival_update(trajectory: Trajectory) -> int:
 
 
 def _line(i: int, count: int) -> dict[str, Any]:
-    width = 2.2 - 1.2 * i / max(count - 1, 1)
+    """Returns the style of path i: earlier ones are wider, so that they show below a path that coincides."""
+    width = 2.8 - 1.0 * i / max(count - 1, 1)
     return style(i, dash=i // len(drawing.COLOURS), linewidth=width, zorder=3 + i / 100)
 
 
@@ -256,19 +265,20 @@ def _extended(low: float, high: float, values: Tensor) -> tuple[float, float]:
 def _contours(axes: "Axes", function: Function, window: Window, trajectories: Iterable[Trajectory]) -> None:
     """Draws contours at quantiles of the values in the window, which resolves both valleys and walls."""
     left, right, bottom, top = window
-    x, y = np.meshgrid(np.linspace(left, right, 240), np.linspace(bottom, top, 240))
+    x, y = np.meshgrid(np.linspace(left, right, 200), np.linspace(bottom, top, 200))
     grid = torch.from_numpy(np.stack([x, y], -1))
     with torch.no_grad():
         values = function(grid).numpy()
     levels = np.unique(np.quantile(values, np.linspace(0, 1, 22) ** 1.5))
     shades = [str(shade) for shade in np.linspace(0.72, 1.0, len(levels) - 1)]
-    axes.contourf(x, y, values, levels=levels, colors=shades)
-    axes.contour(x, y, values, levels=levels, colors="0.6", linewidths=0.6)
+    axes.contourf(x, y, values, levels=levels, colors=shades).set_rasterized(True)  # an SVG of half a megabyte else
+    axes.contour(x[::2, ::2], y[::2, ::2], values[::2, ::2], levels=levels, colors="0.6", linewidths=0.6)
     axes.plot(*zip(*function.minima, strict=True), "*", color="white", markeredgecolor="black", markersize=15, zorder=5)
     for start in dict.fromkeys(tuple(trajectory.points[0].tolist()) for trajectory in trajectories):
         axes.plot(*start, "o", markerfacecolor="none", markeredgecolor="black", markersize=11, zorder=5)
     axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.set(xlabel=f"{function.axes[0]}   (circle: start, star: minimum)", ylabel=function.axes[1])
+    axes.set_xlabel(f"{function.axes[0]}   (circle: start, star: minimum)", fontsize=_TEXT)
+    axes.set_ylabel(function.axes[1], fontsize=_TEXT)
 
 
 def _finish_distances(axes: "Axes", trajectories: Mapping[str, Trajectory], label: str, longest: int) -> None:
@@ -278,7 +288,9 @@ def _finish_distances(axes: "Axes", trajectories: Mapping[str, Trajectory], labe
     if highest > 0:  # else all paths stay at the minimum
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(max(lowest / 2, _FLOOR * start), 2 * highest)
-    axes.set(xlim=(0, max(longest, 1)), xlabel=label, ylabel="distance to the minimum")
+    axes.set_xlim(0, max(longest, 1))
+    axes.set_xlabel(label, fontsize=_TEXT)
+    axes.set_ylabel("distance to the minimum", fontsize=_TEXT)
     axes.locator_params(axis="x", integer=True)
     drawing.clean_axes(axes)
 

@@ -116,8 +116,9 @@ def draw_paths(line: Line) -> int:
         if choice.note:
             notes.setdefault(choice.note, path_job.label)
     name = path_jobs[0].function_name.replace("_", " ")
-    title = f"{'Path' if len(paths) == 1 else 'Paths'} on {name}"
-    subtitle = " ".join(without(line.fixed(), "function", "output", "animation", "tolerances"))
+    title = f"{'Path' if len(paths) == 1 else 'Paths'} on {function.describe(name)}"
+    said = ("function", "function.condition", "steps", "output", "animation", "tolerances")  # in title or axes
+    subtitle = " ".join(without(line.fixed(), *said))
     folder = output_folder(settings.output, "trajectory")
     with writing(folder):
         if isinstance(function, MatrixQuadratic):
@@ -132,7 +133,8 @@ def draw_paths(line: Line) -> int:
         lines = []
         if settings.tolerances:
             found = ends(paths, settings.tolerances)
-            figure = draw_ends(found, decays, title=f"Stopping rule of gradient descent on {name}", subtitle=subtitle)
+            title = f"Stopping rule of gradient descent on {function.describe(name)}"
+            figure = draw_ends(found, decays, title=title, subtitle=subtitle)
             written += drawing.save(figure, folder, "tolerance")
             lines = end_table(found, decays)
     skipped = skipped_keys([(path_job.label, job) for path_job, job in zip(path_jobs, jobs, strict=True)])

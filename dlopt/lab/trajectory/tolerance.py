@@ -102,7 +102,7 @@ def ends(trajectories: Mapping[str, Trajectory], tolerances: Sequence[float]) ->
 
 def draw_ends(found: Ends, decays: Mapping[str, Decay | None], *, title: str, subtitle: str) -> "Figure":
     """Plots updates and distance at the end against the tolerance: marks measured, lines in closed form."""
-    figure = drawing.figure(9.6, 5.4, drawing.title_with_subtitle(title, subtitle, 95))
+    figure = drawing.figure(9.6, 5.4, drawing.title_with_subtitle(title, subtitle, 84), fontsize=12)
     panels = figure.subplots(1, 2)
     for i, (label, rows) in enumerate(found.items()):
         line, marker = style(i, linewidth=2.2), {"marker": MARKERS[i % len(MARKERS)], "markersize": 9}
@@ -116,14 +116,14 @@ def draw_ends(found: Ends, decays: Mapping[str, Decay | None], *, title: str, su
                 axes.plot(fine, [*map(function, fine)], **line)
     for axes, name in zip(panels, ("updates until the run ends", "distance to the minimum at the end"), strict=True):
         axes.set(xscale="log", yscale="log")
-        axes.set_xlabel("tolerance: size of a tiny update", fontsize=11)
-        axes.set_ylabel(name, fontsize=11)
+        axes.set_xlabel("tolerance: size of a tiny update", fontsize=13)
+        axes.set_ylabel(name, fontsize=13)
     drawing.clean_axes(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
     if any(decays.values()):
         handles.append(panels[0].plot([], [], color="0.3", linewidth=2.2)[0])
         labels.append("closed form")
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=11)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=13)
     return figure
 
 

@@ -67,6 +67,28 @@ def test_labels_of_ticks_do_not_collide() -> None:
             assert all(a.x1 + 4 < b.x0 for a, b in pairwise(row))
 
 
+def test_no_variant_hides_another_and_rounding_is_no_value() -> None:
+    spec = comparison(along={"lr": [1, 2]}, seeds=[0], metrics=["gradient_bias"])
+    values = {"a": 0.5, "b": 1e-9}
+    outcomes = {
+        cell: VariantOutcome([], {"status": "finished", "gradient_bias": values[cell.variant]}, {})
+        for cell in spec.cells()
+    }
+    [axes] = (figure := draw(Results(spec, outcomes))).axes
+    figure.canvas.draw()
+    a, b = (next(line for line in axes.lines if line.get_label() == name) for name in "ab")
+    starts = [line.get_transform().transform((1, 0.5))[0] for line in (a, b)]
+    assert starts[0] + 5 < starts[1]
+    assert [*a.get_ydata()] == [0.5, 0.5] and [*b.get_ydata()] == [0, 0] and axes.get_ylim()[0] > 0.01
+    assert "below 1e-06 (rounding error)" in {text.get_text() for text in figure.legends[0].get_texts()}
+
+
+def test_the_title_of_a_panel_tells_that_its_curves_coincide() -> None:
+    for other, title in ((2.0, "the 2 curves coincide"), (2.1, "")):
+        outcomes = {VariantRun("a", (), 0): outcome([3.0, 2.0]), VariantRun("b", (), 0): outcome([3.0, other])}
+        assert draw(Results(comparison(seeds=[0]), outcomes)).axes[0].get_title() == title
+
+
 def test_log_ticks_are_plain_numbers() -> None:
     spec = comparison(along={"lr": [0.1, 0.2]}, seeds=[0])
     [axes] = (figure := draw(Results(spec, {cell: outcome([0.5 + cell.point[0]]) for cell in spec.cells()}))).axes

@@ -62,7 +62,8 @@ def test_passes_keys_to_function_optimizer_and_schedule(drawn: dict[str, Any]) -
         pytest.approx([0.8, -0.8]),
     ]
     assert list(drawn["paths"]) == ["lr=0.1", "lr=0.2"]
-    assert drawn["title"] == "Paths on quadratic" and "function.condition=9" in drawn["subtitle"]
+    assert drawn["title"] == "Paths on quadratic (condition number 9)" and "function.start=[1,1]" in drawn["subtitle"]
+    assert not {"function.condition=9", "steps=1"} & {*drawn["subtitle"].split()}  # the title and the axis show them
 
 
 def test_weight_decay_is_off_by_default(drawn: dict[str, Any]) -> None:
