@@ -8,6 +8,7 @@ ENTRY_POINTS = {
         "trajectory": "dlopt.lab.trajectory.command:trajectory",
         "diagnose": "dlopt.lab.diagnosis.command:diagnose",
         "scaling": "dlopt.lab.scaling.command:scaling",
+        "verify": "dlopt.lab.verify.command:verify",
     },
     "dlopt.renamed": {"bench": "scaling"},
     "dlopt.series": {"comparison": "dlopt.lab.comparison.command:compare"},
