@@ -3,9 +3,9 @@
     .venv/bin/python docs/generate.py
 
 They are between `<!-- generated: NAME -->` and `<!-- end -->`. The sources are pyproject.toml, the recipes in
-conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, and the benchmark
-results that come with dlopt. Run it after a change of one of them; a test compares the pages with their sources. The
-reference is generated when Sphinx builds the site.
+conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, docs/verify, and
+the benchmark results that come with dlopt. Run it after a change of one of them; a test compares the pages with their
+sources. The reference is generated when Sphinx builds the site.
 """
 
 import re
@@ -24,6 +24,7 @@ import extras  # noqa: E402
 import gallery  # noqa: E402
 import ladder  # noqa: E402
 import lectures  # noqa: E402
+import verified  # noqa: E402
 
 LECTURES = list(lectures.plan(DOCS))
 PARTS: dict[str, Callable[[], str]] = {
@@ -34,11 +35,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "ladder": lambda: ladder.ladder(DOCS / "ladder/gpt"),
     "self_tuning": benchmark.self_tuning,
     "lectures": lambda: gallery.lectures(DOCS),
+    "verified": lambda: verified.matrix(DOCS / "verify"),
     "overview": lambda: lectures.overview(DOCS),
     **{f"lecture_{name}": partial(lectures.topics, DOCS, name) for name in LECTURES},
 }
 PAGES = (
-    *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results")),
+    *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results", "verified")),
     *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),
 )
 

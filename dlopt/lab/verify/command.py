@@ -8,7 +8,8 @@ from dlopt.extend import DONE, FAILED, Component, Line, UserError, document_only
 from dlopt.tracking.terminal_text import FittedTable, plain_table, standard_output
 
 if TYPE_CHECKING:
-    from dlopt.lab.verify.checks import Check, Outcome
+    from dlopt.lab.verify.checks import Check
+    from dlopt.lab.verify.outcome import Outcome
     from dlopt.lab.verify.subject import Subject
 
 READS = ("optimizer", "allow_packages")
@@ -99,7 +100,8 @@ def subject_of(component: Component) -> "Subject":
 
 def certify(subject: "Subject", method: Any) -> Results:
     """Runs all checks; an optimizer with which no update succeeds fails the descent, and no other check applies."""
-    from dlopt.lab.verify.checks import CHECKS, Outcome, message_of, run
+    from dlopt.lab.verify.checks import CHECKS, message_of, run
+    from dlopt.lab.verify.outcome import Outcome
     from dlopt.lab.verify.subject import find
 
     try:

@@ -22,6 +22,7 @@ class Method:
         authors: the defaults of the paper or of the authors' code.
         matrices: the formula is for matrices only.
         no_schedule: why the learning rate does not scale the steps.
+        variant: arguments that switch off what some implementations add to the method, where they are arguments.
         tolerance: of the weights, relative to the distance that the paper's updates move them.
     """
 
@@ -32,6 +33,7 @@ class Method:
     authors: Mapping[str, Any] = field(default_factory=dict)
     matrices: bool = False
     no_schedule: str = ""
+    variant: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-7
 
 
@@ -48,7 +50,8 @@ _SEARCH = "a line search or inner iterations set the length of the step"
 ADAM: dict[str, Any] = {"betas": [0.9, 0.999], "eps": 1e-8}
 METHODS: dict[str, Method] = {
     "sgd": Method("torch.optim.SGD", _plain(r.sgd), {"momentum": 0.9}, "l2"),
-    "sgdw": Method("Loshchilov & Hutter 2019, algorithm 1", _plain(r.averaging), {"momentum": 0.9}, "decoupled"),
+    "sgdw": Method("Loshchilov & Hutter 2019, algorithm 1", _plain(r.sgd), {"momentum": 0.9}, "decoupled"),
+    "averagingsgdw": Method("SGDW with an averaging momentum", _plain(r.averaging), {"momentum": 0.9}, "decoupled"),
     "rprop": Method(
         "Igel & Huesken 2003, Rprop-", r.rprop, {"step_sizes": (0.04, 0.13), "etas": (0.5, 1.2)}, no_schedule=_RPROP
     ),
@@ -68,8 +71,13 @@ METHODS: dict[str, Method] = {
         "Chen et al. 2023", _plain(r.lion), {"betas": (0.9, 0.99)}, "decoupled",
         {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0},
     ),
-    "lamb": Method("You et al. 2020", _plain(r.lamb), {"betas": (0.9, 0.999), "eps": 1e-6}),
-    "lars": Method("You et al. 2017", _plain(r.lars), {"momentum": 0.9, "trust_coefficient": 0.02}),
+    "lamb": Method(
+        "You et al. 2020", _plain(r.lamb), {"betas": (0.9, 0.999), "eps": 1e-6},
+        variant={"always_adapt": True, "max_grad_norm": None, "weight_decouple": False},
+    ),
+    "lars": Method(
+        "You et al. 2017", _plain(r.lars), {"momentum": 0.9, "trust_coefficient": 0.02}, variant={"always_adapt": True}
+    ),
     "signum": Method("Bernstein et al. 2018, algorithm 2", _plain(r.signum), {"momentum": 0.9}, "decoupled"),
     "adopt": Method(
         "Taniguchi et al. 2024", _plain(r.adopt), {"betas": (0.9, 0.9999), "eps": 1e-6}, "decoupled",
@@ -86,11 +94,12 @@ METHODS: dict[str, Method] = {
     ),
     "adabelief": Method(
         "Zhuang et al. 2020", _plain(r.adabelief), {"betas": (0.9, 0.999), "eps": 1e-16}, "decoupled",
-        {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-16, "weight_decay": 0},
+        {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-16, "weight_decay": 0}, variant={"rectify": False},
     ),
     "mars": Method(
         "Yuan et al. 2024", _plain(r.mars), {"betas": (0.95, 0.99), "gamma": 0.025, "eps": 1e-8}, "decoupled",
         {"lr": 3e-3, "betas": [0.95, 0.99], "gamma": 0.025, "eps": 1e-8, "weight_decay": 0},
+        variant={"optimize_1d": True},
     ),
     "adafactor": Method("Shazeer & Stern 2018", _plain(r.adafactor)),
     "shampoo": Method("Gupta et al. 2018", _plain(r.shampoo), {"update_every": 3, "momentum": 0.9}),
@@ -111,7 +120,7 @@ METHODS: dict[str, Method] = {
         "Jordan et al. 2024", _plain(r.muon), {"momentum": 0.95, "nesterov": True, "ns_steps": 5}, "decoupled",
         {"lr": 0.02, "momentum": 0.95, "weight_decay": 0, "eps": 1e-7, "ns_steps": 5}
         | {"rest_lr": 3e-4, "rest_betas": [0.9, 0.95], "rest_eps": 1e-10},
-        matrices=True, tolerance=0.03,
+        matrices=True, variant={"adjust_lr_fn": "original", "use_adjusted_lr": False}, tolerance=0.03,
     ),
     "schedulefreesgd": Method("Defazio et al. 2024", _plain(r.schedule_free_sgd), {"momentum": 0.9}),
     "schedulefreeadamw": Method("Defazio et al. 2024", _plain(r.schedule_free_adamw), ADAM),
@@ -130,7 +139,7 @@ METHODS: dict[str, Method] = {
 
 ALIASES = {
     "sgdschedulefree": "schedulefreesgd", "adamwschedulefree": "schedulefreeadamw", "singledevicemuon": "muon",
-    "torch.optim.rprop.rprop": "irprop",
+    "torch.optim.rprop.rprop": "irprop", "dlopt.optim.sgd.sgdw": "averagingsgdw",
 }  # fmt: skip
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "update_every": ("precondition_frequency", "preconditioning_compute_steps", "precond_freq"),
@@ -168,4 +177,4 @@ def arguments_of(method: Method, takes: Callable[[str], bool]) -> tuple[dict[str
             found[name] = value
         elif key not in _OPTIONAL:
             absent.append(key)
-    return found, absent
+    return found | {key: value for key, value in method.variant.items() if takes(key)}, absent

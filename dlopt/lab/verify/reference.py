@@ -1,25 +1,21 @@
 """The updates of an optimizer beside those of its paper."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from dlopt.lab.verify.methods import Method, arguments_of
+from dlopt.lab.verify.outcome import Outcome
 from dlopt.lab.verify.subject import Subject, by_gradients, literal
-
-if TYPE_CHECKING:
-    from dlopt.lab.verify.checks import Outcome
 
 UPDATES = 8
 
 
-def compare(subject: Subject, method: Method | None) -> "Outcome":
+def compare(subject: Subject, method: Method | None) -> Outcome:
     """Compares every update of a matrix and of a vector, from the same gradients, in float64."""
-    from dlopt.lab.verify.checks import Outcome
-
     if method is None or method.formula is None:
         return Outcome("not applicable", "dlopt has no reference; name one by paper=NAME")
     if subject.update is not by_gradients:

@@ -171,7 +171,8 @@ def _joined(statements: list[ast.stmt]) -> list[str]:
         if isinstance(statement, ast.For | ast.With | ast.If):
             close()
             head, inner = text.partition("\n")[0], _joined(statement.body)
-            lines += [f"{head} {inner[0]}"] if len(inner) == 1 else [head, *(f"    {line}" for line in inner)]
+            is_plain = len(inner) == 1 and not isinstance(statement.body[0], ast.For | ast.With | ast.If)
+            lines += [f"{head} {inner[0]}"] if is_plain else [head, *(f"    {line}" for line in inner)]
         else:
             if sum(map(len, simple)) + len(text) > _WIDTH:
                 close()
@@ -206,10 +207,10 @@ def _try(subject: Subject) -> None:
     params = subject.fresh()
     before = [p.detach().clone() for p in params]
     optimizer = subject.make(params)
-    for _ in range(3):
+    for _ in range(12):
         subject.update(optimizer, params, pseudo_huber)
     if all(torch.equal(p, b) for p, b in zip(params, before, strict=True)):
-        raise RuntimeError("three updates change nothing")
+        raise RuntimeError("twelve updates change nothing")
 
 
 def _takes_groups(subject: Subject) -> bool:
