@@ -35,7 +35,7 @@ PACKAGES = {
     "schedulefree": ("schedulefree",),
     "pytorch-optimizer": ("pytorch_optimizer",),
 }
-SECONDS = 120  # for one optimizer
+SECONDS = 60  # for one optimizer
 SGD: tuple[Any, Mapping[str, Any]] = (torch.optim.SGD, {"lr": 0.1})
 REQUIRED: dict[str, dict[str, Any]] = {  # arguments without defaults
     **{name: {"base_optimizer": torch.optim.SGD, "lr": 0.1} for name in ("SAM", "FriendlySAM", "LookSAM")},
@@ -51,6 +51,8 @@ NOT_RUN = {
     **dict.fromkeys(("AdaLOMO", "LOMO", "AdamMini", "WSAM", "GSAM"), "takes a model"),
     "DeMo": "needs einops and a process group",
     "DistributedMuon": "needs a process group",
+    "LoRARite": "takes pairs of LoRA matrices",
+    "SaRA": "trains only weights below a threshold",
     "PCGrad": "takes several losses",
     "SafeFP16Optimizer": "scales losses in float16",
 }

@@ -45,9 +45,9 @@ def _summary(packages: Mapping[str, Any], numbers: Mapping[tuple[str, str], int]
     confirmed = sum((name, check) in numbers for name, check, status in results if status == "fail")
     return (
         f"{optimizers} optimizers: {count['pass']:,} checks pass, {count['fail']} fail, {count['not applicable']} do "
-        f"not apply; {optimizers - len(failed)} optimizers fail none. Of the failures, {confirmed} have a number: that "
-        "failure, or one of its kind, was reproduced by hand against the author's code. A cross without a number is "
-        "unconfirmed: the check may be wrong about it."
+        f"not apply; {optimizers - len(failed)} optimizers fail none. {confirmed} of the failures have a number: they "
+        "were reproduced by hand against the author's code. A cross without a number is unconfirmed: the check may be "
+        "wrong about it."
     )
 
 
@@ -71,5 +71,7 @@ def _table(package: str, optimizers: Mapping[str, Any], numbers: Mapping[tuple[s
 
 
 def _note(number: int, note: Mapping[str, Any]) -> str:
-    names = ", ".join(f"`{name.partition('.')[2]}` ({name.partition('.')[0]})" for name in note["optimizers"])
+    names = ", ".join(f"`{name.partition('.')[2]}` ({name.partition('.')[0]})" for name in note["optimizers"][:12])
+    if len(note["optimizers"]) > 12:
+        names += f" and {len(note['optimizers']) - 12} others"
     return f"{number}. **{note['check']}**: {names}. {note['text'].strip()}"

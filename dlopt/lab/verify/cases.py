@@ -31,7 +31,7 @@ def ill_conditioned(params: Any) -> Any:
 
 
 def least_squares(params: Any) -> Any:
-    return sum((torch.arange(6 * len(p)).to(p).view(6, -1).cos() @ p - 1).square().mean() for p in params)
+    return sum((torch.arange(6 * len(p)).to(p).view(6, -1).cos() @ p - 1).square().mean() / 8 for p in params)
 
 
 def logistic(params: Any) -> Any:
@@ -65,14 +65,14 @@ def follows_the_schedule(make: Make, update: Update, fresh: Fresh) -> None:
     for factor in (1.0, 0.1):
         params = fresh()
         o = make(params)
-        s = torch.optim.lr_scheduler.LambdaLR(o, lambda t, f=factor: f if t >= 12 else 1.0)
+        s = torch.optim.lr_scheduler.StepLR(o, 12, factor)
         for _ in range(12):
             update(o, params)
             s.step()
         before = [p.detach().clone() for p in params]
         update(o, params)
         moves.append([float(f"{(p - b).norm():.4g}") for p, b in zip(params, before, strict=True)])
-    assert all(b < 0.95 * a for a, b in zip(*moves, strict=True)), (
+    assert all(b < 0.95 * a or a == 0 for a, b in zip(*moves, strict=True)), (
         f"moved by {moves[0]}, at a tenth of the rate by {moves[1]}"
     )
 
@@ -92,37 +92,36 @@ def rests_at_rate_zero(make: Make, update: Update, fresh: Fresh) -> None:
 # -- weight decay
 
 
-def decays_the_groups_that_ask_for_it(make: Make, update: Update, fresh: Fresh) -> None:
+def decays_by_group(
+    make: Make, update: Update, fresh: Fresh, loss: Loss, scale: float, place: int, expected: bool
+) -> None:
     ends = []
-    for decay in (0.0, 0.1):
+    for decay in (0.0, 10.0):
         params = fresh()
-        o = make([{"params": params[:1], "weight_decay": 0.0}, {"params": params[1:], "weight_decay": decay}])
+        o = make([{"params": params[:1], "weight_decay": decay}, {"params": params[1:], "weight_decay": 0.0}])
         for _ in range(12):
-            update(o, params)
-        ends.append(params)
-    changed = [not torch.allclose(a, b, rtol=1e-9) for a, b in zip(*ends, strict=True)]
-    assert changed == [False, True], f"weight_decay=0.1 in the second of two groups changes the weights {changed}"
+            update(o, params, lambda params: scale * loss(params))
+        ends.append(params[place])
+    changed = not torch.allclose(ends[0], ends[1], rtol=1e-9)
+    assert changed == expected, f"only group 0 has a weight decay; it changes group {place}: {changed}"
 
 
 def decays_apart_from_the_gradient(make: Make, update: Update, fresh: Fresh, flag: Flag) -> None:
-    params = fresh()
+    params, seen = fresh(), []
     o = make(params, weight_decay=0.1, **flag)
-    seen = []
     for _ in range(15):
         update(o, params, lambda params: sum((0 * p**2).sum() for p in params))
         seen.append([p.detach().clone() for p in params])
     for a, b, c in zip(*seen[-3:], strict=True):
-        rates = [(1 - b / a), (1 - c / b)]
-        assert rates[0].max() > 0, f"weight_decay=0.1 {flag}: the weights do not shrink at zero gradients"
-        spread = max(float((r - rates[0].mean()).abs().max()) for r in rates) / float(rates[0].mean())
-        assert spread < 1e-6, (
-            f"weight_decay=0.1 {flag}: shrinks weights by factors that differ: it passes through the state"
-        )
+        first, last = 1 - b / a, 1 - c / b
+        assert first.max() > 0, "at zero gradients, the weights do not shrink"
+        assert first.max() - first.min() < 1e-6 * first.mean(), "the weights of a tensor do not shrink by one factor"
+        assert (last - first).abs().max() < 1e-6 * first.mean(), "the factor of the decay changes over time"
 
 
-def decays_as_the_l2_penalty(make: Make, update: Update, fresh: Fresh, loss: Loss) -> None:
+def decays_as_the_l2_penalty(make: Make, update: Update, fresh: Fresh, loss: Loss, flag: Flag) -> None:
     params, others = fresh(), fresh()
-    o, q = make(params, weight_decay=0.1), make(others, weight_decay=0.0)
+    o, q = make(params, weight_decay=0.1, **flag), make(others, weight_decay=0.0, **flag)
     for _ in range(12):
         update(o, params)
         update(q, others, lambda params: loss(params) + 0.05 * sum((p**2).sum() for p in params))
@@ -199,7 +198,7 @@ def trains_an_added_group(make: Make, update: Update, fresh: Fresh) -> None:
     assert not torch.equal(params[1], before), "a parameter added by add_param_group does not move"
 
 
-def evaluates_without_a_trace(make: Make, update: Update, fresh: Fresh) -> None:
+def evaluates_without_a_trace(make: Callable[..., Any], update: Update, fresh: Fresh) -> None:
     ends = []
     for looks in (False, True):
         params = fresh()

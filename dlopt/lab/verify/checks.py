@@ -1,6 +1,7 @@
 """The checks of `dlopt verify`: what each means, the cases that it runs, its tolerance, and what came out."""
 
 import inspect
+import re
 import statistics
 import time
 import warnings
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlopt.extend import printable
 from dlopt.lab.verify import cases, reference
 from dlopt.lab.verify.cases import pseudo_huber
 from dlopt.lab.verify.methods import Method, name_in
@@ -79,8 +79,8 @@ def failure(subject: Subject, case: Case) -> str | None:
 
 
 def message_of(error: Exception) -> str:
-    first = printable(next(iter(str(error).strip().splitlines()), ""))
-    return f"{type(error).__name__}: {first}"[:300]
+    first = re.sub("\x1b\\[[0-9;]*m", "", next(iter(str(error).strip().splitlines()), ""))
+    return f"{type(error).__name__}: {first}"[:200]
 
 
 def reproduction(subject: Subject, case: Case) -> str:
@@ -123,23 +123,25 @@ DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "decoupled_decay", "de
 def decay(subject: Subject, method: Method | None) -> Outcome:
     if not subject.takes("weight_decay"):
         return Outcome("not applicable", "no argument weight_decay")
-    apart = Case(cases.decays_apart_from_the_gradient, {"flag": {}})
-    penalty = Case(cases.decays_as_the_l2_penalty)
-    flags = [name for name in DECOUPLED if subject.takes(name)]
+    flags = [name for name in DECOUPLED if subject.takes(name)][:1]
+    apart = Case(cases.decays_apart_from_the_gradient, {"flag": dict.fromkeys(flags, True)})
+    penalty = Case(cases.decays_as_the_l2_penalty, {"flag": dict.fromkeys(flags, True)})
     chosen = []
     if subject.takes_groups:
-        chosen.append(Case(cases.decays_the_groups_that_ask_for_it))
-    still = "the weights do not shrink"
-    if flags:
-        apart = Case(cases.decays_apart_from_the_gradient, {"flag": {flags[0]: True}})
-    if still in (failure(subject, apart) or ""):
+        # Group 1 at zero gradients: in some methods, the decay of a group changes the steps of all.
+        for scale, place in ((1.0, 0), (0.0, 1)):
+            chosen.append(Case(cases.decays_by_group, {"scale": scale, "place": place, "expected": place == 0}))
+    wrong = failure(subject, apart) or ""
+    if "do not shrink" in wrong and "one factor" not in wrong:
         chosen.append(Case(skipped="at zero gradients nothing moves: decoupled or not is undecided"))
-    elif flags:
+    elif "over time" in wrong and failure(subject, penalty) is not None:
+        chosen.append(Case(skipped="shrinks a tensor by one factor, which changes over time"))
+    elif flags or (method is not None and method.decay == "decoupled"):
         chosen.append(apart)
-    elif method is not None and method.decay is not None:
-        chosen.append(apart if method.decay == "decoupled" else penalty)
-    kinds = {"decoupled": apart, "an L2 penalty": penalty}
-    held = [kind for kind, case in kinds.items() if failure(subject, case) is None]
+    elif method is not None and method.decay == "l2":
+        chosen.append(penalty)
+    kinds = {"decoupled": cases.decays_apart_from_the_gradient, "an L2 penalty": cases.decays_as_the_l2_penalty}
+    held = [kind for kind, case in kinds.items() if failure(subject, Case(case, {"flag": {}})) is None]
     return check_cases(subject, chosen, " and ".join(held) or "inside the update")
 
 
@@ -152,7 +154,8 @@ def missing(subject: Subject, method: Method | None) -> Outcome:
 
 def resume(subject: Subject, method: Method | None) -> Outcome:
     chosen = [Case(cases.resumes_from_its_state_dict)]
-    chosen.append(Case(cases.trains_an_added_group) if subject.takes_groups else Case(skipped="takes no groups"))
+    takes = subject.takes_groups and not subject.marks_muon
+    chosen.append(Case(cases.trains_an_added_group) if takes else Case(skipped="takes no plain groups"))
     optimizer = subject.make(subject.fresh())
     if hasattr(optimizer, "eval") and hasattr(optimizer, "train"):
         chosen.append(Case(cases.evaluates_without_a_trace))
@@ -198,7 +201,7 @@ def cost(subject: Subject, method: Method | None) -> Outcome:
     trial = replace(subject, shapes=((n, n), (n, n) if subject.shapes == MATRICES else (n,)))
     params = trial.fresh(torch.float32)
     optimizer = trial.make(params)
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < 12 and sum(seconds) < 0.5:
         start = time.perf_counter()
         trial.update(optimizer, params, pseudo_huber)
@@ -239,7 +242,7 @@ def defaults(subject: Subject, method: Method | None) -> Outcome:
 
 
 CHECKS = (
-    Check("reference", "updates equal the paper's", "1e-7 of the distance moved; 3 % for Muon", reference.compare),
+    Check("reference", "updates equal the paper's", "1e-6 of the distance moved; 3 % for Muon", reference.compare),
     Check("descent", "60 updates reduce five convex losses", "none", descent),
     Check("schedule", "a tenth of the rate shortens the step of every parameter", "5 %", schedule),
     Check("rate zero", "lr = 0 changes no weight", "none", rate_zero),

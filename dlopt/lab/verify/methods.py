@@ -34,7 +34,7 @@ class Method:
     matrices: bool = False
     no_schedule: str = ""
     variant: Mapping[str, Any] = field(default_factory=dict)
-    tolerance: float = 1e-7
+    tolerance: float = 1e-6
 
 
 def _plain(formula: Callable[..., Any]) -> Formula:
@@ -66,14 +66,16 @@ METHODS: dict[str, Method] = {
     "cautiousadamw": Method("Liang et al. 2024, C-AdamW", _plain(r.c_adamw), ADAM, "decoupled"),
     "cautiouslion": Method("Liang et al. 2024, C-Lion", _plain(r.c_lion), {"betas": (0.9, 0.99)}, "decoupled"),
     "nadam": Method("Dozat 2016", r.nadam, {**ADAM, "momentum_decay": 0.004}, tolerance=1e-5),
-    "radam": Method("Liu et al. 2020", r.radam, ADAM, authors={"lr": 1e-3, **ADAM}),
+    "radam": Method(
+        "Liu et al. 2020", r.radam, ADAM, authors={"lr": 1e-3, **ADAM}, variant={"degenerated_to_sgd": True}
+    ),
     "lion": Method(
         "Chen et al. 2023", _plain(r.lion), {"betas": (0.9, 0.99)}, "decoupled",
         {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0},
     ),
     "lamb": Method(
         "You et al. 2020", _plain(r.lamb), {"betas": (0.9, 0.999), "eps": 1e-6},
-        variant={"always_adapt": True, "max_grad_norm": None, "weight_decouple": False},
+        variant={"always_adapt": True, "max_grad_norm": None, "pre_norm": False, "weight_decouple": False},
     ),
     "lars": Method(
         "You et al. 2017", _plain(r.lars), {"momentum": 0.9, "trust_coefficient": 0.02}, variant={"always_adapt": True}
@@ -118,9 +120,12 @@ METHODS: dict[str, Method] = {
     ),
     "muon": Method(
         "Jordan et al. 2024", _plain(r.muon), {"momentum": 0.95, "nesterov": True, "ns_steps": 5}, "decoupled",
-        {"lr": 0.02, "momentum": 0.95, "weight_decay": 0, "eps": 1e-7, "ns_steps": 5}
+        {"lr": 0.02, "momentum": 0.95, "nesterov": True, "weight_decay": 0, "eps": 1e-7, "ns_steps": 5}
         | {"rest_lr": 3e-4, "rest_betas": [0.9, 0.95], "rest_eps": 1e-10},
-        matrices=True, variant={"adjust_lr_fn": "original", "use_adjusted_lr": False}, tolerance=0.03,
+        matrices=True,
+        variant={
+            "adjust_lr_fn": "original", "use_adjusted_lr": False, "ns_coefficients": (3.4445, -4.775, 2.0315),
+        }, tolerance=0.03,
     ),
     "schedulefreesgd": Method("Defazio et al. 2024", _plain(r.schedule_free_sgd), {"momentum": 0.9}),
     "schedulefreeadamw": Method("Defazio et al. 2024", _plain(r.schedule_free_adamw), ADAM),

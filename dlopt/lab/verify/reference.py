@@ -24,7 +24,7 @@ def compare(subject: Subject, method: Method | None) -> Outcome:
     if absent:
         return Outcome("not applicable", f"no argument for {', '.join(absent)}")
     draw = np.random.default_rng(0)
-    for shape in ((3, 2), (2, 3)) if method.matrices else ((3, 2), (3,)):
+    for shape in ((5, 4), (4, 5)) if method.matrices else ((3, 2), (3,)):
         start, *gradients = draw.normal(size=(UPDATES + 1, *shape)).round(2)
         p = nn.Parameter(torch.tensor(start))
         optimizer = subject.make([p], **keys)

@@ -227,7 +227,7 @@ def mars(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
     m, v, old = np.zeros_like(w), np.zeros_like(w), gs[0]
     for t, g in enumerate(gs, 1):
         c = g + 0.025 * 0.95 / 0.05 * (g - old)
-        c = c / max(1.0, np.linalg.norm(c))
+        c = c / max(1.0, float(np.linalg.norm(c)))
         m, v, old = 0.95 * m + 0.05 * c, 0.99 * v + 0.01 * c**2, g
         w = w - LR * (m / (1 - 0.95**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8) + wd * w)
         yield w
@@ -341,7 +341,7 @@ def prodigy(
         s = root * s + (1 - root) * gamma * d**2 * g
         m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * d**2 * g**2
         x = x - gamma * d * (m / (np.sqrt(v) + d * 1e-8) + wd * x)
-        d = max(d, d_coef * r / np.abs(s).sum())
+        d = max(d, d_coef * r / float(np.abs(s).sum()))
         yield x, d
 
 

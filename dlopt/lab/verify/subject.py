@@ -13,8 +13,8 @@ from torch import nn
 from dlopt.extend import LossClosure
 from dlopt.lab.verify.cases import pseudo_huber
 
-MATRIX_AND_VECTOR = ((4, 3), (5,))
-MATRICES = ((4, 3), (3, 5))
+MATRIX_AND_VECTOR = ((5, 4), (6,))  # timm's Muon takes no matrices below 4 x 4
+MATRICES = ((5, 4), (4, 6))
 _WIDTH = 200  # of a line of a reproduction
 
 Target = Callable[..., torch.optim.Optimizer]

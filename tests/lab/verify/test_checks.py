@@ -100,6 +100,8 @@ def test_reproductions_run_and_are_short(target: Any) -> None:
     extra: dict[Any, dict[str, Any]] = {
         cases.falls: {"loss": cases.logistic},
         cases.decays_apart_from_the_gradient: {"flag": {}},
+        cases.decays_as_the_l2_penalty: {"flag": {}},
+        cases.decays_by_group: {"scale": 0.0, "place": 1, "expected": False},
         cases.equals_the_loop: {"flag": {"foreach": True}},
         cases.stays_within_rounding: {"dtype": torch.float32, "share": 0.01},
     }
