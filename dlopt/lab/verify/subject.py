@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -194,7 +195,9 @@ def find(subject: Subject) -> Subject:
         for way in WAYS:
             trial = replace(subject, shapes=shapes, marks_muon=marks, update=way)
             try:
-                _try(trial)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    _try(trial)
             except Exception as error:
                 first = first or error
                 continue
