@@ -88,6 +88,16 @@ def verify(package: str, name: str, target: Any, results: Connection) -> None:
     results.send({check.name: [outcome.status, outcome.reason] for check, outcome in certificate})
 
 
+def text(matrix: Mapping[str, Any]) -> str:
+    """Returns JSON with a line for each optimizer."""
+    parts = []
+    for package, entry in matrix.items():
+        lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in entry["optimizers"].items()]
+        head = f'{json.dumps(package)}: {{"version": {json.dumps(entry["version"])}, "optimizers": {{\n'
+        parts.append(head + ",\n".join(lines) + "\n}}")
+    return "{" + ",\n".join(parts) + "}\n"
+
+
 def run(only: str | None) -> None:
     file = FOLDER / "matrix.json"
     matrix = json.loads(file.read_text()) if file.exists() else {}
@@ -111,7 +121,7 @@ def run(only: str | None) -> None:
             process.join()
             entry["optimizers"][name] = found
             file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(matrix, indent=1) + "\n")
+            file.write_text(text(matrix))
             failed = found if isinstance(found, str) else [k for k, (status, _) in found.items() if status == "fail"]
             print(package, name, failed, flush=True)
 

@@ -140,7 +140,10 @@ def decay(subject: Subject, method: Method | None) -> Outcome:
         chosen.append(apart)
     elif method is not None and method.decay == "l2":
         chosen.append(penalty)
-    kinds = {"decoupled": cases.decays_apart_from_the_gradient, "an L2 penalty": cases.decays_as_the_l2_penalty}
+    kinds: dict[str, Callable[..., None]] = {
+        "decoupled": cases.decays_apart_from_the_gradient,
+        "an L2 penalty": cases.decays_as_the_l2_penalty,
+    }
     held = [kind for kind, case in kinds.items() if failure(subject, Case(case, {"flag": {}})) is None]
     return check_cases(subject, chosen, " and ".join(held) or "inside the update")
 
